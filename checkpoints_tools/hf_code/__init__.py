@@ -1,0 +1,1 @@
+"""Files that ship inside an exported model folder: copied by the exporter, never imported from here."""

@@ -1,0 +1,97 @@
+"""Turns a checkpoint of a run (or a converted base) into a Hugging Face folder, ready for SDLM decoding.
+
+--ckpt may name a step folder, or a run: then its newest complete checkpoint is taken.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from checkpoints_tools.hf_folder import DTYPES, write_hf_folder
+from checkpoints_tools.single_process import whole_model
+from sdlm_megatron.checkpoint_files import TrainState, newest, read_state
+from sdlm_megatron.errors import CheckpointError, run_cli
+from sdlm_megatron.model.hf_folder import HFConfig, read_hf_config
+
+
+def convert(ckpt: Path, out: Path, *, dtype: str | None = None, max_shard_bytes: int = 4 * 1024**3) -> Path:
+    """Exports `ckpt` to `out`; returns the step folder that was read. CheckpointError when it is not complete."""
+    if out.exists():
+        raise CheckpointError("the output folder exists already", str(out), "choose another name or remove it")
+    if not (ckpt / "complete.json").exists() and (ckpt / "ckpt").is_dir():
+        found = newest(ckpt / "ckpt", print)
+        if found is None:
+            raise CheckpointError("the run has no complete checkpoint", str(ckpt), "train it first")
+        ckpt = found
+    state = read_state(ckpt)
+    engine = whole_model(state.shape, state.diffusion, precision=state.precision)
+    from sdlm_megatron import checkpointing  # megatron, after the CPU redirect
+    from sdlm_megatron.model.hf_load import hf_tensors
+
+    checkpointing.load(ckpt, engine, with_optimizer=False)
+    write_hf_folder(
+        out,
+        hf_tensors(engine.module, state.shape),
+        _config(ckpt, state),
+        assets=ckpt / "hf",
+        dtype=dtype,
+        max_shard_bytes=max_shard_bytes,
+    )
+    return ckpt
+
+
+def _config(ckpt: Path, state: TrainState) -> HFConfig:
+    """The base's configuration with what training added; without a base, one made from the shape."""
+    shape = state.shape
+    if (ckpt / "hf" / "config.json").exists():
+        config = replace(read_hf_config(ckpt / "hf"), vocab_size=shape.vocab_size)
+    else:
+        config = HFConfig(
+            model_type="qwen2" if shape.qkv_bias else "llama",
+            num_layers=shape.num_layers,
+            hidden_size=shape.hidden_size,
+            ffn_hidden_size=shape.ffn_hidden_size,
+            num_heads=shape.num_attention_heads,
+            num_kv_heads=shape.num_query_groups,
+            head_dim=shape.head_dim,
+            vocab_size=shape.vocab_size,
+            rope_theta=shape.rope_theta,
+            rms_norm_eps=shape.rms_norm_eps,
+            tied=shape.tied_embeddings,
+            qkv_bias=shape.qkv_bias,
+            dtype=None,
+            max_position_embeddings=32768,
+            eos_token_ids=(state.eos_token_id,) if state.eos_token_id >= 0 else (),
+        )
+    if state.mask_token_id < 0:
+        return config
+    return replace(
+        config,
+        block_size=state.diffusion.block_size,
+        causal_attn=state.diffusion.causal_attn,
+        text_mask_token=state.diffusion.mask_token,
+        text_mask_token_id=state.mask_token_id,
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m checkpoints_tools.mcore_to_hf",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="example:\n  python -m checkpoints_tools.mcore_to_hf --ckpt runs/sdlm_3b_d4 --out models/SDLM-3B-D4",
+    )
+    parser.add_argument("--ckpt", type=Path, required=True, metavar="DIR", help="step folder, or a run folder")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="Hugging Face folder to write")
+    parser.add_argument("--dtype", choices=sorted(DTYPES), help="dtype of the weights; default: as trained")
+    parser.add_argument("--max-shard-gb", type=float, default=4.0, metavar="GB", help="size limit of a weight file")
+    args = parser.parse_args(argv)
+    read = convert(args.ckpt, args.out, dtype=args.dtype, max_shard_bytes=int(args.max_shard_gb * 1e9))
+    print(f"wrote {args.out} from {read}")
+
+
+if __name__ == "__main__":
+    run_cli(main, sys.argv[1:])

@@ -1,0 +1,1 @@
+"""Conversations in, a packed dataset out: sources -> chat -> tokens -> blocks -> packing -> files."""

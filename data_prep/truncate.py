@@ -1,0 +1,126 @@
+"""Documents that are too long: which part is kept, and how many blocks it gets.
+
+`keep_whole_turns` is the default; `reference` does what the published models were trained with.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from data_prep.chat import RenderedDocument, Turn
+from sdlm_megatron.diffusion.layout import block_count
+
+NO_ANSWER = "no assistant turn"
+SHORT_ANSWER = "answers too short for a block"
+LONG_PROMPT = "the prompt alone exceeds max_document_length"
+LONG_ANSWER = "the first answer does not fit into max_document_length"
+
+
+@dataclass(frozen=True)
+class FittedDocument:
+    """What is kept of a document."""
+
+    input_ids: np.ndarray
+    """int32 (L,)."""
+    anchors: np.ndarray
+    """int32 (R,), ascending."""
+    n_blocks: int
+    """Blocks the document gets; 0 means that it is dropped."""
+    turns_cut: int = 0
+    tokens_cut: int = 0
+    blocks_missing: int = 0
+    """Blocks that the whole document would have had beyond `n_blocks`."""
+    drop_reason: str = ""
+
+
+Fit = Callable[..., FittedDocument]
+
+
+def keep_whole_turns(document: RenderedDocument, *, max_len: int, block_size: int, repeat: int) -> FittedDocument:
+    """Keeps as many whole turns as leave room for at least one block; the blocks get the room that is left.
+
+    Args:
+        document: the rendered document.
+        max_len: limit of the expanded document, in tokens.
+        block_size: D.
+        repeat: r; the blocks wanted are r * R // D.
+    """
+    size = {"block_size": block_size, "repeat": repeat}
+    wanted = _wanted(len(document.anchors), **size)
+    for kept in range(len(document.turns), 0, -1):
+        turns = document.turns[:kept]
+        if kept < len(document.turns) and not turns[-1].n_anchors:
+            continue  # once turns are cut, a question without its answer is of no use
+        clean_len, n_anchors = turns[-1].end, sum(turn.n_anchors for turn in turns)
+        if n_blocks := block_count(clean_len, n_anchors, max_len, **size):
+            return FittedDocument(
+                document.input_ids[:clean_len],
+                document.anchors[:n_anchors],
+                n_blocks,
+                turns_cut=len(document.turns) - kept,
+                tokens_cut=len(document.input_ids) - clean_len,
+                blocks_missing=wanted - n_blocks,
+            )
+    return _dropped(document, _why_dropped(document, wanted, max_len, block_size))
+
+
+def reference(document: RenderedDocument, *, max_len: int, block_size: int, repeat: int) -> FittedDocument:
+    """The reference code's rule; arguments as for `keep_whole_turns`.
+
+    Turns are cut off from the first one, fourth or later, at which prompt + 2 * response tokens exceed
+    `max_len`. If what is left still wants more than `max_len`, the clean part is cut, inside a turn, so that
+    about a third of the room after the last header stays for blocks. A prompt longer than `max_len` is
+    dropped; the reference raises there.
+    """
+    turns = document.turns[: _turns_within(document.turns, max_len)]
+    clean_len, n_anchors = turns[-1].end, sum(turn.n_anchors for turn in turns)
+    if clean_len + repeat * n_anchors > max_len:
+        header_end = max((turn.first_anchor for turn in turns if turn.n_anchors), default=clean_len)
+        if header_end >= max_len:
+            return _dropped(document, LONG_PROMPT if n_anchors else NO_ANSWER)
+        clean_len = min(clean_len, max_len - (max_len - header_end) // 3)
+    anchors = document.anchors[document.anchors < clean_len - 1]  # the successor must be there
+    n_blocks = min(block_count(clean_len, n_anchors, max_len, block_size, repeat), len(anchors))
+    wanted = _wanted(len(document.anchors), block_size, repeat)
+    if not n_blocks:
+        return _dropped(document, _why_dropped(document, wanted, max_len, block_size))
+    return FittedDocument(
+        document.input_ids[:clean_len],
+        anchors,
+        n_blocks,
+        turns_cut=len(document.turns) - len(turns),
+        tokens_cut=len(document.input_ids) - clean_len,
+        blocks_missing=wanted - n_blocks,
+    )
+
+
+FITS: dict[str, Fit] = {"keep_whole_turns": keep_whole_turns, "reference": reference}
+"""Value of the config key `overlong` -> rule."""
+
+
+def _turns_within(turns: tuple[Turn, ...], max_len: int) -> int:
+    """Number of turns the reference keeps; after a cut the last one is an answer."""
+    cost = 0
+    for i, turn in enumerate(turns):
+        cost += (turn.end - turn.start) * (2 if turn.n_anchors else 1)
+        if i >= 3 and cost > max_len:
+            return max((k for k in range(i, 2, -1) if turns[k - 1].n_anchors), default=3)
+    return len(turns)
+
+
+def _wanted(n_anchors: int, block_size: int, repeat: int) -> int:
+    return min(repeat * n_anchors // block_size, n_anchors)
+
+
+def _why_dropped(document: RenderedDocument, wanted: int, max_len: int, block_size: int) -> str:
+    answers = [turn for turn in document.turns if turn.n_anchors]
+    if not answers:
+        return NO_ANSWER
+    if not wanted:
+        return SHORT_ANSWER
+    return LONG_PROMPT if answers[0].first_anchor + 1 + block_size > max_len else LONG_ANSWER
+
+
+def _dropped(document: RenderedDocument, reason: str) -> FittedDocument:
+    return FittedDocument(document.input_ids, document.anchors, 0, drop_reason=reason)

@@ -1,0 +1,173 @@
+"""The quickstart's task: a sentence in, its facts as one line of JSON out.
+
+    Write as JSON: Lily has 96 stamps and gives 2 to Max.
+    {"giver":"Lily","had":96,"thing":"stamps","verb":"gives","moved":2,"taker":"Max"}
+
+Names, things, verbs and numbers are drawn independently (about 1.7e10 combinations, in three sentence forms), so an
+answer can only be exact when its contents were copied from the sentence; the fixed text between them is what a
+block can predict several tokens ahead.
+
+Held out is what a hash says: the facts, as the JSON text of the answer, go through SHA-256, and one in eight hash
+values belongs to the held-out part. The wording does not enter, so the same facts cannot be in both parts in
+different words, and the split does not depend on seed, order or amount. (Holding out whole digits or names instead
+would keep them out of training, and the figures would measure that.)
+"""
+
+import hashlib
+import json
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from sdlm_megatron.errors import DataError
+from sdlm_megatron.files import write_text
+
+HELD_OUT_SHARE = 8
+"""One in this many fact sets is held out."""
+
+FORMS = (
+    "Write as JSON: {giver} has {had} {thing} and {verb} {moved} to {taker}.",
+    "Write as JSON: From {had} {thing}, {giver} {verb} {moved} to {taker}.",
+    "Write as JSON: With {had} {thing} at home, {giver} {verb} {moved} of them to {taker}.",
+)
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+VERBS = ("gives", "sells", "sends", "lends", "brings", "hands", "offers", "mails")
+NAMES = _words(
+    """
+    Adam Alex Alice Andrew Ann Anna Anne Arthur Ben Bill Bob Carl Charles Chris Dan Daniel David Ed Emily Frank
+    Fred George Greg Henry Jack James Jane Jean Jeff Jim John Joseph Kim Lee Lily Louis Luke Maria Mark Martin
+    Mary Matt Max Michael Nick Paul Peter Phil Ray Richard Rob Robert Rose Sam Sarah Scott Simon Stephen Thomas
+    Tim Tom Victor Will William
+    """
+)
+THINGS = _words(
+    """
+    apples bags balls bananas bars beans birds boards boats bones books bottles bowls boxes bricks brushes
+    buttons cakes cameras candles cards cars chairs chips clips clocks coins computers cookies cups doors drums
+    eggs feathers flags flowers forks forms frames games gifts glasses gloves hats horses images keys lamps
+    leaves lemons letters lights lists magnets maps marbles masks mirrors models nets notes nuts onions oranges
+    pages paintings papers pens phones photos pictures pieces pillows plants plates poems posters pots prints
+    puzzles records ribbons rings robots ropes roses seeds sheets shells shirts shoes songs spoons stamps stars
+    stickers sticks stones strings tables tags tapes tickets tiles tools towels toys trees vases videos wheels
+    windows
+    """
+)
+
+
+@dataclass(frozen=True)
+class Example:
+    """One conversation: what the user writes and the one right answer."""
+
+    prompt: str
+    answer: str
+
+    @property
+    def held_out(self) -> bool:
+        """Whether the hash of the facts puts the example in the held-out part."""
+        digest = hashlib.sha256(self.answer.encode()).digest()
+        return int.from_bytes(digest[:8], "big") % HELD_OUT_SHARE == 0
+
+
+@dataclass(frozen=True)
+class TaskFiles:
+    """Where `write_task` put the conversations, and how many there are."""
+
+    messages: Path
+    query_response: Path
+    instruction_output: Path
+    heldout: Path
+    n_train: int
+    n_heldout: int
+
+    @property
+    def train_files(self) -> tuple[Path, Path, Path]:
+        """The three training files, in the order their rows were dealt out."""
+        return self.messages, self.query_response, self.instruction_output
+
+
+def examples(seed: int) -> Iterator[Example]:
+    """Endless examples with distinct facts; a pure function of `seed`."""
+    rng = random.Random(f"sentence to JSON, {seed}")
+    seen: set[str] = set()
+    while True:
+        giver, taker = rng.sample(NAMES, 2)
+        had = rng.randint(3, 99)
+        facts = {
+            "giver": giver,
+            "had": had,
+            "thing": rng.choice(THINGS),
+            "verb": rng.choice(VERBS),
+            "moved": rng.randint(2, had - 1),
+            "taker": taker,
+        }
+        prompt = rng.choice(FORMS).format(**facts)
+        answer = json.dumps(facts, separators=(",", ":"))
+        if answer not in seen:
+            seen.add(answer)
+            yield Example(prompt, answer)
+
+
+def write_task(folder: str | Path, n_train: int, n_heldout: int, seed: int) -> TaskFiles:
+    """Writes training conversations in three row forms and held-out prompts, all as JSONL.
+
+        messages.jsonl            {"messages": [{"role": "user", "content": …}, {"role": "assistant", "content": …}]}
+        query_response.jsonl      {"query": …, "response": …}
+        instruction_output.jsonl  {"instruction": …, "output": …}
+        heldout.jsonl             {"prompt": …, "expected": …}
+
+    Training examples are dealt to the three files in turn. The files depend on the arguments only; those that exist
+    are replaced.
+
+    Args:
+        folder: made when missing.
+        n_train: training conversations in all three files together, at least 3.
+        n_heldout: held-out prompts, at least 1.
+        seed: of the draw.
+
+    Raises:
+        DataError: an amount is too small, or so large that distinct facts would run out.
+    """
+    if n_train < 3 or n_heldout < 1 or n_train + n_heldout > 10_000_000:
+        raise DataError(
+            f"cannot write {n_train} training and {n_heldout} held-out conversations",
+            str(folder),
+            "ask for at least 3 and 1, and for 10 million at most",
+        )
+    train: list[Example] = []
+    heldout: list[Example] = []
+    for example in examples(seed):
+        part, wanted = (heldout, n_heldout) if example.held_out else (train, n_train)
+        if len(part) < wanted:
+            part.append(example)
+        if len(train) == n_train and len(heldout) == n_heldout:
+            break
+    root = Path(folder)
+    root.mkdir(parents=True, exist_ok=True)
+    files = TaskFiles(
+        root / "messages.jsonl",
+        root / "query_response.jsonl",
+        root / "instruction_output.jsonl",
+        root / "heldout.jsonl",
+        n_train,
+        n_heldout,
+    )
+    _write(files.messages, [_messages(e) for e in train[0::3]])
+    _write(files.query_response, [{"query": e.prompt, "response": e.answer} for e in train[1::3]])
+    _write(files.instruction_output, [{"instruction": e.prompt, "output": e.answer} for e in train[2::3]])
+    _write(files.heldout, [{"prompt": e.prompt, "expected": e.answer} for e in heldout])
+    return files
+
+
+def _messages(example: Example) -> dict[str, list[dict[str, str]]]:
+    turns = (("user", example.prompt), ("assistant", example.answer))
+    return {"messages": [{"role": role, "content": content} for role, content in turns]}
+
+
+def _write(path: Path, rows: list) -> None:
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

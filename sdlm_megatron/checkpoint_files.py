@@ -1,0 +1,146 @@
+"""The files of a checkpoint, without the weights: complete or ignored, newest first, and what a run's state is.
+
+    FOLDER/
+      weights/        model (and optimizer) shards, Megatron-Core's torch_dist format (checkpointing.py)
+      state.json      TrainState: step, rows consumed, rows a step, model shape, diffusion settings, dataset
+      hf/             config.json, tokenizer and generation files of the base, for the export
+      complete.json   sizes of all files; written last, in a folder that is then renamed into place
+
+A training checkpoint is RUN/ckpt/step-0000500; a converted base has the same form without an optimizer. Nothing here
+needs Megatron, so that a mistake is found before ten seconds of imports.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from sdlm_megatron.config.schema import DiffusionConfig, ModelConfig
+from sdlm_megatron.errors import CheckpointError
+
+ASSETS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "tokenizer.model",
+)
+
+
+@dataclass
+class TrainState:
+    """Where a run stands, and what is needed to go on or to export."""
+
+    step: int
+    """Updates made."""
+    consumed_rows: int
+    rows_per_step: int
+    """Kept over a resume, whatever the new layout."""
+    shape: ModelConfig
+    diffusion: DiffusionConfig
+    mask_token_id: int
+    precision: str
+    """bf16 | fp16 | fp32: dtype of the weights."""
+    optimizer: str
+    """"distributed", "replicated", or "none" for weights only."""
+    dataset: dict[str, Any]
+    """Identity of the packed dataset: fingerprint of its files, rows; {} for a converted base."""
+    eos_token_id: int = -1
+    """Token that ends a turn in the dataset; -1 for a converted base."""
+
+
+def read_state(folder: Path) -> TrainState:
+    """state.json of a complete checkpoint. CheckpointError when the folder is none, incomplete or truncated."""
+    check_complete(folder)
+    try:
+        raw = json.loads((folder / "state.json").read_text())
+        raw["shape"] = _section(ModelConfig, raw["shape"])
+        raw["diffusion"] = _section(DiffusionConfig, raw["diffusion"])
+        return TrainState(**raw)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(
+            f"state.json cannot be read: {error}", str(folder / "state.json"), "use another checkpoint"
+        ) from None
+
+
+def check_complete(folder: Path) -> None:
+    """Raises CheckpointError unless every file of the checkpoint is there with its full size."""
+    if not folder.is_dir():
+        raise CheckpointError("no such checkpoint folder", str(folder), "name a folder that holds complete.json")
+    marker = folder / "complete.json"
+    if not marker.exists():
+        raise CheckpointError(
+            "not a complete checkpoint: complete.json is missing",
+            str(folder),
+            "name a step-NNNNNNN folder or one that hf_to_mcore wrote; an interrupted save cannot be used",
+        )
+    try:
+        sizes = json.loads(marker.read_text())
+    except ValueError as error:
+        raise CheckpointError(f"complete.json is damaged: {error}", str(marker), "use another checkpoint") from None
+    for name, size in sizes.items():
+        file = folder / name
+        found = file.stat().st_size if file.exists() else None
+        if found != size:
+            raise CheckpointError(
+                f"{name} is missing" if found is None else f"{name} has {found} bytes instead of {size}",
+                str(file),
+                "the checkpoint was cut short: copy it again or use another",
+            )
+
+
+def newest(folder: Path, notice: Callable[[str], None]) -> Path | None:
+    """Newest complete checkpoint step-* of a run; broken ones are skipped with a notice."""
+    for candidate in sorted(folder.glob("step-*"), reverse=True):
+        if candidate.name.endswith(".partial"):
+            notice(f"ignored {candidate}: an interrupted save")
+            continue
+        try:
+            check_complete(candidate)
+        except CheckpointError as error:
+            notice(f"ignored {candidate}: {error.what}")
+            continue
+        return candidate
+    return None
+
+
+def prune(folder: Path, keep_last: int) -> None:
+    """Removes all but the newest `keep_last` checkpoints (0: none); renamed first, so that none is half there."""
+    complete = sorted(p for p in folder.glob("step-*") if not p.name.endswith(".partial"))
+    for old in complete[:-keep_last] if keep_last else []:
+        doomed = old.with_name(old.name + ".partial")
+        os.rename(old, doomed)
+        shutil.rmtree(doomed)
+
+
+def step_folder(run_dir: Path, step: int) -> Path:
+    """RUN/ckpt/step-0000500."""
+    return run_dir / "ckpt" / f"step-{step:07d}"
+
+
+def copy_assets(source: Path | None, target: Path) -> None:
+    """Copies those of ASSETS that `source` has into the new folder `target`."""
+    target.mkdir(parents=True)
+    for name in ASSETS:
+        if source is not None and (source / name).exists():
+            shutil.copyfile(source / name, target / name)
+
+
+def file_sizes(folder: Path) -> dict[str, int]:
+    """Size in bytes of every file below `folder`, by relative path: the content of complete.json."""
+    return {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def _section(kind: type, raw: dict) -> Any:
+    known = {f.name for f in fields(kind)}
+    if unknown := set(raw) - known:
+        raise ValueError(f"unknown keys {sorted(unknown)}: written by another version")
+    return kind(**raw)

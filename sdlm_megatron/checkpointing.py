@@ -1,0 +1,83 @@
+"""Weights and optimizer of a checkpoint: Megatron-Core's torch_dist, resumable on another TP / PP / DP.
+
+The other files of a checkpoint, and when it counts as complete, are in checkpoint_files.py.
+"""
+
+import os
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
+
+from sdlm_megatron.checkpoint_files import TrainState, copy_assets, file_sizes
+from sdlm_megatron.errors import CheckpointError
+from sdlm_megatron.files import fsync_tree, write_json
+from sdlm_megatron.parallel.engine import Engine
+from sdlm_megatron.parallel.optimizer import load_state, prime_state
+
+_METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+
+
+def save(folder: Path, engine: Engine, state: TrainState, assets: Path | None) -> None:
+    """Writes a checkpoint; all processes call it. An interrupted save leaves only FOLDER.partial, which is ignored."""
+    partial = folder.with_name(folder.name + ".partial")
+    if engine.groups.main:
+        shutil.rmtree(partial, ignore_errors=True)
+        (partial / "weights").mkdir(parents=True)
+        copy_assets(assets, partial / "hf")
+    dist.barrier()
+    dist_checkpointing.save(
+        _sharded_state(engine, loading=False), str(partial / "weights"), content_metadata=dict(_METADATA)
+    )
+    dist.barrier()
+    if engine.groups.main:
+        write_json(partial / "state.json", asdict(state))
+        write_json(partial / "complete.json", file_sizes(partial))
+        fsync_tree(partial)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.rename(partial, folder)
+        _fsync_folder(folder.parent)
+    dist.barrier()
+
+
+def load(folder: Path, engine: Engine, *, with_optimizer: bool) -> None:
+    """Fills model (and optimizer) from a complete checkpoint made under any layout; all processes call it."""
+    if with_optimizer:
+        assert engine.optimizer is not None
+        prime_state(engine.optimizer)
+    try:
+        loaded = dist_checkpointing.load(
+            _sharded_state(engine, loading=True, with_optimizer=with_optimizer), str(folder / "weights")
+        )
+    except (CheckpointingException, KeyError, OSError) as error:
+        raise CheckpointError(
+            f"the weights cannot be read: {error}",
+            str(folder),
+            "use another checkpoint; this one does not fit the model",
+        ) from error
+    engine.module.load_state_dict(loaded["model"], strict=True)
+    if with_optimizer:
+        assert engine.optimizer is not None
+        load_state(engine.optimizer, loaded["optimizer"])
+    else:
+        engine.weights_changed()
+
+
+def _sharded_state(engine: Engine, *, loading: bool, with_optimizer: bool = True) -> dict[str, Any]:
+    metadata = {**_METADATA, "dp_cp_group": engine.groups.collection.dp_cp}
+    state: dict[str, Any] = {"model": engine.module.sharded_state_dict(metadata=metadata)}
+    if engine.optimizer is not None and with_optimizer:
+        state["optimizer"] = engine.optimizer.sharded_state_dict(state["model"], is_loading=loading, metadata=metadata)
+    return state
+
+
+def _fsync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,191 @@
+"""Strict configuration: YAML and `--a.b=c` into dataclasses; an unknown key is an error that names the nearest."""
+
+import argparse
+import difflib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from sdlm_megatron.config.schema import RunConfig
+from sdlm_megatron.errors import ConfigError
+from sdlm_megatron.files import write_text
+
+PRESETS = Path(__file__).parent / "presets"
+T = TypeVar("T")
+
+
+def load_config(schema: type[T], source: str, overrides: Sequence[str] = (), presets: Path | None = None) -> T:
+    """Fills `schema` from a YAML file or a preset's name, then from `--a.b=c` overrides.
+
+    A file may say `extends: NAME` to start from another preset or file (path relative to itself).
+    Raises ConfigError on unknown keys, wrong types, and files that cannot be read.
+    """
+    merged = OmegaConf.structured(schema)
+    for file, content in _chain(source, presets):
+        _check_keys(schema, content, file)
+        merged = _merge(merged, OmegaConf.create(content), file)
+    for override in overrides:
+        key, value = _split_override(override)
+        _check_keys(schema, _nested(key, value), f"the command line, {override}")
+        merged = _merge(merged, OmegaConf.create(_nested(key, value)), f"the command line, {override}")
+    return cast(T, OmegaConf.to_object(merged))
+
+
+def parse_cli(
+    schema: type[T],
+    *,
+    presets: Path | None,
+    description: str,
+    example: str,
+    argv: Sequence[str] | None = None,
+    extra: Callable[[argparse.ArgumentParser], None] | None = None,
+) -> tuple[T, argparse.Namespace]:
+    """Command line of a program: --config, --print-config, dotted overrides, and what `extra` adds.
+
+    `--print-config` prints the resolved configuration and exits.
+    """
+    names = ", ".join(preset_names(presets)) if presets else ""
+    parser = argparse.ArgumentParser(
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=f"any setting: --section.key=value\n\nexample:\n  {example}\n\n{settings_help(schema)}",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--config", required=True, metavar="FILE", help=f"YAML file{' or preset: ' + names if names else ''}"
+    )
+    parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and exit")
+    if extra:
+        extra(parser)
+    args, rest = parser.parse_known_args(argv)
+    config = load_config(schema, args.config, rest, presets)
+    if args.print_config:
+        print(to_yaml(config), end="")
+        raise SystemExit(0)
+    return config, args
+
+
+def preset_names(presets: Path) -> list[str]:
+    """Names of the presets in a folder."""
+    return sorted(p.stem for p in presets.glob("*.yaml"))
+
+
+def to_yaml(config: Any) -> str:
+    """A configuration as YAML that `load_config` reads back."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def save_config(config: RunConfig, path: Path) -> None:
+    """Writes the resolved configuration beside the run."""
+    write_text(path, to_yaml(config))
+
+
+def settings_help(schema: type) -> str:
+    """One line per setting with its default, for --help."""
+    lines = ["settings:"]
+    for key, value in _flatten(OmegaConf.to_container(OmegaConf.structured(schema)), ""):
+        lines.append(f"  {key:36} {value!r}")
+    return "\n".join(lines)
+
+
+def _flatten(tree: Any, head: str) -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{head}{key}.")
+        else:
+            yield f"{head}{key}", value
+
+
+def _chain(source: str, presets: Path | None) -> list[tuple[str, dict]]:
+    """The file and those it extends, base first."""
+    found: list[tuple[str, dict]] = []
+    name, near = source, Path.cwd()
+    while name:
+        file = _find(name, near, presets)
+        if any(str(file) == seen for seen, _ in found):
+            raise ConfigError(f"{file} extends itself", str(file), "remove the circle of `extends`")
+        content = _read_yaml(file)
+        found.append((str(file), content))
+        name, near = content.pop("extends", ""), file.parent
+    return found[::-1]
+
+
+def _find(name: str, near: Path, presets: Path | None) -> Path:
+    candidates = [near / name] + ([presets / f"{name}.yaml"] if presets else [])
+    for file in candidates:
+        if file.is_file():
+            return file
+    known = preset_names(presets) if presets else []
+    close = difflib.get_close_matches(name, known, 1)
+    fix = (
+        f"did you mean {close[0]}?" if close else f"name a YAML file{' or one of ' + ', '.join(known) if known else ''}"
+    )
+    raise ConfigError(f"no config file or preset named {name}", os.fspath(candidates[0]), fix)
+
+
+def _read_yaml(file: Path) -> dict:
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"the file is not readable YAML: {error}", str(file)) from None
+    if content is not None and not isinstance(content, dict):
+        raise ConfigError(
+            f"the file holds a {type(content).__name__}, not settings",
+            str(file),
+            "write `section: {key: value}`",
+        )
+    return content or {}
+
+
+def _split_override(override: str) -> tuple[str, Any]:
+    if not override.startswith("--") or "=" not in override:
+        raise ConfigError(f"cannot read the argument {override}", "the command line", "write --section.key=value")
+    key, text = override[2:].split("=", 1)
+    try:
+        return key, yaml.safe_load(text) if text else ""
+    except yaml.YAMLError as error:
+        raise ConfigError(f"cannot read the value of {key}: {error}", f"the command line, {override}") from None
+
+
+def _nested(key: str, value: Any) -> dict:
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
+
+
+def _check_keys(schema: Any, content: dict, where: str, head: str = "") -> None:
+    """Raises ConfigError on the first key that the schema does not have."""
+    known = {f.name: f.type for f in fields(schema)}
+    for key, value in content.items():
+        if key not in known:
+            near = _nearest(schema, key, head)
+            fix = f"did you mean {near}?" if near else f"known here: {', '.join(known)}"
+            raise ConfigError(f"unknown setting {head}{key}", where, fix)
+        if is_dataclass(known[key]):
+            if not isinstance(value, dict):
+                raise ConfigError(f"{head}{key} is a section, not a value", where, f"write {head}{key}.NAME=VALUE")
+            _check_keys(known[key], value, where, f"{head}{key}.")
+
+
+def _nearest(schema: Any, key: str, head: str) -> str:
+    """The setting that was probably meant: same name in another section, or a similar spelling."""
+    settings = [k for k, _ in _flatten(OmegaConf.to_container(OmegaConf.structured(schema)), head)]
+    sections = [f"{head}{f.name}" for f in fields(schema)]
+    same = [k for k in settings if k.rsplit(".", 1)[-1] == key]
+    return (same or difflib.get_close_matches(f"{head}{key}", [*settings, *sections], 1, 0.4) or [""])[0]
+
+
+def _merge(base: DictConfig, new: DictConfig, where: str) -> DictConfig:
+    try:
+        return cast(DictConfig, OmegaConf.merge(base, new))
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None) or "a setting"
+        raise ConfigError(
+            f"{key}: {str(error.args[0]).splitlines()[0]}", where, "see --help for the type of each setting"
+        ) from None

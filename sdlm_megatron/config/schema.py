@@ -1,0 +1,149 @@
+"""Every setting of a training run; `python -m sdlm_megatron.train --config PRESET --print-config` resolves them."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class ModelConfig:
+    """Shape of the transformer. All zero (the default): read it from the base's config.json."""
+
+    num_layers: int = 0
+    hidden_size: int = 0
+    ffn_hidden_size: int = 0
+    num_attention_heads: int = 0
+    num_query_groups: int = 0
+    """KV heads (GQA)."""
+    head_dim: int = 0
+    """0: hidden_size / num_attention_heads."""
+    vocab_size: int = 0
+    """Rows of the embedding in the Hugging Face folder (padding for tensor parallelism is added on top)."""
+    rope_theta: float = 1e6
+    rms_norm_eps: float = 1e-6
+    tied_embeddings: bool = False
+    qkv_bias: bool = True
+    """Biases of q, k and v: Qwen2.5 has them, Llama shapes do not."""
+
+
+@dataclass
+class DiffusionConfig:
+    """What SDLM adds; must agree with the dataset, which was expanded with the same numbers."""
+
+    block_size: int = 4
+    """Tokens D of a block."""
+    causal_attn: bool = False
+    """True: inside a block a slot sees only itself and earlier slots."""
+    mask_token: str = "<text_mask>"
+    """The token that fills slots 1..D-1. Its id is looked up in the base's tokenizer; if it is not there, the first
+    free id is used (Qwen2.5: 151665)."""
+
+
+@dataclass
+class DataConfig:
+    """Where the rows come from."""
+
+    path: str = ""
+    """Folder written by `python -m data_prep.build`."""
+
+
+@dataclass
+class ParallelConfig:
+    """Degrees of parallelism; data parallelism is what remains of the world size."""
+
+    tensor: int = 1
+    """TP. KV heads fewer than TP are replicated."""
+    pipeline: int = 1
+    """PP. num_layers must divide by it."""
+    sequence: bool = False
+    """Sequence parallelism: activations outside attention and MLP split over TP; needs tensor > 1."""
+    distributed_optimizer: bool = True
+    """Optimizer state and fp32 master weights split over data parallelism (ZeRO-1)."""
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW."""
+
+    lr: float = 5e-6
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    """Not applied to biases and norms."""
+    clip_grad: float = 1.0
+    """Global gradient norm limit; 0: no clipping."""
+
+
+@dataclass
+class ScheduleConfig:
+    """Learning rate against step."""
+
+    style: str = "constant"
+    """constant | linear | cosine (from the peak to min_lr at the last step) | wsd (constant, then linear decay)."""
+    warmup_steps: int = 0
+    decay_steps: int = 0
+    """wsd only: length of the decay at the end."""
+    min_lr: float = 0.0
+
+
+@dataclass
+class TrainConfig:
+    """The loop."""
+
+    seed: int = 42
+    """Order of the rows (the draws of the blocks were seeded when the dataset was built)."""
+    steps: int = 0
+    """0: as many as `epochs` take."""
+    epochs: float = 1.0
+    """Used when steps is 0."""
+    global_batch: int = 256
+    """Size of a step, in `global_batch_unit`."""
+    global_batch_unit: str = "documents"
+    """documents (converted by the dataset's mean documents a row) | rows."""
+    stop_after: int = 0
+    """Save and stop after this step although the schedule goes on; 0: run to the end."""
+    precision: str = "bf16"
+    """bf16 (fp32 master weights and gradients) | fp32."""
+    recompute: bool = False
+    """Recompute every layer's forward in the backward: least memory, about 1/3 more FLOPs."""
+    loss_normalization: str = "targets"
+    """targets: mean over all targets of the global batch | rows: mean of the rows' means (the reference's weighing)."""
+
+
+@dataclass
+class CheckpointConfig:
+    """Weights in, checkpoints out."""
+
+    base: str = ""
+    """A Hugging Face folder, or one written by `python -m checkpoints_tools.hf_to_mcore`; empty: random weights."""
+    save_every: int = 500
+    """Steps between checkpoints; the last step is always saved. 0: only the last."""
+    keep_last: int = 2
+    """Older checkpoints are removed after a complete save; 0: keep all."""
+
+
+@dataclass
+class ObserveConfig:
+    """What is written about the run, apart from the console line and metrics.jsonl."""
+
+    log_every: int = 1
+    tensorboard: bool = True
+    wandb: str = "disabled"
+    """disabled | offline | online."""
+    wandb_project: str = "sdlm_megatron"
+
+
+@dataclass
+class RunConfig:
+    """A whole run."""
+
+    run_dir: str = "runs/default"
+    """Folder of the run; training resumes by itself from its newest complete checkpoint."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    observe: ObserveConfig = field(default_factory=ObserveConfig)

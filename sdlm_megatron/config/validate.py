@@ -1,0 +1,113 @@
+"""Checks of a configuration before anything is built. Nothing here changes a setting."""
+
+from sdlm_megatron.config.schema import ModelConfig, RunConfig
+from sdlm_megatron.errors import ConfigError
+
+CHOICES = {
+    "train.global_batch_unit": ("documents", "rows"),
+    "train.precision": ("bf16", "fp32"),
+    "train.loss_normalization": ("targets", "rows"),
+    "schedule.style": ("constant", "linear", "cosine", "wsd"),
+    "observe.wandb": ("disabled", "offline", "online"),
+}
+POSITIVE = (
+    "parallel.tensor",
+    "parallel.pipeline",
+    "diffusion.block_size",
+    "train.global_batch",
+    "optimizer.lr",
+    "observe.log_every",
+)
+NOT_NEGATIVE = (
+    "train.steps",
+    "train.stop_after",
+    "schedule.warmup_steps",
+    "schedule.decay_steps",
+    "optimizer.clip_grad",
+    "optimizer.weight_decay",
+    "checkpoint.save_every",
+    "checkpoint.keep_last",
+)
+
+
+def _get(config: object, key: str) -> object:
+    for part in key.split("."):
+        config = getattr(config, part)
+    return config
+
+
+def check_run(config: RunConfig, world_size: int) -> None:
+    """Checks all that can be known without the model: raises ConfigError naming the setting and the way out."""
+    for key, allowed in CHOICES.items():
+        if _get(config, key) not in allowed:
+            raise ConfigError(f"{key} is {_get(config, key)!r}", key, f"one of {', '.join(allowed)}")
+    for keys, limit, word in ((POSITIVE, 0, "above 0"), (NOT_NEGATIVE, -1e-30, "0 or more")):
+        for key in keys:
+            value = _get(config, key)
+            if not (isinstance(value, (int, float)) and value > limit):
+                raise ConfigError(f"{key} is {value}", key, f"give a number {word}")
+    if not config.train.steps and config.train.epochs <= 0:
+        raise ConfigError("nothing to train: train.steps and train.epochs are 0", "train", "set one of them")
+    if not config.data.path:
+        raise ConfigError("no dataset", "data.path", "--data.path=DIR, a folder written by `python -m data_prep.build`")
+    parallel = config.parallel
+    if parallel.sequence and parallel.tensor == 1:
+        raise ConfigError(
+            "sequence parallelism needs tensor parallelism",
+            "parallel.sequence",
+            "set parallel.tensor > 1 or sequence=false",
+        )
+    model_size = parallel.tensor * parallel.pipeline
+    if world_size % model_size:
+        raise ConfigError(
+            f"{world_size} processes do not divide by tensor {parallel.tensor} x pipeline {parallel.pipeline}",
+            "parallel",
+            f"start a multiple of {model_size} processes, or change parallel.tensor / parallel.pipeline",
+        )
+
+
+def check_model(model: ModelConfig, config: RunConfig, row_length: int) -> None:
+    """Checks that the shape can be split as asked: raises ConfigError."""
+    tp, pp = config.parallel.tensor, config.parallel.pipeline
+    for key in (
+        "num_layers",
+        "hidden_size",
+        "ffn_hidden_size",
+        "num_attention_heads",
+        "num_query_groups",
+        "vocab_size",
+    ):
+        if getattr(model, key) < 1:
+            raise ConfigError(
+                f"model.{key} is {getattr(model, key)}",
+                f"model.{key}",
+                "set it, or name a base (checkpoint.base) to read it from",
+            )
+    if model.num_attention_heads % model.num_query_groups:
+        raise ConfigError(
+            f"{model.num_attention_heads} heads cannot share {model.num_query_groups} KV heads",
+            "model.num_query_groups",
+            "give a divisor of model.num_attention_heads",
+        )
+    for key in ("num_attention_heads", "ffn_hidden_size"):
+        if getattr(model, key) % tp:
+            raise _indivisible(f"model.{key}", getattr(model, key), "parallel.tensor", tp)
+    if model.num_query_groups % tp and tp % model.num_query_groups:
+        raise ConfigError(
+            f"{model.num_query_groups} KV heads cannot be spread over tensor parallelism {tp}",
+            "parallel.tensor",
+            f"use a divisor or a multiple of {model.num_query_groups} that divides {model.num_attention_heads} heads",
+        )
+    if model.num_layers % pp:
+        raise _indivisible("model.num_layers", model.num_layers, "parallel.pipeline", pp)
+    if config.parallel.sequence and row_length % tp:
+        raise _indivisible("the dataset's row_length", row_length, "parallel.tensor", tp)
+
+
+def _indivisible(what: str, value: int, setting: str, degree: int) -> ConfigError:
+    fits = [d for d in range(1, min(value, 64) + 1) if value % d == 0]
+    return ConfigError(
+        f"{what} = {value} does not divide by {setting} = {degree}",
+        setting,
+        f"{setting} may be {', '.join(map(str, fits))}",
+    )

@@ -1,0 +1,1 @@
+"""What SDLM is: blocks, targets, visibility, loss, decoding. No Megatron here."""

@@ -1,0 +1,172 @@
+"""Anchors, blocks, positions and targets: the one definition that everything else derives from.
+
+A document is L clean tokens x[0..L-1] and n blocks. The block with start (anchor) p holds D tokens at positions
+p..p+D-1: slot 0 repeats x[p], slots 1..D-1 hold the mask token. Slot j is trained to produce x[p+1+j]
+(shifted targets, paper section 3.2), unless that lies outside the document or the turn has already ended.
+
+A row packs several documents: all clean parts, then all block parts, then padding (never stored).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+IGNORE = -100
+"""Target of a token that is not trained."""
+
+
+def block_count(clean_len: int, n_anchors: int, max_len: int, block_size: int, repeat: int) -> int:
+    """Number of blocks a document gets: min(max_len - L, repeat * R) // D, at most one per anchor.
+
+    `repeat` bounds the block tokens to `repeat` times the R response tokens, so that each response token is a
+    target about `repeat` times; `max_len` bounds the expanded length of the document.
+    """
+    return max(0, min(min(max_len - clean_len, repeat * n_anchors) // block_size, n_anchors))
+
+
+def draw_starts(anchors: np.ndarray, n: int, *, seed: int, epoch: int, document: int) -> np.ndarray:
+    """Draws `n` of `anchors` (R,) without replacement: int32 (n,), ascending.
+
+    A pure function of (seed, epoch, document): a counter-based generator is keyed by the three, so neither the
+    number of workers nor the order of processing can change a draw.
+    """
+    key = np.random.SeedSequence([seed, epoch, document])
+    generator = np.random.Generator(np.random.Philox(key))
+    picked = generator.choice(len(anchors), size=n, replace=False, shuffle=False)
+    picked.sort()
+    return np.asarray(anchors, dtype=np.int32)[picked]
+
+
+@dataclass(frozen=True)
+class ExpandedDocument:
+    """One document with its blocks; int32 arrays of shape (L + n*D,), clean part first."""
+
+    input_ids: np.ndarray
+    position_ids: np.ndarray
+    targets: np.ndarray
+    """Unshifted: the token each input token has to produce, or -100."""
+
+
+@dataclass(frozen=True)
+class RowLayout:
+    """Which documents and blocks a row holds; with the tokens it determines positions, targets and visibility."""
+
+    doc_ids: np.ndarray
+    """int32 (n_docs,): number of each document in its dataset."""
+    clean_lens: np.ndarray
+    """int32 (n_docs,): clean tokens L of each document."""
+    n_blocks: np.ndarray
+    """int32 (n_docs,): blocks of each document."""
+    starts: np.ndarray
+    """int32 (sum of n_blocks,): block starts inside their document, document after document, ascending in each."""
+    block_size: int
+
+    @property
+    def n_docs(self) -> int:
+        return len(self.doc_ids)
+
+    @property
+    def n_clean(self) -> int:
+        """Clean tokens of the row; they are tokens [0, n_clean)."""
+        return int(self.clean_lens.sum())
+
+    @property
+    def n_block_tokens(self) -> int:
+        """Block tokens of the row; they are tokens [n_clean, used)."""
+        return len(self.starts) * self.block_size
+
+    @property
+    def used(self) -> int:
+        """Tokens of the row without padding."""
+        return self.n_clean + self.n_block_tokens
+
+    def to_ints(self) -> np.ndarray:
+        """The stored form, int32: [n_docs, doc_ids…, clean_lens…, n_blocks…, starts…]."""
+        head = np.array([self.n_docs], dtype=np.int32)
+        return np.concatenate([head, self.doc_ids, self.clean_lens, self.n_blocks, self.starts]).astype(np.int32)
+
+    @classmethod
+    def from_ints(cls, ints: np.ndarray, block_size: int) -> "RowLayout":
+        """Inverse of `to_ints`; ValueError when the numbers contradict each other."""
+        n_docs = int(ints[0]) if len(ints) else -1
+        if n_docs < 0 or len(ints) < 1 + 3 * n_docs:
+            raise ValueError(f"a layout of {len(ints)} numbers cannot hold {n_docs} documents")
+        doc_ids, clean_lens, n_blocks = np.split(ints[1 : 1 + 3 * n_docs], 3) if n_docs else (ints[:0],) * 3
+        starts = ints[1 + 3 * n_docs :]
+        if len(starts) != int(n_blocks.sum()) or (n_docs and min(clean_lens.min(), n_blocks.min()) < 0):
+            raise ValueError(f"a layout lists {len(starts)} block starts for {int(n_blocks.sum())} blocks")
+        return cls(doc_ids, clean_lens, n_blocks, starts, block_size)
+
+    def block_documents(self) -> np.ndarray:
+        """int (blocks,): index in the row of the document of each block."""
+        return np.repeat(np.arange(self.n_docs), self.n_blocks)
+
+    def clean_offsets(self) -> np.ndarray:
+        """int (n_docs,): row index of each document's first clean token."""
+        return np.cumsum(self.clean_lens) - self.clean_lens
+
+
+def row_positions(layout: RowLayout) -> np.ndarray:
+    """Position ids of a row, int32 (used,): each document counts from 0, a block at p holds p..p+D-1."""
+    clean = np.arange(layout.n_clean) - np.repeat(layout.clean_offsets(), layout.clean_lens)
+    blocks = layout.starts[:, None] + np.arange(layout.block_size)
+    return np.concatenate([clean, blocks.reshape(-1)]).astype(np.int32)
+
+
+def row_targets(tokens: np.ndarray, layout: RowLayout, eos_token_id: int) -> np.ndarray:
+    """Targets of a row, int32 (used,), unshifted, -100 where none.
+
+    Slot j of the block at p gets x[p+1+j]; none beyond the document, none after a slot whose target was
+    `eos_token_id` (the token that closes a turn).
+    """
+    targets = np.full(layout.used, IGNORE, dtype=np.int32)
+    if not len(layout.starts):
+        return targets
+    documents = layout.block_documents()
+    wanted = layout.starts[:, None] + 1 + np.arange(layout.block_size)  # (blocks, D), index in the document
+    inside = wanted < layout.clean_lens[documents][:, None]
+    index = layout.clean_offsets()[documents][:, None] + np.where(inside, wanted, 0)
+    value = np.where(inside, tokens[index], IGNORE)
+    ends = value == eos_token_id
+    ended_before = np.cumsum(ends, axis=1) - ends > 0
+    targets[layout.n_clean :] = np.where(ended_before, IGNORE, value).reshape(-1)
+    return targets
+
+
+def pack_row(
+    documents: Sequence[tuple[int, np.ndarray, np.ndarray]], *, block_size: int, mask_token_id: int
+) -> tuple[np.ndarray, RowLayout]:
+    """Packs (doc_id, clean_ids (L,), starts (n,)) triples into one row.
+
+    Returns the tokens, int32 (used,), and their layout. ValueError on a block outside its document, or on starts
+    that are not strictly ascending.
+    """
+    for doc_id, clean, starts in documents:
+        if len(starts) and (starts[0] < 0 or starts[-1] >= len(clean) or np.any(np.diff(starts) <= 0)):
+            raise ValueError(f"document {doc_id}: block starts must ascend strictly inside [0, {len(clean)})")
+    ids, cleans, starts_list = zip(*documents, strict=True) if documents else ((), (), ())
+    empty = np.empty(0, dtype=np.int32)
+    layout = RowLayout(
+        np.array(ids, dtype=np.int32),
+        np.array([len(c) for c in cleans], dtype=np.int32),
+        np.array([len(s) for s in starts_list], dtype=np.int32),
+        np.concatenate([empty, *starts_list]).astype(np.int32),
+        block_size,
+    )
+    clean = np.concatenate([empty, *cleans]).astype(np.int32)
+    blocks = np.full((len(layout.starts), block_size), mask_token_id, dtype=np.int32)
+    blocks[:, 0] = clean[layout.clean_offsets()[layout.block_documents()] + layout.starts]
+    return np.concatenate([clean, blocks.reshape(-1)]), layout
+
+
+def expand_document(
+    clean_ids: np.ndarray, block_starts: np.ndarray, *, block_size: int, mask_token_id: int, eos_token_id: int
+) -> ExpandedDocument:
+    """Clean tokens (L,) and block starts (n,) to the trained sequence: a row of one document."""
+    tokens, layout = pack_row(
+        [(0, np.asarray(clean_ids), np.asarray(block_starts))],
+        block_size=block_size,
+        mask_token_id=mask_token_id,
+    )
+    return ExpandedDocument(tokens, row_positions(layout), row_targets(tokens, layout, eos_token_id))

@@ -1,0 +1,70 @@
+"""One micro-batch: one packed row as tensors, with everything a pipeline stage needs."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from sdlm_megatron.diffusion.layout import IGNORE, RowLayout, row_positions, row_targets
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """A packed row of S tokens. Index tensors are int64."""
+
+    tokens: torch.Tensor
+    """(1, S) token ids, padded."""
+    positions: torch.Tensor
+    """(1, S) position ids; padding counts as 0."""
+    label_index: torch.Tensor
+    """(N,) row indices of the tokens with a target; N >= 1: a row without any names token 0."""
+    label_targets: torch.Tensor
+    """(N,) the targets; IGNORE for the stand-in of a row without any."""
+    label_slots: torch.Tensor
+    """(N,) slot 0..D-1 of each of them."""
+    layout: RowLayout
+    number: int | None
+    """The row's number in the run, None for an empty row."""
+
+    def to(self, device: torch.device | str) -> "MicroBatch":
+        """A copy on `device`."""
+        tensors = (self.tokens, self.positions, self.label_index, self.label_targets, self.label_slots)
+        tokens, positions, index, targets, slots = (t.to(device, non_blocking=True) for t in tensors)
+        return MicroBatch(tokens, positions, index, targets, slots, self.layout, self.number)
+
+
+def make_micro_batch(
+    tokens: np.ndarray,
+    layout: RowLayout,
+    *,
+    row_length: int,
+    pad_token_id: int,
+    eos_token_id: int,
+    number: int | None,
+) -> MicroBatch:
+    """Tokens (used,) and layout of a row to the tensors of a micro-batch of `row_length` tokens."""
+    padded = np.full(row_length, pad_token_id, dtype=np.int64)
+    padded[: layout.used] = tokens
+    positions = np.zeros(row_length, dtype=np.int64)
+    positions[: layout.used] = row_positions(layout)
+    targets = row_targets(tokens, layout, eos_token_id)
+    index = np.flatnonzero(targets != IGNORE)
+    if len(index):
+        wanted, slots = targets[index].astype(np.int64), (index - layout.n_clean) % layout.block_size
+    else:  # the last stage still has to take part in every collective of the loss
+        index, wanted, slots = np.zeros(1, np.int64), np.full(1, IGNORE, np.int64), np.zeros(1, np.int64)
+    return MicroBatch(
+        torch.from_numpy(padded[None]),
+        torch.from_numpy(positions[None]),
+        torch.from_numpy(index),
+        torch.from_numpy(wanted),
+        torch.from_numpy(slots),
+        layout,
+        number,
+    )
+
+
+def empty_layout(block_size: int) -> RowLayout:
+    """A row of padding only."""
+    none = np.empty(0, dtype=np.int32)
+    return RowLayout(none, none, none, none, block_size)

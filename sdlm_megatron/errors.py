@@ -1,0 +1,59 @@
+"""Errors a user can act on: what is wrong, where, and the way out."""
+
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+
+class UserError(Exception):
+    """A mistake in input, config or files; shown without a traceback.
+
+    Args:
+        what: one sentence that says what is wrong.
+        where: file, row and field, or config key.
+        fix: what the user can do about it.
+    """
+
+    def __init__(self, what: str, where: str = "", fix: str = "") -> None:
+        self.what, self.where, self.fix = what, where, fix
+        lines = [what]
+        if where:
+            lines.append(f"  where: {where}")
+        if fix:
+            lines.append(f"  fix:   {fix}")
+        super().__init__("\n".join(lines))
+
+    def __reduce__(self) -> tuple:  # keeps what/where/fix across process boundaries
+        return type(self), (self.what, self.where, self.fix)
+
+
+class ConfigError(UserError):
+    """A configuration that cannot run."""
+
+
+class DataError(UserError):
+    """A dataset or conversation that cannot be used."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint or model folder that is missing, incomplete or does not fit."""
+
+
+class TrainingError(UserError):
+    """A run that must not go on, e.g. a loss that is not finite."""
+
+
+def run_cli(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None = None) -> None:
+    """Runs `main(argv)`; a UserError becomes `error: …` on stderr and exit code 2.
+
+    In a job of many processes all usually meet the same error: rank 0 says it, and ends the others before they
+    repeat it. An error of one other rank is said by that rank, a moment later.
+    """
+    try:
+        main(argv)
+    except UserError as error:
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(3)
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from None

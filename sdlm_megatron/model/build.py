@@ -1,0 +1,115 @@
+"""From a shape to a Megatron-Core model on this process."""
+
+import math
+
+import torch
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.nn.functional import silu
+
+from sdlm_megatron.config.schema import ModelConfig, ParallelConfig
+from sdlm_megatron.model.attention import SDLMCoreAttention
+from sdlm_megatron.model.gpt import SDLMModel
+from sdlm_megatron.model.names import partition_dim
+
+VOCAB_MULTIPLE = 128
+"""The embedding is padded to a multiple of this (Qwen2.5's own 151936 and 152064 are), whatever TP is."""
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """torch's RMSNorm with the mark Megatron-Core needs to sum its gradient under sequence parallelism."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: object) -> None:
+        device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype, device=device)
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+
+def padded_vocab(vocab_size: int, tensor: int) -> int:
+    """Rows of the embedding over all TP ranks."""
+    multiple = math.lcm(VOCAB_MULTIPLE, tensor)
+    return -(-vocab_size // multiple) * multiple
+
+
+def transformer_config(
+    shape: ModelConfig, parallel: ParallelConfig, *, dtype: torch.dtype, recompute: bool, initialize: bool
+) -> TransformerConfig:
+    """Megatron-Core's configuration of a Qwen2.5 / Llama shape."""
+    cuda = torch.cuda.is_available()
+    return TransformerConfig(
+        num_layers=shape.num_layers,
+        hidden_size=shape.hidden_size,
+        ffn_hidden_size=shape.ffn_hidden_size,
+        num_attention_heads=shape.num_attention_heads,
+        num_query_groups=shape.num_query_groups,
+        kv_channels=shape.head_dim or shape.hidden_size // shape.num_attention_heads,
+        layernorm_epsilon=shape.rms_norm_eps,
+        add_bias_linear=False,
+        add_qkv_bias=shape.qkv_bias,
+        gated_linear_unit=True,
+        activation_func=silu,
+        normalization="RMSNorm",
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        params_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        pipeline_dtype=dtype,
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        sequence_parallel=parallel.sequence,
+        recompute_granularity="full" if recompute else None,
+        recompute_method="uniform" if recompute else None,
+        recompute_num_layers=1 if recompute else None,
+        calculate_per_token_loss=True,
+        use_cpu_initialization=not cuda,
+        perform_initialization=initialize,
+        init_method_std=0.02,
+        bias_activation_fusion=cuda,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+        persist_layer_norm=False,
+        apply_rope_fusion=False,
+    )
+
+
+def block_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
+    """This stage's layers: Megatron-Core's own with our core attention and norm."""
+    spec = get_gpt_layer_local_spec(normalization="RMSNorm")
+    spec.submodules.self_attention.submodules.core_attention = SDLMCoreAttention
+    spec.submodules.input_layernorm = RMSNorm
+    spec.submodules.pre_mlp_layernorm = RMSNorm
+    return TransformerBlockSubmodules(layer_specs=[spec] * get_num_layers_to_build(config), layer_norm=RMSNorm)
+
+
+def build_model(
+    shape: ModelConfig,
+    config: TransformerConfig,
+    *,
+    first_stage: bool,
+    last_stage: bool,
+    max_positions: int,
+    causal_attn: bool,
+) -> SDLMModel:
+    """This process's pipeline stage."""
+    model = SDLMModel(
+        config=config,
+        transformer_layer_spec=block_spec(config),
+        vocab_size=padded_vocab(shape.vocab_size, config.tensor_model_parallel_size),
+        max_sequence_length=max_positions,
+        pre_process=first_stage,
+        post_process=last_stage,
+        share_embeddings_and_output_weights=shape.tied_embeddings,
+        rotary_base=shape.rope_theta,
+        real_vocab_size=shape.vocab_size,
+        causal_attn=causal_attn,
+    )
+    for name, parameter in model.named_parameters():
+        # Megatron-Core marks split tensors while it fills them; without the mark the gradient norm would count
+        # TP rank 0's part only. Where the weights come from a file nothing is filled, so the mark is set here.
+        dim = partition_dim(name)
+        if dim is not None and not hasattr(parameter, "tensor_model_parallel"):
+            set_tensor_model_parallel_attributes(parameter, True, dim, 1)
+    return model

@@ -1,0 +1,283 @@
+"""The report of a run: one HTML file with everything inside, readable from disk without a network."""
+
+import base64
+import io
+import json
+import platform
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from sdlm_megatron.diffusion.layout import RowLayout
+from sdlm_megatron.errors import DataError
+from sdlm_megatron.files import write_text
+from sdlm_megatron.observe import plots
+from sdlm_megatron.observe.console import format_count, format_duration
+from sdlm_megatron.observe.evaluation import load_evaluation
+from sdlm_megatron.observe.report_style import CSS
+from sdlm_megatron.observe.sinks import METRICS_FILE, read_metrics
+
+PACKAGES = ("torch", "megatron-core", "transformers", "numpy", "transformer-engine")
+MOST_ROWS = 512
+"""Rows looked at for the filling; of a larger dataset, this many at even distances."""
+
+
+class Rows(Protocol):
+    """What the report reads of a packed dataset (`data.format.PackedDataset` fits)."""
+
+    manifest: dict[str, Any]
+
+    def rows(self, epoch: int) -> int:
+        """Rows of an epoch."""
+
+    def read(self, epoch: int, row: int) -> tuple[np.ndarray, RowLayout]:
+        """Tokens and layout of a row."""
+
+
+def write_report(
+    run_dir: str | Path,
+    dataset: Rows | str | Path | None = None,
+    evaluation: Mapping[str, Any] | str | Path | None = None,
+    out: str | Path | None = None,
+    *,
+    title: str | None = None,
+    facts: Mapping[str, str] | None = None,
+    causal_attn: bool = False,
+) -> Path:
+    """Writes the report of a run folder and returns its path.
+
+    Args:
+        run_dir: holds metrics.jsonl, perhaps config.yaml and evaluation.json.
+        dataset: packed dataset or its folder; without it the mask and the filling are left out.
+        evaluation: see observe/evaluation.py; default RUN/evaluation.json where that exists.
+        out: the file to write; default RUN/report.html.
+        title: heading; default the folder's name.
+        facts: more lines for the table of facts, shown first.
+        causal_attn: how blocks were trained to see themselves.
+
+    Raises:
+        DataError: metrics.jsonl is missing, or one of the files cannot be read.
+    """
+    run = Path(run_dir)
+    if not (run / METRICS_FILE).exists():
+        raise DataError(f"no {METRICS_FILE} in the run folder", str(run), "name the folder of a run that has logged")
+    records = read_metrics(run / METRICS_FILE)
+    rows = _open_dataset(dataset) if dataset is not None else None
+    if evaluation is None and (run / "evaluation.json").exists():
+        evaluation = run / "evaluation.json"
+    measured = load_evaluation(evaluation) if evaluation is not None else None
+    heading = title or f"Run {run.resolve().name}"
+    sections = [
+        _facts_section(records, rows, facts or {}),
+        _loss_section(records),
+        *(_evaluation_sections(measured) if measured else []),
+        *(_dataset_sections(rows, causal_attn) if rows is not None else []),
+        _config_section(run),
+    ]
+    target = Path(out) if out is not None else run / "report.html"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_text(target, _page(heading, [s for s in sections if s]))
+    return target
+
+
+def _open_dataset(dataset: Rows | str | Path) -> Rows:
+    if not isinstance(dataset, (str, Path)):
+        return dataset
+    from sdlm_megatron.data.format import PackedDataset
+
+    return PackedDataset(dataset)
+
+
+# ---------------------------------------------------------------------------------------------- sections
+def _facts_section(records: Sequence[Mapping[str, Any]], rows: Rows | None, extra: Mapping[str, str]) -> str:
+    facts = dict(extra)
+    if records:
+        last = records[-1]
+        facts["steps"] = f"{last['step']} of {last.get('steps', last['step'])}"
+        facts["last loss"] = _number(last.get("loss"))
+        seconds = sum(r.get("step_time") or 0 for r in records)
+        useful = sum(r.get("useful_tokens") or 0 for r in records)
+        targets = sum(r.get("targets") or 0 for r in records)
+        facts["time in steps"] = format_duration(seconds)
+        if seconds > 0 and useful > 0:
+            facts["tokens trained"] = (
+                f"{format_count(useful)} without padding, {format_count(targets)} targets; "
+                f"{format_count(useful / seconds)} tokens a second"
+            )
+        resumed = [f"step {r['resumed_from']}" for r in records if "resumed_from" in r]
+        facts["resumed after"] = ", ".join(resumed) or "never stopped"
+    if rows is not None:
+        manifest = rows.manifest
+        facts["dataset"] = (
+            f"{rows.rows(0)} rows of {manifest['row_length']} tokens, block size {manifest['block_size']}, "
+            f"repeat {manifest['repeat']}, {float(manifest.get('mean_documents_per_row', 0)):.1f} documents a row"
+        )
+    facts["software"] = ", ".join([f"Python {platform.python_version()}", *_versions()])
+    facts["machine"] = f"{platform.system()} {platform.machine()}"
+    body = "".join(f"<tr><th>{escape(k)}</th><td>{escape(v)}</td></tr>" for k, v in facts.items())
+    return f'<section id="facts"><h2>The run</h2><div class="wide"><table class="facts">{body}</table></div></section>'
+
+
+def _loss_section(records: Sequence[Mapping[str, Any]]) -> str:
+    if not records:
+        return _section("loss", "Losses", "<p>No step has been logged yet.</p>")
+    text = (
+        "<p>A block copies one known token and predicts what follows it: slot 1 the next token, slot 2 the one after, "
+        "and so on. Later slots see less and cost more.</p>"
+    )
+    return _section("loss", "Losses per slot", text + _image(plots.loss_figure(records), "losses per slot by step"))
+
+
+def _evaluation_sections(measured: Mapping[str, Any]) -> Iterable[str]:
+    rows, baseline = measured["rows"], measured["baseline"]
+    if rows or baseline:
+        text = (
+            "<p>Decoding keeps, in each pass, the longest run of tokens whose confidence exceeds the threshold. "
+            "An answer is exact when every character is right.</p>"
+        )
+        figure = _image(plots.threshold_figure(rows, baseline), "tokens a pass and exact answers by threshold")
+        yield _section("decoding", "Speed and exactness", text + _evaluation_table([*rows, *baseline]) + figure)
+    if "sample" in measured:
+        yield _section("sample", "One answer, pass by pass", _sample(measured["sample"]))
+
+
+def _evaluation_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    head = "".join(f"<th>{t}</th>" for t in ("", "algorithm", "n", "τ", "tokens a pass", "exact", "prompts"))
+    lines = []
+    for row in rows:
+        cells = (
+            row["alg"],
+            row["n"],
+            "–" if row["threshold"] is None else f"{row['threshold']:g}",
+            f"{row['tokens_per_pass']:.2f}",
+            f"{row['exact']:.1%}",
+            row["n_prompts"],
+        )
+        values = "".join(f"<td>{escape(str(c))}</td>" for c in cells)
+        lines.append(f"<tr><th>{escape(row['name'])}</th>{values}</tr>")
+    table = f'<table class="numbers"><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table>'
+    return f'<div class="wide">{table}</div>'
+
+
+def _sample(sample: Mapping[str, Any]) -> str:
+    groups: list[tuple[int, list[str]]] = []
+    for token in sample["answer_tokens"]:
+        if not groups or groups[-1][0] != token["pass"]:
+            groups.append((token["pass"], []))
+        groups[-1][1].append(token["text"])
+    spans = []
+    for n, (number, texts) in enumerate(groups):
+        tokens = "".join(f"<i>{escape(_visible(t))}</i>" for t in texts)
+        label = f"pass {number}: {len(texts)} token{'s' * (len(texts) != 1)}"
+        spans.append(f'<span class="pass p{n % 6}" title="{label}">{tokens}<sub>{number}</sub></span>')
+    total, passes = len(sample["answer_tokens"]), len({t["pass"] for t in sample["answer_tokens"]})
+    summary = f"{total} tokens in {passes} passes: {total / max(passes, 1):.2f} tokens a pass."
+    answer = "".join(t["text"] for t in sample["answer_tokens"])
+    expected = sample.get("expected")
+    verdict = ""
+    if expected is not None:
+        same = answer.strip() == expected.strip()
+        verdict = "<p>The answer is exactly the expected one.</p>"
+        if not same:
+            verdict = f"<p>Expected was:</p><pre>{escape(expected)}</pre>"
+    return (
+        f'<p class="prompt">{escape(sample["prompt"])}</p><p class="answer">{"".join(spans)}</p>'
+        f"<p>Tokens in one box came in one forward pass (its number below). {summary}</p>{verdict}"
+    )
+
+
+def _visible(text: str) -> str:
+    return text.replace("\n", "⏎")
+
+
+def _dataset_sections(rows: Rows, causal_attn: bool) -> Iterable[str]:
+    count, row_length = rows.rows(0), int(rows.manifest["row_length"])
+    if count == 0:
+        return
+    _, layout = rows.read(0, 0)
+    shown = plots.crop_layout(layout)
+    whole = shown.used == layout.used
+    length = min(row_length, plots.MASK_TOKENS) if whole else shown.used
+    length = max(length, shown.used)
+    note = "" if whole and length == row_length else f" Shown are {length} of the row's {row_length} tokens."
+    text = (
+        "<p>Documents share a row and do not see each other. First come the clean tokens of all of them, then their "
+        f"blocks, then padding. This is the first row of the dataset.{note}</p>"
+    )
+    figure = plots.mask_figure(shown, length, causal_attn=causal_attn)
+    body = text + _image(figure, "visibility mask of one packed row")
+    with_blocks = np.flatnonzero(shown.n_blocks)
+    if len(with_blocks):
+        zoom = plots.zoom_figure(shown, int(with_blocks[0]), causal_attn=causal_attn)
+        body += (
+            "<p>A few neighbouring blocks of a document, enlarged. A block sees the clean tokens before its start "
+            "(dotted: the start itself, which the block holds as its own first token) and itself, never another "
+            "block.</p>"
+        ) + _image(zoom, "visibility of a few blocks")
+    yield _section("mask", "Who sees whom", body)
+    fill = read_fill(rows)
+    some = "" if count <= MOST_ROWS else f" ({MOST_ROWS} of {count} rows, at even distances)"
+    text = (
+        f"<p>Each bar is a row of {row_length} tokens{some}. Clean tokens and blocks are useful; padding is what "
+        "packing could not fill.</p>"
+    )
+    yield _section("fill", "How rows are filled", text + _image(plots.fill_figure(fill), "filling of rows"))
+
+
+def read_fill(rows: Rows) -> plots.Fill:
+    """Token counts of the rows of epoch 0, at most MOST_ROWS of them at even distances."""
+    count = rows.rows(0)
+    chosen = np.unique(np.linspace(0, count - 1, min(count, MOST_ROWS)).astype(int))
+    layouts = [rows.read(0, int(i))[1] for i in chosen]
+    clean = np.array([layout.n_clean for layout in layouts], dtype=np.int64)
+    block = np.array([layout.n_block_tokens for layout in layouts], dtype=np.int64)
+    return plots.Fill(clean, block, int(rows.manifest["row_length"]))
+
+
+def _config_section(run: Path) -> str:
+    file = run / "config.yaml"
+    if not file.exists():
+        return ""
+    text = escape(file.read_text(encoding="utf-8"))
+    return _section("config", "Configuration", f"<details><summary>config.yaml</summary><pre>{text}</pre></details>")
+
+
+# ------------------------------------------------------------------------------------------------ pieces
+def _section(name: str, heading: str, body: str) -> str:
+    return f'<section id="{name}"><h2>{escape(heading)}</h2>{body}</section>'
+
+
+def _image(figure: Figure, alt: str) -> str:
+    """A figure as an inline picture. PNG at twice the size: sharp on dense screens, and no ids that could clash."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=200, metadata={"Software": None})
+    data = base64.b64encode(buffer.getvalue()).decode("ascii")
+    return f'<figure><img alt="{escape(alt)}" src="data:image/png;base64,{data}"></figure>'
+
+
+def _page(heading: str, sections: Sequence[str]) -> str:
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(heading)}</title><style>{CSS}</style></head>\n"
+        f"<body><main><h1>{escape(heading)}</h1>\n" + "\n".join(sections) + "\n</main></body></html>\n"
+    )
+
+
+def _versions() -> list[str]:
+    found = []
+    for name in PACKAGES:
+        try:
+            found.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4f}" if isinstance(value, (int, float)) else json.dumps(value)

@@ -1,0 +1,194 @@
+"""Where the log records of a run go: JSONL, TensorBoard and W&B behind one `log(step, record)`.
+
+    RUN/metrics.jsonl     exactly one JSON object a logged step, whatever was stopped and resumed in between
+    RUN/tensorboard/      event files; after a resume the steps that are done again replace the old ones
+    RUN/wandb/            W&B's own files, and run-id: a resumed run goes on as the same W&B run
+
+Open them on one process only.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+
+from sdlm_megatron.errors import DataError
+from sdlm_megatron.files import write_text
+from sdlm_megatron.observe.wandb_sink import open_wandb
+
+Record = Mapping[str, float | int | str]
+METRICS_FILE = "metrics.jsonl"
+
+
+class SinkSettings(Protocol):
+    """What `Sinks.open` reads from the configuration; any object with these attributes will do."""
+
+    @property
+    def tensorboard(self) -> bool:
+        """Write TensorBoard event files."""
+
+    @property
+    def wandb(self) -> str:
+        """ "disabled", "offline" or "online"."""
+
+    @property
+    def wandb_project(self) -> str:
+        """Name of the W&B project."""
+
+
+class Sink(Protocol):
+    """Takes log records."""
+
+    def log(self, step: int, record: Record) -> None:
+        """Writes the record of one step; steps ascend."""
+
+    def close(self) -> None:
+        """Writes what is pending; no `log` after it."""
+
+
+class JsonlSink:
+    """Appends records to a JSONL file, one object a line, flushed line by line.
+
+    Args:
+        path: the file; made when missing.
+        resume_step: the last step of the checkpoint the run goes on from, 0 for a run from the start. Records of
+            later steps are dropped, for those steps are done again; the file is replaced in one step.
+        resume_note: goes into the first record after a resume beside `resumed_from`, e.g. "DP 2".
+    """
+
+    def __init__(self, path: Path, *, resume_step: int = 0, resume_note: str = "") -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            kept = [line for record, line in _lines(path) if int(record["step"]) <= resume_step]
+            write_text(path, "".join(kept))
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
+        self._mark: dict[str, int | str] = {}
+        if resume_step > 0:
+            self._mark = {"resumed_from": resume_step}
+            if resume_note:
+                self._mark["resume_note"] = resume_note
+
+    def log(self, step: int, record: Record) -> None:
+        fields = {"step": step, **record, **self._mark}
+        self._mark = {}
+        # JSON has no NaN: null keeps the line readable by every parser
+        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in fields.items()}
+        self._file.write(json.dumps(clean, ensure_ascii=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class TensorBoardSink:
+    """Writes the numbers of each record as scalars; steps after `resume_step` that an earlier run wrote are purged."""
+
+    def __init__(self, folder: Path, *, resume_step: int = 0) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # slow to import, and not every run wants it
+
+        again = resume_step + 1 if folder.exists() else None
+        self._writer = SummaryWriter(str(folder), purge_step=again)
+
+    def log(self, step: int, record: Record) -> None:
+        for key, value in record.items():
+            if key != "step" and isinstance(value, (int, float)):
+                self._writer.add_scalar(_group(key), value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class Sinks:
+    """All sinks of a run behind one `log`. A context manager; `close` is safe to call twice."""
+
+    def __init__(self, sinks: list[Sink]) -> None:
+        self._sinks = sinks
+
+    @classmethod
+    def open(
+        cls,
+        run_dir: str | Path,
+        settings: SinkSettings,
+        resume_step: int = 0,
+        *,
+        run_config: Mapping[str, Any] | None = None,
+        resume_note: str = "",
+    ) -> "Sinks":
+        """Opens the sinks that `settings` asks for.
+
+        Args:
+            run_dir: the run's folder; its last part is the W&B run's name.
+            settings: see `SinkSettings`.
+            resume_step: step of the checkpoint the run goes on from, 0 for a run from the start.
+            run_config: the resolved configuration, shown by W&B.
+            resume_note: what changed at the resume, e.g. "PP 1, DP 2"; the report shows it.
+
+        Raises:
+            DataError: metrics.jsonl holds a line that is no record.
+        """
+        folder = Path(run_dir)
+        sinks: list[Sink] = [JsonlSink(folder / METRICS_FILE, resume_step=resume_step, resume_note=resume_note)]
+        if settings.tensorboard:
+            sinks.append(TensorBoardSink(folder / "tensorboard", resume_step=resume_step))
+        wandb_sink = open_wandb(
+            folder, mode=settings.wandb, project=settings.wandb_project, run_config=dict(run_config or {})
+        )
+        if wandb_sink is not None:
+            sinks.append(wandb_sink)
+        return cls(sinks)
+
+    def log(self, step: int, record: Record) -> None:
+        """Hands the record of one step to every sink."""
+        for sink in self._sinks:
+            sink.log(step, record)
+
+    def close(self) -> None:
+        """Closes every sink."""
+        while self._sinks:
+            self._sinks.pop().close()
+
+    def __enter__(self) -> "Sinks":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl in the file's order; DataError when a line is no record."""
+    return [record for record, _ in _lines(Path(path))]
+
+
+def _lines(path: Path) -> list[tuple[dict[str, Any], str]]:
+    """Records with their lines; a last line without its newline was cut by a crash and does not count."""
+    found = []
+    text = path.read_text(encoding="utf-8", errors="replace")
+    for number, line in enumerate(text.splitlines(keepends=True), start=1):
+        if not line.endswith("\n"):
+            break
+        try:
+            record = json.loads(line)
+            int(record["step"])
+        except (ValueError, KeyError, TypeError):
+            raise DataError(
+                "the line is no log record with a step",
+                f"{path}, line {number}",
+                "remove the line, or move the file away to start a new one",
+            ) from None
+        found.append((record, line))
+    return found
+
+
+def _group(key: str) -> str:
+    """TensorBoard tag of a field: related fields share a tab."""
+    if key == "loss" or key.startswith("loss_"):
+        return f"loss/{key}"
+    if key in ("grad_norm", "lr"):
+        return f"optimizer/{key}"
+    if key.endswith("_per_s") or key in ("mfu", "step_time", "memory_gb", "eta_s"):
+        return f"speed/{key}"
+    return f"data/{key}"

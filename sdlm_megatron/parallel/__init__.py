@@ -1,0 +1,1 @@
+"""Running the model on many processes: groups, CPU redirect, one training step."""

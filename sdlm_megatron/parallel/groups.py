@@ -1,0 +1,86 @@
+"""Processes and their groups: set up once, then passed around as one frozen object."""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from sdlm_megatron.config.schema import ParallelConfig
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Position of this process in every kind of parallelism."""
+
+    rank: int
+    world_size: int
+    tp_rank: int
+    tp_size: int
+    pp_rank: int
+    pp_size: int
+    dp_rank: int
+    dp_size: int
+    device: torch.device
+    collection: ProcessGroupCollection
+    """Megatron-Core's groups, for the modules that take them."""
+
+    @property
+    def first_stage(self) -> bool:
+        return self.pp_rank == 0
+
+    @property
+    def last_stage(self) -> bool:
+        return self.pp_rank == self.pp_size - 1
+
+    @property
+    def device_name(self) -> str:
+        """Such as "NVIDIA H100 80GB HBM3", or "cpu"."""
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
+
+    @property
+    def main(self) -> bool:
+        """The one process that prints and writes."""
+        return self.rank == 0
+
+
+def init_groups(config: ParallelConfig, *, seed: int, timeout_minutes: int = 30) -> Groups:
+    """Joins the process group (torchrun / srun environment; alone without one) and builds Megatron-Core's groups."""
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        timeout = timedelta(minutes=timeout_minutes)
+        if "WORLD_SIZE" in os.environ:
+            dist.init_process_group("nccl" if cuda else "gloo", timeout=timeout)
+        else:  # one process started by hand: no rendezvous, no port
+            dist.init_process_group(
+                "nccl" if cuda else "gloo", store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
+            )
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=config.tensor, pipeline_model_parallel_size=config.pipeline
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    return Groups(
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tp_size=config.tensor,
+        pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        pp_size=config.pipeline,
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        dp_size=parallel_state.get_data_parallel_world_size(),
+        device=device,
+        collection=ProcessGroupCollection.use_mpu_process_groups(),
+    )
+
+
+def close_groups() -> None:
+    """Leaves the process group; ranks wait for each other first, so that none is cut off."""
+    if dist.is_initialized():
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()

@@ -1,0 +1,128 @@
+"""Megatron-Core's optimizer and learning rate, set up from our configuration."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig as McoreOptimizerConfig
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from sdlm_megatron.config.schema import OptimizerConfig, ParallelConfig, ScheduleConfig
+from sdlm_megatron.model.gpt import SDLMModel
+from sdlm_megatron.parallel.groups import Groups
+
+
+def wrap_ddp(model: SDLMModel, parallel: ParallelConfig) -> DistributedDataParallel:
+    """Gradient buffers in fp32, reduced over data parallelism."""
+    config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=parallel.distributed_optimizer,
+    )
+    return DistributedDataParallel(model.config, config, model)
+
+
+def build_optimizer(
+    model: DistributedDataParallel, config: OptimizerConfig, parallel: ParallelConfig, groups: Groups
+) -> MegatronOptimizer:
+    """AdamW with fp32 master weights; biases and norms are not decayed."""
+    mcore = McoreOptimizerConfig(
+        optimizer="adam",
+        lr=config.lr,
+        min_lr=0.0,
+        weight_decay=config.weight_decay,
+        adam_beta1=config.beta1,
+        adam_beta2=config.beta2,
+        adam_eps=config.eps,
+        clip_grad=config.clip_grad,
+        bf16=model.config.params_dtype is torch.bfloat16,
+        params_dtype=model.config.params_dtype,
+        use_distributed_optimizer=parallel.distributed_optimizer,
+    )
+    optimizer = get_megatron_optimizer(mcore, [model], use_gloo_process_groups=False)
+    for inner in _inner(optimizer):
+        if _is_torch_adam(inner):  # neither Apex nor TransformerEngine: torch's one-pass kernel, 4x its loop on a CPU
+            for group in inner.param_groups:
+                group["fused"], group["foreach"] = True, False
+    return optimizer
+
+
+def build_schedule(
+    optimizer: MegatronOptimizer, config: ScheduleConfig, peak: float, steps: int
+) -> OptimizerParamScheduler:
+    """Learning rate as a function of the step: set `.num_steps`, then `.step(0)`."""
+    style = {"wsd": "WSD"}.get(config.style, config.style)
+    warmup = min(config.warmup_steps, steps - 1)
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=peak,
+        min_lr=config.min_lr,
+        lr_warmup_steps=warmup,
+        lr_decay_steps=steps,
+        lr_decay_style=style,
+        start_wd=optimizer.config.weight_decay,
+        end_wd=optimizer.config.weight_decay,
+        wd_incr_steps=steps,
+        wd_incr_style="constant",
+        wsd_decay_steps=config.decay_steps if style == "WSD" else None,
+        lr_wsd_decay_style="linear" if style == "WSD" else None,
+        use_checkpoint_opt_param_scheduler=False,
+    )
+
+
+def _inner(optimizer: Any) -> Iterator[torch.optim.Optimizer]:
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if part.optimizer is not None:
+            yield part.optimizer
+
+
+def prime_state(optimizer: MegatronOptimizer) -> None:
+    """Creates the empty Adam state before a checkpoint is loaded into it.
+
+    torch's Adam creates it on the first step, but Megatron-Core's loader reads the step counter of the existing
+    state. (Apex's and TransformerEngine's Adam keep the counter in the parameter group and need nothing.)
+    """
+    for inner in _inner(optimizer):
+        if _is_torch_adam(inner):
+            for group in inner.param_groups:
+                for parameter in group["params"]:
+                    state = inner.state[parameter]
+                    if not state:
+                        state["step"] = torch.tensor(0.0, device=parameter.device)  # where the fused kernel wants it
+                        state["exp_avg"] = torch.zeros_like(parameter.data)
+                        state["exp_avg_sq"] = torch.zeros_like(parameter.data)
+
+
+def load_state(optimizer: MegatronOptimizer, state: dict) -> None:
+    """`optimizer.load_state_dict`, with what torch's Adam needs on top (Megatron-Core expects Apex or TE).
+
+    Two repairs: the resharded load copies every entry of a parameter's state but is not given the step counter;
+    and afterwards all parameters share one counter tensor, which torch's Adam advances in place, once a parameter:
+    the bias correction would be wrong from the second step on.
+    """
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if isinstance(part, DistributedOptimizer) and _is_torch_adam(part.optimizer):
+            _keep_step_on_load(part)
+    optimizer.load_state_dict(state)
+    for inner in _inner(optimizer):
+        for entry in inner.state.values():
+            if isinstance(entry.get("step"), torch.Tensor):
+                entry["step"] = entry["step"].clone()
+
+
+def _is_torch_adam(inner: object) -> bool:
+    return isinstance(inner, torch.optim.Adam | torch.optim.AdamW)
+
+
+def _keep_step_on_load(part: Any) -> None:
+    setter = type(part)._set_main_param_and_optimizer_states
+
+    def with_step(model_param: torch.Tensor, tensors: dict) -> None:
+        group, order = part.model_param_group_index_map[model_param]
+        parameter = part.optimizer.param_groups[group]["params"][order]
+        setter(part, model_param, {**tensors, "step": part.optimizer.state[parameter]["step"]})
+
+    part._set_main_param_and_optimizer_states = with_step

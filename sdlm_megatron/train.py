@@ -1,0 +1,83 @@
+"""Entry point of training: `torchrun --nproc-per-node N -m sdlm_megatron.train --config PRESET_OR_FILE [--a.b=c]`."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+
+from sdlm_megatron.config.load import PRESETS, parse_cli, save_config
+from sdlm_megatron.config.schema import RunConfig
+from sdlm_megatron.config.validate import check_run
+from sdlm_megatron.data.format import PackedDataset
+from sdlm_megatron.errors import run_cli
+from sdlm_megatron.observe.console import Console
+from sdlm_megatron.observe.peak_flops import peak_flops
+from sdlm_megatron.observe.sinks import Sinks
+from sdlm_megatron.start import Plan, describe, make_plan
+
+EXAMPLE = "torchrun --nproc-per-node 2 -m sdlm_megatron.train --config sdlm_3b_d4 --data.path=DIR --checkpoint.base=DIR"
+
+
+def _options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dry-run", action="store_true", help="check everything, say what would be trained, and exit")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Loads the configuration, builds, trains."""
+    config, args = parse_cli(
+        RunConfig, presets=PRESETS, description=__doc__ or "", example=EXAMPLE, argv=argv, extra=_options
+    )
+    check_run(config, int(os.environ.get("WORLD_SIZE", 1)))
+    train(config, dry_run=args.dry_run)
+
+
+def train(config: RunConfig, *, dry_run: bool = False) -> None:
+    """Runs a checked configuration on this process, together with the others of the job."""
+    main_process = os.environ.get("RANK", "0") == "0"
+    say = (lambda text: print(text, flush=True)) if main_process else (lambda text: None)
+    dataset = PackedDataset(config.data.path)
+    plan = make_plan(config, dataset, say)
+    dp_size = int(os.environ.get("WORLD_SIZE", 1)) // (config.parallel.tensor * config.parallel.pipeline)
+    say(describe(config, plan, dataset, dp_size))
+    if not dry_run:
+        _run(config, plan, dataset)
+
+
+def _run(config: RunConfig, plan: Plan, dataset: PackedDataset) -> None:
+    """Joins the other processes, builds, and trains."""
+    from sdlm_megatron.parallel import compat, cpu
+
+    compat.silence_known_notices()
+    cpu.install()  # before anything imports megatron
+    from sdlm_megatron.parallel.engine import Engine
+    from sdlm_megatron.parallel.groups import close_groups, init_groups
+    from sdlm_megatron.trainer import Trainer
+
+    groups = init_groups(config.parallel, seed=config.train.seed)
+    engine = Engine(
+        config,
+        plan.state.shape,
+        groups,
+        max_positions=dataset.row_length + config.diffusion.block_size,
+        steps=plan.steps,
+        initialize=plan.kind == "random",
+    )
+    sinks, console = None, None
+    if groups.main:
+        run_dir = Path(config.run_dir)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        save_config(config, run_dir / "config.yaml")
+        layout = f"TP {groups.tp_size}, PP {groups.pp_size}, DP {groups.dp_size}"
+        sinks = Sinks.open(run_dir, config.observe, plan.state.step, run_config=asdict(config), resume_note=layout)
+        show_mfu = peak_flops(groups.device_name) is not None
+        console = Console(steps=plan.steps, block_size=config.diffusion.block_size, show_mfu=show_mfu)
+    with sinks or nullcontext():
+        Trainer(config, plan, engine, dataset, sinks, console).fit()
+    close_groups()
+
+
+if __name__ == "__main__":
+    run_cli(main, sys.argv[1:])

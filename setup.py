@@ -1,0 +1,67 @@
+"""Packages, dependencies (ranges) and extras. The exact set that was tested is in constraints.txt."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+
+
+def read_version() -> str:
+    """The version string in sdlm_megatron/__init__.py, read without importing the package."""
+    text = (ROOT / "sdlm_megatron" / "__init__.py").read_text(encoding="utf-8")
+    return next(line.split('"')[1] for line in text.splitlines() if line.startswith("__version__"))
+
+
+def read_readme() -> str:
+    readme = ROOT / "README.md"
+    return readme.read_text(encoding="utf-8") if readme.exists() else ""
+
+
+setup(
+    name="sdlm-megatron",
+    version=read_version(),
+    description="Train Sequential Diffusion Language Models on Megatron-Core: conversations in, checkpoint out",
+    long_description=read_readme(),
+    long_description_content_type="text/markdown",
+    python_requires=">=3.11",
+    packages=find_packages(
+        include=[
+            f"{name}{suffix}"
+            for name in ("sdlm_megatron", "data_prep", "checkpoints_tools", "quickstart")
+            for suffix in ("", ".*")
+        ]
+    ),
+    package_data={"": ["*.yaml", "presets/*.yaml", "py.typed"]},
+    install_requires=[
+        "torch>=2.6",
+        "megatron-core>=0.16.1,<0.20",
+        "transformers>=5.0",
+        "tokenizers>=0.21",
+        "datasets>=3.0",
+        "sentencepiece>=0.2",
+        "safetensors>=0.4.5",
+        "omegaconf>=2.3",
+        "pyyaml>=6.0",
+        "rich>=13.0",
+        "matplotlib>=3.8",
+        "wandb>=0.31",
+        "tensorboard>=2.16",
+        "psutil>=5.9",
+        "numpy>=1.26",
+        "gguf>=0.10",
+    ],
+    extras_require={
+        "gpu": ["transformer-engine[pytorch]"],
+        "test": [
+            "pytest>=8.0",
+            "hypothesis>=6.100",
+            "pytest-timeout>=2.3",
+            "pytest-xdist>=3.6",
+            "ruff>=0.9",
+            "mypy>=1.13",
+            "types-PyYAML>=6.0",
+            "import-linter>=2.1",
+        ],
+    },
+)

@@ -1,0 +1,56 @@
+"""A byte-level ChatML tokenizer without merges: one token a byte, so that token counts can be written by
+hand."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from quickstart.qwen_vocab import byte_alphabet
+
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+PAD, IM_START, IM_END = 256, 257, 258
+"""Ids of SPECIAL; the first free id is 260 because of the plain added token."""
+TOOL = 259
+
+
+def definition(*extra_special: str) -> dict[str, Any]:
+    """Content of its tokenizer.json; `extra_special` tokens follow from id 260."""
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+    tokens = [*((t, True) for t in SPECIAL), ("<tool_call>", False), *((t, True) for t in extra_special)]
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            {"id": PAD + i, "content": token, **flags, "special": special} for i, (token, special) in enumerate(tokens)
+        ],
+        "normalizer": None,
+        "pre_tokenizer": level,
+        "post_processor": level,
+        "decoder": level,
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": "",
+            "end_of_word_suffix": "",
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "vocab": {letter: byte for byte, letter in byte_alphabet().items()},
+            "merges": [],
+        },
+    }
+
+
+def write_folder(folder: Path, *extra_special: str) -> Path:
+    """Writes the tokenizer into `folder` as a base model's folder has it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tokenizer.json").write_text(json.dumps(definition(*extra_special)))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>",
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder

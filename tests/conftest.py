@@ -1,0 +1,39 @@
+"""Fixtures shared by the tests."""
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+os.environ.setdefault("WANDB_SILENT", "true")
+
+
+@pytest.fixture(scope="session")
+def make_engine() -> Callable:
+    """Builds single-process engines inside pytest: Megatron-Core for real, over gloo."""
+    from sdlm_megatron.parallel import cpu
+
+    cpu.install()
+    from sdlm_megatron.config.schema import RunConfig
+    from sdlm_megatron.model.hf_folder import read_hf_config
+    from sdlm_megatron.model.shape import shape_of
+    from sdlm_megatron.parallel.engine import Engine
+    from sdlm_megatron.parallel.groups import init_groups
+
+    config = RunConfig()
+    groups = init_groups(config.parallel, seed=1)
+
+    def build(folder: Path, *, block_size: int = 4, causal_attn: bool = False, rows: bool = False) -> Engine:
+        config = RunConfig()
+        config.train.precision = "fp32"
+        config.train.loss_normalization = "rows" if rows else "targets"
+        config.diffusion.block_size, config.diffusion.causal_attn = block_size, causal_attn
+        shape = shape_of(read_hf_config(folder))
+        engine = Engine(config, shape, groups, max_positions=4096, steps=10, initialize=False)
+        engine.load_base(folder, shape, new_mask=None)
+        return engine
+
+    return build

@@ -1,0 +1,190 @@
+"""Hugging Face -> Megatron-Core -> Hugging Face: bit for bit, also through TP and PP; logits equal transformers'."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import EOS, MASK, PAD, make_dataset, make_hf, run_python, train
+from safetensors.torch import load_file
+
+from sdlm_megatron.diffusion.layout import pack_row
+from sdlm_megatron.diffusion.mask import visible_row
+from sdlm_megatron.diffusion.row import make_micro_batch
+
+pytestmark = pytest.mark.distributed
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {k: v for file in sorted(folder.glob("*.safetensors")) for k, v in load_file(file).items()}
+
+
+def assert_bitwise(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
+    assert set(found) == set(wanted)
+    for name, tensor in wanted.items():
+        assert found[name].dtype == tensor.dtype, name
+        assert torch.equal(found[name], tensor), name
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_converters_round_trip(tmp_path: Path, tied: bool, dtype: torch.dtype) -> None:
+    """Vocabulary 264 is padded to 384 on the way; SDLM's keys travel along."""
+    hf = make_hf(tmp_path / "hf", tied=tied, dtype=dtype)
+    run_python("-m", "checkpoints_tools.hf_to_mcore", "--hf", str(hf), "--out", str(tmp_path / "mcore"))
+    out = tmp_path / "out"
+    done = run_python(
+        *("-m", "checkpoints_tools.mcore_to_hf", "--ckpt", str(tmp_path / "mcore"), "--out", str(out)),
+        *("--max-shard-gb", "0.00005"),
+    )
+    assert "no tokenizer" in done.stderr + done.stdout
+    assert len(list(out.glob("*.safetensors"))) > 1
+    assert_bitwise(tensors(out), tensors(hf))
+    before, after = (json.loads((f / "config.json").read_text()) for f in (hf, out))
+    for key in ("block_size", "causal_attn", "text_mask_token", "text_mask_token_id", "vocab_size", "rope_theta"):
+        assert after[key] == before[key]
+    assert after["torch_dtype"] == str(dtype).removeprefix("torch.")
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("layout", [{"parallel.tensor": 2}, {"parallel.pipeline": 2}], ids=["TP2", "PP2"])
+def test_through_a_training_checkpoint(tmp_path: Path, tied: bool, layout: dict[str, object]) -> None:
+    """Loaded straight into the shards of a TP2 or PP2 run, saved by it, exported: the same bits.
+
+    The learning rate is so small that fp32 weights cannot change.
+    """
+    hf = make_hf(tmp_path / "hf", tied=tied)
+    run = {"run_dir": tmp_path / "run", "data.path": make_dataset(tmp_path / "data"), "checkpoint.base": hf}
+    rest = {"model.num_layers": 0, "train.steps": 1, "optimizer.lr": 1e-30, "optimizer.weight_decay": 0}
+    train({**run, **rest, **layout}, processes=2)
+    out = tmp_path / "out"
+    run_python("-m", "checkpoints_tools.mcore_to_hf", "--ckpt", str(tmp_path / "run"), "--out", str(out))
+    assert_bitwise(tensors(out), tensors(hf))
+
+
+@pytest.mark.parametrize(
+    "form", [{}, {"tied": False}, {"bias": False}, {"heads": 4, "kv": 4}], ids=["tied", "untied", "llama", "no GQA"]
+)
+def test_logits_equal_transformers(make_engine: Callable, tmp_path: Path, form: dict) -> None:
+    """Clean tokens of one document through transformers' own model; losses of every target through ours.
+
+    A block that begins at p with D = 1 sees x[0..p-1] and itself: it is x[p]'s plain causal row.
+    """
+    from transformers import AutoModelForCausalLM
+
+    folder = make_hf(tmp_path / "hf", **form)
+    ids = torch.randint(0, 256, (1, 40), generator=torch.Generator().manual_seed(1))
+    tokens, layout = pack_row([(0, ids[0].numpy(), torch.arange(1, 39).numpy())], block_size=1, mask_token_id=MASK)
+    batch = make_micro_batch(tokens, layout, row_length=96, pad_token_id=PAD, eos_token_id=EOS, number=0)
+    engine = make_engine(folder, block_size=1)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        nll = engine.module(batch)
+        logits = model(ids).logits
+    wanted = torch.nn.functional.cross_entropy(logits[0, 1:39], ids[0, 2:40], reduction="none")
+    torch.testing.assert_close(nll, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_block_logits_equal_transformers_with_our_mask(make_engine: Callable, tmp_path: Path) -> None:
+    """A packed row of two documents through transformers' Qwen2 with the dense mask and our positions."""
+    from transformers import AutoModelForCausalLM
+
+    from sdlm_megatron.diffusion.layout import row_positions
+
+    folder = make_hf(tmp_path / "hf", tied=False)
+    generator = torch.Generator().manual_seed(2)
+    documents = [
+        (i, torch.randint(0, 256, (n,), generator=generator).numpy(), torch.tensor(starts).numpy())
+        for i, (n, starts) in enumerate([(20, [3, 9, 10, 17]), (12, [5, 10])])
+    ]
+    tokens, layout = pack_row(documents, block_size=4, mask_token_id=MASK)
+    batch = make_micro_batch(tokens, layout, row_length=64, pad_token_id=PAD, eos_token_id=EOS, number=0)
+    engine = make_engine(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
+    mask = torch.from_numpy(visible_row(layout, layout.used))[None, None]
+    positions = torch.from_numpy(row_positions(layout)).long()[None]
+    with torch.no_grad():
+        nll = engine.module(batch)
+        logits = model(torch.from_numpy(tokens).long()[None], attention_mask=mask, position_ids=positions).logits[0]
+    wanted = torch.nn.functional.cross_entropy(logits[batch.label_index], batch.label_targets, reduction="none")
+    torch.testing.assert_close(nll, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: (f / "model.safetensors").unlink(), "neither model.safetensors"),
+        (
+            lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-8]),
+            "cannot be read",
+        ),
+        (lambda f: (f / "config.json").unlink(), "config.json"),
+        (
+            lambda f: (f / "config.json").write_text((f / "config.json").read_text().replace('"qwen2"', '"gpt2"')),
+            "model_type 'gpt2' is not supported",
+        ),
+        (
+            lambda f: (f / "config.json").write_text(
+                (f / "config.json").read_text().replace('"num_hidden_layers": 2', '"num_hidden_layers": 3')
+            ),
+            "model.layers.2",
+        ),
+    ],
+)
+def test_broken_folders_are_named(tmp_path: Path, damage: Callable, message: str) -> None:
+    hf = make_hf(tmp_path / "hf")
+    damage(hf)
+    command = ("-m", "checkpoints_tools.hf_to_mcore", "--hf", str(hf), "--out", str(tmp_path / "out"))
+    done = run_python(*command, check=False)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_half_written_checkpoint_is_refused_and_nothing_overwritten(tmp_path: Path) -> None:
+    hf = make_hf(tmp_path / "hf")
+    mcore = tmp_path / "mcore"
+    run_python("-m", "checkpoints_tools.hf_to_mcore", "--hf", str(hf), "--out", str(mcore))
+    again = run_python("-m", "checkpoints_tools.hf_to_mcore", "--hf", str(hf), "--out", str(mcore), check=False)
+    assert again.returncode == 2
+    assert "exists already" in again.stderr
+    cut = tmp_path / "cut"
+    shutil.copytree(mcore, cut)
+    shard = next((cut / "weights").glob("*.distcp"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    (tmp_path / "unfinished").mkdir()
+    for folder, message in (
+        (cut, shard.name),
+        (tmp_path / "unfinished", "complete.json"),
+        (tmp_path / "no", "no such"),
+    ):
+        command = ("-m", "checkpoints_tools.mcore_to_hf", "--ckpt", str(folder), "--out", str(tmp_path / "out"))
+        done = run_python(*command, check=False)
+        assert done.returncode == 2
+        assert message in done.stderr
+        assert "Traceback" not in done.stderr
+        assert not (tmp_path / "out").exists()
+
+
+def test_training_from_mismatched_parts_says_so(tmp_path: Path) -> None:
+    """One line each: other D, other mask id, a shape the base does not have, TP that does not divide."""
+    hf, data = make_hf(tmp_path / "hf"), make_dataset(tmp_path / "data")
+    common = {"run_dir": tmp_path / "run", "data.path": data, "checkpoint.base": hf, "model.num_layers": 0}
+    other_mask = make_dataset(tmp_path / "mask", mask_token_id=200)
+    cases: list[tuple[dict[str, object], str]] = [
+        ({"diffusion.block_size": 8}, "expanded with block size 4, the run wants 8"),
+        ({"data.path": other_mask}, "mask token has id 200, the model's 259"),
+        ({"model.num_layers": 3}, "model.num_layers is 3, the base has 2"),
+        ({"data.path": tmp_path / "nowhere"}, "not a packed dataset"),
+        ({"checkpoint.base": tmp_path / "nowhere"}, "config.json"),
+        ({"optimizer.lrate": 1}, "did you mean"),
+    ]
+    for change, message in cases:
+        done = train({**common, **change}, check=False)
+        assert done.returncode == 2, change
+        assert message in done.stderr, done.stderr
+        assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()

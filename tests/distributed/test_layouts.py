@@ -1,0 +1,90 @@
+"""The same ten steps under every layout, from one set of weights: losses and gradient norms agree."""
+
+from pathlib import Path
+
+import pytest
+from helpers import make_dataset, make_hf, read_metrics, train
+
+pytestmark = pytest.mark.distributed
+
+STEPS = 10
+# name -> processes, settings. 7 rows a step are no multiple of DP 2: one empty row fills up.
+LAYOUTS: dict[str, tuple[int, dict[str, object]]] = {
+    "TP1": (1, {}),
+    "TP2+SP": (2, {"parallel.tensor": 2, "parallel.sequence": True}),
+    "PP2": (2, {"parallel.pipeline": 2}),
+    "TP2+SP+PP2": (4, {"parallel.tensor": 2, "parallel.sequence": True, "parallel.pipeline": 2}),
+    "DP2 replicated optimizer": (2, {"parallel.distributed_optimizer": False}),
+    "DP2 distributed optimizer": (2, {}),
+    "full recompute": (1, {"train.recompute": True}),
+    "TP4, more than KV heads": (4, {"parallel.tensor": 4}),
+}
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("layouts")
+    # untied here; the tied head under TP2 and PP2 is below and in the resume test
+    return make_dataset(folder / "data", rows=30), make_hf(folder / "hf", tied=False, layers=2)
+
+
+def run(material: tuple[Path, Path], run_dir: Path, processes: int, settings: dict[str, object]) -> list[dict]:
+    data, base = material
+    common = {
+        "run_dir": run_dir,
+        "data.path": data,
+        "checkpoint.base": base,
+        "model.num_layers": 0,  # read the shape from the base
+        "train.steps": STEPS,
+        "train.global_batch": 7,
+        "checkpoint.save_every": 0,
+        "observe.tensorboard": False,
+    }
+    train({**common, **settings}, processes=processes)
+    return read_metrics(run_dir)
+
+
+@pytest.fixture(scope="module")
+def single(material: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    return run(material, tmp_path_factory.mktemp("single") / "run", *LAYOUTS["TP1"])
+
+
+def assert_equal(found: list[dict], wanted: list[dict], rel: float = 1e-5) -> None:
+    assert [r["step"] for r in found] == [r["step"] for r in wanted]
+    for mine, other in zip(found, wanted, strict=True):
+        for key in ("loss", "grad_norm", "loss_pos_1", "loss_pos_2", "loss_pos_3", "loss_pos_4"):
+            assert mine[key] == pytest.approx(other[key], rel=rel), f"step {mine['step']}, {key}"
+        for key in ("targets", "useful_tokens", "documents", "consumed_rows", "epoch", "lr"):
+            assert mine[key] == other[key], f"step {mine['step']}, {key}"
+
+
+def test_the_single_process_run_learns(single: list[dict]) -> None:
+    assert len(single) == STEPS
+    assert single[-1]["loss"] < single[0]["loss"]
+    assert single[-1]["epoch"] == 2  # 70 rows of 30 a epoch
+
+
+@pytest.mark.parametrize("name", [n for n in LAYOUTS if n != "TP1"])
+def test_layout_equals_single_process(
+    name: str, material: tuple[Path, Path], single: list[dict], tmp_path: Path
+) -> None:
+    assert_equal(run(material, tmp_path / "run", *LAYOUTS[name]), single)
+
+
+def test_tied_llama_shape_with_causal_blocks(tmp_path: Path) -> None:
+    """Tied embeddings on two stages, no biases, rows-mean loss, causal blocks: TP2+SP+PP2 against one process."""
+    material = (
+        make_dataset(tmp_path / "data", rows=20),
+        make_hf(tmp_path / "hf", tied=True, bias=False, causal_attn=True),
+    )
+    settings = {"diffusion.causal_attn": True, "train.loss_normalization": "rows", "train.steps": 4}
+    layout = {"parallel.tensor": 2, "parallel.pipeline": 2, "parallel.sequence": True}
+    alone = run(material, tmp_path / "alone", 1, settings)
+    assert_equal(run(material, tmp_path / "spread", 4, {**settings, **layout}), alone)
+
+
+def test_bf16_trains_under_pipeline(material: tuple[Path, Path], single: list[dict], tmp_path: Path) -> None:
+    """bf16 with fp32 masters follows the fp32 run within bf16's rounding."""
+    found = run(material, tmp_path / "run", 2, {"train.precision": "bf16", "parallel.pipeline": 2})
+    assert_equal(found[:3], single[:3], rel=0.02)
+    assert found[-1]["loss"] == pytest.approx(single[-1]["loss"], rel=0.1)

@@ -1,0 +1,158 @@
+"""Stop, and go on under the same or another layout: same losses, every row once."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import make_dataset, make_hf, read_metrics, run_python, train
+
+from sdlm_megatron.data.batch import load_micro_batch
+from sdlm_megatron.data.format import PackedDataset
+from sdlm_megatron.data.order import step_rows
+
+pytestmark = pytest.mark.distributed
+
+FIRST, LAST, BATCH, ROWS = 4, 9, 4, 24
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """An uninterrupted run, and one stopped after step FIRST; TP2 with a tied head."""
+    folder = tmp_path_factory.mktemp("resume")
+    paths = {"data": make_dataset(folder / "data", rows=ROWS), "hf": make_hf(folder / "hf"), "folder": folder}
+    whole, half = folder / "whole", folder / "half"
+    train(settings(paths, whole, **TP2), processes=2)
+    train(settings(paths, half, **TP2, **{"train.stop_after": FIRST}), processes=2)
+    return {**paths, "whole": whole, "half": half}
+
+
+TP2 = {"parallel.tensor": 2, "parallel.sequence": True}
+
+
+def settings(paths: dict[str, Path], run_dir: Path, **more: object) -> dict[str, object]:
+    return {
+        "run_dir": run_dir,
+        "data.path": paths["data"],
+        "checkpoint.base": paths["hf"],
+        "model.num_layers": 0,
+        "train.steps": LAST,
+        "train.global_batch": BATCH,
+        "schedule.style": "linear",
+        "schedule.warmup_steps": 2,
+        "checkpoint.save_every": 0,
+        "checkpoint.keep_last": 0,
+        "observe.tensorboard": False,
+        **more,
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "processes", "layout"),
+    [
+        ("same", 2, TP2),
+        ("one process", 1, {}),
+        ("PP2", 2, {"parallel.pipeline": 2}),
+        ("DP2", 2, {}),
+    ],
+)
+def test_the_next_losses(
+    stopped: dict[str, Path], tmp_path: Path, name: str, processes: int, layout: dict[str, object]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(stopped["half"], run)
+    done = train(settings(stopped, run, **layout), processes=processes)
+    assert f"resumes {run}/ckpt/step-{FIRST:07d} at step {FIRST}" in done.stdout
+    wanted, found = read_metrics(stopped["whole"]), read_metrics(run)
+    assert [r["step"] for r in found] == list(range(1, LAST + 1))
+    for mine, other in zip(found, wanted, strict=True):
+        assert mine["consumed_rows"] == other["consumed_rows"]
+        assert mine["lr"] == other["lr"]
+        for key in ("loss", "grad_norm"):
+            if name == "same":
+                assert mine[key] == other[key], f"step {mine['step']}, {key}: bitwise"
+            else:
+                assert mine[key] == pytest.approx(other[key], rel=1e-5), f"step {mine['step']}, {key}"
+
+
+def test_resume_is_bitwise_in_the_weights(stopped: dict[str, Path], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(stopped["half"], run)
+    train(settings(stopped, run, **TP2), processes=2)
+    exports = []
+    for name, source in (("a", run), ("b", stopped["whole"])):
+        run_python("-m", "checkpoints_tools.mcore_to_hf", "--ckpt", str(source), "--out", str(tmp_path / name))
+        exports.append((tmp_path / name / "model.safetensors").read_bytes())
+    assert exports[0] == exports[1]
+
+
+@pytest.mark.parametrize("dp_size", [1, 2, 3, 4])
+def test_rows_are_neither_skipped_nor_repeated(stopped: dict[str, Path], dp_size: int) -> None:
+    """Document ids of the run, whatever DP is and wherever it is cut: each epoch has each document once."""
+    dataset = PackedDataset(stopped["data"])
+    steps, total = 2 * ROWS // 5 + 1, 2 * ROWS
+    seen: list[list[int]] = [[], []]
+    for step in range(steps):  # every step is computed from the rows consumed alone, as after a resume
+        for rank in range(dp_size):
+            for number in step_rows(step * 5, 5, total, dp_rank=rank, dp_size=dp_size):
+                batch = load_micro_batch(dataset, number, seed=42)
+                if number is not None:
+                    seen[number // ROWS].extend(batch.layout.doc_ids.tolist())
+    everything = sorted(d for i in range(ROWS) for d in dataset.read(0, i)[1].doc_ids.tolist())
+    assert sorted(seen[0]) == everything
+    assert sorted(seen[1]) == everything
+    assert seen[0] != seen[1]
+
+
+def test_an_interrupted_save_is_ignored(stopped: dict[str, Path], tmp_path: Path) -> None:
+    """A half written checkpoint beside a good one: the good one is used, and the other is named."""
+    run = tmp_path / "run"
+    shutil.copytree(stopped["half"], run)
+    good = run / "ckpt" / f"step-{FIRST:07d}"
+    shutil.copytree(good, run / "ckpt" / "step-0000007.partial")
+    cut = run / "ckpt" / "step-0000006"
+    shutil.copytree(good, cut)
+    shard = next((cut / "weights").glob("*.distcp"))
+    shard.write_bytes(shard.read_bytes()[:-100])
+    shutil.copytree(good, run / "ckpt" / "step-0000005")
+    (run / "ckpt" / "step-0000005" / "complete.json").unlink()
+    done = train(settings(stopped, run, **{"train.stop_after": FIRST + 1}))
+    for name in ("step-0000005", "step-0000006", "step-0000007.partial"):
+        assert f"ignored {run}/ckpt/{name}" in done.stdout
+    assert f"resumes {good}" in done.stdout
+
+
+def test_another_dataset_is_refused(stopped: dict[str, Path], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(stopped["half"], run)
+    other = make_dataset(tmp_path / "other", rows=ROWS, seed=5)
+    done = train({**settings(stopped, run), "data.path": other}, check=False)
+    assert done.returncode == 2
+    assert "this is not the dataset the run was started with" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path: Path) -> None:
+    """The step and the rows are named, and no checkpoint is written."""
+    from safetensors.torch import load_file, save_file
+
+    paths = {"data": make_dataset(tmp_path / "data", rows=8), "hf": make_hf(tmp_path / "hf")}
+    weights = load_file(paths["hf"] / "model.safetensors")
+    dataset = PackedDataset(paths["data"])
+    first = [load_micro_batch(dataset, n, seed=42) for n in range(2 * BATCH)]
+    only_second = set(first[BATCH + 1].tokens.unique().tolist())
+    for batch in [*first[: BATCH + 1], *first[BATCH + 2 :]]:
+        only_second -= set(batch.tokens.unique().tolist())
+    weights["model.embed_tokens.weight"][min(only_second)] = torch.nan  # reached by row 5 only, in step 2
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].nan_to_num(0)
+    save_file(weights, paths["hf"] / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((paths["hf"] / "config.json").read_text())
+    (paths["hf"] / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}))
+    run = tmp_path / "run"
+    done = train(settings(paths, run, **{"parallel.pipeline": 2}), processes=2, check=False)
+    assert done.returncode != 0
+    assert "step 2: loss nan" in done.stderr
+    assert f"rows of the run [{BATCH + 1}]" in done.stderr
+    assert [r["step"] for r in read_metrics(run)] == [1]
+    assert not list((run / "ckpt").glob("*")) if (run / "ckpt").exists() else True

@@ -1,0 +1,28 @@
+"""On a CUDA device: the same steps as on the CPU. Skipped where there is none; never run in CI."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import make_dataset, make_hf, read_metrics, run_python
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+
+
+@pytest.mark.parametrize(("precision", "rel"), [("fp32", 1e-3), ("bf16", 0.05)])
+def test_losses_on_the_gpu_are_those_of_the_cpu(tmp_path: Path, precision: str, rel: float) -> None:
+    data, hf = make_dataset(tmp_path / "data"), make_hf(tmp_path / "hf")
+    runs = {}
+    for device, visible in (("cpu", ""), ("gpu", "0")):
+        runs[device] = tmp_path / device
+        run_python(
+            *("-m", "sdlm_megatron.train", "--config", "tiny", f"--run_dir={runs[device]}", f"--data.path={data}"),
+            *(f"--checkpoint.base={hf}", "--model.num_layers=0", "--train.steps=5", f"--train.precision={precision}"),
+            env={"CUDA_VISIBLE_DEVICES": visible},
+        )
+    for cpu, gpu in zip(*(read_metrics(runs[d]) for d in ("cpu", "gpu")), strict=True):
+        assert gpu["loss"] == pytest.approx(cpu["loss"], rel=rel)
+        assert gpu["grad_norm"] == pytest.approx(cpu["grad_norm"], rel=10 * rel)

@@ -1,0 +1,182 @@
+"""Small models and datasets for the tests, and a way to run several processes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from sdlm_megatron.data.format import DatasetWriter
+from sdlm_megatron.diffusion.layout import block_count, draw_starts, pack_row
+
+REPO = Path(__file__).resolve().parent.parent
+MASK, EOS, PAD = 259, 258, 256
+ENV = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO), "WANDB_SILENT": "true"}
+
+
+def oracle() -> Path:
+    """Folder with what the reference code computes; the tests that need it skip without it, but never in CI."""
+    import pytest
+
+    folder = Path(os.environ.get("SDLM_ORACLE") or REPO.parent / "shared" / "oracle")
+    if not folder.is_dir():
+        message = f"the reference's recorded results are not at {folder}: set SDLM_ORACLE"
+        if os.environ.get("CI") == "true":
+            pytest.fail(message)
+        pytest.skip(message)
+    return folder
+
+
+def random_document(rng: np.random.Generator, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Clean ids (length,) of one turn pair and its anchors."""
+    ids = rng.integers(0, 256, length).astype(np.int32)
+    answer = max(2, length // 2)
+    ids[-1] = 10
+    ids[-2] = EOS
+    return ids, np.arange(length - answer - 1, length - 2, dtype=np.int32)
+
+
+def make_dataset(
+    path: Path,
+    *,
+    rows: int = 24,
+    row_length: int = 128,
+    block_size: int = 4,
+    seed: int = 0,
+    epochs: int = 1,
+    **meta: object,
+) -> Path:
+    """A packed dataset of random documents over the byte vocabulary of the oracle's tiny models."""
+    rng = np.random.default_rng(seed)
+    fields = {
+        "row_length": row_length,
+        "max_document_length": row_length,
+        "block_size": block_size,
+        "repeat": 3,
+        "mask_token_id": MASK,
+        "eos_token_id": EOS,
+        "pad_token_id": PAD,
+        "vocab_size": 264,
+        "tokenizer": {"fingerprint": None, "name": "bytes"},
+        "seed": seed,
+        "sources": [],
+    }
+    with DatasetWriter(path, meta={**fields, **meta}, epochs=epochs) as writer:
+        for epoch in range(epochs):
+            document = 0
+            for _ in range(rows):
+                room, documents = row_length, []
+                while room >= 24:
+                    ids, anchors = random_document(rng, int(rng.integers(10, 18)))
+                    n = block_count(len(ids), len(anchors), room, block_size, 3)
+                    starts = draw_starts(anchors, n, seed=seed, epoch=epoch, document=document)
+                    documents.append((document, ids, starts))
+                    room -= len(ids) + n * block_size
+                    document += 1
+                writer.add(epoch, *pack_row(documents, block_size=block_size, mask_token_id=MASK))
+        writer.finish()
+    return path
+
+
+def make_hf(
+    path: Path,
+    *,
+    layers: int = 2,
+    hidden: int = 64,
+    heads: int = 4,
+    kv: int = 2,
+    ffn: int = 96,
+    vocab: int = 264,
+    tied: bool = True,
+    bias: bool = True,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    **config: object,
+) -> Path:
+    """A random Qwen2 (or, without bias, Llama) shaped Hugging Face folder with SDLM's keys."""
+    generator = torch.Generator().manual_seed(seed)
+    head = hidden // heads
+
+    def normal(*shape: int, scale: float = 0.05) -> torch.Tensor:
+        return (torch.randn(*shape, generator=generator) * scale).to(dtype)
+
+    tensors = {
+        "model.embed_tokens.weight": normal(vocab, hidden, scale=0.5),
+        "model.norm.weight": 1 + normal(hidden),
+    }
+    if not tied:
+        tensors["lm_head.weight"] = normal(vocab, hidden, scale=0.2)
+    for i in range(layers):
+        p = f"model.layers.{i}."
+        for x, n in (("q", heads), ("k", kv), ("v", kv)):
+            tensors[f"{p}self_attn.{x}_proj.weight"] = normal(n * head, hidden, scale=0.15)
+            if bias:
+                tensors[f"{p}self_attn.{x}_proj.bias"] = normal(n * head)
+        tensors[f"{p}self_attn.o_proj.weight"] = normal(hidden, heads * head)
+        tensors[f"{p}mlp.gate_proj.weight"] = normal(ffn, hidden)
+        tensors[f"{p}mlp.up_proj.weight"] = normal(ffn, hidden)
+        tensors[f"{p}mlp.down_proj.weight"] = normal(hidden, ffn)
+        for x in ("input_layernorm", "post_attention_layernorm"):
+            tensors[f"{p}{x}.weight"] = 1 + normal(hidden)
+    path.mkdir(parents=True)
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    values = {
+        "architectures": ["Qwen2ForCausalLM" if bias else "LlamaForCausalLM"],
+        "model_type": "qwen2" if bias else "llama",
+        "num_hidden_layers": layers,
+        "hidden_size": hidden,
+        "intermediate_size": ffn,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv,
+        "vocab_size": vocab,
+        "rope_theta": 10000.0,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": tied,
+        "torch_dtype": str(dtype).removeprefix("torch."),
+        "max_position_embeddings": 4096,
+        "hidden_act": "silu",
+        "eos_token_id": EOS,
+        "bos_token_id": PAD,
+        "block_size": 4,
+        "causal_attn": False,
+        "text_mask_token": "<text_mask>",
+        "text_mask_token_id": MASK,
+        **config,
+    }
+    (path / "config.json").write_text(json.dumps(values))
+    return path
+
+
+def run_python(
+    *arguments: str, processes: int = 1, check: bool = True, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess:
+    """Runs `python …` or, for more than one process, `torchrun … ` with the same arguments; output is captured."""
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    done = subprocess.run(
+        [*launcher, *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **ENV, **(env or {})},
+        cwd=REPO,
+        timeout=600,
+    )
+    if check and done.returncode:
+        raise AssertionError(f"{arguments} failed with {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}")
+    return done
+
+
+def train(config: dict[str, object], *, processes: int = 1, check: bool = True) -> subprocess.CompletedProcess:
+    """Trains with the tiny preset and the given dotted settings."""
+    settings = [f"--{k}={v if not isinstance(v, bool) else str(v).lower()}" for k, v in config.items()]
+    return run_python("-m", "sdlm_megatron.train", "--config", "tiny", *settings, processes=processes, check=check)
+
+
+def read_metrics(run: Path) -> list[dict]:
+    """Records of metrics.jsonl in order."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

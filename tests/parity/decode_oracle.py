@@ -1,0 +1,53 @@
+"""The oracle's tiny models and decode goldens, shared by the decode tests."""
+
+import json
+import os
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from checkpoints_tools.hf_folder import write_hf_folder
+from sdlm_megatron.model.hf_folder import open_tensors, read_hf_config
+
+MODELS = ("random", "trained_d4")
+PAD, EOS, MASK = 256, 258, 259
+NEAR_TIE = 1e-4
+"""Runs whose closest decision is nearer than this may differ by rounding."""
+
+
+def oracle() -> Path:
+    """The oracle's folder: $SDLM_ORACLE or shared/oracle beside the repository. Skips without; CI fails."""
+    beside = Path(__file__).resolve().parents[2].parent / "shared" / "oracle"
+    folder = Path(os.environ.get("SDLM_ORACLE") or beside)
+    if (folder / "tiny").is_dir():
+        return folder
+    reason = f"no oracle at {folder} (set SDLM_ORACLE)"
+    if os.environ.get("CI") == "true":
+        pytest.fail(reason)
+    pytest.skip(reason)
+
+
+def export(model: str, out: Path, **options: Any) -> Path:
+    """Exports an oracle model the way a trained checkpoint is exported."""
+    source = oracle() / "tiny" / model
+    tensors = open_tensors(source)
+    write_hf_folder(out, ((name, tensors.get(name)) for name in tensors.names()), read_hf_config(source), **options)
+    return out
+
+
+@cache
+def runs(model: str) -> list[dict[str, Any]]:
+    """The recorded runs of a model."""
+    found: list[dict[str, Any]] = json.loads((oracle() / "tiny" / f"decode_{model}.json").read_text())
+    return found
+
+
+def prompt_ids(text: str) -> list[int]:
+    """Prompt of the tiny models: bytes, 257 <|im_start|>, 258 <|im_end|>."""
+
+    def turn(content: str) -> list[int]:
+        return [257, *content.encode(), 258, *b"\n"]
+
+    return [*turn("system\nbe brief."), *turn(f"user\n{text}"), 257, *b"assistant\n"]

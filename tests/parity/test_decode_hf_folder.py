@@ -1,0 +1,276 @@
+"""Model folders: what is read, what is written, and that transformers computes the same from an export."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, Qwen2ForCausalLM
+
+from checkpoints_tools.hf_folder import add_token, write_hf_folder
+from quickstart.base_model import make_tiny_qwen
+from sdlm_megatron.errors import CheckpointError
+from sdlm_megatron.model.hf_folder import INDEX_NAME, HFConfig, open_tensors, read_hf_config
+from tests.parity import decode_oracle as o
+
+
+def rewrite(folder: Path, **changes: Any) -> Path:
+    """Changes fields of config.json; None removes one."""
+    path = folder / "config.json"
+    values = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({k: v for k, v in values.items() if v is not None}))
+    return folder
+
+
+def small_tokenizer(folder: Path) -> Path:
+    """A byte-level tokenizer of 256 letters with the three ChatML specials, written by hand."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(letters)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    specials = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in specials])
+    folder.mkdir()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "pad_token": "<|endoftext|>",
+        "chat_template": "{{ 1 }}",
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def tiny(folder: Path, **shape: Any) -> Path:
+    return make_tiny_qwen(folder, None, 7, **({"vocab": 300, "hidden": 32, "ffn": 48} | shape))
+
+
+def sdlm(config: HFConfig) -> HFConfig:
+    return replace(config, block_size=4, text_mask_token="<text_mask>", text_mask_token_id=259)
+
+
+def copy(source: Path, out: Path, config: HFConfig | None = None, **options: Any) -> Path:
+    tensors = open_tensors(source)
+    pairs = ((name, tensors.get(name)) for name in tensors.names())
+    write_hf_folder(out, pairs, config or read_hf_config(source), **options)
+    return out
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("shard", [10**9, 20_000])
+def test_round_trip_is_bitwise(tmp_path: Path, tied: bool, shard: int) -> None:
+    source = tiny(tmp_path / "base", tied=tied)
+    out = copy(source, tmp_path / "out", max_shard_bytes=shard)
+    before, after = open_tensors(source), open_tensors(out)
+    assert before.names() == after.names()
+    assert ("lm_head.weight" in after.names()) is not tied
+    for name in before.names():
+        assert before.get(name).equal(after.get(name))
+        assert before.shape(name) == after.shape(name)
+    files = sorted(p.name for p in out.glob("*.safetensors"))
+    assert (len(files) > 2 and (out / INDEX_NAME).is_file()) if shard < 10**9 else files == ["model.safetensors"]
+    for file in files if shard < 10**9 else ():  # only the embedding may be larger than a shard's limit
+        held = load_file(out / file)
+        assert len(held) == 1 or sum(t.numel() * t.element_size() for t in held.values()) <= shard
+    assert read_hf_config(out) == read_hf_config(source)
+    assert not (tmp_path / "out.partial").exists()
+
+
+@pytest.mark.parametrize("model", o.MODELS)
+def test_logits_of_the_export_equal(tmp_path: Path, model: str) -> None:
+    ids = torch.tensor([o.prompt_ids("count 12 to 15")])
+    base = Qwen2ForCausalLM.from_pretrained(o.oracle() / "tiny" / model, attn_implementation="sdpa")
+    out = o.export(model, tmp_path / model, max_shard_bytes=30_000)
+    ours = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)
+    plain = Qwen2ForCausalLM.from_pretrained(out)
+    assert (type(ours).__name__, type(plain).__name__) == ("SDLMForCausalLM", "Qwen2ForCausalLM")
+    with torch.no_grad():
+        expected = base(ids).logits
+        assert ours(ids).logits.equal(expected)
+        assert plain(ids).logits.equal(expected)
+    assert (ours.config.block_size, ours.config.causal_attn, ours.config.text_mask_token_id) == (
+        4,
+        False,
+        259,
+    )
+
+
+def test_config_in_both_spellings(tmp_path: Path) -> None:
+    source = o.oracle() / "tiny" / "random"
+    config = read_hf_config(source)
+    assert (config.rope_theta, config.tied, config.qkv_bias, config.dtype) == (1e6, False, True, "float32")
+    assert (config.block_size, config.text_mask_token_id, config.eos_token_ids) == (4, 259, (258,))
+    model = Qwen2ForCausalLM.from_pretrained(source)
+    model.save_pretrained(tmp_path / "v5")  # rope_parameters, dtype
+    assert "rope_theta" not in json.loads((tmp_path / "v5" / "config.json").read_text())
+    assert read_hf_config(tmp_path / "v5") == config
+    misspelt = tmp_path / "misspelt"
+    shutil.copytree(source, misspelt)
+    assert read_hf_config(rewrite(misspelt, casual_attn=True, causal_attn=None)).causal_attn is True
+
+
+def test_written_config_is_what_old_loaders_read(tmp_path: Path) -> None:
+    out = o.export("trained_d4", tmp_path / "out")
+    values = json.loads((out / "config.json").read_text())
+    assert (values["rope_theta"], values["torch_dtype"], values["model_type"]) == (1e6, "float32", "qwen2")
+    assert values["architectures"] == ["Qwen2ForCausalLM"]
+    assert values["vocab_size"] == open_tensors(out).shape("model.embed_tokens.weight")[0] == 264
+    assert "casual_attn" not in values
+    assert "rope_parameters" not in values
+    generation = json.loads((out / "generation_config.json").read_text())
+    assert (generation["sdlm_alg"], generation["sdlm_n"], generation["sdlm_threshold"]) == (
+        "prob_conf",
+        4,
+        0.9,
+    )
+    assert generation["eos_token_id"] == [258]
+
+
+def test_llama_is_exported_as_qwen2(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    shape = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 99}
+    base = LlamaForCausalLM(LlamaConfig(hidden_size=32, intermediate_size=48, rope_theta=5e4, **shape)).eval()
+    base.save_pretrained(tmp_path / "llama")
+    config = read_hf_config(tmp_path / "llama")
+    assert (config.model_type, config.qkv_bias, config.rope_theta) == ("llama", False, 5e4)
+    out = copy(tmp_path / "llama", tmp_path / "out", dtype="float32")
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(
+            Qwen2ForCausalLM.from_pretrained(out)(ids).logits, base(ids).logits, atol=1e-6, rtol=1e-5
+        )
+    before, after = open_tensors(tmp_path / "llama"), open_tensors(out)
+    extra = set(after.names()) - set(before.names())
+    assert len(extra) == 6 and all(name.endswith("_proj.bias") and not after.get(name).any() for name in extra)
+    assert all(before.get(name).equal(after.get(name)) for name in before.names())
+
+
+def test_dtype_of_the_export(tmp_path: Path) -> None:
+    source = tiny(tmp_path / "base")
+    out = copy(source, tmp_path / "out", dtype="bfloat16")
+    assert read_hf_config(out).dtype == "bfloat16"
+    assert open_tensors(out).slice("model.norm.weight").get_dtype() == "BF16"
+
+
+def test_tokenizer_travels_and_gets_the_mask_token(tmp_path: Path) -> None:
+    source, assets = tiny(tmp_path / "base"), small_tokenizer(tmp_path / "assets")
+    out = copy(source, tmp_path / "out", sdlm(read_hf_config(source)), assets=assets)
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    assert tokenizer.convert_tokens_to_ids("<text_mask>") == 259
+    assert tokenizer("a<text_mask>b").input_ids[1] == 259
+    assert tokenizer.decode([259], skip_special_tokens=True) == ""
+    assert (tokenizer.chat_template, tokenizer.padding_side) == ("{{ 1 }}", "left")
+    # The base ends texts with another token; a chat's turns end with <|im_end|>, which comes first.
+    assert json.loads((out / "config.json").read_text())["eos_token_id"] == 258
+    again = json.loads((out / "tokenizer.json").read_text())
+    add_token(out, "<text_mask>", 259)
+    assert json.loads((out / "tokenizer.json").read_text()) == again
+
+
+@pytest.mark.parametrize(("token", "token_id", "message"), [("<|im_end|>", 259, "as 258"), ("<x>", 258, "im_end")])
+def test_mask_token_that_does_not_fit(tmp_path: Path, token: str, token_id: int, message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        add_token(small_tokenizer(tmp_path / "assets"), token, token_id)
+
+
+def test_without_tokenizer_warns(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    source = tiny(tmp_path / "base")
+    copy(source, tmp_path / "out", assets=source)
+    assert "no tokenizer files" in caplog.text
+
+
+def test_nothing_is_overwritten_and_nothing_half_written(tmp_path: Path) -> None:
+    source = tiny(tmp_path / "base")
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(CheckpointError, match="exists already"):
+        copy(source, tmp_path / "taken")
+
+    def broken() -> Any:
+        yield "model.embed_tokens.weight", open_tensors(source).get("model.embed_tokens.weight")
+        raise RuntimeError("died")
+
+    with pytest.raises(RuntimeError, match="died"):
+        write_hf_folder(tmp_path / "out", broken(), read_hf_config(source))
+    assert not (tmp_path / "out").exists()
+    copy(source, tmp_path / "out")  # the left-over .partial does not hinder
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_wrong_tensors_are_refused(tmp_path: Path) -> None:
+    source = tiny(tmp_path / "base")
+    config, tensors = read_hf_config(source), load_file(source / "model.safetensors")
+    with pytest.raises(CheckpointError, match="vocab_size"):
+        write_hf_folder(tmp_path / "a", tensors.items(), replace(config, vocab_size=301))
+    with pytest.raises(CheckpointError, match="tied"):
+        write_hf_folder(tmp_path / "b", [("lm_head.weight", torch.ones(2))], config)
+    with pytest.raises(CheckpointError, match="twice"):
+        write_hf_folder(tmp_path / "c", [*tensors.items(), *tensors.items()], config)
+    with pytest.raises(CheckpointError, match="no embedding"):
+        write_hf_folder(tmp_path / "d", [], config)
+    with pytest.raises(CheckpointError, match="unknown dtype 'int8'"):
+        write_hf_folder(tmp_path / "e", tensors.items(), config, dtype="int8")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "mistral"}, "'mistral' is not supported"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope scaling 'yarn'"),
+        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1.0}}, "rope scaling 'llama3'"),
+        ({"use_sliding_window": True}, "sliding-window"),
+        ({"hidden_size": None}, "field 'hidden_size'"),
+        ({"hidden_size": "64"}, "field 'hidden_size'"),
+        ({"num_key_value_heads": 3}, "field 'num_key_value_heads'"),
+        ({"hidden_act": "gelu"}, "field 'hidden_act'"),
+        ({"block_size": 4}, "field 'text_mask_token_id'"),
+    ],
+)
+def test_configs_that_cannot_be_used(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        read_hf_config(rewrite(tiny(tmp_path / "base"), **changes))
+
+
+def test_folders_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        read_hf_config(tmp_path)
+    with pytest.raises(CheckpointError, match="neither"):
+        open_tensors(tmp_path)
+    whole = tiny(tmp_path / "base")
+    (whole / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match="cannot read JSON"):
+        read_hf_config(whole)
+    weights = whole / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match=r"cannot be read[\s\S]*model\.safetensors"):
+        open_tensors(whole)
+
+
+def test_shards_that_cannot_be_read(tmp_path: Path) -> None:
+    sharded = copy(tiny(tmp_path / "base"), tmp_path / "out", max_shard_bytes=20_000)
+    with pytest.raises(CheckpointError, match=r"no tensor 'model\.nothing'"):
+        open_tensors(sharded).get("model.nothing")
+    shard = sorted(sharded.glob("model-*"))[1]
+    tensors, bytes_before = load_file(shard), shard.read_bytes()
+    name = sorted(tensors)[0]
+    save_file({"other": tensors[name]} | {k: v for k, v in tensors.items() if k != name}, shard)
+    with pytest.raises(CheckpointError, match=f"(?s){name}.*{shard.name}"):
+        open_tensors(sharded)
+    shard.write_bytes(bytes_before[:50])
+    with pytest.raises(CheckpointError, match=shard.name):
+        open_tensors(sharded)
+    shard.unlink()
+    with pytest.raises(CheckpointError, match=f"{shard.name}.*missing"):
+        open_tensors(sharded)
+
+
+def test_slices_read_parts(tmp_path: Path) -> None:
+    tensors = open_tensors(tiny(tmp_path / "base"))
+    name = "model.layers.1.mlp.down_proj.weight"
+    assert tensors.slice(name)[4:8, :16].equal(tensors.get(name)[4:8, :16])
+    assert tensors.file_of(name).name == "model.safetensors"

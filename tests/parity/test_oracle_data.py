@@ -1,0 +1,149 @@
+"""Our data path against what the reference code computed: ids, positions, targets and masks of every good
+case.
+
+The oracle records which block starts the reference had drawn; everything else has to follow from the
+conversation.
+
+What differs on purpose:
+- labels are stored shifted by one there, so the very last slot of the last block has none (ours has);
+- `literal_mask` and `user_im_end` spell special tokens inside a message. The reference lets them through as
+control tokens, we encode them as text. Here the reference's reading is put back by `ControlTokensInText`,
+then all is equal;
+- a prompt longer than max_length raises there; we drop the document and say why.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tokenizers import AddedToken, Tokenizer
+
+from data_prep.chat import IM_END, RenderedDocument, render
+from data_prep.tokenizer import TextTokenizer
+from data_prep.truncate import LONG_PROMPT, FittedDocument, reference
+from sdlm_megatron.data.tokenizer import special_token_id
+from sdlm_megatron.diffusion.layout import IGNORE, expand_document
+from sdlm_megatron.diffusion.mask import visible
+from tests.qwen_vocab import ROOT, qwen_tokenizer_folder
+
+ORACLE = Path(os.environ.get("SDLM_ORACLE") or ROOT.parent / "shared" / "oracle") / "data"
+CASES: list[dict[str, Any]] = json.loads((ORACLE / "preprocess_cases.json").read_text()) if ORACLE.is_dir() else []
+SPELLED_SPECIALS = ("literal_mask", "user_im_end")
+MASK, EOS, PAD = 151665, 151645, 151643
+
+
+def name(case: dict[str, Any]) -> str:
+    pretraining = "-pt" if case["prepare_for_pt"] else ""
+    return f"{case['case']}-{case['conv']}-D{case['D']}-max{case['max_length']}-r{case['repeat']}{pretraining}"
+
+
+def test_oracle_is_there() -> None:
+    if not CASES:
+        assert os.environ.get("CI") != "true", f"no oracle at {ORACLE}: set SDLM_ORACLE"
+        pytest.skip(f"no oracle at {ORACLE}; SDLM_ORACLE names its folder")
+    assert (sum(case["ok"] for case in CASES), len(CASES)) == (144, 156)
+
+
+class ControlTokensInText:
+    """The reference's encoder: special tokens spelled in a message become those tokens."""
+
+    def __init__(self, folder: Path) -> None:
+        self._backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self._backend.add_special_tokens([AddedToken("<text_mask>", special=True, normalized=False)])
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [self._backend.encode(text, add_special_tokens=False).ids for text in texts]
+
+    def token_id(self, token: str) -> int:
+        found = self._backend.token_to_id(token)
+        assert found is not None
+        return found
+
+
+@cache
+def encoders() -> tuple[TextTokenizer, ControlTokensInText]:
+    folder = qwen_tokenizer_folder()
+    return TextTokenizer.from_folder(folder), ControlTokensInText(folder)
+
+
+@cache
+def conversations() -> dict[str, list[dict[str, str]]]:
+    return json.loads((ORACLE / "conversations.json").read_text())["conversations"]
+
+
+@cache
+def goldens() -> Any:
+    return np.load(ORACLE / "preprocess_goldens.npz")
+
+
+@cache
+def rendered(conv: str, pretraining: bool, control_tokens: bool) -> RenderedDocument:
+    encoder = encoders()[control_tokens]
+    turns = conversations()[conv]
+    if pretraining:  # prepare_for_pt: no system turn at all, and the user's turns are trained like the assistant's
+        turns = [turn for turn in turns if turn["from"] != "system"]
+        return render(turns, encoder, default_system=None, answer_roles=("user", "assistant"))
+    return render(turns, encoder)
+
+
+def fitted(case: dict[str, Any]) -> FittedDocument:
+    document = rendered(case["conv"], case["prepare_for_pt"], case["conv"] in SPELLED_SPECIALS)
+    return reference(document, max_len=case["max_length"], block_size=case["D"], repeat=case["repeat"])
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case["ok"]], ids=name)
+def test_case_is_rebuilt(case: dict[str, Any]) -> None:
+    golden = {key: goldens()[f"{case['case']}/{key}"] for key in ("input_ids", "labels", "position_ids")}
+    document, starts = fitted(case), np.array(case["starts"], dtype=np.int32)
+    assert document.n_blocks == case["blocks"]
+    assert len(document.input_ids) == case["clean"]
+    assert set(starts.tolist()) <= set(document.anchors.tolist())
+    expanded = expand_document(document.input_ids, starts, block_size=case["D"], mask_token_id=MASK, eos_token_id=EOS)
+    np.testing.assert_array_equal(expanded.input_ids, golden["input_ids"])
+    np.testing.assert_array_equal(expanded.position_ids, golden["position_ids"])
+    np.testing.assert_array_equal(expanded.targets[:-1], golden["labels"][1:])
+    assert golden["labels"][0] == IGNORE
+    assert int((golden["labels"] != IGNORE).sum()) == case["labelled"]
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case["ok"]], ids=name)
+def test_attention_mask_of_the_reference_marks_no_padding(case: dict[str, Any]) -> None:
+    """The goldens' attention_mask is per token; the visibility of our expanded document has the same size,
+    every token sees itself, and no block is seen from outside."""
+    length, starts = case["total"], np.array(case["starts"], dtype=np.int32)
+    assert goldens()[f"{case['case']}/attention_mask"].tolist() == [True] * length
+    seen = visible(case["clean"], starts, block_size=case["D"])
+    assert seen.shape == (length, length)
+    assert seen.diagonal().all()
+    assert not seen[: case["clean"], case["clean"] :].any()
+    outside = seen[case["clean"] :, case["clean"] :].sum() - len(starts) * case["D"] ** 2
+    assert outside == 0
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if not case["ok"]], ids=name)
+def test_prompt_that_makes_the_reference_raise_is_dropped(case: dict[str, Any]) -> None:
+    document = fitted(case)
+    assert (document.n_blocks, document.drop_reason) == (0, LONG_PROMPT)
+
+
+@pytest.mark.parametrize("conv", SPELLED_SPECIALS if CASES else ())
+def test_spelled_special_tokens_stay_text(conv: str) -> None:
+    """What differs from the reference in these cases: the ids of the spelled tokens, and nothing before
+    them."""
+    ours, theirs = rendered(conv, False, False), rendered(conv, False, True)
+    n_turns = len(conversations()[conv]) + 1
+    closing = special_token_id(qwen_tokenizer_folder(), IM_END)
+    assert MASK not in ours.input_ids
+    assert (ours.input_ids == closing).sum() == n_turns
+    assert len(ours.input_ids) > len(theirs.input_ids)
+    text = TextTokenizer.from_folder(qwen_tokenizer_folder())._backend
+    decoded = text.decode(
+        [int(i) for i in ours.input_ids if i not in (closing, closing - 1)], skip_special_tokens=False
+    )
+    for turn in conversations()[conv]:
+        assert turn["value"] in decoded

@@ -1,0 +1,135 @@
+"""Strict configuration: what is accepted, and what is said about the rest."""
+
+from pathlib import Path
+
+import pytest
+
+from sdlm_megatron.config.load import PRESETS, load_config, preset_names, to_yaml
+from sdlm_megatron.config.schema import ModelConfig, RunConfig
+from sdlm_megatron.config.validate import check_model, check_run
+from sdlm_megatron.errors import ConfigError
+
+
+@pytest.mark.parametrize("name", preset_names(PRESETS))
+def test_every_preset_loads_and_is_consistent(name: str) -> None:
+    config = load_config(RunConfig, name, ["--data.path=x"], PRESETS)
+    check_run(config, config.parallel.tensor * config.parallel.pipeline)
+    check_model(config.model, config, 5632)
+    head = config.model.head_dim or config.model.hidden_size / config.model.num_attention_heads
+    assert head in (16, 64, 128)
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [("0.5b", 0.494), ("1.5b", 1.544), ("3b", 3.086), ("7b", 7.616), ("14b", 14.770), ("32b", 32.764), ("72b", 72.706)],
+)
+def test_shapes_have_the_published_sizes(name: str, billions: float) -> None:
+    """Parameters counted from the shape, against the sizes of the Qwen2.5 release."""
+    m = load_config(RunConfig, f"qwen2.5-{name}", [], PRESETS).model
+    head = m.hidden_size // m.num_attention_heads
+    q, kv = m.num_attention_heads * head, m.num_query_groups * head
+    layer = 2 * m.hidden_size * q + 2 * m.hidden_size * kv + q + 2 * kv + 3 * m.hidden_size * m.ffn_hidden_size
+    total = m.num_layers * (layer + 2 * m.hidden_size) + m.hidden_size
+    total += m.vocab_size * m.hidden_size * (1 if m.tied_embeddings else 2)
+    assert total / 1e9 == pytest.approx(billions, abs=0.001)
+
+
+def test_recipes_are_the_published_ones() -> None:
+    for name, block, batch in (("sdlm_3b_d4", 4, 256), ("sdlm_3b_d8", 8, 256), ("sdlm_32b_d4", 4, 464)):
+        config = load_config(RunConfig, name, [], PRESETS)
+        assert (config.diffusion.block_size, config.train.global_batch) == (block, batch)
+        assert config.train.global_batch_unit == "documents"
+        optimizer = config.optimizer
+        assert (optimizer.lr, optimizer.beta1, optimizer.beta2, optimizer.eps) == (5e-6, 0.9, 0.999, 1e-8)
+        assert (optimizer.weight_decay, optimizer.clip_grad, config.train.seed) == (0.01, 1.0, 42)
+
+
+def test_overrides_and_extends(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text("train: {steps: 5}\noptimizer: {lr: 1.0e-3}\n")
+    (tmp_path / "mine.yaml").write_text("extends: base.yaml\ntrain: {steps: 7}\n")
+    config = load_config(RunConfig, str(tmp_path / "mine.yaml"), ["--optimizer.beta2=0.95", "--data.path=a b"])
+    assert (config.train.steps, config.optimizer.lr, config.optimizer.beta2) == (7, 1e-3, 0.95)
+    assert config.data.path == "a b"
+    (tmp_path / "again.yaml").write_text(to_yaml(config))
+    assert load_config(RunConfig, str(tmp_path / "again.yaml")) == config
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text", "fix"),
+    [
+        (["--train.stepz=5"], "unknown setting train.stepz", "train.steps"),
+        (["--optimiser.lr=5"], "unknown setting optimiser", "optimizer"),
+        (["--lr=5"], "unknown setting lr", "optimizer.lr"),
+        (["--train.steps=many"], "train.steps", "type"),
+        (["--train=5"], "train is a section", "train.NAME=VALUE"),
+        (["steps"], "cannot read the argument", "--section.key=value"),
+    ],
+)
+def test_mistakes_name_the_nearest_key(arguments: list[str], text: str, fix: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(RunConfig, "tiny", arguments, PRESETS)
+    assert text in caught.value.what
+    assert fix in caught.value.fix
+
+
+def test_mistakes_in_a_file_name_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    for content, text in (
+        ("model: {num_layer: 2}", "model.num_layer"),
+        ("[1]", "holds a list"),
+        ("a: [", "readable YAML"),
+    ):
+        file.write_text(content)
+        with pytest.raises(ConfigError) as caught:
+            load_config(RunConfig, str(file))
+        assert text in caught.value.what
+        assert str(file) in caught.value.where
+    with pytest.raises(ConfigError, match="no config file or preset named sdlm_3b") as caught:
+        load_config(RunConfig, "sdlm_3b", [], PRESETS)
+    assert "sdlm_3b_d" in caught.value.fix
+    file.write_text("extends: run.yaml")
+    with pytest.raises(ConfigError, match="extends itself"):
+        load_config(RunConfig, str(file))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "world", "text"),
+    [
+        (["--parallel.tensor=2"], 3, "3 processes do not divide"),
+        (["--parallel.sequence=true"], 1, "needs tensor parallelism"),
+        (["--train.precision=fp8"], 1, "train.precision"),
+        (["--optimizer.lr=0"], 1, "optimizer.lr"),
+        (["--optimizer.lr=.nan"], 1, "optimizer.lr"),
+        (["--train.epochs=0"], 1, "nothing to train"),
+        (["--data.path="], 1, "no dataset"),
+        (["--checkpoint.keep_last=-1"], 1, "checkpoint.keep_last"),
+    ],
+)
+def test_runs_that_cannot_be(arguments: list[str], world: int, text: str) -> None:
+    with pytest.raises(ConfigError, match=text):
+        check_run(load_config(RunConfig, "tiny", ["--data.path=x", *arguments], PRESETS), world)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--parallel.tensor=3"], "num_attention_heads = 4 does not divide by parallel.tensor = 3"),
+        (["--parallel.pipeline=3"], "num_layers = 2 does not divide by parallel.pipeline = 3"),
+        (["--model.num_query_groups=3"], "4 heads cannot share 3 KV heads"),
+        (["--model.num_attention_heads=6", "--model.num_query_groups=3", "--parallel.tensor=2"], "3 KV heads"),
+        (["--model.num_layers=0"], "model.num_layers is 0"),
+    ],
+)
+def test_shapes_that_do_not_split(arguments: list[str], text: str) -> None:
+    config = load_config(RunConfig, "tiny", arguments, PRESETS)
+    with pytest.raises(ConfigError, match=text):
+        check_model(config.model, config, 128)
+
+
+def test_validation_changes_nothing() -> None:
+    config = load_config(RunConfig, "sdlm_3b_d4", ["--data.path=x"], PRESETS)
+    before = to_yaml(config)
+    check_run(config, 4)
+    check_model(config.model, config, 5632)
+    assert to_yaml(config) == before
+    assert ModelConfig() == ModelConfig()

@@ -1,0 +1,296 @@
+"""The build as a whole: what comes out is what went in, every row is accounted for, and it is
+reproducible."""
+
+import json
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from rich.console import Console
+
+from data_prep.accounting import Tally
+from data_prep.build import _short, build, main
+from data_prep.chat import parse, render
+from data_prep.config import PRESETS, BuildConfig, SourceConfig, check
+from data_prep.progress import track
+from data_prep.tokenizer import TextTokenizer
+from data_prep.truncate import NO_ANSWER, SHORT_ANSWER
+from sdlm_megatron.config.load import load_config
+from sdlm_megatron.data.format import PackedDataset
+from sdlm_megatron.data.tokenizer import fingerprint
+from sdlm_megatron.diffusion.layout import RowLayout, draw_starts, pack_row
+from sdlm_megatron.errors import ConfigError, DataError, run_cli
+from tests.byte_tokenizer import IM_END, PAD, write_folder
+
+QUIET = Console(quiet=True)
+MASK = 260
+
+
+def question(i: int) -> dict[str, Any]:
+    return {"query": f"What is {i}?", "response": "It is " + "x" * (i % 37)}
+
+
+def rows_of(kind: str) -> list[Any]:
+    """Rows of the three forms; `mixed` also has every bad kind."""
+    if kind == "query":
+        return [question(i) for i in range(40)]
+    if kind == "messages":
+        pair = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello there"}]
+        return [{"messages": pair * (1 + i % 3)} for i in range(12)]
+    good = [
+        {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "answer " * (3 + i)}]}
+        for i in range(15)
+    ]
+    long = {"conversations": [*good[0]["conversations"], *good[14]["conversations"] * 3]}
+    unanswered = {"conversations": [{"from": "human", "value": "q"}]}
+    short = {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": ""}]}
+    bad = [{"conversations": []}, {"text": "x"}, {"conversations": [{"from": "robot", "value": "x"}]}, 7]
+    return [*good, long, unanswered, short, *bad]
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> BuildConfig:
+    sources = []
+    for name, form in (("query", "query_response"), ("messages", "messages"), ("mixed", "sharegpt")):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows_of(name)))
+        sources.append(SourceConfig(name=name, format=form, path=str(path)))
+    sources[1].repeat = 2
+    return BuildConfig(
+        out=str(tmp_path / "out"),
+        tokenizer=str(write_folder(tmp_path / "base")),
+        sources=sources,
+        max_document_length=300,
+        row_length=512,
+        epochs=2,
+        seed=5,
+        window=16,
+    )
+
+
+def all_rows(path: str, epoch: int) -> list[tuple[np.ndarray, Any]]:
+    dataset = PackedDataset(path)  # its rows lie in mapped memory that goes with it, hence the copies
+    rows = [dataset.read(epoch, i) for i in range(dataset.rows(epoch))]
+    return [(tokens.copy(), RowLayout.from_ints(layout.to_ints(), 4)) for tokens, layout in rows]
+
+
+def test_every_input_row_is_accounted_for(config: BuildConfig) -> None:
+    manifest = build(config, QUIET)
+    found = manifest["accounting"]
+    assert found["rows"] == 40 + 2 * 12 + 22
+    assert found["rows"] == sum(found[k] for k in ("packed", "truncated", "rejected")) + sum(found["dropped"].values())
+    assert found["rejected"] == 4
+    assert found["truncated"] == 1
+    assert found["dropped"] == {NO_ANSWER: 1, SHORT_ANSWER: 1}
+    assert [entry["first_document"] for entry in found["by_source"]] == [0, 40, 64]
+    for key in ("rows", "packed", "truncated", "rejected", "blocks", "clean_tokens"):
+        assert sum(entry[key] for entry in found["by_source"]) == found[key]
+    for epoch in manifest["counts"]:
+        assert epoch["documents"] == found["packed"] + found["truncated"]
+        assert (epoch["clean"], epoch["block"]) == (found["clean_tokens"], 4 * found["blocks"])
+
+
+def test_rejects_tell_source_row_and_reason(config: BuildConfig) -> None:
+    build(config, QUIET)
+    lines = [json.loads(line) for line in (Path(config.out) / "rejects.jsonl").read_text().splitlines()]
+    assert [(line["source"], line["row"], line["document"]) for line in lines] == [
+        ("mixed", 18 + i, 64 + 18 + i) for i in range(4)
+    ]
+    assert [line["field"] for line in lines] == [
+        "conversations",
+        "conversations",
+        "conversations[0].from",
+        "",
+    ]
+    assert lines[2]["where"].endswith("mixed.jsonl, line 21")
+    assert "robot" in lines[2]["reason"]
+
+
+def test_rows_hold_exactly_the_rendered_documents_and_their_draws(config: BuildConfig) -> None:
+    build(config, QUIET)
+    encoder = TextTokenizer.from_folder(config.tokenizer)
+    for epoch in range(2):
+        seen: Counter[int] = Counter()
+        for tokens, layout in all_rows(config.out, epoch):
+            seen.update(layout.doc_ids.tolist())
+            documents = []
+            for number, length in zip(layout.doc_ids.tolist(), layout.clean_lens.tolist(), strict=True):
+                if number >= 64:
+                    row = rows_of("mixed")[number - 64]
+                    conversation = parse(row)
+                elif number >= 40:
+                    conversation = parse(rows_of("messages")[(number - 40) % 12])
+                else:
+                    row = question(number)
+                    conversation = [("user", row["query"]), ("assistant", row["response"])]
+                whole = render([{"role": r, "content": t} for r, t in conversation], encoder)
+                n = layout.n_blocks[layout.doc_ids.tolist().index(number)]
+                inside = whole.anchors[whole.anchors < length]
+                starts = draw_starts(inside, n, seed=5, epoch=epoch, document=number)
+                documents.append((number, whole.input_ids[:length], starts))
+            expected, expected_layout = pack_row(documents, block_size=4, mask_token_id=MASK)
+            np.testing.assert_array_equal(tokens, expected)
+            np.testing.assert_array_equal(layout.to_ints(), expected_layout.to_ints())
+        assert set(seen.values()) == {1}, "no document twice in an epoch"
+
+
+def test_manifest_says_what_training_must_know(config: BuildConfig) -> None:
+    manifest = build(config, QUIET)
+    assert manifest["mask_token_id"] == MASK
+    assert (manifest["eos_token_id"], manifest["pad_token_id"], manifest["vocab_size"]) == (IM_END, PAD, 261)
+    assert manifest["tokenizer"] == {"fingerprint": fingerprint(config.tokenizer), "name": "base"}
+    assert manifest["block_size"] == 4
+    assert "documents.tmp" not in manifest["files"]
+    assert "rejects.jsonl" in manifest["files"]
+
+
+def test_building_again_gives_the_same_files_and_another_seed_does_not(config: BuildConfig) -> None:
+    first = build(config, QUIET)
+    again = build(replace(config, out=config.out + "2"), QUIET)
+    assert first["files"] == again["files"]
+    other = build(replace(config, out=config.out + "3", seed=6), QUIET)
+    assert first["files"]["epoch0.rows.bin"] != other["files"]["epoch0.rows.bin"]
+
+
+def test_epochs_hold_the_same_documents_with_other_blocks(config: BuildConfig) -> None:
+    build(config, QUIET)
+    by_epoch = []
+    for epoch in range(2):
+        starts: dict[int, list[int]] = {}
+        for _, layout in all_rows(config.out, epoch):
+            parts = np.split(layout.starts, np.cumsum(layout.n_blocks)[:-1])
+            starts.update(zip(layout.doc_ids.tolist(), (p.tolist() for p in parts), strict=True))
+        by_epoch.append(starts)
+    assert by_epoch[0].keys() == by_epoch[1].keys()
+    changed = sum(by_epoch[0][number] != by_epoch[1][number] for number in by_epoch[0])
+    assert changed > 0.8 * len(by_epoch[0])
+
+
+def test_draws_do_not_depend_on_packing(config: BuildConfig) -> None:
+    build(config, QUIET)
+    build(replace(config, out=config.out + "2", row_length=2048, window=3, epochs=1), QUIET)
+    starts = []
+    for path in (config.out, config.out + "2"):
+        found: dict[int, bytes] = {}
+        for _, layout in all_rows(path, 0):
+            parts = np.split(layout.starts, np.cumsum(layout.n_blocks)[:-1])
+            found.update(zip(layout.doc_ids.tolist(), (p.tobytes() for p in parts), strict=True))
+        starts.append(found)
+    assert starts[0] == starts[1]
+
+
+def test_an_existing_folder_is_left_alone_and_a_failure_leaves_nothing(config: BuildConfig) -> None:
+    build(config, QUIET)
+    before = (Path(config.out) / "manifest.json").stat().st_mtime_ns
+    with pytest.raises(DataError, match="exists"):
+        build(config, QUIET)
+    assert (Path(config.out) / "manifest.json").stat().st_mtime_ns == before
+    (Path(config.sources[0].path).parent / "bad.jsonl").write_text("nothing\n")
+    bad = SourceConfig(name="bad", path=str(Path(config.sources[0].path).parent / "bad.jsonl"))
+    with pytest.raises(DataError, match="no row to write"):
+        build(replace(config, out=config.out + "2", sources=[bad]), QUIET)
+    assert not list(Path(config.out).parent.glob("out2*"))
+
+
+def test_system_prompt_and_mask_token_are_settings(config: BuildConfig, tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "other", "<reserved>")
+    changed = replace(
+        config, tokenizer=str(folder), system_prompt=None, mask_token="<reserved>", sources=config.sources[:1]
+    )
+    assert build(changed, QUIET)["mask_token_id"] == 260
+    tokens, _ = all_rows(config.out, 0)[0]
+    assert bytes(tokens[1:5].tolist()) == b"user"
+
+
+CONFIG_ERRORS = [
+    ({"out": ""}, "out"),
+    ({"tokenizer": ""}, "tokenizer"),
+    ({"block_size": 0}, "block_size"),
+    ({"seed": -1}, "seed"),
+    ({"max_document_length": 513}, "max_document_length"),
+    ({"overlong": "cut"}, "overlong"),
+    ({"sources": []}, "sources"),
+    ({"sources": [SourceConfig(name="a", path="x"), SourceConfig(name="a", path="y")]}, "sources"),
+    ({"sources": [SourceConfig(path="x")]}, "sources[0].name"),
+    ({"sources": [SourceConfig(name="a")]}, "sources[0]"),
+    ({"sources": [SourceConfig(name="a", path="x", hub="y")]}, "sources[0]"),
+    ({"sources": [SourceConfig(name="a", path="x", format="alpaca")]}, "sources[0].format"),
+    ({"sources": [SourceConfig(name="a", path="x", limit=-1)]}, "sources[0].limit"),
+    ({"sources": [SourceConfig(name="a", path="x", repeat=0)]}, "sources[0].repeat"),
+]
+
+
+@pytest.mark.parametrize(("change", "key"), CONFIG_ERRORS)
+def test_config_errors_name_the_key(config: BuildConfig, change: dict[str, Any], key: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        check(replace(config, **change))
+    assert error.value.where == key
+
+
+def test_unknown_pad_token_is_an_error(config: BuildConfig) -> None:
+    with pytest.raises(DataError, match="<pad>"):
+        build(replace(config, pad_token="<pad>"), QUIET)
+    assert not Path(config.out).exists()
+
+
+def test_command_line(config: BuildConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "build.yaml"
+    settings = {
+        "out": config.out,
+        "tokenizer": config.tokenizer,
+        "row_length": 512,
+        "max_document_length": 300,
+    }
+    sources = [{"name": s.name, "format": s.format, "path": s.path} for s in config.sources]
+    file.write_text(yaml.safe_dump({**settings, "sources": sources}))
+    main(["--config", str(file), "--dry-run"])
+    assert "query: 40 rows" in capsys.readouterr().out
+    assert not Path(config.out).exists()
+    main(["--config", str(file), "--block_size=2", "--seed=9"])
+    assert "rejects.jsonl" in "".join(capsys.readouterr().out.split("\n"))
+    manifest = PackedDataset(config.out).manifest
+    assert (manifest["block_size"], manifest["seed"]) == (2, 9)
+
+    for argv in (
+        ["--config", str(file)],
+        ["--config", str(file), "--blok_size=2"],
+        ["--config", str(file), "--sources=[{name: a, path: b, formt: c}]"],
+        ["--config", str(tmp_path / "none.yaml")],
+    ):
+        with pytest.raises(SystemExit) as exit_:
+            run_cli(main, argv)
+        assert exit_.value.code == 2
+        assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_counts_are_shown_short() -> None:
+    shown = [_short(n) for n in (0, 950, 12_345, 999_400, 999_999, 2_926_800, 2_322_943_969)]
+    assert shown == ["0", "950", "12.3k", "999k", "1000k", "2.93M", "2.32G"]
+
+
+def test_a_lost_row_is_noticed() -> None:
+    with pytest.raises(AssertionError, match="1 rows were read, 0 are accounted for"):
+        Tally(rows=1).check()
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_shows_how_far_it_is_and_an_eta(terminal: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    console = Console(force_terminal=terminal, width=120)
+    with track("tokenize", 10, "rows", console) as advance:
+        advance(4)
+        advance(6)
+    out = capsys.readouterr().out
+    assert "tokenize" in out
+    assert "10/10" in out
+    assert "ETA" in out
+
+
+@pytest.mark.parametrize(("preset", "block_size"), [("mixture_d4", 4), ("mixture_d8", 8)])
+def test_presets_load(preset: str, block_size: int) -> None:
+    config = load_config(BuildConfig, preset, ["--out=o", "--tokenizer=t"], PRESETS)
+    check(config)
+    assert (config.block_size, len(config.sources), config.max_document_length) == (block_size, 9, 5632)

@@ -1,0 +1,159 @@
+"""Rendering of conversations, counted by hand on a byte tokenizer and checked on Qwen2.5's."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer
+
+from data_prep.chat import parse, render
+from data_prep.tokenizer import TextTokenizer
+from sdlm_megatron.errors import DataError
+from tests.byte_tokenizer import IM_END, IM_START, TOOL, definition, write_folder
+from tests.qwen_vocab import qwen_tokenizer_folder
+
+BYTES = TextTokenizer(definition("<text_mask>"), "bytes")
+HI = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yo"}]
+NEWLINE = ord("\n")
+
+
+def turn(role: str, text: str) -> list[int]:
+    return [IM_START, *f"{role}\n{text}".encode(), IM_END, NEWLINE]
+
+
+def test_a_conversation_by_hand() -> None:
+    document = render(HI, BYTES)
+    system = turn("system", "You are a helpful assistant.")
+    expected = system + turn("user", "Hi") + turn("assistant", "Yo")
+    assert document.input_ids.dtype == document.anchors.dtype == np.int32
+    assert document.input_ids.tolist() == expected
+    header_end = len(system) + len(turn("user", "Hi")) + len("assistant\n")  # <|im_start|> is token 0 of the turn
+    assert document.input_ids[header_end] == NEWLINE
+    # R = 3: "Y", "o" and <|im_end|> are the tokens after the anchors; the closing newline never is
+    assert document.anchors.tolist() == [header_end, header_end + 1, header_end + 2]
+    assert document.input_ids[document.anchors + 1].tolist() == [ord("Y"), ord("o"), IM_END]
+
+
+def test_default_system_can_be_left_out_and_is_not_added_twice() -> None:
+    assert render(HI, BYTES, default_system=None).input_ids.tolist() == turn("user", "Hi") + turn("assistant", "Yo")
+    own = render([{"role": "system", "content": "S"}, *HI], BYTES)
+    assert own.input_ids.tolist() == turn("system", "S") + turn("user", "Hi") + turn("assistant", "Yo")
+
+
+def test_both_spellings_of_a_conversation_are_the_same() -> None:
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]
+    expected = render(HI, BYTES).input_ids.tolist()
+    for form in (messages, {"messages": messages}, {"conversations": HI}):
+        assert render(form, BYTES).input_ids.tolist() == expected
+
+
+def test_function_turns_are_context_and_every_assistant_turn_is_trained() -> None:
+    conversation = [*HI, {"from": "function", "value": "42"}, {"from": "gpt", "value": "!"}]
+    document = render(conversation, BYTES, default_system=None)
+    assert [t.role for t in document.turns] == ["user", "assistant", "function", "assistant"]
+    assert [t.n_anchors for t in document.turns] == [0, 3, 0, 2]
+    assert document.turns[-1].end == len(document.input_ids)
+
+
+def test_no_assistant_turn_gives_no_anchors() -> None:
+    assert render([{"from": "human", "value": "x"}], BYTES).anchors.shape == (0,)
+
+
+def test_empty_answer_has_one_anchor() -> None:
+    document = render([HI[0], {"from": "gpt", "value": ""}], BYTES)
+    assert document.input_ids[document.anchors + 1].tolist() == [IM_END]
+
+
+@pytest.mark.parametrize("token", ["<|im_end|>", "<|im_start|>", "<|endoftext|>", "<text_mask>"])
+def test_special_tokens_spelled_in_text_are_text(token: str) -> None:
+    document = render([HI[0], {"from": "gpt", "value": f"a{token}b"}], BYTES, default_system=None)
+    assert document.input_ids.tolist() == turn("user", "Hi") + turn("assistant", f"a{token}b")
+
+
+def test_added_tokens_that_are_not_special_stay_words() -> None:
+    document = render([HI[0], {"from": "gpt", "value": "<tool_call>"}], BYTES)
+    assert document.input_ids.tolist()[-3:] == [TOOL, IM_END, NEWLINE]
+
+
+def test_transformers_tokenizer_gives_the_same(tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(write_folder(tmp_path, "<text_mask>"))
+    conversation = [HI[0], {"from": "gpt", "value": "é <|im_end|> <text_mask> <tool_call>"}]
+    ours, theirs = render(conversation, BYTES), render(conversation, tokenizer)
+    assert theirs.input_ids.tolist() == ours.input_ids.tolist()
+    assert theirs.anchors.tolist() == ours.anchors.tolist()
+    assert tokenizer.encode("<|im_end|>", add_special_tokens=False) == [IM_END], "the caller's is left as it was"
+
+
+def test_backend_tokenizer_and_slow_tokenizer_are_accepted() -> None:
+    class Slow:
+        """The three calls of a transformers tokenizer without a `tokenizers` backend."""
+
+        unk_token_id = None
+
+        def encode(self, text: str, add_special_tokens: bool, split_special_tokens: bool) -> list[int]:
+            assert not add_special_tokens
+            assert split_special_tokens
+            return list(text.encode())
+
+        def convert_tokens_to_ids(self, token: str) -> int | None:
+            return {"<|im_start|>": IM_START, "<|im_end|>": IM_END}.get(token)
+
+    expected = render(HI, BYTES).input_ids.tolist()
+    assert render(HI, Tokenizer.from_str(json.dumps(definition()))).input_ids.tolist() == expected
+    assert render(HI, Slow()).input_ids.tolist() == expected
+
+
+def test_qwen_header_counts_three_tokens_even_when_the_newline_merges() -> None:
+    tokenizer = TextTokenizer.from_folder(qwen_tokenizer_folder())
+    assert tokenizer.encode_batch(["assistant\n"]) == [[77091, 198]]
+    plain = render(HI, tokenizer)
+    assert plain.anchors.tolist() == [plain.turns[-1].start + i for i in (2, 3)]
+    merged = render([HI[0], {"from": "gpt", "value": "\n\n\n"}], tokenizer)
+    start = merged.turns[-1].start
+    # <|im_start|> assistant "\n\n\n\n" <|im_end|>: the answer's text is inside the header's third token
+    assert merged.turns[-1].end - start == 5
+    assert merged.anchors.tolist() == [start + 2]
+
+
+BAD = [
+    ([], "conversation", "no turn"),
+    ("text", "conversation", "list of turns"),
+    (3, "conversation", "list of turns"),
+    ({"text": "x"}, "", "`text`"),
+    ({"messages": None}, "messages", "list of turns"),
+    (["x"], "conversation[0]", "object"),
+    ([{"value": "x"}], "conversation[0]", "`from`"),
+    ([HI[0], {"from": "robot", "value": "x"}], "conversation[1].from", "'robot'"),
+    ([{"role": None, "content": "x"}], "conversation[0].role", "None"),
+    ([{"role": ["user"], "content": "x"}], "conversation[0].role", "user"),
+    ([{"from": "human"}], "conversation[0]", "`value`"),
+    ([{"from": "human", "value": None}], "conversation[0].value", "NoneType"),
+    ({"messages": [{"role": "user", "content": 3}]}, "messages[0].content", "int"),
+    ([{"from": "human", "value": "\ud800"}], "conversation[0].value", "Unicode"),
+]
+
+
+@pytest.mark.parametrize(("conversation", "where", "what"), BAD)
+def test_bad_conversations_name_turn_and_field(conversation: object, where: str, what: str) -> None:
+    with pytest.raises(DataError) as error:
+        render(conversation, BYTES)  # type: ignore[arg-type]
+    assert error.value.where == where
+    assert what in str(error.value)
+
+
+def test_parse_returns_chatml_roles() -> None:
+    assert parse(HI) == [("user", "Hi"), ("assistant", "Yo")]
+
+
+def test_tokenizer_without_chatml_is_refused(tmp_path: Path) -> None:
+    content = definition()
+    content["added_tokens"] = content["added_tokens"][:1]
+    with pytest.raises(DataError, match="im_start"):
+        render(HI, TextTokenizer(content, "bare"))
+    with pytest.raises(DataError, match="tokenizer.json"):
+        TextTokenizer.from_folder(tmp_path)
+    (tmp_path / "tokenizer.json").write_text('{"model": 3}')
+    with pytest.raises(DataError, match="cannot be read"):
+        TextTokenizer.from_folder(tmp_path)

@@ -1,0 +1,142 @@
+"""The files of a packed dataset, the order of rows, and what is said of files that are not whole."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import MASK, make_dataset
+
+from sdlm_megatron.data.format import DatasetWriter, PackedDataset
+from sdlm_megatron.data.indexed import IndexedReader, IndexedWriter
+from sdlm_megatron.data.order import locate, shuffled, step_rows
+from sdlm_megatron.diffusion.layout import pack_row
+from sdlm_megatron.errors import DataError
+
+
+def test_files_are_megatrons(tmp_path: Path) -> None:
+    """Ours are read by Megatron-Core, Megatron-Core's are read by ours, byte for byte the same."""
+    from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
+
+    rng = np.random.default_rng(0)
+    rows = [rng.integers(-(2**31), 2**31, n).astype(np.int32) for n in (5, 1, 0, 700)]
+    ours, theirs = IndexedWriter(str(tmp_path / "ours")), IndexedDatasetBuilder(str(tmp_path / "theirs.bin"), np.int32)
+    for row in rows:
+        ours.add(row)
+        theirs.add_document(torch.from_numpy(row), [len(row)])
+    ours.finish()
+    theirs.finalize(str(tmp_path / "theirs.idx"))
+    for ending in (".bin", ".idx"):
+        assert (tmp_path / f"ours{ending}").read_bytes() == (tmp_path / f"theirs{ending}").read_bytes()
+    read, reference = IndexedReader(str(tmp_path / "theirs")), IndexedDataset(str(tmp_path / "ours"))
+    assert len(read) == len(reference) == len(rows)
+    for i, row in enumerate(rows):
+        np.testing.assert_array_equal(read[i], row)
+        np.testing.assert_array_equal(reference[i], row)
+
+
+def test_rows_come_back(tmp_path: Path) -> None:
+    meta = json.loads((make_dataset(tmp_path / "a") / "manifest.json").read_text())
+    documents = [
+        (3, np.arange(20, dtype=np.int32), np.array([4, 9])),
+        (4, np.arange(7, dtype=np.int32), np.array([], int)),
+    ]
+    tokens, layout = pack_row(documents, block_size=4, mask_token_id=MASK)
+    with DatasetWriter(tmp_path / "b", meta=meta) as writer:
+        writer.add(0, tokens, layout)
+        manifest = writer.finish({"note": "x"})
+    dataset = PackedDataset(tmp_path / "b")
+    found, again = dataset.read(0, 0)
+    del dataset
+    np.testing.assert_array_equal(found, tokens)
+    np.testing.assert_array_equal(again.starts, layout.starts)
+    assert manifest["counts"] == [{"rows": 1, "documents": 2, "clean": 27, "block": 8, "targets": 8}]
+    assert manifest["note"] == "x"
+
+
+def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
+    meta = json.loads((make_dataset(tmp_path / "a") / "manifest.json").read_text())
+    with pytest.raises(RuntimeError), DatasetWriter(tmp_path / "b", meta=meta):
+        raise RuntimeError
+    with pytest.raises(DataError, match="no row to write"), DatasetWriter(tmp_path / "b", meta=meta) as writer:
+        writer.finish()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a"]
+    with pytest.raises(DataError, match="exists already"):
+        DatasetWriter(tmp_path / "a", meta=meta)
+
+
+def _cut(name: str):
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:-4])
+
+
+def _edit(**change: object):
+    def edit(folder: Path) -> None:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        (folder / "manifest.json").write_text(json.dumps({**manifest, **change}))
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_cut("epoch0.rows.bin"), "epoch0.rows.bin has .* bytes, the manifest says"),
+        (_cut("epoch0.layout.idx"), "epoch0.layout.idx has .* bytes, the manifest says"),
+        (lambda f: (f / "epoch0.rows.idx").unlink(), "epoch0.rows.idx is missing"),
+        (lambda f: (f / "manifest.json").unlink(), "no manifest.json"),
+        (lambda f: (f / "manifest.json").write_text("{"), "not JSON"),
+        (_edit(version=0), "version 0"),
+        (_edit(mask_token_id=None, format="other"), "this is other"),
+    ],
+)
+def test_damaged_files_are_named(tmp_path: Path, damage, message: str) -> None:
+    folder = make_dataset(tmp_path / "data")
+    damage(folder)
+    with pytest.raises(DataError, match=message) as caught:
+        PackedDataset(folder)
+    assert str(folder) in caught.value.where
+
+
+def test_an_index_that_lies_is_found(tmp_path: Path) -> None:
+    folder = make_dataset(tmp_path / "data")
+    index = folder / "epoch0.rows.idx"
+    content = bytearray(index.read_bytes())
+    content[34] ^= 1  # length of the first row
+    index.write_bytes(content)
+    with pytest.raises(DataError, match="row 0"):
+        PackedDataset(folder).read(0, 0)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 10, 97, 1000])
+def test_the_order_is_a_permutation(n: int) -> None:
+    orders = {tuple(shuffled(i, n, seed=seed, epoch=epoch) for i in range(n)) for seed in (0, 42) for epoch in (0, 1)}
+    assert all(sorted(order) == list(range(n)) for order in orders)
+    if n >= 10:
+        assert len(orders) == 4
+
+
+def test_the_order_looks_random() -> None:
+    """Rank correlation of place and row, and neighbours that stay neighbours, are those of chance."""
+    n = 20000
+    order = np.array([shuffled(i, n, seed=7, epoch=3) for i in range(n)])
+    assert abs(np.corrcoef(np.arange(n), order)[0, 1]) < 4 / np.sqrt(n)
+    assert (np.abs(np.diff(order)) == 1).sum() < 15
+
+
+def test_epochs_follow_each_other(tmp_path: Path) -> None:
+    dataset = PackedDataset(make_dataset(tmp_path / "data", rows=10, epochs=2))
+    places = [locate(n, dataset.rows, seed=1) for n in range(30)]
+    assert [p.epoch for p in places] == [0] * 10 + [1] * 10 + [2] * 10
+    for epoch in range(3):
+        assert sorted(p.row for p in places if p.epoch == epoch) == list(range(10))
+    first, second, third = (dataset.read(e, 0)[1].starts for e in range(3))
+    assert not np.array_equal(first, second)  # fresh draws
+    np.testing.assert_array_equal(first, third)  # beyond the prepared epochs: the first again
+
+
+@pytest.mark.parametrize("dp_size", [1, 2, 3, 4, 8])
+def test_a_step_takes_the_next_rows(dp_size: int) -> None:
+    ranks = [step_rows(20, 6, 24, dp_rank=r, dp_size=dp_size) for r in range(dp_size)]
+    assert len({len(r) for r in ranks}) == 1
+    assert sorted(n for r in ranks for n in r if n is not None) == [20, 21, 22, 23]

@@ -1,0 +1,163 @@
+"""Blocks, positions, targets and visibility against cases worked out by hand, and against slower rules."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sdlm_megatron.diffusion.layout import (
+    IGNORE,
+    RowLayout,
+    block_count,
+    draw_starts,
+    expand_document,
+    pack_row,
+    row_positions,
+    row_targets,
+)
+from sdlm_megatron.diffusion.mask import block_rows, visible, visible_pairs, visible_row
+
+MASK, EOS = 99, 7
+N = IGNORE
+
+
+def test_block_count() -> None:
+    assert block_count(65, 20, 5632, 4, 3) == 15  # 3 * 20 // 4
+    assert block_count(250, 20, 256, 4, 3) == 1  # room for 6 tokens
+    assert block_count(300, 20, 256, 4, 3) == 0
+    assert block_count(10, 5, 100, 1, 3) == 5  # never more blocks than anchors
+    assert block_count(10, 0, 100, 4, 3) == 0
+
+
+def test_a_document_by_hand() -> None:
+    #         0   1   2   3    4   5
+    clean = [10, 11, 12, EOS, 13, 14]
+    found = expand_document(np.array(clean), np.array([1, 4]), block_size=3, mask_token_id=MASK, eos_token_id=EOS)
+    assert found.input_ids.tolist() == [*clean, 11, MASK, MASK, 13, MASK, MASK]
+    assert found.position_ids.tolist() == [0, 1, 2, 3, 4, 5, 1, 2, 3, 4, 5, 6]
+    # block at 1: 12, then the end of the turn, then nothing; block at 4: 14, then the document ends
+    assert found.targets.tolist() == [N] * 6 + [12, EOS, N, 14, N, N]
+
+
+def test_visibility_by_hand() -> None:
+    seen = visible(3, np.array([1, 2]), block_size=2).astype(int)
+    assert seen.tolist() == [
+        [1, 0, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0, 0],
+        [1, 0, 0, 1, 1, 0, 0],  # block at 1: clean 0, not clean 1; its own two tokens
+        [1, 0, 0, 1, 1, 0, 0],
+        [1, 1, 0, 0, 0, 1, 1],
+        [1, 1, 0, 0, 0, 1, 1],
+    ]
+    causal = visible(3, np.array([1, 2]), block_size=2, causal_attn=True).astype(int)
+    assert causal[3].tolist() == [1, 0, 0, 1, 0, 0, 0]
+    assert causal[4].tolist() == [1, 0, 0, 1, 1, 0, 0]
+
+
+@st.composite
+def documents(draw: st.DrawFn) -> tuple[int, list[tuple[int, np.ndarray, np.ndarray]]]:
+    """A block size and up to four documents, some without blocks, some of one token."""
+    size = draw(st.integers(1, 9))
+    found = []
+    for i in range(draw(st.integers(0, 4))):
+        length = draw(st.integers(1, 20))
+        clean = draw(st.lists(st.integers(0, 9), min_size=length, max_size=length))
+        starts = sorted(draw(st.sets(st.integers(0, length - 1), max_size=length)))
+        found.append((i * 3, np.array(clean, np.int32), np.array(starts, np.int32)))
+    return size, found
+
+
+@settings(max_examples=200, deadline=None)
+@given(documents(), st.booleans())
+def test_rows_follow_the_rules_token_by_token(case: tuple, causal: bool) -> None:
+    """Every token of a packed row, checked with the rules of the method written out in loops."""
+    size, docs = case
+    tokens, layout = pack_row(docs, block_size=size, mask_token_id=MASK)
+    positions, targets = row_positions(layout), row_targets(tokens, layout, EOS)
+    length = layout.used + 3
+    seen = visible_row(layout, length, causal_attn=causal)
+    # what each token is: (document, "clean" or block number, slot or position)
+    kinds = [(d, None, i) for d, (_, clean, _) in enumerate(docs) for i in range(len(clean))]
+    kinds += [(d, b, j) for d, (_, _, starts) in enumerate(docs) for b in range(len(starts)) for j in range(size)]
+    assert len(kinds) == layout.used == len(tokens)
+    for q, (doc, block, place) in enumerate(kinds):
+        _, clean, starts = docs[doc]
+        if block is None:
+            assert (tokens[q], positions[q], targets[q]) == (clean[place], place, IGNORE)
+        else:
+            p = int(starts[block])
+            assert tokens[q] == (clean[p] if place == 0 else MASK)
+            assert positions[q] == p + place
+            earlier = [int(clean[p + 1 + j]) for j in range(place) if p + 1 + j < len(clean)]
+            trained = p + 1 + place < len(clean) and EOS not in earlier
+            assert targets[q] == (clean[p + 1 + place] if trained else IGNORE)
+        for k, (other, key_block, key_place) in enumerate(kinds):
+            if doc != other:
+                wanted = False
+            elif block is None:
+                wanted = key_block is None and key_place <= place
+            elif key_block is None:
+                wanted = key_place < int(starts[block])
+            else:
+                wanted = key_block == block and (not causal or key_place <= place)
+            assert seen[q, k] == wanted
+    assert not seen[: layout.used, layout.used :].any()
+    assert (seen[layout.used :] == np.eye(length, dtype=bool)[layout.used :]).all()
+    assert visible_pairs(layout, causal_attn=causal) == seen[: layout.used].sum()
+
+
+@settings(max_examples=100, deadline=None)
+@given(documents())
+def test_the_stored_form_comes_back(case: tuple) -> None:
+    size, docs = case
+    _, layout = pack_row(docs, block_size=size, mask_token_id=MASK)
+    again = RowLayout.from_ints(layout.to_ints(), size)
+    for name in ("doc_ids", "clean_lens", "n_blocks", "starts"):
+        np.testing.assert_array_equal(getattr(again, name), getattr(layout, name))
+
+
+def test_damaged_layouts_are_refused() -> None:
+    _, layout = pack_row([(0, np.arange(9), np.array([2, 5]))], block_size=4, mask_token_id=MASK)
+    for ints in (layout.to_ints()[:-1], layout.to_ints()[:2], np.array([-1], np.int32), np.array([], np.int32)):
+        with pytest.raises(ValueError):
+            RowLayout.from_ints(ints, 4)
+
+
+def test_block_rows_of_a_part_are_those_of_the_whole() -> None:
+    """What a chunk of a long document's blocks sees, from the chunk alone."""
+    starts = np.array([3, 8, 9, 14])
+    whole = visible(20, starts, block_size=4)
+    part = block_rows(9, starts[1:3], block_size=4)
+    np.testing.assert_array_equal(part[:, :9], whole[24:32, :9])
+    np.testing.assert_array_equal(part[:, 9:], whole[24:32, 24:32])
+    assert not whole[24:32, 9:24].any()
+
+
+def test_starts_outside_the_document_or_repeated_are_refused() -> None:
+    for starts in ([5], [-1], [2, 2], [3, 1]):
+        with pytest.raises(ValueError, match="ascend strictly"):
+            pack_row([(0, np.arange(5), np.array(starts))], block_size=4, mask_token_id=MASK)
+
+
+def test_draws_depend_on_seed_epoch_and_document_only() -> None:
+    anchors = np.arange(100, 180)
+
+    def draw(**changed: int) -> list[int]:
+        return draw_starts(anchors, 30, **{"seed": 1, "epoch": 0, "document": 5, **changed}).tolist()
+
+    first = draw()
+    np.random.default_rng(0).random(10)
+    assert draw() == first
+    assert len(set(first)) == 30
+    assert first == sorted(first)
+    assert set(first) <= set(anchors.tolist())
+    assert len({tuple(draw(**change)) for change in ({}, {"seed": 2}, {"epoch": 1}, {"document": 6})}) == 4
+
+
+def test_draws_are_uniform() -> None:
+    counts = np.zeros(20, dtype=int)
+    for document in range(4000):
+        counts[draw_starts(np.arange(20), 5, seed=0, epoch=0, document=document)] += 1
+    expected = 4000 * 5 / 20
+    assert ((counts - expected) ** 2 / expected).sum() < 43.8  # chi square, 19 degrees of freedom, 0.1 %

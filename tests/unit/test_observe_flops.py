@@ -1,0 +1,104 @@
+"""Model FLOPs against a count by hand, against the dense mask, and against PyTorch's own counter."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
+
+from sdlm_megatron.diffusion.layout import pack_row
+from sdlm_megatron.diffusion.mask import visible_row
+from sdlm_megatron.observe.flops import (
+    ModelShape,
+    forward_flops,
+    model_flops_utilization,
+    step_flops,
+    training_flops,
+    visible_pairs,
+)
+from sdlm_megatron.observe.peak_flops import peak_flops
+
+SHAPE = ModelShape(layers=2, hidden=8, heads=4, kv_heads=2, head_dim=3, ffn=16, vocab=50)
+
+
+def layout_of(documents, block_size):
+    triples = [
+        (i, np.arange(length, dtype=np.int32), np.array(starts, dtype=np.int32))
+        for i, (length, starts) in enumerate(documents)
+    ]
+    return pack_row(triples, block_size=block_size, mask_token_id=99)[1]
+
+
+@st.composite
+def layouts(draw):
+    block_size = draw(st.integers(1, 6))
+    documents = []
+    for _ in range(draw(st.integers(1, 4))):
+        length = draw(st.integers(1, 14))
+        starts = sorted(draw(st.sets(st.integers(0, length - 1), max_size=5)))
+        documents.append((length, starts))
+    return layout_of(documents, block_size)
+
+
+@settings(max_examples=60, deadline=None)
+@given(layouts(), st.booleans())
+def test_pairs_equal_the_dense_mask(layout, causal_attn):
+    assert visible_pairs(layout, causal_attn=causal_attn) == int(
+        visible_row(layout, layout.used, causal_attn=causal_attn).sum()
+    )
+
+
+def test_count_by_hand():
+    # a layer: q and o 8x12 each, k and v 8x6 each, three 8x16 matrices
+    assert SHAPE.linear_params == 2 * (2 * 96 + 2 * 48 + 3 * 128)
+    # 10 tokens, 33 pairs in 2 layers of 4 heads of size 3, 5 labels
+    assert forward_flops(SHAPE, tokens=10, pairs=33, label_rows=5) == 2 * 1344 * 10 + 4 * 33 * 12 * 2 + 2 * 8 * 50 * 5
+    assert training_flops(SHAPE, tokens=10, pairs=33, label_rows=5) == 3 * (26880 + 3168 + 4000)
+
+
+def test_agrees_with_pytorchs_counter_where_every_pair_is_visible():
+    s, tokens = SHAPE, 7
+    x = torch.randn(tokens, s.hidden)
+    with FlopCounterMode(display=False) as counter:
+        for _ in range(s.layers):
+            q = x @ torch.randn(s.hidden, s.heads * s.head_dim)
+            k, v = (x @ torch.randn(s.hidden, s.kv_heads * s.head_dim) for _ in range(2))
+            grouped = s.heads // s.kv_heads
+            q3 = q.view(tokens, s.heads, s.head_dim).transpose(0, 1)
+            k3, v3 = (
+                t.view(tokens, s.kv_heads, s.head_dim).transpose(0, 1).repeat_interleave(grouped, 0) for t in (k, v)
+            )
+            out = (q3 @ k3.transpose(1, 2)) @ v3
+            x = out.transpose(0, 1).reshape(tokens, -1) @ torch.randn(s.heads * s.head_dim, s.hidden)
+            gate, up = (x @ torch.randn(s.hidden, s.ffn) for _ in range(2))
+            x = (gate * up) @ torch.randn(s.ffn, s.hidden)
+        x[:3] @ torch.randn(s.hidden, s.vocab)
+    assert counter.get_total_flops() == forward_flops(s, tokens=tokens, pairs=tokens * tokens, label_rows=3)
+
+
+def test_a_step_is_the_sum_of_its_rows_and_padding_costs_nothing():
+    one, two = layout_of([(5, [1, 3])], 4), layout_of([(6, [2]), (4, [0, 1])], 4)
+    pairs = visible_pairs(one) + visible_pairs(two)
+    expected = training_flops(SHAPE, tokens=one.used + two.used, pairs=pairs, label_rows=11)
+    assert step_flops(SHAPE, [one, two], 11) == expected
+
+
+def test_long_documents_do_not_overflow():
+    long = layout_of([(200_000, [199_999])], 4)
+    assert visible_pairs(long) == 200_000 * 200_001 // 2 + 4 * 199_999 + 16
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [("NVIDIA H100 80GB HBM3", 989.4e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA H200", 989.4e12),
+     ("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA B200", 2250e12), ("NVIDIA GB200", 2500e12),
+     ("NVIDIA GH200 480GB", 989.4e12), ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None), ("Tesla T4", None), ("cpu", None)],
+)  # fmt: skip
+def test_peaks_by_device_name(name, peak):
+    assert peak_flops(name) == peak
+
+
+def test_utilization():
+    assert model_flops_utilization(2 * 10**15, 2.0, 4, 1e15) == pytest.approx(0.25)
+    assert model_flops_utilization(10**15, 1.0, 1, None) is None

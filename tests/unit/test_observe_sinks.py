@@ -1,0 +1,224 @@
+"""JSONL, TensorBoard and W&B, each really written and read back."""
+
+import json
+import struct
+import sys
+from dataclasses import dataclass
+
+import pytest
+
+from sdlm_megatron.errors import ConfigError, DataError
+from sdlm_megatron.observe import wandb_sink
+from sdlm_megatron.observe.sinks import JsonlSink, Sinks, TensorBoardSink, read_metrics
+
+
+@dataclass
+class Settings:
+    tensorboard: bool = False
+    wandb: str = "disabled"
+    wandb_project: str = "sdlm-test"
+
+
+@pytest.fixture(autouse=True)
+def _no_wandb_environment(monkeypatch):
+    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_DIR", "WANDB_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def steps(path):
+    return [r["step"] for r in read_metrics(path)]
+
+
+def run(folder, first, last, *, resume_step=0, settings=None, note="", offset=0.0):
+    with Sinks.open(folder, settings or Settings(), resume_step, resume_note=note) as sinks:
+        for step in range(first, last + 1):
+            sinks.log(step, {"step": step, "loss": 1.0 / step + offset, "targets": 10})
+
+
+def test_a_resume_leaves_exactly_one_record_a_step(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    run(tmp_path, 1, 9)
+    run(tmp_path, 6, 12, resume_step=5, note="DP 2", offset=100.0)
+    assert steps(file) == list(range(1, 13))
+    records = {r["step"]: r for r in read_metrics(file)}
+    assert records[5]["loss"] < 1 and records[6]["loss"] > 100
+    assert [s for s, r in records.items() if "resumed_from" in r] == [6]
+    assert (records[6]["resumed_from"], records[6]["resume_note"]) == (5, "DP 2")
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_a_line_cut_by_a_crash_is_dropped_and_the_next_starts_clean(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    run(tmp_path, 1, 4)
+    with open(file, "a", encoding="utf-8") as handle:
+        handle.write('{"step": 5, "lo')
+    assert steps(file) == [1, 2, 3, 4]
+    run(tmp_path, 4, 5, resume_step=3)
+    assert steps(file) == [1, 2, 3, 4, 5]
+
+
+def test_a_run_from_the_start_drops_the_records_of_the_one_before(tmp_path):
+    run(tmp_path, 1, 4)
+    run(tmp_path, 1, 2)
+    assert steps(tmp_path / "metrics.jsonl") == [1, 2]
+
+
+def test_a_line_that_is_no_record_is_named_and_nothing_is_changed(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"step": 1}\nnonsense\n{"step": 3}\n')
+    before = file.read_bytes()
+    with pytest.raises(DataError, match="metrics.jsonl, line 2"):
+        Sinks.open(tmp_path, Settings(), 1)
+    assert file.read_bytes() == before
+
+
+def test_a_value_that_is_not_finite_becomes_null(tmp_path):
+    sink = JsonlSink(tmp_path / "m.jsonl")
+    sink.log(1, {"loss": float("nan"), "grad_norm": float("inf"), "lr": 1.0})
+    sink.close()
+    text = (tmp_path / "m.jsonl").read_text()
+    assert json.loads(text) == {"step": 1, "loss": None, "grad_norm": None, "lr": 1.0}
+    assert "NaN" not in text and "Infinity" not in text
+
+
+def scalars(folder, tag):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    reader = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    reader.Reload()
+    return {e.step: e.value for e in reader.Scalars(tag)}, reader.Tags()["scalars"]
+
+
+def test_tensorboard_reads_back_and_a_resume_replaces_repeated_steps(tmp_path):
+    settings = Settings(tensorboard=True)
+    run(tmp_path, 1, 6, settings=settings)
+    first, tags = scalars(tmp_path / "tensorboard", "loss/loss")
+    assert first == pytest.approx({s: 1 / s for s in range(1, 7)})
+    assert sorted(tags) == ["data/targets", "loss/loss"]
+    run(tmp_path, 4, 8, resume_step=3, settings=settings, offset=50.0)
+    again, _ = scalars(tmp_path / "tensorboard", "loss/loss")
+    assert again == pytest.approx({s: 1 / s + (50.0 if s > 3 else 0) for s in range(1, 9)})
+
+
+def test_tensorboard_skips_text(tmp_path):
+    sink = TensorBoardSink(tmp_path / "tb")
+    sink.log(1, {"loss": 2.0, "note": "text"})
+    sink.close()
+    assert scalars(tmp_path / "tb", "loss/loss")[1] == ["loss/loss"]
+
+
+def wandb_records(file):
+    """Messages of a .wandb file: a 7-byte header, then LevelDB's log format (32 KiB blocks, 7-byte chunk headers)."""
+    from wandb.proto import wandb_internal_pb2
+
+    data, at, message = file.read_bytes(), 7, b""
+    assert data.startswith(b":W&B")
+    while at + 7 <= len(data):
+        if (left := 32768 - at % 32768) < 7:  # no room for a chunk header: zeros up to the next block
+            at += left
+            continue
+        length, kind = struct.unpack_from("<HB", data, at + 4)  # behind the checksum; kind 1 full, 2 first, 3, 4 last
+        message += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):
+            yield wandb_internal_pb2.Record.FromString(message)
+            message = b""
+
+
+def wandb_history(folder):
+    """(step, loss) of all offline runs below `folder`, by run id, read from W&B's own files."""
+    found = {}
+    for file in sorted(folder.glob("wandb/offline-run-*/*.wandb")):
+        for record in wandb_records(file):
+            if record.WhichOneof("record_type") == "run":
+                rows = found.setdefault(record.run.run_id, [])
+            if record.WhichOneof("record_type") == "history":
+                fields = {(i.key or ".".join(i.nested_key)): json.loads(i.value_json) for i in record.history.item}
+                rows.append((fields["step"], fields["loss"]))
+    return found
+
+
+@pytest.mark.slow
+def test_wandb_offline_is_really_written_and_a_resume_keeps_the_run(tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef0123456789abcdef01234567")
+    settings = Settings(wandb="offline")
+    folder = tmp_path / "night"
+    run(folder, 1, 3, settings=settings)
+    run(folder, 3, 5, resume_step=2, settings=settings)
+    history = wandb_history(folder)
+    run_id = (folder / "wandb" / "run-id").read_text().strip()
+    assert list(history) == [run_id]
+    assert history[run_id] == [(s, pytest.approx(1 / s)) for s in (1, 2, 3, 3, 4, 5)]
+    assert len(list(folder.glob("wandb/offline-run-*"))) == 2
+    printed = "".join(capfd.readouterr())
+    assert "0123456789abcdef" not in printed and "WARNING" not in printed
+
+
+def test_online_without_a_key_does_not_ask_and_goes_offline_with_a_notice(tmp_path, monkeypatch, capfd):
+    import wandb
+
+    asked = []
+    monkeypatch.setattr(wandb, "login", lambda **options: asked.append(options) or False)
+    started = []
+    monkeypatch.setattr(wandb, "init", lambda **options: started.append(options["mode"]) or FakeRun())
+    sink = wandb_sink.open_wandb(tmp_path / "run", mode="online", project="p", run_config={})
+    assert sink is not None and started == ["offline"] and asked == [{"prompt": False}]
+    assert "wandb sync" in capfd.readouterr().err
+
+
+class FakeRun:
+    def __init__(self, fail_at=None):
+        self.fail_at, self.rows = fail_at, []
+
+    def define_metric(self, *names, **options):
+        pass
+
+    def log(self, row):
+        if row["step"] == self.fail_at:
+            raise OSError("disk full")
+        self.rows.append(row["step"])
+
+    def finish(self):
+        self.rows.append("end")
+
+
+def test_failing_to_start_is_told_loudly_without_secrets_and_training_goes_on(tmp_path, monkeypatch, capfd):
+    import wandb
+
+    key = "a-very-secret-key-0001"
+    monkeypatch.setenv("WANDB_API_KEY", key)
+
+    def refuse(**options):
+        raise RuntimeError(f"rejected key {key}")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    run(tmp_path, 1, 3, settings=Settings(wandb="offline"))
+    assert steps(tmp_path / "metrics.jsonl") == [1, 2, 3]
+    error = capfd.readouterr().err
+    assert "WARNING" in error and "NOT recorded" in error and "rejected key ***" in error and key not in error
+
+
+def test_failing_while_logging_ends_the_sink_only(capfd):
+    fake = FakeRun(fail_at=2)
+    sink = wandb_sink.WandbSink(fake)
+    for step in (1, 2, 3):
+        sink.log(step, {"loss": 1.0})
+    sink.close()
+    assert fake.rows == [1]
+    assert capfd.readouterr().err.count("WARNING") == 1
+
+
+def test_off_does_not_import_wandb(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # an import would raise
+    run(tmp_path, 1, 1)
+    assert not (tmp_path / "wandb").exists()
+
+
+def test_the_environment_can_switch_wandb_off(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert wandb_sink.open_wandb(tmp_path, mode="online", project="p", run_config={}) is None
+
+
+def test_an_unknown_mode_names_the_known_ones(tmp_path):
+    with pytest.raises(ConfigError, match="offline"):
+        Sinks.open(tmp_path, Settings(wandb="offlin"), 0)

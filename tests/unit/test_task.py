@@ -1,0 +1,86 @@
+"""The quickstart's task: deterministic, distinct, split by a hash, in three row forms."""
+
+import hashlib
+import itertools
+import json
+
+import pytest
+
+from quickstart.task import HELD_OUT_SHARE, NAMES, THINGS, VERBS, examples, write_task
+from sdlm_megatron.errors import DataError
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def pairs(files):
+    """(prompt, answer) of every training row, whatever its form."""
+    found = []
+    for row in read(files.messages):
+        assert [m["role"] for m in row["messages"]] == ["user", "assistant"]
+        found.append(tuple(m["content"] for m in row["messages"]))
+    found += [(row["query"], row["response"]) for row in read(files.query_response)]
+    found += [(row["instruction"], row["output"]) for row in read(files.instruction_output)]
+    return found
+
+
+def test_three_forms_and_held_out_hold_what_was_asked_for(tmp_path):
+    files = write_task(tmp_path, n_train=1000, n_heldout=128, seed=7)
+    assert (files.n_train, files.n_heldout) == (1000, 128)
+    assert [len(read(f)) for f in files.train_files] == [334, 333, 333]
+    assert len(read(files.heldout)) == 128
+    assert len({answer for _, answer in pairs(files)}) == 1000
+
+
+def test_answers_are_compact_json_whose_contents_stand_in_the_prompt(tmp_path):
+    files = write_task(tmp_path, n_train=300, n_heldout=30, seed=1)
+    everything = pairs(files) + [(r["prompt"], r["expected"]) for r in read(files.heldout)]
+    for prompt, answer in everything:
+        facts = json.loads(answer)
+        assert list(facts) == ["giver", "had", "thing", "verb", "moved", "taker"]
+        assert answer == json.dumps(facts, separators=(",", ":"))
+        words = prompt.replace(",", " ").rstrip(".").split()
+        assert all(str(value) in words for value in facts.values()), (prompt, answer)
+        assert 2 <= facts["moved"] < facts["had"] <= 99 and facts["giver"] != facts["taker"]
+
+
+def test_split_is_the_documented_hash_of_the_facts(tmp_path):
+    files = write_task(tmp_path, n_train=500, n_heldout=60, seed=3)
+
+    def held_out(answer):
+        return int(hashlib.sha256(answer.encode()).hexdigest()[:16], 16) % HELD_OUT_SHARE == 0
+
+    assert not any(held_out(answer) for _, answer in pairs(files))
+    assert all(held_out(row["expected"]) for row in read(files.heldout))
+    share = sum(e.held_out for e in itertools.islice(examples(0), 8000)) / 8000
+    assert abs(share - 1 / HELD_OUT_SHARE) < 0.02
+
+
+def test_another_seed_never_trains_on_held_out_facts(tmp_path):
+    held = {r["expected"] for r in read(write_task(tmp_path / "a", 400, 200, seed=1).heldout)}
+    trained = {answer for _, answer in pairs(write_task(tmp_path / "b", 3000, 10, seed=2))}
+    assert not held & trained
+
+
+def test_files_are_a_pure_function_of_the_arguments(tmp_path):
+    one, two = (write_task(tmp_path / name, 90, 9, seed=5) for name in "ab")
+    other = write_task(tmp_path / "c", 90, 9, seed=6)
+    for a, b in zip((*one.train_files, one.heldout), (*two.train_files, two.heldout), strict=True):
+        assert a.read_bytes() == b.read_bytes()
+    assert one.messages.read_bytes() != other.messages.read_bytes()
+
+
+def test_contents_are_varied(tmp_path):
+    facts = [json.loads(answer) for _, answer in pairs(write_task(tmp_path, 3000, 10, seed=1))]
+    assert {f["giver"] for f in facts} == set(NAMES) and len(set(NAMES)) == len(NAMES)
+    assert {f["thing"] for f in facts} == set(THINGS) and len(set(THINGS)) == len(THINGS)
+    assert {f["verb"] for f in facts} == set(VERBS)
+    assert {f["had"] for f in facts} == set(range(3, 100))
+
+
+@pytest.mark.parametrize(("n_train", "n_heldout"), [(2, 10), (10, 0), (10**8, 1)])
+def test_impossible_amounts_are_refused_before_anything_is_written(tmp_path, n_train, n_heldout):
+    with pytest.raises(DataError, match="cannot write"):
+        write_task(tmp_path / "task", n_train, n_heldout, seed=0)
+    assert not (tmp_path / "task").exists()
