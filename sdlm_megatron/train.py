@@ -7,16 +7,16 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sdlm_megatron.config.load import PRESETS, parse_cli, save_config
 from sdlm_megatron.config.schema import RunConfig
 from sdlm_megatron.config.validate import check_run
-from sdlm_megatron.data.format import PackedDataset
 from sdlm_megatron.errors import run_cli
-from sdlm_megatron.observe.console import Console
-from sdlm_megatron.observe.peak_flops import peak_flops
-from sdlm_megatron.observe.sinks import Sinks
-from sdlm_megatron.start import Plan, describe, make_plan
+
+if TYPE_CHECKING:
+    from sdlm_megatron.data.format import PackedDataset
+    from sdlm_megatron.start import Plan
 
 EXAMPLE = "torchrun --nproc-per-node 2 -m sdlm_megatron.train --config sdlm_3b_d4 --data.path=DIR --checkpoint.base=DIR"
 
@@ -36,6 +36,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def train(config: RunConfig, *, dry_run: bool = False) -> None:
     """Runs a checked configuration on this process, together with the others of the job."""
+    # Imports stand where they are needed: mistakes are found before Megatron's ten seconds, and the helper processes
+    # of a checkpoint save, which import this module again, start at once.
+    from sdlm_megatron.data.format import PackedDataset
+    from sdlm_megatron.start import describe, make_plan
+
     main_process = os.environ.get("RANK", "0") == "0"
     say = (lambda text: print(text, flush=True)) if main_process else (lambda text: None)
     dataset = PackedDataset(config.data.path)
@@ -46,12 +51,15 @@ def train(config: RunConfig, *, dry_run: bool = False) -> None:
         _run(config, plan, dataset)
 
 
-def _run(config: RunConfig, plan: Plan, dataset: PackedDataset) -> None:
+def _run(config: RunConfig, plan: "Plan", dataset: "PackedDataset") -> None:
     """Joins the other processes, builds, and trains."""
     from sdlm_megatron.parallel import compat, cpu
 
     compat.silence_known_notices()
     cpu.install()  # before anything imports megatron
+    from sdlm_megatron.observe.console import Console
+    from sdlm_megatron.observe.peak_flops import peak_flops
+    from sdlm_megatron.observe.sinks import Sinks
     from sdlm_megatron.parallel.engine import Engine
     from sdlm_megatron.parallel.groups import close_groups, init_groups
     from sdlm_megatron.trainer import Trainer

@@ -6,7 +6,7 @@ does nothing where a GPU is present, and never changes `torch.cuda.is_available`
 """
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -75,8 +75,20 @@ def install() -> bool:
     for name in ("synchronize", "set_device", "manual_seed", "empty_cache", "reset_peak_memory_stats"):
         setattr(cuda, name, lambda *a, **k: None)
     cuda.nvtx.range_push = cuda.nvtx.range_pop = lambda *a, **k: None
-    _redirect_megatron_rng()
+    with _without_compile():
+        _redirect_megatron_rng()
     return True
+
+
+@contextlib.contextmanager
+def _without_compile() -> Iterator[None]:
+    """Megatron-Core compiles small fusions for the GPU as it is imported: three seconds that a CPU has no use for."""
+    torch_compile = torch.compile
+    torch.compile = lambda model=None, **_: model if model is not None else lambda function: function  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.compile = torch_compile
 
 
 def _redirect_megatron_rng() -> None:
