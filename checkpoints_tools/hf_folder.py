@@ -4,7 +4,6 @@ The files are written by hand and never through `save_pretrained`: what transfor
 `rope_theta`, and older code then silently assumes 10000.
 """
 
-import json
 import logging
 import os
 import re
@@ -17,21 +16,14 @@ import torch
 from safetensors.torch import save_file
 
 import sdlm_megatron.diffusion.decode
+from sdlm_megatron.checkpoint_files import TOKENIZER_FILES
 from sdlm_megatron.errors import CheckpointError
+from sdlm_megatron.files import rename_whole, write_json
 from sdlm_megatron.model.hf_folder import INDEX_NAME, SINGLE_NAME, HFConfig, read_json
 
 log = logging.getLogger(__name__)
 
 HF_CODE = Path(__file__).parent / "hf_code"
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-)
 TURN_END = "<|im_end|>"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _QKV = re.compile(r"(model\.layers\.\d+\.self_attn\.[qkv]_proj)\.weight")
@@ -78,31 +70,15 @@ def write_hf_folder(
     found = _write_weights(partial, tensors, config, DTYPES.get(dtype or ""), max_shard_bytes)
     tokenizer = _copy_tokenizer(partial, assets)
     eos = _end_tokens(partial, config) if tokenizer else config.eos_token_ids
-    _write_json(partial / "config.json", config_json(config, dtype or found, eos))
-    _write_json(partial / "generation_config.json", _generation_json(config, eos, decode_window, decode_threshold))
+    write_json(partial / "config.json", config_json(config, dtype or found, eos))
+    write_json(partial / "generation_config.json", _generation_json(config, eos, decode_window, decode_threshold))
     if config.is_sdlm:
         if tokenizer and config.text_mask_token and config.text_mask_token_id is not None:
             add_token(partial, config.text_mask_token, config.text_mask_token_id)
         shutil.copyfile(HF_CODE / "modeling_sdlm.py", partial / "modeling_sdlm.py")
         shutil.copyfile(Path(sdlm_megatron.diffusion.decode.__file__), partial / "decode.py")
     (partial / "README.md").write_text(model_card or _model_card(config, out.name), encoding="utf-8")
-    for path in [*sorted(partial.iterdir()), partial]:
-        _sync(path)
-    os.rename(partial, out)
-    _sync(out.parent)
-
-
-def _sync(path: Path) -> None:
-    """Makes a file or folder durable before the rename that announces it."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    rename_whole(partial, out)
 
 
 # --- weights
@@ -154,7 +130,7 @@ class _ShardWriter:
             os.rename(self.folder / f"{i}.shard", self.folder / final)
             weight_map |= dict.fromkeys(names, final)
         index = {"metadata": {"total_size": self.total}, "weight_map": dict(sorted(weight_map.items()))}
-        _write_json(self.folder / INDEX_NAME, index)
+        write_json(self.folder / INDEX_NAME, index)
 
 
 def _write_weights(
@@ -310,7 +286,7 @@ def _keep_own_splitting(folder: Path) -> None:
         return
     settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     settings["auto_map"] = {"AutoTokenizer": [None, "tokenization_sdlm.SDLMTokenizerFast"]}
-    _write_json(path, settings)
+    write_json(path, settings)
     shutil.copyfile(HF_CODE / "tokenization_sdlm.py", folder / "tokenization_sdlm.py")
 
 
@@ -355,10 +331,10 @@ def add_token(folder: Path, token: str, token_id: int) -> None:
     if has_json and existing is None:
         tokenizer = read_json(path)
         tokenizer.setdefault("added_tokens", []).append({"id": token_id, **entry})
-        _write_json(path, tokenizer)
+        write_json(path, tokenizer)
     path = folder / "added_tokens.json"
     if path.is_file():
-        _write_json(path, read_json(path) | {token: token_id})
+        write_json(path, read_json(path) | {token: token_id})
     path = folder / "tokenizer_config.json"
     if path.is_file():
         settings = read_json(path)
@@ -367,4 +343,4 @@ def add_token(folder: Path, token: str, token_id: int) -> None:
         listed |= settings.get("added_tokens_decoder", {})  # a list that is not whole would renumber the rest
         settings["added_tokens_decoder"] = listed | {str(token_id): entry}
         settings["padding_side"] = "left"  # decoding in batches needs the prompts' ends aligned
-        _write_json(path, settings)
+        write_json(path, settings)

@@ -7,7 +7,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from data_prep.sources import InputRow
+from data_prep.sources import InputRow, Unreadable
 from data_prep.truncate import FittedDocument
 from sdlm_megatron.errors import DataError
 
@@ -92,7 +92,7 @@ class Rejects:
         self._file.close()
 
     def add(self, row: InputRow, document: int, error: DataError) -> None:
-        """Writes source, row number, place, document number, field and reason."""
+        """Writes source, row number, place, document number, field, reason, and the row itself."""
         line = {
             "source": row.source,
             "row": row.row,
@@ -100,5 +100,7 @@ class Rejects:
             "document": document,
             "field": error.where,
             "reason": error.what,
+            "content": row.content.line if isinstance(row.content, Unreadable) else row.content,
         }
-        self._file.write(json.dumps(line, ensure_ascii=True) + "\n")
+        # a parquet row may hold dates or bytes: what JSON cannot say is written as Python shows it
+        self._file.write(json.dumps(line, ensure_ascii=True, default=repr) + "\n")

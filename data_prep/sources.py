@@ -24,13 +24,22 @@ class InputRow:
     where: str
     """File and line (or row), for messages."""
     content: Any
-    """The row, or the DataError that says why it could not be read."""
+    """The row, or an `Unreadable`."""
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """A line that is no row."""
+
+    reason: str
+    line: str
+    """The line itself; bytes that are no UTF-8 as backslash escapes."""
 
 
 def conversation(row: InputRow, form: str) -> Conversation:
     """The checked conversation of a row; DataError names the field that is wrong."""
-    if isinstance(row.content, DataError):
-        raise row.content
+    if isinstance(row.content, Unreadable):
+        raise DataError(row.content.reason)
     if not isinstance(row.content, Mapping):
         raise DataError(f"a row must be an object, not {type(row.content).__name__}")
     return _FORMS[form](row.content)
@@ -156,7 +165,7 @@ def _parse_line(line: bytes) -> Any:
     try:
         return json.loads(line)
     except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, nested without end
-        return DataError(f"the line is not JSON: {error}")
+        return Unreadable(f"the line is not JSON: {error}", line.decode("utf-8", errors="backslashreplace").rstrip())
 
 
 def _read_json(file: Path) -> Any:

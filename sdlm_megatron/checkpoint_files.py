@@ -21,9 +21,7 @@ from typing import Any
 from sdlm_megatron.config.schema import DiffusionConfig, ModelConfig
 from sdlm_megatron.errors import CheckpointError
 
-ASSETS = (
-    "config.json",
-    "generation_config.json",
+TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -31,8 +29,9 @@ ASSETS = (
     "vocab.json",
     "merges.txt",
     "chat_template.jinja",
-    "tokenizer.model",
 )
+ASSETS = ("config.json", "generation_config.json", *TOKENIZER_FILES)
+"""Files of the base that travel with a checkpoint."""
 
 
 @dataclass

@@ -3,7 +3,6 @@
 The other files of a checkpoint, and when it counts as complete, are in checkpoint_files.py.
 """
 
-import os
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -15,7 +14,7 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 
 from sdlm_megatron.checkpoint_files import TrainState, copy_assets, file_sizes
 from sdlm_megatron.errors import CheckpointError
-from sdlm_megatron.files import fsync_tree, write_json
+from sdlm_megatron.files import rename_whole, write_json
 from sdlm_megatron.parallel.engine import Engine
 from sdlm_megatron.parallel.optimizer import load_state, prime_state
 
@@ -37,10 +36,8 @@ def save(folder: Path, engine: Engine, state: TrainState, assets: Path | None) -
     if engine.groups.main:
         write_json(partial / "state.json", asdict(state))
         write_json(partial / "complete.json", file_sizes(partial))
-        fsync_tree(partial)
         shutil.rmtree(folder, ignore_errors=True)
-        os.rename(partial, folder)
-        _fsync_folder(folder.parent)
+        rename_whole(partial, folder)
     dist.barrier()
 
 
@@ -73,11 +70,3 @@ def _sharded_state(engine: Engine, *, loading: bool, with_optimizer: bool = True
     if engine.optimizer is not None and with_optimizer:
         state["optimizer"] = engine.optimizer.sharded_state_dict(state["model"], is_loading=loading, metadata=metadata)
     return state
-
-
-def _fsync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -21,12 +21,25 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+def fsync(path: Path | str) -> None:
+    """Flushes a file, or a folder's list of names, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def fsync_tree(folder: Path) -> None:
     """Flushes every file below `folder` and the folders themselves to the disk."""
     for root, _, files in os.walk(folder):
-        for name in [*(os.path.join(root, f) for f in files), root]:
-            handle = os.open(name, os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
+        for name in files:
+            fsync(os.path.join(root, name))
+        fsync(root)
+
+
+def rename_whole(partial: Path, final: Path) -> None:
+    """Makes a finished folder appear under its name: everything is on the disk before the name is."""
+    fsync_tree(partial)
+    os.rename(partial, final)
+    fsync(final.parent)

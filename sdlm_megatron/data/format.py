@@ -20,7 +20,7 @@ import numpy as np
 from sdlm_megatron.data.indexed import IndexedReader, IndexedWriter
 from sdlm_megatron.diffusion.layout import IGNORE, RowLayout, row_targets
 from sdlm_megatron.errors import DataError
-from sdlm_megatron.files import fsync_tree, write_json
+from sdlm_megatron.files import rename_whole, write_json
 
 FORMAT = "sdlm-packed"
 VERSION = 1
@@ -113,8 +113,7 @@ class DatasetWriter:
             "files": {p.name: _describe(p) for p in sorted(self.partial.iterdir())},
         }
         write_json(self.partial / "manifest.json", manifest)
-        fsync_tree(self.partial)
-        os.rename(self.partial, self.path)
+        rename_whole(self.partial, self.path)
         return manifest
 
 

@@ -186,7 +186,7 @@ def _sample(sample: Mapping[str, Any]) -> str:
         if not same:
             verdict = f"<p>Expected was:</p><pre>{escape(expected)}</pre>"
     return (
-        f'<p class="prompt">{escape(sample["prompt"])}</p><p class="answer">{"".join(spans)}</p>'
+        f'<p class="prompt">{escape(sample["prompt"])}</p><p class="answer">{"<wbr>".join(spans)}</p>'
         f"<p>Tokens in one box came in one forward pass (its number below). {summary}</p>{verdict}"
     )
 

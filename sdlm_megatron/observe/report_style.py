@@ -26,7 +26,7 @@ tbody tr:first-child th, tbody tr:first-child td { border-top: 1px solid var(--l
 pre, .answer, .prompt { font: .9rem/1.5 ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace; }
 pre { margin: 8px 0 0; overflow-x: auto; background: #f4f6f8; border-radius: 6px; padding: 10px 12px; }
 .prompt { border-left: 3px solid var(--line); padding-left: 10px; white-space: pre-wrap; }
-.answer { line-height: 2.5; }
+.answer { line-height: 2.5; overflow-wrap: anywhere; }
 .pass { display: inline; padding: 4px 2px; margin: 0 2px; border-radius: 5px; border: 1px solid rgba(0, 0, 0, .13);
   white-space: pre-wrap; -webkit-box-decoration-break: clone; box-decoration-break: clone; }
 .pass i { font-style: normal; }

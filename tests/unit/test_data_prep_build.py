@@ -22,7 +22,7 @@ from data_prep.truncate import NO_ANSWER, SHORT_ANSWER
 from sdlm_megatron.config.load import load_config
 from sdlm_megatron.data.format import PackedDataset
 from sdlm_megatron.data.tokenizer import fingerprint
-from sdlm_megatron.diffusion.layout import RowLayout, draw_starts, pack_row
+from sdlm_megatron.diffusion.layout import draw_starts, pack_row
 from sdlm_megatron.errors import ConfigError, DataError, run_cli
 from tests.byte_tokenizer import IM_END, PAD, write_folder
 
@@ -73,9 +73,8 @@ def config(tmp_path: Path) -> BuildConfig:
 
 
 def all_rows(path: str, epoch: int) -> list[tuple[np.ndarray, Any]]:
-    dataset = PackedDataset(path)  # its rows lie in mapped memory that goes with it, hence the copies
-    rows = [dataset.read(epoch, i) for i in range(dataset.rows(epoch))]
-    return [(tokens.copy(), RowLayout.from_ints(layout.to_ints(), 4)) for tokens, layout in rows]
+    dataset = PackedDataset(path)
+    return [dataset.read(epoch, i) for i in range(dataset.rows(epoch))]
 
 
 def test_every_input_row_is_accounted_for(config: BuildConfig) -> None:
@@ -108,6 +107,12 @@ def test_rejects_tell_source_row_and_reason(config: BuildConfig) -> None:
     ]
     assert lines[2]["where"].endswith("mixed.jsonl, line 21")
     assert "robot" in lines[2]["reason"]
+    kept = (Path(config.sources[-1].path)).read_text().splitlines()[18:22]
+    for line, raw in zip(lines, kept, strict=True):  # the row is kept as it was: parsed, or the bare line
+        try:
+            assert line["content"] == json.loads(raw)
+        except ValueError:
+            assert line["content"] == raw
 
 
 def test_rows_hold_exactly_the_rendered_documents_and_their_draws(config: BuildConfig) -> None:
