@@ -19,7 +19,7 @@ from rich.text import Text
 from sdlm_megatron.errors import run_cli
 from sdlm_megatron.files import write_json
 
-BATCH = 26
+BATCH = 52
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--heldout", type=Path, required=True, help="JSONL of {prompt, expected}")
     parser.add_argument("--prompts", type=int, default=128, help="how many of them")
     parser.add_argument("--thresholds", type=float, nargs="+", default=[0.98, 0.9, 0.5], help="confidence thresholds")
-    parser.add_argument("--max-new-tokens", type=int, default=56)
+    parser.add_argument("--max-new-tokens", type=int, default=44)
     parser.add_argument("--out", type=Path, required=True, help="evaluation.json to write")
     args = parser.parse_args(argv)
     heldout = [json.loads(line) for line in args.heldout.read_text().splitlines()][: args.prompts]

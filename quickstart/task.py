@@ -3,7 +3,7 @@
     Write as JSON: Lily has 96 stamps and gives 2 to Max.
     {"giver":"Lily","had":96,"thing":"stamps","verb":"gives","moved":2,"taker":"Max"}
 
-Names, things, verbs and numbers are drawn independently (about 1.7e10 combinations, in three sentence forms), so an
+Names, things, verbs and numbers are drawn independently (about 1.7e10 combinations, in two sentence forms), so an
 answer can only be exact when its contents were copied from the sentence; the fixed text between them is what a
 block can predict several tokens ahead.
 
@@ -29,7 +29,6 @@ HELD_OUT_SHARE = 8
 FORMS = (
     "Write as JSON: {giver} has {had} {thing} and {verb} {moved} to {taker}.",
     "Write as JSON: From {had} {thing}, {giver} {verb} {moved} to {taker}.",
-    "Write as JSON: With {had} {thing} at home, {giver} {verb} {moved} of them to {taker}.",
 )
 
 

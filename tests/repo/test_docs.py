@@ -13,7 +13,9 @@ DOCS = [REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))]
 @pytest.mark.parametrize("document", DOCS, ids=lambda p: p.name)
 def test_paths_in_documents_exist(document: Path) -> None:
     text = document.read_text()
-    paths = set(re.findall(r"`((?:sdlm_megatron|data_prep|checkpoints_tools|quickstart|tests|docs)/[\w./]*)`", text))
+    paths = set(
+        re.findall(r"`((?:sdlm_megatron|data_prep|checkpoints_tools|quickstart|bench|tests|docs)/[\w./]*)`", text)
+    )
     assert paths
     assert not [p for p in paths if not (REPO / p).exists()]
 
@@ -35,6 +37,7 @@ def test_functions_named_in_the_method_exist() -> None:
         "checkpoints_tools.hf_to_mcore",
         "checkpoints_tools.mcore_to_hf",
         "quickstart.evaluate",
+        "bench.cpu_choices",
         "quickstart.base_model",
     ],
 )
@@ -46,7 +49,7 @@ def test_every_command_has_help_with_an_example(module: str) -> None:
 
 def test_commands_of_the_readme_exist() -> None:
     text = (REPO / "README.md").read_text()
-    for module in set(re.findall(r"-m ((?:data_prep|sdlm_megatron|checkpoints_tools|quickstart)[\w.]*)", text)):
+    for module in set(re.findall(r"-m ((?:data_prep|sdlm_megatron|checkpoints_tools|quickstart|bench)[\w.]*)", text)):
         importlib.util.find_spec(module)  # type: ignore[attr-defined]
         assert (REPO / (module.replace(".", "/") + ".py")).exists(), module
     targets = set(re.findall(r"make (\w+)", text))
