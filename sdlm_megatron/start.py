@@ -10,7 +10,7 @@ from sdlm_megatron.checkpoint_files import TrainState, newest, read_state
 from sdlm_megatron.config.schema import ModelConfig, RunConfig
 from sdlm_megatron.config.validate import check_model
 from sdlm_megatron.data.format import PackedDataset
-from sdlm_megatron.data.tokenizer import fingerprint, special_token_id, vocabulary_size
+from sdlm_megatron.data.tokenizer import fingerprint, has_tokenizer, special_token_id, vocabulary_size
 from sdlm_megatron.errors import CheckpointError, ConfigError, DataError
 from sdlm_megatron.model.hf_folder import HFConfig, read_hf_config
 from sdlm_megatron.model.shape import NewMaskToken, resolve_shape, shape_of
@@ -154,7 +154,7 @@ def mask_token(hf: HFConfig, folder: Path, token: str, fallback_id: int) -> tupl
     """
     if hf.text_mask_token_id is not None:
         return hf.text_mask_token_id, None
-    if fingerprint(folder) is None:
+    if not has_tokenizer(folder):
         return fallback_id, NewMaskToken(fallback_id, min(fallback_id, hf.vocab_size))
     row, tokens = special_token_id(folder, token), vocabulary_size(folder)
     return row, NewMaskToken(row, min(max(tokens, row), hf.vocab_size))
