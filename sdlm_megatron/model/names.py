@@ -35,15 +35,6 @@ def layer_of(name: str) -> tuple[int, str] | None:
     return int(number), rest
 
 
-def mcore_names(shape: ModelConfig) -> list[str]:
-    """Every parameter of the whole model, with global layer numbers."""
-    names = ["embedding.word_embeddings.weight"]
-    inner = [*_LAYER, _QKV + "weight", _FC1] + ([_QKV + "bias"] if shape.qkv_bias else [])
-    names += [f"decoder.layers.{i}.{n}" for i in range(shape.num_layers) for n in inner]
-    names += ["decoder.final_layernorm.weight"]
-    return names if shape.tied_embeddings else [*names, "output_layer.weight"]
-
-
 def from_hf(name: str, shape: ModelConfig, get: Getter) -> torch.Tensor:
     """The whole Megatron-Core tensor `name` (global layer number, vocabulary not padded) from Hugging Face tensors."""
     inner = layer_of(name)

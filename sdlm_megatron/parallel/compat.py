@@ -5,7 +5,6 @@ import warnings
 KNOWN_NOTICES = (
     "Transformer Engine and Apex are not installed",
     "Apex is not installed",
-    "When using sequence parallelism it is recommended to set the environment variable CUDA_DEVICE_MAX",
     ".*is deprecated. Please use `torch.distributed.*",
     "The .grad attribute of a Tensor that is not a leaf",
     "Please use DTensor instead",

@@ -6,6 +6,7 @@ does nothing where a GPU is present, and never changes `torch.cuda.is_available`
 """
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -75,6 +76,8 @@ def install() -> bool:
     for name in ("synchronize", "set_device", "manual_seed", "empty_cache", "reset_peak_memory_stats"):
         setattr(cuda, name, lambda *a, **k: None)
     cuda.nvtx.range_push = cuda.nvtx.range_pop = lambda *a, **k: None
+    # advice about CUDA's queues; on a GPU it stays visible
+    warnings.filterwarnings("ignore", message="When using sequence parallelism it is recommended to set")
     with _without_compile():
         _redirect_megatron_rng()
     return True

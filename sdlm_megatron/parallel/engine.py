@@ -163,10 +163,8 @@ class Engine:
                 both = torch.cat([part["sums"][:, None], part["slots"]], dim=1)
                 sums[:2, : both.shape[1]] += both
             causal = self.config.diffusion.causal_attn
-            for batch in batches:
-                pairs = visible_pairs(batch.layout, causal_attn=causal)
-                counts = torch.tensor([batch.layout.used, batch.layout.n_docs, pairs], dtype=torch.float64)
-                sums[2, :3] += counts.to(sums.device)
+            rows = [(b.layout.used, b.layout.n_docs, visible_pairs(b.layout, causal_attn=causal)) for b in batches]
+            sums[2, :3] = torch.tensor(rows, dtype=torch.float64).sum(0)
         dist.all_reduce(sums)
         return sums
 
