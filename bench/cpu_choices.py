@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from sdlm_megatron.model.attention import _attend
+from sdlm_megatron.model.attention_masked import attend
 
 
 def median_ms(function: Callable[[], object], runs: int) -> float:
@@ -34,7 +34,7 @@ def attention(runs: int, tokens: int, heads: int, dim: int) -> list[tuple[str, f
         q, k, v = (torch.randn(tokens, heads, dim, dtype=dtype, requires_grad=True) for _ in range(3))
 
         def ours(q: torch.Tensor = q, k: torch.Tensor = k, v: torch.Tensor = v) -> None:
-            _attend(q, k, v, mask, dim**-0.5).sum().backward()
+            attend(q, k, v, mask, dim**-0.5).sum().backward()
 
         def flash(q: torch.Tensor = q, k: torch.Tensor = k, v: torch.Tensor = v) -> None:
             query, key, value = (x.transpose(0, 1)[None] for x in (q, k, v))

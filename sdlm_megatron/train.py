@@ -75,6 +75,7 @@ def _run(config: RunConfig, plan: "Plan", dataset: "PackedDataset") -> None:
     )
     sinks, console = None, None
     if groups.main:
+        print(f"attention {engine.attention.text}", flush=True)
         run_dir = Path(config.run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
         save_config(config, run_dir / "config.yaml")

@@ -81,7 +81,8 @@ class Trainer:
             dp_rank=self.engine.groups.dp_rank,
             dp_size=self.engine.groups.dp_size,
         )
-        return [load_micro_batch(self.dataset, n, seed=self.config.train.seed) for n in numbers]
+        seed = self.config.train.seed
+        return [self.engine.prepare(load_micro_batch(self.dataset, n, seed=seed)) for n in numbers]
 
     def _advance(self, step: int) -> None:
         consumed = min(self.state.consumed_rows + self.state.rows_per_step, self.plan.total_rows)

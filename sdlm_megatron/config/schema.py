@@ -103,6 +103,9 @@ class TrainConfig:
     """Save and stop after this step although the schedule goes on; 0: run to the end."""
     precision: str = "bf16"
     """bf16 (fp32 master weights and gradients) | fp32."""
+    attention: str = "auto"
+    """auto (what is fastest here; the choice is printed) | per_document | decomposed | flex | dense (an S x S mask: for
+    comparisons at small sizes)."""
     recompute: bool = False
     """Recompute every layer's forward in the backward: least memory, about 1/3 more FLOPs."""
     loss_normalization: str = "targets"

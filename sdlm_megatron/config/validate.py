@@ -6,6 +6,7 @@ from sdlm_megatron.errors import ConfigError
 CHOICES = {
     "train.global_batch_unit": ("documents", "rows"),
     "train.precision": ("bf16", "fp32"),
+    "train.attention": ("auto", "per_document", "decomposed", "flex", "dense"),
     "train.loss_normalization": ("targets", "rows"),
     "schedule.style": ("constant", "linear", "cosine", "wsd"),
     "observe.wandb": ("disabled", "offline", "online"),

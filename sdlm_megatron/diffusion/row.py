@@ -1,11 +1,19 @@
 """One micro-batch: one packed row as tensors, with everything a pipeline stage needs."""
 
 from dataclasses import dataclass
+from typing import Protocol, Self
 
 import numpy as np
 import torch
 
 from sdlm_megatron.diffusion.layout import IGNORE, RowLayout, row_positions, row_targets
+
+
+class Movable(Protocol):
+    """What the layers need of a row besides its tensors; see model.attention.RowAttention."""
+
+    def to(self, device: torch.device) -> Self:
+        """A copy on `device`."""
 
 
 @dataclass(frozen=True)
@@ -25,12 +33,23 @@ class MicroBatch:
     layout: RowLayout
     number: int | None
     """The row's number in the run, None for an empty row."""
+    attention: Movable | None = None
+    """How the layers attend over this row; None: the model builds it from the layout."""
 
     def to(self, device: torch.device | str) -> "MicroBatch":
         """A copy on `device`."""
+        device = torch.device(device)
         tensors = (self.tokens, self.positions, self.label_index, self.label_targets, self.label_slots)
-        tokens, positions, index, targets, slots = (t.to(device, non_blocking=True) for t in tensors)
-        return MicroBatch(tokens, positions, index, targets, slots, self.layout, self.number)
+        tokens, positions, index, targets, slots = (to_device(t, device) for t in tensors)
+        attention = self.attention and self.attention.to(device)
+        return MicroBatch(tokens, positions, index, targets, slots, self.layout, self.number, attention)
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy on `device` that does not make the host wait."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()  # a copy from pageable memory first waits for all work of the stream
+    return tensor.to(device, non_blocking=True)
 
 
 def make_micro_batch(

@@ -1,6 +1,7 @@
 """From a shape to a Megatron-Core model on this process."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
@@ -10,7 +11,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn.functional import silu
 
 from sdlm_megatron.config.schema import ModelConfig, ParallelConfig
-from sdlm_megatron.model.attention import SDLMCoreAttention
+from sdlm_megatron.diffusion.layout import RowLayout
+from sdlm_megatron.model.attention import RowAttention
+from sdlm_megatron.model.core_attention import SDLMCoreAttention
 from sdlm_megatron.model.gpt import SDLMModel
 from sdlm_megatron.model.names import partition_dim
 
@@ -91,7 +94,7 @@ def build_model(
     first_stage: bool,
     last_stage: bool,
     max_positions: int,
-    causal_attn: bool,
+    row_attention: Callable[[RowLayout, int], RowAttention],
 ) -> SDLMModel:
     """This process's pipeline stage."""
     model = SDLMModel(
@@ -104,7 +107,7 @@ def build_model(
         share_embeddings_and_output_weights=shape.tied_embeddings,
         rotary_base=shape.rope_theta,
         real_vocab_size=shape.vocab_size,
-        causal_attn=causal_attn,
+        row_attention=row_attention,
     )
     for name, parameter in model.named_parameters():
         # Megatron-Core marks split tensors while it fills them; without the mark the gradient norm would count

@@ -1,27 +1,31 @@
 """Megatron-Core's GPTModel with three differences: RoPE by position id, attention by layout, head on labels."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from megatron.core import tensor_parallel
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 
-from sdlm_megatron.diffusion.layout import IGNORE
+from sdlm_megatron.diffusion.layout import IGNORE, RowLayout
 from sdlm_megatron.diffusion.row import MicroBatch
-from sdlm_megatron.model.attention import RowAttention, SDLMRowParams
+from sdlm_megatron.model.attention import RowAttention
+from sdlm_megatron.model.core_attention import SDLMRowParams
 
 
 class SDLMModel(GPTModel):
     """One pipeline stage.
 
     Args beyond GPTModel's: `real_vocab_size`, the rows of the Hugging Face embedding; rows added for tensor
-    parallelism are kept out of the softmax. `causal_attn`: see diffusion.mask.
+    parallelism are kept out of the softmax. `row_attention`: from a row's layout and length to its attention.
     """
 
-    def __init__(self, *args: Any, real_vocab_size: int, causal_attn: bool, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, real_vocab_size: int, row_attention: Callable[[RowLayout, int], RowAttention], **kwargs: Any
+    ) -> None:
         super().__init__(*args, position_embedding_type="rope", **kwargs)
-        self.real_vocab_size, self.causal_attn = real_vocab_size, causal_attn
+        self.real_vocab_size, self.row_attention = real_vocab_size, row_attention
         if self.post_process:
             # The head sees label rows gathered from the whole sequence, so it is never sequence parallel itself;
             # each rank's vocabulary shard gives part of the hidden gradient: they are summed here, once, and the
@@ -32,7 +36,9 @@ class SDLMModel(GPTModel):
     def forward(self, batch: MicroBatch) -> torch.Tensor:
         """Hidden states [S(/TP), 1, hidden] on inner stages; on the last, nll (N,) of the labels in float32."""
         self._batch = batch
-        attention = RowAttention(batch.layout, batch.tokens.shape[1], batch.tokens.device, causal_attn=self.causal_attn)
+        attention = cast("RowAttention | None", batch.attention)
+        if attention is None:
+            attention = self.row_attention(batch.layout, batch.tokens.shape[1]).to(batch.tokens.device)
         return super().forward(
             batch.tokens,
             batch.positions,

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from sdlm_megatron.diffusion.loss import loss_terms, slot_sums
 from sdlm_megatron.diffusion.mask import visible_pairs
 from sdlm_megatron.diffusion.row import MicroBatch
 from sdlm_megatron.errors import TrainingError
+from sdlm_megatron.model.attention_choice import Heads, choose_attention
 from sdlm_megatron.model.build import build_model, transformer_config
 from sdlm_megatron.model.hf_load import load_hf
 from sdlm_megatron.model.shape import NewMaskToken
@@ -75,13 +76,24 @@ class Engine:
             recompute=config.train.recompute,
             initialize=initialize,
         )
+        self.attention = choose_attention(
+            config.train.attention if steps else "per_document",  # a conversion never attends
+            causal_attn=config.diffusion.causal_attn,
+            device=groups.device,
+            heads=Heads(
+                heads=shape.num_attention_heads // groups.tp_size,
+                kv_heads=max(1, shape.num_query_groups // groups.tp_size),
+                dim=shape.head_dim or shape.hidden_size // shape.num_attention_heads,
+                dtype=DTYPES[config.train.precision],
+            ),
+        )
         self.module = build_model(
             shape,
             mcore,
             first_stage=groups.first_stage,
             last_stage=groups.last_stage,
             max_positions=max_positions,
-            causal_attn=config.diffusion.causal_attn,
+            row_attention=self.attention.row,
         ).to(groups.device)
         self.optimizer = None
         if steps:
@@ -105,6 +117,10 @@ class Engine:
         """Copies weights that were set from outside into the optimizer's fp32 masters."""
         if self.optimizer is not None:
             self.optimizer.reload_model_params()
+
+    def prepare(self, batch: MicroBatch) -> MicroBatch:
+        """The row with all that its attention needs, worked out on the host: for the side that loads rows."""
+        return replace(batch, attention=self.attention.row(batch.layout, batch.tokens.shape[1]))
 
     def train_step(self, batches: Sequence[MicroBatch], step: int) -> StepResult:
         """Forward, backward and update over this rank's micro-batches of step `step` (counted from 1).

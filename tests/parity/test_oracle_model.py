@@ -165,15 +165,15 @@ def test_packing_does_not_change_a_document(make_engine: Callable, causal_attn: 
 
 def test_long_documents_go_in_chunks(make_engine: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     """The chunked path of the attention gives the losses of the single-call path."""
-    from sdlm_megatron.model import attention
+    from sdlm_megatron.model import attention_masked
 
     golden = load_golden("trained_d4", 4, "b1_multi")
     engine = make_engine(oracle() / "tiny" / "trained_d4")
     batch = micro_batch(golden.documents, 4, 1024)
     with torch.no_grad():
         joint = engine.module(batch)
-        monkeypatch.setattr(attention, "SMALL_DOCUMENT", 64)
-        monkeypatch.setattr(attention, "CHUNK_TOKENS", 40)
+        monkeypatch.setattr(attention_masked, "SMALL_DOCUMENT", 64)
+        monkeypatch.setattr(attention_masked, "CHUNK_TOKENS", 40)
         torch.testing.assert_close(engine.module(batch), joint, rtol=1e-4, atol=2e-5)
 
 

@@ -1,0 +1,224 @@
+"""Which backend is chosen, that a kernel with other conventions is found out, and how foreign kernels are called."""
+
+import inspect
+import types
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import make_dataset, make_hf, read_metrics, train
+
+from sdlm_megatron.data.batch import load_micro_batch
+from sdlm_megatron.data.format import PackedDataset
+from sdlm_megatron.errors import ConfigError
+from sdlm_megatron.model.attention_choice import TOLERANCE, Heads, check_kernel, choose_attention, first_good
+from sdlm_megatron.model.attention_decomposed import Decomposed
+from sdlm_megatron.model.attention_varlen import Sequences, TorchFlash, TorchKernel, TransformerEngineFused
+
+CPU = torch.device("cpu")
+HEADS = Heads(heads=4, kv_heads=2, dim=16, dtype=torch.float32)
+
+# Arguments of the functions in TransformerEngine's cpp_extensions.fused_attn, "required | optional", by release.
+SHARED = "max_seqlen_q max_seqlen_kv cu_seqlens_q cu_seqlens_kv q k v"
+PADDED = "cu_seqlens_q_padded cu_seqlens_kv_padded"
+END = "attn_bias_type attn_mask_type"
+FWD = f"is_training {SHARED} fake_dtype fused_attention_backend | attn_bias {PADDED} page_table_k page_table_v"
+FWD += " s_quantizer o_quantizer attn_scale dropout fast_zero_fill qkv_layout"
+BWD_OLD = f"{SHARED} o d_o fake_dtype dqkv_dtype aux_ctx_tensors fused_attention_backend | {PADDED}"
+BWD_NEW = f"{SHARED} o d_o fake_dtype aux_ctx_tensors fused_attention_backend | {PADDED}"
+BWD_END = " s_quantizer dp_quantizer dqkv_quantizer attn_scale dropout fast_zero_fill qkv_layout"
+NEW = "softmax_type window_size bottom_right_diagonal"
+TE_SIGNATURES = {
+    "2.4": (
+        f"{FWD} {END} window_size rng_gen",
+        f"{BWD_OLD}{BWD_END} {END} window_size deterministic",
+    ),
+    "2.8": (
+        f"{FWD} {END} softmax_type window_size rng_gen softmax_offset",
+        f"{BWD_OLD}{BWD_END} {END} softmax_type window_size deterministic",
+    ),
+    "2.14": (
+        f"{FWD} {END} {NEW} rng_gen softmax_offset return_max_logit cuda_graph",
+        f"{BWD_OLD}{BWD_END} {END} {NEW} deterministic cuda_graph",
+    ),
+    "2.15 to 2.20": (
+        f"{FWD} o_format qkv_scale_inv_format {END} {NEW} rng_gen softmax_offset return_max_logit cuda_graph",
+        f"{BWD_NEW}{BWD_END} o_format do_format dqkv_layout qkv_scale_inv_format do_scale_inv_format {END} {NEW}"
+        " deterministic cuda_graph",
+    ),
+}
+
+
+def signature(text: str) -> inspect.Signature:
+    required, optional = (part.split() for part in text.split("|"))
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    parameters = [inspect.Parameter(name, kind) for name in required]
+    return inspect.Signature([*parameters, *(inspect.Parameter(name, kind, default=None) for name in optional)])
+
+
+def te_with(version: str) -> TransformerEngineFused:
+    """Our calls against a release's signatures; the numbers are plain torch's, in TransformerEngine's shapes."""
+    forward_signature, backward_signature = (signature(text) for text in TE_SIGNATURES[version])
+
+    def at(a: dict) -> Sequences:
+        assert a["qkv_layout"] == "thd_thd_thd" and a["attn_mask_type"] == "padding_causal_bottom_right"
+        assert a.get("o_format", "thd") == a.get("do_format", "thd") == "thd"
+        assert a.get("dqkv_layout", "thd_thd_thd") == "thd_thd_thd"
+        assert a["max_seqlen_q"] >= a["cu_seqlens_q"].diff().max() and a["window_size"] == (-1, 0)
+        return Sequences(a["cu_seqlens_q"], a["cu_seqlens_kv"], a["max_seqlen_q"], a["max_seqlen_kv"])
+
+    def fused_attn_fwd(**a):
+        forward_signature.bind(**a)
+        out, lse, _ = TorchKernel().forward(a["q"], a["k"], a["v"], at(a), a["attn_scale"])
+        return out, [lse[..., None], torch.zeros(2, dtype=torch.int64)]
+
+    def fused_attn_bwd(**a):
+        backward_signature.bind(**a)
+        lse, rng_state = a["aux_ctx_tensors"]
+        assert rng_state.shape == (2,)
+        return *TorchKernel().backward(
+            *(a[name] for name in ("d_o", "q", "k", "v", "o")), lse[..., 0], (), at(a), a["attn_scale"]
+        ), None
+
+    fused_attn_fwd.__signature__ = forward_signature
+    fused_attn_bwd.__signature__ = backward_signature
+    kernel = object.__new__(TransformerEngineFused)
+    kernel._module = types.SimpleNamespace(
+        fused_attn_fwd=fused_attn_fwd, fused_attn_bwd=fused_attn_bwd, FusedAttnBackend={"F16_arbitrary_seqlen": 1}
+    )
+    kernel._dtypes = {torch.float32: "kFloat32"}
+    return kernel
+
+
+@pytest.mark.parametrize("version", TE_SIGNATURES)
+def test_calls_fit_the_releases_of_transformer_engine(version: str) -> None:
+    assert check_kernel(te_with(version), causal_attn=False, device=CPU, heads=HEADS) < 1e-5
+
+
+def test_calls_fit_this_torch() -> None:
+    """Names, order and shapes, by the registered operators without any data."""
+    q, k = (torch.empty(6, h, 16, dtype=torch.bfloat16, device="meta") for h in (4, 2))
+    cu = torch.empty(3, dtype=torch.int32, device="meta")
+    at, kernel = Sequences(cu, cu, 4, 4), TorchFlash()
+    out, lse, state = kernel.forward(q, k, k, at, 0.25)
+    assert (out.shape, lse.shape, lse.dtype, len(state)) == (q.shape, (6, 4), torch.float32, 2)
+    dq, dk, dv = kernel.backward(q, q, k, k, out, lse, state, at, 0.25)
+    assert (dq.shape, dk.shape, dv.shape) == (q.shape, k.shape, k.shape)
+
+
+class Log2(TorchKernel):
+    """log-sum-exp to base 2."""
+
+    def forward(self, *args):
+        out, lse, state = super().forward(*args)
+        return out, lse * 1.4427, state
+
+
+class ForgetsTheOutput(TorchKernel):
+    """Its backward pass uses the output that its own forward pass saw, not the merged one."""
+
+    def backward(self, do, q, k, v, out, lse, state, at, scale):
+        own, _, _ = self.forward(q, k, v, at, scale)
+        return super().backward(do, q, k, v, own, lse, state, at, scale)
+
+
+class TopLeft(TorchKernel):
+    """Causal aligned at the start."""
+
+    def forward(self, q, k, v, at, scale):
+        keep = [torch.arange(a, a + n) for a, n in zip(at.cu_k[:-1], at.cu_q.diff(), strict=True)]
+        return super().forward(
+            q, k[torch.cat(keep)], v[torch.cat(keep)], Sequences(at.cu_q, at.cu_q, at.max_q, at.max_q), scale
+        )
+
+
+@pytest.mark.parametrize("kernel", [Log2(), ForgetsTheOutput(), TopLeft()], ids=lambda k: type(k).__name__)
+@pytest.mark.parametrize("causal", [False, True])
+def test_the_check_finds_other_conventions(kernel: TorchKernel, causal: bool) -> None:
+    assert check_kernel(kernel, causal_attn=causal, device=CPU, heads=HEADS) > 2 * TOLERANCE
+    heads = Heads(heads=14, kv_heads=2, dim=64, dtype=torch.bfloat16)
+    assert check_kernel(TorchKernel(), causal_attn=causal, device=CPU, heads=heads) < TOLERANCE / 2
+
+
+class Broken(TorchKernel):
+    """Built for another version."""
+
+    def forward(self, *args):
+        raise RuntimeError("undefined symbol\nand a long trace")
+
+
+def test_kernels_that_fail_are_named_and_passed_over() -> None:
+    broken, log2, good = Broken(), Log2(), TorchKernel()
+    broken.name, log2.name = "A", "B"
+    kernels = ["X cannot be loaded (why)", broken, log2, good]
+    found, failures = first_good(kernels, causal_attn=False, device=CPU, heads=HEADS)
+    assert found is good
+    assert failures[:2] == ["X cannot be loaded (why)", "A does not run (undefined symbol)"]
+    assert failures[2].startswith("B is wrong by 0.")
+    assert first_good([broken], causal_attn=False, device=CPU, heads=HEADS)[0] is None
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("auto", "per_document: the fastest on a CPU"),
+        ("per_document", "per_document, as train.attention says"),
+        ("dense", "dense, as train.attention says"),
+        ("decomposed", "decomposed over plain torch, as train.attention says"),
+    ],
+)
+def test_the_choice_is_said(name: str, text: str) -> None:
+    assert choose_attention(name, causal_attn=False, device=CPU, heads=HEADS).text == text
+
+
+def test_flex_is_refused_on_a_cpu() -> None:
+    with pytest.raises(ConfigError, match="needs a GPU") as caught:
+        choose_attention("flex", causal_attn=False, device=CPU, heads=HEADS)
+    assert caught.value.fix == "--train.attention=auto"
+
+
+def test_losses_and_gradients_of_the_whole_model(make_engine: Callable, tmp_path: Path) -> None:
+    """The same micro-batches through every backend: same loss, same gradient norm."""
+    dataset = PackedDataset(make_dataset(tmp_path / "data", rows=3))
+    engine = make_engine(make_hf(tmp_path / "hf"))
+    batches = [load_micro_batch(dataset, n, seed=0) for n in (0, 1, None)]
+    found = {}
+    for name in ("dense", "per_document", "decomposed"):
+        engine.attention = choose_attention(name, causal_attn=False, device=CPU, heads=HEADS)
+        seen = engine.forward_backward([engine.prepare(b) for b in batches])
+        engine.optimizer.prepare_grads()
+        found[name] = (float(sum(part["sums"][0] for part in seen)), float(engine.optimizer.get_grad_norm()))
+    for name in ("per_document", "decomposed"):
+        assert found[name] == pytest.approx(found["dense"], rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_split_over_processes(tmp_path: Path) -> None:
+    """Tensor, sequence and pipeline parallelism at once: five steps of `decomposed` are those of `per_document`."""
+    data, hf = make_dataset(tmp_path / "data"), make_hf(tmp_path / "hf")
+    common = {
+        "data.path": data,
+        "checkpoint.base": hf,
+        "model.num_layers": 0,
+        "train.steps": 5,
+        "train.recompute": True,
+    }
+    split = {"parallel.tensor": 2, "parallel.sequence": True, "parallel.pipeline": 2}
+    runs = {}
+    for name, layout, processes in (("per_document", {}, 1), ("decomposed", split, 4)):
+        runs[name] = tmp_path / name
+        done = train({**common, **layout, "run_dir": runs[name], "train.attention": name}, processes=processes)
+        assert f"attention {name}" in done.stdout
+    for one, other in zip(*(read_metrics(run) for run in runs.values()), strict=True):
+        assert other["loss"] == pytest.approx(one["loss"], rel=1e-4)
+        assert other["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
+
+
+def test_rows_are_prepared_by_the_chosen_backend(make_engine: Callable, tmp_path: Path) -> None:
+    engine = make_engine(make_hf(tmp_path / "hf"))
+    engine.attention = choose_attention("decomposed", causal_attn=True, device=CPU, heads=HEADS)
+    dataset = PackedDataset(make_dataset(tmp_path / "data", rows=1))
+    prepared = engine.prepare(load_micro_batch(dataset, 0, seed=0))
+    assert isinstance(prepared.attention, Decomposed) and prepared.attention.index.causal
