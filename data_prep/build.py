@@ -1,81 +1,187 @@
 """Builds a packed dataset: `python -m data_prep.build --config FILE [--a.b=c]`.
 
-Two stages. All rows are rendered, tokenized and fitted once, into a temporary file. Then, for every epoch,
-the documents are shuffled, packed, given their blocks, and the rows written in shuffled order. The result
-depends on the config and the input alone.
+    tokenize   every unit of input rows -> documents on disk             (documents.py; any process, any machine)
+    pack       numbers, duplicates, order, best-fit packing of each epoch (planning.py; one process)
+    write      every part of an epoch: draw the blocks, write the rows    (rows.py; any process)
+
+All of it happens in OUT.partial, which is renamed to OUT at the end. What is done stays done: after a kill the same
+command goes on. The result depends on the config and the input alone, not on who did which unit or part.
 """
 
 import argparse
+import fcntl
+import json
+import os
+import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from itertools import islice
+from functools import lru_cache
+from hashlib import file_digest
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Column, Table
 
-from data_prep.accounting import Rejects, Tally, total
-from data_prep.chat import IM_END, render_parsed
+from data_prep.accounting import account, write_rejects
+from data_prep.chat import IM_END, frame_of
 from data_prep.config import PRESETS, BuildConfig, SourceConfig, check
-from data_prep.packing import best_fit, order
-from data_prep.progress import Advance, track
-from data_prep.sources import InputRow, conversation, count, expand, read
-from data_prep.spill import Spill
-from data_prep.tokenizer import TextTokenizer
-from data_prep.truncate import FITS
+from data_prep.documents import UnitResult, load_result, tokenize_unit
+from data_prep.planning import Plan, make_plan
+from data_prep.pool import cpus, work_on
+from data_prep.progress import track
+from data_prep.readers import LINES, Unit, plan
+from data_prep.report import dry_run, report
+from data_prep.rows import Part, RowWriter, cut_parts, load_part
+from data_prep.sources import expand
+from data_prep.tokenizer import BulkEncoder, open_encoder
 from sdlm_megatron.config.load import parse_cli
-from sdlm_megatron.data.format import DatasetWriter
+from sdlm_megatron.data.format import PartInfo, seal
 from sdlm_megatron.data.tokenizer import fingerprint, special_token_id, vocabulary_size
-from sdlm_megatron.diffusion.layout import draw_starts, pack_row
-from sdlm_megatron.errors import DataError, run_cli
+from sdlm_megatron.errors import ConfigError, DataError, run_cli
+from sdlm_megatron.files import write_json
 
-CHUNK = 256
-"""Rows tokenized in one call."""
+ROW_BYTES = 2500
+"""Bytes of a line, about: rows of a file of lines are not counted before they are read."""
 
 
 @dataclass(frozen=True)
-class TokenIds:
-    """What the tokenizer says about the tokens that training needs."""
+class Shard:
+    """Share `number` of `count` of the tokenizing, for a job of many machines."""
 
-    mask: int
-    eos: int
-    pad: int
-    vocab_size: int
-    fingerprint: str | None
+    number: int
+    count: int
 
 
-def build(config: BuildConfig, console: Console | None = None) -> dict[str, Any]:
-    """Builds the dataset of `config` and returns its manifest.
+def build(config: BuildConfig, console: Console | None = None, *, workers: int = 1) -> dict[str, Any]:
+    """Builds the dataset of `config`, or what is left of it to build, and returns its manifest.
 
-    The folder appears whole or not at all; an existing one is left alone.
+    Args:
+        config: settings.
+        console: where progress goes.
+        workers: processes; they change nothing but the time it takes.
 
     Raises:
         ConfigError, DataError: a setting, a source or the tokenizer cannot be used, or nothing is left to
         train on.
     """
-    check(config)
     console = console or Console()
-    sources = expand(config.sources)
-    sizes = [count(source) for source in sources]
-    ids = token_ids(config)
-    with DatasetWriter(config.out, meta=_meta(config, sources, ids), epochs=config.epochs) as writer:
-        with Spill(writer.partial / "documents.tmp") as spill:
-            with Rejects(writer.partial / "rejects.jsonl") as rejects:
-                tallies = _render_all(config, sources, sizes, spill, rejects, console)
-            n_rows = len(spill) * config.epochs
-            with track("pack", n_rows, "documents", console) as advance:
-                for epoch in range(config.epochs):
-                    _write_epoch(config, epoch, spill, ids.mask, writer, advance)
-        manifest = writer.finish({"accounting": _accounting(sources, tallies), "build": asdict(config)})
-    _report(manifest, config, console)
+    check(config)
+    if manifest := _built(config):
+        console.print(f"{config.out} is built already, with these settings", highlight=False)
+        return manifest
+    job = _begin(config)
+    with _locked(job.work):
+        _tokenize(job, range(len(job.units)), console, workers)
+        manifest = _finish(job, console, workers)
+    report(manifest, config, console)
     return manifest
 
 
-def token_ids(config: BuildConfig) -> TokenIds:
-    """Looks the special tokens up in the tokenizer's files; DataError when the folder cannot be used."""
+def build_shard(config: BuildConfig, shard: Shard, console: Console | None = None, *, workers: int = 1) -> None:
+    """Tokenizes one share of the units; `merge` makes the dataset once all shares are done. Arguments as for
+    `build`."""
+    console = console or Console()
+    check(config)
+    job = _begin(config)
+    mine = range(shard.number, len(job.units), shard.count)
+    _tokenize(job, mine, console, workers)
+    console.print(f"shard {shard.number}/{shard.count} is done: {len(mine)} of {len(job.units)} units", highlight=False)
+
+
+def merge(config: BuildConfig, console: Console | None = None, *, workers: int = 1) -> dict[str, Any]:
+    """Makes the dataset from the work of all shards; DataError when some of it is missing. Arguments as for
+    `build`."""
+    check(config)
+    job = _begin(config)
+    if missing := [i for i in range(len(job.units)) if load_result(job.work, i) is None]:
+        raise DataError(
+            f"{len(missing)} of {len(job.units)} units are not tokenized, the first is {missing[0]}",
+            str(job.work),
+            f"run the shards first; of N shards, number {missing[0]} modulo N has not finished",
+        )
+    return build(config, console, workers=workers)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A build that has begun; the same in every process that works at it."""
+
+    config: BuildConfig
+    sources: list[SourceConfig]
+    units: list[Unit]
+    meta: dict[str, Any]
+    partial: Path
+
+    @property
+    def work(self) -> Path:
+        return self.partial / "work"
+
+
+def _built(config: BuildConfig) -> dict[str, Any] | None:
+    """The manifest of `config.out` if this very build made it; None if there is nothing yet."""
+    out = Path(config.out)
+    if not out.exists():
+        return None
+    try:
+        manifest: dict[str, Any] = json.loads((out / "manifest.json").read_text())
+        same = manifest["build"] == _settings(config)
+    except (OSError, ValueError, KeyError, TypeError):
+        same = False
+    if not same:
+        raise DataError("the dataset folder exists already", config.out, "name another folder, or remove it")
+    shutil.rmtree(out / "work", ignore_errors=True)  # killed between the last two steps
+    return manifest
+
+
+def _settings(config: BuildConfig) -> dict[str, Any]:
+    """The settings that make the dataset what it is: all but its name."""
+    return {key: value for key, value in asdict(config).items() if key != "out"}
+
+
+def _begin(config: BuildConfig) -> _Job:
+    """Looks at tokenizer and sources, and opens the work folder; one that was begun otherwise is refused."""
+    meta = _meta(config)
+    sources = expand(config.sources)
+    units = plan(sources)
+    out = Path(config.out)
+    meta["sources"] = [asdict(source) for source in sources]
+    job = _Job(config, sources, units, meta, out.with_name(out.name + ".partial"))
+    settings = {"config": _settings(config), "tokenizer": meta["tokenizer"], "units": [asdict(unit) for unit in units]}
+    settings = json.loads(json.dumps(settings))
+    file = job.work / "build.json"
+    if not file.exists():
+        job.work.mkdir(parents=True, exist_ok=True)
+        own = job.work / f"build-{os.uname().nodename}-{os.getpid()}.json"  # other shards may be doing the same
+        write_json(own, settings)
+        os.replace(own, file)
+    begun = json.loads(file.read_text())
+    for key, found in settings.items():
+        if begun[key] == found:
+            continue
+        names = [k for k in found if begun[key].get(k) != found[k]] if isinstance(found, dict) else ["the input files"]
+        raise ConfigError(
+            f"this build was begun with other settings: {', '.join(names)}",
+            str(job.partial),
+            "give the same settings to go on, or remove the folder to begin anew",
+        )
+    return job
+
+
+@contextmanager
+def _locked(work: Path) -> Iterator[None]:
+    """Keeps a second process from finishing the same build."""
+    with open(work / "lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise DataError("another process is at this build", str(work.parent), "wait for it, or stop it") from None
+        yield
+
+
+def _meta(config: BuildConfig) -> dict[str, Any]:
+    """Manifest fields that follow from settings and tokenizer; DataError when the tokenizer cannot be used."""
+    kept = ("row_length", "max_document_length", "block_size", "repeat", "seed", "overlong", "trim", "system_prompt")
     folder = config.tokenizer
     mask, size = special_token_id(folder, config.mask_token), vocabulary_size(folder)
     known = {token: special_token_id(folder, token) for token in (IM_END, config.pad_token)}
@@ -83,173 +189,147 @@ def token_ids(config: BuildConfig) -> TokenIds:
         if found >= size:
             fix = "set pad_token to a token it has" if token == config.pad_token else "use a ChatML tokenizer"
             raise DataError(f"the tokenizer has no `{token}`", folder, fix)
-    return TokenIds(mask, known[IM_END], known[config.pad_token], max(size, mask + 1), fingerprint(folder))
-
-
-def _meta(config: BuildConfig, sources: list[SourceConfig], ids: TokenIds) -> dict[str, Any]:
-    kept = (
-        "row_length",
-        "max_document_length",
-        "block_size",
-        "repeat",
-        "seed",
-        "overlong",
-        "system_prompt",
-        "mask_token",
-    )
     return {
         **{key: getattr(config, key) for key in kept},
-        "mask_token_id": ids.mask,
-        "eos_token_id": ids.eos,
-        "pad_token_id": ids.pad,
-        "vocab_size": ids.vocab_size,
-        "tokenizer": {"fingerprint": ids.fingerprint, "name": Path(config.tokenizer).name},
-        "sources": [asdict(source) for source in sources],
+        "mask_token": config.mask_token,
+        "mask_token_id": mask,
+        "eos_token_id": known[IM_END],
+        "pad_token_id": known[config.pad_token],
+        "vocab_size": max(size, mask + 1),
+        "tokenizer": {"fingerprint": fingerprint(folder), "name": Path(folder).name},
     }
 
 
-def _render_all(
-    config: BuildConfig,
-    sources: list[SourceConfig],
-    sizes: list[int],
-    spill: Spill,
-    rejects: Rejects,
-    console: Console,
-) -> list[Tally]:
-    """Stage one: every row of every source into `spill`. Returns the tally of each source."""
-    encoder = TextTokenizer.from_folder(config.tokenizer, config.mask_token)
-    tallies = []
-    number = 0  # of the input row, over all sources and repeats: it is the document's identity
-    n_rows = sum(size * source.repeat for size, source in zip(sizes, sources, strict=True))
-    with track("tokenize", n_rows, "rows", console) as advance:
-        for source in sources:
-            tally = Tally()
-            for _ in range(source.repeat):
-                rows = read(source)
-                while chunk := list(islice(rows, CHUNK)):
-                    _render_chunk(config, source.format, chunk, number, encoder, spill, rejects, tally)
-                    number += len(chunk)
-                    advance(len(chunk))
-            tally.check()
-            tallies.append(tally)
-    return tallies
+@lru_cache(maxsize=1)
+def _encoder(folder: str, mask_token: str) -> BulkEncoder:
+    """The encoder of this process: opening one takes seconds."""
+    return open_encoder(folder, mask_token)
 
 
-def _render_chunk(
-    config: BuildConfig,
-    form: str,
-    rows: Sequence[InputRow],
-    first_number: int,
-    encoder: TextTokenizer,
-    spill: Spill,
-    rejects: Rejects,
-    tally: Tally,
-) -> None:
-    numbers, conversations = [], []
-    for number, row in enumerate(rows, first_number):
-        try:
-            conversations.append(conversation(row, form))
-            numbers.append(number)
-        except DataError as error:
-            rejects.add(row, number, error)
-            tally.reject()
-    fit = FITS[config.overlong]
-    for number, document in zip(
-        numbers, render_parsed(conversations, encoder, default_system=config.system_prompt), strict=True
-    ):
-        fitted = fit(document, max_len=config.max_document_length, block_size=config.block_size, repeat=config.repeat)
-        if tally.take(fitted):
-            spill.add(number, fitted.input_ids, fitted.anchors, fitted.n_blocks)
+class _Tokenizing:
+    """Worker of stage one: unit number -> its result."""
+
+    def __init__(self, job: _Job) -> None:
+        self._job = job
+        self.encoder = _encoder(job.config.tokenizer, job.config.mask_token)
+
+    def __call__(self, number: int) -> UnitResult:
+        unit = self._job.units[number]
+        source = self._job.sources[unit.source]
+        return tokenize_unit(self._job.config, source, unit, number, self.encoder, self._job.work)
 
 
-def _write_epoch(
-    config: BuildConfig, epoch: int, spill: Spill, mask_token_id: int, writer: DatasetWriter, advance: Advance
-) -> None:
-    """Stage two for one epoch: shuffle, pack, shuffle the rows, draw the blocks, write."""
-    documents = order(config.seed, epoch, len(spill), "documents")
-    rows = best_fit(spill.lengths(config.block_size)[documents], config.row_length, config.window)
-    for row in order(config.seed, epoch, len(rows), "rows"):
-        content = list(_draw(config, epoch, spill, documents[rows[row]]))
-        tokens, layout = pack_row(content, block_size=config.block_size, mask_token_id=mask_token_id)
-        writer.add(epoch, tokens, layout)
-        advance(len(content))
+def _tokenize(job: _Job, numbers: Sequence[int], console: Console, workers: int) -> None:
+    """Stage one for some units; those that are done are not done again."""
+    todo = [number for number in numbers if load_result(job.work, number) is None]
+    if len(todo) < len(numbers):
+        console.print(f"{len(numbers) - len(todo)} of {len(numbers)} units are tokenized already", highlight=False)
+    if not todo:
+        return
+    console.print(_encoder_line(job), highlight=False)
+    with track("tokenize", sum(_rows(job.units[i]) for i in todo), "rows", console) as advance:
+        for number, result in work_on(todo, _Tokenizing, (job,), workers):
+            if result.notice:
+                console.print(f"{result.notice}; tokenized again without the fast path", highlight=False)
+            advance(_rows(job.units[number]), result.tokens)
 
 
-def _draw(
-    config: BuildConfig, epoch: int, spill: Spill, documents: np.ndarray
-) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """(document number, clean ids, block starts) of some documents in one epoch."""
-    for i in documents:
-        number, input_ids, anchors, n_blocks = spill.read(int(i))
-        yield (
-            number,
-            input_ids,
-            draw_starts(anchors, n_blocks, seed=config.seed, epoch=epoch, document=number),
-        )
+def _rows(unit: Unit) -> int:
+    """Rows of a unit; of lines an estimate."""
+    size = unit.stop - unit.start
+    return max(1, size // ROW_BYTES) if unit.kind == LINES else size
 
 
-def _accounting(sources: list[SourceConfig], tallies: list[Tally]) -> dict[str, Any]:
-    """The totals, and of each source its tally and the number of its first document."""
-    by_source, first = [], 0
-    for source, tally in zip(sources, tallies, strict=True):
-        by_source.append({"name": source.name, "first_document": first, **tally.to_dict()})
-        first += tally.rows
-    whole = total(tallies)
-    whole.check()
-    return {**whole.to_dict(), "by_source": by_source}
+def _encoder_line(job: _Job) -> str:
+    encoder = _encoder(job.config.tokenizer, job.config.mask_token)
+    return f"tokenizer: {encoder.backend}" + (f" ({encoder.reason})" if encoder.reason else "")
 
 
-def _report(manifest: dict[str, Any], config: BuildConfig, console: Console) -> None:
-    """Prints what became of the rows, and how full the rows are."""
-    accounting = manifest["accounting"]
-    names = ("rows", "packed", "truncated", "dropped", "rejected", "tokens", "blocks")
-    table = Table("source", *(Column(name, justify="right", no_wrap=True) for name in names), box=SIMPLE_HEAD)
-    for entry in [*accounting["by_source"], {"name": "total", **accounting}]:
-        rows = [entry["rows"], entry["packed"], entry["truncated"], sum(entry["dropped"].values())]
-        cells = [f"{figure:,}" for figure in [*rows, entry["rejected"]]]
-        table.add_row(entry["name"], *cells, _short(entry["clean_tokens"]), _short(entry["blocks"]))
-    console.print(table)
-    for reason, number in accounting["dropped"].items():
-        console.print(f"dropped {number:,}: {reason}", highlight=False)
-    if accounting["blocks_missing"] or accounting["tokens_cut"]:
-        console.print(
-            f"long documents: {accounting['turns_cut']:,} turns and {accounting['tokens_cut']:,} tokens cut, "
-            f"{accounting['blocks_missing']:,} blocks without room",
-            highlight=False,
-        )
-    if accounting["rejected"]:
-        console.print(f"rejected rows are listed in {Path(config.out) / 'rejects.jsonl'}", highlight=False)
-    rows, clean, block = (sum(epoch[key] for epoch in manifest["counts"]) for key in ("rows", "clean", "block"))
-    filled = (clean + block) / (rows * config.row_length)
-    console.print(
-        f"{config.out}: {config.epochs} epoch(s), {rows:,} rows of {config.row_length} tokens, "
-        f"{filled:.1%} filled, {manifest['mean_documents_per_row']:.1f} documents a row",
-        highlight=False,
+class _Writing:
+    """Worker of stage three: part -> what it holds."""
+
+    def __init__(self, job: _Job, plan: Plan) -> None:
+        self._writer = RowWriter(job.config, job.sources, plan, job.partial, job.meta)
+
+    def __call__(self, part: Part) -> PartInfo:
+        return self._writer.write(part)
+
+
+def _finish(job: _Job, console: Console, workers: int) -> dict[str, Any]:
+    """Stages two and three, and the manifest."""
+    results = [result for i in range(len(job.units)) if (result := load_result(job.work, i)) is not None]
+    n_documents = sum(result.documents for result in results) * job.config.epochs
+    with track("pack", n_documents, "documents", console) as advance:
+        found = make_plan(job.config, job.sources, job.units, results, job.work, advance)
+    parts = cut_parts(job.config, found)
+    if not all(found.rows):
+        shutil.rmtree(job.partial)
+        raise DataError("no row to write: every document was dropped or rejected", job.config.out)
+    done = {part: info for part in parts if (info := load_part(job.work, job.partial, part))}
+    with track("write", sum(found.rows), "rows", console) as advance:
+        advance(sum(part.stop - part.start for part in done))
+        todo = [part for part in parts if part not in done]
+        for part, info in work_on(todo, _Writing, (job, found), workers):
+            done[part] = info
+            advance(info.counts.rows, info.counts.clean + info.counts.block)
+    return _seal(job, found, results, [done[part] for part in parts], parts)
+
+
+def _seal(
+    job: _Job, found: Plan, results: list[UnitResult], infos: list[PartInfo], parts: list[Part]
+) -> dict[str, Any]:
+    """Accounting, rejects, manifest; the dataset gets its name, and the work folder goes."""
+    dropped = job.config.duplicates == "drop"
+    common = (job.work, job.sources, job.units, results, found.numbering)
+    accounting = account(*common, dropped_duplicates=dropped)
+    rejects = job.partial / "rejects.jsonl"
+    write_rejects(rejects, *common, dropped_duplicates=dropped)
+    with open(rejects, "rb") as file:
+        digest = {"bytes": rejects.stat().st_size, "sha256": file_digest(file, "sha256").hexdigest()}
+    frame = frame_of(_encoder(job.config.tokenizer, job.config.mask_token))
+    for leftover in job.partial.iterdir():
+        if leftover.name not in {"work", "rejects.jsonl"} and leftover.name not in {n for i in infos for n in i.files}:
+            leftover.unlink()
+    manifest = seal(
+        job.partial,
+        Path(job.config.out),
+        meta=job.meta,
+        parts=[[i for i, p in zip(infos, parts, strict=True) if p.epoch == e] for e in range(job.config.epochs)],
+        files={"rejects.jsonl": digest},
+        extra={
+            "accounting": accounting,
+            "duplicates": {"policy": job.config.duplicates, "documents": found.duplicates, "pairs": found.pairs},
+            "chat": asdict(frame),
+            "blocks_trimmed": found.blocks_trimmed,
+            "build": _settings(job.config),
+        },
     )
+    shutil.rmtree(Path(job.config.out) / "work")
+    return manifest
 
 
-def _short(number: int) -> str:
-    """A count in three digits: 950, 12.3k, 2.93M."""
-    for unit, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if number >= unit:
-            return f"{number / unit:.3g}{letter}" if number < 999.5 * unit else f"{number / unit:.0f}{letter}"
-    return str(number)
+def _shard(text: str) -> Shard:
+    try:
+        number, count = map(int, text.split("/"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not I/N, such as 0/8") from None
+    if not 0 <= number < count:
+        raise argparse.ArgumentTypeError(f"shard {number} of {count}: give 0/{count} to {count - 1}/{count}")
+    return Shard(number, count)
 
 
-def _dry_run(config: BuildConfig, console: Console) -> None:
-    """Checks settings, sources and tokenizer, and says what would be done."""
-    check(config)
-    ids = token_ids(config)
-    for source in expand(config.sources):
-        times = f" x {source.repeat}" if source.repeat > 1 else ""
-        console.print(f"{source.name}: {count(source):,} rows{times} ({source.format})", highlight=False)
-    console.print(f"mask token {config.mask_token} = {ids.mask}, end of turn = {ids.eos}", highlight=False)
-    state = "exists already: the build would refuse" if Path(config.out).exists() else "would be created"
-    console.print(f"{config.out} {state}", highlight=False)
-
-
-def _add_dry_run(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--dry-run", action="store_true", help="check settings and sources, build nothing")
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--dry-run", action="store_true", help="say what would be read, written and needed; build nothing"
+    )
+    parser.add_argument("--workers", type=int, default=cpus(), metavar="N", help="processes (all CPUs: %(default)s)")
+    parser.add_argument(
+        "--shard",
+        type=_shard,
+        metavar="I/N",
+        help="tokenize share I of N only, for many machines that see one OUT; then --merge",
+    )
+    parser.add_argument("--merge", action="store_true", help="make the dataset from the work of all shards")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -260,12 +340,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         description="Conversations -> packed dataset for `python -m sdlm_megatron.train`.",
         example="python -m data_prep.build --config data.yaml --out=data/mine --block_size=8",
         argv=argv,
-        extra=_add_dry_run,
+        extra=_add_options,
     )
-    if args.dry_run:
-        _dry_run(config, Console())
-    else:
-        build(config)
+    if args.workers < 1:
+        raise ConfigError(f"--workers is {args.workers}", "--workers", "give 1 or more")
+    try:
+        if args.dry_run:
+            dry_run(config, Console())
+        elif args.shard:
+            build_shard(config, args.shard, workers=args.workers)
+        else:
+            (merge if args.merge else build)(config, workers=args.workers)
+    except KeyboardInterrupt:
+        raise SystemExit("stopped; the same command goes on from here") from None
 
 
 if __name__ == "__main__":

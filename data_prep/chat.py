@@ -6,11 +6,12 @@ header up to and including `<|im_end|>`; an anchor is a token whose successor is
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
-from data_prep.tokenizer import TextEncoder, as_text_encoder
+from data_prep.tokenizer import TextEncoder, as_text_encoder, flat
 from sdlm_megatron.errors import DataError
 
 IM_START, IM_END = "<|im_start|>", "<|im_end|>"
@@ -76,7 +77,7 @@ def render(
             error: it has no anchors.
     """
     options: dict[str, Any] = {"default_system": default_system, "answer_roles": answer_roles}
-    return render_parsed([parse(conversation)], as_text_encoder(tokenizer), **options)[0]
+    return render_batch([parse(conversation)], as_text_encoder(tokenizer), **options).document(0)
 
 
 def parse(conversation: Any) -> list[tuple[str, str]]:
@@ -124,37 +125,89 @@ def _names(row: Mapping[str, Any]) -> str:
     return ", ".join(f"`{key}`" for key in row) or "no field"
 
 
-def render_parsed(
+@dataclass(frozen=True)
+class RenderedBatch:
+    """The clean tokens of many conversations, one after the other, and where their turns lie in them."""
+
+    input_ids: np.ndarray
+    """int32 (tokens,)."""
+    doc_edges: np.ndarray
+    """int64 (documents + 1,): document i holds tokens doc_edges[i] to doc_edges[i + 1]."""
+    turn_edges: np.ndarray
+    """int64 (documents + 1,): document i holds turns turn_edges[i] to turn_edges[i + 1]."""
+    roles: list[str]
+    """ChatML role of each turn."""
+    starts: np.ndarray
+    """int64 (turns,): index in its document of each turn's `<|im_start|>`."""
+    ends: np.ndarray
+    """int64 (turns,)."""
+    first_anchors: np.ndarray
+    """int64 (turns,)."""
+    n_anchors: np.ndarray
+    """int64 (turns,)."""
+
+    def __len__(self) -> int:
+        return len(self.doc_edges) - 1
+
+    def anchors_per_document(self) -> np.ndarray:
+        """int64 (documents,): R of each document."""
+        sums = np.concatenate([[0], np.cumsum(self.n_anchors)])
+        return np.diff(sums[self.turn_edges])
+
+    def document(self, i: int) -> RenderedDocument:
+        """Document i by itself."""
+        turns = tuple(
+            Turn(
+                self.roles[t], *(int(part[t]) for part in (self.starts, self.ends, self.first_anchors, self.n_anchors))
+            )
+            for t in range(self.turn_edges[i], self.turn_edges[i + 1])
+        )
+        ranges = [np.arange(turn.first_anchor, turn.first_anchor + turn.n_anchors, dtype=np.int32) for turn in turns]
+        ids = self.input_ids[self.doc_edges[i] : self.doc_edges[i + 1]]
+        return RenderedDocument(ids, np.concatenate([np.empty(0, np.int32), *ranges]), turns)
+
+
+def render_batch(
     conversations: Sequence[Sequence[tuple[str, str]]],
     encoder: TextEncoder,
     *,
     default_system: str | None = DEFAULT_SYSTEM,
     answer_roles: Collection[str] = ("assistant",),
-) -> list[RenderedDocument]:
+) -> RenderedBatch:
     """Renders checked conversations (`parse`) together: their texts are encoded in one call."""
     whole = [_with_system(turns, default_system) for turns in conversations]
+    roles = [role for turns in whole for role, _ in turns]
     # ROLE\nTEXT is one piece: a text that starts with white space may merge with the newline, as in the
     # reference.
-    pieces = encoder.encode_batch([f"{role}\n{text}" for turns in whole for role, text in turns])
-    roles = sorted(set(ROLES.values()))
-    newline, *headers = encoder.encode_batch(["\n", *(f"{role}\n" for role in roles)])
-    header = {role: 1 + len(ids) for role, ids in zip(roles, headers, strict=True)}
-    frame = _Frame(encoder.token_id(IM_START), encoder.token_id(IM_END), newline, header, frozenset(answer_roles))
-    documents, at = [], 0
-    for turns in whole:
-        documents.append(_assemble([role for role, _ in turns], pieces[at : at + len(turns)], frame))
-        at += len(turns)
-    return documents
+    pieces, edges = flat(encoder, [f"{role}\n{text}" for turns in whole for role, text in turns])
+    frame = frame_of(encoder)
+    after = len(frame.newline) + 1  # <|im_end|> and the newline
+    sizes = np.diff(edges)
+    lengths = 1 + sizes + after
+    ends = np.cumsum(lengths)
+    starts = ends - lengths
+    ids = np.empty(int(ends[-1]) if len(ends) else 0, dtype=np.int32)
+    ids[np.arange(len(pieces)) + np.repeat(starts + 1 - edges[:-1], sizes)] = pieces
+    ids[starts] = frame.im_start
+    for offset, token in enumerate([frame.im_end, *frame.newline]):
+        ids[ends - after + offset] = token
+    turn_edges = np.concatenate([[0], np.cumsum([len(turns) for turns in whole], dtype=np.int64)])
+    doc_edges = np.concatenate([[0], ends])[turn_edges]
+    origin = np.repeat(doc_edges[:-1], np.diff(turn_edges))
+    closing = ends - after - origin  # index of <|im_end|>
+    header = np.array([frame.header[role] for role in roles], dtype=np.int64)
+    first = np.minimum(starts - origin + header, closing) - 1
+    answers = np.where([role in answer_roles for role in roles], closing - first, 0) if roles else first
+    return RenderedBatch(ids, doc_edges, turn_edges, roles, starts - origin, ends - origin, first, answers)
 
 
-def _with_system(turns: Sequence[tuple[str, str]], default: str | None) -> list[tuple[str, str]]:
-    missing = default is not None and turns[0][0] != "system"
-    return [("system", default or ""), *turns] if missing else list(turns)
+def _with_system(turns: Sequence[tuple[str, str]], default: str | None) -> Sequence[tuple[str, str]]:
+    return turns if default is None or turns[0][0] == "system" else [("system", default), *turns]
 
 
 @dataclass(frozen=True)
-class _Frame:
-    """Ids of what surrounds a turn."""
+class Frame:
+    """Ids of what surrounds the text of a turn."""
 
     im_start: int
     im_end: int
@@ -162,18 +215,19 @@ class _Frame:
     header: dict[str, int]
     """Role -> tokens of `<|im_start|>ROLE\\n` (Qwen2.5: 3), taken as such even where the newline merged with
     the text."""
-    answer_roles: frozenset[str]
+    assistant: list[int]
+    """Ids of `assistant\\n`."""
 
 
-def _assemble(roles: Sequence[str], pieces: Sequence[list[int]], frame: _Frame) -> RenderedDocument:
-    ids: list[int] = []
-    turns, anchors = [], [np.empty(0, dtype=np.int32)]
-    for role, piece in zip(roles, pieces, strict=True):
-        start = len(ids)
-        ids += [frame.im_start, *piece, frame.im_end, *frame.newline]
-        closing = start + 1 + len(piece)  # index of <|im_end|>
-        first = min(start + frame.header[role], closing) - 1
-        answers = closing - first if role in frame.answer_roles else 0
-        turns.append(Turn(role, start, len(ids), first, answers))
-        anchors.append(np.arange(first, first + answers, dtype=np.int32))
-    return RenderedDocument(np.array(ids, dtype=np.int32), np.concatenate(anchors), tuple(turns))
+def frame_of(encoder: TextEncoder) -> Frame:
+    """The chat structure in ids; DataError when the tokenizer has no ChatML tokens."""
+    roles = sorted(set(ROLES.values()))
+    ids, edges = flat(encoder, ["\n", *(f"{role}\n" for role in roles)])
+    newline, *headers = (ids[a:b].tolist() for a, b in pairwise(edges))
+    return Frame(
+        encoder.token_id(IM_START),
+        encoder.token_id(IM_END),
+        newline,
+        {role: 1 + len(header) for role, header in zip(roles, headers, strict=True)},
+        headers[roles.index("assistant")],
+    )

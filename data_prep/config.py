@@ -21,18 +21,25 @@ class SourceConfig:
     of these names) | sharegpt ({conversations: [{from, value}]}, or a meta JSON with `annotation` and
     `repeat_time`)."""
     path: str = ""
-    """A .jsonl, .json or .parquet file, or a folder of .jsonl and .parquet files (taken in the order of their
-    names)."""
+    """A .jsonl, .json, .parquet or .arrow file, a folder of such files (taken in the order of their names), or a
+    local copy of a hub dataset."""
     hub: str = ""
     """Name of a dataset for `datasets.load_dataset`."""
     subset: str = ""
-    """With hub: the dataset's configuration."""
+    """Configuration of a hub dataset, or of a local copy of one."""
     split: str = "train"
-    """With hub."""
+    """Split of a hub dataset, or of a local copy of one."""
+    revision: str = ""
+    """With hub: commit, tag or branch of the dataset; empty: the newest."""
     limit: int = 0
     """Use the first rows only; 0: all."""
-    repeat: int = 1
-    """How often every row is taken in an epoch, each time with its own blocks."""
+    weight: float = 1.0
+    """How often a row is taken in an epoch: 2 takes every row twice, each time with its own blocks; 0.5 takes half
+    of them, the other half in the next epoch."""
+    expected_rows: int = 0
+    """Rows the set had when the config was written; a difference is printed. 0: not known."""
+    licence: str = ""
+    """Kept in the manifest."""
 
 
 @dataclass
@@ -64,8 +71,13 @@ class BuildConfig:
     mask_token: str = "<text_mask>"
     """If the tokenizer lacks it, it gets the first free id (Qwen2.5: 151665)."""
     pad_token: str = "<|endoftext|>"
-    window: int = 4096
+    window: int = 65536
     """Documents that best-fit packing looks at together."""
+    trim: float = 0.0
+    """Share of its blocks that a document may lose to fill a row, rather than begin another. 0: documents keep all
+    their blocks."""
+    duplicates: str = "keep"
+    """Documents whose tokens all equal those of an earlier one: keep | drop. They are counted either way."""
 
 
 def check(config: BuildConfig) -> None:
@@ -73,11 +85,7 @@ def check(config: BuildConfig) -> None:
     for key in ("out", "tokenizer"):
         if not getattr(config, key):
             raise ConfigError(f"`{key}` is not set", key, f"--{key}=FOLDER")
-    for key in ("block_size", "repeat", "max_document_length", "row_length", "epochs", "window"):
-        if getattr(config, key) < 1:
-            raise ConfigError(f"{key} is {getattr(config, key)}", key, "give a number above 0")
-    if config.seed < 0:
-        raise ConfigError(f"seed is {config.seed}", "seed", "give 0 or more")
+    _check_numbers(config)
     if config.max_document_length > config.row_length:
         raise ConfigError(
             f"documents of {config.max_document_length} tokens do not fit into rows of {config.row_length}",
@@ -86,6 +94,8 @@ def check(config: BuildConfig) -> None:
         )
     if config.overlong not in FITS:
         raise ConfigError(f"overlong is {config.overlong!r}", "overlong", f"one of {', '.join(FITS)}")
+    if config.duplicates not in ("keep", "drop"):
+        raise ConfigError(f"duplicates is {config.duplicates!r}", "duplicates", "keep or drop")
     if not config.sources:
         raise ConfigError("no sources", "sources", "sources: [{name: mine, format: messages, path: FILE.jsonl}]")
     for i, source in enumerate(config.sources):
@@ -93,6 +103,16 @@ def check(config: BuildConfig) -> None:
     names = [source.name for source in config.sources]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ConfigError(f"two sources are called {twice[0]!r}", "sources", "give each its own name")
+
+
+def _check_numbers(config: BuildConfig) -> None:
+    for key in ("block_size", "repeat", "max_document_length", "row_length", "epochs", "window"):
+        if getattr(config, key) < 1:
+            raise ConfigError(f"{key} is {getattr(config, key)}", key, "give a number above 0")
+    if config.seed < 0:
+        raise ConfigError(f"seed is {config.seed}", "seed", "give 0 or more")
+    if not 0 <= config.trim < 1:
+        raise ConfigError(f"trim is {config.trim}", "trim", "give a share: 0 (whole documents) up to below 1")
 
 
 def _check_source(source: SourceConfig, where: str) -> None:
@@ -104,5 +124,7 @@ def _check_source(source: SourceConfig, where: str) -> None:
         raise ConfigError(f"format is {source.format!r}", f"{where}.format", f"one of {', '.join(FORMATS)}")
     if source.limit < 0:
         raise ConfigError(f"limit is {source.limit}", f"{where}.limit", "give 0 (all) or more")
-    if source.repeat < 1:
-        raise ConfigError(f"repeat is {source.repeat}", f"{where}.repeat", "give 1 or more")
+    if not 0 < source.weight < float("inf"):
+        raise ConfigError(f"weight is {source.weight}", f"{where}.weight", "give a number above 0")
+    if source.expected_rows < 0:
+        raise ConfigError(f"expected_rows is {source.expected_rows}", f"{where}.expected_rows", "give 0 or more")

@@ -6,55 +6,64 @@ from contextlib import contextmanager
 from typing import Protocol
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 
 class Advance(Protocol):
-    """Reports that `n` more things are done."""
+    """Reports that `n` more things are done, which held `tokens` tokens."""
 
-    def __call__(self, n: int = 1) -> None: ...
+    def __call__(self, n: float = 1, tokens: int = 0) -> None: ...
 
 
 LINE_EVERY = 5.0
 """Seconds between two lines where there is no terminal."""
 
 
-@contextmanager
-def track(title: str, total: int, unit: str, console: Console) -> Iterator[Advance]:
-    """Shows how far a stage of `total` things is; yields the function to call as they get done."""
-    if not console.is_terminal:
-        yield _lines(title, total, unit, console)
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit))
-    with Progress(*columns, TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(), console=console) as bar:
-        task = bar.add_task(title, total=total)
+class _Meter:
+    """How far a stage is, how fast, and until when."""
 
-        def advance(n: int = 1) -> None:
-            bar.advance(task, n)
+    def __init__(self, title: str, total: float, unit: str) -> None:
+        self.title, self.total, self.unit = title, total, unit
+        self.start = time.monotonic()
+        self.done, self.tokens = 0.0, 0
+
+    def __str__(self) -> str:
+        seconds = max(time.monotonic() - self.start, 1e-9)
+        speed = f"{self.done / seconds:,.0f} {self.unit}/s"
+        if self.tokens:
+            speed += f", {self.tokens / seconds / 1e6:.2f} M tokens/s"
+        left = int(max(0.0, self.total - self.done) * seconds / max(self.done, 1e-9)) if self.done else 0
+        eta = f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}" if self.done else "?"
+        return f"{self.done:,.0f}/{self.total:,.0f} {self.unit}, {speed}, ETA {eta}"
+
+
+@contextmanager
+def track(title: str, total: float, unit: str, console: Console) -> Iterator[Advance]:
+    """Shows how far a stage of `total` things is; yields the function to call as they get done."""
+    meter = _Meter(title, total, unit)
+    if not console.is_terminal:
+        yield _lines(meter, console)
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[state]}"))
+    with Progress(*columns, TimeElapsedColumn(), console=console) as bar:
+        task = bar.add_task(title, total=total, state="")
+
+        def advance(n: float = 1, tokens: int = 0) -> None:
+            meter.done, meter.tokens = meter.done + n, meter.tokens + tokens
+            bar.update(task, completed=meter.done, state=str(meter))
 
         yield advance
 
 
-def _lines(title: str, total: int, unit: str, console: Console) -> Advance:
-    start = shown = time.monotonic()
-    done = 0
+def _lines(meter: _Meter, console: Console) -> Advance:
+    shown = meter.start
 
-    def advance(n: int = 1) -> None:
-        nonlocal done, shown
-        done += n
+    def advance(n: float = 1, tokens: int = 0) -> None:
+        nonlocal shown
+        meter.done, meter.tokens = meter.done + n, meter.tokens + tokens
         now = time.monotonic()
-        if now - shown >= LINE_EVERY or (done >= total and n):
+        if now - shown >= LINE_EVERY or (meter.done >= meter.total and n):
             shown = now
-            rate = done / max(now - start, 1e-9)
-            eta = max(0, total - done) / max(rate, 1e-9)
-            clock = f"{int(eta) // 60:02d}:{int(eta) % 60:02d}"
-            console.print(f"{title} {done:,}/{total:,} {unit}, {rate:,.0f} a second, ETA {clock}", highlight=False)
+            console.print(f"{meter.title} {meter}", highlight=False)
 
     return advance

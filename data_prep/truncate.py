@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data_prep.chat import RenderedDocument, Turn
+from data_prep.chat import RenderedBatch, RenderedDocument, Turn
 from sdlm_megatron.diffusion.layout import block_count
 
 NO_ANSWER = "no assistant turn"
@@ -97,6 +97,41 @@ def reference(document: RenderedDocument, *, max_len: int, block_size: int, repe
 
 FITS: dict[str, Fit] = {"keep_whole_turns": keep_whole_turns, "reference": reference}
 """Value of the config key `overlong` -> rule."""
+
+
+@dataclass(frozen=True)
+class FittedBatch:
+    """What is kept of many documents; int64 (documents,) each. A document without blocks is dropped."""
+
+    clean_lens: np.ndarray
+    n_anchors: np.ndarray
+    """The first anchors of the document are kept."""
+    n_blocks: np.ndarray
+    turns_cut: np.ndarray
+    tokens_cut: np.ndarray
+    blocks_missing: np.ndarray
+    drop_reasons: dict[int, str]
+    """Document -> why it is dropped."""
+
+
+def fit_batch(batch: RenderedBatch, rule: str, *, max_len: int, block_size: int, repeat: int) -> FittedBatch:
+    """Applies a rule of `FITS` to many documents. Those that have room for every block they want, nearly all, need no
+    rule: they are done together."""
+    clean, anchors = np.diff(batch.doc_edges), batch.anchors_per_document()
+    wanted = np.minimum(repeat * anchors // block_size, anchors)
+    result = FittedBatch(clean, anchors, wanted, np.zeros_like(clean), np.zeros_like(clean), np.zeros_like(clean), {})
+    # the reference counts a document as up to twice its length
+    room = (clean + repeat * anchors <= max_len) & (2 * clean <= max_len) & (wanted > 0)
+    for i in np.flatnonzero(~room).tolist():
+        fitted = FITS[rule](batch.document(i), max_len=max_len, block_size=block_size, repeat=repeat)
+        result.n_blocks[i] = fitted.n_blocks
+        if not fitted.n_blocks:
+            result.drop_reasons[i] = fitted.drop_reason
+            continue
+        result.clean_lens[i], result.n_anchors[i] = len(fitted.input_ids), len(fitted.anchors)
+        result.turns_cut[i], result.tokens_cut[i] = fitted.turns_cut, fitted.tokens_cut
+        result.blocks_missing[i] = fitted.blocks_missing
+    return result
 
 
 def _turns_within(turns: tuple[Turn, ...], max_len: int) -> int:

@@ -6,7 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
+settings.register_profile("no deadline", deadline=None)  # how long an example takes says how busy the machine is
+settings.load_profile("no deadline")
 sys.path.insert(0, str(Path(__file__).parent))
 os.environ.setdefault("WANDB_SILENT", "true")
 

@@ -1,29 +1,36 @@
 """The packed dataset on disk, written and read here only.
 
     DATASET/
-      manifest.json             what was packed, with which settings, how much; checksums of the other files
-      epoch0.rows.bin/.idx      Megatron-Core indexed dataset, int32: a row's used tokens (clean parts, block parts)
-      epoch0.layout.bin/.idx    Megatron-Core indexed dataset, int32: a row's RowLayout.to_ints()
+      manifest.json                    what was packed, with which settings, how much; checksums of the other files
+      epoch0.00000.rows.bin/.idx       Megatron-Core indexed dataset, int32: used tokens (clean parts, block parts)
+      epoch0.00000.layout.bin/.idx     the same: a row's checksum and RowLayout.to_ints()
+      epoch0.00001.rows.bin…           the next part of the epoch
 
 Padding is not stored, positions and targets are derived (diffusion.layout): nothing on disk can disagree with them.
+An epoch is cut into parts so that many processes can write it and no file grows without end. The checksum, a crc32 of
+the row's tokens and layout, is compared whenever a row is read: a flipped bit never reaches training.
 """
 
 import hashlib
 import json
 import os
 import shutil
+import zlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from sdlm_megatron.data.indexed import IndexedReader, IndexedWriter
-from sdlm_megatron.diffusion.layout import IGNORE, RowLayout, row_targets
+from sdlm_megatron.diffusion.layout import IGNORE, RowLayout, slot_targets
 from sdlm_megatron.errors import DataError
 from sdlm_megatron.files import rename_whole, write_json
 
 FORMAT = "sdlm-packed"
-VERSION = 1
+VERSION = 2
 REQUIRED = (
     "row_length",
     "max_document_length",
@@ -37,20 +44,186 @@ REQUIRED = (
     "seed",
     "sources",
 )
+KINDS = ("rows", "layout")
+_OPEN_PARTS = 64
+"""Parts a reader keeps mapped: a corpus may have more than a process may have open files."""
 
 
-def prefix(folder: Path, epoch: int, part: str) -> str:
-    """Path without ending of one of the indexed datasets; `part` is "rows" or "layout"."""
-    return str(folder / f"epoch{epoch}.{part}")
+def prefix(folder: Path, epoch: int, part: int, kind: str) -> str:
+    """Path without ending of one of the indexed datasets; `kind` is "rows" or "layout"."""
+    return str(folder / f"epoch{epoch}.{part:05d}.{kind}")
+
+
+@dataclass
+class Counts:
+    """What some rows hold."""
+
+    rows: int = 0
+    documents: int = 0
+    clean: int = 0
+    """Clean tokens."""
+    block: int = 0
+    """Block tokens."""
+    targets: int = 0
+    slots: list[int] = field(default_factory=list)
+    """Targets of each slot, D numbers."""
+
+    def add(self, other: "Counts") -> None:
+        """Adds another count to this one."""
+        for key in ("rows", "documents", "clean", "block", "targets"):
+            setattr(self, key, getattr(self, key) + getattr(other, key))
+        self.slots = [a + b for a, b in zip(self.slots or [0] * len(other.slots), other.slots, strict=True)]
+
+
+@dataclass
+class PartInfo:
+    """A finished part: what it holds, and {file name: {bytes, sha256}}."""
+
+    counts: Counts
+    files: dict[str, dict[str, Any]]
+
+
+class PartWriter:
+    """Writes one part of an epoch into `folder`. Its files are whole and on the disk once `finish` returns.
+
+    Args:
+        meta: manifest fields; of these row_length, block_size and eos_token_id are used.
+    """
+
+    def __init__(self, folder: Path, epoch: int, part: int, meta: dict[str, Any]) -> None:
+        self.meta = meta
+        self._counts = Counts(slots=[0] * meta["block_size"])
+        self._writers = {kind: IndexedWriter(prefix(folder, epoch, part, kind)) for kind in KINDS}
+
+    def add(self, tokens: np.ndarray, layout: RowLayout) -> None:
+        """Appends a row: tokens int32 (used,) and its layout."""
+        self.add_rows(tokens, layout, [layout.n_docs])
+
+    def add_rows(self, tokens: np.ndarray, layout: RowLayout, docs_per_row: Sequence[int]) -> None:
+        """Appends rows given as one long row (clean parts of all, block parts of all) that is cut after every
+        `docs_per_row` documents."""
+        if len(tokens) != layout.used or sum(docs_per_row) != layout.n_docs:
+            raise ValueError(f"{len(tokens)} tokens and {sum(docs_per_row)} documents do not fit {layout}")
+        targets = slot_targets(tokens, layout, self.meta["eos_token_id"])
+        slots = [int(np.count_nonzero(target != IGNORE)) for target in targets]
+        edges = np.cumsum([0, *docs_per_row])
+        clean_edges = np.concatenate([[0], np.cumsum(layout.clean_lens)])[edges].tolist()
+        block_edges = np.concatenate([[0], np.cumsum(layout.n_blocks)])[edges].tolist()
+        edges = edges.tolist()
+        size = layout.block_size
+        for i in range(len(docs_per_row)):
+            docs, blocks = slice(edges[i], edges[i + 1]), slice(block_edges[i], block_edges[i + 1])
+            row = [
+                tokens[clean_edges[i] : clean_edges[i + 1]],
+                tokens[layout.n_clean + blocks.start * size : layout.n_clean + blocks.stop * size],
+            ]
+            self._add(
+                row, [layout.doc_ids[docs], layout.clean_lens[docs], layout.n_blocks[docs], layout.starts[blocks]]
+            )
+        self._counts.add(
+            Counts(len(docs_per_row), layout.n_docs, layout.n_clean, layout.n_block_tokens, sum(slots), slots)
+        )
+
+    def _add(self, row: list[np.ndarray], parts: list[np.ndarray]) -> None:
+        used = sum(map(len, row))
+        if used > self.meta["row_length"]:
+            raise ValueError(f"a row of {used} tokens, the limit is {self.meta['row_length']}")
+        self._writers["rows"].add(*row)
+        layout = np.concatenate([[0, len(parts[0])], *parts]).astype(np.int32)
+        layout[0] = _checksum(row, layout[1:])
+        self._writers["layout"].add(layout)
+
+    def finish(self) -> PartInfo:
+        """Closes the files."""
+        files: dict[str, dict[str, Any]] = {}
+        for writer in self._writers.values():
+            files.update(writer.finish())
+        return PartInfo(self._counts, files)
+
+    def abort(self) -> None:
+        """Closes the files, which are of no use then."""
+        for writer in self._writers.values():
+            writer.abort()
+
+
+def _checksum(tokens: Sequence[np.ndarray], layout: np.ndarray) -> np.int32:
+    crc = 0
+    for piece in (*tokens, layout):
+        crc = zlib.crc32(np.ascontiguousarray(piece, dtype=np.int32).data, crc)
+    return np.uint32(crc).astype(np.int32)
+
+
+def seal(
+    partial: Path,
+    path: Path,
+    *,
+    meta: dict[str, Any],
+    parts: Sequence[Sequence[PartInfo]],
+    files: dict[str, dict[str, Any]],
+    extra: dict[str, Any],
+) -> dict[str, Any]:
+    """Writes the manifest of a folder whose parts are finished, and renames it into place; returns the manifest.
+
+    Args:
+        partial: the folder with all files; path: its final name.
+        meta: manifest fields, all of REQUIRED.
+        parts: of each epoch, its parts.
+        files: other files of the folder, {name: {bytes, sha256}}.
+        extra: more manifest fields.
+
+    Raises:
+        DataError: there is no row.
+    """
+    manifest = make_manifest(meta=meta, parts=parts, files=files, extra=extra)
+    if not all(epoch["rows"] for epoch in manifest["counts"]):
+        raise DataError("no row to write: every document was dropped or rejected", str(path))
+    write_json(partial / "manifest.json", manifest)
+    rename_whole(partial, path)
+    return manifest
+
+
+def make_manifest(
+    *,
+    meta: dict[str, Any],
+    parts: Sequence[Sequence[PartInfo]],
+    files: dict[str, dict[str, Any]],
+    extra: dict[str, Any],
+) -> dict[str, Any]:
+    """The content of manifest.json; arguments as for `seal`."""
+    counts = []
+    for epoch in parts:
+        counts.append(Counts(slots=[0] * meta["block_size"]))
+        for part in epoch:
+            counts[-1].add(part.counts)
+    rows, documents = sum(c.rows for c in counts), sum(c.documents for c in counts)
+    manifest = {
+        "format": FORMAT,
+        "version": VERSION,
+        **meta,
+        "epochs": len(parts),
+        "counts": [asdict(c) for c in counts],
+        "part_rows": [[part.counts.rows for part in epoch] for epoch in parts],
+        "mean_documents_per_row": documents / max(rows, 1),
+        **extra,
+        "files": {name: files[name] for name in sorted(files)}
+        | {name: found for epoch in parts for part in epoch for name, found in sorted(part.files.items())},
+    }
+    return manifest | {"checksum": manifest_checksum(manifest)}
+
+
+def manifest_checksum(manifest: dict[str, Any]) -> str:
+    """sha256 of a manifest's content, but for its field `checksum`."""
+    content = {key: value for key, value in manifest.items() if key != "checksum"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 class DatasetWriter:
-    """Writes a dataset whole or not at all: into PATH.partial, renamed to PATH by `finish`.
+    """Writes a small dataset from one process, whole or not at all: into PATH.partial, renamed to PATH by `finish`.
 
     Args:
         path: folder to create; DataError if it exists.
         meta: manifest fields, all of REQUIRED.
-        epochs: number of epochs that will be written.
+        epochs: number of epochs that will be written, each as one part.
     """
 
     def __init__(self, path: str | os.PathLike, *, meta: dict[str, Any], epochs: int = 1) -> None:
@@ -63,62 +236,30 @@ class DatasetWriter:
         if self.partial.exists():
             shutil.rmtree(self.partial)
         self.partial.mkdir(parents=True)
-        self.meta, self.epochs = meta, epochs
-        self.counts = [dict.fromkeys(("rows", "documents", "clean", "block", "targets"), 0) for _ in range(epochs)]
-        self._writers = [
-            {part: IndexedWriter(prefix(self.partial, epoch, part)) for part in ("rows", "layout")}
-            for epoch in range(epochs)
-        ]
+        self.meta = meta
+        self._parts = [PartWriter(self.partial, epoch, 0, meta) for epoch in range(epochs)]
 
     def __enter__(self) -> "DatasetWriter":
         return self
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
         if self.partial.exists():  # not finished: leave nothing behind
-            for writers in self._writers:
-                for writer in writers.values():
-                    writer.abort()
+            for part in self._parts:
+                part.abort()
             shutil.rmtree(self.partial)
 
     def add(self, epoch: int, tokens: np.ndarray, layout: RowLayout) -> None:
         """Appends a row: tokens int32 (used,) and its layout."""
-        if len(tokens) != layout.used or layout.used > self.meta["row_length"]:
-            raise ValueError(f"row of {len(tokens)} tokens, layout of {layout.used}, limit {self.meta['row_length']}")
-        self._writers[epoch]["rows"].add(tokens)
-        self._writers[epoch]["layout"].add(layout.to_ints())
-        targets = row_targets(tokens, layout, self.meta["eos_token_id"])
-        counts = self.counts[epoch]
-        counts["rows"] += 1
-        counts["documents"] += layout.n_docs
-        counts["clean"] += layout.n_clean
-        counts["block"] += layout.n_block_tokens
-        counts["targets"] += int((targets != IGNORE).sum())
+        self._parts[epoch].add(tokens, layout)
 
     def finish(self, extra: dict[str, Any] | None = None) -> dict[str, Any]:
         """Closes the files, writes the manifest, renames the folder into place; returns the manifest."""
-        for writers in self._writers:
-            for writer in writers.values():
-                writer.finish()
-        rows, documents = (sum(c[k] for c in self.counts) for k in ("rows", "documents"))
-        if not rows:
-            raise DataError("no row to write: every document was dropped or rejected", str(self.path))
-        manifest = {
-            "format": FORMAT,
-            "version": VERSION,
-            **self.meta,
-            "epochs": self.epochs,
-            "counts": self.counts,
-            "mean_documents_per_row": documents / rows,
-            **(extra or {}),
-            "files": {p.name: _describe(p) for p in sorted(self.partial.iterdir())},
-        }
-        write_json(self.partial / "manifest.json", manifest)
-        rename_whole(self.partial, self.path)
-        return manifest
+        parts = [[part.finish()] for part in self._parts]
+        return seal(self.partial, self.path, meta=self.meta, parts=parts, files={}, extra=extra or {})
 
 
 class PackedDataset:
-    """Memory-mapped reader. Opening costs O(rows of the index), reading a row touches only its bytes.
+    """Memory-mapped reader. Opening looks at the size of every file, reading a row touches only its bytes.
 
     Args:
         path: the dataset folder. DataError when it is missing, incomplete, truncated or of another version.
@@ -130,50 +271,68 @@ class PackedDataset:
         self.block_size: int = self.manifest["block_size"]
         self.row_length: int = self.manifest["row_length"]
         self.epochs: int = self.manifest["epochs"]
-        self._parts: list[dict[str, IndexedReader]] = []
+        self._edges = [np.cumsum([0, *self.part_rows(epoch)]) for epoch in range(self.epochs)]
         for epoch in range(self.epochs):
-            self._check_sizes(epoch)
-            self._parts.append({p: self._open(epoch, p) for p in ("rows", "layout")})
-            counts = {p: len(d) for p, d in self._parts[-1].items()}
-            if set(counts.values()) != {self.manifest["counts"][epoch]["rows"]}:
+            if (rows := int(self._edges[epoch][-1])) != self.rows(epoch):
                 raise DataError(
-                    f"the files hold {counts}, the manifest says {self.manifest['counts'][epoch]['rows']} rows",
+                    f"the parts of epoch {epoch} hold {rows} rows, the manifest says {self.rows(epoch)}",
                     str(self.path),
                     "build the dataset again",
                 )
+            for part in range(len(self.part_rows(epoch))):
+                self._check_sizes(epoch, part)
+        self._part = lru_cache(maxsize=_OPEN_PARTS)(self._open)
 
     def rows(self, epoch: int) -> int:
         """Rows of an epoch; epochs beyond the prepared ones use the prepared ones again."""
         return self.manifest["counts"][epoch % self.epochs]["rows"]
 
+    def part_rows(self, epoch: int) -> list[int]:
+        """Rows of each part of a prepared epoch."""
+        return self.manifest["part_rows"][epoch]
+
     def read(self, epoch: int, row: int) -> tuple[np.ndarray, RowLayout]:
-        """Tokens int32 (used,) and layout of one row in file order; DataError when the two do not fit."""
-        parts = self._parts[epoch % self.epochs]
-        tokens = parts["rows"][row]
-        where = f"{self.path}, epoch {epoch % self.epochs}, row {row}"
+        """Tokens int32 (used,) and layout of one row in file order.
+
+        DataError when the row's bytes are not those that were written.
+        """
+        epoch %= self.epochs
+        part = int(np.searchsorted(self._edges[epoch], row, side="right")) - 1
+        at = row - int(self._edges[epoch][part])
+        where = f"{self.path}, epoch {epoch}, row {row} (row {at} of part {part})"
+        readers = self._part(epoch, part)
         try:
-            layout = RowLayout.from_ints(parts["layout"][row], self.block_size)
-        except (ValueError, IndexError) as error:
-            raise DataError(f"the row's layout is damaged: {error}", where, "build the dataset again") from None
+            tokens, ints = readers["rows"][at], readers["layout"][at]
+            if not len(ints) or ints[0] != _checksum([tokens], ints[1:]):
+                raise ValueError("its checksum is not that of its tokens and layout")
+            layout = RowLayout.from_ints(ints[1:], self.block_size)
+        except (ValueError, IndexError, OverflowError) as error:
+            raise DataError(f"the row is damaged: {error}", where, REBUILD) from None
         if layout.used != len(tokens) or layout.used > self.row_length:
-            raise DataError(
-                f"the row has {len(tokens)} tokens, its layout describes {layout.used}",
-                where,
-                "build the dataset again",
-            )
+            raise DataError(f"the row has {len(tokens)} tokens, its layout describes {layout.used}", where, REBUILD)
         return tokens, layout
 
-    def _open(self, epoch: int, part: str) -> IndexedReader:
-        try:
-            return IndexedReader(prefix(self.path, epoch, part))
-        except (ValueError, OSError) as error:
-            where = prefix(self.path, epoch, part)
-            raise DataError(f"the rows cannot be read: {error}", where, "build the dataset again") from None
+    def _open(self, epoch: int, part: int) -> dict[str, IndexedReader]:
+        readers = {}
+        for kind in KINDS:
+            where = prefix(self.path, epoch, part, kind)
+            try:
+                readers[kind] = IndexedReader(where)
+            except (ValueError, OSError) as error:
+                raise DataError(f"the rows cannot be read: {error}", where, REBUILD) from None
+        counts = {kind: len(reader) for kind, reader in readers.items()}
+        if set(counts.values()) != {self.part_rows(epoch)[part]}:
+            raise DataError(
+                f"the files hold {counts}, the manifest says {self.part_rows(epoch)[part]} rows",
+                f"{self.path}, epoch {epoch}, part {part}",
+                REBUILD,
+            )
+        return readers
 
-    def _check_sizes(self, epoch: int) -> None:
-        for part in ("rows", "layout"):
+    def _check_sizes(self, epoch: int, part: int) -> None:
+        for kind in KINDS:
             for ending in (".bin", ".idx"):
-                file = Path(prefix(self.path, epoch, part) + ending)
+                file = Path(prefix(self.path, epoch, part, kind) + ending)
                 said = self.manifest["files"].get(file.name, {}).get("bytes")
                 found = file.stat().st_size if file.exists() else None
                 if found != said:
@@ -182,13 +341,11 @@ class PackedDataset:
                         if found is not None
                         else f"{file.name} is missing",
                         str(file),
-                        "the file was cut short or replaced: copy it again or build the dataset again",
+                        REBUILD,
                     )
 
 
-def _describe(path: Path) -> dict[str, Any]:
-    with open(path, "rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+REBUILD = "the file was damaged or replaced: copy it again or build the dataset again"
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
@@ -203,11 +360,15 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         )
     try:
         manifest = json.loads(file.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"the manifest is not JSON: {error}", str(file), "build the dataset again") from None
+    if not isinstance(manifest, dict):
+        raise DataError("the manifest is no JSON object", str(file), "build the dataset again")
     if manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
         found = f"{manifest.get('format')} version {manifest.get('version')}"
         raise DataError(f"this is {found}, not {FORMAT} version {VERSION}", str(file), "build the dataset again")
-    if missing := [k for k in (*REQUIRED, "epochs", "counts", "files") if k not in manifest]:
+    if missing := [k for k in (*REQUIRED, "epochs", "counts", "part_rows", "files") if k not in manifest]:
         raise DataError(f"the manifest lacks {missing}", str(file), "build the dataset again")
+    if manifest.get("checksum") != manifest_checksum(manifest):
+        raise DataError("the manifest is not as it was written", str(file), REBUILD)
     return manifest

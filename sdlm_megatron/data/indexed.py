@@ -8,10 +8,12 @@ tool. A test holds both directions equal to megatron.core.datasets.IndexedDatase
             lengths i32[sequences], byte offsets i64[sequences], document starts i64[documents]
 """
 
+import hashlib
 import os
 import struct
 from array import array
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -27,26 +29,44 @@ class IndexedWriter:
     def __init__(self, prefix: str) -> None:
         self._prefix = prefix
         self._bin = open(prefix + ".bin", "wb")  # noqa: SIM115 - closed by finish
+        self._hash = hashlib.sha256()
         self._lengths = array("i")
 
-    def add(self, ints: np.ndarray) -> None:
-        """Appends one sequence."""
-        self._bin.write(np.ascontiguousarray(ints, dtype=np.int32).tobytes())
-        self._lengths.append(len(ints))
+    def add(self, *pieces: np.ndarray) -> None:
+        """Appends one sequence, given in one or several pieces."""
+        for piece in pieces:
+            data = np.ascontiguousarray(piece, dtype=np.int32).data.cast("B") if len(piece) else b""
+            self._bin.write(data)
+            self._hash.update(data)
+        self._lengths.append(sum(map(len, pieces)))
 
-    def finish(self) -> None:
-        """Closes the data and writes the index."""
-        self._bin.close()
+    def finish(self) -> dict[str, dict[str, int | str]]:
+        """Closes the data, writes the index, flushes both to the disk; {file name: {bytes, sha256}}."""
         lengths = np.array(self._lengths, dtype=np.int32)
         offsets = (np.cumsum(lengths, dtype=np.int64) - lengths) * np.dtype(np.int32).itemsize
+        index = _HEADER.pack(_MAGIC, 1, _INT32, len(lengths), len(lengths) + 1) + b"".join(
+            part.tobytes() for part in (lengths, offsets, np.arange(len(lengths) + 1, dtype=np.int64))
+        )
+        size = self._bin.tell()
+        _close(self._bin)
         with open(self._prefix + ".idx", "wb") as file:
-            file.write(_HEADER.pack(_MAGIC, 1, _INT32, len(lengths), len(lengths) + 1))
-            for part in (lengths, offsets, np.arange(len(lengths) + 1, dtype=np.int64)):
-                file.write(part.tobytes())
+            file.write(index)
+            _close(file)
+        name = Path(self._prefix).name
+        return {
+            f"{name}.bin": {"bytes": size, "sha256": self._hash.hexdigest()},
+            f"{name}.idx": {"bytes": len(index), "sha256": hashlib.sha256(index).hexdigest()},
+        }
 
     def abort(self) -> None:
         """Closes the data without an index."""
         self._bin.close()
+
+
+def _close(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+    file.close()
 
 
 class IndexedReader:

@@ -4,8 +4,13 @@ Rows are numbered 0, 1, 2, … over the whole run. `locate` maps such a number t
 step takes the next `rows_per_step` numbers. The position of a run is therefore one integer, the rows consumed.
 """
 
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+
+import numpy as np
+
+from sdlm_megatron.diffusion.layout import mix64
 
 _MASK64 = (1 << 64) - 1
 
@@ -34,6 +39,29 @@ def shuffled(index: int, n: int, *, seed: int, epoch: int) -> int:
         index = (left << half) | right
         if index < n:
             return index
+
+
+def shuffled_many(indices: np.ndarray, n: int, *, seed: int, epoch: int, purpose: str = "") -> np.ndarray:
+    """`shuffled` of many indices at once, int64 (len(indices),).
+
+    `purpose` gives the things of one (seed, epoch) permutations of their own; "" is the one of `shuffled`.
+    """
+    half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
+    low = (np.uint64(1) << half) - np.uint64(1)
+    state = mix64(mix64(np.uint64(seed & _MASK64)) ^ np.uint64(epoch))
+    if purpose:
+        state = mix64(state ^ np.uint64(zlib.crc32(purpose.encode())))
+    keys = [mix64(state ^ np.uint64(r)) for r in range(6)]
+    result = np.asarray(indices).astype(np.uint64)
+    walking = np.arange(len(result))
+    while len(walking):
+        value = result[walking]
+        left, right = value >> half, value & low
+        for key in keys:
+            left, right = right, left ^ (mix64(key ^ right) & low)
+        result[walking] = (left << half) | right
+        walking = walking[result[walking] >= n]
+    return result.astype(np.int64)
 
 
 @dataclass(frozen=True)

@@ -28,14 +28,55 @@ def block_count(clean_len: int, n_anchors: int, max_len: int, block_size: int, r
 def draw_starts(anchors: np.ndarray, n: int, *, seed: int, epoch: int, document: int) -> np.ndarray:
     """Draws `n` of `anchors` (R,) without replacement: int32 (n,), ascending.
 
-    A pure function of (seed, epoch, document): a counter-based generator is keyed by the three, so neither the
-    number of workers nor the order of processing can change a draw.
+    A pure function of (seed, epoch, document): neither the number of workers nor the order of processing can change
+    a draw. `draw_many` is the rule.
     """
-    key = np.random.SeedSequence([seed, epoch, document])
-    generator = np.random.Generator(np.random.Philox(key))
-    picked = generator.choice(len(anchors), size=n, replace=False, shuffle=False)
-    picked.sort()
-    return np.asarray(anchors, dtype=np.int32)[picked]
+    one = np.array([[len(anchors)], [n], [document]])
+    return np.asarray(anchors, dtype=np.int32)[draw_many(*one, seed=seed, epoch=epoch)]
+
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_INDEX = np.uint64((1 << 24) - 1)
+"""Low bits of a draw's key: the index of the anchor."""
+
+
+def draw_many(
+    n_anchors: np.ndarray, n_drawn: np.ndarray, documents: np.ndarray, *, seed: int, epoch: int
+) -> np.ndarray:
+    """Draws blocks for many documents at once; all arrays are int (n_docs,).
+
+    Every anchor of a document gets a key from a counter-based generator (SplitMix64 at a state made of seed, epoch and
+    document number); the `n_drawn` anchors with the smallest keys are drawn. The lowest bits of a key are the anchor's
+    index, so no two are equal.
+
+    Returns:
+        int64 (sum of n_drawn,): indices into the anchors of all documents, one document after the other, ascending.
+    """
+    state = mix64(mix64(mix64(np.uint64(seed)) ^ np.uint64(epoch)) ^ documents.astype(np.uint64))
+    first = np.cumsum(n_anchors) - n_anchors
+    counter = np.arange(n_anchors.sum(), dtype=np.uint64)
+    counter -= np.repeat(first.astype(np.uint64), n_anchors)
+    keys = mix64(np.repeat(state + _GOLDEN, n_anchors) + counter * _GOLDEN)
+    keys &= ~_INDEX
+    keys |= counter
+    limit = np.zeros(len(first), dtype=np.uint64)
+    for i, (at, total, n) in enumerate(zip(first.tolist(), n_anchors.tolist(), n_drawn.tolist(), strict=True)):
+        if n:
+            limit[i] = np.partition(keys[at : at + total], n - 1)[n - 1]
+    drawn = keys <= np.repeat(limit, n_anchors)
+    if not n_drawn.all():  # a limit of zero would let a key of zero pass
+        drawn &= np.repeat(n_drawn > 0, n_anchors)
+    return np.flatnonzero(drawn)
+
+
+def mix64(value: np.ndarray | np.uint64) -> np.ndarray:
+    """SplitMix64's finaliser on uint64: a bijective hash (Steele et al. 2014)."""
+    value = np.atleast_1d(np.asarray(value, dtype=np.uint64)) + _GOLDEN
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
+        value ^= value >> np.uint64(shift)
+        if factor > 1:
+            value *= np.uint64(factor)
+    return value
 
 
 @dataclass(frozen=True)
@@ -121,16 +162,26 @@ def row_targets(tokens: np.ndarray, layout: RowLayout, eos_token_id: int) -> np.
     `eos_token_id` (the token that closes a turn).
     """
     targets = np.full(layout.used, IGNORE, dtype=np.int32)
+    targets[layout.n_clean :] = slot_targets(tokens, layout, eos_token_id).T.reshape(-1)
+    return targets
+
+
+def slot_targets(tokens: np.ndarray, layout: RowLayout, eos_token_id: int) -> np.ndarray:
+    """Targets of the block tokens of a row, int32 (D, blocks): `row_targets` slot by slot."""
+    targets = np.full((layout.block_size, len(layout.starts)), IGNORE, dtype=np.int32)
     if not len(layout.starts):
         return targets
+    clean = tokens[: layout.n_clean]
     documents = layout.block_documents()
-    wanted = layout.starts[:, None] + 1 + np.arange(layout.block_size)  # (blocks, D), index in the document
-    inside = wanted < layout.clean_lens[documents][:, None]
-    index = layout.clean_offsets()[documents][:, None] + np.where(inside, wanted, 0)
-    value = np.where(inside, tokens[index], IGNORE)
-    ends = value == eos_token_id
-    ended_before = np.cumsum(ends, axis=1) - ends > 0
-    targets[layout.n_clean :] = np.where(ended_before, IGNORE, value).reshape(-1)
+    wanted = layout.clean_offsets()[documents] + layout.starts  # index in the row of slot j's target, less j + 1
+    last = np.cumsum(layout.clean_lens)[documents] - 1
+    alive = np.ones(len(wanted), dtype=bool)
+    for target in targets:
+        wanted += 1
+        alive &= wanted <= last
+        value = clean.take(wanted, mode="clip")
+        np.copyto(target, value, where=alive)
+        alive &= value != eos_token_id
     return targets
 
 
@@ -142,22 +193,36 @@ def pack_row(
     Returns the tokens, int32 (used,), and their layout. ValueError on a block outside its document, or on starts
     that are not strictly ascending.
     """
-    for doc_id, clean, starts in documents:
-        if len(starts) and (starts[0] < 0 or starts[-1] >= len(clean) or np.any(np.diff(starts) <= 0)):
-            raise ValueError(f"document {doc_id}: block starts must ascend strictly inside [0, {len(clean)})")
-    ids, cleans, starts_list = zip(*documents, strict=True) if documents else ((), (), ())
+    ids, cleans, starts = zip(*documents, strict=True) if documents else ((), (), ())
     empty = np.empty(0, dtype=np.int32)
     layout = RowLayout(
         np.array(ids, dtype=np.int32),
         np.array([len(c) for c in cleans], dtype=np.int32),
-        np.array([len(s) for s in starts_list], dtype=np.int32),
-        np.concatenate([empty, *starts_list]).astype(np.int32),
+        np.array([len(s) for s in starts], dtype=np.int32),
+        np.concatenate([empty, *starts]).astype(np.int32),
         block_size,
     )
-    clean = np.concatenate([empty, *cleans]).astype(np.int32)
-    blocks = np.full((len(layout.starts), block_size), mask_token_id, dtype=np.int32)
-    blocks[:, 0] = clean[layout.clean_offsets()[layout.block_documents()] + layout.starts]
-    return np.concatenate([clean, blocks.reshape(-1)]), layout
+    return add_blocks(np.concatenate([empty, *cleans]).astype(np.int32), layout, mask_token_id), layout
+
+
+def add_blocks(clean: np.ndarray, layout: RowLayout, mask_token_id: int) -> np.ndarray:
+    """Tokens of a row, int32 (used,): its clean tokens, int32 (n_clean,), then its blocks.
+
+    ValueError on a block outside its document, or on starts that are not strictly ascending in a document.
+    """
+    documents = layout.block_documents()
+    inside = (layout.starts >= 0) & (layout.starts < layout.clean_lens[documents])
+    ascends = (np.diff(layout.starts) > 0) | (np.diff(documents) > 0)
+    if not (inside.all() and ascends.all()):
+        wrong = documents[int(np.argmin(inside)) if not inside.all() else int(np.argmin(ascends)) + 1]
+        raise ValueError(
+            f"document {layout.doc_ids[wrong]}: block starts must ascend strictly inside "
+            f"[0, {layout.clean_lens[wrong]})"
+        )
+    tokens = np.full(layout.used, mask_token_id, dtype=np.int32)
+    tokens[: layout.n_clean] = clean
+    tokens[layout.n_clean :: layout.block_size] = clean[layout.clean_offsets()[documents] + layout.starts]
+    return tokens
 
 
 def expand_document(

@@ -21,13 +21,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 from tokenizers import AddedToken, Tokenizer
 
+from data_prep.build import build
 from data_prep.chat import IM_END, RenderedDocument, render
+from data_prep.config import BuildConfig, SourceConfig
 from data_prep.tokenizer import TextTokenizer
 from data_prep.truncate import LONG_PROMPT, FittedDocument, reference
+from sdlm_megatron.data.format import PackedDataset
 from sdlm_megatron.data.tokenizer import special_token_id
-from sdlm_megatron.diffusion.layout import IGNORE, expand_document
+from sdlm_megatron.diffusion.layout import IGNORE, expand_document, row_positions, row_targets
 from sdlm_megatron.diffusion.mask import visible
 from tests.qwen_vocab import ROOT, qwen_tokenizer_folder
 
@@ -123,6 +127,66 @@ def test_attention_mask_of_the_reference_marks_no_padding(case: dict[str, Any]) 
     assert not seen[: case["clean"], case["clean"] :].any()
     outside = seen[case["clean"] :, case["clean"] :].sum() - len(starts) * case["D"] ** 2
     assert outside == 0
+
+
+SETTINGS = sorted({(c["D"], c["max_length"], c["repeat"]) for c in CASES if not c["prepare_for_pt"]})
+
+
+@pytest.mark.parametrize(("block_size", "max_length", "repeat"), SETTINGS)
+def test_the_whole_pipeline_gives_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block_size: int, max_length: int, repeat: int
+) -> None:
+    """Raw conversations in a file -> `build` -> packed rows on the disk -> each document's ids, positions, targets.
+
+    Of the build only the draw is replaced: by the recorded starts. `prepare_for_pt` is no setting of a build; its cases
+    are rebuilt above.
+    """
+    settings = (block_size, max_length, repeat)
+    cases = [c for c in CASES if (c["D"], c["max_length"], c["repeat"]) == settings and not c["prepare_for_pt"]]
+    cases = [c for c in cases if c["conv"] not in SPELLED_SPECIALS]
+    with open(tmp_path / "conversations.jsonl", "w") as file:
+        for case in cases:
+            file.write(json.dumps({"conversations": conversations()[case["conv"]]}) + "\n")
+
+    def recorded(n_anchors: np.ndarray, n_drawn: np.ndarray, documents: np.ndarray, **_: int) -> np.ndarray:
+        found, first = [], 0
+        for anchors, drawn, number in zip(n_anchors, n_drawn, documents, strict=True):
+            assert drawn == len(cases[number]["starts"])
+            legal = fitted(cases[number]).anchors
+            assert len(legal) == anchors
+            found.append(first + np.searchsorted(legal, cases[number]["starts"]))
+            first += anchors
+        return np.concatenate(found).astype(np.int64)
+
+    monkeypatch.setattr("data_prep.rows.draw_many", recorded)
+    source = SourceConfig(name="oracle", format="sharegpt", path=str(tmp_path / "conversations.jsonl"))
+    config = BuildConfig(
+        out=str(tmp_path / "data"),
+        tokenizer=str(qwen_tokenizer_folder()),
+        sources=[source],
+        block_size=block_size,
+        repeat=repeat,
+        max_document_length=max_length,
+        row_length=16384,
+        overlong="reference",
+    )
+    manifest = build(config, Console(quiet=True))
+    assert manifest["accounting"]["rows"] == len(cases)
+    dataset, seen = PackedDataset(config.out), []
+    for i in range(dataset.rows(0)):
+        tokens, layout = dataset.read(0, i)
+        parts = (tokens, row_positions(layout), row_targets(tokens, layout, EOS))
+        clean = np.cumsum([0, *layout.clean_lens])
+        blocks = layout.n_clean + block_size * np.cumsum([0, *layout.n_blocks])
+        for k, number in enumerate(layout.doc_ids.tolist()):
+            whole = [np.concatenate([p[clean[k] : clean[k + 1]], p[blocks[k] : blocks[k + 1]]]) for p in parts]
+            golden = {n: goldens()[f"{cases[number]['case']}/{n}"] for n in ("input_ids", "labels", "position_ids")}
+            np.testing.assert_array_equal(whole[0], golden["input_ids"])
+            np.testing.assert_array_equal(whole[1], golden["position_ids"])
+            np.testing.assert_array_equal(whole[2][:-1], golden["labels"][1:])
+            seen.append(number)
+    trains = [i for i, case in enumerate(cases) if case["ok"] and case["blocks"]]
+    assert sorted(seen) == trains
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if not case["ok"]], ids=name)

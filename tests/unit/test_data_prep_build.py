@@ -2,6 +2,7 @@
 reproducible."""
 
 import json
+import re
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -13,10 +14,11 @@ import yaml
 from rich.console import Console
 
 from data_prep.accounting import Tally
-from data_prep.build import _short, build, main
+from data_prep.build import build, main
 from data_prep.chat import parse, render
 from data_prep.config import PRESETS, BuildConfig, SourceConfig, check
 from data_prep.progress import track
+from data_prep.report import short
 from data_prep.tokenizer import TextTokenizer
 from data_prep.truncate import NO_ANSWER, SHORT_ANSWER
 from sdlm_megatron.config.load import load_config
@@ -59,7 +61,7 @@ def config(tmp_path: Path) -> BuildConfig:
         path = tmp_path / f"{name}.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows_of(name)))
         sources.append(SourceConfig(name=name, format=form, path=str(path)))
-    sources[1].repeat = 2
+    sources[1].weight = 2.0
     return BuildConfig(
         out=str(tmp_path / "out"),
         tokenizer=str(write_folder(tmp_path / "base")),
@@ -80,7 +82,7 @@ def all_rows(path: str, epoch: int) -> list[tuple[np.ndarray, Any]]:
 def test_every_input_row_is_accounted_for(config: BuildConfig) -> None:
     manifest = build(config, QUIET)
     found = manifest["accounting"]
-    assert found["rows"] == 40 + 2 * 12 + 22
+    assert found["rows"] == 40 + 12 + 22
     assert found["rows"] == sum(found[k] for k in ("packed", "truncated", "rejected")) + sum(found["dropped"].values())
     assert found["rejected"] == 4
     assert found["truncated"] == 1
@@ -88,17 +90,20 @@ def test_every_input_row_is_accounted_for(config: BuildConfig) -> None:
     assert [entry["first_document"] for entry in found["by_source"]] == [0, 40, 64]
     for key in ("rows", "packed", "truncated", "rejected", "blocks", "clean_tokens"):
         assert sum(entry[key] for entry in found["by_source"]) == found[key]
+    twice = found["by_source"][1]  # an epoch takes its rows two times
     for epoch in manifest["counts"]:
-        assert epoch["documents"] == found["packed"] + found["truncated"]
-        assert (epoch["clean"], epoch["block"]) == (found["clean_tokens"], 4 * found["blocks"])
+        assert epoch["documents"] == found["packed"] + found["truncated"] + twice["packed"]
+        assert epoch["clean"] == found["clean_tokens"] + twice["clean_tokens"]
+        assert epoch["block"] == 4 * (found["blocks"] + twice["blocks"])
+        assert epoch["targets"] == sum(epoch["slots"])
 
 
 def test_rejects_tell_source_row_and_reason(config: BuildConfig) -> None:
     build(config, QUIET)
     lines = [json.loads(line) for line in (Path(config.out) / "rejects.jsonl").read_text().splitlines()]
-    assert [(line["source"], line["row"], line["document"]) for line in lines] == [
-        ("mixed", 18 + i, 64 + 18 + i) for i in range(4)
-    ]
+    outcomes = [(line["source"], line["row"], line["outcome"]) for line in lines]
+    assert sorted(outcomes) == [("mixed", 16 + i, "dropped" if i < 2 else "rejected") for i in range(6)]
+    lines = sorted(lines, key=lambda line: line["row"])[2:]
     assert [line["field"] for line in lines] == [
         "conversations",
         "conversations",
@@ -158,7 +163,7 @@ def test_building_again_gives_the_same_files_and_another_seed_does_not(config: B
     again = build(replace(config, out=config.out + "2"), QUIET)
     assert first["files"] == again["files"]
     other = build(replace(config, out=config.out + "3", seed=6), QUIET)
-    assert first["files"]["epoch0.rows.bin"] != other["files"]["epoch0.rows.bin"]
+    assert first["files"]["epoch0.00000.rows.bin"] != other["files"]["epoch0.00000.rows.bin"]
 
 
 def test_epochs_hold_the_same_documents_with_other_blocks(config: BuildConfig) -> None:
@@ -191,8 +196,11 @@ def test_draws_do_not_depend_on_packing(config: BuildConfig) -> None:
 def test_an_existing_folder_is_left_alone_and_a_failure_leaves_nothing(config: BuildConfig) -> None:
     build(config, QUIET)
     before = (Path(config.out) / "manifest.json").stat().st_mtime_ns
+    assert build(config, QUIET) == json.loads(
+        (Path(config.out) / "manifest.json").read_text()
+    )  # the same: nothing to do
     with pytest.raises(DataError, match="exists"):
-        build(config, QUIET)
+        build(replace(config, seed=6), QUIET)
     assert (Path(config.out) / "manifest.json").stat().st_mtime_ns == before
     (Path(config.sources[0].path).parent / "bad.jsonl").write_text("nothing\n")
     bad = SourceConfig(name="bad", path=str(Path(config.sources[0].path).parent / "bad.jsonl"))
@@ -225,7 +233,7 @@ CONFIG_ERRORS = [
     ({"sources": [SourceConfig(name="a", path="x", hub="y")]}, "sources[0]"),
     ({"sources": [SourceConfig(name="a", path="x", format="alpaca")]}, "sources[0].format"),
     ({"sources": [SourceConfig(name="a", path="x", limit=-1)]}, "sources[0].limit"),
-    ({"sources": [SourceConfig(name="a", path="x", repeat=0)]}, "sources[0].repeat"),
+    ({"sources": [SourceConfig(name="a", path="x", weight=0)]}, "sources[0].weight"),
 ]
 
 
@@ -253,7 +261,10 @@ def test_command_line(config: BuildConfig, tmp_path: Path, capsys: pytest.Captur
     sources = [{"name": s.name, "format": s.format, "path": s.path} for s in config.sources]
     file.write_text(yaml.safe_dump({**settings, "sources": sources}))
     main(["--config", str(file), "--dry-run"])
-    assert "query: 40 rows" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert re.search(r"query +~40 ", out)
+    assert "fastokens" in out
+    assert "are free" in out.replace("\n", " ")
     assert not Path(config.out).exists()
     main(["--config", str(file), "--block_size=2", "--seed=9"])
     assert "rejects.jsonl" in "".join(capsys.readouterr().out.split("\n"))
@@ -262,6 +273,7 @@ def test_command_line(config: BuildConfig, tmp_path: Path, capsys: pytest.Captur
 
     for argv in (
         ["--config", str(file)],
+        ["--config", str(file), "--workers=0"],
         ["--config", str(file), "--blok_size=2"],
         ["--config", str(file), "--sources=[{name: a, path: b, formt: c}]"],
         ["--config", str(tmp_path / "none.yaml")],
@@ -273,7 +285,7 @@ def test_command_line(config: BuildConfig, tmp_path: Path, capsys: pytest.Captur
 
 
 def test_counts_are_shown_short() -> None:
-    shown = [_short(n) for n in (0, 950, 12_345, 999_400, 999_999, 2_926_800, 2_322_943_969)]
+    shown = [short(n) for n in (0, 950, 12_345, 999_400, 999_999, 2_926_800, 2_322_943_969)]
     assert shown == ["0", "950", "12.3k", "999k", "1000k", "2.93M", "2.32G"]
 
 
@@ -294,7 +306,7 @@ def test_progress_shows_how_far_it_is_and_an_eta(terminal: bool, capsys: pytest.
     assert "ETA" in out
 
 
-@pytest.mark.parametrize(("preset", "block_size"), [("mixture_d4", 4), ("mixture_d8", 8)])
+@pytest.mark.parametrize(("preset", "block_size"), [("mixture_3p5m", 4), ("mixture_3p5m_d8", 8)])
 def test_presets_load(preset: str, block_size: int) -> None:
     config = load_config(BuildConfig, preset, ["--out=o", "--tokenizer=t"], PRESETS)
     check(config)

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_prep.packing import best_fit, order
+from data_prep.packing import BestFit, best_fit
 from sdlm_megatron.diffusion.layout import draw_starts
 
 LENGTHS = st.lists(st.integers(1, 64), max_size=200)
@@ -28,8 +28,38 @@ def test_with_one_window_no_two_rows_are_half_empty(lengths: list[int], row_leng
 
 def test_by_hand() -> None:
     # longest first: 7 opens row 0, 6 row 1, 4 goes into row 1 (full), 3 into row 0 (full)
-    assert best_fit([3, 4, 6, 7], 10, window=4) == [[3, 0], [2, 1]]
+    assert best_fit([3, 4, 6, 7], 10, window=4) == [[0, 3], [1, 2]]
     assert best_fit([], 10, window=4) == []
+    # a second window goes on with the rows that have room
+    assert best_fit([4, 3, 9, 3], 10, window=2) == [[0, 1, 3], [2]]
+
+
+def test_a_document_is_cut_only_to_fill_a_row() -> None:
+    """7 and 6 open rows; 5 is cut by one to fit beside the 6; 4 may not be cut to fit beside the 7: it opens a row."""
+    packer = BestFit(10)
+    lengths, spare = np.array([7, 6, 5, 4]), np.array([0, 0, 1, 0])
+    parts = [packer.add(lengths, spare), packer.finish()]
+    documents, counts, cut = (
+        np.concatenate([getattr(p, key) for p in parts]) for key in ("documents", "counts", "cut")
+    )
+    rows = [part.tolist() for part in np.split(documents, np.cumsum(counts)[:-1])]
+    assert sorted(rows) == [[0], [1, 2], [3]]
+    assert dict(zip(documents.tolist(), cut.tolist(), strict=True)) == {0: 0, 1: 0, 2: 1, 3: 0}
+
+
+@given(st.lists(st.integers(1, 64), min_size=1, max_size=200), st.integers(64, 100), st.data())
+def test_cut_documents_fit_and_lose_no_more_than_they_may(
+    lengths: list[int], row_length: int, data: st.DataObject
+) -> None:
+    spare = [data.draw(st.integers(0, n - 1)) for n in lengths]
+    packer = BestFit(row_length)
+    parts = [packer.add(np.array(lengths), np.array(spare)), packer.finish()]
+    documents, cut = (np.concatenate([getattr(p, key) for p in parts]) for key in ("documents", "cut"))
+    row = np.repeat(np.arange(sum(len(p.counts) for p in parts)), np.concatenate([p.counts for p in parts]))
+    assert sorted(documents.tolist()) == list(range(len(lengths)))
+    assert np.bincount(row, weights=np.array(lengths)[documents] - cut).max() <= row_length
+    assert (cut >= 0).all()
+    assert (cut <= np.array(spare)[documents]).all()
 
 
 def test_rows_are_nearly_full_on_mixed_lengths() -> None:
@@ -42,14 +72,6 @@ def test_rows_are_nearly_full_on_mixed_lengths() -> None:
 def test_a_length_that_cannot_be_placed_is_refused(lengths: list[int]) -> None:
     with pytest.raises(ValueError, match="do not fit"):
         best_fit(lengths, 10, 4)
-
-
-def test_order_is_a_pure_function_of_its_arguments() -> None:
-    first = order(7, 0, 50, "rows")
-    assert sorted(first) == list(range(50))
-    assert np.array_equal(first, order(7, 0, 50, "rows"))
-    for other in (order(8, 0, 50, "rows"), order(7, 1, 50, "rows"), order(7, 0, 50, "documents")):
-        assert not np.array_equal(first, other)
 
 
 @given(st.integers(1, 100), st.data())

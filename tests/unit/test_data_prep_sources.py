@@ -1,4 +1,4 @@
-"""Sources: every row form, every kind of file, and rows that cannot be read."""
+"""Sources: the row forms, the schema of each, and which files a source is."""
 
 import json
 from pathlib import Path
@@ -10,16 +10,26 @@ import pyarrow.parquet
 import pytest
 
 from data_prep.config import SourceConfig
-from data_prep.sources import conversation, count, expand, read
+from data_prep.readers import plan, read_unit
+from data_prep.sources import (
+    FORMS,
+    Conversation,
+    InputRow,
+    Unreadable,
+    check_schema,
+    conversation,
+    count,
+    expand,
+    files,
+)
 from sdlm_megatron.errors import DataError
+from tests.fixtures.hub_sets import OPC_EXTRA, SETS, opc
 
 EXPECTED = [("user", "q"), ("assistant", "a")]
 SHAREGPT = {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}
-FORMS: dict[str, dict[str, Any]] = {
-    "messages": {
-        "messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}],
-        "source": "x",
-    },
+MESSAGES = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}], "source": "x"}
+ROWS: dict[str, dict[str, Any]] = {
+    "messages": MESSAGES,
     "sharegpt": SHAREGPT,
     "query_response": {"query": "q", "response": "a"},
     "instruction_output": {"instruction": "q", "output": "a", "seq_id": 3},
@@ -27,126 +37,332 @@ FORMS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `datasets` prepares goes to a folder of the test."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+
+
 def jsonl(path: Path, rows: list[Any]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("kind", ["jsonl", "json", "parquet", "hub"])
-def test_every_form_from_every_kind_of_file(
-    form: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rows = [FORMS[form]] * 3
+def contents(source: SourceConfig) -> list[Any]:
+    return [row.content for unit in plan([source]) for row in read_unit(unit, source)]
+
+
+def arrow_stream(path: Path, rows: list[Any]) -> None:
+    table = pyarrow.Table.from_pylist(rows)
+    with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(table, max_chunksize=2)
+
+
+def arrow_file(path: Path, rows: list[Any]) -> None:
+    table = pyarrow.Table.from_pylist(rows)
+    with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_file(file, table.schema) as writer:
+        writer.write_table(table, max_chunksize=2)
+
+
+WRITERS = {
+    "jsonl": jsonl,
+    "json": lambda path, rows: path.write_text(json.dumps(rows, indent=1)),
+    "lines.json": jsonl,
+    "parquet": lambda path, rows: pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path),
+    "stream.arrow": arrow_stream,
+    "file.arrow": arrow_file,
+    "saved": lambda path, rows: datasets.Dataset.from_list(rows).save_to_disk(path, num_shards=2),
+    "dict": lambda path, rows: datasets.DatasetDict(
+        {"train": datasets.Dataset.from_list(rows), "test": datasets.Dataset.from_list(rows[:1])}
+    ).save_to_disk(path),
+}
+
+
+@pytest.mark.parametrize("form", ROWS)
+@pytest.mark.parametrize("kind", WRITERS)
+def test_every_form_from_every_kind_of_file(form: str, kind: str, tmp_path: Path) -> None:
+    rows = [{**ROWS[form], "n": i} for i in range(5)]
     path = tmp_path / f"rows.{kind}"
+    WRITERS[kind](path, rows)
     source = SourceConfig(name="s", format=form, path=str(path))
-    if kind == "jsonl":
-        jsonl(path, rows)
-    elif kind == "json":
-        path.write_text(json.dumps(rows))
-    elif kind == "parquet":
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-    else:
-        source = SourceConfig(name="s", format=form, hub="owner/set", subset="all")
-        monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.Dataset.from_list(rows))
-    assert [source] == expand([source])
-    assert count(source) == 3
-    found = list(read(source))
-    assert [conversation(row, form) for row in found] == [EXPECTED] * 3
-    assert [(row.source, row.row) for row in found] == [("s", 0), ("s", 1), ("s", 2)]
+    assert expand([source]) == [source]
+    assert count(source) == 5
+    found = contents(source)
+    assert found == rows
+    assert [conversation(InputRow(0, row), form) for row in found] == [EXPECTED] * 5
+
+
+@pytest.mark.parametrize("make", SETS)
+def test_every_set_of_the_mixture_as_the_hub_has_it(make: Any, tmp_path: Path) -> None:
+    a_set = make(tmp_path)
+    asked = {"name": a_set.name, "format": a_set.form, "subset": a_set.subset}
+    copy, hub = SourceConfig(path=str(a_set.folder), **asked), SourceConfig(hub=str(a_set.folder), **asked)
+    theirs = list(datasets.load_dataset(str(a_set.folder), a_set.subset or None, split="train"))
+    assert contents(copy) == contents(hub) == theirs == a_set.rows
+    assert count(copy) == count(hub) == len(theirs)
+    spoken = [conversation(InputRow(0, row), a_set.form) for row in contents(copy)]
+    assert all(turns[0][0] == "user" and turns[-1][0] == "assistant" for turns in spoken)
+
+
+def test_the_configurations_of_one_set_have_their_own_columns(tmp_path: Path) -> None:
+    for subset in OPC_EXTRA:
+        a_set = opc(tmp_path, subset)
+        source = SourceConfig(name="s", format=a_set.form, path=str(a_set.folder), subset=subset)
+        assert contents(source) == a_set.rows
+        assert {row["tag"] for row in contents(source)} == {subset}
+
+
+def test_a_copy_without_the_subset_or_split_says_what_there_is(tmp_path: Path) -> None:
+    folder = opc(tmp_path).folder
+    with pytest.raises(DataError, match="mceval_instruct"):
+        files(SourceConfig(name="s", path=str(folder), subset="python"))
+    with pytest.raises(DataError, match="there is train"):
+        files(SourceConfig(name="s", path=str(folder), subset="evol_instruct", split="test"))
+    with pytest.raises(DataError, match="cannot be loaded"):
+        plan([SourceConfig(name="s", hub=str(folder), subset="python")])
+    datasets.DatasetDict({"test": datasets.Dataset.from_list([MESSAGES])}).save_to_disk(tmp_path / "saved")
+    with pytest.raises(DataError, match="there is test"):
+        files(SourceConfig(name="s", path=str(tmp_path / "saved")))
 
 
 def test_folder_is_read_by_name_and_limit_counts_over_its_files(tmp_path: Path) -> None:
     for name in ("b", "a"):
         jsonl(tmp_path / f"{name}.jsonl", [{"query": name, "response": str(i)} for i in range(2)])
-    (tmp_path / "readme.txt").write_text("no rows")
+    (tmp_path / "notes.txt").write_text("no rows")
     source = SourceConfig(name="s", format="query_response", path=str(tmp_path), limit=3)
     assert count(source) == 3
-    assert [row.content["query"] for row in read(source)] == ["a", "a", "b"]
-    assert [row.row for row in read(source)] == [0, 1, 2]
+    assert [row["query"] for row in contents(source)] == ["a", "a", "b"]
 
 
-def test_lines_that_cannot_be_read_are_rows_with_an_error(tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl"
-    good = json.dumps(FORMS["query_response"]).encode()
-    path.write_bytes(good + b'\n\n{"query": \n\xff\xfe\n' + b"[" * 100_000 + b"\n[1]\n" + good)
-    source = SourceConfig(name="s", format="query_response", path=str(path))
-    rows = list(read(source))
-    assert len(rows) == count(source) == 6
-    assert rows[1].where.endswith("line 3"), "a blank line is no row, but it is a line"
-    assert conversation(rows[0], "query_response") == conversation(rows[5], "query_response") == EXPECTED
-    for row in rows[1:5]:
-        with pytest.raises(DataError):
-            conversation(row, "query_response")
+def test_files_named_after_splits_are_not_mixed(tmp_path: Path) -> None:
+    for name in ("train-0", "train-1", "test-0"):
+        jsonl(tmp_path / f"{name}.jsonl", [{"query": name, "response": "a"}])
+    source = SourceConfig(name="s", format="query_response", path=str(tmp_path))
+    assert [row["query"] for row in contents(source)] == ["train-0", "train-1"]
+    source.split = "test"
+    assert [row["query"] for row in contents(source)] == ["test-0"]
+    jsonl(tmp_path / "extra.jsonl", [])  # `datasets` would leave it out without a word
+    with pytest.raises(DataError, match="extra.jsonl belongs to no split"):
+        files(source)
 
 
-BAD_ROWS = [
-    ("query_response", {"query": "q"}, "response"),
-    ("query_response", {"query": "q", "response": None}, "response"),
-    ("instruction_output", {"output": "a"}, "instruction"),
-    ("messages", {"conversations": []}, "messages"),
-    ("sharegpt", {"conversations": []}, "conversations"),
-    ("sharegpt", {"conversations": [{"from": "x", "value": "y"}]}, "conversations[0].from"),
+def test_what_datasets_left_in_its_cache_can_be_read(tmp_path: Path) -> None:
+    a_set = SETS[1](tmp_path)
+    prepared = datasets.load_dataset(str(a_set.folder), "all", cache_dir=str(tmp_path / "cache"))
+    folder = Path(prepared["train"].cache_files[0]["filename"]).parent
+    assert {file.suffix for file in folder.iterdir()} == {".arrow", ".json"}
+    for split, rows in (("train", a_set.rows), ("test", list(prepared["test"]))):
+        source = SourceConfig(name="s", path=str(folder), split=split)
+        assert contents(source) == rows
+
+
+def test_a_saved_selection_is_refused_or_has_just_its_rows(tmp_path: Path) -> None:
+    rows = [{"query": str(i), "response": "a"} for i in range(6)]
+    datasets.Dataset.from_list(rows).select([4, 1]).save_to_disk(tmp_path / "saved")
+    source = SourceConfig(name="s", format="query_response", path=str(tmp_path / "saved"))
+    assert contents(source) == [rows[4], rows[1]]
+    state = json.loads((tmp_path / "saved/state.json").read_text())
+    (tmp_path / "saved/state.json").write_text(json.dumps({**state, "_indices_files": [{"filename": "i.arrow"}]}))
+    with pytest.raises(DataError, match="selection"):
+        files(source)
+
+
+BAD_ROWS: list[tuple[str, Any, str, str]] = [
+    ("query_response", {"query": "q"}, "response", "no `response`"),
+    ("query_response", {"query": "q", "response": None}, "response", "NoneType"),
+    ("query_response", {"query": ["q"], "response": "a"}, "query", "list"),
+    ("query_response", {"query": b"q", "response": "a"}, "query", "bytes"),
+    ("query_response", {"query": "q", "response": "\ud800"}, "response", "Unicode"),
+    ("instruction_output", {"output": "a"}, "instruction", "no `instruction`"),
+    ("input_output", {"input": 3, "output": "a"}, "input", "int"),
+    ("messages", {"conversations": []}, "messages", "no `messages`"),
+    ("messages", {"messages": []}, "messages", "no turn"),
+    ("messages", {"messages": None}, "messages", "NoneType"),
+    ("messages", {"messages": "hello"}, "messages", "str"),
+    ("messages", {"messages": {"role": "user"}}, "messages", "dict"),
+    ("messages", {"messages": [{"role": "user", "content": None}]}, "messages[0].content", "NoneType"),
+    ("messages", {"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role", "'tool'"),
+    ("messages", {"messages": [MESSAGES["messages"][0], {"role": "user"}]}, "messages[1]", "no `content`"),
+    ("messages", {"messages": [MESSAGES["messages"][0], "x"]}, "messages[1]", "object"),
+    ("messages", {"messages": [{"role": ["user"], "content": "x"}]}, "messages[0].role", "unknown role"),
+    ("messages", {"messages": [{"role": "user", "content": "é\udfff"}]}, "messages[0].content", "Unicode"),
+    ("messages", {"messages": [{"from": "x", "role": "user", "content": "x"}]}, "messages[0].from", "'x'"),
+    ("sharegpt", {"conversations": []}, "conversations", "no turn"),
+    ("sharegpt", {"conversations": [{"from": "x", "value": "y"}]}, "conversations[0].from", "'x'"),
+    ("messages", [1], "", "object"),
+    ("messages", None, "", "object"),
+    ("messages", Unreadable("the line is not JSON: x", "{"), "", "not JSON"),
 ]
 
 
-@pytest.mark.parametrize(("form", "row", "where"), BAD_ROWS)
-def test_bad_rows_name_the_field(form: str, row: dict[str, Any], where: str, tmp_path: Path) -> None:
-    source = SourceConfig(name="s", format=form, path=str(jsonl(tmp_path / "r.jsonl", [row])))
+@pytest.mark.parametrize(("form", "row", "where", "what"), BAD_ROWS)
+def test_bad_rows_name_the_field(form: str, row: Any, where: str, what: str) -> None:
     with pytest.raises(DataError) as error:
-        conversation(next(iter(read(source))), form)
+        conversation(InputRow(1, row), form)
     assert error.value.where == where
+    assert what in error.value.what
+
+
+LONG = "x" * 1_000_000
+GOOD_ROWS: list[tuple[str, Any, Conversation]] = [
+    ("query_response", {"query": "", "response": " "}, [("user", ""), ("assistant", " ")]),
+    ("query_response", {"query": "a\x00b", "response": LONG}, [("user", "a\x00b"), ("assistant", LONG)]),
+    ("messages", {"messages": [{"role": "system", "content": "s"}]}, [("system", "s")]),
+    ("messages", {"messages": [{"role": "user", "content": "u"}] * 2}, [("user", "u")] * 2),
+    ("messages", {"messages": [{"from": "gpt", "value": "ü🙂"}]}, [("assistant", "ü🙂")]),
+    ("sharegpt", {"conversations": [{"role": "function", "content": "", "x": 1}]}, [("function", "")]),
+]
+
+
+@pytest.mark.parametrize(("form", "row", "expected"), GOOD_ROWS)
+def test_unusual_rows_that_are_valid(form: str, row: Any, expected: Conversation) -> None:
+    assert conversation(InputRow(1, row), form) == expected
+
+
+TEXT, INT = pyarrow.string(), pyarrow.int64()
+TURN = pyarrow.struct([("content", TEXT), ("role", TEXT)])
+SCHEMAS: list[tuple[str, dict[str, Any], str]] = [
+    ("messages", {"messages": pyarrow.list_(TURN), "x": INT}, ""),
+    ("messages", {"messages": pyarrow.large_list(pyarrow.struct([("from", TEXT), ("value", TEXT)]))}, ""),
+    ("query_response", {"query": pyarrow.large_string(), "response": pyarrow.dictionary(INT, TEXT)}, ""),
+    ("input_output", {"input": pyarrow.string_view(), "output": TEXT}, ""),
+    ("messages", {"message": TEXT}, r"no column `messages` .* has message"),
+    ("messages", {"messages": TEXT}, r"`messages` is string; a list of \{role"),
+    ("messages", {"messages": pyarrow.list_(TEXT)}, "list<"),
+    ("messages", {"messages": pyarrow.struct([("role", pyarrow.list_(TEXT))])}, "struct<"),
+    ("sharegpt", {"conversations": pyarrow.list_(pyarrow.struct([("from", TEXT), ("content", TEXT)]))}, "list<"),
+    ("query_response", {"query": TEXT, "response": INT}, "`response` is int64; text is wanted"),
+    ("query_response", {"query": pyarrow.null(), "response": TEXT}, "`query` is null"),
+    ("instruction_output", {"instruction": TEXT, "output": pyarrow.list_(TEXT)}, "`output` is list"),
+]
+
+
+@pytest.mark.parametrize(("form", "columns", "what"), SCHEMAS)
+def test_columns_are_checked_against_the_form(form: str, columns: dict[str, Any], what: str) -> None:
+    schema = pyarrow.schema(list(columns.items()))
+    if not what:
+        check_schema(schema, form, "FILE")
+        return
+    with pytest.raises(DataError, match=what) as error:
+        check_schema(schema, form, "FILE")
+    assert error.value.where == "FILE"
+    assert form in error.value.fix
+
+
+def test_a_schema_that_does_not_fit_stops_the_plan(tmp_path: Path) -> None:
+    rows = [ROWS["query_response"]]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
+    for path in (tmp_path / "rows.parquet", tmp_path / "saved"):
+        with pytest.raises(DataError, match="no column `messages`"):
+            plan([SourceConfig(name="s", path=str(path))])
+    with pytest.raises(DataError, match="no column `instruction`"):
+        plan([SourceConfig(name="s", format="instruction_output", hub=str(SETS[0](tmp_path).folder))])
+
+
+def test_two_columns_of_one_name_are_refused() -> None:
+    with pytest.raises(DataError, match="2 columns `query`"):
+        check_schema(pyarrow.schema([("query", TEXT), ("query", TEXT), ("response", TEXT)]), "query_response", "F")
+
+
+def test_every_format_of_the_settings_has_a_form() -> None:
+    from data_prep.config import FORMATS
+
+    assert set(FORMATS) == set(FORMS) == set(ROWS)
 
 
 def test_sharegpt_meta_names_files_and_repeats(tmp_path: Path) -> None:
     jsonl(tmp_path / "a.jsonl", [SHAREGPT] * 4)
+    entries = {
+        "twice": {"root": "", "annotation": "a.jsonl", "repeat_time": 2, "length": 4},
+        "half": {"annotation": str(tmp_path / "a.jsonl"), "repeat_time": 0.5},
+        "little": {"annotation": "a.jsonl", "repeat_time": 0.01},
+        "once": {"annotation": "a.jsonl"},
+    }
     meta = tmp_path / "meta.json"
-    meta.write_text(
-        json.dumps(
-            {
-                "twice": {"root": "", "annotation": "a.jsonl", "repeat_time": 2, "length": 4},
-                "half": {"annotation": str(tmp_path / "a.jsonl"), "repeat_time": 0.5},
-                "once": {"annotation": "a.jsonl"},
-            }
-        )
-    )
-    found = expand([SourceConfig(name="m", format="sharegpt", path=str(meta))])
-    assert [(s.name, s.repeat, s.limit, count(s)) for s in found] == [
-        ("m/twice", 2, 0, 4),
-        ("m/half", 1, 2, 2),
-        ("m/once", 1, 0, 4),
-    ]
-    assert conversation(next(iter(read(found[0]))), "sharegpt") == EXPECTED
+    for indent in (None, 2):  # also on one line
+        meta.write_text(json.dumps(entries, indent=indent))
+        found = expand([SourceConfig(name="m", format="sharegpt", path=str(meta), weight=1.5)])
+        assert [(s.name, s.weight, s.limit, count(s)) for s in found] == [
+            ("m/twice", 3, 0, 4),
+            ("m/half", 1.5, 2, 2),
+            ("m/little", 1.5, 1, 1),
+            ("m/once", 1.5, 0, 4),
+        ]
+    assert contents(found[1]) == [SHAREGPT] * 2
+
+
+def test_annotations_may_be_named_from_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "metas").mkdir()
+    jsonl(tmp_path / "a.jsonl", [SHAREGPT])
+    meta = tmp_path / "metas/meta.json"
+    meta.write_text(json.dumps({"mine": {"annotation": "a.jsonl"}}))
+    monkeypatch.chdir(tmp_path)
+    [source] = expand([SourceConfig(name="m", format="sharegpt", path=str(meta))])
+    assert contents(source) == [SHAREGPT]
 
 
 @pytest.mark.parametrize(
-    "entry", [3, {}, {"annotation": "a", "repeat_time": 1.5}, {"annotation": "a", "repeat_time": "2"}]
+    "entry",
+    [
+        3,
+        {},
+        {"annotation": "a", "repeat_time": 1.5},
+        {"annotation": "a", "repeat_time": "2"},
+        {"annotation": "a", "repeat_time": 0},
+        {"annotation": "a", "repeat_time": float("inf")},
+    ],
 )
 def test_bad_meta_names_the_entry(entry: Any, tmp_path: Path) -> None:
     meta = tmp_path / "meta.json"
-    meta.write_text(json.dumps({"mine": entry}))
+    meta.write_text(json.dumps({"mine": entry}, indent=1))
     with pytest.raises(DataError, match="mine"):
         expand([SourceConfig(name="m", format="sharegpt", path=str(meta))])
 
 
-def test_files_that_cannot_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+JSON_FILES: list[tuple[bytes, int]] = [
+    (b'{"query": "a"}', 1),
+    (b'{"query": "a"}\n{"query": "b"}\n', 2),
+    (b'\n{"query": {}}\n{"query": {}}\n', 2),
+    (b'{"query": \n{"query": "b"}\n', 2),  # a row that is no JSON
+    (b'[1]\n{"query": "b"}\n', 2),
+    (b'null\n{"query": "b"}\n', 2),
+    (b'[{"query": "a"}, {"query": "b"}]', 2),
+    (b'[{"query": "a"},\n{"query": "b"}\n]', 2),
+    (b'[\n {"query": "a"},\n\n {"query": "b"}\n]\n', 2),
+    (b"[]", 0),
+]
+
+
+@pytest.mark.parametrize(("content", "rows"), JSON_FILES)
+def test_a_json_file_is_a_list_or_lines(content: bytes, rows: int, tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_bytes(content)
+    source = SourceConfig(name="s", format="sharegpt", path=str(tmp_path / "x.json"))
+    assert expand([source]) == [source]
+    assert len(contents(source)) == count(source) == rows
+
+
+def test_files_that_cannot_be_used(tmp_path: Path) -> None:
     (tmp_path / "x.parquet").write_text("no parquet")
+    (tmp_path / "x.arrow").write_text("no arrow")
     (tmp_path / "x.csv").write_text("a,b")
-    (tmp_path / "x.json").write_text('{"a": 1}')
+    (tmp_path / "x.json").write_text('{"a":\n 1}')
+    (tmp_path / "bad.json").write_text('{"a":\n 1')
+    (tmp_path / "lfs.jsonl").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3\n")
     (tmp_path / "empty").mkdir()
     for name, what in (
         ("missing.jsonl", "no such file"),
         ("empty", "no .jsonl"),
         ("x.csv", "unknown kind"),
         ("x.parquet", "not Parquet"),
+        ("x.arrow", "not Arrow"),
         ("x.json", "list of rows"),
+        ("bad.json", "not JSON"),
+        ("lfs.jsonl", "Git LFS"),
     ):
-        with pytest.raises(DataError, match=what):
-            count(SourceConfig(name="s", path=str(tmp_path / name)))
-
-    def offline(*_: object, **__: object) -> None:
-        raise ConnectionError("no network")
-
-    monkeypatch.setattr(datasets, "load_dataset", offline)
-    with pytest.raises(DataError, match="no network"):
-        count(SourceConfig(name="s", hub="owner/set"))
+        for ask in (count, lambda source: plan([source])):
+            with pytest.raises(DataError, match=what) as error:
+                ask(SourceConfig(name="s", path=str(tmp_path / name)))
+            assert name in error.value.where
+    with pytest.raises(DataError, match="not JSON"):
+        expand([SourceConfig(name="s", format="sharegpt", path=str(tmp_path / "bad.json"))])

@@ -8,9 +8,9 @@ import pytest
 import torch
 from helpers import MASK, make_dataset
 
-from sdlm_megatron.data.format import DatasetWriter, PackedDataset
+from sdlm_megatron.data.format import DatasetWriter, PackedDataset, PartWriter
 from sdlm_megatron.data.indexed import IndexedReader, IndexedWriter
-from sdlm_megatron.data.order import locate, shuffled, step_rows
+from sdlm_megatron.data.order import locate, shuffled, shuffled_many, step_rows
 from sdlm_megatron.diffusion.layout import pack_row
 from sdlm_megatron.errors import DataError
 
@@ -51,7 +51,7 @@ def test_rows_come_back(tmp_path: Path) -> None:
     del dataset
     np.testing.assert_array_equal(found, tokens)
     np.testing.assert_array_equal(again.starts, layout.starts)
-    assert manifest["counts"] == [{"rows": 1, "documents": 2, "clean": 27, "block": 8, "targets": 8}]
+    assert manifest["counts"] == [{"rows": 1, "documents": 2, "clean": 27, "block": 8, "targets": 8, "slots": [2] * 4}]
     assert manifest["note"] == "x"
 
 
@@ -81,9 +81,9 @@ def _edit(**change: object):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (_cut("epoch0.rows.bin"), "epoch0.rows.bin has .* bytes, the manifest says"),
-        (_cut("epoch0.layout.idx"), "epoch0.layout.idx has .* bytes, the manifest says"),
-        (lambda f: (f / "epoch0.rows.idx").unlink(), "epoch0.rows.idx is missing"),
+        (_cut("epoch0.00000.rows.bin"), "epoch0.00000.rows.bin has .* bytes, the manifest says"),
+        (_cut("epoch0.00000.layout.idx"), "epoch0.00000.layout.idx has .* bytes, the manifest says"),
+        (lambda f: (f / "epoch0.00000.rows.idx").unlink(), "epoch0.00000.rows.idx is missing"),
         (lambda f: (f / "manifest.json").unlink(), "no manifest.json"),
         (lambda f: (f / "manifest.json").write_text("{"), "not JSON"),
         (_edit(version=0), "version 0"),
@@ -98,9 +98,44 @@ def test_damaged_files_are_named(tmp_path: Path, damage, message: str) -> None:
     assert str(folder) in caught.value.where
 
 
+def test_every_flipped_bit_of_a_row_is_found(tmp_path: Path) -> None:
+    """Each byte of a row's tokens and layout is flipped once: reading the row fails, reading the others does not."""
+    folder = make_dataset(tmp_path / "data", rows=2, row_length=48)
+    for name in ("rows", "layout"):
+        file = folder / f"epoch0.00000.{name}.bin"
+        content = file.read_bytes()
+        first = 4 * len(IndexedReader(str(folder / f"epoch0.00000.{name}"))[0])
+        for byte in range(first):
+            file.write_bytes(content[:byte] + bytes([content[byte] ^ (1 << byte % 8)]) + content[byte + 1 :])
+            dataset = PackedDataset(folder)
+            with pytest.raises(DataError, match="checksum"):
+                dataset.read(0, 0)
+            dataset.read(0, 1)
+        file.write_bytes(content)
+
+
+def test_a_batch_of_rows_is_cut_from_one_long_row(tmp_path: Path) -> None:
+    meta = PackedDataset(make_dataset(tmp_path / "data", rows=1)).manifest
+    documents = [
+        (i, np.arange(n, dtype=np.int32), np.arange(1, n - 1, 2, dtype=np.int32)) for i, n in enumerate((9, 4, 6, 7))
+    ]
+    infos = []
+    for batched in (True, False):
+        writer = PartWriter(tmp_path, 0, int(batched), meta)
+        if batched:
+            writer.add_rows(*pack_row(documents, block_size=meta["block_size"], mask_token_id=259), [1, 3, 0])
+        else:
+            for row in (documents[:1], documents[1:], []):
+                writer.add(*pack_row(row, block_size=meta["block_size"], mask_token_id=259))
+        infos.append(writer.finish())
+    assert infos[0].counts == infos[1].counts
+    one, other = ([entry["sha256"] for entry in info.files.values()] for info in infos)
+    assert one == other
+
+
 def test_an_index_that_lies_is_found(tmp_path: Path) -> None:
     folder = make_dataset(tmp_path / "data")
-    index = folder / "epoch0.rows.idx"
+    index = folder / "epoch0.00000.rows.idx"
     content = bytearray(index.read_bytes())
     content[34] ^= 1  # length of the first row
     index.write_bytes(content)
@@ -114,6 +149,16 @@ def test_the_order_is_a_permutation(n: int) -> None:
     assert all(sorted(order) == list(range(n)) for order in orders)
     if n >= 10:
         assert len(orders) == 4
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 97, 1000, 4097])
+def test_the_order_of_many_is_the_order_of_each(n: int) -> None:
+    for seed, epoch in ((0, 0), (42, 3), (2**40, 1)):
+        wanted = [shuffled(i, n, seed=seed, epoch=epoch) for i in range(n)]
+        assert shuffled_many(np.arange(n), n, seed=seed, epoch=epoch).tolist() == wanted
+    others = [shuffled_many(np.arange(n), n, seed=1, epoch=0, purpose=p).tolist() for p in ("rows", "documents")]
+    assert [sorted(order) for order in others] == [list(range(n))] * 2
+    assert n < 10 or others[0] != others[1]
 
 
 def test_the_order_looks_random() -> None:

@@ -1,0 +1,264 @@
+"""Stage one: units of input rows become tokenized documents on disk, each unit by itself.
+
+A unit's result is four files in the work folder, complete once the last one is there:
+
+    u0000007.tokens         int32: clean tokens of its documents, one after the other
+    u0000007.turns          int32 pairs: first anchor and number of anchors of each answer turn
+    u0000007.docs           a DOCUMENT record for each document
+    u0000007.rejects.jsonl  the rows that became no document, whole
+    u0000007.json           what became of the rows; sizes of the others
+"""
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from itertools import islice, pairwise
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import xxhash
+
+from data_prep.chat import RenderedBatch, render_batch
+from data_prep.config import BuildConfig, SourceConfig
+from data_prep.readers import LINES, Unit, count_lines, read_unit
+from data_prep.sources import InputRow, Unreadable, conversation
+from data_prep.tokenizer import BulkEncoder, TokenizerMismatch
+from data_prep.truncate import FittedBatch, fit_batch
+from sdlm_megatron.errors import DataError
+from sdlm_megatron.files import write_json
+
+CHUNK = 512
+"""Rows tokenized in one call."""
+
+DOCUMENT = np.dtype(
+    [
+        ("row", "i8"),  # index of the input row in its unit
+        ("token", "i8"),  # its first token in .tokens
+        ("turn", "i8"),  # its first pair in .turns
+        ("clean", "i4"),  # clean tokens that are kept
+        ("turns", "i4"),  # pairs
+        ("blocks", "i4"),
+        ("turns_cut", "i4"),
+        ("tokens_cut", "i4"),
+        ("missing", "i4"),  # blocks there was no room for
+        ("digest", "u8", (2,)),  # of the whole conversation's tokens
+    ]
+)
+KINDS = ("tokens", "turns", "docs", "rejects.jsonl")
+
+
+@dataclass
+class UnitResult:
+    """What became of the rows of a unit; stored as its .json."""
+
+    rows: int = 0
+    lines: int = 0
+    """Physical lines, for the line numbers of the units after it."""
+    documents: int = 0
+    tokens: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)
+    """Valid rows that would train nothing, by reason."""
+    rejected: int = 0
+    """Rows that are no conversation."""
+    spelled: int = 0
+    """Texts that spell a special token."""
+    notice: str = ""
+    sizes: dict[str, int] = field(default_factory=dict)
+    """Bytes of the other files."""
+
+
+def unit_file(work: Path, number: int, kind: str) -> Path:
+    """Path of one of the files of unit `number`."""
+    return work / f"u{number:07d}.{kind}"
+
+
+def load_result(work: Path, number: int) -> UnitResult | None:
+    """The result of a unit; None while it is not complete."""
+    try:
+        result = UnitResult(**json.loads(unit_file(work, number, "json").read_text()))
+        sizes = {kind: unit_file(work, number, kind).stat().st_size for kind in KINDS}
+    except (OSError, ValueError, TypeError):
+        return None
+    return result if sizes == result.sizes else None
+
+
+def tokenize_unit(
+    config: BuildConfig, source: SourceConfig, unit: Unit, number: int, encoder: BulkEncoder, work: Path
+) -> UnitResult:
+    """Reads, renders, tokenizes and fits one unit and writes its files. DataError when its file cannot be read."""
+    try:
+        return _tokenize(config, source, unit, number, encoder, work)
+    except TokenizerMismatch as error:  # the encoder has switched to the slow path: once more, with right ids
+        result = _tokenize(config, source, unit, number, encoder, work)
+        result.notice = f"unit {number}: {error}"
+        return result
+
+
+def _tokenize(
+    config: BuildConfig, source: SourceConfig, unit: Unit, number: int, encoder: BulkEncoder, work: Path
+) -> UnitResult:
+    with _UnitWriter(work, number) as writer:
+        rows = read_unit(unit, source)
+        while chunk := list(islice(rows, CHUNK)):
+            _tokenize_chunk(config, source.format, chunk, encoder, writer)
+        writer.result.lines = count_lines(unit) if unit.kind == LINES else 0
+        return writer.finish()
+
+
+def _tokenize_chunk(
+    config: BuildConfig, form: str, rows: Sequence[InputRow], encoder: BulkEncoder, writer: "_UnitWriter"
+) -> None:
+    first = writer.result.rows
+    writer.result.rows += len(rows)
+    good, conversations = [], []
+    for i, row in enumerate(rows):
+        try:
+            conversations.append(conversation(row, form))
+            good.append(i)
+        except DataError as error:
+            writer.reject(first + i, row, "rejected", error.what, error.where)
+    if not good:
+        return
+    writer.result.spelled += encoder.spelled([text for turns in conversations for _, text in turns])
+    batch = render_batch(conversations, encoder, default_system=config.system_prompt)
+    size = {"block_size": config.block_size, "repeat": config.repeat}
+    fitted = fit_batch(batch, config.overlong, max_len=config.max_document_length, **size)
+    for i, reason in sorted(fitted.drop_reasons.items()):
+        writer.reject(first + good[i], rows[good[i]], "dropped", reason)
+    writer.add(batch, fitted, np.array(good) + first)
+
+
+class _UnitWriter:
+    """The files of one unit, under temporary names until they are whole."""
+
+    def __init__(self, work: Path, number: int) -> None:
+        self.result = UnitResult()
+        self._work, self._number = work, number
+        self._files: dict[str, IO[bytes]] = {}
+        self._token = self._turn = 0
+
+    def __enter__(self) -> "_UnitWriter":
+        for kind in KINDS:
+            name = unit_file(self._work, self._number, kind)
+            self._files[kind] = open(f"{name}.{os.uname().nodename}-{os.getpid()}.partial", "wb")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for file in self._files.values():
+            file.close()
+            Path(file.name).unlink(missing_ok=True)
+
+    def reject(self, index: int, row: InputRow, outcome: str, reason: str, where: str = "") -> None:
+        """Keeps a row that becomes no document: row `index` of the unit."""
+        if outcome == "rejected":
+            self.result.rejected += 1
+        else:
+            self.result.dropped[reason] = self.result.dropped.get(reason, 0) + 1
+        line = {
+            "index": index,
+            "place": row.place,
+            "outcome": outcome,
+            "field": where,
+            "reason": reason,
+            "content": row.content.line if isinstance(row.content, Unreadable) else row.content,
+        }
+        # a parquet row may hold dates or bytes: what JSON cannot say is written as Python shows it
+        self._files["rejects.jsonl"].write(json.dumps(line, ensure_ascii=True, default=repr).encode() + b"\n")
+
+    def add(self, batch: RenderedBatch, fitted: FittedBatch, indices: np.ndarray) -> None:
+        """Appends documents; `indices` int (documents,): their rows in the unit."""
+        kept = fitted.n_blocks > 0
+        clean = np.where(kept, fitted.clean_lens, 0)
+        whole = np.diff(batch.doc_edges)
+        tokens = batch.input_ids
+        if (clean < whole).any():
+            inside = np.arange(len(tokens)) - np.repeat(batch.doc_edges[:-1], whole)
+            tokens = tokens[inside < np.repeat(clean, whole)]
+        pairs, n_pairs = _answer_turns(batch, np.where(kept, fitted.n_anchors, 0))
+        records = np.zeros(len(batch), DOCUMENT)
+        records["row"] = indices
+        records["token"] = self._token + np.cumsum(clean) - clean
+        records["turn"] = self._turn + np.cumsum(n_pairs) - n_pairs
+        records["clean"], records["turns"], records["blocks"] = clean, n_pairs, fitted.n_blocks
+        records["turns_cut"], records["tokens_cut"] = fitted.turns_cut, fitted.tokens_cut
+        records["missing"] = fitted.blocks_missing
+        records["digest"] = _digests(batch)
+        for kind, content in (("tokens", tokens), ("turns", pairs), ("docs", records[kept])):
+            self._files[kind].write(content.tobytes())
+        self._token, self._turn = self._token + len(tokens), self._turn + len(pairs)
+        self.result.documents += int(kept.sum())
+        self.result.tokens += len(tokens)
+
+    def finish(self) -> UnitResult:
+        """Renames the files into place, the summary last."""
+        for kind, file in self._files.items():
+            file.flush()
+            os.fsync(file.fileno())
+            self.result.sizes[kind] = file.tell()
+            os.replace(file.name, unit_file(self._work, self._number, kind))
+        write_json(unit_file(self._work, self._number, "json"), asdict(self.result))
+        return self.result
+
+
+def _answer_turns(batch: RenderedBatch, n_anchors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(first anchor, anchors) of the answer turns, int32 (pairs, 2), of the first `n_anchors` anchors of each
+    document; and the pairs of each document."""
+    turns = np.diff(batch.turn_edges)
+    before = np.cumsum(batch.n_anchors) - batch.n_anchors
+    before -= np.repeat(before[batch.turn_edges[:-1]], turns)
+    left = np.clip(np.repeat(n_anchors, turns) - before, 0, batch.n_anchors)
+    answers = left > 0
+    sums = np.concatenate([[0], np.cumsum(answers)])
+    return np.stack([batch.first_anchors, left], axis=1)[answers].astype(np.int32), np.diff(sums[batch.turn_edges])
+
+
+def _digests(batch: RenderedBatch) -> np.ndarray:
+    """uint64 (documents, 2): 128 bits of each whole document's tokens."""
+    data = np.ascontiguousarray(batch.input_ids, dtype="<i4").data.cast("B")
+    edges = (4 * batch.doc_edges).tolist()
+    found = b"".join(xxhash.xxh3_128_digest(data[a:b]) for a, b in pairwise(edges))
+    return np.frombuffer(found, dtype=">u8").reshape(-1, 2)
+
+
+class DocumentStore:
+    """Tokens and anchors of the documents of all units, memory-mapped: reads in any order.
+
+    Args:
+        work: the work folder, all of whose units are complete.
+    """
+
+    def __init__(self, work: Path) -> None:
+        self._work = work
+        self._map = lru_cache(maxsize=256)(self._open)  # below the open files a process may have
+
+    def _open(self, unit: int, kind: str) -> np.ndarray:
+        file = unit_file(self._work, unit, kind)
+        return np.asarray(np.memmap(file, np.int32, "r")) if file.stat().st_size else np.empty(0, np.int32)
+
+    def read(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Reads documents by their index records (planning.INDEX).
+
+        Returns:
+            Clean tokens, int32 (tokens,), of all of them; the anchors of all of them, int32 (anchors,), each counted
+            from its document's first token; anchors of each, int64 (documents,).
+        """
+        tokens, pairs = [], []
+        fields = (index[name].tolist() for name in ("unit", "token", "clean", "turn", "turns"))
+        for unit, token, clean, turn, turns in zip(*fields, strict=True):
+            tokens.append(self._map(unit, "tokens")[token : token + clean])
+            pairs.append(self._map(unit, "turns")[2 * turn : 2 * (turn + turns)])
+        flat_pairs = np.concatenate(pairs).reshape(-1, 2).astype(np.int64)
+        first, count = flat_pairs[:, 0], flat_pairs[:, 1]
+        anchors = np.arange(count.sum()) + np.repeat(first - (np.cumsum(count) - count), count)
+        sums = np.concatenate([[0], np.cumsum(count)])
+        edges = np.concatenate([[0], np.cumsum(index["turns"])])
+        return np.concatenate(tokens), anchors.astype(np.int32), np.diff(sums[edges])
+
+
+def read_rejects(work: Path, number: int) -> Iterator[dict[str, Any]]:
+    """The rows of a unit that became no document."""
+    with open(unit_file(work, number, "rejects.jsonl"), encoding="utf-8") as lines:
+        yield from map(json.loads, lines)

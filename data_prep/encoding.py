@@ -1,0 +1,102 @@
+"""What all encoders share: how ids are laid out, what is done about special tokens, what they are tested with."""
+
+import random
+from collections.abc import Sequence
+from itertools import chain
+
+import numpy as np
+
+from sdlm_megatron.errors import DataError
+
+IM_START, IM_END = "<|im_start|>", "<|im_end|>"
+
+
+def flatten(pieces: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Ids one after the other, int32 (n,), and where each of `pieces` begins, int64 (len(pieces) + 1,)."""
+    offsets = np.zeros(len(pieces) + 1, dtype=np.int64)
+    np.cumsum([len(piece) for piece in pieces], out=offsets[1:])
+    return np.fromiter(chain.from_iterable(pieces), dtype=np.int32, count=offsets[-1]), offsets
+
+
+class SpelledTokens:
+    """Counts texts that spell one of some tokens.
+
+    Nearly no text does. So the texts are sieved: by the signs that all tokens of a group have at their start (one
+    sign is found at memory speed), by that start, and then by the tokens. Qwen2.5 has the groups `<|` and
+    `<text_mask>`.
+    """
+
+    def __init__(self, tokens: Sequence[str]) -> None:
+        groups: dict[str, list[str]] = {}
+        for token in sorted(set(filter(None, tokens))):
+            groups.setdefault(token[:2], []).append(token)
+        self._groups = [([*_signs(start := _common_start(group)), start], group) for group in groups.values()]
+
+    def count(self, texts: Sequence[str]) -> int:
+        """How many of the texts spell at least one of the tokens."""
+        found: set[int] = set()
+        for sieves, tokens in self._groups:
+            left = list(range(len(texts)))
+            for sieve in sieves:
+                left = [i for i in left if sieve in texts[i]]
+            found.update(i for i in left if any(token in texts[i] for token in tokens))
+        return len(found)
+
+
+def _common_start(tokens: Sequence[str]) -> str:
+    first, last = min(tokens), max(tokens)
+    shared = (i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b)
+    return first[: next(shared, len(first))]
+
+
+def _signs(text: str) -> list[str]:
+    """Its characters that are rare in prose, each once."""
+    return [sign for sign in dict.fromkeys(text) if not sign.isalnum()]
+
+
+def known(found: int | None, token: str, name: str, way_out: str = "add the token to its added tokens") -> int:
+    """`found`; DataError when it is None."""
+    if found is None:
+        fix = f"use a tokenizer of the ChatML family (Qwen2.5, SmolLM2…), or {way_out}"
+        raise DataError(f"the tokenizer has no `{token}`", where=name, fix=fix)
+    return found
+
+
+# fmt: off
+_PIECES = (
+    "the ", "Don't", "I'LL we've", " naïve", "x86_64", "#include", "C# F#", "http://a.b/c?d=1&e=%20", "3.14159",
+    "\n", "\n\n\n", "\r\n", "\r", "\t\t", " ", "   ", " " * 40, "\u00a0", "\u2028", "\u3000 ", "\x0b\x0c\x85", "\x00",
+    "e\u0301", "A\u030a", "\u0301", "\u0323\u0307", "\u212b", "ﬁ", "\u1e9b\u0323", "q\u0307\u0323", "\u0f71\u0f72",
+    "中文字符", "日本語テキスト", "カ\u3099", "한국어", "\u1112\u1161\u11ab", "\u1100\u1161", "\uac00\u11a8", "豈",
+    "👩\u200d👩\u200d👧", "🇫🇷", "👍🏽", "❤\ufe0f", "עברית", "العربية", "\u202eabc\u202c", "हिन्दी", "ไทย", "\u0e33",
+    "\ue000", "\U000f0000", "\ufffe", "\uffff", "\U0010ffff", "\ufeff", "\u200b", "\u00ad", "\u0378", "\ufffd",
+    "{", "}", "=>", "((", "!!", "...", "<", "|", ">", "_", "\\n", '"', "`", "//", "é", "ß", "İ", "ſ", "½", "Ⅷ", "²",
+    "'S", "'ſ", "١٢٣", "Ελλ", "Ждё", "\U00020000", "<|", "|>", "<|im_", "end|>", "▁", "<0x0A>", "Ġ", "Ċ",
+)
+# fmt: on
+
+
+def probe_texts(tokens: Sequence[str], n: int, seed: int) -> list[str]:
+    """`n` texts, the same for a seed, that a tokenizer may stumble over: normal forms, scripts, white space, and
+    the tokens of `tokens` spelled out, whole or in part, next to all of these."""
+    draw = random.Random(seed)
+    spelled = sorted(set(filter(None, tokens))) or ["<|im_end|>"]
+    texts = [*_PIECES, *spelled[: n // 4]]
+    while len(texts) < n:
+        kind, length = draw.random(), int(draw.expovariate(1 / 8)) + 1
+        if kind < 0.5:
+            parts = draw.choices(_PIECES, k=length)
+        elif kind < 0.8:
+            parts = [draw.choice(_PIECES if draw.random() < 0.6 else spelled) for _ in range(length)]
+        else:
+            parts = [_any_character(draw) for _ in range(length)]
+        if draw.random() < 0.2:
+            token = draw.choice(spelled)
+            parts.insert(draw.randrange(len(parts) + 1), token[: draw.randrange(len(token) + 1)])
+        texts.append("".join(parts))
+    return texts[:n]
+
+
+def _any_character(draw: random.Random) -> str:
+    code = draw.randrange(0x110000) if draw.random() < 0.3 else draw.randrange(0x3000)
+    return chr(code) if not 0xD800 <= code < 0xE000 else " "

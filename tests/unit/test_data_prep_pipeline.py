@@ -1,0 +1,302 @@
+"""A build as a job: many processes and machines, killed anywhere, gives the same files. Weights, duplicates,
+trimming."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from rich.console import Console
+
+from data_prep import build as build_module
+from data_prep.accounting import DUPLICATE
+from data_prep.build import Shard, build, build_shard, merge
+from data_prep.config import BuildConfig, SourceConfig
+from data_prep.readers import plan
+from sdlm_megatron.data.format import PackedDataset
+from sdlm_megatron.errors import ConfigError, DataError
+from tests.byte_tokenizer import write_folder
+
+QUIET = Console(quiet=True)
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def row(i: int, words: int) -> dict[str, Any]:
+    return {"query": f"Question {i}?", "response": " ".join(f"w{i * 7 + k}" for k in range(words))}
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> BuildConfig:
+    """Two sources of 150 and 60 rows, a few of them bad or twice there."""
+    rng = np.random.default_rng(0)
+    rows: list[Any] = [row(i, int(rng.integers(1, 40))) for i in range(150)]
+    rows[10], rows[40], rows[41] = {"query": "x"}, row(3, 9), row(3, 9)
+    others: list[Any] = [row(1000 + i, int(rng.integers(1, 40))) for i in range(60)]
+    others[5], others[50] = rows[20], row(3, 9)
+    sources = []
+    for name, content in (("one", rows), ("two", others)):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(entry) + "\n" for entry in content))
+        sources.append(SourceConfig(name=name, format="query_response", path=str(path)))
+    return BuildConfig(
+        out=str(tmp_path / "out"),
+        tokenizer=str(write_folder(tmp_path / "base")),
+        sources=sources,
+        max_document_length=300,
+        row_length=512,
+        epochs=2,
+        seed=5,
+    )
+
+
+@pytest.fixture(autouse=True)
+def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Units of a few rows, so that there are some."""
+    monkeypatch.setattr(build_module, "plan", partial(plan, unit_rows=16, unit_bytes=2000))
+
+
+def other(config: BuildConfig, name: str) -> BuildConfig:
+    return replace(config, out=config.out + name)
+
+
+def documents(path: str, epoch: int) -> Counter[int]:
+    dataset = PackedDataset(path)
+    numbers = [dataset.read(epoch, i)[1].doc_ids.tolist() for i in range(dataset.rows(epoch))]
+    return Counter(number for row_ in numbers for number in row_)
+
+
+def list_files(folder: Path) -> list[Path]:
+    """What is in a folder that changes meanwhile."""
+    try:
+        return list(folder.rglob("*"))
+    except FileNotFoundError:
+        return []
+
+
+def test_workers_and_units_do_not_show(config: BuildConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = build(config, QUIET)
+    again = build(other(config, "2"), QUIET, workers=2)
+    monkeypatch.setattr(build_module, "plan", plan)  # one unit a source
+    whole = build(other(config, "3"), QUIET)
+    assert first == again == whole
+    assert not list(Path(config.out).parent.glob("*.partial"))
+    assert {file.name for file in Path(config.out).iterdir()} == {*first["files"], "manifest.json"}
+
+
+def test_shards_do_not_show_and_a_missing_one_is_named(config: BuildConfig) -> None:
+    first = build(config, QUIET)
+    parts = other(config, "2")
+    for number in (2, 0):
+        build_shard(parts, Shard(number, 3), QUIET)
+    with pytest.raises(DataError, match="the first is 1") as caught:
+        merge(parts, QUIET)
+    assert "number 1 modulo N" in caught.value.fix
+    build_shard(parts, Shard(1, 3), QUIET)
+    assert merge(parts, QUIET) == first
+
+
+def test_killed_anywhere_it_goes_on_and_ends_the_same(config: BuildConfig, tmp_path: Path) -> None:
+    """Up to ten kills, each when a random number of new files has come."""
+    first = build(config, QUIET)
+    killed = other(config, "2")
+    file = tmp_path / "killed.yaml"
+    settings = {key: value for key, value in vars(killed).items() if key != "sources"}
+    sources = [{"name": s.name, "format": s.format, "path": s.path} for s in killed.sources]
+    file.write_text(yaml.safe_dump({**settings, "sources": sources}))
+    code = (
+        "import sys; from functools import partial; import data_prep.build as b; from data_prep.readers import plan;"
+        "b.plan = partial(plan, unit_rows=16, unit_bytes=2000); b.main(sys.argv[1:])"
+    )
+    command = [sys.executable, "-c", code, "--config", str(file), "--workers=1"]
+    chance, kills = random.Random(1), 0
+    partial_folder = Path(killed.out + ".partial")
+    while kills < 10:
+        before = {file.name for file in partial_folder.rglob("*")}
+        wanted = chance.randint(1, 12)  # kill when so many files have come
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, start_new_session=True)
+        while process.poll() is None:
+            if len({file.name for file in list_files(partial_folder)} - before) >= wanted:
+                (os.kill if kills % 2 else os.killpg)(process.pid, signal.SIGKILL)
+                kills += 1
+                break
+            time.sleep(0.002)
+        if process.wait() == 0:
+            break
+    else:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+        process.wait()
+    assert kills >= 5
+    assert process.returncode == 0
+    manifest = json.loads((Path(killed.out) / "manifest.json").read_text())
+    assert manifest == first
+    assert not Path(killed.out + ".partial").exists()
+    assert not (Path(killed.out) / "work").exists()
+
+
+def test_what_is_done_is_not_done_again(config: BuildConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A build that fails while it writes the second part goes on there: nothing is tokenized or planned twice."""
+    monkeypatch.setattr("data_prep.rows.PART_TOKENS", 16 * 512)
+    first = build(other(config, "whole"), QUIET)
+    real, calls = build_module.RowWriter.write, []
+
+    def stop_at_the_second(self: Any, part: Any) -> Any:
+        calls.append(part)
+        if len(calls) == 2:
+            raise MemoryError
+        return real(self, part)
+
+    monkeypatch.setattr(build_module.RowWriter, "write", stop_at_the_second)
+    with pytest.raises(MemoryError):
+        build(config, QUIET)
+    monkeypatch.setattr(build_module.RowWriter, "write", lambda self, part: calls.append(part) or real(self, part))
+    monkeypatch.setattr(build_module, "tokenize_unit", None)
+    monkeypatch.setattr("data_prep.planning.build_index", None)
+    assert build(config, QUIET) == first
+    assert Counter(calls) == {part: 2 if i == 1 else 1 for i, part in enumerate(dict.fromkeys(calls))}
+    assert len(set(calls)) == sum(map(len, first["part_rows"])) > 4
+
+
+def test_a_damaged_intermediate_file_is_made_again(config: BuildConfig) -> None:
+    first = build(config, QUIET)
+    again = other(config, "2")
+    build_shard(again, Shard(0, 1), QUIET)
+    work = Path(again.out + ".partial") / "work"
+    tokens = sorted(work.glob("*.tokens"))
+    tokens[1].write_bytes(tokens[1].read_bytes()[:-8])
+    (work / "u0000002.json").write_text("{")
+    assert build(again, QUIET) == first
+
+
+def test_other_settings_or_inputs_do_not_go_on(config: BuildConfig) -> None:
+    build_shard(config, Shard(0, 2), QUIET)
+    with pytest.raises(ConfigError, match="other settings: block_size, seed") as caught:
+        build(replace(config, block_size=2, seed=9), QUIET)
+    assert caught.value.where == config.out + ".partial"
+    with open(config.sources[0].path, "a") as file:
+        file.write(json.dumps(row(1, 5)) + "\n")
+    with pytest.raises(ConfigError, match="the input files"):
+        build(config, QUIET)
+
+
+def test_two_processes_do_not_finish_one_build(config: BuildConfig) -> None:
+    import fcntl
+
+    build_shard(config, Shard(0, 1), QUIET)
+    with open(Path(config.out + ".partial") / "work" / "lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(DataError, match="another process"):
+            build(config, QUIET)
+    build(config, QUIET)
+
+
+def test_a_worker_that_dies_is_reported(config: BuildConfig) -> None:
+    from data_prep.pool import work_on
+
+    with pytest.raises(DataError, match="worker process died"):
+        list(work_on([1, 2, 3], _dies, (), workers=2))
+
+
+def _dies() -> Any:
+    return lambda task: os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_weights_take_whole_copies_and_moving_parts(config: BuildConfig) -> None:
+    """Weight 2.5: every row twice and half of them a third time, the other half in the next epoch; weight 0.25: a
+    quarter. Copies have their own numbers, and so their own draws."""
+    config.sources[0].weight, config.sources[1].weight = 2.5, 0.25
+    manifest = build(replace(config, epochs=4), QUIET)
+    one, two = manifest["accounting"]["by_source"]
+    assert (one["first_document"], two["first_document"]) == (0, 3 * 150)
+    n, m = (entry["packed"] + entry["truncated"] for entry in (one, two))
+    third: list[set[int]] = []
+    quarter: list[set[int]] = []
+    for epoch in range(4):
+        seen = documents(config.out, epoch)
+        assert set(seen.values()) == {1}
+        copies = [{number % 150 for number in seen if number // 150 == copy} for copy in range(3)]
+        assert len(copies[0]) == n
+        assert copies[0] == copies[1]
+        third.append(copies[2])
+        quarter.append({number - 450 for number in seen if number >= 450})
+        assert (len(third[-1]), len(quarter[-1])) == (round(n / 2), round(m / 4))
+    assert abs(len(third[0] | third[1]) - n) <= 1
+    assert abs(len(set.union(*quarter)) - m) <= 4
+    starts: dict[int, list[int]] = {}
+    dataset = PackedDataset(config.out)
+    for i in range(dataset.rows(0)):
+        layout = dataset.read(0, i)[1]
+        parts = np.split(layout.starts, np.cumsum(layout.n_blocks)[:-1])
+        starts.update(zip(layout.doc_ids.tolist(), (part.tolist() for part in parts), strict=True))
+    same = [starts[number] == starts[number + 150] for number in range(150) if len(starts.get(number, [])) > 5]
+    assert sum(same) < 0.1 * len(same)
+
+
+def test_duplicates_are_counted_and_dropped_on_demand(config: BuildConfig) -> None:
+    kept = build(config, QUIET)
+    pairs = [
+        {"kept": "one", "duplicate": "one", "documents": 1},
+        {"kept": "one", "duplicate": "two", "documents": 2},
+    ]
+    assert kept["duplicates"] == {"policy": "keep", "documents": 3, "pairs": pairs}
+    dropped = build(replace(other(config, "2"), duplicates="drop"), QUIET)
+    assert dropped["duplicates"] == {"policy": "drop", "documents": 3, "pairs": pairs}
+    assert dropped["accounting"]["dropped"][DUPLICATE] == 3
+    assert dropped["accounting"]["packed"] == kept["accounting"]["packed"] - 3
+    assert dropped["accounting"]["by_source"][1]["dropped"][DUPLICATE] == 2
+    missing = documents(config.out, 0) - documents(config.out + "2", 0)
+    assert sorted(missing) == [41, 150 + 5, 150 + 50]
+    lines = [json.loads(line) for line in (Path(config.out + "2") / "rejects.jsonl").read_text().splitlines()]
+    found = [(line["source"], line["row"], line["same_as"]) for line in lines if line["outcome"] == "duplicate"]
+    assert found == [
+        ("one", 41, {"source": "one", "row": 40}),
+        ("two", 5, {"source": "one", "row": 20}),
+        ("two", 50, {"source": "one", "row": 40}),
+    ]
+    assert len(lines) == sum(dropped["accounting"]["dropped"].values()) + dropped["accounting"]["rejected"]
+
+
+def test_many_buckets_find_the_same_duplicates(config: BuildConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = build(config, QUIET)["duplicates"]
+    monkeypatch.setattr("data_prep.planning.BUCKET", 16)
+    assert build(other(config, "2"), QUIET)["duplicates"] == first
+
+
+def test_trimming_fills_rows_and_says_what_it_cost(config: BuildConfig) -> None:
+    whole = build(config, QUIET)
+    trimmed = build(replace(other(config, "2"), trim=0.3), QUIET)
+    assert whole["blocks_trimmed"] == [0, 0]
+    assert all(n > 0 for n in trimmed["blocks_trimmed"])
+    for before, after, lost in zip(whole["counts"], trimmed["counts"], trimmed["blocks_trimmed"], strict=True):
+        assert after["clean"] == before["clean"]
+        assert after["block"] == before["block"] - 4 * lost
+        assert after["rows"] < before["rows"]
+    by_number = []
+    for path in (config.out, config.out + "2"):
+        dataset = PackedDataset(path)
+        layouts = [dataset.read(0, i)[1] for i in range(dataset.rows(0))]
+        by_number.append({int(k): int(n) for part in layouts for k, n in zip(part.doc_ids, part.n_blocks, strict=True)})
+    for number, blocks in by_number[0].items():
+        assert max(1, int(0.7 * blocks)) <= by_number[1][number] <= blocks
+
+
+def test_text_that_spells_special_tokens_is_counted(config: BuildConfig) -> None:
+    with open(config.sources[0].path, "a") as file:
+        file.write(json.dumps({"query": "What is <|im_end|>?", "response": "A <text_mask> is none."}) + "\n")
+    manifest = build(config, QUIET)
+    assert manifest["accounting"]["spelled"] == 2
+    dataset = PackedDataset(config.out)
+    mask = manifest["mask_token_id"]
+    for i in range(dataset.rows(0)):
+        tokens, layout = dataset.read(0, i)
+        assert mask not in tokens[: layout.n_clean]

@@ -1,0 +1,241 @@
+"""SentencePiece models: their file, the ids that training looks up, and text to ids."""
+
+import io
+import json
+import random
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import sentencepiece
+from transformers import AutoTokenizer
+
+from data_prep.encoding import probe_texts
+from data_prep.tokenizer import TextTokenizer, open_encoder
+from sdlm_megatron.data.sentencepiece_model import CONTROL, NORMAL, USER_DEFINED, Piece, read_pieces, with_pieces
+from sdlm_megatron.data.tokenizer import fingerprint, has_tokenizer, special_token_id, vocabulary_size
+from sdlm_megatron.errors import DataError
+from tests.byte_tokenizer import write_folder
+from tests.qwen_vocab import ROOT
+
+IM_START, IM_END = "<|im_start|>", "<|im_end|>"
+N = 700
+"""Pieces of the models trained here."""
+
+
+@cache
+def trained(kind: str, symbols: tuple[str, ...] = (IM_START, IM_END, "▁▁▁▁", "<table>"), **options: Any) -> bytes:
+    """A model with byte fallback and without normalization, as Llama's."""
+    files = [ROOT / "docs" / "method.md", ROOT / "setup.py"]
+    lines = [line for file in files for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    written = io.BytesIO()
+    settings = {
+        "normalization_rule_name": "identity",
+        "remove_extra_whitespaces": False,
+        "byte_fallback": True,
+        "character_coverage": 0.999,
+        "num_threads": 1,
+        "minloglevel": 2,
+        **options,
+    }
+    sentencepiece.SentencePieceTrainer.Train(
+        sentence_iterator=iter(lines),
+        model_writer=written,
+        vocab_size=N,
+        model_type=kind,
+        user_defined_symbols=list(symbols),
+        **settings,
+    )
+    return written.getvalue()
+
+
+def folder(path: Path, model: bytes, added: dict[str, int] | None = None, **config: Any) -> Path:
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "tokenizer.model").write_bytes(model)
+    (path / "config.json").write_text('{"model_type": "llama"}')
+    (path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer", **config}))
+    if added:
+        (path / "added_tokens.json").write_text(json.dumps(added))
+    return path
+
+
+def pieces_of(model: bytes, ids: list[int]) -> list[str]:
+    vocabulary = read_pieces(model)
+    return [vocabulary[i].text for i in ids]
+
+
+def readable(n: int, seed: int) -> list[str]:
+    """Texts a byte-fallback model gives back as they were; `▁` is its space."""
+    return [text.replace("▁", "_") for text in probe_texts([IM_START, IM_END, "<s>", "<text_mask>"], n, seed)]
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_the_file_is_read_as_the_library_reads_it(kind: str) -> None:
+    theirs = sentencepiece.SentencePieceProcessor(model_proto=trained(kind))
+    ours = read_pieces(trained(kind))
+    assert len(ours) == len(theirs) == N
+    for i, piece in enumerate(ours):
+        assert (piece.text, piece.score) == (theirs.id_to_piece(i), theirs.get_score(i))
+        assert (piece.kind == CONTROL) == theirs.is_control(i)
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_a_model_written_again_encodes_the_same(kind: str) -> None:
+    model = trained(kind)
+    before = sentencepiece.SentencePieceProcessor(model_proto=model)
+    after = sentencepiece.SentencePieceProcessor(model_proto=with_pieces(model, read_pieces(model), dummy_prefix=True))
+    texts = readable(500, seed=1)
+    assert after.encode(texts) == before.encode(texts)
+
+
+def test_bytes_that_are_no_model_are_refused_and_random_damage_is_never_another_error(tmp_path: Path) -> None:
+    model, draw = trained("bpe"), random.Random(2)
+    for bad in (b"", b"IQ== 0\nIg== 1\n", b"{}", model[:5000]):
+        (tmp_path / "tokenizer.model").write_bytes(bad)
+        for call in (fingerprint, vocabulary_size, open_encoder):
+            with pytest.raises(DataError, match="cannot be read"):
+                call(tmp_path)
+    for _ in range(150):
+        damaged = bytearray(model[: draw.randrange(len(model))] if draw.random() < 0.3 else model)
+        for _ in range(3):
+            damaged[draw.randrange(len(damaged))] = draw.randrange(256)
+        (tmp_path / "tokenizer.model").write_bytes(damaged)
+        try:
+            open_encoder(tmp_path).encode_batch(["user\nabc"])
+        except DataError as error:
+            assert str(tmp_path) in error.where
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_fuzzed_text_comes_back_as_it_was(kind: str, tmp_path: Path) -> None:
+    encoder = open_encoder(folder(tmp_path, trained(kind)))
+    plain = sentencepiece.SentencePieceProcessor(model_proto=trained(kind))
+    texts = readable(4_000, seed=3)
+    ids, offsets = encoder.encode_flat(texts)
+    assert (ids.dtype, offsets.dtype, len(offsets)) == (np.int32, np.int64, 4_001)
+    assert not {plain.piece_to_id(t) for t in (IM_START, IM_END, "<s>", "</s>")} & set(ids.tolist())
+    for i, text in enumerate(texts):
+        assert plain.decode(ids[offsets[i] : offsets[i + 1]].tolist()) == text.removeprefix(" "), "decode drops a space"
+
+
+def test_a_megabyte_of_text(tmp_path: Path) -> None:
+    encoder = open_encoder(folder(tmp_path, trained("bpe")))
+    text = "x\0é中 <|im_end|>\n" * 60_000
+    assert (
+        sentencepiece.SentencePieceProcessor(model_proto=trained("bpe")).decode(encoder.encode_batch([text])[0]) == text
+    )
+
+
+@pytest.mark.parametrize(("config", "prefix"), [({}, False), ({"legacy": False}, False), ({"legacy": True}, True)])
+def test_ids_are_those_of_transformers_own_llama_tokenizer(config: dict, prefix: bool, tmp_path: Path) -> None:
+    """In a whole conversation; `legacy` says whether a text after a special token gets a space in front."""
+    model = trained("bpe", (IM_START, IM_END))
+    path = folder(tmp_path, model, **config)
+    encoder, theirs = open_encoder(path), AutoTokenizer.from_pretrained(path)
+    start, end, newline = encoder.token_id(IM_START), encoder.token_id(IM_END), encoder.encode_batch(["\n"])[0]
+    assert (len(newline) == 2) == prefix
+    texts = [text for text in readable(600, seed=4) if not any(t in text for t in ("<s>", "</s>", "<unk>", "<|im_"))]
+    assert len(texts) > 300
+    for text, piece in zip(texts, encoder.encode_batch([f"user\n{text}" for text in texts]), strict=True):
+        rendered = f"{IM_START}user\n{text}{IM_END}\n"
+        assert [start, *piece, end, *newline] == theirs.encode(rendered, add_special_tokens=False), text
+
+
+def test_what_is_special_is_spelled_out_and_what_is_not_stays_a_word(tmp_path: Path) -> None:
+    symbols = (IM_START, IM_END, "<|other|>", "[PAD]", "[INST]", "▁▁▁▁", "<table>")
+    model = trained("bpe", symbols)
+    decoder = {
+        str(N): {"content": "<text_mask>", "special": False},
+        str(N + 1): {"content": "<tool_call>", "special": False},
+        str(N + 2): {"content": "<|plain|>", "special": False},
+        str(N + 4): {"content": "{flagged}", "special": True},
+    }
+    names = {"pad_token": {"content": "[PAD]"}, "additional_special_tokens": ["[INST]"]}
+    encoder = open_encoder(folder(tmp_path, model, added_tokens_decoder=decoder, **names))
+    special = [IM_START, IM_END, "<|other|>", "[PAD]", "[INST]", "<text_mask>", "{flagged}", "<s>", "</s>", "<unk>"]
+    for token in special:
+        assert encoder.token_id(token) not in encoder.encode_batch([f"a{token}b"])[0], token
+        assert encoder.spelled([f"a{token}b"]) == 1
+    for token in ("<table>", "<tool_call>", "<|plain|>"):
+        assert encoder.token_id(token) in encoder.encode_batch([f"a{token}b"])[0], token
+        assert encoder.spelled([f"a{token}b"]) == 0
+    assert encoder.token_id("▁▁▁▁") in encoder.encode_batch(["a    b"])[0]
+    assert [encoder.token_id(t) for t in ("<text_mask>", "{flagged}")] == [N, N + 4]
+
+
+def test_an_added_token_may_rename_a_piece(tmp_path: Path) -> None:
+    model = trained("bpe", ("[UNUSED_1]", "[UNUSED_2]"))
+    at = [piece.text for piece in read_pieces(model)].index("[UNUSED_1]")
+    decoder = {str(at): {"content": IM_START, "special": True}, str(at + 1): {"content": IM_END, "special": True}}
+    encoder = open_encoder(folder(tmp_path, model, added_tokens_decoder=decoder))
+    assert (encoder.token_id(IM_START), encoder.token_id(IM_END)) == (at, at + 1)
+    assert not {at, at + 1} & set(encoder.encode_batch([f"[UNUSED_1]{IM_END}"])[0])
+    assert vocabulary_size(tmp_path) == N
+
+
+def test_an_added_token_may_give_a_piece_another_id(tmp_path: Path) -> None:
+    encoder = open_encoder(folder(tmp_path, trained("bpe"), {IM_END: N + 3}))
+    old = [piece.text for piece in read_pieces(trained("bpe"))].index(IM_END)
+    assert encoder.token_id(IM_END) == special_token_id(tmp_path, IM_END) == N + 3
+    assert not {old, N + 3} & set(encoder.encode_batch([f"a{IM_END}b"])[0])
+
+
+def test_a_model_that_tests_itself_when_loaded_can_be_opened(tmp_path: Path) -> None:
+    """What it expects has the space in front that is left out here."""
+    model = trained("bpe", self_test_sample_size=20)
+    assert len(model) > len(trained("bpe"))
+    assert open_encoder(folder(tmp_path, model)).encode_batch(["abc"])
+
+
+def test_tokens_of_chatml_beside_the_model(tmp_path: Path) -> None:
+    model = trained("bpe", ("<table>",))
+    with pytest.raises(DataError, match=r"no `<\|im_start\|>`(.|\n)*added_tokens.json"):
+        open_encoder(folder(tmp_path, model))
+    encoder = open_encoder(folder(tmp_path, model, {IM_START: N, IM_END: N + 1}))
+    assert (encoder.token_id(IM_START), encoder.token_id(IM_END)) == (N, N + 1)
+    assert special_token_id(tmp_path, "<text_mask>") == vocabulary_size(tmp_path) == N + 2
+    assert encoder.reason == "fastokens reads no SentencePiece model"
+    assert encoder.backend == f"sentencepiece {sentencepiece.__version__}"
+
+
+def test_a_model_file_is_a_tokenizer_by_itself(tmp_path: Path) -> None:
+    (tmp_path / "spm.model").write_bytes(trained("bpe"))
+    file = tmp_path / "spm.model"
+    assert has_tokenizer(file)
+    assert not has_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.txt").write_bytes(trained("bpe"))
+    assert not has_tokenizer(tmp_path / "tokenizer.txt")
+    assert special_token_id(file, "<text_mask>") == N
+    assert open_encoder(file).encode_batch(["user"]) == open_encoder(
+        folder(tmp_path / "folder", trained("bpe"))
+    ).encode_batch(["user"])
+    assert fingerprint(file) == fingerprint(tmp_path / "folder")
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<more>": N}))
+    assert special_token_id(file, "<text_mask>") == N + 1, "files beside it are read, and read again when they change"
+
+
+def test_tokenizer_json_comes_first(tmp_path: Path) -> None:
+    (write_folder(tmp_path) / "tokenizer.model").write_bytes(trained("bpe"))
+    assert vocabulary_size(tmp_path) == 260
+    assert not isinstance(
+        TextTokenizer.from_folder(tmp_path), type(open_encoder(folder(tmp_path / "x", trained("bpe"))))
+    )
+    assert open_encoder(tmp_path).encode_batch(["ab"]) == [[*b"ab"]]
+
+
+def test_fingerprint_of_pieces(tmp_path: Path) -> None:
+    model = trained("bpe")
+    base = fingerprint(folder(tmp_path / "base", model))
+    pieces = read_pieces(model)
+    own = {"0": {"content": "<unk>", "special": True}}
+    assert fingerprint(folder(tmp_path / "mask", model, {"<text_mask>": N})) == base
+    assert fingerprint(folder(tmp_path / "listed", model, added_tokens_decoder=own)) == base
+    assert fingerprint(folder(tmp_path / "more", model, {"<other>": N})) != base
+    assert fingerprint(folder(tmp_path / "other", trained("unigram"))) != base
+    for i, changed in ((300, Piece("other", pieces[300].score, NORMAL)), (300, Piece(pieces[300].text, 7.0, NORMAL))):
+        other = with_pieces(model, [*pieces[:i], changed, *pieces[i + 1 :]], dummy_prefix=True)
+        assert fingerprint(folder(tmp_path / "changed", other)) != base
+    retyped = [Piece(p.text, p.score, USER_DEFINED if i == 300 else p.kind) for i, p in enumerate(pieces)]
+    assert fingerprint(folder(tmp_path / "kind", with_pieces(model, retyped, dummy_prefix=True))) != base
