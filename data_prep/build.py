@@ -34,12 +34,12 @@ from data_prep.readers import LINES, Unit, plan
 from data_prep.report import dry_run, report
 from data_prep.rows import Part, RowWriter, cut_parts, load_part
 from data_prep.sources import expand
-from data_prep.tokenizer import BulkEncoder, open_encoder
+from data_prep.tokenizer import BulkEncoder, TextTokenizer, TokenizerMismatch, open_encoder
 from sdlm_megatron.config.load import parse_cli
 from sdlm_megatron.data.format import PartInfo, seal
 from sdlm_megatron.data.tokenizer import fingerprint, special_token_id, vocabulary_size
 from sdlm_megatron.errors import ConfigError, DataError, run_cli
-from sdlm_megatron.files import write_json
+from sdlm_megatron.files import write_json, write_text
 
 ROW_BYTES = 2500
 """Bytes of a line, about: rows of a file of lines are not counted before they are read."""
@@ -94,7 +94,7 @@ def merge(config: BuildConfig, console: Console | None = None, *, workers: int =
     `build`."""
     check(config)
     job = _begin(config)
-    if missing := [i for i in range(len(job.units)) if load_result(job.work, i) is None]:
+    if missing := [i for i in range(len(job.units)) if job.result(i) is None]:
         raise DataError(
             f"{len(missing)} of {len(job.units)} units are not tokenized, the first is {missing[0]}",
             str(job.work),
@@ -116,6 +116,17 @@ class _Job:
     @property
     def work(self) -> Path:
         return self.partial / "work"
+
+    @property
+    def distrust(self) -> Path:
+        """File that is there once the fast encoder was found to be wrong; it says how."""
+        return self.work / "distrust.txt"
+
+    def result(self, number: int) -> UnitResult | None:
+        """What became of a unit; None while that is not known, or not to be trusted."""
+        result = load_result(self.work, number)
+        doubtful = result is not None and result.encoder.startswith("fastokens") and self.distrust.exists()
+        return None if doubtful else result
 
 
 def _built(config: BuildConfig) -> dict[str, Any] | None:
@@ -206,22 +217,37 @@ def _encoder(folder: str, mask_token: str) -> BulkEncoder:
     return open_encoder(folder, mask_token)
 
 
+@lru_cache(maxsize=1)
+def _slow_encoder(folder: str, mask_token: str) -> BulkEncoder:
+    encoder = TextTokenizer.from_folder(folder, mask_token)
+    encoder.reason = "the fast one gave other ids"
+    return encoder
+
+
 class _Tokenizing:
-    """Worker of stage one: unit number -> its result."""
+    """Worker of stage one: unit number -> its result; or None when the fast encoder was found to be wrong."""
 
     def __init__(self, job: _Job) -> None:
         self._job = job
-        self.encoder = _encoder(job.config.tokenizer, job.config.mask_token)
+        self._encoder = _encoder(job.config.tokenizer, job.config.mask_token)
 
-    def __call__(self, number: int) -> UnitResult:
-        unit = self._job.units[number]
-        source = self._job.sources[unit.source]
-        return tokenize_unit(self._job.config, source, unit, number, self.encoder, self._job.work)
+    def __call__(self, number: int) -> UnitResult | None:
+        unit, job = self._job.units[number], self._job
+        if job.distrust.exists():
+            self._encoder = _slow_encoder(job.config.tokenizer, job.config.mask_token)
+        try:
+            return tokenize_unit(job.config, job.sources[unit.source], unit, number, self._encoder, job.work)
+        except TokenizerMismatch as error:
+            write_text(job.distrust, str(error))
+            return None
 
 
 def _tokenize(job: _Job, numbers: Sequence[int], console: Console, workers: int) -> None:
-    """Stage one for some units; those that are done are not done again."""
-    todo = [number for number in numbers if load_result(job.work, number) is None]
+    """Stage one for some units; those that are done are not done again.
+
+    A fast encoder that gives one wrong id is not trusted with any: what it did is done again without it.
+    """
+    todo = [number for number in numbers if job.result(number) is None]
     if len(todo) < len(numbers):
         console.print(f"{len(numbers) - len(todo)} of {len(numbers)} units are tokenized already", highlight=False)
     if not todo:
@@ -229,9 +255,14 @@ def _tokenize(job: _Job, numbers: Sequence[int], console: Console, workers: int)
     console.print(_encoder_line(job), highlight=False)
     with track("tokenize", sum(_rows(job.units[i]) for i in todo), "rows", console) as advance:
         for number, result in work_on(todo, _Tokenizing, (job,), workers):
-            if result.notice:
-                console.print(f"{result.notice}; tokenized again without the fast path", highlight=False)
-            advance(_rows(job.units[number]), result.tokens)
+            if result is not None:
+                advance(_rows(job.units[number]), result.tokens)
+    if any(job.result(number) is None for number in todo):
+        console.print(
+            f"the fast tokenizer gave other ids: {job.distrust.read_text()}\nwhat it did is tokenized again without it",
+            highlight=False,
+        )
+        _tokenize(job, numbers, console, workers)
 
 
 def _rows(unit: Unit) -> int:
@@ -241,7 +272,8 @@ def _rows(unit: Unit) -> int:
 
 
 def _encoder_line(job: _Job) -> str:
-    encoder = _encoder(job.config.tokenizer, job.config.mask_token)
+    open_it = _slow_encoder if job.distrust.exists() else _encoder
+    encoder = open_it(job.config.tokenizer, job.config.mask_token)
     return f"tokenizer: {encoder.backend}" + (f" ({encoder.reason})" if encoder.reason else "")
 
 
@@ -257,7 +289,7 @@ class _Writing:
 
 def _finish(job: _Job, console: Console, workers: int) -> dict[str, Any]:
     """Stages two and three, and the manifest."""
-    results = [result for i in range(len(job.units)) if (result := load_result(job.work, i)) is not None]
+    results = [result for i in range(len(job.units)) if (result := job.result(i)) is not None]
     n_documents = sum(result.documents for result in results) * job.config.epochs
     with track("pack", n_documents, "documents", console) as advance:
         found = make_plan(job.config, job.sources, job.units, results, job.work, advance)

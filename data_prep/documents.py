@@ -25,7 +25,7 @@ from data_prep.chat import RenderedBatch, render_batch
 from data_prep.config import BuildConfig, SourceConfig
 from data_prep.readers import LINES, Unit, count_lines, read_unit
 from data_prep.sources import InputRow, Unreadable, conversation
-from data_prep.tokenizer import BulkEncoder, TokenizerMismatch
+from data_prep.tokenizer import BulkEncoder
 from data_prep.truncate import FittedBatch, fit_batch
 from sdlm_megatron.errors import DataError
 from sdlm_megatron.files import write_json
@@ -65,7 +65,8 @@ class UnitResult:
     """Rows that are no conversation."""
     spelled: int = 0
     """Texts that spell a special token."""
-    notice: str = ""
+    encoder: str = ""
+    """What tokenized it."""
     sizes: dict[str, int] = field(default_factory=dict)
     """Bytes of the other files."""
 
@@ -88,23 +89,16 @@ def load_result(work: Path, number: int) -> UnitResult | None:
 def tokenize_unit(
     config: BuildConfig, source: SourceConfig, unit: Unit, number: int, encoder: BulkEncoder, work: Path
 ) -> UnitResult:
-    """Reads, renders, tokenizes and fits one unit and writes its files. DataError when its file cannot be read."""
-    try:
-        return _tokenize(config, source, unit, number, encoder, work)
-    except TokenizerMismatch as error:  # the encoder has switched to the slow path: once more, with right ids
-        result = _tokenize(config, source, unit, number, encoder, work)
-        result.notice = f"unit {number}: {error}"
-        return result
+    """Reads, renders, tokenizes and fits one unit and writes its files.
 
-
-def _tokenize(
-    config: BuildConfig, source: SourceConfig, unit: Unit, number: int, encoder: BulkEncoder, work: Path
-) -> UnitResult:
+    DataError when its file cannot be read; TokenizerMismatch when the fast encoder was found to be wrong.
+    """
     with _UnitWriter(work, number) as writer:
         rows = read_unit(unit, source)
         while chunk := list(islice(rows, CHUNK)):
             _tokenize_chunk(config, source.format, chunk, encoder, writer)
         writer.result.lines = count_lines(unit) if unit.kind == LINES else 0
+        writer.result.encoder = encoder.backend
         return writer.finish()
 
 

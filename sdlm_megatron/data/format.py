@@ -107,31 +107,35 @@ class PartWriter:
         targets = slot_targets(tokens, layout, self.meta["eos_token_id"])
         slots = [int(np.count_nonzero(target != IGNORE)) for target in targets]
         edges = np.cumsum([0, *docs_per_row])
-        clean_edges = np.concatenate([[0], np.cumsum(layout.clean_lens)])[edges].tolist()
-        block_edges = np.concatenate([[0], np.cumsum(layout.n_blocks)])[edges].tolist()
-        edges = edges.tolist()
-        size = layout.block_size
-        for i in range(len(docs_per_row)):
-            docs, blocks = slice(edges[i], edges[i + 1]), slice(block_edges[i], block_edges[i + 1])
-            row = [
-                tokens[clean_edges[i] : clean_edges[i + 1]],
-                tokens[layout.n_clean + blocks.start * size : layout.n_clean + blocks.stop * size],
-            ]
-            self._add(
-                row, [layout.doc_ids[docs], layout.clean_lens[docs], layout.n_blocks[docs], layout.starts[blocks]]
+        clean = np.concatenate([[0], np.cumsum(layout.clean_lens)])[edges].tolist()
+        blocks = np.concatenate([[0], np.cumsum(layout.n_blocks)])[edges].tolist()
+        edges, size = edges.tolist(), layout.block_size
+        rows, layouts = [], []
+        for i, n_docs in enumerate(docs_per_row):
+            docs = slice(edges[i], edges[i + 1])
+            row = np.concatenate(
+                [
+                    tokens[clean[i] : clean[i + 1]],
+                    tokens[layout.n_clean + blocks[i] * size : layout.n_clean + blocks[i + 1] * size],
+                ]
             )
+            if len(row) > self.meta["row_length"]:
+                raise ValueError(f"a row of {len(row)} tokens, the limit is {self.meta['row_length']}")
+            starts = layout.starts[blocks[i] : blocks[i + 1]]
+            ints = np.concatenate(
+                [[0, n_docs], layout.doc_ids[docs], layout.clean_lens[docs], layout.n_blocks[docs], starts],
+                dtype=np.int32,
+                casting="unsafe",
+            )
+            ints[0] = _checksum(row, ints[1:])
+            rows.append(row)
+            layouts.append(ints)
+        for kind, found in (("rows", rows), ("layout", layouts)):
+            whole = np.concatenate([np.empty(0, np.int32), *found])
+            self._writers[kind].add_many(whole, [len(ints) for ints in found])
         self._counts.add(
             Counts(len(docs_per_row), layout.n_docs, layout.n_clean, layout.n_block_tokens, sum(slots), slots)
         )
-
-    def _add(self, row: list[np.ndarray], parts: list[np.ndarray]) -> None:
-        used = sum(map(len, row))
-        if used > self.meta["row_length"]:
-            raise ValueError(f"a row of {used} tokens, the limit is {self.meta['row_length']}")
-        self._writers["rows"].add(*row)
-        layout = np.concatenate([[0, len(parts[0])], *parts]).astype(np.int32)
-        layout[0] = _checksum(row, layout[1:])
-        self._writers["layout"].add(layout)
 
     def finish(self) -> PartInfo:
         """Closes the files."""
@@ -146,10 +150,9 @@ class PartWriter:
             writer.abort()
 
 
-def _checksum(tokens: Sequence[np.ndarray], layout: np.ndarray) -> np.int32:
-    crc = 0
-    for piece in (*tokens, layout):
-        crc = zlib.crc32(np.ascontiguousarray(piece, dtype=np.int32).data, crc)
+def _checksum(tokens: np.ndarray, layout: np.ndarray) -> np.int32:
+    crc = zlib.crc32(np.ascontiguousarray(tokens, dtype=np.int32).data)
+    crc = zlib.crc32(np.ascontiguousarray(layout, dtype=np.int32).data, crc)
     return np.uint32(crc).astype(np.int32)
 
 
@@ -258,6 +261,40 @@ class DatasetWriter:
         return seal(self.partial, self.path, meta=self.meta, parts=parts, files={}, extra=extra or {})
 
 
+class PartReader:
+    """One part of an epoch, memory-mapped.
+
+    DataError when its files are not a whole indexed dataset of `rows` rows.
+    """
+
+    def __init__(self, folder: Path, epoch: int, part: int, *, rows: int, block_size: int) -> None:
+        self._where = f"{folder}, epoch {epoch}, part {part}"
+        self._block_size = block_size
+        self._readers = {}
+        for kind in KINDS:
+            where = prefix(folder, epoch, part, kind)
+            try:
+                self._readers[kind] = IndexedReader(where)
+            except (ValueError, OSError) as error:
+                raise DataError(f"the rows cannot be read: {error}", where, REBUILD) from None
+        counts = {kind: len(reader) for kind, reader in self._readers.items()}
+        if set(counts.values()) != {rows}:
+            raise DataError(f"the files hold {counts}, the manifest says {rows} rows", self._where, REBUILD)
+
+    def read(self, row: int) -> tuple[np.ndarray, RowLayout]:
+        """Tokens int32 (used,) and layout of a row; DataError when its bytes are not those that were written."""
+        try:
+            tokens, ints = self._readers["rows"][row], self._readers["layout"][row]
+            if not len(ints) or ints[0] != _checksum(tokens, ints[1:]):
+                raise ValueError("its checksum is not that of its tokens and layout")
+            layout = RowLayout.from_ints(ints[1:], self._block_size)
+            if layout.used != len(tokens):
+                raise ValueError(f"it has {len(tokens)} tokens, its layout describes {layout.used}")
+        except (ValueError, IndexError, OverflowError) as error:
+            raise DataError(f"the row is damaged: {error}", f"{self._where}, row {row} of the part", REBUILD) from None
+        return tokens, layout
+
+
 class PackedDataset:
     """Memory-mapped reader. Opening looks at the size of every file, reading a row touches only its bytes.
 
@@ -267,25 +304,19 @@ class PackedDataset:
 
     def __init__(self, path: str | os.PathLike) -> None:
         self.path = Path(path)
-        self.manifest = _read_manifest(self.path)
+        self.manifest = read_manifest(self.path)
         self.block_size: int = self.manifest["block_size"]
         self.row_length: int = self.manifest["row_length"]
         self.epochs: int = self.manifest["epochs"]
         self._edges = [np.cumsum([0, *self.part_rows(epoch)]) for epoch in range(self.epochs)]
         for epoch in range(self.epochs):
-            if (rows := int(self._edges[epoch][-1])) != self.rows(epoch):
-                raise DataError(
-                    f"the parts of epoch {epoch} hold {rows} rows, the manifest says {self.rows(epoch)}",
-                    str(self.path),
-                    "build the dataset again",
-                )
             for part in range(len(self.part_rows(epoch))):
                 self._check_sizes(epoch, part)
         self._part = lru_cache(maxsize=_OPEN_PARTS)(self._open)
 
     def rows(self, epoch: int) -> int:
         """Rows of an epoch; epochs beyond the prepared ones use the prepared ones again."""
-        return self.manifest["counts"][epoch % self.epochs]["rows"]
+        return int(self._edges[epoch % self.epochs][-1])
 
     def part_rows(self, epoch: int) -> list[int]:
         """Rows of each part of a prepared epoch."""
@@ -298,36 +329,15 @@ class PackedDataset:
         """
         epoch %= self.epochs
         part = int(np.searchsorted(self._edges[epoch], row, side="right")) - 1
-        at = row - int(self._edges[epoch][part])
-        where = f"{self.path}, epoch {epoch}, row {row} (row {at} of part {part})"
-        readers = self._part(epoch, part)
-        try:
-            tokens, ints = readers["rows"][at], readers["layout"][at]
-            if not len(ints) or ints[0] != _checksum([tokens], ints[1:]):
-                raise ValueError("its checksum is not that of its tokens and layout")
-            layout = RowLayout.from_ints(ints[1:], self.block_size)
-        except (ValueError, IndexError, OverflowError) as error:
-            raise DataError(f"the row is damaged: {error}", where, REBUILD) from None
-        if layout.used != len(tokens) or layout.used > self.row_length:
-            raise DataError(f"the row has {len(tokens)} tokens, its layout describes {layout.used}", where, REBUILD)
+        tokens, layout = self._part(epoch, part).read(row - int(self._edges[epoch][part]))
+        if layout.used > self.row_length:
+            where = f"{self.path}, epoch {epoch}, row {row}"
+            raise DataError(f"the row has {layout.used} tokens, the limit is {self.row_length}", where, REBUILD)
         return tokens, layout
 
-    def _open(self, epoch: int, part: int) -> dict[str, IndexedReader]:
-        readers = {}
-        for kind in KINDS:
-            where = prefix(self.path, epoch, part, kind)
-            try:
-                readers[kind] = IndexedReader(where)
-            except (ValueError, OSError) as error:
-                raise DataError(f"the rows cannot be read: {error}", where, REBUILD) from None
-        counts = {kind: len(reader) for kind, reader in readers.items()}
-        if set(counts.values()) != {self.part_rows(epoch)[part]}:
-            raise DataError(
-                f"the files hold {counts}, the manifest says {self.part_rows(epoch)[part]} rows",
-                f"{self.path}, epoch {epoch}, part {part}",
-                REBUILD,
-            )
-        return readers
+    def _open(self, epoch: int, part: int) -> PartReader:
+        rows = self.part_rows(epoch)[part]
+        return PartReader(self.path, epoch, part, rows=rows, block_size=self.block_size)
 
     def _check_sizes(self, epoch: int, part: int) -> None:
         for kind in KINDS:
@@ -348,7 +358,8 @@ class PackedDataset:
 REBUILD = "the file was damaged or replaced: copy it again or build the dataset again"
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a dataset folder; DataError when it is missing, damaged or of another version."""
     file = path / "manifest.json"
     hint = "name the folder that `python -m data_prep.build` wrote"
     if not file.exists():

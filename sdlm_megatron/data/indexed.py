@@ -12,6 +12,7 @@ import hashlib
 import os
 import struct
 from array import array
+from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -32,13 +33,16 @@ class IndexedWriter:
         self._hash = hashlib.sha256()
         self._lengths = array("i")
 
-    def add(self, *pieces: np.ndarray) -> None:
-        """Appends one sequence, given in one or several pieces."""
-        for piece in pieces:
-            data = np.ascontiguousarray(piece, dtype=np.int32).data.cast("B") if len(piece) else b""
-            self._bin.write(data)
-            self._hash.update(data)
-        self._lengths.append(sum(map(len, pieces)))
+    def add(self, ints: np.ndarray) -> None:
+        """Appends one sequence."""
+        self.add_many(ints, [len(ints)])
+
+    def add_many(self, ints: np.ndarray, lengths: Sequence[int]) -> None:
+        """Appends sequences that lie one after the other in `ints`."""
+        data = np.ascontiguousarray(ints, dtype=np.int32).data.cast("B") if len(ints) else b""
+        self._bin.write(data)
+        self._hash.update(data)
+        self._lengths.extend(lengths)
 
     def finish(self) -> dict[str, dict[str, int | str]]:
         """Closes the data, writes the index, flushes both to the disk; {file name: {bytes, sha256}}."""

@@ -26,7 +26,12 @@ def fingerprint(folder: str | Path) -> str | None:
     fingerprint; so are added tokens that a SentencePiece model holds itself. Depends on the content only, not on
     how the files are written. Raises DataError on a file that cannot be read.
     """
-    tokenizer = _read(Path(folder))
+    return _fingerprint(Path(folder), _stamps(Path(folder)))
+
+
+@lru_cache(maxsize=2)
+def _fingerprint(folder: Path, stamps: tuple) -> str | None:
+    tokenizer = _parse(folder, stamps)
     if tokenizer is None:
         return None
     vocab, merges, added = tokenizer
@@ -93,11 +98,14 @@ def _required(folder: Path) -> tuple[Any, list[Any], dict[str, int]]:
 
 
 def _read(folder: Path) -> tuple[Any, list[Any], dict[str, int]] | None:
-    """`_parse` of the folder as it is now: a start asks four times, and a parse of Qwen2.5's takes half a second."""
+    return _parse(folder, _stamps(folder))
+
+
+def _stamps(folder: Path) -> tuple:
+    """What changes when the files do: a start asks four times, and a parse of Qwen2.5's takes half a second."""
     names = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", *_BESIDE)
     files = (folder, *(_home(folder) / name for name in names))
-    stamps = tuple((f.name, f.stat().st_mtime_ns, f.stat().st_size) for f in files if f.is_file())
-    return _parse(folder, stamps)
+    return tuple((f.name, f.stat().st_mtime_ns, f.stat().st_size) for f in files if f.is_file())
 
 
 def _home(folder: Path) -> Path:

@@ -60,9 +60,12 @@ def draw_many(
     keys &= ~_INDEX
     keys |= counter
     limit = np.zeros(len(first), dtype=np.uint64)
+    ordered = keys.copy()
     for i, (at, total, n) in enumerate(zip(first.tolist(), n_anchors.tolist(), n_drawn.tolist(), strict=True)):
         if n:
-            limit[i] = np.partition(keys[at : at + total], n - 1)[n - 1]
+            of_document = ordered[at : at + total]
+            of_document.partition(n - 1)
+            limit[i] = of_document[n - 1]
     drawn = keys <= np.repeat(limit, n_anchors)
     if not n_drawn.all():  # a limit of zero would let a key of zero pass
         drawn &= np.repeat(n_drawn > 0, n_anchors)

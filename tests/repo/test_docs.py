@@ -33,11 +33,18 @@ def test_functions_named_in_the_method_exist() -> None:
     "module",
     [
         "data_prep.build",
+        "data_prep.inspect",
+        "data_prep.stats",
+        "data_prep.verify",
         "sdlm_megatron.train",
         "checkpoints_tools.hf_to_mcore",
         "checkpoints_tools.mcore_to_hf",
         "quickstart.evaluate",
+        "bench.attention",
         "bench.cpu_choices",
+        "bench.data_prep",
+        "bench.packing",
+        "bench.synthetic_mixture",
         "quickstart.base_model",
     ],
 )

@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from dataclasses import replace
 from functools import partial
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from data_prep.accounting import DUPLICATE
 from data_prep.build import Shard, build, build_shard, merge
 from data_prep.config import BuildConfig, SourceConfig
 from data_prep.readers import plan
+from data_prep.tokenizer import FastTokenizer
 from sdlm_megatron.data.format import PackedDataset
 from sdlm_megatron.errors import ConfigError, DataError
 from tests.byte_tokenizer import write_folder
@@ -300,3 +302,29 @@ def test_text_that_spells_special_tokens_is_counted(config: BuildConfig) -> None
     for i in range(dataset.rows(0)):
         tokens, layout = dataset.read(0, i)
         assert mask not in tokens[: layout.n_clean]
+
+
+def test_one_wrong_id_of_the_fast_encoder_and_all_it_did_is_done_again(
+    config: BuildConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The fast library is made to give one wrong id for the word w700, from then on its work is not used."""
+    wanted = build(config, QUIET)
+    honest = FastTokenizer._encode
+
+    def wrong(self: FastTokenizer, texts: Any) -> Any:
+        ids, offsets = honest(self, texts)
+        ids = ids.copy()
+        for i, text in enumerate(texts):
+            if "w700" in text:
+                ids[offsets[i]] ^= 1
+        return ids, offsets
+
+    monkeypatch.setattr(FastTokenizer, "_encode", wrong)
+    monkeypatch.setattr("data_prep.tokenizer.CHECK_EVERY", 1)
+    build_module._encoder.cache_clear()
+    out = StringIO()
+    assert build(other(config, "2"), Console(file=out, width=200)) == wanted
+    build_module._encoder.cache_clear()
+    assert "the fast tokenizer gave other ids" in out.getvalue()
+    assert "tokenizer: tokenizers" in out.getvalue()
+    assert "tokenized again without it" in out.getvalue()

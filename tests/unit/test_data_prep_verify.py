@@ -1,0 +1,289 @@
+"""`verify` finds each planted corruption by the rule that names it, and nothing in a clean dataset."""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from data_prep.build import build
+from data_prep.chat import render
+from data_prep.config import BuildConfig, SourceConfig
+from data_prep.row_rules import Facts, read_row
+from data_prep.tokenizer import TextTokenizer
+from data_prep.verify import RULES, main, verify
+from sdlm_megatron.data.format import PackedDataset, PartWriter, manifest_checksum
+from sdlm_megatron.diffusion.layout import RowLayout, add_blocks, draw_starts
+from sdlm_megatron.errors import DataError, run_cli
+from tests.byte_tokenizer import IM_END, IM_START, write_folder
+
+QUIET = Console(quiet=True)
+MASK, D = 260, 4
+Rows = list[tuple[np.ndarray, RowLayout]]
+
+
+def conversation(i: int) -> dict[str, Any]:
+    turns = []
+    for k in range(1 + i % 3):
+        turns += [
+            {"role": "user", "content": f"Question {i} {k}?"},
+            {"role": "assistant", "content": "\n answer" * (2 + i % 7)},
+        ]
+    return {"messages": turns}
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> BuildConfig:
+    rows = [conversation(i) for i in range(40)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"messages": []}, rows[3]]))
+    source = SourceConfig(name="one", path=str(path), weight=1.5)
+    return BuildConfig(
+        out=str(tmp_path / "out"),
+        tokenizer=str(write_folder(tmp_path / "base")),
+        sources=[source],
+        max_document_length=700,
+        row_length=1000,
+        epochs=2,
+        seed=5,
+    )
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"overlong": "reference", "max_document_length": 200},
+        {"max_document_length": 200},
+        {"trim": 0.5},
+        {"duplicates": "drop"},
+        {"block_size": 1},
+        {"block_size": 8, "repeat": 1},
+    ],
+)
+def test_a_clean_dataset_has_no_findings(config: BuildConfig, change: dict[str, Any]) -> None:
+    build(replace(config, **change), QUIET)
+    assert verify(config.out, QUIET) == []
+
+
+def rewrite(folder: Path, edit: Callable[[Rows], Rows], *, counts: bool = True) -> None:
+    """Writes epoch 0 anew after `edit`, with right checksums everywhere: only the rules can find it."""
+    dataset = PackedDataset(folder)
+    rows = edit([dataset.read(0, i) for i in range(dataset.rows(0))])
+    manifest = dataset.manifest
+    del dataset
+    writer = PartWriter(folder, 0, 0, manifest)
+    for tokens, layout in rows:
+        writer.add(tokens, layout)
+    info = writer.finish()
+    manifest["files"].update(info.files)
+    manifest["part_rows"][0] = [len(rows)]
+    if counts:
+        manifest["counts"][0] = asdict(info.counts)
+    save(folder, manifest)
+
+
+def save(folder: Path, manifest: dict[str, Any]) -> None:
+    manifest["checksum"] = manifest_checksum(manifest)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def edit_row(change: Callable[[np.ndarray, RowLayout], tuple[np.ndarray, RowLayout]]) -> Callable[[Path], None]:
+    def plant(folder: Path) -> None:
+        rewrite(folder, lambda rows: [change(rows[0][0].copy(), rows[0][1]), *rows[1:]])
+
+    return plant
+
+
+def token(find: Callable[[np.ndarray, RowLayout], int], value: int) -> Callable[[Path], None]:
+    def change(tokens: np.ndarray, layout: RowLayout) -> tuple[np.ndarray, RowLayout]:
+        at = find(tokens, layout)
+        tokens[at] = value
+        clean = tokens[: layout.n_clean]
+        if at < layout.n_clean:  # the blocks follow: the slots rule must not be what finds it
+            return add_blocks(clean, layout, MASK), layout
+        return tokens, layout
+
+    return edit_row(change)
+
+
+def first_of(value: int, skip: int = 0) -> Callable[[np.ndarray, RowLayout], int]:
+    return lambda tokens, layout: int(np.flatnonzero(tokens[: layout.n_clean] == value)[skip])
+
+
+def header_of_answer(tokens: np.ndarray, layout: RowLayout) -> int:
+    wanted = list(b"assistant\n")
+    found = [i for i in range(layout.n_clean) if tokens[i + 1 : i + 11].tolist() == wanted and tokens[i] == IM_START]
+    return found[0] + 1
+
+
+def with_starts(change: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> Callable[[Path], None]:
+    """Changes the block starts of the first document; the tokens follow. change(starts, legal) -> starts"""
+
+    def plant(tokens: np.ndarray, layout: RowLayout) -> tuple[np.ndarray, RowLayout]:
+        starts, n = layout.starts.copy(), int(layout.n_blocks[0])
+        starts[:n] = change(starts[:n].copy(), FACTS(tokens, layout))
+        found = replace(layout, starts=starts)
+        tokens = tokens.copy()
+        tokens[layout.n_clean :: D] = tokens[layout.clean_offsets()[found.block_documents()] + starts]
+        return tokens, found
+
+    return edit_row(plant)
+
+
+def FACTS(tokens: np.ndarray, layout: RowLayout) -> np.ndarray:
+    """Legal starts of the first document, by a loop over its tokens."""
+    clean = tokens[: layout.clean_lens[0]].tolist()
+    legal, at = [], 0
+    while at < len(clean):
+        end = clean.index(IM_END, at)
+        if bytes(clean[at + 1 : at + 10]) == b"assistant":
+            legal += range(at + 10, end)
+        at = end + 2
+    return np.array(legal)
+
+
+def other_legal(starts: np.ndarray, legal: np.ndarray) -> np.ndarray:
+    free = np.setdiff1d(legal, starts)
+    return np.sort(np.append(starts[1:], free[0]))
+
+
+def drop_block(tokens: np.ndarray, layout: RowLayout) -> tuple[np.ndarray, RowLayout]:
+    n_blocks = layout.n_blocks.copy()
+    n_blocks[0] -= 1
+    found = replace(layout, n_blocks=n_blocks, starts=layout.starts[1:])
+    return add_blocks(tokens[: layout.n_clean], found, MASK), found
+
+
+def renumber(tokens: np.ndarray, layout: RowLayout) -> tuple[np.ndarray, RowLayout]:
+    """Another number, with the blocks that it draws: only its range is wrong."""
+    ids = layout.doc_ids.copy()
+    ids[0] = 5000
+    starts, n = layout.starts.copy(), int(layout.n_blocks[0])
+    starts[:n] = draw_starts(FACTS(tokens, layout), n, seed=5, epoch=0, document=5000)
+    found = replace(layout, doc_ids=ids, starts=starts)
+    return add_blocks(tokens[: layout.n_clean], found, MASK), found
+
+
+def in_manifest(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
+    def plant(folder: Path) -> None:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        change(manifest)
+        save(folder, manifest)
+
+    return plant
+
+
+def flip(name: str, at: int) -> Callable[[Path], None]:
+    def plant(folder: Path) -> None:
+        data = bytearray((folder / name).read_bytes())
+        data[at] ^= 16
+        (folder / name).write_bytes(data)
+
+    return plant
+
+
+def cut(name: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:-4])
+
+
+PLANTED: list[tuple[str, str, Callable[[Path], None]]] = [
+    ("a document that does not begin with <|im_start|>", "turns", token(lambda *_: 0, 65)),
+    ("an <|im_end|> that is gone", "turns", token(first_of(IM_END, 1), 66)),
+    ("an <|im_end|> in the middle of a text", "turns", token(lambda *_: 12, IM_END)),
+    ("no newline after <|im_end|>", "turns", token(lambda t, y: first_of(IM_END)(t, y) + 1, 67)),
+    ("the mask token among clean tokens", "vocabulary", token(lambda *_: 5, MASK)),
+    ("an id beyond the vocabulary", "vocabulary", token(lambda *_: 5, 261)),
+    ("an answer whose header says something else", "anchors", token(header_of_answer, ord("A"))),
+    ("a block in the system turn", "anchors", with_starts(lambda starts, _: np.append([3], starts[1:]))),
+    ("a legal block that was not drawn", "draw", with_starts(other_legal)),
+    ("blocks out of order", "order", with_starts(lambda starts, _: starts[[1, 0, *range(2, len(starts))]])),
+    ("a block twice", "order", with_starts(lambda starts, _: starts[[0, 0, *range(2, len(starts))]])),
+    ("a slot 0 that is not its anchor", "slots", token(lambda _, y: y.n_clean, 1)),
+    ("a slot that is no mask", "slots", token(lambda _, y: y.n_clean + 2, 1)),
+    ("a block too few", "blocks", edit_row(drop_block)),
+    ("a row twice", "numbers", lambda f: rewrite(f, lambda rows: [*rows, rows[0]])),
+    ("a row that is gone", "numbers", lambda f: rewrite(f, lambda rows: rows[1:])),
+    ("a document that no source has", "numbers", edit_row(renumber)),
+    ("counts that are wrong", "counts", lambda f: rewrite(f, lambda rows: rows[1:], counts=False)),
+    ("an empty row", "documents", lambda f: rewrite(f, lambda rows: [*rows, empty_row()])),
+    ("another seed in the manifest", "draw", in_manifest(lambda m: m.update(seed=6))),
+    ("another length limit in the manifest", "lengths", in_manifest(lambda m: m.update(max_document_length=100))),
+    ("another repeat in the manifest", "blocks", in_manifest(lambda m: m.update(repeat=2))),
+    ("another row length in the manifest", "lengths", in_manifest(lambda m: m.update(row_length=900))),
+    ("a row that is accounted for twice", "accounting", in_manifest(lambda m: m["accounting"].update(packed=99))),
+    ("a reject that is gone", "rejects", lambda f: (f / "rejects.jsonl").write_text("")),
+    ("a flipped bit of a token", "checksum", flip("epoch1.00000.rows.bin", 40)),
+    ("a flipped bit of a layout", "checksum", flip("epoch0.00000.layout.bin", 5)),
+    ("a flipped bit of an index", "files", flip("epoch0.00000.rows.idx", 40)),
+    ("a file that was cut", "parts", cut("epoch0.00000.rows.bin")),
+    ("a file that is missing", "files", lambda f: (f / "epoch1.00000.layout.idx").unlink()),
+    ("a file too many", "files", lambda f: (f / "epoch2.00000.rows.bin").write_bytes(b"")),
+]
+
+
+def empty_row() -> tuple[np.ndarray, RowLayout]:
+    none = np.empty(0, dtype=np.int32)
+    return none, RowLayout(none, none, none, none, D)
+
+
+@pytest.mark.parametrize(("what", "rule", "plant"), PLANTED, ids=[p[0] for p in PLANTED])
+def test_each_planted_corruption_is_found(
+    config: BuildConfig, what: str, rule: str, plant: Callable[[Path], None]
+) -> None:
+    build(config, QUIET)
+    plant(Path(config.out))
+    findings = verify(config.out, QUIET)
+    assert rule in {finding.rule for finding in findings}, findings
+    assert {finding.rule for finding in findings} <= RULES.keys()
+    assert all(finding.where and finding.what for finding in findings)
+
+
+def test_planted_rules_cover_every_rule() -> None:
+    assert {rule for _, rule, _ in PLANTED} == RULES.keys()
+
+
+def test_findings_are_the_same_with_two_workers(config: BuildConfig) -> None:
+    build(config, QUIET)
+    flip("epoch1.00000.rows.bin", 40)(Path(config.out))
+    one, two = (verify(config.out, QUIET, workers=n) for n in (1, 2))
+    assert sorted(one, key=str) == sorted(two, key=str)
+
+
+def test_anchors_are_those_of_rendering(config: BuildConfig) -> None:
+    """What is read from the tokens alone equals what rendering said, merged newlines of the header included."""
+    manifest = build(config, QUIET)
+    encoder = TextTokenizer.from_folder(config.tokenizer)
+    dataset, facts = PackedDataset(config.out), Facts.of(manifest)
+    for i in range(dataset.rows(0)):
+        tokens, layout = dataset.read(0, i)
+        row = read_row(tokens, layout, facts, 0)
+        edges = np.cumsum([0, *row.n_anchors])
+        for k, number in enumerate((layout.doc_ids % 42).tolist()):
+            document = render(conversation(3 if number == 41 else number), encoder)
+            np.testing.assert_array_equal(row.anchors[edges[k] : edges[k + 1]], document.anchors)
+
+
+def test_command_line(config: BuildConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    build(config, QUIET)
+    main([config.out, "--workers=1"])
+    assert "clean: every rule holds" in capsys.readouterr().out
+    flip("epoch1.00000.rows.bin", 40)(Path(config.out))
+    with pytest.raises(SystemExit) as exit_:
+        run_cli(main, [config.out, "--workers=1"])
+    assert exit_.value.code == 1
+    out = " ".join(capsys.readouterr().out.split())
+    assert "epoch 1, row 0 (row 0 of part 0): the row is damaged" in out
+    assert "its sha256 is not the manifest's" in out
+    for folder in (config.out + "x", config.out):
+        if folder == config.out:
+            (Path(folder) / "manifest.json").write_text((Path(folder) / "manifest.json").read_text() + " ,")
+        with pytest.raises(SystemExit) as exit_:
+            run_cli(main, [folder])
+        assert exit_.value.code == 2
+    with pytest.raises(DataError):
+        verify(config.out, QUIET)
