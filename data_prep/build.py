@@ -9,6 +9,7 @@ command goes on. The result depends on the config and the input alone, not on wh
 """
 
 import argparse
+import errno
 import fcntl
 import json
 import os
@@ -383,6 +384,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             build_shard(config, args.shard, workers=args.workers)
         else:
             (merge if args.merge else build)(config, workers=args.workers)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        fix = "make room (--dry-run says how much is needed); the same command goes on from here"
+        raise DataError("the disk is full", config.out, fix) from None
     except KeyboardInterrupt:
         raise SystemExit("stopped; the same command goes on from here") from None
 

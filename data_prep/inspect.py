@@ -18,7 +18,7 @@ from rich.text import Text
 from data_prep.mask_picture import in_letters, save_png, stretch_of
 from data_prep.row_rules import Facts, Row, read_row
 from data_prep.token_text import TokenText, open_text, show_ids
-from sdlm_megatron.data.format import PackedDataset, prefix
+from sdlm_megatron.data.format import REBUILD, PackedDataset, prefix
 from sdlm_megatron.data.indexed import IndexedReader
 from sdlm_megatron.data.tokenizer import fingerprint, has_tokenizer
 from sdlm_megatron.diffusion.layout import IGNORE, RowLayout, slot_targets
@@ -160,10 +160,14 @@ def find_document(dataset: PackedDataset, epoch: int, number: int) -> int:
     """The row of an epoch that holds document `number`; DataError when none does. Reads the layouts until then."""
     before = 0
     for part, rows in enumerate(dataset.part_rows(epoch)):
-        layouts = IndexedReader(prefix(dataset.path, epoch, part, "layout"))
+        file = prefix(dataset.path, epoch, part, "layout")
+        try:
+            layouts = IndexedReader(file)
+        except ValueError as error:
+            raise DataError(f"the layouts cannot be read: {error}", file, REBUILD) from None
         for row in range(rows):
-            ints = layouts[row]
-            if number in ints[2 : 2 + ints[1]]:
+            ints = layouts[row]  # checksum, number of documents, their numbers…
+            if len(ints) > 2 and number in ints[2 : 2 + ints[1]]:
                 return before + row
         before += rows
     raise DataError(
@@ -178,10 +182,10 @@ def _text_of(manifest: dict[str, Any], folder: str, console: Console) -> TokenTe
     folder = folder or manifest.get("build", {}).get("tokenizer", "")
     if not folder or not has_tokenizer(folder):
         at = f"{folder} is not there any more" if folder else "the manifest names no tokenizer"
-        console.print(f"token ids are shown, not text: {at}; give --tokenizer=FOLDER", highlight=False, markup=False)
+        _print(console, Text(f"token ids are shown, not text: {at}; give --tokenizer=FOLDER"))
         return show_ids
     if fingerprint(folder) != manifest["tokenizer"]["fingerprint"]:
-        console.print(f"{folder} is not the tokenizer of this dataset", style="red", highlight=False, markup=False)
+        _print(console, Text(f"{folder} is not the tokenizer of this dataset", style="red"))
     return open_text(folder)
 
 

@@ -1,6 +1,7 @@
 """The build as a whole: what comes out is what went in, every row is accounted for, and it is
 reproducible."""
 
+import errno
 import json
 import re
 from collections import Counter
@@ -282,6 +283,24 @@ def test_command_line(config: BuildConfig, tmp_path: Path, capsys: pytest.Captur
             run_cli(main, argv)
         assert exit_.value.code == 2
         assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_a_full_disk_is_said_and_the_same_command_goes_on(
+    config: BuildConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "build.yaml"
+    sources = [{"name": s.name, "format": s.format, "path": s.path} for s in config.sources]
+    file.write_text(yaml.safe_dump({"out": config.out, "tokenizer": config.tokenizer, "sources": sources}))
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(DataError, match="the disk is full") as caught:
+        patch.setattr("data_prep.rows.PartWriter.finish", full)
+        main(["--config", str(file), "--workers=1"])
+    assert "goes on" in caught.value.fix
+    main(["--config", str(file), "--workers=1"])
+    assert PackedDataset(config.out).rows(0) > 0
 
 
 def test_counts_are_shown_short() -> None:

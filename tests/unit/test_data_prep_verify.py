@@ -8,16 +8,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers import make_dataset
 from rich.console import Console
 
 from data_prep.build import build
 from data_prep.chat import render
 from data_prep.config import BuildConfig, SourceConfig
-from data_prep.row_rules import Facts, read_row
+from data_prep.row_rules import Facts, check_row, check_targets, read_row
 from data_prep.tokenizer import TextTokenizer
 from data_prep.verify import RULES, main, verify
-from sdlm_megatron.data.format import PackedDataset, PartWriter, manifest_checksum
-from sdlm_megatron.diffusion.layout import RowLayout, add_blocks, draw_starts
+from sdlm_megatron.data.format import PackedDataset, PartWriter, manifest_checksum, read_manifest
+from sdlm_megatron.diffusion.layout import IGNORE, RowLayout, add_blocks, draw_starts, slot_targets
 from sdlm_megatron.errors import DataError, run_cli
 from tests.byte_tokenizer import IM_END, IM_START, write_folder
 
@@ -178,6 +179,25 @@ def in_manifest(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], Non
     return plant
 
 
+def in_source(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
+    return in_manifest(lambda manifest: change(manifest["accounting"]["by_source"][0]))
+
+
+def more_tokens(manifest: dict[str, Any]) -> None:
+    """The same in all places but the epochs."""
+    manifest["accounting"]["by_source"][0].update(weight=1, clean_tokens=10)
+    manifest["accounting"]["clean_tokens"] = 10
+
+
+def edit_rejects(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
+    def plant(folder: Path) -> None:
+        rows = [json.loads(line) for line in (folder / "rejects.jsonl").read_text().splitlines()]
+        change(rows[0])
+        (folder / "rejects.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    return plant
+
+
 def flip(name: str, at: int) -> Callable[[Path], None]:
     def plant(folder: Path) -> None:
         data = bytearray((folder / name).read_bytes())
@@ -216,6 +236,13 @@ PLANTED: list[tuple[str, str, Callable[[Path], None]]] = [
     ("another repeat in the manifest", "blocks", in_manifest(lambda m: m.update(repeat=2))),
     ("another row length in the manifest", "lengths", in_manifest(lambda m: m.update(row_length=900))),
     ("a row that is accounted for twice", "accounting", in_manifest(lambda m: m["accounting"].update(packed=99))),
+    ("tokens of a source that are counted twice", "accounting", in_source(lambda s: s.update(clean_tokens=9))),
+    ("a reason that no source has", "accounting", in_manifest(lambda m: m["accounting"]["dropped"].update(why=0))),
+    ("a pair of duplicates that is gone", "accounting", in_manifest(lambda m: m["duplicates"]["pairs"].clear())),
+    ("tokens that no document brought", "accounting", in_manifest(more_tokens)),
+    ("a document of one copy too many", "numbers", in_source(lambda s: s.update(weight=1.0))),
+    ("a reject of another source", "rejects", edit_rejects(lambda row: row.update(source="two"))),
+    ("a reject without a reason", "rejects", edit_rejects(lambda row: row.update(reason=""))),
     ("a reject that is gone", "rejects", lambda f: (f / "rejects.jsonl").write_text("")),
     ("a flipped bit of a token", "checksum", flip("epoch1.00000.rows.bin", 40)),
     ("a flipped bit of a layout", "checksum", flip("epoch0.00000.layout.bin", 5)),
@@ -244,7 +271,67 @@ def test_each_planted_corruption_is_found(
 
 
 def test_planted_rules_cover_every_rule() -> None:
-    assert {rule for _, rule, _ in PLANTED} == RULES.keys()
+    """Targets are not stored: `test_derived_targets_are_checked` has them."""
+    assert {rule for _, rule, _ in PLANTED} | {"targets"} == RULES.keys()
+
+
+def test_derived_targets_are_checked(config: BuildConfig) -> None:
+    facts = Facts.of(build(config, QUIET))
+    tokens, layout = PackedDataset(config.out).read(0, 0)
+    targets = slot_targets(tokens, layout, facts.eos)
+    assert list(check_targets(tokens, layout, targets, facts)) == []
+    for block in (0, len(layout.starts) - 1):
+        wrong = targets.copy()
+        wrong[1, block] = IGNORE if wrong[1, block] != IGNORE else 65
+        document = int(layout.doc_ids[layout.block_documents()[block]])
+        assert [(rule, number) for rule, number, _ in check_targets(tokens, layout, wrong, facts)] == [
+            ("targets", document)
+        ]
+
+
+def test_every_flipped_byte_is_found(config: BuildConfig) -> None:
+    """Of any file: a finding, or no dataset; never another error."""
+    build(config, QUIET)
+    rng = np.random.default_rng(0)
+    files = sorted(Path(config.out).iterdir())
+    assert len(files) == 10
+    for n in range(60):
+        file = files[n % len(files)]
+        whole = file.read_bytes()
+        data = bytearray(whole)
+        data[int(rng.integers(len(data)))] ^= 1 << int(rng.integers(8))
+        file.write_bytes(data)
+        try:
+            assert verify(config.out, QUIET), file
+        except DataError:
+            assert file.name == "manifest.json"
+        file.write_bytes(whole)
+    assert verify(config.out, QUIET) == []
+
+
+def test_layouts_of_random_numbers_are_findings(config: BuildConfig) -> None:
+    """With right checksums, so that the rules meet them."""
+    build(config, QUIET)
+    rng = np.random.default_rng(1)
+    tokens, layout = PackedDataset(config.out).read(0, 0)
+    facts = Facts.of(read_manifest(Path(config.out)))
+    for n in range(300):
+        ints, found = layout.to_ints(), tokens.copy()
+        ints[1 + int(rng.integers(len(ints) - 1))] += int(rng.choice([-1000, -1, 1, 7, 2**30]))
+        if n % 3 == 0:
+            found[int(rng.integers(len(found)))] = int(rng.choice([-5, 0, IM_START, IM_END, MASK, 2**31 - 1]))
+        try:
+            changed = RowLayout.from_ints(ints, D)
+        except ValueError:
+            continue
+        if changed.used == len(found):
+            slot_targets(found, changed, facts.eos)
+            assert list(check_row(found, changed, facts, 0))
+
+
+def test_a_dataset_of_another_maker_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="manifest lacks"):
+        verify(make_dataset(tmp_path / "other", rows=2), QUIET)
 
 
 def test_findings_are_the_same_with_two_workers(config: BuildConfig) -> None:

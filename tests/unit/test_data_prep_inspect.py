@@ -1,0 +1,246 @@
+"""`inspect` shows what a row holds, and nothing else."""
+
+import io
+import json
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece
+from rich.console import Console
+
+from data_prep.build import build
+from data_prep.config import BuildConfig, SourceConfig
+from data_prep.inspect import BLOCKS, EDGE, MARK, find_document, main, origin
+from data_prep.mask_picture import row_image, stretch_of
+from data_prep.token_text import open_text
+from data_prep.tokenizer import open_encoder
+from sdlm_megatron.data.format import PackedDataset
+from sdlm_megatron.diffusion.layout import IGNORE, RowLayout, row_targets
+from sdlm_megatron.diffusion.mask import visible, visible_row
+from sdlm_megatron.errors import DataError, run_cli
+from tests.byte_tokenizer import IM_END, write_folder
+
+QUIET = Console(quiet=True)
+ANSWER = "Größe: 漢字 🙂, then\ttwo\x1b[2J words."
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> BuildConfig:
+    rows = [
+        [
+            {"role": "user", "content": f"Question {i}?" + " please" * (80 if i == 2 else 1)},
+            {"role": "assistant", "content": ANSWER},
+            {"role": "function", "content": "tool"},
+            {"role": "assistant", "content": "x" * (1500 if i == 1 else 5)},
+        ]
+        for i in range(5)
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    return BuildConfig(
+        out=str(tmp_path / "out"),
+        tokenizer=str(write_folder(tmp_path / "base")),
+        sources=[
+            SourceConfig(name="one", path=str(path), limit=3),
+            SourceConfig(name="two", path=str(path), weight=1.6),
+        ],
+        max_document_length=4000,
+        row_length=4000,
+        epochs=2,
+    )
+
+
+def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    main(arguments)
+    return capsys.readouterr().out
+
+
+def test_a_row_is_shown_whole(config: BuildConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    build(config, QUIET)
+    dataset = PackedDataset(config.out)
+    fullest = max(range(dataset.rows(1)), key=lambda row: dataset.read(1, row)[1].n_docs)
+    tokens, layout = dataset.read(1, fullest)
+    assert layout.n_docs > 3
+    out = printed(capsys, config.out, "--epoch=1", f"--row={fullest}", "--all")
+    assert "\x1b" not in out, "a pipe gets plain text, and no text steers a terminal"
+    assert f"epoch 1, row {fullest} of {dataset.rows(1)}" in out
+    used = f"{layout.used:,} of 4,000 tokens"
+    assert f"{used} ({layout.used / 4000:.1%}): {layout.n_docs} documents, {layout.n_clean:,} clean tokens" in out
+    assert f"{(row_targets(tokens, layout, IM_END) != IGNORE).sum():,} targets" in out
+    sections = re.split(r"\ndocument (?=\d+ \()", out)[1:]
+    assert [int(section.split()[0]) for section in sections] == layout.doc_ids.tolist()
+    for section, n_blocks in zip(sections, layout.n_blocks.tolist(), strict=True):
+        assert section.count("\n  block at ") == n_blocks
+        assert section.count(MARK) == n_blocks + 1  # and where it is explained
+        text = section.replace(MARK, "")
+        assert "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\nQuestion " in text
+        assert re.search(
+            r"\|>assistant\nGröße: 漢字 🙂, then +two␛\[2J words\.<\|im_end\|>\n<\|im_start\|>function", text
+        )
+    short = printed(capsys, config.out, "--epoch=1", f"--row={fullest}")
+    assert short.count("\ndocument ") == 3 and f"… {layout.n_docs - 3} more documents" in short
+
+
+def test_blocks_show_what_training_derives(config: BuildConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    build(config, QUIET)
+    tokens, layout = PackedDataset(config.out).read(0, 0)
+    targets = row_targets(tokens, layout, IM_END)[layout.n_clean :].reshape(-1, 4)
+    anchors = tokens[layout.n_clean :: 4]
+    shutil.rmtree(config.tokenizer)  # ids are shown then
+    out = printed(capsys, config.out, "--all")
+    assert f"token ids are shown, not text: {config.tokenizer} is not there any more" in out
+    lines = re.findall(r"  block at +(\d+)  (\d+)␣ ▢ ▢ ▢  →  (.*)", out)
+    assert [int(start) for start, _, _ in lines] == layout.starts.tolist()
+    assert [int(token) for _, token, _ in lines] == anchors.tolist()
+    for (_, _, shown), wanted in zip(lines, targets.tolist(), strict=True):
+        assert [IGNORE if word == "–" else int(word[:-1]) for word in shown.split(" | ")] == wanted
+
+
+def test_long_documents_are_abbreviated(config: BuildConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    build(config, QUIET)
+    dataset = PackedDataset(config.out)
+    found = printed(capsys, config.out, "--document=1")
+    row = find_document(dataset, 0, 1)
+    layout = dataset.read(0, row)[1]
+    at = layout.doc_ids.tolist().index(1)
+    assert "document 1 (" in found and "row 1 of one" in found
+    assert found.count("\ndocument ") == 1
+    assert found.count("  block at ") == BLOCKS
+    assert f"… {layout.n_blocks[at] - BLOCKS} more blocks (--all shows them)" in found
+    text = found.split("anchors\n\n")[1].split("\n\n  block at")[0].replace(MARK, "")
+    assert text.startswith("<|im_start|>system") and text.endswith("x" * (EDGE - 20) + "<|im_end|>"), text
+    whole = printed(capsys, config.out, "--document=1", "--all")
+    assert "left out" not in whole and "more blocks" not in whole and "x" * 1490 in whole.replace(MARK, "")
+    left_out = re.findall(r" … ([\d,]+) tokens left out \(--all\) … ", found)
+    shown = re.sub(r" … [^…]* … |<.im_(start|end).>|␛| +(?=two)", lambda m: "_" * ("…" not in m[0]), text)
+    assert left_out  # and of the rest each byte is a token; the last newline ends the line here
+    assert len(shown.encode()) + 1 == layout.clean_lens[at] - sum(int(n.replace(",", "")) for n in left_out)
+
+
+def test_origin_of_documents(config: BuildConfig) -> None:
+    manifest = build(config, QUIET)
+    assert origin(2, manifest) == "row 2 of one"
+    assert origin(3, manifest) == "row 0 of two, copy 1 of 2"
+    assert origin(12, manifest) == "row 4 of two, copy 2 of 2"
+    assert origin(13, manifest) == "of no known source"
+
+
+def test_what_is_not_there_is_said(config: BuildConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    build(config, QUIET)
+    for arguments, message in (
+        (["--row=99"], "no row 99"),
+        (["--row=-1"], "no row -1"),
+        (["--epoch=2"], "no epoch 2"),
+        (["--document=77"], "epoch 0 has no document 77"),
+        (["--document=77", "--row=0"], "the row holds no document 77"),
+        (["--tokenizer=nowhere"], ""),
+    ):
+        if not message:
+            assert "token ids are shown, not text: nowhere" in printed(capsys, config.out, *arguments)
+            continue
+        with pytest.raises(SystemExit) as exit_:
+            run_cli(main, [config.out, *arguments])
+        assert exit_.value.code == 2
+        assert message in capsys.readouterr().err
+    other = write_folder(Path(config.out).parent / "other", "<more>")
+    assert "is not the tokenizer of this dataset" in printed(capsys, config.out, f"--tokenizer={other}")
+    with pytest.raises(DataError):
+        main([config.out + "x"])
+
+
+def test_the_mask_in_letters_is_the_mask(config: BuildConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    build(config, QUIET)
+    out = printed(capsys, config.out, "--row=0")
+    layout = PackedDataset(config.out).read(0, 0)[1]
+    starts, length = layout.starts[: layout.n_blocks[0]], int(layout.clean_lens[0])
+    stretch = stretch_of(length, starts, 4)
+    seen = visible(length, starts, block_size=4)
+    first = starts.tolist().index(int(stretch.starts[0]))
+    index = [*range(stretch.low, stretch.high), *(length + 4 * first + np.arange(4 * len(stretch.starts))).tolist()]
+    np.testing.assert_array_equal(stretch.kinds > 0, seen[np.ix_(index, index)])
+    drawn = re.findall(r"^(?:block )?\d+.*?  ([█░▓·]+)  ([█░▓· ]+)$", out, re.M)
+    letters = ["".join(line).replace(" ", "") for line in drawn]
+    assert letters == ["".join("·█░▓"[kind] for kind in row) for row in stretch.kinds.tolist()]
+
+
+def layout_of(lengths: list[int], starts: list[list[int]]) -> RowLayout:
+    return RowLayout(
+        np.arange(len(lengths), dtype=np.int32),
+        np.array(lengths, dtype=np.int32),
+        np.array([len(s) for s in starts], dtype=np.int32),
+        np.array([start for own in starts for start in own], dtype=np.int32),
+        4,
+    )
+
+
+def test_the_picture_shows_the_mask() -> None:
+    layout = layout_of([9, 12], [[2, 3, 6], [5, 8]])
+    image = row_image(layout, 100)
+    colours, kinds = np.unique(image.reshape(-1, 3).round(6), axis=0, return_inverse=True)
+    assert image.shape == (layout.used, layout.used, 3) and len(colours) == 4
+    kinds = kinds.reshape(image.shape[:2])
+    unseen = kinds[0, -1]
+    np.testing.assert_array_equal(kinds != unseen, visible_row(layout, layout.used))
+    n = layout.n_clean
+    assert len({int(part[part != unseen][0]) for part in (kinds[:n, :n], kinds[n:, :n], kinds[n:, n:])}) == 3
+
+
+def test_a_shrunk_picture_has_the_mean_of_the_mask() -> None:
+    layout = layout_of([40, 24], [[], []])
+    small, large = row_image(layout, 16), row_image(layout, 64)
+    np.testing.assert_allclose(small, large.reshape(16, 4, 16, 4, 3).mean(axis=(1, 3)))
+
+
+def test_a_picture_is_written(config: BuildConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    build(replace(config, trim=0.2), QUIET)
+    out = printed(capsys, config.out, f"--save={tmp_path / 'mask.png'}")
+    assert f"the mask of the row: {tmp_path / 'mask.png'}" in out
+    assert (tmp_path / "mask.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.mark.filterwarnings("error")
+def test_text_that_would_upset_the_picture(config: BuildConfig, tmp_path: Path) -> None:
+    path = tmp_path / "odd.jsonl"
+    turns = [{"role": "user", "content": "$x^2$ $\\frac{"}, {"role": "assistant", "content": "漢$\x00\\bad{$🙂 $$" * 3}]
+    path.write_text(json.dumps({"messages": turns}) + "\n")
+    build(replace(config, sources=[SourceConfig(name="odd", path=str(path))]), QUIET)
+    main([config.out, f"--save={tmp_path / 'mask.png'}"])
+    assert (tmp_path / "mask.png").stat().st_size > 10_000
+
+
+def test_texts_of_tokens(tmp_path: Path) -> None:
+    """Joined they are the text; the tokens of one character give one string and empty ones; unknown ids are named."""
+    text_of = open_text(write_folder(tmp_path / "base"))
+    data = "aé漢🙂\n".encode()
+    assert text_of(list(data)) == ["a", "", "é", "", "", "漢", "", "", "", "🙂", "\n"]
+    assert text_of([97, 0xC3, 98]) == ["a", "", "�b"]
+    assert text_of([97, 0xF0, 0x9F]) == ["a", "", "�"]
+    assert text_of([258, 260, -1, 97]) == ["<|im_end|>", "<id 260>", "<id -1>", "a"]
+    assert text_of([]) == []
+
+
+def test_texts_of_a_sentencepiece_model(tmp_path: Path) -> None:
+    text = ["the quick brown fox jumps", "over the lazy dog", "a document of many words", "blocks of four tokens"] * 20
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(text),
+        model_writer=model,
+        vocab_size=330,
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
+    (tmp_path / "tokenizer.model").write_bytes(model.getvalue())
+    size = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()).GetPieceSize()
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<|im_start|>": size, "<|im_end|>": size + 1}))
+    encoder, text_of = open_encoder(tmp_path), open_text(tmp_path)
+    ids = encoder.encode_batch([" the quick dog\n漢🙂"])[0]
+    texts = text_of([size, *ids, size + 1])
+    assert "".join(texts) == "<|im_start|> the quick dog\n漢🙂<|im_end|>"
+    assert texts[1] != "" and texts[-2] == "🙂" and texts[-5:-2] == ["", "", ""]

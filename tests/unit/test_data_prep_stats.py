@@ -1,0 +1,152 @@
+"""The page of `stats`: its numbers are those of the dataset, its figures are in it."""
+
+import base64
+import html
+import json
+import re
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from helpers import make_dataset
+from rich.console import Console
+
+from data_prep.build import build
+from data_prep.chat import render
+from data_prep.config import BuildConfig, SourceConfig
+from data_prep.stats import main, take_sample, write_stats
+from data_prep.tokenizer import TextTokenizer
+from sdlm_megatron.data.format import PackedDataset
+from sdlm_megatron.errors import DataError, run_cli
+from tests.byte_tokenizer import write_folder
+
+QUIET = Console(quiet=True)
+
+
+def conversation(i: int) -> dict[str, Any]:
+    return {
+        "messages": [
+            {"role": "user", "content": f"Question {i}?"},
+            {"role": "assistant", "content": "answer " * (1 + i % 17) + "<|im_end|>" * (i == 4)},
+        ]
+    }
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> BuildConfig:
+    rows = [conversation(i) for i in range(60)]
+    sources = []
+    for name, content in (
+        ("<one> & only", [*rows, {"messages": []}, 7]),
+        ("two", [*rows[:9], {"messages": [rows[0]["messages"][0]]}]),
+    ):
+        path = tmp_path / f"rows{len(sources)}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in content))
+        sources.append(SourceConfig(name=name, path=str(path), weight=1 + len(sources), licence="CC $x_1$"))
+    return BuildConfig(
+        out=str(tmp_path / "out"),
+        tokenizer=str(write_folder(tmp_path / "base")),
+        sources=sources,
+        max_document_length=700,
+        row_length=700,
+        epochs=2,
+    )
+
+
+def sections(page: str) -> dict[str, str]:
+    """Title -> text of each section, cells parted by single spaces."""
+    found = {}
+    for part in page.split("<section>")[1:]:
+        title = re.search(r"<h2>(.*?)</h2>", part)
+        text = re.sub(r"<figure>.*?</figure>|<h2>.*?</h2>", " ", part)
+        found[title[1] if title else ""] = " ".join(html.unescape(re.sub(r"<[^>]*>", " ", text)).split())
+    return found
+
+
+def test_the_page_says_what_the_dataset_holds(config: BuildConfig, tmp_path: Path) -> None:
+    manifest = build(config, QUIET)
+    sample = write_stats(config.out, tmp_path / "stats.html", QUIET)
+    page = (tmp_path / "stats.html").read_text()
+    found = sections(page)
+    counts = manifest["counts"]
+    rows = sum(epoch["rows"] for epoch in counts)
+    assert f"2 epochs {rows} rows of 700 tokens {2 * (60 + 18)} documents" in found[""]
+    filled = sum(epoch["clean"] + epoch["block"] for epoch in counts) / (700 * rows)
+    assert f"{filled:.2%} of the rows is filled" in found[""]
+    outcomes = found["What became of the input rows"]
+    assert "<one> & only 62 60 0 0 2 two 10 9 0 1 0 all 72 69 0 1 2" in outcomes
+    assert "no assistant turn 1 rejected: no conversation (reasons in rejects.jsonl) 2" in outcomes
+    assert "texts that spell a special token (encoded as text) 2" in outcomes
+    one, two = (entry["clean_tokens"] * entry["weight"] for entry in manifest["accounting"]["by_source"])
+    assert sample.clean.sum() == one + two
+    assert re.search(
+        rf"<one> & only 1 {one / 1e3:.3g}k .* two 2 {two / 1e3:.3g}k", found["Tokens of each source, in one epoch"]
+    )
+    assert "9 documents equal an earlier one, token for token; they were kept." in found["Duplicates"]
+    assert "two <one> & only 9" in found["Duplicates"]
+    slots = np.sum([epoch["slots"] for epoch in counts], axis=0)
+    assert (
+        f"1 (next token) {slots[0]:,} 100.00% 2 {slots[1]:,} {slots[1] / slots[0]:.2%}" in found["Targets of each slot"]
+    )
+    for key, value in (("row_length", "700"), ("seed", "42"), ("duplicates", "keep"), ("mask_token_id", "260")):
+        assert f" {key} {value} " in found["Settings"]
+    assert "two messages" in found["Settings"] and "CC $x_1$" in found["Settings"]
+
+
+def test_lengths_and_anchors_are_those_of_the_documents(config: BuildConfig) -> None:
+    build(config, QUIET)
+    sample = take_sample(PackedDataset(config.out), 10**6, QUIET)
+    encoder = TextTokenizer.from_folder(config.tokenizer)
+    documents = [render(conversation(i), encoder) for i in [*range(60), *range(9), *range(9)]]
+    assert sorted(sample.clean.tolist()) == sorted(len(document.input_ids) for document in documents)
+    assert sorted(sample.anchors.tolist()) == sorted(len(document.anchors) for document in documents)
+    assert sorted(sample.blocks.tolist()) == sorted(3 * len(document.anchors) // 4 for document in documents)
+    assert sample.documents.sum() == 78
+    assert (sample.used.sum() - sample.clean.sum()) == 4 * sample.blocks.sum()
+
+
+def test_a_large_dataset_is_sampled_and_the_page_says_so(config: BuildConfig, tmp_path: Path) -> None:
+    build(config, QUIET)
+    dataset = PackedDataset(config.out)
+    sample = write_stats(config.out, tmp_path / "few.html", QUIET, rows=3)
+    last = dataset.rows(0) - 1
+    used = [dataset.read(0, row)[1].used for row in (0, last // 2, last)]
+    assert sample.used.tolist() == used
+    page = (tmp_path / "few.html").read_text()
+    assert f"From 3 of {last + 1} rows of the first epoch ({len(sample.clean)} documents)." in page
+    write_stats(config.out, tmp_path / "all.html", QUIET)
+    assert "From all rows of the first epoch (78 documents)." in (tmp_path / "all.html").read_text()
+
+
+def test_the_page_needs_no_other_file(config: BuildConfig, tmp_path: Path) -> None:
+    build(config, QUIET)
+    for name in ("a", "b"):
+        write_stats(config.out, tmp_path / name, QUIET)
+    page = (tmp_path / "a").read_text()
+    assert page == (tmp_path / "b").read_text()
+    assert not re.search(r"(?:src|href)=\"(?!data:)|@import|url\(|<script", page)
+    figures = re.findall(r'src="data:image/svg\+xml;base64,([^"]+)"', page)
+    assert len(figures) == 4
+    for figure in figures:
+        texts = [
+            t.text for t in ElementTree.fromstring(base64.b64decode(figure)).iter("{http://www.w3.org/2000/svg}text")
+        ]
+        assert len(texts) > 5
+    assert "<one> & only" in "".join(base64.b64decode(figures[0]).decode()).replace("&lt;", "<").replace(
+        "&gt;", ">"
+    ).replace("&amp;", "&")
+
+
+def test_command_line(config: BuildConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    build(config, QUIET)
+    main([config.out, f"--out={tmp_path / 'page.html'}"])
+    assert (tmp_path / "page.html").is_file()
+    assert "the rest exact" in " ".join(capsys.readouterr().out.split())
+    for arguments in ([config.out + "x"], [config.out, "--rows=0"]):
+        with pytest.raises(SystemExit) as exit_:
+            run_cli(main, arguments)
+        assert exit_.value.code == 2
+    with pytest.raises(DataError, match="nothing of the input rows"):
+        write_stats(make_dataset(tmp_path / "other", rows=2), tmp_path / "page.html", QUIET)
