@@ -257,7 +257,7 @@ def _tokenize(job: _Job, numbers: Sequence[int], console: Console, workers: int)
     with track("tokenize", sum(_rows(job.units[i]) for i in todo), "rows", console) as advance:
         for number, result in work_on(todo, _Tokenizing, (job,), workers):
             if result is not None:
-                advance(_rows(job.units[number]), result.tokens)
+                advance(result.rows, result.tokens, _rows(job.units[number]))
     if any(job.result(number) is None for number in todo):
         console.print(
             f"the fast tokenizer gave other ids: {job.distrust.read_text()}\nwhat it did is tokenized again without it",
@@ -291,8 +291,9 @@ class _Writing:
 def _finish(job: _Job, console: Console, workers: int) -> dict[str, Any]:
     """Stages two and three, and the manifest."""
     results = [result for i in range(len(job.units)) if (result := job.result(i)) is not None]
-    n_documents = sum(result.documents for result in results) * job.config.epochs
-    with track("pack", n_documents, "documents", console) as advance:
+    weights = [job.sources[unit.source].weight for unit in job.units]
+    n_documents = sum(result.documents * weight for result, weight in zip(results, weights, strict=True))
+    with track("pack", n_documents * job.config.epochs, "documents", console) as advance:
         found = make_plan(job.config, job.sources, job.units, results, job.work, advance)
     parts = cut_parts(job.config, found)
     if not all(found.rows):

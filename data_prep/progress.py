@@ -10,9 +10,10 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 
 class Advance(Protocol):
-    """Reports that `n` more things are done, which held `tokens` tokens."""
+    """Reports that `n` more things are done, which held `tokens` tokens. Where the total was an estimate: it counted
+    `expected` for them."""
 
-    def __call__(self, n: float = 1, tokens: int = 0) -> None: ...
+    def __call__(self, n: float = 1, tokens: int = 0, expected: float | None = None) -> None: ...
 
 
 LINE_EVERY = 5.0
@@ -26,6 +27,10 @@ class _Meter:
         self.title, self.total, self.unit = title, total, unit
         self.start = time.monotonic()
         self.done, self.tokens = 0.0, 0
+
+    def advance(self, n: float, tokens: int, expected: float | None) -> None:
+        self.done, self.tokens = self.done + n, self.tokens + tokens
+        self.total += 0 if expected is None else n - expected
 
     def __str__(self) -> str:
         seconds = max(time.monotonic() - self.start, 1e-9)
@@ -48,9 +53,9 @@ def track(title: str, total: float, unit: str, console: Console) -> Iterator[Adv
     with Progress(*columns, TimeElapsedColumn(), console=console) as bar:
         task = bar.add_task(title, total=total, state="")
 
-        def advance(n: float = 1, tokens: int = 0) -> None:
-            meter.done, meter.tokens = meter.done + n, meter.tokens + tokens
-            bar.update(task, completed=meter.done, state=str(meter))
+        def advance(n: float = 1, tokens: int = 0, expected: float | None = None) -> None:
+            meter.advance(n, tokens, expected)
+            bar.update(task, completed=meter.done, total=meter.total, state=str(meter))
 
         yield advance
 
@@ -58,9 +63,9 @@ def track(title: str, total: float, unit: str, console: Console) -> Iterator[Adv
 def _lines(meter: _Meter, console: Console) -> Advance:
     shown = meter.start
 
-    def advance(n: float = 1, tokens: int = 0) -> None:
+    def advance(n: float = 1, tokens: int = 0, expected: float | None = None) -> None:
         nonlocal shown
-        meter.done, meter.tokens = meter.done + n, meter.tokens + tokens
+        meter.advance(n, tokens, expected)
         now = time.monotonic()
         if now - shown >= LINE_EVERY or (meter.done >= meter.total and n):
             shown = now

@@ -130,7 +130,11 @@ def dry_run(config: BuildConfig, console: Console) -> None:
         f"({config.epochs} epoch(s)), {_free(config.out) / 1e9:.0f} GB are free",
         highlight=False,
     )
-    state = "exists already: the build would refuse" if Path(config.out).exists() else "would be created"
+    state = "would be created"
+    if Path(config.out).exists():
+        state = "exists already: the build would refuse, if it is not this very dataset"
+    elif Path(config.out).with_name(Path(config.out).name + ".partial").exists():
+        state = "was begun: the build would go on"
     console.print(f"{config.out} {state}", highlight=False)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sdlm_megatron.config.schema import RunConfig
@@ -32,8 +32,13 @@ def load_config(schema: type[T], source: str, overrides: Sequence[str] = (), pre
         merged = _merge(merged, OmegaConf.create(content), file)
     for override in overrides:
         key, value = _split_override(override)
-        _check_keys(schema, _nested(key, value), f"the command line, {override}")
-        merged = _merge(merged, OmegaConf.create(_nested(key, value)), f"the command line, {override}")
+        where = f"the command line, {override}"
+        head, _, rest = key.partition(".")
+        if rest and head in merged and isinstance(merged[head], ListConfig):
+            _set_entry(merged[head], head, rest, value, where)
+            continue
+        _check_keys(schema, _nested(key, value), where)
+        merged = _merge(merged, OmegaConf.create(_nested(key, value)), where)
     return cast(T, OmegaConf.to_object(merged))
 
 
@@ -48,6 +53,7 @@ def parse_cli(
 ) -> tuple[T, argparse.Namespace]:
     """Command line of a program: --config, --print-config, dotted overrides, and what `extra` adds.
 
+    An entry of a list is set by its name or number: `--sources.smoltalk.path=FOLDER`.
     `--print-config` prints the resolved configuration and exits.
     """
     names = ", ".join(preset_names(presets)) if presets else ""
@@ -179,6 +185,22 @@ def _nearest(schema: Any, key: str, head: str) -> str:
     sections = [f"{head}{f.name}" for f in fields(schema)]
     same = [k for k in settings if k.rsplit(".", 1)[-1] == key]
     return (same or difflib.get_close_matches(f"{head}{key}", [*settings, *sections], 1, 0.4) or [""])[0]
+
+
+def _set_entry(entries: ListConfig, head: str, rest: str, value: Any, where: str) -> None:
+    """Sets a setting of one entry of a list: `rest` is NAME.KEY or NUMBER.KEY."""
+    entry, _, key = rest.partition(".")
+    names = [str(item.get("name", i)) for i, item in enumerate(entries)]
+    if entry not in names and not (entry.isdigit() and int(entry) < len(names)):
+        near = difflib.get_close_matches(entry, names, 1)
+        fix = f"did you mean {head}.{near[0]}?" if near else f"known here: {', '.join(names) or 'none'}"
+        raise ConfigError(f"{head} has no entry {entry}", where, fix)
+    if not key:
+        raise ConfigError(f"{head}.{entry} is a section, not a value", where, f"write {head}.{entry}.NAME=VALUE")
+    number = names.index(entry) if entry in names else int(entry)
+    schema = OmegaConf.get_type(entries[number])
+    _check_keys(schema, _nested(key, value), where, f"{head}.{entry}.")
+    entries[number] = _merge(entries[number], OmegaConf.create(_nested(key, value)), where)
 
 
 def _merge(base: DictConfig, new: DictConfig, where: str) -> DictConfig:

@@ -303,6 +303,28 @@ def test_a_full_disk_is_said_and_the_same_command_goes_on(
     assert PackedDataset(config.out).rows(0) > 0
 
 
+def test_one_source_is_set_on_the_command_line() -> None:
+    base = ["--out=o", "--tokenizer=t"]
+    given = ["--sources.smoltalk.path=copies/smoltalk", "--sources.smoltalk.hub=", "--sources.0.weight=0.5"]
+    config = load_config(BuildConfig, "mixture_3p5m", [*base, *given], PRESETS)
+    check(config)
+    assert [(s.path, s.hub, s.weight) for s in config.sources[:2]] == [
+        ("", "dyyyyyyyy/ScaleQuest-Math", 0.5),
+        ("copies/smoltalk", "", 1.0),
+    ]
+    for wrong, said in (
+        ("--sources.smoltak.path=x", "did you mean sources.smoltalk?"),
+        ("--sources.12.path=x", "known here: scalequest-math"),
+        ("--sources.smoltalk.pth=x", "sources.smoltalk.path"),
+        ("--sources.smoltalk=x", "write sources.smoltalk.NAME=VALUE"),
+        ("--sources.smoltalk.weight=much", "weight"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            load_config(BuildConfig, "mixture_3p5m", [*base, wrong], PRESETS)
+        assert said in str(caught.value)
+        assert wrong in caught.value.where
+
+
 def test_counts_are_shown_short() -> None:
     shown = [short(n) for n in (0, 950, 12_345, 999_400, 999_999, 2_926_800, 2_322_943_969)]
     assert shown == ["0", "950", "12.3k", "999k", "1000k", "2.93M", "2.32G"]
@@ -317,11 +339,12 @@ def test_a_lost_row_is_noticed() -> None:
 def test_progress_shows_how_far_it_is_and_an_eta(terminal: bool, capsys: pytest.CaptureFixture[str]) -> None:
     console = Console(force_terminal=terminal, width=120)
     with track("tokenize", 10, "rows", console) as advance:
-        advance(4)
-        advance(6)
+        advance(4, 100)
+        advance(8, 200, expected=6)
     out = capsys.readouterr().out
     assert "tokenize" in out
-    assert "10/10" in out
+    assert "12/12" in out
+    assert "M tokens/s" in out
     assert "ETA" in out
 
 
