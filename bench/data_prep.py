@@ -3,7 +3,8 @@
 - the bare tokenizers: what tokenizing alone costs;
 - the reference's processing of one sample (a checkout of OpenGVLab/SDLM, with `--reference`), in memory, with the fast
   tokenizer; reading, padding and collating, which it does too, are left out;
-- ours, from the JSONL file to the dataset on the disk, in one process.
+- ours, from the JSONL file to the dataset on the disk, in one process; a second build, with timers in it, says where
+  the time goes.
 
 The text is real: documentation and source code that lie beside every Python installation, cut into conversations with
 the mixture's lengths.
@@ -18,18 +19,23 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
+from data_prep import documents, readers
 from data_prep.build import build
 from data_prep.config import BuildConfig, SourceConfig
-from data_prep.tokenizer import TextTokenizer, open_encoder
+from data_prep.tokenizer import FastTokenizer, TextTokenizer, open_encoder
+from sdlm_megatron.data import format as data_format
+from sdlm_megatron.data.indexed import IndexedWriter
 
 QUIET = Console(quiet=True)
 SUFFIXES = (".py", ".md", ".rst", ".txt", ".json", ".html", ".c", ".h", ".pyi")
@@ -109,8 +115,39 @@ def reference(folder: Path, tokenizer: Path, rows: list[dict[str, Any]]) -> dict
     return {"clean": clean, "seconds": seconds, "tokenizing": spent, "samples": len(rows)}
 
 
+@contextlib.contextmanager
+def watched(spent: dict[str, float]) -> Iterator[None]:
+    """Adds up, for a build in this process, the CPU seconds in reading, tokenizing, and checksums with writing."""
+
+    def timer(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **options: Any) -> Any:
+            seconds, result = timed(lambda: call(*args, **options))
+            spent[name] += seconds
+            return result
+
+        return run
+
+    def reading(*args: Any) -> Iterator[Any]:
+        rows = readers.read_unit(*args)
+        end = object()
+        while (row := timer("reading", lambda: next(rows, end))()) is not end:
+            yield row
+
+    with contextlib.ExitStack() as patches:
+        for owner, attribute, name in (
+            (FastTokenizer, "encode_flat", "tokenizing"),
+            (FastTokenizer, "spelled", "tokenizing"),
+            (IndexedWriter, "add_many", "disk"),
+            (IndexedWriter, "finish", "disk"),
+            (data_format, "_checksum", "disk"),
+        ):
+            patches.enter_context(patch.object(owner, attribute, timer(name, getattr(owner, attribute))))
+        patches.enter_context(patch.object(documents, "read_unit", reading))
+        yield
+
+
 def ours(tokenizer: Path, rows: list[dict[str, Any]], folder: Path) -> dict[str, float]:
-    """A build of one process, from the file to the dataset, and what of it is tokenizing."""
+    """A build of one process, from the file to the dataset, and where its time goes."""
     file = folder / "rows.jsonl"
     file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     source = SourceConfig(name="real", format="sharegpt", path=str(file))
@@ -123,8 +160,12 @@ def ours(tokenizer: Path, rows: list[dict[str, Any]], folder: Path) -> dict[str,
         sources=[SourceConfig(name="one", format="sharegpt", path=str(empty))],
     )
     start, _ = timed(lambda: build(nothing, QUIET))  # opens the tokenizer, which the next one finds open
+    spent = dict.fromkeys(("reading", "tokenizing", "disk"), 0.0)
+    with watched(spent):
+        build(replace(config, out=config.out + "2"), QUIET)
     seconds, manifest = timed(lambda: build(config, QUIET))
     return {
+        **spent,
         "clean": manifest["accounting"]["clean_tokens"],
         "seconds": seconds,
         "start": start,
@@ -145,26 +186,25 @@ def main() -> None:
     rows = conversations(args.rows)
     pieces = [f"{turn['from']}\n{turn['value']}" for row in rows for turn in row["conversations"]]
     few = max(1, args.rows // 10)
-    table = Table("", "M tokens/s", "us a sample", "of it not tokenizing", "samples", box=SIMPLE_HEAD)
+    columns = ("M tokens/s", "us a sample", "tokenizing", "reading", "checksums, disk", "the rest", "samples")
+    table = Table(Column("", no_wrap=True), *columns, box=SIMPLE_HEAD)
     encoder, slow = open_encoder(args.tokenizer), TextTokenizer.from_folder(args.tokenizer)
     chunks = [pieces[at : at + 1024] for at in range(0, len(pieces), 1024)]
     seconds, n = timed(lambda: sum(len(encoder.encode_flat(chunk)[0]) for chunk in chunks))
-    per_token = seconds / n
-    table.add_row(f"bare {encoder.backend}", f"{n / seconds / 1e6:.2f}", f"{seconds / len(rows) * 1e6:.0f}", "", "")
+    table.add_row(f"bare {encoder.backend}", f"{n / seconds / 1e6:.2f}", f"{seconds / len(rows) * 1e6:.0f}")
     part = chunks[: max(1, len(chunks) // 10)]
     seconds, n = timed(lambda: sum(len(slow.encode_flat(chunk)[0]) for chunk in part))
-    table.add_row(f"bare {slow.backend}", f"{n / seconds / 1e6:.2f}", "", "", "")
+    table.add_row(f"bare {slow.backend}", f"{n / seconds / 1e6:.2f}")
     theirs = reference(args.reference, args.tokenizer, rows[:few]) if args.reference else None
     if theirs:
-        rest = theirs["seconds"] - theirs["tokenizing"]
-        _row(table, "reference, in memory", theirs, rest)
+        _row(table, "reference, in memory", theirs)
     folder = Path(tempfile.mkdtemp(dir="."))
     try:
         found = ours(args.tokenizer, rows, folder)
     finally:
         shutil.rmtree(folder)
-    _row(table, "ours, file to dataset", found, found["seconds"] - found["clean"] * per_token)
-    console = Console(width=110)
+    _row(table, "ours, file to dataset", found)
+    console = Console(width=120)
     console.print(table)
     console.print(f"ours without the {found['start']:.1f} s it takes to open the tokenizer", highlight=False)
     if theirs:
@@ -172,10 +212,11 @@ def main() -> None:
         console.print(f"ours / reference: {ratio:.1f}x clean tokens a second", highlight=False)
 
 
-def _row(table: Table, name: str, found: dict[str, float], rest: float) -> None:
+def _row(table: Table, name: str, found: dict[str, float]) -> None:
     each = 1e6 / found["samples"]
-    speed = f"{found['clean'] / found['seconds'] / 1e6:.2f}"
-    table.add_row(name, speed, f"{found['seconds'] * each:.0f}", f"{rest * each:.0f}", f"{found['samples']:,.0f}")
+    parts = [found.get(part, 0.0) for part in ("tokenizing", "reading", "disk")]
+    cells = [f"{seconds * each:.0f}" for seconds in (found["seconds"], *parts, found["seconds"] - sum(parts))]
+    table.add_row(name, f"{found['clean'] / found['seconds'] / 1e6:.2f}", *cells, f"{found['samples']:,.0f}")
 
 
 if __name__ == "__main__":
