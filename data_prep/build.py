@@ -68,15 +68,7 @@ def build(config: BuildConfig, console: Console | None = None, *, workers: int =
     """
     console = console or Console()
     check(config)
-    if manifest := _built(config):
-        console.print(f"{config.out} is built already, with these settings", highlight=False)
-        return manifest
-    job = _begin(config)
-    with _locked(job.work):
-        _tokenize(job, range(len(job.units)), console, workers)
-        manifest = _finish(job, console, workers)
-    report(manifest, config, console)
-    return manifest
+    return _built(config, console) or _complete(_begin(config), console, workers)
 
 
 def build_shard(config: BuildConfig, shard: Shard, console: Console | None = None, *, workers: int = 1) -> None:
@@ -84,6 +76,8 @@ def build_shard(config: BuildConfig, shard: Shard, console: Console | None = Non
     `build`."""
     console = console or Console()
     check(config)
+    if _built(config, console):
+        return
     job = _begin(config)
     mine = range(shard.number, len(job.units), shard.count)
     _tokenize(job, mine, console, workers)
@@ -93,7 +87,10 @@ def build_shard(config: BuildConfig, shard: Shard, console: Console | None = Non
 def merge(config: BuildConfig, console: Console | None = None, *, workers: int = 1) -> dict[str, Any]:
     """Makes the dataset from the work of all shards; DataError when some of it is missing. Arguments as for
     `build`."""
+    console = console or Console()
     check(config)
+    if manifest := _built(config, console):
+        return manifest
     job = _begin(config)
     if missing := [i for i in range(len(job.units)) if job.result(i) is None]:
         raise DataError(
@@ -101,7 +98,7 @@ def merge(config: BuildConfig, console: Console | None = None, *, workers: int =
             str(job.work),
             f"run the shards first; of N shards, number {missing[0]} modulo N has not finished",
         )
-    return build(config, console, workers=workers)
+    return _complete(job, console, workers)
 
 
 @dataclass(frozen=True)
@@ -130,7 +127,16 @@ class _Job:
         return None if doubtful else result
 
 
-def _built(config: BuildConfig) -> dict[str, Any] | None:
+def _complete(job: _Job, console: Console, workers: int) -> dict[str, Any]:
+    """Does what is left of a build."""
+    with _locked(job.work):
+        _tokenize(job, range(len(job.units)), console, workers)
+        manifest = _finish(job, console, workers)
+    report(manifest, job.config, console)
+    return manifest
+
+
+def _built(config: BuildConfig, console: Console) -> dict[str, Any] | None:
     """The manifest of `config.out` if this very build made it; None if there is nothing yet."""
     out = Path(config.out)
     if not out.exists():
@@ -143,6 +149,7 @@ def _built(config: BuildConfig) -> dict[str, Any] | None:
     if not same:
         raise DataError("the dataset folder exists already", config.out, "name another folder, or remove it")
     shutil.rmtree(out / "work", ignore_errors=True)  # killed between the last two steps
+    console.print(f"{config.out} is built already, with these settings", highlight=False)
     return manifest
 
 
@@ -253,10 +260,13 @@ def _tokenize(job: _Job, numbers: Sequence[int], console: Console, workers: int)
         console.print(f"{len(numbers) - len(todo)} of {len(numbers)} units are tokenized already", highlight=False)
     if not todo:
         return
-    console.print(_encoder_line(job), highlight=False)
+    encoders: set[str] = set()
     with track("tokenize", sum(_rows(job.units[i]) for i in todo), "rows", console) as advance:
         for number, result in work_on(todo, _Tokenizing, (job,), workers):
             if result is not None:
+                if result.encoder not in encoders:
+                    console.print(f"tokenizer: {result.encoder}", highlight=False)
+                    encoders.add(result.encoder)
                 advance(result.rows, result.tokens, _rows(job.units[number]))
     if any(job.result(number) is None for number in todo):
         console.print(
@@ -270,12 +280,6 @@ def _rows(unit: Unit) -> int:
     """Rows of a unit; of lines an estimate."""
     size = unit.stop - unit.start
     return max(1, size // ROW_BYTES) if unit.kind == LINES else size
-
-
-def _encoder_line(job: _Job) -> str:
-    open_it = _slow_encoder if job.distrust.exists() else _encoder
-    encoder = open_it(job.config.tokenizer, job.config.mask_token)
-    return f"tokenizer: {encoder.backend}" + (f" ({encoder.reason})" if encoder.reason else "")
 
 
 class _Writing:
@@ -321,8 +325,9 @@ def _seal(
     with open(rejects, "rb") as file:
         digest = {"bytes": rejects.stat().st_size, "sha256": file_digest(file, "sha256").hexdigest()}
     frame = frame_of(_encoder(job.config.tokenizer, job.config.mask_token))
+    wanted = {"work", "rejects.jsonl", *(name for info in infos for name in info.files)}
     for leftover in job.partial.iterdir():
-        if leftover.name not in {"work", "rejects.jsonl"} and leftover.name not in {n for i in infos for n in i.files}:
+        if leftover.name not in wanted:
             leftover.unlink()
     manifest = seal(
         job.partial,

@@ -25,7 +25,7 @@ from data_prep.chat import RenderedBatch, render_batch
 from data_prep.config import BuildConfig, SourceConfig
 from data_prep.readers import LINES, Unit, count_lines, read_unit
 from data_prep.sources import InputRow, Unreadable, conversation
-from data_prep.tokenizer import BulkEncoder
+from data_prep.tokenizer import BulkEncoder, describe
 from data_prep.truncate import FittedBatch, fit_batch
 from sdlm_megatron.errors import DataError
 from sdlm_megatron.files import write_json
@@ -66,7 +66,7 @@ class UnitResult:
     spelled: int = 0
     """Texts that spell a special token."""
     encoder: str = ""
-    """What tokenized it."""
+    """What tokenized it, and why it was not the fast one."""
     sizes: dict[str, int] = field(default_factory=dict)
     """Bytes of the other files."""
 
@@ -98,7 +98,7 @@ def tokenize_unit(
         while chunk := list(islice(rows, CHUNK)):
             _tokenize_chunk(config, source.format, chunk, encoder, writer)
         writer.result.lines = count_lines(unit) if unit.kind == LINES else 0
-        writer.result.encoder = encoder.backend
+        writer.result.encoder = describe(encoder)
         return writer.finish()
 
 

@@ -137,13 +137,12 @@ def find_duplicates(work: Path, n_units: int) -> None:
 
 def drop_duplicates(work: Path, numbering: Numbering) -> Numbering:
     """Takes the duplicates out of `index` (kept as `index.all`), in the same order."""
-    if not (work / "index.all").exists():
-        os.replace(work / "index", work / "index.all")
+    os.replace(work / "index", work / "index.all")
     index, first = load(work, "index.all", INDEX), load(work, "first", np.int64)
     documents = np.zeros(len(numbering.rows), dtype=np.int64)
     with open(work / "index.partial", "wb") as file:
         for at in range(0, len(index), BUCKET):
-            kept = index[at : at + BUCKET][first[at : at + BUCKET][: len(index) - at] < 0]
+            kept = index[at : at + BUCKET][first[at : at + BUCKET] < 0]
             documents += np.bincount(kept["source"], minlength=len(documents))
             file.write(kept.tobytes())
     os.replace(work / "index.partial", work / "index")
@@ -250,7 +249,6 @@ def make_plan(
     if file.exists():
         content = json.loads(file.read_text())
         return Plan(Numbering(**content.pop("numbering")), **content)
-    (work / "index.all").unlink(missing_ok=True)
     numbering = number_sources(sources, units, results)
     build_index(work, units, results, numbering)
     find_duplicates(work, len(units))

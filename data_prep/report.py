@@ -16,7 +16,7 @@ from data_prep.chat import render_batch
 from data_prep.config import BuildConfig, SourceConfig, check
 from data_prep.readers import LINES, Unit, plan, read_unit
 from data_prep.sources import conversation, expand
-from data_prep.tokenizer import BulkEncoder, open_encoder
+from data_prep.tokenizer import BulkEncoder, describe, open_encoder
 from data_prep.truncate import fit_batch
 from sdlm_megatron.data.tokenizer import special_token_id
 from sdlm_megatron.errors import DataError
@@ -124,7 +124,7 @@ def dry_run(config: BuildConfig, console: Console) -> None:
         f"{len(units)} units of work",
         highlight=False,
     )
-    console.print(f"tokenizer: {encoder.backend}; mask token {config.mask_token} = {mask}", highlight=False)
+    console.print(f"tokenizer: {describe(encoder)}; mask token {config.mask_token} = {mask}", highlight=False)
     console.print(
         f"disk: {work / 1e9:.2f} GB while it works and {final / 1e9:.2f} GB for the dataset "
         f"({config.epochs} epoch(s)), {_free(config.out) / 1e9:.0f} GB are free",

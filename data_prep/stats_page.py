@@ -2,7 +2,7 @@
 
 import base64
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Any
@@ -166,37 +166,33 @@ def _lengths(manifest: Mapping[str, Any], sample: Sample) -> Iterator[str]:
     limit = manifest["max_document_length"]
     edges = np.unique(np.geomspace(max(1, sample.clean.min()), max(limit, expanded.max()) + 1, 50).astype(np.int64))
     figure, axis = _figure(7.6, 3.2)
-    for values, colour, label in ((sample.clean, CLEAN, "clean"), (expanded, BLOCK, "with its blocks")):
-        heights, _ = np.histogram(values, edges)
-        axis.stairs(heights / len(values), edges, color=colour, fill=True, alpha=0.35)
-        axis.stairs(heights / len(values), edges, color=colour, label=label, linewidth=1.4)
     axis.axvline(limit, color=INK, linewidth=1, linestyle=":", label=f"limit: {limit:,}")
-    axis.set_xscale("log")
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-    axis.xaxis.set_minor_formatter(NullFormatter())
-    axis.yaxis.set_major_formatter(PercentFormatter(1.0))
-    axis.set_xlabel("tokens of a document", color=INK)
-    axis.set_ylabel("documents", color=INK)
-    axis.legend(frameon=False, fontsize=9, labelcolor=INK)
+    _shares(axis, edges, ((sample.clean, CLEAN, "clean"), (expanded, BLOCK, "with its blocks")), "tokens of a document")
     yield _picture(figure, "histogram of the lengths of documents")
     yield _quantiles([("clean tokens", sample.clean), ("with its blocks", expanded)])
     yield _source_of(sample)
 
 
-def _anchors(manifest: Mapping[str, Any], sample: Sample) -> Iterator[str]:
-    edges = np.unique(np.geomspace(1, max(2, sample.anchors.max()) + 1, 50).astype(np.int64))
-    figure, axis = _figure(7.6, 2.9)
-    for values, colour, label in ((sample.anchors, OTHER, "anchors"), (sample.blocks, BLOCK, "blocks")):
+def _shares(axis: Axes, edges: np.ndarray, series: Iterable[tuple[np.ndarray, str, str]], label: str) -> None:
+    """Histograms of (values, colour, name) over one logarithmic axis, as shares of the documents."""
+    for values, colour, name in series:
         heights, _ = np.histogram(values, edges)
         axis.stairs(heights / len(values), edges, color=colour, fill=True, alpha=0.35)
-        axis.stairs(heights / len(values), edges, color=colour, label=label, linewidth=1.4)
+        axis.stairs(heights / len(values), edges, color=colour, label=name, linewidth=1.4)
     axis.set_xscale("log")
     axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     axis.xaxis.set_minor_formatter(NullFormatter())
     axis.yaxis.set_major_formatter(PercentFormatter(1.0))
-    axis.set_xlabel("anchors, blocks of a document", color=INK)
+    axis.set_xlabel(label, color=INK)
     axis.set_ylabel("documents", color=INK)
     axis.legend(frameon=False, fontsize=9, labelcolor=INK)
+
+
+def _anchors(manifest: Mapping[str, Any], sample: Sample) -> Iterator[str]:
+    edges = np.unique(np.geomspace(1, max(2, sample.anchors.max()) + 1, 50).astype(np.int64))
+    figure, axis = _figure(7.6, 2.9)
+    series = ((sample.anchors, OTHER, "anchors"), (sample.blocks, BLOCK, "blocks"))
+    _shares(axis, edges, series, "anchors, blocks of a document")
     yield _picture(figure, "histogram of anchors and blocks a document")
     yield _quantiles([("anchors", sample.anchors), ("blocks", sample.blocks)])
     used = sample.blocks.sum() / max(1, sample.anchors.sum())

@@ -92,6 +92,11 @@ def open_encoder(folder: str | Path, mask_token: str = TEXT_MASK) -> BulkEncoder
     return encoder
 
 
+def describe(encoder: BulkEncoder) -> str:
+    """Which library encodes, and why it is not the fast one."""
+    return encoder.backend + (f" ({encoder.reason})" if encoder.reason else "")
+
+
 def _open(folder: str | Path, mask_token: str) -> BulkEncoder:
     if sentencepiece_file(folder):
         return PieceTokenizer(folder, mask_token)

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from sdlm_megatron.data.format import DatasetWriter
-from sdlm_megatron.diffusion.layout import block_count, draw_starts, pack_row
+from sdlm_megatron.data.format import PartWriter, seal
+from sdlm_megatron.diffusion.layout import RowLayout, block_count, draw_starts, pack_row
 
 REPO = Path(__file__).resolve().parent.parent
 MASK, EOS, PAD = 259, 258, 256
@@ -40,6 +40,19 @@ def random_document(rng: np.random.Generator, length: int) -> tuple[np.ndarray, 
     return ids, np.arange(length - answer - 1, length - 2, dtype=np.int32)
 
 
+def write_dataset(path: Path, meta: dict, epochs: list[list[tuple[np.ndarray, RowLayout]]], **extra: object) -> dict:
+    """Writes the rows of each epoch as one part; returns the manifest."""
+    partial = path.with_name(path.name + ".partial")
+    partial.mkdir(parents=True)
+    parts = []
+    for epoch, rows in enumerate(epochs):
+        writer = PartWriter(partial, epoch, 0, meta)
+        for row in rows:
+            writer.add(*row)
+        parts.append([writer.finish()])
+    return seal(partial, path, meta=meta, parts=parts, files={}, extra=extra)
+
+
 def make_dataset(
     path: Path,
     *,
@@ -65,20 +78,21 @@ def make_dataset(
         "seed": seed,
         "sources": [],
     }
-    with DatasetWriter(path, meta={**fields, **meta}, epochs=epochs) as writer:
-        for epoch in range(epochs):
-            document = 0
-            for _ in range(rows):
-                room, documents = row_length, []
-                while room >= 24:
-                    ids, anchors = random_document(rng, int(rng.integers(10, 18)))
-                    n = block_count(len(ids), len(anchors), room, block_size, 3)
-                    starts = draw_starts(anchors, n, seed=seed, epoch=epoch, document=document)
-                    documents.append((document, ids, starts))
-                    room -= len(ids) + n * block_size
-                    document += 1
-                writer.add(epoch, *pack_row(documents, block_size=block_size, mask_token_id=MASK))
-        writer.finish()
+    content = []
+    for epoch in range(epochs):
+        document = 0
+        content.append([])
+        for _ in range(rows):
+            room, documents = row_length, []
+            while room >= 24:
+                ids, anchors = random_document(rng, int(rng.integers(10, 18)))
+                n = block_count(len(ids), len(anchors), room, block_size, 3)
+                starts = draw_starts(anchors, n, seed=seed, epoch=epoch, document=document)
+                documents.append((document, ids, starts))
+                room -= len(ids) + n * block_size
+                document += 1
+            content[-1].append(pack_row(documents, block_size=block_size, mask_token_id=MASK))
+    write_dataset(path, {**fields, **meta}, content)
     return path
 
 

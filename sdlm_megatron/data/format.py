@@ -14,7 +14,6 @@ the row's tokens and layout, is compared whenever a row is read: a flipped bit n
 import hashlib
 import json
 import os
-import shutil
 import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -173,32 +172,12 @@ def seal(
         parts: of each epoch, its parts.
         files: other files of the folder, {name: {bytes, sha256}}.
         extra: more manifest fields.
-
-    Raises:
-        DataError: there is no row.
     """
-    manifest = make_manifest(meta=meta, parts=parts, files=files, extra=extra)
-    if not all(epoch["rows"] for epoch in manifest["counts"]):
-        raise DataError("no row to write: every document was dropped or rejected", str(path))
-    write_json(partial / "manifest.json", manifest)
-    rename_whole(partial, path)
-    return manifest
-
-
-def make_manifest(
-    *,
-    meta: dict[str, Any],
-    parts: Sequence[Sequence[PartInfo]],
-    files: dict[str, dict[str, Any]],
-    extra: dict[str, Any],
-) -> dict[str, Any]:
-    """The content of manifest.json; arguments as for `seal`."""
     counts = []
     for epoch in parts:
         counts.append(Counts(slots=[0] * meta["block_size"]))
         for part in epoch:
             counts[-1].add(part.counts)
-    rows, documents = sum(c.rows for c in counts), sum(c.documents for c in counts)
     manifest = {
         "format": FORMAT,
         "version": VERSION,
@@ -206,59 +185,21 @@ def make_manifest(
         "epochs": len(parts),
         "counts": [asdict(c) for c in counts],
         "part_rows": [[part.counts.rows for part in epoch] for epoch in parts],
-        "mean_documents_per_row": documents / max(rows, 1),
+        "mean_documents_per_row": sum(c.documents for c in counts) / sum(c.rows for c in counts),
         **extra,
         "files": {name: files[name] for name in sorted(files)}
         | {name: found for epoch in parts for part in epoch for name, found in sorted(part.files.items())},
     }
-    return manifest | {"checksum": manifest_checksum(manifest)}
+    manifest["checksum"] = manifest_checksum(manifest)
+    write_json(partial / "manifest.json", manifest)
+    rename_whole(partial, path)
+    return manifest
 
 
 def manifest_checksum(manifest: dict[str, Any]) -> str:
     """sha256 of a manifest's content, but for its field `checksum`."""
     content = {key: value for key, value in manifest.items() if key != "checksum"}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-class DatasetWriter:
-    """Writes a small dataset from one process, whole or not at all: into PATH.partial, renamed to PATH by `finish`.
-
-    Args:
-        path: folder to create; DataError if it exists.
-        meta: manifest fields, all of REQUIRED.
-        epochs: number of epochs that will be written, each as one part.
-    """
-
-    def __init__(self, path: str | os.PathLike, *, meta: dict[str, Any], epochs: int = 1) -> None:
-        self.path = Path(path)
-        if missing := [key for key in REQUIRED if key not in meta]:
-            raise ValueError(f"manifest fields missing: {missing}")
-        if self.path.exists():
-            raise DataError("the dataset folder exists already", str(self.path), "name another folder, or remove it")
-        self.partial = self.path.with_name(self.path.name + ".partial")
-        if self.partial.exists():
-            shutil.rmtree(self.partial)
-        self.partial.mkdir(parents=True)
-        self.meta = meta
-        self._parts = [PartWriter(self.partial, epoch, 0, meta) for epoch in range(epochs)]
-
-    def __enter__(self) -> "DatasetWriter":
-        return self
-
-    def __exit__(self, kind: object, error: object, trace: object) -> None:
-        if self.partial.exists():  # not finished: leave nothing behind
-            for part in self._parts:
-                part.abort()
-            shutil.rmtree(self.partial)
-
-    def add(self, epoch: int, tokens: np.ndarray, layout: RowLayout) -> None:
-        """Appends a row: tokens int32 (used,) and its layout."""
-        self._parts[epoch].add(tokens, layout)
-
-    def finish(self, extra: dict[str, Any] | None = None) -> dict[str, Any]:
-        """Closes the files, writes the manifest, renames the folder into place; returns the manifest."""
-        parts = [[part.finish()] for part in self._parts]
-        return seal(self.partial, self.path, meta=self.meta, parts=parts, files={}, extra=extra or {})
 
 
 class PartReader:

@@ -99,8 +99,8 @@ class PerDocument(RowAttention):
     def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
         """See RowAttention."""
         # One split each, not many slices: the gradient of a slice is a row of zeros as long as the whole.
-        out = list(q.split(self.sizes))
-        queries, keys, values = q.split(self.sizes), k.split(self.sizes), v.split(self.sizes)
+        queries, keys, values = (x.split(self.sizes) for x in (q, k, v))
+        out = list(queries)
         for piece in self.pieces:
             asked = [queries[piece.document]] if piece.clean_queries else []
             asked += _run(queries, piece.blocks)

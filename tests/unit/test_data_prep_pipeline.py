@@ -106,6 +106,10 @@ def test_shards_do_not_show_and_a_missing_one_is_named(config: BuildConfig) -> N
     assert "number 1 modulo N" in caught.value.fix
     build_shard(parts, Shard(1, 3), QUIET)
     assert merge(parts, QUIET) == first
+    # a job that is queued again finds nothing to do, and begins nothing
+    build_shard(parts, Shard(1, 3), QUIET)
+    assert merge(parts, QUIET) == first
+    assert not Path(parts.out + ".partial").exists()
 
 
 def test_killed_anywhere_it_goes_on_and_ends_the_same(config: BuildConfig, tmp_path: Path) -> None:

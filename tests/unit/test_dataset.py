@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import MASK, make_dataset
+from helpers import MASK, make_dataset, write_dataset
 
-from sdlm_megatron.data.format import DatasetWriter, PackedDataset, PartWriter
+from sdlm_megatron.data.format import PackedDataset, PartWriter
 from sdlm_megatron.data.indexed import IndexedReader, IndexedWriter
 from sdlm_megatron.data.order import locate, shuffled, shuffled_many, step_rows
 from sdlm_megatron.diffusion.layout import pack_row
@@ -43,9 +43,7 @@ def test_rows_come_back(tmp_path: Path) -> None:
         (4, np.arange(7, dtype=np.int32), np.array([], int)),
     ]
     tokens, layout = pack_row(documents, block_size=4, mask_token_id=MASK)
-    with DatasetWriter(tmp_path / "b", meta=meta) as writer:
-        writer.add(0, tokens, layout)
-        manifest = writer.finish({"note": "x"})
+    manifest = write_dataset(tmp_path / "b", meta, [[(tokens, layout)]], note="x")
     dataset = PackedDataset(tmp_path / "b")
     found, again = dataset.read(0, 0)
     del dataset
@@ -53,17 +51,6 @@ def test_rows_come_back(tmp_path: Path) -> None:
     np.testing.assert_array_equal(again.starts, layout.starts)
     assert manifest["counts"] == [{"rows": 1, "documents": 2, "clean": 27, "block": 8, "targets": 8, "slots": [2] * 4}]
     assert manifest["note"] == "x"
-
-
-def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
-    meta = json.loads((make_dataset(tmp_path / "a") / "manifest.json").read_text())
-    with pytest.raises(RuntimeError), DatasetWriter(tmp_path / "b", meta=meta):
-        raise RuntimeError
-    with pytest.raises(DataError, match="no row to write"), DatasetWriter(tmp_path / "b", meta=meta) as writer:
-        writer.finish()
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["a"]
-    with pytest.raises(DataError, match="exists already"):
-        DatasetWriter(tmp_path / "a", meta=meta)
 
 
 def _cut(name: str):
