@@ -230,7 +230,7 @@ def describe(config: RunConfig, plan: Plan, dataset: PackedDataset, dp_size: int
         f"{dataset.manifest['mean_documents_per_row']:.2f} documents a row, block size {dataset.block_size}",
         f"layout   TP {parallel.tensor} (sequence parallel {'on' if parallel.sequence else 'off'}) x PP "
         f"{parallel.pipeline} x DP {dp_size}, {config.train.precision}"
-        f"{', full recompute' if config.train.recompute else ''}",
+        f"{f', {config.train.recompute} recompute' if config.train.recompute != 'none' else ''}",
         f"step     {state.rows_per_step} rows = {micro_batches} micro-batches on each data-parallel rank"
         + (f" ({idle} of them empty: rows a step is no multiple of DP)" if idle else ""),
         f"length   {plan.steps} steps, {plan.total_rows} rows, learning rate {config.optimizer.lr:g} "

@@ -52,11 +52,20 @@ class ParallelConfig:
     tensor: int = 1
     """TP. KV heads fewer than TP are replicated."""
     pipeline: int = 1
-    """PP. num_layers must divide by it."""
+    """PP. num_layers must divide by it (by pipeline x virtual_pipeline)."""
+    virtual_pipeline: int = 1
+    """Model chunks of each stage: above 1 the interleaved schedule, with a bubble that many times smaller."""
     sequence: bool = False
     """Sequence parallelism: activations outside attention and MLP split over TP; needs tensor > 1."""
     distributed_optimizer: bool = True
     """Optimizer state and fp32 master weights split over data parallelism (ZeRO-1)."""
+    overlap_grad_reduce: bool = False
+    """Reduce gradients over data parallelism while the backward pass still runs."""
+    overlap_param_gather: bool = False
+    """Gather updated weights over data parallelism while the next forward pass runs; needs distributed_optimizer and
+    overlap_grad_reduce."""
+    overlap_tensor: bool = False
+    """Overlap the communication of tensor parallelism with the matrix products; needs TransformerEngine's layers."""
 
 
 @dataclass
@@ -106,8 +115,18 @@ class TrainConfig:
     attention: str = "auto"
     """auto (what is fastest here; the choice is printed) | per_document | decomposed | flex | dense (an S x S mask: for
     comparisons at small sizes)."""
-    recompute: bool = False
-    """Recompute every layer's forward in the backward: least memory, about 1/3 more FLOPs."""
+    layers: str = "auto"
+    """auto (TransformerEngine where it is installed and there is a GPU; the choice is printed) | megatron |
+    transformer_engine."""
+    fp8: str = "none"
+    """none | delayed | current (scaling of FP8 matrix products); needs TransformerEngine's layers."""
+    recompute: str = "none"
+    """none | selective (the norms' outputs again in the backward: nearly free) | full (a layer keeps its input only, and
+    runs forward again: least memory, about 1/3 more FLOPs)."""
+    recompute_layers: int = 0
+    """With recompute full: only the first so many layers of each model chunk; 0: all."""
+    logits_mb: int = 512
+    """Most memory of one chunk's logits, in MB on one GPU: the head and the loss take the label rows in chunks."""
     loss_normalization: str = "targets"
     """targets: mean over all targets of the global batch | rows: mean of the rows' means (the reference's weighing)."""
 

@@ -7,6 +7,9 @@ CHOICES = {
     "train.global_batch_unit": ("documents", "rows"),
     "train.precision": ("bf16", "fp32"),
     "train.attention": ("auto", "per_document", "decomposed", "flex", "dense"),
+    "train.layers": ("auto", "megatron", "transformer_engine"),
+    "train.fp8": ("none", "delayed", "current"),
+    "train.recompute": ("none", "selective", "full"),
     "train.loss_normalization": ("targets", "rows"),
     "schedule.style": ("constant", "linear", "cosine", "wsd"),
     "observe.wandb": ("disabled", "offline", "online"),
@@ -14,6 +17,8 @@ CHOICES = {
 POSITIVE = (
     "parallel.tensor",
     "parallel.pipeline",
+    "parallel.virtual_pipeline",
+    "train.logits_mb",
     "diffusion.block_size",
     "train.global_batch",
     "optimizer.lr",
@@ -22,6 +27,7 @@ POSITIVE = (
 NOT_NEGATIVE = (
     "train.steps",
     "train.stop_after",
+    "train.recompute_layers",
     "schedule.warmup_steps",
     "schedule.decay_steps",
     "optimizer.clip_grad",

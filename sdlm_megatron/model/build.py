@@ -10,7 +10,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn.functional import silu
 
-from sdlm_megatron.config.schema import ModelConfig, ParallelConfig
+from sdlm_megatron.config.schema import ModelConfig, ParallelConfig, TrainConfig
 from sdlm_megatron.diffusion.layout import RowLayout
 from sdlm_megatron.model.attention import RowAttention
 from sdlm_megatron.model.core_attention import SDLMCoreAttention
@@ -37,10 +37,11 @@ def padded_vocab(vocab_size: int, tensor: int) -> int:
 
 
 def transformer_config(
-    shape: ModelConfig, parallel: ParallelConfig, *, dtype: torch.dtype, recompute: bool, initialize: bool
+    shape: ModelConfig, parallel: ParallelConfig, train: TrainConfig, *, dtype: torch.dtype, initialize: bool
 ) -> TransformerConfig:
     """Megatron-Core's configuration of a Qwen2.5 / Llama shape."""
     cuda = torch.cuda.is_available()
+    full = train.recompute == "full"
     return TransformerConfig(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
@@ -62,9 +63,9 @@ def transformer_config(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
         sequence_parallel=parallel.sequence,
-        recompute_granularity="full" if recompute else None,
-        recompute_method="uniform" if recompute else None,
-        recompute_num_layers=1 if recompute else None,
+        recompute_granularity="full" if full else None,
+        recompute_method="uniform" if full else None,
+        recompute_num_layers=1 if full else None,
         calculate_per_token_loss=True,
         use_cpu_initialization=not cuda,
         perform_initialization=initialize,

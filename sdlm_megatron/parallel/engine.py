@@ -72,8 +72,8 @@ class Engine:
         mcore = transformer_config(
             shape,
             config.parallel,
+            config.train,
             dtype=DTYPES[config.train.precision],
-            recompute=config.train.recompute,
             initialize=initialize,
         )
         self.attention = choose_attention(

@@ -16,7 +16,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, object]]] = {
     "TP2+SP+PP2": (4, {"parallel.tensor": 2, "parallel.sequence": True, "parallel.pipeline": 2}),
     "DP2 replicated optimizer": (2, {"parallel.distributed_optimizer": False}),
     "DP2 distributed optimizer": (2, {}),
-    "full recompute": (1, {"train.recompute": True}),
+    "full recompute": (1, {"train.recompute": "full"}),
     "TP4, more than KV heads": (4, {"parallel.tensor": 4}),
 }
 

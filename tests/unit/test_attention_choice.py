@@ -203,7 +203,7 @@ def test_split_over_processes(tmp_path: Path) -> None:
         "checkpoint.base": hf,
         "model.num_layers": 0,
         "train.steps": 5,
-        "train.recompute": True,
+        "train.recompute": "full",
     }
     split = {"parallel.tensor": 2, "parallel.sequence": True, "parallel.pipeline": 2}
     runs = {}
