@@ -1,9 +1,12 @@
 """The training loop: which rows, when to log, when to save. What a step computes is parallel/engine.py."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+
+from torch.profiler import record_function
 
 from sdlm_megatron import checkpointing
 from sdlm_megatron.checkpoint_files import prune, step_folder
@@ -11,6 +14,7 @@ from sdlm_megatron.config.schema import RunConfig
 from sdlm_megatron.data.batch import load_micro_batch
 from sdlm_megatron.data.format import PackedDataset
 from sdlm_megatron.data.order import locate, step_rows
+from sdlm_megatron.data.prefetch import Prefetch
 from sdlm_megatron.diffusion.row import MicroBatch
 from sdlm_megatron.observe.console import Console
 from sdlm_megatron.observe.flops import ModelShape, model_flops_utilization, training_flops
@@ -49,19 +53,25 @@ class Trainer:
         """Steps whose results nobody has read yet: the device may still be working on them."""
         self._window: list[StepResult] = []
         """Steps since the last log record."""
-        self._window_start = 0.0
+        self._window_start, self._window_wait = 0.0, 0.0
         self._seconds_a_step = 0.0
 
     def fit(self) -> None:
         """Loads the weights, then trains to the end of the schedule (or to train.stop_after)."""
-        self._load_weights()
         last = min(self.plan.steps, self.config.train.stop_after or self.plan.steps)
         if self.state.step >= last and self.engine.groups.main:
             print(f"nothing to do: step {self.state.step} of {last} is done; raise train.steps to go on", flush=True)
+        with Prefetch(self._loads(last), self.engine.groups.device) as data:
+            self._load_weights()
+            self._train(last, data)
+
+    def _train(self, last: int, data: Prefetch) -> None:
         log_every, save_every = self.config.observe.log_every, self.config.checkpoint.save_every
-        self._window_start = time.perf_counter()
+        self._begin_window(data)
         for step in range(self.state.step + 1, last + 1):
-            self._queued.append(self.engine.train_step(self._next_batches(), step))
+            with record_function("sdlm::data"):
+                batches = data.next_step()
+            self._queued.append(self.engine.train_step(batches, step))
             self._advance(step)
             log = step % log_every == 0 or step == last
             save = step == last or (save_every > 0 and step % save_every == 0)
@@ -69,7 +79,7 @@ class Trainer:
                 self._window += self.engine.results(self._queued)
                 self._queued = []
             if log:
-                self._log(step)
+                self._log(step, data)
             if save:
                 self._save(step)
 
@@ -83,32 +93,41 @@ class Trainer:
             assert plan.source is not None
             checkpointing.load(plan.source, self.engine, with_optimizer=plan.kind == "resume")
 
-    def _next_batches(self) -> list[MicroBatch]:
-        """This rank's micro-batches of the next step; every TP and PP rank of it reads the same rows."""
+    def _loads(self, last: int) -> Iterator[Callable[[], list[MicroBatch]]]:
+        """For each step to come, what reads this rank's micro-batches."""
+        state = self.state
+        for consumed in range(state.consumed_rows, self.plan.total_rows, state.rows_per_step)[: last - state.step]:
+            yield partial(self._load, consumed)
+
+    def _load(self, consumed: int) -> list[MicroBatch]:
+        """This rank's micro-batches of the step after `consumed` rows; every TP and PP rank of it reads the same."""
+        groups, seed = self.engine.groups, self.config.train.seed
         numbers = step_rows(
-            self.state.consumed_rows,
+            consumed,
             self.state.rows_per_step,
             self.plan.total_rows,
-            dp_rank=self.engine.groups.dp_rank,
-            dp_size=self.engine.groups.dp_size,
+            dp_rank=groups.dp_rank,
+            dp_size=groups.dp_size,
         )
-        seed = self.config.train.seed
         return [self.engine.prepare(load_micro_batch(self.dataset, n, seed=seed)) for n in numbers]
 
     def _advance(self, step: int) -> None:
         consumed = min(self.state.consumed_rows + self.state.rows_per_step, self.plan.total_rows)
         self.state = replace(self.state, step=step, consumed_rows=consumed)
 
-    def _log(self, step: int) -> None:
+    def _begin_window(self, data: Prefetch) -> None:
+        self._window, self._window_start, self._window_wait = [], time.perf_counter(), data.waited
+
+    def _log(self, step: int, data: Prefetch) -> None:
         """Writes the record of `step`; its times are the mean over the steps since the last one."""
-        seconds, steps = time.perf_counter() - self._window_start, self._window
-        self._window, self._window_start = [], time.perf_counter()
+        seconds, waited, steps = time.perf_counter() - self._window_start, data.waited - self._window_wait, self._window
+        self._begin_window(data)
         if self.sinks is None or self.console is None:
             return
         a_step = seconds / len(steps)
         weight = 0.9 ** len(steps) if self._seconds_a_step else 0.0
         self._seconds_a_step = weight * self._seconds_a_step + (1 - weight) * a_step
-        record = self._record(step, steps, a_step)
+        record = {**self._record(step, steps, a_step), "data_wait": waited / len(steps)}
         self.sinks.log(step, record)
         self.console.log(step, record)
 
