@@ -19,6 +19,7 @@ from sdlm_megatron.diffusion.row import MicroBatch
 from sdlm_megatron.observe.console import Console
 from sdlm_megatron.observe.flops import ModelShape, model_flops_utilization, training_flops
 from sdlm_megatron.observe.peak_flops import peak_flops
+from sdlm_megatron.observe.profile import StepProfiler
 from sdlm_megatron.observe.sinks import Sinks
 from sdlm_megatron.parallel.engine import Engine, device_peak_memory_gb
 from sdlm_megatron.parallel.results import QueuedStep, StepResult
@@ -34,6 +35,7 @@ class Trainer:
         engine: built for the plan, weights not loaded yet.
         dataset: the packed rows.
         sinks, console: given on the main process only.
+        profiler: given on all processes where steps are to be profiled.
     """
 
     def __init__(
@@ -44,9 +46,10 @@ class Trainer:
         dataset: PackedDataset,
         sinks: Sinks | None,
         console: Console | None,
+        profiler: StepProfiler | None = None,
     ) -> None:
         self.config, self.plan, self.engine, self.dataset = config, plan, engine, dataset
-        self.sinks, self.console = sinks, console
+        self.sinks, self.console, self.profiler = sinks, console, profiler
         self.state = plan.state
         self.run_dir = Path(config.run_dir)
         self._queued: list[QueuedStep] = []
@@ -61,6 +64,8 @@ class Trainer:
         last = min(self.plan.steps, self.config.train.stop_after or self.plan.steps)
         if self.state.step >= last and self.engine.groups.main:
             print(f"nothing to do: step {self.state.step} of {last} is done; raise train.steps to go on", flush=True)
+        if self.profiler is not None:
+            self.profiler.check(self.state.step, last)
         with Prefetch(self._loads(last), self.engine.groups.device) as data:
             self._load_weights()
             self._train(last, data)
@@ -69,15 +74,20 @@ class Trainer:
         log_every, save_every = self.config.observe.log_every, self.config.checkpoint.save_every
         self._begin_window(data)
         for step in range(self.state.step + 1, last + 1):
+            if self.profiler is not None:
+                self.profiler.before(step)
             with record_function("sdlm::data"):
                 batches = data.next_step()
             self._queued.append(self.engine.train_step(batches, step))
             self._advance(step)
             log = step % log_every == 0 or step == last
             save = step == last or (save_every > 0 and step % save_every == 0)
-            if log or save:  # only here does the host wait for the device
+            profiled = self.profiler is not None and step == self.profiler.last
+            if log or save or profiled:  # only here does the host wait for the device
                 self._window += self.engine.results(self._queued)
                 self._queued = []
+            if self.profiler is not None:
+                self._end_of_profiled_step(self.profiler, step)
             if log:
                 self._log(step, data)
             if save:
@@ -178,6 +188,13 @@ class Trainer:
         )
         groups = self.engine.groups
         return model_flops_utilization(flops, seconds, groups.world_size, peak_flops(groups.device_name))
+
+    def _end_of_profiled_step(self, profiler: StepProfiler, step: int) -> None:
+        started = time.perf_counter()
+        page = profiler.after(step)
+        if page is not None:
+            print(f"{page}written to {profiler.folder}", flush=True)
+        self._window_start += time.perf_counter() - started  # not a step's time
 
     def _save(self, step: int) -> None:
         assert not self._queued, "a checkpoint holds checked steps only"

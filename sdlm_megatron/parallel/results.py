@@ -120,8 +120,7 @@ def _not_finite(queued: QueuedStep, result: StepResult, groups: Groups) -> Train
     if queued.sums is not None:
         finite = queued.sums[:, :, 0].isfinite().all(1).tolist()
         bad = [n for n, ok in zip(queued.numbers, finite, strict=True) if not ok]
-    everyone: list = [None] * groups.world_size
-    dist.all_gather_object(everyone, (bad, mine))
+    everyone = groups.gather((bad, mine))
     rows = sorted({r for b, _ in everyone for r in b}) or sorted({r for _, m in everyone for r in m})
     return TrainingError(
         f"step {queued.step}: loss {result.loss}, gradient norm {result.grad_norm}: not finite; "
