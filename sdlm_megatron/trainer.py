@@ -73,11 +73,16 @@ class Trainer:
     def _train(self, last: int, data: Prefetch) -> None:
         log_every, save_every = self.config.observe.log_every, self.config.checkpoint.save_every
         self._begin_window(data)
-        for step in range(self.state.step + 1, last + 1):
+        first = self.state.step + 1
+        for step in range(first, last + 1):
             if self.profiler is not None:
                 self.profiler.before(step)
             with record_function("sdlm::data"):
                 batches = data.next_step()
+            if step == first and (done := self.engine.warm_up(batches)):
+                self._begin_window(data)
+                if self.engine.groups.main:
+                    print(done, flush=True)
             self._queued.append(self.engine.train_step(batches, step))
             self._advance(step)
             log = step % log_every == 0 or step == last

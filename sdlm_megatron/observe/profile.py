@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import resource
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,19 +11,20 @@ import torch
 from torch.profiler import ProfilerAction, ProfilerActivity, profile
 
 from sdlm_megatron.errors import ConfigError
-from sdlm_megatron.observe.trace import PARTS, READ, Summary, summarize
+from sdlm_megatron.observe.trace import PARTS, Summary, summarize
 
 
 def parse_steps(text: str) -> tuple[int, int]:
     """ "10:12" to (10, 12), "10" to (10, 10); ConfigError for anything else."""
-    first, _, last = text.partition(":")
-    if not (first.isdigit() and (last or first).isdigit() and 1 <= int(first) <= int(last or first)):
+    first, colon, last = text.partition(":")
+    last = last if colon else first
+    if not (first.isdigit() and last.isdigit() and 1 <= int(first) <= int(last)):
         raise ConfigError(
             f"--profile {text} names no steps",
             "the command line",
             "--profile 10:12 for steps 10 to 12, or --profile 10",
         )
-    return int(first), int(last or first)
+    return int(first), int(last)
 
 
 class StepProfiler:
@@ -111,7 +113,7 @@ class StepProfiler:
 
 def _peak() -> str:
     if not torch.cuda.is_available():
-        return "-"
+        return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9:.1f} GB"
     used, reserved = torch.cuda.max_memory_allocated() / 1e9, torch.cuda.max_memory_reserved() / 1e9
     return f"{used:.1f} GB ({reserved:.1f} reserved)"
 
@@ -138,9 +140,9 @@ def page(heading: str, found: Sequence[tuple[int, Summary, str]]) -> str:
     ]
     text += _communication(columns, summaries)
     names = sorted({name for s in summaries for name in s.waits})
-    counts = [[f"reads of a value ({n})" if n == READ else n, *(_count(s, n) for s in summaries)] for n in names]
+    counts = [[n, *(_count(s, n) for s in summaries)] for n in names]
     counts.append(["peak memory", *(peak for _, _, peak in found)])
-    text += ["Waits of the host for the device, a step:", "", *_table(["", *columns], counts), ""]
+    text += ["Waits of the host for the device, a step, and the memory:", "", *_table(["", *columns], counts), ""]
     rank, first, _ = found[0]
     longest = [
         [f"`{_short(n)}`", part, f"{calls / first.steps:.0f}", share(first, ms)] for n, part, calls, ms in first.top

@@ -31,8 +31,7 @@ GROUPS = {
     "default_pg": "all",
 }
 """How the description of a process group begins, and its name here; the first that fits."""
-WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy", "aten::nonzero")
-READ = "aten::_local_scalar_dense"
+WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy")
 Interval = tuple[float, float]
 
 
@@ -51,7 +50,7 @@ class Summary:
     idle: float
     """Time in which nothing ran."""
     waits: dict[str, int]
-    """How often the host waited for the device, by call."""
+    """How often the host waited for the device, by the call that did and what made it."""
     top: list[tuple[str, str, int, float]]
     """Kernels (CPU: operators) that took longest: name, part, calls, time."""
 
@@ -96,7 +95,7 @@ def summarize(events: Iterable[dict[str, Any]]) -> Summary:
     else:
         work, talk = _host_work(host, complete)
         window = _union(steps)
-    return _summary(window, len(steps), work, talk, _waits(complete, steps))
+    return _summary(window, len(steps), work, talk, _waits(host, steps))
 
 
 def _summary(
@@ -275,6 +274,7 @@ def _group(description: str) -> str:
     return next((name for start, name in GROUPS.items() if description.startswith(start)), description)
 
 
-def _waits(complete: Iterable[dict[str, Any]], steps: Sequence[Interval]) -> dict[str, int]:
+def _waits(host: dict[Any, list[_Host]], steps: Sequence[Interval]) -> dict[str, int]:
     inside = _Inside(sorted(steps))
-    return dict(Counter(e["name"] for e in complete if e["name"] in (*WAITS, READ) and inside.holds(e["ts"])))
+    found = [n for nodes in host.values() for n in nodes if n.name in WAITS and inside.holds(n.start)]
+    return dict(Counter(n.name if n.parent is None else f"{n.name} in {n.parent.name}" for n in found))

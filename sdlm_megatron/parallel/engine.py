@@ -20,6 +20,7 @@ from sdlm_megatron.parallel.gradients import clip, finalizer, gradient_norm
 from sdlm_megatron.parallel.groups import Groups
 from sdlm_megatron.parallel.optimizer import build_optimizer, build_schedule, wrap_ddp
 from sdlm_megatron.parallel.results import QueuedStep, StepResult, queued_step, read
+from sdlm_megatron.parallel.warm_up import warm_up
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 """fp16 is for converting weights only."""
@@ -55,16 +56,17 @@ class Engine:
             dtype=DTYPES[config.train.precision],
             initialize=initialize,
         )
+        self.heads = Heads(
+            heads=shape.num_attention_heads // groups.tp_size,
+            kv_heads=max(1, shape.num_query_groups // groups.tp_size),
+            dim=shape.head_dim or shape.hidden_size // shape.num_attention_heads,
+            dtype=DTYPES[config.train.precision],
+        )
         self.attention = choose_attention(
             config.train.attention if steps else "per_document",  # a conversion never attends
             causal_attn=config.diffusion.causal_attn,
             device=groups.device,
-            heads=Heads(
-                heads=shape.num_attention_heads // groups.tp_size,
-                kv_heads=max(1, shape.num_query_groups // groups.tp_size),
-                dim=shape.head_dim or shape.hidden_size // shape.num_attention_heads,
-                dtype=DTYPES[config.train.precision],
-            ),
+            heads=self.heads,
         )
         self.module = build_model(
             shape,
@@ -100,6 +102,13 @@ class Engine:
     def prepare(self, batch: MicroBatch) -> MicroBatch:
         """The row with all that its attention needs, worked out on the host: for the side that loads rows."""
         return replace(batch, attention=self.attention.row(batch.layout, batch.tokens.shape[1]))
+
+    def warm_up(self, batches: Sequence[MicroBatch]) -> str | None:
+        """See parallel.warm_up; `batches` are those of the first step. None on a CPU, where it would save nothing."""
+        assert self.optimizer is not None
+        if self.groups.device.type == "cpu":
+            return None
+        return warm_up(batches, self.heads, self.optimizer, self.groups)
 
     def train_step(self, batches: Sequence[MicroBatch], step: int) -> QueuedStep:
         """Forward, backward and update over this rank's micro-batches of step `step` (counted from 1).
