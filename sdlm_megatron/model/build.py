@@ -96,6 +96,7 @@ def build_model(
     last_stage: bool,
     max_positions: int,
     row_attention: Callable[[RowLayout, int], RowAttention],
+    logits_mb: float,
 ) -> SDLMModel:
     """This process's pipeline stage."""
     model = SDLMModel(
@@ -109,6 +110,7 @@ def build_model(
         rotary_base=shape.rope_theta,
         real_vocab_size=shape.vocab_size,
         row_attention=row_attention,
+        logits_mb=logits_mb,
     )
     for name, parameter in model.named_parameters():
         # Megatron-Core marks split tensors while it fills them; without the mark the gradient norm would count

@@ -20,6 +20,7 @@ from sdlm_megatron.errors import TrainingError
 from sdlm_megatron.model.attention_choice import Heads, choose_attention
 from sdlm_megatron.model.build import build_model, transformer_config
 from sdlm_megatron.model.hf_load import load_hf
+from sdlm_megatron.model.label_loss import LabelLosses
 from sdlm_megatron.model.shape import NewMaskToken
 from sdlm_megatron.parallel.groups import Groups
 from sdlm_megatron.parallel.optimizer import build_optimizer, build_schedule, wrap_ddp
@@ -94,6 +95,7 @@ class Engine:
             last_stage=groups.last_stage,
             max_positions=max_positions,
             row_attention=self.attention.row,
+            logits_mb=config.train.logits_mb,
         ).to(groups.device)
         self.optimizer = None
         if steps:
@@ -160,10 +162,10 @@ class Engine:
         batch = next(batches).to(self.groups.device)
         return model(batch), partial(self._loss, batch)
 
-    def _loss(self, batch: MicroBatch, nll: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict]:
+    def _loss(self, batch: MicroBatch, losses: LabelLosses) -> tuple[torch.Tensor, torch.Tensor, dict]:
         by_row = self.config.train.loss_normalization == "rows"
-        total, count = loss_terms(nll, batch.label_targets, by_row=by_row)
-        slots = slot_sums(nll, batch.label_targets, batch.label_slots, self.config.diffusion.block_size)
+        total, count = loss_terms(losses.total, batch.label_targets, by_row=by_row)
+        slots = slot_sums(losses.nll, batch.label_targets, batch.label_slots, self.config.diffusion.block_size)
         return total, count, {"sums": torch.stack([total.detach().float(), count.float()]), "slots": slots}
 
     def _reduce(self, seen: Sequence[dict], batches: Sequence[MicroBatch]) -> torch.Tensor:
