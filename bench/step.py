@@ -190,34 +190,32 @@ def measure(args: argparse.Namespace, shape: ModelConfig, groups: Groups) -> Non
 def describe(args: argparse.Namespace, case: Case) -> None:
     """The case in words."""
     shape, lengths = case.engine.shape, [d.expanded(args.block_size) for d in case.documents]
+    heads = f"{shape.num_attention_heads}/{shape.num_query_groups} heads"
+    filled = f"{case.useful / case.row_tokens:.1%} useful"
     print(
-        f"{shape.num_layers} layers of {shape.hidden_size}, {shape.num_attention_heads}/{shape.num_query_groups} heads, "
-        f"vocabulary {shape.vocab_size}, {args.dtype}; attention {case.engine.attention.text}\n"
-        f"{len(lengths)} documents of {min(lengths)} to {max(lengths)} tokens in {len(case.rows)} rows of {args.tokens} "
-        f"({case.useful / case.row_tokens:.1%} useful), {sum(len(b.label_index) for b in case.rows)} targets; "
-        f"median of {args.runs} runs",
+        f"{shape.num_layers} layers of {shape.hidden_size}, {heads}, vocabulary {shape.vocab_size}, {args.dtype}; "
+        f"attention {case.engine.attention.text}\n"
+        f"{len(lengths)} documents of {min(lengths)} to {max(lengths)} tokens in {len(case.rows)} rows of "
+        f"{args.tokens} ({filled}), {sum(len(b.label_index) for b in case.rows)} targets; median of {args.runs} runs",
         flush=True,
     )
 
 
 def print_ours(case: Case, whole: Times, inner: Times, dtype: str) -> None:
     """Speed and memory."""
-    device = case.engine.groups.device
+    device, seconds = case.engine.groups.device, whole.median
     known = peak_flops(case.engine.groups.device_name) if dtype == "bf16" else None
     peak = known or matmul_flops(DTYPES[dtype], device)
     memory = peak_bytes(lambda: case.engine.train_step(case.batches, 2), device)
     data = timed(lambda: [case.engine.prepare(b) for b in case.rows], torch.device("cpu"))[0]
     print(f"\nwhole step            {whole}")
     print(f"forward and backward  {inner}")
+    print(f"optimizer             {max(0.0, seconds - inner.median):8.3f} s")
+    print(f"data                  {data:8.4f} s   (attention's tables, made by the data loader)")
+    print(f"useful tokens/s       {case.useful / seconds:8.0f}     row tokens/s {case.row_tokens / seconds:.0f}")
     print(
-        f"optimizer             {max(0.0, whole.median - inner.median):8.3f} s   attention's tables {data * 1e3:.2f} ms"
-    )
-    print(
-        f"useful tokens/s       {case.useful / whole.median:8.0f}     row tokens/s {case.row_tokens / whole.median:.0f}"
-    )
-    print(
-        f"MFU                   {case.flops / seconds / peak:8.1%}     without optimizer "
-        f"{case.flops / inner.median / peak:.1%}; peak {peak / 1e12:.4g} TFLOP/s ({'data sheet' if known else 'a matmul'})"
+        f"MFU                   {case.flops / seconds / peak:8.1%}     forward and backward alone "
+        f"{case.flops / inner.median / peak:.1%}; peak {peak / 1e12:.4g} TFLOP/s{'' if known else ' (matmul)'}"
     )
     print(f"peak memory of a step {memory / 1e6:8.0f} MB", flush=True)
 
@@ -229,10 +227,9 @@ def print_reference(case: Case, inner: Times, theirs: Times, reference: Referenc
     print(f"forward and backward  {theirs}")
     print(f"useful tokens/s       {case.useful / theirs.median:8.0f}")
     print(f"peak memory           {reference.ask('memory') / 1e6:8.0f} MB")
-    cpu = statistics.median(theirs.cpu) / statistics.median(inner.cpu)
-    print(
-        f"\nuseful tokens/s, forward and backward: {theirs.median / inner.median:.2f} x the reference (CPU time: {cpu:.2f} x)"
-    )
+    by_cpu = statistics.median(theirs.cpu) / statistics.median(inner.cpu)
+    times = theirs.median / inner.median
+    print(f"\nuseful tokens/s, forward and backward: {times:.2f} x the reference (by CPU time {by_cpu:.2f} x)")
 
 
 def print_parts(ours: dict[str, float], reference: Reference | None) -> None:

@@ -206,12 +206,12 @@ def write_hf(folder: Path, engine: Engine) -> None:
 
 def write_documents(file: Path, documents: Sequence[Document], shape: ModelConfig, block_size: int) -> None:
     """The documents for the reference's side."""
-    np.savez(
-        file,
-        ids=np.concatenate([d.ids for d in documents]),
-        lengths=np.array([len(d.ids) for d in documents]),
-        starts=np.concatenate([d.starts for d in documents]),
-        blocks=np.array([len(d.starts) for d in documents]),
-        block_size=np.array(block_size),
+    arrays = {
+        "ids": np.concatenate([d.ids for d in documents]),
+        "lengths": np.array([len(d.ids) for d in documents]),
+        "starts": np.concatenate([d.starts for d in documents]),
+        "blocks": np.array([len(d.starts) for d in documents]),
+        "block_size": np.array(block_size),
         **{name: np.array(token) for name, token in special_tokens(shape).items()},
-    )
+    }
+    np.savez(file, **arrays)  # type: ignore[arg-type]  # its stub takes every keyword for allow_pickle
