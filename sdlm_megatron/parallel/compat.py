@@ -1,5 +1,6 @@
 """What differs between versions of Megatron-Core and torch, and what they say about it."""
 
+import functools
 import logging
 import re
 import warnings
@@ -38,3 +39,15 @@ def _without(beginning: str) -> logging.Filter:
             return not re.match(re.escape(beginning), record.getMessage())
 
     return Without()
+
+
+def recompute_without_transformer_engine() -> None:
+    """Lets Megatron-Core recompute a norm where TransformerEngine is not installed.
+
+    0.16.1 to 0.19.2 ask TransformerEngine for its FP8 state unless `fp8` is None, and leave it at False.
+    """
+    from megatron.core import tensor_parallel
+    from megatron.core.tensor_parallel.random import HAVE_TE, CheckpointWithoutOutput
+
+    if not HAVE_TE:
+        tensor_parallel.CheckpointWithoutOutput = functools.partial(CheckpointWithoutOutput, fp8=None)
