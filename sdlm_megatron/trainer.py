@@ -16,7 +16,7 @@ from sdlm_megatron.observe.flops import ModelShape, model_flops_utilization, tra
 from sdlm_megatron.observe.peak_flops import peak_flops
 from sdlm_megatron.observe.sinks import Sinks
 from sdlm_megatron.parallel.engine import Engine, StepResult, device_peak_memory_gb
-from sdlm_megatron.start import Plan
+from sdlm_megatron.start import Plan, micro_batch_multiple
 
 
 class Trainer:
@@ -80,6 +80,7 @@ class Trainer:
             self.plan.total_rows,
             dp_rank=self.engine.groups.dp_rank,
             dp_size=self.engine.groups.dp_size,
+            multiple=micro_batch_multiple(self.config.parallel),
         )
         seed = self.config.train.seed
         return [self.engine.prepare(load_micro_batch(self.dataset, n, seed=seed)) for n in numbers]

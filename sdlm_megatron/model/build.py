@@ -1,7 +1,9 @@
 """From a shape to a Megatron-Core model on this process."""
 
+import importlib.util
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
@@ -41,7 +43,7 @@ def transformer_config(
 ) -> TransformerConfig:
     """Megatron-Core's configuration of a Qwen2.5 / Llama shape."""
     cuda = torch.cuda.is_available()
-    full = train.recompute == "full"
+    interleaved = parallel.virtual_pipeline > 1
     return TransformerConfig(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
@@ -62,10 +64,12 @@ def transformer_config(
         pipeline_dtype=dtype,
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if interleaved else None,
+        # between two stages the interleaved schedule sends both ways at once, which one batched call cannot keep apart
+        overlap_p2p_comm=interleaved,
+        batch_p2p_comm=not interleaved,
         sequence_parallel=parallel.sequence,
-        recompute_granularity="full" if full else None,
-        recompute_method="uniform" if full else None,
-        recompute_num_layers=1 if full else None,
+        **_recompute(train),
         calculate_per_token_loss=True,
         use_cpu_initialization=not cuda,
         perform_initialization=initialize,
@@ -73,10 +77,35 @@ def transformer_config(
         bias_activation_fusion=cuda,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=fuses_gradient_accumulation(transformer_engine=False),
         persist_layer_norm=False,
         apply_rope_fusion=False,
     )
+
+
+def _recompute(train: TrainConfig) -> dict[str, Any]:
+    """What the backward pass computes again, in Megatron-Core's terms."""
+    if train.recompute == "selective":
+        return {"recompute_granularity": "selective", "recompute_modules": ["layernorm"]}
+    if train.recompute == "full" and train.recompute_layers:
+        return {
+            "recompute_granularity": "full",
+            "recompute_method": "block",
+            "recompute_num_layers": train.recompute_layers,
+        }
+    if train.recompute == "full":
+        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    return {}
+
+
+def fuses_gradient_accumulation(*, transformer_engine: bool) -> bool:
+    """Whether the matrix product of a weight's gradient can add straight into the fp32 gradient buffer.
+
+    TransformerEngine's layers can; Megatron-Core's own can on a GPU where Apex was built with its CUDA extensions.
+    Elsewhere the gradient is made first, in the weight's precision, and then added.
+    """
+    apex = torch.cuda.is_available() and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
+    return transformer_engine or apex
 
 
 def block_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
@@ -97,15 +126,22 @@ def build_model(
     max_positions: int,
     row_attention: Callable[[RowLayout, int], RowAttention],
     logits_mb: float,
+    chunk: int = 0,
 ) -> SDLMModel:
-    """This process's pipeline stage."""
+    """One of this process's model chunks: a pipeline stage has one, under the interleaved schedule several.
+
+    `first_stage`, `last_stage`: the process is the first or last of the pipeline. Stage p of P holds the chunks p,
+    p + P, p + 2 P, … of the model; `chunk` counts them.
+    """
+    chunks = config.virtual_pipeline_model_parallel_size or 1
     model = SDLMModel(
         config=config,
         transformer_layer_spec=block_spec(config),
         vocab_size=padded_vocab(shape.vocab_size, config.tensor_model_parallel_size),
         max_sequence_length=max_positions,
-        pre_process=first_stage,
-        post_process=last_stage,
+        pre_process=first_stage and chunk == 0,
+        post_process=last_stage and chunk == chunks - 1,
+        vp_stage=chunk if chunks > 1 else None,
         share_embeddings_and_output_weights=shape.tied_embeddings,
         rotary_base=shape.rope_theta,
         real_vocab_size=shape.vocab_size,
