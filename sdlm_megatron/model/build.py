@@ -78,6 +78,7 @@ def transformer_config(
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=fuses_gradient_accumulation(transformer_engine=False),
+        batch_p2p_sync=False,  # a guard for old versions of torch: the host would wait at every hand-over of a stage
         persist_layer_norm=False,
         apply_rope_fusion=False,
     )

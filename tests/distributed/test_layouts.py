@@ -1,5 +1,6 @@
 """The same ten steps under every layout, from one set of weights: losses and gradient norms agree."""
 
+import time
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,21 @@ def test_layout_equals_single_process(
     name: str, material: tuple[Path, Path], single: list[dict], tmp_path: Path
 ) -> None:
     assert_equal(run(material, tmp_path / "run", *LAYOUTS[name]), single)
+
+
+def test_logging_and_saving_at_other_steps_changes_nothing(
+    material: tuple[Path, Path], single: list[dict], tmp_path: Path
+) -> None:
+    """The host then runs ahead of the steps; their results are read, and times taken, over several at once."""
+    started = time.perf_counter()
+    found = run(material, tmp_path / "run", 1, {"observe.log_every": 4, "checkpoint.save_every": 3})
+    seconds = time.perf_counter() - started
+    assert_equal(found, [r for r in single if r["step"] in (4, 8, 10)])
+    windows = (4, 4, 2)
+    assert 0 < sum(n * r["step_time"] for n, r in zip(windows, found, strict=True)) < seconds
+    for record in found:
+        assert record["tokens_per_s"] == pytest.approx(record["tokens"] / record["step_time"])
+        assert 0 <= record["data_wait"] < record["step_time"]
 
 
 def test_tied_llama_shape_with_causal_blocks(tmp_path: Path) -> None:
