@@ -20,6 +20,8 @@ from sdlm_megatron.errors import TrainingError
 from sdlm_megatron.model.attention_choice import Heads, choose_attention
 from sdlm_megatron.model.build import build_model, transformer_config
 from sdlm_megatron.model.hf_load import load_hf
+from sdlm_megatron.model.layers import choose_layers, start_tensor_overlap
+from sdlm_megatron.model.packages import find_packages
 from sdlm_megatron.model.shape import NewMaskToken
 from sdlm_megatron.parallel.groups import Groups
 from sdlm_megatron.parallel.optimizer import build_optimizer, build_schedule, wrap_ddp
@@ -54,6 +56,7 @@ class Engine:
         shape: the resolved model section.
         groups: from `init_groups`.
         max_positions: longest position id + 1 that a row can hold.
+        row_length: tokens of a row; parallel.overlap_tensor needs to know.
         steps: length of the learning rate schedule; 0 builds no optimizer (conversion only).
         initialize: fill the weights at random; False where a checkpoint or a base follows.
     """
@@ -67,12 +70,16 @@ class Engine:
         max_positions: int,
         steps: int,
         initialize: bool,
+        row_length: int = 0,
     ) -> None:
         self.config, self.shape, self.groups = config, shape, groups
+        train = config.train if steps else replace(config.train, layers="megatron")  # a conversion only holds weights
+        self.layers = choose_layers(train, config.parallel, find_packages())
         mcore = transformer_config(
             shape,
             config.parallel,
             config.train,
+            self.layers,
             dtype=DTYPES[config.train.precision],
             initialize=initialize,
         )
@@ -87,9 +94,12 @@ class Engine:
                 dtype=DTYPES[config.train.precision],
             ),
         )
+        if config.parallel.overlap_tensor:
+            start_tensor_overlap(mcore, row_length)
         self.module = build_model(
             shape,
             mcore,
+            self.layers,
             first_stage=groups.first_stage,
             last_stage=groups.last_stage,
             max_positions=max_positions,
