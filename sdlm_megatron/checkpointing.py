@@ -19,6 +19,9 @@ from sdlm_megatron.parallel.engine import Engine
 from sdlm_megatron.parallel.optimizer import load_state, prime_state
 
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+_EXTRA = "_extra_state"
+"""Entries that are written but never read: each kind of layers has others. All they can hold are the statistics of FP8
+with delayed scaling, as a pickle that TransformerEngine (from 2.20) refuses to load: they begin anew."""
 
 
 def save(folder: Path, engine: Engine, state: TrainState, assets: Path | None) -> None:
@@ -46,17 +49,18 @@ def load(folder: Path, engine: Engine, *, with_optimizer: bool) -> None:
     if with_optimizer:
         assert engine.optimizer is not None
         prime_state(engine.optimizer)
+    wanted = _sharded_state(engine, loading=True, with_optimizer=with_optimizer)
+    wanted["model"] = {name: part for name, part in wanted["model"].items() if not name.endswith(_EXTRA)}
     try:
-        loaded = dist_checkpointing.load(
-            _sharded_state(engine, loading=True, with_optimizer=with_optimizer), str(folder / "weights")
-        )
+        loaded = dist_checkpointing.load(wanted, str(folder / "weights"))
     except (CheckpointingException, KeyError, OSError) as error:
         raise CheckpointError(
             f"the weights cannot be read: {error}",
             str(folder),
             "use another checkpoint; this one does not fit the model",
         ) from error
-    engine.module.load_state_dict(loaded["model"], strict=True)
+    nothing = dict.fromkeys(name for name in engine.module.state_dict() if name.endswith(_EXTRA))
+    engine.module.load_state_dict({**loaded["model"], **nothing}, strict=True)
     if with_optimizer:
         assert engine.optimizer is not None
         load_state(engine.optimizer, loaded["optimizer"])
