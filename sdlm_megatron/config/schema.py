@@ -119,7 +119,8 @@ class TrainConfig:
     """auto (TransformerEngine where it is installed and there is a GPU; the choice is printed) | megatron |
     transformer_engine."""
     fp8: str = "none"
-    """none | delayed | current (scaling of FP8 matrix products); needs TransformerEngine's layers."""
+    """none | delayed | current (scaling of FP8 matrix products: by the largest values of earlier steps, or of the
+    product itself); needs TransformerEngine's layers. A resumed run with delayed begins its statistics anew."""
     recompute: str = "none"
     """none | selective (norms' outputs are made again in the backward: nearly free) | full (a layer keeps its input
     only and runs forward again: least memory, about 1/3 more FLOPs)."""

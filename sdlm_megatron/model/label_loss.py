@@ -152,7 +152,7 @@ def _share_of_this_part(here: torch.Tensor, group: dist.ProcessGroup) -> torch.T
 
 
 class _Product:
-    """Sum over chunks of gradient.T @ inputs, as large as the weight: float32; one chunk keeps the type of the weight."""
+    """Sum over chunks of gradient.T @ inputs, shaped as the weight: float32, or of its type for one chunk alone."""
 
     def __init__(self, weight: torch.Tensor) -> None:
         self.weight = weight

@@ -18,6 +18,8 @@ from sdlm_megatron.model.build import build_model, transformer_config
 from sdlm_megatron.model.gpt import SDLMModel
 from sdlm_megatron.model.hf_load import load_hf
 from sdlm_megatron.model.label_loss import LabelLosses
+from sdlm_megatron.model.layers import choose_layers, start_tensor_overlap
+from sdlm_megatron.model.packages import find_packages
 from sdlm_megatron.model.shape import NewMaskToken
 from sdlm_megatron.parallel import compat
 from sdlm_megatron.parallel.gradients import clip, finalizer, gradient_norm
@@ -38,6 +40,7 @@ class Engine:
         shape: the resolved model section.
         groups: from `init_groups`.
         max_positions: longest position id + 1 that a row can hold.
+        row_length: tokens of a row; parallel.overlap_tensor needs to know.
         steps: length of the learning rate schedule; 0 builds no optimizer (conversion only).
         initialize: fill the weights at random; False where a checkpoint or a base follows.
     """
@@ -51,12 +54,16 @@ class Engine:
         max_positions: int,
         steps: int,
         initialize: bool,
+        row_length: int = 0,
     ) -> None:
         self.config, self.shape, self.groups = config, shape, groups
+        train = config.train if steps else replace(config.train, layers="megatron")  # a conversion only holds weights
+        self.layers = choose_layers(train, config.parallel, find_packages())
         mcore = transformer_config(
             shape,
             config.parallel,
             config.train,
+            self.layers,
             dtype=DTYPES[config.train.precision],
             initialize=initialize,
         )
@@ -73,10 +80,13 @@ class Engine:
             heads=self.heads,
         )
         compat.recompute_without_transformer_engine()
+        if config.parallel.overlap_tensor:
+            start_tensor_overlap(mcore, row_length)
         self.modules = [
             build_model(
                 shape,
                 mcore,
+                self.layers,
                 first_stage=groups.first_stage,
                 last_stage=groups.last_stage,
                 max_positions=max_positions,

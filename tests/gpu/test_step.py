@@ -1,4 +1,4 @@
-"""On a CUDA device: a step that never waits, rows that are there before it, a profile with kernels. Skipped elsewhere."""
+"""On a CUDA device: a step that never waits, rows that are there before it, a profile with kernels."""
 
 import gzip
 import json
