@@ -96,7 +96,7 @@ def mark(ranges: Ranges, engine: Engine) -> None:
     ranges.function(engine.module, "_postprocess", HEAD)
     ranges.function(engine, "_loss", HEAD)
     ranges.function(engine, "forward_backward", OTHER)
-    ranges.function(engine.model, "zero_grad_buffer", BUFFERS)
+    ranges.function(engine.models[0], "zero_grad_buffer", BUFFERS)
     ranges.function(engine, "train_step", OPTIMIZER)
 
 
@@ -109,7 +109,7 @@ def parts_of(engine: Engine, batches: list[MicroBatch]) -> dict[str, float]:
 
 def check_same(engine: Engine, batches: list[MicroBatch], reference: Reference) -> None:
     """Takes the first step. TrainingError unless its loss, gradient norm and targets are the reference's."""
-    first = engine.train_step(batches, 1)
+    (first,) = engine.results([engine.train_step(batches, 1)])
     for what, mine in (("targets", first.targets), ("loss", first.loss), ("grad_norm", first.grad_norm)):
         theirs = reference.first[what]
         apart = abs(mine - theirs) / abs(theirs)
