@@ -15,14 +15,19 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from sdlm_megatron.checkpoint_files import TrainState, copy_assets, file_sizes
 from sdlm_megatron.errors import CheckpointError
 from sdlm_megatron.files import rename_whole, write_json
+from sdlm_megatron.model.gpt import SDLMModel
 from sdlm_megatron.parallel.engine import Engine
 from sdlm_megatron.parallel.optimizer import load_state, prime_state
 
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+_EXTRA = "_extra_state"
+"""Entries that are written but never read: each kind of layers has others. All they can hold are the statistics of FP8
+with delayed scaling, as a pickle that TransformerEngine (from 2.20) refuses to load: they begin anew."""
 
 
 def save(folder: Path, engine: Engine, state: TrainState, assets: Path | None) -> None:
     """Writes a checkpoint; all processes call it. An interrupted save leaves only FOLDER.partial, which is ignored."""
+    engine.gather_weights()
     partial = folder.with_name(folder.name + ".partial")
     if engine.groups.main:
         shutil.rmtree(partial, ignore_errors=True)
@@ -46,17 +51,20 @@ def load(folder: Path, engine: Engine, *, with_optimizer: bool) -> None:
     if with_optimizer:
         assert engine.optimizer is not None
         prime_state(engine.optimizer)
+    wanted = _sharded_state(engine, loading=True, with_optimizer=with_optimizer)
+    for chunk in _chunks(engine):
+        wanted[chunk] = {name: part for name, part in wanted[chunk].items() if not name.endswith(_EXTRA)}
     try:
-        loaded = dist_checkpointing.load(
-            _sharded_state(engine, loading=True, with_optimizer=with_optimizer), str(folder / "weights")
-        )
+        loaded = dist_checkpointing.load(wanted, str(folder / "weights"))
     except (CheckpointingException, KeyError, OSError) as error:
         raise CheckpointError(
             f"the weights cannot be read: {error}",
             str(folder),
             "use another checkpoint; this one does not fit the model",
         ) from error
-    engine.module.load_state_dict(loaded["model"], strict=True)
+    for name, module in _chunks(engine).items():
+        nothing = dict.fromkeys(key for key in module.state_dict() if key.endswith(_EXTRA))
+        module.load_state_dict({**loaded[name], **nothing}, strict=True)
     if with_optimizer:
         assert engine.optimizer is not None
         load_state(engine.optimizer, loaded["optimizer"])
@@ -66,7 +74,12 @@ def load(folder: Path, engine: Engine, *, with_optimizer: bool) -> None:
 
 def _sharded_state(engine: Engine, *, loading: bool, with_optimizer: bool = True) -> dict[str, Any]:
     metadata = {**_METADATA, "dp_cp_group": engine.groups.collection.dp_cp}
-    state: dict[str, Any] = {"model": engine.module.sharded_state_dict(metadata=metadata)}
+    state: dict[str, Any] = {n: m.sharded_state_dict(metadata=metadata) for n, m in _chunks(engine).items()}
     if engine.optimizer is not None and with_optimizer:
-        state["optimizer"] = engine.optimizer.sharded_state_dict(state["model"], is_loading=loading, metadata=metadata)
+        state["optimizer"] = engine.optimizer.sharded_state_dict(dict(state), is_loading=loading, metadata=metadata)
     return state
+
+
+def _chunks(engine: Engine) -> dict[str, SDLMModel]:
+    """This process's model chunks by a name of their own; in the files each tensor has its name in the whole model."""
+    return {f"model{i}": module for i, module in enumerate(engine.modules)}

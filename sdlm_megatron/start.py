@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from sdlm_megatron.checkpoint_files import TrainState, newest, read_state
-from sdlm_megatron.config.schema import ModelConfig, RunConfig
+from sdlm_megatron.config.schema import ModelConfig, ParallelConfig, RunConfig
 from sdlm_megatron.config.validate import check_model
 from sdlm_megatron.data.format import PackedDataset
+from sdlm_megatron.data.order import micro_batches
 from sdlm_megatron.data.tokenizer import fingerprint, has_tokenizer, special_token_id, vocabulary_size
 from sdlm_megatron.errors import CheckpointError, ConfigError, DataError
 from sdlm_megatron.model.hf_folder import HFConfig, read_hf_config
@@ -214,11 +215,46 @@ def _resume(config: RunConfig, dataset: PackedDataset, folder: Path) -> Plan:
     return Plan(replace(state, shape=shape), folder, "resume", folder / "hf", None, total, steps)
 
 
+def micro_batch_multiple(parallel: ParallelConfig) -> int:
+    """What the micro-batches of a rank must be a multiple of: the interleaved schedule takes them in turns of PP."""
+    return parallel.pipeline if parallel.virtual_pipeline > 1 else 1
+
+
+def _interleaved(parallel: ParallelConfig, shape: ModelConfig) -> str:
+    if parallel.virtual_pipeline == 1:
+        return ""
+    layers = shape.num_layers // (parallel.pipeline * parallel.virtual_pipeline)
+    return f" (interleaved, {parallel.virtual_pipeline} chunks of {layers} layers a stage)"
+
+
+def _settings(config: RunConfig) -> list[str]:
+    """Precision and what is recomputed and overlapped, in words."""
+    train, parallel = config.train, config.parallel
+    words = [train.precision]
+    if train.recompute == "selective":
+        words.append("selective recompute (norms)")
+    elif train.recompute == "full":
+        layers = f"first {train.recompute_layers} layers of each chunk" if train.recompute_layers else "all layers"
+        words.append(f"full recompute ({layers})")
+    overlapped = {
+        "gradient reduction": parallel.overlap_grad_reduce,
+        "weight gathering": parallel.overlap_param_gather,
+        "tensor parallelism": parallel.overlap_tensor,
+    }
+    if any(overlapped.values()):
+        words.append(f"overlapped: {', '.join(k for k, on in overlapped.items() if on)}")
+    if not parallel.distributed_optimizer:
+        words.append("replicated optimizer")
+    return words
+
+
 def describe(config: RunConfig, plan: Plan, dataset: PackedDataset, dp_size: int) -> str:
     """What is about to happen, for the console."""
     shape, state, parallel = plan.state.shape, plan.state, config.parallel
-    micro_batches = math.ceil(state.rows_per_step / dp_size)
-    idle = micro_batches * dp_size - state.rows_per_step
+    multiple = micro_batch_multiple(parallel)
+    count = micro_batches(state.rows_per_step, dp_size, multiple)
+    idle = count * dp_size - state.rows_per_step
+    divisor = f"{dp_size}" + (f" x {multiple}, data-parallel ranks x stages" if multiple > 1 else " ranks")
     source = {"resume": f"resumes {plan.source} at step {state.step}", "random": "random weights"}.get(
         plan.kind, f"starts from {plan.source}"
     )
@@ -229,10 +265,9 @@ def describe(config: RunConfig, plan: Plan, dataset: PackedDataset, dp_size: int
         f"data     {dataset.path}: {dataset.rows(0)} rows of {dataset.row_length} tokens, "
         f"{dataset.manifest['mean_documents_per_row']:.2f} documents a row, block size {dataset.block_size}",
         f"layout   TP {parallel.tensor} (sequence parallel {'on' if parallel.sequence else 'off'}) x PP "
-        f"{parallel.pipeline} x DP {dp_size}, {config.train.precision}"
-        f"{f', {config.train.recompute} recompute' if config.train.recompute != 'none' else ''}",
-        f"step     {state.rows_per_step} rows = {micro_batches} micro-batches on each data-parallel rank"
-        + (f" ({idle} of them empty: rows a step is no multiple of DP)" if idle else ""),
+        f"{parallel.pipeline}{_interleaved(parallel, shape)} x DP {dp_size}, {', '.join(_settings(config))}",
+        f"step     {state.rows_per_step} rows = {count} micro-batches on each data-parallel rank"
+        + (f" ({idle} empty in all: rows a step is no multiple of {divisor})" if idle else ""),
         f"length   {plan.steps} steps, {plan.total_rows} rows, learning rate {config.optimizer.lr:g} "
         f"{config.schedule.style}",
     ]

@@ -68,6 +68,7 @@ def _run(config: RunConfig, plan: "Plan", dataset: "PackedDataset", profile_step
 
     compat.silence_known_notices()
     cpu.install()  # before anything imports megatron
+    from sdlm_megatron.model.layers import optimizer_text
     from sdlm_megatron.observe.console import Console
     from sdlm_megatron.observe.peak_flops import peak_flops
     from sdlm_megatron.observe.profile import StepProfiler
@@ -82,6 +83,7 @@ def _run(config: RunConfig, plan: "Plan", dataset: "PackedDataset", profile_step
         plan.state.shape,
         groups,
         max_positions=dataset.row_length + config.diffusion.block_size,
+        row_length=dataset.row_length,
         steps=plan.steps,
         initialize=plan.kind == "random",
     )
@@ -97,6 +99,7 @@ def _run(config: RunConfig, plan: "Plan", dataset: "PackedDataset", profile_step
         )
     if groups.main:
         print(f"attention {engine.attention.text}", flush=True)
+        print(f"layers {engine.layers.text}; {optimizer_text()}", flush=True)
         run_dir = Path(config.run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
         save_config(config, run_dir / "config.yaml")

@@ -23,7 +23,7 @@ from sdlm_megatron.observe.profile import StepProfiler
 from sdlm_megatron.observe.sinks import Sinks
 from sdlm_megatron.parallel.engine import Engine, device_peak_memory_gb
 from sdlm_megatron.parallel.results import QueuedStep, StepResult
-from sdlm_megatron.start import Plan
+from sdlm_megatron.start import Plan, micro_batch_multiple
 
 
 class Trainer:
@@ -123,6 +123,7 @@ class Trainer:
             self.plan.total_rows,
             dp_rank=groups.dp_rank,
             dp_size=groups.dp_size,
+            multiple=micro_batch_multiple(self.config.parallel),
         )
         return [self.engine.prepare(load_micro_batch(self.dataset, n, seed=seed)) for n in numbers]
 

@@ -15,7 +15,8 @@ from sdlm_megatron.diffusion.layout import RowLayout, block_count, draw_starts, 
 
 REPO = Path(__file__).resolve().parent.parent
 MASK, EOS, PAD = 259, 258, 256
-ENV = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO), "WANDB_SILENT": "true"}
+PYTHONPATH = os.pathsep.join([str(REPO), *filter(None, [os.environ.get("PYTHONPATH")])])
+ENV = {"OMP_NUM_THREADS": "1", "PYTHONPATH": PYTHONPATH, "WANDB_SILENT": "true"}
 
 
 def oracle() -> Path:
@@ -185,10 +186,13 @@ def run_python(
     return done
 
 
-def train(config: dict[str, object], *, processes: int = 1, check: bool = True) -> subprocess.CompletedProcess:
+def train(
+    config: dict[str, object], *, processes: int = 1, check: bool = True, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess:
     """Trains with the tiny preset and the given dotted settings."""
     settings = [f"--{k}={v if not isinstance(v, bool) else str(v).lower()}" for k, v in config.items()]
-    return run_python("-m", "sdlm_megatron.train", "--config", "tiny", *settings, processes=processes, check=check)
+    command = ("-m", "sdlm_megatron.train", "--config", "tiny", *settings)
+    return run_python(*command, processes=processes, check=check, env=env)
 
 
 def read_metrics(run: Path) -> list[dict]:

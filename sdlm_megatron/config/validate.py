@@ -1,6 +1,6 @@
 """Checks of a configuration before anything is built. Nothing here changes a setting."""
 
-from sdlm_megatron.config.schema import ModelConfig, RunConfig
+from sdlm_megatron.config.schema import ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from sdlm_megatron.errors import ConfigError
 
 CHOICES = {
@@ -14,6 +14,8 @@ CHOICES = {
     "schedule.style": ("constant", "linear", "cosine", "wsd"),
     "observe.wandb": ("disabled", "offline", "online"),
 }
+FP8_MULTIPLE = 16
+"""Sides of the matrices of an FP8 product."""
 POSITIVE = (
     "parallel.tensor",
     "parallel.pipeline",
@@ -64,6 +66,20 @@ def check_run(config: RunConfig, world_size: int) -> None:
             "parallel.sequence",
             "set parallel.tensor > 1 or sequence=false",
         )
+    _check_overlap(parallel)
+    _check_recompute(config.train)
+    if parallel.virtual_pipeline > 1 and parallel.pipeline == 1:
+        raise ConfigError(
+            "one pipeline stage has no bubble that model chunks could fill",
+            "parallel.virtual_pipeline",
+            "set parallel.pipeline > 1 or virtual_pipeline=1",
+        )
+    if parallel.overlap_tensor and not parallel.sequence:
+        raise ConfigError(
+            "overlapping the communication of tensor parallelism needs sequence parallelism",
+            "parallel.overlap_tensor",
+            "set parallel.tensor > 1 and parallel.sequence=true, or overlap_tensor=false",
+        )
     model_size = parallel.tensor * parallel.pipeline
     if world_size % model_size:
         raise ConfigError(
@@ -73,9 +89,36 @@ def check_run(config: RunConfig, world_size: int) -> None:
         )
 
 
+def _check_overlap(parallel: ParallelConfig) -> None:
+    if not parallel.overlap_param_gather:
+        return
+    for key in ("distributed_optimizer", "overlap_grad_reduce"):
+        if not getattr(parallel, key):
+            raise ConfigError(
+                f"overlap_param_gather needs {key}",
+                "parallel.overlap_param_gather",
+                f"set parallel.{key}=true or overlap_param_gather=false",
+            )
+
+
+def _check_recompute(train: TrainConfig) -> None:
+    if train.recompute_layers and train.recompute != "full":
+        raise ConfigError(
+            f"recompute_layers counts layers that are recomputed in full, recompute is {train.recompute!r}",
+            "train.recompute_layers",
+            "set train.recompute=full or recompute_layers=0",
+        )
+    if train.recompute == "selective" and train.fp8 == "delayed":
+        raise ConfigError(
+            "delayed scaling records each FP8 tensor once a step: the norms' outputs cannot be made a second time",
+            "train.recompute",
+            "use train.recompute=full or none, or train.fp8=current",
+        )
+
+
 def check_model(model: ModelConfig, config: RunConfig, row_length: int) -> None:
     """Checks that the shape can be split as asked: raises ConfigError."""
-    tp, pp = config.parallel.tensor, config.parallel.pipeline
+    tp, chunks = config.parallel.tensor, config.parallel.pipeline * config.parallel.virtual_pipeline
     for key in (
         "num_layers",
         "hidden_size",
@@ -105,10 +148,42 @@ def check_model(model: ModelConfig, config: RunConfig, row_length: int) -> None:
             "parallel.tensor",
             f"use a divisor or a multiple of {model.num_query_groups} that divides {model.num_attention_heads} heads",
         )
-    if model.num_layers % pp:
-        raise _indivisible("model.num_layers", model.num_layers, "parallel.pipeline", pp)
+    if model.num_layers % chunks:
+        setting = "parallel.pipeline" + (" x virtual_pipeline" if config.parallel.virtual_pipeline > 1 else "")
+        raise _indivisible("model.num_layers", model.num_layers, setting, chunks)
+    if config.train.recompute_layers > model.num_layers // chunks:
+        raise ConfigError(
+            f"{config.train.recompute_layers} layers to recompute, a model chunk has {model.num_layers // chunks}",
+            "train.recompute_layers",
+            "give fewer, or 0 for all",
+        )
     if config.parallel.sequence and row_length % tp:
         raise _indivisible("the dataset's row_length", row_length, "parallel.tensor", tp)
+    if config.train.fp8 != "none":
+        _check_fp8(model, config, row_length)
+
+
+def _check_fp8(model: ModelConfig, config: RunConfig, row_length: int) -> None:
+    """Every matrix that is multiplied in FP8 has sides of whole multiples of 16 on each GPU."""
+    tp = config.parallel.tensor
+    head = model.head_dim or model.hidden_size // model.num_attention_heads
+    for what, size, setting in (
+        ("the dataset's row_length", row_length // (tp if config.parallel.sequence else 1), "data.path"),
+        ("model.hidden_size", model.hidden_size, "model.hidden_size"),
+        ("model.ffn_hidden_size", model.ffn_hidden_size // tp, "model.ffn_hidden_size"),
+        ("width of the heads", model.num_attention_heads * head // tp, "model.head_dim"),
+        (
+            "width of q, k and v",
+            (model.num_attention_heads + 2 * model.num_query_groups) * head // tp,
+            "model.head_dim",
+        ),
+    ):
+        if size % FP8_MULTIPLE:
+            raise ConfigError(
+                f"FP8 needs multiples of {FP8_MULTIPLE}: {what} is {size} on a GPU",
+                setting,
+                "--train.fp8=none, another size, or another parallel.tensor",
+            )
 
 
 def _indivisible(what: str, value: int, setting: str, degree: int) -> ConfigError:

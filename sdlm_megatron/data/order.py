@@ -81,14 +81,21 @@ def locate(number: int, rows: Callable[[int], int], *, seed: int) -> Location:
     return Location(epoch, shuffled(number, rows(epoch), seed=seed, epoch=epoch))
 
 
-def step_rows(consumed: int, rows_per_step: int, total: int, *, dp_rank: int, dp_size: int) -> list[int | None]:
+def micro_batches(rows_per_step: int, dp_size: int, multiple: int) -> int:
+    """Micro-batches of a step on each data-parallel rank: enough for its rows, and a multiple of `multiple`."""
+    return -(-rows_per_step // (dp_size * multiple)) * multiple
+
+
+def step_rows(
+    consumed: int, rows_per_step: int, total: int, *, dp_rank: int, dp_size: int, multiple: int = 1
+) -> list[int | None]:
     """Row numbers of one step for one data-parallel rank, in micro-batch order; None = an empty row.
 
     Row consumed + m*dp_size + dp_rank is micro-batch m of rank dp_rank. Every rank gets the same number of
-    micro-batches; where rows_per_step is no multiple of dp_size, or the data ends, empty rows (padding only, no
-    target) fill up, which leaves the loss of the step exactly the same.
+    micro-batches, a multiple of `multiple`; where rows_per_step does not divide so, or the data ends, empty rows
+    (padding only, no target) fill up, which leaves the loss of the step exactly the same.
     """
     last = min(consumed + rows_per_step, total)
-    micro_batches = -(-rows_per_step // dp_size)
-    numbers = (consumed + m * dp_size + dp_rank for m in range(micro_batches))
+    steps = range(micro_batches(rows_per_step, dp_size, multiple))
+    numbers = (consumed + m * dp_size + dp_rank for m in steps)
     return [n if n < last else None for n in numbers]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.profiler import record_function
 
 from sdlm_megatron.config.schema import ModelConfig, RunConfig
@@ -14,11 +15,16 @@ from sdlm_megatron.diffusion.loss import loss_terms, slot_sums
 from sdlm_megatron.diffusion.row import MicroBatch
 from sdlm_megatron.model.attention_choice import Heads, choose_attention
 from sdlm_megatron.model.build import build_model, transformer_config
+from sdlm_megatron.model.gpt import SDLMModel
 from sdlm_megatron.model.hf_load import load_hf
+from sdlm_megatron.model.label_loss import LabelLosses
+from sdlm_megatron.model.layers import choose_layers, start_tensor_overlap
+from sdlm_megatron.model.packages import find_packages
 from sdlm_megatron.model.shape import NewMaskToken
+from sdlm_megatron.parallel import compat
 from sdlm_megatron.parallel.gradients import clip, finalizer, gradient_norm
 from sdlm_megatron.parallel.groups import Groups
-from sdlm_megatron.parallel.optimizer import build_optimizer, build_schedule, wrap_ddp
+from sdlm_megatron.parallel.optimizer import build_optimizer, build_schedule, connect_overlap, wrap_ddp
 from sdlm_megatron.parallel.results import QueuedStep, StepResult, queued_step, read
 from sdlm_megatron.parallel.warm_up import warm_up
 
@@ -34,6 +40,7 @@ class Engine:
         shape: the resolved model section.
         groups: from `init_groups`.
         max_positions: longest position id + 1 that a row can hold.
+        row_length: tokens of a row; parallel.overlap_tensor needs to know.
         steps: length of the learning rate schedule; 0 builds no optimizer (conversion only).
         initialize: fill the weights at random; False where a checkpoint or a base follows.
     """
@@ -47,12 +54,16 @@ class Engine:
         max_positions: int,
         steps: int,
         initialize: bool,
+        row_length: int = 0,
     ) -> None:
         self.config, self.shape, self.groups = config, shape, groups
+        train = config.train if steps else replace(config.train, layers="megatron")  # a conversion only holds weights
+        self.layers = choose_layers(train, config.parallel, find_packages())
         mcore = transformer_config(
             shape,
             config.parallel,
             config.train,
+            self.layers,
             dtype=DTYPES[config.train.precision],
             initialize=initialize,
         )
@@ -68,36 +79,64 @@ class Engine:
             device=groups.device,
             heads=self.heads,
         )
-        self.module = build_model(
-            shape,
-            mcore,
-            first_stage=groups.first_stage,
-            last_stage=groups.last_stage,
-            max_positions=max_positions,
-            row_attention=self.attention.row,
-        ).to(groups.device)
+        compat.recompute_without_transformer_engine()
+        if config.parallel.overlap_tensor:
+            start_tensor_overlap(mcore, row_length)
+        self.modules = [
+            build_model(
+                shape,
+                mcore,
+                self.layers,
+                first_stage=groups.first_stage,
+                last_stage=groups.last_stage,
+                max_positions=max_positions,
+                row_attention=self.attention.row,
+                logits_mb=config.train.logits_mb,
+                chunk=chunk,
+            ).to(groups.device)
+            for chunk in range(config.parallel.virtual_pipeline)
+        ]
         self.optimizer = None
         if steps:
             self._prepare_training(mcore, steps)
 
-    def _prepare_training(self, mcore: object, steps: int) -> None:
-        self.module.train()
-        self.model = wrap_ddp(self.module, self.config.parallel)
-        self.optimizer = build_optimizer(self.model, self.config.optimizer, self.config.parallel, self.groups)
-        self.schedule = build_schedule(self.optimizer, self.config.schedule, self.config.optimizer.lr, steps)
-        mcore.finalize_model_grads_func = finalizer(self.groups.collection)  # type: ignore[attr-defined]
-        mcore.grad_scale_func = self.optimizer.scale_loss  # type: ignore[attr-defined]
+    def _prepare_training(self, mcore: TransformerConfig, steps: int) -> None:
+        parallel = self.config.parallel
+        for module in self.modules:
+            module.train()
+        self.models = wrap_ddp(self.modules, parallel)
+        self.optimizer = optimizer = build_optimizer(self.models, self.config.optimizer, parallel)
+        self.schedule = build_schedule(optimizer, self.config.schedule, self.config.optimizer.lr, steps)
+        mcore.finalize_model_grads_func = finalizer(self.groups.collection)
+        mcore.grad_scale_func = optimizer.scale_loss
+        connect_overlap(mcore, self.models, parallel)
         self._schedule_micro_batches = get_forward_backward_func()
+
+    @property
+    def module(self) -> SDLMModel:
+        """The model, where this process holds it in one chunk."""
+        (module,) = self.modules
+        return module
 
     def load_base(self, folder: Path, base: ModelConfig, *, new_mask: NewMaskToken | None) -> None:
         """Takes the weights from a Hugging Face folder of shape `base`."""
-        load_hf(self.module, folder, base, new_mask=new_mask)
+        for module in self.modules:
+            load_hf(module, folder, base, new_mask=new_mask)
         self.weights_changed()
 
     def weights_changed(self) -> None:
         """Copies weights that were set from outside into the optimizer's fp32 masters."""
         if self.optimizer is not None:
             self.optimizer.reload_model_params()
+
+    def gather_weights(self) -> None:
+        """Makes this process's weights current before they are read; all processes call it.
+
+        With overlap_param_gather a step leaves them to be gathered by the next forward pass.
+        """
+        if self.optimizer is not None and self.config.parallel.overlap_param_gather:
+            for model in self.models:
+                model.start_param_sync(force_sync=True)
 
     def prepare(self, batch: MicroBatch) -> MicroBatch:
         """The row with all that its attention needs, worked out on the host: for the side that loads rows."""
@@ -145,12 +184,14 @@ class Engine:
         Returns the sums of each micro-batch on the last stage, nothing on the others.
         """
         assert self.optimizer is not None
-        self.model.zero_grad_buffer()
+        for model in self.models:
+            model.zero_grad_buffer()
         self.optimizer.zero_grad()
+        iterators = [iter(batches) for _ in self.models]  # every chunk works through all micro-batches
         return self._schedule_micro_batches(
             forward_step_func=self._forward_step,
-            data_iterator=iter(batches),
-            model=[self.model],
+            data_iterator=iterators if len(iterators) > 1 else iterators[0],
+            model=self.models,
             num_microbatches=len(batches),
             seq_length=batches[0].tokens.shape[1],
             micro_batch_size=1,
@@ -161,10 +202,10 @@ class Engine:
         batch = next(batches).to(self.groups.device)
         return model(batch), partial(self._loss, batch)
 
-    def _loss(self, batch: MicroBatch, nll: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict]:
+    def _loss(self, batch: MicroBatch, losses: LabelLosses) -> tuple[torch.Tensor, torch.Tensor, dict]:
         by_row = self.config.train.loss_normalization == "rows"
-        total, count = loss_terms(nll, batch.label_targets, by_row=by_row)
-        slots = slot_sums(nll, batch.label_targets, batch.label_slots, self.config.diffusion.block_size)
+        total, count = loss_terms(losses.total, batch.label_targets, by_row=by_row)
+        slots = slot_sums(losses.nll, batch.label_targets, batch.label_slots, self.config.diffusion.block_size)
         return total, count, {"sums": torch.stack([total.detach().float(), count.float()]), "slots": slots}
 
     def _update(self) -> torch.Tensor:

@@ -69,7 +69,9 @@ def init_groups(config: ParallelConfig, *, seed: int, timeout_minutes: int = 30)
                 "nccl" if cuda else "gloo", store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
             )
     parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=config.tensor, pipeline_model_parallel_size=config.pipeline
+        tensor_model_parallel_size=config.tensor,
+        pipeline_model_parallel_size=config.pipeline,
+        virtual_pipeline_model_parallel_size=config.virtual_pipeline if config.virtual_pipeline > 1 else None,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     return Groups(

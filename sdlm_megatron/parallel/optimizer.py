@@ -1,6 +1,6 @@
 """Megatron-Core's optimizer and learning rate, set up from our configuration."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -9,23 +9,57 @@ from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as McoreOptimizerConfig
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from sdlm_megatron.config.schema import OptimizerConfig, ParallelConfig, ScheduleConfig
 from sdlm_megatron.model.gpt import SDLMModel
-from sdlm_megatron.parallel.groups import Groups
+
+BUCKET_PARAMETERS: int | None = None
+"""Parameters whose gradients travel together when the reduction overlaps; None: Megatron-Core's own choice, the larger
+of 40 M and 1 M for each data-parallel rank."""
 
 
-def wrap_ddp(model: SDLMModel, parallel: ParallelConfig) -> DistributedDataParallel:
-    """Gradient buffers in fp32, reduced over data parallelism."""
+def wrap_ddp(chunks: Sequence[SDLMModel], parallel: ParallelConfig) -> list[DistributedDataParallel]:
+    """Gradient buffers in fp32, reduced over data parallelism: one wrapper for each model chunk of this process."""
     config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=parallel.distributed_optimizer,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather,
+        align_param_gather=_align_param_gather(parallel),
+        bucket_size=BUCKET_PARAMETERS,
     )
-    return DistributedDataParallel(model.config, config, model)
+    # chunks after the first are reduced behind the backward pass of the ones before them: one bucket is enough
+    return [DistributedDataParallel(m.config, config, m, disable_bucketing=i > 0) for i, m in enumerate(chunks)]
+
+
+def connect_overlap(
+    config: TransformerConfig, models: Sequence[DistributedDataParallel], parallel: ParallelConfig
+) -> None:
+    """Tells the schedule how to hold back, and when to start, the communication that overlaps with its passes.
+
+    Gradients are reduced with the last micro-batch's backward pass only. In a pipeline all stages start their
+    collectives at the same moments, so that none waits for another's in the middle of a pass.
+    """
+
+    def each(calls: list) -> Any:
+        return calls if len(calls) > 1 else calls[0]
+
+    if parallel.overlap_grad_reduce:
+        config.no_sync_func = each([m.no_sync for m in models])
+        if parallel.pipeline > 1:
+            config.grad_sync_func = each([m.start_grad_sync for m in models])
+    if _align_param_gather(parallel):
+        config.param_sync_func = each([m.start_param_sync for m in models])
+
+
+def _align_param_gather(parallel: ParallelConfig) -> bool:
+    """Only the interleaved schedule starts the gathers; elsewhere each module starts the next one's."""
+    return parallel.overlap_param_gather and parallel.virtual_pipeline > 1
 
 
 def build_optimizer(
-    model: DistributedDataParallel, config: OptimizerConfig, parallel: ParallelConfig, groups: Groups
+    models: Sequence[DistributedDataParallel], config: OptimizerConfig, parallel: ParallelConfig
 ) -> MegatronOptimizer:
     """AdamW with fp32 master weights; biases and norms are not decayed."""
     mcore = McoreOptimizerConfig(
@@ -37,11 +71,12 @@ def build_optimizer(
         adam_beta2=config.beta2,
         adam_eps=config.eps,
         clip_grad=config.clip_grad,
-        bf16=model.config.params_dtype is torch.bfloat16,
-        params_dtype=model.config.params_dtype,
+        bf16=models[0].config.params_dtype is torch.bfloat16,
+        params_dtype=models[0].config.params_dtype,
         use_distributed_optimizer=parallel.distributed_optimizer,
+        overlap_param_gather=parallel.overlap_param_gather,
     )
-    optimizer = get_megatron_optimizer(mcore, [model], use_gloo_process_groups=False)
+    optimizer = get_megatron_optimizer(mcore, list(models), use_gloo_process_groups=False)
     for inner in _inner(optimizer):
         if _is_torch_adam(inner):  # neither Apex nor TransformerEngine: torch's one-pass kernel (bench.cpu_choices)
             for group in inner.param_groups:

@@ -14,7 +14,11 @@ LAYOUTS: dict[str, tuple[int, dict[str, object]]] = {
     "TP1": (1, {}),
     "TP2+SP": (2, {"parallel.tensor": 2, "parallel.sequence": True}),
     "PP2": (2, {"parallel.pipeline": 2}),
-    "TP2+SP+PP2": (4, {"parallel.tensor": 2, "parallel.sequence": True, "parallel.pipeline": 2}),
+    # 10 label rows a chunk
+    "TP2+SP+PP2, head in chunks": (
+        4,
+        {"parallel.tensor": 2, "parallel.sequence": True, "parallel.pipeline": 2, "train.logits_mb": 0.02},
+    ),
     "DP2 replicated optimizer": (2, {"parallel.distributed_optimizer": False}),
     "DP2 distributed optimizer": (2, {}),
     "full recompute": (1, {"train.recompute": "full"}),
