@@ -53,6 +53,7 @@ setup(
         "tensorboard>=2.16",
         "psutil>=5.9",
         "numpy>=1.26",
+        "packaging>=23",
         "gguf>=0.10",
     ],
     extras_require={

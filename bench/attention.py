@@ -8,14 +8,13 @@ tensors it allocates. Document lengths are lognormal with the mixture's mean; re
 import argparse
 import statistics
 import time
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import numpy as np
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from bench.measure import peak_bytes
 from sdlm_megatron.diffusion.layout import RowLayout, block_count, draw_starts, pack_row
 from sdlm_megatron.diffusion.mask import visible_pairs
 from sdlm_megatron.model.attention import RowAttention
@@ -63,49 +62,6 @@ def backends(device: torch.device, dtype: torch.dtype, *, dense: bool) -> Iterat
 def decomposed(kernel: VarlenKernel) -> Backend:
     """`decomposed` over this kernel."""
     return f"decomposed, {kernel.name}", lambda layout, _: Decomposed(layout, kernel, causal_attn=False)
-
-
-class LiveTensors(TorchDispatchMode):
-    """Peak bytes of the tensors that operations made, for devices whose allocator does not count."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self.known: set[int] = set()
-
-    def __torch_dispatch__(
-        self, function: Callable, types: object, args: tuple = (), kwargs: dict | None = None
-    ) -> object:
-        result = function(*args, **(kwargs or {}))
-        for x in torch.utils._pytree.tree_leaves(result):
-            if isinstance(x, torch.Tensor):
-                self._add(x.untyped_storage())
-        return result
-
-    def _add(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key not in self.known:
-            self.known.add(key)
-            self.live += size
-            self.peak = max(self.peak, self.live)
-            weakref.finalize(storage, self._drop, key, size)
-
-    def _drop(self, key: int, size: int) -> None:
-        self.known.discard(key)
-        self.live -= size
-
-
-def peak_bytes(function: Callable[[], object], device: torch.device) -> int:
-    """Most memory that `function` held at once on top of what was there."""
-    if device.type == "cuda":
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        function()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    with LiveTensors() as live:
-        function()
-    return live.peak
 
 
 def median_ms(function: Callable[[], object], runs: int, device: torch.device) -> float:

@@ -20,6 +20,9 @@ from sdlm_megatron.parallel.engine import Engine
 from sdlm_megatron.parallel.optimizer import load_state, prime_state
 
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+_EXTRA = "_extra_state"
+"""Entries that are written but never read: each kind of layers has others. All they can hold are the statistics of FP8
+with delayed scaling, as a pickle that TransformerEngine (from 2.20) refuses to load: they begin anew."""
 
 
 def save(folder: Path, engine: Engine, state: TrainState, assets: Path | None) -> None:
@@ -48,10 +51,11 @@ def load(folder: Path, engine: Engine, *, with_optimizer: bool) -> None:
     if with_optimizer:
         assert engine.optimizer is not None
         prime_state(engine.optimizer)
+    wanted = _sharded_state(engine, loading=True, with_optimizer=with_optimizer)
+    for chunk in _chunks(engine):
+        wanted[chunk] = {name: part for name, part in wanted[chunk].items() if not name.endswith(_EXTRA)}
     try:
-        loaded = dist_checkpointing.load(
-            _sharded_state(engine, loading=True, with_optimizer=with_optimizer), str(folder / "weights")
-        )
+        loaded = dist_checkpointing.load(wanted, str(folder / "weights"))
     except (CheckpointingException, KeyError, OSError) as error:
         raise CheckpointError(
             f"the weights cannot be read: {error}",
@@ -59,7 +63,8 @@ def load(folder: Path, engine: Engine, *, with_optimizer: bool) -> None:
             "use another checkpoint; this one does not fit the model",
         ) from error
     for name, module in _chunks(engine).items():
-        module.load_state_dict(loaded[name], strict=True)
+        nothing = dict.fromkeys(key for key in module.state_dict() if key.endswith(_EXTRA))
+        module.load_state_dict({**loaded[name], **nothing}, strict=True)
     if with_optimizer:
         assert engine.optimizer is not None
         load_state(engine.optimizer, loaded["optimizer"])

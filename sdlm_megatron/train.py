@@ -23,6 +23,12 @@ EXAMPLE = "torchrun --nproc-per-node 2 -m sdlm_megatron.train --config sdlm_3b_d
 
 def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry-run", action="store_true", help="check everything, say what would be trained, and exit")
+    parser.add_argument(
+        "--profile",
+        metavar="STEPS",
+        help="profile these steps, such as 10:12 or 10: a trace for Perfetto or chrome://tracing and a page of what "
+        "it says, in RUN_DIR/profile; without it nothing is slower",
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -31,10 +37,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         RunConfig, presets=PRESETS, description=__doc__ or "", example=EXAMPLE, argv=argv, extra=_options
     )
     check_run(config, int(os.environ.get("WORLD_SIZE", 1)))
-    train(config, dry_run=args.dry_run)
+    steps = None
+    if args.profile is not None:
+        from sdlm_megatron.observe.profile import parse_steps
+
+        steps = parse_steps(args.profile)
+    train(config, dry_run=args.dry_run, profile_steps=steps)
 
 
-def train(config: RunConfig, *, dry_run: bool = False) -> None:
+def train(config: RunConfig, *, dry_run: bool = False, profile_steps: tuple[int, int] | None = None) -> None:
     """Runs a checked configuration on this process, together with the others of the job."""
     # Imports stand where they are needed: mistakes are found before Megatron's ten seconds, and the helper processes
     # of a checkpoint save, which import this module again, start at once.
@@ -48,17 +59,19 @@ def train(config: RunConfig, *, dry_run: bool = False) -> None:
     dp_size = int(os.environ.get("WORLD_SIZE", 1)) // (config.parallel.tensor * config.parallel.pipeline)
     say(describe(config, plan, dataset, dp_size))
     if not dry_run:
-        _run(config, plan, dataset)
+        _run(config, plan, dataset, profile_steps)
 
 
-def _run(config: RunConfig, plan: "Plan", dataset: "PackedDataset") -> None:
+def _run(config: RunConfig, plan: "Plan", dataset: "PackedDataset", profile_steps: tuple[int, int] | None) -> None:
     """Joins the other processes, builds, and trains."""
     from sdlm_megatron.parallel import compat, cpu
 
     compat.silence_known_notices()
     cpu.install()  # before anything imports megatron
+    from sdlm_megatron.model.layers import optimizer_text
     from sdlm_megatron.observe.console import Console
     from sdlm_megatron.observe.peak_flops import peak_flops
+    from sdlm_megatron.observe.profile import StepProfiler
     from sdlm_megatron.observe.sinks import Sinks
     from sdlm_megatron.parallel.engine import Engine
     from sdlm_megatron.parallel.groups import close_groups, init_groups
@@ -70,21 +83,31 @@ def _run(config: RunConfig, plan: "Plan", dataset: "PackedDataset") -> None:
         plan.state.shape,
         groups,
         max_positions=dataset.row_length + config.diffusion.block_size,
+        row_length=dataset.row_length,
         steps=plan.steps,
         initialize=plan.kind == "random",
     )
-    sinks, console = None, None
+    sinks, console, profiler = None, None, None
+    layout = f"TP {groups.tp_size}, PP {groups.pp_size}, DP {groups.dp_size}"
+    if profile_steps is not None:
+        profiler = StepProfiler(
+            *profile_steps,
+            Path(config.run_dir) / "profile",
+            rank=groups.rank if groups.tp_rank == groups.dp_rank == 0 else None,  # one process of each stage
+            gather=groups.gather,
+            heading=f"{layout} on {groups.device_name}",
+        )
     if groups.main:
         print(f"attention {engine.attention.text}", flush=True)
+        print(f"layers {engine.layers.text}; {optimizer_text()}", flush=True)
         run_dir = Path(config.run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
         save_config(config, run_dir / "config.yaml")
-        layout = f"TP {groups.tp_size}, PP {groups.pp_size}, DP {groups.dp_size}"
         sinks = Sinks.open(run_dir, config.observe, plan.state.step, run_config=asdict(config), resume_note=layout)
         show_mfu = peak_flops(groups.device_name) is not None
         console = Console(steps=plan.steps, block_size=config.diffusion.block_size, show_mfu=show_mfu)
     with sinks or nullcontext():
-        Trainer(config, plan, engine, dataset, sinks, console).fit()
+        Trainer(config, plan, engine, dataset, sinks, console, profiler).fit()
     close_groups()
 
 

@@ -1,8 +1,12 @@
 """The training loop: which rows, when to log, when to save. What a step computes is parallel/engine.py."""
 
 import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+
+from torch.profiler import record_function
 
 from sdlm_megatron import checkpointing
 from sdlm_megatron.checkpoint_files import prune, step_folder
@@ -10,12 +14,15 @@ from sdlm_megatron.config.schema import RunConfig
 from sdlm_megatron.data.batch import load_micro_batch
 from sdlm_megatron.data.format import PackedDataset
 from sdlm_megatron.data.order import locate, step_rows
+from sdlm_megatron.data.prefetch import Prefetch
 from sdlm_megatron.diffusion.row import MicroBatch
 from sdlm_megatron.observe.console import Console
 from sdlm_megatron.observe.flops import ModelShape, model_flops_utilization, training_flops
 from sdlm_megatron.observe.peak_flops import peak_flops
+from sdlm_megatron.observe.profile import StepProfiler
 from sdlm_megatron.observe.sinks import Sinks
-from sdlm_megatron.parallel.engine import Engine, StepResult, device_peak_memory_gb
+from sdlm_megatron.parallel.engine import Engine, device_peak_memory_gb
+from sdlm_megatron.parallel.results import QueuedStep, StepResult
 from sdlm_megatron.start import Plan, micro_batch_multiple
 
 
@@ -28,6 +35,7 @@ class Trainer:
         engine: built for the plan, weights not loaded yet.
         dataset: the packed rows.
         sinks, console: given on the main process only.
+        profiler: given on all processes where steps are to be profiled.
     """
 
     def __init__(
@@ -38,28 +46,56 @@ class Trainer:
         dataset: PackedDataset,
         sinks: Sinks | None,
         console: Console | None,
+        profiler: StepProfiler | None = None,
     ) -> None:
         self.config, self.plan, self.engine, self.dataset = config, plan, engine, dataset
-        self.sinks, self.console = sinks, console
+        self.sinks, self.console, self.profiler = sinks, console, profiler
         self.state = plan.state
         self.run_dir = Path(config.run_dir)
+        self._queued: list[QueuedStep] = []
+        """Steps whose results nobody has read yet: the device may still be working on them."""
+        self._window: list[StepResult] = []
+        """Steps since the last log record."""
+        self._window_start, self._window_wait = 0.0, 0.0
         self._seconds_a_step = 0.0
 
     def fit(self) -> None:
         """Loads the weights, then trains to the end of the schedule (or to train.stop_after)."""
-        self._load_weights()
         last = min(self.plan.steps, self.config.train.stop_after or self.plan.steps)
         if self.state.step >= last and self.engine.groups.main:
             print(f"nothing to do: step {self.state.step} of {last} is done; raise train.steps to go on", flush=True)
-        for step in range(self.state.step + 1, last + 1):
-            started = time.perf_counter()
-            batches = self._next_batches()
-            result = self.engine.train_step(batches, step)
+        if self.profiler is not None:
+            self.profiler.check(self.state.step, last)
+        with Prefetch(self._loads(last), self.engine.groups.device) as data:
+            self._load_weights()
+            self._train(last, data)
+
+    def _train(self, last: int, data: Prefetch) -> None:
+        log_every, save_every = self.config.observe.log_every, self.config.checkpoint.save_every
+        self._begin_window(data)
+        first = self.state.step + 1
+        for step in range(first, last + 1):
+            if self.profiler is not None:
+                self.profiler.before(step)
+            with record_function("sdlm::data"):
+                batches = data.next_step()
+            if step == first and (done := self.engine.warm_up(batches)):
+                self._begin_window(data)
+                if self.engine.groups.main:
+                    print(done, flush=True)
+            self._queued.append(self.engine.train_step(batches, step))
             self._advance(step)
-            seconds = time.perf_counter() - started
-            if step % self.config.observe.log_every == 0 or step == last:
-                self._log(step, result, seconds)
-            if step == last or (self.config.checkpoint.save_every and step % self.config.checkpoint.save_every == 0):
+            log = step % log_every == 0 or step == last
+            save = step == last or (save_every > 0 and step % save_every == 0)
+            profiled = self.profiler is not None and step == self.profiler.last
+            if log or save or profiled:  # only here does the host wait for the device
+                self._window += self.engine.results(self._queued)
+                self._queued = []
+            if self.profiler is not None:
+                self._end_of_profiled_step(self.profiler, step)
+            if log:
+                self._log(step, data)
+            if save:
                 self._save(step)
 
     def _load_weights(self) -> None:
@@ -72,34 +108,51 @@ class Trainer:
             assert plan.source is not None
             checkpointing.load(plan.source, self.engine, with_optimizer=plan.kind == "resume")
 
-    def _next_batches(self) -> list[MicroBatch]:
-        """This rank's micro-batches of the next step; every TP and PP rank of it reads the same rows."""
+    def _loads(self, last: int) -> Iterator[Callable[[], list[MicroBatch]]]:
+        """For each step to come, what reads this rank's micro-batches."""
+        state = self.state
+        for consumed in range(state.consumed_rows, self.plan.total_rows, state.rows_per_step)[: last - state.step]:
+            yield partial(self._load, consumed)
+
+    def _load(self, consumed: int) -> list[MicroBatch]:
+        """This rank's micro-batches of the step after `consumed` rows; every TP and PP rank of it reads the same."""
+        groups, seed = self.engine.groups, self.config.train.seed
         numbers = step_rows(
-            self.state.consumed_rows,
+            consumed,
             self.state.rows_per_step,
             self.plan.total_rows,
-            dp_rank=self.engine.groups.dp_rank,
-            dp_size=self.engine.groups.dp_size,
+            dp_rank=groups.dp_rank,
+            dp_size=groups.dp_size,
             multiple=micro_batch_multiple(self.config.parallel),
         )
-        seed = self.config.train.seed
         return [self.engine.prepare(load_micro_batch(self.dataset, n, seed=seed)) for n in numbers]
 
     def _advance(self, step: int) -> None:
         consumed = min(self.state.consumed_rows + self.state.rows_per_step, self.plan.total_rows)
         self.state = replace(self.state, step=step, consumed_rows=consumed)
 
-    def _log(self, step: int, result: StepResult, seconds: float) -> None:
+    def _begin_window(self, data: Prefetch) -> None:
+        self._window, self._window_start, self._window_wait = [], time.perf_counter(), data.waited
+
+    def _log(self, step: int, data: Prefetch) -> None:
+        """Writes the record of `step`; its times are the mean over the steps since the last one."""
+        seconds, waited, steps = time.perf_counter() - self._window_start, data.waited - self._window_wait, self._window
+        self._begin_window(data)
         if self.sinks is None or self.console is None:
             return
-        known = self._seconds_a_step
-        self._seconds_a_step = 0.9 * known + 0.1 * seconds if known else seconds
-        record = self._record(step, result, seconds)
+        a_step = seconds / len(steps)
+        weight = 0.9 ** len(steps) if self._seconds_a_step else 0.0
+        self._seconds_a_step = weight * self._seconds_a_step + (1 - weight) * a_step
+        record = {**self._record(step, steps, a_step), "data_wait": waited / len(steps)}
         self.sinks.log(step, record)
         self.console.log(step, record)
 
-    def _record(self, step: int, result: StepResult, seconds: float) -> dict[str, float | int | str]:
-        """One log record; slots without a target and an unknown MFU are left out rather than written as 0."""
+    def _record(self, step: int, steps: Sequence[StepResult], a_step: float) -> dict[str, float | int | str]:
+        """One log record; slots without a target and an unknown MFU are left out rather than written as 0.
+
+        What was learned is that of the last of `steps`; speeds are of all of them, which took `a_step` seconds each.
+        """
+        result, useful = steps[-1], sum(r.useful_tokens for r in steps) / len(steps)
         tokens = self.state.rows_per_step * self.dataset.row_length
         record: dict[str, float | int | str] = {
             "step": step,
@@ -112,18 +165,18 @@ class Trainer:
             "tokens": tokens,
             "useful_tokens": result.useful_tokens,
             "documents": result.documents,
-            "step_time": seconds,
-            "tokens_per_s": tokens / seconds,
-            "useful_tokens_per_s": result.useful_tokens / seconds,
+            "step_time": a_step,
+            "tokens_per_s": tokens / a_step,
+            "useful_tokens_per_s": useful / a_step,
             "memory_gb": device_peak_memory_gb(self.engine.groups.device),
             "epoch": locate(max(0, self.state.consumed_rows - 1), self.dataset.rows, seed=0).epoch,
             "consumed_rows": self.state.consumed_rows,
             "eta_s": (self.plan.steps - step) * self._seconds_a_step,
         }
-        mfu = self._mfu(result, seconds)
+        mfu = self._mfu(steps, a_step * len(steps))
         return record if mfu is None else {**record, "mfu": mfu}
 
-    def _mfu(self, result: StepResult, seconds: float) -> float | None:
+    def _mfu(self, steps: Sequence[StepResult], seconds: float) -> float | None:
         shape = self.state.shape
         flops = training_flops(
             ModelShape(
@@ -135,16 +188,26 @@ class Trainer:
                 ffn=shape.ffn_hidden_size,
                 vocab=shape.vocab_size,
             ),
-            tokens=result.useful_tokens,
-            pairs=result.visible_pairs,
-            label_rows=result.targets,
+            tokens=sum(r.useful_tokens for r in steps),
+            pairs=sum(r.visible_pairs for r in steps),
+            label_rows=sum(r.targets for r in steps),
         )
         groups = self.engine.groups
         return model_flops_utilization(flops, seconds, groups.world_size, peak_flops(groups.device_name))
 
+    def _end_of_profiled_step(self, profiler: StepProfiler, step: int) -> None:
+        started = time.perf_counter()
+        page = profiler.after(step)
+        if page is not None:
+            print(f"{page}written to {profiler.folder}", flush=True)
+        self._window_start += time.perf_counter() - started  # not a step's time
+
     def _save(self, step: int) -> None:
+        assert not self._queued, "a checkpoint holds checked steps only"
+        started = time.perf_counter()
         folder = step_folder(self.run_dir, step)
         checkpointing.save(folder, self.engine, self.state, self.plan.assets)
         if self.engine.groups.main:
             prune(folder.parent, self.config.checkpoint.keep_last)
             print(f"saved {folder}", flush=True)
+        self._window_start += time.perf_counter() - started

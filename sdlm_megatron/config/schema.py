@@ -119,14 +119,16 @@ class TrainConfig:
     """auto (TransformerEngine where it is installed and there is a GPU; the choice is printed) | megatron |
     transformer_engine."""
     fp8: str = "none"
-    """none | delayed | current (scaling of FP8 matrix products); needs TransformerEngine's layers."""
+    """none | delayed | current (scaling of FP8 matrix products: by the largest values of earlier steps, or of the
+    product itself); needs TransformerEngine's layers. A resumed run with delayed begins its statistics anew."""
     recompute: str = "none"
-    """none | selective (the norms' outputs again in the backward: nearly free) | full (a layer keeps its input only, and
-    runs forward again: least memory, about 1/3 more FLOPs)."""
+    """none | selective (norms' outputs are made again in the backward: nearly free) | full (a layer keeps its input
+    only and runs forward again: least memory, about 1/3 more FLOPs)."""
     recompute_layers: int = 0
     """With recompute full: only the first so many layers of each model chunk; 0: all."""
-    logits_mb: int = 512
-    """Most memory of one chunk's logits, in MB on one GPU: the head and the loss take the label rows in chunks."""
+    logits_mb: float = 512
+    """Most memory of logits, their softmax and its gradient, in MB a process: head and loss take so many label rows at
+    a time. Fewer, larger chunks are faster."""
     loss_normalization: str = "targets"
     """targets: mean over all targets of the global batch | rows: mean of the rows' means (the reference's weighing)."""
 

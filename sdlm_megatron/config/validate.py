@@ -14,6 +14,8 @@ CHOICES = {
     "schedule.style": ("constant", "linear", "cosine", "wsd"),
     "observe.wandb": ("disabled", "offline", "online"),
 }
+FP8_MULTIPLE = 16
+"""Sides of the matrices of an FP8 product."""
 POSITIVE = (
     "parallel.tensor",
     "parallel.pipeline",
@@ -71,6 +73,12 @@ def check_run(config: RunConfig, world_size: int) -> None:
             "one pipeline stage has no bubble that model chunks could fill",
             "parallel.virtual_pipeline",
             "set parallel.pipeline > 1 or virtual_pipeline=1",
+        )
+    if parallel.overlap_tensor and not parallel.sequence:
+        raise ConfigError(
+            "overlapping the communication of tensor parallelism needs sequence parallelism",
+            "parallel.overlap_tensor",
+            "set parallel.tensor > 1 and parallel.sequence=true, or overlap_tensor=false",
         )
     model_size = parallel.tensor * parallel.pipeline
     if world_size % model_size:
@@ -151,6 +159,31 @@ def check_model(model: ModelConfig, config: RunConfig, row_length: int) -> None:
         )
     if config.parallel.sequence and row_length % tp:
         raise _indivisible("the dataset's row_length", row_length, "parallel.tensor", tp)
+    if config.train.fp8 != "none":
+        _check_fp8(model, config, row_length)
+
+
+def _check_fp8(model: ModelConfig, config: RunConfig, row_length: int) -> None:
+    """Every matrix that is multiplied in FP8 has sides of whole multiples of 16 on each GPU."""
+    tp = config.parallel.tensor
+    head = model.head_dim or model.hidden_size // model.num_attention_heads
+    for what, size, setting in (
+        ("the dataset's row_length", row_length // (tp if config.parallel.sequence else 1), "data.path"),
+        ("model.hidden_size", model.hidden_size, "model.hidden_size"),
+        ("model.ffn_hidden_size", model.ffn_hidden_size // tp, "model.ffn_hidden_size"),
+        ("width of the heads", model.num_attention_heads * head // tp, "model.head_dim"),
+        (
+            "width of q, k and v",
+            (model.num_attention_heads + 2 * model.num_query_groups) * head // tp,
+            "model.head_dim",
+        ),
+    ):
+        if size % FP8_MULTIPLE:
+            raise ConfigError(
+                f"FP8 needs multiples of {FP8_MULTIPLE}: {what} is {size} on a GPU",
+                setting,
+                "--train.fp8=none, another size, or another parallel.tensor",
+            )
 
 
 def _indivisible(what: str, value: int, setting: str, degree: int) -> ConfigError:

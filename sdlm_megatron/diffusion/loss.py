@@ -18,7 +18,7 @@ def slot_sums(nll: torch.Tensor, targets: torch.Tensor, slots: torch.Tensor, blo
     return torch.zeros(2, block_size, dtype=torch.float32, device=nll.device).index_add_(1, slots, both)
 
 
-def loss_terms(nll: torch.Tensor, targets: torch.Tensor, *, by_row: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def loss_terms(total: torch.Tensor, targets: torch.Tensor, *, by_row: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Numerator (float, differentiable) and denominator (int32) of a micro-batch's part of the loss.
 
     The step's loss is the sum of the numerators over the sum of the denominators, over all micro-batches and
@@ -26,11 +26,12 @@ def loss_terms(nll: torch.Tensor, targets: torch.Tensor, *, by_row: bool) -> tup
     - by_row=False: sum of the losses over the number of targets, the mean over all targets of the global batch;
     - by_row=True: the row's own mean over 1, the mean of the rows' means, as the reference weighs its
       micro-batches.
+
+    Args:
+        total: float (), sum of the losses of the row's targets, 0 for a row without any.
+        targets: int64 (N,), IGNORE where there is none.
     """
-    real = targets != IGNORE
-    count = real.sum()
-    # where() and not a product: the stand-in of an empty row must give 0 even if its loss is not finite
-    total = torch.where(real, nll, torch.zeros_like(nll)).sum()
+    count = (targets != IGNORE).sum()
     if by_row:
         return total / count.clamp(min=1), (count > 0).int()
     return total, count.int()

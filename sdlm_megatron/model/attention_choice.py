@@ -25,12 +25,11 @@ from sdlm_megatron.model.attention_varlen import (
     VarlenKernel,
     use_flash_attention_3,
 )
+from sdlm_megatron.model.packages import LIBRARY_ERRORS, first_line
 
 KEY = "train.attention"
 TOLERANCE = 0.02
 """Relative error (of norms) that bf16 may have; a wrong convention gives 0.1 and more, rounding 0.005."""
-LIBRARY_ERRORS = (RuntimeError, ValueError, TypeError, KeyError, AttributeError, AssertionError, ImportError, OSError)
-"""How a package says that it was built for something else."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +96,7 @@ def gpu_kernels() -> Iterator[VarlenKernel | str]:
         try:
             yield TransformerEngineFused()
         except LIBRARY_ERRORS as error:
-            yield f"TransformerEngine cannot be loaded ({_first_line(error)})"
+            yield f"TransformerEngine cannot be loaded ({first_line(error)})"
     yield TorchFlash()
 
 
@@ -113,16 +112,12 @@ def first_good(
         try:
             error = check_kernel(kernel, causal_attn=causal_attn, device=device, heads=heads)
         except LIBRARY_ERRORS as raised:
-            failures.append(f"{kernel.name} does not run ({_first_line(raised)})")
+            failures.append(f"{kernel.name} does not run ({first_line(raised)})")
             continue
         if error < TOLERANCE:
             return kernel, failures
         failures.append(f"{kernel.name} is wrong by {error:.2g} of the norm")
     return None, failures
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def check_kernel(kernel: VarlenKernel, *, causal_attn: bool, device: torch.device, heads: Heads) -> float:

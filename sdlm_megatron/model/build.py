@@ -3,11 +3,16 @@
 import importlib.util
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn.functional import silu
@@ -17,6 +22,7 @@ from sdlm_megatron.diffusion.layout import RowLayout
 from sdlm_megatron.model.attention import RowAttention
 from sdlm_megatron.model.core_attention import SDLMCoreAttention
 from sdlm_megatron.model.gpt import SDLMModel
+from sdlm_megatron.model.layers import TRANSFORMER_ENGINE, Layers
 from sdlm_megatron.model.names import partition_dim
 
 VOCAB_MULTIPLE = 128
@@ -39,7 +45,13 @@ def padded_vocab(vocab_size: int, tensor: int) -> int:
 
 
 def transformer_config(
-    shape: ModelConfig, parallel: ParallelConfig, train: TrainConfig, *, dtype: torch.dtype, initialize: bool
+    shape: ModelConfig,
+    parallel: ParallelConfig,
+    train: TrainConfig,
+    layers: Layers,
+    *,
+    dtype: torch.dtype,
+    initialize: bool,
 ) -> TransformerConfig:
     """Megatron-Core's configuration of a Qwen2.5 / Llama shape."""
     cuda = torch.cuda.is_available()
@@ -74,12 +86,9 @@ def transformer_config(
         use_cpu_initialization=not cuda,
         perform_initialization=initialize,
         init_method_std=0.02,
-        bias_activation_fusion=cuda,
-        bias_dropout_fusion=False,
-        masked_softmax_fusion=False,
-        gradient_accumulation_fusion=fuses_gradient_accumulation(transformer_engine=False),
-        persist_layer_norm=False,
-        apply_rope_fusion=False,
+        gradient_accumulation_fusion=fuses_gradient_accumulation(transformer_engine=layers.kind == TRANSFORMER_ENGINE),
+        batch_p2p_sync=False,  # a guard for old versions of torch: the host would wait at every hand-over of a stage
+        **layers.arguments,
     )
 
 
@@ -108,23 +117,47 @@ def fuses_gradient_accumulation(*, transformer_engine: bool) -> bool:
     return transformer_engine or apex
 
 
-def block_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
-    """This stage's layers: Megatron-Core's own with our core attention and norm."""
-    spec = get_gpt_layer_local_spec(normalization="RMSNorm")
+def block_spec(config: TransformerConfig, kind: str) -> TransformerBlockSubmodules:
+    """This stage's layers of the kind that `choose_layers` names, with our core attention."""
+    if kind == TRANSFORMER_ENGINE:
+        spec, norm = _transformer_engine_spec(config)
+    else:
+        spec, norm = get_gpt_layer_local_spec(normalization="RMSNorm"), RMSNorm
+        spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = norm
     spec.submodules.self_attention.submodules.core_attention = SDLMCoreAttention
-    spec.submodules.input_layernorm = RMSNorm
-    spec.submodules.pre_mlp_layernorm = RMSNorm
-    return TransformerBlockSubmodules(layer_specs=[spec] * get_num_layers_to_build(config), layer_norm=RMSNorm)
+    return TransformerBlockSubmodules(layer_specs=[spec] * get_num_layers_to_build(config), layer_norm=norm)
+
+
+def _transformer_engine_spec(config: TransformerConfig) -> tuple[ModuleSpec, type]:
+    """Norm and linear layer in one module; apart where the norm's output is to be recomputed.
+
+    Checkpoints name the norms as the fused modules do, as those of Megatron-Core's own layers also do.
+    """
+    from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TENorm
+
+    spec = get_gpt_layer_with_transformer_engine_spec()
+    if config.recompute_granularity == "selective" and "layernorm" in (config.recompute_modules or ()):
+        layer, mlp = spec.submodules, spec.submodules.mlp
+        layer.input_layernorm = layer.pre_mlp_layernorm = TENorm
+        layer.self_attention.submodules.linear_qkv = TEColumnParallelLinear
+        parts: Any = (
+            mlp.keywords["submodules"] if isinstance(mlp, partial) else mlp.submodules
+        )  # 0.17 and later | before
+        parts.linear_fc1 = TEColumnParallelLinear
+        layer.sharded_state_dict_keys_map = get_gpt_layer_local_spec().submodules.sharded_state_dict_keys_map
+    return spec, TENorm
 
 
 def build_model(
     shape: ModelConfig,
     config: TransformerConfig,
+    layers: Layers,
     *,
     first_stage: bool,
     last_stage: bool,
     max_positions: int,
     row_attention: Callable[[RowLayout, int], RowAttention],
+    logits_mb: float,
     chunk: int = 0,
 ) -> SDLMModel:
     """One of this process's model chunks: a pipeline stage has one, under the interleaved schedule several.
@@ -135,7 +168,7 @@ def build_model(
     chunks = config.virtual_pipeline_model_parallel_size or 1
     model = SDLMModel(
         config=config,
-        transformer_layer_spec=block_spec(config),
+        transformer_layer_spec=block_spec(config, layers.kind),
         vocab_size=padded_vocab(shape.vocab_size, config.tensor_model_parallel_size),
         max_sequence_length=max_positions,
         pre_process=first_stage and chunk == 0,
@@ -145,6 +178,7 @@ def build_model(
         rotary_base=shape.rope_theta,
         real_vocab_size=shape.vocab_size,
         row_attention=row_attention,
+        logits_mb=logits_mb,
     )
     for name, parameter in model.named_parameters():
         # Megatron-Core marks split tensors while it fills them; without the mark the gradient norm would count

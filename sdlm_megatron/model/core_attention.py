@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.profiler import record_function
 
 from sdlm_megatron.model.attention import RowAttention
 
@@ -45,5 +46,6 @@ class SDLMCoreAttention(torch.nn.Module):
     ) -> torch.Tensor:
         """query [S, 1, heads, d], key and value [S, 1, kv_heads, d] after RoPE -> [S, 1, heads * d]."""
         assert query.shape[1] == 1, "a micro-batch is one packed row"
-        out = packed_seq_params.attention(query[:, 0], key[:, 0], value[:, 0], self.scale)
+        with record_function("sdlm::attention"):
+            out = packed_seq_params.attention(query[:, 0], key[:, 0], value[:, 0], self.scale)
         return out.reshape(out.shape[0], 1, -1)

@@ -4,14 +4,14 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import torch
-from megatron.core import tensor_parallel
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 
-from sdlm_megatron.diffusion.layout import IGNORE, RowLayout
+from sdlm_megatron.diffusion.layout import RowLayout
 from sdlm_megatron.diffusion.row import MicroBatch
 from sdlm_megatron.model.attention import RowAttention
 from sdlm_megatron.model.core_attention import SDLMRowParams
+from sdlm_megatron.model.label_loss import LabelLosses, Vocabulary, label_losses
 
 
 class SDLMModel(GPTModel):
@@ -19,22 +19,22 @@ class SDLMModel(GPTModel):
 
     Args beyond GPTModel's: `real_vocab_size`, the rows of the Hugging Face embedding; rows added for tensor
     parallelism are kept out of the softmax. `row_attention`: from a row's layout and length to its attention.
+    `logits_mb`: see label_loss.
     """
 
     def __init__(
-        self, *args: Any, real_vocab_size: int, row_attention: Callable[[RowLayout, int], RowAttention], **kwargs: Any
+        self,
+        *args: Any,
+        real_vocab_size: int,
+        row_attention: Callable[[RowLayout, int], RowAttention],
+        logits_mb: float,
+        **kwargs: Any,
     ) -> None:
         super().__init__(*args, position_embedding_type="rope", **kwargs)
-        self.real_vocab_size, self.row_attention = real_vocab_size, row_attention
-        if self.post_process:
-            # The head sees label rows gathered from the whole sequence, so it is never sequence parallel itself;
-            # each rank's vocabulary shard gives part of the hidden gradient: they are summed here, once, and the
-            # gather below then only splits (tensor_parallel_output_grad=False) instead of summing again.
-            self.output_layer.sequence_parallel = False
-            self.output_layer.allreduce_dgrad = self.config.tensor_model_parallel_size > 1
+        self.real_vocab_size, self.row_attention, self.logits_mb = real_vocab_size, row_attention, logits_mb
 
-    def forward(self, batch: MicroBatch) -> torch.Tensor:
-        """Hidden states [S(/TP), 1, hidden] on inner stages; on the last, nll (N,) of the labels in float32."""
+    def forward(self, batch: MicroBatch) -> torch.Tensor | LabelLosses:
+        """Hidden states [S(/TP), 1, hidden] on inner stages; on the last, the losses of the label rows."""
         self._batch = batch
         attention = cast("RowAttention | None", batch.attention)
         if attention is None:
@@ -55,26 +55,23 @@ class SDLMModel(GPTModel):
         freqs = torch.cat([angles, angles], dim=-1)[:, None, None, :]  # [S, 1, 1, d]
         return (found[0], freqs, *found[2:])
 
-    def _postprocess(self, hidden_states: torch.Tensor, **_: Any) -> torch.Tensor:
+    def _postprocess(self, hidden_states: torch.Tensor, **_: Any) -> torch.Tensor | LabelLosses:
         """LM head and vocab-parallel cross entropy on the label rows only."""
         if not self.post_process:
             return hidden_states
-        batch = self._batch
+        batch, tp = self._batch, self.pg_collection.tp
         if self.config.sequence_parallel:
+            # label_losses sums the gradient over TP, so here it is only split
             hidden_states = gather_from_sequence_parallel_region(
-                hidden_states, tensor_parallel_output_grad=False, group=self.pg_collection.tp
+                hidden_states, tensor_parallel_output_grad=False, group=tp
             )
-        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
-        logits, _bias = self.output_layer(hidden_states[batch.label_index], weight=weight)  # [N, 1, vocab/TP]
-        logits = self._without_padding(logits)
-        targets = batch.label_targets.masked_fill(batch.label_targets == IGNORE, 0)
-        return tensor_parallel.vocab_parallel_cross_entropy(logits.float(), targets[:, None])[:, 0]
-
-    def _without_padding(self, logits: torch.Tensor) -> torch.Tensor:
-        """Takes the rows that pad the vocabulary out of the softmax."""
-        if self.vocab_size == self.real_vocab_size:
-            return logits
-        local = logits.shape[-1]
-        first = self.pg_collection.tp.rank() * local
-        added = torch.arange(first, first + local, device=logits.device) >= self.real_vocab_size
-        return logits.masked_fill(added, torch.finfo(logits.dtype).min)
+        tied = self.share_embeddings_and_output_weights
+        weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
+        first = tp.rank() * len(weight)
+        vocabulary = Vocabulary(
+            first=first,
+            real=min(max(0, self.real_vocab_size - first), len(weight)),
+            group=tp if tp.size() > 1 else None,
+        )
+        rows = hidden_states[batch.label_index, 0]
+        return label_losses(rows, weight, batch.label_targets, vocabulary, logits_mb=self.logits_mb)

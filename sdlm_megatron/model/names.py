@@ -2,6 +2,7 @@
 
 Three tensors change form on the way: q, k and v become one `linear_qkv`, interleaved by KV head
 ([q of the group…, k, v] for each); gate and up become one `linear_fc1` ([gate; up]); the embedding is padded.
+TransformerEngine's layers keep a norm in the module of the linear layer that follows it: both names are understood.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,8 +15,10 @@ Getter = Callable[[str], torch.Tensor]
 
 _LAYER = {
     "input_layernorm.weight": "input_layernorm.weight",
+    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
     "self_attention.linear_proj.weight": "self_attn.o_proj.weight",
     "pre_mlp_layernorm.weight": "post_attention_layernorm.weight",
+    "mlp.linear_fc1.layer_norm_weight": "post_attention_layernorm.weight",
     "mlp.linear_fc2.weight": "mlp.down_proj.weight",
 }
 _OUTER = {
@@ -43,12 +46,14 @@ def from_hf(name: str, shape: ModelConfig, get: Getter) -> torch.Tensor:
             name = "embedding.word_embeddings.weight"  # the last pipeline stage's copy
         return get(_OUTER[name])
     head, rest = f"model.layers.{inner[0]}.", inner[1]
+    if rest in _LAYER:
+        return get(head + _LAYER[rest])
+    if rest == _FC1:
+        return torch.cat([get(f"{head}mlp.gate_proj.weight"), get(f"{head}mlp.up_proj.weight")])
     if rest.startswith(_QKV):
         kind = rest.removeprefix(_QKV)
         return interleave_qkv(*(get(f"{head}self_attn.{x}_proj.{kind}") for x in "qkv"), shape=shape)
-    if rest == _FC1:
-        return torch.cat([get(f"{head}mlp.gate_proj.weight"), get(f"{head}mlp.up_proj.weight")])
-    return get(head + _LAYER[rest])
+    raise KeyError(name)
 
 
 def to_hf(name: str, tensor: torch.Tensor, shape: ModelConfig) -> Iterator[tuple[str, torch.Tensor]]:
@@ -59,16 +64,18 @@ def to_hf(name: str, tensor: torch.Tensor, shape: ModelConfig) -> Iterator[tuple
         yield _OUTER[name], tensor[:rows]
         return
     head, rest = f"model.layers.{inner[0]}.", inner[1]
-    if rest.startswith(_QKV):
-        kind = rest.removeprefix(_QKV)
-        for x, part in zip("qkv", split_qkv(tensor, shape), strict=True):
-            yield f"{head}self_attn.{x}_proj.{kind}", part
+    if rest in _LAYER:
+        yield head + _LAYER[rest], tensor
     elif rest == _FC1:
         gate, up = tensor.chunk(2)
         yield f"{head}mlp.gate_proj.weight", gate
         yield f"{head}mlp.up_proj.weight", up
+    elif rest.startswith(_QKV):
+        kind = rest.removeprefix(_QKV)
+        for x, part in zip("qkv", split_qkv(tensor, shape), strict=True):
+            yield f"{head}self_attn.{x}_proj.{kind}", part
     else:
-        yield head + _LAYER[rest], tensor
+        raise KeyError(name)
 
 
 def interleave_qkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, shape: ModelConfig) -> torch.Tensor:
@@ -88,7 +95,7 @@ def split_qkv(qkv: torch.Tensor, shape: ModelConfig) -> tuple[torch.Tensor, ...]
 
 def partition_dim(name: str) -> int | None:
     """Dimension of a tensor that is split over TP; None: every rank holds it whole."""
-    if name.endswith("layernorm.weight"):
+    if name.endswith(("layernorm.weight", "layer_norm_weight")):
         return None
     return 1 if name.endswith(("linear_proj.weight", "linear_fc2.weight")) else 0
 

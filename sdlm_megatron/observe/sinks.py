@@ -189,6 +189,6 @@ def _group(key: str) -> str:
         return f"loss/{key}"
     if key in ("grad_norm", "lr"):
         return f"optimizer/{key}"
-    if key.endswith("_per_s") or key in ("mfu", "step_time", "memory_gb", "eta_s"):
+    if key.endswith("_per_s") or key in ("mfu", "step_time", "data_wait", "memory_gb", "eta_s"):
         return f"speed/{key}"
     return f"data/{key}"

@@ -2,7 +2,7 @@
 
 Megatron-Core allocates on "cuda" and asks for streams and device numbers whether or not it needs them. `install`
 gives those calls their CPU meaning, so that the same code runs over gloo. It must run before megatron is imported,
-does nothing where a GPU is present, and never changes `torch.cuda.is_available`.
+does nothing where a GPU is present (but hide packages that do not work), and never changes `torch.cuda.is_available`.
 """
 
 import contextlib
@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
+
+from sdlm_megatron.model.packages import find_packages
 
 _installed = False
 
@@ -61,6 +63,7 @@ class _Nothing:
 def install() -> bool:
     """Redirects CUDA calls to the CPU if there is no GPU. Returns True where the redirect is in force."""
     global _installed
+    find_packages()
     if torch.cuda.is_available() or _installed:
         return _installed
     _installed = True

@@ -3,6 +3,7 @@
 import os
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -45,6 +46,12 @@ class Groups:
     def main(self) -> bool:
         """The one process that prints and writes."""
         return self.rank == 0
+
+    def gather(self, mine: Any) -> list[Any]:
+        """An object of each process, in order of rank; all processes call it."""
+        everyone: list[Any] = [None] * self.world_size
+        dist.all_gather_object(everyone, mine)
+        return everyone
 
 
 def init_groups(config: ParallelConfig, *, seed: int, timeout_minutes: int = 30) -> Groups:

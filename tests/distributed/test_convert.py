@@ -81,7 +81,7 @@ def test_logits_equal_transformers(make_engine: Callable, tmp_path: Path, form: 
     engine = make_engine(folder, block_size=1)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     with torch.no_grad():
-        nll = engine.module(batch)
+        nll = engine.module(batch).nll
         logits = model(ids).logits
     wanted = torch.nn.functional.cross_entropy(logits[0, 1:39], ids[0, 2:40], reduction="none")
     torch.testing.assert_close(nll, wanted, rtol=1e-4, atol=1e-5)
@@ -106,7 +106,7 @@ def test_block_logits_equal_transformers_with_our_mask(make_engine: Callable, tm
     mask = torch.from_numpy(visible_row(layout, layout.used))[None, None]
     positions = torch.from_numpy(row_positions(layout)).long()[None]
     with torch.no_grad():
-        nll = engine.module(batch)
+        nll = engine.module(batch).nll
         logits = model(torch.from_numpy(tokens).long()[None], attention_mask=mask, position_ids=positions).logits[0]
     wanted = torch.nn.functional.cross_entropy(logits[batch.label_index], batch.label_targets, reduction="none")
     torch.testing.assert_close(nll, wanted, rtol=1e-4, atol=1e-5)

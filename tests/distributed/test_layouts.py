@@ -1,5 +1,6 @@
 """The same ten steps under every layout, from one set of weights: losses and gradient norms agree."""
 
+import time
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,11 @@ LAYOUTS: dict[str, tuple[int, dict[str, object]]] = {
     "TP1": (1, {}),
     "TP2+SP": (2, TP2),
     "PP2": (2, {"parallel.pipeline": 2}),
-    "TP2+SP+PP2": (4, {**TP2, "parallel.pipeline": 2}),
+    # 10 label rows a chunk
+    "TP2+SP+PP2, head in chunks": (
+        4,
+        {**TP2, "parallel.pipeline": 2, "train.logits_mb": 0.02},
+    ),
     "DP2 replicated optimizer": (2, {"parallel.distributed_optimizer": False}),
     "DP2 distributed optimizer": (2, {}),
     "TP2+SP, selective recompute": (2, {**TP2, "train.recompute": "selective"}),
@@ -85,6 +90,21 @@ def test_interleaved_and_overlapped_then_one_process(
     interleaved = {"parallel.pipeline": 2, "parallel.virtual_pipeline": 2, **OVERLAPPED, "train.stop_after": 5}
     run(material, tmp_path / "run", 4, interleaved)
     assert_equal(run(material, tmp_path / "run", 1, {"train.recompute": "full"}), single)
+
+
+def test_logging_and_saving_at_other_steps_changes_nothing(
+    material: tuple[Path, Path], single: list[dict], tmp_path: Path
+) -> None:
+    """The host then runs ahead of the steps; their results are read, and times taken, over several at once."""
+    started = time.perf_counter()
+    found = run(material, tmp_path / "run", 1, {"observe.log_every": 4, "checkpoint.save_every": 3})
+    seconds = time.perf_counter() - started
+    assert_equal(found, [r for r in single if r["step"] in (4, 8, 10)])
+    windows = (4, 4, 2)
+    assert 0 < sum(n * r["step_time"] for n, r in zip(windows, found, strict=True)) < seconds
+    for record in found:
+        assert record["tokens_per_s"] == pytest.approx(record["tokens"] / record["step_time"])
+        assert 0 <= record["data_wait"] < record["step_time"]
 
 
 def test_tied_llama_shape_with_causal_blocks(tmp_path: Path) -> None:

@@ -1,0 +1,175 @@
+"""LM head and cross entropy of the label rows, in chunks, with the gradients made in the forward pass.
+
+Plain autograd keeps the logits of all label rows (and their softmax) from forward to backward: 152k numbers a row.
+Here a chunk's logits live until its part of the gradients is known, and are gone before the next chunk's. That the
+gradients are known so early is a property of this loss: the sum of the rows' losses enters the step's loss with one
+factor, so the backward pass has only to multiply by it.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from sdlm_megatron.diffusion.layout import IGNORE
+
+BYTES = 8
+"""A logit of a chunk with everything made from it: logit and gradient in the weights' type, log-probability in fp32."""
+
+
+class LabelLosses(NamedTuple):
+    """What the last pipeline stage gives."""
+
+    total: torch.Tensor
+    """float32 (): sum of `nll` over the real targets; differentiable."""
+    nll: torch.Tensor
+    """float32 (N,): negative log likelihood of each label row, nats; no gradient."""
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The part of the vocabulary that this process holds."""
+
+    first: int
+    """Token id of its first row."""
+    real: int
+    """How many of its rows are tokens; those above pad the embedding and take no part in the softmax."""
+    group: dist.ProcessGroup | None
+    """The TP group; None if there is one part only."""
+
+
+def label_losses(
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, vocabulary: Vocabulary, *, logits_mb: float
+) -> LabelLosses:
+    """Losses of label rows.
+
+    Args:
+        hidden: (N, hidden), the same on every TP rank; its gradient is summed over TP here.
+        weight: (V/TP, hidden), rows of the head on this process.
+        targets: int64 (N,); IGNORE counts as nothing.
+        logits_mb: most memory of a chunk, in MB.
+    """
+    rows = max(1, int(logits_mb * 1e6) // (BYTES * max(1, vocabulary.real)))
+    return LabelLosses(*_LabelLoss.apply(hidden, weight, targets, vocabulary, rows, torch.is_grad_enabled()))
+
+
+class _LabelLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        targets: torch.Tensor,
+        vocabulary: Vocabulary,
+        rows: int,
+        with_gradients: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        real = targets != IGNORE
+        used = weight[: vocabulary.real]
+        # one buffer for every chunk: on a CPU, fresh memory costs more than what is computed in it
+        buffer = hidden.new_empty(min(rows, len(hidden)), len(used))
+        wide = buffer if buffer.dtype is torch.float32 else torch.empty_like(buffer, dtype=torch.float32)
+        product = _Product(used) if with_gradients else None
+        grad_hidden = torch.empty_like(hidden) if with_gradients else None
+        parts = []
+        for begin in range(0, len(hidden), rows):
+            chunk = slice(begin, begin + rows)
+            inputs = hidden[chunk]
+            logits = torch.mm(inputs, used.t(), out=buffer[: len(inputs)])
+            nll, gradient = _cross_entropy(logits, wide[: len(inputs)], targets[chunk], vocabulary, with_gradients)
+            parts.append(nll)
+            if grad_hidden is not None and product is not None:
+                # rows without a target are zeroed here and not in the gradient, which is 100 times as large
+                grad_hidden[chunk] = (gradient @ used).masked_fill_(~real[chunk, None], 0)
+                product.add(gradient, inputs.masked_fill(~real[chunk, None], 0), last=begin + rows >= len(hidden))
+        all_nll = torch.cat(parts)
+        ctx.group, ctx.weight_rows = vocabulary.group, len(weight)
+        ctx.save_for_backward(grad_hidden, product and product.total)
+        ctx.mark_non_differentiable(all_nll)
+        return torch.where(real, all_nll, 0.0).sum(), all_nll
+
+    @staticmethod
+    def backward(ctx: Any, grad_total: torch.Tensor, _: object) -> tuple[torch.Tensor | None, ...]:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        # in place: these two are nobody else's, and the second is as large as the head
+        grad_hidden.mul_(grad_total)
+        if ctx.group is not None:  # each rank's rows of the vocabulary gave a part
+            dist.all_reduce(grad_hidden, group=ctx.group)
+        grad_weight.mul_(grad_total)
+        if len(grad_weight) < ctx.weight_rows:
+            padding = grad_weight.new_zeros(ctx.weight_rows - len(grad_weight), grad_weight.shape[1])
+            grad_weight = torch.cat([grad_weight, padding])
+        return grad_hidden, grad_weight, None, None, None, None
+
+
+def _cross_entropy(
+    logits: torch.Tensor, wide: torch.Tensor, targets: torch.Tensor, vocabulary: Vocabulary, with_gradient: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """nll float32 (n,) of logits (n, real), and the gradient of its sum, which takes the place of the logits.
+
+    `wide` is room for float32 (n, real); it may be `logits` itself.
+    """
+    local = targets - vocabulary.first
+    here = (local >= 0) & (local < vocabulary.real)
+    index = local.clamp(0, max(0, vocabulary.real - 1))[:, None]
+    first = logits[:, :1].to(torch.float32, copy=True)  # log_p may take the place of the logits
+    log_p = _log_softmax(logits, wide)
+    if vocabulary.group is not None:
+        log_p += _share_of_this_part(first - log_p[:, :1], vocabulary.group)
+    picked = log_p.gather(1, index)[:, 0] if vocabulary.real else first.new_zeros(len(targets))
+    nll = -picked.masked_fill(~here, 0)
+    if vocabulary.group is not None:
+        dist.all_reduce(nll, group=vocabulary.group)
+    if not with_gradient or not vocabulary.real:
+        return nll, logits
+    # on a CPU, torch's conversion inside exp is four times slower than one after it
+    gradient = torch.exp(log_p, out=logits) if logits.is_cuda else logits.copy_(log_p.exp_())
+    # p - 1 by expm1, not as a difference of rounded numbers
+    at_target = torch.where(here, torch.expm1(picked), picked.exp()).to(gradient.dtype)
+    return nll, gradient.scatter_(1, index, at_target[:, None])
+
+
+def _log_softmax(logits: torch.Tensor, wide: torch.Tensor) -> torch.Tensor:
+    """float32 log-probabilities (n, real) within this part of the vocabulary."""
+    if logits.is_cuda:
+        return torch.log_softmax(logits, -1, dtype=torch.float32)  # converts on the way; memory comes from a cache
+    return torch.log_softmax(wide.copy_(logits), -1, out=wide)  # a row is read before it is written
+
+
+def _share_of_this_part(here: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """log of the probability of this process's part of the vocabulary, (n, 1): from log-softmax here to over all.
+
+    `here` is the log of the sum of exp(logits), (n, 1), or (n, 0) where the part is padding only.
+    """
+    if not here.shape[1]:
+        here = torch.full((len(here), 1), -torch.inf, device=here.device)
+    peak = here.clone()
+    dist.all_reduce(peak, dist.ReduceOp.MAX, group=group)
+    total = (here - peak).exp()
+    dist.all_reduce(total, group=group)
+    return here - peak - total.log()
+
+
+class _Product:
+    """Sum over chunks of gradient.T @ inputs, shaped as the weight: float32, or of its type for one chunk alone."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        self.weight = weight
+        self.total: torch.Tensor | None = None
+        self.part: torch.Tensor | None = None
+
+    def add(self, gradient: torch.Tensor, inputs: torch.Tensor, *, last: bool) -> None:
+        """Adds a chunk: gradient (n, rows of the weight), inputs (n, hidden)."""
+        left = gradient.t()
+        if self.total is None:
+            self.total = left @ inputs
+            if not last:
+                self.total = self.total.float()
+        elif inputs.dtype is torch.float32:
+            self.total.addmm_(left, inputs)
+        elif inputs.is_cuda and hasattr(torch.ops.aten.addmm, "dtype_out"):  # adds bf16 products up in fp32
+            torch.ops.aten.addmm.dtype_out(self.total, left, inputs, torch.float32, out=self.total)
+        else:
+            self.part = torch.empty_like(self.weight) if self.part is None else self.part
+            self.total += torch.mm(left, inputs, out=self.part)

@@ -1,0 +1,139 @@
+"""The chunked head and loss against plain autograd, on one process and split over two."""
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.functional import cross_entropy
+
+from sdlm_megatron.diffusion.layout import IGNORE
+from sdlm_megatron.model.label_loss import BYTES, Vocabulary, label_losses
+
+Case = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def case(n: int, vocab: int, hidden: int, seed: int, dtype: torch.dtype = torch.float32) -> Case:
+    """hidden (n, h), weight (vocab, h), targets (n,), one of them IGNORE where there are several."""
+    generator = torch.Generator().manual_seed(seed)
+    targets = torch.randint(0, vocab, (n,), generator=generator)
+    if n > 2:
+        targets[1] = IGNORE
+    x, w = (torch.randn(k, hidden, generator=generator).to(dtype) for k in (n, vocab))
+    return x, w, targets
+
+
+def plain(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, factor: float) -> list[torch.Tensor]:
+    """nll and the gradients of factor * sum, by autograd in float64."""
+    x, weight = (t.double().requires_grad_() for t in (x, weight))
+    nll = cross_entropy(x @ weight.t(), targets, ignore_index=IGNORE, reduction="none")
+    return [nll.detach(), *torch.autograd.grad(factor * nll.sum(), (x, weight))]
+
+
+def ours(
+    x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, factor: float, vocabulary: Vocabulary, rows: int
+) -> list[torch.Tensor]:
+    x, weight = (t.clone().requires_grad_() for t in (x, weight))
+    size = rows * BYTES * max(1, vocabulary.real) * 1.01e-6
+    total, nll = label_losses(x, weight, targets, vocabulary, logits_mb=size)
+    torch.testing.assert_close(total, nll.sum(), rtol=1e-5, atol=1e-5)
+    return [nll, *torch.autograd.grad(factor * total, (x, weight))]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    n=st.integers(1, 40),
+    vocab=st.integers(1, 70),
+    padding=st.integers(0, 9),
+    rows=st.integers(1, 50),
+    seed=st.integers(0, 99),
+)
+def test_equals_autograd(n: int, vocab: int, padding: int, rows: int, seed: int) -> None:
+    x, weight, targets = case(n, vocab, 6, seed)
+    padded = torch.cat([weight, torch.full((padding, 6), 9.0)])  # would win the softmax if it took part
+    wanted = plain(x, weight, targets, 0.25)
+    found = ours(x, padded, targets, 0.25, Vocabulary(0, vocab, None), rows)
+    wanted[2] = torch.cat([wanted[2], torch.zeros(padding, 6, dtype=torch.float64)])
+    for mine, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(mine.double(), other, rtol=1e-4, atol=1e-5)
+
+
+def test_bf16_is_no_worse_than_plain_bf16() -> None:
+    x, weight, targets = case(200, 3000, 64, 0, torch.bfloat16)
+    weight = weight * 0.3
+    exact = plain(x, weight, targets, 1.0)
+    leaves = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
+    nll = cross_entropy((leaves[0] @ leaves[1].t()).float(), targets, ignore_index=IGNORE, reduction="none")
+    usual = [nll.detach(), *torch.autograd.grad(nll.sum(), leaves)]
+    for rows in (200, 64, 7):
+        found = ours(x, weight, targets, 1.0, Vocabulary(0, 3000, None), rows)
+        for mine, other, true in zip(found, usual, exact, strict=True):
+            # each chunk's part of the weight's gradient is rounded to bf16 once before the sum in fp32
+            allowed = 1.02 if rows == 200 else 1.2
+            assert (mine.double() - true).norm() <= allowed * (other.double() - true).norm()
+
+
+def test_a_row_of_padding_only_gives_zeros() -> None:
+    x, weight, _ = case(1, 20, 6, 0)
+    found = ours(x * torch.inf, weight, torch.tensor([IGNORE]), 1.0, Vocabulary(0, 20, None), 4)
+    assert found[0].tolist() == [0.0]
+    assert not found[1].isfinite().all() or not found[1].any()
+    found = ours(x, weight, torch.tensor([IGNORE]), 1.0, Vocabulary(0, 20, None), 4)
+    assert all(not t.any() for t in found)
+
+
+def test_without_gradients_only_losses() -> None:
+    x, weight, targets = case(9, 30, 6, 3)
+    weight.requires_grad_()
+    with torch.no_grad():
+        total, nll = label_losses(x, weight, targets, Vocabulary(0, 30, None), logits_mb=1e-3)
+    assert not total.requires_grad
+    torch.testing.assert_close(nll.double(), plain(x, weight.detach(), targets, 1.0)[0], rtol=1e-4, atol=1e-5)
+
+
+def test_no_chunk_is_larger_than_asked() -> None:
+    """The largest tensors of forward and backward: a chunk's logits, the weight's gradient; never all logits."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    largest = {}
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            for t in out if isinstance(out, tuple) else (out,):
+                if isinstance(t, torch.Tensor):
+                    largest[tuple(t.shape)] = t.numel()
+            return out
+
+    x, weight, targets = case(500, 1000, 8, 0)
+    x.requires_grad_()
+    with Sizes():
+        total, _ = label_losses(x, weight.requires_grad_(), targets, Vocabulary(0, 1000, None), logits_mb=0.2)
+        total.backward()
+    assert max(n for shape, n in largest.items() if shape not in ((1000, 8), (8, 1000))) == 25 * 1000
+
+
+def _part(rank: int, size: int, results: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{results}/rendezvous", rank=rank, world_size=size)
+    x, weight, targets = case(30, 50, 6, 1)
+    padded = torch.cat([weight, torch.full((size * 32 - 50, 6), 9.0)])  # of three parts the last is padding only
+    first = 32 * rank
+    vocabulary = Vocabulary(first, min(max(0, 50 - first), 32), dist.group.WORLD)
+    found = ours(x, padded[first : first + 32], targets, 0.5, vocabulary, 7)
+    torch.save(found, f"{results}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("size", [2, 3])
+def test_split_over_processes(tmp_path, size: int) -> None:
+    mp.spawn(_part, (size, str(tmp_path)), nprocs=size)
+    parts = [torch.load(tmp_path / f"{r}.pt", weights_only=True) for r in range(size)]
+    nll, grad_x, grad_weight = plain(*case(30, 50, 6, 1), 0.5)
+    for part in parts:
+        torch.testing.assert_close(part[0].double(), nll, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(part[1].double(), grad_x, rtol=1e-4, atol=1e-5)
+    whole = torch.cat([part[2] for part in parts]).double()
+    torch.testing.assert_close(whole[:50], grad_weight, rtol=1e-4, atol=1e-5)
+    assert not whole[50:].any()
