@@ -187,12 +187,16 @@ def run_python(
 
 
 def train(
-    config: dict[str, object], *, processes: int = 1, check: bool = True, env: dict[str, str] | None = None
+    config: dict[str, object],
+    *,
+    processes: int = 1,
+    check: bool = True,
+    env: dict[str, str] | None = None,
+    entry: tuple[str, ...] = ("-m", "sdlm_megatron.train"),
 ) -> subprocess.CompletedProcess:
     """Trains with the tiny preset and the given dotted settings."""
     settings = [f"--{k}={v if not isinstance(v, bool) else str(v).lower()}" for k, v in config.items()]
-    command = ("-m", "sdlm_megatron.train", "--config", "tiny", *settings)
-    return run_python(*command, processes=processes, check=check, env=env)
+    return run_python(*entry, "--config", "tiny", *settings, processes=processes, check=check, env=env)
 
 
 def read_metrics(run: Path) -> list[dict]:

@@ -33,6 +33,9 @@ class SDLMModel(GPTModel):
     ) -> None:
         super().__init__(*args, position_embedding_type="rope", **kwargs)
         self.real_vocab_size, self.row_attention, self.logits_mb = real_vocab_size, row_attention, logits_mb
+        if self.post_process:
+            # Called as a module, so that its hooks run: an overlapped gather of its weight is waited for in one.
+            self.output_layer.forward = self._label_losses
 
     def forward(self, batch: MicroBatch) -> torch.Tensor | LabelLosses:
         """Hidden states [S(/TP), 1, hidden] on inner stages; on the last, the losses of the label rows."""
@@ -60,12 +63,16 @@ class SDLMModel(GPTModel):
         """LM head and vocab-parallel cross entropy on the label rows only."""
         if not self.post_process:
             return hidden_states
-        batch, tp = self._batch, self.pg_collection.tp
         if self.config.sequence_parallel:
             # label_losses sums the gradient over TP, so here it is only split
             hidden_states = gather_from_sequence_parallel_region(
-                hidden_states, tensor_parallel_output_grad=False, group=tp
+                hidden_states, tensor_parallel_output_grad=False, group=self.pg_collection.tp
             )
+        return self.output_layer(hidden_states)
+
+    def _label_losses(self, hidden_states: torch.Tensor) -> LabelLosses:
+        """Hidden states [S, 1, hidden] of the whole row -> the losses of its label rows."""
+        batch, tp = self._batch, self.pg_collection.tp
         tied = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
         first = tp.rank() * len(weight)

@@ -81,6 +81,9 @@ def build_optimizer(
         if _is_torch_adam(inner):  # neither Apex nor TransformerEngine: torch's one-pass kernel (bench.cpu_choices)
             for group in inner.param_groups:
                 group["fused"], group["foreach"] = True, False
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if isinstance(part, DistributedOptimizer):
+            _keep_padding_on_save(part)
     return optimizer
 
 
@@ -161,3 +164,33 @@ def _keep_step_on_load(part: Any) -> None:
         setter(part, model_param, {**tensors, "step": part.optimizer.state[parameter]["step"]})
 
     part._set_main_param_and_optimizer_states = with_step
+
+
+def _keep_padding_on_save(part: Any) -> None:
+    """Repairs the state that goes into a checkpoint where gradients travel in several buckets.
+
+    Megatron-Core (0.16.1 to 0.19.2) gathers the state without the padding between buckets, but cuts parameters out of
+    it at offsets that count the padding: whatever lies behind a padded bucket would be saved shifted, without a word.
+    """
+    gather = part.get_parameter_state_dp_zero
+
+    def padded(*args: Any, **kwargs: Any) -> dict | None:
+        state = gather(*args, **kwargs)
+        for index, buffer in enumerate(part.buffers if state is not None else ()):
+            for tensors in state[index].values():
+                for key, value in tensors.items():
+                    if isinstance(value, torch.Tensor):
+                        tensors[key] = _with_padding(value, buffer)
+        return state
+
+    part.get_parameter_state_dp_zero = padded
+
+
+def _with_padding(flat: torch.Tensor, buffer: Any) -> torch.Tensor:
+    """The buckets' contents (numel_unpadded,) at their places in the buffer (numel,)."""
+    if len(buffer.buckets) == 1:
+        return flat
+    whole = flat.new_zeros(buffer.numel)
+    for bucket, content in zip(buffer.buckets, flat.split([b.numel_unpadded for b in buffer.buckets]), strict=True):
+        whole[bucket.offset : bucket.offset + bucket.numel_unpadded] = content
+    return whole

@@ -10,18 +10,25 @@ pytestmark = pytest.mark.distributed
 
 STEPS = 10
 # name -> processes, settings. 7 rows a step are no multiple of DP 2: one empty row fills up.
+TP2 = {"parallel.tensor": 2, "parallel.sequence": True}
+OVERLAPPED = {"parallel.overlap_grad_reduce": True, "parallel.overlap_param_gather": True}
 LAYOUTS: dict[str, tuple[int, dict[str, object]]] = {
     "TP1": (1, {}),
-    "TP2+SP": (2, {"parallel.tensor": 2, "parallel.sequence": True}),
+    "TP2+SP": (2, TP2),
     "PP2": (2, {"parallel.pipeline": 2}),
     # 10 label rows a chunk
     "TP2+SP+PP2, head in chunks": (
         4,
-        {"parallel.tensor": 2, "parallel.sequence": True, "parallel.pipeline": 2, "train.logits_mb": 0.02},
+        {**TP2, "parallel.pipeline": 2, "train.logits_mb": 0.02},
     ),
     "DP2 replicated optimizer": (2, {"parallel.distributed_optimizer": False}),
     "DP2 distributed optimizer": (2, {}),
-    "full recompute": (1, {"train.recompute": "full"}),
+    "TP2+SP, selective recompute": (2, {**TP2, "train.recompute": "selective"}),
+    "PP2, one layer a stage recomputed": (
+        2,
+        {"parallel.pipeline": 2, "train.recompute": "full", "train.recompute_layers": 1},
+    ),
+    "DP2 overlapped": (2, OVERLAPPED),
     "TP4, more than KV heads": (4, {"parallel.tensor": 4}),
 }
 
@@ -30,7 +37,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, object]]] = {
 def material(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("layouts")
     # untied here; the tied head under TP2 and PP2 is below and in the resume test
-    return make_dataset(folder / "data", rows=30), make_hf(folder / "hf", tied=False, layers=2)
+    return make_dataset(folder / "data", rows=30), make_hf(folder / "hf", tied=False, layers=4)
 
 
 def run(material: tuple[Path, Path], run_dir: Path, processes: int, settings: dict[str, object]) -> list[dict]:
@@ -45,7 +52,7 @@ def run(material: tuple[Path, Path], run_dir: Path, processes: int, settings: di
         "checkpoint.save_every": 0,
         "observe.tensorboard": False,
     }
-    train({**common, **settings}, processes=processes)
+    train({**common, **settings}, processes=processes, entry=(str(Path(__file__).with_name("small_buckets.py")),))
     return read_metrics(run_dir)
 
 
@@ -74,6 +81,15 @@ def test_layout_equals_single_process(
     name: str, material: tuple[Path, Path], single: list[dict], tmp_path: Path
 ) -> None:
     assert_equal(run(material, tmp_path / "run", *LAYOUTS[name]), single)
+
+
+def test_interleaved_and_overlapped_then_one_process(
+    material: tuple[Path, Path], single: list[dict], tmp_path: Path
+) -> None:
+    """PP2 with two chunks a stage, DP2 with every overlap (7 rows: one of 8 is empty); then one process goes on."""
+    interleaved = {"parallel.pipeline": 2, "parallel.virtual_pipeline": 2, **OVERLAPPED, "train.stop_after": 5}
+    run(material, tmp_path / "run", 4, interleaved)
+    assert_equal(run(material, tmp_path / "run", 1, {"train.recompute": "full"}), single)
 
 
 def test_logging_and_saving_at_other_steps_changes_nothing(

@@ -21,7 +21,7 @@ FIRST, LAST, BATCH, ROWS = 4, 9, 4, 24
 def stopped(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """An uninterrupted run, and one stopped after step FIRST; TP2 with a tied head."""
     folder = tmp_path_factory.mktemp("resume")
-    paths = {"data": make_dataset(folder / "data", rows=ROWS), "hf": make_hf(folder / "hf"), "folder": folder}
+    paths = {"data": make_dataset(folder / "data", rows=ROWS), "hf": make_hf(folder / "hf", layers=4), "folder": folder}
     whole, half = folder / "whole", folder / "half"
     train(settings(paths, whole, **TP2), processes=2)
     train(settings(paths, half, **TP2, **{"train.stop_after": FIRST}), processes=2)
@@ -53,8 +53,8 @@ def settings(paths: dict[str, Path], run_dir: Path, **more: object) -> dict[str,
     [
         ("same", 2, TP2),
         ("one process", 1, {}),
-        ("PP2", 2, {"parallel.pipeline": 2}),
-        ("DP2", 2, {}),
+        ("PP2 interleaved", 2, {"parallel.pipeline": 2, "parallel.virtual_pipeline": 2}),
+        ("DP2 overlapped", 2, {"parallel.overlap_grad_reduce": True, "parallel.overlap_param_gather": True}),
     ],
 )
 def test_the_next_losses(

@@ -103,6 +103,19 @@ def test_mistakes_in_a_file_name_the_file(tmp_path: Path) -> None:
         (["--train.epochs=0"], 1, "nothing to train"),
         (["--data.path="], 1, "no dataset"),
         (["--checkpoint.keep_last=-1"], 1, "checkpoint.keep_last"),
+        (["--parallel.virtual_pipeline=2"], 1, "one pipeline stage has no bubble"),
+        (["--parallel.overlap_param_gather=true"], 1, "overlap_param_gather needs overlap_grad_reduce"),
+        (
+            [
+                "--parallel.overlap_param_gather=true",
+                "--parallel.overlap_grad_reduce=true",
+                "--parallel.distributed_optimizer=false",
+            ],
+            1,
+            "overlap_param_gather needs distributed_optimizer",
+        ),
+        (["--train.recompute_layers=1"], 1, "recompute is 'none'"),
+        (["--train.recompute_layers=1", "--train.recompute=selective"], 1, "recompute is 'selective'"),
     ],
 )
 def test_runs_that_cannot_be(arguments: list[str], world: int, text: str) -> None:
@@ -115,6 +128,14 @@ def test_runs_that_cannot_be(arguments: list[str], world: int, text: str) -> Non
     [
         (["--parallel.tensor=3"], "num_attention_heads = 4 does not divide by parallel.tensor = 3"),
         (["--parallel.pipeline=3"], "num_layers = 2 does not divide by parallel.pipeline = 3"),
+        (
+            ["--parallel.pipeline=2", "--parallel.virtual_pipeline=2"],
+            "num_layers = 2 does not divide by parallel.pipeline x virtual_pipeline = 4",
+        ),
+        (
+            ["--parallel.pipeline=2", "--train.recompute=full", "--train.recompute_layers=2"],
+            "2 layers to recompute, a model chunk has 1",
+        ),
         (["--model.num_query_groups=3"], "4 heads cannot share 3 KV heads"),
         (["--model.num_attention_heads=6", "--model.num_query_groups=3", "--parallel.tensor=2"], "3 KV heads"),
         (["--model.num_layers=0"], "model.num_layers is 0"),

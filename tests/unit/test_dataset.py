@@ -168,7 +168,8 @@ def test_epochs_follow_each_other(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dp_size", [1, 2, 3, 4, 8])
-def test_a_step_takes_the_next_rows(dp_size: int) -> None:
-    ranks = [step_rows(20, 6, 24, dp_rank=r, dp_size=dp_size) for r in range(dp_size)]
-    assert len({len(r) for r in ranks}) == 1
+@pytest.mark.parametrize("multiple", [1, 2, 4])
+def test_a_step_takes_the_next_rows(dp_size: int, multiple: int) -> None:
+    ranks = [step_rows(20, 6, 24, dp_rank=r, dp_size=dp_size, multiple=multiple) for r in range(dp_size)]
+    assert {len(r) for r in ranks} == {-(-6 // (dp_size * multiple)) * multiple}
     assert sorted(n for r in ranks for n in r if n is not None) == [20, 21, 22, 23]
