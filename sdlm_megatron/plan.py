@@ -17,7 +17,7 @@ from sdlm_megatron.errors import ConfigError, run_cli
 from sdlm_megatron.planner import report
 from sdlm_megatron.planner.assumptions import DEVICES, assume, device_of, explain
 from sdlm_megatron.planner.layout import layout_of
-from sdlm_megatron.planner.search import Plan, Planner, recommended
+from sdlm_megatron.planner.search import CLOSE, Plan, Planner, recommended
 from sdlm_megatron.planner.workload import workload
 
 EXAMPLES = """examples:
@@ -94,9 +94,8 @@ def _text(args: argparse.Namespace, planner: Planner, own: Plan | None, problem:
         else:
             parts.append(f"fastest layouts of {len(best)} that fit:\n{report.table(best[: args.top])}")
             settings = " ".join(f"--{k}={str(v).lower()}" for k, v in choice.layout.settings().items())
-            parts.append(
-                f"recommended, the simplest within 2 % of the fastest: {report.details(choice, args.price)}\n  {settings}"
-            )
+            text = report.details(choice, args.price)
+            parts.append(f"recommended, the simplest within {CLOSE:.0%} of the fastest: {text}\n  {settings}")
     subject = choice or own
     if subject is not None:
         parts.append(report.batch_note(subject))
@@ -108,6 +107,7 @@ def _document(
     args: argparse.Namespace, planner: Planner, own: Plan | None, problem: str, best: list[Plan]
 ) -> dict[str, Any]:
     choice = recommended(best)
+    subject = choice or own
     return {
         "preset": args.preset,
         "gpus": args.gpus,
@@ -116,7 +116,7 @@ def _document(
         "preset_layout": report.as_dict(own, args.price) if own else {"problem": problem},
         "best": [report.as_dict(plan, args.price) for plan in best[: args.top]],
         "recommended": report.as_dict(choice, args.price) if choice else None,
-        "notes": report.batch_note(choice or own).splitlines() if choice or own else [],
+        "notes": report.batch_note(subject).splitlines() if subject else [],
         "assumptions": {name: value for name, value, _ in explain(planner.given)},
     }
 

@@ -141,8 +141,9 @@ def batch_note(plan: Plan) -> str:
         )
     if at.gpus > plan.rows:
         lines.append(
-            f"  With more GPUs than rows, model parallelism is not a choice: TP x PP has to be {at.gpus // plan.rows + 1} "
-            "or more, or GPUs are idle; its communication and bubble are the price of the small global batch."
+            "  There are more GPUs than rows, so model parallelism is not a choice: TP x PP has to be "
+            f"{-(-at.gpus // plan.rows)} or more, or GPUs are idle. Its communication and its bubble are the price of "
+            "the small global batch."
         )
     time = plan.time
     once = time.pipeline_bubble + time.data_communication + time.optimizer
