@@ -21,14 +21,12 @@ class Kernels:
     """RoPE keeps nothing; otherwise a cosine and a sine in the weights' type, for queries and for keys."""
     fused_accumulation: bool
     """Weight gradients are added to the fp32 buffer by the matrix product itself."""
-    norm_in_linear: bool
-    """Norm and linear layer are one module, so that the norm cannot be recomputed alone."""
 
 
-CPU = Kernels("megatron", False, False, False, False, False)
+CPU = Kernels("megatron", False, False, False, False)
 """Megatron-Core's own layers as they run on a CPU: what the tests measure."""
-MEGATRON = Kernels("megatron", True, True, False, False, False)
-TRANSFORMER_ENGINE = Kernels("transformer_engine", True, True, True, True, True)
+MEGATRON = Kernels("megatron", True, True, False, False)
+TRANSFORMER_ENGINE = Kernels("transformer_engine", True, True, True, True)
 ON_GPU = {k.name: k for k in (MEGATRON, TRANSFORMER_ENGINE)}
 
 
@@ -62,6 +60,11 @@ class Layout:
     def bytes(self) -> int:
         """Of a weight or activation."""
         return BYTES[self.precision]
+
+    def micro_batches(self, rows: int) -> int:
+        """Of a data-parallel rank for a step of `rows` rows; the interleaved schedule takes them in turns of PP."""
+        multiple = self.pipeline if self.virtual > 1 else 1
+        return -(-rows // (self.data * multiple)) * multiple
 
     def with_recompute(self, kind: str, layers: int = 0) -> "Layout":
         return replace(self, recompute=kind, recompute_layers=layers)

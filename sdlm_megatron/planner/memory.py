@@ -63,14 +63,14 @@ def stage_parameters(model: ModelConfig, layout: Layout, stage: int) -> list[lis
     """Elements of each parameter of a stage, one list a buffer bucket; the order is the model's, backwards."""
     z, h = sizes_of(model, layout.tensor), model.hidden_size
     layer = [h, z.attention * h, z.qkv * h, *([z.qkv] if model.qkv_bias else []), h, 2 * z.ffn * h, h * z.ffn]
-    body = layer * (model.num_layers // layout.pipeline)
+    chunk = layer * (model.num_layers // (layout.pipeline * layout.virtual))
     first, last = stage == 0, stage == layout.pipeline - 1
     table = z.vocab * h
     copies = ([table] if first else []) + ([table] if last and not (first and model.tied_embeddings) else [])
-    rest = body + ([h] if last else [])
+    chunks = [chunk] * (layout.virtual - 1) + [chunk + ([h] if last else [])]
     if model.tied_embeddings and layout.pipeline > 1:  # the copies of a shared embedding are buckets of their own
-        return [rest, *([x] for x in copies)]
-    return [rest + copies]
+        return [*chunks, *([x] for x in copies)]
+    return [*chunks[:-1], chunks[-1] + copies]
 
 
 def linear_weights(model: ModelConfig, layout: Layout) -> int:
@@ -141,7 +141,7 @@ def layer_memory(z: Sizes, layout: Layout, row: Row) -> LayerMemory:
     # a norm: its input (the residual stream, in which every norm's input is a tensor of its own) and its output
     kept_by_norm = 2 * b if k.fused_norm else (12 if layout.precision == "fp32" else 10)
     norms = 2 * local * (kept_by_norm * z.hidden + 4)
-    again = norms - 2 * local * b * z.hidden if layout.recompute == "selective" and not k.norm_in_linear else 0
+    again = norms - 2 * local * b * z.hidden if layout.recompute == "selective" else 0
     rope = 0 if k.fused_rope else 4 * s * z.head_dim * b
     attention = s * b * (2 * z.attention + 2 * z.kv) + 4 * s * z.heads + rope  # q, k, v, output, log-sum-exp
     mlp = s * b * (3 if k.fused_swiglu else 5) * z.ffn

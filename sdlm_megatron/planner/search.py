@@ -1,6 +1,5 @@
 """A layout's plan, and the best layouts for a number of GPUs."""
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -14,6 +13,8 @@ from sdlm_megatron.planner.memory import Memory, peak_memory
 from sdlm_megatron.planner.step_time import Costs, StepTime, step_time
 from sdlm_megatron.planner.workload import Workload, rows_per_step, steps
 
+MOST_CHUNKS = 8
+"""Model chunks of a stage that are tried."""
 CLOSE = 0.02
 """Differences in time that mean nothing: the model is not better than that."""
 
@@ -96,7 +97,7 @@ class Planner:
             room=self.room,
             time=time,
             rows=rows,
-            micro_batches=-(-rows // layout.data),
+            micro_batches=layout.micro_batches(rows),
             steps=count,
             seconds=time.total * count / (1 - self.given.lost_time),
             mfu=flops / (time.total * layout.gpus * self.device.peak),
@@ -105,23 +106,22 @@ class Planner:
 
     def memory(self, layout: Layout) -> Memory:
         """Of the stage that needs most."""
-        return peak_memory(self.model, layout, self.work.row, -(-self.rows // layout.data))
+        return peak_memory(self.model, layout, self.work.row, layout.micro_batches(self.rows))
 
     def best(self, gpus: int) -> list[Plan]:
         """The layouts that fit on so many GPUs, fastest first."""
-        fitting = [p for layout in self.layouts(gpus) for p in self._fitting(layout)]
-        return sorted(fitting, key=lambda p: (p.seconds, p.memory.total))
+        found = (self._fitting(layout) for layout in self.layouts(gpus))
+        return sorted((p for p in found if p is not None), key=lambda p: (p.seconds, p.memory.total))
 
-    def _fitting(self, layout: Layout) -> Iterator[Plan]:
-        """The layout without recomputation, with the norms', and with as few recomputed layers as fit."""
-        # where norm and linear layer are one module, there is no norm to recompute alone
-        for kind in ("none",) if layout.kernels.norm_in_linear else ("none", "selective"):
+    def _fitting(self, layout: Layout) -> Plan | None:
+        """The layout with the least recomputation that fits, None if none does."""
+        for kind in ("none", "selective"):
             asked = layout.with_recompute(kind)
             if self.memory(asked).total <= self.room:
-                yield self.plan(asked)
+                return self.plan(asked)
         layers = self.model.num_layers // (layout.pipeline * layout.virtual)
         if self.memory(layout.with_recompute("full", layers)).total > self.room:
-            return
+            return None
         low, high = 1, layers  # more recomputed layers never take more memory
         while low < high:
             middle = (low + high) // 2
@@ -129,7 +129,7 @@ class Planner:
                 high = middle
             else:
                 low = middle + 1
-        yield self.plan(layout.with_recompute("full", 0 if low == layers else low))
+        return self.plan(layout.with_recompute("full", 0 if low == layers else low))
 
     def layouts(self, gpus: int) -> Iterator[Layout]:
         """Every allowed layout, without recomputation."""
@@ -150,8 +150,7 @@ class Planner:
     def _variants(
         self, gpus: int, tensor: int, pipeline: int, virtual: int, kernels: list[Kernels]
     ) -> Iterator[Layout]:
-        micro_batches = math.ceil(self.rows / (gpus // (tensor * pipeline)))
-        if virtual > 8 or (virtual > 1 and micro_batches < pipeline):
+        if virtual > MOST_CHUNKS:
             return
         for kernel in kernels:
             for sequence in (False, True) if tensor > 1 else (False,):

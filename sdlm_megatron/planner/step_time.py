@@ -13,6 +13,8 @@ from sdlm_megatron.planner.layout import Layout, sizes_of
 from sdlm_megatron.planner.memory import Row, linear_weights, stage_parameters
 from sdlm_megatron.planner.workload import Workload
 
+NORMS_AGAIN = 0.08
+"""Share of the element-wise work that selective recompute adds: two norms forward, apart from their linear layers."""
 LAYER_KERNELS = {"megatron": 110, "transformer_engine": 60}
 """Kernels of a layer, forward and backward; their starts hide behind each other's work, their tails do not."""
 
@@ -116,14 +118,14 @@ def head_time(c: Costs) -> float:
 def step_time(c: Costs, rows: int) -> StepTime:
     """A step of `rows` rows."""
     layout, given = c.layout, c.given
-    micro_batches = -(-rows // layout.data)
+    micro_batches = layout.micro_batches(rows)
     part, head = row_time(c), head_time(c)
     pp = layout.pipeline
     layers = c.model.num_layers // (pp * layout.virtual)
     share = (min(layout.recompute_layers or layers, layers) / layers) if layout.recompute == "full" else 0
     again = share * part.forward
-    if layout.recompute == "selective" and not layout.kernels.norm_in_linear:
-        again = 0.05 * part.elementwise
+    if layout.recompute == "selective":
+        again = NORMS_AGAIN * part.elementwise
     tensor = _tensor_communication(c, share)
     one = part.total + again + tensor
     slowest = one + head  # the last stage
