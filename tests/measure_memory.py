@@ -36,16 +36,13 @@ BASE = {
 CASES: dict[str, tuple[int, int, dict[str, object]]] = {
     # name: processes, micro-batches, settings
     "bf16, tied": (1, 2, {"model.tied_embeddings": True}),
-    "fp32, untied": (1, 1, {"train.precision": "fp32"}),
-    "fp32, replicated optimizer": (1, 1, {"train.precision": "fp32", "parallel.distributed_optimizer": False}),
+    "fp32, untied, replicated optimizer": (1, 1, {"train.precision": "fp32", "parallel.distributed_optimizer": False}),
     "full recompute, wide": (1, 1, {"train.recompute": "full", "model.ffn_hidden_size": 1024}),
-    "full recompute, no biases": (1, 1, {"train.recompute": "full", "model.qkv_bias": False}),
-    "TP2 + SP": (2, 1, {"parallel.tensor": 2, "parallel.sequence": True, "model.tied_embeddings": True}),
-    "TP2, more than KV heads": (2, 1, {"parallel.tensor": 2, "model.num_query_groups": 1}),
+    "TP2 + SP, tied": (2, 1, {"parallel.tensor": 2, "parallel.sequence": True, "model.tied_embeddings": True}),
+    "TP2, one KV head": (2, 1, {"parallel.tensor": 2, "model.num_query_groups": 1, "model.qkv_bias": False}),
     "PP2, fp32, tied": (2, 4, {"parallel.pipeline": 2, "train.precision": "fp32", "model.tied_embeddings": True}),
     "PP2, full recompute": (2, 4, {"parallel.pipeline": 2, "train.recompute": "full"}),
     "DP2": (2, 1, {}),
-    "DP2, replicated optimizer": (2, 1, {"parallel.distributed_optimizer": False}),
 }  # fmt: skip
 
 
