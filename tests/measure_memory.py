@@ -14,7 +14,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench.live_tensors import LiveTensors
+from bench.measure import LiveTensors
 from sdlm_megatron.config.schema import ModelConfig, RunConfig
 from sdlm_megatron.diffusion.layout import RowLayout, draw_starts, pack_row
 from sdlm_megatron.diffusion.row import make_micro_batch
@@ -33,15 +33,21 @@ BASE = {
     "train.attention": "decomposed",
     "train.logits_mb": 1,
 }
+LARGE = {"model.vocab_size": 16000, "train.recompute": "full", "train.logits_mb": 8}
 CASES: dict[str, tuple[int, int, dict[str, object]]] = {
     # name: processes, micro-batches, settings
     "bf16, tied": (1, 2, {"model.tied_embeddings": True}),
-    "fp32, untied, replicated optimizer": (1, 1, {"train.precision": "fp32", "parallel.distributed_optimizer": False}),
+    "fp32, replicated optimizer": (1, 1, {"train.precision": "fp32", "parallel.distributed_optimizer": False}),
     "full recompute, wide": (1, 1, {"train.recompute": "full", "model.ffn_hidden_size": 1024}),
+    "2 of 4 layers recomputed": (1, 1, {"train.recompute": "full", "train.recompute_layers": 2}),
+    "selective recompute": (1, 1, {"train.recompute": "selective"}),  # counts norm outputs that are emptied meanwhile
+    "large vocabulary": (1, 1, {**LARGE, "model.tied_embeddings": True}),
+    "large vocabulary, one chunk": (1, 1, {**LARGE, "train.precision": "fp32", "train.logits_mb": 512}),
     "TP2 + SP, tied": (2, 1, {"parallel.tensor": 2, "parallel.sequence": True, "model.tied_embeddings": True}),
     "TP2, one KV head": (2, 1, {"parallel.tensor": 2, "model.num_query_groups": 1, "model.qkv_bias": False}),
     "PP2, fp32, tied": (2, 4, {"parallel.pipeline": 2, "train.precision": "fp32", "model.tied_embeddings": True}),
     "PP2, full recompute": (2, 4, {"parallel.pipeline": 2, "train.recompute": "full"}),
+    "PP2 x VPP2": (2, 4, {"parallel.pipeline": 2, "parallel.virtual_pipeline": 2}),
     "DP2": (2, 1, {}),
 }  # fmt: skip
 
@@ -95,21 +101,23 @@ def measure(name: str) -> tuple[Measured, Row]:
     config = config_of(settings)
     groups = init_groups(config.parallel, seed=1)
     shape: ModelConfig = config.model
-    engine = Engine(config, shape, groups, max_positions=LENGTH + D, steps=10, initialize=True)
+    engine = Engine(config, shape, groups, row_length=LENGTH, max_positions=LENGTH + D, steps=10, initialize=True)
     batches = []
     for i in range(micro_batches):
         tokens, layout = packed_row(i)
         made = make_micro_batch(tokens, layout, row_length=LENGTH, pad_token_id=0, eos_token_id=2, number=i)
         batches.append(engine.prepare(made))
     engine.train_step(batches, 1)
-    parameters = list(engine.module.parameters())
-    known = [*parameters, *engine.module.buffers(), *(p.main_grad for p in parameters)]
+    parameters = [p for module in engine.modules for p in module.parameters()]
+    known = [*parameters, *(x for m in engine.modules for x in m.buffers()), *(p.main_grad for p in parameters)]
     for x in batches:
         known += [x.tokens, x.positions, x.label_index, x.label_targets, x.label_slots]
     from megatron.core import parallel_state
 
     parallel_state.get_global_memory_buffer().buffer.clear()  # so that the gathered sequence is counted
-    with LiveTensors(known) as live:
+    live = LiveTensors()
+    live.known.update(x.untyped_storage()._cdata for x in known)
+    with live:
         engine.forward_backward(batches)
     labels = round(sum(len(x.label_index) for x in batches) / len(batches))
     return Measured(groups.pp_rank, *_static(engine), live.peak), row_of(batches[0].layout, labels)
@@ -117,7 +125,7 @@ def measure(name: str) -> tuple[Measured, Row]:
 
 def _static(engine: object) -> tuple[int, int, int]:
     """Bytes of weights, gradients and optimizer state, each storage once."""
-    parameters = list(engine.module.parameters())
+    parameters = [p for module in engine.modules for p in module.parameters()]
     weights = _storages(parameters)
     gradients = _storages([p.main_grad for p in parameters])
     optimizer: list[torch.Tensor] = []

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 
 from sdlm_megatron.config.schema import ModelConfig, RunConfig
+from sdlm_megatron.data.order import micro_batches
 from sdlm_megatron.model.vocabulary import padded_vocab
 
 BYTES = {"bf16": 2, "fp32": 4}
@@ -21,12 +22,16 @@ class Kernels:
     """RoPE keeps nothing; otherwise a cosine and a sine in the weights' type, for queries and for keys."""
     fused_accumulation: bool
     """Weight gradients are added to the fp32 buffer by the matrix product itself."""
+    logit_bytes: int
+    """What the head allocates for a logit of a chunk, in bf16."""
+    logit_fp32: int
+    """The same in fp32."""
 
 
-CPU = Kernels("megatron", False, False, False, False)
+CPU = Kernels("megatron", False, False, False, False, 6, 4)
 """Megatron-Core's own layers as they run on a CPU: what the tests measure."""
-MEGATRON = Kernels("megatron", True, True, False, False)
-TRANSFORMER_ENGINE = Kernels("transformer_engine", True, True, True, True)
+MEGATRON = Kernels("megatron", True, True, False, False, 10, 8)
+TRANSFORMER_ENGINE = Kernels("transformer_engine", True, True, True, True, 10, 8)
 ON_GPU = {k.name: k for k in (MEGATRON, TRANSFORMER_ENGINE)}
 
 
@@ -64,7 +69,7 @@ class Layout:
     def micro_batches(self, rows: int) -> int:
         """Of a data-parallel rank for a step of `rows` rows; the interleaved schedule takes them in turns of PP."""
         multiple = self.pipeline if self.virtual > 1 else 1
-        return -(-rows // (self.data * multiple)) * multiple
+        return micro_batches(rows, self.data, multiple)
 
     def with_recompute(self, kind: str, layers: int = 0) -> "Layout":
         return replace(self, recompute=kind, recompute_layers=layers)

@@ -196,23 +196,25 @@ def _activations(
     if first:  # the embedding's gradient comes when the layers of one micro-batch are done
         candidates.append((table * b * (3 if waiting else 1) - chunk, 0.0))
     if last:
-        candidates += _head(z, layout, row, final_norm)
+        candidates += _head(model, z, layout, row, final_norm)
     working, logits = max(candidates, key=sum)
     return kept, working, logits
 
 
-def _head(z: Sizes, layout: Layout, row: Row, final_norm: float) -> Iterator[tuple[float, float]]:
-    """Moments of the head: its last chunk, and its backward pass."""
-    b, n, h = layout.bytes, row.targets, z.hidden
-    rows = head_rows(z, layout, row)
+def _head(model: ModelConfig, z: Sizes, layout: Layout, row: Row, final_norm: float) -> Iterator[tuple[float, float]]:
+    """Moments of the head (model/label_loss.py): its last chunk, and its backward pass."""
+    b, n, h, k = layout.bytes, row.targets, z.hidden, layout.kernels
+    rows, table = head_rows(z, layout, row), z.vocab * h
     chunks = math.ceil(n / rows)
-    weight = 4 if chunks > 1 else b
-    table = z.vocab * h
-    hidden = row.length * h * b * (2 if layout.sequence else 1)  # the last norm's output, gathered
-    gradients = n * h * b + table * weight
-    yield final_norm + hidden + n * h * b + gradients, rows * z.vocab * (b + 4)
-    scaled = table * weight + (table * b if weight != b else 0)
-    yield final_norm + gradients + n * h * b + scaled, 0.0
+    weight = table * (4 if chunks > 1 else b)
+    part = table * b if chunks > 1 and b < 4 else 0  # one chunk's product, before it is added in fp32
+    hidden = row.length * h * b * (1 / layout.tensor + 1 if layout.sequence else 1)  # the last norm's output, gathered
+    yield (
+        final_norm + hidden + 2 * n * h * b + weight + part,
+        rows * z.vocab * (k.logit_bytes if b < 4 else k.logit_fp32),
+    )
+    padding = weight if z.vocab * layout.tensor > model.vocab_size else 0
+    yield final_norm + n * h * b + weight + max(padding, part), 0.0
 
 
 def head_rows(z: Sizes, layout: Layout, row: Row) -> float:

@@ -9,10 +9,11 @@ import pytest
 from helpers import run_python
 from measure_memory import CASES, config_of
 
+from sdlm_megatron.model.label_loss import BYTES
 from sdlm_megatron.planner.layout import CPU, layout_of
-from sdlm_megatron.planner.memory import Row, stage_memory
+from sdlm_megatron.planner.memory import LABEL_LOSS_BYTES, Row, stage_memory
 
-PEAK = 0.10
+PEAK = 0.08  # the aim is 0.10; the worst case is at 0.065
 
 
 @cache
@@ -20,6 +21,10 @@ def measured(processes: int) -> CompletedProcess:
     """The run that measures all cases with so many processes, once."""
     names = [name for name, (n, *_) in CASES.items() if n == processes]
     return run_python("tests/measure_memory.py", *names, processes=processes, check=False)
+
+
+def test_chunks_of_the_head_are_those_of_the_model() -> None:
+    assert LABEL_LOSS_BYTES == BYTES
 
 
 @pytest.mark.distributed
