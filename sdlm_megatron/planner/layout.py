@@ -54,7 +54,7 @@ class Layout:
     kernels: Kernels
     precision: str
     fp8: str
-    logits_mb: int
+    logits_mb: float
 
     @property
     def data(self) -> int:
