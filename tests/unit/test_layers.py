@@ -168,8 +168,8 @@ def test_the_run_says_its_optimizer(make_engine: Callable, tmp_path: Path) -> No
 
 # Arguments of TransformerEngine's pytorch.module.base.initialize_ub, by release.
 OVERLAP_SIGNATURES = {
-    "2.8 to 2.19": "shape tp_size use_fp8 quantization_modes dtype ub_cfgs bootstrap_backend",
-    "2.20": "shape tp_size use_fp8 quantization_modes dtype ub_cfgs bootstrap_backend with_cublasmp",
+    "2.8 to 2.16": "shape tp_size use_fp8 quantization_modes dtype ub_cfgs bootstrap_backend",
+    "2.19 and 2.20": "shape tp_size use_fp8 quantization_modes dtype ub_cfgs bootstrap_backend with_cublasmp",
 }
 
 
@@ -198,14 +198,15 @@ def test_the_overlap_fits_the_releases_of_transformer_engine(version: str, fp8: 
 
 def test_packages_that_do_not_work_are_hidden(tmp_path: Path) -> None:
     """PyPI's `apex` and a TransformerEngine without a GPU: Megatron-Core must not see them."""
-    for name, text in (("apex", "import pyramid_that_is_missing"), ("transformer_engine", "__version__ = '2.20'")):
+    names = ("apex", "amp_C", "transformer_engine", "transformer_engine_torch")
+    for name in names:
         (tmp_path / name).mkdir()
-        (tmp_path / name / "__init__.py").write_text(text)
+        (tmp_path / name / "__init__.py").write_text("")
     code = """
 import torch
 from sdlm_megatron.model.packages import find_packages
 print(find_packages().apex.problem, find_packages().transformer_engine.problem, sep="|")
-for name in ("apex", "transformer_engine"):
+for name in ("apex", "amp_C", "transformer_engine", "transformer_engine_torch"):
     try:
         __import__(name)
     except ImportError:
@@ -218,7 +219,7 @@ for name in ("apex", "transformer_engine"):
         text=True,
         check=True,
     )
-    assert done.stdout.splitlines() == ["there is no GPU|there is no GPU", "hidden apex", "hidden transformer_engine"]
+    assert done.stdout.splitlines() == ["there is no GPU|there is no GPU", *(f"hidden {name}" for name in names)]
 
 
 def test_another_apex_is_no_apex(tmp_path: Path, monkeypatch) -> None:
