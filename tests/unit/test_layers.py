@@ -288,3 +288,33 @@ def test_norms_are_whole_on_every_rank() -> None:
             assert partition_dim(f"decoder.layers.0.{name}") is None
     assert partition_dim("decoder.layers.0.self_attention.linear_qkv.bias") == 0
     assert partition_dim("decoder.layers.0.mlp.linear_fc2.weight") == 1
+
+
+class NormWithState(torch.nn.RMSNorm):
+    """As TransformerEngine's: one more entry in the state, and what is in it may not be loadable."""
+
+    def get_extra_state(self) -> torch.Tensor:
+        return torch.empty(0, dtype=torch.uint8)
+
+    def set_extra_state(self, state: object) -> None:
+        assert state is None, "refused"
+
+
+@pytest.mark.parametrize("written", [False, True], ids=["missing", "refused"])
+def test_checkpoints_of_other_layers_load(written: bool, make_engine: Callable, tmp_path: Path) -> None:
+    """The extra state of the layers that wrote a checkpoint is neither missed nor read."""
+    from sdlm_megatron import checkpointing
+    from sdlm_megatron.checkpoint_files import TrainState
+
+    engine = make_engine(make_hf(tmp_path / "hf"))
+    engine.optimizer = None
+    norm = engine.module.decoder.final_layernorm
+    own, saved = type(norm), norm.weight.detach().clone()
+    norm.__class__ = NormWithState if written else own
+    state = TrainState(0, 0, 0, engine.shape, engine.config.diffusion, -1, "fp32", "distributed", {})
+    checkpointing.save(tmp_path / "step", engine, state, None)
+    norm.__class__ = NormWithState
+    with torch.no_grad():
+        norm.weight.zero_()
+    checkpointing.load(tmp_path / "step", engine, with_optimizer=False)
+    assert torch.equal(norm.weight, saved)
