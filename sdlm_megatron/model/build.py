@@ -77,7 +77,7 @@ def transformer_config(
         use_cpu_initialization=not cuda,
         perform_initialization=initialize,
         init_method_std=0.02,
-        gradient_accumulation_fusion=fuses_gradient_accumulation(transformer_engine=layers.kind == TRANSFORMER_ENGINE),
+        gradient_accumulation_fusion=fuses_gradient_accumulation(),
         batch_p2p_sync=False,  # a guard for old versions of torch: the host would wait at every hand-over of a stage
         **layers.arguments,
     )
@@ -98,14 +98,14 @@ def _recompute(train: TrainConfig) -> dict[str, Any]:
     return {}
 
 
-def fuses_gradient_accumulation(*, transformer_engine: bool) -> bool:
-    """Whether the matrix product of a weight's gradient can add straight into the fp32 gradient buffer.
+def fuses_gradient_accumulation() -> bool:
+    """Whether Megatron-Core's linear layers can add a weight's gradient straight into the fp32 gradient buffer.
 
-    TransformerEngine's layers can; Megatron-Core's own can on a GPU where Apex was built with its CUDA extensions.
-    Elsewhere the gradient is made first, in the weight's precision, and then added.
+    They can on a GPU where Apex was built with its CUDA extensions, and refuse to be built with the setting elsewhere:
+    there the gradient is made first, in the weight's precision, and then added. TransformerEngine's layers need no
+    Apex: `build_model` tells them.
     """
-    apex = torch.cuda.is_available() and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
-    return transformer_engine or apex
+    return torch.cuda.is_available() and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
 
 
 def block_spec(config: TransformerConfig, kind: str) -> TransformerBlockSubmodules:
@@ -131,9 +131,8 @@ def _transformer_engine_spec(config: TransformerConfig) -> tuple[ModuleSpec, typ
         layer, mlp = spec.submodules, spec.submodules.mlp
         layer.input_layernorm = layer.pre_mlp_layernorm = TENorm
         layer.self_attention.submodules.linear_qkv = TEColumnParallelLinear
-        parts: Any = (
-            mlp.keywords["submodules"] if isinstance(mlp, partial) else mlp.submodules
-        )  # 0.17 and later | before
+        # a partial in 0.19, a ModuleSpec in 0.16
+        parts: Any = mlp.keywords["submodules"] if isinstance(mlp, partial) else mlp.submodules
         parts.linear_fc1 = TEColumnParallelLinear
         layer.sharded_state_dict_keys_map = get_gpt_layer_local_spec().submodules.sharded_state_dict_keys_map
     return spec, TENorm
@@ -171,6 +170,9 @@ def build_model(
         row_attention=row_attention,
         logits_mb=logits_mb,
     )
+    for module in model.modules():
+        if hasattr(module, "fuse_wgrad_accumulation"):  # TransformerEngine's; asked in each forward pass
+            module.fuse_wgrad_accumulation = True
     for name, parameter in model.named_parameters():
         # Megatron-Core marks split tensors while it fills them; without the mark the gradient norm would count
         # TP rank 0's part only. Where the weights come from a file nothing is filled, so the mark is set here.
