@@ -69,8 +69,9 @@ class _LabelLoss(torch.autograd.Function):
         real = targets != IGNORE
         used = weight[: vocabulary.real]
         # one buffer for every chunk: on a CPU, fresh memory costs more than what is computed in it
-        buffer = hidden.new_empty(min(rows, len(hidden)), len(used))
-        wide = buffer if buffer.dtype is torch.float32 else torch.empty_like(buffer, dtype=torch.float32)
+        buffer = wide = hidden.new_empty(min(rows, len(hidden)), len(used))
+        if not buffer.is_cuda and buffer.dtype is not torch.float32:
+            wide = torch.empty_like(buffer, dtype=torch.float32)
         product = _Product(used) if with_gradients else None
         grad_hidden = torch.empty_like(hidden) if with_gradients else None
         parts = []
@@ -109,7 +110,7 @@ def _cross_entropy(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """nll float32 (n,) of logits (n, real), and the gradient of its sum, which takes the place of the logits.
 
-    `wide` is room for float32 (n, real); it may be `logits` itself.
+    `wide` is room for float32 (n, real) on a CPU; it may be `logits` itself.
     """
     local = targets - vocabulary.first
     here = (local >= 0) & (local < vocabulary.real)
