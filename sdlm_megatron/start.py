@@ -36,6 +36,10 @@ class Plan:
     steps: int
     """Length of the schedule."""
 
+    def last_step(self, config: RunConfig) -> int:
+        """The step at which the run ends."""
+        return min(self.steps, config.train.stop_after or self.steps)
+
 
 def make_plan(config: RunConfig, dataset: PackedDataset, notice: Notice) -> Plan:
     """Looks at run folder, base and dataset; raises a UserError where they do not fit together."""

@@ -58,6 +58,10 @@ def train(config: RunConfig, *, dry_run: bool = False, profile_steps: tuple[int,
     plan = make_plan(config, dataset, say)
     dp_size = int(os.environ.get("WORLD_SIZE", 1)) // (config.parallel.tensor * config.parallel.pipeline)
     say(describe(config, plan, dataset, dp_size))
+    if profile_steps is not None:
+        from sdlm_megatron.observe.profile import steps_to_profile
+
+        profile_steps = steps_to_profile(profile_steps, plan.state.step, plan.last_step(config))
     if not dry_run:
         _run(config, plan, dataset, profile_steps)
 

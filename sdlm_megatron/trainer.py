@@ -61,11 +61,9 @@ class Trainer:
 
     def fit(self) -> None:
         """Loads the weights, then trains to the end of the schedule (or to train.stop_after)."""
-        last = min(self.plan.steps, self.config.train.stop_after or self.plan.steps)
+        last = self.plan.last_step(self.config)
         if self.state.step >= last and self.engine.groups.main:
             print(f"nothing to do: step {self.state.step} of {last} is done; raise train.steps to go on", flush=True)
-        if self.profiler is not None:
-            self.profiler.check(self.state.step, last)
         with Prefetch(self._loads(last), self.engine.groups.device) as data:
             self._load_weights()
             self._train(last, data)
@@ -110,9 +108,10 @@ class Trainer:
 
     def _loads(self, last: int) -> Iterator[Callable[[], list[MicroBatch]]]:
         """For each step to come, what reads this rank's micro-batches."""
-        state = self.state
-        for consumed in range(state.consumed_rows, self.plan.total_rows, state.rows_per_step)[: last - state.step]:
+        consumed = self.state.consumed_rows
+        for _ in range(self.state.step, last):
             yield partial(self._load, consumed)
+            consumed = self._after(consumed)
 
     def _load(self, consumed: int) -> list[MicroBatch]:
         """This rank's micro-batches of the step after `consumed` rows; every TP and PP rank of it reads the same."""
@@ -128,8 +127,11 @@ class Trainer:
         return [self.engine.prepare(load_micro_batch(self.dataset, n, seed=seed)) for n in numbers]
 
     def _advance(self, step: int) -> None:
-        consumed = min(self.state.consumed_rows + self.state.rows_per_step, self.plan.total_rows)
-        self.state = replace(self.state, step=step, consumed_rows=consumed)
+        self.state = replace(self.state, step=step, consumed_rows=self._after(self.state.consumed_rows))
+
+    def _after(self, consumed: int) -> int:
+        """Rows consumed when the next step is done."""
+        return min(consumed + self.state.rows_per_step, self.plan.total_rows)
 
     def _begin_window(self, data: Prefetch) -> None:
         self._window, self._window_start, self._window_wait = [], time.perf_counter(), data.waited

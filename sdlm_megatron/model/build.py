@@ -1,7 +1,6 @@
 """From a shape to a Megatron-Core model on this process."""
 
 import importlib.util
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -24,9 +23,7 @@ from sdlm_megatron.model.core_attention import SDLMCoreAttention
 from sdlm_megatron.model.gpt import SDLMModel
 from sdlm_megatron.model.layers import TRANSFORMER_ENGINE, Layers
 from sdlm_megatron.model.names import partition_dim
-
-VOCAB_MULTIPLE = 128
-"""The embedding is padded to a multiple of this (Qwen2.5's own 151936 and 152064 are), whatever TP is."""
+from sdlm_megatron.model.vocabulary import padded_vocab
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -36,12 +33,6 @@ class RMSNorm(torch.nn.RMSNorm):
         device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype, device=device)
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-
-
-def padded_vocab(vocab_size: int, tensor: int) -> int:
-    """Rows of the embedding over all TP ranks."""
-    multiple = math.lcm(VOCAB_MULTIPLE, tensor)
-    return -(-vocab_size // multiple) * multiple
 
 
 def transformer_config(

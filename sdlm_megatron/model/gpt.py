@@ -6,6 +6,7 @@ from typing import Any, cast
 import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from torch.profiler import record_function
 
 from sdlm_megatron.diffusion.layout import RowLayout
 from sdlm_megatron.diffusion.row import MicroBatch
@@ -80,5 +81,6 @@ class SDLMModel(GPTModel):
             real=min(max(0, self.real_vocab_size - first), len(weight)),
             group=tp if tp.size() > 1 else None,
         )
-        rows = hidden_states[batch.label_index, 0]
-        return label_losses(rows, weight, batch.label_targets, vocabulary, logits_mb=self.logits_mb)
+        with record_function("sdlm::head"):
+            rows = hidden_states[batch.label_index, 0]
+            return label_losses(rows, weight, batch.label_targets, vocabulary, logits_mb=self.logits_mb)

@@ -50,7 +50,8 @@ def label_losses(
         targets: int64 (N,); IGNORE counts as nothing.
         logits_mb: most memory of a chunk, in MB.
     """
-    rows = max(1, int(logits_mb * 1e6) // (BYTES * max(1, vocabulary.real)))
+    # not vocabulary.real, which is less where the padding lies: all TP ranks have to cut the same chunks
+    rows = max(1, int(logits_mb * 1e6) // (BYTES * len(weight)))
     return LabelLosses(*_LabelLoss.apply(hidden, weight, targets, vocabulary, rows, torch.is_grad_enabled()))
 
 

@@ -155,8 +155,9 @@ def optimizer_text() -> str:
     """Which Adam, and which kernels for gradient norm and clipping, Megatron-Core has taken."""
     adam = import_module("megatron.core.optimizer").Adam
     norm = import_module("megatron.core.optimizer.clip_grads").l2_norm_impl
-    kernels = (getattr(norm, "__module__", None) or "").split(".")[0]
-    return f"{_MAKERS[adam.__module__.split('.')[0]]} {adam.__name__}, gradient norms by {_MAKERS[kernels]} kernels"
+    makers = [(x.__module__ or "other").split(".")[0] for x in (adam, norm)]
+    adams, norms = (_MAKERS.get(m, m) for m in makers)
+    return f"{adams} {adam.__name__}, gradient norms by {norms} kernels"
 
 
 _MAKERS = {

@@ -50,9 +50,10 @@ def find_packages() -> Packages:
         _find("transformer_engine", ("transformer_engine.pytorch", "transformer_engine.pytorch.optimizers"), gpu),
         _find("apex", ("apex.optimizers", "apex.multi_tensor_apply", "amp_C"), gpu),
     )
-    for name in ("transformer_engine", "apex"):
+    for name, others in (("transformer_engine", "transformer_engine_torch"), ("apex", "amp_C")):
         if not getattr(found, name).version:
             _hide(name)
+            _hide(others)  # its compiled part, which Megatron-Core also imports by itself
     return found
 
 

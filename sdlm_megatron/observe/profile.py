@@ -27,6 +27,20 @@ def parse_steps(text: str) -> tuple[int, int]:
     return int(first), int(last)
 
 
+def steps_to_profile(steps: tuple[int, int], start: int, stop: int) -> tuple[int, int] | None:
+    """`steps` of a run that trains steps start + 1 to stop; None where it goes on after them.
+
+    So a job that is started again with the same command goes on. Raises ConfigError for steps after the last one.
+    """
+    if steps[1] > stop:
+        raise ConfigError(
+            f"--profile {steps[0]}:{steps[1]}, but this run ends with step {stop}",
+            "the command line",
+            f"--profile with some of steps {start + 1} to {stop}",
+        )
+    return steps if steps[0] > start else None
+
+
 class StepProfiler:
     """Profiles steps `first` to `last` of the training loop, and writes RUN_DIR/profile when they are done.
 
@@ -51,15 +65,6 @@ class StepProfiler:
         self.first, self.last, self.folder, self.rank = first, last, folder, rank
         self.gather, self.heading = gather, heading
         self._profile: profile | None = None
-
-    def check(self, start: int, stop: int) -> None:
-        """Raises ConfigError where the run, which trains steps start + 1 to stop, does not train all of them."""
-        if not start < self.first <= self.last <= stop:
-            raise ConfigError(
-                f"--profile {self.first}:{self.last}, but this run trains steps {start + 1} to {stop}",
-                "the command line",
-                f"--profile {start + 1}:{min(start + 3, stop)}, or any of these steps",
-            )
 
     def before(self, step: int) -> None:
         """Call it before each step. One step is for warming up, if there is one before the first."""

@@ -7,6 +7,7 @@ import platform
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from importlib.metadata import PackageNotFoundError, version
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -100,9 +101,12 @@ def _facts_section(records: Sequence[Mapping[str, Any]], rows: Rows | None, extr
         last = records[-1]
         facts["steps"] = f"{last['step']} of {last.get('steps', last['step'])}"
         facts["last loss"] = _number(last.get("loss"))
-        seconds = sum(r.get("step_time") or 0 for r in records)
-        useful = sum(r.get("useful_tokens") or 0 for r in records)
-        targets = sum(r.get("targets") or 0 for r in records)
+        # a record stands for the steps since the one before it
+        steps = [int(r["step"]) - int(before["step"]) for before, r in pairwise([{"step": 0}, *records])]
+        seconds, useful, targets = (
+            sum(n * (r.get(key) or 0) for n, r in zip(steps, records, strict=True))
+            for key in ("step_time", "useful_tokens", "targets")
+        )
         facts["time in steps"] = format_duration(seconds)
         if seconds > 0 and useful > 0:
             facts["tokens trained"] = (

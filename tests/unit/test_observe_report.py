@@ -151,6 +151,18 @@ def test_only_metrics_are_needed_and_evaluation_json_is_found(run_dir):
     assert "Speed and exactness" in Page(write_report(run_dir).read_text()).headings
 
 
+def test_a_record_stands_for_the_steps_since_the_one_before(run_dir):
+    """Logged at every fourth step: the same 40 steps of half a second."""
+    every, fourth = make_records(), [r for r in make_records() if r["step"] % 4 == 0]
+    texts = []
+    for records in (every, fourth):
+        (run_dir / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+        texts.append(write_report(run_dir).read_text(encoding="utf-8"))
+    for text in texts:
+        assert "<th>time in steps</th><td>20s</td>" in text
+        assert "36.0k without padding, 28.0k targets; 1.80k tokens a second" in text
+
+
 def test_a_folder_without_metrics_is_named(tmp_path):
     with pytest.raises(DataError, match="metrics.jsonl"):
         write_report(tmp_path)

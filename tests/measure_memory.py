@@ -1,0 +1,165 @@
+"""Memory of real training steps, by counting tensors: one JSON line a case and process.
+
+`python tests/measure_memory.py NAME…` runs the cases of CASES with these names, all for one number of processes.
+"""
+
+import json
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from bench.measure import LiveTensors
+from sdlm_megatron.config.schema import ModelConfig, RunConfig
+from sdlm_megatron.diffusion.layout import RowLayout, draw_starts, pack_row
+from sdlm_megatron.diffusion.row import make_micro_batch
+from sdlm_megatron.planner.memory import Row
+
+LENGTH, D, REPEAT = 512, 4, 3
+BASE = {
+    "model.num_layers": 4,
+    "model.hidden_size": 128,
+    "model.ffn_hidden_size": 384,
+    "model.num_attention_heads": 4,
+    "model.num_query_groups": 2,
+    "model.head_dim": 32,
+    "model.vocab_size": 1000,
+    "train.precision": "bf16",
+    "train.attention": "decomposed",
+    "train.logits_mb": 1,
+}
+LARGE = {"model.vocab_size": 16000, "train.recompute": "full", "train.logits_mb": 8}
+CASES: dict[str, tuple[int, int, dict[str, object]]] = {
+    # name: processes, micro-batches, settings
+    "bf16, tied": (1, 2, {"model.tied_embeddings": True}),
+    "fp32, replicated optimizer": (1, 1, {"train.precision": "fp32", "parallel.distributed_optimizer": False}),
+    "full recompute, wide": (1, 1, {"train.recompute": "full", "model.ffn_hidden_size": 1024}),
+    "2 of 4 layers recomputed": (1, 1, {"train.recompute": "full", "train.recompute_layers": 2}),
+    "selective recompute": (1, 1, {"train.recompute": "selective"}),  # counts norm outputs that are emptied meanwhile
+    "large vocabulary": (1, 1, {**LARGE, "model.tied_embeddings": True}),
+    "large vocabulary, one chunk": (1, 1, {**LARGE, "train.precision": "fp32", "train.logits_mb": 512}),
+    "TP2 + SP, tied": (2, 1, {"parallel.tensor": 2, "parallel.sequence": True, "model.tied_embeddings": True}),
+    "TP2, one KV head": (2, 1, {"parallel.tensor": 2, "model.num_query_groups": 1, "model.qkv_bias": False}),
+    "PP2, fp32, tied": (2, 4, {"parallel.pipeline": 2, "train.precision": "fp32", "model.tied_embeddings": True}),
+    "PP2, full recompute": (2, 4, {"parallel.pipeline": 2, "train.recompute": "full"}),
+    "PP2 x VPP2": (2, 4, {"parallel.pipeline": 2, "parallel.virtual_pipeline": 2}),
+    "DP2": (2, 1, {}),
+}  # fmt: skip
+
+
+def config_of(settings: dict[str, object]) -> RunConfig:
+    """The run of a case."""
+    config = RunConfig()
+    for key, value in {**BASE, **settings}.items():
+        section, name = key.split(".")
+        setattr(getattr(config, section), name, value)
+    return config
+
+
+def packed_row(seed: int) -> tuple[np.ndarray, RowLayout]:
+    """A row of short documents, nearly full."""
+    rng, room, documents = np.random.default_rng(seed), LENGTH, []
+    while room > 40:
+        length = int(rng.integers(20, 60))
+        anchors = np.arange(length // 3, length - 1)
+        blocks = min(REPEAT * len(anchors), room - length) // D
+        starts = draw_starts(anchors, blocks, seed=seed, epoch=0, document=len(documents))
+        documents.append((len(documents), rng.integers(5, 250, length).astype(np.int32), starts))
+        room -= length + blocks * D
+    return pack_row(documents, block_size=D, mask_token_id=3)
+
+
+def row_of(layout: RowLayout, targets: int) -> Row:
+    """The row as the planner describes it."""
+    block = layout.n_block_tokens
+    return Row(LENGTH, layout.n_clean, block, block / REPEAT, targets, D)
+
+
+@dataclass
+class Measured:
+    """Bytes of one process."""
+
+    stage: int
+    weights: int
+    gradients: int
+    optimizer: int
+    peak: int
+    """Of a forward and backward pass, on top of the rest."""
+
+
+def measure(name: str) -> tuple[Measured, Row]:
+    """Builds the case's model on this process and counts."""
+    from sdlm_megatron.parallel.engine import Engine
+    from sdlm_megatron.parallel.groups import init_groups
+
+    _, micro_batches, settings = CASES[name]
+    config = config_of(settings)
+    groups = init_groups(config.parallel, seed=1)
+    shape: ModelConfig = config.model
+    engine = Engine(config, shape, groups, row_length=LENGTH, max_positions=LENGTH + D, steps=10, initialize=True)
+    batches = []
+    for i in range(micro_batches):
+        tokens, layout = packed_row(i)
+        made = make_micro_batch(tokens, layout, row_length=LENGTH, pad_token_id=0, eos_token_id=2, number=i)
+        batches.append(engine.prepare(made))
+    engine.train_step(batches, 1)
+    parameters = [p for module in engine.modules for p in module.parameters()]
+    known = [*parameters, *(x for m in engine.modules for x in m.buffers()), *(p.main_grad for p in parameters)]
+    for x in batches:
+        known += [x.tokens, x.positions, x.label_index, x.label_targets, x.label_slots]
+    from megatron.core import parallel_state
+
+    parallel_state.get_global_memory_buffer().buffer.clear()  # so that the gathered sequence is counted
+    live = LiveTensors()
+    live.known.update(x.untyped_storage()._cdata for x in known)
+    with live:
+        engine.forward_backward(batches)
+    labels = round(sum(len(x.label_index) for x in batches) / len(batches))
+    return Measured(groups.pp_rank, *_static(engine), live.peak), row_of(batches[0].layout, labels)
+
+
+def _static(engine: object) -> tuple[int, int, int]:
+    """Bytes of weights, gradients and optimizer state, each storage once."""
+    parameters = [p for module in engine.modules for p in module.parameters()]
+    weights = _storages(parameters)
+    gradients = _storages([p.main_grad for p in parameters])
+    optimizer: list[torch.Tensor] = []
+    for part in getattr(engine.optimizer, "chained_optimizers", [engine.optimizer]):
+        for group in part.optimizer.param_groups:
+            optimizer += group["params"]
+        for state in part.optimizer.state.values():
+            optimizer += [state["exp_avg"], state["exp_avg_sq"]]
+    return (
+        sum(weights.values()),
+        sum(gradients.values()),
+        sum(v for k, v in _storages(optimizer).items() if k not in weights),
+    )
+
+
+def _storages(tensors: list[torch.Tensor]) -> dict[int, int]:
+    return {x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in tensors}
+
+
+def main(names: list[str]) -> None:
+    """Measures one case after the other in the same processes."""
+    from sdlm_megatron.parallel import compat, cpu
+
+    compat.silence_known_notices()
+    cpu.install()
+    from megatron.core import parallel_state
+
+    for name in names:
+        if parallel_state.model_parallel_is_initialized():
+            parallel_state.destroy_model_parallel()
+        found, row = measure(name)
+        line = json.dumps({"case": name, **vars(found), "row": vars(row)}) + "\n"
+        os.write(1, line.encode())  # in one piece: another process writes there too
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

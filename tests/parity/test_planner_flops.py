@@ -1,0 +1,63 @@
+"""The FLOPs that MFU and planner count, against PyTorch's counter on steps of the real Megatron model.
+
+Dense attention multiplies all pairs of the row, padding included, and per-document attention all pairs of a short
+document: where the pairs that are multiplied are known, the counts have to be equal to the last FLOP.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import make_hf
+from torch.utils.flop_counter import FlopCounterMode
+
+from sdlm_megatron.diffusion.layout import RowLayout, draw_starts, pack_row
+from sdlm_megatron.diffusion.row import MicroBatch, make_micro_batch
+from sdlm_megatron.model.attention_masked import Dense, PerDocument
+from sdlm_megatron.observe.flops import ModelShape, training_flops
+
+LENGTH, D = 128, 4
+SHAPE = ModelShape(layers=2, hidden=64, heads=4, kv_heads=2, head_dim=16, ffn=96, vocab=256)
+
+
+def packed_row() -> tuple[np.ndarray, RowLayout]:
+    documents = []
+    for i, (length, blocks) in enumerate(((17, 8), (9, 0), (22, 9))):
+        starts = draw_starts(np.arange(4, length - 1), blocks, seed=0, epoch=0, document=i)
+        documents.append((i, np.arange(length, dtype=np.int32) + 5, starts))
+    return pack_row(documents, block_size=D, mask_token_id=3)
+
+
+def counted(make_engine: Callable, folder: Path, attention: type, recompute: str = "none") -> tuple[int, MicroBatch]:
+    """FLOPs of a forward and backward pass, and the row it was of."""
+    engine = make_engine(make_hf(folder, vocab=SHAPE.vocab, ffn=SHAPE.ffn, tied=False))
+    if recompute == "full":
+        config = engine.module.config
+        config.recompute_granularity, config.recompute_method, config.recompute_num_layers = "full", "uniform", 1
+    tokens, layout = packed_row()
+    batch = make_micro_batch(tokens, layout, row_length=LENGTH, pad_token_id=0, eos_token_id=2, number=0)
+    batch = MicroBatch(**{**vars(batch), "attention": attention(layout, LENGTH, causal_attn=False)})
+    with FlopCounterMode(display=False) as counter:
+        engine.forward_backward([batch])
+    return counter.get_total_flops(), batch
+
+
+def test_dense_attention_multiplies_every_pair(make_engine: Callable, tmp_path: Path) -> None:
+    found, batch = counted(make_engine, tmp_path / "hf", Dense)
+    labels = len(batch.label_index)
+    assert found == training_flops(SHAPE, tokens=LENGTH, pairs=LENGTH**2, label_rows=labels)
+
+
+def test_per_document_attention_multiplies_the_pairs_of_a_document(make_engine: Callable, tmp_path: Path) -> None:
+    found, batch = counted(make_engine, tmp_path / "hf", PerDocument)
+    layout = batch.layout
+    pairs = sum((n + b * D) ** 2 for n, b in zip(layout.clean_lens.tolist(), layout.n_blocks.tolist(), strict=True))
+    assert found == training_flops(SHAPE, tokens=LENGTH, pairs=pairs, label_rows=len(batch.label_index))
+
+
+def test_recomputation_is_another_forward_pass_of_the_layers(make_engine: Callable, tmp_path: Path) -> None:
+    plain, _ = counted(make_engine, tmp_path / "a", Dense)
+    again, _ = counted(make_engine, tmp_path / "b", Dense, "full")
+    layers = training_flops(SHAPE, tokens=LENGTH, pairs=LENGTH**2, label_rows=0)
+    assert again - plain == pytest.approx(layers / 3, rel=1e-12)

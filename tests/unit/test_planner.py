@@ -1,0 +1,214 @@
+"""The planner: what must hold whatever the numbers are, the mixture's figures, and the command."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import make_dataset, run_python
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sdlm_megatron import plan as command
+from sdlm_megatron.config.load import PRESETS, load_config
+from sdlm_megatron.config.schema import RunConfig
+from sdlm_megatron.data.format import PackedDataset
+from sdlm_megatron.diffusion.layout import block_count, draw_starts, pack_row
+from sdlm_megatron.diffusion.mask import visible_pairs
+from sdlm_megatron.errors import ConfigError
+from sdlm_megatron.planner.assumptions import Assumptions, assume, device_of
+from sdlm_megatron.planner.layout import MEGATRON, TRANSFORMER_ENGINE, Layout
+from sdlm_megatron.planner.memory import in_flight, peak_memory
+from sdlm_megatron.planner.search import CLOSE, Planner, recommended
+from sdlm_megatron.planner.workload import dataset, mixture, rows_per_step, steps
+
+GIVEN = Assumptions()
+
+
+def planner(preset: str = "sdlm_32b_d4", gpu: str = "h100", assumed: Assumptions = GIVEN, **train: object) -> Planner:
+    config = load_config(RunConfig, preset, [f"--train.{k}={v}" for k, v in train.items()], PRESETS)
+    work = mixture(config.diffusion.block_size, config.diffusion.causal_attn, assumed)
+    return Planner(config, work, device_of(gpu, assumed), assumed)
+
+
+BIG = planner()
+
+
+@st.composite
+def layouts(draw: st.DrawFn) -> Layout:
+    """Layouts of the 32B model."""
+    tensor, pipeline = draw(st.sampled_from([1, 2, 4, 8])), draw(st.sampled_from([1, 2, 4, 8]))
+    kind = draw(st.sampled_from(["none", "selective", "full"]))
+    sharded = draw(st.booleans())
+    return Layout(
+        gpus=tensor * pipeline * draw(st.sampled_from([1, 2, 3, 8, 29])),
+        tensor=tensor,
+        pipeline=pipeline,
+        virtual=draw(st.sampled_from([1, 2, 4])) if pipeline > 1 else 1,
+        sequence=tensor > 1 and draw(st.booleans()),
+        distributed_optimizer=sharded,
+        overlap_grad_reduce=draw(st.booleans()),
+        overlap_param_gather=False,
+        overlap_tensor=False,
+        recompute=kind,
+        recompute_layers=draw(st.integers(0, 4)) if kind == "full" else 0,
+        kernels=draw(st.sampled_from([MEGATRON, TRANSFORMER_ENGINE])),
+        precision="bf16",
+        fp8="none",
+        logits_mb=draw(st.sampled_from([128, 512, 4096])),
+    )
+
+
+@settings(max_examples=60)
+@given(layouts())
+def test_saving_memory_saves_memory(layout):
+    """Each way to save memory: never more of it, whatever else the layout is."""
+    needed = BIG.memory(layout).total
+    bare = layout.with_recompute("none")
+    assert needed <= BIG.memory(bare).total
+    by_layers = [BIG.memory(layout.with_recompute("full", k)).total for k in (1, 2, 3, 4)]
+    assert by_layers == sorted(by_layers, reverse=True)
+    if layout.tensor > 1:
+        work = BIG.work.row
+        on = peak_memory(BIG.model, replace(layout, sequence=True), work, 8)
+        off = peak_memory(BIG.model, replace(layout, sequence=False), work, 8)
+        assert on.activations <= off.activations
+    sharded, whole = (replace(layout, distributed_optimizer=x) for x in (True, False))
+    assert BIG.memory(sharded).optimizer <= BIG.memory(whole).optimizer
+    assert BIG.memory(replace(layout, logits_mb=64)).logits <= BIG.memory(layout).logits + 64e6
+
+
+@settings(max_examples=60)
+@given(layouts())
+def test_items_make_the_total_and_time_is_spent(layout):
+    found = BIG.plan(layout)
+    assert sum(found.memory.items().values()) == pytest.approx(found.memory.total)
+    assert min(found.memory.items().values()) >= 0
+    assert sum(vars(found.time).values()) == pytest.approx(found.time.total)
+    assert min(vars(found.time).values()) >= 0
+    assert 0 < found.mfu < GIVEN.gemm_efficiency
+    # the arithmetic alone: nothing runs faster than all GPUs at the speed of their matrix products
+    assert found.seconds >= found.flops / (layout.gpus * BIG.device.peak * GIVEN.gemm_efficiency)
+    assert found.micro_batches * layout.data - found.empty_rows == found.rows
+
+
+def test_more_memory_never_makes_a_layout_infeasible():
+    small = planner(assumed=assume(["capacity_gb=40"])).best(64)
+    large = planner(assumed=assume(["capacity_gb=80"])).best(64)
+    keys = [
+        {(p.layout.tensor, p.layout.pipeline, p.layout.virtual, p.layout.sequence) for p in x} for x in (small, large)
+    ]
+    assert keys[0] < keys[1]
+    assert large[0].seconds <= small[0].seconds
+
+
+@pytest.mark.parametrize("gpus", [16, 232, 4096])
+def test_what_is_ranked_fits_and_training_takes_it(gpus):
+    found = BIG.best(gpus)
+    assert found
+    assert [p.seconds for p in found] == sorted(p.seconds for p in found)
+    for plan in found:
+        assert plan.fits
+        BIG.check(plan.layout)
+    choice = recommended(found)
+    assert choice in found
+    assert choice.seconds <= found[0].seconds * (1 + CLOSE)
+
+
+def test_recomputation_is_the_least_that_fits():
+    found = planner(layers="megatron").best(32)
+    some = [p for p in found if p.layout.recompute_layers]
+    assert some
+    for plan in some:
+        less = plan.layout.with_recompute("full", plan.layout.recompute_layers - 1)
+        less = less if less.recompute_layers else plan.layout.with_recompute("none")
+        assert not BIG.plan(less).fits
+
+
+def test_faster_machines_and_fewer_rows():
+    assert planner(gpu="b200").best(64)[0].seconds < planner(gpu="h200").best(64)[0].seconds
+    assert planner(gpu="h200").best(64)[0].seconds <= BIG.best(64)[0].seconds
+    fast = replace(BIG.config, train=replace(BIG.config.train, fp8="current"))
+    assert replace(BIG, config=fast).best(64)[0].seconds < BIG.best(64)[0].seconds
+    # 156 rows on 29 ranks are 6 micro-batches each, as on 26 ranks
+    layout = replace(BIG.best(232)[0].layout, tensor=4, pipeline=2, virtual=1)
+    wide, narrow = BIG.plan(layout), BIG.plan(replace(layout, gpus=208))
+    assert (wide.micro_batches, wide.empty_rows, narrow.empty_rows) == (6, 18, 0)
+    assert wide.time.total > 0.97 * narrow.time.total
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "virtual", "micro_batches", "expected"),
+    [(1, 1, 8, [1]), (4, 1, 8, [4, 3, 2, 1]), (4, 1, 2, [2, 2, 2, 1]), (2, 2, 8, [5, 3]), (4, 2, 2, [4, 4, 4, 4])],
+)
+def test_forward_passes_in_flight(pipeline, virtual, micro_batches, expected):
+    layout = replace(BIG.best(64)[0].layout, pipeline=pipeline, virtual=virtual)
+    assert [in_flight(layout, micro_batches, stage) for stage in range(pipeline)] == expected
+
+
+def test_the_mixture_has_the_recipes_steps():
+    for preset, published in (("sdlm_3b_d4", 13_699), ("sdlm_3b_d8", 13_699), ("sdlm_32b_d4", 7_558)):
+        p = planner(preset)
+        assert steps(p.config, p.work, rows_per_step(p.config, p.work)) == pytest.approx(published, rel=0.01)
+
+
+@pytest.mark.parametrize("d", [4, 8])
+def test_the_mixture_agrees_with_documents_drawn_from_it(d):
+    work, rng = mixture(d, False, GIVEN), np.random.default_rng(0)
+    mean = GIVEN.clean_tokens / GIVEN.documents
+    clean = block = pairs = 0
+    for i in range(3000):
+        length = int(min(max(16, rng.lognormal(np.log(mean) - 0.32, 0.8)), 5632 - d))
+        anchors = np.arange(length - int(0.68 * length), length - 1)
+        n = block_count(length, len(anchors), 5632, d, 3)
+        starts = draw_starts(anchors, n, seed=0, epoch=0, document=i)
+        layout = pack_row([(i, np.zeros(length, np.int32), starts)], block_size=d, mask_token_id=0)[1]
+        clean, block, pairs = clean + length, block + layout.n_block_tokens, pairs + visible_pairs(layout)
+    assert block / clean == pytest.approx(work.row.block / work.row.clean, rel=0.02)
+    assert pairs / (clean + block) == pytest.approx(work.pairs / (work.row.clean + work.row.block), rel=0.06)
+
+
+def test_a_dataset_is_counted(tmp_path: Path):
+    path = make_dataset(tmp_path / "data", rows=20)
+    data, work = PackedDataset(path), dataset(str(path), causal_attn=False)
+    layouts = [data.read(0, i)[1] for i in range(20)]
+    assert work.rows == 20
+    assert work.useful_tokens == sum(x.used for x in layouts)
+    assert work.pairs * 20 == sum(visible_pairs(x) for x in layouts)
+    assert work.documents_per_row == data.manifest["mean_documents_per_row"]
+
+
+def test_assumptions_are_named(capsys: pytest.CaptureFixture):
+    with pytest.raises(ConfigError, match="did you mean gemm_efficiency"):
+        assume(["gem_eficiency=0.5"])
+    for wrong in ("gemm_efficiency=fast", "gemm_efficiency=1.5", "fill=-1", "repeat=0", "network_gb=inf"):
+        with pytest.raises(ConfigError):
+            assume([wrong])
+    assert assume(["gemm_efficiency=0.5", "network_gb=25"]).network_gb == 25
+    command.main(["sdlm_3b_d4", "--gpus", "16", "--top", "1", "--assume", "straggler=0.5"])
+    assert "0.5  a step waits for the slowest" in " ".join(capsys.readouterr().out.split(" " * 10))
+
+
+def test_the_command_prints_json(capsys: pytest.CaptureFixture):
+    command.main(["sdlm_3b_d4", "--gpus", "32", "--json", "--price", "2", "--train.recompute=full", "--fp8", "--top=2"])
+    found = json.loads(capsys.readouterr().out)
+    assert found["preset_layout"]["settings"]["train.recompute"] == "full"
+    assert found["preset_layout"]["settings"]["train.fp8"] == "current"
+    assert len(found["best"]) == 2
+    assert found["recommended"]["cost_usd"] == pytest.approx(2 * found["recommended"]["gpu_hours"])
+
+
+def test_a_layout_that_cannot_run_is_said(capsys: pytest.CaptureFixture):
+    command.main(["sdlm_32b_d4", "--gpus", "20", "--parallel.tensor=8", "--parallel.virtual_pipeline=1", "--top", "1"])
+    assert "cannot run here: 20 processes do not divide" in capsys.readouterr().out
+    command.main(["qwen2.5-72b", "--gpus", "2"])
+    assert "no layout fits" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="num_layers"):
+        command.main([str(PRESETS / ".." / "presets" / "tiny.yaml"), "--gpus", "2", "--model.num_layers=0"])
+
+
+def test_it_needs_neither_torch_nor_megatron():
+    code = "import sys, sdlm_megatron.plan as p; p.main(['tiny', '--gpus', '2', '--train.steps=3']); "
+    done = run_python("-c", code + "assert not {'torch', 'megatron'} & set(sys.modules), 'imported'")
+    assert "recommended" in done.stdout
