@@ -4,7 +4,9 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import make_dataset, make_hf, read_metrics, train
+from torch.distributed.checkpoint import FileSystemReader, TensorStorageMetadata, load
 
 pytestmark = pytest.mark.distributed
 
@@ -83,12 +85,33 @@ def test_layout_equals_single_process(
     assert_equal(run(material, tmp_path / "run", *LAYOUTS[name]), single)
 
 
+MASTER = "optimizer.state.param."
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint, whole."""
+    reader = FileSystemReader(folder)
+    kept = reader.read_metadata().state_dict_metadata
+    tensors = {
+        k: torch.empty(m.size, dtype=m.properties.dtype)
+        for k, m in kept.items()
+        if isinstance(m, TensorStorageMetadata)
+    }
+    load(tensors, storage_reader=reader, no_dist=True)
+    return tensors
+
+
 def test_interleaved_and_overlapped_then_one_process(
     material: tuple[Path, Path], single: list[dict], tmp_path: Path
 ) -> None:
     """PP2 with two chunks a stage, DP2 with every overlap (7 rows: one of 8 is empty); then one process goes on."""
     interleaved = {"parallel.pipeline": 2, "parallel.virtual_pipeline": 2, **OVERLAPPED, "train.stop_after": 5}
     run(material, tmp_path / "run", 4, interleaved)
+    saved = tensors_of(tmp_path / "run" / "ckpt" / "step-0000005" / "weights")
+    masters = {k.removeprefix(MASTER): v for k, v in saved.items() if k.startswith(MASTER)}
+    assert masters
+    for name, master in masters.items():  # gathered before they were saved, and in their places
+        assert torch.equal(saved[name], master), name
     assert_equal(run(material, tmp_path / "run", 1, {"train.recompute": "full"}), single)
 
 

@@ -26,3 +26,23 @@ def test_losses_on_the_gpu_are_those_of_the_cpu(tmp_path: Path, precision: str, 
     for cpu, gpu in zip(*(read_metrics(runs[d]) for d in ("cpu", "gpu")), strict=True):
         assert gpu["loss"] == pytest.approx(cpu["loss"], rel=rel)
         assert gpu["grad_norm"] == pytest.approx(cpu["grad_norm"], rel=10 * rel)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 4, reason="fewer than four CUDA devices")
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_overlap_and_interleaving_do_not_change_the_losses(tmp_path: Path, chunks: int) -> None:
+    """PP2 x DP2 over NCCL with every overlap, against the same without."""
+    data, hf = make_dataset(tmp_path / "data"), make_hf(tmp_path / "hf", layers=4)
+    overlap = ("--parallel.overlap_grad_reduce=true", "--parallel.overlap_param_gather=true")
+    runs = {}
+    for name, more in (("plain", ()), ("overlapped", (*overlap, f"--parallel.virtual_pipeline={chunks}"))):
+        runs[name] = tmp_path / name
+        run_python(
+            *("-m", "sdlm_megatron.train", "--config", "tiny", f"--run_dir={runs[name]}", f"--data.path={data}"),
+            *(f"--checkpoint.base={hf}", "--model.num_layers=0", "--train.steps=5", "--train.precision=bf16"),
+            *("--parallel.pipeline=2", *more),
+            processes=4,
+        )
+    for plain, overlapped in zip(*(read_metrics(runs[n]) for n in ("plain", "overlapped")), strict=True):
+        assert overlapped["loss"] == pytest.approx(plain["loss"], rel=1e-3)
+        assert overlapped["grad_norm"] == pytest.approx(plain["grad_norm"], rel=1e-2)
