@@ -1,22 +1,23 @@
 """Attention under boolean masks: the whole row at once (`Dense`), or document by document (`PerDocument`)."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from sdlm_megatron.diffusion.layout import RowLayout
-from sdlm_megatron.diffusion.mask import block_rows, visible, visible_row
+from sdlm_megatron.diffusion.mask import block_rows, visible_row
 from sdlm_megatron.diffusion.row import to_device
 from sdlm_megatron.model.attention import RowAttention
 
-SMALL_DOCUMENT = 768
-"""Documents up to this expanded length take one call with their own dense mask; longer ones go in chunks."""
-CHUNK_TOKENS = 256
-"""Block tokens of a long document that attend together."""
+CHUNK_TOKENS = 128
+"""Queries that attend together."""
+KEPT_KEYS = 1024
+"""With more keys than this the probabilities are not kept for the backward pass but computed again: what is kept
+grows with the row, not with its square."""
 
 
 class Dense(RowAttention):
@@ -39,112 +40,159 @@ class Dense(RowAttention):
 
 @dataclass(frozen=True)
 class _Piece:
-    """Tokens that attend together."""
+    """Neighbouring queries, and all keys that any of them sees."""
 
-    document: int
-    prefix: int
-    """Clean tokens of the document that are keys."""
-    blocks: int | None
-    """Which run of block tokens belongs here, as queries and keys; None: none."""
-    mask: torch.Tensor | None
-    """bool (queries, keys); None: causal over the clean tokens."""
-    clean_queries: bool
+    queries: slice
+    """Tokens of the row."""
+    prefix: slice
+    """Clean tokens of their document that are keys."""
+    own: slice
+    """Block tokens that are keys: the queries themselves, or none."""
+    shared: int
+    """So many keys at the front are visible to every query."""
+    bias: torch.Tensor
+    """float (queries, 1, other keys): 0 where visible, -inf elsewhere."""
 
-    def to(self, device: torch.device) -> "_Piece":
-        return self if self.mask is None else replace(self, mask=to_device(self.mask, device))
+    def keys(self, tokens: torch.Tensor) -> torch.Tensor:
+        """tokens (kv_heads, S, d) -> (kv_heads, keys, d)."""
+        prefix = tokens[:, self.prefix]
+        return torch.cat([prefix, tokens[:, self.own]], dim=1) if self.own.stop > self.own.start else prefix
+
+    def add_to_keys(self, tokens: torch.Tensor, found: torch.Tensor) -> None:
+        """Inverse of `keys` for gradients: adds found (kv_heads, d, keys) to tokens (kv_heads, S, d)."""
+        found = found.transpose(1, 2)
+        count = self.prefix.stop - self.prefix.start
+        tokens[:, self.prefix] += found[:, :count]
+        tokens[:, self.own] += found[:, count:]
+
+    def rows(self, tokens: torch.Tensor) -> torch.Tensor:
+        """tokens (kv_heads, S, group, d) -> (kv_heads, queries * group, d), a view."""
+        return tokens[:, self.queries].flatten(1, 2)
+
+    def probabilities(self, q: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        """q (kv_heads, S, group, d), scaled, and key (kv_heads, keys, d) -> (kv_heads, queries * group, keys)."""
+        scores = torch.bmm(self.rows(q), _turned(key))
+        by_query = scores.unflatten(1, (-1, q.shape[2]))
+        by_query[..., self.shared :].add_(self.bias.to(q.dtype))
+        return scores.softmax(-1)
 
 
 class PerDocument(RowAttention):
     """Attention over one row, split into pieces with a dense mask each.
 
-    A short document is one piece (its clean and block tokens under `visible`). A long document is one causal piece
-    for the clean tokens and one piece for each chunk of neighbouring blocks, whose keys are the clean prefix up to
-    the chunk's last anchor and the chunk's own blocks. The largest mask is CHUNK_TOKENS x document length.
+    A piece is a chunk of a document's clean tokens or of its blocks. Its keys are the clean prefix up to its last
+    query (or anchor) and, for blocks, the chunk itself. The largest mask is CHUNK_TOKENS x document length.
     """
 
     def __init__(self, layout: RowLayout, row_length: int, *, causal_attn: bool) -> None:
-        self.n_docs = layout.n_docs
         self.pieces: list[_Piece] = []
-        self.sizes = layout.clean_lens.tolist()
-        """Tokens of each document's clean part, then of each run of blocks, then padding."""
-        first_block = np.cumsum(layout.n_blocks) - layout.n_blocks
-        for document, first in enumerate(first_block):
-            starts = layout.starts[first : first + layout.n_blocks[document]]
-            self._add(document, starts, layout.block_size, causal_attn)
-        self.sizes.append(row_length - layout.used)
-
-    def _add(self, document: int, starts: np.ndarray, d: int, causal: bool) -> None:
-        """Adds the pieces of one document, and its runs of blocks."""
-        clean_len, run = self.sizes[document], len(self.sizes)
-        if clean_len + len(starts) * d <= SMALL_DOCUMENT:
-            mask = torch.from_numpy(visible(clean_len, starts, block_size=d, causal_attn=causal))
-            self.pieces.append(_Piece(document, clean_len, run, mask, clean_queries=True))
-            self.sizes.append(len(starts) * d)
-            return
-        self.pieces.append(_Piece(document, clean_len, None, None, clean_queries=True))
-        step = max(1, CHUNK_TOKENS // d)
-        for i in range(0, len(starts), step):
-            part = starts[i : i + step]
-            prefix = int(part[-1])  # a block never sees its own anchor's clean copy
-            mask = torch.from_numpy(block_rows(prefix, part, block_size=d, causal_attn=causal))
-            self.pieces.append(_Piece(document, prefix, len(self.sizes), mask, clean_queries=False))
-            self.sizes.append(len(part) * d)
+        d, first = layout.block_size, np.cumsum(layout.n_blocks) - layout.n_blocks
+        for clean_at, clean_len, block, n in zip(
+            layout.clean_offsets().tolist(), layout.clean_lens.tolist(), first.tolist(), layout.n_blocks, strict=True
+        ):
+            self.pieces += _clean_pieces(clean_at, clean_len)
+            starts = layout.starts[block : block + n]
+            self.pieces += _block_pieces(clean_at, layout.n_clean + block * d, starts, d, causal_attn)
 
     def to(self, device: torch.device) -> Self:
         moved = object.__new__(type(self))
-        moved.n_docs, moved.sizes = self.n_docs, self.sizes
-        moved.pieces = [p.to(device) for p in self.pieces]
+        moved.pieces = [replace(p, bias=to_device(p.bias, device)) for p in self.pieces]
         return moved
 
     def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
         """See RowAttention."""
-        # One split each, not many slices: the gradient of a slice is a row of zeros as long as the whole.
-        queries, keys, values = (x.split(self.sizes) for x in (q, k, v))
-        out = list(queries)
-        for piece in self.pieces:
-            asked = [queries[piece.document]] if piece.clean_queries else []
-            asked += _run(queries, piece.blocks)
-            key, value = (
-                torch.cat([x[piece.document][: piece.prefix], *_run(x, piece.blocks)]) for x in (keys, values)
-            )
-            found = attend(torch.cat(asked), key, value, piece.mask, scale)
-            parts = found.split([len(x) for x in asked])
-            if piece.clean_queries:
-                out[piece.document] = parts[0]
-            if piece.blocks is not None:
-                out[piece.blocks] = parts[-1]
-        padding = 0 * out[-1]
-        if not self.n_docs:  # keep the graph to k and v
-            padding = padding + 0 * (k.sum() + v.sum())
-        return torch.cat([*out[:-1], padding])
+        return _PieceByPiece.apply(q, k, v, self.pieces, scale)  # type: ignore[no-any-return]
 
 
-def _run(parts: Sequence[torch.Tensor], number: int | None) -> list[torch.Tensor]:
-    return [] if number is None else [parts[number]]
+def _clean_pieces(at: int, length: int) -> Iterator[_Piece]:
+    """Causal attention of `length` clean tokens that stand at `at`."""
+    for i in range(0, length, CHUNK_TOKENS):
+        end = min(length, i + CHUNK_TOKENS)
+        seen = np.tri(end - i, dtype=bool)
+        yield _Piece(slice(at + i, at + end), slice(at, at + end), slice(0, 0), i, _bias(seen))
+
+
+def _block_pieces(clean_at: int, block_at: int, starts: np.ndarray, d: int, causal: bool) -> Iterator[_Piece]:
+    """A document's blocks, which stand at `block_at`."""
+    step = max(1, CHUNK_TOKENS // d)
+    for i in range(0, len(starts), step):
+        part = starts[i : i + step]
+        shared, prefix = int(part[0]), int(part[-1])  # a block never sees its own anchor's clean copy
+        seen = block_rows(prefix, part, block_size=d, causal_attn=causal)[:, shared:]
+        own = slice(block_at + i * d, block_at + (i + len(part)) * d)
+        yield _Piece(own, slice(clean_at, clean_at + prefix), own, shared, _bias(seen))
+
+
+def _bias(seen: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.where(seen, np.float32(0), np.float32(-np.inf))[:, None])
+
+
+class _PieceByPiece(torch.autograd.Function):
+    """All pieces of a row. The query heads that share a KV head are more queries of it: keys are never repeated.
+
+    Matrix products take their wide operand as it lies in memory and turn the narrow one: on a CPU, bf16 products of
+    a turned wide operand take three times as long (bench.cpu_choices).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pieces: list[_Piece], scale: float
+    ) -> torch.Tensor:
+        kv_heads = k.shape[1]
+        q = _by_kv_head(q * scale, kv_heads)
+        k, v = k.transpose(0, 1).contiguous(), v.transpose(0, 1).contiguous()
+        out = torch.zeros_like(q)  # padding stays so
+        kept = []
+        for piece in pieces:
+            key = piece.keys(k)
+            found = piece.probabilities(q, key)
+            piece.rows(out).copy_(torch.bmm(found, piece.keys(v)))
+            kept.append(found if key.shape[1] <= KEPT_KEYS else None)
+        ctx.save_for_backward(q, k, v, *kept)
+        ctx.pieces, ctx.scale = pieces, scale
+        return _by_token(out)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        q, k, v, *kept = ctx.saved_tensors
+        grad = _by_kv_head(grad, k.shape[0])
+        dq = torch.zeros_like(q)
+        # many pieces add to a key: in bf16 each would round
+        dk, dv = (torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) for x in (k, v))
+        for piece, found in zip(ctx.pieces, kept, strict=True):
+            key, rows, d_out = piece.keys(k), piece.rows(q), piece.rows(grad)
+            if found is None:
+                found = piece.probabilities(q, key)
+            piece.add_to_keys(dv, torch.bmm(_turned(d_out), found))
+            d_found = torch.bmm(d_out, _turned(piece.keys(v)))
+            d_scores = torch._softmax_backward_data(d_found, found, -1, found.dtype)
+            piece.rows(dq).copy_(torch.bmm(d_scores, key))
+            piece.add_to_keys(dk, torch.bmm(_turned(rows), d_scores))
+        dk, dv = (x.transpose(0, 1).to(k.dtype) for x in (dk, dv))
+        return _by_token(dq) * ctx.scale, dk, dv, None, None
+
+
+def _turned(x: torch.Tensor) -> torch.Tensor:
+    return x.transpose(1, 2).contiguous()
+
+
+def _by_kv_head(x: torch.Tensor, kv_heads: int) -> torch.Tensor:
+    """(S, heads, d) -> (kv_heads, S, group, d)."""
+    return x.unflatten(1, (kv_heads, -1)).transpose(0, 1).contiguous()
+
+
+def _by_token(x: torch.Tensor) -> torch.Tensor:
+    """Inverse of `_by_kv_head`."""
+    return x.transpose(0, 1).flatten(1, 2)
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float) -> torch.Tensor:
     """Softmax attention: q (Q, heads, d), k and v (K, kv_heads, d), mask bool (Q, K) or None for causal."""
     if not q.shape[0]:
         return q
-    if mask is not None and q.device.type == "cpu":
-        return _attend_on_cpu(q, k, v, mask, scale)
     groups = q.shape[1] // k.shape[1]
     if groups > 1:  # the kernels take one key head per query head
         k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
     found = scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale)
     return found[0].transpose(0, 1)
-
-
-def _attend_on_cpu(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:
-    """Two matrix products: in bf16 less than half the time of torch's flash attention for CPU (bench.cpu_choices).
-
-    The query heads that share a KV head are more queries of it, so that keys and values are not repeated.
-    """
-    kv_heads, groups = k.shape[1], q.shape[1] // k.shape[1]
-    queries = q.unflatten(1, (kv_heads, groups)).permute(1, 2, 0, 3).reshape(kv_heads, groups * len(q), -1)
-    hidden = torch.zeros(mask.shape, dtype=q.dtype).masked_fill_(~mask, -torch.inf).repeat(groups, 1)
-    scores = torch.baddbmm(hidden[None], queries, k.permute(1, 2, 0), alpha=scale)
-    found = torch.bmm(scores.softmax(-1), v.transpose(0, 1))
-    return found.unflatten(1, (groups, -1)).permute(2, 0, 1, 3).flatten(1, 2)

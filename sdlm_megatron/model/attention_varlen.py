@@ -7,6 +7,7 @@ takes `out` and `lse` as arguments, because the caller may have merged more keys
 
 import inspect
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Protocol
@@ -124,9 +125,8 @@ def _group(x: torch.Tensor, kv_heads: int) -> torch.Tensor:
     return x.unflatten(1, (kv_heads, -1)).permute(1, 2, 0, 3)
 
 
-def _chunks(at: Sequences) -> list[tuple[slice, slice, torch.Tensor]]:
+def _chunks(at: Sequences) -> Iterator[tuple[slice, slice, torch.Tensor]]:
     """Queries, the keys they see together, and which of those each sees: bool (Q, K)."""
-    found = []
     cu_q, cu_k = at.cu_q.tolist(), at.cu_k.tolist()
     for first_q, end_q, first_k, end_k in zip(cu_q, cu_q[1:], cu_k, cu_k[1:], strict=False):
         for start in range(first_q, end_q, QUERY_CHUNK):
@@ -134,8 +134,7 @@ def _chunks(at: Sequences) -> list[tuple[slice, slice, torch.Tensor]]:
             visible = torch.arange(end_k - end_q + start, end_k - end_q + stop, device=at.cu_q.device)[:, None]
             keys = slice(first_k, end_k - end_q + stop)
             index = torch.arange(first_k, end_k - end_q + stop, device=at.cu_q.device)
-            found.append((slice(start, stop), keys, index <= visible))
-    return found
+            yield slice(start, stop), keys, index <= visible
 
 
 class TorchFlash:

@@ -53,7 +53,7 @@ def test_backends_are_the_definition(name, row, groups, kv_heads, small) -> None
     layout, length, causal = row
     values = inputs(length, groups * kv_heads, kv_heads, torch.float64)
     with pytest.MonkeyPatch.context() as patch:  # so that small rows take the path of long documents, in chunks
-        patch.setattr(attention_masked, "SMALL_DOCUMENT", small)
+        patch.setattr(attention_masked, "KEPT_KEYS", small)
         patch.setattr(attention_masked, "CHUNK_TOKENS", small)
         patch.setattr(attention_varlen, "QUERY_CHUNK", 5)
         found = run(BACKENDS[name](layout, length, causal_attn=causal).to(torch.device("cpu")), values)
