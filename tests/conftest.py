@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -15,19 +16,24 @@ os.environ.setdefault("WANDB_SILENT", "true")
 
 
 @pytest.fixture(scope="session")
-def make_engine() -> Callable:
-    """Builds single-process engines inside pytest: Megatron-Core for real, over gloo."""
+def groups() -> Any:
+    """Megatron-Core's process groups for one process, over gloo; a process can join once only."""
     from sdlm_megatron.parallel import cpu
 
     cpu.install()
+    from sdlm_megatron.config.schema import ParallelConfig
+    from sdlm_megatron.parallel.groups import init_groups
+
+    return init_groups(ParallelConfig(), seed=1)
+
+
+@pytest.fixture(scope="session")
+def make_engine(groups: Any) -> Callable:
+    """Builds single-process engines inside pytest: Megatron-Core for real, over gloo."""
     from sdlm_megatron.config.schema import RunConfig
     from sdlm_megatron.model.hf_folder import read_hf_config
     from sdlm_megatron.model.shape import shape_of
     from sdlm_megatron.parallel.engine import Engine
-    from sdlm_megatron.parallel.groups import init_groups
-
-    config = RunConfig()
-    groups = init_groups(config.parallel, seed=1)
 
     def build(folder: Path, *, block_size: int = 4, causal_attn: bool = False, rows: bool = False) -> Engine:
         config = RunConfig()

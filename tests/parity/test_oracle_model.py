@@ -172,7 +172,6 @@ def test_long_documents_go_in_chunks(make_engine: Callable, monkeypatch: pytest.
     batch = micro_batch(golden.documents, 4, 1024)
     with torch.no_grad():
         joint = engine.module(batch).nll
-        monkeypatch.setattr(attention_masked, "SMALL_DOCUMENT", 64)
         monkeypatch.setattr(attention_masked, "CHUNK_TOKENS", 40)
         torch.testing.assert_close(engine.module(batch).nll, joint, rtol=1e-4, atol=2e-5)
 

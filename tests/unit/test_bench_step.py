@@ -5,10 +5,11 @@ import argparse
 import numpy as np
 import pytest
 import torch
+from helpers import run_python
 
 from bench import measure, step, step_case
-from sdlm_megatron.config.schema import ModelConfig, ParallelConfig
-from sdlm_megatron.parallel.groups import Groups, close_groups, init_groups
+from sdlm_megatron.config.schema import ModelConfig
+from sdlm_megatron.parallel.groups import Groups
 
 SHAPE = ModelConfig(
     num_layers=2,
@@ -23,19 +24,11 @@ SHAPE = ModelConfig(
 CPU = torch.device("cpu")
 
 
-def test_the_command_prints_a_table(capsys) -> None:
-    """First in this file: the command joins and leaves the process group itself."""
-    step.main(["--shape", "body", "--tokens", "64", "--samples", "1", "--runs", "1"])
-    text = capsys.readouterr().out
+def test_the_command_prints_a_table() -> None:
+    text = run_python("-m", "bench.step", "--shape", "body", "--tokens", "64", "--samples", "1", "--runs", "1").stdout
     assert "useful tokens/s" in text
     assert "MFU" in text
     assert "linear layers" in text
-
-
-@pytest.fixture(scope="module")
-def groups():
-    yield init_groups(ParallelConfig(), seed=0)
-    close_groups()
 
 
 def arguments(**values: object) -> argparse.Namespace:
