@@ -101,7 +101,7 @@ class PerDocument(RowAttention):
 
     def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
         """See RowAttention."""
-        return _PieceByPiece.apply(q, k, v, self.pieces, scale)  # type: ignore[no-any-return]
+        return _PieceByPiece.apply(q, k, v, self.pieces, scale)
 
 
 def _clean_pieces(at: int, length: int) -> Iterator[_Piece]:
@@ -153,7 +153,7 @@ class _PieceByPiece(torch.autograd.Function):
         return _by_token(out)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         q, k, v, *kept = ctx.saved_tensors
         grad = _by_kv_head(grad, k.shape[0])
         dq = torch.zeros_like(q)
