@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from sdlm_megatron.diffusion.layout import RowLayout
+from sdlm_megatron.diffusion.layout import pack_row
 from sdlm_megatron.diffusion.mask import visible_row
 from sdlm_megatron.model.attention_masked import PerDocument
 
@@ -32,8 +32,7 @@ def attention(runs: int, clean: int, blocks: int, heads: int, dim: int) -> list[
     """Forward and backward of one short document with blocks of 4."""
     rows = []
     starts = np.arange(clean - 2 - blocks, clean - 2, dtype=np.int32)
-    one = [np.array([x], dtype=np.int32) for x in (0, clean, blocks)]
-    layout = RowLayout(one[0], one[1], one[2], starts, block_size=4)
+    _, layout = pack_row([(0, np.zeros(clean, np.int32), starts)], block_size=4, mask_token_id=0)
     ours, mask = PerDocument(layout, layout.used, causal_attn=False), torch.from_numpy(visible_row(layout, layout.used))
     for dtype in (torch.bfloat16, torch.float32):
         q, k, v = (torch.randn(layout.used, heads, dim, dtype=dtype, requires_grad=True) for _ in range(3))

@@ -130,8 +130,8 @@ def _bias(seen: np.ndarray) -> torch.Tensor:
 class _PieceByPiece(torch.autograd.Function):
     """All pieces of a row. The query heads that share a KV head are more queries of it: keys are never repeated.
 
-    Matrix products take their wide operand as it lies in memory and turn the narrow one: on a CPU, bf16 products of
-    a turned wide operand take three times as long (bench.cpu_choices).
+    Matrix products take their wide operand as it lies in memory and turn the narrow one: on a CPU in fp32 a product
+    with the wide one turned takes about 1.5 times as long (bench.cpu_choices).
     """
 
     @staticmethod
