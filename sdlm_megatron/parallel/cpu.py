@@ -6,6 +6,7 @@ does nothing where a GPU is present (but hide packages that do not work), and ne
 """
 
 import contextlib
+import ctypes
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from sdlm_megatron.model.packages import find_packages
 
 _installed = False
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 
 
 class _CudaToCpu(TorchFunctionMode):
@@ -81,9 +83,22 @@ def install() -> bool:
     cuda.nvtx.range_push = cuda.nvtx.range_pop = lambda *a, **k: None
     # advice about CUDA's queues; on a GPU it stays visible
     warnings.filterwarnings("ignore", message="When using sequence parallelism it is recommended to set")
+    _keep_freed_memory()
     with _without_compile():
         _redirect_megatron_rng()
     return True
+
+
+def _keep_freed_memory() -> None:
+    """Tensors in memory that the process has already, as a GPU's allocator does it.
+
+    glibc gives every large block back to the system when it is freed, and the next one of that size is mapped and
+    cleared anew, page by page: 40 % of a bf16 step with a large vocabulary (docs/benchmarks.md).
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc only
+    if mallopt is not None:
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, -1)
 
 
 @contextlib.contextmanager
