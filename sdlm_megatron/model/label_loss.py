@@ -14,6 +14,8 @@ import torch.distributed as dist
 
 from sdlm_megatron.diffusion.layout import IGNORE
 
+CACHED_ROWS = 8
+"""Rows of logits that a CPU turns into gradients at a time: what several passes read stays in its cache."""
 BYTES = 8
 """A logit of a chunk with everything made from it: logit and gradient in the weights' type, log-probability in fp32."""
 
@@ -69,18 +71,17 @@ class _LabelLoss(torch.autograd.Function):
         real = targets != IGNORE
         used = weight[: vocabulary.real]
         # one buffer for every chunk: on a CPU, fresh memory costs more than what is computed in it
-        buffer = wide = hidden.new_empty(min(rows, len(hidden)), len(used))
-        if not buffer.is_cuda and buffer.dtype is not torch.float32:
-            wide = torch.empty_like(buffer, dtype=torch.float32)
+        buffer = hidden.new_empty(min(rows, len(hidden)), len(used))
         product = _Product(used) if with_gradients else None
         grad_hidden = torch.empty_like(hidden) if with_gradients else None
         parts = []
         for begin in range(0, len(hidden), rows):
             chunk = slice(begin, begin + rows)
             inputs = hidden[chunk]
-            logits = torch.mm(inputs, used.t(), out=buffer[: len(inputs)])
-            nll, gradient = _cross_entropy(logits, wide[: len(inputs)], targets[chunk], vocabulary, with_gradients)
-            parts.append(nll)
+            gradient = torch.mm(inputs, used.t(), out=buffer[: len(inputs)])  # the logits, as yet
+            together = len(inputs) if inputs.is_cuda or vocabulary.group is not None else CACHED_ROWS
+            for logits, some in zip(gradient.split(together), targets[chunk].split(together), strict=True):
+                parts.append(_cross_entropy(logits, some, vocabulary, with_gradients))
             if grad_hidden is not None and product is not None:
                 # rows without a target are zeroed here and not in the gradient, which is 100 times as large
                 grad_hidden[chunk] = (gradient @ used).masked_fill_(~real[chunk, None], 0)
@@ -106,37 +107,28 @@ class _LabelLoss(torch.autograd.Function):
 
 
 def _cross_entropy(
-    logits: torch.Tensor, wide: torch.Tensor, targets: torch.Tensor, vocabulary: Vocabulary, with_gradient: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """nll float32 (n,) of logits (n, real), and the gradient of its sum, which takes the place of the logits.
-
-    `wide` is room for float32 (n, real) on a CPU; it may be `logits` itself.
-    """
+    logits: torch.Tensor, targets: torch.Tensor, vocabulary: Vocabulary, with_gradient: bool
+) -> torch.Tensor:
+    """nll float32 (n,) of logits (n, real), whose place the gradient of its sum takes."""
     local = targets - vocabulary.first
     here = (local >= 0) & (local < vocabulary.real)
     index = local.clamp(0, max(0, vocabulary.real - 1))[:, None]
-    first = logits[:, :1].to(torch.float32, copy=True)  # log_p may take the place of the logits
-    log_p = _log_softmax(logits, wide)
+    log_p = torch.log_softmax(logits, -1, dtype=torch.float32)
     if vocabulary.group is not None:
-        log_p += _share_of_this_part(first - log_p[:, :1], vocabulary.group)
-    picked = log_p.gather(1, index)[:, 0] if vocabulary.real else first.new_zeros(len(targets))
+        log_p += _share_of_this_part(logits[:, :1].float() - log_p[:, :1], vocabulary.group)
+    picked = log_p.gather(1, index)[:, 0] if vocabulary.real else log_p.new_zeros(len(targets))
     nll = -picked.masked_fill(~here, 0)
     if vocabulary.group is not None:
         dist.all_reduce(nll, group=vocabulary.group)
-    if not with_gradient or not vocabulary.real:
-        return nll, logits
-    # on a CPU, torch's conversion inside exp is four times slower than one after it
-    gradient = torch.exp(log_p, out=logits) if logits.is_cuda else logits.copy_(log_p.exp_())
-    # p - 1 by expm1, not as a difference of rounded numbers
-    at_target = torch.where(here, torch.expm1(picked), picked.exp()).to(gradient.dtype)
-    return nll, gradient.scatter_(1, index, at_target[:, None])
-
-
-def _log_softmax(logits: torch.Tensor, wide: torch.Tensor) -> torch.Tensor:
-    """float32 log-probabilities (n, real) within this part of the vocabulary."""
-    if logits.is_cuda:
-        return torch.log_softmax(logits, -1, dtype=torch.float32)  # converts on the way; memory comes from a cache
-    return torch.log_softmax(wide.copy_(logits), -1, out=wide)  # a row is read before it is written
+    if with_gradient and vocabulary.real:
+        if logits.is_cuda:
+            torch.exp(log_p, out=logits)
+        else:  # torch's conversion inside exp is four times slower on a CPU than one after it
+            logits.copy_(log_p.exp_())
+        # p - 1 by expm1, not as a difference of rounded numbers
+        at_target = torch.where(here, torch.expm1(picked), picked.exp()).to(logits.dtype)
+        logits.index_put_((torch.arange(len(logits), device=logits.device), index[:, 0]), at_target)
+    return nll
 
 
 def _share_of_this_part(here: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
