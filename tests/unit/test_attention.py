@@ -31,7 +31,7 @@ def decomposed(layout: RowLayout, row_length: int, *, causal_attn: bool) -> Deco
 BACKENDS: dict[str, Build] = {"dense": Dense, "per_document": PerDocument, "decomposed": decomposed, "flex": Flex}
 BACKEND = pytest.mark.parametrize("name", BACKENDS)
 WITH_BACKWARD = pytest.mark.parametrize("name", [name for name in BACKENDS if name != "flex"])
-"""FlexAttention has no backward pass on a CPU: tests/gpu has it."""
+"""FlexAttention has no backward kernel on a CPU: `test_gradients_of_flex` takes its eager form."""
 
 
 @st.composite
@@ -85,6 +85,21 @@ def test_errors_of_short_number_types(name, dtype) -> None:
         assert ours.dtype is dtype
         error, plain_error = ((x.double() - wanted).norm() / wanted.norm() for x in (ours, other))
         assert error < (1e-5 if dtype is torch.float32 else 2 * plain_error)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("block_size", "groups"), [(1, 1), (4, 2), (8, 5), (16, 8)])
+def test_gradients_of_flex(monkeypatch, causal, block_size, groups) -> None:
+    """torch refuses gradients on a CPU, for want of a kernel; behind that check its eager form computes them."""
+    monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *_: None)
+    layout = layout_of([(30, [0, 1, 2, 9, 28]), (1, []), (7, [6]), (150, [100, 101, 149]), (1, [0])], block_size)
+    length = layout.used + 4
+    values = inputs(length, 2 * groups, 2, torch.float64)
+    leaves = [x.clone().requires_grad_() for x in values[:3]]
+    out = Flex(layout, length, causal_attn=causal)(*leaves, values[0].shape[-1] ** -0.5)
+    found = [out.detach(), *torch.autograd.grad(out, leaves, values[3])]
+    for ours, wanted in zip(found, run(defined(layout, length, causal_attn=causal), values), strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=0, atol=1e-12)
 
 
 @WITH_BACKWARD
