@@ -45,13 +45,13 @@ from bench.step_case import (  # noqa: E402
     make_engine,
     pack,
     preset_shape,
-    step_flops,
     write_documents,
     write_hf,
 )
 from sdlm_megatron.config.schema import ModelConfig, ParallelConfig  # noqa: E402
 from sdlm_megatron.diffusion.row import MicroBatch  # noqa: E402
 from sdlm_megatron.errors import TrainingError, run_cli  # noqa: E402
+from sdlm_megatron.observe.flops import ModelShape, step_flops  # noqa: E402
 from sdlm_megatron.observe.peak_flops import peak_flops  # noqa: E402
 from sdlm_megatron.parallel.engine import DTYPES, Engine  # noqa: E402
 from sdlm_megatron.parallel.groups import Groups, close_groups, init_groups  # noqa: E402
@@ -140,7 +140,8 @@ class Case:
 
     @property
     def flops(self) -> int:
-        return step_flops(self.engine.shape, self.rows)
+        labels = sum(len(b.label_index) for b in self.rows)
+        return step_flops(ModelShape.of(self.engine.shape), [b.layout for b in self.rows], labels)
 
 
 def make_case(args: argparse.Namespace, shape: ModelConfig, groups: Groups, *, tokens: int, attention: str) -> Case:
@@ -267,7 +268,14 @@ def print_memory(args: argparse.Namespace, shape: ModelConfig, groups: Groups) -
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m bench.step", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m bench.step",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="examples:\n  python -m bench.step --shape body --dtype bf16 --runs 3                    # on a laptop\n"
+        "  python -m bench.step --shape vocab --tokens 1024 --documents mixture --samples 4 --dtype bf16 \\\n"
+        "      --reference SDLM --reference-python VENV/bin/python                      # beside the reference\n"
+        "  python -m bench.step --memory --preset tiny --documents mixture\n"
+        "  python -m bench.step --preset qwen2.5-3b --dtype bf16 --tokens 5632 --documents mixture   # on a GPU",
     )
     parser.add_argument("--shape", choices=SHAPES, default="body", help="a small model")
     parser.add_argument("--preset", help="a preset's shape instead, such as qwen2.5-3b")

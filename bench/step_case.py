@@ -13,10 +13,8 @@ from bench.attention import MEAN_CLEAN, REPEAT, RESPONSE_SHARE, SPREAD
 from sdlm_megatron.config.load import PRESETS, load_config
 from sdlm_megatron.config.schema import DiffusionConfig, ModelConfig, RunConfig
 from sdlm_megatron.diffusion.layout import block_count, draw_starts, pack_row
-from sdlm_megatron.diffusion.mask import visible_pairs
 from sdlm_megatron.diffusion.row import MicroBatch, make_micro_batch
 from sdlm_megatron.model.hf_load import hf_tensors
-from sdlm_megatron.observe.flops import ModelShape, training_flops
 from sdlm_megatron.parallel.engine import DTYPES, Engine
 from sdlm_megatron.parallel.groups import Groups
 
@@ -130,25 +128,6 @@ def _as_the_reference(batch: MicroBatch) -> MicroBatch:
         label_index=batch.label_index[keep],
         label_targets=batch.label_targets[keep],
         label_slots=batch.label_slots[keep],
-    )
-
-
-def step_flops(shape: ModelConfig, batches: Sequence[MicroBatch]) -> int:
-    """FLOPs the step needs by its definition (observe/flops.py)."""
-    sizes = ModelShape(
-        layers=shape.num_layers,
-        hidden=shape.hidden_size,
-        heads=shape.num_attention_heads,
-        kv_heads=shape.num_query_groups,
-        head_dim=shape.head_dim,
-        ffn=shape.ffn_hidden_size,
-        vocab=shape.vocab_size,
-    )
-    return training_flops(
-        sizes,
-        tokens=sum(b.layout.used for b in batches),
-        pairs=sum(visible_pairs(b.layout) for b in batches),
-        label_rows=sum(len(b.label_index) for b in batches),
     )
 
 

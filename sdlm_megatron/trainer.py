@@ -179,17 +179,8 @@ class Trainer:
         return record if mfu is None else {**record, "mfu": mfu}
 
     def _mfu(self, steps: Sequence[StepResult], seconds: float) -> float | None:
-        shape = self.state.shape
         flops = training_flops(
-            ModelShape(
-                layers=shape.num_layers,
-                hidden=shape.hidden_size,
-                heads=shape.num_attention_heads,
-                kv_heads=shape.num_query_groups,
-                head_dim=shape.head_dim,
-                ffn=shape.ffn_hidden_size,
-                vocab=shape.vocab_size,
-            ),
+            ModelShape.of(self.state.shape),
             tokens=sum(r.useful_tokens for r in steps),
             pairs=sum(r.visible_pairs for r in steps),
             label_rows=sum(r.targets for r in steps),

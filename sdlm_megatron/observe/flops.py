@@ -16,6 +16,7 @@ so a run that does them shows a lower MFU.
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from sdlm_megatron.config.schema import ModelConfig
 from sdlm_megatron.diffusion.layout import RowLayout
 from sdlm_megatron.diffusion.mask import visible_pairs
 
@@ -31,6 +32,19 @@ class ModelShape:
     head_dim: int
     ffn: int
     vocab: int
+
+    @classmethod
+    def of(cls, model: ModelConfig) -> "ModelShape":
+        """The sizes of a resolved model section."""
+        return cls(
+            layers=model.num_layers,
+            hidden=model.hidden_size,
+            heads=model.num_attention_heads,
+            kv_heads=model.num_query_groups,
+            head_dim=model.head_dim or model.hidden_size // model.num_attention_heads,
+            ffn=model.ffn_hidden_size,
+            vocab=model.vocab_size,
+        )
 
     @property
     def linear_params(self) -> int:

@@ -70,10 +70,7 @@ class Planner:
     @property
     def shape(self) -> ModelShape:
         """The sizes that decide the model FLOPs."""
-        m = self.model
-        dim = m.head_dim or m.hidden_size // m.num_attention_heads
-        heads = (m.num_attention_heads, m.num_query_groups, dim)
-        return ModelShape(m.num_layers, m.hidden_size, *heads, m.ffn_hidden_size, m.vocab_size)
+        return ModelShape.of(self.model)
 
     @property
     def rows(self) -> int:

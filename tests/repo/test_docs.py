@@ -45,6 +45,7 @@ def test_functions_named_in_the_method_exist() -> None:
         "bench.cpu_choices",
         "bench.data_prep",
         "bench.packing",
+        "bench.step",
         "bench.synthetic_mixture",
         "quickstart.base_model",
     ],
