@@ -4,34 +4,81 @@ The files are written by hand and never through `save_pretrained`: what transfor
 `rope_theta`, and older code then silently assumes 10000.
 """
 
+import hashlib
 import logging
-import os
-import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 import sdlm_megatron.diffusion.decode
-from sdlm_megatron.checkpoint_files import TOKENIZER_FILES
+from checkpoints_tools.model_card import model_card
+from checkpoints_tools.partial import BLOCK, Partial, default_workers, open_partial
+from checkpoints_tools.shards import Shard, index_json, plan_shards, shard_units
+from checkpoints_tools.tensors import Tensors, WithBiases
+from checkpoints_tools.tokenizer_files import (
+    DEFAULT_SYSTEM,
+    HF_CODE,
+    add_chat_template,
+    add_token,
+    copy_tokenizer,
+    end_tokens,
+)
 from sdlm_megatron.errors import CheckpointError
-from sdlm_megatron.files import rename_whole, write_json
-from sdlm_megatron.model.hf_folder import INDEX_NAME, SINGLE_NAME, HFConfig, read_json
+from sdlm_megatron.files import write_json, write_text
+from sdlm_megatron.model.hf_folder import INDEX_NAME, HFConfig
 
 log = logging.getLogger(__name__)
 
-HF_CODE = Path(__file__).parent / "hf_code"
-TURN_END = "<|im_end|>"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-_QKV = re.compile(r"(model\.layers\.\d+\.self_attn\.[qkv]_proj)\.weight")
+CHECKSUMS = "SHA256SUMS"
+EMBEDDING = "model.embed_tokens.weight"
+
+
+@dataclass(frozen=True)
+class ExportPlan:
+    """What an export will write."""
+
+    tensors: Tensors
+    shards: list[Shard]
+    dtype: str
+    """Of the embedding in the export."""
+
+    def describe(self, workers: int) -> str:
+        """For --dry-run."""
+        total, count = sum(s.size for s in self.shards), sum(len(s.tensors) for s in self.shards)
+        lines = [f"  {s.file}  {s.size / 1e9:.3f} GB  {len(s.tensors)} tensors" for s in self.shards]
+        memory = f"memory   at most {3 * BLOCK * workers / 1e6:.0f} MB for {workers} workers, beside the program itself"
+        return "\n".join([f"weights  {count} tensors in {self.dtype}, {total / 1e9:.3f} GB", *lines, memory])
+
+
+def plan_export(tensors: Tensors, config: HFConfig, *, dtype: str | None, max_shard_bytes: int) -> ExportPlan:
+    """Checks that the weights are those of `config`, and divides them into files; nothing but shapes is read."""
+    if dtype is not None and dtype not in DTYPES:
+        raise CheckpointError(f"unknown dtype '{dtype}'", "dtype", f"use one of {', '.join(DTYPES)}")
+    tensors = WithBiases(tensors, config)
+    names = tensors.names()
+    if "lm_head.weight" in names and config.tied:
+        raise CheckpointError("a tied model has no output layer of its own", "lm_head.weight", "leave it out")
+    if EMBEDDING not in names:
+        raise CheckpointError("no embedding among the exported tensors", EMBEDDING)
+    if tensors.shape(EMBEDDING) != (config.vocab_size, config.hidden_size):
+        raise CheckpointError(
+            f"the embedding is {tensors.shape(EMBEDDING)}, the configuration says "
+            f"({config.vocab_size}, {config.hidden_size})",
+            EMBEDDING,
+            "write vocab_size = rows of the embedding",
+        )
+    shards = plan_shards(tensors, DTYPES.get(dtype or ""), max_shard_bytes)
+    return ExportPlan(tensors, shards, dtype or str(tensors.dtype(EMBEDDING)).removeprefix("torch."))
 
 
 def write_hf_folder(
     out: Path,
-    tensors: Iterable[tuple[str, torch.Tensor]],
+    tensors: Tensors,
     config: HFConfig,
     *,
     assets: Path | None = None,
@@ -39,130 +86,80 @@ def write_hf_folder(
     max_shard_bytes: int = 4 * 1024**3,
     decode_window: int | None = None,
     decode_threshold: float = 0.9,
-    model_card: str | None = None,
+    run: Mapping[str, Any] | None = None,
+    workers: int | None = None,
 ) -> None:
-    """Writes weights, configuration, tokenizer and code; the folder appears whole or not at all.
+    """Writes weights, configuration, tokenizer, code and checksums; the folder appears whole or not at all.
+
+    Killed at any moment and called again with the same arguments, it goes on where it was (see partial.py).
 
     Args:
-        out: the new folder; must not exist. `out`.partial is used meanwhile and replaced when left over.
-        tensors: (name, tensor) in Hugging Face names and shapes, each yielded once; one shard is held in
-            memory. A tied model has no lm_head.weight. Models without q/k/v bias (llama) get zero biases:
-            as Qwen2 they are the same function.
+        out: the new folder; must not exist.
+        tensors: Hugging Face names and shapes. A tied model has no lm_head.weight. Models without q/k/v bias (llama)
+            get zero biases: as Qwen2 they are the same function.
         config: shape and SDLM keys; vocab_size must equal the rows of the embedding.
         assets: folder whose tokenizer files travel along; None or none found: a warning, no tokenizer.
         dtype: "bfloat16", "float16" or "float32"; None keeps each tensor's own.
-        max_shard_bytes: a shard is closed before it would grow beyond this.
+        max_shard_bytes: most bytes of a weight file (a larger tensor has one of its own).
         decode_window: default sdlm_n of `generate`; None = block_size.
         decode_threshold: default sdlm_threshold of `generate`.
-        model_card: text of README.md; None = a short one.
+        run: what the model card tells of the training (see sdlm_megatron.run_facts).
+        workers: files written at a time; None: `default_workers`. Each holds a few blocks of 32 MiB.
 
     Raises:
-        CheckpointError: `out` exists, an unknown dtype, no embedding or one that contradicts vocab_size, a
-            tensor that comes twice, a mask token that does not fit the tokenizer.
+        CheckpointError: `out` exists or is being written, an unknown dtype, no embedding or one that contradicts
+            vocab_size, a mask token that does not fit the tokenizer, a value too large for fp16, a full disk.
     """
-    if out.exists():
-        raise CheckpointError("the output folder exists already", str(out), "choose another name or remove it")
-    if dtype is not None and dtype not in DTYPES:
-        raise CheckpointError(f"unknown dtype '{dtype}'", "dtype", f"use one of {', '.join(DTYPES)}")
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    found = _write_weights(partial, tensors, config, DTYPES.get(dtype or ""), max_shard_bytes)
-    tokenizer = _copy_tokenizer(partial, assets)
-    eos = _end_tokens(partial, config) if tokenizer else config.eos_token_ids
-    write_json(partial / "config.json", config_json(config, dtype or found, eos))
-    write_json(partial / "generation_config.json", _generation_json(config, eos, decode_window, decode_threshold))
+    plan = plan_export(tensors, config, dtype=dtype, max_shard_bytes=max_shard_bytes)
+    workers = default_workers() if workers is None else workers
+    wanted = {s.file: {n: [str(d), s_] for n, (d, s_) in s.tensors.items()} for s in plan.shards}
+    with open_partial(out, {"format": 1, "weights": tensors.identity(), "files": wanted}, workers=workers) as partial:
+        if partial is None:
+            return
+        done = partial.write(shard_units(plan.tensors, plan.shards), workers=workers, checksum=True)
+        if len(plan.shards) > 1:
+            write_json(partial.files / INDEX_NAME, index_json(plan.shards))
+        window = decode_window or config.block_size
+        decoding = {"sdlm_alg": "prob_conf", "sdlm_n": window, "sdlm_threshold": decode_threshold}
+        _write_rest(partial, config, plan.dtype, assets, decoding, run or {}, out.name)
+        _write_checksums(partial.files, {file: record["sha256"] for file, record in done.items()})
+        partial.finish()
+
+
+def _write_rest(
+    partial: Partial,
+    config: HFConfig,
+    dtype: str,
+    assets: Path | None,
+    decoding: Mapping[str, Any],
+    run: Mapping[str, Any],
+    name: str,
+) -> None:
+    """Everything but the weights."""
+    folder = partial.files
+    tokenizer = copy_tokenizer(folder, assets)
+    eos = end_tokens(folder, config) if tokenizer else config.eos_token_ids
+    write_json(folder / "config.json", config_json(config, dtype, eos))
+    write_json(folder / "generation_config.json", _generation_json(config, eos, decoding))
+    remarks = []
     if config.is_sdlm:
         if tokenizer and config.text_mask_token and config.text_mask_token_id is not None:
-            add_token(partial, config.text_mask_token, config.text_mask_token_id)
-        shutil.copyfile(HF_CODE / "modeling_sdlm.py", partial / "modeling_sdlm.py")
-        shutil.copyfile(Path(sdlm_megatron.diffusion.decode.__file__), partial / "decode.py")
-    (partial / "README.md").write_text(model_card or _model_card(config, out.name), encoding="utf-8")
-    rename_whole(partial, out)
+            add_token(folder, config.text_mask_token, config.text_mask_token_id)
+        if tokenizer:
+            remarks.append(add_chat_template(folder, run.get("data", {}).get("system_prompt", DEFAULT_SYSTEM)))
+        shutil.copyfile(HF_CODE / "modeling_sdlm.py", folder / "modeling_sdlm.py")
+        for file in sorted(Path(sdlm_megatron.diffusion.decode.__file__).parent.glob("decode*.py")):
+            shutil.copyfile(file, folder / file.name)
+    for remark in filter(None, remarks):
+        log.warning("%s", remark)
+    write_text(folder / "README.md", model_card(config, dtype, run, name, [r for r in remarks if r]))
 
 
-# --- weights
-
-
-def _with_biases(tensors: Iterable[tuple[str, torch.Tensor]], config: HFConfig) -> Iterable[tuple[str, torch.Tensor]]:
-    for name, tensor in tensors:
-        yield name, tensor
-        match = None if config.qkv_bias else _QKV.fullmatch(name)
-        if match:
-            yield f"{match[1]}.bias", torch.zeros(tensor.shape[0], dtype=tensor.dtype)
-
-
-class _ShardWriter:
-    """Collects tensors and writes a file whenever the next one would not fit."""
-
-    def __init__(self, folder: Path, limit: int) -> None:
-        self.folder, self.limit = folder, limit
-        self.pending: dict[str, torch.Tensor] = {}
-        self.pending_bytes = self.total = 0
-        self.shards: list[list[str]] = []
-
-    def add(self, name: str, tensor: torch.Tensor) -> None:
-        size = tensor.numel() * tensor.element_size()
-        if self.pending and self.pending_bytes + size > self.limit:
-            self.flush()
-        # safetensors refuses views and shared storage
-        self.pending[name] = tensor.detach().cpu().contiguous()
-        self.pending_bytes += size
-
-    def flush(self) -> None:
-        path = self.folder / f"{len(self.shards)}.shard"
-        save_file(self.pending, path, metadata={"format": "pt"})
-        path.chmod(self.folder.stat().st_mode & 0o666)  # safetensors makes it private to its owner
-        self.shards.append(list(self.pending))
-        self.total += self.pending_bytes
-        self.pending, self.pending_bytes = {}, 0
-
-    def finish(self) -> None:
-        """Gives the files their final names, which hold the number of shards, and writes the index."""
-        self.flush()
-        count = len(self.shards)
-        if count == 1:
-            os.rename(self.folder / "0.shard", self.folder / SINGLE_NAME)
-            return
-        weight_map: dict[str, str] = {}
-        for i, names in enumerate(self.shards):
-            final = f"model-{i + 1:05d}-of-{count:05d}.safetensors"
-            os.rename(self.folder / f"{i}.shard", self.folder / final)
-            weight_map |= dict.fromkeys(names, final)
-        index = {"metadata": {"total_size": self.total}, "weight_map": dict(sorted(weight_map.items()))}
-        write_json(self.folder / INDEX_NAME, index)
-
-
-def _write_weights(
-    folder: Path,
-    tensors: Iterable[tuple[str, torch.Tensor]],
-    config: HFConfig,
-    dtype: torch.dtype | None,
-    max_shard_bytes: int,
-) -> str:
-    """Writes the shards; returns the name of the embedding's dtype."""
-    writer, seen = _ShardWriter(folder, max_shard_bytes), set()
-    found = ""
-    for name, tensor in _with_biases(tensors, config):
-        if name in seen:
-            raise CheckpointError(f"the tensor '{name}' came twice", str(folder), "this is a bug of the exporter")
-        seen.add(name)
-        if name == "lm_head.weight" and config.tied:
-            raise CheckpointError("a tied model has no output layer of its own", name, "leave lm_head.weight out")
-        if name == "model.embed_tokens.weight":
-            found = str(tensor.dtype if dtype is None else dtype).removeprefix("torch.")
-            if tuple(tensor.shape) != (config.vocab_size, config.hidden_size):
-                raise CheckpointError(
-                    f"the embedding is {tuple(tensor.shape)}, the configuration says "
-                    f"({config.vocab_size}, {config.hidden_size})",
-                    name,
-                    "write vocab_size = rows of the embedding",
-                )
-        writer.add(name, tensor if dtype is None else tensor.to(dtype))
-    if not found:
-        raise CheckpointError("no embedding among the exported tensors", "model.embed_tokens.weight")
-    writer.finish()
-    return found
+def _write_checksums(folder: Path, known: Mapping[str, str]) -> None:
+    """SHA256SUMS, as `sha256sum -c` reads it; the weights' were taken while they were written."""
+    files: Sequence[Path] = sorted(p for p in folder.iterdir() if p.is_file() and p.name != CHECKSUMS)
+    sums = {p.name: known.get(p.name) or hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+    write_text(folder / CHECKSUMS, "".join(f"{value}  {name}\n" for name, value in sums.items()))
 
 
 # --- configuration
@@ -209,7 +206,7 @@ def config_json(config: HFConfig, dtype: str, eos_token_ids: tuple[int, ...]) ->
     return values
 
 
-def _generation_json(config: HFConfig, eos: tuple[int, ...], window: int | None, threshold: float) -> dict[str, Any]:
+def _generation_json(config: HFConfig, eos: tuple[int, ...], decoding: Mapping[str, Any]) -> dict[str, Any]:
     values: dict[str, Any] = {"do_sample": False}
     if eos:
         values["eos_token_id"] = list(eos)
@@ -219,128 +216,5 @@ def _generation_json(config: HFConfig, eos: tuple[int, ...], window: int | None,
     if config.bos_token_id is not None:
         values["bos_token_id"] = config.bos_token_id
     if config.is_sdlm:
-        values |= {
-            "sdlm_alg": "prob_conf",
-            "sdlm_n": window or config.block_size,
-            "sdlm_threshold": threshold,
-        }
+        values |= decoding
     return values
-
-
-def _model_card(config: HFConfig, name: str) -> str:
-    if not config.is_sdlm:
-        return f"# {name}\n\nA Qwen2-shaped language model, exported from Megatron-Core.\n"
-    return f"""---
-library_name: transformers
-pipeline_tag: text-generation
----
-# {name}
-
-A Sequential Diffusion Language Model (arXiv 2509.24007), block size {config.block_size}: it proposes
-several tokens in one forward pass and keeps those it is sure of.
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained(FOLDER)
-model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
-inputs = tokenizer.apply_chat_template(
-    [{{"role": "user", "content": "Hello"}}],
-    add_generation_prompt=True, return_tensors="pt", return_dict=True,
-)
-answer = model.generate(**inputs, max_new_tokens=256, sdlm_n={config.block_size}, sdlm_threshold=0.9)
-print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
-```
-
-A higher `sdlm_threshold` keeps fewer tokens a pass; `sdlm_n=1` is next-token prediction, `sdlm_alg="ar"`
-that of transformers itself. Needs transformers 4.57 or newer. The folder also loads as plain
-`Qwen2ForCausalLM`.
-"""
-
-
-# --- tokenizer
-
-
-def _copy_tokenizer(folder: Path, assets: Path | None) -> bool:
-    """Copies the tokenizer's files and makes loaders obey them; False, with a warning, without any."""
-    present = [] if assets is None else [name for name in TOKENIZER_FILES if (assets / name).is_file()]
-    for name in present:
-        assert assets is not None
-        shutil.copyfile(assets / name, folder / name)
-    if "tokenizer.json" not in present and "vocab.json" not in present:
-        log.warning("no tokenizer files in %s: the export has no tokenizer", assets or "(no folder given)")
-        return False
-    _keep_own_splitting(folder)
-    return True
-
-
-def _keep_own_splitting(folder: Path) -> None:
-    """Stops transformers 5 from giving a tokenizer that is not Qwen2's the splitting rules of Qwen2's.
-
-    It does so for every folder of model_type qwen2 whose tokenizer_config.json has no auto_map. With one, the
-    folder's tokenizer.json is used as it is, whether remote code is trusted or not.
-    """
-    path = folder / "tokenizer_config.json"
-    settings = read_json(path) if path.is_file() else {}
-    if not (folder / "tokenizer.json").is_file() or str(settings.get("tokenizer_class")).startswith("Qwen2Tok"):
-        return
-    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-    settings["auto_map"] = {"AutoTokenizer": [None, "tokenization_sdlm.SDLMTokenizerFast"]}
-    write_json(path, settings)
-    shutil.copyfile(HF_CODE / "tokenization_sdlm.py", folder / "tokenization_sdlm.py")
-
-
-def _vocabulary(folder: Path) -> dict[str, int]:
-    """Ids of the tokenizer's added tokens, by text."""
-    path = folder / "tokenizer.json"
-    if path.is_file():
-        return {str(t["content"]): int(t["id"]) for t in read_json(path).get("added_tokens", [])}
-    path = folder / "tokenizer_config.json"
-    decoder = read_json(path).get("added_tokens_decoder", {}) if path.is_file() else {}
-    return {str(t["content"]): int(i) for i, t in decoder.items()}
-
-
-def _end_tokens(folder: Path, config: HFConfig) -> tuple[int, ...]:
-    """The token that ends a turn first: SDLM is trained on chats, also when its base was not."""
-    turn_end = _vocabulary(folder).get(TURN_END) if config.is_sdlm else None
-    if turn_end is None:
-        return config.eos_token_ids
-    return (turn_end, *(i for i in config.eos_token_ids if i != turn_end))
-
-
-def add_token(folder: Path, token: str, token_id: int) -> None:
-    """Gives a tokenizer's files the special token `token` with id `token_id`, unless they have it.
-
-    Raises:
-        CheckpointError: the text or the id is taken by another.
-    """
-    path = folder / "tokenizer.json"
-    has_json, known = path.is_file(), _vocabulary(folder)
-    plain = read_json(path).get("model", {}).get("vocab", {}) if has_json else {}
-    taken = {i: text for text, i in known.items()}
-    existing = known.get(token, plain.get(token) if isinstance(plain, dict) else None)
-    if existing not in (None, token_id) or (existing is None and token_id in taken):
-        raise CheckpointError(
-            f"the mask token '{token}' should be {token_id}, but the tokenizer has "
-            + (f"it as {existing}" if existing is not None else f"'{taken[token_id]}' there"),
-            str(path),
-            "export with the tokenizer the dataset was made with",
-        )
-    entry = {"content": token, "lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
-    entry["special"] = True
-    if has_json and existing is None:
-        tokenizer = read_json(path)
-        tokenizer.setdefault("added_tokens", []).append({"id": token_id, **entry})
-        write_json(path, tokenizer)
-    path = folder / "added_tokens.json"
-    if path.is_file():
-        write_json(path, read_json(path) | {token: token_id})
-    path = folder / "tokenizer_config.json"
-    if path.is_file():
-        settings = read_json(path)
-        added = read_json(folder / "tokenizer.json").get("added_tokens", []) if has_json else []
-        listed = {str(t["id"]): {k: v for k, v in t.items() if k != "id"} for t in added}
-        listed |= settings.get("added_tokens_decoder", {})  # a list that is not whole would renumber the rest
-        settings["added_tokens_decoder"] = listed | {str(token_id): entry}
-        settings["padding_side"] = "left"  # decoding in batches needs the prompts' ends aligned
-        write_json(path, settings)

@@ -1,6 +1,7 @@
 """Turns a checkpoint of a run (or a converted base) into a Hugging Face folder, ready for SDLM decoding.
 
---ckpt may name a step folder, or a run: then its newest complete checkpoint is taken.
+--ckpt may name a step folder, or a run: then its newest complete checkpoint is taken. Weights go from file to file in
+small blocks, whatever the layout they were saved under. Interrupted, the same command goes on where it was.
 """
 
 import argparse
@@ -9,35 +10,52 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from checkpoints_tools.hf_folder import DTYPES, write_hf_folder
-from checkpoints_tools.single_process import whole_model
-from sdlm_megatron.checkpoint_files import TrainState, newest, read_state
+from checkpoints_tools.hf_folder import DTYPES, plan_export, write_hf_folder
+from checkpoints_tools.partial import check_out, default_workers
+from checkpoints_tools.tensors import CheckpointTensors
+from sdlm_megatron.checkpoint_files import TrainState, newest, read_run, read_state
 from sdlm_megatron.errors import CheckpointError, run_cli
 from sdlm_megatron.model.hf_folder import HFConfig, read_hf_config
 
 
-def convert(ckpt: Path, out: Path, *, dtype: str | None = None, max_shard_bytes: int = 4 * 1024**3) -> Path:
-    """Exports `ckpt` to `out`; returns the step folder that was read. CheckpointError when it is not complete."""
-    if out.exists():
-        raise CheckpointError("the output folder exists already", str(out), "choose another name or remove it")
+def convert(
+    ckpt: Path,
+    out: Path,
+    *,
+    dtype: str | None = None,
+    max_shard_bytes: int = 4 * 1024**3,
+    workers: int | None = None,
+    dry_run: bool = False,
+) -> Path:
+    """Exports `ckpt` to `out`; returns the step folder that was read. CheckpointError when it is not complete.
+
+    dry_run: prints what would be written instead. For the rest see hf_folder.write_hf_folder.
+    """
+    workers = default_workers() if workers is None else workers
+    check_out(out, workers)
     if not (ckpt / "complete.json").exists() and (ckpt / "ckpt").is_dir():
         found = newest(ckpt / "ckpt", print)
         if found is None:
             raise CheckpointError("the run has no complete checkpoint", str(ckpt), "train it first")
         ckpt = found
     state = read_state(ckpt)
-    engine = whole_model(state.shape, state.diffusion, precision=state.precision)
-    from sdlm_megatron import checkpointing  # megatron, after the CPU redirect
-    from sdlm_megatron.model.hf_load import hf_tensors
-
-    checkpointing.load(ckpt, engine, with_optimizer=False)
+    tensors, config = CheckpointTensors(ckpt, state), _config(ckpt, state)
+    if dry_run:
+        plan = plan_export(tensors, config, dtype=dtype, max_shard_bytes=max_shard_bytes)
+        print(f"from     {ckpt}\nto       {out}\n{plan.describe(workers)}")
+        return ckpt
+    run = read_run(ckpt)
+    if run:
+        run |= {key: getattr(state, key) for key in ("step", "rows_per_step", "consumed_rows")}
     write_hf_folder(
         out,
-        hf_tensors(engine.module, state.shape),
-        _config(ckpt, state),
+        tensors,
+        config,
         assets=ckpt / "hf",
         dtype=dtype,
         max_shard_bytes=max_shard_bytes,
+        run=run,
+        workers=workers,
     )
     return ckpt
 
@@ -88,9 +106,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="Hugging Face folder to write")
     parser.add_argument("--dtype", choices=sorted(DTYPES), help="dtype of the weights; default: as trained")
     parser.add_argument("--max-shard-gb", type=float, default=4.0, metavar="GB", help="size limit of a weight file")
+    parser.add_argument("--workers", type=int, metavar="N", help="files written at a time; default: cores, up to 8")
+    parser.add_argument("--dry-run", action="store_true", help="check the input, say what would be written, and exit")
     args = parser.parse_args(argv)
-    read = convert(args.ckpt, args.out, dtype=args.dtype, max_shard_bytes=int(args.max_shard_gb * 1e9))
-    print(f"wrote {args.out} from {read}")
+    limit = int(args.max_shard_gb * 1e9)
+    options = {"dtype": args.dtype, "max_shard_bytes": limit, "workers": args.workers, "dry_run": args.dry_run}
+    read = convert(args.ckpt, args.out, **options)
+    if not args.dry_run:
+        print(f"wrote {args.out} from {read}")
 
 
 if __name__ == "__main__":

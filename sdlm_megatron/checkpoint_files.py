@@ -3,6 +3,7 @@
     FOLDER/
       weights/        model (and optimizer) shards, Megatron-Core's torch_dist format (checkpointing.py)
       state.json      TrainState: step, rows consumed, rows a step, model shape, diffusion settings, dataset
+      run.json        what the model card tells: recipe, data, losses, versions (not in a converted base)
       hf/             config.json, tokenizer and generation files of the base, for the export
       complete.json   sizes of all files; written last, in a folder that is then renamed into place
 
@@ -70,6 +71,19 @@ def read_state(folder: Path) -> TrainState:
         ) from None
 
 
+def read_run(folder: Path) -> dict[str, Any]:
+    """run.json of a complete checkpoint (see run_facts.py); {} for a converted base, or one of an older version."""
+    try:
+        found = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"run.json cannot be read: {error}", str(folder / "run.json"), "copy the checkpoint again"
+        ) from None
+    return dict(found)
+
+
 def check_complete(folder: Path) -> None:
     """Raises CheckpointError unless every file of the checkpoint is there with its full size."""
     if not folder.is_dir():
@@ -126,8 +140,8 @@ def step_folder(run_dir: Path, step: int) -> Path:
 
 
 def copy_assets(source: Path | None, target: Path) -> None:
-    """Copies those of ASSETS that `source` has into the new folder `target`."""
-    target.mkdir(parents=True)
+    """Copies those of ASSETS that `source` has into the folder `target`."""
+    target.mkdir(parents=True, exist_ok=True)
     for name in ASSETS:
         if source is not None and (source / name).exists():
             shutil.copyfile(source / name, target / name)

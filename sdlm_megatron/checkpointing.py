@@ -25,8 +25,13 @@ _EXTRA = "_extra_state"
 with delayed scaling, as a pickle that TransformerEngine (from 2.20) refuses to load: they begin anew."""
 
 
-def save(folder: Path, engine: Engine, state: TrainState, assets: Path | None) -> None:
-    """Writes a checkpoint; all processes call it. An interrupted save leaves only FOLDER.partial, which is ignored."""
+def save(
+    folder: Path, engine: Engine, state: TrainState, assets: Path | None, facts: dict[str, Any] | None = None
+) -> None:
+    """Writes a checkpoint; all processes call it. An interrupted save leaves only FOLDER.partial, which is ignored.
+
+    `facts` becomes run.json; only the main process's counts.
+    """
     engine.gather_weights()
     partial = folder.with_name(folder.name + ".partial")
     if engine.groups.main:
@@ -40,6 +45,8 @@ def save(folder: Path, engine: Engine, state: TrainState, assets: Path | None) -
     dist.barrier()
     if engine.groups.main:
         write_json(partial / "state.json", asdict(state))
+        if facts:
+            write_json(partial / "run.json", facts)
         write_json(partial / "complete.json", file_sizes(partial))
         shutil.rmtree(folder, ignore_errors=True)
         rename_whole(partial, folder)

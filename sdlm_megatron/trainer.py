@@ -23,6 +23,7 @@ from sdlm_megatron.observe.profile import StepProfiler
 from sdlm_megatron.observe.sinks import Sinks
 from sdlm_megatron.parallel.engine import Engine, device_peak_memory_gb
 from sdlm_megatron.parallel.results import QueuedStep, StepResult
+from sdlm_megatron.run_facts import run_facts
 from sdlm_megatron.start import Plan, micro_batch_multiple
 
 
@@ -58,6 +59,8 @@ class Trainer:
         """Steps since the last log record."""
         self._window_start, self._window_wait = 0.0, 0.0
         self._seconds_a_step = 0.0
+        self._record_of_log: dict[str, float | int | str] = {}
+        """The newest log record, on the main process."""
 
     def fit(self) -> None:
         """Loads the weights, then trains to the end of the schedule (or to train.stop_after)."""
@@ -146,6 +149,7 @@ class Trainer:
         weight = 0.9 ** len(steps) if self._seconds_a_step else 0.0
         self._seconds_a_step = weight * self._seconds_a_step + (1 - weight) * a_step
         record = {**self._record(step, steps, a_step), "data_wait": waited / len(steps)}
+        self._record_of_log = record
         self.sinks.log(step, record)
         self.console.log(step, record)
 
@@ -199,7 +203,10 @@ class Trainer:
         assert not self._queued, "a checkpoint holds checked steps only"
         started = time.perf_counter()
         folder = step_folder(self.run_dir, step)
-        checkpointing.save(folder, self.engine, self.state, self.plan.assets)
+        groups, facts = self.engine.groups, None
+        if groups.main:
+            facts = run_facts(self.config, self.dataset.manifest, self._record_of_log, dp_size=groups.dp_size)
+        checkpointing.save(folder, self.engine, self.state, self.plan.assets, facts)
         if self.engine.groups.main:
             prune(folder.parent, self.config.checkpoint.keep_last)
             print(f"saved {folder}", flush=True)

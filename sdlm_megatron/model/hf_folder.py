@@ -1,7 +1,7 @@
 """Reading a Hugging Face folder: its configuration as one frozen record, its tensors one by one."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,8 @@ from sdlm_megatron.errors import CheckpointError
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+"""Dtypes of weights, as safetensors calls them."""
 _SUPPORTED = ("qwen2", "llama")
 
 
@@ -191,6 +193,11 @@ def read_hf_config(folder: Path | str) -> HFConfig:
     )
 
 
+def file_stamps(files: Iterable[Path]) -> dict[str, Any]:
+    """Size in bytes and time of change in ns of files, by name."""
+    return {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in sorted(files)}
+
+
 class HFTensors:
     """The tensors of a folder by name, read on demand; nothing but the asked bytes is touched.
 
@@ -243,6 +250,24 @@ class HFTensors:
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self.slice(name).get_shape())
+
+    def dtype(self, name: str) -> torch.dtype:
+        """CheckpointError for a dtype other than bf16, fp16 and fp32."""
+        stored = self.slice(name).get_dtype()
+        if stored not in DTYPES:
+            raise CheckpointError(
+                f"'{name}' is stored as {stored}", str(self.file_of(name)), "use bf16, fp16 or fp32 weights"
+            )
+        return DTYPES[stored]
+
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows of a tensor, in the stored dtype, on the CPU; read when they are used."""
+        tensor: torch.Tensor = self.slice(name)[start:stop]
+        return tensor
+
+    def identity(self) -> dict[str, Any]:
+        """What tells these weights from others without reading them: sizes and times of the files."""
+        return file_stamps([self.folder / file for file in self._open])
 
     def get(self, name: str) -> torch.Tensor:
         """The whole tensor, in the stored dtype, on the CPU."""

@@ -10,7 +10,7 @@ from sdlm_megatron.errors import CheckpointError
 from sdlm_megatron.model.gpt import SDLMModel
 from sdlm_megatron.model.hf_folder import open_tensors
 from sdlm_megatron.model.names import from_hf, layer_of, shard, to_hf
-from sdlm_megatron.model.shape import NewMaskToken
+from sdlm_megatron.model.shape import NewMaskToken, mean_row
 
 
 def global_name(model: SDLMModel, name: str) -> str:
@@ -50,16 +50,6 @@ def _embedding(whole: torch.Tensor, rows: int, new_mask: NewMaskToken | None) ->
     if new_mask is not None:
         padded[new_mask.row] = mean_row(whole, new_mask).to(whole.dtype)
     return padded
-
-
-def mean_row(embedding: torch.Tensor, new_mask: NewMaskToken) -> torch.Tensor:
-    """Mean in fp32 of the other tokens' rows, (hidden,): how the reference starts the mask token's output row."""
-    tokens = embedding[: new_mask.n_tokens]
-    total = tokens.sum(0, dtype=torch.float32)
-    count = tokens.shape[0]
-    if new_mask.row < count:
-        total, count = total - tokens[new_mask.row].float(), count - 1
-    return total / count
 
 
 def hf_tensors(model: SDLMModel, shape: ModelConfig) -> Iterator[tuple[str, torch.Tensor]]:

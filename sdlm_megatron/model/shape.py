@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+import torch
+
 from sdlm_megatron.config.schema import ModelConfig
 from sdlm_megatron.errors import ConfigError
 from sdlm_megatron.model.hf_folder import HFConfig
@@ -14,6 +16,16 @@ class NewMaskToken:
     row: int
     n_tokens: int
     """Rows [0, n_tokens) belong to tokens; those above are the base's padding and do not count for the mean."""
+
+
+def mean_row(embedding: torch.Tensor, new_mask: NewMaskToken) -> torch.Tensor:
+    """Mean in fp32 of the other tokens' rows, (hidden,): how the reference starts the mask token's output row."""
+    tokens = embedding[: new_mask.n_tokens]
+    total = tokens.sum(0, dtype=torch.float32)
+    count = tokens.shape[0]
+    if new_mask.row < count:
+        total, count = total - tokens[new_mask.row].float(), count - 1
+    return total / count
 
 
 def shape_of(hf: HFConfig) -> ModelConfig:

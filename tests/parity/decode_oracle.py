@@ -32,8 +32,7 @@ def oracle() -> Path:
 def export(model: str, out: Path, **options: Any) -> Path:
     """Exports an oracle model the way a trained checkpoint is exported."""
     source = oracle() / "tiny" / model
-    tensors = open_tensors(source)
-    write_hf_folder(out, ((name, tensors.get(name)) for name in tensors.names()), read_hf_config(source), **options)
+    write_hf_folder(out, open_tensors(source), read_hf_config(source), **options)
     return out
 
 

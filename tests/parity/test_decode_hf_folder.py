@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, Qwen2ForCausalLM
 
-from checkpoints_tools.hf_folder import add_token, write_hf_folder
+from checkpoints_tools.hf_folder import write_hf_folder
+from checkpoints_tools.tokenizer_files import add_token
 from quickstart.base_model import make_tiny_qwen
 from sdlm_megatron.errors import CheckpointError
 from sdlm_megatron.model.hf_folder import INDEX_NAME, HFConfig, open_tensors, read_hf_config
@@ -56,9 +57,7 @@ def sdlm(config: HFConfig) -> HFConfig:
 
 
 def copy(source: Path, out: Path, config: HFConfig | None = None, **options: Any) -> Path:
-    tensors = open_tensors(source)
-    pairs = ((name, tensors.get(name)) for name in tensors.names())
-    write_hf_folder(out, pairs, config or read_hf_config(source), **options)
+    write_hf_folder(out, open_tensors(source), config or read_hf_config(source), **options)
     return out
 
 
@@ -191,30 +190,34 @@ def test_nothing_is_overwritten_and_nothing_half_written(tmp_path: Path) -> None
     with pytest.raises(CheckpointError, match="exists already"):
         copy(source, tmp_path / "taken")
 
-    def broken() -> Any:
-        yield "model.embed_tokens.weight", open_tensors(source).get("model.embed_tokens.weight")
-        raise RuntimeError("died")
-
-    with pytest.raises(RuntimeError, match="died"):
-        write_hf_folder(tmp_path / "out", broken(), read_hf_config(source))
+    with pytest.raises(CheckpointError, match="0 workers"):
+        copy(source, tmp_path / "out", workers=0)
     assert not (tmp_path / "out").exists()
-    copy(source, tmp_path / "out")  # the left-over .partial does not hinder
-    assert not (tmp_path / "out.partial").exists()
 
 
 def test_wrong_tensors_are_refused(tmp_path: Path) -> None:
     source = tiny(tmp_path / "base")
     config, tensors = read_hf_config(source), load_file(source / "model.safetensors")
+
+    def folder(name: str, held: dict[str, torch.Tensor]) -> Any:
+        (tmp_path / name).mkdir()
+        save_file(held, tmp_path / name / "model.safetensors")
+        return open_tensors(tmp_path / name)
+
     with pytest.raises(CheckpointError, match="vocab_size"):
-        write_hf_folder(tmp_path / "a", tensors.items(), replace(config, vocab_size=301))
+        write_hf_folder(tmp_path / "out", open_tensors(source), replace(config, vocab_size=301))
     with pytest.raises(CheckpointError, match="tied"):
-        write_hf_folder(tmp_path / "b", [("lm_head.weight", torch.ones(2))], config)
-    with pytest.raises(CheckpointError, match="twice"):
-        write_hf_folder(tmp_path / "c", [*tensors.items(), *tensors.items()], config)
+        write_hf_folder(tmp_path / "out", folder("b", {**tensors, "lm_head.weight": torch.ones(2, 2)}), config)
     with pytest.raises(CheckpointError, match="no embedding"):
-        write_hf_folder(tmp_path / "d", [], config)
+        write_hf_folder(tmp_path / "out", folder("c", {"model.norm.weight": torch.ones(2)}), config)
     with pytest.raises(CheckpointError, match="unknown dtype 'int8'"):
-        write_hf_folder(tmp_path / "e", tensors.items(), config, dtype="int8")
+        write_hf_folder(tmp_path / "out", open_tensors(source), config, dtype="int8")
+    with pytest.raises(CheckpointError, match="stored as I64"):
+        write_hf_folder(tmp_path / "out", folder("d", {**tensors, "x": torch.ones(2, dtype=torch.int64)}), config)
+    large = {**tensors, "model.norm.weight": torch.full((32,), 1e5)}
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight.*float16 cannot hold"):
+        write_hf_folder(tmp_path / "out", folder("e", large), config, dtype="float16")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

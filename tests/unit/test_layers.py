@@ -268,7 +268,7 @@ LAYER = {
 @pytest.mark.parametrize("fused", [False, True])
 def test_names_of_both_kinds_of_layers(fused: bool) -> None:
     """Every tensor of a layer there and back, and nothing else is understood."""
-    heads = {"q": 8, "k": 4, "v": 4, "o": 8, "gate": 12, "up": 12, "down": 12}
+    heads = {"q": 8, "k": 4, "v": 4, "o": 8, "gate": 12, "up": 12}
     for name, theirs in LAYER.items():
         ours = f"decoder.layers.1.{NORMS.get(name, name) if fused else name}"
         hf = {f"model.layers.1.{t}": torch.randn(heads.get(t.split(".")[1].split("_")[0], 8), 3) for t in theirs}

@@ -1,0 +1,158 @@
+"""The tokenizer's files of an export: the base's, the mask token, and a chat template."""
+
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from sdlm_megatron.checkpoint_files import TOKENIZER_FILES
+from sdlm_megatron.errors import CheckpointError
+from sdlm_megatron.files import write_json
+from sdlm_megatron.model.hf_folder import HFConfig, read_json
+
+log = logging.getLogger(__name__)
+
+HF_CODE = Path(__file__).parent / "hf_code"
+TURN_BEGIN, TURN_END = "<|im_start|>", "<|im_end|>"
+DEFAULT_SYSTEM = "You are a helpful assistant."
+"""What data_prep puts in front of a conversation without a system turn, unless its settings say otherwise."""
+_SAMPLES: list[list[dict[str, str]]] = [
+    [{"role": "user", "content": " Hi\n"}],
+    [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Yo"},
+        {"role": "user", "content": "?"},
+    ],
+]
+
+
+def copy_tokenizer(folder: Path, assets: Path | None) -> bool:
+    """Copies the tokenizer's files and makes loaders obey them; False, with a warning, without any."""
+    present = [] if assets is None else [name for name in TOKENIZER_FILES if (assets / name).is_file()]
+    for name in present:
+        assert assets is not None
+        shutil.copyfile(assets / name, folder / name)
+    if "tokenizer.json" not in present and "vocab.json" not in present:
+        log.warning("no tokenizer files in %s: the export has no tokenizer", assets or "(no folder given)")
+        return False
+    _keep_own_splitting(folder)
+    return True
+
+
+def _keep_own_splitting(folder: Path) -> None:
+    """Stops transformers 5 from giving a tokenizer that is not Qwen2's the splitting rules of Qwen2's.
+
+    It does so for every folder of model_type qwen2 whose tokenizer_config.json has no auto_map. With one, the
+    folder's tokenizer.json is used as it is, whether remote code is trusted or not.
+    """
+    path = folder / "tokenizer_config.json"
+    settings = read_json(path) if path.is_file() else {}
+    if not (folder / "tokenizer.json").is_file() or str(settings.get("tokenizer_class")).startswith("Qwen2Tok"):
+        return
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    settings["auto_map"] = {"AutoTokenizer": [None, "tokenization_sdlm.SDLMTokenizerFast"]}
+    write_json(path, settings)
+    shutil.copyfile(HF_CODE / "tokenization_sdlm.py", folder / "tokenization_sdlm.py")
+
+
+def _vocabulary(folder: Path) -> dict[str, int]:
+    """Ids of the tokenizer's added tokens, by text."""
+    path = folder / "tokenizer.json"
+    if path.is_file():
+        return {str(t["content"]): int(t["id"]) for t in read_json(path).get("added_tokens", [])}
+    path = folder / "tokenizer_config.json"
+    decoder = read_json(path).get("added_tokens_decoder", {}) if path.is_file() else {}
+    return {str(t["content"]): int(i) for i, t in decoder.items()}
+
+
+def end_tokens(folder: Path, config: HFConfig) -> tuple[int, ...]:
+    """The token that ends a turn first: SDLM is trained on chats, also when its base was not."""
+    turn_end = _vocabulary(folder).get(TURN_END) if config.is_sdlm else None
+    if turn_end is None:
+        return config.eos_token_ids
+    return (turn_end, *(i for i in config.eos_token_ids if i != turn_end))
+
+
+def add_token(folder: Path, token: str, token_id: int) -> None:
+    """Gives a tokenizer's files the special token `token` with id `token_id`, unless they have it.
+
+    Raises:
+        CheckpointError: the text or the id is taken by another.
+    """
+    path = folder / "tokenizer.json"
+    has_json, known = path.is_file(), _vocabulary(folder)
+    plain = read_json(path).get("model", {}).get("vocab", {}) if has_json else {}
+    taken = {i: text for text, i in known.items()}
+    existing = known.get(token, plain.get(token) if isinstance(plain, dict) else None)
+    if existing not in (None, token_id) or (existing is None and token_id in taken):
+        raise CheckpointError(
+            f"the mask token '{token}' should be {token_id}, but the tokenizer has "
+            + (f"it as {existing}" if existing is not None else f"'{taken[token_id]}' there"),
+            str(path),
+            "export with the tokenizer the dataset was made with",
+        )
+    entry = {"content": token, "lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
+    entry["special"] = True
+    if has_json and existing is None:
+        tokenizer = read_json(path)
+        tokenizer.setdefault("added_tokens", []).append({"id": token_id, **entry})
+        write_json(path, tokenizer)
+    path = folder / "added_tokens.json"
+    if path.is_file():
+        write_json(path, read_json(path) | {token: token_id})
+    path = folder / "tokenizer_config.json"
+    if path.is_file():
+        settings = read_json(path)
+        added = read_json(folder / "tokenizer.json").get("added_tokens", []) if has_json else []
+        listed = {str(t["id"]): {k: v for k, v in t.items() if k != "id"} for t in added}
+        listed |= settings.get("added_tokens_decoder", {})  # a list that is not whole would renumber the rest
+        settings["added_tokens_decoder"] = listed | {str(token_id): entry}
+        settings["padding_side"] = "left"  # decoding in batches needs the prompts' ends aligned
+        write_json(path, settings)
+
+
+def add_chat_template(folder: Path, system: str | None) -> str:
+    """Makes sure that the tokenizer in `folder` has a chat template; returns a remark for the user, "" for none.
+
+    A base without one gets that of training: the turns of data_prep, with its `system` turn (None: none) in front of
+    a conversation that has none. A base's own is kept; the remark says so where it renders otherwise.
+    """
+    known = _vocabulary(folder)
+    if TURN_BEGIN not in known or TURN_END not in known:
+        return f"the tokenizer has no {TURN_BEGIN}: no chat template was written"
+    path, own = folder / "tokenizer_config.json", folder / "chat_template.jinja"
+    settings = read_json(path) if path.is_file() else {}
+    found = own.read_text(encoding="utf-8") if own.is_file() else settings.get("chat_template")
+    if not found:
+        write_json(path, settings | {"chat_template": chat_template(system)})
+        return ""
+    if isinstance(found, str) and _render(found, settings) == _render(chat_template(system), settings):
+        return ""
+    return "the base's chat template is kept; it does not render every conversation as the training data was rendered"
+
+
+def chat_template(system: str | None) -> str:
+    """Jinja text that renders a conversation as training saw it, up to where the answer begins."""
+    turn = "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    default = "" if system is None else f"<|im_start|>system\n{system}<|im_end|>\n"
+    return (
+        ("{% if messages[0]['role'] != 'system' %}{{ " + json.dumps(default) + " }}{% endif %}" if default else "")
+        + "{% for message in messages %}"
+        + turn
+        + "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    )
+
+
+def _render(template: str, settings: dict[str, Any]) -> list[str] | None:
+    """What it makes of a few conversations; None when it cannot."""
+    words = {k: v for k, v in settings.items() if k.endswith("_token") and isinstance(v, str)}
+    try:
+        compiled = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(template)
+        return [compiled.render(messages=m, add_generation_prompt=True, **words) for m in _SAMPLES]
+    except (TemplateError, TypeError):
+        return None
