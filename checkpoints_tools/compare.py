@@ -1,0 +1,161 @@
+"""Says which tensors of two models differ, and by how much. A and B are Hugging Face folders, checkpoints or runs.
+
+Tensors are compared under their Hugging Face names, in blocks: nothing is loaded whole. --logits also runs both
+(Hugging Face folders only) on a prompt with transformers, as plain causal models in fp32. Exit code 0: equal,
+1: different.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from checkpoints_tools.partial import BLOCK, Progress
+from checkpoints_tools.tensors import CheckpointTensors, Tensors
+from sdlm_megatron.checkpoint_files import newest, read_state
+from sdlm_megatron.data.tokenizer import has_tokenizer
+from sdlm_megatron.errors import CheckpointError, run_cli
+from sdlm_megatron.model.hf_folder import open_tensors
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What is not the same about a tensor; numbers only where the values were compared."""
+
+    name: str
+    kind: str
+    """only in A | only in B | shape | dtype (the values are equal) | values (dtypes may differ too)."""
+    a: str = ""
+    """Shape or dtype in A."""
+    b: str = ""
+    count: int = 0
+    """Elements that differ; not-a-numbers on both sides are equal."""
+    of: int = 0
+    max_abs: float = 0.0
+    max_relative: float = 0.0
+    """Of |a - b| / |a|, over elements of A that are not 0."""
+
+    def __str__(self) -> str:
+        dtypes = f" ({self.a} and {self.b})" if self.a else ""
+        if self.kind != "values":
+            return f"{self.name}: {self.kind}{dtypes}"
+        return (
+            f"{self.name}: {self.count} of {self.of} values differ{dtypes}, by at most {self.max_abs:.3g}, "
+            f"relative {self.max_relative:.3g}"
+        )
+
+
+def open_any(path: Path) -> Tensors:
+    """The tensors of a Hugging Face folder, a checkpoint, or a run's newest checkpoint. CheckpointError for others."""
+    if (path / "ckpt").is_dir():
+        found = newest(path / "ckpt", print)
+        if found is None:
+            raise CheckpointError("the run has no complete checkpoint", str(path), "train it first")
+        path = found
+    if (path / "complete.json").exists():
+        return CheckpointTensors(path, read_state(path))
+    return open_tensors(path)
+
+
+def differences(a: Tensors, b: Tensors) -> list[Difference]:
+    """Every tensor that is not the same in both, in the order of names."""
+    in_a, in_b = set(a.names()), set(b.names())
+    found, progress = [], Progress(sum(_bytes(a, name) for name in in_a & in_b), 0)
+    for name in sorted(in_a | in_b):
+        if name not in in_b or name not in in_a:
+            found.append(Difference(name, "only in A" if name in in_a else "only in B"))
+        elif a.shape(name) != b.shape(name):
+            found.append(Difference(name, "shape", str(a.shape(name)), str(b.shape(name))))
+        elif (difference := _compare(a, b, name)) is not None:
+            found.append(difference)
+        progress.add(_bytes(a, name) if name in in_a & in_b else 0)
+    return found
+
+
+def _bytes(tensors: Tensors, name: str) -> int:
+    return torch.Size(tensors.shape(name)).numel() * tensors.dtype(name).itemsize
+
+
+def _compare(a: Tensors, b: Tensors, name: str) -> Difference | None:
+    dtypes = [str(x.dtype(name)).removeprefix("torch.") for x in (a, b)]
+    words: dict[str, Any] = {} if dtypes[0] == dtypes[1] else dict(zip("ab", dtypes, strict=True))
+    shape = torch.Size(a.shape(name))
+    step = max(1, BLOCK // max(1, shape[1:].numel() * 4))
+    count, largest, relative = 0, 0.0, 0.0
+    for start in range(0, shape[0], step):
+        stop = min(shape[0], start + step)
+        left, right = a.rows(name, start, stop), b.rows(name, start, stop)
+        if left.dtype == right.dtype and torch.equal(left, right):
+            continue
+        left, right = left.float(), right.float()
+        unlike = (left != right) & ~(left.isnan() & right.isnan())
+        if not (n := int(unlike.sum())):
+            continue
+        left, gap = left[unlike].abs(), (left - right)[unlike].abs().nan_to_num(nan=float("inf"))
+        count, largest = count + n, max(largest, gap.max().item())
+        relative = max(relative, (gap / left)[left != 0].max().item() if left.any() else 0.0)
+    if count:
+        return Difference(
+            name, "values", **words, count=count, of=shape.numel(), max_abs=largest, max_relative=relative
+        )
+    return Difference(name, "dtype", **words) if words else None
+
+
+def compare_logits(a: Path, b: Path, prompt: str) -> dict[str, Any]:
+    """Largest difference of the logits on `prompt`, and the share of positions with the same best token."""
+    logits = [_logits(folder, a, prompt) for folder in (a, b)]
+    width = min(x.shape[-1] for x in logits)  # padding rows of the vocabulary
+    left, right = (x[:, :width] for x in logits)
+    same = (left.argmax(-1) == right.argmax(-1)).float().mean().item()
+    return {"tokens": len(left), "max_abs": (left - right).abs().max().item(), "same_top_1": same}
+
+
+def _logits(folder: Path, tokenizer_of: Path, prompt: str) -> torch.Tensor:
+    """(tokens, vocabulary) in fp32."""
+    if not (folder / "config.json").is_file():
+        raise CheckpointError("logits need a Hugging Face folder", str(folder), "export the checkpoint first")
+    if not has_tokenizer(tokenizer_of):
+        raise CheckpointError("no tokenizer for the prompt", str(tokenizer_of), "copy the tokenizer's files into it")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    ids = AutoTokenizer.from_pretrained(tokenizer_of)(prompt, return_tensors="pt").input_ids
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False).eval()
+    with torch.no_grad():
+        found: torch.Tensor = model(ids).logits[0]
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m checkpoints_tools.compare",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="example:\n  python -m checkpoints_tools.compare Qwen2.5-3B runs/sdlm_3b_d4 --json",
+    )
+    parser.add_argument("a", type=Path, metavar="A")
+    parser.add_argument("b", type=Path, metavar="B")
+    parser.add_argument("--logits", metavar="PROMPT", help="also compare the logits on this prompt (A's tokenizer)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    args = parser.parse_args(argv)
+    a, b = open_any(args.a), open_any(args.b)
+    found = differences(a, b)
+    logits = compare_logits(args.a, args.b, args.logits) if args.logits is not None else None
+    if args.json:
+        print(json.dumps({"equal": not found, "differences": [asdict(d) for d in found], "logits": logits}))
+    else:
+        print("\n".join([*map(str, found), f"{len(found)} of {len({*a.names(), *b.names()})} tensors differ"]))
+        if logits is not None:
+            text = "logits: {tokens} tokens, largest difference {max_abs:.3g}, same best token {same_top_1:.1%}"
+            print(text.format(**logits))
+    if found:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    run_cli(main, sys.argv[1:])
