@@ -207,7 +207,14 @@ class Partial:
     def finish(self) -> None:
         """OUT appears; what was kept for a resumption goes."""
         rename_whole(self.files, self.out)
-        shutil.rmtree(self.root)
+        self.clear()
+
+    def clear(self) -> None:
+        """Removes what is left when OUT is there; the plan last, by which this can be told from other work."""
+        shutil.rmtree(self.done, ignore_errors=True)
+        for name in ("lock", "plan.json"):
+            (self.root / name).unlink(missing_ok=True)
+        self.root.rmdir()
 
 
 @contextmanager
@@ -233,9 +240,9 @@ def open_partial(out: Path, plan: dict[str, Any], *, workers: int) -> Iterator[P
         file = partial.root / "plan.json"
         begun = json.loads(file.read_text()) if file.is_file() else None
         if out.exists():
-            if begun != plan or partial.files.exists():
+            if begun not in (None, plan) or partial.files.exists():
                 raise _exists(out)
-            shutil.rmtree(partial.root)
+            partial.clear()
             yield None
             return
         if begun not in (None, plan):

@@ -295,12 +295,12 @@ def write_index(
 ) -> None:
     """Writes what makes the files of `weights` a checkpoint that Megatron-Core loads; all tensors are of `dtype`."""
     boxes: dict[str, list[metadata.ChunkStorageMetadata]] = {key: [] for key in shapes}
-    places = {}
+    places, same = {}, {key: key for key in shapes}  # one object a name: a pickle tells equal strings from the same one
     for file, entries in files.items():
         for entry in entries:
             start = torch.Size(entry.start)
             boxes[entry.key].append(metadata.ChunkStorageMetadata(start, torch.Size(entry.size)))
-            places[MetadataIndex(entry.key, start)] = filesystem._StorageInfo(file, entry.offset, entry.length)
+            places[MetadataIndex(same[entry.key], start)] = filesystem._StorageInfo(file, entry.offset, entry.length)
     properties = metadata.TensorProperties(dtype=dtype)
     listed: dict[str, Any] = {
         key: TensorStorageMetadata(properties, torch.Size(shape), boxes[key]) for key, shape in shapes.items()

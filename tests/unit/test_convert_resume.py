@@ -1,0 +1,176 @@
+"""Export and import killed whenever something reaches the disk, and run again: byte for byte the same."""
+
+import multiprocessing
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import make_hf
+from safetensors.torch import load_file
+
+from checkpoints_tools import hf_to_mcore, mcore_to_hf
+from checkpoints_tools.partial import Output, Unit, open_partial
+from sdlm_megatron.errors import CheckpointError
+from tests.byte_tokenizer import write_folder
+
+HIDDEN = 16
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = make_hf(tmp_path_factory.mktemp("base") / "hf", layers=2, hidden=HIDDEN, ffn=24, heads=2, kv=1, tied=False)
+    write_folder(folder, "<text_mask>")
+    config = folder / "config.json"
+    config.write_text(config.read_text().replace('"text_mask_token_id": 259', '"text_mask_token_id": 260'))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoint(base: Path) -> Path:
+    out = base.parent / "checkpoint"
+    hf_to_mcore.convert(base, out)
+    return out
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def in_child(action: Callable[[], Any]) -> int:
+    """Exit code of a forked process that does it; -9 when it was killed."""
+    child = multiprocessing.get_context("fork").Process(target=action)
+    child.start()
+    child.join(60)
+    assert child.exitcode is not None
+    return child.exitcode
+
+
+def killed_at(moment: int, action: Callable[[], Any], *, writes: bool = False) -> Callable[[], None]:
+    """`action`, ended by SIGKILL just before its `moment`-th call that makes something lasting (or writes weights)."""
+
+    def run() -> None:
+        torch.set_num_threads(1)
+        left = [moment]
+
+        def counted(function: Callable) -> Callable:
+            def call(*args: Any, **kwargs: Any) -> Any:
+                left[0] -= 1
+                if left[0] == 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return function(*args, **kwargs)
+
+            return call
+
+        os.fsync, os.replace, os.rename = counted(os.fsync), counted(os.replace), counted(os.rename)
+        if writes:
+            Output.write = counted(Output.write)  # type: ignore[method-assign]
+        shutil.rmtree = counted(shutil.rmtree)  # type: ignore[assignment]
+        os.unlink = counted(os.unlink)
+        action()
+
+    return run
+
+
+@pytest.mark.parametrize("direction", ["export", "import"])
+def test_killed_at_any_moment(base: Path, checkpoint: Path, tmp_path: Path, direction: str) -> None:
+    """Every moment once; what the first process left goes on being used, so later moments begin with whole files."""
+
+    def convert(out: Path) -> None:
+        if direction == "export":
+            mcore_to_hf.convert(checkpoint, out, max_shard_bytes=18_000, workers=1)
+        else:
+            hf_to_mcore.convert(base, out, workers=1, file_bytes=18_000)
+
+    convert(tmp_path / "whole" / "out")
+    wanted, out = content(tmp_path / "whole" / "out"), tmp_path / "out"
+    assert len([name for name in wanted if name.endswith((".safetensors", ".distcp"))]) > 2
+    moments = 0
+    while True:
+        moments += 1
+        shutil.rmtree(out, ignore_errors=True)
+        code = in_child(killed_at(moments, lambda: convert(out)))
+        if code == 0:
+            break
+        assert code == -signal.SIGKILL
+        assert not out.exists() or content(out) == wanted, moments  # whole or not there
+        convert(out)
+        assert content(out) == wanted, moments
+        assert not out.with_name("out.partial").exists()
+    assert moments > 30
+    assert content(out) == wanted
+
+
+def test_killed_again_and_again(checkpoint: Path, tmp_path: Path) -> None:
+    """Two workers; each process gets a little further, because whole files are kept."""
+    wanted, out, runs = tmp_path / "whole" / "out", tmp_path / "out", 0
+    mcore_to_hf.convert(checkpoint, wanted, max_shard_bytes=8_000)
+    while not out.exists():
+        runs += 1
+        assert runs < 100
+        moment = 25 + runs
+        export = partial(mcore_to_hf.convert, checkpoint, out, max_shard_bytes=8_000, workers=2)
+        in_child(killed_at(moment, export, writes=True))
+    assert runs > 2
+    assert content(out) == content(wanted)
+
+
+def test_whole_files_are_kept_and_other_work_is_not(checkpoint: Path, tmp_path: Path) -> None:
+    out, begun = tmp_path / "out", tmp_path / "out.partial"
+
+    def export(dtype: str | None) -> None:
+        mcore_to_hf.convert(checkpoint, out, max_shard_bytes=8_000, workers=1, dtype=dtype)
+
+    assert in_child(killed_at(60, lambda: export(None), writes=True)) == -signal.SIGKILL
+    first = sorted((begun / "files").glob("*.safetensors"))
+    assert first and len(first) == len(list((begun / "done").iterdir()))
+    before = {p.name: p.stat().st_mtime_ns for p in first}
+    (begun / "files" / "stray").write_text("of nobody")
+    first[0].write_bytes(first[0].read_bytes()[:-1])  # cut short afterwards
+    export(None)
+    after = {name: (out / name).stat().st_mtime_ns for name in before}
+    assert [name for name in before if after[name] != before[name]] == [first[0].name]
+    assert not (out / "stray").exists()
+    shutil.rmtree(out)
+    assert in_child(killed_at(60, lambda: export(None), writes=True)) == -signal.SIGKILL
+    export("bfloat16")  # other options: begun anew
+    assert {t.dtype for file in out.glob("*.safetensors") for t in load_file(file).values()} == {torch.bfloat16}
+
+
+def test_two_processes_do_not_write_one_folder(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with open_partial(out, {}, workers=1) as work:
+        assert work is not None
+        with pytest.raises(CheckpointError, match="another process"), open_partial(out, {}, workers=1):
+            pass
+
+
+def test_an_error_in_one_file_is_the_one_that_is_told(tmp_path: Path) -> None:
+    def write(name: str) -> Callable[[Output], None]:
+        def fill(out: Output) -> None:
+            if name == "b":
+                raise CheckpointError("b is broken", "b")
+            while True:
+                out.write(b"x" * 1000)
+
+        return fill
+
+    units = [Unit(name, 1000, write(name)) for name in "abc"]
+    with (
+        pytest.raises(CheckpointError, match="b is broken"),
+        open_partial(tmp_path / "out", {}, workers=2) as work,
+    ):
+        assert work is not None
+        work.write(units, workers=2, checksum=False)
+    assert not (tmp_path / "out").exists()
+    with (
+        pytest.raises(CheckpointError, match="GB are needed"),
+        open_partial(tmp_path / "big", {}, workers=1) as work,
+    ):
+        assert work is not None
+        work.write([Unit("a", 1 << 60, write("a"))], workers=1, checksum=False)
