@@ -1,0 +1,287 @@
+"""What the converters read and write: against the engine's own checkpoints, damaged files, foreign pickles."""
+
+import json
+import os
+import pickle
+import shutil
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import make_hf
+from safetensors.torch import load_file
+
+from checkpoints_tools import compare, hf_to_mcore, mcore_to_hf
+from checkpoints_tools.torch_dist import Entry, TorchDist, write_index
+from data_prep.chat import render
+from sdlm_megatron.checkpoint_files import TrainState, read_state
+from sdlm_megatron.config.schema import DiffusionConfig, RunConfig
+from sdlm_megatron.errors import CheckpointError
+from sdlm_megatron.model.shape import NewMaskToken, mean_row
+from tests.byte_tokenizer import write_folder
+from tests.qwen_vocab import qwen_tokenizer_folder
+
+SMALL = {"layers": 1, "hidden": 16, "heads": 2, "kv": 1, "ffn": 24}
+TURNS = [{"role": "user", "content": "Hello,  world"}]
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {k: v for file in sorted(folder.glob("*.safetensors")) for k, v in load_file(file).items()}
+
+
+def assert_bitwise(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
+    assert set(found) == set(wanted)
+    for name, tensor in wanted.items():
+        assert found[name].dtype == tensor.dtype, name
+        assert torch.equal(found[name], tensor), name
+
+
+def change(folder: Path, **fields: Any) -> Path:
+    path = folder / "config.json"
+    values = json.loads(path.read_text()) | fields
+    path.write_text(json.dumps({k: v for k, v in values.items() if v is not None}))
+    return folder
+
+
+@pytest.mark.parametrize("form", ["tied", "untied", "llama", "new mask token"])
+def test_an_import_is_what_the_engine_would_save(groups: Any, tmp_path: Path, form: str) -> None:
+    """Names, shapes, dtypes and bits of every tensor, the padding rows and a new mask token's row included."""
+    from sdlm_megatron import checkpointing
+    from sdlm_megatron.parallel.engine import Engine
+
+    plain = {"block_size": None, "text_mask_token_id": None, "text_mask_token": None, "causal_attn": None}
+    hf = make_hf(
+        tmp_path / "hf", tied=form != "untied", bias=form != "llama", dtype=torch.bfloat16, hidden=64, layers=3
+    )
+    new_mask = None
+    if form == "new mask token":
+        write_folder(change(hf, **plain))  # 260 tokens of 264 rows
+        new_mask = NewMaskToken(260, 260)
+    hf_to_mcore.convert(hf, tmp_path / "ours", mask_token="<text_mask>" if new_mask else "", file_bytes=40_000)
+    state = read_state(tmp_path / "ours")
+    assert state.mask_token_id == (260 if new_mask else 259)
+
+    config = RunConfig()
+    config.train.precision = "bf16"
+    engine = Engine(config, state.shape, groups, max_positions=1, steps=0, initialize=False)
+    engine.load_base(hf, state.shape, new_mask=new_mask)
+    checkpointing.save(tmp_path / "theirs", engine, state, hf)
+    ours, theirs = (TorchDist(tmp_path / side / "weights") for side in ("ours", "theirs"))
+    assert ours.keys() == theirs.keys()
+    for key in theirs.keys():  # noqa: SIM118  no dictionary
+        assert (ours.shape(key), ours.dtype(key)) == (theirs.shape(key), theirs.dtype(key)), key
+        start, size = tuple(0 for _ in ours.shape(key)), ours.shape(key)
+        assert torch.equal(ours.read(key, start, size).clone(), theirs.read(key, start, size).clone()), key
+    back = Engine(config, state.shape, groups, max_positions=1, steps=0, initialize=False)
+    checkpointing.load(tmp_path / "ours", back, with_optimizer=False)
+    for (name, left), right in zip(engine.module.named_parameters(), back.module.parameters(), strict=True):
+        assert torch.equal(left, right), name
+
+
+def test_mean_in_columns_has_the_same_bits() -> None:
+    """The import sums the embedding some columns at a time."""
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        table = torch.randn(3001, 700, generator=torch.Generator().manual_seed(1)).to(dtype)
+        mask = NewMaskToken(17, 3000)
+        parts = [mean_row(table[:, at : at + hf_to_mcore.COLUMNS], mask) for at in range(0, 700, hf_to_mcore.COLUMNS)]
+        assert torch.equal(torch.cat(parts), mean_row(table, mask))
+
+
+def test_a_published_folder(tmp_path: Path) -> None:
+    """vocab_size 151666 = the real rows, `casual_attn`, two weight files, no chat template."""
+    form = {"casual_attn": True, "text_mask_token_id": 151665, "vocab": 151666, "dtype": torch.bfloat16, "tied": False}
+    hf = change(make_hf(tmp_path / "hf", **SMALL, **form), causal_attn=None)
+    hf_to_mcore.convert(hf, tmp_path / "mcore")
+    state = read_state(tmp_path / "mcore")
+    assert (state.diffusion, state.mask_token_id) == (DiffusionConfig(4, True, "<text_mask>"), 151665)
+    assert TorchDist(tmp_path / "mcore" / "weights").shape("embedding.word_embeddings.weight") == (151680, 16)
+    mcore_to_hf.convert(tmp_path / "mcore", tmp_path / "out", max_shard_bytes=5_000_000)
+    assert_bitwise(tensors(tmp_path / "out"), tensors(hf))
+    values = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert values["causal_attn"] is True and "casual_attn" not in values
+    assert values["vocab_size"] == 151666
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) == 2
+    assert {p.name for p in (Path(mcore_to_hf.__file__).parents[1] / "sdlm_megatron/diffusion").glob("decode*.py")} <= {
+        p.name for p in (tmp_path / "out").iterdir()
+    }
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_dtypes_and_checksums_of_an_export(tmp_path: Path, dtype: str) -> None:
+    hf = make_hf(tmp_path / "hf", **SMALL)
+    hf_to_mcore.convert(hf, tmp_path / "mcore")
+    mcore_to_hf.convert(tmp_path / "mcore", tmp_path / "out", dtype=dtype, max_shard_bytes=10_000)
+    assert_bitwise(tensors(tmp_path / "out"), {k: v.to(getattr(torch, dtype)) for k, v in tensors(hf).items()})
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == dtype
+    import hashlib
+
+    sums = dict(line.split("  ")[::-1] for line in (tmp_path / "out" / "SHA256SUMS").read_text().splitlines())
+    files = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in (tmp_path / "out").iterdir()}
+    del files["SHA256SUMS"]
+    assert sums == files
+
+
+class _Evil:
+    def __reduce__(self) -> tuple:
+        return os.mkdir, ("evil",)
+
+
+def test_a_pickle_that_would_run_something_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    hf_to_mcore.convert(make_hf(tmp_path / "hf", **SMALL), tmp_path / "mcore")
+    weights = tmp_path / "mcore" / "weights"
+    good = (weights / ".metadata").read_bytes()
+    for evil in (pickle.dumps(_Evil()), pickle.dumps({"x": _Evil()}), b"\x80\x04cbuiltins\neval\n.", b"", good[:-9]):
+        (weights / ".metadata").write_bytes(evil)
+        with pytest.raises(CheckpointError, match=r"(?s)cannot be read.*\.metadata"):
+            TorchDist(weights)
+    (weights / ".metadata").write_bytes(good)
+    file = weights / "__0_0.distcp"
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("archive/data.pkl", pickle.dumps(_Evil()))
+        archive.writestr("archive/data/0", bytes(16))
+    entry = Entry("x", (0,), (4,), 0, file.stat().st_size)
+    write_index(weights, {file.name: [entry]}, {"x": (4,)}, torch.float32)
+    with pytest.raises(CheckpointError, match=r"(?s)posix\.mkdir: not a plain tensor.*__0_0\.distcp, byte 0"):
+        TorchDist(weights).read("x", (0,), (4,))
+    assert not (tmp_path / "evil").exists()
+
+
+def test_damaged_weight_files_are_named(tmp_path: Path) -> None:
+    """Also where their sizes are right, or complete.json knows no better."""
+    hf_to_mcore.convert(make_hf(tmp_path / "hf", **SMALL), tmp_path / "mcore")
+    weights = tmp_path / "mcore" / "weights"
+    whole = (weights / "__0_0.distcp").read_bytes()
+    for damaged in (whole[: len(whole) // 2], bytes(len(whole)), b""):
+        (weights / "__0_0.distcp").write_bytes(damaged)
+        marker = tmp_path / "mcore" / "complete.json"
+        sizes = json.loads(marker.read_text()) | {"weights/__0_0.distcp": len(damaged)}
+        marker.write_text(json.dumps(sizes))
+        with pytest.raises(CheckpointError, match=r"__0_0\.distcp"):
+            mcore_to_hf.convert(tmp_path / "mcore", tmp_path / "out")
+        shutil.rmtree(tmp_path / "out.partial", ignore_errors=True)
+    (weights / "__0_0.distcp").unlink()
+    marker.write_text("{}")
+    with pytest.raises(CheckpointError, match=r"__0_0\.distcp"):
+        mcore_to_hf.convert(tmp_path / "mcore", tmp_path / "out")
+
+
+def test_a_shape_that_is_not_the_weights_is_refused(tmp_path: Path) -> None:
+    hf = make_hf(tmp_path / "hf", **SMALL)
+    for field, value, tensor in (
+        ("intermediate_size", 20, "down_proj"),
+        ("vocab_size", 265, "embed_tokens"),
+        ("num_key_value_heads", 2, "k_proj"),
+    ):
+        before = (hf / "config.json").read_text()
+        with pytest.raises(CheckpointError, match=f"{tensor}.*config.json says"):
+            hf_to_mcore.convert(change(hf, **{field: value}), tmp_path / "out")
+        (hf / "config.json").write_text(before)
+    hf_to_mcore.convert(hf, tmp_path / "mcore")
+    state = read_state(tmp_path / "mcore")
+    for wrong in ({"num_layers": 2}, {"vocab_size": 500}, {"tied_embeddings": False}):
+        write_state(tmp_path / "mcore", replace(state, shape=replace(state.shape, **wrong)))
+        with pytest.raises(CheckpointError):
+            mcore_to_hf.convert(tmp_path / "mcore", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def write_state(folder: Path, state: TrainState) -> None:
+    from dataclasses import asdict
+
+    (folder / "state.json").write_text(json.dumps(asdict(state)))
+    marker = folder / "complete.json"
+    sizes = json.loads(marker.read_text()) | {"state.json": (folder / "state.json").stat().st_size}
+    marker.write_text(json.dumps(sizes))
+
+
+@pytest.mark.parametrize("name", ["bytes", "Qwen2.5"])
+@pytest.mark.parametrize("system", ["You are a helpful assistant.", "Be \"brief\".\nReally, {{ '中' }}", None])
+def test_the_template_of_a_base_without_one_renders_as_training_did(
+    tmp_path: Path, name: str, system: str | None
+) -> None:
+    """Token for token up to the answer, with and without a system turn, over several turns."""
+    from transformers import AutoTokenizer
+
+    from checkpoints_tools.tokenizer_files import add_chat_template, copy_tokenizer
+
+    source = write_folder(tmp_path / "bytes") if name == "bytes" else qwen_tokenizer_folder()
+    folder = tmp_path / "out"
+    folder.mkdir()
+    copy_tokenizer(folder, source)
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    settings.pop("chat_template", None)
+    path.write_text(json.dumps(settings))
+    assert add_chat_template(folder, system) == ""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    answer = {"role": "assistant", "content": "Yes."}
+    for turns in (TURNS, [{"role": "system", "content": "S"}, *TURNS], [*TURNS, answer, *TURNS]):
+        document = render([*turns, answer], tokenizer, default_system=system)
+        found = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)["input_ids"]
+        assert found == document.input_ids[: document.turns[-1].first_anchor + 1].tolist()
+        whole = tokenizer.apply_chat_template([*turns, answer], return_dict=True)["input_ids"]
+        assert whole == document.input_ids.tolist()
+
+
+def test_a_base_s_own_template_is_kept_and_judged(tmp_path: Path) -> None:
+    from checkpoints_tools.tokenizer_files import add_chat_template, chat_template
+
+    folder = write_folder(tmp_path / "t")
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    for own, remark in ((chat_template("S"), False), (chat_template("T"), True), ("{{ 1 }}", True), ("{% if", True)):
+        path.write_text(json.dumps(settings | {"chat_template": own}))
+        assert bool(add_chat_template(folder, "S")) is remark
+        assert json.loads(path.read_text())["chat_template"] == own
+    (folder / "chat_template.jinja").write_text(chat_template("S"))
+    assert add_chat_template(folder, "S") == ""
+    path.write_text("{}")
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["added_tokens"] = tokenizer["added_tokens"][:1]
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert "no <|im_start|>" in add_chat_template(folder, "S")
+
+
+def run(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    try:
+        compare.main(arguments)
+    except SystemExit as left:
+        return int(str(left.code)), capsys.readouterr().out
+    return 0, capsys.readouterr().out
+
+
+def test_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from safetensors.torch import save_file
+
+    hf = make_hf(tmp_path / "hf", **SMALL)
+    hf_to_mcore.convert(hf, tmp_path / "mcore")
+    assert run([str(hf), str(tmp_path / "mcore")], capsys)[0] == 0
+    write_folder(hf)
+    other = tmp_path / "other"
+    shutil.copytree(hf, other)
+    held = load_file(hf / "model.safetensors")
+    held["model.norm.weight"][3] += 0.5
+    held["model.norm.weight"][5] = float("nan")
+    del held["model.layers.0.mlp.up_proj.weight"]
+    held["model.layers.0.mlp.gate_proj.weight"] = held["model.layers.0.mlp.gate_proj.weight"][:20]
+    held["model.layers.0.input_layernorm.weight"] = torch.ones(16).bfloat16()
+    save_file(held, other / "model.safetensors", metadata={"format": "pt"})
+    monkeypatch.setattr(compare, "BLOCK", 1)  # row by row
+    code, text = run([str(hf), str(other), "--json"], capsys)
+    found = {d["name"].split(".", 1)[1]: d for d in json.loads(text)["differences"]}
+    assert code == 1 and len(found) == 4
+    norm, gate = found["norm.weight"], found["layers.0.mlp.gate_proj.weight"]
+    assert (norm["kind"], norm["count"], norm["of"], norm["max_abs"]) == ("values", 2, 16, float("inf"))
+    assert (gate["kind"], gate["a"], gate["b"]) == ("shape", "(24, 16)", "(20, 16)")
+    assert found["layers.0.mlp.up_proj.weight"]["kind"] == "only in A"
+    first = found["layers.0.input_layernorm.weight"]
+    assert (first["kind"], first["a"], first["b"]) == ("values", "float32", "bfloat16")
+    code, text = run([str(hf), str(hf), "--json", "--logits", "Hi there"], capsys)
+    logits = json.loads(text)["logits"]
+    assert (code, logits) == (0, {"tokens": 8, "max_abs": 0.0, "same_top_1": 1.0})
+    with pytest.raises(CheckpointError, match="export the checkpoint first"):
+        compare.main([str(hf), str(tmp_path / "mcore"), "--logits", "x"])
