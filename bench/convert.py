@@ -7,6 +7,7 @@ of the pages that belong to no file.
 
 import argparse
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -116,6 +117,12 @@ def run(module: str, *arguments: str, until: Callable[[], bool] = lambda: False)
     return time.perf_counter() - started, peak
 
 
+def cpu_seconds() -> float:
+    """Of all ended child processes, user and system."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
 def copy(source: Path, target: Path) -> float:
     """Seconds of `cp -r` and of bringing the copy to the disk."""
     started = time.perf_counter()
@@ -134,13 +141,16 @@ def step(name: str, module: str, source: Path, target: Path, options: Sequence[s
     command = (module, flag, str(source), "--out", str(target), *options)
     beside = target.with_name("copy")
     drop_cache(source)
+    before = cpu_seconds()
     seconds = copy(source, beside)
     shutil.rmtree(beside)
     written = size(source)
-    report(f"cp -r + fsync ({name})", written, seconds)
+    report(f"cp -r + fsync ({name})", written, seconds, f"{cpu_seconds() - before:.1f} s of CPU")
+    before = cpu_seconds()
     drop_cache(source)
     seconds, peak = run(*command)
-    report(name, written, seconds, f"anonymous memory {peak / 1e6:.0f} MB")
+    used = cpu_seconds() - before
+    report(name, written, seconds, f"{used:.1f} s of CPU, anonymous memory {peak / 1e6:.0f} MB")
     whole = open_any(target)
     if found := differences(open_any(source), whole):
         raise SystemExit(f"{name}: {len(found)} tensors differ: {found[0]}")
@@ -172,7 +182,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--layers", type=int, default=4, help="about 1 GB each, and 3.1 GB beside them")
     parser.add_argument("--narrow", type=int, default=1, choices=(1, 8), help="divides all widths, for a quick trial")
-    parser.add_argument("--shard-gb", default="4", help="size limit of the exported weight files")
+    parser.add_argument("--shard-gb", default="1", help="size limit of the exported weight files")
     parser.add_argument("--work", type=Path, required=True, help="folder to work in: room for four copies; removed")
     args = parser.parse_args(argv)
     args.work.mkdir(parents=True)

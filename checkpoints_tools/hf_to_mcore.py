@@ -30,7 +30,7 @@ from sdlm_megatron.start import mask_token as find_mask_token
 PRECISION = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 CHUNK = 128 * 1024**2
 """Most bytes that are stored, and later read, as one piece; a worker holds one at a time."""
-FILE = 2 * 1024**3
+FILE = 1024**3
 """Most bytes of a weight file."""
 _VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
 COLUMNS = 256

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import EOS, MASK, PAD, make_dataset, make_hf, run_python, train
+from helpers import EOS, MASK, PAD, make_dataset, make_hf, read_metrics, run_python, train
 from safetensors.torch import load_file
 
+from checkpoints_tools import hf_to_mcore, mcore_to_hf
 from sdlm_megatron.diffusion.layout import pack_row
 from sdlm_megatron.diffusion.mask import visible_row
 from sdlm_megatron.diffusion.row import make_micro_batch
@@ -51,17 +52,48 @@ def test_converters_round_trip(tmp_path: Path, tied: bool, dtype: torch.dtype) -
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("layout", [{"parallel.tensor": 2}, {"parallel.pipeline": 2}], ids=["TP2", "PP2"])
 def test_through_a_training_checkpoint(tmp_path: Path, tied: bool, layout: dict[str, object]) -> None:
-    """Loaded straight into the shards of a TP2 or PP2 run, saved by it, exported: the same bits.
+    """Loaded into the shards of a TP2 or PP2 run, saved by it, exported: the same bits.
 
-    The learning rate is so small that fp32 weights cannot change.
+    From the folder (tied) or from its import (untied). The learning rate is so small that fp32 weights cannot change.
     """
-    hf = make_hf(tmp_path / "hf", tied=tied)
-    run = {"run_dir": tmp_path / "run", "data.path": make_dataset(tmp_path / "data"), "checkpoint.base": hf}
+    hf = base = make_hf(tmp_path / "hf", tied=tied)
+    if not tied:
+        base = tmp_path / "import"
+        hf_to_mcore.convert(hf, base, file_bytes=60_000)
+    run = {"run_dir": tmp_path / "run", "data.path": make_dataset(tmp_path / "data"), "checkpoint.base": base}
     rest = {"model.num_layers": 0, "train.steps": 1, "optimizer.lr": 1e-30, "optimizer.weight_decay": 0}
     train({**run, **rest, **layout}, processes=2)
     out = tmp_path / "out"
     run_python("-m", "checkpoints_tools.mcore_to_hf", "--ckpt", str(tmp_path / "run"), "--out", str(out))
     assert_bitwise(tensors(out), tensors(hf))
+    assert_card(tmp_path, out, layout)
+
+
+def assert_card(folder: Path, out: Path, layout: dict[str, object]) -> None:
+    """What the run knows is in the card, and no path of this machine. Without run.json there is less, and no error."""
+    card = (out / "README.md").read_text()
+    degrees = {"parallel.tensor": 1, "parallel.pipeline": 1, **layout}
+    record = read_metrics(folder / "run")[-1]
+    for wanted in (
+        "| steps made | 1 |",
+        "| learning rate | 1e-30 constant",
+        f"TP {degrees['parallel.tensor']} x PP {degrees['parallel.pipeline']} x DP 1",
+        f"| 4 | {record['loss_pos_4']:.4f} |",
+        f"| fingerprint of its manifest | {json.loads((folder / 'data' / 'manifest.json').read_text())['checksum']} |",
+        f"| torch | {torch.__version__} |",
+        "| megatron-core |",
+    ):
+        assert wanted in card, wanted
+    step = folder / "run" / "ckpt" / "step-0000001"
+    for text in (card, (step / "run.json").read_text()):
+        assert str(folder) not in text and str(Path.home()) not in text and "/tmp" not in text
+    (step / "run.json").unlink()  # as a checkpoint of an older version
+    sizes = json.loads((step / "complete.json").read_text())
+    del sizes["run.json"]
+    (step / "complete.json").write_text(json.dumps(sizes))
+    mcore_to_hf.convert(folder / "run", folder / "old")
+    assert (folder / "old" / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
+    assert "## Recipe" not in (folder / "old" / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
