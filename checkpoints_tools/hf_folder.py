@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-import sdlm_megatron.diffusion.decode
+import sdlm_megatron.diffusion
 from sdlm_megatron.checkpoint_files import TOKENIZER_FILES
 from sdlm_megatron.errors import CheckpointError
 from sdlm_megatron.files import rename_whole, write_json
@@ -24,6 +24,7 @@ from sdlm_megatron.model.hf_folder import INDEX_NAME, SINGLE_NAME, HFConfig, rea
 log = logging.getLogger(__name__)
 
 HF_CODE = Path(__file__).parent / "hf_code"
+DECODING = Path(sdlm_megatron.diffusion.__file__).parent
 TURN_END = "<|im_end|>"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _QKV = re.compile(r"(model\.layers\.\d+\.self_attn\.[qkv]_proj)\.weight")
@@ -76,7 +77,8 @@ def write_hf_folder(
         if tokenizer and config.text_mask_token and config.text_mask_token_id is not None:
             add_token(partial, config.text_mask_token, config.text_mask_token_id)
         shutil.copyfile(HF_CODE / "modeling_sdlm.py", partial / "modeling_sdlm.py")
-        shutil.copyfile(Path(sdlm_megatron.diffusion.decode.__file__), partial / "decode.py")
+        for file in sorted(DECODING.glob("decode*.py")):
+            shutil.copyfile(file, partial / file.name)
     (partial / "README.md").write_text(model_card or _model_card(config, out.name), encoding="utf-8")
     rename_whole(partial, out)
 

@@ -127,8 +127,8 @@ def _prob_conf(  # called by transformers' generate; a parameter named attention
             raise ValueError("a streamer shows one row: pass one prompt")
         streamer.put(input_ids.cpu())
     cache = model_kwargs.get("past_key_values")
-    if cache is not None and (cache.get_seq_length() or not hasattr(cache, "crop")):
-        raise ValueError("prob_conf needs an empty cache it can cut back, e.g. DynamicCache, or none")
+    if cache is not None and cache.get_seq_length():
+        raise ValueError("a cache with tokens in it cannot be continued: pass the whole conversation")
     result = decode(
         model,
         input_ids,
@@ -139,7 +139,6 @@ def _prob_conf(  # called by transformers' generate; a parameter named attention
         eos_token_ids=eos,
         attention_mask=model_kwargs.get("attention_mask"),
         causal_attn=bool(model.config.causal_attn),
-        cache=cache,
         on_tokens=None if streamer is None else lambda _, ids: streamer.put(torch.tensor(ids)),
     )
     if streamer is not None:
