@@ -102,7 +102,7 @@ def _one_pass(
         window=settings.window,
         kept_rows=kept_rows,
     )
-    uniform = uniforms(now.seeds, anchors[:, :, None] + 1 + ahead)
+    uniform = None if settings.warp is None else uniforms(now.seeds, anchors[:, :, None] + 1 + ahead)
     every, logits = choose(propose(step), settings.warp, uniform)  # (B, W, n)
     if now.drafts:
         tokens = every[:, :, 0]
@@ -239,7 +239,7 @@ def _proposer(
     model: Any, now: _Rows, settings: _Settings, longest: int, causal_attn: bool, fixed: bool
 ) -> tuple[Proposer, bool]:
     """The model as a Proposer, and whether it has taken all but the last token of each prompt already."""
-    if not hasattr(model, "config"):
+    if not isinstance(model, torch.nn.Module):
         return model, False
     from .decode_model import PREFILL_FROM, TransformersProposer
 

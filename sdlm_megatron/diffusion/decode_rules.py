@@ -14,7 +14,7 @@ Warp = Callable[[Tensor], Tensor]
 """(N, V) logits -> (N, V) logits: temperature, top-k, top-p; must not look at the tokens so far."""
 
 
-def choose(logits: Tensor, warp: Warp | None, uniform: Tensor) -> tuple[Tensor, Tensor]:
+def choose(logits: Tensor, warp: Warp | None, uniform: Tensor | None) -> tuple[Tensor, Tensor]:
     """The token of every slot, int64 (…), and the logits (…, V) in float32 it was chosen by.
 
     Greedy without `warp`. With it the token is drawn by inversion: the first whose cumulated probability passes
@@ -23,6 +23,7 @@ def choose(logits: Tensor, warp: Warp | None, uniform: Tensor) -> tuple[Tensor, 
     logits = logits.float()
     if warp is None:
         return logits.argmax(-1), logits
+    assert uniform is not None
     logits = warp(logits.flatten(0, -2)).view(logits.shape)
     up_to = logits.softmax(-1).cumsum(-1)
     # scaled by the total, which rounding keeps from being 1: a token without probability is never drawn
