@@ -1,8 +1,8 @@
 """Wall time of a token: SDLM decoding beside transformers' own greedy generate, same exported model, same prompts.
 
-What a pass costs decides whether fewer passes are a gain: with passes as dear as greedy's, the time of a token falls by
-the tokens of a pass. Both go through `generate` of the exported class; every prompt is decoded by each in turn, so a slow
-minute of the machine meets all of them.
+What a pass costs decides whether fewer passes are a gain: with passes as dear as greedy's, the time of a token falls
+by the tokens of a pass. Both go through `generate` of the exported class; every prompt is decoded by each in turn, so
+a slow minute of the machine meets all of them.
 """
 
 import argparse

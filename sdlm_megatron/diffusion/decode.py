@@ -85,6 +85,12 @@ class _Rows:
     drafts: int = 0
     """How many draft tokens stand behind the kept ones."""
 
+    def map(self, change: Callable[[Tensor], Tensor]) -> "_Rows":
+        """The same with every tensor changed."""
+        tensors = (self.ids, self.length, self.budget, self.cached, self.seeds)
+        ids, length, budget, cached, seeds = (change(x) for x in tensors)
+        return _Rows(ids, length, budget, cached, seeds, self.drafts)
+
 
 def _one_pass(
     propose: Proposer, settings: _Settings, now: _Rows, width: int, longest: int, kept_rows: Tensor | None
@@ -267,7 +273,7 @@ class _Loop:
     ) -> None:
         self.settings, self.lengths, self.on_tokens = settings, lengths, on_tokens
         self.first = partial(_one_pass, propose, settings)
-        self.next = fixed_shape(self.first) if callable(fixed_shape) else self.first
+        self.next = _keeping_outputs(fixed_shape(self.first)) if callable(fixed_shape) else self.first
         self.fixed = bool(fixed_shape)
         self.rows = list(range(len(lengths)))  # number of each row that is still in the batch
         self.tokens: list[list[int]] = [[] for _ in lengths]
@@ -306,7 +312,15 @@ class _Loop:
             return now, None
         self.rows, self.lengths = [self.rows[i] for i in alive], [self.lengths[i] for i in alive]
         index = torch.tensor(alive, device=now.ids.device)
-        ids, length, budget, cached, seeds = (
-            x[index] for x in (now.ids, now.length, now.budget, now.cached, now.seeds)
-        )
-        return _Rows(ids, length, budget, cached, seeds, now.drafts), index
+        return now.map(lambda x: x[index]), index
+
+
+def _keeping_outputs(one_pass: Any) -> Any:
+    """A compiled pass whose results stay when it runs again: a CUDA graph writes to the same memory every time."""
+
+    def run(*args: Any) -> tuple[_Rows, Tensor]:
+        torch.compiler.cudagraph_mark_step_begin()
+        now, table = one_pass(*args)
+        return now.map(Tensor.clone), table.clone()
+
+    return run

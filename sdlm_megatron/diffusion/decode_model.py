@@ -22,26 +22,26 @@ _GROW = 256
 
 
 class RowCache(Cache):
-    """Keys and values (B, heads, capacity, d) of every layer; each row writes where `columns` says.
+    """Keys and values (B, heads, capacity, d) of every layer; each row writes where `write_at` says.
 
     The last column is nobody's: the fill of shorter rows goes there.
     """
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int, *, fixed: bool) -> None:
         super().__init__(layers=[])
-        self.capacity = capacity
+        self.capacity, self.fixed = capacity, fixed
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
-        self.columns: Tensor
+        self.write_at: tuple[Tensor, Tensor]
+        """Row int64 (B, 1) and column int64 (B, C + W n) of each token of the pass."""
         self.used = 0
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple:
-        """Writes (B, heads, C + W n, d) at `columns` and returns the first `used` columns."""
+        """Writes (B, heads, C + W n, d) at `write_at` and returns the first `used` columns."""
         if layer_idx == len(self.keys):
             self.keys.append(self._empty(key_states))
             self.values.append(self._empty(value_states))
-        columns = self.columns.to(key_states.device)
-        rows = torch.arange(len(columns), device=columns.device)[:, None]
+        rows, columns = (x.to(key_states.device) for x in self.write_at)  # layers may live on several devices
         found = []
         for buffer, new in ((self.keys[layer_idx], key_states), (self.values[layer_idx], value_states)):
             buffer[rows, :, columns] = new.transpose(1, 2)
@@ -49,7 +49,10 @@ class RowCache(Cache):
         return found[0], found[1]
 
     def _empty(self, like: Tensor) -> Tensor:
-        return like.new_zeros(like.shape[0], like.shape[1], self.capacity, like.shape[3])
+        buffer = like.new_zeros(like.shape[0], like.shape[1], self.capacity, like.shape[3])
+        if self.fixed:
+            torch._dynamo.mark_static_address(buffer)  # a CUDA graph may write to it
+        return buffer
 
     def get_seq_length(self, *_: Any, **__: Any) -> int:
         """0: positions and mask are always given."""
@@ -86,7 +89,7 @@ class TransformersProposer:
         if backend not in ("sdpa", "eager"):
             raise ValueError(f"decoding needs attn_implementation 'sdpa' or 'eager' (dense masks), not '{backend}'")
         self.model, self.mask_token_id, self.causal_attn = model, mask_token_id, causal_attn
-        self.cache, self.fixed = RowCache(capacity or _GROW), bool(capacity)
+        self.cache = RowCache(capacity or _GROW, fixed=bool(capacity))
 
     def prefill(self, ids: Tensor) -> None:
         """Sends tokens (B, P) through the plain causal path, no mask needed: columns align at position 0."""
@@ -101,9 +104,9 @@ class TransformersProposer:
             self.cache.keep_rows(step.kept_rows)
         windows = step.anchors.shape[1] if step.window > 1 else 0
         used = step.longest + windows * step.window
-        if not self.fixed:
+        if not self.cache.fixed:
             self.cache.reserve(used)
-        self.cache.used = self.cache.capacity if self.fixed else used
+        self.cache.used = self.cache.capacity if self.cache.fixed else used
         chunk = step.end[:, None] - step.width + torch.arange(step.width, device=step.end.device)  # positions (B, C)
         real, positions = chunk >= step.cached[:, None], chunk.clamp(min=0)
         ids, columns = step.ids.gather(1, positions), torch.where(real, positions, self.cache.capacity - 1)
@@ -118,7 +121,7 @@ class TransformersProposer:
             positions = torch.cat([positions, ahead.flatten(1)], 1)
             columns = torch.cat([columns, place.flatten(1)], 1)
             visible = torch.cat([visible, window_rows(step.anchors, place, self.cache.used, self.causal_attn)], 1)
-        self.cache.columns = columns
+        self.cache.write_at = torch.arange(len(columns), device=columns.device)[:, None], columns
         logits: Tensor = self.model(
             input_ids=ids,
             position_ids=positions,

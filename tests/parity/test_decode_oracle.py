@@ -108,6 +108,10 @@ def test_goldens(models: dict[str, Any], name: str, use_cache: bool) -> None:
         assert closest < o.NEAR_TIE, (record["prompt"], record["alg"], record["n"], tau, got(result), expected(record))
         counts[1] += 1
     assert {alg: tuple(counts) for alg, counts in found.items()} == COUNTS[name]
+    # the rest: the reference's n = 1, wrongly masked, and transformers' greedy, which n = 1 must be instead
+    rest = sorted(r["api"] for r in o.runs(name) if not r.get("alg"))
+    broken = {"random": 2, "trained_d4": 5}[name]
+    assert rest == ["SDLM_generate n=1 (HF generate, block_size 4 mask)"] * broken + ["plain_causal_greedy"] * 5
 
 
 @pytest.mark.parametrize("name", o.MODELS)
