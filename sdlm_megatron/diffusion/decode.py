@@ -5,13 +5,13 @@ positions p..p+n-1; slot j proposes x[p+1+j]; it sees the clean tokens before p 
 with `causal_attn`, backwards only. Each pass feeds the tokens that are new since the last one, causally, which
 writes their keys and values, and beside them
 
-- prob_conf, entropy_conf: one window at the last token. Its longest sure prefix is kept ();
+- prob_conf, entropy_conf: one window at the last token. Its longest sure prefix is kept (decode_rules.py);
 - self_speculative: the kept token and n-1 drafts, and a window behind each of these n tokens. Slot 0 of window j
   says what follows draft j; drafts that agree are kept, and the window behind the last kept token has the next
   drafts. What comes out is what slot 0 alone would say, token by token;
 - ar, and n = 1: no window, one plain causal step.
 
-The exporter copies this file and its two neighbours into the model folder as they are, so they import nothing but
+The exporter copies this file and its three neighbours into the model folder as they are, so they import nothing but
 torch and transformers. Shapes: B rows, P prompt tokens, T columns, W windows, n slots, V vocabulary.
 """
 
