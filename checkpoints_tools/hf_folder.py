@@ -79,6 +79,8 @@ def write_hf_folder(
         shutil.copyfile(HF_CODE / "modeling_sdlm.py", partial / "modeling_sdlm.py")
         for file in sorted(DECODING.glob("decode*.py")):
             shutil.copyfile(file, partial / file.name)
+        (partial / "custom_generate").mkdir()
+        shutil.copyfile(HF_CODE / "custom_generate.py", partial / "custom_generate" / "generate.py")
     (partial / "README.md").write_text(model_card or _model_card(config, out.name), encoding="utf-8")
     rename_whole(partial, out)
 
@@ -287,6 +289,7 @@ def _keep_own_splitting(folder: Path) -> None:
     if not (folder / "tokenizer.json").is_file() or str(settings.get("tokenizer_class")).startswith("Qwen2Tok"):
         return
     settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    settings.setdefault("model_input_names", ["input_ids", "attention_mask"])  # Qwen2 takes no token types
     settings["auto_map"] = {"AutoTokenizer": [None, "tokenization_sdlm.SDLMTokenizerFast"]}
     write_json(path, settings)
     shutil.copyfile(HF_CODE / "tokenization_sdlm.py", folder / "tokenization_sdlm.py")

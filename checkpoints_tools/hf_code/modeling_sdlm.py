@@ -4,12 +4,24 @@ Load with `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`
 folder also loads as plain `Qwen2ForCausalLM`; then `generate` is ordinary next-token decoding.
 """
 
+# ruff: noqa: E402 (the version is checked before anything that an older one lacks is imported)
+
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import transformers
+
+OLDEST = (4, 57)
+"""Older versions load this class and then ignore the window's mask: wrong text without a word."""
+
+if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < OLDEST:
+    raise ImportError(
+        f"SDLM needs transformers {OLDEST[0]}.{OLDEST[1]} or newer, this is {transformers.__version__}. "
+        "Update transformers, or load the folder as plain Qwen2ForCausalLM for next-token decoding."
+    )
+
 from transformers import DynamicCache, GenerationConfig, Qwen2ForCausalLM, StoppingCriteriaList
 from transformers.generation import GenerationMixin, LogitsProcessorList
 from transformers.generation.configuration_utils import GenerationMode
@@ -27,15 +39,6 @@ from .decode import ALGORITHMS, Decoded, decode  # type: ignore[import-not-found
 from .decode_model import TransformersProposer  # type: ignore[import-not-found]  # noqa: F401
 from .decode_rules import Warp  # type: ignore[import-not-found]
 from .decode_step import Step  # type: ignore[import-not-found]  # noqa: F401
-
-OLDEST = (4, 57)
-"""Older versions load this class and then ignore the window's mask: wrong text without a word."""
-
-if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < OLDEST:
-    raise ImportError(
-        f"SDLM needs transformers {OLDEST[0]}.{OLDEST[1]} or newer, this is {transformers.__version__}. "
-        "Update transformers, or load the folder as plain Qwen2ForCausalLM for next-token decoding."
-    )
 
 WARPERS = (
     "TemperatureLogitsWarper",

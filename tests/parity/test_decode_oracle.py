@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM
 
 from sdlm_megatron.diffusion import decode_model
 from sdlm_megatron.diffusion.decode import Decoded, decode
@@ -233,52 +233,3 @@ def test_bad_arguments(models: dict[str, Any]) -> None:
             decode(model, ids, **(options | bad))
     with pytest.raises(ValueError, match="at least one token"):
         decode(model, ids[:, :0], **options)
-
-
-def test_generate_of_the_exported_class(models: dict[str, Any]) -> None:
-    model = models["trained_d4"]
-    ids = torch.tensor([o.prompt_ids(PROMPTS[0])])
-    assert (type(model).__name__, model.generation_config.sdlm_n) == ("SDLMForCausalLM", 4)
-    for n, tau in ((4, 0.9), (8, 0.5), (1, 0.9)):
-        mine = run(model, PROMPTS[0], n, tau, 40)
-        out = model.generate(ids, max_new_tokens=40, sdlm_n=n, sdlm_threshold=tau, return_dict_in_generate=True)
-        assert out.sequences[0].tolist() == ids[0].tolist() + mine.tokens[0]
-        assert (out.accepted, out.passes) == (mine.accepted, mine.passes)
-    assert model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=40).equal(
-        model.generate(ids, max_new_tokens=40, sdlm_alg="prob_conf", sdlm_n=4, sdlm_threshold=0.9)
-    )
-    plain = Qwen2ForCausalLM.from_pretrained(model.config._name_or_path)
-    greedy = plain.generate(ids, max_new_tokens=40)
-    assert model.generate(ids, max_new_tokens=40, sdlm_alg="ar").equal(greedy)
-    assert model.generate(ids, max_new_tokens=40, sdlm_n=1).equal(greedy)
-
-
-def test_generate_refuses_what_it_cannot_do(models: dict[str, Any]) -> None:
-    model, ids = models["trained_d4"], torch.tensor([o.prompt_ids(PROMPTS[0])])
-    for options, name in (
-        ({"do_sample": True}, "do_sample"),
-        ({"num_beams": 2}, "num_beams=2"),
-        ({"repetition_penalty": 1.5}, "RepetitionPenalty"),
-        ({"max_time": 9.0}, "MaxTime"),
-    ):
-        with pytest.raises(ValueError, match=name):
-            model.generate(ids, max_new_tokens=4, **options)
-    with pytest.raises(ValueError, match="sdlm_alg must be"):
-        model.generate(ids, max_new_tokens=4, sdlm_alg="entropy")
-
-
-def test_streamer_sees_every_token(models: dict[str, Any]) -> None:
-    class Collect:
-        def __init__(self) -> None:
-            self.seen: list[int] = []
-            self.ended = False
-
-        def put(self, value: torch.Tensor) -> None:
-            self.seen += value.flatten().tolist()
-
-        def end(self) -> None:
-            self.ended = True
-
-    streamer, ids = Collect(), torch.tensor([o.prompt_ids(PROMPTS[0])])
-    out = models["trained_d4"].generate(ids, max_new_tokens=20, streamer=streamer)
-    assert (streamer.seen, streamer.ended) == (out[0].tolist(), True)
