@@ -81,6 +81,7 @@ class SDLMSettings:
     threshold: float
     product: bool
     seed: int | None
+    cache_implementation: str | None
     streamer: Any
 
     def check(self) -> None:
@@ -140,6 +141,7 @@ class SDLMForCausalLM(Qwen2ForCausalLM):
             _first(sdlm_threshold, stored, "sdlm_threshold", 0.9),
             _first(sdlm_product, stored, "sdlm_product", False),
             _first(sdlm_seed, stored, "sdlm_seed", None),
+            _first(kwargs.get("cache_implementation"), stored, "cache_implementation", None),
             streamer,
         )
         settings.check()
@@ -147,7 +149,9 @@ class SDLMForCausalLM(Qwen2ForCausalLM):
             return GenerationMixin.generate(  # not super(): a stock Qwen2 comes here too, see custom_generate
                 self, inputs, generation_config, streamer=streamer, tokenizer=tokenizer, **kwargs
             )
-        _refuse_arguments(kwargs)
+        _refuse_arguments(kwargs, settings.cache_implementation)
+        if settings.cache_implementation is not None:  # transformers would prepare a cache of its own
+            kwargs["cache_implementation"] = None
         stop_strings = _first(kwargs.get("stop_strings"), stored, "stop_strings", None)
         if stop_strings is not None:  # transformers loses the tokenizer on the way to custom code
             kwargs["stop_strings"] = None
@@ -179,12 +183,14 @@ def _refuse(what: list[str]) -> None:
         raise ValueError(f"SDLM's decoding does not support {', '.join(what)}. Leave out, or pass sdlm_alg='ar'.")
 
 
-def _refuse_arguments(kwargs: dict[str, Any]) -> None:
+def _refuse_arguments(kwargs: dict[str, Any], cache_implementation: str | None) -> None:
     names = ("assistant_model", "custom_generate", "inputs_embeds", "position_ids", "synced_gpus")
     bad = [name for name in names if kwargs.get(name) is not None and kwargs[name] is not False]
     cache = kwargs.get("past_key_values")
     if cache is not None and cache.get_seq_length():
         bad.append("past_key_values that hold tokens")
+    if cache_implementation not in (None, "dynamic", "dynamic_full", "static"):
+        bad.append(f"cache_implementation={cache_implementation!r}")
     _refuse(bad)
 
 
@@ -195,8 +201,6 @@ def _refuse_configured(config: Any, processors: list[Any], criteria: list[Any]) 
         bad.append(mode.value)
     flags = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
     bad += [name for name in flags if getattr(config, name, None)]
-    if config.cache_implementation not in (None, "dynamic", "dynamic_full", "static"):
-        bad.append(f"cache_implementation={config.cache_implementation!r}")
     known = WARPERS if config.do_sample else ()
     bad += [type(item).__name__ for item in processors if type(item).__name__ not in known]
     bad += [type(item).__name__ for item in criteria if isinstance(item, ConfidenceCriteria)]
@@ -254,7 +258,7 @@ def _sdlm(  # called by transformers' generate; a parameter named attention_mask
         seed=settings.seed,
         stop=_stop([c for c in criteria if not isinstance(c, EosTokenCriteria | MaxLengthCriteria)]),
         use_cache=generation_config.use_cache is not False,
-        fixed_shape=generation_config.cache_implementation == "static",
+        fixed_shape=settings.cache_implementation == "static",
         on_tokens=None if streamer is None else lambda _, ids: streamer.put(torch.tensor(ids)),
     )
     if streamer is not None:

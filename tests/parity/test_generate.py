@@ -1,11 +1,9 @@
 """`generate` of an exported folder: our class, and the stock one. Also run on the oldest transformers (make
 test-transformers), so nothing here may need a newer one."""
 
-import json
 import sys
 import threading
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -70,6 +68,13 @@ def answer(model: Any, ids: torch.Tensor, **options: Any) -> list[int]:
     return out[0, ids.shape[1] :].tolist()
 
 
+def stock(folder: Path) -> Any:
+    """The stock class with its own `generate`, which transformers 4 replaces in any local folder, trusted or not."""
+    model = Qwen2ForCausalLM.from_pretrained(folder)
+    vars(model).pop("generate", None)
+    return model
+
+
 # --- decoding
 
 
@@ -101,7 +106,7 @@ def test_is_the_library_s_decoding(models: dict[str, Any], name: str, attention:
 @pytest.mark.parametrize("name", o.MODELS)
 def test_reference_s_logits_and_greedy_tokens(folders: dict[str, Path], models: dict[str, Any], name: str) -> None:
     """The stock class and ours compute what the reference did; ar is the stock class' greedy decoding."""
-    plain, ours = Qwen2ForCausalLM.from_pretrained(folders[name]), models[name]
+    plain, ours = stock(folders[name]), models[name]
     with torch.no_grad():
         assert plain(prompt()).logits.equal(ours(prompt()).logits)
     for record in o.runs(name):
@@ -207,6 +212,8 @@ def test_what_cannot_be_done_is_named(model: Any, options: dict[str, Any], messa
 
 def test_continuous_batching_is_refused(model: Any) -> None:
     with pytest.raises(NotImplementedError, match="bypasses SDLM"):
+        model.generate_batch([o.prompt_ids(PROMPTS[0])], GenerationConfig(max_new_tokens=4))
+    with pytest.raises(ValueError, match="cache_implementation='paged'"):
         model.generate(prompt(), max_new_tokens=4, cache_implementation="paged")
 
 
@@ -330,7 +337,7 @@ def test_the_stock_class_decodes_too_where_remote_code_is_trusted(
 ) -> None:
     """`transformers serve` loads the class that `architectures` names."""
     trusted = Qwen2ForCausalLM.from_pretrained(folders["random"], trust_remote_code=True)
-    plain = Qwen2ForCausalLM.from_pretrained(folders["random"])
+    plain = stock(folders["random"])
     assert type(trusted) is type(plain) is Qwen2ForCausalLM
     block, greedy = (answer(models["random"], prompt(), sdlm_alg=alg) for alg in ("prob_conf", "ar"))
     assert answer(trusted, prompt()) == block != greedy == answer(plain, prompt())
@@ -342,7 +349,7 @@ def test_the_stock_class_decodes_too_where_remote_code_is_trusted(
 
 def test_pipeline(folders: dict[str, Path], models: dict[str, Any], tokenizer: Any) -> None:
     pipe = pipeline("text-generation", model=str(folders["random"]), trust_remote_code=True, device="cpu")
-    options = {"max_new_tokens": 20, "return_full_text": False}
+    options = {"max_new_tokens": 20, "return_full_text": False, "do_sample": False}  # transformers 4 samples here
     wanted = []
     for text in PROMPTS:
         out = models["random"].generate(prompt(text), max_new_tokens=20)[0, prompt(text).shape[1] :]
@@ -353,13 +360,3 @@ def test_pipeline(folders: dict[str, Path], models: dict[str, Any], tokenizer: A
     assert [rows[0]["generated_text"] for rows in together] == wanted
     greedy = pipe(texts[0], sdlm_alg="ar", **options)[0]["generated_text"]
     assert greedy != wanted[0]
-
-
-def test_folder_can_be_saved_and_loaded_again(model: Any, folders: dict[str, Path], tmp_path: Path) -> None:
-    """save_pretrained of our class keeps the settings; the code is copied along."""
-    model.save_pretrained(tmp_path / "saved")
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", trust_remote_code=True)
-    assert json.loads((tmp_path / "saved" / "generation_config.json").read_text())["sdlm_n"] == 4
-    assert answer(again, prompt()) == answer(model, prompt())
-    config = SimpleNamespace(**json.loads((folders["trained_d4"] / "config.json").read_text()))
-    assert (config.architectures, config.block_size) == (["Qwen2ForCausalLM"], 4)
