@@ -4,7 +4,7 @@
     $SDLM_REFERENCE_PYTHON tests/reference_generate.py CHECKOUT FOLDER < requests.json > answers.json
 
 Requests: {"texts": […], "runs": [{"prompt": ids, "alg", "cache", "threshold", "max_new"}…]}. Answers: {"version",
-"refusal": what our class says, "tokens": ids of each text, "chat": ids, "runs": new tokens of each run, "logits": of
+"refusal": what our class says, "hidden": a token that the reference cannot generate rightly, "tokens": ids of each text, "chat": ids, "runs": new tokens of each run, "logits": of
 the first prompt, by the reference's class and by transformers' own}.
 """
 
@@ -38,10 +38,10 @@ def answer(folder: str, requests: dict) -> dict:
         refusal = str(error)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     plain = transformers.Qwen2ForCausalLM.from_pretrained(folder).eval()
-    model = Qwen2ForCausalLM.from_pretrained(folder).eval()
+    model = Qwen2ForCausalLM.from_pretrained(folder, attn_implementation="sdpa").eval()  # its default is flash
     eos = model.generation_config.eos_token_id
     generate_utils.EOS_TOKEN_IDS = eos if isinstance(eos, list) else [eos]  # constants of Qwen2.5's vocabulary there
-    generate_utils.PAD_TOKEN_ID = tokenizer.pad_token_id
+    generate_utils.PAD_TOKEN_ID = model.config.vocab_size - 1  # it hides this token wherever it was generated
     first = torch.tensor([requests["runs"][0]["prompt"]])
     with torch.no_grad():
         logits = {"reference": model(first).logits.tolist(), "plain": plain(first).logits.tolist()}
@@ -50,6 +50,7 @@ def answer(folder: str, requests: dict) -> dict:
         "refusal": refusal,
         "tokens": [tokenizer(text).input_ids for text in requests["texts"]],
         "chat": tokenizer.apply_chat_template(requests["chat"], add_generation_prompt=True),
+        "hidden": generate_utils.PAD_TOKEN_ID,
         "runs": [run(generate_utils, model, tokenizer, request) for request in requests["runs"]],
         "logits": logits,
     }
