@@ -3,9 +3,10 @@
 
     $SDLM_REFERENCE_PYTHON tests/reference_generate.py CHECKOUT FOLDER < requests.json > answers.json
 
-Requests: {"texts": […], "runs": [{"prompt": ids, "alg", "cache", "threshold", "max_new"}…]}. Answers: {"version",
-"refusal": what our class says, "hidden": a token that the reference cannot generate rightly, "tokens": ids of each text, "chat": ids, "runs": new tokens of each run, "logits": of
-the first prompt, by the reference's class and by transformers' own}.
+Requests: {"texts": […], "chat": messages, "runs": [{"prompt": ids, "alg", "cache", "threshold", "max_new"}…]}. Answers:
+{"version", "refusal": what our class says, "tokens": ids of each text, "chat": ids, "hidden": a token that the
+reference does not see where it was generated, "runs": new tokens of each run, "logits": of the first prompt, by the
+reference's class and by transformers' own}.
 """
 
 import contextlib

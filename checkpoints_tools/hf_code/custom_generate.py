@@ -13,5 +13,5 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 def generate(*args: Any, model: Any, **kwargs: Any) -> Any:
     """`SDLMForCausalLM.generate` for a model of another class."""
     revision = getattr(model.config, "_commit_hash", None)
-    sdlm = get_class_from_dynamic_module("modeling_sdlm.SDLMForCausalLM", model.name_or_path, revision=revision)
+    sdlm: Any = get_class_from_dynamic_module("modeling_sdlm.SDLMForCausalLM", model.name_or_path, revision=revision)
     return sdlm.generate(model, *args, **kwargs)

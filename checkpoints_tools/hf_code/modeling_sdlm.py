@@ -145,10 +145,9 @@ class SDLMForCausalLM(Qwen2ForCausalLM):
             streamer,
         )
         settings.check()
+        stock: Any = GenerationMixin.generate  # not super(): a stock Qwen2 comes here too, see custom_generate.py
         if settings.alg == "ar":
-            return GenerationMixin.generate(  # not super(): a stock Qwen2 comes here too, see custom_generate
-                self, inputs, generation_config, streamer=streamer, tokenizer=tokenizer, **kwargs
-            )
+            return stock(self, inputs, generation_config, streamer=streamer, tokenizer=tokenizer, **kwargs)
         _refuse_arguments(kwargs, settings.cache_implementation)
         if settings.cache_implementation is not None:  # transformers would prepare a cache of its own
             kwargs["cache_implementation"] = None
@@ -156,9 +155,7 @@ class SDLMForCausalLM(Qwen2ForCausalLM):
         if stop_strings is not None:  # transformers loses the tokenizer on the way to custom code
             kwargs["stop_strings"] = None
             kwargs["stopping_criteria"] = _with_stop_strings(kwargs.get("stopping_criteria"), stop_strings, tokenizer)
-        return GenerationMixin.generate(
-            self, inputs, generation_config, custom_generate=_sdlm, sdlm_settings=settings, **kwargs
-        )
+        return stock(self, inputs, generation_config, custom_generate=_sdlm, sdlm_settings=settings, **kwargs)
 
     def load_custom_generate(self, *args: Any, **kwargs: Any) -> Any:
         """None: the folder's custom_generate is for the stock class."""
@@ -214,14 +211,14 @@ def _with_stop_strings(criteria: Any, strings: Any, tokenizer: Any) -> StoppingC
 
 
 def _warp(processors: list[Any]) -> Warp:
-    none = torch.zeros(0, 0, dtype=torch.long)
-    return lambda logits: LogitsProcessorList(processors)(none, logits)
+    together: Any = LogitsProcessorList(processors)
+    no_tokens = torch.zeros(0, 0, dtype=torch.long)
+    return lambda logits: together(no_tokens, logits)
 
 
 def _stop(criteria: list[Any]) -> Callable[[torch.Tensor], torch.Tensor] | None:
-    if not criteria:
-        return None
-    return lambda tokens: StoppingCriteriaList(criteria)(tokens, None)
+    together: Any = StoppingCriteriaList(criteria)
+    return (lambda tokens: together(tokens, None)) if criteria else None
 
 
 def _sdlm(  # called by transformers' generate; a parameter named attention_mask would break that call

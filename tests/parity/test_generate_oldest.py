@@ -1,4 +1,4 @@
-"""The tests of generate on the oldest transformers that is supported (`make test-transformers`: those of decoding too)."""
+"""The tests of generate on the oldest supported transformers (`make test-transformers`: those of decoding too)."""
 
 import os
 import subprocess
