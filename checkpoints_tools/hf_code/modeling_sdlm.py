@@ -19,7 +19,8 @@ OLDEST = (4, 57)
 if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < OLDEST:
     raise ImportError(
         f"SDLM needs transformers {OLDEST[0]}.{OLDEST[1]} or newer, this is {transformers.__version__}. "
-        "Update transformers, or load the folder as plain Qwen2ForCausalLM for next-token decoding."
+        "Update transformers; or, for next-token decoding, remove the folder's custom_generate and load it as plain "
+        "Qwen2ForCausalLM."
     )
 
 from transformers import DynamicCache, GenerationConfig, Qwen2ForCausalLM, StoppingCriteriaList
