@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any
 
 from rich.cells import cell_len
-from rich.console import Console, Group
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
@@ -77,18 +77,24 @@ class LiveAnswer:
         while (cut := line_end(self._line.plain, self._console.width)) is not None:
             line, self._line = self._line.divide([cut])  # finished lines scroll up, above what is redrawn
             line.rstrip()
+            self._live.update(self._picture())
             self._console.print(line, soft_wrap=True)
 
     def _draw(self) -> None:
-        if not self._live:
-            return
+        if self._live:
+            self._live.update(self._picture(), refresh=True)
+            self._drawn = time.perf_counter()
+
+    def _picture(self) -> RenderableType:
+        """What is redrawn: the unfinished line and the figures."""
         seconds = time.perf_counter() - self._started
         figures = summary(self._tokens, self._passes, seconds) if self._tokens else "reading the prompt"
         status = Text(f"{self._label}{figures}", style="dim", no_wrap=True, overflow="ellipsis")
+        if not self._show:
+            return status
         line = self._line.copy()
         line.rstrip()
-        self._live.update(Group(line, status) if self._show else status, refresh=True)
-        self._drawn = time.perf_counter()
+        return Group(line, status)
 
 
 def printable(text: str) -> str:
