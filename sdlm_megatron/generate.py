@@ -6,23 +6,24 @@ with text on standard input, it gives one answer. A folder without SDLM's keys i
 
 import argparse
 import dataclasses
+import io
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
 from sdlm_megatron.chat.model import DTYPES, Answer, ChatModel, Settings, load
 from sdlm_megatron.chat.view import LiveAnswer, figures, note, show_pair
-from sdlm_megatron.errors import CheckpointError, ConfigError, run_cli
+from sdlm_megatron.diffusion.decode import ALGORITHMS
+from sdlm_megatron.errors import CheckpointError, ConfigError, UserError, run_cli
 
 EXAMPLES = """examples:
   python -m sdlm_megatron.generate --model runs/quickstart/hf
   python -m sdlm_megatron.generate --model SDLM-3B-D4 --threshold 0.98 --prompt "Why is the sky blue?"
   python -m sdlm_megatron.generate --model SDLM-3B-D4 --compare < question.txt
 """
-ALGORITHMS = ("prob_conf", "entropy_conf", "self_speculative", "ar")
 COMMANDS = ("/reset", "/quit")
 
 
@@ -165,6 +166,8 @@ class Session:
                     self.ask(line)
                 except KeyboardInterrupt:
                     note(self._console, "interrupted")
+                except UserError as error:
+                    note(self._console, f"error: {error}")
 
 
 def _piped_prompt() -> str | None:
@@ -183,12 +186,24 @@ def _piped_prompt() -> str | None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     args = _parser().parse_args(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # where the terminal's encoding lacks a character
+    try:
+        _run(args)
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    except BrokenPipeError:  # e.g. `| head`: the reader has what it wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141) from None
+
+
+def _run(args: argparse.Namespace) -> None:
     prompt = args.prompt if args.prompt is not None else _piped_prompt()
-    quiet_transformers()
+    _quiet_transformers()
     chat = load(args.model, dtype=args.dtype, device=args.device)
     settings = settings_of(args, chat)
     session = Session(chat, settings, args.system, args.compare)
-    console: Any = Console(stderr=True, highlight=False)
+    console = Console(stderr=True, highlight=False)
     note(console, f"{chat.describe()}: {settings}")
     if not chat.config.is_sdlm:
         note(console, "no SDLM keys in its config.json: plain next-token decoding, one token a pass")
@@ -198,10 +213,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         note(console, f"commands: {', '.join(COMMANDS)}")
         session.converse()
     elif session.ask(prompt).interrupted:
-        raise SystemExit(130)
+        raise KeyboardInterrupt
 
 
-def quiet_transformers() -> None:
+def _quiet_transformers() -> None:
     """Without a terminal, no progress bars; no advice about settings that are not ours."""
     from transformers.utils import logging
 

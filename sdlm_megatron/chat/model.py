@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ import torch
 from jinja2 import TemplateError
 
 from sdlm_megatron.data.tokenizer import has_tokenizer, vocabulary_size
-from sdlm_megatron.diffusion.decode import decode
+from sdlm_megatron.diffusion.decode import Stop, decode
+from sdlm_megatron.diffusion.decode_rules import Warp
 from sdlm_megatron.errors import CheckpointError, ConfigError, DataError
 from sdlm_megatron.model.hf_folder import HFConfig, open_tensors, read_hf_config, read_json
 
@@ -46,7 +48,7 @@ class Settings:
         if self.alg != "ar":
             parts.append(f"n = {self.window}")
         if self.alg.endswith("_conf"):
-            parts.append(f"{'product of ' * self.product}threshold {self.threshold:g}")
+            parts.append(f"threshold {self.threshold:g}{' on the product' * self.product}")
         if self.temperature:
             parts.append(f"temperature {self.temperature:g}")
         return ", ".join(parts)
@@ -144,6 +146,7 @@ class ChatModel:
 
     def answer(self, ids: Sequence[int], settings: Settings, on_pass: OnPass) -> Answer:
         """Continues `ids` by SDLM's decoding; an interrupt (Ctrl-C) ends the answer where it is."""
+        stop = self._stop(settings.stop) if settings.stop else None
 
         def run(keep: OnPass) -> None:
             decode(
@@ -152,9 +155,14 @@ class ChatModel:
                 mask_token_id=self.config.text_mask_token_id or 0,  # unused where the window is 1
                 window=settings.window,
                 max_new_tokens=settings.max_new_tokens,
+                alg=settings.alg,
                 threshold=settings.threshold,
+                product=settings.product,
                 eos_token_ids=self.end_tokens,
                 causal_attn=self.config.causal_attn,
+                warp=_warp(settings),
+                seed=settings.seed,
+                stop=stop,
                 on_tokens=lambda _, tokens: keep(tokens),
             )
 
@@ -184,6 +192,12 @@ class ChatModel:
 
         return self._timed(run, settings, on_pass)
 
+    def _stop(self, texts: tuple[str, ...]) -> Stop:
+        from transformers import StopStringCriteria
+
+        criteria = StopStringCriteria(self.tokenizer, list(texts))
+        return lambda tokens: criteria(tokens, None)
+
     def _timed(self, run: Callable[[OnPass], None], settings: Settings, on_pass: OnPass) -> Answer:
         tokens: list[int] = []
         accepted: list[int] = []
@@ -204,6 +218,20 @@ class ChatModel:
         cut = len(tokens) >= settings.max_new_tokens and tokens[-1] not in self.end_tokens
         text = self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return Answer(tokens, accepted, text, seconds, not (cut or interrupted), interrupted)
+
+
+def _warp(settings: Settings) -> Warp | None:
+    """The logits to draw from, by transformers' own rules and in its order; None: greedy."""
+    from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+    if not settings.temperature:
+        return None
+    warpers: list[Any] = [TemperatureLogitsWarper(settings.temperature)]
+    if settings.top_k is not None:
+        warpers.append(TopKLogitsWarper(settings.top_k))
+    if settings.top_p is not None:
+        warpers.append(TopPLogitsWarper(settings.top_p))
+    return lambda logits: reduce(lambda now, warper: warper(None, now), warpers, logits)
 
 
 class _Streamer:
