@@ -74,7 +74,8 @@ class LiveAnswer:
             print(text, end="", flush=True)
             return
         self._line.append(printable(text), style_of(self._passes))
-        while (cut := line_end(self._line.plain, self._console.width)) is not None:
+        width = self._console.width - 1  # a full line leaves terminals in doubt where their cursor is
+        while (cut := line_end(self._line.plain, width)) is not None:
             line, self._line = self._line.divide([cut])  # finished lines scroll up, above what is redrawn
             line.rstrip()
             self._live.update(self._picture())
