@@ -21,7 +21,8 @@ _UNFINISHED = "\ufffd"
 class TextStream:
     """Tokens to text as they come. A character that is split over tokens comes with the last of them.
 
-    The texts add up to `tokenizer.decode` of all tokens, special tokens left out.
+    The texts of all tokens add up to `tokenizer.decode` of them, special tokens left out. (Not quite for bytes that are
+    no text in a tokenizer with byte fallback: it then also takes back characters before them.)
     """
 
     def __init__(self, tokenizer: Any) -> None:
