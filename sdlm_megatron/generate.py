@@ -59,11 +59,12 @@ def settings_of(args: argparse.Namespace, chat: ChatModel) -> Settings:
     """What the command line asks for, completed by the folder; ConfigError names the option that does not fit."""
     config, folder = chat.config, chat.defaults
     alg = args.alg or (folder.get("sdlm_alg") or "prob_conf" if config.is_sdlm else "ar")
-    if alg != "ar" and not config.is_sdlm:
+    if not config.is_sdlm and (args.compare or alg != "ar"):
+        option = "--compare" if args.compare else f"--alg {alg}"
         raise CheckpointError(
-            f"--alg {alg} needs an SDLM folder, this is a plain {config.model_type}: its config.json has no block_size",
+            f"{option} needs an SDLM folder, this is a plain {config.model_type}: its config.json has no block_size",
             str(chat.folder),
-            "use --alg ar, or a folder that was trained as an SDLM",
+            "leave it out (--alg ar is what works), or name a folder that was trained as an SDLM",
         )
     if args.compare and alg == "ar":
         raise ConfigError("--compare sets SDLM's decoding beside ar", "--alg ar", "leave one of them out")
@@ -71,6 +72,10 @@ def settings_of(args: argparse.Namespace, chat: ChatModel) -> Settings:
         raise ConfigError("--compare compares greedy answers", "--temperature", "leave one of them out")
     if not args.temperature and (args.top_k is not None or args.top_p is not None):
         raise ConfigError("--top-k and --top-p choose what is sampled", "--temperature", "set it, e.g. 1")
+    if alg not in ALGORITHMS:
+        raise CheckpointError(
+            f"sdlm_alg is '{alg}'", f"{chat.folder}/generation_config.json", f"one of {', '.join(ALGORITHMS)}"
+        )
     window = args.n if args.n is not None else folder.get("sdlm_n") or config.block_size or 1
     threshold = args.threshold if args.threshold is not None else folder.get("sdlm_threshold")
     found = Settings(

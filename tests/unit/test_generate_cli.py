@@ -103,17 +103,26 @@ def test_piped_it_prints_the_text_and_nothing_else(folder: Path) -> None:
 
 
 def test_compare_piped(folder: Path, capsys: pytest.CaptureFixture) -> None:
-    main(["--model", str(folder), *BRIEF, "--prompt", PROMPT, "--compare", "--threshold", "0.5"])
+    prompt = "weather in delhi"
+    main(["--model", str(folder), *BRIEF, "--prompt", prompt, "--compare", "--threshold", "0.5"])
     out, err = map(figures, capsys.readouterr())
-    wanted = expected(folder, o.prompt_ids(PROMPT), threshold=0.5)
-    greedy = next(r for r in o.runs("trained_d4") if r["api"] == "plain_causal_greedy" and r["prompt"] == PROMPT)
-    ours, theirs = text_of(wanted.tokens[0]), text_of(greedy["out"][:40])
-    assert ours != theirs
-    lines = ["prob_conf, n = 4, threshold 0.5", *ours.split("\n"), one_line(wanted), ""]
-    assert out.replace("\u2421", "\x7f").splitlines()[: len(lines)] == lines
-    assert "ar: transformers' greedy generate" in out
-    assert "40 tokens in 40 passes: 1.00 a pass, ? tokens/s (cut at --max-new-tokens 40)" in out
-    assert re.search(r"the texts differ from character \d+ on: “.*” against “.*”\n[\d.]+ times the tokens/s of ar", err)
+    wanted = expected(folder, o.prompt_ids(prompt), threshold=0.5)
+    greedy = next(r for r in o.runs("trained_d4") if r["api"] == "plain_causal_greedy" and r["prompt"] == prompt)
+    theirs = text_of(greedy["out"])
+    count = len(theirs) + 1  # and the end token
+    assert out.splitlines() == [
+        "prob_conf, n = 4, threshold 0.5",
+        text_of(wanted.tokens[0]),
+        one_line(wanted),
+        "",
+        "ar: transformers' greedy generate",
+        theirs,
+        f"{count} tokens in {count} passes: 1.00 a pass, ? tokens/s",
+        "",
+    ]
+    place = "the texts differ from character 9 on: “it is sn[nny in delhi]…” against “it is sn[owy in delhi]…”"
+    assert place in err
+    assert re.search(r"\n\d+\.\d\d times the tokens/s of ar\n$", err)
 
 
 def test_compare_of_the_same_decoding_says_so(folder: Path, capsys: pytest.CaptureFixture) -> None:
@@ -176,17 +185,11 @@ def test_a_conversation_in_a_terminal(folder: Path) -> None:
     assert "the conversation is forgotten" in shown
     assert "no command /help: /reset, /quit" in shown
     assert shown.count(answer) == 2  # forgotten: the same again
-    assert one_line(second) in shown[shown.index("> repeat spark 2") :][-3]
+    assert shown[-3:] == [text_of(second.tokens[0]), one_line(second), "> /quit"]
     colours = [
         c for c in re.findall(r"38;5;(\d+)m", written.split(one_line(first)[:9])[-2]) if f"color({c})" in COLOURS
     ]
     assert set(colours) == {c[6:-1] for c in COLOURS[: len(first.accepted[0])]}
-
-
-def test_without_colour(folder: Path) -> None:
-    written, _ = in_terminal("--model", str(folder), *BRIEF, "--prompt", PROMPT, lines=[], NO_COLOR="1")
-    assert "38;5;" not in written
-    assert text_of(expected(folder, o.prompt_ids(PROMPT)).tokens[0]) in on_screen(written)
 
 
 WORDS = (
@@ -203,12 +206,17 @@ WORDS = (
 )
 
 
-@pytest.mark.parametrize("width", [20, 41])
-def test_live_view_leaves_the_whole_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, width: int) -> None:
+@pytest.mark.parametrize(("width", "no_colour"), [(20, ""), (61, "1")])
+def test_live_view_leaves_the_whole_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, width: int, no_colour: str
+) -> None:
     monkeypatch.setattr(view, "REDRAW_S", 0)
+    monkeypatch.setenv("NO_COLOR", no_colour)
     tokenizer = AutoTokenizer.from_pretrained(write_folder(tmp_path))
     text = " ".join(WORDS * 2)
-    console = Console(file=io.StringIO(), force_terminal=True, width=width, height=8, color_system="256")
+    console = Console(
+        file=io.StringIO(), force_terminal=True, width=width, height=8, color_system="256", highlight=False
+    )
     ids = list(text.encode())
     with view.LiveAnswer(console, tokenizer) as live:
         for i in range(0, len(ids), 3):
@@ -217,7 +225,8 @@ def test_live_view_leaves_the_whole_text(tmp_path: Path, monkeypatch: pytest.Mon
     lines = on_screen(written)
     assert max(view.cell_len(line) for line in lines) <= width
     assert "".join("".join(lines).split()) == "".join(view.printable(text).split())
-    assert "tokens/s" in written
+    assert "3 tokens in 1 pass" in written
+    assert ("38;5;" in written) is not bool(no_colour)
     assert "\x1b[2J" not in written  # what a model writes is shown, not obeyed
 
 
@@ -269,13 +278,15 @@ def test_sampling_and_stops(folder: Path, capsys: pytest.CaptureFixture) -> None
         return capsys.readouterr().out
 
     greedy = ask()
-    assert ask("--temperature", "3", "--top-k", "1") == greedy
-    assert ask("--temperature", "3", "--top-p", "1e-6") == greedy
+    alone = ask("--threshold", "1")
+    for one in (["--top-k", "1"], ["--top-p", "1e-6"]):  # the one token that is left is sure
+        assert ask("--temperature", "3", "--threshold", "1", *one) == alone
     hot = [ask("--temperature", "3", "--seed", seed) for seed in "112"]
     assert hot[0] == hot[1] != hot[2]
     assert ask("--stop", greedy[2:5]) == greedy[:5] + "\n"
-    slow = ask("--alg", "self_speculative"), ask("--threshold", "1")  # both say what slot 0 says
-    assert slow[0] == slow[1]
+    assert ask("--alg", "self_speculative") == alone  # what slot 0 says
+    main(["--model", str(folder), "--prompt", PROMPT, "--max-new-tokens", "5"])
+    assert "5 tokens in" in (err := capsys.readouterr().err) and "(cut at --max-new-tokens 5)" in err
 
 
 def test_a_published_folder_is_loaded_as_stock_qwen2(folder: Path, tmp_path: Path) -> None:
@@ -294,7 +305,7 @@ def test_a_plain_model_decodes_one_token_a_pass_and_says_so(plain: Path, capsys:
     out, err = capsys.readouterr()
     assert out == text_of(expected(plain, o.prompt_ids(PROMPT), n=1).tokens[0]) + "\n"
     assert "no SDLM keys in its config.json: plain next-token decoding" in err
-    assert "40 tokens in 40 passes" in err
+    assert "32 tokens in 32 passes" in err
     for options in (["--alg", "prob_conf"], ["--compare"]):
         with pytest.raises(UserError, match="ar"):
             main(["--model", str(plain), "--prompt", PROMPT, *options])
