@@ -109,7 +109,8 @@ def _one_pass(
         kept_rows=kept_rows,
     )
     uniform = None if settings.warp is None else uniforms(now.seeds, anchors[:, :, None] + 1 + ahead)
-    every, logits = choose(propose(step), settings.warp, uniform)  # (B, W, n)
+    logits = propose(step).float()
+    every = choose(logits, settings.warp, uniform)  # (B, W, n)
     if now.drafts:
         tokens = every[:, :, 0]
         kept = verified_prefix(tokens, now.ids.gather(1, anchors))
@@ -216,7 +217,8 @@ def decode(
         eos_token_ids: tokens that end a row.
         attention_mask: (B, P), 0 where padding.
         causal_attn: the model was trained with causal attention inside a block.
-        warp: draw tokens instead of taking the likeliest, from softmax(warp(logits)); see decode_rules.Warp.
+        warp: draw tokens instead of taking the likeliest, from softmax(warp(logits)); see decode_rules.Warp. How sure
+            a slot is does not depend on it.
         seed: row b draws with seed + b, a position always with the same number; None: from torch's generator.
         stop: ends a row early, e.g. at a string; asked about every proposed token. See Stop.
         use_cache: False feeds the whole row in every pass: the same tokens, slowly.

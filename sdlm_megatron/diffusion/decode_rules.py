@@ -14,25 +14,26 @@ Warp = Callable[[Tensor], Tensor]
 """(N, V) logits -> (N, V) logits: temperature, top-k, top-p; must not look at the tokens so far."""
 
 
-def choose(logits: Tensor, warp: Warp | None, uniform: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The token of every slot, int64 (…), and the logits (…, V) in float32 it was chosen by.
+def choose(logits: Tensor, warp: Warp | None, uniform: Tensor | None) -> Tensor:
+    """The token of every slot, int64 (…), from float32 logits (…, V).
 
     Greedy without `warp`. With it the token is drawn by inversion: the first whose cumulated probability passes
     `uniform` (…, float32 in [0, 1)).
     """
-    logits = logits.float()
     if warp is None:
-        return logits.argmax(-1), logits
+        return logits.argmax(-1)
     assert uniform is not None
-    logits = warp(logits.flatten(0, -2)).view(logits.shape)
-    up_to = logits.softmax(-1).cumsum(-1)
+    up_to = warp(logits.flatten(0, -2)).view(logits.shape).softmax(-1).cumsum(-1)
     # scaled by the total, which rounding keeps from being 1: a token without probability is never drawn
     tokens = torch.searchsorted(up_to, (uniform * up_to[..., -1])[..., None], right=True)[..., 0]
-    return tokens.clamp(max=logits.shape[-1] - 1), logits
+    return tokens.clamp(max=logits.shape[-1] - 1)
 
 
 def confidence(tokens: Tensor, logits: Tensor, alg: str) -> Tensor:
     """How sure each slot is, float32 in [0, 1]: its token's probability, or 1 - H / log V for entropy_conf.
+
+    Of the model's own distribution also where tokens are drawn from a warped one: top-k 1 leaves no doubt about any
+    token, and is to keep what greedy decoding keeps.
 
     Args:
         tokens: int64 (B, n).

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, TemperatureLogitsWarper, TopPLogitsWarper
+from transformers import AutoModelForCausalLM, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from sdlm_megatron.diffusion import decode_model
 from sdlm_megatron.diffusion.decode import ALGORITHMS, Decoded, decode
@@ -155,6 +155,15 @@ def test_sampling_depends_on_the_seed_alone(models: dict[str, Any]) -> None:
     rows = decode(model, ids.repeat(3, 1), seed=1, **options).tokens
     assert rows[0] == first.tokens[0]
     assert len({tuple(row) for row in rows}) == 3
+
+
+def test_sampling_without_a_choice_is_greedy(models: dict[str, Any]) -> None:
+    """Passes and accepted lengths too: how sure a slot is does not depend on what tokens are drawn from."""
+    model, ids = models["trained_d4"], torch.tensor([o.prompt_ids(WORDS[0])])
+    options = {"mask_token_id": o.MASK, "window": 4, "max_new_tokens": 24}
+    for alg in ALGORITHMS:
+        greedy = decode(model, ids, alg=alg, **options)
+        assert decode(model, ids, alg=alg, warp=lambda x: TopKLogitsWarper(1)(None, x), **options) == greedy
 
 
 def test_stop_rule_ends_a_row_inside_a_block(models: dict[str, Any]) -> None:

@@ -74,12 +74,11 @@ def test_draws_follow_the_distribution(warps: list) -> None:
         return x
 
     u = uniforms(torch.tensor([3]), torch.arange(40_000)[None])
-    tokens, used = choose(logits.expand(1, 40_000, 9), warp, u)
+    tokens = choose(logits.expand(1, 40_000, 9), warp, u)
     wanted = warp(logits[None])[0].softmax(-1)
-    torch.testing.assert_close(used[0, 0].softmax(-1), wanted)
     found = torch.bincount(tokens[0], minlength=9) / 40_000
     assert (found[wanted == 0] == 0).all()
     assert (found - wanted).abs().max() < 4 * np.sqrt(0.25 / 40_000)
     edge = torch.tensor([[0.0, 1 - 2**-24]])  # the ends of the range: the first and the last token that can come
-    first, last = choose(logits.expand(1, 2, 9), warp, edge)[0][0].tolist()
+    first, last = choose(logits.expand(1, 2, 9), warp, edge)[0].tolist()
     assert (first, last) == (wanted.nonzero()[0].item(), wanted.nonzero()[-1].item())
