@@ -20,10 +20,10 @@ SUITABLE := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13 python; do \
 	if $$p -c '$(SUITABLE)' >/dev/null 2>&1; then echo $$p; break; fi; done)
 
-.PHONY: help venv quickstart smoke test test-newest check lint format clean
+.PHONY: help venv quickstart smoke test test-newest test-transformers check lint format clean
 
 help:  ## this list
-	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 venv: $(STAMP)  ## makes .venv from constraints.txt (done by the others when needed)
 
@@ -55,6 +55,10 @@ test: $(STAMP)  ## all tests, then the smoke run (what CI runs)
 
 test-newest: $(STAMP)  ## the tests that use Megatron, with the newest Megatron-Core that is supported
 	PYTHONPATH=$$($(PY) tests/newest_megatron.py .cache) $(PY) -m pytest $(PYTEST_ARGS) tests/parity tests/distributed
+
+test-transformers: $(STAMP)  ## the tests of decoding and generate, with the oldest transformers that is supported
+	PYTHONPATH=$$($(PY) tests/oldest_transformers.py .cache) \
+		$(PY) -m pytest $(PYTEST_ARGS) tests/parity/test_generate.py tests/parity/test_decode_oracle.py
 
 check: lint test  ## lint, format, types, import contract, tests, smoke
 

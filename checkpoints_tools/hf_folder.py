@@ -7,14 +7,14 @@ The files are written by hand and never through `save_pretrained`: what transfor
 import hashlib
 import logging
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import sdlm_megatron.diffusion.decode
+import sdlm_megatron.diffusion
 from checkpoints_tools.model_card import model_card
 from checkpoints_tools.partial import BLOCK, Partial, default_workers, open_partial
 from checkpoints_tools.shards import Shard, index_json, plan_shards, shard_units
@@ -33,6 +33,7 @@ from sdlm_megatron.model.hf_folder import INDEX_NAME, HFConfig
 
 log = logging.getLogger(__name__)
 
+DECODING = Path(sdlm_megatron.diffusion.__file__).parent
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 CHECKSUMS = "SHA256SUMS"
 EMBEDDING = "model.embed_tokens.weight"
@@ -148,8 +149,10 @@ def _write_rest(
         if tokenizer:
             remarks.append(add_chat_template(folder, run.get("data", {}).get("system_prompt", DEFAULT_SYSTEM)))
         shutil.copyfile(HF_CODE / "modeling_sdlm.py", folder / "modeling_sdlm.py")
-        for file in sorted(Path(sdlm_megatron.diffusion.decode.__file__).parent.glob("decode*.py")):
+        for file in sorted(DECODING.glob("decode*.py")):
             shutil.copyfile(file, folder / file.name)
+        (folder / "custom_generate").mkdir(exist_ok=True)
+        shutil.copyfile(HF_CODE / "custom_generate.py", folder / "custom_generate" / "generate.py")
     for remark in filter(None, remarks):
         log.warning("%s", remark)
     write_text(folder / "README.md", model_card(config, dtype, run, name, [r for r in remarks if r]))
@@ -157,8 +160,8 @@ def _write_rest(
 
 def _write_checksums(folder: Path, known: Mapping[str, str]) -> None:
     """SHA256SUMS, as `sha256sum -c` reads it; the weights' were taken while they were written."""
-    files: Sequence[Path] = sorted(p for p in folder.iterdir() if p.is_file() and p.name != CHECKSUMS)
-    sums = {p.name: known.get(p.name) or hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+    files = {str(p.relative_to(folder)): p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != CHECKSUMS}
+    sums = {name: known.get(name) or hashlib.sha256(p.read_bytes()).hexdigest() for name, p in files.items()}
     write_text(folder / CHECKSUMS, "".join(f"{value}  {name}\n" for name, value in sums.items()))
 
 

@@ -55,6 +55,7 @@ def _keep_own_splitting(folder: Path) -> None:
     if not (folder / "tokenizer.json").is_file() or str(settings.get("tokenizer_class")).startswith("Qwen2Tok"):
         return
     settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    settings.setdefault("model_input_names", ["input_ids", "attention_mask"])  # Qwen2 takes no token types
     settings["auto_map"] = {"AutoTokenizer": [None, "tokenization_sdlm.SDLMTokenizerFast"]}
     write_json(path, settings)
     shutil.copyfile(HF_CODE / "tokenization_sdlm.py", folder / "tokenization_sdlm.py")

@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.text import Text
 
 from sdlm_megatron.errors import run_cli
 from sdlm_megatron.files import write_json
+from sdlm_megatron.observe.passes import coloured, pieces
 
 BATCH = 52
 
@@ -121,27 +121,18 @@ def measure(
             flush=True,
         )
         if setting.threshold is not None and not sample:
-            sample = coloured(tokenizer, heldout[0], answers[0], accepted[0])
+            answer = pieces(tokenizer, answers[0], accepted[0])
+            sample = {"prompt": prompts[0], "answer_tokens": answer, "expected": heldout[0]["expected"]}
     return rows, sample
-
-
-def coloured(tokenizer: Any, item: dict[str, str], answer: list[int], accepted: list[int]) -> dict[str, Any]:
-    """One answer, token by token, with the pass each token came in."""
-    passes = [number for number, count in enumerate(accepted, 1) for _ in range(count)]
-    tokens = [{"text": tokenizer.decode([t]), "pass": p} for t, p in zip(answer, passes, strict=False)]
-    return {"prompt": item["prompt"], "answer_tokens": tokens, "expected": item["expected"]}
 
 
 def show(sample: dict[str, Any]) -> None:
     """Prints the sample; tokens that came in one pass share a colour."""
-    colours = ("black on cyan", "black on yellow", "black on green", "black on magenta")
-    answer = Text()
-    for token in sample["answer_tokens"]:
-        answer.append(token["text"], style=colours[token["pass"] % len(colours)])
-    passes = len({token["pass"] for token in sample["answer_tokens"]})
-    console = Console()
-    console.print(f"\n  {sample['prompt']}", highlight=False)
-    console.print("  ", answer, f" ({len(sample['answer_tokens'])} tokens in {passes} passes)", sep="", highlight=False)
+    tokens = sample["answer_tokens"]
+    passes = len({token["pass"] for token in tokens})
+    console = Console(highlight=False)
+    console.print(f"\n  {sample['prompt']}", markup=False)
+    console.print("  ", coloured(tokens), f" ({len(tokens)} tokens in {passes} passes)", sep="", markup=False)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -44,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs the job and says where to look."""
     report = Pipeline(JOB).run()
     print(f"\nopen {report}   losses, mask, packing, quality against speed")
+    print(f"talk to it: python -m sdlm_megatron.generate --model {JOB.run_dir}/hf --compare")
     print(f"numbers: {JOB.run_dir}/metrics.jsonl, {JOB.run_dir}/evaluation.json, tensorboard/ and wandb/ beside them")
 
 

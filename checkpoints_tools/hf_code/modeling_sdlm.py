@@ -4,16 +4,14 @@ Load with `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`
 folder also loads as plain `Qwen2ForCausalLM`; then `generate` is ordinary next-token decoding.
 """
 
+# ruff: noqa: E402 (the version is checked before anything that an older one lacks is imported)
+
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import transformers
-from transformers import GenerationConfig, Qwen2ForCausalLM
-from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
-from transformers.utils import ModelOutput
-
-from .decode import Decoded, decode  # type: ignore[import-not-found]  # put beside this file by the exporter
 
 OLDEST = (4, 57)
 """Older versions load this class and then ignore the window's mask: wrong text without a word."""
@@ -21,8 +19,42 @@ OLDEST = (4, 57)
 if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < OLDEST:
     raise ImportError(
         f"SDLM needs transformers {OLDEST[0]}.{OLDEST[1]} or newer, this is {transformers.__version__}. "
-        "Update transformers, or load the folder as plain Qwen2ForCausalLM for next-token decoding."
+        "Update transformers; or, for next-token decoding, remove the folder's custom_generate and load it as plain "
+        "Qwen2ForCausalLM."
     )
+
+from transformers import DynamicCache, GenerationConfig, Qwen2ForCausalLM, StoppingCriteriaList
+from transformers.generation import GenerationMixin, LogitsProcessorList
+from transformers.generation.configuration_utils import GenerationMode
+from transformers.generation.stopping_criteria import (
+    ConfidenceCriteria,
+    EosTokenCriteria,
+    MaxLengthCriteria,
+    StopStringCriteria,
+)
+from transformers.utils import ModelOutput
+
+# Put beside this file by the exporter. All of them are named here because transformers 4 copies only what
+# this file itself imports, not what those files import.
+from .decode import ALGORITHMS, Decoded, decode  # type: ignore[import-not-found]
+from .decode_model import TransformersProposer  # type: ignore[import-not-found]  # noqa: F401
+from .decode_rules import Warp  # type: ignore[import-not-found]
+from .decode_step import Step  # type: ignore[import-not-found]  # noqa: F401
+
+WARPERS = (
+    "TemperatureLogitsWarper",
+    "TopKLogitsWarper",
+    "TopPLogitsWarper",
+    "TopHLogitsWarper",
+    "MinPLogitsWarper",
+    "TypicalLogitsWarper",
+    "EpsilonLogitsWarper",
+    "EtaLogitsWarper",
+    "SuppressTokensLogitsProcessor",
+    "InfNanRemoveLogitsProcessor",
+    "LogitNormalization",
+)
+"""transformers' processors that look at nothing but the logits of one place."""
 
 
 @dataclass
@@ -32,11 +64,41 @@ class SDLMOutput(ModelOutput):
     sequences: int64 (B, P + new), prompts and answers, shorter answers filled with the pad token.
     accepted: for each row the tokens it kept in each pass.
     passes: forward passes, a prefill of a long prompt included.
+    past_key_values: always empty; for callers that hand it to the next call, as transformers' server does.
     """
 
     sequences: torch.LongTensor | None = None
     accepted: list[list[int]] | None = None
     passes: int | None = None
+    past_key_values: DynamicCache | None = None
+
+
+@dataclass(frozen=True)
+class SDLMSettings:
+    """How to decode; the keys of generation_config.json are these names with `sdlm_` in front."""
+
+    alg: str
+    n: int
+    threshold: float
+    product: bool
+    seed: int | None
+    cache_implementation: str | None
+    streamer: Any
+
+    def check(self) -> None:
+        """ValueError that names the setting, its value and what it may be."""
+        whole = isinstance(self.n, int) and not isinstance(self.n, bool)
+        number = isinstance(self.threshold, int | float) and not isinstance(self.threshold, bool)
+        rules = {
+            "alg": (self.alg in ALGORITHMS, f"one of {', '.join(map(repr, ALGORITHMS))}"),
+            "n": (whole and self.n >= 1, "a whole number of at least 1"),
+            "threshold": (number and 0 <= self.threshold <= 1, "a number from 0 to 1"),
+            "product": (isinstance(self.product, bool), "True or False"),
+            "seed": (self.seed is None or isinstance(self.seed, int), "a whole number or None"),
+        }
+        for name, (good, choices) in rules.items():
+            if not good:
+                raise ValueError(f"sdlm_{name} must be {choices}, got {getattr(self, name)!r}")
 
 
 class SDLMForCausalLM(Qwen2ForCausalLM):
@@ -44,73 +106,123 @@ class SDLMForCausalLM(Qwen2ForCausalLM):
 
     def generate(  # type: ignore[override]
         self,
-        input_ids: torch.Tensor | None = None,
+        inputs: torch.Tensor | None = None,
         generation_config: GenerationConfig | None = None,
         *,
         sdlm_alg: str | None = None,
         sdlm_n: int | None = None,
         sdlm_threshold: float | None = None,
+        sdlm_product: bool | None = None,
+        sdlm_seed: int | None = None,
         streamer: Any = None,
+        tokenizer: Any = None,
         **kwargs: Any,
     ) -> Any:
-        """Generates as transformers does, with three more settings (also read from generation_config).
+        """Generates as transformers does, with five more settings, each also read from generation_config.
 
         Args:
-            sdlm_alg: "prob_conf" (several tokens a pass) or "ar" (transformers' own next-token decoding).
+            sdlm_alg: "prob_conf" (default) or "entropy_conf": keeps the tokens of a pass that are sure enough;
+                "self_speculative": drafts and verifies, the text is that of one token a pass; "ar": all of
+                transformers' own next-token decoding.
             sdlm_n: tokens proposed in one pass; default block_size.
-            sdlm_threshold: keep a token when its probability is above this; default 0.9.
+            sdlm_threshold: how sure, 0 to 1; default 0.9.
+            sdlm_product: the product of the confidences of all kept tokens must pass the threshold.
+            sdlm_seed: seed for do_sample; row b draws with seed + b. Default: from torch's generator.
 
-        Everything else as in transformers; prob_conf is greedy: sampling, beams, logits processors and
-        stopping criteria other than length and end tokens raise ValueError.
+        Sampling (temperature, top_k, top_p, min_p, …), stop_strings with tokenizer, stopping criteria that look
+        at the tokens only, num_return_sequences, max_time and a streamer for one row work as usual;
+        `cache_implementation="static"` keeps the shapes of all passes the same. Whatever needs the tokens so
+        far to change the logits (repetition_penalty, no_repeat_ngram_size, …), beams, assistants and
+        output_scores raise ValueError; `sdlm_alg="ar"` has them.
         """
         stored = (generation_config, self.generation_config)
-        alg = _setting(sdlm_alg, stored, "sdlm_alg", "prob_conf")
-        if "inputs" in kwargs:
-            input_ids = kwargs.pop("inputs")
-        if alg == "ar":
-            return super().generate(  # type: ignore[misc]  # the mixin wants a protocol of its own
-                input_ids, generation_config, streamer=streamer, **kwargs
-            )
-        if alg != "prob_conf":
-            raise ValueError(f"sdlm_alg must be 'prob_conf' or 'ar', got {alg!r}")
-        settings = {
-            "window": int(_setting(sdlm_n, stored, "sdlm_n", self.config.block_size)),
-            "threshold": float(_setting(sdlm_threshold, stored, "sdlm_threshold", 0.9)),
-            "streamer": streamer,
-        }
-        return super().generate(  # type: ignore[misc]
-            input_ids, generation_config, custom_generate=_prob_conf, sdlm_settings=settings, **kwargs
+        settings = SDLMSettings(
+            _first(sdlm_alg, stored, "sdlm_alg", "prob_conf"),
+            _first(sdlm_n, stored, "sdlm_n", self.config.block_size),
+            _first(sdlm_threshold, stored, "sdlm_threshold", 0.9),
+            _first(sdlm_product, stored, "sdlm_product", False),
+            _first(sdlm_seed, stored, "sdlm_seed", None),
+            _first(kwargs.get("cache_implementation"), stored, "cache_implementation", None),
+            streamer,
+        )
+        settings.check()
+        stock: Any = GenerationMixin.generate  # not super(): a stock Qwen2 comes here too, see custom_generate.py
+        if settings.alg == "ar":
+            return stock(self, inputs, generation_config, streamer=streamer, tokenizer=tokenizer, **kwargs)
+        _refuse_arguments(kwargs, settings.cache_implementation)
+        if settings.cache_implementation is not None:  # transformers would prepare a cache of its own
+            kwargs["cache_implementation"] = None
+        stop_strings = _first(kwargs.get("stop_strings"), stored, "stop_strings", None)
+        if stop_strings is not None:  # transformers loses the tokenizer on the way to custom code
+            kwargs["stop_strings"] = None
+            kwargs["stopping_criteria"] = _with_stop_strings(kwargs.get("stopping_criteria"), stop_strings, tokenizer)
+        return stock(self, inputs, generation_config, custom_generate=_sdlm, sdlm_settings=settings, **kwargs)
+
+    def load_custom_generate(self, *args: Any, **kwargs: Any) -> Any:
+        """None: the folder's custom_generate is for the stock class."""
+        raise OSError(f"{type(self).__name__} decodes by itself")
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: it never calls `generate` and would decode token by token without a word."""
+        raise NotImplementedError(
+            "continuous batching bypasses SDLM's decoding; use generate(), or load as Qwen2ForCausalLM"
         )
 
 
-def _setting(given: Any, stored: tuple[Any, ...], name: str, default: Any) -> Any:
+def _first(given: Any, stored: tuple[Any, ...], name: str, default: Any) -> Any:
     """The first that is set: the argument, the caller's generation_config, the folder's, the default."""
-    candidates = (given, *(getattr(config, name, None) for config in stored), default)
-    return next(value for value in candidates if value is not None)
+    candidates = (given, *(getattr(config, name, None) for config in stored))
+    return next((value for value in candidates if value is not None), default)
 
 
-def _refuse_unsupported(config: Any, logits_processor: Any, stopping_criteria: Any) -> None:
-    """Silence would be a wrong answer: whatever prob_conf cannot honour is named."""
-    bad = ["do_sample"] if config.do_sample else []
-    counts = {name: getattr(config, name, None) or 1 for name in ("num_beams", "num_return_sequences")}
-    bad += [f"{name}={count}" for name, count in counts.items() if count > 1]
-    bad += [type(item).__name__ for item in logits_processor or ()]
-    known = (MaxLengthCriteria, EosTokenCriteria)
-    bad += [type(item).__name__ for item in stopping_criteria or () if not isinstance(item, known)]
-    if bad:
-        raise ValueError(
-            f"sdlm_alg='prob_conf' decodes greedily and does not support: {', '.join(bad)}. "
-            "Leave these out or pass sdlm_alg='ar'."
-        )
+def _refuse(what: list[str]) -> None:
+    """Silence would be a wrong answer: whatever cannot be honoured is named."""
+    if what:
+        raise ValueError(f"SDLM's decoding does not support {', '.join(what)}. Leave out, or pass sdlm_alg='ar'.")
 
 
-def _token_ids(value: Any) -> list[int]:
-    if value is None:
-        return []
-    return [int(v) for v in value] if isinstance(value, list | tuple) else [int(value)]
+def _refuse_arguments(kwargs: dict[str, Any], cache_implementation: str | None) -> None:
+    names = ("assistant_model", "custom_generate", "inputs_embeds", "position_ids", "synced_gpus")
+    bad = [name for name in names if kwargs.get(name) is not None and kwargs[name] is not False]
+    cache = kwargs.get("past_key_values")
+    if cache is not None and cache.get_seq_length():
+        bad.append("past_key_values that hold tokens")
+    if cache_implementation not in (None, "dynamic", "dynamic_full", "static"):
+        bad.append(f"cache_implementation={cache_implementation!r}")
+    _refuse(bad)
 
 
-def _prob_conf(  # called by transformers' generate; a parameter named attention_mask would break that call
+def _refuse_configured(config: Any, processors: list[Any], criteria: list[Any]) -> None:
+    mode = config.get_generation_mode()
+    bad = [f"num_beams={config.num_beams}"] if (config.num_beams or 1) > 1 else []
+    if not bad and mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+        bad.append(mode.value)
+    flags = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
+    bad += [name for name in flags if getattr(config, name, None)]
+    known = WARPERS if config.do_sample else ()
+    bad += [type(item).__name__ for item in processors if type(item).__name__ not in known]
+    bad += [type(item).__name__ for item in criteria if isinstance(item, ConfidenceCriteria)]
+    _refuse(bad)
+
+
+def _with_stop_strings(criteria: Any, strings: Any, tokenizer: Any) -> StoppingCriteriaList:
+    if tokenizer is None:
+        raise ValueError(f"stop_strings={strings!r} needs tokenizer=…, the model's tokenizer")
+    return StoppingCriteriaList([*(criteria or ()), StopStringCriteria(tokenizer, strings)])
+
+
+def _warp(processors: list[Any]) -> Warp:
+    together: Any = LogitsProcessorList(processors)
+    no_tokens = torch.zeros(0, 0, dtype=torch.long)
+    return lambda logits: together(no_tokens, logits)
+
+
+def _stop(criteria: list[Any]) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    together: Any = StoppingCriteriaList(criteria)
+    return (lambda tokens: together(tokens, None)) if criteria else None
+
+
+def _sdlm(  # called by transformers' generate; a parameter named attention_mask would break that call
     model: Any,
     input_ids: torch.Tensor,
     logits_processor: Any = None,
@@ -119,43 +231,49 @@ def _prob_conf(  # called by transformers' generate; a parameter named attention
     sdlm_settings: Any = None,
     **model_kwargs: Any,
 ) -> Any:
-    _refuse_unsupported(generation_config, logits_processor, stopping_criteria)
-    input_ids = input_ids.to(model.device)
-    streamer, eos = sdlm_settings["streamer"], _token_ids(generation_config.eos_token_id)
+    settings, processors, criteria = sdlm_settings, list(logits_processor or ()), list(stopping_criteria or ())
+    _refuse_configured(generation_config, processors, criteria)
+    streamer, input_ids = settings.streamer, input_ids.to(model.device)
     if streamer is not None:
         if len(input_ids) > 1:
-            raise ValueError("a streamer shows one row: pass one prompt")
+            raise ValueError(f"a streamer shows one answer, these are {len(input_ids)}: pass one prompt, one sequence")
         streamer.put(input_ids.cpu())
-    cache = model_kwargs.get("past_key_values")
-    if cache is not None and (cache.get_seq_length() or not hasattr(cache, "crop")):
-        raise ValueError("prob_conf needs an empty cache it can cut back, e.g. DynamicCache, or none")
+    ends = [token for c in criteria if isinstance(c, EosTokenCriteria) for token in c.eos_token_id.flatten().tolist()]
+    lengths = [c.max_length for c in criteria if isinstance(c, MaxLengthCriteria)]
     result = decode(
         model,
         input_ids,
         mask_token_id=model.config.text_mask_token_id,
-        window=sdlm_settings["window"],
-        threshold=sdlm_settings["threshold"],
-        max_new_tokens=generation_config.max_length - input_ids.shape[1],
-        eos_token_ids=eos,
+        window=settings.n,
+        max_new_tokens=min(generation_config.max_length, *lengths) - input_ids.shape[1],
+        alg=settings.alg,
+        threshold=settings.threshold,
+        product=settings.product,
+        eos_token_ids=ends,
         attention_mask=model_kwargs.get("attention_mask"),
         causal_attn=bool(model.config.causal_attn),
-        cache=cache,
+        warp=_warp(processors) if generation_config.do_sample else None,
+        seed=settings.seed,
+        stop=_stop([c for c in criteria if not isinstance(c, EosTokenCriteria | MaxLengthCriteria)]),
+        use_cache=generation_config.use_cache is not False,
+        fixed_shape=settings.cache_implementation == "static",
         on_tokens=None if streamer is None else lambda _, ids: streamer.put(torch.tensor(ids)),
     )
     if streamer is not None:
         streamer.end()
-    pad = (_token_ids(generation_config.pad_token_id) or eos or [0])[0]
-    return _output(input_ids, result, pad, generation_config.return_dict_in_generate)
+    pad = generation_config.pad_token_id
+    return _output(input_ids, result, pad if pad is not None else (ends or [0])[0], generation_config)
 
 
-def _output(input_ids: torch.Tensor, result: Decoded, pad: int, as_dict: bool) -> Any:
+def _output(input_ids: torch.Tensor, result: Decoded, pad: int, config: Any) -> Any:
     longest = max(len(row) for row in result.tokens)
     new = torch.tensor([row + [pad] * (longest - len(row)) for row in result.tokens], device=input_ids.device)
     sequences = torch.cat([input_ids, new], dim=1)
-    if not as_dict:
+    if not config.return_dict_in_generate:
         return sequences
     return SDLMOutput(
         sequences=sequences,  # type: ignore[arg-type]
         accepted=result.accepted,
         passes=result.passes + result.prefill_passes,
+        past_key_values=DynamicCache(),
     )

@@ -1,27 +1,35 @@
-"""Confidence decoding (`prob_conf`): several tokens a forward pass, each as sure as the threshold asks.
+"""Decoding: several tokens a forward pass, as many as the algorithm finds sure. The one loop of this project.
 
-One pass feeds the newly committed tokens once, causally, which writes their keys and values, followed by a
-window: a copy of the last committed token and n-1 mask tokens, at positions p..p+n-1 (p: the last committed
-token's). Slot j of the window proposes token p+1+j. The window sees the committed tokens before p (not p
-itself: its copy in slot 0 stands for it) and itself, in both directions or, with `causal_attn`, backwards
-only. The longest prefix of slots that are sure enough is kept, the window leaves the cache, and so on. n =
-1 is plain next-token prediction: no window at all, one ordinary causal step.
+A window of n slots is a training block: slot 0 repeats a token x[p], its anchor, slots 1..n-1 are mask tokens, at
+positions p..p+n-1; slot j proposes x[p+1+j]; it sees the clean tokens before p and itself, in both directions or,
+with `causal_attn`, backwards only. Each pass feeds the tokens that are new since the last one, causally, which
+writes their keys and values, and beside them
 
-The exporter copies this file into the model folder as it is, so it imports nothing but torch (and, when no
-cache is given, the cache class of transformers). Shapes: B rows, P prompt tokens, C newly committed tokens
-of this pass (the longest row's, shorter rows padded on the left), K cached columns, n window slots, V
-vocabulary.
+- prob_conf, entropy_conf: one window at the last token. Its longest sure prefix is kept (decode_rules.py);
+- self_speculative: the kept token and n-1 drafts, and a window behind each of these n tokens. Slot 0 of window j
+  says what follows draft j; drafts that agree are kept, and the window behind the last kept token has the next
+  drafts. What comes out is what slot 0 alone would say, token by token;
+- ar, and n = 1: no window, one plain causal step.
+
+The exporter copies this file and its three neighbours into the model folder as they are, so they import nothing but
+torch and transformers. Shapes: B rows, P prompt tokens, T columns, W windows, n slots, V vocabulary.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-PREFILL_FROM = 2048
-"""Prompts longer than this first go through the model causally, so that no P x P mask is made."""
+from .decode_rules import Warp, choose, confidence, cut, sure_prefix, uniforms, verified_prefix
+from .decode_step import Proposer, Step
+
+ALGORITHMS = ("prob_conf", "entropy_conf", "self_speculative", "ar")
+
+Stop = Callable[[Tensor], Tensor]
+"""int64 (B, T) tokens of each row so far, filled on the left with the mask token -> bool (B,): the row ends here."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +43,7 @@ class Decoded:
     passes: int
     """Forward passes that proposed tokens: the most any row needed."""
     prefill_passes: int
-    """Forward passes before those: 1 for a prompt above PREFILL_FROM, else 0."""
+    """Forward passes before those: 1 for long prompts, else 0."""
 
     @property
     def tokens_per_pass(self) -> float:
@@ -43,124 +51,133 @@ class Decoded:
         return sum(map(len, self.tokens)) / max(1, sum(map(len, self.accepted)))
 
 
+@dataclass(frozen=True)
+class _Settings:
+    alg: str
+    window: int
+    threshold: float
+    product: bool
+    mask_token_id: int
+    eos: Tensor
+    warp: Warp | None
+    stop: Stop | None
+    use_cache: bool
+
+    @property
+    def speculates(self) -> bool:
+        return self.alg == "self_speculative" and self.window > 1
+
+
 @dataclass
 class _Rows:
-    """A batch between two passes; `ids` and `real` are what the next pass commits to the cache."""
+    """A batch between two passes."""
 
     ids: Tensor
-    """int64 (B, C): newly committed tokens, the last committed one in the last column."""
-    real: Tensor
-    """bool (B, C): False where a row has fewer than C of them."""
-    seen: Tensor
-    """bool (B, K): which cached columns hold a token of the row."""
+    """int64 (B, T), see Step."""
+    length: Tensor
+    """int64 (B,): prompt and kept tokens."""
     budget: Tensor
     """int64 (B,): tokens a row may still produce; 0 once it ended."""
-    padded: bool
-    """Whether some column, cached or new, is not real."""
+    cached: Tensor
+    """int64 (B,), see Step."""
+    seeds: Tensor
+    """int64 (B,)."""
+    drafts: int = 0
+    """How many draft tokens stand behind the kept ones."""
 
-    def positions(self) -> Tensor:
-        """int64 (B, C): position of each new token, counted over the real tokens of its row."""
-        return (self.seen.sum(1, keepdim=True) + self.real.cumsum(1) - 1).clamp(min=0)
-
-
-def window_mask(seen: Tensor, real: Tensor, window: int, causal_attn: bool) -> Tensor:
-    """Visibility of one pass: bool (B, C+n, K+C+n), [row, query, key], True = may attend.
-
-    Args:
-        seen: bool (B, K), real columns of the cache.
-        real: bool (B, C), real columns among the newly committed tokens; the last one is the window's anchor.
-        window: n, slots of the window.
-        causal_attn: slots see only themselves and earlier slots.
-    """
-    (rows, cached), new = seen.shape, real.shape[1]
-    mask = torch.zeros(rows, new + window, cached + new + window, dtype=torch.bool, device=seen.device)
-    chunk, slots = mask[:, :new], mask[:, new:]
-    chunk[:, :, :cached] = seen[:, None]
-    causal = torch.ones(new, new, dtype=torch.bool, device=seen.device).tril()
-    itself = torch.eye(new, dtype=torch.bool, device=seen.device)  # a row of the mask must not be empty
-    chunk[:, :, cached : cached + new] = (causal & real[:, None]) | itself
-    slots[:, :, :cached] = seen[:, None]
-    slots[:, :, cached : cached + new - 1] = real[:, None, :-1]
-    own = torch.ones(window, window, dtype=torch.bool, device=seen.device)
-    slots[:, :, cached + new :] = own.tril() if causal_attn else own
-    return mask
+    def map(self, change: Callable[[Tensor], Tensor]) -> "_Rows":
+        """The same with every tensor changed."""
+        tensors = (self.ids, self.length, self.budget, self.cached, self.seeds)
+        ids, length, budget, cached, seeds = (change(x) for x in tensors)
+        return _Rows(ids, length, budget, cached, seeds, self.drafts)
 
 
-def accept(logits: Tensor, threshold: float, budget: Tensor, eos_token_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Which proposals of a pass are kept.
-
-    Args:
-        logits: (B, n, V), slot j proposes the j-th next token.
-        threshold: a slot is sure when the probability of its token is strictly above this.
-        budget: int64 (B,), tokens a row may still produce.
-        eos_token_ids: int64 (E,), tokens that end a row.
-
-    Returns:
-        tokens int64 (B, n); kept int64 (B,): the longest prefix of sure slots, at least one (an unsure slot 0
-        is taken alone), cut after an end token and at the budget; the budget int64 (B,) left, 0 after an end.
-    """
-    confidence, tokens = logits.float().softmax(-1).max(-1)
-    sure = (confidence > threshold).long().cumprod(1).sum(1).clamp(min=1)
-    ends = torch.isin(tokens, eos_token_ids)
-    up_to_end = (ends.long().cumsum(1) - ends.long() == 0).sum(1)
-    kept = torch.minimum(torch.minimum(sure, up_to_end), budget)
-    slot = torch.arange(tokens.shape[1], device=tokens.device)
-    ended = (ends & (slot < kept[:, None])).any(1)
-    return tokens, kept, torch.where(ended, 0, budget - kept)
-
-
-def _forward(model: Any, rows: _Rows, cache: Any, window: int, mask_token_id: int, causal_attn: bool) -> Tensor:
-    """One pass: logits (B, n, V) of the proposals. The cache then holds the new tokens, not the window."""
-    positions, args = rows.positions(), {"past_key_values": cache, "use_cache": True}
-    if window == 1:
-        if rows.padded:
-            args |= {"attention_mask": torch.cat([rows.seen, rows.real], 1).long(), "position_ids": positions}
-        return model(input_ids=rows.ids, logits_to_keep=1, **args).logits
-    slots = torch.full((len(rows.ids), window), mask_token_id, dtype=torch.long, device=rows.ids.device)
-    slots[:, 0] = rows.ids[:, -1]
-    mask = window_mask(rows.seen, rows.real, window, causal_attn)[:, None]
-    if model.config._attn_implementation == "eager":  # adds the mask to the scores instead of selecting by it
-        lowest = torch.finfo(model.dtype).min
-        mask = torch.zeros(mask.shape, dtype=model.dtype, device=mask.device).masked_fill_(~mask, lowest)
-    ahead = torch.arange(window, device=positions.device)
-    logits = model(
-        input_ids=torch.cat([rows.ids, slots], 1),
-        position_ids=torch.cat([positions, positions[:, -1:] + ahead], 1),
-        attention_mask=mask,
-        logits_to_keep=window,
-        **args,
-    ).logits
-    cache.crop(-window)  # minus: "so many off the end" in every version; a positive length means two things
-    return logits
+def _one_pass(
+    propose: Proposer, settings: _Settings, now: _Rows, width: int, longest: int, kept_rows: Tensor | None
+) -> tuple[_Rows, Tensor]:
+    """One pass, without the host: the rows after it, and int64 (B, n + 2): tokens, how many are kept, budget left."""
+    ahead = torch.arange(settings.window, device=now.ids.device)
+    anchors = now.length[:, None] - 1 + (ahead if now.drafts else ahead[:1])
+    step = Step(
+        ids=now.ids,
+        end=now.length + now.drafts,
+        cached=now.cached,
+        width=width,
+        longest=longest,
+        anchors=anchors,
+        window=settings.window,
+        kept_rows=kept_rows,
+    )
+    uniform = None if settings.warp is None else uniforms(now.seeds, anchors[:, :, None] + 1 + ahead)
+    logits = propose(step).float()
+    every = choose(logits, settings.warp, uniform)  # (B, W, n)
+    if now.drafts:
+        tokens = every[:, :, 0]
+        kept = verified_prefix(tokens, now.ids.gather(1, anchors))
+    else:
+        tokens = every[:, 0]
+        sure = confidence(tokens, logits[:, 0], settings.alg)
+        kept = sure_prefix(sure, settings.threshold, settings.product)
+        kept = torch.ones_like(kept) if settings.speculates else kept
+    ids = now.ids.scatter(1, now.length[:, None] + ahead, tokens)
+    ends = torch.isin(tokens, settings.eos)
+    if settings.stop is not None:
+        ends |= _stopped(settings, ids, now.length, longest)
+    kept, budget = cut(kept, ends, now.budget)
+    length = now.length + kept
+    cached, drafts = now.length, 0
+    if settings.speculates:
+        window = (kept - 1).clamp(min=0) if now.drafts else torch.zeros_like(kept)
+        best = every[torch.arange(len(every), device=every.device), window, 1:]
+        ids = ids.scatter(1, length[:, None] + ahead[:-1], best)
+        cached, drafts = length - 1, settings.window - 1
+    if not settings.use_cache:
+        cached = torch.zeros_like(cached)
+    return _Rows(ids, length, budget, cached, now.seeds, drafts), torch.cat([tokens, kept[:, None], budget[:, None]], 1)
 
 
-def _prefill(model: Any, rows: _Rows, cache: Any) -> _Rows:
-    """Sends all but the last prompt token through the plain causal path."""
-    args: dict[str, Any] = {}
-    if rows.padded:
-        args = {"attention_mask": rows.real[:, :-1].long(), "position_ids": rows.positions()[:, :-1]}
-    model(input_ids=rows.ids[:, :-1], past_key_values=cache, use_cache=True, logits_to_keep=1, **args)
-    seen = torch.cat([rows.seen, rows.real[:, :-1]], 1)
-    return _Rows(rows.ids[:, -1:], rows.real[:, -1:], seen, rows.budget, rows.padded)
+def _stopped(settings: _Settings, ids: Tensor, length: Tensor, longest: int) -> Tensor:
+    """bool (B, n): whether the caller's rule ends the row after each of the proposals."""
+    assert settings.stop is not None
+    found, size = [], longest + settings.window
+    for slot in range(settings.window):
+        column = length[:, None] + slot + 1 - size + torch.arange(size, device=ids.device)
+        so_far = torch.where(column < 0, settings.mask_token_id, ids.gather(1, column.clamp(min=0)))
+        found.append(settings.stop(so_far))
+    return torch.stack(found, 1)
 
 
-def _start(input_ids: Tensor, attention_mask: Tensor | None, max_new_tokens: int) -> _Rows:
-    real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-    padded = not bool(real.all())
-    if padded and not bool(real[:, -1].all()):
-        raise ValueError("prompts of different length must be padded on the left (padding_side='left')")
-    budget = torch.full((len(input_ids),), max_new_tokens, device=input_ids.device)
-    return _Rows(input_ids, real, real[:, :0], budget, padded)
+def _start(input_ids: Tensor, attention_mask: Tensor | None, room: int, budget: int, seed: int | None) -> _Rows:
+    """Rows aligned at column 0, whichever side their padding was on."""
+    device = input_ids.device
+    real = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(device).ne(0).long()
+    order = real.argsort(dim=1, descending=True, stable=True)
+    ids = torch.nn.functional.pad(input_ids.gather(1, order), (0, room))
+    if seed is None:
+        seed = int(torch.randint(2**62, ()))
+    length = real.sum(1)
+    return _Rows(
+        ids=ids,
+        length=length,
+        budget=torch.full_like(length, budget),
+        cached=torch.zeros_like(length),
+        seeds=seed + torch.arange(len(real), device=device),
+    )
 
 
-def _check(model: Any, input_ids: Tensor, window: int, max_new_tokens: int) -> None:
+def _check(input_ids: Tensor, attention_mask: Tensor | None, settings: _Settings, max_new_tokens: int) -> None:
     if input_ids.dim() != 2 or not input_ids.numel():
         raise ValueError(f"input_ids must be (rows, tokens) with at least one token, got {tuple(input_ids.shape)}")
-    if window < 1 or max_new_tokens < 1:
-        raise ValueError(f"window and max_new_tokens must be at least 1, got {window} and {max_new_tokens}")
-    backend = model.config._attn_implementation
-    if window > 1 and backend not in ("sdpa", "eager"):
-        raise ValueError(f"a window needs attn_implementation 'sdpa' or 'eager' (dense masks), not '{backend}'")
+    if attention_mask is not None and attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"attention_mask must be {tuple(input_ids.shape)} like input_ids, got {tuple(attention_mask.shape)}"
+        )
+    if settings.alg not in ALGORITHMS:
+        raise ValueError(f"alg must be one of {', '.join(ALGORITHMS)}, got {settings.alg!r}")
+    if settings.window < 1 or max_new_tokens < 1:
+        raise ValueError(f"window and max_new_tokens must be at least 1, got {settings.window} and {max_new_tokens}")
+    if not 0 <= settings.threshold <= 1:
+        raise ValueError(f"threshold must be between 0 and 1, got {settings.threshold}")
 
 
 @torch.no_grad()
@@ -171,64 +188,141 @@ def decode(
     mask_token_id: int,
     window: int,
     max_new_tokens: int,
+    alg: str = "prob_conf",
     threshold: float = 0.9,
+    product: bool = False,
     eos_token_ids: Sequence[int] = (),
     attention_mask: Tensor | None = None,
     causal_attn: bool = False,
-    cache: Any = None,
+    warp: Warp | None = None,
+    seed: int | None = None,
+    stop: Stop | None = None,
+    use_cache: bool = True,
+    fixed_shape: bool | Callable[[Any], Any] = False,
     on_tokens: Callable[[int, list[int]], None] | None = None,
 ) -> Decoded:
-    """Continues each prompt greedily until an end token or exactly `max_new_tokens` tokens: one sync a pass.
+    """Continues each prompt until an end token or exactly `max_new_tokens` tokens; each row as if it were alone.
+
+    One transfer to the host a pass. Finished rows leave the batch.
 
     Args:
-        model: a causal LM of transformers whose attention is full and stock (Qwen2, Llama), in eval mode.
-        input_ids: int64 (B, P) prompts, padded on the left when their lengths differ.
+        model: a causal LM of transformers whose attention is full and stock (Qwen2, Llama), in eval mode, or a
+            Proposer.
+        input_ids: int64 (B, P) prompts, padded on either side when their lengths differ.
         mask_token_id: the token that fills the slots 1..n-1.
         window: n, tokens proposed in one pass; may differ from the block size of training.
-        threshold: keep a token when its probability is strictly above this; the first is always kept.
+        alg: one of ALGORITHMS; "ar" is window = 1.
+        threshold: keep a slot that is surer than this; the first is always kept. Unused by self_speculative.
+        product: the product of a prefix's confidences must be above the threshold, not each by itself.
         eos_token_ids: tokens that end a row.
         attention_mask: (B, P), 0 where padding.
         causal_attn: the model was trained with causal attention inside a block.
-        cache: an empty cache of transformers; None = a DynamicCache.
+        warp: draw tokens instead of taking the likeliest, from softmax(warp(logits)); see decode_rules.Warp. How sure
+            a slot is does not depend on it.
+        seed: row b draws with seed + b, a position always with the same number; None: from torch's generator.
+        stop: ends a row early, e.g. at a string; asked about every proposed token. See Stop.
+        use_cache: False feeds the whole row in every pass: the same tokens, slowly.
+        fixed_shape: True keeps every shape the same from the second pass on and finished rows in the batch; a
+            callable (torch.compile) is also given the function of one pass and returns what is run instead.
         on_tokens: called with (row, kept tokens) after each pass.
 
     Raises:
-        ValueError: right padding, an attention backend without dense masks, a size below 1.
+        ValueError: a setting out of range, wrong shapes, an attention backend without dense masks.
     """
-    _check(model, input_ids, window, max_new_tokens)
-    if cache is None:
-        from transformers import DynamicCache
-
-        cache = DynamicCache(config=model.config)
-    rows = _start(input_ids, attention_mask, max_new_tokens)
-    prefill_passes = int(window > 1 and input_ids.shape[1] > PREFILL_FROM)
-    if prefill_passes:
-        rows = _prefill(model, rows, cache)
     eos = torch.tensor(list(eos_token_ids), dtype=torch.long, device=input_ids.device)
-    new_tokens: list[list[int]] = [[] for _ in input_ids]
-    accepted: list[list[int]] = [[] for _ in input_ids]
-    passes, running = 0, True
-    while running:
-        logits = _forward(model, rows, cache, window, mask_token_id, causal_attn)
-        tokens, kept, budget = accept(logits, threshold, rows.budget, eos)
-        table = torch.cat([tokens, kept[:, None], budget[:, None]], 1).tolist()  # the one host sync of a pass
-        passes += 1
-        for row, (*proposed, count, _) in enumerate(table):
+    window = 1 if alg == "ar" else window
+    settings = _Settings(alg, window, threshold, product, mask_token_id, eos, warp, stop, use_cache)
+    _check(input_ids, attention_mask, settings, max_new_tokens)
+    room = max_new_tokens + 2 * window
+    now = _start(input_ids, attention_mask, room, max_new_tokens, seed)
+    lengths = now.length.tolist()
+    if not min(lengths):
+        raise ValueError(f"row {lengths.index(0)} of attention_mask has no token")
+    propose, prefilled = _proposer(model, now, settings, max(lengths), causal_attn, bool(fixed_shape))
+    loop = _Loop(propose, settings, lengths, fixed_shape, on_tokens)
+    return loop.run(now, prefilled)
+
+
+def _proposer(
+    model: Any, now: _Rows, settings: _Settings, longest: int, causal_attn: bool, fixed: bool
+) -> tuple[Proposer, bool]:
+    """The model as a Proposer, and whether it has taken all but the last token of each prompt already."""
+    if not isinstance(model, torch.nn.Module):
+        return model, False
+    from .decode_model import PREFILL_FROM, TransformersProposer
+
+    capacity = now.ids.shape[1] + settings.window**2 + 1 if fixed else 0
+    propose = TransformersProposer(
+        model, mask_token_id=settings.mask_token_id, causal_attn=causal_attn, capacity=capacity
+    )
+    prefilled = settings.use_cache and longest > PREFILL_FROM
+    if prefilled:
+        propose.prefill(now.ids[:, : longest - 1])
+        now.cached = now.length - 1
+    return propose, prefilled
+
+
+class _Loop:
+    """What the host keeps of a batch: plain numbers."""
+
+    def __init__(
+        self,
+        propose: Proposer,
+        settings: _Settings,
+        lengths: list[int],
+        fixed_shape: bool | Callable[[Any], Any],
+        on_tokens: Callable[[int, list[int]], None] | None,
+    ) -> None:
+        self.settings, self.lengths, self.on_tokens = settings, lengths, on_tokens
+        self.first = partial(_one_pass, propose, settings)
+        self.next = _keeping_outputs(fixed_shape(self.first)) if callable(fixed_shape) else self.first
+        self.fixed = bool(fixed_shape)
+        self.rows = list(range(len(lengths)))  # number of each row that is still in the batch
+        self.tokens: list[list[int]] = [[] for _ in lengths]
+        self.accepted: list[list[int]] = [[] for _ in lengths]
+
+    def run(self, now: _Rows, prefilled: bool) -> Decoded:
+        """Passes until every row has ended."""
+        width, passes = 1 if prefilled else max(self.lengths), 0
+        run, kept_rows = self.first, None
+        while True:
+            longest = now.ids.shape[1] if self.fixed else max(self.lengths) + now.drafts
+            now, table = run(now, width if self.settings.use_cache else longest, longest, kept_rows)
+            passes, run = passes + 1, self.next
+            counts, left = self._take(table.tolist())  # the one transfer to the host
+            if not any(left):
+                return Decoded(self.tokens, self.accepted, passes, int(prefilled))
+            now, kept_rows = self._drop_ended(now, left)
+            width = self.settings.window if self.fixed or now.drafts else max(counts)
+
+    def _take(self, table: list[list[int]]) -> tuple[list[int], list[int]]:
+        """Notes what a pass kept; returns how many tokens of each row, and its budget left."""
+        for i, (*proposed, count, _) in enumerate(table):
+            row = self.rows[i]
+            self.lengths[i] += count
             if count:
-                new_tokens[row] += proposed[:count]
-                accepted[row].append(count)
-                if on_tokens is not None:
-                    on_tokens(row, proposed[:count])
-        running = any(left for *_, left in table)
-        rows = _next_rows(rows, tokens, kept, budget, [count for *_, count, _ in table])
-    return Decoded(new_tokens, accepted, passes, prefill_passes)
+                self.tokens[row] += proposed[:count]
+                self.accepted[row].append(count)
+                if self.on_tokens is not None:
+                    self.on_tokens(row, proposed[:count])
+        return [line[-2] for line in table], [line[-1] for line in table]
+
+    def _drop_ended(self, now: _Rows, left: list[int]) -> tuple[_Rows, Tensor | None]:
+        """Takes ended rows out when a quarter of the batch is done: each time the cache is copied."""
+        alive = [i for i, budget in enumerate(left) if budget]
+        if self.fixed or 4 * len(alive) > 3 * len(left):
+            return now, None
+        self.rows, self.lengths = [self.rows[i] for i in alive], [self.lengths[i] for i in alive]
+        index = torch.tensor(alive, device=now.ids.device)
+        return now.map(lambda x: x[index]), index
 
 
-def _next_rows(rows: _Rows, tokens: Tensor, kept: Tensor, budget: Tensor, counts: list[int]) -> _Rows:
-    """Lays each row's first kept[b] tokens against the right edge of max(counts) columns."""
-    longest = max(counts)
-    column = torch.arange(longest, device=tokens.device)
-    index = column - longest + kept[:, None]  # below 0: this row kept fewer
-    ids = tokens.gather(1, index.clamp(min=0))
-    seen = torch.cat([rows.seen, rows.real], 1)
-    return _Rows(ids, index >= 0, seen, budget, rows.padded or min(counts) < longest)
+def _keeping_outputs(one_pass: Any) -> Any:
+    """A compiled pass whose results stay when it runs again: a CUDA graph writes to the same memory every time."""
+
+    def run(*args: Any) -> tuple[_Rows, Tensor]:
+        torch.compiler.cudagraph_mark_step_begin()
+        now, table = one_pass(*args)
+        return now.map(Tensor.clone), table.clone()
+
+    return run

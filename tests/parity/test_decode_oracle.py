@@ -5,10 +5,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM
 
-from sdlm_megatron.diffusion import decode as decode_module
-from sdlm_megatron.diffusion.decode import Decoded, accept, decode, window_mask
+from sdlm_megatron.diffusion import decode_model
+from sdlm_megatron.diffusion.decode import Decoded, decode
+from sdlm_megatron.diffusion.decode_model import TransformersProposer
+from sdlm_megatron.diffusion.decode_step import Step
 from sdlm_megatron.diffusion.mask import visible
 from tests.parity import decode_oracle as o
 
@@ -58,33 +60,64 @@ def got(result: Decoded) -> tuple[list[int], list[int], int]:
     return tokens, accepted, result.passes
 
 
-def prob_conf_runs(name: str) -> list[dict[str, Any]]:
-    return [r for r in o.runs(name) if r.get("alg") == "prob_conf"]
+def agrees(record: dict[str, Any], result: Decoded) -> bool:
+    """Equal ids, accepted lengths and passes.
+
+    In self-speculation the reference counts a token in the pass that verifies it, ours in the one that makes it: its
+    list is ours, one later and without our first token; so it may need one forward more to end.
+    """
+    mine, theirs = got(result), expected(record)
+    if record["alg"] != "self_speculative":
+        return mine == theirs
+    counts = mine[1][1:-1]
+    return (
+        mine[0] == theirs[0]
+        and counts == theirs[1][: len(counts)]
+        and len(theirs[1]) - len(counts) in (0, 1, 2)
+        and mine[2] in (record["forwards"], record["forwards"] - 1)
+    )
 
 
-# Counted, so that no run can go missing: matched / near ties / runs that show a reference defect.
-@pytest.mark.parametrize(("name", "counts"), [("random", (32, 0, 2)), ("trained_d4", (80, 0, 5))])
-def test_goldens(models: dict[str, Any], name: str, counts: tuple[int, int, int]) -> None:
-    matched = ties = quirks = 0
-    for record in prob_conf_runs(name):
+def golden_runs(name: str) -> list[dict[str, Any]]:
+    return [r for r in o.runs(name) if r.get("alg")]
+
+
+# Counted, so that no run can go missing: (equal, near ties, runs that show a reference defect) of each algorithm.
+COUNTS = {
+    "random": {"prob_conf": (32, 0, 2), "entropy_conf": (24, 0, 0), "self_speculative": (12, 0, 0)},
+    "trained_d4": {"prob_conf": (80, 0, 5), "entropy_conf": (60, 0, 0), "self_speculative": (30, 0, 0)},
+}
+
+
+@pytest.mark.parametrize("use_cache", [True, False], ids=["cached", "uncached"])
+@pytest.mark.parametrize("name", o.MODELS)
+def test_goldens(models: dict[str, Any], name: str, use_cache: bool) -> None:
+    found = {alg: [0, 0, 0] for alg in COUNTS[name]}
+    for record in golden_runs(name):
+        counts = found[record["alg"]]
         if record.get("quirk"):
-            quirks += 1
+            counts[2] += 1
             continue
         tau = 1.0 if record["only_first"] else record["threshold"]  # only_first: one token a pass, however sure
-        result = run(models[name], record["prompt"], record["n"], tau, record["max_gen"])
-        if got(result) == expected(record):
-            matched += 1
+        options = {"alg": record["alg"], "use_cache": use_cache}
+        result = run(models[name], record["prompt"], record["n"], tau or 0.0, record["max_gen"], **options)
+        if agrees(record, result):
+            counts[0] += 1
             continue
         closest = min(record["min_top2_prob_gap"], record["min_threshold_gap"])
-        assert closest < o.NEAR_TIE, (record["prompt"], record["n"], tau, got(result), expected(record))
-        ties += 1
-    assert (matched, ties, quirks) == counts
+        assert closest < o.NEAR_TIE, (record["prompt"], record["alg"], record["n"], tau, got(result), expected(record))
+        counts[1] += 1
+    assert {alg: tuple(counts) for alg, counts in found.items()} == COUNTS[name]
+    # the rest: the reference's n = 1, wrongly masked, and transformers' greedy, which n = 1 must be instead
+    rest = sorted(r["api"] for r in o.runs(name) if not r.get("alg"))
+    broken = {"random": 2, "trained_d4": 5}[name]
+    assert rest == ["SDLM_generate n=1 (HF generate, block_size 4 mask)"] * broken + ["plain_causal_greedy"] * 5
 
 
 @pytest.mark.parametrize("name", o.MODELS)
 def test_first_pass_confidences(models: dict[str, Any], name: str) -> None:
-    for record in prob_conf_runs(name):
-        if record.get("quirk"):
+    for record in golden_runs(name):
+        if record.get("quirk") or record["alg"] != "prob_conf":
             continue
         confidences, ids = record["conf"][0]
         ids_got, conf_got = first_window(models[name], record["prompt"], record["n"])
@@ -93,11 +126,13 @@ def test_first_pass_confidences(models: dict[str, Any], name: str) -> None:
 
 
 def first_window(model: Any, prompt: str, n: int) -> tuple[list[int], list[float]]:
-    rows = decode_module._start(torch.tensor([o.prompt_ids(prompt)]), None, 1)
+    ids = torch.tensor([o.prompt_ids(prompt)])
+    length = torch.tensor([ids.shape[1]])
+    propose = TransformersProposer(model, mask_token_id=o.MASK, causal_attn=False)
     with torch.no_grad():
-        logits = decode_module._forward(model, rows, DynamicCache(config=model.config), n, o.MASK, False)
-    best = logits.float().softmax(-1).max(-1)
-    return best.indices[0].tolist(), best.values[0].tolist()
+        logits = propose(Step(ids, length, length * 0, int(length), int(length), length[:, None] - 1, n, None))
+    best = logits[0, 0].float().softmax(-1).max(-1)
+    return best.indices.tolist(), best.values.tolist()
 
 
 @pytest.mark.parametrize("name", o.MODELS)
@@ -116,34 +151,47 @@ def test_n1_is_plain_greedy(models: dict[str, Any], name: str, attention: str) -
         models[name].set_attn_implementation("sdpa")
 
 
+def pass_mask(model: Any, end: int, cached: int, n: int, anchors: list[int], causal_attn: bool = False) -> np.ndarray:
+    """What one pass tells the model: visibility, bool (new + W n, end + W n)."""
+    seen: dict[str, torch.Tensor] = {}
+    hook = model.register_forward_pre_hook(lambda _, __, given: seen.update(given), with_kwargs=True)
+    at, where = torch.tensor([end]), torch.tensor([anchors])
+    step = Step(torch.zeros(1, end, dtype=torch.long), at, torch.tensor([cached]), end - cached, end, where, n, None)
+    try:
+        with torch.no_grad():
+            TransformersProposer(model, mask_token_id=o.MASK, causal_attn=causal_attn)(step)
+    finally:
+        hook.remove()
+    return (seen["attention_mask"][0, 0] == 0).numpy()
+
+
 @pytest.mark.parametrize("n", [2, 4, 8])
-def test_masks_equal_the_reference(n: int) -> None:
-    masks = np.load(o.oracle() / "tiny" / "inference_masks.npz")
-    none, checked = torch.zeros(1, 0, dtype=torch.bool), 0
+def test_masks_equal_the_reference(models: dict[str, Any], n: int) -> None:
+    masks, checked = np.load(o.oracle() / "tiny" / "inference_masks.npz"), 0
     for name in masks:
         kind, _, rest = name.partition(f"_n{n}")
         if not rest and kind == "conf_prefill":
-            prompt = masks[name].shape[0] - n
-            mine = window_mask(none, torch.ones(1, prompt, dtype=torch.bool), n, False)
+            cached, end = 0, masks[name].shape[0] - n
         elif kind == "conf_decode" and rest:
-            new = int(rest.removeprefix("_acc"))
-            cached = masks[name].shape[1] - new - n
-            seen = torch.ones(1, cached, dtype=torch.bool)
-            mine = window_mask(seen, torch.ones(1, new, dtype=torch.bool), n, False)
+            end = masks[name].shape[1] - n
+            cached = end - int(rest.removeprefix("_acc"))
         else:
             continue
-        np.testing.assert_array_equal(mine[0].numpy(), masks[name], err_msg=name)
+        mine = pass_mask(models["random"], end, cached, n, [end - 1])
+        np.testing.assert_array_equal(mine, masks[name], err_msg=name)
         checked += 1
     assert checked == {2: 3, 4: 4, 8: 4}[n]
 
 
 @pytest.mark.parametrize("causal_attn", [False, True])
-def test_mask_equals_the_training_mask(causal_attn: bool) -> None:
-    """A window after L tokens sees what a block at anchor L-1 sees."""
+def test_mask_equals_the_training_mask(models: dict[str, Any], causal_attn: bool) -> None:
+    """Windows are training blocks: one at the last token; and one behind each of n tokens, as self-speculation asks."""
     length, n = 9, 4
-    trained = visible(length, np.array([length - 1]), block_size=n, causal_attn=causal_attn)
-    none, real = torch.zeros(1, 0, dtype=torch.bool), torch.ones(1, length, dtype=torch.bool)
-    np.testing.assert_array_equal(window_mask(none, real, n, causal_attn)[0].numpy(), trained)
+    for anchors in ([length - 1], [length - 4, length - 3, length - 2, length - 1]):
+        trained = visible(length, np.array(anchors), block_size=n, causal_attn=causal_attn)
+        for cached in (0, 3, length - 4):
+            mine = pass_mask(models["random"], length, cached, n, anchors, causal_attn)
+            np.testing.assert_array_equal(mine, trained[cached:])
 
 
 def test_causal_window_slot0_is_plain_greedy(models: dict[str, Any]) -> None:
@@ -154,30 +202,9 @@ def test_causal_window_slot0_is_plain_greedy(models: dict[str, Any]) -> None:
     assert run(model, PROMPTS[0], 4, 1.0, 24).tokens != run(model, PROMPTS[0], 1, 0.9, 24).tokens
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("n", [1, 3, 4])
-def test_batched_equals_one_by_one(models: dict[str, Any], attention: str, n: int) -> None:
-    model = models["trained_d4"]
-    model.set_attn_implementation(attention)
-    prompts = [o.prompt_ids(p) for p in ("count 12 to 15", "spell cloud", "weather in delhi", "repeat spark 2")]
-    longest = max(map(len, prompts))
-    ids = torch.tensor([[o.PAD] * (longest - len(p)) + p for p in prompts])
-    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
-    options = {"mask_token_id": o.MASK, "window": n, "max_new_tokens": 30, "eos_token_ids": (o.EOS,)}
-    try:
-        together = decode(model, ids, attention_mask=mask, **options)
-        for row, prompt in enumerate(prompts):
-            alone = decode(model, torch.tensor([prompt]), **options)
-            assert together.tokens[row] == alone.tokens[0]
-            assert together.accepted[row] == alone.accepted[0]
-    finally:
-        model.set_attn_implementation("sdpa")
-    assert together.passes == max(map(len, together.accepted))
-
-
 def test_long_prompt_is_prefilled(models: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     whole = run(models["trained_d4"], PROMPTS[0], 4, 0.9, 40)
-    monkeypatch.setattr(decode_module, "PREFILL_FROM", 10)
+    monkeypatch.setattr(decode_model, "PREFILL_FROM", 10)
     split = run(models["trained_d4"], PROMPTS[0], 4, 0.9, 40)
     assert (split.tokens, split.accepted) == (whole.tokens, whole.accepted)
     assert (whole.prefill_passes, split.prefill_passes) == (0, 1)
@@ -191,75 +218,18 @@ def test_max_new_tokens_is_exact(models: dict[str, Any], max_new: int) -> None:
     assert sum(result.accepted[0]) == max_new
 
 
-def test_accept_rule() -> None:
-    """Strictly above; the longest sure prefix; slot 0 alone when unsure; cut at end token and budget."""
-    confidence = torch.tensor([[0.9, 0.9, 0.4, 0.9], [0.4, 0.9, 0.9, 0.9], [0.9] * 4, [0.9] * 4, [0.5, 0.9, 0.9, 0.9]])
-    of_token = torch.arange(10) == 3  # every slot proposes token 3, the other nine share the rest
-    logits = torch.where(of_token, confidence[..., None], (1 - confidence[..., None]) / 9).double().log()
-    logits[2, 1] = logits[2, 1].roll(4)  # row 2, slot 1 proposes 7, the end
-    tokens, kept, left = accept(logits.float(), 0.5, torch.tensor([9, 9, 9, 3, 0]), torch.tensor([7]))
-    assert tokens[0].tolist() == [3, 3, 3, 3]
-    assert tokens[2].tolist() == [3, 7, 3, 3]
-    assert kept.tolist() == [2, 1, 2, 3, 0]
-    assert left.tolist() == [7, 8, 0, 0, 0]
-
-
 def test_bad_arguments(models: dict[str, Any]) -> None:
     model, ids = models["random"], torch.tensor([[1, 2, 3]])
     options = {"mask_token_id": o.MASK, "window": 4, "max_new_tokens": 4}
-    with pytest.raises(ValueError, match="padded on the left"):
-        decode(model, ids, attention_mask=torch.tensor([[1, 1, 0]]), **options)
-    for bad in ({"window": 0}, {"max_new_tokens": 0}):
-        with pytest.raises(ValueError, match="at least 1"):
+    for bad, message in (
+        ({"window": 0}, "at least 1"),
+        ({"max_new_tokens": 0}, "at least 1"),
+        ({"alg": "confidence"}, "one of prob_conf, entropy_conf"),
+        ({"threshold": 1.5}, "between 0 and 1"),
+        ({"attention_mask": torch.ones(1, 2)}, r"must be \(1, 3\)"),
+        ({"attention_mask": torch.zeros(1, 3)}, "row 0 of attention_mask has no token"),
+    ):
+        with pytest.raises(ValueError, match=message):
             decode(model, ids, **(options | bad))
     with pytest.raises(ValueError, match="at least one token"):
         decode(model, ids[:, :0], **options)
-
-
-def test_generate_of_the_exported_class(models: dict[str, Any]) -> None:
-    model = models["trained_d4"]
-    ids = torch.tensor([o.prompt_ids(PROMPTS[0])])
-    assert (type(model).__name__, model.generation_config.sdlm_n) == ("SDLMForCausalLM", 4)
-    for n, tau in ((4, 0.9), (8, 0.5), (1, 0.9)):
-        mine = run(model, PROMPTS[0], n, tau, 40)
-        out = model.generate(ids, max_new_tokens=40, sdlm_n=n, sdlm_threshold=tau, return_dict_in_generate=True)
-        assert out.sequences[0].tolist() == ids[0].tolist() + mine.tokens[0]
-        assert (out.accepted, out.passes) == (mine.accepted, mine.passes)
-    assert model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=40).equal(
-        model.generate(ids, max_new_tokens=40, sdlm_alg="prob_conf", sdlm_n=4, sdlm_threshold=0.9)
-    )
-    plain = Qwen2ForCausalLM.from_pretrained(model.config._name_or_path)
-    greedy = plain.generate(ids, max_new_tokens=40)
-    assert model.generate(ids, max_new_tokens=40, sdlm_alg="ar").equal(greedy)
-    assert model.generate(ids, max_new_tokens=40, sdlm_n=1).equal(greedy)
-
-
-def test_generate_refuses_what_it_cannot_do(models: dict[str, Any]) -> None:
-    model, ids = models["trained_d4"], torch.tensor([o.prompt_ids(PROMPTS[0])])
-    for options, name in (
-        ({"do_sample": True}, "do_sample"),
-        ({"num_beams": 2}, "num_beams=2"),
-        ({"repetition_penalty": 1.5}, "RepetitionPenalty"),
-        ({"max_time": 9.0}, "MaxTime"),
-    ):
-        with pytest.raises(ValueError, match=name):
-            model.generate(ids, max_new_tokens=4, **options)
-    with pytest.raises(ValueError, match="sdlm_alg must be"):
-        model.generate(ids, max_new_tokens=4, sdlm_alg="entropy")
-
-
-def test_streamer_sees_every_token(models: dict[str, Any]) -> None:
-    class Collect:
-        def __init__(self) -> None:
-            self.seen: list[int] = []
-            self.ended = False
-
-        def put(self, value: torch.Tensor) -> None:
-            self.seen += value.flatten().tolist()
-
-        def end(self) -> None:
-            self.ended = True
-
-    streamer, ids = Collect(), torch.tensor([o.prompt_ids(PROMPTS[0])])
-    out = models["trained_d4"].generate(ids, max_new_tokens=20, streamer=streamer)
-    assert (streamer.seen, streamer.ended) == (out[0].tolist(), True)

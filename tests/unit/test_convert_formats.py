@@ -1,5 +1,6 @@
 """What the converters read and write: against the engine's own checkpoints, damaged files, foreign pickles."""
 
+import hashlib
 import json
 import os
 import pickle
@@ -116,10 +117,9 @@ def test_dtypes_and_checksums_of_an_export(tmp_path: Path, dtype: str) -> None:
     mcore_to_hf.convert(tmp_path / "mcore", tmp_path / "out", dtype=dtype, max_shard_bytes=10_000)
     assert_bitwise(tensors(tmp_path / "out"), {k: v.to(getattr(torch, dtype)) for k, v in tensors(hf).items()})
     assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == dtype
-    import hashlib
-
     sums = dict(line.split("  ")[::-1] for line in (tmp_path / "out" / "SHA256SUMS").read_text().splitlines())
-    files = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in (tmp_path / "out").iterdir()}
+    out = tmp_path / "out"
+    files = {str(p.relative_to(out)): hashlib.sha256(p.read_bytes()).hexdigest() for p in out.rglob("*") if p.is_file()}
     del files["SHA256SUMS"]
     assert sums == files
 

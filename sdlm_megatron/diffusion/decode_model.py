@@ -1,0 +1,161 @@
+"""One pass of decoding through a model of transformers, with a cache whose column is the token's position.
+
+Rows of a batch keep different numbers of tokens. Here every row writes at its own columns: a clean token at its
+position, the windows behind the row's last token, where the next pass overwrites them. So nothing is padded, cut
+or moved, and with `fixed_shape` no shape changes from pass to pass.
+
+The exporter copies this file into the model folder as it is. Shapes: B rows, C new clean tokens (the longest
+row's; shorter rows are filled on the left), W windows of n slots, K cache columns in use, V vocabulary.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache
+
+from .decode_step import Step
+
+PREFILL_FROM = 2048
+"""Prompts longer than this first go through the model causally, so that no P x P mask is made."""
+_GROW = 256
+
+
+class RowCache(Cache):
+    """Keys and values (B, heads, capacity, d) of every layer; each row writes where `write_at` says.
+
+    The last column is nobody's: the fill of shorter rows goes there.
+    """
+
+    def __init__(self, capacity: int, *, fixed: bool) -> None:
+        super().__init__(layers=[])
+        self.capacity, self.fixed = capacity, fixed
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+        self.write_at: tuple[Tensor, Tensor]
+        """Row int64 (B, 1) and column int64 (B, C + W n) of each token of the pass."""
+        self.used = 0
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple:
+        """Writes (B, heads, C + W n, d) at `write_at` and returns the first `used` columns."""
+        if layer_idx == len(self.keys):
+            self.keys.append(self._empty(key_states))
+            self.values.append(self._empty(value_states))
+        rows, columns = (x.to(key_states.device) for x in self.write_at)  # layers may live on several devices
+        found = []
+        for buffer, new in ((self.keys[layer_idx], key_states), (self.values[layer_idx], value_states)):
+            buffer[rows, :, columns] = new.transpose(1, 2)
+            found.append(buffer[:, :, : self.used])
+        return found[0], found[1]
+
+    def _empty(self, like: Tensor) -> Tensor:
+        buffer = like.new_zeros(like.shape[0], like.shape[1], self.capacity, like.shape[3])
+        if self.fixed:
+            torch._dynamo.mark_static_address(buffer)  # a CUDA graph may write to it
+        return buffer
+
+    def get_seq_length(self, *_: Any, **__: Any) -> int:
+        """0: positions and mask are always given."""
+        return 0
+
+    def reserve(self, columns: int) -> None:
+        """Makes room for `columns` columns in use."""
+        if columns >= self.capacity:
+            more = columns + 1 + max(_GROW, columns // 4) - self.capacity
+            self._replace(lambda x: torch.cat([x, x.new_zeros(*x.shape[:2], more, x.shape[3])], 2))
+            self.capacity += more
+
+    def keep_rows(self, rows: Tensor) -> None:
+        """Drops all rows but these, int64 (B',)."""
+        self._replace(lambda x: x[rows.to(x.device)])
+
+    def fill(self, prefix: Any) -> None:
+        """Takes over the columns of a DynamicCache."""
+        for layer in prefix.layers:
+            for buffers, states in ((self.keys, layer.keys), (self.values, layer.values)):
+                buffers.append(self._empty(states))
+                buffers[-1][:, :, : states.shape[2]] = states
+
+    def _replace(self, change: Any) -> None:
+        self.keys, self.values = [change(x) for x in self.keys], [change(x) for x in self.values]
+
+
+class TransformersProposer:
+    """Proposals of a stock causal LM (Qwen2, Llama) in eval mode. Raises ValueError for other attention backends."""
+
+    def __init__(self, model: Any, *, mask_token_id: int, causal_attn: bool, capacity: int = 0) -> None:
+        """`capacity`: columns of a cache that never grows; 0: it grows as rows do."""
+        backend = model.config._attn_implementation
+        if backend not in ("sdpa", "eager"):
+            raise ValueError(f"decoding needs attn_implementation 'sdpa' or 'eager' (dense masks), not '{backend}'")
+        self.model, self.mask_token_id, self.causal_attn = model, mask_token_id, causal_attn
+        self.cache = RowCache(capacity or _GROW, fixed=bool(capacity))
+
+    def prefill(self, ids: Tensor) -> None:
+        """Sends tokens (B, P) through the plain causal path, no mask needed: columns align at position 0."""
+        prefix = DynamicCache(config=self.model.config)
+        self.model(input_ids=ids, past_key_values=prefix, use_cache=True, logits_to_keep=1)
+        self.cache.reserve(ids.shape[1])
+        self.cache.fill(prefix)
+
+    def __call__(self, step: Step) -> Tensor:
+        """Logits (B, W, n, V) of the proposals; the cache then holds the new clean tokens."""
+        if step.kept_rows is not None:
+            self.cache.keep_rows(step.kept_rows)
+        windows = step.anchors.shape[1] if step.window > 1 else 0
+        used = step.longest + windows * step.window
+        if not self.cache.fixed:
+            self.cache.reserve(used)
+        self.cache.used = self.cache.capacity if self.cache.fixed else used
+        chunk = step.end[:, None] - step.width + torch.arange(step.width, device=step.end.device)  # positions (B, C)
+        real, positions = chunk >= step.cached[:, None], chunk.clamp(min=0)
+        ids, columns = step.ids.gather(1, positions), torch.where(real, positions, self.cache.capacity - 1)
+        visible = _up_to(positions, self.cache.used)
+        if windows:
+            slots = torch.arange(windows * step.window, device=chunk.device).view(windows, -1)
+            place = step.end[:, None, None] + slots  # columns (B, W, n)
+            tokens = torch.full_like(place, self.mask_token_id)
+            tokens[:, :, 0] = step.ids.gather(1, step.anchors)
+            ahead = step.anchors[:, :, None] + slots[0]
+            ids = torch.cat([ids, tokens.flatten(1)], 1)
+            positions = torch.cat([positions, ahead.flatten(1)], 1)
+            columns = torch.cat([columns, place.flatten(1)], 1)
+            visible = torch.cat([visible, window_rows(step.anchors, place, self.cache.used, self.causal_attn)], 1)
+        self.cache.write_at = torch.arange(len(columns), device=columns.device)[:, None], columns
+        logits: Tensor = self.model(
+            input_ids=ids,
+            position_ids=positions,
+            attention_mask=_additive(visible, self.model.dtype),
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=max(1, windows * step.window),
+        ).logits
+        return logits.unflatten(1, (max(1, windows), -1))
+
+
+def _up_to(positions: Tensor, columns: int) -> Tensor:
+    """What clean tokens see, bool (B, C, K): the columns up to their own."""
+    return torch.arange(columns, device=positions.device) <= positions[:, :, None]
+
+
+def window_rows(anchors: Tensor, place: Tensor, columns: int, causal_attn: bool) -> Tensor:
+    """What the slots of windows see: bool (B, W n, K).
+
+    Args:
+        anchors: int64 (B, W), position of the token whose copy is slot 0; its own column is hidden, the copy
+            stands for it.
+        place: int64 (B, W, n), column of each slot.
+        columns: K.
+        causal_attn: a slot sees only itself and earlier slots of its window.
+    """
+    column = torch.arange(columns, device=anchors.device)
+    prefix = (column < anchors[:, :, None])[:, :, None]
+    last = place if causal_attn else place[:, :, -1:].expand_as(place)
+    own = (column >= place[:, :, :1, None]) & (column <= last[..., None])
+    return (prefix | own).flatten(1, 2)
+
+
+def _additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    """The mask (B, 1, queries, keys) as eager attention adds it to the scores; sdpa takes the same."""
+    mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+    return mask.masked_fill_(~visible, torch.finfo(dtype).min)[:, None]

@@ -1,0 +1,34 @@
+"""An exported tiny model with a tokenizer and a chat template: what a user would load."""
+
+import json
+from pathlib import Path
+
+from checkpoints_tools.hf_folder import write_hf_folder
+from sdlm_megatron.model.hf_folder import open_tensors, read_hf_config
+from tests import byte_tokenizer
+from tests.parity import decode_oracle as o
+
+CHAT = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def export(model: str, out: Path) -> Path:
+    """Exports an oracle model with the byte tokenizer it was trained on."""
+    source, assets = o.oracle() / "tiny" / model, out.with_name(out.name + "_tokenizer")
+    byte_tokenizer.write_folder(assets)
+    definition = byte_tokenizer.definition()
+    definition["added_tokens"].pop()  # <tool_call> stands where these models have <text_mask>
+    (assets / "tokenizer.json").write_text(json.dumps(definition))
+    settings = json.loads((assets / "tokenizer_config.json").read_text())
+    (assets / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": CHAT}))
+    tensors = open_tensors(source)
+    pairs = ((name, tensors.get(name)) for name in tensors.names())
+    write_hf_folder(out, pairs, read_hf_config(source), assets=assets)
+    return out
+
+
+def messages(prompt: str) -> list[dict[str, str]]:
+    """The conversation whose rendering is decode_oracle.prompt_ids."""
+    return [{"role": "system", "content": "be brief."}, {"role": "user", "content": prompt}]

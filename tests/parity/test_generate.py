@@ -1,0 +1,362 @@
+"""`generate` of an exported folder: our class, and the stock one. Also run on the oldest transformers (make
+test-transformers), so nothing here may need a newer one."""
+
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    MaxLengthCriteria,
+    Qwen2ForCausalLM,
+    StoppingCriteriaList,
+    TextIteratorStreamer,
+    TextStreamer,
+    pipeline,
+)
+
+from checkpoints_tools.hf_folder import HF_CODE
+from sdlm_megatron.diffusion.decode import Decoded, decode
+from tests.parity import decode_oracle as o
+from tests.parity import exported
+
+PROMPTS = ("count 12 to 15", "repeat spark 2", "spell cloud", "weather in delhi")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("exported")
+    return {name: exported.export(name, root / f"{name}.v1") for name in o.MODELS}
+
+
+@pytest.fixture(scope="module")
+def models(folders: dict[str, Path]) -> dict[str, Any]:
+    return {
+        name: AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True) for name, folder in folders.items()
+    }
+
+
+@pytest.fixture
+def model(models: dict[str, Any]) -> Any:
+    return models["trained_d4"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folders: dict[str, Path]) -> Any:
+    return AutoTokenizer.from_pretrained(folders["trained_d4"])
+
+
+def prompt(text: str = PROMPTS[0]) -> torch.Tensor:
+    return torch.tensor([o.prompt_ids(text)])
+
+
+def library(model: Any, ids: torch.Tensor, **options: Any) -> Decoded:
+    """The repository's decoding of the same prompt."""
+    defaults = {"mask_token_id": o.MASK, "window": 4, "max_new_tokens": 30, "eos_token_ids": (o.EOS,)}
+    return decode(model, ids, **(defaults | options))
+
+
+def answer(model: Any, ids: torch.Tensor, **options: Any) -> list[int]:
+    """New tokens of one prompt."""
+    out = model.generate(ids, **({"max_new_tokens": 30} | options))
+    assert len(out) == 1 and out[0, : ids.shape[1]].equal(ids[0])
+    return out[0, ids.shape[1] :].tolist()
+
+
+def stock(folder: Path) -> Any:
+    """The stock class with its own `generate`, which transformers 4 replaces in any local folder, trusted or not."""
+    model = Qwen2ForCausalLM.from_pretrained(folder)
+    vars(model).pop("generate", None)
+    return model
+
+
+# --- decoding
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", o.MODELS)
+def test_is_the_library_s_decoding(models: dict[str, Any], name: str, attention: str) -> None:
+    model, seen = models[name], set()
+    model.set_attn_implementation(attention)
+    try:
+        for alg, n, tau, product in (
+            ("prob_conf", 4, 0.9, False),
+            ("prob_conf", 8, 0.3, False),
+            ("prob_conf", 4, 0.3, True),
+            ("entropy_conf", 4, 0.6, False),
+            ("self_speculative", 4, 0.9, False),
+            ("prob_conf", 1, 0.9, False),
+        ):
+            settings = {"sdlm_alg": alg, "sdlm_n": n, "sdlm_threshold": tau, "sdlm_product": product}
+            mine = model.generate(prompt(), max_new_tokens=30, return_dict_in_generate=True, **settings)
+            wanted = library(model, prompt(), alg=alg, window=n, threshold=tau, product=product)
+            assert mine.sequences[0].tolist() == prompt()[0].tolist() + wanted.tokens[0]
+            assert (mine.accepted, mine.passes) == (wanted.accepted, wanted.passes)
+            seen.add(str(mine.accepted))
+    finally:
+        model.set_attn_implementation("sdpa")
+    assert len(seen) > 3 or name == "random"  # the settings arrive; the random model is never sure
+
+
+@pytest.mark.parametrize("name", o.MODELS)
+def test_reference_s_logits_and_greedy_tokens(folders: dict[str, Path], models: dict[str, Any], name: str) -> None:
+    """The stock class and ours compute what the reference did; ar is the stock class' greedy decoding."""
+    plain, ours = stock(folders[name]), models[name]
+    with torch.no_grad():
+        assert plain(prompt()).logits.equal(ours(prompt()).logits)
+    for record in o.runs(name):
+        if record["api"] != "plain_causal_greedy":
+            continue
+        ids, options = prompt(record["prompt"]), {"max_new_tokens": 48, "eos_token_id": [o.EOS, o.PAD]}
+        greedy = answer(plain, ids, **options)
+        assert greedy[: -1 if greedy[-1] in (o.EOS, o.PAD) else None] == record["out"]
+        assert answer(ours, ids, sdlm_alg="ar", **options) == greedy
+        assert answer(ours, ids, sdlm_n=1, **options) == greedy
+    penalized = answer(plain, prompt(), repetition_penalty=9.0)
+    assert answer(ours, prompt(), sdlm_alg="ar", repetition_penalty=9.0) == penalized != answer(plain, prompt())
+
+
+@pytest.mark.parametrize("alg", ["prob_conf", "self_speculative"])
+@pytest.mark.parametrize("form", [{}, {"cache_implementation": "static"}, {"use_cache": False}])
+def test_batch_equals_one_by_one(model: Any, tokenizer: Any, alg: str, form: dict[str, Any]) -> None:
+    batch = [tokenizer.apply_chat_template(exported.messages(p), add_generation_prompt=True) for p in PROMPTS]
+    batch = [getattr(ids, "input_ids", ids) for ids in batch]  # transformers 5 returns all that the model takes
+    assert batch[0] == o.prompt_ids(PROMPTS[0])
+    inputs = tokenizer.pad({"input_ids": batch}, return_tensors="pt")
+    assert inputs.attention_mask[1, 0] == 0  # padded on the left
+    out = model.generate(**inputs, max_new_tokens=30, sdlm_alg=alg, **form)
+    for row, ids in enumerate(batch):
+        alone = answer(model, torch.tensor([ids]), sdlm_alg=alg)
+        mine = out[row, inputs.input_ids.shape[1] :].tolist()
+        assert mine[: len(alone)] == alone
+        assert set(mine[len(alone) :]) <= {model.generation_config.pad_token_id}
+
+
+def test_long_prompt(model: Any) -> None:
+    long = torch.cat([prompt().repeat(1, 42), prompt(PROMPTS[1])], 1)
+    assert long.shape[1] > 2048
+    out = model.generate(long, max_new_tokens=4, return_dict_in_generate=True)
+    wanted = library(model, long, max_new_tokens=4, use_cache=False)
+    assert out.sequences[0, long.shape[1] :].tolist() == wanted.tokens[0]
+    assert out.passes == wanted.passes + 1  # the prefill
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 6, 7])
+def test_lengths_are_exact(model: Any, length: int) -> None:
+    ids, full = prompt(), answer(model, prompt(), sdlm_threshold=0.5)
+    total = ids.shape[1] + length
+    limit = StoppingCriteriaList([MaxLengthCriteria(total)])
+    for options in ({"max_new_tokens": length}, {"max_new_tokens": None, "max_length": total}):
+        assert answer(model, ids, sdlm_threshold=0.5, **options) == full[:length]
+    assert answer(model, ids, sdlm_threshold=0.5, stopping_criteria=limit) == full[:length]
+
+
+# --- settings
+
+
+def test_settings_come_from_the_call_then_its_config_then_the_folder(model: Any) -> None:
+    def accepted(**options: Any) -> list[list[int]]:
+        out = model.generate(prompt(), max_new_tokens=30, return_dict_in_generate=True, **options)
+        return out.accepted
+
+    by_n = {n: library(model, prompt(), window=n).accepted for n in (2, 3, 4)}
+    config = GenerationConfig(max_new_tokens=30, eos_token_id=o.EOS, return_dict_in_generate=True, sdlm_n=3)
+    assert accepted() == by_n[4]
+    assert model.generate(prompt(), config).accepted == by_n[3]
+    assert model.generate(prompt(), config, sdlm_n=2).accepted == by_n[2]
+    assert len({str(a) for a in by_n.values()}) == 3
+    model.generation_config.sdlm_alg = "ar"
+    try:
+        assert answer(model, prompt()) == answer(model, prompt(), sdlm_n=1, sdlm_alg="prob_conf")
+    finally:
+        model.generation_config.sdlm_alg = "prob_conf"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sdlm_alg": "entropy"}, "sdlm_alg must be one of 'prob_conf', .*'ar', got 'entropy'"),
+        ({"sdlm_n": 0}, "sdlm_n must be a whole number of at least 1, got 0"),
+        ({"sdlm_n": 2.5}, "sdlm_n must be .* got 2.5"),
+        ({"sdlm_threshold": 1.5}, "sdlm_threshold must be a number from 0 to 1, got 1.5"),
+        ({"sdlm_product": "yes"}, "sdlm_product must be True or False, got 'yes'"),
+        ({"sdlm_seed": "x"}, "sdlm_seed must be a whole number or None, got 'x'"),
+        ({"num_beams": 2}, "num_beams=2"),
+        ({"prompt_lookup_num_tokens": 3}, "assisted_generation"),
+        ({"assistant_model": "self"}, "assistant_model"),
+        ({"repetition_penalty": 1.5}, "RepetitionPenaltyLogitsProcessor"),
+        ({"do_sample": True, "no_repeat_ngram_size": 2}, "NoRepeatNGramLogitsProcessor"),
+        ({"suppress_tokens": [65]}, "SuppressTokensLogitsProcessor"),  # without do_sample there is no warp
+        ({"min_new_tokens": 9}, "MinNewTokensLength"),
+        ({"output_scores": True, "return_dict_in_generate": True}, "output_scores"),
+        ({"cache_implementation": "offloaded"}, "cache_implementation='offloaded'"),
+        ({"stop_strings": "x"}, "stop_strings='x' needs tokenizer="),
+        ({"past_key_values": "full"}, "past_key_values that hold tokens"),
+        ({"inputs_embeds": torch.zeros(1, 3, 64)}, "inputs_embeds"),
+    ],
+)
+def test_what_cannot_be_done_is_named(model: Any, options: dict[str, Any], message: str) -> None:
+    if options.get("assistant_model"):
+        options = {"assistant_model": model}
+    if options.get("past_key_values"):
+        with torch.no_grad():
+            options = {"past_key_values": model(prompt(), use_cache=True).past_key_values}
+    with pytest.raises(ValueError, match=message):
+        model.generate(prompt(), max_new_tokens=4, **options)
+
+
+def test_continuous_batching_is_refused(model: Any) -> None:
+    with pytest.raises(NotImplementedError, match="bypasses SDLM"):
+        model.generate_batch([o.prompt_ids(PROMPTS[0])], GenerationConfig(max_new_tokens=4))
+    with pytest.raises(ValueError, match="cache_implementation='paged'"):
+        model.generate(prompt(), max_new_tokens=4, cache_implementation="paged")
+
+
+def test_an_older_transformers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    code = compile((HF_CODE / "modeling_sdlm.py").read_text(), "modeling_sdlm.py", "exec")
+    monkeypatch.setattr(sys.modules["transformers"], "__version__", "4.56.9")
+    with pytest.raises(ImportError, match="needs transformers 4.57 or newer, this is 4.56.9"):
+        exec(code, {"__name__": "modeling_sdlm"})
+
+
+# --- sampling
+
+
+def test_sampling_follows_the_seed_and_the_warpers(models: dict[str, Any]) -> None:
+    model = models["random"]
+
+    def warp(logits: torch.Tensor) -> torch.Tensor:
+        logits = logits / 0.7
+        return logits.masked_fill(logits < logits.topk(20).values[:, -1:], -float("inf"))
+
+    options = {"do_sample": True, "temperature": 0.7, "top_k": 20, "top_p": 1.0}
+    rows = [library(model, prompt(), warp=warp, seed=seed).tokens[0] for seed in (5, 6, 7)]
+    assert [answer(model, prompt(), sdlm_seed=seed, **options) for seed in (5, 6, 7)] == rows
+    several = model.generate(prompt(), max_new_tokens=30, num_return_sequences=3, sdlm_seed=5, **options)
+    assert [s[prompt().shape[1] :].tolist()[: len(r)] for s, r in zip(several, rows, strict=True)] == rows
+    assert len({str(row) for row in [*rows, answer(model, prompt())]}) == 4
+    narrow = {"do_sample": True, "top_k": 0, "sdlm_seed": 5}
+    for greedy in ({"top_p": 1e-6}, {"min_p": 1.0}, {"top_k": 1}):
+        assert answer(model, prompt(), **(narrow | greedy))[0] == answer(model, prompt())[0]
+    never = answer(model, prompt(), **(narrow | {"suppress_tokens": rows[0]}))
+    assert not set(never) & set(rows[0])
+
+
+def test_sampling_without_a_seed_follows_torch(models: dict[str, Any]) -> None:
+    drawn = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        drawn.append(answer(models["random"], prompt(), do_sample=True))
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+# --- ends
+
+
+def test_stop_strings(model: Any, tokenizer: Any) -> None:
+    full = tokenizer.decode(answer(model, prompt()))
+    assert full.startswith("10, 11, 12")
+    wanted = full[: full.index(", 12") + 4]
+    for alg in ("prob_conf", "self_speculative"):
+        options = {"stop_strings": ["zzz", ", 12"], "tokenizer": tokenizer, "sdlm_alg": alg, "sdlm_threshold": 0.5}
+        assert tokenizer.decode(answer(model, prompt(), **options)) == wanted
+    config = GenerationConfig(stop_strings=", 12", max_new_tokens=30, eos_token_id=o.EOS)
+    out = model.generate(prompt(), config, tokenizer=tokenizer)
+    assert tokenizer.decode(out[0, prompt().shape[1] :]) == wanted
+    two = tokenizer([tokenizer.decode(o.prompt_ids(p)) for p in PROMPTS[:2]], return_tensors="pt", padding=True)
+    out = model.generate(**two, max_new_tokens=30, stop_strings=[", 12", "ark s"], tokenizer=tokenizer)
+    texts = tokenizer.batch_decode(out[:, two.input_ids.shape[1] :], skip_special_tokens=True)
+    assert texts[0] == wanted and texts[1].endswith("ark s")
+
+
+def test_stopping_criteria_that_see_tokens(model: Any) -> None:
+    full = answer(model, prompt(), sdlm_threshold=0.5)
+    lengths = []
+
+    def at(tokens: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        lengths.append(tokens.shape[1])
+        return tokens[:, -1] == ord("2")
+
+    found = answer(model, prompt(), sdlm_threshold=0.5, stopping_criteria=StoppingCriteriaList([at]))
+    assert found == full[: full.index(ord("2")) + 1] and min(lengths) > prompt().shape[1]
+    assert len(answer(model, prompt(), max_time=1e-9)) == 1
+
+
+# --- streaming
+
+
+class Collect:
+    """A streamer that keeps what it is given."""
+
+    def __init__(self) -> None:
+        self.put_calls: list[list[int]] = []
+        self.ended = 0
+
+    def put(self, value: torch.Tensor) -> None:
+        self.put_calls.append(value.flatten().tolist())
+
+    def end(self) -> None:
+        self.ended += 1
+
+
+def test_streamer_sees_every_pass(model: Any) -> None:
+    streamer = Collect()
+    out = model.generate(prompt(), max_new_tokens=30, streamer=streamer, return_dict_in_generate=True)
+    assert [token for call in streamer.put_calls for token in call] == out.sequences[0].tolist()
+    assert [len(call) for call in streamer.put_calls[1:]] == out.accepted[0]
+    assert streamer.ended == 1
+    for options in ({"inputs": prompt().repeat(2, 1)}, {"inputs": prompt(), "num_return_sequences": 2}):
+        with pytest.raises(ValueError, match="a streamer shows one answer, these are 2"):
+            model.generate(**options, do_sample=True, max_new_tokens=4, streamer=Collect())
+
+
+def test_text_streamers(model: Any, tokenizer: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    text = tokenizer.decode(answer(model, prompt()), skip_special_tokens=True)
+    model.generate(prompt(), max_new_tokens=30, streamer=TextStreamer(tokenizer, skip_prompt=True))
+    assert text in capsys.readouterr().out
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True, timeout=60)
+    thread = threading.Thread(
+        target=model.generate, kwargs={"inputs": prompt(), "max_new_tokens": 30, "streamer": streamer}
+    )
+    thread.start()
+    parts = list(streamer)
+    thread.join()
+    assert "".join(parts) == text and len([part for part in parts if part]) > 3
+
+
+# --- ways in
+
+
+def test_the_stock_class_decodes_too_where_remote_code_is_trusted(
+    folders: dict[str, Path], models: dict[str, Any]
+) -> None:
+    """`transformers serve` loads the class that `architectures` names."""
+    trusted = Qwen2ForCausalLM.from_pretrained(folders["random"], trust_remote_code=True)
+    plain = stock(folders["random"])
+    assert type(trusted) is type(plain) is Qwen2ForCausalLM
+    block, greedy = (answer(models["random"], prompt(), sdlm_alg=alg) for alg in ("prob_conf", "ar"))
+    assert answer(trusted, prompt()) == block != greedy == answer(plain, prompt())
+    assert answer(trusted, prompt(), sdlm_alg="ar") == greedy
+    out = trusted.generate(input_ids=prompt(), max_new_tokens=30, return_dict_in_generate=True)
+    again = trusted.generate(prompt(), past_key_values=out.past_key_values, max_new_tokens=30)
+    assert again.equal(out.sequences)  # as the server of transformers 4 calls it
+
+
+def test_pipeline(folders: dict[str, Path], models: dict[str, Any], tokenizer: Any) -> None:
+    pipe = pipeline("text-generation", model=str(folders["random"]), trust_remote_code=True, device="cpu")
+    options = {"max_new_tokens": 20, "return_full_text": False, "do_sample": False}  # transformers 4 samples here
+    wanted = []
+    for text in PROMPTS:
+        out = models["random"].generate(prompt(text), max_new_tokens=20)[0, prompt(text).shape[1] :]
+        wanted.append(tokenizer.decode(out, skip_special_tokens=True))
+    assert pipe(exported.messages(PROMPTS[0]), **options)[0]["generated_text"] == wanted[0]
+    texts = [tokenizer.decode(o.prompt_ids(text)) for text in PROMPTS]
+    together = pipe(texts, batch_size=4, **options)
+    assert [rows[0]["generated_text"] for rows in together] == wanted
+    greedy = pipe(texts[0], sdlm_alg="ar", **options)[0]["generated_text"]
+    assert greedy != wanted[0]
