@@ -23,9 +23,7 @@ def export(model: str, out: Path) -> Path:
     (assets / "tokenizer.json").write_text(json.dumps(definition))
     settings = json.loads((assets / "tokenizer_config.json").read_text())
     (assets / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": CHAT}))
-    tensors = open_tensors(source)
-    pairs = ((name, tensors.get(name)) for name in tensors.names())
-    write_hf_folder(out, pairs, read_hf_config(source), assets=assets)
+    write_hf_folder(out, open_tensors(source), read_hf_config(source), assets=assets)
     return out
 
 
