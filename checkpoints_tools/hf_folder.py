@@ -52,7 +52,7 @@ class ExportPlan:
         """For --dry-run."""
         total, count = sum(s.size for s in self.shards), sum(len(s.tensors) for s in self.shards)
         lines = [f"  {s.file}  {s.size / 1e9:.3f} GB  {len(s.tensors)} tensors" for s in self.shards]
-        memory = f"memory   at most {3 * BLOCK * workers / 1e6:.0f} MB for {workers} workers, beside the program itself"
+        memory = f"memory   at most {4 * BLOCK * workers / 1e6:.0f} MB for {workers} workers, beside the program itself"
         return "\n".join([f"weights  {count} tensors in {self.dtype}, {total / 1e9:.3f} GB", *lines, memory])
 
 
@@ -105,7 +105,7 @@ def write_hf_folder(
         decode_window: default sdlm_n of `generate`; None = block_size.
         decode_threshold: default sdlm_threshold of `generate`.
         run: what the model card tells of the training (see sdlm_megatron.run_facts).
-        workers: files written at a time; None: `default_workers`. Each holds a few blocks of 32 MiB.
+        workers: files written at a time; None: `default_workers`. Each holds a few blocks of 8 MiB.
 
     Raises:
         CheckpointError: `out` exists or is being written, an unknown dtype, no embedding or one that contradicts

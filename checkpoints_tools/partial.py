@@ -25,7 +25,7 @@ from typing import Any
 from sdlm_megatron.errors import CheckpointError
 from sdlm_megatron.files import fsync, rename_whole, write_json
 
-BLOCK = 32 * 1024**2
+BLOCK = 8 * 1024**2
 """Bytes a worker reads and writes at a time."""
 
 
