@@ -109,7 +109,13 @@ def _run(config: RunConfig, plan: "Plan", dataset: "PackedDataset", profile_step
         save_config(config, run_dir / "config.yaml")
         sinks = Sinks.open(run_dir, config.observe, plan.state.step, run_config=asdict(config), resume_note=layout)
         show_mfu = peak_flops(groups.device_name) is not None
-        console = Console(steps=plan.steps, block_size=config.diffusion.block_size, show_mfu=show_mfu)
+        diffusion = config.diffusion
+        console = Console(
+            steps=plan.steps,
+            block_size=diffusion.block_size,
+            show_next_token=diffusion.next_token_weight > 0,
+            show_mfu=show_mfu,
+        )
     with sinks or nullcontext():
         Trainer(config, plan, engine, dataset, sinks, console, profiler).fit()
     close_groups()

@@ -115,7 +115,7 @@ class Trainer:
 
     def _load(self, consumed: int) -> list[MicroBatch]:
         """This rank's micro-batches of the step after `consumed` rows; every TP and PP rank of it reads the same."""
-        groups, seed = self.engine.groups, self.config.train.seed
+        groups, seed, weight = self.engine.groups, self.config.train.seed, self.config.diffusion.next_token_weight
         numbers = step_rows(
             consumed,
             self.state.rows_per_step,
@@ -124,7 +124,8 @@ class Trainer:
             dp_size=groups.dp_size,
             multiple=micro_batch_multiple(self.config.parallel),
         )
-        return [self.engine.prepare(load_micro_batch(self.dataset, n, seed=seed)) for n in numbers]
+        rows = (load_micro_batch(self.dataset, n, seed=seed, next_token_weight=weight) for n in numbers)
+        return [self.engine.prepare(row) for row in rows]
 
     def _advance(self, step: int) -> None:
         self.state = replace(self.state, step=step, consumed_rows=self._after(self.state.consumed_rows))
@@ -161,6 +162,7 @@ class Trainer:
             "steps": self.plan.steps,
             "loss": result.loss,
             **{f"loss_pos_{i}": x for i, x in enumerate(result.slot_loss, 1) if x is not None},
+            **({} if result.next_token_loss is None else {"loss_next_token": result.next_token_loss}),
             "grad_norm": result.grad_norm,
             "lr": result.lr,
             "targets": result.targets,
@@ -183,7 +185,7 @@ class Trainer:
             ModelShape.of(self.state.shape),
             tokens=sum(r.useful_tokens for r in steps),
             pairs=sum(r.visible_pairs for r in steps),
-            label_rows=sum(r.targets for r in steps),
+            label_rows=sum(r.targets + r.next_token_targets for r in steps),
         )
         groups = self.engine.groups
         return model_flops_utilization(flops, seconds, groups.world_size, peak_flops(groups.device_name))

@@ -27,6 +27,7 @@ POSITIVE = (
     "observe.log_every",
 )
 NOT_NEGATIVE = (
+    "diffusion.next_token_weight",
     "train.steps",
     "train.stop_after",
     "train.recompute_layers",

@@ -83,4 +83,11 @@ class SDLMModel(GPTModel):
         )
         with record_function("sdlm::head"):
             rows = hidden_states[batch.label_index, 0]
-            return label_losses(rows, weight, batch.label_targets, vocabulary, logits_mb=self.logits_mb)
+            return label_losses(
+                rows,
+                weight,
+                batch.label_targets,
+                vocabulary,
+                logits_mb=self.logits_mb,
+                counts=batch.label_weights,
+            )

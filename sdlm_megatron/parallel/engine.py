@@ -203,9 +203,9 @@ class Engine:
         return model(batch), partial(self._loss, batch)
 
     def _loss(self, batch: MicroBatch, losses: LabelLosses) -> tuple[torch.Tensor, torch.Tensor, dict]:
-        by_row = self.config.train.loss_normalization == "rows"
-        total, count = loss_terms(losses.total, batch.label_targets, by_row=by_row)
-        slots = slot_sums(losses.nll, batch.label_targets, batch.label_slots, self.config.diffusion.block_size)
+        by_row, size = self.config.train.loss_normalization == "rows", self.config.diffusion.block_size
+        total, count = loss_terms(losses.total, batch.label_targets, batch.label_slots, size, by_row=by_row)
+        slots = slot_sums(losses.nll, batch.label_targets, batch.label_slots, size + 1)
         return total, count, {"sums": torch.stack([total.detach().float(), count.float()]), "slots": slots}
 
     def _update(self) -> torch.Tensor:

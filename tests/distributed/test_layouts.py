@@ -66,7 +66,9 @@ def single(material: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
 def assert_equal(found: list[dict], wanted: list[dict], rel: float = 1e-5) -> None:
     assert [r["step"] for r in found] == [r["step"] for r in wanted]
     for mine, other in zip(found, wanted, strict=True):
-        for key in ("loss", "grad_norm", "loss_pos_1", "loss_pos_2", "loss_pos_3", "loss_pos_4"):
+        assert ("loss_next_token" in mine) == ("loss_next_token" in other)
+        keys = ("loss", "grad_norm", "loss_pos_1", "loss_pos_2", "loss_pos_3", "loss_pos_4", "loss_next_token")
+        for key in (k for k in keys if k in other):
             assert mine[key] == pytest.approx(other[key], rel=rel), f"step {mine['step']}, {key}"
         for key in ("targets", "useful_tokens", "documents", "consumed_rows", "epoch", "lr"):
             assert mine[key] == other[key], f"step {mine['step']}, {key}"
@@ -130,13 +132,32 @@ def test_logging_and_saving_at_other_steps_changes_nothing(
         assert 0 <= record["data_wait"] < record["step_time"]
 
 
+def test_clean_tokens_trained_too(material: tuple[Path, Path], single: list[dict], tmp_path: Path) -> None:
+    """DP2 with an empty row, head in chunks, against one process; slot losses of step 1 are those without."""
+    settings = {"diffusion.next_token_weight": 0.3, "train.steps": 3}
+    alone = run(material, tmp_path / "alone", 1, settings)
+    assert_equal(run(material, tmp_path / "spread", 2, {**settings, **OVERLAPPED, "train.logits_mb": 0.02}), alone)
+    first, plain = alone[0], single[0]
+    assert "loss_next_token" not in plain
+    assert all(first[k] == plain[k] for k in ("loss_pos_1", "loss_pos_2", "loss_pos_3", "loss_pos_4", "targets"))
+    assert first["loss"] > plain["loss"]
+    assert alone[-1]["loss_next_token"] < first["loss_next_token"]
+
+
 def test_tied_llama_shape_with_causal_blocks(tmp_path: Path) -> None:
-    """Tied embeddings on two stages, no biases, rows-mean loss, causal blocks: TP2+SP+PP2 against one process."""
+    """Tied embeddings on two stages, no biases, rows-mean loss of blocks and clean tokens, causal blocks: TP2+SP+PP2
+    against one process.
+    """
     material = (
         make_dataset(tmp_path / "data", rows=20),
         make_hf(tmp_path / "hf", tied=True, bias=False, causal_attn=True),
     )
-    settings = {"diffusion.causal_attn": True, "train.loss_normalization": "rows", "train.steps": 4}
+    settings = {
+        "diffusion.causal_attn": True,
+        "diffusion.next_token_weight": 0.5,
+        "train.loss_normalization": "rows",
+        "train.steps": 4,
+    }
     layout = {"parallel.tensor": 2, "parallel.pipeline": 2, "parallel.sequence": True}
     alone = run(material, tmp_path / "alone", 1, settings)
     assert_equal(run(material, tmp_path / "spread", 4, {**settings, **layout}), alone)
