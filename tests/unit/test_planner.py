@@ -187,13 +187,19 @@ def test_targets_of_clean_tokens_are_counted(tmp_path: Path):
     rows = [load_micro_batch(PackedDataset(path), n, seed=0, next_token_weight=1.0) for n in range(20)]
     work = dataset(str(path), causal_attn=False, next_token=True)
     assert round(work.row.label_rows * 20) == sum(len(r.label_index) for r in rows)
-    drawn, of = 0, 0
-    for i in range(300):
-        starts = draw_starts(np.arange(300), block_count(440, 300, 5632, 4, 3), seed=0, epoch=0, document=i)
-        tokens, layout = pack_row([(i, np.zeros(440, np.int32), starts + 100)], block_size=4, mask_token_id=0)
-        drawn, of = drawn + int((next_token_targets(tokens, layout, 1) != IGNORE).sum()), of + 300
-    trained = mixture(4, False, GIVEN, next_token=True)
-    assert drawn / of == pytest.approx(trained.row.next_token_targets / trained.row.response, rel=0.02)
+    for repeat in (1, 2):
+        assumed = assume(["length_spread=0", f"repeat={repeat}"])
+        length = round(assumed.clean_tokens / assumed.documents)
+        anchors = np.arange(length)[-round(assumed.response_share * length) - 1 : -1]
+        n, found = block_count(length, len(anchors), 5632, 4, repeat), 0
+        for i in range(100):
+            starts = draw_starts(anchors, n, seed=0, epoch=0, document=i)
+            row = pack_row([(i, np.zeros(length, np.int32), starts)], block_size=4, mask_token_id=0)
+            found += int((next_token_targets(*row, eos_token_id=1) != IGNORE).sum())
+        estimate = mixture(4, False, assumed, next_token=True).row
+        share = estimate.next_token_targets / estimate.response
+        assert 0.6 < share < 0.95
+        assert found / 100 / len(anchors) == pytest.approx(share, rel=0.01)
     on = load_config(RunConfig, "sdlm_3b_d4", ["--diffusion.next_token_weight=0.1"], PRESETS)
     more = Planner(on, workload(on, "", GIVEN), device_of("h100", GIVEN), GIVEN)
     less = planner("sdlm_3b_d4")
