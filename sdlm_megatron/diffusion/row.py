@@ -37,6 +37,8 @@ class MicroBatch:
     """How the layers attend over this row; None: the model builds it from the layout."""
     label_weights: torch.Tensor | None = None
     """float32 (N,) what each target's loss counts; None: 1 each."""
+    logits: bool = False
+    """Asks the model for the logits of the label rows, not for their losses."""
 
     def to(self, device: torch.device | str) -> "MicroBatch":
         """A copy on `device`."""

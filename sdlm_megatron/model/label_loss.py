@@ -64,6 +64,16 @@ def label_losses(
     return LabelLosses(*_LabelLoss.apply(hidden, weight, targets, counts, vocabulary, rows, torch.is_grad_enabled()))
 
 
+def label_logits(hidden: torch.Tensor, weight: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
+    """Logits (N, V) of hidden states (N, hidden) over the whole vocabulary, padding included, on all of `group`."""
+    mine = hidden @ weight.t()
+    if group is None:
+        return mine
+    parts = [torch.empty_like(mine) for _ in range(group.size())]
+    dist.all_gather(parts, mine, group=group)
+    return torch.cat(parts, dim=1)
+
+
 class _LabelLoss(torch.autograd.Function):
     @staticmethod
     def forward(
