@@ -79,6 +79,7 @@ def _run(config: RunConfig, plan: "Plan", dataset: "PackedDataset", profile_step
     from sdlm_megatron.observe.sinks import Sinks
     from sdlm_megatron.parallel.engine import Engine
     from sdlm_megatron.parallel.groups import close_groups, init_groups
+    from sdlm_megatron.samples import Sampler
     from sdlm_megatron.trainer import Trainer
 
     groups = init_groups(config.parallel, seed=config.train.seed)
@@ -116,8 +117,9 @@ def _run(config: RunConfig, plan: "Plan", dataset: "PackedDataset", profile_step
             show_next_token=diffusion.next_token_weight > 0,
             show_mfu=show_mfu,
         )
+    sampler = Sampler(engine, plan.state, dataset, plan.assets) if config.observe.sample_every else None
     with sinks or nullcontext():
-        Trainer(config, plan, engine, dataset, sinks, console, profiler).fit()
+        Trainer(config, plan, engine, dataset, sinks, console, profiler, sampler).fit()
     close_groups()
 
 

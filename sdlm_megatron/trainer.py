@@ -23,6 +23,7 @@ from sdlm_megatron.observe.profile import StepProfiler
 from sdlm_megatron.observe.sinks import Sinks
 from sdlm_megatron.parallel.engine import Engine, device_peak_memory_gb
 from sdlm_megatron.parallel.results import QueuedStep, StepResult
+from sdlm_megatron.samples import Sampler, lines_of
 from sdlm_megatron.start import Plan, micro_batch_multiple
 
 
@@ -36,6 +37,7 @@ class Trainer:
         dataset: the packed rows.
         sinks, console: given on the main process only.
         profiler: given on all processes where steps are to be profiled.
+        sampler: given on all processes where samples are wanted (observe.sample_every).
     """
 
     def __init__(
@@ -47,9 +49,10 @@ class Trainer:
         sinks: Sinks | None,
         console: Console | None,
         profiler: StepProfiler | None = None,
+        sampler: Sampler | None = None,
     ) -> None:
         self.config, self.plan, self.engine, self.dataset = config, plan, engine, dataset
-        self.sinks, self.console, self.profiler = sinks, console, profiler
+        self.sinks, self.console, self.profiler, self.sampler = sinks, console, profiler, sampler
         self.state = plan.state
         self.run_dir = Path(config.run_dir)
         self._queued: list[QueuedStep] = []
@@ -71,6 +74,7 @@ class Trainer:
     def _train(self, last: int, data: Prefetch) -> None:
         log_every, save_every = self.config.observe.log_every, self.config.checkpoint.save_every
         self._begin_window(data)
+        sample_every = self.config.observe.sample_every
         first = self.state.step + 1
         for step in range(first, last + 1):
             if self.profiler is not None:
@@ -86,13 +90,16 @@ class Trainer:
             log = step % log_every == 0 or step == last
             save = step == last or (save_every > 0 and step % save_every == 0)
             profiled = self.profiler is not None and step == self.profiler.last
-            if log or save or profiled:  # only here does the host wait for the device
+            sample = self.sampler is not None and (step % sample_every == 0 or step == last)
+            if log or save or profiled or sample:  # only here does the host wait for the device
                 self._window += self.engine.results(self._queued)
                 self._queued = []
             if self.profiler is not None:
                 self._end_of_profiled_step(self.profiler, step)
             if log:
                 self._log(step, data)
+            if sample and self.sampler is not None:
+                self._sample(self.sampler, step)
             if save:
                 self._save(step)
 
@@ -195,6 +202,14 @@ class Trainer:
         page = profiler.after(step)
         if page is not None:
             print(f"{page}written to {profiler.folder}", flush=True)
+        self._window_start += time.perf_counter() - started  # not a step's time
+
+    def _sample(self, sampler: Sampler, step: int) -> None:
+        started = time.perf_counter()
+        record = sampler()
+        if self.sinks is not None:
+            self.sinks.log_samples(step, record)
+            print(lines_of(record), flush=True)
         self._window_start += time.perf_counter() - started  # not a step's time
 
     def _save(self, step: int) -> None:

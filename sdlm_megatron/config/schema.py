@@ -157,6 +157,9 @@ class ObserveConfig:
     wandb: str = "disabled"
     """disabled | offline | online."""
     wandb_project: str = "sdlm_megatron"
+    sample_every: int = 0
+    """Steps between samples: four prompts of the dataset decoded with the weights of that step, a forward pass of a
+    whole row for each of up to 32 passes. 0: none."""
 
 
 @dataclass

@@ -1,11 +1,12 @@
 """The same ten steps under every layout, from one set of weights: losses and gradient norms agree."""
 
+import json
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import make_dataset, make_hf, read_metrics, train
+from helpers import EOS, MASK, make_dataset, make_hf, read_metrics, run_python, train
 from torch.distributed.checkpoint import FileSystemReader, TensorStorageMetadata, load
 
 pytestmark = pytest.mark.distributed
@@ -30,7 +31,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, object]]] = {
         2,
         {"parallel.pipeline": 2, "train.recompute": "full", "train.recompute_layers": 1},
     ),
-    "DP2 overlapped": (2, OVERLAPPED),
+    "DP2 overlapped, with samples": (2, {**OVERLAPPED, "observe.sample_every": 5}),
     "TP4, more than KV heads": (4, {"parallel.tensor": 4}),
 }
 
@@ -59,8 +60,22 @@ def run(material: tuple[Path, Path], run_dir: Path, processes: int, settings: di
 
 
 @pytest.fixture(scope="module")
-def single(material: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
-    return run(material, tmp_path_factory.mktemp("single") / "run", *LAYOUTS["TP1"])
+def single_run(material: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One process, with samples: layouts without must train the same, those with must say the same."""
+    folder = tmp_path_factory.mktemp("single") / "run"
+    run(material, folder, 1, {"observe.sample_every": 5})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def single(single_run: Path) -> list[dict]:
+    return read_metrics(single_run)
+
+
+def samples(run_dir: Path) -> dict[int, list[dict]]:
+    """What samples.jsonl holds, by step."""
+    lines = (run_dir / "samples.jsonl").read_text().splitlines()
+    return {r["step"]: r["samples"] for r in map(json.loads, lines)}
 
 
 def assert_equal(found: list[dict], wanted: list[dict], rel: float = 1e-5) -> None:
@@ -82,9 +97,14 @@ def test_the_single_process_run_learns(single: list[dict]) -> None:
 
 @pytest.mark.parametrize("name", [n for n in LAYOUTS if n != "TP1"])
 def test_layout_equals_single_process(
-    name: str, material: tuple[Path, Path], single: list[dict], tmp_path: Path
+    name: str, material: tuple[Path, Path], single_run: Path, single: list[dict], tmp_path: Path
 ) -> None:
     assert_equal(run(material, tmp_path / "run", *LAYOUTS[name]), single)
+    if "samples" in name:
+        assert samples(tmp_path / "run") == samples(single_run)
+        assert list(samples(single_run)) == [5, 10]
+    else:
+        assert not (tmp_path / "run" / "samples.jsonl").exists()
 
 
 MASTER = "optimizer.state.param."
@@ -104,16 +124,22 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def test_interleaved_and_overlapped_then_one_process(
-    material: tuple[Path, Path], single: list[dict], tmp_path: Path
+    material: tuple[Path, Path], single_run: Path, single: list[dict], tmp_path: Path
 ) -> None:
-    """PP2 with two chunks a stage, DP2 with every overlap (7 rows: one of 8 is empty); then one process goes on."""
+    """PP2 with two chunks a stage, DP2 with every overlap (7 rows: one of 8 is empty); then one process goes on.
+
+    Samples at steps 2 and 4, so that steps follow them, and at step 5.
+    """
     interleaved = {"parallel.pipeline": 2, "parallel.virtual_pipeline": 2, **OVERLAPPED, "train.stop_after": 5}
+    interleaved["observe.sample_every"] = 2
     run(material, tmp_path / "run", 4, interleaved)
     saved = tensors_of(tmp_path / "run" / "ckpt" / "step-0000005" / "weights")
     masters = {k.removeprefix(MASTER): v for k, v in saved.items() if k.startswith(MASTER)}
     assert masters
     for name, master in masters.items():  # gathered before they were saved, and in their places
         assert torch.equal(saved[name], master), name
+    found = samples(tmp_path / "run")
+    assert list(found) == [2, 4, 5] and found[5] == samples(single_run)[5]
     assert_equal(run(material, tmp_path / "run", 1, {"train.recompute": "full"}), single)
 
 
@@ -146,7 +172,7 @@ def test_clean_tokens_trained_too(material: tuple[Path, Path], single: list[dict
 
 def test_tied_llama_shape_with_causal_blocks(tmp_path: Path) -> None:
     """Tied embeddings on two stages, no biases, rows-mean loss of blocks and clean tokens, causal blocks: TP2+SP+PP2
-    against one process.
+    against one process, and its samples against transformers with the export of the same step.
     """
     material = (
         make_dataset(tmp_path / "data", rows=20),
@@ -160,7 +186,26 @@ def test_tied_llama_shape_with_causal_blocks(tmp_path: Path) -> None:
     }
     layout = {"parallel.tensor": 2, "parallel.pipeline": 2, "parallel.sequence": True}
     alone = run(material, tmp_path / "alone", 1, settings)
-    assert_equal(run(material, tmp_path / "spread", 4, {**settings, **layout}), alone)
+    spread, out = tmp_path / "spread", tmp_path / "out"
+    assert_equal(run(material, spread, 4, {**settings, **layout, "observe.sample_every": 1000}), alone)
+    run_python("-m", "checkpoints_tools.mcore_to_hf", "--ckpt", str(spread), "--out", str(out))
+    (found,) = samples(spread).values()
+    assert {tuple(s["tokens"]) for s in found} == {tuple(decoded(out, s["prompt_ids"])) for s in found}
+
+
+def decoded(folder: Path, prompt: list[int]) -> list[int]:
+    """What transformers' model says to a prompt, without a cache."""
+    from transformers import AutoModelForCausalLM
+
+    from sdlm_megatron.diffusion.decode import decode
+    from sdlm_megatron.samples import NEW_TOKENS, THRESHOLD
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=True).eval()
+    done = decode(
+        model, torch.tensor([prompt]), mask_token_id=MASK, window=4, threshold=THRESHOLD, max_new_tokens=NEW_TOKENS,
+        eos_token_ids=[EOS], causal_attn=True, use_cache=False,
+    )  # fmt: skip
+    return done.tokens[0]
 
 
 def test_bf16_trains_under_pipeline(material: tuple[Path, Path], single: list[dict], tmp_path: Path) -> None:

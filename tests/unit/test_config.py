@@ -118,6 +118,7 @@ def test_mistakes_in_a_file_name_the_file(tmp_path: Path) -> None:
             1,
             "overlap_param_gather needs distributed_optimizer",
         ),
+        (["--observe.sample_every=2", "--train.fp8=delayed"], 1, "delayed scaling records what samples"),
         (["--train.recompute_layers=1"], 1, "recompute is 'none'"),
         (["--train.recompute_layers=1", "--train.recompute=selective"], 1, "recompute is 'selective'"),
     ],
