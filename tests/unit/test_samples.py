@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from byte_tokenizer import definition
 from helpers import EOS, MASK, PAD, make_dataset, make_hf, write_dataset
-
 from tokenizers import Tokenizer
 
 from sdlm_megatron.config.schema import ObserveConfig
