@@ -1,6 +1,6 @@
 """Samples during training: a few prompts of the dataset, decoded with the weights of the moment."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from sdlm_megatron.data.format import PackedDataset
 from sdlm_megatron.data.tokenizer import has_tokenizer
 from sdlm_megatron.diffusion.decode import decode
 from sdlm_megatron.errors import ConfigError
+from sdlm_megatron.observe.passes import pieces
 from sdlm_megatron.observe.sinks import sample_table
 from sdlm_megatron.parallel.engine import Engine
 from sdlm_megatron.parallel.propose import EngineProposer
@@ -72,7 +73,7 @@ class Sampler:
         self.engine, self.state = engine, state
         self.prompts = choose_prompts(dataset)
         self._propose = EngineProposer(engine, mask_token_id=state.mask_token_id, row_length=dataset.row_length)
-        self._text = _text_of(assets) if engine.groups.main else _as_ids
+        self._tokenizer = _tokenizer(assets) if engine.groups.main else _Ids()
 
     def __call__(self) -> dict[str, Any]:
         """A record for samples.jsonl: `tokens_per_pass` of all, and `samples` in the form of observe/evaluation.py."""
@@ -95,29 +96,14 @@ class Sampler:
         return {"tokens_per_pass": done.tokens_per_pass, "samples": [self._sample(*row) for row in rows]}
 
     def _sample(self, prompt: Prompt, tokens: list[int], accepted: list[int]) -> dict[str, Any]:
-        passes = [number for number, count in enumerate(accepted, 1) for _ in range(count)]
-        pieces = pieces_of(tokens, self._text)
         return {
-            "prompt": self._text(prompt.ids),
-            "answer_tokens": [{"text": t, "pass": p} for t, p in zip(pieces, passes, strict=True)],
-            "expected": self._text(prompt.answer),
+            "prompt": self._tokenizer.decode(prompt.ids),
+            "answer_tokens": pieces(self._tokenizer, tokens, accepted),
+            "expected": self._tokenizer.decode(prompt.answer, skip_special_tokens=True),
             "prompt_ids": prompt.ids,
             "tokens": tokens,
             "accepted": accepted,
         }
-
-
-def pieces_of(tokens: Sequence[int], text: Callable[[Sequence[int]], str]) -> list[str]:
-    """What each token adds to the text; a letter of several tokens comes with the last of them."""
-    shown, found = "", []
-    for end in range(1, len(tokens) + 1):
-        whole = text(tokens[:end])
-        if whole.endswith("\ufffd") and end < len(tokens):
-            found.append("")
-            continue
-        found.append(whole[len(shown) :])
-        shown = whole
-    return found
 
 
 def lines_of(record: dict[str, Any], width: int = 100) -> str:
@@ -129,18 +115,20 @@ def lines_of(record: dict[str, Any], width: int = 100) -> str:
     return "\n".join(lines)
 
 
-def _as_ids(tokens: Sequence[int]) -> str:
-    return "".join(f"{t} " for t in tokens)
+class _Ids:
+    """Stands for a tokenizer where there is none: token ids as text."""
+
+    def decode(self, tokens: Sequence[int], **_: object) -> str:
+        return "".join(f"{t} " for t in tokens)
 
 
-def _text_of(assets: Path | None) -> Callable[[Sequence[int]], str]:
+def _tokenizer(assets: Path | None) -> Any:
     if assets is None or not has_tokenizer(assets):
-        return _as_ids
+        return _Ids()
     from transformers import AutoTokenizer  # slow to import, and only runs with samples want it
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(assets, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(assets, trust_remote_code=False)
     except (OSError, ValueError) as error:
         print(f"samples are shown as token ids: the tokenizer of {assets} cannot be opened: {error}", flush=True)
-        return _as_ids
-    return lambda tokens: str(tokenizer.decode(list(tokens), clean_up_tokenization_spaces=False))
+        return _Ids()
