@@ -149,7 +149,7 @@ def make_case(args: argparse.Namespace, shape: ModelConfig, groups: Groups, *, t
     train = {"precision": args.dtype, "attention": attention, **dict(x.split("=", 1) for x in args.train)}
     engine = make_engine(shape, groups, block_size=args.block_size, max_positions=tokens, train=train)
     documents = make_documents(args.documents, args.samples, tokens, shape, args.block_size)
-    rows = pack(documents, tokens, shape, args.block_size)
+    rows = pack(documents, tokens, shape, args.block_size, next_token_weight=args.next_token_weight)
     return Case(engine, documents, rows, [engine.prepare(b) for b in rows])
 
 
@@ -286,6 +286,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--block-size", type=int, default=4)
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--attention", default="auto", help="train.attention")
+    parser.add_argument("--next-token-weight", type=float, default=0.0, help="diffusion.next_token_weight")
     parser.add_argument("--train", nargs="+", default=[], metavar="KEY=VALUE", help="other settings of train")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1, help="on a CPU")

@@ -91,7 +91,14 @@ def make_documents(
     return documents
 
 
-def pack(documents: Sequence[Document], tokens: int, shape: ModelConfig, block_size: int) -> list[MicroBatch]:
+def pack(
+    documents: Sequence[Document],
+    tokens: int,
+    shape: ModelConfig,
+    block_size: int,
+    *,
+    next_token_weight: float = 0.0,
+) -> list[MicroBatch]:
     """Rows of `tokens` tokens, first fit from the longest document on."""
     special = special_tokens(shape)
     rows: list[list[int]] = []
@@ -112,7 +119,12 @@ def pack(documents: Sequence[Document], tokens: int, shape: ModelConfig, block_s
             mask_token_id=special["mask"],
         )
         batch = make_micro_batch(
-            *packed, row_length=tokens, pad_token_id=special["pad"], eos_token_id=special["eos"], number=number
+            *packed,
+            row_length=tokens,
+            pad_token_id=special["pad"],
+            eos_token_id=special["eos"],
+            number=number,
+            next_token_weight=next_token_weight,
         )
         batches.append(_as_the_reference(batch))
     return batches
@@ -128,6 +140,7 @@ def _as_the_reference(batch: MicroBatch) -> MicroBatch:
         label_index=batch.label_index[keep],
         label_targets=batch.label_targets[keep],
         label_slots=batch.label_slots[keep],
+        label_weights=batch.label_weights[keep] if batch.label_weights is not None else None,
     )
 
 

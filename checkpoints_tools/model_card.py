@@ -74,6 +74,7 @@ def _recipe(run: Mapping[str, Any]) -> str:
         "block size D": diffusion["block_size"],
         "attention inside a block": "causal" if diffusion["causal_attn"] else "both ways",
         "loss": f"mean over {train['loss_normalization']} of the global batch",
+        "weight of the next-token loss on clean tokens": diffusion.get("next_token_weight", 0.0),
         "optimizer": f"AdamW, betas {optimizer['beta1']:g} and {optimizer['beta2']:g}, eps {optimizer['eps']:g}, "
         f"weight decay {optimizer['weight_decay']:g}, gradient norm at most {optimizer['clip_grad']:g}",
         "learning rate": f"{optimizer['lr']:g} {schedule['style']}, {schedule['warmup_steps']} steps of warm-up",

@@ -79,6 +79,7 @@ def _run(config: RunConfig, plan: "Plan", dataset: "PackedDataset", profile_step
     from sdlm_megatron.observe.sinks import Sinks
     from sdlm_megatron.parallel.engine import Engine
     from sdlm_megatron.parallel.groups import close_groups, init_groups
+    from sdlm_megatron.samples import Sampler
     from sdlm_megatron.trainer import Trainer
 
     groups = init_groups(config.parallel, seed=config.train.seed)
@@ -109,9 +110,16 @@ def _run(config: RunConfig, plan: "Plan", dataset: "PackedDataset", profile_step
         save_config(config, run_dir / "config.yaml")
         sinks = Sinks.open(run_dir, config.observe, plan.state.step, run_config=asdict(config), resume_note=layout)
         show_mfu = peak_flops(groups.device_name) is not None
-        console = Console(steps=plan.steps, block_size=config.diffusion.block_size, show_mfu=show_mfu)
+        diffusion = config.diffusion
+        console = Console(
+            steps=plan.steps,
+            block_size=diffusion.block_size,
+            show_next_token=diffusion.next_token_weight > 0,
+            show_mfu=show_mfu,
+        )
+    sampler = Sampler(engine, plan.state, dataset, plan.assets) if config.observe.sample_every else None
     with sinks or nullcontext():
-        Trainer(config, plan, engine, dataset, sinks, console, profiler).fit()
+        Trainer(config, plan, engine, dataset, sinks, console, profiler, sampler).fit()
     close_groups()
 
 

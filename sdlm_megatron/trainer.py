@@ -24,6 +24,7 @@ from sdlm_megatron.observe.sinks import Sinks
 from sdlm_megatron.parallel.engine import Engine, device_peak_memory_gb
 from sdlm_megatron.parallel.results import QueuedStep, StepResult
 from sdlm_megatron.run_facts import run_facts
+from sdlm_megatron.samples import Sampler, lines_of
 from sdlm_megatron.start import Plan, micro_batch_multiple
 
 
@@ -37,6 +38,7 @@ class Trainer:
         dataset: the packed rows.
         sinks, console: given on the main process only.
         profiler: given on all processes where steps are to be profiled.
+        sampler: given on all processes where samples are wanted (observe.sample_every).
     """
 
     def __init__(
@@ -48,9 +50,10 @@ class Trainer:
         sinks: Sinks | None,
         console: Console | None,
         profiler: StepProfiler | None = None,
+        sampler: Sampler | None = None,
     ) -> None:
         self.config, self.plan, self.engine, self.dataset = config, plan, engine, dataset
-        self.sinks, self.console, self.profiler = sinks, console, profiler
+        self.sinks, self.console, self.profiler, self.sampler = sinks, console, profiler, sampler
         self.state = plan.state
         self.run_dir = Path(config.run_dir)
         self._queued: list[QueuedStep] = []
@@ -74,6 +77,7 @@ class Trainer:
     def _train(self, last: int, data: Prefetch) -> None:
         log_every, save_every = self.config.observe.log_every, self.config.checkpoint.save_every
         self._begin_window(data)
+        sample_every = self.config.observe.sample_every
         first = self.state.step + 1
         for step in range(first, last + 1):
             if self.profiler is not None:
@@ -89,13 +93,16 @@ class Trainer:
             log = step % log_every == 0 or step == last
             save = step == last or (save_every > 0 and step % save_every == 0)
             profiled = self.profiler is not None and step == self.profiler.last
-            if log or save or profiled:  # only here does the host wait for the device
+            sample = self.sampler is not None and (step % sample_every == 0 or step == last)
+            if log or save or profiled or sample:  # only here does the host wait for the device
                 self._window += self.engine.results(self._queued)
                 self._queued = []
             if self.profiler is not None:
                 self._end_of_profiled_step(self.profiler, step)
             if log:
                 self._log(step, data)
+            if sample and self.sampler is not None:
+                self._sample(self.sampler, step)
             if save:
                 self._save(step)
 
@@ -118,7 +125,7 @@ class Trainer:
 
     def _load(self, consumed: int) -> list[MicroBatch]:
         """This rank's micro-batches of the step after `consumed` rows; every TP and PP rank of it reads the same."""
-        groups, seed = self.engine.groups, self.config.train.seed
+        groups, seed, weight = self.engine.groups, self.config.train.seed, self.config.diffusion.next_token_weight
         numbers = step_rows(
             consumed,
             self.state.rows_per_step,
@@ -127,7 +134,8 @@ class Trainer:
             dp_size=groups.dp_size,
             multiple=micro_batch_multiple(self.config.parallel),
         )
-        return [self.engine.prepare(load_micro_batch(self.dataset, n, seed=seed)) for n in numbers]
+        rows = (load_micro_batch(self.dataset, n, seed=seed, next_token_weight=weight) for n in numbers)
+        return [self.engine.prepare(row) for row in rows]
 
     def _advance(self, step: int) -> None:
         self.state = replace(self.state, step=step, consumed_rows=self._after(self.state.consumed_rows))
@@ -165,6 +173,7 @@ class Trainer:
             "steps": self.plan.steps,
             "loss": result.loss,
             **{f"loss_pos_{i}": x for i, x in enumerate(result.slot_loss, 1) if x is not None},
+            **({} if result.next_token_loss is None else {"loss_next_token": result.next_token_loss}),
             "grad_norm": result.grad_norm,
             "lr": result.lr,
             "targets": result.targets,
@@ -187,7 +196,7 @@ class Trainer:
             ModelShape.of(self.state.shape),
             tokens=sum(r.useful_tokens for r in steps),
             pairs=sum(r.visible_pairs for r in steps),
-            label_rows=sum(r.targets for r in steps),
+            label_rows=sum(r.targets + r.next_token_targets for r in steps),
         )
         groups = self.engine.groups
         return model_flops_utilization(flops, seconds, groups.world_size, peak_flops(groups.device_name))
@@ -197,6 +206,14 @@ class Trainer:
         page = profiler.after(step)
         if page is not None:
             print(f"{page}written to {profiler.folder}", flush=True)
+        self._window_start += time.perf_counter() - started  # not a step's time
+
+    def _sample(self, sampler: Sampler, step: int) -> None:
+        started = time.perf_counter()
+        record = sampler()
+        if self.sinks is not None:
+            self.sinks.log_samples(step, record)
+            print(lines_of(record), flush=True)
         self._window_start += time.perf_counter() - started  # not a step's time
 
     def _save(self, step: int) -> None:

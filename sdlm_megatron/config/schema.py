@@ -26,12 +26,15 @@ class ModelConfig:
 
 @dataclass
 class DiffusionConfig:
-    """What SDLM adds; must agree with the dataset, which was expanded with the same numbers."""
+    """What SDLM adds; block size and mask token must be those that the dataset was expanded with."""
 
     block_size: int = 4
     """Tokens D of a block."""
     causal_attn: bool = False
     """True: inside a block a slot sees only itself and earlier slots."""
+    next_token_weight: float = 0.0
+    """Weight of the plain next-token loss on the clean tokens of the answers, beside the blocks' 1, so that the model
+    can be decoded plainly too; 0: none, as in SDLM."""
     mask_token: str = "<text_mask>"
     """The token that fills slots 1..D-1. Its id is looked up in the base's tokenizer; if it is not there, the first
     free id is used (Qwen2.5: 151665)."""
@@ -154,6 +157,9 @@ class ObserveConfig:
     wandb: str = "disabled"
     """disabled | offline | online."""
     wandb_project: str = "sdlm_megatron"
+    sample_every: int = 0
+    """Steps between samples: four prompts of the dataset decoded with the weights of that step, a forward pass of a
+    whole row for each of up to 32 passes. 0: none."""
 
 
 @dataclass

@@ -27,6 +27,7 @@ POSITIVE = (
     "observe.log_every",
 )
 NOT_NEGATIVE = (
+    "diffusion.next_token_weight",
     "train.steps",
     "train.stop_after",
     "train.recompute_layers",
@@ -36,6 +37,7 @@ NOT_NEGATIVE = (
     "optimizer.weight_decay",
     "checkpoint.save_every",
     "checkpoint.keep_last",
+    "observe.sample_every",
 )
 
 
@@ -68,6 +70,7 @@ def check_run(config: RunConfig, world_size: int) -> None:
         )
     _check_overlap(parallel)
     _check_recompute(config.train)
+    _check_samples(config)
     if parallel.virtual_pipeline > 1 and parallel.pipeline == 1:
         raise ConfigError(
             "one pipeline stage has no bubble that model chunks could fill",
@@ -113,6 +116,15 @@ def _check_recompute(train: TrainConfig) -> None:
             "delayed scaling records each FP8 tensor once a step: the norms' outputs cannot be made a second time",
             "train.recompute",
             "use train.recompute=full or none, or train.fp8=current",
+        )
+
+
+def _check_samples(config: RunConfig) -> None:
+    if config.observe.sample_every and config.train.fp8 == "delayed":
+        raise ConfigError(
+            "delayed scaling records what samples pass through the layers: they would change the training",
+            "observe.sample_every",
+            "set observe.sample_every=0 or train.fp8=current",
         )
 
 

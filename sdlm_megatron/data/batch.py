@@ -7,7 +7,9 @@ from sdlm_megatron.data.order import locate
 from sdlm_megatron.diffusion.row import MicroBatch, empty_layout, make_micro_batch
 
 
-def load_micro_batch(dataset: PackedDataset, number: int | None, *, seed: int) -> MicroBatch:
+def load_micro_batch(
+    dataset: PackedDataset, number: int | None, *, seed: int, next_token_weight: float = 0.0
+) -> MicroBatch:
     """The run's row `number` as a micro-batch; None gives an empty row."""
     if number is None:
         tokens, layout = np.empty(0, dtype=np.int32), empty_layout(dataset.block_size)
@@ -21,4 +23,5 @@ def load_micro_batch(dataset: PackedDataset, number: int | None, *, seed: int) -
         pad_token_id=dataset.manifest["pad_token_id"],
         eos_token_id=dataset.manifest["eos_token_id"],
         number=number,
+        next_token_weight=next_token_weight,
     )

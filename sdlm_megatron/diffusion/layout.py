@@ -188,6 +188,19 @@ def slot_targets(tokens: np.ndarray, layout: RowLayout, eos_token_id: int) -> np
     return targets
 
 
+def next_token_targets(tokens: np.ndarray, layout: RowLayout, eos_token_id: int) -> np.ndarray:
+    """Targets of the clean tokens under diffusion.next_token_weight, int32 (n_clean,), -100 where none.
+
+    Every x[q] that is a target of a block of its document is the target of clean token q-1, once.
+    """
+    wanted = slot_targets(tokens, layout, eos_token_id)  # (D, blocks)
+    before = (layout.clean_offsets()[layout.block_documents()] + layout.starts) + np.arange(layout.block_size)[:, None]
+    targets = np.full(layout.n_clean, IGNORE, dtype=np.int32)
+    real = wanted != IGNORE
+    targets[before[real]] = wanted[real]
+    return targets
+
+
 def pack_row(
     documents: Sequence[tuple[int, np.ndarray, np.ndarray]], *, block_size: int, mask_token_id: int
 ) -> tuple[np.ndarray, RowLayout]:

@@ -12,7 +12,7 @@ from sdlm_megatron.diffusion.layout import RowLayout
 from sdlm_megatron.diffusion.row import MicroBatch
 from sdlm_megatron.model.attention import RowAttention
 from sdlm_megatron.model.core_attention import SDLMRowParams
-from sdlm_megatron.model.label_loss import LabelLosses, Vocabulary, label_losses
+from sdlm_megatron.model.label_loss import LabelLosses, Vocabulary, label_logits, label_losses
 
 
 class SDLMModel(GPTModel):
@@ -38,7 +38,9 @@ class SDLMModel(GPTModel):
             self.output_layer.forward = self._label_losses
 
     def forward(self, batch: MicroBatch) -> torch.Tensor | LabelLosses:
-        """Hidden states [S(/TP), 1, hidden] on inner stages; on the last, the losses of the label rows."""
+        """Hidden states [S(/TP), 1, hidden] on inner stages; on the last, the losses of the label rows, or where the
+        batch asks for them their logits [N, V].
+        """
         self._batch = batch
         attention = cast("RowAttention | None", batch.attention)
         if attention is None:
@@ -70,8 +72,8 @@ class SDLMModel(GPTModel):
             )
         return self.output_layer(hidden_states)
 
-    def _label_losses(self, hidden_states: torch.Tensor) -> LabelLosses:
-        """Hidden states [S, 1, hidden] of the whole row -> the losses of its label rows."""
+    def _label_losses(self, hidden_states: torch.Tensor) -> torch.Tensor | LabelLosses:
+        """Hidden states [S, 1, hidden] of the whole row -> the losses of its label rows, or their logits."""
         batch, tp = self._batch, self.pg_collection.tp
         tied = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
@@ -83,4 +85,13 @@ class SDLMModel(GPTModel):
         )
         with record_function("sdlm::head"):
             rows = hidden_states[batch.label_index, 0]
-            return label_losses(rows, weight, batch.label_targets, vocabulary, logits_mb=self.logits_mb)
+            if batch.logits:
+                return label_logits(rows, weight, vocabulary.group)[:, : self.real_vocab_size]
+            return label_losses(
+                rows,
+                weight,
+                batch.label_targets,
+                vocabulary,
+                logits_mb=self.logits_mb,
+                counts=batch.label_weights,
+            )

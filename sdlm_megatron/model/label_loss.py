@@ -24,7 +24,7 @@ class LabelLosses(NamedTuple):
     """What the last pipeline stage gives."""
 
     total: torch.Tensor
-    """float32 (): sum of `nll` over the real targets; differentiable."""
+    """float32 (): sum of `nll` over the real targets, by their weights; differentiable."""
     nll: torch.Tensor
     """float32 (N,): negative log likelihood of each label row, nats; no gradient."""
 
@@ -42,7 +42,13 @@ class Vocabulary:
 
 
 def label_losses(
-    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, vocabulary: Vocabulary, *, logits_mb: float
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    vocabulary: Vocabulary,
+    *,
+    logits_mb: float,
+    counts: torch.Tensor | None = None,
 ) -> LabelLosses:
     """Losses of label rows.
 
@@ -51,10 +57,21 @@ def label_losses(
         weight: (V/TP, hidden), rows of the head on this process.
         targets: int64 (N,); IGNORE counts as nothing.
         logits_mb: most memory of a chunk, in MB.
+        counts: float32 (N,), what each row's loss counts in the total; None: 1 each.
     """
     # not vocabulary.real, which is less where the padding lies: all TP ranks have to cut the same chunks
     rows = max(1, int(logits_mb * 1e6) // (BYTES * len(weight)))
-    return LabelLosses(*_LabelLoss.apply(hidden, weight, targets, vocabulary, rows, torch.is_grad_enabled()))
+    return LabelLosses(*_LabelLoss.apply(hidden, weight, targets, counts, vocabulary, rows, torch.is_grad_enabled()))
+
+
+def label_logits(hidden: torch.Tensor, weight: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
+    """Logits (N, V) of hidden states (N, hidden) over the whole vocabulary, padding included, on all of `group`."""
+    mine = hidden @ weight.t()
+    if group is None:
+        return mine
+    parts = [torch.empty_like(mine) for _ in range(group.size())]
+    dist.all_gather(parts, mine, group=group)
+    return torch.cat(parts, dim=1)
 
 
 class _LabelLoss(torch.autograd.Function):
@@ -64,6 +81,7 @@ class _LabelLoss(torch.autograd.Function):
         hidden: torch.Tensor,
         weight: torch.Tensor,
         targets: torch.Tensor,
+        counts: torch.Tensor | None,
         vocabulary: Vocabulary,
         rows: int,
         with_gradients: bool,
@@ -84,13 +102,18 @@ class _LabelLoss(torch.autograd.Function):
                 parts.append(_cross_entropy(logits, some, vocabulary, with_gradients))
             if grad_hidden is not None and product is not None:
                 # rows without a target are zeroed here and not in the gradient, which is 100 times as large
+                inputs = inputs.masked_fill(~real[chunk, None], 0)
                 grad_hidden[chunk] = (gradient @ used).masked_fill_(~real[chunk, None], 0)
-                product.add(gradient, inputs.masked_fill(~real[chunk, None], 0), last=begin + rows >= len(hidden))
+                if counts is not None:  # in fp32: a weight of 0.1 rounded to bf16 would be another weight
+                    grad_hidden[chunk].mul_(counts[chunk, None])
+                    inputs.mul_(counts[chunk, None])
+                product.add(gradient, inputs, last=begin + rows >= len(hidden))
         all_nll = torch.cat(parts)
         ctx.group, ctx.weight_rows = vocabulary.group, len(weight)
         ctx.save_for_backward(grad_hidden, product and product.total)
         ctx.mark_non_differentiable(all_nll)
-        return torch.where(real, all_nll, 0.0).sum(), all_nll
+        losses = torch.where(real, all_nll, 0.0)
+        return (losses if counts is None else losses * counts).sum(), all_nll
 
     @staticmethod
     def backward(ctx: Any, grad_total: torch.Tensor, _: object) -> tuple[torch.Tensor | None, ...]:
@@ -103,7 +126,7 @@ class _LabelLoss(torch.autograd.Function):
         if len(grad_weight) < ctx.weight_rows:
             padding = grad_weight.new_zeros(ctx.weight_rows - len(grad_weight), grad_weight.shape[1])
             grad_weight = torch.cat([grad_weight, padding])
-        return grad_hidden, grad_weight, None, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None, None
 
 
 def _cross_entropy(

@@ -48,15 +48,24 @@ class Console:
     Args:
         steps: steps of the whole run.
         block_size: D, the number of slots.
+        show_next_token: whether clean tokens are trained too (diffusion.next_token_weight).
         show_mfu: whether the device's peak is known; without it the column is left out.
         stream: where to print; default stdout.
     """
 
-    def __init__(self, *, steps: int, block_size: int, show_mfu: bool = False, stream: TextIO | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        steps: int,
+        block_size: int,
+        show_next_token: bool = False,
+        show_mfu: bool = False,
+        stream: TextIO | None = None,
+    ) -> None:
         self._stream = stream or sys.stdout
-        self._show_mfu = show_mfu
+        self._show_next_token, self._show_mfu = show_next_token, show_mfu
         self._lines = 0
-        shown = min(block_size, _MOST_SLOTS)
+        shown = min(block_size, _MOST_SLOTS - show_next_token)
         # more slots than fit: the first ones and the last, which is the hardest
         self._slots = [*range(1, shown), block_size]
         self._slot_digits, self._gap = (3, "  ") if shown <= 4 else (2, " ")
@@ -74,6 +83,8 @@ class Console:
             f"slot1 is next-token prediction, slot{last} looks {last} tokens ahead (- = no target)",
             "grad: norm before clipping; useful/s: tokens of documents and blocks a second; all/s: with padding",
         ]
+        if self._show_next_token:
+            text.append("clean: plain next-token loss of clean tokens, unweighted; loss has it with its weight")
         if self._show_mfu:
             text.append("mfu: share of the devices' bf16 peak that the step's model FLOPs used")
         return "\n".join(text)
@@ -82,6 +93,7 @@ class Console:
         """The column names, aligned with `line`."""
         cells = ["step".rjust(self._step_width), "loss".rjust(7)]
         cells.append(" ".join(f"slot{j}".rjust(self._slot_width(j)) for j in self._slots))
+        cells += ["clean".rjust(self._slot_digits + 3)] * self._show_next_token
         cells += ["grad".rjust(6), "lr".rjust(7), "useful/s", "all/s".rjust(6)]
         cells += ["mfu".rjust(5)] * self._show_mfu + ["memory", "eta".rjust(6)]
         return self._gap.join(cells)
@@ -99,6 +111,7 @@ class Console:
             f"{record['step']}/{record.get('steps', self._steps)}".rjust(self._step_width),
             cell("loss", ".4f", 7),
             " ".join(cell(f"loss_pos_{j}", f".{digits}f", self._slot_width(j)) for j in self._slots),
+            *[cell("loss_next_token", f".{digits}f", digits + 3)] * self._show_next_token,
             cell("grad_norm", ".2f", 6) if float(record.get("grad_norm", 0)) < 1000 else cell("grad_norm", ".0e", 6),
             cell("lr", ".1e", 7),
             format_count(float(record.get("useful_tokens_per_s", 0))).rjust(8),

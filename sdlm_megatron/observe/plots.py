@@ -68,6 +68,10 @@ def loss_figure(records: Sequence[Mapping[str, Any]]) -> Figure:
         label = "slot 1 (next token)" if slot == 1 else f"slot {slot}"
         axis.plot(steps, values, color=SERIES[n % len(SERIES)], linewidth=1.6, label=label)
         highest = max(highest, *values)
+    steps, values = _series(records, "loss_next_token")
+    if values:
+        axis.plot(steps, values, color=SOFT, linewidth=1.3, label="clean tokens")
+        highest = max(highest, *values)
     steps, values = _series(records, "loss")
     axis.plot(steps, values, color=INK, linewidth=1.3, linestyle=(0, (4, 2)), label="all targets")
     highest = max([highest, *values]) if values else highest

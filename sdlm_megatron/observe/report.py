@@ -21,11 +21,13 @@ from sdlm_megatron.observe import plots
 from sdlm_megatron.observe.console import format_count, format_duration
 from sdlm_megatron.observe.evaluation import load_evaluation
 from sdlm_megatron.observe.report_style import CSS
-from sdlm_megatron.observe.sinks import METRICS_FILE, read_metrics
+from sdlm_megatron.observe.sinks import METRICS_FILE, SAMPLES_FILE, read_metrics
 
 PACKAGES = ("torch", "megatron-core", "transformers", "numpy", "transformer-engine")
 MOST_ROWS = 512
 """Rows looked at for the filling; of a larger dataset, this many at even distances."""
+MOST_STEPS = 5
+"""Of the steps with samples, this many at even distances are shown."""
 
 
 class Rows(Protocol):
@@ -77,6 +79,7 @@ def write_report(
         _facts_section(records, rows, facts or {}),
         _loss_section(records),
         *(_evaluation_sections(measured) if measured else []),
+        _samples_section(read_metrics(run / SAMPLES_FILE)) if (run / SAMPLES_FILE).exists() else "",
         *(_dataset_sections(rows, causal_attn) if rows is not None else []),
         _config_section(run),
     ]
@@ -166,6 +169,19 @@ def _evaluation_table(rows: Sequence[Mapping[str, Any]]) -> str:
         lines.append(f"<tr><th>{escape(row['name'])}</th>{values}</tr>")
     table = f'<table class="numbers"><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table>'
     return f'<div class="wide">{table}</div>'
+
+
+def _samples_section(records: Sequence[Mapping[str, Any]]) -> str:
+    """What the model answered while it was trained: of the first prompt at some steps, of all at the last."""
+    if not records:
+        return ""
+    chosen = sorted({round(i * (len(records) - 1) / (MOST_STEPS - 1)) for i in range(MOST_STEPS)})
+    body = "<p>Prompts from the training data, answered with the weights of that step.</p>"
+    for record in (records[i] for i in chosen):
+        samples = record["samples"] if record is records[-1] else record["samples"][:1]
+        body += f"<h3>Step {record['step']}, {record['tokens_per_pass']:.2f} tokens a pass</h3>"
+        body += "".join(_sample(s) for s in samples)
+    return _section("samples", "Answers during training", body)
 
 
 def _sample(sample: Mapping[str, Any]) -> str:

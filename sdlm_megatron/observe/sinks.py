@@ -2,6 +2,7 @@
 
     RUN/metrics.jsonl     exactly one JSON object a logged step, whatever was stopped and resumed in between
     RUN/tensorboard/      event files; after a resume the steps that are done again replace the old ones
+    RUN/samples.jsonl     what the model answered at some steps (observe.sample_every), one JSON object a step
     RUN/wandb/            W&B's own files, and run-id: a resumed run goes on as the same W&B run
 
 Open them on one process only.
@@ -9,17 +10,19 @@ Open them on one process only.
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
+from itertools import groupby
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
 from sdlm_megatron.errors import DataError
 from sdlm_megatron.files import write_text
-from sdlm_megatron.observe.wandb_sink import open_wandb
+from sdlm_megatron.observe.wandb_sink import WandbSink, open_wandb
 
 Record = Mapping[str, float | int | str]
-METRICS_FILE = "metrics.jsonl"
+METRICS_FILE, SAMPLES_FILE = "metrics.jsonl", "samples.jsonl"
 
 
 class SinkSettings(Protocol):
@@ -70,7 +73,7 @@ class JsonlSink:
             if resume_note:
                 self._mark["resume_note"] = resume_note
 
-    def log(self, step: int, record: Record) -> None:
+    def log(self, step: int, record: Mapping[str, Any]) -> None:
         fields = {"step": step, **record, **self._mark}
         self._mark = {}
         # JSON has no NaN: null keeps the line readable by every parser
@@ -103,8 +106,10 @@ class TensorBoardSink:
 class Sinks:
     """All sinks of a run behind one `log`. A context manager; `close` is safe to call twice."""
 
-    def __init__(self, sinks: list[Sink]) -> None:
+    def __init__(self, sinks: list[Sink], samples: Callable[[], JsonlSink]) -> None:
         self._sinks = sinks
+        self._open_samples = samples
+        self._samples: JsonlSink | None = None
 
     @classmethod
     def open(
@@ -137,12 +142,30 @@ class Sinks:
         )
         if wandb_sink is not None:
             sinks.append(wandb_sink)
-        return cls(sinks)
+        return cls(sinks, partial(JsonlSink, folder / SAMPLES_FILE, resume_step=resume_step))
 
     def log(self, step: int, record: Record) -> None:
         """Hands the record of one step to every sink."""
         for sink in self._sinks:
-            sink.log(step, record)
+            if sink is not self._samples:
+                sink.log(step, record)
+
+    def log_samples(self, step: int, record: Mapping[str, Any]) -> None:
+        """Writes samples.jsonl, tokens a pass to the sinks of numbers, and a table to W&B.
+
+        Args:
+            step: their step; steps ascend.
+            record: `tokens_per_pass`, and `samples` as in observe/evaluation.py.
+        """
+        if self._samples is None:
+            self._samples = self._open_samples()
+            self._sinks.append(self._samples)
+        self._samples.log(step, record)
+        for sink in self._sinks:
+            if isinstance(sink, WandbSink):
+                sink.log_table(step, "samples", sample_table(record))
+            if not isinstance(sink, JsonlSink):
+                sink.log(step, {"sample_tokens_per_pass": record["tokens_per_pass"]})
 
     def close(self) -> None:
         """Closes every sink."""
@@ -156,6 +179,16 @@ class Sinks:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def sample_table(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The samples of a record, a line each; bars stand between what came in different passes."""
+    lines = []
+    for sample in record["samples"]:
+        groups = groupby(sample["answer_tokens"], key=lambda token: token["pass"])
+        answer = ["".join(token["text"] for token in tokens) for _, tokens in groups]
+        lines.append({"prompt": sample["prompt"], "answer": "|".join(answer), "expected": sample.get("expected")})
+    return lines
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
@@ -187,6 +220,8 @@ def _group(key: str) -> str:
     """TensorBoard tag of a field: related fields share a tab."""
     if key == "loss" or key.startswith("loss_"):
         return f"loss/{key}"
+    if key.startswith("sample_"):
+        return f"samples/{key}"
     if key in ("grad_norm", "lr"):
         return f"optimizer/{key}"
     if key.endswith("_per_s") or key in ("mfu", "step_time", "data_wait", "memory_gb", "eta_s"):

@@ -4,7 +4,7 @@ import os
 import re
 import secrets
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,10 +33,23 @@ class WandbSink:
         run.define_metric("*", step_metric="step")
 
     def log(self, step: int, record: Mapping[str, float | int | str]) -> None:
+        self._send(step, lambda: record)
+
+    def log_table(self, step: int, name: str, lines: Sequence[Mapping[str, Any]]) -> None:
+        """Logs lines with the same keys as a table."""
+
+        def table() -> Mapping[str, Any]:
+            import wandb
+
+            return {name: wandb.Table(columns=list(lines[0]), data=[list(line.values()) for line in lines])}
+
+        self._send(step, table)
+
+    def _send(self, step: int, record: Callable[[], Mapping[str, Any]]) -> None:
         if self._run is None:
             return
         try:
-            self._run.log({"step": step, **record})
+            self._run.log({"step": step, **record()})
         except Exception as error:  # noqa: BLE001 - a logging service must not end a training run
             self._run = None
             _notice(f"logging to W&B failed at step {step} and stops here; training goes on", error)

@@ -1,11 +1,13 @@
 """The engine: model, optimizer and groups of this process, and one training step over all processes."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.profiler import record_function
@@ -203,10 +205,55 @@ class Engine:
         return model(batch), partial(self._loss, batch)
 
     def _loss(self, batch: MicroBatch, losses: LabelLosses) -> tuple[torch.Tensor, torch.Tensor, dict]:
-        by_row = self.config.train.loss_normalization == "rows"
-        total, count = loss_terms(losses.total, batch.label_targets, by_row=by_row)
-        slots = slot_sums(losses.nll, batch.label_targets, batch.label_slots, self.config.diffusion.block_size)
+        by_row, size = self.config.train.loss_normalization == "rows", self.config.diffusion.block_size
+        total, count = loss_terms(losses.total, batch.label_targets, batch.label_slots, size, by_row=by_row)
+        slots = slot_sums(losses.nll, batch.label_targets, batch.label_slots, size + 1)
         return total, count, {"sums": torch.stack([total.detach().float(), count.float()]), "slots": slots}
+
+    @contextmanager
+    def inference(self) -> Iterator[None]:
+        """Where `logits` may be called between two steps; training goes on as if nothing had been. All processes."""
+        self.gather_weights()
+        for module in self.modules:
+            module.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            for module in self.modules:
+                module.train()
+
+    def logits(self, batch: MicroBatch) -> torch.Tensor:
+        """Logits (N, V) of the batch's label rows, on every process of this copy of the model.
+
+        These processes, of all tensor-parallel ranks and stages, call it with the same batch; data-parallel ranks do
+        not meet.
+        """
+        parallel, pipeline = self.config.parallel, self.groups.collection.pp
+        # the interleaved schedule wants a micro-batch for each stage
+        batches = [replace(batch, logits=True)] * (parallel.pipeline if parallel.virtual_pipeline > 1 else 1)
+        iterators = [iter(batches) for _ in self.models]
+        found = self._schedule_micro_batches(
+            forward_step_func=self._logits_step,
+            data_iterator=iterators if len(iterators) > 1 else iterators[0],
+            model=self.models,
+            num_microbatches=len(batches),
+            seq_length=batch.tokens.shape[1],
+            micro_batch_size=1,
+            forward_only=True,
+            collect_non_loss_data=True,
+        )
+        if self.groups.last_stage:
+            logits = found[0].contiguous()
+        else:
+            size = (len(batch.label_index), self.shape.vocab_size)
+            logits = torch.empty(size, dtype=DTYPES[self.config.train.precision], device=self.groups.device)
+        if self.groups.pp_size > 1:
+            dist.broadcast(logits, src=dist.get_global_rank(pipeline, pipeline.size() - 1), group=pipeline)
+        return logits
+
+    def _logits_step(self, batches: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[torch.Tensor, Callable]:
+        return model(next(batches).to(self.groups.device)), lambda logits, non_loss_data: logits
 
     def _update(self) -> torch.Tensor:
         """Clips and steps; the gradient norm before clipping, float64 on the device."""

@@ -21,7 +21,12 @@ class StepResult:
     """Numerator over denominator of `diffusion.loss.loss_terms`, over the global batch."""
     slot_loss: list[float | None]
     """Mean loss by slot, nats a target; None where the step had no target in that slot."""
+    next_token_loss: float | None
+    """Mean loss of the clean tokens with a target, unweighted; None where there was none."""
     targets: int
+    """Of blocks."""
+    next_token_targets: int
+    """Of clean tokens."""
     grad_norm: float
     lr: float
     useful_tokens: int
@@ -38,8 +43,8 @@ class QueuedStep:
     step: int
     lr: float
     sums: torch.Tensor | None
-    """float32 (micro-batches, 2, 1 + D) on the device: sum and count of the loss terms, then by slot. None where this
-    process has no part in the sum (every process but one of each last stage's TP group)."""
+    """float32 (micro-batches, 2, 1 + D + 1) on the device: sum and count of the loss terms, by slot, and of clean
+    tokens. None where this process has no part in the sum (every process but one of each last stage's TP group)."""
     grad_norm: torch.Tensor
     """float64 scalar on the device."""
     rows: tuple[int, int, int]
@@ -75,11 +80,11 @@ def read(queued: Sequence[QueuedStep], groups: Groups, block_size: int) -> list[
     """
     if not queued:
         return []
-    width = 1 + max(block_size, 3)
+    width = 1 + max(block_size + 1, 3)
     sums = torch.zeros(len(queued), 3, width, dtype=torch.float64, device=groups.device)
     for total, one in zip(sums, queued, strict=True):
         if one.sums is not None:
-            total[:2, : 1 + block_size] = one.sums.double().sum(0)
+            total[:2, : 2 + block_size] = one.sums.double().sum(0)
     sums[:, 2, 1:4] = torch.tensor([one.rows for one in queued], dtype=torch.float64).to(groups.device)
     norms = torch.stack([one.grad_norm for one in queued])
     sums[:, 2, 0] = (~norms.isfinite()).double()  # one process that saw it is enough, all have to stop
@@ -100,11 +105,13 @@ def read(queued: Sequence[QueuedStep], groups: Groups, block_size: int) -> list[
 
 def _result(sums: Sequence[Sequence[float]], norm: float, lr: float, block_size: int) -> StepResult:
     (total, *slots), (count, *slot_counts), (_, *rows) = sums
-    slot_counts = slot_counts[:block_size]
+    means = [t / c if c else None for t, c in zip(slots, slot_counts, strict=True)]
     return StepResult(
         loss=total / count if count else 0.0,
-        slot_loss=[t / c if c else None for t, c in zip(slots, slot_counts, strict=False)],
-        targets=int(sum(slot_counts)),
+        slot_loss=means[:block_size],
+        next_token_loss=means[block_size],
+        targets=int(sum(slot_counts[:block_size])),
+        next_token_targets=int(slot_counts[block_size]),
         grad_norm=norm,
         lr=lr,
         useful_tokens=int(rows[0]),

@@ -27,7 +27,15 @@ class Row:
     response: float
     """Tokens that the blocks are drawn from."""
     targets: float
+    """Of blocks."""
     block_size: int
+    next_token_targets: float = 0.0
+    """Of clean tokens."""
+
+    @property
+    def label_rows(self) -> float:
+        """Tokens that go through the head."""
+        return self.targets + self.next_token_targets
 
 
 @dataclass(frozen=True)
@@ -203,7 +211,7 @@ def _activations(
 
 def _head(model: ModelConfig, z: Sizes, layout: Layout, row: Row, final_norm: float) -> Iterator[tuple[float, float]]:
     """Moments of the head (model/label_loss.py): its last chunk, and its backward pass."""
-    b, n, h, k = layout.bytes, row.targets, z.hidden, layout.kernels
+    b, n, h, k = layout.bytes, row.label_rows, z.hidden, layout.kernels
     rows, table = head_rows(z, layout, row), z.vocab * h
     chunks = math.ceil(n / rows)
     weight = table * (4 if chunks > 1 else b)
@@ -219,4 +227,4 @@ def _head(model: ModelConfig, z: Sizes, layout: Layout, row: Row, final_norm: fl
 
 def head_rows(z: Sizes, layout: Layout, row: Row) -> float:
     """Label rows of a chunk."""
-    return min(row.targets, max(1, int(layout.logits_mb * 1e6) // (LABEL_LOSS_BYTES * z.vocab)))
+    return min(row.label_rows, max(1, int(layout.logits_mb * 1e6) // (LABEL_LOSS_BYTES * z.vocab)))

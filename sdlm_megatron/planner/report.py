@@ -59,13 +59,14 @@ def header(planner: Planner, name: str, gpus: int) -> str:
     """What is planned."""
     work, device, row = planner.work, planner.device, planner.work.row
     flops = planner.work.row_flops(planner.shape)
+    more = f" (+ {row.next_token_targets:,.0f} of clean tokens)" if row.next_token_targets else ""
     return "\n".join(
         [
             f"{name} on {gpus} {device.name.upper()} of {device.memory / 1e9:.0f} GB, "
             f"{device.peak / 1e12:.0f} TFLOP/s bf16 peak",
             f"  {work.source}",
             f"  {work.rows:,.0f} rows of {row.length} with {work.documents_per_row:.2f} documents, "
-            f"{row.clean:,.0f} clean + {row.block:,.0f} block tokens, {row.targets:,.0f} targets, "
+            f"{row.clean:,.0f} clean + {row.block:,.0f} block tokens, {row.targets:,.0f} targets{more}, "
             f"{work.pairs / 1e6:.2f} M visible pairs each; {work.useful_tokens / 1e9:.2f} G tokens, "
             f"{flops * work.rows:.3g} FLOPs an epoch",
             f"  a step is {planner.config.train.global_batch} {planner.config.train.global_batch_unit}"

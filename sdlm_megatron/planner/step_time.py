@@ -112,7 +112,7 @@ def row_time(c: Costs) -> RowTime:
 def head_time(c: Costs) -> float:
     """Seconds of the head for one row: three products, and about 20 bytes a logit through memory."""
     z = sizes_of(c.model, c.layout.tensor)
-    return c.products(6 * z.hidden * z.vocab * c.row.targets) + c.moved(20 * z.vocab * c.row.targets)
+    return c.products(6 * z.hidden * z.vocab * c.row.label_rows) + c.moved(20 * z.vocab * c.row.label_rows)
 
 
 def step_time(c: Costs, rows: int) -> StepTime:

@@ -1,11 +1,12 @@
 """The same ten steps under every layout, from one set of weights: losses and gradient norms agree."""
 
+import json
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import make_dataset, make_hf, read_metrics, train
+from helpers import EOS, MASK, make_dataset, make_hf, read_metrics, run_python, train
 from torch.distributed.checkpoint import FileSystemReader, TensorStorageMetadata, load
 
 pytestmark = pytest.mark.distributed
@@ -30,7 +31,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, object]]] = {
         2,
         {"parallel.pipeline": 2, "train.recompute": "full", "train.recompute_layers": 1},
     ),
-    "DP2 overlapped": (2, OVERLAPPED),
+    "DP2 overlapped, with samples": (2, {**OVERLAPPED, "observe.sample_every": 5}),
     "TP4, more than KV heads": (4, {"parallel.tensor": 4}),
 }
 
@@ -59,14 +60,30 @@ def run(material: tuple[Path, Path], run_dir: Path, processes: int, settings: di
 
 
 @pytest.fixture(scope="module")
-def single(material: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
-    return run(material, tmp_path_factory.mktemp("single") / "run", *LAYOUTS["TP1"])
+def single_run(material: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One process, with samples: layouts without must train the same, those with must say the same."""
+    folder = tmp_path_factory.mktemp("single") / "run"
+    run(material, folder, 1, {"observe.sample_every": 5})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def single(single_run: Path) -> list[dict]:
+    return read_metrics(single_run)
+
+
+def samples(run_dir: Path) -> dict[int, list[dict]]:
+    """What samples.jsonl holds, by step."""
+    lines = (run_dir / "samples.jsonl").read_text().splitlines()
+    return {r["step"]: r["samples"] for r in map(json.loads, lines)}
 
 
 def assert_equal(found: list[dict], wanted: list[dict], rel: float = 1e-5) -> None:
     assert [r["step"] for r in found] == [r["step"] for r in wanted]
     for mine, other in zip(found, wanted, strict=True):
-        for key in ("loss", "grad_norm", "loss_pos_1", "loss_pos_2", "loss_pos_3", "loss_pos_4"):
+        assert ("loss_next_token" in mine) == ("loss_next_token" in other)
+        keys = ("loss", "grad_norm", "loss_pos_1", "loss_pos_2", "loss_pos_3", "loss_pos_4", "loss_next_token")
+        for key in (k for k in keys if k in other):
             assert mine[key] == pytest.approx(other[key], rel=rel), f"step {mine['step']}, {key}"
         for key in ("targets", "useful_tokens", "documents", "consumed_rows", "epoch", "lr"):
             assert mine[key] == other[key], f"step {mine['step']}, {key}"
@@ -80,9 +97,14 @@ def test_the_single_process_run_learns(single: list[dict]) -> None:
 
 @pytest.mark.parametrize("name", [n for n in LAYOUTS if n != "TP1"])
 def test_layout_equals_single_process(
-    name: str, material: tuple[Path, Path], single: list[dict], tmp_path: Path
+    name: str, material: tuple[Path, Path], single_run: Path, single: list[dict], tmp_path: Path
 ) -> None:
     assert_equal(run(material, tmp_path / "run", *LAYOUTS[name]), single)
+    if "samples" in name:
+        assert samples(tmp_path / "run") == samples(single_run)
+        assert list(samples(single_run)) == [5, 10]
+    else:
+        assert not (tmp_path / "run" / "samples.jsonl").exists()
 
 
 MASTER = "optimizer.state.param."
@@ -102,16 +124,22 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def test_interleaved_and_overlapped_then_one_process(
-    material: tuple[Path, Path], single: list[dict], tmp_path: Path
+    material: tuple[Path, Path], single_run: Path, single: list[dict], tmp_path: Path
 ) -> None:
-    """PP2 with two chunks a stage, DP2 with every overlap (7 rows: one of 8 is empty); then one process goes on."""
+    """PP2 with two chunks a stage, DP2 with every overlap (7 rows: one of 8 is empty); then one process goes on.
+
+    Samples at steps 2 and 4, so that steps follow them, and at step 5.
+    """
     interleaved = {"parallel.pipeline": 2, "parallel.virtual_pipeline": 2, **OVERLAPPED, "train.stop_after": 5}
+    interleaved["observe.sample_every"] = 2
     run(material, tmp_path / "run", 4, interleaved)
     saved = tensors_of(tmp_path / "run" / "ckpt" / "step-0000005" / "weights")
     masters = {k.removeprefix(MASTER): v for k, v in saved.items() if k.startswith(MASTER)}
     assert masters
     for name, master in masters.items():  # gathered before they were saved, and in their places
         assert torch.equal(saved[name], master), name
+    found = samples(tmp_path / "run")
+    assert list(found) == [2, 4, 5] and found[5] == samples(single_run)[5]
     assert_equal(run(material, tmp_path / "run", 1, {"train.recompute": "full"}), single)
 
 
@@ -130,16 +158,54 @@ def test_logging_and_saving_at_other_steps_changes_nothing(
         assert 0 <= record["data_wait"] < record["step_time"]
 
 
+def test_clean_tokens_trained_too(material: tuple[Path, Path], single: list[dict], tmp_path: Path) -> None:
+    """DP2 with an empty row, head in chunks, against one process; slot losses of step 1 are those without."""
+    settings = {"diffusion.next_token_weight": 0.3, "train.steps": 3}
+    alone = run(material, tmp_path / "alone", 1, settings)
+    assert_equal(run(material, tmp_path / "spread", 2, {**settings, **OVERLAPPED, "train.logits_mb": 0.02}), alone)
+    first, plain = alone[0], single[0]
+    assert "loss_next_token" not in plain
+    assert all(first[k] == plain[k] for k in ("loss_pos_1", "loss_pos_2", "loss_pos_3", "loss_pos_4", "targets"))
+    assert first["loss"] > plain["loss"]
+    assert alone[-1]["loss_next_token"] < first["loss_next_token"]
+
+
 def test_tied_llama_shape_with_causal_blocks(tmp_path: Path) -> None:
-    """Tied embeddings on two stages, no biases, rows-mean loss, causal blocks: TP2+SP+PP2 against one process."""
+    """Tied embeddings on two stages, no biases, rows-mean loss of blocks and clean tokens, causal blocks: TP2+SP+PP2
+    against one process, and its samples against transformers with the export of the same step.
+    """
     material = (
         make_dataset(tmp_path / "data", rows=20),
         make_hf(tmp_path / "hf", tied=True, bias=False, causal_attn=True),
     )
-    settings = {"diffusion.causal_attn": True, "train.loss_normalization": "rows", "train.steps": 4}
+    settings = {
+        "diffusion.causal_attn": True,
+        "diffusion.next_token_weight": 0.5,
+        "train.loss_normalization": "rows",
+        "train.steps": 4,
+    }
     layout = {"parallel.tensor": 2, "parallel.pipeline": 2, "parallel.sequence": True}
     alone = run(material, tmp_path / "alone", 1, settings)
-    assert_equal(run(material, tmp_path / "spread", 4, {**settings, **layout}), alone)
+    spread, out = tmp_path / "spread", tmp_path / "out"
+    assert_equal(run(material, spread, 4, {**settings, **layout, "observe.sample_every": 1000}), alone)
+    run_python("-m", "checkpoints_tools.mcore_to_hf", "--ckpt", str(spread), "--out", str(out))
+    (found,) = samples(spread).values()
+    assert {tuple(s["tokens"]) for s in found} == {tuple(decoded(out, s["prompt_ids"])) for s in found}
+
+
+def decoded(folder: Path, prompt: list[int]) -> list[int]:
+    """What transformers' model says to a prompt, without a cache."""
+    from transformers import AutoModelForCausalLM
+
+    from sdlm_megatron.diffusion.decode import decode
+    from sdlm_megatron.samples import NEW_TOKENS, THRESHOLD
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=True).eval()
+    done = decode(
+        model, torch.tensor([prompt]), mask_token_id=MASK, window=4, threshold=THRESHOLD, max_new_tokens=NEW_TOKENS,
+        eos_token_ids=[EOS], causal_attn=True, use_cache=False,
+    )  # fmt: skip
+    return done.tokens[0]
 
 
 def test_bf16_trains_under_pipeline(material: tuple[Path, Path], single: list[dict], tmp_path: Path) -> None:

@@ -178,14 +178,15 @@ def test_flex_is_refused_on_a_cpu() -> None:
     assert caught.value.fix == "--train.attention=auto"
 
 
-def test_losses_and_gradients_of_the_whole_model(make_engine: Callable, tmp_path: Path) -> None:
+@pytest.mark.parametrize("causal", [False, True])
+def test_losses_and_gradients_of_the_whole_model(make_engine: Callable, tmp_path: Path, causal: bool) -> None:
     """The same micro-batches through every backend: same loss, same gradient norm."""
     dataset = PackedDataset(make_dataset(tmp_path / "data", rows=3))
     engine = make_engine(make_hf(tmp_path / "hf"))
     batches = [load_micro_batch(dataset, n, seed=0) for n in (0, 1, None)]
     found = {}
     for name in ("dense", "per_document", "decomposed"):
-        engine.attention = choose_attention(name, causal_attn=False, device=CPU, heads=HEADS)
+        engine.attention = choose_attention(name, causal_attn=causal, device=CPU, heads=HEADS)
         seen = engine.forward_backward([engine.prepare(b) for b in batches])
         engine.optimizer.prepare_grads()
         found[name] = (float(sum(part["sums"][0] for part in seen)), float(engine.optimizer.get_grad_norm()))

@@ -33,7 +33,15 @@ def test_the_command_prints_a_table() -> None:
 
 def arguments(**values: object) -> argparse.Namespace:
     return argparse.Namespace(
-        **{"dtype": "fp32", "train": [], "block_size": 4, "documents": "full", "samples": 1, **values}
+        **{
+            "dtype": "fp32",
+            "train": [],
+            "block_size": 4,
+            "documents": "full",
+            "samples": 1,
+            "next_token_weight": 0.0,
+            **values,
+        }
     )
 
 

@@ -1,11 +1,14 @@
 """Strict configuration: what is accepted, and what is said about the rest."""
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
+from sdlm_megatron.checkpoint_files import read_state
 from sdlm_megatron.config.load import PRESETS, load_config, preset_names, to_yaml
-from sdlm_megatron.config.schema import ModelConfig, RunConfig
+from sdlm_megatron.config.schema import DiffusionConfig, ModelConfig, RunConfig
 from sdlm_megatron.config.validate import check_model, check_run
 from sdlm_megatron.errors import ConfigError
 
@@ -100,6 +103,7 @@ def test_mistakes_in_a_file_name_the_file(tmp_path: Path) -> None:
         (["--train.precision=fp8"], 1, "train.precision"),
         (["--optimizer.lr=0"], 1, "optimizer.lr"),
         (["--optimizer.lr=.nan"], 1, "optimizer.lr"),
+        (["--diffusion.next_token_weight=-0.1"], 1, "diffusion.next_token_weight is -0.1"),
         (["--train.epochs=0"], 1, "nothing to train"),
         (["--data.path="], 1, "no dataset"),
         (["--checkpoint.keep_last=-1"], 1, "checkpoint.keep_last"),
@@ -114,6 +118,7 @@ def test_mistakes_in_a_file_name_the_file(tmp_path: Path) -> None:
             1,
             "overlap_param_gather needs distributed_optimizer",
         ),
+        (["--observe.sample_every=2", "--train.fp8=delayed"], 1, "delayed scaling records what samples"),
         (["--train.recompute_layers=1"], 1, "recompute is 'none'"),
         (["--train.recompute_layers=1", "--train.recompute=selective"], 1, "recompute is 'selective'"),
     ],
@@ -145,6 +150,27 @@ def test_shapes_that_do_not_split(arguments: list[str], text: str) -> None:
     config = load_config(RunConfig, "tiny", arguments, PRESETS)
     with pytest.raises(ConfigError, match=text):
         check_model(config.model, config, 128)
+
+
+def test_a_state_written_before_a_setting_existed_has_its_default(tmp_path: Path) -> None:
+    diffusion = {"block_size": 8, "causal_attn": True, "mask_token": "<m>"}
+    state = {
+        "step": 3,
+        "consumed_rows": 6,
+        "rows_per_step": 2,
+        "shape": asdict(ModelConfig()),
+        "diffusion": diffusion,
+        "mask_token_id": 9,
+        "precision": "bf16",
+        "optimizer": "distributed",
+        "dataset": {},
+    }
+    for extra, wanted in (({}, 0.0), ({"next_token_weight": 0.2}, 0.2)):
+        (tmp_path / "state.json").write_text(json.dumps({**state, "diffusion": {**diffusion, **extra}}))
+        (tmp_path / "complete.json").write_text("{}")
+        assert read_state(tmp_path).diffusion == DiffusionConfig(
+            block_size=8, causal_attn=True, next_token_weight=wanted, mask_token="<m>"
+        )
 
 
 def test_validation_changes_nothing() -> None:

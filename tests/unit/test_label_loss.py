@@ -24,20 +24,29 @@ def case(n: int, vocab: int, hidden: int, seed: int, dtype: torch.dtype = torch.
     return x, w, targets
 
 
-def plain(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, factor: float) -> list[torch.Tensor]:
-    """nll and the gradients of factor * sum, by autograd in float64."""
+def plain(
+    x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, factor: float, counts: torch.Tensor | None = None
+) -> list[torch.Tensor]:
+    """nll and the gradients of factor * its sum (weighted by `counts`), by autograd in float64."""
     x, weight = (t.double().requires_grad_() for t in (x, weight))
     nll = cross_entropy(x @ weight.t(), targets, ignore_index=IGNORE, reduction="none")
-    return [nll.detach(), *torch.autograd.grad(factor * nll.sum(), (x, weight))]
+    total = (nll if counts is None else nll * counts).sum()
+    return [nll.detach(), *torch.autograd.grad(factor * total, (x, weight))]
 
 
 def ours(
-    x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, factor: float, vocabulary: Vocabulary, rows: int
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    factor: float,
+    vocabulary: Vocabulary,
+    rows: int,
+    counts: torch.Tensor | None = None,
 ) -> list[torch.Tensor]:
     x, weight = (t.clone().requires_grad_() for t in (x, weight))
     size = rows * BYTES * len(weight) * 1.01e-6  # the same on all TP ranks, as a setting is
-    total, nll = label_losses(x, weight, targets, vocabulary, logits_mb=size)
-    torch.testing.assert_close(total, nll.sum(), rtol=1e-5, atol=1e-5)
+    total, nll = label_losses(x, weight, targets, vocabulary, logits_mb=size, counts=counts)
+    torch.testing.assert_close(total, (nll if counts is None else nll * counts).sum(), rtol=1e-5, atol=1e-5)
     return [nll, *torch.autograd.grad(factor * total, (x, weight))]
 
 
@@ -48,12 +57,14 @@ def ours(
     padding=st.integers(0, 9),
     rows=st.integers(1, 50),
     seed=st.integers(0, 99),
+    weighted=st.booleans(),
 )
-def test_equals_autograd(n: int, vocab: int, padding: int, rows: int, seed: int) -> None:
+def test_equals_autograd(n: int, vocab: int, padding: int, rows: int, seed: int, weighted: bool) -> None:
     x, weight, targets = case(n, vocab, 6, seed)
+    counts = torch.rand(n, generator=torch.Generator().manual_seed(seed)) if weighted else None
     padded = torch.cat([weight, torch.full((padding, 6), 9.0)])  # would win the softmax if it took part
-    wanted = plain(x, weight, targets, 0.25)
-    found = ours(x, padded, targets, 0.25, Vocabulary(0, vocab, None), rows)
+    wanted = plain(x, weight, targets, 0.25, counts)
+    found = ours(x, padded, targets, 0.25, Vocabulary(0, vocab, None), rows, counts)
     wanted[2] = torch.cat([wanted[2], torch.zeros(padding, 6, dtype=torch.float64)])
     for mine, other in zip(found, wanted, strict=True):
         torch.testing.assert_close(mine.double(), other, rtol=1e-4, atol=1e-5)
@@ -62,6 +73,14 @@ def test_equals_autograd(n: int, vocab: int, padding: int, rows: int, seed: int)
 def test_bf16_is_no_worse_than_plain_bf16() -> None:
     x, weight, targets = case(200, 3000, 64, 0, torch.bfloat16)
     weight = weight * 0.3
+    counts = torch.full((200,), 0.1)  # no number of bf16
+    for mine, true in zip(
+        ours(x, weight, targets, 1.0, Vocabulary(0, 3000, None), 200, counts)[1:],
+        plain(x, weight, targets, 1.0, counts)[1:],
+        strict=True,
+    ):
+        slope = (mine.double() * true).sum() / true.norm() ** 2
+        assert abs(slope - 1) < 2e-4  # 0.1 rounded to bf16 is 1e-3 off
     exact = plain(x, weight, targets, 1.0)
     leaves = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
     nll = cross_entropy((leaves[0] @ leaves[1].t()).float(), targets, ignore_index=IGNORE, reduction="none")

@@ -26,8 +26,9 @@ def record(step, block_size, **more):
 
 @pytest.mark.parametrize("block_size", [1, 2, 4, 8, 32])
 def test_lines_align_with_names_and_fit_120_columns(block_size):
-    console = Console(steps=13699, block_size=block_size, show_mfu=True)
-    line = console.line(record(13699, block_size, mfu=0.4213))
+    console = Console(steps=13699, block_size=block_size, show_next_token=True, show_mfu=True)
+    line = console.line(record(13699, block_size, mfu=0.4213, loss_next_token=7.77))
+    assert "7.77" in line
     assert len(line) == len(console.names()) <= 120
     assert all(len(text) <= 120 for text in console.legend().splitlines())
     assert line.count(" - ") == 0

@@ -29,10 +29,12 @@ def steps(path):
     return [r["step"] for r in read_metrics(path)]
 
 
-def run(folder, first, last, *, resume_step=0, settings=None, note="", offset=0.0):
+def run(folder, first, last, *, resume_step=0, settings=None, note="", offset=0.0, samples=None):
     with Sinks.open(folder, settings or Settings(), resume_step, resume_note=note) as sinks:
         for step in range(first, last + 1):
             sinks.log(step, {"step": step, "loss": 1.0 / step + offset, "targets": 10})
+        if samples:
+            sinks.log_samples(last, samples)
 
 
 def test_a_resume_leaves_exactly_one_record_a_step(tmp_path):
@@ -134,7 +136,8 @@ def wandb_history(folder):
                 rows = found.setdefault(record.run.run_id, [])
             if record.WhichOneof("record_type") == "history":
                 fields = {(i.key or ".".join(i.nested_key)): json.loads(i.value_json) for i in record.history.item}
-                rows.append((fields["step"], fields["loss"]))
+                if "loss" in fields:  # samples are rows of their own
+                    rows.append((fields["step"], fields["loss"]))
     return found
 
 
@@ -143,7 +146,11 @@ def test_wandb_offline_is_really_written_and_a_resume_keeps_the_run(tmp_path, mo
     monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef0123456789abcdef01234567")
     settings = Settings(wandb="offline")
     folder = tmp_path / "night"
-    run(folder, 1, 3, settings=settings)
+    answer = [{"text": t, "pass": p} for t, p in (("a", 1), ("b", 1), ("c", 2))]
+    sample = {"prompt": "p", "answer_tokens": answer, "expected": "abc"}
+    run(folder, 1, 3, settings=settings, samples={"tokens_per_pass": 1.5, "samples": [sample]})
+    (table,) = folder.glob("wandb/offline-run-*/files/media/table/samples_*.table.json")
+    assert json.loads(table.read_text())["data"] == [["p", "ab|c", "abc"]]
     run(folder, 3, 5, resume_step=2, settings=settings)
     history = wandb_history(folder)
     run_id = (folder / "wandb" / "run-id").read_text().strip()

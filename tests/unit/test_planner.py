@@ -13,15 +13,16 @@ from hypothesis import strategies as st
 from sdlm_megatron import plan as command
 from sdlm_megatron.config.load import PRESETS, load_config
 from sdlm_megatron.config.schema import RunConfig
+from sdlm_megatron.data.batch import load_micro_batch
 from sdlm_megatron.data.format import PackedDataset
-from sdlm_megatron.diffusion.layout import block_count, draw_starts, pack_row
+from sdlm_megatron.diffusion.layout import IGNORE, block_count, draw_starts, next_token_targets, pack_row
 from sdlm_megatron.diffusion.mask import visible_pairs
 from sdlm_megatron.errors import ConfigError
 from sdlm_megatron.planner.assumptions import Assumptions, assume, device_of
 from sdlm_megatron.planner.layout import MEGATRON, TRANSFORMER_ENGINE, Layout
 from sdlm_megatron.planner.memory import in_flight, peak_memory
 from sdlm_megatron.planner.search import CLOSE, Planner, recommended
-from sdlm_megatron.planner.workload import dataset, mixture, rows_per_step, steps
+from sdlm_megatron.planner.workload import dataset, mixture, rows_per_step, steps, workload
 
 GIVEN = Assumptions()
 
@@ -177,6 +178,35 @@ def test_a_dataset_is_counted(tmp_path: Path):
     assert work.useful_tokens == sum(x.used for x in layouts)
     assert work.pairs * 20 == sum(visible_pairs(x) for x in layouts)
     assert work.documents_per_row == data.manifest["mean_documents_per_row"]
+    assert work.row.label_rows == work.row.targets
+
+
+def test_targets_of_clean_tokens_are_counted(tmp_path: Path):
+    """A dataset's exactly; the mixture's estimate against documents that are drawn from it; they cost time."""
+    path = make_dataset(tmp_path / "data", rows=20)
+    rows = [load_micro_batch(PackedDataset(path), n, seed=0, next_token_weight=1.0) for n in range(20)]
+    work = dataset(str(path), causal_attn=False, next_token=True)
+    assert round(work.row.label_rows * 20) == sum(len(r.label_index) for r in rows)
+    for repeat in (1, 2):
+        assumed = assume(["length_spread=0", f"repeat={repeat}"])
+        length = round(assumed.clean_tokens / assumed.documents)
+        anchors = np.arange(length)[-round(assumed.response_share * length) - 1 : -1]
+        n, found = block_count(length, len(anchors), 5632, 4, repeat), 0
+        for i in range(100):
+            starts = draw_starts(anchors, n, seed=0, epoch=0, document=i)
+            row = pack_row([(i, np.zeros(length, np.int32), starts)], block_size=4, mask_token_id=0)
+            found += int((next_token_targets(*row, eos_token_id=1) != IGNORE).sum())
+        estimate = mixture(4, False, assumed, next_token=True).row
+        share = estimate.next_token_targets / estimate.response
+        assert 0.6 < share < 0.95
+        assert found / 100 / len(anchors) == pytest.approx(share, rel=0.01)
+    on = load_config(RunConfig, "sdlm_3b_d4", ["--diffusion.next_token_weight=0.1"], PRESETS)
+    more = Planner(on, workload(on, "", GIVEN), device_of("h100", GIVEN), GIVEN)
+    less = planner("sdlm_3b_d4")
+    layout = less.best(16)[0].layout
+    assert more.plan(layout).flops > less.plan(layout).flops
+    assert more.plan(layout).time.head > less.plan(layout).time.head
+    assert more.memory(layout).total >= less.memory(layout).total
 
 
 def test_assumptions_are_named(capsys: pytest.CaptureFixture):

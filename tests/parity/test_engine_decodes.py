@@ -1,0 +1,134 @@
+"""The training engine as decoding's model: same tokens as transformers, and training does not notice."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import EOS, MASK, PAD, make_dataset, make_hf
+
+from sdlm_megatron.data.batch import load_micro_batch
+from sdlm_megatron.data.format import PackedDataset
+from sdlm_megatron.diffusion.decode import decode
+from sdlm_megatron.diffusion.layout import IGNORE, pack_row
+from sdlm_megatron.diffusion.row import MicroBatch, make_micro_batch
+from sdlm_megatron.model.attention_choice import choose_attention
+
+LENGTHS = (9, 5, 14)
+
+
+def prompts() -> tuple[torch.Tensor, torch.Tensor]:
+    """int64 (3, 14) prompts, padded on the left, and which of it is real."""
+    rng, width = np.random.default_rng(5), max(LENGTHS)
+    ids = np.stack([np.r_[np.full(width - n, PAD), rng.integers(0, 256, n)] for n in LENGTHS])
+    real = np.stack([np.r_[np.zeros(width - n), np.ones(n)] for n in LENGTHS])
+    return torch.from_numpy(ids).long(), torch.from_numpy(real).long()
+
+
+def reference(folder: Path) -> torch.nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa").eval()
+
+
+@pytest.mark.parametrize("causal_attn", [False, True])
+@pytest.mark.parametrize(("alg", "window"), [("prob_conf", 4), ("prob_conf", 3), ("self_speculative", 4), ("ar", 1)])
+def test_tokens_are_those_of_transformers(
+    make_engine: Callable, tmp_path: Path, alg: str, window: int, causal_attn: bool
+) -> None:
+    from sdlm_megatron.parallel.propose import EngineProposer
+
+    folder = make_hf(tmp_path / "hf", tied=False)
+    ids, real = prompts()
+    settings = {
+        "mask_token_id": MASK,
+        "window": window,
+        "max_new_tokens": 12,
+        "alg": alg,
+        "threshold": 0.05,
+        "eos_token_ids": [EOS],
+        "attention_mask": real,
+        "causal_attn": causal_attn,
+    }
+    wanted = decode(reference(folder), ids, use_cache=False, **settings)
+    engine = make_engine(folder, causal_attn=causal_attn)
+    with engine.inference():
+        found = decode(EngineProposer(engine, mask_token_id=MASK, row_length=128), ids, **settings)
+    assert (found.tokens, found.accepted) == (wanted.tokens, wanted.accepted)
+    assert alg != "prob_conf" or any(n > 1 for row in found.accepted for n in row), (
+        "nothing to compare: one token a pass"
+    )
+
+
+def anchored_row(n: int = 20) -> tuple[MicroBatch, int]:
+    """A row of two documents with a block at every token, its label rows all tokens; and the number of clean ones."""
+    rng = np.random.default_rng(1)
+    documents = [(i, rng.integers(0, 256, n).astype(np.int32), np.arange(n)) for i in range(2)]
+    tokens, layout = pack_row(documents, block_size=4, mask_token_id=MASK)
+    row = make_micro_batch(tokens, layout, row_length=208, pad_token_id=PAD, eos_token_id=EOS, number=0)
+    index = torch.arange(layout.used)
+    return replace(row, label_index=index, label_targets=index * 0 + IGNORE, label_slots=index * 0), layout.n_clean
+
+
+@pytest.mark.parametrize("backend", ["dense", "per_document", "decomposed"])
+def test_slot_0_of_a_causal_block_is_the_clean_token(make_engine: Callable, tmp_path: Path, backend: str) -> None:
+    """What causal_attn promises: the block at p says of p+1 what clean token p says, whatever the weights."""
+    row, n_clean = anchored_row()
+    found = {}
+    for causal in (True, False):
+        engine = make_engine(make_hf(tmp_path / f"hf{causal}", tied=False), causal_attn=causal)
+        engine.attention = choose_attention(backend, causal_attn=causal, device=torch.device("cpu"), heads=engine.heads)
+        with engine.inference():
+            logits = engine.logits(engine.prepare(row))
+        found[causal] = (logits[:n_clean], logits[n_clean::4])
+    torch.testing.assert_close(*found[True], rtol=1e-5, atol=1e-5)
+    assert (found[False][0] - found[False][1]).abs().max() > 0.1
+    torch.testing.assert_close(found[False][0], found[True][0], rtol=1e-5, atol=1e-5)
+
+
+def test_causal_self_speculation_is_plain_greedy(tmp_path: Path) -> None:
+    """With causal blocks, verified drafts are what transformers' own greedy generate says; without, they are not."""
+    model = reference(make_hf(tmp_path / "hf", tied=False))
+    ids, real = prompts()
+    greedy = model.generate(
+        ids, attention_mask=real, max_new_tokens=24, do_sample=False, eos_token_id=EOS, pad_token_id=PAD
+    )[:, ids.shape[1] :].tolist()
+    found = {}
+    for causal in (True, False):
+        done = decode(
+            model, ids, mask_token_id=MASK, window=4, max_new_tokens=24, alg="self_speculative",
+            eos_token_ids=[EOS], attention_mask=real, causal_attn=causal,
+        )  # fmt: skip
+        found[causal] = [row + [PAD] * (24 - len(row)) for row in done.tokens]
+    assert found[True] == greedy
+    assert found[False] != greedy
+
+
+def test_training_does_not_notice(make_engine: Callable, tmp_path: Path) -> None:
+    """Steps with and without decoding between them: the same bits, the same state of the random generator."""
+    from sdlm_megatron.parallel.propose import EngineProposer
+
+    folder = make_hf(tmp_path / "hf")
+    dataset = PackedDataset(make_dataset(tmp_path / "data", rows=3))
+    rows = [load_micro_batch(dataset, n, seed=0, next_token_weight=0.5) for n in range(3)]
+    ids, real = prompts()
+    runs = []
+    for sampled in (False, True):
+        engine, queued = make_engine(folder), []
+        batches = [engine.prepare(r) for r in rows]
+        state = torch.get_rng_state()
+        for step in (1, 2, 3):
+            queued.append(engine.train_step(batches, step))
+            if sampled:
+                with engine.inference():
+                    decode(
+                        EngineProposer(engine, mask_token_id=MASK, row_length=128), ids, mask_token_id=MASK, window=4,
+                        max_new_tokens=3, attention_mask=real, seed=0,
+                    )  # fmt: skip
+        assert torch.equal(torch.get_rng_state(), state)
+        assert engine.module.training
+        runs.append((engine.results(queued), [p.detach().clone() for p in engine.module.parameters()]))
+    assert runs[0][0] == runs[1][0]
+    assert all(torch.equal(a, b) for a, b in zip(runs[0][1], runs[1][1], strict=True))

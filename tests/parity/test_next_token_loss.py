@@ -1,0 +1,116 @@
+"""diffusion.next_token_weight: loss and every gradient against transformers' model, dense mask and plain autograd."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import EOS, MASK, PAD, make_hf
+
+from sdlm_megatron.diffusion.layout import IGNORE, RowLayout, draw_starts, next_token_targets, pack_row, row_positions
+from sdlm_megatron.diffusion.mask import visible_row
+from sdlm_megatron.diffusion.row import MicroBatch, make_micro_batch
+
+LENGTH, D, WEIGHT = 128, 4, 0.3
+
+
+def packed(seed: int) -> tuple[np.ndarray, RowLayout]:
+    """Documents of two answers each, the last of them without blocks."""
+    rng = np.random.default_rng(seed)
+    documents = []
+    for i, (length, blocks) in enumerate(((21, 5), (12, 2), (9, 0))):
+        ids = rng.integers(0, 256, length).astype(np.int32)
+        ids[[length // 2, length - 2]] = EOS
+        anchors = np.concatenate([np.arange(2, length // 2), np.arange(length // 2 + 2, length - 2)])
+        documents.append((i, ids, draw_starts(anchors, blocks, seed=seed, epoch=0, document=i)))
+    return pack_row(documents, block_size=D, mask_token_id=MASK)
+
+
+def by_hand(tokens: np.ndarray, layout: RowLayout) -> tuple[dict[int, int], dict[int, int]]:
+    """Targets of block rows and of clean rows, by row index: the definition, one token at a time."""
+    blocks, clean, start, row = {}, {}, 0, layout.n_clean
+    first = 0
+    for length, n in zip(layout.clean_lens.tolist(), layout.n_blocks.tolist(), strict=True):
+        for p in layout.starts[first : first + n].tolist():
+            ended = False
+            for j in range(D):
+                q = p + 1 + j
+                if q < length and not ended:
+                    token = int(tokens[start + q])
+                    blocks[row + j] = token
+                    clean[start + q - 1] = token
+                    ended = token == EOS
+            row += D
+        start, first = start + length, first + n
+    return blocks, clean
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_targets_of_clean_tokens(seed: int) -> None:
+    tokens, layout = packed(seed)
+    blocks, clean = by_hand(tokens, layout)
+    found = next_token_targets(tokens, layout, EOS)
+    assert {int(i): int(found[i]) for i in np.flatnonzero(found != IGNORE)} == clean
+    batch = micro_batch(seed)
+    wanted = {**clean, **blocks}
+    assert dict(zip(batch.label_index.tolist(), batch.label_targets.tolist(), strict=True)) == wanted
+    weights = [float(np.float32(WEIGHT)) if i < layout.n_clean else 1.0 for i in batch.label_index.tolist()]
+    assert batch.label_weights is not None and batch.label_weights.tolist() == weights
+    off = micro_batch(seed, 0.0)
+    assert off.label_weights is None and off.label_index.tolist() == list(blocks)
+
+
+def micro_batch(seed: int, weight: float = WEIGHT) -> MicroBatch:
+    return make_micro_batch(
+        *packed(seed), row_length=LENGTH, pad_token_id=PAD, eos_token_id=EOS, number=seed, next_token_weight=weight
+    )
+
+
+@pytest.mark.parametrize(("rows", "causal_attn"), [(False, False), (True, False), (False, True)])
+def test_loss_and_every_gradient(make_engine: Callable, tmp_path: Path, rows: bool, causal_attn: bool) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from sdlm_megatron.model.hf_load import global_name
+    from sdlm_megatron.model.names import to_hf
+
+    folder = make_hf(tmp_path / "hf", tied=False)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
+    numerators, denominators, clean_losses = [], [], []
+    for seed in (0, 1):
+        tokens, layout = packed(seed)
+        blocks, clean = by_hand(tokens, layout)
+        mask = torch.from_numpy(visible_row(layout, layout.used, causal_attn=causal_attn))[None, None]
+        positions = torch.from_numpy(row_positions(layout)).long()[None]
+        logits = model(torch.from_numpy(tokens).long()[None], attention_mask=mask, position_ids=positions).logits[0]
+        nll = -logits.log_softmax(-1)
+        of_blocks = torch.stack([nll[i, t] for i, t in blocks.items()])
+        of_clean = torch.stack([nll[i, t] for i, t in clean.items()])
+        numerator = of_blocks.sum() + WEIGHT * of_clean.sum()
+        numerators.append(numerator / len(blocks) if rows else numerator)
+        denominators.append(1 if rows else len(blocks))
+        clean_losses.append(of_clean.detach())
+    loss = sum(numerators) / sum(denominators)
+    loss.backward()
+    wanted = {name: p.grad for name, p in model.named_parameters()}
+    norm = torch.cat([g.flatten() for g in wanted.values()]).norm()
+
+    engine = make_engine(folder, causal_attn=causal_attn, rows=rows)
+    engine.module.logits_mb = 0.05  # some chunks
+    empty = make_micro_batch(
+        *pack_row([], block_size=D, mask_token_id=MASK),
+        row_length=LENGTH, pad_token_id=PAD, eos_token_id=EOS, number=None, next_token_weight=WEIGHT,
+    )  # fmt: skip
+    batches = [micro_batch(0), empty, micro_batch(1)]
+    engine.forward_backward(batches)
+    for name, parameter in engine.module.named_parameters():
+        for key, part in to_hf(global_name(engine.module, name), parameter.main_grad, engine.shape):
+            error = (part - wanted.pop(key)).abs().max() / part.abs().max()
+            assert error < 1e-4, f"{key}: {error}"
+    assert not wanted
+    (result,) = engine.results([engine.train_step(batches, 1)])
+    assert result.loss == pytest.approx(float(loss), rel=1e-5)
+    assert result.grad_norm == pytest.approx(float(norm), rel=1e-4)
+    assert result.next_token_loss == pytest.approx(float(torch.cat(clean_losses).mean()), rel=1e-5)
+    assert result.next_token_targets == sum(map(len, clean_losses))
+    assert result.targets == sum(len(by_hand(*packed(s))[0]) for s in (0, 1))

@@ -1,0 +1,93 @@
+"""Samples during training: which prompts, how their text is shown, where it is written."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from byte_tokenizer import definition
+from helpers import EOS, MASK, PAD, make_dataset, make_hf, write_dataset
+from tokenizers import Tokenizer
+
+from sdlm_megatron.config.schema import ObserveConfig
+from sdlm_megatron.data.format import PackedDataset
+from sdlm_megatron.diffusion.layout import pack_row
+from sdlm_megatron.errors import ConfigError
+from sdlm_megatron.observe.report import write_report
+from sdlm_megatron.observe.sinks import Sinks, read_metrics
+
+META = {
+    "row_length": 128, "max_document_length": 128, "block_size": 4, "repeat": 3, "mask_token_id": MASK,
+    "eos_token_id": EOS, "pad_token_id": PAD, "vocab_size": 264, "tokenizer": {"fingerprint": None, "name": "bytes"},
+    "seed": 0, "sources": [],
+}  # fmt: skip
+
+
+def dataset(path: Path, documents: list[tuple[int, list[int]]]) -> PackedDataset:
+    """Rows of one document each: length, block starts; the turn ends two tokens before the end."""
+    rows = []
+    for i, (length, starts) in enumerate(documents):
+        ids = np.arange(length, dtype=np.int32)
+        ids[-2] = EOS
+        rows.append(pack_row([(i, ids, np.array(starts, np.int32))], block_size=4, mask_token_id=MASK))
+    write_dataset(path, META, [rows])
+    return PackedDataset(path)
+
+
+def test_prompts_end_with_the_first_block_and_fit_a_row(groups: object, tmp_path: Path) -> None:
+    from sdlm_megatron.samples import choose_prompts
+
+    found = choose_prompts(dataset(tmp_path / "a", [(20, []), (95, [92]), (30, [9, 12]), (60, [5]), (10, [4])]))
+    assert [p.ids for p in found] == [list(range(10)), list(range(6))]  # 46 + 42 of 128 tokens, and no room for more
+    assert [p.answer for p in found] == [[*range(10, 28), EOS], list(range(6, 38))]
+    with pytest.raises(ConfigError, match="no document of the first 64 rows") as caught:
+        choose_prompts(dataset(tmp_path / "b", [(100, [97]), (20, [])]))
+    assert caught.value.fix == "--observe.sample_every=0"
+
+
+def record(step: int) -> dict:
+    tokens = [{"text": t, "pass": p} for t, p in (("<b>", 1), ("two\n", 1), ("three", 2))]
+    sample = {"prompt": "question & answer", "answer_tokens": tokens, "expected": "", "tokens": [7, 8, step]}
+    return {"tokens_per_pass": 1.5, "samples": [sample, {**sample, "prompt": "another"}]}
+
+
+def test_they_are_written_and_shown(groups: object, tmp_path: Path) -> None:
+    """samples.jsonl over a resume; the report: the first prompt at five steps, all of them at the last."""
+    from sdlm_megatron.samples import lines_of
+
+    for first, last, resume in ((1, 9, 0), (6, 12, 5)):
+        with Sinks.open(tmp_path, ObserveConfig(tensorboard=False), resume) as sinks:
+            for step in range(first, last + 1):
+                sinks.log_samples(step, record(step))
+                sinks.log(step, {"loss": 1.0})
+    found = read_metrics(tmp_path / "samples.jsonl")
+    assert [r["step"] for r in found] == list(range(1, 13))
+    assert [r["samples"][0]["tokens"][2] for r in found] == list(range(1, 13))
+    assert all(set(r) <= {"step", "loss", "resumed_from"} for r in read_metrics(tmp_path / "metrics.jsonl"))
+    page = write_report(tmp_path).read_text()
+    assert [f"<h3>Step {s}, " in page for s in range(1, 13)] == [s in (1, 4, 7, 9, 12) for s in range(1, 13)]
+    assert page.count("question &amp; answer") == 5 and page.count(">another<") == 1
+    assert '<span class="pass p0" title="pass 1: 2 tokens"><i>&lt;b&gt;</i><i>two⏎</i>' in page
+    assert lines_of(record(1)).splitlines()[1:] == ["  <b>two⏎|three"] * 2
+    assert lines_of(record(1), width=9).splitlines()[1] == "  <b>two⏎|…"
+
+
+def test_a_sampler_has_text_where_there_is_a_tokenizer(make_engine: Callable, tmp_path: Path) -> None:
+    from sdlm_megatron.checkpoint_files import TrainState
+    from sdlm_megatron.samples import Sampler
+
+    folder = make_hf(tmp_path / "hf")
+    engine = make_engine(folder)
+    state = TrainState(0, 0, 1, engine.shape, engine.config.diffusion, MASK, "fp32", "none", {}, EOS)
+    data = PackedDataset(make_dataset(tmp_path / "data", rows=2))
+    as_ids = Sampler(engine, state, data, None)()
+    (folder / "tokenizer.json").write_text(json.dumps(definition()))
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    as_text = Sampler(engine, state, data, folder)()
+    assert [s["tokens"] for s in as_ids["samples"]] == [s["tokens"] for s in as_text["samples"]]
+    for plain, sample in zip(as_ids["samples"], as_text["samples"], strict=True):
+        assert plain["prompt"].split() == [str(i) for i in sample["prompt_ids"]]
+        shown = "".join(t["text"] for t in sample["answer_tokens"])
+        assert shown == tokenizer.decode(sample["tokens"], skip_special_tokens=True)
+        assert sum(sample["accepted"]) == len(sample["tokens"]) == len(sample["answer_tokens"])
