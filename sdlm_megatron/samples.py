@@ -90,7 +90,6 @@ class Sampler:
                 max_new_tokens=NEW_TOKENS,
                 eos_token_ids=[self.state.eos_token_id],
                 attention_mask=real,
-                seed=0,  # draws nothing; without a seed it would ask the global generator for one
             )
         rows = zip(self.prompts, done.tokens, done.accepted, strict=True)
         return {"tokens_per_pass": done.tokens_per_pass, "samples": [self._sample(*row) for row in rows]}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from sdlm_megatron.data.format import PartWriter, seal
 from sdlm_megatron.diffusion.layout import RowLayout, block_count, draw_starts, pack_row
@@ -202,3 +202,16 @@ def train(
 def read_metrics(run: Path) -> list[dict]:
     """Records of metrics.jsonl in order."""
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a Hugging Face folder."""
+    return {k: v for file in sorted(folder.glob("*.safetensors")) for k, v in load_file(file).items()}
+
+
+def assert_bitwise(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
+    """The same names, dtypes and values."""
+    assert set(found) == set(wanted)
+    for name, tensor in wanted.items():
+        assert found[name].dtype == tensor.dtype, name
+        assert torch.equal(found[name], tensor), name

@@ -8,6 +8,7 @@ folder also loads as plain `Qwen2ForCausalLM`; then `generate` is ordinary next-
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -131,9 +132,9 @@ class SDLMForCausalLM(Qwen2ForCausalLM):
 
         Sampling (temperature, top_k, top_p, min_p, …), stop_strings with tokenizer, stopping criteria that look
         at the tokens only, num_return_sequences, max_time and a streamer for one row work as usual;
-        `cache_implementation="static"` keeps the shapes of all passes the same. Whatever needs the tokens so
-        far to change the logits (repetition_penalty, no_repeat_ngram_size, …), beams, assistants and
-        output_scores raise ValueError; `sdlm_alg="ar"` has them.
+        `cache_implementation="static"` keeps the shapes of all passes the same, and compiles them on a GPU.
+        Whatever needs the tokens so far to change the logits (repetition_penalty, no_repeat_ngram_size, …), beams,
+        assistants and output_scores raise ValueError; `sdlm_alg="ar"` has them.
         """
         stored = (generation_config, self.generation_config)
         settings = SDLMSettings(
@@ -256,13 +257,20 @@ def _sdlm(  # called by transformers' generate; a parameter named attention_mask
         seed=settings.seed,
         stop=_stop([c for c in criteria if not isinstance(c, EosTokenCriteria | MaxLengthCriteria)]),
         use_cache=generation_config.use_cache is not False,
-        fixed_shape=settings.cache_implementation == "static",
+        fixed_shape=_fixed_shape(settings, generation_config, model.device),
         on_tokens=None if streamer is None else lambda _, ids: streamer.put(torch.tensor(ids)),
     )
     if streamer is not None:
         streamer.end()
     pad = generation_config.pad_token_id
     return _output(input_ids, result, pad if pad is not None else (ends or [0])[0], generation_config)
+
+
+def _fixed_shape(settings: SDLMSettings, config: Any, device: torch.device) -> bool | Callable[[Any], Any]:
+    """On a GPU a pass becomes a CUDA graph, compiled once for each shape, as transformers does with a static cache."""
+    if settings.cache_implementation != "static" or device.type != "cuda" or config.disable_compile:
+        return settings.cache_implementation == "static"
+    return partial(torch.compile, mode="reduce-overhead", dynamic=False)
 
 
 def _output(input_ids: torch.Tensor, result: Decoded, pad: int, config: Any) -> Any:

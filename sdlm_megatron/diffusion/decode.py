@@ -26,6 +26,9 @@ from torch import Tensor
 from .decode_rules import Warp, choose, confidence, cut, sure_prefix, uniforms, verified_prefix
 from .decode_step import Proposer, Step
 
+FIXED_COLUMNS = 256
+"""The fixed form's rows are a multiple of this long, so that prompts of other lengths meet the same shapes."""
+
 ALGORITHMS = ("prob_conf", "entropy_conf", "self_speculative", "ar")
 
 Stop = Callable[[Tensor], Tensor]
@@ -147,12 +150,12 @@ def _stopped(settings: _Settings, ids: Tensor, length: Tensor, longest: int) -> 
     return torch.stack(found, 1)
 
 
-def _start(input_ids: Tensor, attention_mask: Tensor | None, room: int, budget: int, seed: int | None) -> _Rows:
-    """Rows aligned at column 0, whichever side their padding was on."""
+def _start(input_ids: Tensor, attention_mask: Tensor | None, columns: int, budget: int, seed: int | None) -> _Rows:
+    """Rows aligned at column 0, whichever side their padding was on, with room for what is to come."""
     device = input_ids.device
     real = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(device).ne(0).long()
     order = real.argsort(dim=1, descending=True, stable=True)
-    ids = torch.nn.functional.pad(input_ids.gather(1, order), (0, room))
+    ids = torch.nn.functional.pad(input_ids.gather(1, order), (0, columns - input_ids.shape[1]))
     if seed is None:
         seed = int(torch.randint(2**62, ()))
     length = real.sum(1)
@@ -233,8 +236,11 @@ def decode(
     window = 1 if alg == "ar" else window
     settings = _Settings(alg, window, threshold, product, mask_token_id, eos, warp, stop, use_cache)
     _check(input_ids, attention_mask, settings, max_new_tokens)
-    room = max_new_tokens + 2 * window
-    now = _start(input_ids, attention_mask, room, max_new_tokens, seed)
+    columns = input_ids.shape[1] + max_new_tokens + 2 * window
+    if fixed_shape:
+        columns = -(-columns // FIXED_COLUMNS) * FIXED_COLUMNS
+    seed = 0 if warp is None else seed  # nothing is drawn: the caller's generator stays as it is
+    now = _start(input_ids, attention_mask, columns, max_new_tokens, seed)
     lengths = now.length.tolist()
     if not min(lengths):
         raise ValueError(f"row {lengths.index(0)} of attention_mask has no token")

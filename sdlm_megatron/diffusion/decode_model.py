@@ -130,7 +130,7 @@ class TransformersProposer:
             use_cache=True,
             logits_to_keep=max(1, windows * step.window),
         ).logits
-        return logits.unflatten(1, (max(1, windows), -1))
+        return logits.view(len(logits), max(1, windows), -1, logits.shape[-1])
 
 
 def _up_to(positions: Tensor, columns: int) -> Tensor:

@@ -7,8 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import EOS, MASK, PAD, make_dataset, make_hf, read_metrics, run_python, train
-from safetensors.torch import load_file
+from helpers import (
+    EOS,
+    MASK,
+    PAD,
+    assert_bitwise,
+    make_dataset,
+    make_hf,
+    read_metrics,
+    run_python,
+    tensors,
+    train,
+)
 
 from checkpoints_tools import hf_to_mcore, mcore_to_hf
 from sdlm_megatron.diffusion.layout import pack_row
@@ -16,17 +26,6 @@ from sdlm_megatron.diffusion.mask import visible_row
 from sdlm_megatron.diffusion.row import make_micro_batch
 
 pytestmark = pytest.mark.distributed
-
-
-def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    return {k: v for file in sorted(folder.glob("*.safetensors")) for k, v in load_file(file).items()}
-
-
-def assert_bitwise(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
-    assert set(found) == set(wanted)
-    for name, tensor in wanted.items():
-        assert found[name].dtype == tensor.dtype, name
-        assert torch.equal(found[name], tensor), name
 
 
 @pytest.mark.parametrize("tied", [True, False])

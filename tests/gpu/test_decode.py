@@ -52,6 +52,13 @@ def test_a_pass_as_a_cuda_graph(model: Any, alg: str) -> None:
         assert decode(model, **prompts("cuda"), **OPTIONS, alg=alg, fixed_shape=graph) == wanted
 
 
+def test_a_static_cache_in_generate(model: Any) -> None:
+    model.cuda()
+    options = {"max_new_tokens": 32, "sdlm_n": 4}
+    wanted = model.generate(**prompts("cuda"), **options)
+    assert model.generate(**prompts("cuda"), **options, cache_implementation="static").equal(wanted)
+
+
 def test_one_transfer_a_pass(model: Any) -> None:
     model.cuda()
     given = prompts("cuda")

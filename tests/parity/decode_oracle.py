@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from checkpoints_tools.hf_folder import write_hf_folder
 from sdlm_megatron.model.hf_folder import open_tensors, read_hf_config
@@ -50,3 +52,13 @@ def prompt_ids(text: str) -> list[int]:
         return [257, *content.encode(), 258, *b"\n"]
 
     return [*turn("system\nbe brief."), *turn(f"user\n{text}"), 257, *b"assistant\n"]
+
+
+def load(folder: Path, dtype: torch.dtype) -> dict[str, Any]:
+    """Both models, exported into `folder` and loaded by transformers with the code of the export."""
+    return {
+        name: AutoModelForCausalLM.from_pretrained(
+            export(name, folder / name), trust_remote_code=True, dtype=dtype
+        ).eval()
+        for name in MODELS
+    }

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from sdlm_megatron.diffusion import decode_model
 from sdlm_megatron.diffusion.decode import ALGORITHMS, Decoded, decode
@@ -19,13 +19,7 @@ WORDS = ("count 12 to 15", "repeat spark 2", "spell cloud", "weather in delhi", 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    root = tmp_path_factory.mktemp("exported")
-    return {
-        name: AutoModelForCausalLM.from_pretrained(
-            o.export(name, root / name), trust_remote_code=True, dtype=torch.float64
-        ).eval()
-        for name in o.MODELS
-    }
+    return o.load(tmp_path_factory.mktemp("exported"), torch.float64)
 
 
 def warp(logits: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from sdlm_megatron.diffusion import decode_model
 from sdlm_megatron.diffusion.decode import Decoded, decode
@@ -19,13 +18,7 @@ PROMPTS = ("count 12 to 15", "repeat spark 2", "spell cloud")
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    root = tmp_path_factory.mktemp("exported")
-    return {
-        name: AutoModelForCausalLM.from_pretrained(
-            o.export(name, root / name), trust_remote_code=True, dtype=torch.float32
-        ).eval()
-        for name in o.MODELS
-    }
+    return o.load(tmp_path_factory.mktemp("exported"), torch.float32)
 
 
 def run(model: Any, prompt: str, n: int, tau: float, max_new: int, **options: Any) -> Decoded:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import make_hf
+from helpers import assert_bitwise, make_hf, tensors
 from safetensors.torch import load_file
 
 from checkpoints_tools import compare, hf_to_mcore, mcore_to_hf
@@ -27,17 +27,6 @@ from tests.qwen_vocab import qwen_tokenizer_folder
 
 SMALL = {"layers": 1, "hidden": 16, "heads": 2, "kv": 1, "ffn": 24}
 TURNS = [{"role": "user", "content": "Hello,  world"}]
-
-
-def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    return {k: v for file in sorted(folder.glob("*.safetensors")) for k, v in load_file(file).items()}
-
-
-def assert_bitwise(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
-    assert set(found) == set(wanted)
-    for name, tensor in wanted.items():
-        assert found[name].dtype == tensor.dtype, name
-        assert torch.equal(found[name], tensor), name
 
 
 def change(folder: Path, **fields: Any) -> Path:
@@ -97,7 +86,10 @@ def test_a_published_folder(tmp_path: Path) -> None:
     hf = change(make_hf(tmp_path / "hf", **SMALL, **form), causal_attn=None)
     hf_to_mcore.convert(hf, tmp_path / "mcore")
     state = read_state(tmp_path / "mcore")
-    assert (state.diffusion, state.mask_token_id) == (DiffusionConfig(4, True, "<text_mask>"), 151665)
+    assert (state.diffusion, state.mask_token_id) == (
+        DiffusionConfig(block_size=4, causal_attn=True, mask_token="<text_mask>"),
+        151665,
+    )
     assert TorchDist(tmp_path / "mcore" / "weights").shape("embedding.word_embeddings.weight") == (151680, 16)
     mcore_to_hf.convert(tmp_path / "mcore", tmp_path / "out", max_shard_bytes=5_000_000)
     assert_bitwise(tensors(tmp_path / "out"), tensors(hf))
