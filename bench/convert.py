@@ -20,7 +20,7 @@ import torch
 
 from checkpoints_tools.compare import differences, open_any
 from checkpoints_tools.hf_folder import write_hf_folder
-from sdlm_megatron.errors import run_cli
+from sdlm_megatron.errors import ConfigError, run_cli
 from sdlm_megatron.files import fsync_tree
 from sdlm_megatron.model.hf_folder import HFConfig
 from sdlm_megatron.model.names import checkpoint_rows
@@ -185,6 +185,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--shard-gb", default="1", help="size limit of the exported weight files")
     parser.add_argument("--work", type=Path, required=True, help="folder to work in: room for four copies; removed")
     args = parser.parse_args(argv)
+    if args.work.exists():
+        raise ConfigError(
+            "the folder to work in exists already", str(args.work), "name a new one: it is removed at the end"
+        )
     args.work.mkdir(parents=True)
     try:
         base, checkpoint, out = (args.work / name for name in ("base", "checkpoint", "export"))
