@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -76,12 +77,12 @@ def settings_of(args: argparse.Namespace, chat: ChatModel) -> Settings:
         raise CheckpointError(
             f"sdlm_alg is '{alg}'", f"{chat.folder}/generation_config.json", f"one of {', '.join(ALGORITHMS)}"
         )
-    window = args.n if args.n is not None else folder.get("sdlm_n") or config.block_size or 1
-    threshold = args.threshold if args.threshold is not None else folder.get("sdlm_threshold")
+    window = args.n if args.n is not None else _stored(chat, "sdlm_n", config.block_size or 1)
+    threshold = args.threshold if args.threshold is not None else _stored(chat, "sdlm_threshold", 0.9)
     found = Settings(
         alg=alg,
-        window=1 if alg == "ar" else int(window),
-        threshold=0.9 if threshold is None else float(threshold),
+        window=1 if alg == "ar" else window,
+        threshold=threshold,
         product=args.product or bool(folder.get("sdlm_product")),
         max_new_tokens=args.max_new_tokens,
         temperature=args.temperature,
@@ -103,6 +104,19 @@ def settings_of(args: argparse.Namespace, chat: ChatModel) -> Settings:
         if not fits:
             raise ConfigError(f"{name} is {value}", "the command line", f"give {fix}")
     return found
+
+
+def _stored(chat: ChatModel, name: str, default: Any) -> Any:
+    """A number of generation_config.json, of the kind that `default` is."""
+    value = chat.defaults.get(name)
+    if value is None:
+        return default
+    kinds = int if isinstance(default, int) else (int, float)
+    if not isinstance(value, kinds) or isinstance(value, bool):
+        raise CheckpointError(
+            f"{name} is {value!r}", f"{chat.folder}/generation_config.json", f"a number, as {default}"
+        )
+    return value
 
 
 class Session:
