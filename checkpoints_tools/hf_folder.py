@@ -20,13 +20,13 @@ from checkpoints_tools.partial import BLOCK, Partial, default_workers, open_part
 from checkpoints_tools.shards import Shard, index_json, plan_shards, shard_units
 from checkpoints_tools.tensors import Tensors, WithBiases
 from checkpoints_tools.tokenizer_files import (
-    DEFAULT_SYSTEM,
     HF_CODE,
     add_chat_template,
     add_token,
     copy_tokenizer,
     end_tokens,
 )
+from sdlm_megatron.data.chatml import DEFAULT_SYSTEM
 from sdlm_megatron.errors import CheckpointError
 from sdlm_megatron.files import write_json, write_text
 from sdlm_megatron.model.hf_folder import INDEX_NAME, HFConfig
@@ -85,8 +85,6 @@ def write_hf_folder(
     assets: Path | None = None,
     dtype: str | None = None,
     max_shard_bytes: int = 4 * 1024**3,
-    decode_window: int | None = None,
-    decode_threshold: float = 0.9,
     run: Mapping[str, Any] | None = None,
     workers: int | None = None,
 ) -> None:
@@ -102,8 +100,6 @@ def write_hf_folder(
         assets: folder whose tokenizer files travel along; None or none found: a warning, no tokenizer.
         dtype: "bfloat16", "float16" or "float32"; None keeps each tensor's own.
         max_shard_bytes: most bytes of a weight file (a larger tensor has one of its own).
-        decode_window: default sdlm_n of `generate`; None = block_size.
-        decode_threshold: default sdlm_threshold of `generate`.
         run: what the model card tells of the training (see sdlm_megatron.run_facts).
         workers: files written at a time; None: `default_workers`. Each holds a few blocks of 8 MiB.
 
@@ -120,9 +116,7 @@ def write_hf_folder(
         done = partial.write(shard_units(plan.tensors, plan.shards), workers=workers, checksum=True)
         if len(plan.shards) > 1:
             write_json(partial.files / INDEX_NAME, index_json(plan.shards))
-        window = decode_window or config.block_size
-        decoding = {"sdlm_alg": "prob_conf", "sdlm_n": window, "sdlm_threshold": decode_threshold}
-        _write_rest(partial, config, plan.dtype, assets, decoding, run or {}, out.name)
+        _write_rest(partial, config, plan.dtype, assets, run or {}, out.name)
         _write_checksums(partial.files, {file: record["sha256"] for file, record in done.items()})
         partial.finish()
 
@@ -132,7 +126,6 @@ def _write_rest(
     config: HFConfig,
     dtype: str,
     assets: Path | None,
-    decoding: Mapping[str, Any],
     run: Mapping[str, Any],
     name: str,
 ) -> None:
@@ -141,7 +134,7 @@ def _write_rest(
     tokenizer = copy_tokenizer(folder, assets)
     eos = end_tokens(folder, config) if tokenizer else config.eos_token_ids
     write_json(folder / "config.json", config_json(config, dtype, eos))
-    write_json(folder / "generation_config.json", _generation_json(config, eos, decoding))
+    write_json(folder / "generation_config.json", _generation_json(config, eos))
     remarks = []
     if config.is_sdlm:
         if tokenizer and config.text_mask_token and config.text_mask_token_id is not None:
@@ -209,7 +202,7 @@ def config_json(config: HFConfig, dtype: str, eos_token_ids: tuple[int, ...]) ->
     return values
 
 
-def _generation_json(config: HFConfig, eos: tuple[int, ...], decoding: Mapping[str, Any]) -> dict[str, Any]:
+def _generation_json(config: HFConfig, eos: tuple[int, ...]) -> dict[str, Any]:
     values: dict[str, Any] = {"do_sample": False}
     if eos:
         values["eos_token_id"] = list(eos)
@@ -219,5 +212,5 @@ def _generation_json(config: HFConfig, eos: tuple[int, ...], decoding: Mapping[s
     if config.bos_token_id is not None:
         values["bos_token_id"] = config.bos_token_id
     if config.is_sdlm:
-        values |= decoding
+        values |= {"sdlm_alg": "prob_conf", "sdlm_n": config.block_size, "sdlm_threshold": 0.9}
     return values

@@ -13,7 +13,7 @@ import torch
 from checkpoints_tools.partial import BLOCK, Output, Unit
 from checkpoints_tools.tensors import Tensors, blocks
 from sdlm_megatron.errors import CheckpointError
-from sdlm_megatron.model.hf_folder import DTYPES, INDEX_NAME, SINGLE_NAME
+from sdlm_megatron.model.hf_folder import DTYPES, SINGLE_NAME
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -65,11 +65,6 @@ def index_json(shards: Sequence[Shard]) -> dict[str, Any]:
     """Content of the index, which says what file holds each tensor."""
     where = {name: shard.file for shard in shards for name in shard.tensors}
     return {"metadata": {"total_size": sum(s.size for s in shards)}, "weight_map": dict(sorted(where.items()))}
-
-
-def weight_files(shards: Sequence[Shard]) -> list[str]:
-    """Names of all weight files, with the index where there is one."""
-    return [shard.file for shard in shards] + ([INDEX_NAME] if len(shards) > 1 else [])
 
 
 def header(shard: Shard) -> bytes:

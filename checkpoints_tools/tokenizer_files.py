@@ -10,6 +10,7 @@ from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from sdlm_megatron.checkpoint_files import TOKENIZER_FILES
+from sdlm_megatron.data.chatml import IM_END, IM_START
 from sdlm_megatron.errors import CheckpointError
 from sdlm_megatron.files import write_json
 from sdlm_megatron.model.hf_folder import HFConfig, read_json
@@ -17,9 +18,6 @@ from sdlm_megatron.model.hf_folder import HFConfig, read_json
 log = logging.getLogger(__name__)
 
 HF_CODE = Path(__file__).parent / "hf_code"
-TURN_BEGIN, TURN_END = "<|im_start|>", "<|im_end|>"
-DEFAULT_SYSTEM = "You are a helpful assistant."
-"""What data_prep puts in front of a conversation without a system turn, unless its settings say otherwise."""
 _SAMPLES: list[list[dict[str, str]]] = [
     [{"role": "user", "content": " Hi\n"}],
     [
@@ -73,7 +71,7 @@ def _vocabulary(folder: Path) -> dict[str, int]:
 
 def end_tokens(folder: Path, config: HFConfig) -> tuple[int, ...]:
     """The token that ends a turn first: SDLM is trained on chats, also when its base was not."""
-    turn_end = _vocabulary(folder).get(TURN_END) if config.is_sdlm else None
+    turn_end = _vocabulary(folder).get(IM_END) if config.is_sdlm else None
     if turn_end is None:
         return config.eos_token_ids
     return (turn_end, *(i for i in config.eos_token_ids if i != turn_end))
@@ -124,8 +122,8 @@ def add_chat_template(folder: Path, system: str | None) -> str:
     a conversation that has none. A base's own is kept; the remark says so where it renders otherwise.
     """
     known = _vocabulary(folder)
-    if TURN_BEGIN not in known or TURN_END not in known:
-        return f"the tokenizer has no {TURN_BEGIN}: no chat template was written"
+    if IM_START not in known or IM_END not in known:
+        return f"the tokenizer has no {IM_START}: no chat template was written"
     path, own = folder / "tokenizer_config.json", folder / "chat_template.jinja"
     settings = read_json(path) if path.is_file() else {}
     found = own.read_text(encoding="utf-8") if own.is_file() else settings.get("chat_template")

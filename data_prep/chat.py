@@ -12,10 +12,8 @@ from typing import Any
 import numpy as np
 
 from data_prep.tokenizer import TextEncoder, as_text_encoder, flat
+from sdlm_megatron.data.chatml import DEFAULT_SYSTEM, IM_END, IM_START
 from sdlm_megatron.errors import DataError
-
-IM_START, IM_END = "<|im_start|>", "<|im_end|>"
-DEFAULT_SYSTEM = "You are a helpful assistant."
 
 ROLES = {
     "human": "user",

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from data_prep.truncate import FITS
+from sdlm_megatron.data.chatml import DEFAULT_SYSTEM
 from sdlm_megatron.errors import ConfigError
 
 PRESETS = Path(__file__).parent / "presets"
@@ -66,7 +67,7 @@ class BuildConfig:
     overlong: str = "keep_whole_turns"
     """Documents beyond max_document_length: keep_whole_turns | reference (cut as the published models'
     were)."""
-    system_prompt: str | None = "You are a helpful assistant."
+    system_prompt: str | None = DEFAULT_SYSTEM
     """Put in front of conversations without a system turn; null: none."""
     mask_token: str = "<text_mask>"
     """If the tokenizer lacks it, it gets the first free id (Qwen2.5: 151665)."""

@@ -8,8 +8,6 @@ import numpy as np
 
 from sdlm_megatron.errors import DataError
 
-IM_START, IM_END = "<|im_start|>", "<|im_end|>"
-
 
 def flatten(pieces: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
     """Ids one after the other, int32 (n,), and where each of `pieces` begins, int64 (len(pieces) + 1,)."""

@@ -20,8 +20,9 @@ import numpy as np
 import tokenizers
 from tokenizers import Tokenizer
 
-from data_prep.encoding import IM_END, IM_START, SpelledTokens, flatten, known, probe_texts
+from data_prep.encoding import SpelledTokens, flatten, known, probe_texts
 from data_prep.piece_tokenizer import PieceTokenizer
+from sdlm_megatron.data.chatml import IM_END, IM_START
 from sdlm_megatron.data.tokenizer import TEXT_MASK, sentencepiece_file
 from sdlm_megatron.errors import DataError
 

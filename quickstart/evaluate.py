@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from torch.nn.utils.rnn import pad_sequence
 
 from sdlm_megatron.errors import run_cli
 from sdlm_megatron.files import write_json
@@ -54,7 +55,7 @@ def decode_all(
 ) -> tuple[list[list[int]], list[list[int]]]:
     """Answers (token ids without the closing token) and tokens accepted in each pass, prompt by prompt.
 
-    Batches of prompts of similar length, padded on the left; each row counts its own passes.
+    Batches of prompts of similar length; each row counts its own passes.
     """
     from sdlm_megatron.diffusion.decode import decode
 
@@ -64,21 +65,17 @@ def decode_all(
     accepted: list[list[int]] = [[] for _ in prompts]
     for start in range(0, len(order), BATCH):
         part = order[start : start + BATCH]
-        width = max(len(encoded[i]) for i in part)
-        ids = torch.tensor([[eos] * (width - len(encoded[i])) + encoded[i] for i in part], device=model.device)
-        real = torch.tensor(
-            [[0] * (width - len(encoded[i])) + [1] * len(encoded[i]) for i in part], device=model.device
-        )
+        rows = [torch.tensor(encoded[i], device=model.device) for i in part]
         with torch.inference_mode():
             done = decode(
                 model,
-                ids,
+                pad_sequence(rows, batch_first=True),
                 mask_token_id=getattr(model.config, "text_mask_token_id", None) or eos,  # unused where window is 1
                 window=setting.window,
                 threshold=setting.threshold if setting.threshold is not None else 1.0,
                 max_new_tokens=max_new_tokens,
                 eos_token_ids=[eos],
-                attention_mask=real,
+                attention_mask=pad_sequence([torch.ones_like(row) for row in rows], batch_first=True),
                 causal_attn=bool(getattr(model.config, "causal_attn", False)),
             )
         for i, tokens, counts in zip(part, done.tokens, done.accepted, strict=True):

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from sdlm_megatron.checkpoint_files import TrainState
 from sdlm_megatron.data.format import PackedDataset
@@ -77,9 +78,9 @@ class Sampler:
 
     def __call__(self) -> dict[str, Any]:
         """A record for samples.jsonl: `tokens_per_pass` of all, and `samples` in the form of observe/evaluation.py."""
-        width, fill = max(len(p.ids) for p in self.prompts), self.state.mask_token_id
-        ids = torch.tensor([[fill] * (width - len(p.ids)) + p.ids for p in self.prompts])
-        real = torch.tensor([[0] * (width - len(p.ids)) + [1] * len(p.ids) for p in self.prompts])
+        rows = [torch.tensor(p.ids) for p in self.prompts]
+        ids = pad_sequence(rows, batch_first=True)
+        real = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
         with self.engine.inference():
             done = decode(
                 self._propose,
@@ -91,8 +92,8 @@ class Sampler:
                 eos_token_ids=[self.state.eos_token_id],
                 attention_mask=real,
             )
-        rows = zip(self.prompts, done.tokens, done.accepted, strict=True)
-        return {"tokens_per_pass": done.tokens_per_pass, "samples": [self._sample(*row) for row in rows]}
+        answers = zip(self.prompts, done.tokens, done.accepted, strict=True)
+        return {"tokens_per_pass": done.tokens_per_pass, "samples": [self._sample(*answer) for answer in answers]}
 
     def _sample(self, prompt: Prompt, tokens: list[int], accepted: list[int]) -> dict[str, Any]:
         return {

@@ -10,15 +10,12 @@ from typing import Any
 import torch
 from jinja2 import TemplateError
 
+from sdlm_megatron.data.chatml import DEFAULT_SYSTEM, IM_END, IM_START
 from sdlm_megatron.data.tokenizer import has_tokenizer, vocabulary_size
 from sdlm_megatron.diffusion.decode import Stop, decode
 from sdlm_megatron.diffusion.decode_rules import Warp
 from sdlm_megatron.errors import CheckpointError, ConfigError, DataError
 from sdlm_megatron.model.hf_folder import HFConfig, open_tensors, read_hf_config, read_json
-
-IM_START, IM_END = "<|im_start|>", "<|im_end|>"
-DEFAULT_SYSTEM = "You are a helpful assistant."
-"""System turn of the plain ChatML form, as data_prep puts it before a conversation without one."""
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 Message = Mapping[str, str]

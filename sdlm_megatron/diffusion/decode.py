@@ -70,6 +70,10 @@ class _Settings:
     def speculates(self) -> bool:
         return self.alg == "self_speculative" and self.window > 1
 
+    @property
+    def by_confidence(self) -> bool:
+        return self.alg != "self_speculative" and self.window > 1  # a window of one token is kept, however sure
+
 
 @dataclass
 class _Rows:
@@ -118,10 +122,10 @@ def _one_pass(
         tokens = every[:, :, 0]
         kept = verified_prefix(tokens, now.ids.gather(1, anchors))
     else:
-        tokens = every[:, 0]
-        sure = confidence(tokens, logits[:, 0], settings.alg)
-        kept = sure_prefix(sure, settings.threshold, settings.product)
-        kept = torch.ones_like(kept) if settings.speculates else kept
+        tokens, kept = every[:, 0], torch.ones_like(now.length)
+        if settings.by_confidence:
+            sure = confidence(tokens, logits[:, 0], settings.alg)
+            kept = sure_prefix(sure, settings.threshold, settings.product)
     ids = now.ids.scatter(1, now.length[:, None] + ahead, tokens)
     ends = torch.isin(tokens, settings.eos)
     if settings.stop is not None:
@@ -148,6 +152,10 @@ def _stopped(settings: _Settings, ids: Tensor, length: Tensor, longest: int) -> 
         so_far = torch.where(column < 0, settings.mask_token_id, ids.gather(1, column.clamp(min=0)))
         found.append(settings.stop(so_far))
     return torch.stack(found, 1)
+
+
+def _columns(needed: int, fixed: bool) -> int:
+    return -(-needed // FIXED_COLUMNS) * FIXED_COLUMNS if fixed else needed
 
 
 def _start(input_ids: Tensor, attention_mask: Tensor | None, columns: int, budget: int, seed: int | None) -> _Rows:
@@ -206,7 +214,8 @@ def decode(
 ) -> Decoded:
     """Continues each prompt until an end token or exactly `max_new_tokens` tokens; each row as if it were alone.
 
-    One transfer to the host a pass. Finished rows leave the batch.
+    One transfer to the host a pass. Finished rows leave the batch. Raises ValueError for a setting out of range, wrong
+    shapes, an attention backend without dense masks.
 
     Args:
         model: a causal LM of transformers whose attention is full and stock (Qwen2, Llama), in eval mode, or a
@@ -228,25 +237,19 @@ def decode(
         fixed_shape: True keeps every shape the same from the second pass on and finished rows in the batch; a
             callable (torch.compile) is also given the function of one pass and returns what is run instead.
         on_tokens: called with (row, kept tokens) after each pass.
-
-    Raises:
-        ValueError: a setting out of range, wrong shapes, an attention backend without dense masks.
     """
     eos = torch.tensor(list(eos_token_ids), dtype=torch.long, device=input_ids.device)
-    window = 1 if alg == "ar" else window
-    settings = _Settings(alg, window, threshold, product, mask_token_id, eos, warp, stop, use_cache)
+    n = 1 if alg == "ar" else window
+    settings = _Settings(alg, n, threshold, product, mask_token_id, eos, warp, stop, use_cache)
     _check(input_ids, attention_mask, settings, max_new_tokens)
-    columns = input_ids.shape[1] + max_new_tokens + 2 * window
-    if fixed_shape:
-        columns = -(-columns // FIXED_COLUMNS) * FIXED_COLUMNS
     seed = 0 if warp is None else seed  # nothing is drawn: the caller's generator stays as it is
+    columns = _columns(input_ids.shape[1] + max_new_tokens + 2 * n, bool(fixed_shape))
     now = _start(input_ids, attention_mask, columns, max_new_tokens, seed)
     lengths = now.length.tolist()
     if not min(lengths):
         raise ValueError(f"row {lengths.index(0)} of attention_mask has no token")
     propose, prefilled = _proposer(model, now, settings, max(lengths), causal_attn, bool(fixed_shape))
-    loop = _Loop(propose, settings, lengths, fixed_shape, on_tokens)
-    return loop.run(now, prefilled)
+    return _Loop(propose, settings, lengths, fixed_shape, on_tokens).run(now, prefilled)
 
 
 def _proposer(

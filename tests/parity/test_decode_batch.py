@@ -221,3 +221,16 @@ def test_the_cache_grows_and_ended_rows_leave(models: dict[str, Any], monkeypatc
     assert sizes[0][0] == 6
     assert sizes[-1][0] < 4
     assert max(size[1] for size in sizes[1:]) <= 8
+
+
+def test_the_host_reads_once_a_pass(models: dict[str, Any]) -> None:
+    """Nothing but the table of each pass, and the prompts' lengths: no truth value, no single number, no search."""
+    model, prompts = models["trained_d4"], [o.prompt_ids(w) for w in WORDS[:3]]
+    options = {"mask_token_id": o.MASK, "window": 4, "max_new_tokens": 12, "eos_token_ids": [o.EOS]}
+    waits = {"aten::item", "aten::_local_scalar_dense", "aten::is_nonzero", "aten::nonzero", "aten::equal"}
+    for alg in ALGORITHMS:
+        with torch.profiler.profile() as found:
+            decode(model, **batch(prompts, [True] * 3), **options, alg=alg)
+        names = {event.key for event in found.key_averages()}
+        assert "aten::index_put_" in names
+        assert not waits & names, (alg, waits & names)
