@@ -1,0 +1,43 @@
+"""The tests' Slurm: one cluster for a whole test session, made of Debian's packages, or a skip that says why not."""
+
+import importlib.util
+import os
+import string
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+_spec = importlib.util.spec_from_file_location("slurm_cluster", HERE / "cluster.py")
+assert _spec is not None and _spec.loader is not None
+slurm_cluster = sys.modules["slurm_cluster"] = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(slurm_cluster)
+
+
+def _sweep() -> None:
+    """Takes down what killed test sessions left."""
+    for owner in Path("/run").glob("slurm-t???/owner"):
+        if not slurm_cluster.alive(owner):
+            slurm_cluster.Cluster(owner.parent.name.removeprefix("slurm-"), 0).down()
+
+
+@pytest.fixture(scope="session")
+def cluster():
+    """Three nodes with 8 fake GPUs each; `cluster.run("squeue")`, `cluster.submit(SCRIPT)`, `cluster.cut(node)`.
+
+    In CI (SDLM_NEED_SLURM=1) a cluster that cannot be started is an error.
+    """
+    why = slurm_cluster.missing()
+    if why and os.environ.get("SDLM_NEED_SLURM") != "1":
+        pytest.skip(f"no Slurm here: {why}")
+    _sweep()
+    letters = string.ascii_lowercase
+    name = "t" + "".join(letters[os.getpid() // 26**i % 26] for i in range(3))
+    made = slurm_cluster.Cluster(name, nodes=3)
+    try:
+        made.lab.mkdir(parents=True, exist_ok=True)
+        (made.lab / "owner").write_text(str(os.getpid()))
+        yield made.up()
+    finally:
+        made.down()
