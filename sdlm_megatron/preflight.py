@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -91,11 +92,15 @@ def fly(
     start = time.monotonic()
     logs = run_dir / "logs" / job_name()
     (logs / "preflight").mkdir(parents=True, exist_ok=True)
+    token = uuid.uuid4().hex
+    write_text(logs / "preflight" / "token", token)
     agents: dict[str, Agent] = {}
     try:
         for name in names:
-            agents[name] = Agent(name, srun, logs / "preflight" / f"{name}.log")
-        nodes = Flight(limits, run_dir, config, overrides, agents, say).run()
+            agents[name] = Agent(name, node_command(name, srun), logs / "preflight" / f"{name}.log")
+        asked = {"config": config, "overrides": list(overrides), "run_dir": str(run_dir.resolve())}
+        asked |= {"token_file": str((logs / "preflight" / "token").resolve()), "token": token}
+        nodes = Flight(limits, asked, agents, say).run()
     finally:
         for agent in agents.values():
             agent.close()
@@ -119,6 +124,15 @@ def fly(
     write_json(logs / "preflight.json", report)
     write_text(logs / "preflight.txt", report["table"] + "\n")
     return report
+
+
+def node_command(node: str, srun: Sequence[str]) -> list[str]:
+    """What starts this program on a node, with all CPUs and GPUs that the job has there."""
+    step = ["--nodes=1", "--ntasks=1", "--ntasks-per-node=1", f"--nodelist={node}", "--overlap", "--mem=0"]
+    cpus = os.environ.get("SLURM_CPUS_ON_NODE", "1")
+    step += [f"--cpus-per-task={cpus}", "--cpu-bind=none", "--job-name=preflight", "--quiet"]
+    python = "python" if srun else sys.executable
+    return ["srun", *step, *srun, python, "-u", "-m", "sdlm_megatron.preflight", "--node-only"]
 
 
 class Progress:

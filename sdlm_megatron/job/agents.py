@@ -2,10 +2,8 @@
 
 import contextlib
 import json
-import os
 import queue
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -24,25 +22,20 @@ class Silent(Exception):
 class Agent:
     """The pre-flight's program on one node."""
 
-    def __init__(self, node: str, srun: Sequence[str], log: Path) -> None:
+    def __init__(self, node: str, command: Sequence[str], log: Path) -> None:
         """
         Args:
-            srun: further arguments, such as those of a container.
-            log: file for what the node prints besides answers.
+            command: starts the program on that node.
+            log: file for what it prints besides answers.
         """
         self.node, self.log = node, log
-        step = ["--nodes=1", "--ntasks=1", "--ntasks-per-node=1", f"--nodelist={node}", "--overlap", "--cpu-bind=none"]
-        program = ["python" if srun else sys.executable, "-u", "-m", "sdlm_megatron.preflight", "--node-only"]
-        # A size of the job's that does not fit a step of one task would be an error.
-        outside = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_NTASKS", "SLURM_TASKS_PER_NODE"))}
         with open(log, "w", encoding="utf-8") as errors:
             self.process = subprocess.Popen(
-                ["srun", "--quiet", *step, "--job-name=preflight", *srun, *program],
+                command,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 text=True,
-                env=outside,
                 start_new_session=True,  # a signal to the job's shell is the driver's business
             )
         self.answers: queue.Queue = queue.Queue()
@@ -78,7 +71,8 @@ class Agent:
         return found
 
     def _said(self) -> str:
-        lines = [line for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
+        text = self.log.read_text(errors="replace")
+        lines = [line for line in text.splitlines() if line.strip() and "support for cpu binding" not in line]
         return f": {lines[-1].strip()[:300]}" if lines else ""
 
     def close(self) -> None:

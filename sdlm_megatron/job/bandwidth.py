@@ -10,8 +10,8 @@ from multiprocessing.connection import Connection, wait
 import torch
 import torch.distributed as dist
 
-BYTES = {"nccl": 256 << 20, "gloo": 2 << 20}
-SECONDS = 0.5  # of repetition after the first
+BYTES = {"nccl": 256 << 20, "gloo": 1 << 20}
+SECONDS = 0.3  # of repetition after the first
 REPEATS = 50
 MATMUL = 8192  # side of the matrices that a GPU's speed is measured with
 

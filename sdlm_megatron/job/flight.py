@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import cycle
-from pathlib import Path
 from typing import Any
 
 from sdlm_megatron.job.agents import Agent, ask_all
@@ -21,9 +20,8 @@ class Flight:
     """One pre-flight. `nodes` grows its checks as it goes; a node that failed one takes no part in the next stage."""
 
     limits: Limits
-    run_dir: Path
-    config: str
-    overrides: Sequence[str]
+    asked: Mapping[str, Any]
+    """Arguments of `check_node` beside the limits."""
     agents: dict[str, Agent]
     say: Callable[[str], None]
     nodes: dict[str, Node] = field(default_factory=dict)
@@ -60,15 +58,9 @@ class Flight:
             self.nodes[name].checks += [Check("answers", True, "yes"), clock_check(answer, self.limits.clock_seconds)]
 
     def _checks(self) -> None:
-        question = {
-            "ask": "checks",
-            "limits": asdict(self.limits),
-            "run_dir": str(self.run_dir),
-            "config": self.config,
-            "overrides": list(self.overrides),
-        }
+        question = {"ask": "checks", "limits": asdict(self.limits), **self.asked}
         answers = self._ask(dict.fromkeys(self._healthy(), question), self.limits.answer_seconds)
-        own = same_values(self.config, self.overrides)
+        own = same_values(self.asked["config"], self.asked["overrides"])
         compared: dict[str, dict[str, str]] = {}
         for name, answer in answers.items():
             if "error" in answer:

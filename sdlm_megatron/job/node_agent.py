@@ -36,8 +36,8 @@ def _answer(question: dict[str, Any], stores: list[Any]) -> dict[str, Any]:
     if question["ask"] == "checks":
         from sdlm_megatron.job.node_checks import check_node
 
-        limits = Limits(**question["limits"])
-        checks, same = check_node(limits, question["run_dir"], question["config"], question["overrides"])
+        given = {key: value for key, value in question.items() if key not in ("ask", "limits")}
+        checks, same = check_node(Limits(**question["limits"]), **given)
         return {"checks": [asdict(check) for check in checks], "same": same}
     from sdlm_megatron.job.bandwidth import Group, measure, open_store
 

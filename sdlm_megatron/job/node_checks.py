@@ -22,7 +22,7 @@ GB = 1e9
 
 
 def check_node(
-    limits: Limits, run_dir: str, config: str, overrides: Sequence[str]
+    limits: Limits, run_dir: str, config: str, overrides: Sequence[str], token_file: str, token: str
 ) -> tuple[list[Check], dict[str, str]]:
     """All checks of this node, and the values that must be the same on every node.
 
@@ -30,10 +30,12 @@ def check_node(
         run_dir: folder of the run.
         config: file or preset of the training; "": none is compared.
         overrides: `--a.b=c` of the training.
+        token_file: below run_dir, just written on the batch node.
+        token: its content.
     """
     checks, kinds = gpu_checks(limits)
     same = same_values(config, overrides) | ({"gpu kind": kinds} if kinds else {})
-    checks.append(disk_check("run disk", run_dir, limits.run_disk_gb, limits.write_mb))
+    checks.append(run_disk_check(run_dir, token_file, token, limits))
     # (a setting of newer configurations)
     local = getattr(load_config(RunConfig, config, overrides, PRESETS).checkpoint, "local_dir", "") if config else ""
     if local:
@@ -50,6 +52,17 @@ def same_values(config: str, overrides: Sequence[str]) -> dict[str, str]:
         resolved = load_config(RunConfig, config, overrides, PRESETS)
         found |= {"config": _hash(to_yaml(resolved).encode()), "data": data_hash(resolved)}
     return found
+
+
+def run_disk_check(run_dir: str, token_file: str, token: str, limits: Limits) -> Check:
+    """`disk_check` of the run folder, and whether it is the one that the batch node sees."""
+    try:
+        same = Path(token_file).read_text() == token
+    except OSError:
+        same = False
+    if not same:
+        return Check("run disk", False, "not shared", f"{run_dir} is not the folder that the batch node sees")
+    return disk_check("run disk", run_dir, limits.run_disk_gb, limits.write_mb)
 
 
 def disk_check(name: str, folder: str, least_gb: float, write_mb: int) -> Check:
