@@ -67,7 +67,7 @@ class Driver:
         self.arguments = ["--config", args.config, *environment_overrides(overrides), *overrides]
         config = load_config(RunConfig, args.config, self.arguments[2:], PRESETS)
         self.run_dir = Path(config.run_dir)
-        self.heartbeat = 10.0
+        self.heartbeat = config.fault.heartbeat_seconds
         self.launcher, self.retries = args.launcher, args.retries
         self.spares = self.cluster.spares if args.spares is None else args.spares
         self.needed = len(self.job.nodes) - self.spares

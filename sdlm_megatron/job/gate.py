@@ -1,6 +1,5 @@
 """The pre-flight as the driver sees it: which nodes are not to be used, and why."""
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -24,8 +23,6 @@ def preflight(
     Returns:
         bad nodes, with the reason. A pre-flight that fails by itself finds all nodes bad.
     """
-    if importlib.util.find_spec("sdlm_megatron.preflight") is None:
-        return {}
     report = run_dir / "logs" / job.name / "preflight.json"
     report.unlink(missing_ok=True)
     line = [sys.executable, "-m", "sdlm_megatron.preflight", f"--run-dir={run_dir}", f"--nodes-needed={needed}"]

@@ -44,9 +44,7 @@ def _parser(program: str) -> argparse.ArgumentParser:
     add("--time", metavar="T", help="time limit, such as 12:00:00")
     add("--after", metavar="JOB", help="start when these jobs (A:B) have ended well; never, if one fails")
     add("--array", metavar="A-B", help="of prepare_data.sh: the shards, 0-7 for eight")
-    add(
-        "--dry-run", action="store_true", help="show the command, check everything (sbatch --test-only), submit nothing"
-    )
+    add("--dry-run", action="store_true", help="show and check everything (sbatch --test-only), submit nothing")
     add("--parsable", action="store_true", help="print the job's number alone")
     return parser
 
@@ -76,7 +74,7 @@ class Submission:
         if self.trains:
             _training_options(parser)
         self.args = parser.parse_args(argv[:split])
-        self.script, self.config = script, (list(own) + [""])[1] if self.trains else ""
+        self.script, self.config = script, own[1] if self.trains else ""
         self.cluster: ClusterFile = load_cluster(self.args.cluster)
         self.header = read_header(script)
         self.nodes = self.args.nodes or int(self.header.get("nodes", 1))
