@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sdlm_megatron.attempt import adopt_slurm_ranks
 from sdlm_megatron.config.load import PRESETS, parse_cli, save_config
 from sdlm_megatron.config.schema import RunConfig
 from sdlm_megatron.config.validate import check_run
@@ -124,4 +125,5 @@ def _run(config: RunConfig, plan: "Plan", dataset: "PackedDataset", profile_step
 
 
 if __name__ == "__main__":
+    adopt_slurm_ranks()
     run_cli(main, sys.argv[1:])
