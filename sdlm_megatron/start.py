@@ -89,6 +89,10 @@ def _total_rows(config: RunConfig, dataset: PackedDataset, rows_per_step: int) -
     return sum(dataset.rows(e) for e in range(whole)) + round(part * dataset.rows(whole))
 
 
+def _optimizer(config: RunConfig) -> str:
+    return "distributed" if config.parallel.distributed_optimizer else "replicated"
+
+
 def _identity(dataset: PackedDataset) -> dict[str, Any]:
     """What a resume compares: same rows in the same order."""
     files = dataset.manifest["files"]
@@ -117,7 +121,7 @@ def _plan(
         mask_token_id=mask_token_id,
         precision=config.train.precision,
         eos_token_id=dataset.manifest["eos_token_id"],
-        optimizer="distributed" if config.parallel.distributed_optimizer else "replicated",
+        optimizer=_optimizer(config),
         dataset=_identity(dataset),
     )
     return Plan(state, source, kind, assets, new_mask, total, math.ceil(total / rows_per_step))
@@ -194,12 +198,11 @@ def _resume(config: RunConfig, dataset: PackedDataset, folder: Path) -> Plan:
             str(dataset.path),
             f"use the first one, or start a new run with --run_dir=… and --checkpoint.base={folder}",
         )
-    now = "distributed" if config.parallel.distributed_optimizer else "replicated"
-    if state.optimizer not in (now, "none"):
+    if state.optimizer == "none":
         raise CheckpointError(
-            f"the checkpoint holds a {state.optimizer} optimizer, the run wants a {now} one",
+            "the checkpoint holds weights only: no run can go on from it",
             str(folder),
-            f"--parallel.distributed_optimizer={str(state.optimizer == 'distributed').lower()}",
+            f"start a new run with --run_dir=… and --checkpoint.base={folder}",
         )
     if state.precision != config.train.precision:
         raise CheckpointError(
@@ -216,7 +219,9 @@ def _resume(config: RunConfig, dataset: PackedDataset, folder: Path) -> Plan:
     _check_tokenizer(dataset, folder / "hf", state.mask_token_id, lambda text: None)
     total = _total_rows(config, dataset, state.rows_per_step)
     steps = math.ceil(total / state.rows_per_step)
-    return Plan(replace(state, shape=shape), folder, "resume", folder / "hf", None, total, steps)
+    return Plan(
+        replace(state, shape=shape, optimizer=_optimizer(config)), folder, "resume", folder / "hf", None, total, steps
+    )
 
 
 def micro_batch_multiple(parallel: ParallelConfig) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 from torch.profiler import record_function
 
 from sdlm_megatron import checkpointing
-from sdlm_megatron.checkpoint_files import prune, step_folder
+from sdlm_megatron.checkpoint_writer import CheckpointWriter
 from sdlm_megatron.config.schema import RunConfig
 from sdlm_megatron.data.batch import load_micro_batch
 from sdlm_megatron.data.format import PackedDataset
@@ -62,6 +62,7 @@ class Trainer:
         """Steps since the last log record."""
         self._window_start, self._window_wait = 0.0, 0.0
         self._seconds_a_step = 0.0
+        self.writer = CheckpointWriter(engine, self.run_dir, config.checkpoint)
         self._record_of_log: dict[str, float | int | str] = {}
         """The newest log record, on the main process."""
 
@@ -70,7 +71,7 @@ class Trainer:
         last = self.plan.last_step(self.config)
         if self.state.step >= last and self.engine.groups.main:
             print(f"nothing to do: step {self.state.step} of {last} is done; raise train.steps to go on", flush=True)
-        with Prefetch(self._loads(last), self.engine.groups.device) as data:
+        with Prefetch(self._loads(last), self.engine.groups.device) as data, self.writer:
             self._load_weights()
             self._train(last, data)
 
@@ -104,7 +105,7 @@ class Trainer:
             if sample and self.sampler is not None:
                 self._sample(self.sampler, step)
             if save:
-                self._save(step)
+                self._save(step, final=step == last)
 
     def _load_weights(self) -> None:
         """Resume beats base: the folder of the run comes first, as the plan found it."""
@@ -114,7 +115,8 @@ class Trainer:
             self.engine.load_base(plan.source, self.state.shape, new_mask=plan.new_mask)
         elif plan.kind in ("checkpoint", "resume"):
             assert plan.source is not None
-            checkpointing.load(plan.source, self.engine, with_optimizer=plan.kind == "resume")
+            step = self.state.step if plan.kind == "resume" else None
+            checkpointing.load(plan.source, self.engine, step=step)
 
     def _loads(self, last: int) -> Iterator[Callable[[], list[MicroBatch]]]:
         """For each step to come, what reads this rank's micro-batches."""
@@ -151,6 +153,7 @@ class Trainer:
         """Writes the record of `step`; its times are the mean over the steps since the last one."""
         seconds, waited, steps = time.perf_counter() - self._window_start, data.waited - self._window_wait, self._window
         self._begin_window(data)
+        self.writer.check()
         if self.sinks is None or self.console is None:
             return
         a_step = seconds / len(steps)
@@ -216,15 +219,11 @@ class Trainer:
             print(lines_of(record), flush=True)
         self._window_start += time.perf_counter() - started  # not a step's time
 
-    def _save(self, step: int) -> None:
+    def _save(self, step: int, *, final: bool) -> None:
         assert not self._queued, "a checkpoint holds checked steps only"
         started = time.perf_counter()
-        folder = step_folder(self.run_dir, step)
         groups, facts = self.engine.groups, None
         if groups.main:
             facts = run_facts(self.config, self.dataset.manifest, self._record_of_log, dp_size=groups.dp_size)
-        checkpointing.save(folder, self.engine, self.state, self.plan.assets, facts)
-        if self.engine.groups.main:
-            prune(folder.parent, self.config.checkpoint.keep_last)
-            print(f"saved {folder}", flush=True)
+        self.writer.save(self.state, self.plan.assets, facts, final=final)
         self._window_start += time.perf_counter() - started

@@ -146,6 +146,10 @@ class CheckpointConfig:
     """Steps between checkpoints; the last step is always saved. 0: only the last."""
     keep_last: int = 2
     """Older checkpoints are removed after a complete save; 0: keep all."""
+    keep_every: int = 0
+    """Checkpoints of every so many steps are never removed; a multiple of save_every. 0: only keep_last counts."""
+    async_save: bool = True
+    """Write while training goes on; a step waits only for the copy to host memory. The last save is waited for."""
 
 
 @dataclass
