@@ -16,6 +16,7 @@ from sdlm_megatron.data.format import PackedDataset
 from sdlm_megatron.data.order import locate, step_rows
 from sdlm_megatron.data.prefetch import Prefetch
 from sdlm_megatron.diffusion.row import MicroBatch
+from sdlm_megatron.health.watch import Watch
 from sdlm_megatron.observe.console import Console
 from sdlm_megatron.observe.flops import ModelShape, model_flops_utilization, training_flops
 from sdlm_megatron.observe.peak_flops import peak_flops
@@ -36,6 +37,7 @@ class Trainer:
         plan: from `start.make_plan`.
         engine: built for the plan, weights not loaded yet.
         dataset: the packed rows.
+        watch: told where the process stands.
         sinks, console: given on the main process only.
         profiler: given on all processes where steps are to be profiled.
         sampler: given on all processes where samples are wanted (observe.sample_every).
@@ -47,12 +49,14 @@ class Trainer:
         plan: Plan,
         engine: Engine,
         dataset: PackedDataset,
+        watch: Watch,
         sinks: Sinks | None,
         console: Console | None,
         profiler: StepProfiler | None = None,
         sampler: Sampler | None = None,
     ) -> None:
         self.config, self.plan, self.engine, self.dataset = config, plan, engine, dataset
+        self.watch = watch
         self.sinks, self.console, self.profiler, self.sampler = sinks, console, profiler, sampler
         self.state = plan.state
         self.run_dir = Path(config.run_dir)
@@ -72,7 +76,9 @@ class Trainer:
         if self.state.step >= last and self.engine.groups.main:
             print(f"nothing to do: step {self.state.step} of {last} is done; raise train.steps to go on", flush=True)
         with Prefetch(self._loads(last), self.engine.groups.device) as data, self.writer:
+            self.watch.at("load")
             self._load_weights()
+            self.watch.event("ready", step=self.state.step)
             self._train(last, data)
 
     def _train(self, last: int, data: Prefetch) -> None:
@@ -81,10 +87,12 @@ class Trainer:
         sample_every = self.config.observe.sample_every
         first = self.state.step + 1
         for step in range(first, last + 1):
+            self.watch.begin_step(step)
             if self.profiler is not None:
                 self.profiler.before(step)
             with record_function("sdlm::data"):
                 batches = data.next_step()
+            self.watch.rows = [b.number for b in batches if b.number is not None]
             if step == first and (done := self.engine.warm_up(batches)):
                 self._begin_window(data)
                 if self.engine.groups.main:
@@ -95,17 +103,36 @@ class Trainer:
             save = step == last or (save_every > 0 and step % save_every == 0)
             profiled = self.profiler is not None and step == self.profiler.last
             sample = self.sampler is not None and (step % sample_every == 0 or step == last)
-            if log or save or profiled or sample:  # only here does the host wait for the device
-                self._window += self.engine.results(self._queued)
-                self._queued = []
+            stop = False
+            if log or save or profiled or sample or step == first:  # only here does the host wait for the device
+                stop = self._read(step)
             if self.profiler is not None:
                 self._end_of_profiled_step(self.profiler, step)
             if log:
                 self._log(step, data)
             if sample and self.sampler is not None:
                 self._sample(self.sampler, step)
-            if save:
-                self._save(step, final=step == last)
+            if save or stop:
+                self._save(step, final=stop or step == last)
+            if stop:
+                self._stopped(step)
+                return
+        self.watch.event("finished", step=self.state.step)
+
+    def _read(self, step: int) -> bool:
+        """What the steps in the queue did; waits for the device. True where some process was asked to stop the run."""
+        self.watch.begin_read()
+        self._window += self.engine.results(self._queued, stop=self.watch.asked_to_stop())
+        self._queued = []
+        self.watch.end_read()
+        return self._window[-1].stop
+
+    def _stopped(self, step: int) -> None:
+        why = next(filter(None, self.engine.groups.gather(self.watch.requests.why)), "")
+        self.watch.reason, self.watch.why = "stopped", why
+        self.watch.event("stop", step=step, reason=why)
+        if self.engine.groups.main:
+            print(f"stopped after step {step}, as asked: {why}", flush=True)
 
     def _load_weights(self) -> None:
         """Resume beats base: the folder of the run comes first, as the plan found it."""
@@ -212,6 +239,7 @@ class Trainer:
         self._window_start += time.perf_counter() - started  # not a step's time
 
     def _sample(self, sampler: Sampler, step: int) -> None:
+        self.watch.at("sample")
         started = time.perf_counter()
         record = sampler()
         if self.sinks is not None:
@@ -221,6 +249,7 @@ class Trainer:
 
     def _save(self, step: int, *, final: bool) -> None:
         assert not self._queued, "a checkpoint holds checked steps only"
+        self.watch.at("save")
         started = time.perf_counter()
         groups, facts = self.engine.groups, None
         if groups.main:

@@ -167,6 +167,21 @@ class ObserveConfig:
 
 
 @dataclass
+class FaultConfig:
+    """What a run notices of hangs, and how soon."""
+
+    heartbeat_seconds: float = 10.0
+    """Each process writes at least so often where it stands, into RUN/logs/ATTEMPT/heartbeat."""
+    hang_factor: float = 10.0
+    """A step that takes so many times the usual one (median of the last 100) is a hang: the stacks of all processes
+    are written down and the attempt ends with exit code 75."""
+    hang_min_seconds: float = 180.0
+    """But no step is a hang before so long."""
+    start_seconds: float = 3600.0
+    """The same limit for all that is no usual step: start, loading, the first step, a save, validation, samples."""
+
+
+@dataclass
 class RunConfig:
     """A whole run."""
 
@@ -181,3 +196,4 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     observe: ObserveConfig = field(default_factory=ObserveConfig)
+    fault: FaultConfig = field(default_factory=FaultConfig)

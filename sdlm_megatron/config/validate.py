@@ -25,6 +25,10 @@ POSITIVE = (
     "train.global_batch",
     "optimizer.lr",
     "observe.log_every",
+    "fault.heartbeat_seconds",
+    "fault.hang_factor",
+    "fault.hang_min_seconds",
+    "fault.start_seconds",
 )
 NOT_NEGATIVE = (
     "diffusion.next_token_weight",

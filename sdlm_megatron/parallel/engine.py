@@ -172,13 +172,15 @@ class Engine:
             causal_attn=self.config.diffusion.causal_attn,
         )
 
-    def results(self, queued: Sequence[QueuedStep]) -> list[StepResult]:
+    def results(self, queued: Sequence[QueuedStep], *, stop: bool = False) -> list[StepResult]:
         """What the steps did; every process calls it for the same steps. Waits for the device.
+
+        `stop`: this process was asked to stop the run; the newest result says whether any process was.
 
         Raises TrainingError, naming step and rows, if a loss or a gradient norm was not finite. Nothing in memory may
         be saved before this has returned.
         """
-        return read(queued, self.groups, self.config.diffusion.block_size)
+        return read(queued, self.groups, self.config.diffusion.block_size, stop=stop)
 
     def forward_backward(self, batches: Sequence[MicroBatch]) -> list[dict]:
         """Leaves the gradient of the global batch's loss in the parameters' `main_grad`.

@@ -34,6 +34,8 @@ class StepResult:
     documents: int
     visible_pairs: int
     """(query, key) pairs that attention had to look at."""
+    stop: bool = False
+    """Some process was asked to stop the run when this was read."""
 
 
 @dataclass(frozen=True)
@@ -72,15 +74,17 @@ def queued_step(
     return QueuedStep(step, lr, sums, grad_norm, rows, [b.number for b in batches])
 
 
-def read(queued: Sequence[QueuedStep], groups: Groups, block_size: int) -> list[StepResult]:
+def read(queued: Sequence[QueuedStep], groups: Groups, block_size: int, *, stop: bool = False) -> list[StepResult]:
     """The results of steps, over all processes, which all call it for the same steps; waits for the device.
+
+    `stop`: this process was asked to stop the run; the newest result says whether any process was.
 
     Raises TrainingError, on every process, for the first step whose loss or gradient norm was not finite. The update
     of that step and of all after it has been made by then: the weights in memory are worth nothing.
     """
     if not queued:
         return []
-    width = 1 + max(block_size + 1, 3)
+    width = 1 + max(block_size + 1, 5)
     sums = torch.zeros(len(queued), 3, width, dtype=torch.float64, device=groups.device)
     for total, one in zip(sums, queued, strict=True):
         if one.sums is not None:
@@ -88,11 +92,11 @@ def read(queued: Sequence[QueuedStep], groups: Groups, block_size: int) -> list[
     sums[:, 2, 1:4] = torch.tensor([one.rows for one in queued], dtype=torch.float64).to(groups.device)
     norms = torch.stack([one.grad_norm for one in queued])
     sums[:, 2, 0] = (~norms.isfinite()).double()  # one process that saw it is enough, all have to stop
+    if groups.main:
+        sums[:, 2, 4] = norms  # all decide by the same number, even where a broken device made another one
+    sums[:, 2, 5] = float(stop)
     dist.all_reduce(sums)
-    results = [
-        _result(total, norm, one.lr, block_size)
-        for total, norm, one in zip(sums.tolist(), norms.tolist(), queued, strict=True)
-    ]
+    results = [_result(total, one.lr, block_size) for total, one in zip(sums.tolist(), queued, strict=True)]
     bad = [
         i
         for i, (total, result) in enumerate(zip(sums.tolist(), results, strict=True))
@@ -103,8 +107,8 @@ def read(queued: Sequence[QueuedStep], groups: Groups, block_size: int) -> list[
     return results
 
 
-def _result(sums: Sequence[Sequence[float]], norm: float, lr: float, block_size: int) -> StepResult:
-    (total, *slots), (count, *slot_counts), (_, *rows) = sums
+def _result(sums: Sequence[Sequence[float]], lr: float, block_size: int) -> StepResult:
+    (total, *slots), (count, *slot_counts), (_, *rows, norm, stop) = sums[0], sums[1], sums[2][:6]
     means = [t / c if c else None for t, c in zip(slots, slot_counts, strict=True)]
     return StepResult(
         loss=total / count if count else 0.0,
@@ -117,6 +121,7 @@ def _result(sums: Sequence[Sequence[float]], norm: float, lr: float, block_size:
         useful_tokens=int(rows[0]),
         documents=int(rows[1]),
         visible_pairs=int(rows[2]),
+        stop=stop > 0,
     )
 
 
@@ -135,4 +140,5 @@ def _not_finite(queued: QueuedStep, result: StepResult, groups: Groups) -> Train
         f"rows of the run {rows}",
         "start again: training goes on from the last checkpoint; with a lower optimizer.lr, or look at these rows' "
         "documents",
+        queued.step,
     )
