@@ -50,7 +50,7 @@ def train(config: RunConfig, *, dry_run: bool = False, profile_steps: tuple[int,
     # Imports stand where they are needed: mistakes are found before Megatron's ten seconds, and the helper processes
     # of a checkpoint save, which import this module again, start at once.
     from sdlm_megatron.data.format import PackedDataset
-    from sdlm_megatron.start import describe, make_plan
+    from sdlm_megatron.start import describe, make_plan, open_validation
 
     main_process = os.environ.get("RANK", "0") == "0"
     say = (lambda text: print(text, flush=True)) if main_process else (lambda text: None)
@@ -58,15 +58,22 @@ def train(config: RunConfig, *, dry_run: bool = False, profile_steps: tuple[int,
     plan = make_plan(config, dataset, say)
     dp_size = int(os.environ.get("WORLD_SIZE", 1)) // (config.parallel.tensor * config.parallel.pipeline)
     say(describe(config, plan, dataset, dp_size))
+    validation = open_validation(config, dataset)
     if profile_steps is not None:
         from sdlm_megatron.observe.profile import steps_to_profile
 
         profile_steps = steps_to_profile(profile_steps, plan.state.step, plan.last_step(config))
     if not dry_run:
-        _run(config, plan, dataset, profile_steps)
+        _run(config, plan, dataset, validation, profile_steps)
 
 
-def _run(config: RunConfig, plan: "Plan", dataset: "PackedDataset", profile_steps: tuple[int, int] | None) -> None:
+def _run(
+    config: RunConfig,
+    plan: "Plan",
+    dataset: "PackedDataset",
+    validation: "PackedDataset | None",
+    profile_steps: tuple[int, int] | None,
+) -> None:
     """Joins the other processes, builds, and trains."""
     from sdlm_megatron.parallel import compat, cpu
 
@@ -81,6 +88,7 @@ def _run(config: RunConfig, plan: "Plan", dataset: "PackedDataset", profile_step
     from sdlm_megatron.parallel.groups import close_groups, init_groups
     from sdlm_megatron.samples import Sampler
     from sdlm_megatron.trainer import Trainer
+    from sdlm_megatron.validation import Validator
 
     groups = init_groups(config.parallel, seed=config.train.seed)
     engine = Engine(
@@ -118,8 +126,9 @@ def _run(config: RunConfig, plan: "Plan", dataset: "PackedDataset", profile_step
             show_mfu=show_mfu,
         )
     sampler = Sampler(engine, plan.state, dataset, plan.assets) if config.observe.sample_every else None
+    validator = Validator(engine, plan.state, validation) if validation is not None else None
     with sinks or nullcontext():
-        Trainer(config, plan, engine, dataset, sinks, console, profiler, sampler).fit()
+        Trainer(config, plan, engine, dataset, sinks, console, profiler, sampler, validator).fit()
     close_groups()
 
 
