@@ -74,6 +74,30 @@ def _check_dataset(config: RunConfig, dataset: PackedDataset) -> None:
         )
 
 
+def open_validation(config: RunConfig, dataset: PackedDataset) -> PackedDataset | None:
+    """The held-out rows, or None where none are wanted; DataError where they are not made like the dataset."""
+    if not config.data.validation or not config.observe.validate_every:
+        return None
+    found = PackedDataset(config.data.validation)
+    for key in ("row_length", "block_size", "mask_token_id", "eos_token_id"):
+        if found.manifest[key] != dataset.manifest[key]:
+            raise DataError(
+                f"{key} is {found.manifest[key]}, that of the training data {dataset.manifest[key]}",
+                f"data.validation: {found.path / 'manifest.json'}",
+                "build it with the tokenizer and the settings of the training data",
+            )
+    ours, theirs = (d.manifest["tokenizer"].get("fingerprint") for d in (found, dataset))
+    if None not in (ours, theirs) and ours != theirs:
+        raise DataError(
+            "the validation data was made with another tokenizer than the training data",
+            f"data.validation: {found.path / 'manifest.json'}",
+            "build it with the tokenizer of the training data",
+        )
+    if not found.rows(0):
+        raise DataError("no row to validate on", f"data.validation: {found.path}", "build it from more conversations")
+    return found
+
+
 def _rows_per_step(config: RunConfig, dataset: PackedDataset) -> int:
     size = config.train.global_batch
     if config.train.global_batch_unit == "rows":

@@ -60,7 +60,7 @@ def train(config: RunConfig, watch: Watch | None, *, profile_steps: tuple[int, i
     # Imports stand where they are needed: mistakes are found before Megatron's ten seconds, and the helper processes
     # of a checkpoint save, which import this module again, start at once.
     from sdlm_megatron.data.format import PackedDataset
-    from sdlm_megatron.start import describe, make_plan
+    from sdlm_megatron.start import describe, make_plan, open_validation
 
     main_process = os.environ.get("RANK", "0") == "0"
     say = (lambda text: print(text, flush=True)) if main_process else (lambda text: None)
@@ -68,18 +68,20 @@ def train(config: RunConfig, watch: Watch | None, *, profile_steps: tuple[int, i
     plan = make_plan(config, dataset, say)
     dp_size = int(os.environ.get("WORLD_SIZE", 1)) // (config.parallel.tensor * config.parallel.pipeline)
     say(describe(config, plan, dataset, dp_size))
+    validation = open_validation(config, dataset)
     if profile_steps is not None:
         from sdlm_megatron.observe.profile import steps_to_profile
 
         profile_steps = steps_to_profile(profile_steps, plan.state.step, plan.last_step(config))
     if watch is not None:
-        _run(config, plan, dataset, watch, profile_steps)
+        _run(config, plan, dataset, validation, watch, profile_steps)
 
 
 def _run(
     config: RunConfig,
     plan: "Plan",
     dataset: "PackedDataset",
+    validation: "PackedDataset | None",
     watch: Watch,
     profile_steps: tuple[int, int] | None,
 ) -> None:
@@ -99,6 +101,7 @@ def _run(
     from sdlm_megatron.parallel.groups import close_groups, init_groups
     from sdlm_megatron.samples import Sampler
     from sdlm_megatron.trainer import Trainer
+    from sdlm_megatron.validation import Validator
 
     groups = init_groups(config.parallel, seed=config.train.seed)
     engine = Engine(
@@ -143,8 +146,9 @@ def _run(
             show_mfu=show_mfu,
         )
     sampler = Sampler(engine, plan.state, dataset, plan.assets) if config.observe.sample_every else None
+    validator = Validator(engine, plan.state, validation) if validation is not None else None
     with sinks or nullcontext():
-        Trainer(config, plan, engine, dataset, watch, sinks, console, profiler, sampler).fit()
+        Trainer(config, plan, engine, dataset, watch, sinks, console, profiler, sampler, validator).fit()
     watch.at("end")
     close_groups()
 

@@ -1,7 +1,9 @@
 """The training loop: which rows, when to log, when to save. What a step computes is parallel/engine.py."""
 
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -9,6 +11,7 @@ from pathlib import Path
 from torch.profiler import record_function
 
 from sdlm_megatron import checkpointing
+from sdlm_megatron.attempt import record_event
 from sdlm_megatron.checkpoint_writer import CheckpointWriter
 from sdlm_megatron.config.schema import RunConfig
 from sdlm_megatron.data.batch import load_micro_batch
@@ -27,6 +30,7 @@ from sdlm_megatron.parallel.results import QueuedStep, StepResult
 from sdlm_megatron.run_facts import run_facts
 from sdlm_megatron.samples import Sampler, lines_of
 from sdlm_megatron.start import Plan, micro_batch_multiple
+from sdlm_megatron.validation import Validator, text_of
 
 
 class Trainer:
@@ -40,7 +44,8 @@ class Trainer:
         watch: told where the process stands.
         sinks, console: given on the main process only.
         profiler: given on all processes where steps are to be profiled.
-        sampler: given on all processes where samples are wanted (observe.sample_every).
+        sampler, validator: given on all processes where samples or validation are wanted (observe.sample_every,
+            observe.validate_every).
     """
 
     def __init__(
@@ -54,10 +59,11 @@ class Trainer:
         console: Console | None,
         profiler: StepProfiler | None = None,
         sampler: Sampler | None = None,
+        validator: Validator | None = None,
     ) -> None:
         self.config, self.plan, self.engine, self.dataset = config, plan, engine, dataset
-        self.watch = watch
-        self.sinks, self.console, self.profiler, self.sampler = sinks, console, profiler, sampler
+        self.watch, self.sinks, self.console, self.profiler = watch, sinks, console, profiler
+        self.sampler, self.validator = sampler, validator
         self.state = plan.state
         self.run_dir = Path(config.run_dir)
         self._queued: list[QueuedStep] = []
@@ -69,6 +75,8 @@ class Trainer:
         self.writer = CheckpointWriter(engine, self.run_dir, config.checkpoint)
         self._record_of_log: dict[str, float | int | str] = {}
         """The newest log record, on the main process."""
+        self._spent: defaultdict[str, float] = defaultdict(float)
+        """Seconds since the last log record, by what they went to; see observe.breakdown."""
 
     def fit(self) -> None:
         """Loads the weights, then trains to the end of the schedule (or to train.stop_after)."""
@@ -84,7 +92,7 @@ class Trainer:
     def _train(self, last: int, data: Prefetch) -> None:
         log_every, save_every = self.config.observe.log_every, self.config.checkpoint.save_every
         self._begin_window(data)
-        sample_every = self.config.observe.sample_every
+        sample_every, validate_every = self.config.observe.sample_every, self.config.observe.validate_every
         first = self.state.step + 1
         for step in range(first, last + 1):
             self.watch.begin_step(step)
@@ -97,19 +105,22 @@ class Trainer:
                 self._begin_window(data)
                 if self.engine.groups.main:
                     print(done, flush=True)
-            self._queued.append(self.engine.train_step(batches, step))
-            self._advance(step)
             log = step % log_every == 0 or step == last
+            self._queued.append(self.engine.train_step(batches, step, measure=log))
+            self._advance(step)
             save = step == last or (save_every > 0 and step % save_every == 0)
             profiled = self.profiler is not None and step == self.profiler.last
             sample = self.sampler is not None and (step % sample_every == 0 or step == last)
+            validate = self.validator is not None and (step % validate_every == 0 or step == last)
             stop = False
-            if log or save or profiled or sample or step == first:  # only here does the host wait for the device
+            if log or save or profiled or sample or validate or step == first:  # only here the host waits
                 stop = self._read(step)
             if self.profiler is not None:
                 self._end_of_profiled_step(self.profiler, step)
             if log:
                 self._log(step, data)
+            if validate and self.validator is not None:
+                self._validate(self.validator, step)
             if sample and self.sampler is not None:
                 self._sample(self.sampler, step)
             if save or stop:
@@ -192,7 +203,7 @@ class Trainer:
         self.console.log(step, record)
 
     def _record(self, step: int, steps: Sequence[StepResult], a_step: float) -> dict[str, float | int | str]:
-        """One log record; slots without a target and an unknown MFU are left out rather than written as 0.
+        """One log record; an unknown MFU is left out rather than written as 0.
 
         What was learned is that of the last of `steps`; speeds are of all of them, which took `a_step` seconds each.
         """
@@ -201,9 +212,7 @@ class Trainer:
         record: dict[str, float | int | str] = {
             "step": step,
             "steps": self.plan.steps,
-            "loss": result.loss,
-            **{f"loss_pos_{i}": x for i, x in enumerate(result.slot_loss, 1) if x is not None},
-            **({} if result.next_token_loss is None else {"loss_next_token": result.next_token_loss}),
+            **result.learned(),
             "grad_norm": result.grad_norm,
             "lr": result.lr,
             "targets": result.targets,
@@ -238,14 +247,31 @@ class Trainer:
             print(f"{page}written to {profiler.folder}", flush=True)
         self._window_start += time.perf_counter() - started  # not a step's time
 
+    @contextmanager
+    def _aside(self, name: str) -> Iterator[Callable[[], float]]:
+        """What happens between steps and belongs to none: its seconds, so far, and in the record as time_`name`."""
+        started = time.perf_counter()
+        yield lambda: time.perf_counter() - started
+        self._spent[name] += time.perf_counter() - started
+        self._window_start += time.perf_counter() - started
+
+    def _validate(self, validator: Validator, step: int) -> None:
+        self.watch.at("validate")
+        with self._aside("validate") as seconds:
+            record = validator()
+            if self.sinks is not None:
+                self.sinks.log_validation(step, record)
+                print(text_of(record, seconds()), flush=True)
+                record_event(self.run_dir, "validated", step=step, seconds=seconds())
+
     def _sample(self, sampler: Sampler, step: int) -> None:
         self.watch.at("sample")
-        started = time.perf_counter()
-        record = sampler()
-        if self.sinks is not None:
-            self.sinks.log_samples(step, record)
-            print(lines_of(record), flush=True)
-        self._window_start += time.perf_counter() - started  # not a step's time
+        with self._aside("samples") as seconds:
+            record = sampler()
+            if self.sinks is not None:
+                self.sinks.log_samples(step, record)
+                print(lines_of(record), flush=True)
+                record_event(self.run_dir, "sampled", step=step, seconds=seconds())
 
     def _save(self, step: int, *, final: bool) -> None:
         assert not self._queued, "a checkpoint holds checked steps only"

@@ -46,6 +46,9 @@ class DataConfig:
 
     path: str = ""
     """Folder written by `python -m data_prep.build`."""
+    validation: str = ""
+    """Another such folder, of conversations that are not trained on, built with the same row length, block size and
+    tokenizer: what the model makes of them is measured every observe.validate_every steps."""
 
 
 @dataclass
@@ -164,6 +167,10 @@ class ObserveConfig:
     sample_every: int = 0
     """Steps between samples: four prompts of the dataset decoded with the weights of that step, a forward pass of a
     whole row for each of up to 32 passes. 0: none."""
+    validate_every: int = 500
+    """Steps between looks at data.validation, where that is set; the last step always has one. 0: never."""
+    validation_rows: int = 64
+    """Rows of data.validation to look at, the same each time, drawn from all of it; 0: all."""
 
 
 @dataclass
