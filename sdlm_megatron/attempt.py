@@ -24,6 +24,13 @@ def attempt() -> str:
     return os.environ.get("SDLM_ATTEMPT") or "local"
 
 
+def adopt_slurm_ranks() -> None:
+    """Gives processes that srun started (SDLM_LAUNCH=srun) the variables that torchrun would have set."""
+    if os.environ.get("SDLM_LAUNCH") == "srun":
+        for name, source in (("RANK", "PROCID"), ("LOCAL_RANK", "LOCALID"), ("WORLD_SIZE", "NTASKS")):
+            os.environ[name] = os.environ[f"SLURM_{source}"]
+
+
 def attempt_dir(run_dir: str | Path, name: str | None = None) -> Path:
     """RUN/logs/ATTEMPT."""
     return Path(run_dir) / "logs" / (name or attempt())

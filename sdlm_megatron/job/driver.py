@@ -1,0 +1,217 @@
+"""The batch script of a training job, from pre-flight to requeue: slurm/train_*.sh end in it.
+
+    pre-flight -> choose nodes -> srun -> watch -> read why it ended -> decide -> again, requeue, or the end
+
+It imports no torch, and asks nothing of the training processes but their files: exit records, heartbeats, checkpoints.
+Exit code: 0 training finished, 2 a user's mistake, 3 stopped by RUN/STOP, 1 otherwise.
+"""
+
+import argparse
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+from sdlm_megatron.attempt import attempt_dir, read_events, record_event
+from sdlm_megatron.checkpoint_files import newest
+from sdlm_megatron.config.load import PRESETS, load_config
+from sdlm_megatron.config.schema import RunConfig
+from sdlm_megatron.errors import ConfigError, run_cli
+from sdlm_megatron.files import write_text
+from sdlm_megatron.health.summary import summarize
+from sdlm_megatron.job.cluster_file import load_cluster
+from sdlm_megatron.job.decision import Action, End, Situation, decide, since_checkpoint
+from sdlm_megatron.job.gate import preflight
+from sdlm_megatron.job.launch import LAUNCHERS, environment, training, with_setup
+from sdlm_megatron.job.options import environment_overrides
+from sdlm_megatron.job.slurm import Job
+from sdlm_megatron.job.watch import end_of, watch
+
+EXAMPLE = "DATA=DIR BASE=DIR sbatch slurm/train_32b_d4.sh -- --train.steps=1000"
+SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)
+EXIT_CODES = {"done": 0, "stop": 3}
+
+
+class StopRequest:
+    """Set by a signal to this process; everything that waits looks at it."""
+
+    def __init__(self) -> None:
+        self.signal = 0
+        for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM):
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.signal = number
+
+    def reason(self, job: Job, margin: float) -> str:
+        """ "time limit", "preemption" or "operator" once a signal has come, "" before."""
+        if not self.signal:
+            return ""
+        if job.end_time() - time.time() < margin + 120:  # Slurm may send its signal up to a minute early
+            return "time limit"
+        return "preemption" if self.signal == signal.SIGTERM else "operator"
+
+
+class Driver:
+    """One start of the job by Slurm."""
+
+    def __init__(self, args: argparse.Namespace, overrides: Sequence[str], stop: StopRequest) -> None:
+        self.job, self.stop = Job.current(), stop
+        self.name, self.cluster = args.cluster, load_cluster(args.cluster)
+        self.arguments = ["--config", args.config, *environment_overrides(overrides), *overrides]
+        config = load_config(RunConfig, args.config, self.arguments[2:], PRESETS)
+        self.run_dir = Path(config.run_dir)
+        self.heartbeat = config.fault.heartbeat_seconds
+        self.launcher, self.retries = args.launcher, args.retries
+        self.spares = self.cluster.spares if args.spares is None else args.spares
+        self.needed = len(self.job.nodes) - self.spares
+        if self.needed < 1:
+            raise ConfigError(
+                f"{self.spares} spares of {len(self.job.nodes)} nodes leave none to train on",
+                "--spares",
+                "ask for more nodes, or fewer spares",
+            )
+        self.logs = self.run_dir / "logs" / self.job.name
+        self.logs.mkdir(parents=True, exist_ok=True)
+        self.tries = 0
+        self.out: dict[str, str] = {}  # nodes not to use any more, with why
+        self.first_step = self.checkpoint()
+
+    def say(self, text: str) -> None:
+        """To the job's output and to driver.log."""
+        line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}"
+        print(line, flush=True)
+        with open(self.logs / "driver.log", "a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+    def checkpoint(self) -> int:
+        """Step of the newest complete checkpoint; -1 without one."""
+        folder = newest(self.run_dir / "ckpt", lambda text: None)
+        return int(folder.name.removeprefix("step-")) if folder else -1
+
+    def event(self, kind: str, **fields: object) -> None:
+        record_event(self.run_dir, kind, **fields)
+
+    def run(self) -> int:
+        """Until there is nothing more to do here; returns the exit code."""
+        self._name_attempt()
+        self.event("job_start", nodes=self.job.nodes, restart=self.job.restart)
+        self._write_env()
+        self.say(
+            f"job {self.job.id}, restart {self.job.restart}: {len(self.job.nodes)} nodes ({self.spares} spare), run "
+            f"{self.run_dir}, newest checkpoint {'none' if self.first_step < 0 else f'step {self.first_step}'}"
+        )
+        find_nan: list[str] = []
+        while True:
+            self._name_attempt()
+            end = self._attempt(find_nan)
+            action = self._decide(end)
+            find_nan = ["--find-nan", str(end.step)] if action.find_nan and end.step is not None else []
+            self.out.update({host: end.bad.get(host, "failed twice") for host in action.exclude})
+            self.say(f"{action.kind}: {action.reason}")
+            if action.kind == "retry":
+                self.tries += 1
+                continue
+            return self._leave(end, action)
+
+    def _name_attempt(self) -> None:
+        os.environ["SDLM_ATTEMPT"] = f"{self.job.name}-{self.tries}"
+
+    def _attempt(self, more: Sequence[str]) -> End:
+        """Checks the nodes and trains on those that are good, once."""
+        if self.stop.signal or (self.run_dir / "STOP").exists():
+            return End("stopped", "asked to stop before training began")
+        nodes = [node for node in self.job.nodes if node not in self.out]
+        started = time.monotonic()
+        bad = preflight(self.name, self.cluster, self.job, nodes, self.needed, self.run_dir, self.arguments)
+        good = [node for node in nodes if node not in bad]
+        self.event("preflight", seconds=time.monotonic() - started, ok=len(good) >= self.needed, bad=bad)
+        for node, why in bad.items():
+            self.say(f"left out: {node}: {why}")
+        self.out.update(bad)
+        if len(good) < self.needed:
+            return End("too_few_nodes", f"{len(good)} good nodes, {self.needed} needed", bad=bad)
+        if self.stop.signal:
+            return End("stopped", "asked to stop before training began")
+        return self._train(good[: self.needed], more)
+
+    def _train(self, nodes: list[str], more: Sequence[str]) -> End:
+        attempt = os.environ["SDLM_ATTEMPT"]
+        folder = attempt_dir(self.run_dir, attempt)
+        folder.mkdir(parents=True, exist_ok=True)
+        line, extra = training(self.cluster, self.launcher, nodes, self.run_dir, attempt, [*self.arguments, *more])
+        environ = {**environment(self.cluster, self.job, nodes, attempt), **extra}
+        write_text(folder / "command.txt", shlex.join(line) + "\n")
+        ranks = len(nodes) * self.cluster.gpus_per_node
+        self.event("train_start", nodes=nodes, **{"try": self.tries})
+        self.say(f"try {self.tries}: {ranks} processes on {','.join(nodes)}, logs in {folder}")
+        process = subprocess.Popen(with_setup(self.cluster, line), env=environ, stdin=subprocess.DEVNULL)
+        watch(process, self.job, folder, self._asked_to_stop, self.say)
+        summary = summarize(self.run_dir, attempt, ranks, heartbeat_seconds=self.heartbeat)
+        end = end_of(summary, self.job, nodes)
+        self.say(f"try {self.tries} ended, srun with {process.returncode}: {end.outcome}\n{summary.text}")
+        self.event("train_end", outcome=end.outcome, summary=end.text, hosts=end.hosts, checkpoint=self.checkpoint())
+        return end
+
+    def _asked_to_stop(self) -> str:
+        return self.stop.reason(self.job, self.cluster.signal_seconds)
+
+    def _decide(self, end: End) -> Action:
+        now = self.checkpoint()
+        counts = since_checkpoint(read_events(self.run_dir), self.job.id, now)
+        situation = Situation(
+            nodes=[node for node in self.job.nodes if node not in self.out],
+            needed=self.needed,
+            retries=self.retries,
+            progressed=now > self.first_step,
+            stop=self._asked_to_stop(),
+            stop_file=(self.run_dir / "STOP").exists(),
+            **counts,
+        )
+        return decide(end, situation)
+
+    def _leave(self, end: End, action: Action) -> int:
+        self.event("job_end", reason=f"{action.kind}: {action.reason}")
+        if action.kind != "requeue":
+            return 2 if end.outcome == "user_error" else EXIT_CODES.get(action.kind, 1)
+        if self.job.show().get("JobState") not in ("RUNNING", None):
+            self.say("Slurm is already taking the job away; it puts it back into the queue itself, or was told not to")
+            return 1
+        self.event("requeue", reason=action.reason, checkpoint=self.checkpoint())
+        refused = self.job.requeue(sorted({*self.out, *action.exclude}))
+        if refused:
+            self.say(f"no requeue: {refused}")
+            self.event("job_end", reason=f"end: Slurm refused to requeue: {refused}")
+            return 1
+        time.sleep(300)  # Slurm ends this process
+        return 1
+
+    def _write_env(self) -> None:
+        shown = {k: "(hidden)" if SECRET.search(k) else v for k, v in sorted(os.environ.items())}
+        write_text(self.logs / "env.txt", "".join(f"{k}={v}\n" for k, v in shown.items()))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line."""
+    stop = StopRequest()
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, epilog=f"example:\n  {EXAMPLE}"
+    )
+    add = parser.add_argument
+    add("--config", required=True, metavar="PRESET", help="configuration of sdlm_megatron.train")
+    add("--cluster", default="default", metavar="NAME", help="slurm/clusters/NAME.yaml, or a file")
+    add("--spares", type=int, metavar="N", help="nodes of the allocation that wait to replace bad ones")
+    add("--launcher", choices=LAUNCHERS, default="srun", help="how processes are started (default: srun for each)")
+    add("--retries", type=int, default=3, metavar="N", help="after failures without a newer checkpoint (default 3)")
+    args, overrides = parser.parse_known_args(argv)
+    raise SystemExit(Driver(args, [o for o in overrides if o != "--"], stop).run())
+
+
+if __name__ == "__main__":
+    run_cli(main, sys.argv[1:])

@@ -1,0 +1,74 @@
+"""From the start of the training processes to the reason of their end."""
+
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from sdlm_megatron.files import write_json
+from sdlm_megatron.health.summary import Summary
+from sdlm_megatron.job.decision import End
+from sdlm_megatron.job.slurm import Job
+
+POLL_SECONDS = 0.5
+NODES_SECONDS = 10
+"""Between questions to the controller about lost nodes."""
+AFTER_FAILURE = 60
+"""Seconds that the other ranks have once the first has said that it failed: a hang's stacks take a few."""
+AFTER_SUCCESS = 600
+"""Seconds that the others have once the first has ended well."""
+
+
+def watch(
+    process: subprocess.Popen, job: Job, folder: Path, stop: Callable[[], str], say: Callable[[str], None]
+) -> None:
+    """Waits until srun has ended, and sees to it that it does.
+
+    Args:
+        process: srun.
+        folder: the attempt's; `stop.json` is written there once.
+        stop: why training has to stop, or "".
+        say: for what happens meanwhile.
+    """
+    asked, since, looked = False, 0.0, time.monotonic()
+    while process.poll() is None:
+        time.sleep(POLL_SECONDS)
+        if not asked and (why := stop()):
+            asked = True
+            write_json(folder / "stop.json", {"reason": why})
+            say(f"{why}: training is asked to save and stop")
+        if not since and any((folder / "exit").glob("rank-*.json")):
+            since = time.monotonic()
+        if since and time.monotonic() - since > _patience(folder):
+            say("some processes have ended, others have not: they are ended now")
+            _end(process, job)
+        elif time.monotonic() - looked > NODES_SECONDS:
+            looked = time.monotonic()
+            if down := {n: s for n, s in job.lost_nodes().items() if s.startswith("down")}:
+                say(f"lost: {', '.join(f'{n} is {s}' for n, s in down.items())}; the others are ended")
+                _end(process, job)
+
+
+def _patience(folder: Path) -> float:
+    failed = any('"code": 0' not in file.read_text() for file in (folder / "exit").glob("rank-*.json"))
+    return AFTER_FAILURE if failed else AFTER_SUCCESS
+
+
+def _end(process: subprocess.Popen, job: Job) -> None:
+    """Ends srun and its step; a node that does not answer cannot hold it up."""
+    job.end_steps()
+    for give_up in (process.terminate, process.kill):
+        try:
+            process.wait(10)
+            return
+        except subprocess.TimeoutExpired:
+            give_up()
+    process.wait()
+
+
+def end_of(summary: Summary, job: Job, nodes: Sequence[str]) -> End:
+    """What a summary and the controller say of an attempt on `nodes`."""
+    lost = {node: state for node, state in job.lost_nodes().items() if node in nodes}
+    if lost and summary.outcome not in ("finished", "stopped"):
+        return End("lost_node", f"lost {', '.join(lost)}; {summary.why}", summary.step, sorted(lost), lost)
+    return End(summary.outcome, summary.why, summary.step, summary.hosts, lost)

@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=sdlm_export
+#SBATCH --nodes=1
+#SBATCH --exclusive
+#SBATCH --mem=0
+#SBATCH --time=02:00:00
+#SBATCH --requeue
+#SBATCH --open-mode=append
+# A run's newest complete checkpoint to a Hugging Face folder:
+#   RUN_DIR=RUN OUT=DIR slurm/export.sh --cluster NAME [--after JOB] [-- --dtype bf16 ...]
+self=$0; [[ $0 != */slurm_script ]] || self=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=\([^ ]*\).*/\1/p' | head -1)
+source "$(dirname "$self")/common.sh"
+need RUN_DIR "the run's folder, or one of its checkpoints"
+need OUT "the Hugging Face folder to write"
+task checkpoints_tools.mcore_to_hf --ckpt "$RUN_DIR" --out "$OUT" --- "$@"

@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=sdlm_merge
+#SBATCH --nodes=1
+#SBATCH --exclusive
+#SBATCH --mem=0
+#SBATCH --time=04:00:00
+#SBATCH --requeue
+#SBATCH --open-mode=append
+# The second half of prepare_data.sh, which says how to use it: the dataset from the work of all tasks.
+self=$0; [[ $0 != */slurm_script ]] || self=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=\([^ ]*\).*/\1/p' | head -1)
+source "$(dirname "$self")/common.sh"
+need CONFIG "configuration of data_prep.build, such as mixture_3p5m"
+need BASE "the base model's folder, for its tokenizer"
+need OUT "folder of the packed dataset"
+task data_prep.build --config "$CONFIG" "--tokenizer=$BASE" "--out=$OUT" --merge --- "$@"

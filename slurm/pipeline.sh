@@ -1,0 +1,49 @@
+#!/usr/bin/env bash
+# From conversations to an evaluated model: submits prepare -> merge -> train -> export -> evaluate, each to start when
+# the one before has ended well.
+#   CONFIG=mixture_3p5m BASE=DIR DATA=DIR RUN_DIR=DIR HELDOUT=FILE.jsonl \
+#     slurm/pipeline.sh train_32b_d4 --cluster NAME [--dry-run] [OPTIONS] [-- --a.b=c ...]
+# DATA is made first if CONFIG (of data_prep.build) is given. The model decodes HELDOUT at the end if that is given.
+# OPTIONS, and settings after --, are those of training; --dry-run shows and checks every job.
+set -euo pipefail
+here=$(dirname "$(realpath "$0")")
+training=${1:-}
+if [[ $training != train_* || ! -x $here/$training.sh ]]; then sed -n 's/^# \{0,1\}//p' "$0" | sed 1d; exit 2; fi
+shift
+source "$here/common.sh"
+need BASE "the base model, a Hugging Face folder"
+need DATA "folder of the packed dataset"
+need RUN_DIR "folder of the run"
+export BASE DATA RUN_DIR
+cluster=() dry=false
+for ((i = 1; i <= $#; i++)); do
+  next=$((i + 1))
+  case ${!i} in
+    --) break ;;
+    --cluster) cluster=(--cluster "${!next}") ;;
+    --dry-run) dry=true ;;
+  esac
+done
+
+# stage SCRIPT [OPTIONS]: submits it to start after the stage before; a dry run shows and checks it
+after=()
+stage() {
+  if $dry; then
+    echo "===== $1"
+    "$here/$1.sh" "${@:2}"
+  else
+    local number
+    number=$("$here/$1.sh" --parsable "${after[@]}" "${@:2}")
+    echo "$1: job $number"
+    after=(--after "$number")
+  fi
+}
+others=("${cluster[@]}")
+if $dry; then others+=(--dry-run); fi
+if [ -n "${CONFIG:-}" ]; then
+  OUT=$DATA stage prepare_data "${others[@]}"
+  OUT=$DATA stage merge_data "${others[@]}"
+fi
+stage "$training" "$@"
+OUT=$RUN_DIR/hf stage export "${others[@]}"
+if [ -n "${HELDOUT:-}" ]; then MODEL=$RUN_DIR/hf OUT=$RUN_DIR/evaluation.json stage evaluate "${others[@]}"; fi

@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=sdlm_3b_d4
+#SBATCH --nodes=4
+#SBATCH --gpus-per-node=8
+#SBATCH --exclusive
+#SBATCH --mem=0
+#SBATCH --time=1-00:00:00
+#SBATCH --signal=B:USR1@900
+#SBATCH --requeue
+#SBATCH --no-kill
+#SBATCH --open-mode=append
+# SDLM-3B, block size 4, from Qwen2.5-3B: the published recipe on 4 nodes of 8 H100.
+#   DATA=DIR BASE=DIR sbatch slurm/train_3b_d4.sh [OPTIONS] [-- --a.b=c ...]                   with the lines above
+#   DATA=DIR BASE=DIR slurm/train_3b_d4.sh --cluster NAME [--dry-run] [OPTIONS] [-- --a.b=c ...]   and clusters/NAME.yaml
+# DATA: packed dataset (prepare_data.sh). BASE: Hugging Face folder. RUN_DIR: folder of the run. OPTIONS: --help
+self=$0; [[ $0 != */slurm_script ]] || self=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=\([^ ]*\).*/\1/p' | head -1)
+source "$(dirname "$self")/common.sh"
+train sdlm_3b_d4 "$@"
