@@ -1,0 +1,182 @@
+"""Checks the nodes of a Slurm job before the run starts on them: GPUs, disks, same code and configuration, clocks,
+and the speed of an all-reduce inside and between nodes.
+
+Runs on the job's batch node and uses srun itself. Writes preflight.txt (one table) and preflight.json into
+RUN/logs/JOB-RESTART, and bad nodes with date and reason into RUN/bad-nodes.txt. Ends with 0 if enough nodes are
+healthy, with 3 if not, with 2 on a mistake of the user.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sdlm_megatron.errors import ConfigError, run_cli
+from sdlm_megatron.files import write_json, write_text
+from sdlm_megatron.job.limits import Limits, limits_from
+
+NOT_ENOUGH = 3
+EXAMPLE = """example, inside a job:
+  python -m sdlm_megatron.preflight --run-dir RUN --nodes-needed 29 --cluster slurm/clusters/mine.yaml \\
+    --config sdlm_32b_d4 --data.path=DATA"""
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m sdlm_megatron.preflight",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=f"The training's own settings may follow as --section.key=value.\n\n{EXAMPLE}",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--run-dir", metavar="RUN", help="folder of the run")
+    parser.add_argument("--nodes-needed", type=int, metavar="N", help="healthy nodes that the training takes")
+    parser.add_argument("--nodes", metavar="LIST", help="such as node[01-32]; default: the whole allocation")
+    parser.add_argument("--config", default="", help="file or preset of the training, compared on all nodes")
+    parser.add_argument("--cluster", metavar="FILE", help="YAML; its section `preflight` holds limits")
+    parser.add_argument(
+        "--srun", action="append", default=[], metavar="ARG", help="further argument of srun, e.g. of a container"
+    )
+    parser.add_argument("--node-only", action="store_true", help="what runs on each node; started by the above")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line."""
+    args, overrides = _parser().parse_known_args(argv)
+    if args.node_only:
+        from sdlm_megatron.job.node_agent import serve
+
+        serve()
+        return
+    if not args.run_dir or not args.nodes_needed or args.nodes_needed < 1:
+        raise ConfigError("--run-dir and --nodes-needed (1 or more) are needed", "the command line", EXAMPLE)
+    names = node_names(args.nodes)
+    say = Progress()
+    report = fly(
+        Path(args.run_dir), names, args.nodes_needed, read_limits(args.cluster), args.config, overrides, args.srun, say
+    )
+    print(report["table"], flush=True)
+    if not report["ok"]:
+        raise SystemExit(NOT_ENOUGH)
+
+
+def fly(
+    run_dir: Path,
+    names: Sequence[str],
+    needed: int,
+    limits: Limits,
+    config: str,
+    overrides: Sequence[str],
+    srun: Sequence[str],
+    say: "Progress",
+) -> dict[str, Any]:
+    """Runs the pre-flight of nodes and writes its report.
+
+    Returns:
+        preflight.json: {"ok", "needed", "seconds", "healthy": [node], "bad": {node: why}, "nodes": {node: checks},
+        "table": text}.
+    """
+    # What runs on a node imports this module too, and should start at once.
+    from sdlm_megatron.job.agents import Agent
+    from sdlm_megatron.job.flight import Flight
+    from sdlm_megatron.job.verdict import add_bad_nodes, table, to_blame
+
+    start = time.monotonic()
+    logs = run_dir / "logs" / job_name()
+    (logs / "preflight").mkdir(parents=True, exist_ok=True)
+    token = uuid.uuid4().hex
+    write_text(logs / "preflight" / "token", token)
+    agents: dict[str, Agent] = {}
+    try:
+        for name in names:
+            agents[name] = Agent(name, node_command(name, srun), logs / "preflight" / f"{name}.log")
+        asked = {"config": config, "overrides": list(overrides), "run_dir": str(run_dir.resolve())}
+        asked |= {"token_file": str((logs / "preflight" / "token").resolve()), "token": token}
+        nodes = Flight(limits, asked, agents, say).run()
+    finally:
+        for agent in agents.values():
+            agent.close()
+    healthy = [node.name for node in nodes if not node.failed]
+    bad = {node.name: node.why for node in nodes if node.failed}
+    blamed = to_blame(nodes)
+    add_bad_nodes(run_dir, blamed)
+    seconds = time.monotonic() - start
+    lines = [table(nodes), f"{len(healthy)} of {len(nodes)} nodes are healthy, {needed} are needed; {seconds:.0f} s"]
+    if blamed:
+        lines.append(f"left out from now on (bad-nodes.txt of the run): {', '.join(blamed)}")
+    report: dict[str, Any] = {
+        "ok": len(healthy) >= needed,
+        "needed": needed,
+        "seconds": round(seconds, 1),
+        "healthy": healthy,
+        "bad": bad,
+        "nodes": {node.name: [vars(check) for check in node.checks] for node in nodes},
+        "table": "\n".join(lines),
+    }
+    write_json(logs / "preflight.json", report)
+    write_text(logs / "preflight.txt", report["table"] + "\n")
+    return report
+
+
+def node_command(node: str, srun: Sequence[str]) -> list[str]:
+    """What starts this program on a node, with all CPUs and GPUs that the job has there."""
+    step = ["--nodes=1", "--ntasks=1", "--ntasks-per-node=1", f"--nodelist={node}", "--overlap", "--mem=0"]
+    cpus = os.environ.get("SLURM_CPUS_ON_NODE", "1")
+    step += [f"--cpus-per-task={cpus}", "--cpu-bind=none", "--job-name=preflight", "--quiet"]
+    python = "python" if srun else sys.executable
+    return ["srun", *step, *srun, python, "-u", "-m", "sdlm_megatron.preflight", "--node-only"]
+
+
+class Progress:
+    """Says on stderr which stage begins, and after how many seconds."""
+
+    def __init__(self) -> None:
+        self.start = time.monotonic()
+
+    def __call__(self, text: str) -> None:
+        print(f"pre-flight {time.monotonic() - self.start:4.0f} s: {text}", file=sys.stderr, flush=True)
+
+
+def job_name() -> str:
+    """JOB-RESTART."""
+    return f"{os.environ.get('SLURM_JOB_ID', 'local')}-{os.environ.get('SLURM_RESTART_COUNT', '0')}"
+
+
+def node_names(nodes: str | None) -> list[str]:
+    """The nodes of a Slurm list, or of this job."""
+    nodes = nodes or os.environ.get("SLURM_JOB_NODELIST", "")
+    if not nodes:
+        raise ConfigError(
+            "no nodes: this runs inside a Slurm job", "SLURM_JOB_NODELIST", "start it from a batch script"
+        )
+    try:
+        done = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True)
+    except OSError as error:
+        raise ConfigError(f"scontrol does not run: {error.strerror}", "PATH", "start it where Slurm is") from None
+    if done.returncode or not done.stdout.split():
+        raise ConfigError(f"{nodes} is no list of nodes", "--nodes", done.stderr.strip())
+    return done.stdout.split()
+
+
+def read_limits(file: str | None) -> Limits:
+    """Limits of a cluster file; the defaults without one."""
+    if not file:
+        return Limits()
+    try:
+        content = yaml.safe_load(Path(file).read_text(encoding="utf-8")) or {}
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"the cluster file is not readable: {error}", file) from None
+    given = {"gpus": content["gpus_per_node"]} if "gpus_per_node" in content else {}
+    return limits_from({**given, **(content.get("preflight") or {})}, file)
+
+
+if __name__ == "__main__":
+    run_cli(main, sys.argv[1:])
