@@ -16,8 +16,7 @@ from typing import Any
 import torch
 
 from checkpoints_tools.partial import Output, Unit, check_out, default_workers, open_partial
-from checkpoints_tools.torch_dist import Entry, write_index, write_tensor
-from sdlm_megatron.checkpoint_files import TrainState, copy_assets, file_sizes
+from sdlm_megatron.checkpoint_files import TrainState, checksums, copy_assets
 from sdlm_megatron.config.schema import DiffusionConfig
 from sdlm_megatron.errors import CheckpointError, run_cli
 from sdlm_megatron.files import write_json
@@ -26,6 +25,7 @@ from sdlm_megatron.model.names import Rows, checkpoint_key, checkpoint_names, hf
 from sdlm_megatron.model.shape import NewMaskToken, mean_row, shape_of
 from sdlm_megatron.model.vocabulary import padded_vocab
 from sdlm_megatron.start import mask_token as find_mask_token
+from sdlm_megatron.torch_dist import Entry, write_index, write_tensor
 
 PRECISION = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 CHUNK = 128 * 1024**2
@@ -62,7 +62,7 @@ def convert(
         )
         print(f"memory   at most {2 * CHUNK * workers / 1e6:.0f} MB for {workers} workers, beside the program itself")
         return
-    plan = {"format": 1, "weights": source.tensors.identity(), "state": asdict(source.state), "files": list(files)}
+    plan = {"format": 2, "weights": source.tensors.identity(), "state": asdict(source.state), "files": list(files)}
     units = [
         Unit(f"weights/{file}", sum(piece.size(source.dtype) for piece in pieces), partial(source.write, pieces))
         for file, pieces in files.items()
@@ -70,12 +70,13 @@ def convert(
     with open_partial(out, plan, workers=workers) as work:
         if work is None:
             return
-        done = work.write(units, workers=workers, checksum=False)
+        done = work.write(units, workers=workers, checksum=True)
         entries = {Path(file).name: [Entry(*_tuples(e)) for e in record["notes"]] for file, record in done.items()}
-        write_index(work.files / "weights", entries, source.shapes(), source.dtype)
+        write_index(work.files / "weights", entries, {k: (s, source.dtype) for k, s in source.shapes().items()})
         copy_assets(hf, work.files / "hf")
+        known = {file: {"size": record["bytes"], "sha256": record["sha256"]} for file, record in done.items()}
         write_json(work.files / "state.json", asdict(source.state))
-        write_json(work.files / "complete.json", file_sizes(work.files))
+        write_json(work.files / "complete.json", checksums(work.files, known))
         work.finish()
 
 

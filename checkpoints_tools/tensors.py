@@ -6,11 +6,11 @@ from typing import Any, Protocol
 
 import torch
 
-from checkpoints_tools.torch_dist import TorchDist
 from sdlm_megatron.checkpoint_files import TrainState
 from sdlm_megatron.errors import CheckpointError
 from sdlm_megatron.model.hf_folder import HFConfig, file_stamps
 from sdlm_megatron.model.names import checkpoint_key, checkpoint_rows
+from sdlm_megatron.torch_dist import TorchDist
 
 
 class Tensors(Protocol):

@@ -1,26 +1,28 @@
 """The files of a checkpoint, without the weights: complete or ignored, newest first, and what a run's state is.
 
     FOLDER/
-      weights/        model (and optimizer) shards, Megatron-Core's torch_dist format (checkpointing.py)
+      weights/        model (and optimizer) shards, Megatron-Core's torch_dist format (torch_dist.py)
       state.json      TrainState: step, rows consumed, rows a step, model shape, diffusion settings, dataset
       run.json        what the model card tells: recipe, data, losses, versions (not in a converted base)
       hf/             config.json, tokenizer and generation files of the base, for the export
-      complete.json   sizes of all files; written last, in a folder that is then renamed into place
+      complete.json   size and sha256 of all files; written last, in a folder that is then renamed into place
 
-A training checkpoint is RUN/ckpt/step-0000500; a converted base has the same form without an optimizer. Nothing here
-needs Megatron, so that a mistake is found before ten seconds of imports.
+A training checkpoint is RUN/ckpt/step-0000500; step-0000500.partial is one that was being written, .damaged one whose
+bytes were not those written. A converted base has the same form without an optimizer (and, from earlier versions, only
+sizes in complete.json). Nothing here needs Megatron, so that a mistake is found before ten seconds of imports.
 """
 
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from sdlm_megatron.config.schema import DiffusionConfig, ModelConfig
 from sdlm_megatron.errors import CheckpointError
+from sdlm_megatron.files import sha256
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -31,6 +33,7 @@ TOKENIZER_FILES = (
     "merges.txt",
     "chat_template.jinja",
 )
+DAMAGED = ".damaged"
 ASSETS = ("config.json", "generation_config.json", *TOKENIZER_FILES)
 """Files of the base that travel with a checkpoint."""
 
@@ -88,18 +91,7 @@ def check_complete(folder: Path) -> None:
     """Raises CheckpointError unless every file of the checkpoint is there with its full size."""
     if not folder.is_dir():
         raise CheckpointError("no such checkpoint folder", str(folder), "name a folder that holds complete.json")
-    marker = folder / "complete.json"
-    if not marker.exists():
-        raise CheckpointError(
-            "not a complete checkpoint: complete.json is missing",
-            str(folder),
-            "name a step-NNNNNNN folder or one that hf_to_mcore wrote; an interrupted save cannot be used",
-        )
-    try:
-        sizes = json.loads(marker.read_text())
-    except ValueError as error:
-        raise CheckpointError(f"complete.json is damaged: {error}", str(marker), "use another checkpoint") from None
-    for name, size in sizes.items():
+    for name, (size, _) in _listed(folder).items():
         file = folder / name
         found = file.stat().st_size if file.exists() else None
         if found != size:
@@ -110,11 +102,47 @@ def check_complete(folder: Path) -> None:
             )
 
 
+def check_files(folder: Path, share: tuple[int, int] = (0, 1)) -> None:
+    """Reads files of a complete checkpoint; CheckpointError where one is not what was written.
+
+    Args:
+        folder: a checkpoint.
+        share: (i, n) reads every n-th file from the i-th, the largest first, so that n processes read about the same.
+    """
+    files = sorted(_listed(folder).items(), key=lambda entry: (-entry[1][0], entry[0]))
+    for name, (_, wanted) in files[share[0] :: share[1]]:
+        try:
+            found = sha256(folder / name) if wanted else ""
+        except OSError as error:
+            raise CheckpointError(f"{name} cannot be read: {error}", str(folder / name), "use another") from None
+        if found != wanted:
+            raise CheckpointError(
+                f"{name} has other bytes than were written", str(folder / name), "copy it again or use another"
+            )
+
+
+def _listed(folder: Path) -> dict[str, tuple[int, str]]:
+    """complete.json: (size, sha256) of each file; "" where an earlier version wrote no checksum."""
+    marker = folder / "complete.json"
+    if not marker.exists():
+        raise CheckpointError(
+            "not a complete checkpoint: complete.json is missing",
+            str(folder),
+            "name a step-NNNNNNN folder or one that hf_to_mcore wrote; an interrupted save cannot be used",
+        )
+    try:
+        entries = json.loads(marker.read_text())
+        return {k: (v, "") if isinstance(v, int) else (int(v["size"]), str(v["sha256"])) for k, v in entries.items()}
+    except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
+        raise CheckpointError(f"complete.json is damaged: {error}", str(marker), "use another checkpoint") from None
+
+
 def newest(folder: Path, notice: Callable[[str], None]) -> Path | None:
     """Newest complete checkpoint step-* of a run; broken ones are skipped with a notice."""
     for candidate in sorted(folder.glob("step-*"), reverse=True):
-        if candidate.name.endswith(".partial"):
-            notice(f"ignored {candidate}: an interrupted save")
+        if candidate.suffix:
+            reason = {".partial": "an interrupted save", DAMAGED: "found damaged at an earlier start"}
+            notice(f"ignored {candidate}: {reason.get(candidate.suffix, 'not a checkpoint')}")
             continue
         try:
             check_complete(candidate)
@@ -125,13 +153,35 @@ def newest(folder: Path, notice: Callable[[str], None]) -> Path | None:
     return None
 
 
-def prune(folder: Path, keep_last: int) -> None:
-    """Removes all but the newest `keep_last` checkpoints (0: none); renamed first, so that none is half there."""
-    complete = sorted(p for p in folder.glob("step-*") if not p.name.endswith(".partial"))
+def set_aside(folder: Path) -> Path:
+    """Renames a damaged checkpoint so that nobody uses it or counts it; returns the new name."""
+    aside = folder.with_name(folder.name + DAMAGED)
+    shutil.rmtree(aside, ignore_errors=True)
+    os.rename(folder, aside)
+    return aside
+
+
+def prune(folder: Path, keep_last: int, keep_every: int = 0) -> None:
+    """Removes all but the newest `keep_last` checkpoints (0: none) and those of every `keep_every`-th step.
+
+    Renamed first, so that none is half there. What interrupted saves of earlier steps left goes too.
+    """
+    found = sorted(folder.glob("step-*"))
+    complete = [p for p in found if not p.suffix]
+    for left in found:
+        if left.suffix == ".partial" and complete and left.name < complete[-1].name:
+            shutil.rmtree(left)
     for old in complete[:-keep_last] if keep_last else []:
+        if keep_every and step_of(old) % keep_every == 0:
+            continue
         doomed = old.with_name(old.name + ".partial")
         os.rename(old, doomed)
         shutil.rmtree(doomed)
+
+
+def step_of(folder: Path) -> int:
+    """500 of RUN/ckpt/step-0000500."""
+    return int(folder.name.removeprefix("step-"))
 
 
 def step_folder(run_dir: Path, step: int) -> Path:
@@ -147,9 +197,16 @@ def copy_assets(source: Path | None, target: Path) -> None:
             shutil.copyfile(source / name, target / name)
 
 
-def file_sizes(folder: Path) -> dict[str, int]:
-    """Size in bytes of every file below `folder`, by relative path: the content of complete.json."""
-    return {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
+def checksums(folder: Path, known: Mapping[str, dict[str, Any]] | None = None) -> dict[str, dict[str, Any]]:
+    """The content of complete.json: size in bytes and sha256 of every file below `folder`, by relative path.
+
+    `known` has those that need not be read.
+    """
+    known, found = known or {}, {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        name = str(path.relative_to(folder))
+        found[name] = known.get(name) or {"size": path.stat().st_size, "sha256": sha256(path)}
+    return found
 
 
 def _section(kind: type, raw: dict) -> Any:

@@ -1,92 +1,68 @@
-"""Weights and optimizer of a checkpoint: Megatron-Core's torch_dist, resumable on another TP / PP / DP.
+"""Loads weights and optimizer from a checkpoint of any TP / PP / DP, and says whether its files are what was written.
 
-The other files of a checkpoint, and when it counts as complete, are in checkpoint_files.py.
+How a checkpoint is written is in checkpoint_writer.py; its other files, and when it counts as complete, are in
+checkpoint_files.py.
 """
 
-import shutil
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-import torch.distributed as dist
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.core import CheckpointingException
+import torch
 
-from sdlm_megatron.checkpoint_files import TrainState, copy_assets, file_sizes
+from sdlm_megatron.checkpoint_files import check_files
 from sdlm_megatron.errors import CheckpointError
-from sdlm_megatron.files import rename_whole, write_json
-from sdlm_megatron.model.gpt import SDLMModel
 from sdlm_megatron.parallel.engine import Engine
-from sdlm_megatron.parallel.optimizer import load_state, prime_state
+from sdlm_megatron.parallel.groups import Groups
+from sdlm_megatron.parallel.held import MASTER, Box, Held, Piece, held, start_state
+from sdlm_megatron.torch_dist import TorchDist
 
-_METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
-_EXTRA = "_extra_state"
-"""Entries that are written but never read: each kind of layers has others. All they can hold are the statistics of FP8
-with delayed scaling, as a pickle that TransformerEngine (from 2.20) refuses to load: they begin anew."""
+_OTHER_MASTER = "optimizer.state.fp32_param."
+"""Name of the master weights in checkpoints of earlier versions with a replicated optimizer."""
 
 
-def save(
-    folder: Path, engine: Engine, state: TrainState, assets: Path | None, facts: dict[str, Any] | None = None
-) -> None:
-    """Writes a checkpoint; all processes call it. An interrupted save leaves only FOLDER.partial, which is ignored.
+def load(folder: Path, engine: Engine, *, step: int | None) -> None:
+    """Fills the model from a complete checkpoint made under any layout; the optimizer too where `step` is given.
 
-    `facts` becomes run.json; only the main process's counts.
+    Args:
+        step: updates that the checkpoint's optimizer has made; None: the weights alone.
+
+    Raises CheckpointError where a tensor is missing, damaged or of another shape.
     """
-    engine.gather_weights()
-    partial = folder.with_name(folder.name + ".partial")
-    if engine.groups.main:
-        shutil.rmtree(partial, ignore_errors=True)
-        (partial / "weights").mkdir(parents=True)
-        copy_assets(assets, partial / "hf")
-    dist.barrier()
-    dist_checkpointing.save(
-        _sharded_state(engine, loading=False), str(partial / "weights"), content_metadata=dict(_METADATA)
-    )
-    dist.barrier()
-    if engine.groups.main:
-        write_json(partial / "state.json", asdict(state))
-        if facts:
-            write_json(partial / "run.json", facts)
-        write_json(partial / "complete.json", file_sizes(partial))
-        shutil.rmtree(folder, ignore_errors=True)
-        rename_whole(partial, folder)
-    dist.barrier()
-
-
-def load(folder: Path, engine: Engine, *, with_optimizer: bool) -> None:
-    """Fills model (and optimizer) from a complete checkpoint made under any layout; all processes call it."""
-    if with_optimizer:
-        assert engine.optimizer is not None
-        prime_state(engine.optimizer)
-    wanted = _sharded_state(engine, loading=True, with_optimizer=with_optimizer)
-    for chunk in _chunks(engine):
-        wanted[chunk] = {name: part for name, part in wanted[chunk].items() if not name.endswith(_EXTRA)}
-    try:
-        loaded = dist_checkpointing.load(wanted, str(folder / "weights"))
-    except (CheckpointingException, KeyError, OSError) as error:
-        raise CheckpointError(
-            f"the weights cannot be read: {error}",
-            str(folder),
-            "use another checkpoint; this one does not fit the model",
-        ) from error
-    for name, module in _chunks(engine).items():
-        nothing = dict.fromkeys(key for key in module.state_dict() if key.endswith(_EXTRA))
-        module.load_state_dict({**loaded[name], **nothing}, strict=True)
-    if with_optimizer:
-        assert engine.optimizer is not None
-        load_state(engine.optimizer, loaded["optimizer"])
+    files = TorchDist(folder / "weights")
+    optimizer = engine.optimizer if step is not None else None
+    with torch.no_grad():
+        for part in held(engine, with_optimizer=optimizer is not None):
+            for piece, box in part.boxes(part.low, part.low + part.flat.numel()):
+                _fill(part, piece, box, files)
+    if optimizer is not None:
+        start_state(optimizer, step)
     else:
         engine.weights_changed()
 
 
-def _sharded_state(engine: Engine, *, loading: bool, with_optimizer: bool = True) -> dict[str, Any]:
-    metadata = {**_METADATA, "dp_cp_group": engine.groups.collection.dp_cp}
-    state: dict[str, Any] = {n: m.sharded_state_dict(metadata=metadata) for n, m in _chunks(engine).items()}
-    if engine.optimizer is not None and with_optimizer:
-        state["optimizer"] = engine.optimizer.sharded_state_dict(dict(state), is_loading=loading, metadata=metadata)
-    return state
+def _fill(part: Held, piece: Piece, box: Box, files: TorchDist) -> None:
+    key = part.prefix + piece.key
+    if key not in files and part.prefix == MASTER:
+        key = _OTHER_MASTER + piece.key
+    if key not in files:
+        raise CheckpointError(f"it has no '{key}'", str(files.weights), "use another checkpoint; this is another model")
+    found, wanted = files.shape(key), piece.shape
+    if found != wanted and not (piece.padded and found[1:] == wanted[1:]):
+        raise CheckpointError(
+            f"'{key}' is {found}, the model's {wanted}", str(files.weights), "use a checkpoint of this model"
+        )
+    target, rows = part.elements(box).view(box.size), box.size[0]
+    if piece.padded:
+        rows = max(0, min(rows, found[0] - box.start[0]))
+        target[rows:] = 0
+    if rows:
+        target[:rows] = files.read(key, box.start, (rows, *box.size[1:]))
 
 
-def _chunks(engine: Engine) -> dict[str, SDLMModel]:
-    """This process's model chunks by a name of their own; in the files each tensor has its name in the whole model."""
-    return {f"model{i}": module for i, module in enumerate(engine.modules)}
+def damage(folder: Path, groups: Groups) -> str:
+    """What is wrong with the files of a checkpoint, "" if nothing is; all processes call it and share the reading."""
+    mine = ""
+    try:
+        check_files(folder, share=(groups.rank, groups.world_size))
+    except CheckpointError as error:
+        mine = error.what
+    return next((text for text in groups.gather(mine) if text), "")

@@ -15,6 +15,8 @@ class UserError(Exception):
         fix: what the user can do about it.
     """
 
+    exit_code = 2
+
     def __init__(self, what: str, where: str = "", fix: str = "") -> None:
         self.what, self.where, self.fix = what, where, fix
         lines = [what]
@@ -41,19 +43,43 @@ class CheckpointError(UserError):
 
 
 class TrainingError(UserError):
-    """A run that must not go on, e.g. a loss that is not finite."""
+    """A run that must not go on, because a loss or a gradient is not finite.
+
+    Args:
+        step: the step it happened in.
+    """
+
+    exit_code = 3
+
+    def __init__(self, what: str, where: str = "", fix: str = "", step: int = 0) -> None:
+        super().__init__(what, where, fix)
+        self.step = step
+
+    def __reduce__(self) -> tuple:
+        return type(self), (self.what, self.where, self.fix, self.step)
+
+
+class ReplicaError(UserError):
+    """Processes that should hold the same weights do not: no mistake of the user, but hardware or a defect of ours."""
+
+    exit_code = 1
 
 
 def run_cli(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None = None) -> None:
-    """Runs `main(argv)`; a UserError becomes `error: …` on stderr and exit code 2.
+    """Runs `main(argv)`; a UserError becomes `error: …` on stderr and its exit code, usually 2."""
+    try:
+        main(argv)
+    except UserError as error:
+        tell(error)
+        raise SystemExit(error.exit_code) from None
+
+
+def tell(error: UserError) -> None:
+    """Says `error: …` on stderr.
 
     In a job of many processes all usually meet the same error: rank 0 says it, and ends the others before they
     repeat it. An error of one other rank is said by that rank, a moment later.
     """
-    try:
-        main(argv)
-    except UserError as error:
-        if os.environ.get("RANK", "0") != "0":
-            time.sleep(3)
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        raise SystemExit(2) from None
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(3)
+    print(f"error: {error}", file=sys.stderr, flush=True)

@@ -1,5 +1,6 @@
 """Files that appear whole: write beside, fsync, rename."""
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -43,3 +44,51 @@ def rename_whole(partial: Path, final: Path) -> None:
     fsync_tree(partial)
     os.rename(partial, final)
     fsync(final.parent)
+
+
+def sha256(path: Path) -> str:
+    """Checksum of a file, in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class HashedFile:
+    """A file that is written once, from the start; its checksum is taken on the way.
+
+    An error of the disk is kept, and raised by `check` and `close`: torch.save would hide it behind one of its own.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = open(path, "wb", buffering=0)  # noqa: SIM115  closed by `close`
+        self._hash, self._size = hashlib.sha256(), 0
+        self._error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        view, done = memoryview(data).cast("B"), 0
+        self._hash.update(view)
+        try:
+            while done < len(view) and self._error is None:
+                done += self._file.write(view[done:]) or 0
+        except OSError as error:
+            self._error = error
+        self._size += len(view)
+        return len(view)
+
+    def tell(self) -> int:
+        return self._size
+
+    def flush(self) -> None:
+        """Nothing waits here."""
+
+    def check(self) -> None:
+        """Raises OSError if something could not be written."""
+        if self._error is not None:
+            self._file.close()
+            raise self._error
+
+    def close(self) -> dict[str, Any]:
+        """Everything is on the disk afterwards; returns its size and sha256."""
+        self.check()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        return {"size": self._size, "sha256": self._hash.hexdigest()}

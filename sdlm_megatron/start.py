@@ -74,6 +74,30 @@ def _check_dataset(config: RunConfig, dataset: PackedDataset) -> None:
         )
 
 
+def open_validation(config: RunConfig, dataset: PackedDataset) -> PackedDataset | None:
+    """The held-out rows, or None where none are wanted; DataError where they are not made like the dataset."""
+    if not config.data.validation or not config.observe.validate_every:
+        return None
+    found = PackedDataset(config.data.validation)
+    for key in ("row_length", "block_size", "mask_token_id", "eos_token_id"):
+        if found.manifest[key] != dataset.manifest[key]:
+            raise DataError(
+                f"{key} is {found.manifest[key]}, that of the training data {dataset.manifest[key]}",
+                f"data.validation: {found.path / 'manifest.json'}",
+                "build it with the tokenizer and the settings of the training data",
+            )
+    ours, theirs = (d.manifest["tokenizer"].get("fingerprint") for d in (found, dataset))
+    if None not in (ours, theirs) and ours != theirs:
+        raise DataError(
+            "the validation data was made with another tokenizer than the training data",
+            f"data.validation: {found.path / 'manifest.json'}",
+            "build it with the tokenizer of the training data",
+        )
+    if not found.rows(0):
+        raise DataError("no row to validate on", f"data.validation: {found.path}", "build it from more conversations")
+    return found
+
+
 def _rows_per_step(config: RunConfig, dataset: PackedDataset) -> int:
     size = config.train.global_batch
     if config.train.global_batch_unit == "rows":
@@ -87,6 +111,10 @@ def _total_rows(config: RunConfig, dataset: PackedDataset, rows_per_step: int) -
     whole = int(config.train.epochs)
     part = config.train.epochs - whole
     return sum(dataset.rows(e) for e in range(whole)) + round(part * dataset.rows(whole))
+
+
+def _optimizer(config: RunConfig) -> str:
+    return "distributed" if config.parallel.distributed_optimizer else "replicated"
 
 
 def _identity(dataset: PackedDataset) -> dict[str, Any]:
@@ -117,7 +145,7 @@ def _plan(
         mask_token_id=mask_token_id,
         precision=config.train.precision,
         eos_token_id=dataset.manifest["eos_token_id"],
-        optimizer="distributed" if config.parallel.distributed_optimizer else "replicated",
+        optimizer=_optimizer(config),
         dataset=_identity(dataset),
     )
     return Plan(state, source, kind, assets, new_mask, total, math.ceil(total / rows_per_step))
@@ -194,12 +222,11 @@ def _resume(config: RunConfig, dataset: PackedDataset, folder: Path) -> Plan:
             str(dataset.path),
             f"use the first one, or start a new run with --run_dir=… and --checkpoint.base={folder}",
         )
-    now = "distributed" if config.parallel.distributed_optimizer else "replicated"
-    if state.optimizer not in (now, "none"):
+    if state.optimizer == "none":
         raise CheckpointError(
-            f"the checkpoint holds a {state.optimizer} optimizer, the run wants a {now} one",
+            "the checkpoint holds weights only: no run can go on from it",
             str(folder),
-            f"--parallel.distributed_optimizer={str(state.optimizer == 'distributed').lower()}",
+            f"start a new run with --run_dir=… and --checkpoint.base={folder}",
         )
     if state.precision != config.train.precision:
         raise CheckpointError(
@@ -216,7 +243,9 @@ def _resume(config: RunConfig, dataset: PackedDataset, folder: Path) -> Plan:
     _check_tokenizer(dataset, folder / "hf", state.mask_token_id, lambda text: None)
     total = _total_rows(config, dataset, state.rows_per_step)
     steps = math.ceil(total / state.rows_per_step)
-    return Plan(replace(state, shape=shape), folder, "resume", folder / "hf", None, total, steps)
+    return Plan(
+        replace(state, shape=shape, optimizer=_optimizer(config)), folder, "resume", folder / "hf", None, total, steps
+    )
 
 
 def micro_batch_multiple(parallel: ParallelConfig) -> int:

@@ -14,6 +14,8 @@ from sdlm_megatron.config.load import PRESETS, parse_cli, save_config
 from sdlm_megatron.config.schema import RunConfig
 from sdlm_megatron.config.validate import check_run
 from sdlm_megatron.errors import run_cli
+from sdlm_megatron.health.stop import StopRequests, refuse_to_start
+from sdlm_megatron.health.watch import Watch
 
 if TYPE_CHECKING:
     from sdlm_megatron.data.format import PackedDataset
@@ -34,6 +36,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Loads the configuration, builds, trains."""
+    requests = StopRequests()
     config, args = parse_cli(
         RunConfig, presets=PRESETS, description=__doc__ or "", example=EXAMPLE, argv=argv, extra=_options
     )
@@ -43,15 +46,21 @@ def main(argv: Sequence[str] | None = None) -> None:
         from sdlm_megatron.observe.profile import parse_steps
 
         steps = parse_steps(args.profile)
-    train(config, dry_run=args.dry_run, profile_steps=steps)
+    if args.dry_run:
+        train(config, None, profile_steps=steps)
+        return
+    with Watch(config.run_dir, config.fault, requests) as watch:
+        refuse_to_start(Path(config.run_dir))
+        train(config, watch, profile_steps=steps)
 
 
-def train(config: RunConfig, *, dry_run: bool = False, profile_steps: tuple[int, int] | None = None) -> None:
-    """Runs a checked configuration on this process, together with the others of the job."""
+def train(config: RunConfig, watch: Watch | None, *, profile_steps: tuple[int, int] | None = None) -> None:
+    """Runs a checked configuration on this process, together with the others of the job; without a `watch` it only
+    says what would be trained."""
     # Imports stand where they are needed: mistakes are found before Megatron's ten seconds, and the helper processes
     # of a checkpoint save, which import this module again, start at once.
     from sdlm_megatron.data.format import PackedDataset
-    from sdlm_megatron.start import describe, make_plan
+    from sdlm_megatron.start import describe, make_plan, open_validation
 
     main_process = os.environ.get("RANK", "0") == "0"
     say = (lambda text: print(text, flush=True)) if main_process else (lambda text: None)
@@ -59,16 +68,26 @@ def train(config: RunConfig, *, dry_run: bool = False, profile_steps: tuple[int,
     plan = make_plan(config, dataset, say)
     dp_size = int(os.environ.get("WORLD_SIZE", 1)) // (config.parallel.tensor * config.parallel.pipeline)
     say(describe(config, plan, dataset, dp_size))
+    validation = open_validation(config, dataset)
     if profile_steps is not None:
         from sdlm_megatron.observe.profile import steps_to_profile
 
         profile_steps = steps_to_profile(profile_steps, plan.state.step, plan.last_step(config))
-    if not dry_run:
-        _run(config, plan, dataset, profile_steps)
+    if watch is not None:
+        _run(config, plan, dataset, validation, watch, profile_steps)
 
 
-def _run(config: RunConfig, plan: "Plan", dataset: "PackedDataset", profile_steps: tuple[int, int] | None) -> None:
+def _run(
+    config: RunConfig,
+    plan: "Plan",
+    dataset: "PackedDataset",
+    validation: "PackedDataset | None",
+    watch: Watch,
+    profile_steps: tuple[int, int] | None,
+) -> None:
     """Joins the other processes, builds, and trains."""
+    import psutil
+
     from sdlm_megatron.parallel import compat, cpu
 
     compat.silence_known_notices()
@@ -82,6 +101,7 @@ def _run(config: RunConfig, plan: "Plan", dataset: "PackedDataset", profile_step
     from sdlm_megatron.parallel.groups import close_groups, init_groups
     from sdlm_megatron.samples import Sampler
     from sdlm_megatron.trainer import Trainer
+    from sdlm_megatron.validation import Validator
 
     groups = init_groups(config.parallel, seed=config.train.seed)
     engine = Engine(
@@ -109,6 +129,13 @@ def _run(config: RunConfig, plan: "Plan", dataset: "PackedDataset", profile_step
         run_dir = Path(config.run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
         save_config(config, run_dir / "config.yaml")
+        watch.event(
+            "start",
+            step=plan.state.step,
+            world_size=groups.world_size,
+            layout=layout,
+            process_start=psutil.Process().create_time(),
+        )
         sinks = Sinks.open(run_dir, config.observe, plan.state.step, run_config=asdict(config), resume_note=layout)
         show_mfu = peak_flops(groups.device_name) is not None
         diffusion = config.diffusion
@@ -119,8 +146,10 @@ def _run(config: RunConfig, plan: "Plan", dataset: "PackedDataset", profile_step
             show_mfu=show_mfu,
         )
     sampler = Sampler(engine, plan.state, dataset, plan.assets) if config.observe.sample_every else None
+    validator = Validator(engine, plan.state, validation) if validation is not None else None
     with sinks or nullcontext():
-        Trainer(config, plan, engine, dataset, sinks, console, profiler, sampler).fit()
+        Trainer(config, plan, engine, dataset, watch, sinks, console, profiler, sampler, validator).fit()
+    watch.at("end")
     close_groups()
 
 

@@ -1,7 +1,9 @@
 """The training loop: which rows, when to log, when to save. What a step computes is parallel/engine.py."""
 
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -9,13 +11,15 @@ from pathlib import Path
 from torch.profiler import record_function
 
 from sdlm_megatron import checkpointing
-from sdlm_megatron.checkpoint_files import prune, step_folder
+from sdlm_megatron.attempt import record_event
+from sdlm_megatron.checkpoint_writer import CheckpointWriter
 from sdlm_megatron.config.schema import RunConfig
 from sdlm_megatron.data.batch import load_micro_batch
 from sdlm_megatron.data.format import PackedDataset
 from sdlm_megatron.data.order import locate, step_rows
 from sdlm_megatron.data.prefetch import Prefetch
 from sdlm_megatron.diffusion.row import MicroBatch
+from sdlm_megatron.health.watch import Watch
 from sdlm_megatron.observe.console import Console
 from sdlm_megatron.observe.flops import ModelShape, model_flops_utilization, training_flops
 from sdlm_megatron.observe.peak_flops import peak_flops
@@ -26,6 +30,7 @@ from sdlm_megatron.parallel.results import QueuedStep, StepResult
 from sdlm_megatron.run_facts import run_facts
 from sdlm_megatron.samples import Sampler, lines_of
 from sdlm_megatron.start import Plan, micro_batch_multiple
+from sdlm_megatron.validation import Validator, text_of
 
 
 class Trainer:
@@ -36,9 +41,11 @@ class Trainer:
         plan: from `start.make_plan`.
         engine: built for the plan, weights not loaded yet.
         dataset: the packed rows.
+        watch: told where the process stands.
         sinks, console: given on the main process only.
         profiler: given on all processes where steps are to be profiled.
-        sampler: given on all processes where samples are wanted (observe.sample_every).
+        sampler, validator: given on all processes where samples or validation are wanted (observe.sample_every,
+            observe.validate_every).
     """
 
     def __init__(
@@ -47,13 +54,16 @@ class Trainer:
         plan: Plan,
         engine: Engine,
         dataset: PackedDataset,
+        watch: Watch,
         sinks: Sinks | None,
         console: Console | None,
         profiler: StepProfiler | None = None,
         sampler: Sampler | None = None,
+        validator: Validator | None = None,
     ) -> None:
         self.config, self.plan, self.engine, self.dataset = config, plan, engine, dataset
-        self.sinks, self.console, self.profiler, self.sampler = sinks, console, profiler, sampler
+        self.watch, self.sinks, self.console, self.profiler = watch, sinks, console, profiler
+        self.sampler, self.validator = sampler, validator
         self.state = plan.state
         self.run_dir = Path(config.run_dir)
         self._queued: list[QueuedStep] = []
@@ -62,49 +72,78 @@ class Trainer:
         """Steps since the last log record."""
         self._window_start, self._window_wait = 0.0, 0.0
         self._seconds_a_step = 0.0
+        self.writer = CheckpointWriter(engine, self.run_dir, config.checkpoint)
         self._record_of_log: dict[str, float | int | str] = {}
         """The newest log record, on the main process."""
+        self._spent: defaultdict[str, float] = defaultdict(float)
+        """Seconds since the last log record, by what they went to; see observe.breakdown."""
 
     def fit(self) -> None:
         """Loads the weights, then trains to the end of the schedule (or to train.stop_after)."""
         last = self.plan.last_step(self.config)
         if self.state.step >= last and self.engine.groups.main:
             print(f"nothing to do: step {self.state.step} of {last} is done; raise train.steps to go on", flush=True)
-        with Prefetch(self._loads(last), self.engine.groups.device) as data:
+        with Prefetch(self._loads(last), self.engine.groups.device) as data, self.writer:
+            self.watch.at("load")
             self._load_weights()
+            self.watch.event("ready", step=self.state.step)
             self._train(last, data)
 
     def _train(self, last: int, data: Prefetch) -> None:
         log_every, save_every = self.config.observe.log_every, self.config.checkpoint.save_every
         self._begin_window(data)
-        sample_every = self.config.observe.sample_every
+        sample_every, validate_every = self.config.observe.sample_every, self.config.observe.validate_every
         first = self.state.step + 1
         for step in range(first, last + 1):
+            self.watch.begin_step(step)
             if self.profiler is not None:
                 self.profiler.before(step)
             with record_function("sdlm::data"):
                 batches = data.next_step()
+            self.watch.rows = [b.number for b in batches if b.number is not None]
             if step == first and (done := self.engine.warm_up(batches)):
                 self._begin_window(data)
                 if self.engine.groups.main:
                     print(done, flush=True)
-            self._queued.append(self.engine.train_step(batches, step))
-            self._advance(step)
             log = step % log_every == 0 or step == last
+            self._queued.append(self.engine.train_step(batches, step, measure=log))
+            self._advance(step)
             save = step == last or (save_every > 0 and step % save_every == 0)
             profiled = self.profiler is not None and step == self.profiler.last
             sample = self.sampler is not None and (step % sample_every == 0 or step == last)
-            if log or save or profiled or sample:  # only here does the host wait for the device
-                self._window += self.engine.results(self._queued)
-                self._queued = []
+            validate = self.validator is not None and (step % validate_every == 0 or step == last)
+            stop = False
+            if log or save or profiled or sample or validate or step == first:  # only here the host waits
+                stop = self._read(step)
             if self.profiler is not None:
                 self._end_of_profiled_step(self.profiler, step)
             if log:
                 self._log(step, data)
+            if validate and self.validator is not None:
+                self._validate(self.validator, step)
             if sample and self.sampler is not None:
                 self._sample(self.sampler, step)
-            if save:
-                self._save(step)
+            if save or stop:
+                self._save(step, final=stop or step == last)
+            if stop:
+                self._stopped(step)
+                return
+        self.watch.event("finished", step=self.state.step)
+
+    def _read(self, step: int) -> bool:
+        """What the steps in the queue did; waits for the device. True where some process was asked to stop the run."""
+        self.watch.begin_read()
+        self._window += self.engine.results(self._queued, stop=self.watch.asked_to_stop())
+        self._queued = []
+        self.watch.end_read()
+        return self._window[-1].stop
+
+    def _stopped(self, step: int) -> None:
+        why = next(filter(None, self.engine.groups.gather(self.watch.requests.why)), "")
+        self.watch.reason, self.watch.why = "stopped", why
+        self.watch.event("stop", step=step, reason=why)
+        if self.engine.groups.main:
+            print(f"stopped after step {step}, as asked: {why}", flush=True)
 
     def _load_weights(self) -> None:
         """Resume beats base: the folder of the run comes first, as the plan found it."""
@@ -114,7 +153,8 @@ class Trainer:
             self.engine.load_base(plan.source, self.state.shape, new_mask=plan.new_mask)
         elif plan.kind in ("checkpoint", "resume"):
             assert plan.source is not None
-            checkpointing.load(plan.source, self.engine, with_optimizer=plan.kind == "resume")
+            step = self.state.step if plan.kind == "resume" else None
+            checkpointing.load(plan.source, self.engine, step=step)
 
     def _loads(self, last: int) -> Iterator[Callable[[], list[MicroBatch]]]:
         """For each step to come, what reads this rank's micro-batches."""
@@ -151,6 +191,7 @@ class Trainer:
         """Writes the record of `step`; its times are the mean over the steps since the last one."""
         seconds, waited, steps = time.perf_counter() - self._window_start, data.waited - self._window_wait, self._window
         self._begin_window(data)
+        self.writer.check()
         if self.sinks is None or self.console is None:
             return
         a_step = seconds / len(steps)
@@ -162,7 +203,7 @@ class Trainer:
         self.console.log(step, record)
 
     def _record(self, step: int, steps: Sequence[StepResult], a_step: float) -> dict[str, float | int | str]:
-        """One log record; slots without a target and an unknown MFU are left out rather than written as 0.
+        """One log record; an unknown MFU is left out rather than written as 0.
 
         What was learned is that of the last of `steps`; speeds are of all of them, which took `a_step` seconds each.
         """
@@ -171,9 +212,7 @@ class Trainer:
         record: dict[str, float | int | str] = {
             "step": step,
             "steps": self.plan.steps,
-            "loss": result.loss,
-            **{f"loss_pos_{i}": x for i, x in enumerate(result.slot_loss, 1) if x is not None},
-            **({} if result.next_token_loss is None else {"loss_next_token": result.next_token_loss}),
+            **result.learned(),
             "grad_norm": result.grad_norm,
             "lr": result.lr,
             "targets": result.targets,
@@ -208,23 +247,38 @@ class Trainer:
             print(f"{page}written to {profiler.folder}", flush=True)
         self._window_start += time.perf_counter() - started  # not a step's time
 
-    def _sample(self, sampler: Sampler, step: int) -> None:
+    @contextmanager
+    def _aside(self, name: str) -> Iterator[Callable[[], float]]:
+        """What happens between steps and belongs to none: its seconds, so far, and in the record as time_`name`."""
         started = time.perf_counter()
-        record = sampler()
-        if self.sinks is not None:
-            self.sinks.log_samples(step, record)
-            print(lines_of(record), flush=True)
-        self._window_start += time.perf_counter() - started  # not a step's time
+        yield lambda: time.perf_counter() - started
+        self._spent[name] += time.perf_counter() - started
+        self._window_start += time.perf_counter() - started
 
-    def _save(self, step: int) -> None:
+    def _validate(self, validator: Validator, step: int) -> None:
+        self.watch.at("validate")
+        with self._aside("validate") as seconds:
+            record = validator()
+            if self.sinks is not None:
+                self.sinks.log_validation(step, record)
+                print(text_of(record, seconds()), flush=True)
+                record_event(self.run_dir, "validated", step=step, seconds=seconds())
+
+    def _sample(self, sampler: Sampler, step: int) -> None:
+        self.watch.at("sample")
+        with self._aside("samples") as seconds:
+            record = sampler()
+            if self.sinks is not None:
+                self.sinks.log_samples(step, record)
+                print(lines_of(record), flush=True)
+                record_event(self.run_dir, "sampled", step=step, seconds=seconds())
+
+    def _save(self, step: int, *, final: bool) -> None:
         assert not self._queued, "a checkpoint holds checked steps only"
+        self.watch.at("save")
         started = time.perf_counter()
-        folder = step_folder(self.run_dir, step)
         groups, facts = self.engine.groups, None
         if groups.main:
             facts = run_facts(self.config, self.dataset.manifest, self._record_of_log, dp_size=groups.dp_size)
-        checkpointing.save(folder, self.engine, self.state, self.plan.assets, facts)
-        if self.engine.groups.main:
-            prune(folder.parent, self.config.checkpoint.keep_last)
-            print(f"saved {folder}", flush=True)
+        self.writer.save(self.state, self.plan.assets, facts, final=final)
         self._window_start += time.perf_counter() - started

@@ -46,6 +46,9 @@ class DataConfig:
 
     path: str = ""
     """Folder written by `python -m data_prep.build`."""
+    validation: str = ""
+    """Another such folder, of conversations that are not trained on, built with the same row length, block size and
+    tokenizer: what the model makes of them is measured every observe.validate_every steps."""
 
 
 @dataclass
@@ -146,6 +149,10 @@ class CheckpointConfig:
     """Steps between checkpoints; the last step is always saved. 0: only the last."""
     keep_last: int = 2
     """Older checkpoints are removed after a complete save; 0: keep all."""
+    keep_every: int = 0
+    """Checkpoints of every so many steps are never removed; a multiple of save_every. 0: only keep_last counts."""
+    async_save: bool = True
+    """Write while training goes on; a step waits only for the copy to host memory. The last save is waited for."""
 
 
 @dataclass
@@ -160,6 +167,25 @@ class ObserveConfig:
     sample_every: int = 0
     """Steps between samples: four prompts of the dataset decoded with the weights of that step, a forward pass of a
     whole row for each of up to 32 passes. 0: none."""
+    validate_every: int = 500
+    """Steps between looks at data.validation, where that is set; the last step always has one. 0: never."""
+    validation_rows: int = 64
+    """Rows of data.validation to look at, the same each time, drawn from all of it; 0: all."""
+
+
+@dataclass
+class FaultConfig:
+    """What a run notices of hangs, and how soon."""
+
+    heartbeat_seconds: float = 10.0
+    """Each process writes at least so often where it stands, into RUN/logs/ATTEMPT/heartbeat."""
+    hang_factor: float = 10.0
+    """A step that takes so many times the usual one (median of the last 100) is a hang: the stacks of all processes
+    are written down and the attempt ends with exit code 75."""
+    hang_min_seconds: float = 180.0
+    """But no step is a hang before so long."""
+    start_seconds: float = 3600.0
+    """The same limit for all that is no usual step: start, loading, the first step, a save, validation, samples."""
 
 
 @dataclass
@@ -177,3 +203,4 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     observe: ObserveConfig = field(default_factory=ObserveConfig)
+    fault: FaultConfig = field(default_factory=FaultConfig)

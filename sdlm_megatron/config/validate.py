@@ -25,6 +25,10 @@ POSITIVE = (
     "train.global_batch",
     "optimizer.lr",
     "observe.log_every",
+    "fault.heartbeat_seconds",
+    "fault.hang_factor",
+    "fault.hang_min_seconds",
+    "fault.start_seconds",
 )
 NOT_NEGATIVE = (
     "diffusion.next_token_weight",
@@ -38,6 +42,8 @@ NOT_NEGATIVE = (
     "checkpoint.save_every",
     "checkpoint.keep_last",
     "observe.sample_every",
+    "observe.validate_every",
+    "observe.validation_rows",
 )
 
 
@@ -120,12 +126,15 @@ def _check_recompute(train: TrainConfig) -> None:
 
 
 def _check_samples(config: RunConfig) -> None:
-    if config.observe.sample_every and config.train.fp8 == "delayed":
-        raise ConfigError(
-            "delayed scaling records what samples pass through the layers: they would change the training",
-            "observe.sample_every",
-            "set observe.sample_every=0 or train.fp8=current",
-        )
+    validates = config.data.validation and config.observe.validate_every
+    for wanted, key in ((config.observe.sample_every, "sample_every"), (validates, "validate_every")):
+        if wanted and config.train.fp8 == "delayed":
+            raise ConfigError(
+                "delayed scaling records what samples and validation pass through the layers: they would change the "
+                "training",
+                f"observe.{key}",
+                f"set observe.{key}=0 or train.fp8=current",
+            )
 
 
 def check_model(model: ModelConfig, config: RunConfig, row_length: int) -> None:

@@ -39,6 +39,8 @@ class MicroBatch:
     """float32 (N,) what each target's loss counts; None: 1 each."""
     logits: bool = False
     """Asks the model for the logits of the label rows, not for their losses."""
+    measure: bool = False
+    """Asks for confidence and correctness beside the losses."""
 
     def to(self, device: torch.device | str) -> "MicroBatch":
         """A copy on `device`."""

@@ -94,4 +94,5 @@ class SDLMModel(GPTModel):
                 vocabulary,
                 logits_mb=self.logits_mb,
                 counts=batch.label_weights,
+                measure=batch.measure,
             )

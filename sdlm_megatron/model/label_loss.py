@@ -27,6 +27,10 @@ class LabelLosses(NamedTuple):
     """float32 (): sum of `nll` over the real targets, by their weights; differentiable."""
     nll: torch.Tensor
     """float32 (N,): negative log likelihood of each label row, nats; no gradient."""
+    sure: torch.Tensor | None
+    """float32 (N,): probability of each label row's likeliest token; None unless it was asked for."""
+    right: torch.Tensor | None
+    """bool (N,): that token is the target; None unless it was asked for."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,7 @@ def label_losses(
     *,
     logits_mb: float,
     counts: torch.Tensor | None = None,
+    measure: bool = False,
 ) -> LabelLosses:
     """Losses of label rows.
 
@@ -58,10 +63,12 @@ def label_losses(
         targets: int64 (N,); IGNORE counts as nothing.
         logits_mb: most memory of a chunk, in MB.
         counts: float32 (N,), what each row's loss counts in the total; None: 1 each.
+        measure: also give `sure` and `right`: one more pass over each chunk's probabilities.
     """
     # not vocabulary.real, which is less where the padding lies: all TP ranks have to cut the same chunks
     rows = max(1, int(logits_mb * 1e6) // (BYTES * len(weight)))
-    return LabelLosses(*_LabelLoss.apply(hidden, weight, targets, counts, vocabulary, rows, torch.is_grad_enabled()))
+    gradients = torch.is_grad_enabled()
+    return LabelLosses(*_LabelLoss.apply(hidden, weight, targets, counts, vocabulary, rows, gradients, measure))
 
 
 def label_logits(hidden: torch.Tensor, weight: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
@@ -85,7 +92,8 @@ class _LabelLoss(torch.autograd.Function):
         vocabulary: Vocabulary,
         rows: int,
         with_gradients: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        measure: bool,
+    ) -> tuple[torch.Tensor | None, ...]:
         real = targets != IGNORE
         used = weight[: vocabulary.real]
         # one buffer for every chunk: on a CPU, fresh memory costs more than what is computed in it
@@ -99,7 +107,7 @@ class _LabelLoss(torch.autograd.Function):
             gradient = torch.mm(inputs, used.t(), out=buffer[: len(inputs)])  # the logits, as yet
             together = len(inputs) if inputs.is_cuda or vocabulary.group is not None else CACHED_ROWS
             for logits, some in zip(gradient.split(together), targets[chunk].split(together), strict=True):
-                parts.append(_cross_entropy(logits, some, vocabulary, with_gradients))
+                parts.append(_cross_entropy(logits, some, vocabulary, with_gradients, measure))
             if grad_hidden is not None and product is not None:
                 # rows without a target are zeroed here and not in the gradient, which is 100 times as large
                 inputs = inputs.masked_fill(~real[chunk, None], 0)
@@ -108,15 +116,17 @@ class _LabelLoss(torch.autograd.Function):
                     grad_hidden[chunk].mul_(counts[chunk, None])
                     inputs.mul_(counts[chunk, None])
                 product.add(gradient, inputs, last=begin + rows >= len(hidden))
-        all_nll = torch.cat(parts)
+        nlls, *measured = zip(*parts, strict=True)
+        all_nll = torch.cat(nlls)
+        sure, right = (torch.cat(p) if measure else None for p in measured)
         ctx.group, ctx.weight_rows = vocabulary.group, len(weight)
         ctx.save_for_backward(grad_hidden, product and product.total)
-        ctx.mark_non_differentiable(all_nll)
+        ctx.mark_non_differentiable(*(t for t in (all_nll, sure, right) if t is not None))
         losses = torch.where(real, all_nll, 0.0)
-        return (losses if counts is None else losses * counts).sum(), all_nll
+        return (losses if counts is None else losses * counts).sum(), all_nll, sure, right
 
     @staticmethod
-    def backward(ctx: Any, grad_total: torch.Tensor, _: object) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, grad_total: torch.Tensor, *_: object) -> tuple[torch.Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
         # in place: these two are nobody else's, and the second is as large as the head
         grad_hidden.mul_(grad_total)
@@ -126,13 +136,13 @@ class _LabelLoss(torch.autograd.Function):
         if len(grad_weight) < ctx.weight_rows:
             padding = grad_weight.new_zeros(ctx.weight_rows - len(grad_weight), grad_weight.shape[1])
             grad_weight = torch.cat([grad_weight, padding])
-        return grad_hidden, grad_weight, None, None, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None, None, None
 
 
 def _cross_entropy(
-    logits: torch.Tensor, targets: torch.Tensor, vocabulary: Vocabulary, with_gradient: bool
-) -> torch.Tensor:
-    """nll float32 (n,) of logits (n, real), whose place the gradient of its sum takes."""
+    logits: torch.Tensor, targets: torch.Tensor, vocabulary: Vocabulary, with_gradient: bool, measure: bool
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """nll float32 (n,) of logits (n, real), whose place the gradient of its sum takes; `sure` and `right`."""
     local = targets - vocabulary.first
     here = (local >= 0) & (local < vocabulary.real)
     index = local.clamp(0, max(0, vocabulary.real - 1))[:, None]
@@ -143,6 +153,7 @@ def _cross_entropy(
     nll = -picked.masked_fill(~here, 0)
     if vocabulary.group is not None:
         dist.all_reduce(nll, group=vocabulary.group)
+    sure, right = _likeliest(log_p, targets, vocabulary) if measure else (None, None)
     if with_gradient and vocabulary.real:
         if logits.is_cuda:
             torch.exp(log_p, out=logits)
@@ -151,7 +162,24 @@ def _cross_entropy(
         # p - 1 by expm1, not as a difference of rounded numbers
         at_target = torch.where(here, torch.expm1(picked), picked.exp()).to(logits.dtype)
         logits.index_put_((torch.arange(len(logits), device=logits.device), index[:, 0]), at_target)
-    return nll
+    return nll, sure, right
+
+
+def _likeliest(log_p: torch.Tensor, targets: torch.Tensor, vocabulary: Vocabulary) -> tuple[torch.Tensor, torch.Tensor]:
+    """Probability of the likeliest token, float32 (n,), and whether it is the target; of several the first id counts,
+    as in decoding.
+    """
+    if vocabulary.real:
+        top, token = log_p.max(-1)
+        token += vocabulary.first
+    else:
+        top, token = log_p.new_full((len(targets),), -torch.inf), torch.zeros_like(targets)
+    if vocabulary.group is not None:
+        mine = top.clone()
+        dist.all_reduce(top, dist.ReduceOp.MAX, group=vocabulary.group)
+        token = token.masked_fill(mine < top, torch.iinfo(token.dtype).max)
+        dist.all_reduce(token, dist.ReduceOp.MIN, group=vocabulary.group)
+    return top.exp(), token == targets
 
 
 def _share_of_this_part(here: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:

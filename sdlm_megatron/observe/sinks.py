@@ -3,6 +3,7 @@
     RUN/metrics.jsonl     exactly one JSON object a logged step, whatever was stopped and resumed in between
     RUN/tensorboard/      event files; after a resume the steps that are done again replace the old ones
     RUN/samples.jsonl     what the model answered at some steps (observe.sample_every), one JSON object a step
+    RUN/validation.jsonl  what it made of data.validation, the same way
     RUN/wandb/            W&B's own files, and run-id: a resumed run goes on as the same W&B run
 
 Open them on one process only.
@@ -11,7 +12,6 @@ Open them on one process only.
 import json
 import math
 from collections.abc import Callable, Mapping
-from functools import partial
 from itertools import groupby
 from pathlib import Path
 from types import TracebackType
@@ -22,7 +22,7 @@ from sdlm_megatron.files import write_text
 from sdlm_megatron.observe.wandb_sink import WandbSink, open_wandb
 
 Record = Mapping[str, float | int | str]
-METRICS_FILE, SAMPLES_FILE = "metrics.jsonl", "samples.jsonl"
+METRICS_FILE, SAMPLES_FILE, VALIDATION_FILE = "metrics.jsonl", "samples.jsonl", "validation.jsonl"
 
 
 class SinkSettings(Protocol):
@@ -106,10 +106,11 @@ class TensorBoardSink:
 class Sinks:
     """All sinks of a run behind one `log`. A context manager; `close` is safe to call twice."""
 
-    def __init__(self, sinks: list[Sink], samples: Callable[[], JsonlSink]) -> None:
+    def __init__(self, sinks: list[Sink], open_file: Callable[[str], JsonlSink]) -> None:
         self._sinks = sinks
-        self._open_samples = samples
-        self._samples: JsonlSink | None = None
+        self._open_file = open_file
+        self._files: dict[str, JsonlSink] = {}
+        """Open only where there is something to write: samples and validation."""
 
     @classmethod
     def open(
@@ -142,13 +143,12 @@ class Sinks:
         )
         if wandb_sink is not None:
             sinks.append(wandb_sink)
-        return cls(sinks, partial(JsonlSink, folder / SAMPLES_FILE, resume_step=resume_step))
+        return cls(sinks, lambda name: JsonlSink(folder / name, resume_step=resume_step))
 
     def log(self, step: int, record: Record) -> None:
         """Hands the record of one step to every sink."""
         for sink in self._sinks:
-            if sink is not self._samples:
-                sink.log(step, record)
+            sink.log(step, record)
 
     def log_samples(self, step: int, record: Mapping[str, Any]) -> None:
         """Writes samples.jsonl, tokens a pass to the sinks of numbers, and a table to W&B.
@@ -157,18 +157,29 @@ class Sinks:
             step: their step; steps ascend.
             record: `tokens_per_pass`, and `samples` as in observe/evaluation.py.
         """
-        if self._samples is None:
-            self._samples = self._open_samples()
-            self._sinks.append(self._samples)
-        self._samples.log(step, record)
+        self._file(SAMPLES_FILE).log(step, record)
         for sink in self._sinks:
             if isinstance(sink, WandbSink):
                 sink.log_table(step, "samples", sample_table(record))
             if not isinstance(sink, JsonlSink):
                 sink.log(step, {"sample_tokens_per_pass": record["tokens_per_pass"]})
 
+    def log_validation(self, step: int, record: Record) -> None:
+        """Writes validation.jsonl, and the numbers to the sinks of numbers; steps ascend."""
+        self._file(VALIDATION_FILE).log(step, record)
+        for sink in self._sinks:
+            if not isinstance(sink, JsonlSink):
+                sink.log(step, record)
+
+    def _file(self, name: str) -> JsonlSink:
+        if name not in self._files:
+            self._files[name] = self._open_file(name)
+        return self._files[name]
+
     def close(self) -> None:
         """Closes every sink."""
+        while self._files:
+            self._files.popitem()[1].close()
         while self._sinks:
             self._sinks.pop().close()
 
@@ -220,6 +231,10 @@ def _group(key: str) -> str:
     """TensorBoard tag of a field: related fields share a tab."""
     if key == "loss" or key.startswith("loss_"):
         return f"loss/{key}"
+    if key.startswith("val_"):
+        return f"validation/{key}"
+    if key.startswith(("accuracy_", "confidence_", "accepted_")):
+        return f"decoding/{key}"
     if key.startswith("sample_"):
         return f"samples/{key}"
     if key in ("grad_norm", "lr"):

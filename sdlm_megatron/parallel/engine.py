@@ -1,10 +1,11 @@
 """The engine: model, optimizer and groups of this process, and one training step over all processes."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,7 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.profiler import record_function
 
 from sdlm_megatron.config.schema import ModelConfig, RunConfig
-from sdlm_megatron.diffusion.loss import loss_terms, slot_sums
+from sdlm_megatron.diffusion.loss import loss_terms, slot_measures, slot_sums
 from sdlm_megatron.diffusion.row import MicroBatch
 from sdlm_megatron.model.attention_choice import Heads, choose_attention
 from sdlm_megatron.model.build import build_model, transformer_config
@@ -27,7 +28,7 @@ from sdlm_megatron.parallel import compat
 from sdlm_megatron.parallel.gradients import clip, finalizer, gradient_norm
 from sdlm_megatron.parallel.groups import Groups
 from sdlm_megatron.parallel.optimizer import build_optimizer, build_schedule, connect_overlap, wrap_ddp
-from sdlm_megatron.parallel.results import QueuedStep, StepResult, queued_step, read
+from sdlm_megatron.parallel.results import QueuedStep, StepResult, joined, queued_step, read
 from sdlm_megatron.parallel.warm_up import warm_up
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -151,15 +152,17 @@ class Engine:
             return None
         return warm_up(batches, self.heads, self.optimizer, self.groups)
 
-    def train_step(self, batches: Sequence[MicroBatch], step: int) -> QueuedStep:
+    def train_step(self, batches: Sequence[MicroBatch], step: int, *, measure: bool = False) -> QueuedStep:
         """Forward, backward and update over this rank's micro-batches of step `step` (counted from 1).
+
+        `measure`: also look at how sure and how right each slot was, see `StepResult`.
 
         The host does not wait for the device: what the step did is read, and checked, by `results`.
         """
         assert self.optimizer is not None
         self.schedule.num_steps = step
         self.schedule.step(0)
-        seen = self.forward_backward(batches)
+        seen = self.forward_backward([replace(b, measure=True) for b in batches] if measure else batches)
         with record_function("sdlm::optimizer"):
             grad_norm = self._update()
         return queued_step(
@@ -172,13 +175,15 @@ class Engine:
             causal_attn=self.config.diffusion.causal_attn,
         )
 
-    def results(self, queued: Sequence[QueuedStep]) -> list[StepResult]:
+    def results(self, queued: Sequence[QueuedStep], *, stop: bool = False) -> list[StepResult]:
         """What the steps did; every process calls it for the same steps. Waits for the device.
+
+        `stop`: this process was asked to stop the run; the newest result says whether any process was.
 
         Raises TrainingError, naming step and rows, if a loss or a gradient norm was not finite. Nothing in memory may
         be saved before this has returned.
         """
-        return read(queued, self.groups, self.config.diffusion.block_size)
+        return read(queued, self.groups, self.config.diffusion.block_size, stop=stop)
 
     def forward_backward(self, batches: Sequence[MicroBatch]) -> list[dict]:
         """Leaves the gradient of the global batch's loss in the parameters' `main_grad`.
@@ -208,7 +213,47 @@ class Engine:
         by_row, size = self.config.train.loss_normalization == "rows", self.config.diffusion.block_size
         total, count = loss_terms(losses.total, batch.label_targets, batch.label_slots, size, by_row=by_row)
         slots = slot_sums(losses.nll, batch.label_targets, batch.label_slots, size + 1)
-        return total, count, {"sums": torch.stack([total.detach().float(), count.float()]), "slots": slots}
+        seen = {"sums": torch.stack([total.detach().float(), count.float()]), "slots": slots}
+        if losses.sure is not None and losses.right is not None:
+            seen["measured"] = slot_measures(
+                losses.sure,
+                losses.right,
+                batch.label_targets,
+                batch.label_slots,
+                (batch.label_index - batch.layout.n_clean) // size,
+                n_blocks=len(batch.layout.starts),
+                block_size=size,
+            )
+        return total, count, seen
+
+    def evaluate(self, steps: Iterable[Sequence[MicroBatch]]) -> StepResult:
+        """Losses and measures over rows with the weights of the moment, forward only; `inference` has to be on.
+
+        Args:
+            steps: this rank's micro-batches, some at a time: on all ranks the same number, as in training steps.
+        """
+        nothing = torch.zeros((), dtype=torch.float64, device=self.groups.device)
+        causal_attn = self.config.diffusion.causal_attn
+        parts = []
+        for batches in steps:
+            batches = [replace(self.prepare(b), measure=True) for b in batches]
+            seen = self._forward(batches, self._forward_step)
+            parts.append(queued_step(0, 0.0, seen, nothing, batches, self.groups, causal_attn=causal_attn))
+        (result,) = read([joined(parts)], self.groups, self.config.diffusion.block_size, check=False)
+        return result
+
+    def _forward(self, batches: Sequence[MicroBatch], step: Callable, **options: Any) -> list:
+        iterators = [iter(batches) for _ in self.models]
+        return self._schedule_micro_batches(
+            forward_step_func=step,
+            data_iterator=iterators if len(iterators) > 1 else iterators[0],
+            model=self.models,
+            num_microbatches=len(batches),
+            seq_length=batches[0].tokens.shape[1],
+            micro_batch_size=1,
+            forward_only=True,
+            **options,
+        )
 
     @contextmanager
     def inference(self) -> Iterator[None]:
@@ -232,17 +277,7 @@ class Engine:
         parallel, pipeline = self.config.parallel, self.groups.collection.pp
         # the interleaved schedule wants a micro-batch for each stage
         batches = [replace(batch, logits=True)] * (parallel.pipeline if parallel.virtual_pipeline > 1 else 1)
-        iterators = [iter(batches) for _ in self.models]
-        found = self._schedule_micro_batches(
-            forward_step_func=self._logits_step,
-            data_iterator=iterators if len(iterators) > 1 else iterators[0],
-            model=self.models,
-            num_microbatches=len(batches),
-            seq_length=batch.tokens.shape[1],
-            micro_batch_size=1,
-            forward_only=True,
-            collect_non_loss_data=True,
-        )
+        found = self._forward(batches, self._logits_step, collect_non_loss_data=True)
         if self.groups.last_stage:
             logits = found[0].contiguous()
         else:

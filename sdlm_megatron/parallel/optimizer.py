@@ -7,7 +7,6 @@ import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as McoreOptimizerConfig
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -81,9 +80,6 @@ def build_optimizer(
         if _is_torch_adam(inner):  # neither Apex nor TransformerEngine: torch's one-pass kernel (bench.cpu_choices)
             for group in inner.param_groups:
                 group["fused"], group["foreach"] = True, False
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        if isinstance(part, DistributedOptimizer):
-            _keep_padding_on_save(part)
     return optimizer
 
 
@@ -117,80 +113,5 @@ def _inner(optimizer: Any) -> Iterator[torch.optim.Optimizer]:
             yield part.optimizer
 
 
-def prime_state(optimizer: MegatronOptimizer) -> None:
-    """Creates the empty Adam state before a checkpoint is loaded into it.
-
-    torch's Adam creates it on the first step, but Megatron-Core's loader reads the step counter of the existing
-    state. (Apex's and TransformerEngine's Adam keep the counter in the parameter group and need nothing.)
-    """
-    for inner in _inner(optimizer):
-        if _is_torch_adam(inner):
-            for group in inner.param_groups:
-                for parameter in group["params"]:
-                    state = inner.state[parameter]
-                    if not state:
-                        state["step"] = torch.tensor(0.0, device=parameter.device)  # where the fused kernel wants it
-                        state["exp_avg"] = torch.zeros_like(parameter.data)
-                        state["exp_avg_sq"] = torch.zeros_like(parameter.data)
-
-
-def load_state(optimizer: MegatronOptimizer, state: dict) -> None:
-    """`optimizer.load_state_dict`, with what torch's Adam needs on top (Megatron-Core expects Apex or TE).
-
-    Two repairs: the resharded load copies every entry of a parameter's state but is not given the step counter;
-    and afterwards all parameters share one counter tensor, which torch's Adam advances in place, once a parameter:
-    the bias correction would be wrong from the second step on.
-    """
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        if isinstance(part, DistributedOptimizer) and _is_torch_adam(part.optimizer):
-            _keep_step_on_load(part)
-    optimizer.load_state_dict(state)
-    for inner in _inner(optimizer):
-        for entry in inner.state.values():
-            if isinstance(entry.get("step"), torch.Tensor):
-                entry["step"] = entry["step"].clone()
-
-
 def _is_torch_adam(inner: object) -> bool:
     return isinstance(inner, torch.optim.Adam | torch.optim.AdamW)
-
-
-def _keep_step_on_load(part: Any) -> None:
-    setter = type(part)._set_main_param_and_optimizer_states
-
-    def with_step(model_param: torch.Tensor, tensors: dict) -> None:
-        group, order = part.model_param_group_index_map[model_param]
-        parameter = part.optimizer.param_groups[group]["params"][order]
-        setter(part, model_param, {**tensors, "step": part.optimizer.state[parameter]["step"]})
-
-    part._set_main_param_and_optimizer_states = with_step
-
-
-def _keep_padding_on_save(part: Any) -> None:
-    """Repairs the state that goes into a checkpoint where gradients travel in several buckets.
-
-    Megatron-Core (0.16.1 to 0.19.2) gathers the state without the padding between buckets, but cuts parameters out of
-    it at offsets that count the padding: whatever lies behind a padded bucket would be saved shifted, without a word.
-    """
-    gather = part.get_parameter_state_dp_zero
-
-    def padded(*args: Any, **kwargs: Any) -> dict | None:
-        state = gather(*args, **kwargs)
-        for index, buffer in enumerate(part.buffers if state is not None else ()):
-            for tensors in state[index].values():
-                for key, value in tensors.items():
-                    if isinstance(value, torch.Tensor):
-                        tensors[key] = _with_padding(value, buffer)
-        return state
-
-    part.get_parameter_state_dp_zero = padded
-
-
-def _with_padding(flat: torch.Tensor, buffer: Any) -> torch.Tensor:
-    """The buckets' contents (numel_unpadded,) at their places in the buffer (numel,)."""
-    if len(buffer.buckets) == 1:
-        return flat
-    whole = flat.new_zeros(buffer.numel)
-    for bucket, content in zip(buffer.buckets, flat.split([b.numel_unpadded for b in buffer.buckets]), strict=True):
-        whole[bucket.offset : bucket.offset + bucket.numel_unpadded] = content
-    return whole

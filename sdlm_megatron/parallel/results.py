@@ -2,11 +2,12 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
 
+from sdlm_megatron.diffusion.loss import TAUS
 from sdlm_megatron.diffusion.mask import visible_pairs
 from sdlm_megatron.diffusion.row import MicroBatch
 from sdlm_megatron.errors import TrainingError
@@ -34,6 +35,48 @@ class StepResult:
     documents: int
     visible_pairs: int
     """(query, key) pairs that attention had to look at."""
+    stop: bool = False
+    """Some process was asked to stop the run when this was read."""
+    measures: "Measures | None" = None
+    """Of steps that were asked to measure."""
+
+    def learned(self) -> dict[str, float]:
+        """Losses and measures as fields of a log record; slots without a target are left out, not written as 0."""
+        found = {"loss": self.loss}
+        found |= {f"loss_pos_{i}": x for i, x in enumerate(self.slot_loss, 1) if x is not None}
+        if self.next_token_loss is not None:
+            found["loss_next_token"] = self.next_token_loss
+        if self.measures is not None:
+            for name, (*slots, clean) in (
+                ("accuracy", self.measures.accuracy),
+                ("confidence", self.measures.confidence),
+            ):
+                found |= {f"{name}_pos_{i}": x for i, x in enumerate(slots, 1) if x is not None}
+                found |= {f"{name}_next_token": clean} if clean is not None else {}
+            found |= {f"accepted_{tau:g}": x for tau, x in self.measures.accepted.items()}
+        return found
+
+
+@dataclass(frozen=True)
+class Measures:
+    """How sure and how right a step was, before its update; see `diffusion.loss.slot_measures`."""
+
+    accuracy: list[float | None]
+    """Share of the targets that were the likeliest token, by slot, clean tokens last; None without any target."""
+    confidence: list[float | None]
+    """Mean probability of the likeliest token, the same way."""
+    accepted: dict[float, float]
+    """Mean tokens that decoding would keep of a block whose past is right, by threshold."""
+
+    @classmethod
+    def of(cls, sums: Sequence[Sequence[float]], counts: Sequence[float]) -> "Measures":
+        """From the sums of `slot_measures` and the targets by slot."""
+        right, sure, (*kept, blocks) = sums[0], sums[1], sums[2][: len(TAUS) + 1]
+        return cls(
+            accuracy=_means(right, counts),
+            confidence=_means(sure, counts),
+            accepted={tau: total / blocks for tau, total in zip(TAUS, kept, strict=True)} if blocks else {},
+        )
 
 
 @dataclass(frozen=True)
@@ -45,12 +88,28 @@ class QueuedStep:
     sums: torch.Tensor | None
     """float32 (micro-batches, 2, 1 + D + 1) on the device: sum and count of the loss terms, by slot, and of clean
     tokens. None where this process has no part in the sum (every process but one of each last stage's TP group)."""
+    measured: torch.Tensor | None
+    """float32 (3, D + 2) on the device, of `slot_measures`; None where `sums` is, or if nobody asked."""
     grad_norm: torch.Tensor
     """float64 scalar on the device."""
     rows: tuple[int, int, int]
     """Useful tokens, documents and visible pairs of this process's micro-batches."""
     numbers: list[int | None]
     """The rows of the run, in micro-batch order."""
+
+
+def joined(parts: Sequence[QueuedStep]) -> QueuedStep:
+    """Several as one, whose result is over the micro-batches of all."""
+    sums = [p.sums for p in parts if p.sums is not None]
+    measured = [p.measured for p in parts if p.measured is not None]
+    useful, documents, pairs = (sum(p.rows[i] for p in parts) for i in range(3))
+    return replace(
+        parts[0],
+        sums=torch.cat(sums) if sums else None,
+        measured=torch.stack(measured).sum(0) if measured else None,
+        rows=(useful, documents, pairs),
+        numbers=[n for p in parts for n in p.numbers],
+    )
 
 
 def queued_step(
@@ -64,48 +123,59 @@ def queued_step(
     causal_attn: bool,
 ) -> QueuedStep:
     """The record of a step, from what forward_backward returned; the host does not wait for the device."""
-    sums, rows = None, (0, 0, 0)
+    sums, measured, rows = None, None, (0, 0, 0)
     if groups.last_stage and groups.tp_rank == 0:
         sums = torch.stack([torch.cat([part["sums"][:, None], part["slots"]], dim=1) for part in seen])
+        if "measured" in seen[0]:
+            measured = torch.stack([part["measured"] for part in seen]).sum(0)
         pairs = sum(visible_pairs(b.layout, causal_attn=causal_attn) for b in batches)
         rows = (sum(b.layout.used for b in batches), sum(b.layout.n_docs for b in batches), pairs)
-    return QueuedStep(step, lr, sums, grad_norm, rows, [b.number for b in batches])
+    return QueuedStep(step, lr, sums, measured, grad_norm, rows, [b.number for b in batches])
 
 
-def read(queued: Sequence[QueuedStep], groups: Groups, block_size: int) -> list[StepResult]:
+def read(
+    queued: Sequence[QueuedStep], groups: Groups, block_size: int, *, stop: bool = False, check: bool = True
+) -> list[StepResult]:
     """The results of steps, over all processes, which all call it for the same steps; waits for the device.
 
+    `stop`: this process was asked to stop the run; the newest result says whether any process was.
+
     Raises TrainingError, on every process, for the first step whose loss or gradient norm was not finite. The update
-    of that step and of all after it has been made by then: the weights in memory are worth nothing.
+    of that step and of all after it has been made by then: the weights in memory are worth nothing. Not with
+    `check` off.
     """
     if not queued:
         return []
-    width = 1 + max(block_size + 1, 3)
-    sums = torch.zeros(len(queued), 3, width, dtype=torch.float64, device=groups.device)
+    width = 1 + max(block_size + 1, 5)
+    sums = torch.zeros(len(queued), 6, width, dtype=torch.float64, device=groups.device)
     for total, one in zip(sums, queued, strict=True):
         if one.sums is not None:
             total[:2, : 2 + block_size] = one.sums.double().sum(0)
+        if one.measured is not None:
+            total[3:, : 2 + block_size] = one.measured
     sums[:, 2, 1:4] = torch.tensor([one.rows for one in queued], dtype=torch.float64).to(groups.device)
     norms = torch.stack([one.grad_norm for one in queued])
     sums[:, 2, 0] = (~norms.isfinite()).double()  # one process that saw it is enough, all have to stop
+    if groups.main:
+        sums[:, 2, 4] = norms  # all decide by the same number, even where a broken device made another one
+    sums[:, 2, 5] = float(stop)
     dist.all_reduce(sums)
-    results = [
-        _result(total, norm, one.lr, block_size)
-        for total, norm, one in zip(sums.tolist(), norms.tolist(), queued, strict=True)
-    ]
+    results = [_result(total, one.lr, block_size) for total, one in zip(sums.tolist(), queued, strict=True)]
     bad = [
         i
         for i, (total, result) in enumerate(zip(sums.tolist(), results, strict=True))
-        if total[2][0] or not math.isfinite(result.loss)
+        if check and (total[2][0] or not math.isfinite(result.loss))
     ]
     if bad:
         raise _not_finite(queued[bad[0]], results[bad[0]], groups)
     return results
 
 
-def _result(sums: Sequence[Sequence[float]], norm: float, lr: float, block_size: int) -> StepResult:
-    (total, *slots), (count, *slot_counts), (_, *rows) = sums
-    means = [t / c if c else None for t, c in zip(slots, slot_counts, strict=True)]
+def _result(sums: Sequence[Sequence[float]], lr: float, block_size: int) -> StepResult:
+    (total, *slots), (count, *slot_counts) = sums[:2]
+    (_, *rows, norm, stop), measured = sums[2][:6], sums[3:]
+    means = _means(slots, slot_counts)
+    asked = any(measured[1])  # no row with a target has a confidence of 0
     return StepResult(
         loss=total / count if count else 0.0,
         slot_loss=means[:block_size],
@@ -117,7 +187,13 @@ def _result(sums: Sequence[Sequence[float]], norm: float, lr: float, block_size:
         useful_tokens=int(rows[0]),
         documents=int(rows[1]),
         visible_pairs=int(rows[2]),
+        stop=stop > 0,
+        measures=Measures.of(measured, slot_counts[: block_size + 1]) if asked else None,
     )
+
+
+def _means(totals: Sequence[float], counts: Sequence[float]) -> list[float | None]:
+    return [total / count if count else None for total, count in zip(totals, counts, strict=False)]
 
 
 def _not_finite(queued: QueuedStep, result: StepResult, groups: Groups) -> TrainingError:
@@ -135,4 +211,5 @@ def _not_finite(queued: QueuedStep, result: StepResult, groups: Groups) -> Train
         f"rows of the run {rows}",
         "start again: training goes on from the last checkpoint; with a lower optimizer.lr, or look at these rows' "
         "documents",
+        queued.step,
     )

@@ -31,7 +31,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, object]]] = {
         2,
         {"parallel.pipeline": 2, "train.recompute": "full", "train.recompute_layers": 1},
     ),
-    "DP2 overlapped, with samples": (2, {**OVERLAPPED, "observe.sample_every": 5}),
+    "DP2 overlapped, with samples": (2, {**OVERLAPPED, "observe.sample_every": 5, "observe.validate_every": 5}),
     "TP4, more than KV heads": (4, {"parallel.tensor": 4}),
 }
 
@@ -39,6 +39,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, object]]] = {
 @pytest.fixture(scope="module")
 def material(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("layouts")
+    make_dataset(folder / "validation", rows=9, seed=3)
     # untied here; the tied head under TP2 and PP2 is below and in the resume test
     return make_dataset(folder / "data", rows=30), make_hf(folder / "hf", tied=False, layers=4)
 
@@ -54,6 +55,9 @@ def run(material: tuple[Path, Path], run_dir: Path, processes: int, settings: di
         "train.global_batch": 7,
         "checkpoint.save_every": 0,
         "observe.tensorboard": False,
+        "observe.validate_every": 0,
+        "observe.validation_rows": 8,  # of 9; a step and an eighth
+        "data.validation": data.with_name("validation") if "observe.validate_every" in settings else "",
     }
     train({**common, **settings}, processes=processes, entry=(str(Path(__file__).with_name("small_buckets.py")),))
     return read_metrics(run_dir)
@@ -61,9 +65,9 @@ def run(material: tuple[Path, Path], run_dir: Path, processes: int, settings: di
 
 @pytest.fixture(scope="module")
 def single_run(material: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One process, with samples: layouts without must train the same, those with must say the same."""
+    """One process, with samples and validation: layouts without must train the same, those with must say the same."""
     folder = tmp_path_factory.mktemp("single") / "run"
-    run(material, folder, 1, {"observe.sample_every": 5})
+    run(material, folder, 1, {"observe.sample_every": 5, "observe.validate_every": 5})
     return folder
 
 
@@ -78,14 +82,23 @@ def samples(run_dir: Path) -> dict[int, list[dict]]:
     return {r["step"]: r["samples"] for r in map(json.loads, lines)}
 
 
+EXACT = ("targets", "useful_tokens", "documents", "consumed_rows", "epoch", "lr", "rows")
+LEARNED = ("loss", "accuracy", "confidence", "accepted")
+
+
+def validation(run_dir: Path) -> list[dict]:
+    """What validation.jsonl holds, val_ cut off."""
+    lines = (run_dir / "validation.jsonl").read_text().splitlines()
+    return [{k.removeprefix("val_"): v for k, v in json.loads(line).items()} for line in lines]
+
+
 def assert_equal(found: list[dict], wanted: list[dict], rel: float = 1e-5) -> None:
     assert [r["step"] for r in found] == [r["step"] for r in wanted]
     for mine, other in zip(found, wanted, strict=True):
         assert ("loss_next_token" in mine) == ("loss_next_token" in other)
-        keys = ("loss", "grad_norm", "loss_pos_1", "loss_pos_2", "loss_pos_3", "loss_pos_4", "loss_next_token")
-        for key in (k for k in keys if k in other):
+        for key in (k for k in other if k == "grad_norm" or k.startswith(LEARNED)):
             assert mine[key] == pytest.approx(other[key], rel=rel), f"step {mine['step']}, {key}"
-        for key in ("targets", "useful_tokens", "documents", "consumed_rows", "epoch", "lr"):
+        for key in (k for k in EXACT if k in other):
             assert mine[key] == other[key], f"step {mine['step']}, {key}"
 
 
@@ -93,6 +106,15 @@ def test_the_single_process_run_learns(single: list[dict]) -> None:
     assert len(single) == STEPS
     assert single[-1]["loss"] < single[0]["loss"]
     assert single[-1]["epoch"] == 2  # 70 rows of 30 a epoch
+    assert len({r["accuracy_pos_1"] for r in single}) > 2 and {"accepted_0.9", "accepted_0.98"} <= set(single[0])
+
+
+def test_validation(single_run: Path) -> None:
+    first, last = validation(single_run)
+    assert (first["step"], last["step"], last["rows"]) == (5, 10, 8)
+    assert 0 < last["loss"] < first["loss"] and {"loss_pos_4", "accuracy_pos_4", "accepted_0.9"} <= set(last)
+    events = [json.loads(line) for line in (single_run / "events.jsonl").read_text().splitlines()]
+    assert [(e["step"], e["seconds"] > 0) for e in events if e["kind"] == "validated"] == [(5, True), (10, True)]
 
 
 @pytest.mark.parametrize("name", [n for n in LAYOUTS if n != "TP1"])
@@ -103,6 +125,7 @@ def test_layout_equals_single_process(
     if "samples" in name:
         assert samples(tmp_path / "run") == samples(single_run)
         assert list(samples(single_run)) == [5, 10]
+        assert_equal(validation(tmp_path / "run"), validation(single_run))
     else:
         assert not (tmp_path / "run" / "samples.jsonl").exists()
 
@@ -131,7 +154,7 @@ def test_interleaved_and_overlapped_then_one_process(
     Samples at steps 2 and 4, so that steps follow them, and at step 5.
     """
     interleaved = {"parallel.pipeline": 2, "parallel.virtual_pipeline": 2, **OVERLAPPED, "train.stop_after": 5}
-    interleaved["observe.sample_every"] = 2
+    interleaved["observe.sample_every"] = interleaved["observe.validate_every"] = 2
     run(material, tmp_path / "run", 4, interleaved)
     saved = tensors_of(tmp_path / "run" / "ckpt" / "step-0000005" / "weights")
     masters = {k.removeprefix(MASTER): v for k, v in saved.items() if k.startswith(MASTER)}
@@ -140,6 +163,8 @@ def test_interleaved_and_overlapped_then_one_process(
         assert torch.equal(saved[name], master), name
     found = samples(tmp_path / "run")
     assert list(found) == [2, 4, 5] and found[5] == samples(single_run)[5]
+    *_, last = validation(tmp_path / "run")
+    assert_equal([last], validation(single_run)[:1])
     assert_equal(run(material, tmp_path / "run", 1, {"train.recompute": "full"}), single)
 
 

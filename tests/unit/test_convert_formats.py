@@ -16,12 +16,12 @@ from helpers import assert_bitwise, make_hf, tensors
 from safetensors.torch import load_file, save_file
 
 from checkpoints_tools import compare, hf_to_mcore, mcore_to_hf
-from checkpoints_tools.torch_dist import Entry, TorchDist, write_index
 from data_prep.chat import render
 from sdlm_megatron.checkpoint_files import TrainState, read_state
-from sdlm_megatron.config.schema import DiffusionConfig, RunConfig
+from sdlm_megatron.config.schema import CheckpointConfig, DiffusionConfig, RunConfig
 from sdlm_megatron.errors import CheckpointError
 from sdlm_megatron.model.shape import NewMaskToken, mean_row
+from sdlm_megatron.torch_dist import Entry, TorchDist, write_index
 from tests.byte_tokenizer import write_folder
 from tests.qwen_vocab import qwen_tokenizer_folder
 
@@ -40,6 +40,7 @@ def change(folder: Path, **fields: Any) -> Path:
 def test_an_import_is_what_the_engine_would_save(groups: Any, tmp_path: Path, form: str) -> None:
     """Names, shapes, dtypes and bits of every tensor, the padding rows and a new mask token's row included."""
     from sdlm_megatron import checkpointing
+    from sdlm_megatron.checkpoint_writer import CheckpointWriter
     from sdlm_megatron.parallel.engine import Engine
 
     plain = {"block_size": None, "text_mask_token_id": None, "text_mask_token": None, "causal_attn": None}
@@ -58,15 +59,15 @@ def test_an_import_is_what_the_engine_would_save(groups: Any, tmp_path: Path, fo
     config.train.precision = "bf16"
     engine = Engine(config, state.shape, groups, max_positions=1, steps=0, initialize=False)
     engine.load_base(hf, state.shape, new_mask=new_mask)
-    checkpointing.save(tmp_path / "theirs", engine, state, hf)
-    ours, theirs = (TorchDist(tmp_path / side / "weights") for side in ("ours", "theirs"))
+    CheckpointWriter(engine, tmp_path, CheckpointConfig()).save(state, hf, final=True)
+    ours, theirs = (TorchDist(tmp_path / side / "weights") for side in ("ours", "ckpt/step-0000000"))
     assert ours.keys() == theirs.keys()
     for key in theirs.keys():  # noqa: SIM118  no dictionary
         assert (ours.shape(key), ours.dtype(key)) == (theirs.shape(key), theirs.dtype(key)), key
         start, size = tuple(0 for _ in ours.shape(key)), ours.shape(key)
         assert torch.equal(ours.read(key, start, size).clone(), theirs.read(key, start, size).clone()), key
     back = Engine(config, state.shape, groups, max_positions=1, steps=0, initialize=False)
-    checkpointing.load(tmp_path / "ours", back, with_optimizer=False)
+    checkpointing.load(tmp_path / "ours", back, step=None)
     for (name, left), right in zip(engine.module.named_parameters(), back.module.parameters(), strict=True):
         assert torch.equal(left, right), name
 
@@ -136,7 +137,7 @@ def test_a_pickle_that_would_run_something_is_refused(tmp_path: Path, monkeypatc
         archive.writestr("archive/data.pkl", pickle.dumps(_Evil()))
         archive.writestr("archive/data/0", bytes(16))
     entry = Entry("x", (0,), (4,), 0, file.stat().st_size)
-    write_index(weights, {file.name: [entry]}, {"x": (4,)}, torch.float32)
+    write_index(weights, {file.name: [entry]}, {"x": ((4,), torch.float32)})
     with pytest.raises(CheckpointError, match=r"(?s)posix\.mkdir: not a plain tensor.*__0_0\.distcp, byte 0"):
         TorchDist(weights).read("x", (0,), (4,))
     assert not (tmp_path / "evil").exists()

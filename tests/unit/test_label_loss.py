@@ -45,7 +45,7 @@ def ours(
 ) -> list[torch.Tensor]:
     x, weight = (t.clone().requires_grad_() for t in (x, weight))
     size = rows * BYTES * len(weight) * 1.01e-6  # the same on all TP ranks, as a setting is
-    total, nll = label_losses(x, weight, targets, vocabulary, logits_mb=size, counts=counts)
+    total, nll, *_ = label_losses(x, weight, targets, vocabulary, logits_mb=size, counts=counts)
     torch.testing.assert_close(total, (nll if counts is None else nll * counts).sum(), rtol=1e-5, atol=1e-5)
     return [nll, *torch.autograd.grad(factor * total, (x, weight))]
 
@@ -106,7 +106,7 @@ def test_without_gradients_only_losses() -> None:
     x, weight, targets = case(9, 30, 6, 3)
     weight.requires_grad_()
     with torch.no_grad():
-        total, nll = label_losses(x, weight, targets, Vocabulary(0, 30, None), logits_mb=1e-3)
+        total, nll, *_ = label_losses(x, weight, targets, Vocabulary(0, 30, None), logits_mb=1e-3)
     assert not total.requires_grad
     torch.testing.assert_close(nll.double(), plain(x, weight.detach(), targets, 1.0)[0], rtol=1e-4, atol=1e-5)
 
@@ -128,9 +128,18 @@ def test_no_chunk_is_larger_than_asked() -> None:
     x, weight, targets = case(500, 1000, 8, 0)
     x.requires_grad_()
     with Sizes():
-        total, _ = label_losses(x, weight.requires_grad_(), targets, Vocabulary(0, 1000, None), logits_mb=0.2)
+        total, *_ = label_losses(x, weight.requires_grad_(), targets, Vocabulary(0, 1000, None), logits_mb=0.2)
         total.backward()
     assert max(n for shape, n in largest.items() if shape not in ((1000, 8), (8, 1000))) == 25 * 1000
+
+
+def ties() -> Case:
+    """50 tokens of which two are equal; the likeliest token is the target of at least the first half of the rows."""
+    x, weight, targets = case(40, 50, 6, 1)
+    weight[45] = weight[3]
+    x[0] = 9 * weight[3]
+    targets[:20] = (x @ weight.t()).argmax(-1)[:20]
+    return x, weight, targets
 
 
 def _part(rank: int, size: int, results: str) -> None:
@@ -140,7 +149,10 @@ def _part(rank: int, size: int, results: str) -> None:
     first = 32 * rank
     vocabulary = Vocabulary(first, min(max(0, 50 - first), 32), dist.group.WORLD)
     found = ours(x, padded[first : first + 32], targets, 0.5, vocabulary, 7)
-    torch.save(found, f"{results}/{rank}.pt")
+    x, padded[:50], targets = ties()
+    part = padded[first : first + 32]
+    *_, sure, right = label_losses(x, part, targets, vocabulary, logits_mb=7 * BYTES * 32.1e-6, measure=True)
+    torch.save([*found, sure, right], f"{results}/{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -156,3 +168,10 @@ def test_split_over_processes(tmp_path, size: int) -> None:
     whole = torch.cat([part[2] for part in parts]).double()
     torch.testing.assert_close(whole[:50], grad_weight, rtol=1e-4, atol=1e-5)
     assert not whole[50:].any()
+    x, weight, targets = ties()
+    probabilities = (x @ weight.t()).softmax(-1)
+    hits = probabilities.argmax(-1) == targets  # of the two equal ones the first, wherever it is
+    assert hits[0] and 20 <= hits.sum() < 30
+    for *_, sure, right in parts:
+        torch.testing.assert_close(sure, probabilities.max(-1).values)
+        assert torch.equal(right, hits)

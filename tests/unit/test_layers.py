@@ -305,6 +305,8 @@ def test_checkpoints_of_other_layers_load(written: bool, make_engine: Callable, 
     """The extra state of the layers that wrote a checkpoint is neither missed nor read."""
     from sdlm_megatron import checkpointing
     from sdlm_megatron.checkpoint_files import TrainState
+    from sdlm_megatron.checkpoint_writer import CheckpointWriter
+    from sdlm_megatron.config.schema import CheckpointConfig
 
     engine = make_engine(make_hf(tmp_path / "hf"))
     engine.optimizer = None
@@ -312,9 +314,9 @@ def test_checkpoints_of_other_layers_load(written: bool, make_engine: Callable, 
     own, saved = type(norm), norm.weight.detach().clone()
     norm.__class__ = NormWithState if written else own
     state = TrainState(0, 0, 0, engine.shape, engine.config.diffusion, -1, "fp32", "distributed", {})
-    checkpointing.save(tmp_path / "step", engine, state, None)
+    CheckpointWriter(engine, tmp_path, CheckpointConfig()).save(state, None, final=True)
     norm.__class__ = NormWithState
     with torch.no_grad():
         norm.weight.zero_()
-    checkpointing.load(tmp_path / "step", engine, with_optimizer=False)
+    checkpointing.load(tmp_path / "ckpt" / "step-0000000", engine, step=None)
     assert torch.equal(norm.weight, saved)

@@ -291,19 +291,22 @@ def write_tensor(file: Any, key: str, start: tuple[int, ...], tensor: torch.Tens
 
 
 def write_index(
-    weights: Path, files: Mapping[str, Iterable[Entry]], shapes: dict[str, tuple[int, ...]], dtype: torch.dtype
+    weights: Path, files: Mapping[str, Iterable[Entry]], tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 ) -> None:
-    """Writes what makes the files of `weights` a checkpoint that Megatron-Core loads; all tensors are of `dtype`."""
-    boxes: dict[str, list[metadata.ChunkStorageMetadata]] = {key: [] for key in shapes}
-    places, same = {}, {key: key for key in shapes}  # one object a name: a pickle tells equal strings from the same one
+    """Writes what makes the files of `weights` a checkpoint that Megatron-Core loads: `tensors` by key, with shape."""
+    boxes: dict[str, list[metadata.ChunkStorageMetadata]] = {key: [] for key in tensors}
+    places, same = (
+        {},
+        {key: key for key in tensors},
+    )  # one object a name: a pickle tells equal strings from the same one
     for file, entries in files.items():
         for entry in entries:
             start = torch.Size(entry.start)
             boxes[entry.key].append(metadata.ChunkStorageMetadata(start, torch.Size(entry.size)))
             places[MetadataIndex(same[entry.key], start)] = filesystem._StorageInfo(file, entry.offset, entry.length)
-    properties = metadata.TensorProperties(dtype=dtype)
     listed: dict[str, Any] = {
-        key: TensorStorageMetadata(properties, torch.Size(shape), boxes[key]) for key, shape in shapes.items()
+        key: TensorStorageMetadata(metadata.TensorProperties(dtype=dtype), torch.Size(shape), boxes[key])
+        for key, (shape, dtype) in tensors.items()
     }
     with open(weights / ".metadata", "wb") as out:
         pickle.dump(Metadata(state_dict_metadata=listed, storage_data=places), out)

@@ -1,0 +1,91 @@
+"""Accuracy, confidence and accepted length, against a plain computation from dense probabilities."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import EOS, make_dataset, make_hf
+
+from sdlm_megatron.data.batch import load_micro_batch
+from sdlm_megatron.data.format import PackedDataset
+from sdlm_megatron.diffusion.layout import IGNORE
+from sdlm_megatron.diffusion.loss import TAUS
+from sdlm_megatron.diffusion.row import MicroBatch
+from sdlm_megatron.parallel.results import Measures
+
+D = 4
+
+
+def plain(rows: Sequence[tuple[torch.Tensor, MicroBatch]]) -> tuple[Measures, set[int]]:
+    """The measures of rows with the probabilities (N, V) of their label rows, by loops; lengths that were kept."""
+    right: list[list] = [[] for _ in range(D + 1)]
+    sure: list[list] = [[] for _ in range(D + 1)]
+    blocks: dict[tuple, dict[int, float]] = {}
+    for i, (probabilities, batch) in enumerate(rows):
+        columns = (batch.label_index, batch.label_targets, batch.label_slots)
+        for n, (at, target, slot) in enumerate(zip(*(c.tolist() for c in columns), strict=True)):
+            if target == IGNORE:
+                continue
+            right[slot].append(probabilities[n].argmax().item() == target)
+            sure[slot].append(probabilities[n].max().item())
+            if slot < D:
+                blocks.setdefault((i, (at - batch.layout.n_clean) // D), {})[slot] = sure[slot][-1]
+    lengths: dict[float, list[int]] = {tau: [] for tau in TAUS}
+    for tau in TAUS:
+        for slots in blocks.values():
+            n = 0
+            while n in slots and slots[n] > tau:
+                n += 1
+            lengths[tau].append(max(n, 1))
+    accuracy, confidence = ([sum(x) / len(x) if x else None for x in slots] for slots in (right, sure))
+    accepted = {tau: sum(found) / len(found) for tau, found in lengths.items()}
+    return Measures(accuracy, confidence, accepted), {n for found in lengths.values() for n in found}
+
+
+def assert_same(found: Measures | None, wanted: Measures) -> None:
+    assert found is not None
+    for mine, other in ((found.accuracy, wanted.accuracy), (found.confidence, wanted.confidence)):
+        assert [x is None for x in mine] == [x is None for x in other]
+        assert [x or 0.0 for x in mine] == pytest.approx([x or 0.0 for x in other], rel=1e-5)
+    assert found.accepted == pytest.approx(wanted.accepted)
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.5])
+def test_a_step_measures_what_dense_probabilities_say(make_engine: Callable, tmp_path: Path, weight: float) -> None:
+    """Confidences on both sides of the thresholds, blocks that end early, an empty row; heads in chunks."""
+    dataset = PackedDataset(make_dataset(tmp_path / "data", rows=2))
+    engine = make_engine(make_hf(tmp_path / "hf", tied=False))
+    engine.config.train.logits_mb = engine.module.logits_mb = 0.02
+    with torch.no_grad():
+        engine.module.output_layer.weight.mul_(8)
+    batches = [engine.prepare(load_micro_batch(dataset, n, seed=0, next_token_weight=weight)) for n in (0, 1, None)]
+    assert any(EOS in b.label_targets for b in batches)
+    with engine.inference():
+        wanted, lengths = plain([(engine.logits(b).float().softmax(-1), b) for b in batches])
+        assert lengths == {1, 2, 3, 4}
+        held_out = engine.evaluate([batches[:2], batches[2:]])
+    step, plainly = engine.results([engine.train_step(batches, 1, measure=True), engine.train_step(batches, 2)])
+    assert plainly.measures is None
+    for result in (step, held_out):
+        assert_same(result.measures, wanted)
+    assert held_out.loss == pytest.approx(step.loss, rel=1e-6) and held_out.slot_loss == pytest.approx(step.slot_loss)
+    fields = step.learned()
+    assert fields["accepted_0.98"] == wanted.accepted[0.98] and fields["accuracy_pos_4"] == wanted.accuracy[3]
+    assert ("accuracy_next_token" in fields) == bool(weight)
+
+
+def test_evaluation_leaves_training_as_it_was(make_engine: Callable, tmp_path: Path) -> None:
+    """Bit for bit: weights after two steps, with and without a look at other rows and with other measures."""
+    dataset, base = PackedDataset(make_dataset(tmp_path / "data", rows=4)), make_hf(tmp_path / "hf")
+    batches = [load_micro_batch(dataset, n, seed=0) for n in range(4)]
+    weights = []
+    for looks in (False, True):
+        engine = make_engine(base)
+        for step in (1, 2):
+            engine.train_step([engine.prepare(b) for b in batches[:2]], step, measure=looks)
+            if looks:
+                with engine.inference():
+                    assert engine.evaluate([batches[2:]]).targets > 0
+        weights.append({name: p.detach().clone() for name, p in engine.module.named_parameters()})
+    assert all(torch.equal(p, weights[1][name]) for name, p in weights[0].items())
