@@ -3,7 +3,7 @@
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -63,10 +63,16 @@ def train(config: RunConfig, *, dry_run: bool = False, profile_steps: tuple[int,
 
         profile_steps = steps_to_profile(profile_steps, plan.state.step, plan.last_step(config))
     if not dry_run:
-        _run(config, plan, dataset, profile_steps)
+        _run(config, plan, dataset, profile_steps, say)
 
 
-def _run(config: RunConfig, plan: "Plan", dataset: "PackedDataset", profile_steps: tuple[int, int] | None) -> None:
+def _run(
+    config: RunConfig,
+    plan: "Plan",
+    dataset: "PackedDataset",
+    profile_steps: tuple[int, int] | None,
+    say: Callable[[str], None],
+) -> None:
     """Joins the other processes, builds, and trains."""
     from sdlm_megatron.parallel import compat, cpu
 
@@ -79,10 +85,12 @@ def _run(config: RunConfig, plan: "Plan", dataset: "PackedDataset", profile_step
     from sdlm_megatron.observe.sinks import Sinks
     from sdlm_megatron.parallel.engine import Engine
     from sdlm_megatron.parallel.groups import close_groups, init_groups
+    from sdlm_megatron.resume import agree
     from sdlm_megatron.samples import Sampler
     from sdlm_megatron.trainer import Trainer
 
     groups = init_groups(config.parallel, seed=config.train.seed)
+    plan = agree(config, plan, dataset, groups, say)
     engine = Engine(
         config,
         plan.state.shape,
