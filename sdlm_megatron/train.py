@@ -3,7 +3,7 @@
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -74,7 +74,7 @@ def train(config: RunConfig, watch: Watch | None, *, profile_steps: tuple[int, i
 
         profile_steps = steps_to_profile(profile_steps, plan.state.step, plan.last_step(config))
     if watch is not None:
-        _run(config, plan, dataset, validation, watch, profile_steps)
+        _run(config, plan, dataset, validation, watch, profile_steps, say)
 
 
 def _run(
@@ -84,6 +84,7 @@ def _run(
     validation: "PackedDataset | None",
     watch: Watch,
     profile_steps: tuple[int, int] | None,
+    say: Callable[[str], None],
 ) -> None:
     """Joins the other processes, builds, and trains."""
     import psutil
@@ -99,11 +100,13 @@ def _run(
     from sdlm_megatron.observe.sinks import Sinks
     from sdlm_megatron.parallel.engine import Engine
     from sdlm_megatron.parallel.groups import close_groups, init_groups
+    from sdlm_megatron.resume import agree
     from sdlm_megatron.samples import Sampler
     from sdlm_megatron.trainer import Trainer
     from sdlm_megatron.validation import Validator
 
     groups = init_groups(config.parallel, seed=config.train.seed)
+    plan = agree(config, plan, dataset, groups, say)
     engine = Engine(
         config,
         plan.state.shape,

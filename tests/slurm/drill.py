@@ -117,6 +117,7 @@ class Drill:
         self.faults.mkdir()
         (work / "cluster.yaml").write_text(
             f"gpus_per_node: {settings.ranks}\nenv: {{GLOO_SOCKET_IFNAME: eth0}}\nsignal_seconds: 60\n"
+            "preflight: {gpus: 8, run_disk_gb: 0.01, local_disk_gb: 0.01, write_mb: 1}\n"
         )
 
     def submit(self, name: str, *overrides: str, keep: int = 3, sbatch: tuple[str, ...] = (), **env: str) -> "Job":
