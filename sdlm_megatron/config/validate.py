@@ -44,6 +44,9 @@ NOT_NEGATIVE = (
     "observe.sample_every",
     "observe.validate_every",
     "observe.validation_rows",
+    "fault.straggler_factor",
+    "fault.spike_factor",
+    "fault.replica_check_every",
 )
 
 
@@ -67,6 +70,8 @@ def check_run(config: RunConfig, world_size: int) -> None:
         raise ConfigError("nothing to train: train.steps and train.epochs are 0", "train", "set one of them")
     if not config.data.path:
         raise ConfigError("no dataset", "data.path", "--data.path=DIR, a folder written by `python -m data_prep.build`")
+    if any(row < 0 for row in config.data.skip_rows):
+        raise ConfigError("rows are numbered from 0", "data.skip_rows", "give the numbers that spikes.jsonl names")
     parallel = config.parallel
     if parallel.sequence and parallel.tensor == 1:
         raise ConfigError(
