@@ -196,7 +196,8 @@ class FaultConfig:
     """A loss or gradient norm that lies so many robust standard deviations above the median of the last 100 steps is a
     spike: its worst rows are named in RUN/spikes.jsonl. 0: none."""
     replica_check_every: int = 0
-    """Steps between checks that all data-parallel ranks hold the same weights, bit for bit. 0: none."""
+    """Steps between checks that all data-parallel ranks hold the same weights, bit for bit. 0: none. (With a
+    distributed optimizer each update makes the weights anew from one master: a wrong one then lasts a step.)"""
     log_rows: bool = False
     """Write the numbers of the rows that each step has loaded to RUN/rows/ATTEMPT."""
 
