@@ -6,7 +6,6 @@ first checkpoint it saves must equal the undisturbed run's of the same step, bit
 printed as lost is the time from the fault to the first step the run had not made before.
 """
 
-import argparse
 import json
 import os
 import random
@@ -14,9 +13,8 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,7 +23,7 @@ REPO = HERE.parent.parent
 sys.path[:0] = [str(HERE), str(HERE.parent), str(REPO)]
 
 import torch  # noqa: E402
-from cluster import Cluster, missing, wait_for  # noqa: E402
+from cluster import Cluster, wait_for  # noqa: E402
 from helpers import make_dataset, make_hf  # noqa: E402
 
 from sdlm_megatron.attempt import read_events  # noqa: E402
@@ -33,6 +31,18 @@ from sdlm_megatron.torch_dist import TorchDist  # noqa: E402
 
 SAVE_EVERY = 5
 PATIENCE = 90.0
+MODEL = {
+    "model.num_layers": 4,
+    "model.hidden_size": 64,
+    "model.num_attention_heads": 4,
+    "model.num_query_groups": 2,
+    "model.ffn_hidden_size": 96,
+    "model.vocab_size": 264,
+    "model.tied_embeddings": "true",
+    "model.rope_theta": 10000,
+    "model.rms_norm_eps": 1e-6,
+}
+"""`make_hf`'s, in place of the 32B of the preset."""
 
 
 @dataclass
@@ -126,12 +136,14 @@ class Drill:
         s = self.settings
         given = {
             "run_dir": run_dir,
+            **MODEL,
             "parallel.tensor": 1,
             "parallel.pipeline": 2,
             "parallel.virtual_pipeline": 1,
             "parallel.sequence": "false",
             "train.precision": "bf16",
             "train.steps": s.steps,
+            "optimizer.lr": 1e-3,
             "train.global_batch": s.rows,
             "train.global_batch_unit": "rows",
             "checkpoint.save_every": SAVE_EVERY,
