@@ -53,7 +53,7 @@ class Settings:
     ranks: int = 2
     """Of a node."""
     steps: int = 400
-    rows: int = 8
+    rows: int = 4
     """Of a step."""
     row_length: int = 256
     extra: list[str] = field(default_factory=list)
