@@ -24,7 +24,7 @@ from sdlm_megatron.job.cluster_file import FIELD_ENVIRONMENT, ClusterFile, load_
 from sdlm_megatron.job.flight import Flight
 from sdlm_megatron.job.launch import on_nodes
 from sdlm_megatron.job.limits import limits_from
-from sdlm_megatron.job.verdict import Node, add_bad_nodes, table, to_blame
+from sdlm_megatron.job.verdict import Node, add_bad_nodes, at_fault_everywhere, table, to_blame
 
 NOT_ENOUGH = 3
 EXAMPLE = """example, inside a job:
@@ -82,7 +82,8 @@ def fly(
 
     Returns:
         preflight.json: {"ok", "needed", "seconds", "healthy": [node], "bad": {node: why}, "blamed": those of
-        the bad that are to be replaced, "nodes": {node: checks}, "table": text}. A node that is bad but not blamed
+        the bad that are to be replaced, "everywhere": what all failed and no other node would
+        mend, "nodes": {node: checks}, "table": text}. A node that is bad but not blamed
         failed only what all nodes failed: other nodes would not help.
     """
     start = time.monotonic()
@@ -96,6 +97,9 @@ def fly(
     lines = [table(nodes), f"{len(healthy)} of {len(nodes)} nodes are healthy, {needed} are needed; {seconds:.0f} s"]
     if blamed:
         lines.append(f"left out from now on (bad-nodes.txt of the run): {', '.join(blamed)}")
+    everywhere = at_fault_everywhere(nodes)
+    if everywhere:
+        lines.append(f"not a matter of nodes, every one failed it: {everywhere}")
     report: dict[str, Any] = {
         "ok": len(healthy) >= needed,
         "needed": needed,
@@ -103,6 +107,7 @@ def fly(
         "healthy": healthy,
         "bad": {node.name: node.why for node in nodes if node.failed},
         "blamed": blamed,
+        "everywhere": everywhere,
         "nodes": {node.name: [vars(check) for check in node.checks] for node in nodes},
         "table": "\n".join(lines),
     }
@@ -135,6 +140,8 @@ def _nodes(
             agents[name] = Agent(name, command, environment, logs / f"{name}.log")
         return Flight(limits, asked, agents, say).run()
     finally:
+        for agent in agents.values():
+            agent.let_go()
         for agent in agents.values():
             agent.close()
 

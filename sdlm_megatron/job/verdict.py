@@ -104,6 +104,16 @@ def to_blame(nodes: Sequence[Node]) -> dict[str, str]:
     return found
 
 
+def at_fault_everywhere(nodes: Sequence[Node]) -> str:
+    """What every node failed although no node is to blame, such as a run folder on a full disk; "" if nothing is.
+
+    A slow network is not among it: other nodes may have a better one.
+    """
+    failed = [{check.name: check.why for check in node.failed} for node in nodes]
+    names = [name for name in SHARED if name != "network" and all(name in checks for checks in failed)]
+    return "; ".join(f"{name}: {failed[0][name]}" for name in names)
+
+
 def _passed_by_another(name: str, node: Node, nodes: Sequence[Node]) -> bool:
     return any(c.ok for other in nodes if other is not node for c in other.checks if c.name == name)
 
