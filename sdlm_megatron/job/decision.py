@@ -39,7 +39,7 @@ class Situation:
     requeues: int
     """Requeues since the newest checkpoint."""
     blamed: dict[str, int]
-    """How many of these failures were put down to each host."""
+    """How many of these failures were put down to each host alone."""
     progressed: bool
     """There is a newer checkpoint than when Slurm started the job this time."""
     not_finite: int
@@ -109,8 +109,9 @@ def since_checkpoint(events: Sequence[dict[str, Any]], job: str, step: int) -> d
     ends = [e for e in mine if e["kind"] == "train_end" and e.get("outcome") not in ("finished", "stopped")]
     blamed: dict[str, int] = {}
     for event in ends:
-        for host in set(event.get("hosts", [])):
-            blamed[host] = blamed.get(host, 0) + 1
+        hosts = event.get("hosts", [])
+        if len(hosts) == 1:  # when all go down together, no host is to blame
+            blamed[hosts[0]] = blamed.get(hosts[0], 0) + 1
     return {
         "failures": len(ends),
         "requeues": sum(e["kind"] == "requeue" for e in mine),

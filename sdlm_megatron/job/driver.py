@@ -154,7 +154,7 @@ class Driver:
         self.event("train_start", nodes=nodes, **{"try": self.tries})
         self.say(f"try {self.tries}: {ranks} processes on {','.join(nodes)}, logs in {folder}")
         process = subprocess.Popen(with_setup(self.cluster, line), env=environ, stdin=subprocess.DEVNULL)
-        watch(process, self.job, folder, self._asked_to_stop, self.say)
+        watch(process, self.job, nodes, folder, self._asked_to_stop, self.say)
         summary = summarize(self.run_dir, attempt, ranks, heartbeat_seconds=self.heartbeat)
         end = end_of(summary, self.job, nodes)
         self.say(f"try {self.tries} ended, srun with {process.returncode}: {end.outcome}\n{summary.text}")

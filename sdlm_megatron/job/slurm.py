@@ -63,11 +63,11 @@ class Job:
         except ValueError:
             return float("inf")
 
-    def lost_nodes(self) -> dict[str, str]:
-        """Nodes of this job that Slurm calls down or does not hear from, with the state."""
-        _, text = command("sinfo", "--noheader", "--Node", "--nodes", ",".join(self.nodes), "--format", "%N %T")
+    def lost_nodes(self, nodes: Sequence[str]) -> dict[str, str]:
+        """Nodes that Slurm calls down or does not hear from, with the state."""
+        _, text = command("sinfo", "--noheader", "--Node", "--nodes", ",".join(nodes), "--format", "%N %T")
         states = dict(line.split()[:2] for line in text.splitlines() if len(line.split()) >= 2)
-        return {n: s for n, s in states.items() if n in self.nodes and (s.startswith("down") or s.endswith("*"))}
+        return {n: s for n, s in states.items() if s.startswith("down") or s.endswith("*")}
 
     def end_steps(self) -> None:
         """Kills what srun started in this job."""

@@ -20,12 +20,18 @@ AFTER_SUCCESS = 600
 
 
 def watch(
-    process: subprocess.Popen, job: Job, folder: Path, stop: Callable[[], str], say: Callable[[str], None]
+    process: subprocess.Popen,
+    job: Job,
+    nodes: Sequence[str],
+    folder: Path,
+    stop: Callable[[], str],
+    say: Callable[[str], None],
 ) -> None:
     """Waits until srun has ended, and sees to it that it does.
 
     Args:
         process: srun.
+        nodes: those that it uses.
         folder: the attempt's; `stop.json` is written there once.
         stop: why training has to stop, or "".
         say: for what happens meanwhile.
@@ -44,7 +50,8 @@ def watch(
             _end(process, job)
         elif time.monotonic() - looked > NODES_SECONDS:
             looked = time.monotonic()
-            if down := {n: s for n, s in job.lost_nodes().items() if s.startswith("down")}:
+            lost = job.lost_nodes(nodes)
+            if down := {n: s for n, s in lost.items() if s.startswith("down")}:
                 say(f"lost: {', '.join(f'{n} is {s}' for n, s in down.items())}; the others are ended")
                 _end(process, job)
 
@@ -68,7 +75,7 @@ def _end(process: subprocess.Popen, job: Job) -> None:
 
 def end_of(summary: Summary, job: Job, nodes: Sequence[str]) -> End:
     """What a summary and the controller say of an attempt on `nodes`."""
-    lost = {node: state for node, state in job.lost_nodes().items() if node in nodes}
+    lost = job.lost_nodes(nodes)
     if lost and summary.outcome not in ("finished", "stopped"):
         return End("lost_node", f"lost {', '.join(lost)}; {summary.why}", summary.step, sorted(lost), lost)
     return End(summary.outcome, summary.why, summary.step, summary.hosts, lost)

@@ -1,0 +1,71 @@
+"""What follows the end of a training attempt."""
+
+import pytest
+
+from sdlm_megatron.job.decision import REQUEUES, End, Situation, decide, since_checkpoint
+
+NODES = ("a", "b", "c")
+
+
+def situation(**more: object) -> Situation:
+    fields: dict = {
+        "nodes": NODES,
+        "needed": 2,
+        "retries": 3,
+        "failures": 1,
+        "requeues": 0,
+        "blamed": {},
+        "progressed": False,
+        "not_finite": 0,
+    }
+    return Situation(**{**fields, **more})
+
+
+@pytest.mark.parametrize(
+    ("end", "now", "kind", "excluded"),
+    [
+        (End("finished"), {}, "done", ()),
+        (End("finished"), {"stop": "time limit", "stop_file": True}, "done", ()),
+        (End("stopped"), {"stop_file": True, "progressed": True}, "stop", ()),
+        (End("crash"), {"stop_file": True}, "stop", ()),
+        (End("user_error"), {"stop": "time limit", "progressed": True}, "end", ()),
+        (End("stopped"), {"stop": "time limit", "progressed": True}, "requeue", ()),
+        (End("stopped"), {"stop": "time limit"}, "end", ()),
+        (End("stopped"), {"progressed": True}, "requeue", ()),  # the ranks got the signal, not the driver
+        (End("crash"), {"stop": "preemption", "progressed": True}, "requeue", ()),
+        (End("crash"), {}, "retry", ()),
+        (End("hang"), {"failures": 3}, "retry", ()),
+        (End("hang"), {"failures": 4}, "end", ()),
+        (End("crash"), {"blamed": {"b": 1}}, "retry", ()),
+        (End("crash"), {"blamed": {"b": 2}}, "retry", ("b",)),
+        (End("crash"), {"blamed": {"b": 2, "c": 2}}, "requeue", ("b", "c")),
+        (End("crash"), {"blamed": {"b": 2, "c": 2}, "requeues": REQUEUES}, "retry", ()),
+        (End("lost_node", bad={"a": "down"}), {}, "retry", ("a",)),
+        (End("lost_node", bad={"a": "down"}), {"needed": 3}, "requeue", ("a",)),
+        (End("lost_node", bad={"a": "down"}), {"needed": 3, "requeues": REQUEUES}, "end", ()),
+        (End("too_few_nodes", bad={"a": "7 GPUs", "b": "full"}), {"failures": 9}, "requeue", ("a", "b")),
+        (End("not_finite"), {"not_finite": 1}, "retry", ()),
+        (End("not_finite"), {"not_finite": 2}, "end", ()),
+    ],
+)
+def test_decisions(end: End, now: dict, kind: str, excluded: tuple[str, ...]) -> None:
+    action = decide(end, situation(**now))
+    assert (action.kind, action.exclude) == (kind, excluded), action.reason
+    assert action.find_nan == (end.outcome == "not_finite" and kind == "retry")
+
+
+def test_failures_count_until_there_is_a_newer_checkpoint() -> None:
+    def event(kind: str, attempt: str, checkpoint: int, **more: object) -> dict:
+        return {"kind": kind, "attempt": attempt, "checkpoint": checkpoint, **more}
+
+    events = [
+        event("train_end", "6-0-0", 20, outcome="crash", hosts=["a"]),  # another job
+        event("train_end", "7-0-0", 10, outcome="crash", hosts=["a"]),  # before the newest checkpoint
+        event("train_end", "7-0-1", 20, outcome="stopped", hosts=[]),
+        event("requeue", "7-0-1", 20),
+        event("train_end", "7-1-0", 20, outcome="hang", hosts=["b"]),
+        event("train_end", "7-1-1", 20, outcome="not_finite", hosts=["b"]),
+        event("train_end", "7-1-2", 20, outcome="crash", hosts=["a", "b"]),
+    ]
+    assert since_checkpoint(events, "7", 20) == {"failures": 3, "requeues": 1, "blamed": {"b": 2}, "not_finite": 1}
+    assert since_checkpoint(events, "7", 30)["failures"] == 0
