@@ -8,6 +8,7 @@ healthy, with 3 if not, with 2 on a mistake of the user.
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -57,16 +58,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.node_only:
         from sdlm_megatron.job.node_agent import serve
 
+        _ignore_signals()
         serve()
         return
     if not args.run_dir or not args.nodes_needed or args.nodes_needed < 1:
         raise ConfigError("--run-dir and --nodes-needed (1 or more) are needed", "the command line", EXAMPLE)
     names = node_names(args.nodes)
     cluster = load_cluster(args.cluster)
+    _ignore_signals()
     report = fly(Path(args.run_dir), names, args.nodes_needed, cluster, args.config, overrides, Progress())
     print(report["table"], flush=True)
     if not report["ok"]:
         raise SystemExit(NOT_ENOUGH)
+
+
+def _ignore_signals() -> None:
+    """That the job's time is up is for its driver to act on; dying of the signal would look like a bad node."""
+    for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def fly(

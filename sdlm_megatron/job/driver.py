@@ -134,13 +134,13 @@ class Driver:
         self.event("preflight", seconds=time.monotonic() - started, ok=len(good) >= self.needed, bad=bad)
         for node, why in bad.items():
             self.say(f"left out: {node}: {why}")
-        self.out.update(bad)
-        if everywhere:
-            return End("user_error", f"every node failed the pre-flight: {everywhere}")
-        if len(good) < self.needed:
-            return End("too_few_nodes", f"{len(good)} good nodes, {self.needed} needed", bad=bad)
         if self.stop.signal:
             return End("stopped", "asked to stop before training began")
+        self.out.update(bad)
+        if everywhere:
+            return End("user_error", f"the pre-flight failed on every node: {everywhere}")
+        if len(good) < self.needed:
+            return End("too_few_nodes", f"{len(good)} good nodes, {self.needed} needed", bad=bad)
         return self._train(good[: self.needed], more)
 
     def _train(self, nodes: list[str], more: Sequence[str]) -> End:

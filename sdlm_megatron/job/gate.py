@@ -21,8 +21,8 @@ def preflight(
         training: arguments of sdlm_megatron.train, `--config NAME` first.
 
     Returns:
-        bad nodes, with the reason (all of them if the pre-flight itself fails), and what no other node would mend,
-        such as a run folder on a full disk.
+        bad nodes, with the reason; and what no other node would mend, such as a run folder on a full disk, or a
+        pre-flight that fails itself.
     """
     report = run_dir / "logs" / job.name / "preflight.json"
     report.unlink(missing_ok=True)
@@ -32,5 +32,5 @@ def preflight(
     try:
         found = json.loads(report.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return dict.fromkeys(nodes, f"the pre-flight itself ended with {code}: see the job's output"), ""
+        return {}, f"it ended with code {code} and without a report: see the job's output"
     return dict(found["bad"]), str(found["everywhere"])
