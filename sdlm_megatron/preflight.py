@@ -8,6 +8,7 @@ healthy, with 3 if not, with 2 on a mistake of the user.
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -24,7 +25,7 @@ from sdlm_megatron.job.cluster_file import FIELD_ENVIRONMENT, ClusterFile, load_
 from sdlm_megatron.job.flight import Flight
 from sdlm_megatron.job.launch import on_nodes
 from sdlm_megatron.job.limits import limits_from
-from sdlm_megatron.job.verdict import Node, add_bad_nodes, table, to_blame
+from sdlm_megatron.job.verdict import Node, add_bad_nodes, at_fault_everywhere, table, to_blame
 
 NOT_ENOUGH = 3
 EXAMPLE = """example, inside a job:
@@ -57,16 +58,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.node_only:
         from sdlm_megatron.job.node_agent import serve
 
+        _ignore_signals()
         serve()
         return
     if not args.run_dir or not args.nodes_needed or args.nodes_needed < 1:
         raise ConfigError("--run-dir and --nodes-needed (1 or more) are needed", "the command line", EXAMPLE)
     names = node_names(args.nodes)
     cluster = load_cluster(args.cluster)
+    _ignore_signals()
     report = fly(Path(args.run_dir), names, args.nodes_needed, cluster, args.config, overrides, Progress())
     print(report["table"], flush=True)
     if not report["ok"]:
         raise SystemExit(NOT_ENOUGH)
+
+
+def _ignore_signals() -> None:
+    """That the job's time is up is for its driver to act on; dying of the signal would look like a bad node."""
+    for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def fly(
@@ -82,7 +91,8 @@ def fly(
 
     Returns:
         preflight.json: {"ok", "needed", "seconds", "healthy": [node], "bad": {node: why}, "blamed": those of
-        the bad that are to be replaced, "nodes": {node: checks}, "table": text}. A node that is bad but not blamed
+        the bad that are to be replaced, "everywhere": what all failed and no other node would
+        mend, "nodes": {node: checks}, "table": text}. A node that is bad but not blamed
         failed only what all nodes failed: other nodes would not help.
     """
     start = time.monotonic()
@@ -96,6 +106,9 @@ def fly(
     lines = [table(nodes), f"{len(healthy)} of {len(nodes)} nodes are healthy, {needed} are needed; {seconds:.0f} s"]
     if blamed:
         lines.append(f"left out from now on (bad-nodes.txt of the run): {', '.join(blamed)}")
+    everywhere = at_fault_everywhere(nodes)
+    if everywhere:
+        lines.append(f"not a matter of nodes, every one failed it: {everywhere}")
     report: dict[str, Any] = {
         "ok": len(healthy) >= needed,
         "needed": needed,
@@ -103,6 +116,7 @@ def fly(
         "healthy": healthy,
         "bad": {node.name: node.why for node in nodes if node.failed},
         "blamed": blamed,
+        "everywhere": everywhere,
         "nodes": {node.name: [vars(check) for check in node.checks] for node in nodes},
         "table": "\n".join(lines),
     }
@@ -135,6 +149,8 @@ def _nodes(
             agents[name] = Agent(name, command, environment, logs / f"{name}.log")
         return Flight(limits, asked, agents, say).run()
     finally:
+        for agent in agents.values():
+            agent.let_go()
         for agent in agents.values():
             agent.close()
 

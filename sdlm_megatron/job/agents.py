@@ -76,11 +76,15 @@ class Agent:
         lines = [line for line in text.splitlines() if line.strip()]
         return f": {lines[-1].strip()[:300]}" if lines else ""
 
-    def close(self) -> None:
-        """Ends the program; srun of a node that is cut off is not waited for."""
+    def let_go(self) -> None:
+        """Ends the program's input, and so the program."""
         assert self.process.stdin is not None
         with contextlib.suppress(OSError):
             self.process.stdin.close()
+
+    def close(self) -> None:
+        """Waits for the end of the program; srun of a node that is cut off is killed."""
+        self.let_go()
         try:
             self.process.wait(timeout=3)
         except subprocess.TimeoutExpired:

@@ -129,16 +129,18 @@ class Driver:
             return End("stopped", "asked to stop before training began")
         nodes = [node for node in self.job.nodes if node not in self.out]
         started = time.monotonic()
-        bad = preflight(self.name, self.cluster, self.job, nodes, self.needed, self.run_dir, self.arguments)
+        bad, everywhere = preflight(self.name, self.cluster, self.job, nodes, self.needed, self.run_dir, self.arguments)
         good = [node for node in nodes if node not in bad]
         self.event("preflight", seconds=time.monotonic() - started, ok=len(good) >= self.needed, bad=bad)
         for node, why in bad.items():
             self.say(f"left out: {node}: {why}")
-        self.out.update(bad)
-        if len(good) < self.needed:
-            return End("too_few_nodes", f"{len(good)} good nodes, {self.needed} needed", bad=bad)
         if self.stop.signal:
             return End("stopped", "asked to stop before training began")
+        self.out.update(bad)
+        if everywhere:
+            return End("user_error", f"the pre-flight failed on every node: {everywhere}")
+        if len(good) < self.needed:
+            return End("too_few_nodes", f"{len(good)} good nodes, {self.needed} needed", bad=bad)
         return self._train(good[: self.needed], more)
 
     def _train(self, nodes: list[str], more: Sequence[str]) -> End:

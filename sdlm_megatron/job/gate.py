@@ -13,7 +13,7 @@ from sdlm_megatron.job.slurm import Job
 
 def preflight(
     name: str, cluster: ClusterFile, job: Job, nodes: Sequence[str], needed: int, run_dir: Path, training: Sequence[str]
-) -> dict[str, str]:
+) -> tuple[dict[str, str], str]:
     """Runs `python -m sdlm_megatron.preflight` on nodes of this job; its report is beside the driver's log.
 
     Args:
@@ -21,7 +21,8 @@ def preflight(
         training: arguments of sdlm_megatron.train, `--config NAME` first.
 
     Returns:
-        bad nodes, with the reason. A pre-flight that fails by itself finds all nodes bad.
+        bad nodes, with the reason; and what no other node would mend, such as a run folder on a full disk, or a
+        pre-flight that fails itself.
     """
     report = run_dir / "logs" / job.name / "preflight.json"
     report.unlink(missing_ok=True)
@@ -31,5 +32,5 @@ def preflight(
     try:
         found = json.loads(report.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return dict.fromkeys(nodes, f"the pre-flight itself ended with {code}: see the job's output")
-    return dict(found["bad"])
+        return {}, f"it ended with code {code} and without a report: see the job's output"
+    return dict(found["bad"]), str(found["everywhere"])

@@ -15,7 +15,7 @@ MARK = "@preflight "
 
 
 def serve() -> None:
-    """Answers until the input ends."""
+    """Answers until the input ends, and then ends the process."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is no answer
     stores: list[Any] = []  # kept open
@@ -27,6 +27,7 @@ def serve() -> None:
             answer = {"error": f"{type(error).__name__}: {error}"}
         answers.write(f"{MARK}{json.dumps(answer)}\n")
         answers.flush()
+    os._exit(0)  # taking down the interpreter with torch in it takes seconds on a busy node
 
 
 def _answer(question: dict[str, Any], stores: list[Any]) -> dict[str, Any]:

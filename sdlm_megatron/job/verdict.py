@@ -10,7 +10,7 @@ from statistics import median
 from sdlm_megatron.files import write_text
 
 BAD_NODES = "bad-nodes.txt"
-SHARED = ("run disk", "config", "code", "packages", "data", "clock", "network")
+SHARED = ("run disk", "config", "code", "packages", "data", "clock", "network", "checks")
 """Checks that fail for reasons outside of a node as well: only a node that differs from others is to blame."""
 
 
@@ -94,18 +94,34 @@ def floor_of(speeds: Sequence[float], least: float, factor: float) -> float:
 
 
 def to_blame(nodes: Sequence[Node]) -> dict[str, str]:
-    """Bad nodes and why, without those that only failed what every node failed (a full shared disk, a floor too high):
+    """Bad nodes and why, without those that only failed what every node failed (a full shared disk, a limit too high):
     another node would do no better."""
     found = {}
     for node in nodes:
-        own = [c for c in node.failed if c.name not in SHARED or _passed_by_another(c.name, node, nodes)]
+        own = [c for c in node.failed if not _shared(c.name, nodes) or _passed(c.name, nodes)]
         if own:
             found[node.name] = "; ".join(f"{check.name}: {check.why}" for check in own)
     return found
 
 
-def _passed_by_another(name: str, node: Node, nodes: Sequence[Node]) -> bool:
-    return any(c.ok for other in nodes if other is not node for c in other.checks if c.name == name)
+def at_fault_everywhere(nodes: Sequence[Node]) -> str:
+    """What every node failed although no node is to blame, such as a run folder on a full disk; "" if nothing is.
+
+    Silence and a slow network are not among it: other nodes may do better.
+    """
+    failed = [{check.name: check.why for check in node.failed} for node in nodes]
+    names = [name for name in failed[0] if all(name in checks for checks in failed)]
+    shared = [name for name in names if _shared(name, nodes) and name not in ("network", "answers")]
+    return "; ".join(f"{name}: {failed[0][name]}" for name in shared)
+
+
+def _shared(name: str, nodes: Sequence[Node]) -> bool:
+    """Whether all nodes may fail a check without being broken: three or more hardly break at once."""
+    return name in SHARED or len(nodes) > 2
+
+
+def _passed(name: str, nodes: Sequence[Node]) -> bool:
+    return any(check.ok for node in nodes for check in node.checks if check.name == name)
 
 
 def table(nodes: Sequence[Node]) -> str:

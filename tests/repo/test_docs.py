@@ -38,6 +38,7 @@ def test_functions_named_in_the_method_exist() -> None:
         "data_prep.verify",
         "sdlm_megatron.generate",
         "sdlm_megatron.plan",
+        "sdlm_megatron.preflight",
         "sdlm_megatron.train",
         "checkpoints_tools.compare",
         "checkpoints_tools.hf_to_mcore",

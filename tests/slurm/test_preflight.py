@@ -4,46 +4,64 @@ import json
 import sys
 from pathlib import Path
 
-from helpers import ENV, REPO
+from helpers import ENV, REPO, make_dataset, make_hf
 
+from sdlm_megatron.attempt import read_events
 from sdlm_megatron.job.verdict import read_bad_nodes
 
-LIMITS = "preflight: {run_disk_gb: 0.1, local_disk_gb: 0.1, shm_gb: 0, write_mb: 2, answer_seconds: 60}\n"
+CLUSTER = """
+env: {GLOO_SOCKET_IFNAME: eth0}
+preflight: {gpus: 8, run_disk_gb: 0.1, local_disk_gb: 0.1, shm_gb: 0, write_mb: 2, answer_seconds: 60}
+"""
+SMALL = {
+    "model.num_layers": 0,  # as the base has
+    "parallel.tensor": 1,
+    "parallel.pipeline": 1,
+    "parallel.virtual_pipeline": 1,
+    "parallel.sequence": "false",
+    "train.steps": 2,
+    "train.global_batch": 4,
+    "train.global_batch_unit": "rows",
+    "checkpoint.save_every": 0,
+    "observe.tensorboard": "false",
+}
 
 
-def fly(cluster, folder: Path, *, needed: int, config: str) -> tuple[int, dict, str]:
-    """Exit code, preflight.json and output of a pre-flight over all nodes of the cluster."""
-    (folder / "cluster.yaml").write_text("gpus_per_node: 8\n" + LIMITS)
-    script = folder / "job.sh"
-    line = f"{sys.executable} -m sdlm_megatron.preflight --run-dir {folder}/run --nodes-needed {needed}"
-    script.write_text(
-        f"#!/bin/bash\ncd {REPO}\n{line} --cluster {folder}/cluster.yaml --config {config}\necho $? >{folder}/code\n"
-    )
-    size = [f"-N{len(cluster.nodes)}", "--gpus-per-node=8", "--export=ALL"]
-    job = cluster.submit(
-        *size, "-o", folder / "out.txt", script, env={**cluster.env, **ENV, "GLOO_SOCKET_IFNAME": "eth0"}
-    )
-    cluster.wait(job, 120)
-    output = (folder / "out.txt").read_text()
-    file = folder / "run" / "logs" / f"{job}-0" / "preflight.json"
-    assert file.exists(), output
-    return int((folder / "code").read_text()), json.loads(file.read_text()), output
-
-
-def test_a_slow_link_is_named_and_the_others_are_enough(cluster, tmp_path: Path) -> None:
+def test_the_job_runs_on_the_spare_of_a_node_with_a_slow_link(cluster, tmp_path: Path) -> None:
+    """The real script: the first node of the allocation sends slowly, the other two train."""
     slow, *good = cluster.nodes
+    run = tmp_path / "run"
+    (run / "logs").mkdir(parents=True)
+    (tmp_path / "small.yaml").write_text("gpus_per_node: 1\n" + CLUSTER)
+    environment = {
+        **cluster.env,
+        **ENV,
+        "DATA": str(make_dataset(tmp_path / "data")),
+        "BASE": str(make_hf(tmp_path / "hf")),
+        "RUN_DIR": str(run),
+        "PYTHON": sys.executable,
+    }
+    script = [REPO / "slurm" / "train_32b_d4.sh", "--cluster", tmp_path / "small.yaml", "--spares", "1", "--"]
+    options = ["-N3", "--mem=10000", "-o", tmp_path / "out.txt"]
     cluster.slow(slow, "40mbit")
     try:
-        code, report, output = fly(cluster, tmp_path, needed=2, config="sdlm_3b_d4")
+        job = cluster.submit(*options, *script, *(f"--{k}={v}" for k, v in SMALL.items()), env=environment, cwd=REPO)
+        state = cluster.wait(job, 200)
     finally:
         cluster.slow(slow)
-    assert code == 0, output
-    assert report["healthy"] == good
-    assert list(report["bad"]) == [slow]
+    output = (tmp_path / "out.txt").read_text()
+    assert state == "COMPLETED", output
+    report = json.loads((run / "logs" / f"{job}-0" / "preflight.json").read_text())
+    assert report["ok"] and report["healthy"] == good
+    assert list(report["bad"]) == list(report["blamed"]) == [slow]
     for node in good:  # slow with both
         assert f"with {node} 0.00" in report["bad"][slow]
-    assert list(read_bad_nodes(tmp_path / "run")) == [slow]
-    assert f"once more with {good[0]}" in output or f"once more with {good[1]}" in output
+    assert f"{slow} is slow; once more with" in output
+    events = {event["kind"]: event for event in read_events(run)}
+    assert list(events["preflight"]["bad"]) == [slow]
+    assert events["train_start"]["nodes"] == good
+    assert events["finished"]["step"] == 2
+    assert list(read_bad_nodes(run)) == [slow]
 
 
 def test_lost_gpu_full_disk_and_other_config_are_found(cluster, tmp_path: Path) -> None:
@@ -69,7 +87,20 @@ def test_lost_gpu_full_disk_and_other_config_are_found(cluster, tmp_path: Path) 
     assert report["bad"][lost] == "gpus: 7 of 8 GPUs (/dev/nvidia*)"
     assert report["bad"][full].startswith("shm: /dev/shm: a file of 1 MB cannot be written: full")
     assert report["bad"][other].startswith("config: ") and "on 2 nodes" in report["bad"][other]
-    bad = read_bad_nodes(tmp_path / "run")
-    assert set(bad) == set(cluster.nodes)
-    assert "0 of 3 nodes are healthy, 1 are needed" in output
-    assert (tmp_path / "run" / "logs").is_dir() and "7/8!" in output
+    assert set(read_bad_nodes(tmp_path / "run")) == set(cluster.nodes)
+    assert "0 of 3 nodes are healthy, 1 are needed" in output and "7/8!" in output
+
+
+def fly(cluster, folder: Path, *, needed: int, config: str) -> tuple[int, dict, str]:
+    """Exit code, preflight.json and output of a pre-flight over all nodes of the cluster."""
+    (folder / "cluster.yaml").write_text("gpus_per_node: 8\n" + CLUSTER)
+    line = f"{sys.executable} -m sdlm_megatron.preflight --run-dir {folder}/run --nodes-needed {needed}"
+    line += f" --cluster {folder}/cluster.yaml --config {config}"
+    (folder / "job.sh").write_text(f"#!/bin/bash\ncd {REPO}\n{line}\necho $? >{folder}/code\n")
+    options = [f"-N{len(cluster.nodes)}", "--gpus-per-node=8", "-o", folder / "out.txt"]
+    job = cluster.submit(*options, folder / "job.sh", env={**cluster.env, **ENV})
+    cluster.wait(job, 120)
+    output = (folder / "out.txt").read_text()
+    file = folder / "run" / "logs" / f"{job}-0" / "preflight.json"
+    assert file.exists(), output
+    return int((folder / "code").read_text()), json.loads(file.read_text()), output

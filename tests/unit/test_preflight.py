@@ -23,6 +23,7 @@ from sdlm_megatron.job.verdict import (
     Node,
     add_bad_nodes,
     agree,
+    at_fault_everywhere,
     best_of,
     floor_of,
     pair_rounds,
@@ -99,11 +100,18 @@ def test_what_every_node_fails_is_blamed_on_none(tmp_path: Path) -> None:
     for node in nodes:
         node.add("run disk", False, "0 GB", "full")
     assert to_blame(nodes) == {}
+    assert at_fault_everywhere(nodes) == "run disk: full"
     nodes[1].add("gpus", False, "7/8", "7 of 8 GPUs")
     assert to_blame(nodes) == {"b": "gpus: 7 of 8 GPUs"}
     third = Node("c")
     third.add("run disk", True, "9 GB")
     assert set(to_blame([*nodes, third])) == {"a", "b"}
+    assert at_fault_everywhere([*nodes, third]) == ""
+    few = [Node("a"), Node("b"), Node("c")]  # the cluster file promises too many
+    for node in few:
+        node.add("gpus", False, "4/8", "4 of 8 GPUs")
+    assert (to_blame(few), at_fault_everywhere(few)) == ({}, "gpus: 4 of 8 GPUs")
+    assert set(to_blame(few[:2])) == {"a", "b"} and at_fault_everywhere(few[:2]) == ""
     lines = table([*nodes, third]).splitlines()
     assert lines[2].split() == ["b", "0", "GB!", "7/8!", "BAD"]
     assert "bad      b: gpus: 7 of 8 GPUs" in lines
