@@ -31,10 +31,19 @@ class Attempt:
         known = {"rank": rank, "host": f"node{rank // 2}", "pid": 1, "step": step, "phase": "step", "since": NOW}
         self._write("heartbeat", rank, json.dumps({**known, "time": NOW - age, "rows": [10 + rank]}))
 
-    def end(self, rank: int, reason: str, error: str | None = None, *, at: float = 0.0, why: str = "") -> None:
+    def end(
+        self,
+        rank: int,
+        reason: str,
+        error: str | None = None,
+        *,
+        at: float = 0.0,
+        why: str = "",
+        ranks: list[int] | None = None,
+    ) -> None:
         failed = None if reason in ("finished", "stopped") else 5
         known = {"rank": rank, "host": f"node{rank // 2}", "reason": reason, "why": why or error or "", "step": 4}
-        more = {"failed_step": failed, "rows": [10 + rank], "error": error, "code": 1, "time": NOW + at}
+        more = {"failed_step": failed, "rows": [10 + rank], "error": error, "ranks": ranks, "code": 1, "time": NOW + at}
         self._write("exit", rank, json.dumps({**known, **more}))
 
     def stack(self, rank: int, place: str) -> None:
@@ -84,6 +93,20 @@ def test_an_error_of_its_own_beats_lost_connections_and_the_killed(attempt: Atte
     found = attempt.summary()  # ranks 1 and 3 were killed by the launcher
     assert [(c.rank, c.why, c.rows) for c in found.culprits] == [(2, "ValueError: a defect", [12])]
     assert found.why == "ValueError: a defect"
+
+
+def test_the_same_error_everywhere_is_no_hosts_fault(attempt: Attempt) -> None:
+    for rank in range(4):
+        attempt.end(rank, "error", "ValueError: a defect", at=rank)
+    found = attempt.summary()
+    assert ([c.rank for c in found.culprits], found.hosts) == ([0, 1, 2, 3], [])
+
+
+def test_an_error_may_name_ranks(attempt: Attempt) -> None:
+    for rank in range(4):
+        attempt.end(rank, "error", "ReplicaError: they differ", ranks=[2])
+    found = attempt.summary()
+    assert ([c.rank for c in found.culprits], found.hosts) == ([2], ["node1"])
 
 
 def test_a_node_is_lost(attempt: Attempt) -> None:
