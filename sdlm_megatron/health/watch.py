@@ -6,8 +6,8 @@ was killed. health/summary.py makes one story of all processes' files. The forms
 
     exit/rank-N.json        rank, host, local_rank, pid, reason (finished | stopped | error | hang | not_finite |
                             user_error), why, step (last one whose results were read), failed_step (the one that went
-                            wrong, or null), rows (of the run, in work), error ("Type: message" or null), ranks (that the
-                            error is put down to, or null: this one), code, time
+                            wrong, or null), rows (of the run, in work), error ("Type: message" or null), ranks (to
+                            blame for the error, or null: this one), code, time
     heartbeat/rank-N.json   rank, host, pid, step (in work), phase, since (of the phase), time, rows; at each new step,
                             but once a second at most
     stacks/rank-N.txt       empty unless the process hung or got SIGTERM
@@ -150,6 +150,7 @@ class Watch:
         faulthandler.enable(all_threads=True)  # a crash inside a library shows where, in the process's log
         # a process that hangs elsewhere than the others is ended by the launcher: its stacks are wanted too
         faulthandler.register(signal.SIGTERM, file=self._stacks, all_threads=True, chain=True)
+        self._beat()
         threading.Thread(target=self._watch, name="watch", daemon=True).start()
         return self
 
