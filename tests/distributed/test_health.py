@@ -43,10 +43,6 @@ def test_one_rank_is_asked_to_stop(tmp_path: Path) -> None:
     assert kinds[:3] == ["start", "ready", "first_step"] and kinds[-1] == "stop"
     stop = read_events(run)[-1]
     assert (stop["step"], stop["reason"]) == (3, "signal SIGUSR1")
-    (run / "STOP").write_text("for today")
-    refused = train(config | {"data.path": tmp_path / "data", "checkpoint.base": tmp_path / "hf"}, check=False)
-    assert refused.returncode == 2
-    assert "stopped by a user (STOP: for today)" in refused.stderr and f"where: {run}/STOP" in refused.stderr
 
 
 def test_a_flipped_bit_of_one_replica_is_found(tmp_path: Path) -> None:

@@ -13,6 +13,8 @@ import pytest
 from helpers import ENV
 
 from sdlm_megatron.attempt import rank_file
+from sdlm_megatron.errors import ConfigError
+from sdlm_megatron.health.stop import StopRequests, refuse_to_start
 
 HEAD = """
 import os, signal, sys, time
@@ -101,7 +103,9 @@ def test_what_is_said(ended: dict) -> None:
     assert "ValueError: a defect" in ended["error"][2] and "Traceback" in ended["error"][2]
     assert exit_record(ended["error"][0])["error"] == "ValueError: a defect"
     assert ended["a mistake"][2] == "error: wrong\n  where: here\n  fix:   do this\n"
-    assert exit_record(ended["is told to stop"][0])["why"] == "signal SIGTERM"
+    told = ended["is told to stop"][0]
+    assert exit_record(told)["why"] == "signal SIGTERM"
+    assert "in <module>" in rank_file(told, "stacks", 0, "7-0-1").read_text()
 
 
 def test_the_dead_leave_a_heartbeat_only(ended: dict) -> None:
@@ -127,3 +131,30 @@ def test_a_hang_that_holds_the_lock_ends_too(ended: dict) -> None:
     assert code == 1
     stack = rank_file(run, "stacks", 0, "7-0-1").read_text()
     assert stack.startswith("Timeout") and "in match" in stack
+
+
+def test_files_that_ask_to_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user's also keeps the run from starting; the driver's is of one attempt."""
+
+    def look() -> str | None:
+        requests = object.__new__(StopRequests)  # pytest keeps its own signal handlers
+        requests.why = None
+        requests.look(tmp_path)
+        return requests.why
+
+    monkeypatch.setenv("SDLM_ATTEMPT", "7-0-1")
+    refuse_to_start(tmp_path)
+    assert look() is None
+    (tmp_path / "STOP").write_text("for today\n")
+    assert look() == "STOP: for today"
+    with pytest.raises(ConfigError, match=r"stopped by a user \(STOP: for today\)") as caught:
+        refuse_to_start(tmp_path)
+    assert caught.value.where == str(tmp_path / "STOP")
+    (tmp_path / "STOP").unlink()
+    request = tmp_path / "logs" / "7-0-1" / "stop.json"
+    request.parent.mkdir(parents=True)
+    request.write_text('{"reason": "time limit"}')
+    assert look() == "time limit"
+    refuse_to_start(tmp_path)
+    request.write_text("{")
+    assert look() == "stop.json, which gives no reason"
