@@ -60,9 +60,20 @@ class TrainingError(UserError):
 
 
 class ReplicaError(UserError):
-    """Processes that should hold the same weights do not: no mistake of the user, but hardware or a defect of ours."""
+    """Processes that should hold the same weights do not: no mistake of the user, but hardware or a defect of ours.
+
+    Args:
+        ranks: those that it is put down to.
+    """
 
     exit_code = 1
+
+    def __init__(self, what: str, where: str = "", fix: str = "", ranks: Sequence[int] = ()) -> None:
+        super().__init__(what, where, fix)
+        self.ranks = list(ranks)
+
+    def __reduce__(self) -> tuple:
+        return type(self), (self.what, self.where, self.fix, self.ranks)
 
 
 def run_cli(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None = None) -> None:

@@ -61,6 +61,7 @@ def looking_for_nan(
     else:
         same = [f for f in found if (f.kind, f.micro_batch, f.stage, f.order) == astuple(found[0])[:4]]
         print(f"find-nan: step {step} is not finite first in\n" + "\n".join(f"  {f.text()}" for f in same), flush=True)
+    report.parent.mkdir(parents=True, exist_ok=True)
     write_json(report, {"step": step, "found": [asdict(f) | {"text": f.text()} for f in found]})
 
 

@@ -76,4 +76,5 @@ def _error(found: list[tuple[tuple[int, ...], str]], hosts: list[str], step: int
         ", ".join(f"rank {rank} on {hosts[rank]}" for rank in ranks)
         + (" differ from the others" if groups.dp_size > 2 else " differ from each other"),
         "start again from the last checkpoint without these hosts: memory or a device of theirs may be broken",
+        ranks,
     )

@@ -51,13 +51,10 @@ class Summary:
     step: int | None
     """The last step that is known to be done; of not_finite the step that was not."""
     culprits: list[Culprit]
+    hosts: list[str] = field(default_factory=list)
+    """Hosts that a crash or a hang is put down to; none where all of several have culprits."""
     text: str = ""
     """All of it, for a person."""
-
-    @property
-    def hosts(self) -> list[str]:
-        """Hosts of the culprits, each once."""
-        return sorted({c.host for c in self.culprits if c.host})
 
 
 class _Attempt:
@@ -137,6 +134,10 @@ def summarize(run_dir: str | Path, attempt: str, expected_ranks: int, *, heartbe
     """
     found = _Attempt(Path(run_dir), attempt, expected_ranks, heartbeat_seconds)
     summary = _judge(found)
+    if summary.outcome in ("crash", "hang"):
+        everywhere = {known["host"] for known in (found.beats | found.records).values()}
+        hosts = {c.host for c in summary.culprits if c.host}
+        summary.hosts = sorted(hosts) if len(everywhere) == 1 or hosts != everywhere else []
     summary.text = _text(summary, found)
     folder = attempt_dir(run_dir, attempt)
     folder.mkdir(parents=True, exist_ok=True)
@@ -160,7 +161,7 @@ def _judge(found: _Attempt) -> Summary:
         return Summary("user_error", said.why, None, [said])
     if not reasons["hang"]:
         culprits = _crashed(found)
-        return Summary("crash", culprits[0].why.splitlines()[-1] if culprits else "no trace", done, culprits)
+        return Summary("crash", culprits[0].why.splitlines()[0] if culprits else "no trace", done, culprits)
     why = found.culprit(found.of_reason("hang")[0]).why
     return Summary("hang", why, done, _hung(found))
 
@@ -179,6 +180,8 @@ def _said_before_the_start(found: _Attempt) -> Culprit | None:
 def _crashed(found: _Attempt) -> list[Culprit]:
     """An error of its own is the cause; without one, those who died in silence, the longest silent first."""
     errors = [r for r in found.of_reason("error") if not CONNECTION.search(found.records[r]["error"] or "")]
+    if blamed := next((ranks for r in errors if (ranks := found.records[r].get("ranks"))), None):
+        return [found.culprit(r) for r in blamed]
     if errors:
         return [found.culprit(r) for r in errors]
     if not found.silent:  # all lost somebody, who had nothing to say: a network between them

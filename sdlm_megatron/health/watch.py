@@ -6,7 +6,8 @@ was killed. health/summary.py makes one story of all processes' files. The forms
 
     exit/rank-N.json        rank, host, local_rank, pid, reason (finished | stopped | error | hang | not_finite |
                             user_error), why, step (last one whose results were read), failed_step (the one that went
-                            wrong, or null), rows (of the run, in work), error ("Type: message" or null), code, time
+                            wrong, or null), rows (of the run, in work), error ("Type: message" or null), ranks (to
+                            blame for the error, or null: this one), code, time
     heartbeat/rank-N.json   rank, host, pid, step (in work), phase, since (of the phase), time, rows; at each new step,
                             but once a second at most
     stacks/rank-N.txt       empty unless the process hung or got SIGTERM
@@ -25,6 +26,7 @@ import threading
 import time
 import traceback
 from collections import deque
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -32,7 +34,7 @@ from typing import Any, Self
 
 from sdlm_megatron.attempt import rank_file, record_event
 from sdlm_megatron.config.schema import FaultConfig
-from sdlm_megatron.errors import TrainingError, UserError, tell
+from sdlm_megatron.errors import ReplicaError, TrainingError, UserError, tell
 from sdlm_megatron.files import write_json
 from sdlm_megatron.health.stop import StopRequests
 
@@ -148,6 +150,7 @@ class Watch:
         faulthandler.enable(all_threads=True)  # a crash inside a library shows where, in the process's log
         # a process that hangs elsewhere than the others is ended by the launcher: its stacks are wanted too
         faulthandler.register(signal.SIGTERM, file=self._stacks, all_threads=True, chain=True)
+        self._beat()
         threading.Thread(target=self._watch, name="watch", daemon=True).start()
         return self
 
@@ -208,7 +211,8 @@ class Watch:
         reason = {2: "user_error", 3: "not_finite"}.get(code, "error") if isinstance(error, UserError) else "error"
         failed = error.step if isinstance(error, TrainingError) else self.step
         text = f"{type(error).__name__}: {error}"
-        self._record(reason, text.splitlines()[0], code=code, error=text, failed_step=failed)
+        ranks = error.ranks if isinstance(error, ReplicaError) else None
+        self._record(reason, text.splitlines()[0], code=code, error=text, failed_step=failed, ranks=ranks)
         if isinstance(error, UserError):
             tell(error)
         else:
@@ -218,7 +222,14 @@ class Watch:
         os._exit(code)
 
     def _record(
-        self, reason: str, why: str, *, code: int = 0, error: str | None = None, failed_step: int | None = None
+        self,
+        reason: str,
+        why: str,
+        *,
+        code: int = 0,
+        error: str | None = None,
+        failed_step: int | None = None,
+        ranks: Sequence[int] | None = None,
     ) -> None:
         """The first record is kept: what comes after it follows from it."""
         with self._recording:
@@ -236,6 +247,7 @@ class Watch:
                 "failed_step": failed_step,
                 "rows": self.rows,
                 "error": error,
+                "ranks": ranks,
                 "code": code,
                 "time": time.time(),
             }

@@ -1,0 +1,196 @@
+"""What a run looks at while it trains: spikes and their rows, slow hosts, where numbers stop being finite."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import make_dataset, make_hf
+
+from sdlm_megatron.attempt import read_events
+from sdlm_megatron.config.schema import FaultConfig, RunConfig
+from sdlm_megatron.config.validate import check_run
+from sdlm_megatron.data.batch import load_micro_batch
+from sdlm_megatron.data.format import PackedDataset
+from sdlm_megatron.data.order import locate
+from sdlm_megatron.errors import ConfigError
+from sdlm_megatron.health.replicas import _differing, checksum
+from sdlm_megatron.health.spikes import ENOUGH, Outliers, suspects
+from sdlm_megatron.health.stop import StopRequests
+from sdlm_megatron.health.stragglers import IN_A_ROW, Stragglers
+from sdlm_megatron.health.watch import Watch
+
+
+def test_a_spike_is_far_above_what_was_usual() -> None:
+    rng = np.random.default_rng(0)
+    outliers = Outliers(8.0)
+    assert not any(outliers.far(100.0) for _ in range(ENOUGH - 1))  # too little is known
+    outliers = Outliers(8.0)
+    falling = [5 * math.exp(-i / 200) + 1 + 0.05 * rng.standard_normal() for i in range(400)]
+    assert not any(outliers.far(value) for value in falling)
+    assert outliers.far(falling[-1] + 2) and not outliers.far(falling[-1])
+    constant = Outliers(8.0)
+    assert not any(constant.far(2.0 + 0.01 * (i % 2)) for i in range(50))
+    assert constant.far(2.5)
+
+
+def test_suspects_are_the_rows_far_above_the_others() -> None:
+    losses = [(n, 1.0 + n / 100) for n in range(8)]
+    assert suspects(losses, 8.0) == [(7, 1.07)]  # the worst one, whatever it is
+    assert suspects([*losses, (20, 5.0), (21, 6.0)], 8.0) == [(21, 6.0), (20, 5.0)]
+    assert suspects([], 8.0) == []
+
+
+def test_slow_hosts_are_named_once() -> None:
+    stragglers = Stragglers(["a", "a", "b", "b", "c", "c"], 1.2)
+    named = []
+    for _ in range(IN_A_ROW + 2):
+        fields, events = stragglers.look([1.0, 1.0, 1.0, 1.5, 1.1, 1.0])
+        named += events
+    assert [(e["host"], e["rank"]) for e in named] == [("b", 3)]
+    assert named[0]["ratio"] == pytest.approx(1.5 / 1.1)
+    assert fields == {"compute_min": 1.0, "compute_median": 1.1, "compute_max": 1.5, "slowest_host": "b"}
+    stragglers.look([1.0] * 6)  # it recovers, and is named again when it is slow again
+    assert [len(stragglers.look([1.0, 1.0, 1.0, 1.5, 1.0, 1.0])[1]) for _ in range(3)] == [0, 0, 1]
+    one_host = Stragglers(["a", "a", "a"], 1.2)
+    assert [e["rank"] for _ in range(3) for e in one_host.look([1.0, 1.0, 2.0])[1]] == [2]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_checksums_see_every_bit(dtype: torch.dtype) -> None:
+    values = torch.randn(50, 7).to(dtype)
+    wanted = checksum(values).item()
+    assert checksum(values.clone()).item() == wanted
+    for bit in (0, 7, 15):
+        changed = values.clone()
+        changed.view(-1).view(torch.int16)[33] ^= (1 << bit) if bit < 15 else -(1 << 15)
+        assert checksum(changed).item() != wanted
+    swapped = values.flatten()[[1, 0, *range(2, 350)]]
+    assert checksum(swapped).item() != wanted
+
+
+def test_the_minority_differs() -> None:
+    sums = torch.tensor([[1, 2, 3], [1, 5, 4], [1, 2, 3]])
+    assert _differing(["a", "b", "c"], sums, [4, 6, 8]) == [((6,), "b"), ((6,), "c")]
+    assert _differing(["a", "b"], sums[:2, :2], [4, 6]) == [((4, 6), "b")]  # nobody knows which
+
+
+@pytest.fixture
+def monitored(make_engine: Callable, tmp_path: Path) -> Callable:
+    """An engine with its monitor, and a step of it."""
+    from sdlm_megatron.health.monitor import Monitor
+
+    engine = make_engine(make_hf(tmp_path / "hf"))
+    sources = [{"name": "talks", "weight": 1.0, "first_document": 0, "rows": 1000}]
+    dataset = PackedDataset(make_dataset(tmp_path / "data", rows=6, accounting={"by_source": sources}))
+    config = engine.config
+    config.run_dir, config.fault = str(tmp_path), FaultConfig(log_rows=True)
+
+    def build(find_nan: int = 0) -> tuple:
+        monitor = Monitor(config, engine, dataset, Watch(tmp_path, config.fault, requests), find_nan=find_nan)
+        batches = [engine.prepare(load_micro_batch(dataset, n, seed=config.train.seed)) for n in (0, 1, 2, 3, None)]
+        return engine, monitor, batches, dataset
+
+    requests = object.__new__(StopRequests)  # pytest keeps its own signal handlers
+    return build
+
+
+def test_a_spike_names_its_worst_row(monitored: Callable, tmp_path: Path) -> None:
+    engine, monitor, batches, dataset = monitored()
+    alone = {}
+    for batch in batches[:4]:
+        ((total, count),) = [part["sums"].tolist() for part in engine.forward_backward([batch])]
+        alone[batch.number] = total / count
+    queued = engine.train_step(batches, 30)
+    (result,) = engine.results([queued])
+    for _ in range(ENOUGH):
+        for key, outliers in monitor._outliers.items():
+            outliers.far(getattr(result, key) * (0.1 if key == "loss" else 1.0))
+    monitor.look([queued], [result])
+    (spike,) = [json.loads(line) for line in (tmp_path / "spikes.jsonl").read_text().splitlines()]
+    assert (spike["step"], spike["what"], spike["loss"]) == (30, ["loss"], result.loss)
+    worst = spike["rows"][0]
+    place = locate(worst["row"], dataset.rows, seed=engine.config.train.seed)
+    assert (worst["epoch"], worst["file_row"]) == (place.epoch, place.row)
+    _, layout = dataset.read(place.epoch, place.row)
+    assert worst["documents"] == [{"document": int(n), "origin": f"row {n} of talks"} for n in layout.doc_ids]
+    assert spike["skip"] == f"--data.skip_rows=[{worst['row']}]"
+    assert [e["kind"] for e in read_events(tmp_path)] == ["spike"]
+    from sdlm_megatron.parallel.results import row_losses
+
+    losses = dict(row_losses(queued, engine.groups))
+    assert set(losses) == {0, 1, 2, 3} and max(losses.items(), key=lambda x: x[1]) == (worst["row"], worst["loss"])
+    assert losses == pytest.approx(alone, rel=1e-6)
+
+
+def test_rows_are_logged(monitored: Callable, tmp_path: Path) -> None:
+    from sdlm_megatron.health.monitor import rows_of_run
+
+    _, monitor, batches, _ = monitored()
+    monitor.loaded(1, batches)
+    assert monitor.watch.rows == [0, 1, 2, 3]
+    assert rows_of_run(tmp_path) == {1: [0, 1, 2, 3]}
+    later = tmp_path / "rows" / "8-0-1"
+    later.mkdir()
+    for rank, rows in enumerate(([0, 2], [1])):
+        line = json.dumps({"step": 1, "rows": rows, "time": 1e11})
+        (later / f"rank-0000{rank}.jsonl").write_text(line + "\n")
+    assert rows_of_run(tmp_path) == {1: [0, 1, 2]}  # done again, with another row left out
+
+
+@pytest.mark.parametrize("where", ["forward", "backward", "weights", "nowhere"])
+def test_the_place_that_is_not_finite(
+    monitored: Callable, tmp_path: Path, capsys: pytest.CaptureFixture, where: str
+) -> None:
+    engine, monitor, batches, _ = monitored(find_nan=2)
+    part = engine.module.decoder.layers[1].mlp.linear_fc1
+    calls = []
+
+    def poisoned(module: torch.nn.Module, arguments: object, output: tuple) -> tuple:
+        calls.append(None)
+        if len(calls) != 3:
+            return output
+        if where == "forward":
+            return (output[0] * float("nan"), *output[1:])
+        output[0].register_hook(lambda gradient: gradient * float("inf"))
+        return output
+
+    handle = part.register_forward_hook(poisoned) if where in ("forward", "backward") else None
+    if where == "weights":
+        with torch.no_grad():
+            part.weight[3, 3] = float("nan")
+    before = [p.detach().clone() for p in engine.module.parameters()]
+    with monitor.around(1, batches):
+        pass
+    assert not (tmp_path / "logs").exists()  # not this step
+    with monitor.around(2, batches):
+        engine.forward_backward(batches)
+    if handle is not None:
+        handle.remove()
+    assert all(
+        torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(engine.module.parameters(), before, strict=True)
+    )
+    assert not any(m._forward_hooks for m in engine.module.modules())
+    said = capsys.readouterr().out
+    report = json.loads((tmp_path / "logs" / "local" / "find-nan.json").read_text())
+    if where == "nowhere":
+        assert "was finite this time" in said and report["found"] == []
+        return
+    found = report["found"][0]
+    wanted = {
+        "forward": ("layer 2, mlp.linear_fc1", 2),
+        "backward": ("layer 2, mlp.linear_fc1.weight", 2),
+        "weights": ("layer 2, mlp.linear_fc1.weight", None),
+    }[where]
+    assert (found["place"], found["row"]) == wanted
+    assert found["rank"] == 0 and found["host"] and found["text"] in said
+
+
+def test_rows_to_skip_are_numbers_of_rows() -> None:
+    config = RunConfig()
+    config.data.path, config.data.skip_rows = "x", [3, -1]
+    with pytest.raises(ConfigError, match="numbered from 0"):
+        check_run(config, 1)

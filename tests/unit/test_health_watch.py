@@ -1,0 +1,160 @@
+"""A process under watch: how it ends, and what it leaves. Each case is a real process; none imports torch."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from helpers import ENV
+
+from sdlm_megatron.attempt import rank_file
+from sdlm_megatron.errors import ConfigError
+from sdlm_megatron.health.stop import StopRequests, refuse_to_start
+
+HEAD = """
+import os, signal, sys, time
+from sdlm_megatron.config.schema import FaultConfig
+from sdlm_megatron.errors import ConfigError, TrainingError
+from sdlm_megatron.health import watch as module
+from sdlm_megatron.health.stop import StopRequests
+from sdlm_megatron.health.watch import Watch
+module.GRACE, module.BEHIND = 0.1, 1.0
+requests = StopRequests()
+settings = FaultConfig(heartbeat_seconds=0.1, hang_factor=3, hang_min_seconds=0.5, start_seconds=STARTUP)
+with Watch(sys.argv[1], settings, requests) as watch:
+    for step in (1, 2, 3):
+        watch.begin_step(step)
+        watch.rows = [step, step + 10]
+        if step == 3:
+            os.write(1, b"in step 3")
+BODY
+        watch.begin_read()
+        watch.end_read()
+    watch.at("end")
+assert "torch" not in sys.modules
+"""
+CASES = {
+    "fine": "pass",
+    "error": "raise ValueError('a defect')",
+    "exits 42": "sys.exit(42)",
+    "a mistake": "raise ConfigError('wrong', 'here', 'do this')",
+    "not finite": "raise TrainingError('no number', step=2)",
+    "killed": "os.kill(os.getpid(), signal.SIGKILL)",
+    "hangs": "time.sleep(60)",
+    "hangs with the interpreter's lock": "time.sleep(0.3); import re; re.match('(a+)+b', 'a' * 40)",
+    "is told to stop": "os.kill(os.getpid(), signal.SIGTERM); watch.why = requests.why",
+}
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, tuple[Path, int, str]]]:
+    """Run folder, exit code and stderr of every case; they run side by side."""
+    folder, started = tmp_path_factory.mktemp("watch"), {}
+    for case, body in CASES.items():
+        run = folder / case.replace(" ", "-")
+        run.mkdir()
+        script = HEAD.replace("BODY", "            " + body).replace("STARTUP", "60")
+        started[case] = subprocess.Popen(
+            [sys.executable, "-c", script, str(run)],
+            env={**os.environ, **ENV, "RANK": "0", "SDLM_ATTEMPT": "7-0-1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    found = {}
+    for case, process in started.items():
+        _, said = process.communicate(timeout=60)
+        found[case] = (folder / case.replace(" ", "-"), process.returncode, said)
+    yield found
+
+
+def exit_record(run: Path) -> dict:
+    return json.loads(rank_file(run, "exit", 0, "7-0-1").read_text())
+
+
+@pytest.mark.parametrize(
+    ("case", "code", "reason", "step", "failed"),
+    [
+        ("fine", 0, "finished", 3, None),
+        ("error", 1, "error", 2, 3),
+        ("exits 42", 42, "error", 2, 3),
+        ("a mistake", 2, "user_error", 2, 3),
+        ("not finite", 3, "not_finite", 2, 2),
+        ("hangs", 75, "hang", 2, 3),
+        ("is told to stop", 0, "finished", 3, None),
+    ],
+)
+def test_the_record_says_how_it_ended(
+    ended: dict, case: str, code: int, reason: str, step: int, failed: int | None
+) -> None:
+    run, found, _ = ended[case]
+    record = exit_record(run)
+    assert found == code == record["code"]
+    assert (record["reason"], record["step"], record["failed_step"]) == (reason, step, failed)
+    assert record["rows"] == [3, 13] and record["pid"] > 0 and record["host"]
+
+
+def test_what_is_said(ended: dict) -> None:
+    assert "ValueError: a defect" in ended["error"][2] and "Traceback" in ended["error"][2]
+    assert exit_record(ended["error"][0])["error"] == "ValueError: a defect"
+    assert ended["a mistake"][2] == "error: wrong\n  where: here\n  fix:   do this\n"
+    told = ended["is told to stop"][0]
+    assert exit_record(told)["why"] == "signal SIGTERM"
+    assert "in <module>" in rank_file(told, "stacks", 0, "7-0-1").read_text()
+
+
+def test_the_dead_leave_a_heartbeat_only(ended: dict) -> None:
+    run, code, _ = ended["killed"]
+    assert code == -signal.SIGKILL
+    assert not rank_file(run, "exit", 0, "7-0-1").exists()
+    beat = json.loads(rank_file(run, "heartbeat", 0, "7-0-1").read_text())
+    assert beat["phase"] in ("start", "step") and abs(beat["time"] - time.time()) < 60
+
+
+def test_a_hang_leaves_its_stack(ended: dict) -> None:
+    run, _, said = ended["hangs"]
+    stack = rank_file(run, "stacks", 0, "7-0-1").read_text()
+    assert 'File "<string>"' in stack and "in <module>" in stack
+    assert "hangs (phase step, step 3: no progress for 0 s" in said or "phase step, step 3: no progress for 1 s" in said
+    beat = json.loads(rank_file(run, "heartbeat", 0, "7-0-1").read_text())
+    assert (beat["step"], beat["phase"], beat["rows"]) == (3, "step", [3, 13])
+
+
+def test_a_hang_that_holds_the_lock_ends_too(ended: dict) -> None:
+    """No Python code can run any more: the interpreter's own timer dumps the stacks and ends the process."""
+    run, code, _ = ended["hangs with the interpreter's lock"]
+    assert code == 1
+    stack = rank_file(run, "stacks", 0, "7-0-1").read_text()
+    assert stack.startswith("Timeout") and "in match" in stack
+
+
+def test_files_that_ask_to_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user's also keeps the run from starting; the driver's is of one attempt."""
+
+    def look() -> str | None:
+        requests = object.__new__(StopRequests)  # pytest keeps its own signal handlers
+        requests.why = None
+        requests.look(tmp_path)
+        return requests.why
+
+    monkeypatch.setenv("SDLM_ATTEMPT", "7-0-1")
+    refuse_to_start(tmp_path)
+    assert look() is None
+    (tmp_path / "STOP").write_text("for today\n")
+    assert look() == "STOP: for today"
+    with pytest.raises(ConfigError, match=r"stopped by a user \(STOP: for today\)") as caught:
+        refuse_to_start(tmp_path)
+    assert caught.value.where == str(tmp_path / "STOP")
+    (tmp_path / "STOP").unlink()
+    request = tmp_path / "logs" / "7-0-1" / "stop.json"
+    request.parent.mkdir(parents=True)
+    request.write_text('{"reason": "time limit"}')
+    assert look() == "time limit"
+    refuse_to_start(tmp_path)
+    request.write_text("{")
+    assert look() == "stop.json, which gives no reason"
