@@ -31,6 +31,7 @@ from sdlm_megatron.job.gate import preflight
 from sdlm_megatron.job.launch import LAUNCHERS, environment, training, with_setup
 from sdlm_megatron.job.options import environment_overrides
 from sdlm_megatron.job.slurm import Job
+from sdlm_megatron.job.verdict import add_bad_nodes
 from sdlm_megatron.job.watch import end_of, watch
 
 EXAMPLE = "DATA=DIR BASE=DIR sbatch slurm/train_32b_d4.sh -- --train.steps=1000"
@@ -113,7 +114,9 @@ class Driver:
             end = self._attempt(find_nan)
             action = self._decide(end)
             find_nan = ["--find-nan", str(end.step)] if action.find_nan and end.step is not None else []
-            self.out.update({host: end.bad.get(host, "failed twice") for host in action.exclude})
+            twice = {host: "its processes failed twice" for host in action.exclude if host not in end.bad}
+            add_bad_nodes(self.run_dir, twice)
+            self.out.update({**twice, **end.bad})
             self.say(f"{action.kind}: {action.reason}")
             if action.kind == "retry":
                 self.tries += 1
