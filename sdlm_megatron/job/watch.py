@@ -18,6 +18,9 @@ AFTER_FAILURE = 60
 AFTER_SUCCESS = 600
 """Seconds that the others have once the first has ended well."""
 
+LAST_SECONDS = 45
+"""Before the time limit, for the driver to put the job back into the queue."""
+
 
 def watch(
     process: subprocess.Popen,
@@ -36,17 +39,20 @@ def watch(
         stop: why training has to stop, or "".
         say: for what happens meanwhile.
     """
-    asked, since, looked = False, 0.0, time.monotonic()
+    deadline, since, looked = 0.0, 0.0, time.monotonic()
     while process.poll() is None:
         time.sleep(POLL_SECONDS)
-        if not asked and (why := stop()):
-            asked = True
+        if not deadline and (why := stop()):
+            deadline = job.end_time() - LAST_SECONDS
             write_json(folder / "stop.json", {"reason": why})
             say(f"{why}: training is asked to save and stop")
         if not since and any((folder / "exit").glob("rank-*.json")):
             since = time.monotonic()
         if since and time.monotonic() - since > _patience(folder):
             say("some processes have ended, others have not: they are ended now")
+            _end(process, job)
+        elif deadline and time.time() > deadline:
+            say("the time limit is near and training has not stopped: it is ended, the last checkpoint counts")
             _end(process, job)
         elif time.monotonic() - looked > NODES_SECONDS:
             looked = time.monotonic()
