@@ -19,12 +19,13 @@ from pathlib import Path
 from types import FrameType
 
 from sdlm_megatron.attempt import attempt_dir, read_events, record_event
-from sdlm_megatron.checkpoint_files import newest
 from sdlm_megatron.config.load import PRESETS, load_config
 from sdlm_megatron.config.schema import RunConfig
 from sdlm_megatron.errors import ConfigError, run_cli
 from sdlm_megatron.files import write_text
 from sdlm_megatron.health.summary import summarize
+from sdlm_megatron.job import guardian
+from sdlm_megatron.job.checkpoint import newest_step
 from sdlm_megatron.job.cluster_file import load_cluster
 from sdlm_megatron.job.decision import Action, End, Situation, decide, since_checkpoint
 from sdlm_megatron.job.gate import preflight
@@ -82,7 +83,8 @@ class Driver:
         self.logs.mkdir(parents=True, exist_ok=True)
         self.tries = 0
         self.out: dict[str, str] = {}  # nodes not to use any more, with why
-        self.first_step = self.checkpoint()
+        self.guardian: subprocess.Popen | None = None
+        self.first_step = newest_step(self.run_dir)
 
     def say(self, text: str) -> None:
         """To the job's output and to driver.log."""
@@ -90,11 +92,6 @@ class Driver:
         print(line, flush=True)
         with open(self.logs / "driver.log", "a", encoding="utf-8") as file:
             file.write(line + "\n")
-
-    def checkpoint(self) -> int:
-        """Step of the newest complete checkpoint; -1 without one."""
-        folder = newest(self.run_dir / "ckpt", lambda text: None)
-        return int(folder.name.removeprefix("step-")) if folder else -1
 
     def event(self, kind: str, **fields: object) -> None:
         record_event(self.run_dir, kind, **fields)
@@ -131,6 +128,7 @@ class Driver:
         if self.stop.signal or (self.run_dir / "STOP").exists():
             return End("stopped", "asked to stop before training began")
         nodes = [node for node in self.job.nodes if node not in self.out]
+        self._guard(nodes)
         started = time.monotonic()
         bad = preflight(self.name, self.cluster, self.job, nodes, self.needed, self.run_dir, self.arguments)
         good = [node for node in nodes if node not in bad]
@@ -144,6 +142,15 @@ class Driver:
             return End("stopped", "asked to stop before training began")
         return self._train(good[: self.needed], more)
 
+    def _guard(self, nodes: Sequence[str]) -> None:
+        """Sees to it that a guardian stands by on another node."""
+        others = [node for node in nodes if node != self.job.batch_node]
+        if others and (self.guardian is None or self.guardian.poll() is not None):
+            # sizes of the job do not fit a step of one task
+            environ = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_NTASKS", "SLURM_TASKS_PER"))}
+            line = guardian.command(self.run_dir, self.job, others[-1])
+            self.guardian = subprocess.Popen(line, env=environ, stdin=subprocess.DEVNULL, start_new_session=True)
+
     def _train(self, nodes: list[str], more: Sequence[str]) -> End:
         attempt = os.environ["SDLM_ATTEMPT"]
         folder = attempt_dir(self.run_dir, attempt)
@@ -155,18 +162,20 @@ class Driver:
         self.event("train_start", nodes=nodes, **{"try": self.tries})
         self.say(f"try {self.tries}: {ranks} processes on {','.join(nodes)}, logs in {folder}")
         process = subprocess.Popen(with_setup(self.cluster, line), env=environ, stdin=subprocess.DEVNULL)
-        watch(process, self.job, nodes, folder, self._asked_to_stop, self.say)
+        watch(process, self.job, nodes, folder, self.heartbeat, self._asked_to_stop, self.say)
         summary = summarize(self.run_dir, attempt, ranks, heartbeat_seconds=self.heartbeat)
-        end = end_of(summary, self.job, nodes)
+        end = end_of(summary, nodes)
         self.say(f"try {self.tries} ended, srun with {process.returncode}: {end.outcome}\n{summary.text}")
-        self.event("train_end", outcome=end.outcome, summary=end.text, hosts=end.hosts, checkpoint=self.checkpoint())
+        self.event(
+            "train_end", outcome=end.outcome, summary=end.text, hosts=end.hosts, checkpoint=newest_step(self.run_dir)
+        )
         return end
 
     def _asked_to_stop(self) -> str:
         return self.stop.reason(self.job, self.cluster.signal_seconds)
 
     def _decide(self, end: End) -> Action:
-        now = self.checkpoint()
+        now = newest_step(self.run_dir)
         counts = since_checkpoint(read_events(self.run_dir), self.job.id, now)
         situation = Situation(
             nodes=[node for node in self.job.nodes if node not in self.out],
@@ -186,7 +195,7 @@ class Driver:
         if self.job.show().get("JobState") not in ("RUNNING", None):
             self.say("Slurm is already taking the job away; it puts it back into the queue itself, or was told not to")
             return 1
-        self.event("requeue", reason=action.reason, checkpoint=self.checkpoint())
+        self.event("requeue", reason=action.reason, checkpoint=newest_step(self.run_dir))
         refused = self.job.requeue(sorted({*self.out, *action.exclude}))
         if refused:
             self.say(f"no requeue: {refused}")
