@@ -49,7 +49,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     record_event(args.run_dir, "job_end", reason=f"requeue: {why}")
     record_event(args.run_dir, "requeue", reason=why, checkpoint=step)
-    print(f"{why}: requeue {job.requeue([args.driver_node]) or 'done'}", flush=True)
+    print(f"{why}: requeue", flush=True)
+    if refused := job.requeue([args.driver_node]):
+        print(refused, flush=True)
 
 
 if __name__ == "__main__":
