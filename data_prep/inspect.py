@@ -18,7 +18,7 @@ from rich.text import Text
 from data_prep.mask_picture import in_letters, save_png, stretch_of
 from data_prep.row_rules import Facts, Row, read_row
 from data_prep.token_text import TokenText, open_text, show_ids
-from sdlm_megatron.data.format import REBUILD, PackedDataset, prefix
+from sdlm_megatron.data.format import REBUILD, PackedDataset, origin, prefix
 from sdlm_megatron.data.indexed import IndexedReader
 from sdlm_megatron.data.tokenizer import fingerprint, has_tokenizer
 from sdlm_megatron.diffusion.layout import IGNORE, RowLayout, slot_targets
@@ -82,16 +82,6 @@ def view_documents(row: Row, facts: Facts, text_of: TokenText) -> list[Document]
             )
         )
     return found
-
-
-def origin(number: int, manifest: dict[str, Any]) -> str:
-    """Which input row a document is: "row 12 of smoltalk"."""
-    for source in manifest.get("accounting", {}).get("by_source", []):
-        copies = int(np.ceil(source["weight"]))
-        copy, row = divmod(number - source["first_document"], max(1, source["rows"]))
-        if 0 <= copy < copies:
-            return f"row {row:,} of {source['name']}" + (f", copy {copy + 1} of {copies}" if copies > 1 else "")
-    return "of no known source"
 
 
 def clean_text(document: Document, header: dict[str, int], *, whole: bool) -> Text:

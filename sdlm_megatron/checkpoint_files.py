@@ -102,14 +102,16 @@ def check_complete(folder: Path) -> None:
             )
 
 
-def check_files(folder: Path, share: tuple[int, int] = (0, 1)) -> None:
+def check_files(folder: Path, share: tuple[int, int] = (0, 1), only: str = "") -> None:
     """Reads files of a complete checkpoint; CheckpointError where one is not what was written.
 
     Args:
         folder: a checkpoint.
         share: (i, n) reads every n-th file from the i-th, the largest first, so that n processes read about the same.
+        only: reads this file alone.
     """
     files = sorted(_listed(folder).items(), key=lambda entry: (-entry[1][0], entry[0]))
+    files = [entry for entry in files if only in ("", entry[0])]
     for name, (_, wanted) in files[share[0] :: share[1]]:
         try:
             found = sha256(folder / name) if wanted else ""
@@ -146,6 +148,7 @@ def newest(folder: Path, notice: Callable[[str], None]) -> Path | None:
             continue
         try:
             check_complete(candidate)
+            check_files(candidate, only="state.json")
         except CheckpointError as error:
             notice(f"ignored {candidate}: {error.what}")
             continue

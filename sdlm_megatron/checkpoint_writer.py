@@ -197,14 +197,15 @@ class CheckpointWriter:
         """All processes' threads go through this together; what one cannot write, all give up."""
         partial = save.folder.with_name(save.folder.name + ".partial")
         save.size = sum(self._gather(sum(p.nbytes for p in save.parts)))
-        save.refused = self._on_main(lambda: self._prepare(save, partial))
+        save.refused = self._on_main(lambda: self._prepare(save, partial), partial)
         if not save.refused:
             name, files = f"__{self.engine.groups.rank}_0.distcp", {}
             refused = _attempt(lambda: files.update({name: self._write_parts(save.parts, partial / "weights" / name)}))
+            refused = refused and f"process {self.engine.groups.rank} on {socket.gethostname()}: {refused}"
             everyone = self._gather((refused, files, {p.key: (p.shape, p.dtype) for p in save.parts}))
-            save.refused = self._on_main(lambda: self._finish(save, partial, everyone))
+            save.refused = self._on_main(lambda: self._finish(save, partial, everyone), partial)
         if self._main:
-            self._report(save, partial)
+            self._report(save)
 
     def _prepare(self, save: _Save, partial: Path) -> None:
         shutil.rmtree(partial, ignore_errors=True)
@@ -243,22 +244,23 @@ class CheckpointWriter:
         rename_whole(partial, save.folder)
         shutil.rmtree(replaced, ignore_errors=True)
 
-    def _report(self, save: _Save, partial: Path) -> None:
+    def _report(self, save: _Save) -> None:
         total = time.perf_counter() - save.started
         blocked = total if save.final or not self.config.async_save else save.blocked
         if not save.refused:
             print(f"saved {save.folder}", flush=True)
             record_event(self.run_dir, "saved", step=save.state.step, blocked_s=blocked, total_s=total, bytes=save.size)
             return
-        shutil.rmtree(partial, ignore_errors=True)
         print(f"NO CHECKPOINT of step {save.state.step}: {save.refused}", flush=True)
         if not save.final:
             print("  training goes on; the next save tries again", flush=True)
         record_event(self.run_dir, "save_failed", step=save.state.step, reason=save.refused)
 
-    def _on_main(self, action: Callable[[], None]) -> str:
-        """Runs `action` on the main process; why it failed, "" if it did not, on all."""
+    def _on_main(self, action: Callable[[], None], partial: Path) -> str:
+        """Runs `action` on the main process; why it failed, "" if it did not, on all. Then `partial` is removed."""
         said = [_attempt(action) if self._main else ""]
+        if said[0]:
+            shutil.rmtree(partial, ignore_errors=True)
         dist.broadcast_object_list(said, src=0, group=self._group)
         return said[0]
 
@@ -273,5 +275,5 @@ def _attempt(action: Callable[[], None]) -> str:
     try:
         action()
     except OSError as error:
-        return f"{socket.gethostname()}: {error}"
+        return str(error)
     return ""

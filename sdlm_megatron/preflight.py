@@ -12,19 +12,23 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from sdlm_megatron.errors import ConfigError, run_cli
 from sdlm_megatron.files import write_json, write_text
-from sdlm_megatron.job.limits import Limits, limits_from
+from sdlm_megatron.job.agents import Agent
+from sdlm_megatron.job.cluster_file import FIELD_ENVIRONMENT, ClusterFile, load_cluster
+from sdlm_megatron.job.flight import Flight
+from sdlm_megatron.job.launch import on_nodes
+from sdlm_megatron.job.limits import limits_from
+from sdlm_megatron.job.verdict import Node, add_bad_nodes, table, to_blame
 
 NOT_ENOUGH = 3
 EXAMPLE = """example, inside a job:
-  python -m sdlm_megatron.preflight --run-dir RUN --nodes-needed 29 --cluster slurm/clusters/mine.yaml \\
+  python -m sdlm_megatron.preflight --run-dir RUN --nodes-needed 29 --cluster mine \\
     --config sdlm_32b_d4 --data.path=DATA"""
 
 
@@ -40,9 +44,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--nodes-needed", type=int, metavar="N", help="healthy nodes that the training takes")
     parser.add_argument("--nodes", metavar="LIST", help="such as node[01-32]; default: the whole allocation")
     parser.add_argument("--config", default="", help="file or preset of the training, compared on all nodes")
-    parser.add_argument("--cluster", metavar="FILE", help="YAML; its section `preflight` holds limits")
     parser.add_argument(
-        "--srun", action="append", default=[], metavar="ARG", help="further argument of srun, e.g. of a container"
+        "--cluster", default="default", metavar="NAME", help="slurm/clusters/NAME.yaml, or a file; holds the limits"
     )
     parser.add_argument("--node-only", action="store_true", help="what runs on each node; started by the above")
     return parser
@@ -59,10 +62,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not args.run_dir or not args.nodes_needed or args.nodes_needed < 1:
         raise ConfigError("--run-dir and --nodes-needed (1 or more) are needed", "the command line", EXAMPLE)
     names = node_names(args.nodes)
-    say = Progress()
-    report = fly(
-        Path(args.run_dir), names, args.nodes_needed, read_limits(args.cluster), args.config, overrides, args.srun, say
-    )
+    cluster = load_cluster(args.cluster)
+    report = fly(Path(args.run_dir), names, args.nodes_needed, cluster, args.config, overrides, Progress())
     print(report["table"], flush=True)
     if not report["ok"]:
         raise SystemExit(NOT_ENOUGH)
@@ -72,40 +73,23 @@ def fly(
     run_dir: Path,
     names: Sequence[str],
     needed: int,
-    limits: Limits,
+    cluster: ClusterFile,
     config: str,
     overrides: Sequence[str],
-    srun: Sequence[str],
-    say: "Progress",
+    say: Callable[[str], None],
 ) -> dict[str, Any]:
     """Runs the pre-flight of nodes and writes its report.
 
     Returns:
-        preflight.json: {"ok", "needed", "seconds", "healthy": [node], "bad": {node: why}, "nodes": {node: checks},
-        "table": text}.
+        preflight.json: {"ok", "needed", "seconds", "healthy": [node], "bad": {node: why}, "blamed": those of
+        the bad that are to be replaced, "nodes": {node: checks}, "table": text}. A node that is bad but not blamed
+        failed only what all nodes failed: other nodes would not help.
     """
-    # What runs on a node imports this module too, and should start at once.
-    from sdlm_megatron.job.agents import Agent
-    from sdlm_megatron.job.flight import Flight
-    from sdlm_megatron.job.verdict import add_bad_nodes, table, to_blame
-
     start = time.monotonic()
     logs = run_dir / "logs" / job_name()
     (logs / "preflight").mkdir(parents=True, exist_ok=True)
-    token = uuid.uuid4().hex
-    write_text(logs / "preflight" / "token", token)
-    agents: dict[str, Agent] = {}
-    try:
-        for name in names:
-            agents[name] = Agent(name, node_command(name, srun), logs / "preflight" / f"{name}.log")
-        asked = {"config": config, "overrides": list(overrides), "run_dir": str(run_dir.resolve())}
-        asked |= {"token_file": str((logs / "preflight" / "token").resolve()), "token": token}
-        nodes = Flight(limits, asked, agents, say).run()
-    finally:
-        for agent in agents.values():
-            agent.close()
+    nodes = _nodes(run_dir, names, cluster, config, overrides, logs / "preflight", say)
     healthy = [node.name for node in nodes if not node.failed]
-    bad = {node.name: node.why for node in nodes if node.failed}
     blamed = to_blame(nodes)
     add_bad_nodes(run_dir, blamed)
     seconds = time.monotonic() - start
@@ -117,7 +101,8 @@ def fly(
         "needed": needed,
         "seconds": round(seconds, 1),
         "healthy": healthy,
-        "bad": bad,
+        "bad": {node.name: node.why for node in nodes if node.failed},
+        "blamed": blamed,
         "nodes": {node.name: [vars(check) for check in node.checks] for node in nodes},
         "table": "\n".join(lines),
     }
@@ -126,13 +111,32 @@ def fly(
     return report
 
 
-def node_command(node: str, srun: Sequence[str]) -> list[str]:
-    """What starts this program on a node, with all CPUs and GPUs that the job has there."""
-    step = ["--nodes=1", "--ntasks=1", "--ntasks-per-node=1", f"--nodelist={node}", "--overlap", "--mem=0"]
-    cpus = os.environ.get("SLURM_CPUS_ON_NODE", "1")
-    step += [f"--cpus-per-task={cpus}", "--cpu-bind=none", "--job-name=preflight", "--quiet"]
-    python = "python" if srun else sys.executable
-    return ["srun", *step, *srun, python, "-u", "-m", "sdlm_megatron.preflight", "--node-only"]
+def _nodes(
+    run_dir: Path,
+    names: Sequence[str],
+    cluster: ClusterFile,
+    config: str,
+    overrides: Sequence[str],
+    logs: Path,
+    say: Callable[[str], None],
+) -> list[Node]:
+    """Starts a program on each node, flies, and ends the programs."""
+    limits = limits_from({"gpus": cluster.gpus_per_node, **cluster.preflight}, "the cluster file")
+    environment = {**FIELD_ENVIRONMENT, **os.environ, **{key: str(value) for key, value in cluster.env.items()}}
+    whole = replace(cluster, cpus_per_task=0)  # its processes share all CPUs of the node
+    token, token_file = uuid.uuid4().hex, logs / "token"
+    write_text(token_file, token)
+    asked = {"config": config, "overrides": list(overrides), "run_dir": str(run_dir.resolve())}
+    asked |= {"token_file": str(token_file.resolve()), "token": token}
+    agents: dict[str, Agent] = {}
+    try:
+        for name in names:
+            command = on_nodes(whole, [name], 1, ["-u", "-m", "sdlm_megatron.preflight", "--node-only"])
+            agents[name] = Agent(name, command, environment, logs / f"{name}.log")
+        return Flight(limits, asked, agents, say).run()
+    finally:
+        for agent in agents.values():
+            agent.close()
 
 
 class Progress:
@@ -164,18 +168,6 @@ def node_names(nodes: str | None) -> list[str]:
     if done.returncode or not done.stdout.split():
         raise ConfigError(f"{nodes} is no list of nodes", "--nodes", done.stderr.strip())
     return done.stdout.split()
-
-
-def read_limits(file: str | None) -> Limits:
-    """Limits of a cluster file; the defaults without one."""
-    if not file:
-        return Limits()
-    try:
-        content = yaml.safe_load(Path(file).read_text(encoding="utf-8")) or {}
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"the cluster file is not readable: {error}", file) from None
-    given = {"gpus": content["gpus_per_node"]} if "gpus_per_node" in content else {}
-    return limits_from({**given, **(content.get("preflight") or {})}, file)
 
 
 if __name__ == "__main__":

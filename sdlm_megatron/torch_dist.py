@@ -310,7 +310,9 @@ def write_index(
     }
     with open(weights / ".metadata", "wb") as out:
         pickle.dump(Metadata(state_dict_metadata=listed, storage_data=places), out)
-    torch.save({"content_metadata": {}}, weights / "common.pt")
+    common = io.BytesIO()  # torch.save itself hides what the disk says
+    torch.save({"content_metadata": {}}, common)
+    (weights / "common.pt").write_bytes(common.getvalue())
     backends = {"sharded_backend": "torch_dist", "common_backend": "torch"}
     versions = {"sharded_backend_version": 1, "common_backend_version": 1}
     write_json(weights / "metadata.json", backends | versions)

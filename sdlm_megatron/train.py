@@ -3,7 +3,7 @@
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -32,6 +32,13 @@ def _options(parser: argparse.ArgumentParser) -> None:
         help="profile these steps, such as 10:12 or 10: a trace for Perfetto or chrome://tracing and a page of what "
         "it says, in RUN_DIR/profile; without it nothing is slower",
     )
+    parser.add_argument(
+        "--find-nan",
+        type=int,
+        default=0,
+        metavar="STEP",
+        help="in this step look at every module and gradient, slowly, and say where numbers stop being finite",
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -51,10 +58,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     with Watch(config.run_dir, config.fault, requests) as watch:
         refuse_to_start(Path(config.run_dir))
-        train(config, watch, profile_steps=steps)
+        train(config, watch, profile_steps=steps, find_nan=args.find_nan)
 
 
-def train(config: RunConfig, watch: Watch | None, *, profile_steps: tuple[int, int] | None = None) -> None:
+def train(
+    config: RunConfig, watch: Watch | None, *, profile_steps: tuple[int, int] | None = None, find_nan: int = 0
+) -> None:
     """Runs a checked configuration on this process, together with the others of the job; without a `watch` it only
     says what would be trained."""
     # Imports stand where they are needed: mistakes are found before Megatron's ten seconds, and the helper processes
@@ -74,7 +83,7 @@ def train(config: RunConfig, watch: Watch | None, *, profile_steps: tuple[int, i
 
         profile_steps = steps_to_profile(profile_steps, plan.state.step, plan.last_step(config))
     if watch is not None:
-        _run(config, plan, dataset, validation, watch, profile_steps)
+        _run(config, plan, dataset, validation, watch, profile_steps, find_nan, say)
 
 
 def _run(
@@ -84,6 +93,8 @@ def _run(
     validation: "PackedDataset | None",
     watch: Watch,
     profile_steps: tuple[int, int] | None,
+    find_nan: int,
+    say: Callable[[str], None],
 ) -> None:
     """Joins the other processes, builds, and trains."""
     import psutil
@@ -92,6 +103,7 @@ def _run(
 
     compat.silence_known_notices()
     cpu.install()  # before anything imports megatron
+    from sdlm_megatron.health.monitor import Monitor
     from sdlm_megatron.model.layers import optimizer_text
     from sdlm_megatron.observe.console import Console
     from sdlm_megatron.observe.peak_flops import peak_flops
@@ -99,11 +111,13 @@ def _run(
     from sdlm_megatron.observe.sinks import Sinks
     from sdlm_megatron.parallel.engine import Engine
     from sdlm_megatron.parallel.groups import close_groups, init_groups
+    from sdlm_megatron.resume import agree
     from sdlm_megatron.samples import Sampler
     from sdlm_megatron.trainer import Trainer
     from sdlm_megatron.validation import Validator
 
     groups = init_groups(config.parallel, seed=config.train.seed)
+    plan = agree(config, plan, dataset, groups, say)
     engine = Engine(
         config,
         plan.state.shape,
@@ -147,8 +161,9 @@ def _run(
         )
     sampler = Sampler(engine, plan.state, dataset, plan.assets) if config.observe.sample_every else None
     validator = Validator(engine, plan.state, validation) if validation is not None else None
+    monitor = Monitor(config, engine, dataset, watch, find_nan=find_nan)
     with sinks or nullcontext():
-        Trainer(config, plan, engine, dataset, watch, sinks, console, profiler, sampler, validator).fit()
+        Trainer(config, plan, engine, dataset, watch, monitor, sinks, console, profiler, sampler, validator).fit()
     watch.at("end")
     close_groups()
 

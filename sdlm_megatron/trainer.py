@@ -19,6 +19,7 @@ from sdlm_megatron.data.format import PackedDataset
 from sdlm_megatron.data.order import locate, step_rows
 from sdlm_megatron.data.prefetch import Prefetch
 from sdlm_megatron.diffusion.row import MicroBatch
+from sdlm_megatron.health.monitor import Monitor
 from sdlm_megatron.health.watch import Watch
 from sdlm_megatron.observe.console import Console
 from sdlm_megatron.observe.flops import ModelShape, model_flops_utilization, training_flops
@@ -42,6 +43,7 @@ class Trainer:
         engine: built for the plan, weights not loaded yet.
         dataset: the packed rows.
         watch: told where the process stands.
+        monitor: looks at every step and what it did.
         sinks, console: given on the main process only.
         profiler: given on all processes where steps are to be profiled.
         sampler, validator: given on all processes where samples or validation are wanted (observe.sample_every,
@@ -55,6 +57,7 @@ class Trainer:
         engine: Engine,
         dataset: PackedDataset,
         watch: Watch,
+        monitor: Monitor,
         sinks: Sinks | None,
         console: Console | None,
         profiler: StepProfiler | None = None,
@@ -62,10 +65,11 @@ class Trainer:
         validator: Validator | None = None,
     ) -> None:
         self.config, self.plan, self.engine, self.dataset = config, plan, engine, dataset
-        self.watch, self.sinks, self.console, self.profiler = watch, sinks, console, profiler
+        self.watch, self.monitor, self.sinks, self.console, self.profiler = watch, monitor, sinks, console, profiler
         self.sampler, self.validator = sampler, validator
         self.state = plan.state
         self.run_dir = Path(config.run_dir)
+        self._skipped = frozenset(config.data.skip_rows)
         self._queued: list[QueuedStep] = []
         """Steps whose results nobody has read yet: the device may still be working on them."""
         self._window: list[StepResult] = []
@@ -100,13 +104,14 @@ class Trainer:
                 self.profiler.before(step)
             with record_function("sdlm::data"):
                 batches = data.next_step()
-            self.watch.rows = [b.number for b in batches if b.number is not None]
+            self.monitor.loaded(step, batches)
             if step == first and (done := self.engine.warm_up(batches)):
                 self._begin_window(data)
                 if self.engine.groups.main:
                     print(done, flush=True)
             log = step % log_every == 0 or step == last
-            self._queued.append(self.engine.train_step(batches, step, measure=log))
+            with self.monitor.around(step, batches):
+                self._queued.append(self.engine.train_step(batches, step, measure=log))
             self._advance(step)
             save = step == last or (save_every > 0 and step % save_every == 0)
             profiled = self.profiler is not None and step == self.profiler.last
@@ -133,10 +138,11 @@ class Trainer:
     def _read(self, step: int) -> bool:
         """What the steps in the queue did; waits for the device. True where some process was asked to stop the run."""
         self.watch.begin_read()
-        self._window += self.engine.results(self._queued, stop=self.watch.asked_to_stop())
-        self._queued = []
+        results = self.engine.results(self._queued, stop=self.watch.asked_to_stop())
         self.watch.end_read()
-        return self._window[-1].stop
+        self.monitor.look(self._queued, results)
+        self._window, self._queued = self._window + results, []
+        return results[-1].stop
 
     def _stopped(self, step: int) -> None:
         why = next(filter(None, self.engine.groups.gather(self.watch.requests.why)), "")
@@ -174,7 +180,8 @@ class Trainer:
             dp_size=groups.dp_size,
             multiple=micro_batch_multiple(self.config.parallel),
         )
-        rows = (load_micro_batch(self.dataset, n, seed=seed, next_token_weight=weight) for n in numbers)
+        wanted = (None if n in self._skipped else n for n in numbers)
+        rows = (load_micro_batch(self.dataset, n, seed=seed, next_token_weight=weight) for n in wanted)
         return [self.engine.prepare(row) for row in rows]
 
     def _advance(self, step: int) -> None:
@@ -197,7 +204,7 @@ class Trainer:
         a_step = seconds / len(steps)
         weight = 0.9 ** len(steps) if self._seconds_a_step else 0.0
         self._seconds_a_step = weight * self._seconds_a_step + (1 - weight) * a_step
-        record = {**self._record(step, steps, a_step), "data_wait": waited / len(steps)}
+        record = {**self._record(step, steps, a_step), **self.monitor.fields, "data_wait": waited / len(steps)}
         self._record_of_log = record
         self.sinks.log(step, record)
         self.console.log(step, record)

@@ -49,6 +49,9 @@ class DataConfig:
     validation: str = ""
     """Another such folder, of conversations that are not trained on, built with the same row length, block size and
     tokenizer: what the model makes of them is measured every observe.validate_every steps."""
+    skip_rows: list[int] = field(default_factory=list)
+    """Numbers of rows of the run (as spikes.jsonl names them) to leave out: an empty row takes the place of each, the
+    other rows of its step stay what they were."""
 
 
 @dataclass
@@ -186,6 +189,17 @@ class FaultConfig:
     """But no step is a hang before so long."""
     start_seconds: float = 3600.0
     """The same limit for all that is no usual step: start, loading, the first step, a save, validation, samples."""
+    straggler_factor: float = 1.2
+    """A host that computes so many times as long as the median one before gradients are reduced, in each of three log
+    steps, is named. 0: none."""
+    spike_factor: float = 8.0
+    """A loss or gradient norm that lies so many robust standard deviations above the median of the last 100 steps is a
+    spike: its worst rows are named in RUN/spikes.jsonl. 0: none."""
+    replica_check_every: int = 0
+    """Steps between checks that all data-parallel ranks hold the same weights, bit for bit. 0: none. (With a
+    distributed optimizer each update makes the weights anew from one master: a wrong one then lasts a step.)"""
+    log_rows: bool = False
+    """Write the numbers of the rows that each step has loaded to RUN/rows/ATTEMPT."""
 
 
 @dataclass

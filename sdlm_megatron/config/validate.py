@@ -1,6 +1,6 @@
 """Checks of a configuration before anything is built. Nothing here changes a setting."""
 
-from sdlm_megatron.config.schema import ModelConfig, ParallelConfig, RunConfig, TrainConfig
+from sdlm_megatron.config.schema import DataConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from sdlm_megatron.errors import ConfigError
 
 CHOICES = {
@@ -44,6 +44,9 @@ NOT_NEGATIVE = (
     "observe.sample_every",
     "observe.validate_every",
     "observe.validation_rows",
+    "fault.straggler_factor",
+    "fault.spike_factor",
+    "fault.replica_check_every",
 )
 
 
@@ -65,8 +68,7 @@ def check_run(config: RunConfig, world_size: int) -> None:
                 raise ConfigError(f"{key} is {value}", key, f"give a number {word}")
     if not config.train.steps and config.train.epochs <= 0:
         raise ConfigError("nothing to train: train.steps and train.epochs are 0", "train", "set one of them")
-    if not config.data.path:
-        raise ConfigError("no dataset", "data.path", "--data.path=DIR, a folder written by `python -m data_prep.build`")
+    _check_data(config.data)
     parallel = config.parallel
     if parallel.sequence and parallel.tensor == 1:
         raise ConfigError(
@@ -96,6 +98,13 @@ def check_run(config: RunConfig, world_size: int) -> None:
             "parallel",
             f"start a multiple of {model_size} processes, or change parallel.tensor / parallel.pipeline",
         )
+
+
+def _check_data(data: DataConfig) -> None:
+    if not data.path:
+        raise ConfigError("no dataset", "data.path", "--data.path=DIR, a folder written by `python -m data_prep.build`")
+    if any(row < 0 for row in data.skip_rows):
+        raise ConfigError("rows are numbered from 0", "data.skip_rows", "give the numbers that spikes.jsonl names")
 
 
 def _check_overlap(parallel: ParallelConfig) -> None:

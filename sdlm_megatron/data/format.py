@@ -299,6 +299,16 @@ class PackedDataset:
 REBUILD = "the file was damaged or replaced: copy it again or build the dataset again"
 
 
+def origin(number: int, manifest: dict[str, Any]) -> str:
+    """Which input row a document is: "row 12 of smoltalk"."""
+    for source in manifest.get("accounting", {}).get("by_source", []):
+        copies = int(np.ceil(source["weight"]))
+        copy, row = divmod(number - source["first_document"], max(1, source["rows"]))
+        if 0 <= copy < copies:
+            return f"row {row:,} of {source['name']}" + (f", copy {copy + 1} of {copies}" if copies > 1 else "")
+    return "of no known source"
+
+
 def read_manifest(path: Path) -> dict[str, Any]:
     """The manifest of a dataset folder; DataError when it is missing, damaged or of another version."""
     file = path / "manifest.json"

@@ -7,7 +7,8 @@ was killed. health/summary.py makes one story of all processes' files. The forms
     exit/rank-N.json        rank, host, local_rank, pid, reason (finished | stopped | error | hang | not_finite |
                             user_error), why, step (last one whose results were read), failed_step (the one that went
                             wrong, or null), rows (of the run, in work), error ("Type: message" or null), code, time
-    heartbeat/rank-N.json   at each new step, once a second at most: rank, host, pid, step (in work), phase, since (of the phase), time, rows
+    heartbeat/rank-N.json   rank, host, pid, step (in work), phase, since (of the phase), time, rows; at each new step,
+                            but once a second at most
     stacks/rank-N.txt       empty unless the process hung or got SIGTERM
 
 Times are seconds since 1970. Nothing here needs torch.

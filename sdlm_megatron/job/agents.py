@@ -22,7 +22,7 @@ class Silent(Exception):
 class Agent:
     """The pre-flight's program on one node."""
 
-    def __init__(self, node: str, command: Sequence[str], log: Path) -> None:
+    def __init__(self, node: str, command: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
         """
         Args:
             command: starts the program on that node.
@@ -36,6 +36,7 @@ class Agent:
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 text=True,
+                env=environment,
                 start_new_session=True,  # a signal to the job's shell is the driver's business
             )
         self.answers: queue.Queue = queue.Queue()
@@ -72,7 +73,7 @@ class Agent:
 
     def _said(self) -> str:
         text = self.log.read_text(errors="replace")
-        lines = [line for line in text.splitlines() if line.strip() and "support for cpu binding" not in line]
+        lines = [line for line in text.splitlines() if line.strip()]
         return f": {lines[-1].strip()[:300]}" if lines else ""
 
     def close(self) -> None:

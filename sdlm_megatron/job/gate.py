@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sdlm_megatron.job.cluster_file import ClusterFile, cluster_path
-from sdlm_megatron.job.launch import container_prefix, with_setup
+from sdlm_megatron.job.launch import with_setup
 from sdlm_megatron.job.slurm import Job
 
 
@@ -27,7 +27,6 @@ def preflight(
     report.unlink(missing_ok=True)
     line = [sys.executable, "-m", "sdlm_megatron.preflight", f"--run-dir={run_dir}", f"--nodes-needed={needed}"]
     line += [f"--nodes={','.join(nodes)}", f"--cluster={cluster_path(name)}"]
-    line += [f"--srun={part}" for part in container_prefix(cluster)]
     code = subprocess.run(with_setup(cluster, [*line, *training]), stdin=subprocess.DEVNULL).returncode
     try:
         found = json.loads(report.read_text(encoding="utf-8"))

@@ -50,7 +50,7 @@ def limits_from(settings: Mapping[str, Any] | None, where: str) -> Limits:
     Raises:
         ConfigError: unknown name or a value that is no number >= 0.
     """
-    known = {field.name for field in fields(Limits)}
+    known = {field.name: field.type for field in fields(Limits)}
     for name, value in (settings or {}).items():
         if name not in known:
             raise ConfigError(f"unknown limit {name}", f"{where}, preflight", f"known: {', '.join(sorted(known))}")
@@ -58,4 +58,4 @@ def limits_from(settings: Mapping[str, Any] | None, where: str) -> Limits:
         may_be_null = value is None and name in ("node_gbs", "network_gbs", "slow_factor")
         if not number and not may_be_null:
             raise ConfigError(f"preflight.{name} is {value!r}", where, "write a number of at least 0")
-    return Limits(**(settings or {}))
+    return Limits(**{name: int(v) if known[name] is int else v for name, v in (settings or {}).items()})

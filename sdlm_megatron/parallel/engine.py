@@ -29,6 +29,7 @@ from sdlm_megatron.parallel.gradients import clip, finalizer, gradient_norm
 from sdlm_megatron.parallel.groups import Groups
 from sdlm_megatron.parallel.optimizer import build_optimizer, build_schedule, connect_overlap, wrap_ddp
 from sdlm_megatron.parallel.results import QueuedStep, StepResult, joined, queued_step, read
+from sdlm_megatron.parallel.step_clock import StepClock
 from sdlm_megatron.parallel.warm_up import warm_up
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -105,12 +106,13 @@ class Engine:
 
     def _prepare_training(self, mcore: TransformerConfig, steps: int) -> None:
         parallel = self.config.parallel
+        self._clock = StepClock(self.groups.device)
         for module in self.modules:
             module.train()
         self.models = wrap_ddp(self.modules, parallel)
         self.optimizer = optimizer = build_optimizer(self.models, self.config.optimizer, parallel)
         self.schedule = build_schedule(optimizer, self.config.schedule, self.config.optimizer.lr, steps)
-        mcore.finalize_model_grads_func = finalizer(self.groups.collection)
+        mcore.finalize_model_grads_func = finalizer(self.groups.collection, self._clock.end)
         mcore.grad_scale_func = optimizer.scale_loss
         connect_overlap(mcore, self.models, parallel)
         self._schedule_micro_batches = get_forward_backward_func()
@@ -162,6 +164,7 @@ class Engine:
         assert self.optimizer is not None
         self.schedule.num_steps = step
         self.schedule.step(0)
+        self._clock.begin()
         seen = self.forward_backward([replace(b, measure=True) for b in batches] if measure else batches)
         with record_function("sdlm::optimizer"):
             grad_norm = self._update()
@@ -173,6 +176,7 @@ class Engine:
             batches,
             self.groups,
             causal_attn=self.config.diffusion.causal_attn,
+            seconds=self._clock.seconds(),
         )
 
     def results(self, queued: Sequence[QueuedStep], *, stop: bool = False) -> list[StepResult]:

@@ -14,10 +14,14 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 
-def finalizer(groups: ProcessGroupCollection) -> Callable[..., None]:
-    """The configuration's `finalize_model_grads_func`: reduces all gradients, then divides them by the targets."""
+def finalizer(groups: ProcessGroupCollection, computed: Callable[[], None]) -> Callable[..., None]:
+    """The configuration's `finalize_model_grads_func`: reduces all gradients, then divides them by the targets.
+
+    `computed` is called before the reduction (what remains of it, where it overlaps with the backward pass).
+    """
 
     def finalize(chunks: Sequence[Any], num_tokens: torch.Tensor | None = None, **keywords: Any) -> None:
+        computed()
         finalize_model_grads(chunks, None, **keywords)
         if num_tokens is None:
             return

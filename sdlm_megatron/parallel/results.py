@@ -1,8 +1,8 @@
 """What steps did: kept on the device while they run, read by the host for many steps at once, and checked there."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.distributed as dist
@@ -39,6 +39,9 @@ class StepResult:
     """Some process was asked to stop the run when this was read."""
     measures: "Measures | None" = None
     """Of steps that were asked to measure."""
+    rank_seconds: list[float] = field(default_factory=list, compare=False)
+    """Of the newest result: seconds that each rank computed before the reduction of gradients, mean of all steps read
+    together; see step_clock."""
 
     def learned(self) -> dict[str, float]:
         """Losses and measures as fields of a log record; slots without a target are left out, not written as 0."""
@@ -96,6 +99,8 @@ class QueuedStep:
     """Useful tokens, documents and visible pairs of this process's micro-batches."""
     numbers: list[int | None]
     """The rows of the run, in micro-batch order."""
+    seconds: Callable[[], float]
+    """Computing time before the reduction of gradients; see step_clock."""
 
 
 def joined(parts: Sequence[QueuedStep]) -> QueuedStep:
@@ -121,6 +126,7 @@ def queued_step(
     groups: Groups,
     *,
     causal_attn: bool,
+    seconds: Callable[[], float] = float,  # 0.0
 ) -> QueuedStep:
     """The record of a step, from what forward_backward returned; the host does not wait for the device."""
     sums, measured, rows = None, None, (0, 0, 0)
@@ -130,7 +136,7 @@ def queued_step(
             measured = torch.stack([part["measured"] for part in seen]).sum(0)
         pairs = sum(visible_pairs(b.layout, causal_attn=causal_attn) for b in batches)
         rows = (sum(b.layout.used for b in batches), sum(b.layout.n_docs for b in batches), pairs)
-    return QueuedStep(step, lr, sums, measured, grad_norm, rows, [b.number for b in batches])
+    return QueuedStep(step, lr, sums, measured, grad_norm, rows, [b.number for b in batches], seconds)
 
 
 def read(
@@ -159,8 +165,13 @@ def read(
     if groups.main:
         sums[:, 2, 4] = norms  # all decide by the same number, even where a broken device made another one
     sums[:, 2, 5] = float(stop)
-    dist.all_reduce(sums)
+    seconds = torch.zeros(groups.world_size, dtype=torch.float64)
+    seconds[groups.rank] = sum(one.seconds() for one in queued) / len(queued)
+    shared = torch.cat([sums.flatten(), seconds.to(groups.device)])
+    dist.all_reduce(shared)
+    sums, seconds = shared[: sums.numel()].view_as(sums), shared[sums.numel() :]
     results = [_result(total, one.lr, block_size) for total, one in zip(sums.tolist(), queued, strict=True)]
+    results[-1] = replace(results[-1], rank_seconds=seconds.tolist())
     bad = [
         i
         for i, (total, result) in enumerate(zip(sums.tolist(), results, strict=True))
@@ -194,6 +205,15 @@ def _result(sums: Sequence[Sequence[float]], lr: float, block_size: int) -> Step
 
 def _means(totals: Sequence[float], counts: Sequence[float]) -> list[float | None]:
     return [total / count if count else None for total, count in zip(totals, counts, strict=False)]
+
+
+def row_losses(queued: QueuedStep, groups: Groups) -> list[tuple[int, float]]:
+    """Each row of a step, by its number in the run, and its own loss, ascending; all processes call it."""
+    mine = []
+    if queued.sums is not None:
+        sums = queued.sums[:, :, 0].tolist()
+        mine = [(n, t / c) for n, (t, c) in zip(queued.numbers, sums, strict=True) if n is not None and c]
+    return sorted((row for rows in groups.gather(mine) for row in rows), key=lambda row: row[1])
 
 
 def _not_finite(queued: QueuedStep, result: StepResult, groups: Groups) -> TrainingError:

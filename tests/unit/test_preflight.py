@@ -3,6 +3,7 @@
 The text of nvidia-smi and of the kernel log is written after NVIDIA's documentation; no GPU was asked.
 """
 
+import os
 import sys
 import time
 from pathlib import Path
@@ -13,6 +14,7 @@ from helpers import ENV
 from sdlm_megatron.errors import ConfigError
 from sdlm_megatron.job.agents import Agent, ask_all
 from sdlm_megatron.job.bandwidth import matmul_tflops
+from sdlm_megatron.job.cluster_file import load_cluster
 from sdlm_megatron.job.flight import Flight, clock_check
 from sdlm_megatron.job.gpus import parse_gpus, parse_remapped, parse_xids, state_checks
 from sdlm_megatron.job.limits import Limits, limits_from
@@ -28,7 +30,7 @@ from sdlm_megatron.job.verdict import (
     table,
     to_blame,
 )
-from sdlm_megatron.preflight import main, node_names, read_limits
+from sdlm_megatron.preflight import main, node_names
 
 LINE = "{0}, 00000000:{0}B:00.0, NVIDIA H100 80GB HBM3, 550.54.15, {1}, {2}, 1980, 700.00, {3}, {4}"
 GOOD = LINE.format(0, 31, 4, "0x0000000000000001", 0)
@@ -139,8 +141,11 @@ def test_hashes_follow_the_resolved_configuration(tmp_path: Path) -> None:
 
 def test_limits_come_from_the_cluster_file(tmp_path: Path) -> None:
     file = tmp_path / "cluster.yaml"
-    file.write_text("gpus_per_node: 4\npreflight: {temperature: 60, node_gbs: null}\n")
-    assert read_limits(str(file)) == Limits(gpus=4, temperature=60)
+    file.write_text("gpus_per_node: 4\npreflight: {temperature: 60, write_mb: 4, node_gbs: null}\n")
+    cluster = load_cluster(str(file))
+    given = {"gpus": cluster.gpus_per_node, **cluster.preflight}
+    assert limits_from(given, "f") == Limits(gpus=4, temperature=60, write_mb=4)
+    assert isinstance(limits_from(given, "f").write_mb, int)
     with pytest.raises(ConfigError, match="unknown limit heat"):
         limits_from({"heat": 1}, "f")
     with pytest.raises(ConfigError, match="preflight.gpus is 'eight'"):
@@ -161,7 +166,7 @@ def test_nodes_that_do_not_answer_are_named_with_what_they_said(tmp_path: Path) 
         "hung": ["sleep", "60"],
         "chatty": ["sh", "-c", """read question; echo welcome; echo '@preflight {"time": 1}'; cat"""],
     }
-    agents = {name: Agent(name, command, tmp_path / name) for name, command in commands.items()}
+    agents = {name: Agent(name, command, dict(os.environ), tmp_path / name) for name, command in commands.items()}
     start = time.monotonic()
     try:
         answers = ask_all(agents, {name: {"ask": "time"} for name in agents}, 1.0)
@@ -175,14 +180,15 @@ def test_nodes_that_do_not_answer_are_named_with_what_they_said(tmp_path: Path) 
     assert all(agent.process.poll() is not None for agent in agents.values())
 
 
-def test_two_names_of_this_machine_fly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_names_of_this_machine_fly(tmp_path: Path) -> None:
     """The real programs and all-reduces, without Slurm; one node sees another run folder."""
-    for key, value in ENV.items():
-        monkeypatch.setenv(key, value)
     (tmp_path / "token").write_text("here")
     asked = {"config": "", "overrides": [], "run_dir": str(tmp_path), "token_file": str(tmp_path / "token")}
     command = [sys.executable, "-m", "sdlm_megatron.preflight", "--node-only"]
-    agents = {name: Agent(name, command, tmp_path / f"{name}.log") for name in ("localhost", "127.0.0.1")}
+    agents = {
+        name: Agent(name, command, {**os.environ, **ENV}, tmp_path / f"{name}.log")
+        for name in ("localhost", "127.0.0.1")
+    }
     limits = Limits(gpus=0, run_disk_gb=0, shm_gb=0, write_mb=1, node_gbs=0, network_gbs=1e9)
     said: list[str] = []
     try:

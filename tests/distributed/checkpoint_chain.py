@@ -1,0 +1,159 @@
+"""`python checkpoint_chain.py DATA BASE OUT PRECISION`: a checkpoint goes through many layouts.
+
+Each loads what the last one saved.
+Megatron-Core is imported once; the processes of each layout are forked.
+"""
+
+import multiprocessing
+import os
+import socket
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sdlm_megatron.parallel import compat, cpu
+
+compat.silence_known_notices()
+cpu.install()
+
+from sdlm_megatron import checkpointing  # noqa: E402
+from sdlm_megatron.checkpoint_files import TrainState, newest, read_state, step_folder  # noqa: E402
+from sdlm_megatron.checkpoint_writer import CheckpointWriter  # noqa: E402
+from sdlm_megatron.config.schema import CheckpointConfig, ParallelConfig, RunConfig  # noqa: E402
+from sdlm_megatron.data.batch import load_micro_batch  # noqa: E402
+from sdlm_megatron.data.format import PackedDataset  # noqa: E402
+from sdlm_megatron.data.order import step_rows  # noqa: E402
+from sdlm_megatron.model.hf_folder import read_hf_config  # noqa: E402
+from sdlm_megatron.model.shape import shape_of  # noqa: E402
+from sdlm_megatron.parallel import optimizer  # noqa: E402
+from sdlm_megatron.parallel.engine import Engine  # noqa: E402
+from sdlm_megatron.parallel.groups import init_groups  # noqa: E402
+
+ROWS = 4
+ALL = {"overlap_grad_reduce": True, "overlap_param_gather": True}
+
+
+@dataclass(frozen=True)
+class Layout:
+    processes: int
+    parallel: dict[str, Any]
+    buckets: int | None = 5000
+
+    def __str__(self) -> str:
+        return f"{self.processes} processes, {self.parallel}"
+
+
+CHAINS = {
+    "bf16": [
+        Layout(8, {"tensor": 2, "sequence": True, "pipeline": 2, "virtual_pipeline": 2, **ALL}),
+        Layout(1, {"distributed_optimizer": False}),
+        Layout(3, {}, buckets=None),
+        Layout(4, {"tensor": 4}),  # more than KV heads
+        Layout(4, {"tensor": 2, "distributed_optimizer": False}),
+        Layout(2, {"pipeline": 2, "virtual_pipeline": 2}),
+    ],
+    "fp32": [Layout(2, ALL), Layout(2, {"tensor": 2, "distributed_optimizer": False}), Layout(1, {})],
+}
+
+
+def forked(processes: int, action: Callable[..., None], *arguments: Any, wait: bool = True) -> list:
+    """Runs `action(*arguments)` in so many processes that can reach each other; raises if one fails."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def child(rank: int) -> None:
+        names = {"RANK": rank, "WORLD_SIZE": processes, "LOCAL_RANK": rank, "MASTER_PORT": port}
+        os.environ.update({k: str(v) for k, v in names.items()}, MASTER_ADDR="127.0.0.1")
+        code = 1
+        try:
+            action(*arguments)
+            code = 0
+        except BaseException:  # noqa: BLE001  the process ends here
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+
+    children = [multiprocessing.get_context("fork").Process(target=child, args=(r,)) for r in range(processes)]
+    for one in children:
+        one.start()
+    if wait:
+        for one in children:
+            one.join()
+        assert [one.exitcode for one in children] == [0] * processes, f"{action.__name__}{arguments}"
+    return children
+
+
+@dataclass
+class Run:
+    """Builds engines of any layout on one model and dataset."""
+
+    data: Path
+    base: Path
+    precision: str
+
+    def engine(self, layout: Layout, *, initialize: bool = False) -> tuple[Engine, TrainState]:
+        config = RunConfig(parallel=ParallelConfig(**layout.parallel))
+        config.train.precision, optimizer.BUCKET_PARAMETERS = self.precision, layout.buckets
+        config.optimizer.lr = 1e-3
+        groups = init_groups(config.parallel, seed=1)
+        shape, dataset = shape_of(read_hf_config(self.base)), PackedDataset(self.data)
+        engine = Engine(config, shape, groups, max_positions=4096, row_length=128, steps=9, initialize=initialize)
+        if initialize:
+            engine.load_base(self.base, shape, new_mask=None)
+        state = TrainState(
+            0, 0, ROWS, shape, config.diffusion, dataset.manifest["mask_token_id"], self.precision, "distributed", {}
+        )
+        return engine, state
+
+    def steps(self, engine: Engine, first: int, last: int) -> None:
+        """Trains; `results` checks each step."""
+        dataset, groups = PackedDataset(self.data), engine.groups
+        for step in range(first, last + 1):
+            numbers = step_rows(
+                (step - 1) * ROWS, ROWS, 1000, dp_rank=groups.dp_rank, dp_size=groups.dp_size, multiple=2
+            )
+            rows = [engine.prepare(load_micro_batch(dataset, n, seed=1)) for n in numbers]
+            engine.results([engine.train_step(rows, step)])
+
+    def begin(self, layout: Layout, out: Path) -> None:
+        """Saves after steps 2 and 4, without a pause: the first is written while the others are made."""
+        engine, state = self.engine(layout, initialize=True)
+        with CheckpointWriter(engine, out, CheckpointConfig(keep_last=0)) as writer:
+            for step in (2, 4):
+                self.steps(engine, step - 1, step)
+                writer.save(replace(state, step=step), None, final=step == 4)
+
+    def go_on(self, layout: Layout, source: Path, out: Path, last: int) -> None:
+        """Loads the newest checkpoint of `source`, trains to `last`, saves to `out`."""
+        engine, _ = self.engine(layout)
+        folder = newest(source / "ckpt", print)
+        assert folder is not None
+        state = read_state(folder)
+        checkpointing.load(folder, engine, step=state.step)
+        self.steps(engine, state.step + 1, last)
+        CheckpointWriter(engine, out, CheckpointConfig()).save(replace(state, step=last), None, final=True)
+
+
+def main(data: Path, base: Path, out: Path, precision: str) -> None:
+    run, (first, *others) = Run(data, base, precision), CHAINS[precision]
+    forked(first.processes, run.begin, first, out / "first")
+    source = out / "only-2"
+    os.makedirs(source / "ckpt")
+    os.rename(step_folder(out / "first", 2), step_folder(source, 2))
+    for number, layout in enumerate(others):
+        forked(layout.processes, run.go_on, layout, source, out / f"chain-{number}", 2)
+        source = out / f"chain-{number}"
+    forked(first.processes, run.go_on, first, source, out / "back", 4)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(*map(Path, sys.argv[1:4]), sys.argv[4])

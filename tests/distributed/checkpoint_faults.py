@@ -1,0 +1,119 @@
+"""`python checkpoint_faults.py kill|full DATA BASE OUT`: checkpoints under kill -9, and on disks that refuse."""
+
+import errno
+import os
+import random
+import resource
+import signal
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from checkpoint_chain import Layout, Run, forked
+
+from sdlm_megatron import checkpoint_writer
+from sdlm_megatron.attempt import read_events
+from sdlm_megatron.checkpoint_files import check_files, newest, step_of
+from sdlm_megatron.checkpoint_writer import CheckpointWriter
+from sdlm_megatron.config.schema import CheckpointConfig
+from sdlm_megatron.errors import CheckpointError
+from sdlm_megatron.torch_dist import TorchDist
+
+DP2 = Layout(2, {})
+KILLS = 20
+LIMIT = 40_000
+"""Bytes a file may have where a test wants the disk to refuse; each process writes more."""
+
+
+def save_for_ever(run: Run, out: Path) -> None:
+    """Checkpoint after checkpoint, each number in it the step."""
+    engine, state = run.engine(DP2)
+    writer = CheckpointWriter(engine, out, CheckpointConfig(keep_last=2))
+    found = newest(out / "ckpt", lambda text: None)
+    step = step_of(found) if found else 0
+    while True:
+        step += 1
+        for parameter in engine.module.parameters():
+            parameter.data.fill_(step)
+        engine.weights_changed()
+        writer.save(replace(state, step=step), None)
+
+
+def kill(run: Run, out: Path) -> None:
+    moments, last = random.Random(), 0
+    for _ in range(KILLS):
+        children = forked(2, save_for_ever, run, out, wait=False)
+        wanted, limit = out / "ckpt" / f"step-{last + 3:07d}.partial", time.monotonic() + 60
+        while not wanted.exists() and time.monotonic() < limit:
+            time.sleep(0.003)
+        time.sleep(moments.uniform(0, 0.08))
+        for child in children:
+            os.kill(child.pid, signal.SIGKILL)
+        for child in children:
+            child.join()
+        said = [e["step"] for e in read_events(out) if e["kind"] == "saved"]
+        found = newest(out / "ckpt", lambda text: None)
+        assert found is not None
+        check_files(found)
+        last = step_of(found)
+        assert last >= said[-1] > 1, "what was called saved is there"
+        files = TorchDist(found / "weights")
+        for key in files.keys():  # noqa: SIM118  no dictionary
+            tensor, adam = files.read(key, (0,) * len(files.shape(key)), files.shape(key)), ".exp_avg" in key
+            assert (tensor == (0 if adam else torch.tensor(last, dtype=tensor.dtype))).all(), key
+    print(f"killed {KILLS} times, {last} checkpoints")
+
+
+def refused(run: Run, out: Path) -> None:
+    """One process cannot write: all give up and go on; when it can, there is a checkpoint."""
+    engine, state = run.engine(DP2)
+    steps = {"first": 1, "again": 2, "last": 3}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limit(size: int) -> None:
+        if engine.groups.rank == 1:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+
+    with CheckpointWriter(engine, out, CheckpointConfig()) as writer:
+        limit(LIMIT)
+        writer.save(replace(state, step=steps["first"]), None)
+        writer.wait()
+        assert not list((out / "ckpt").iterdir()), "nothing is left of it"
+        limit(soft)
+        writer.save(replace(state, step=steps["again"]), None)
+        writer.wait()
+        limit(LIMIT)
+        try:
+            writer.save(replace(state, step=steps["last"]), None, final=True)
+        except CheckpointError as error:
+            assert f"[Errno {errno.EFBIG}]" in error.what, error.what
+        else:
+            raise AssertionError("the last save went wrong and nobody was told")
+        finally:
+            limit(soft)
+    found = newest(out / "ckpt", print)
+    assert found is not None and step_of(found) == steps["again"]
+    if engine.groups.main:
+        events = [(e["kind"], e["step"]) for e in read_events(out)]
+        assert events == [("save_failed", 1), ("saved", 2), *[("save_failed", 3)] * 3], events
+
+
+def no_room(run: Run, out: Path) -> None:
+    """OUT/ckpt is too small, or takes no more files."""
+    engine, state = run.engine(DP2)
+    with CheckpointWriter(engine, out, CheckpointConfig()) as writer:
+        writer.save(replace(state, step=1), None)
+    assert newest(out / "ckpt", print) is None
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    checkpoint_writer.RETRY_SECONDS = (0, 0)
+    what, data, base, out = sys.argv[1], *map(Path, sys.argv[2:])
+    run = Run(data, base, "bf16")
+    if what == "kill":
+        kill(run, out)
+    else:
+        forked(2, {"refused": refused, "no_room": no_room}[what], run, out)

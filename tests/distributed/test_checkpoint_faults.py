@@ -1,0 +1,88 @@
+"""Checkpoints when processes are killed, disks are full, and bytes change: complete, or ignored and said so."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from helpers import REPO, make_dataset, make_hf, read_metrics, run_python, train
+
+from sdlm_megatron.attempt import read_events
+
+pytestmark = pytest.mark.distributed
+
+SCRIPT = REPO / "tests" / "distributed" / "checkpoint_faults.py"
+
+
+def faults(what: str, folder: Path) -> str:
+    data, base = folder / "data", folder / "hf"
+    if not data.exists():
+        make_dataset(data, rows=4)
+        make_hf(base, layers=1)
+    (folder / what).mkdir(exist_ok=True)
+    return run_python(str(SCRIPT), what, str(data), str(base), str(folder / what)).stdout
+
+
+def test_killed_at_20_random_moments_of_a_write(tmp_path: Path) -> None:
+    assert "killed 20 times" in faults("kill", tmp_path)
+
+
+def test_a_disk_that_refuses_one_process(tmp_path: Path) -> None:
+    output = faults("refused", tmp_path)
+    assert output.count("NO CHECKPOINT of step 3") == 3
+    assert "NO CHECKPOINT of step 1" in output and "File too large" in output
+    assert "training goes on; the next save tries again" in output
+
+
+@pytest.mark.parametrize(
+    ("option", "reason"),
+    [("size=4M", "GB are needed, 0.00 GB are free"), ("size=1G,nr_inodes=7", "No space left on device")],
+    ids=["space", "files"],
+)
+def test_a_full_disk(tmp_path: Path, option: str, reason: str) -> None:
+    """A real file system that is too small: seen before writing, or (no more files) while writing."""
+    disk = tmp_path / "no_room" / "ckpt"
+    disk.mkdir(parents=True)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", option, "tmpfs", str(disk)], capture_output=True, text=True)
+    if mounted.returncode:
+        if os.environ.get("CI") == "true" and os.geteuid() == 0:
+            pytest.fail(mounted.stderr)
+        pytest.skip(f"a small file system cannot be mounted here: {mounted.stderr.strip()}")
+    try:
+        assert reason in faults("no_room", tmp_path)
+        assert not list(disk.iterdir())
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_damaged_checkpoints_give_way_to_the_one_before(tmp_path: Path) -> None:
+    """A changed byte, a missing file: said, set aside, and the run ends with the numbers of an undisturbed one."""
+    common = {
+        "data.path": make_dataset(tmp_path / "data"),
+        "checkpoint.base": make_hf(tmp_path / "hf"),
+        "model.num_layers": 0,
+        "train.steps": 5,
+        "train.global_batch": 4,
+        "checkpoint.keep_last": 0,
+        "observe.tensorboard": False,
+    }
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    train({**common, "run_dir": whole, "checkpoint.save_every": 1})
+    for step in (2, 3, 4):
+        shutil.copytree(whole / "ckpt" / f"step-{step:07d}", run / "ckpt" / f"step-{step:07d}")
+    weights = run / "ckpt" / "step-0000003" / "weights" / "__0_0.distcp"
+    content = bytearray(weights.read_bytes())
+    content[len(content) // 2] ^= 1
+    weights.write_bytes(content)
+    (run / "ckpt" / "step-0000004" / "weights" / "__0_0.distcp").unlink()
+    done = train({**common, "run_dir": run, "checkpoint.save_every": 0})
+    assert f"ignored {run}/ckpt/step-0000004: weights/__0_0.distcp is missing" in done.stdout
+    assert "DAMAGED CHECKPOINT: weights/__0_0.distcp has other bytes than were written" in done.stdout
+    names = {p.name for p in (run / "ckpt").iterdir()}
+    assert names == {"step-0000002", "step-0000003.damaged", "step-0000004.damaged", "step-0000005"}
+    assert [e["step"] for e in read_events(run) if e["kind"] == "checkpoint_damaged"] == [3]
+    for mine, other in zip(read_metrics(run), read_metrics(whole)[2:], strict=True):
+        assert (mine["step"], mine["loss"], mine["grad_norm"]) == (other["step"], other["loss"], other["grad_norm"])
+    last = "ckpt/step-0000005/weights/__0_0.distcp"
+    assert (run / last).read_bytes() == (whole / last).read_bytes()

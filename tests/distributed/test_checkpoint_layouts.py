@@ -1,0 +1,46 @@
+"""A checkpoint is the same bits after any number of layouts, and training goes on from it bit for bit."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import REPO, make_dataset, make_hf, run_python
+
+from sdlm_megatron.torch_dist import TorchDist
+
+pytestmark = pytest.mark.distributed
+
+
+def content(folder: Path) -> dict[str, torch.Tensor]:
+    files = TorchDist(folder / "weights")
+    return {k: files.read(k, (0,) * len(files.shape(k)), files.shape(k)).clone() for k in files.keys()}  # noqa: SIM118
+
+
+def assert_same(found: Path, wanted: Path) -> None:
+    ours, theirs = content(found), content(wanted)
+    assert ours.keys() == theirs.keys()
+    for key, tensor in theirs.items():
+        assert ours[key].dtype == tensor.dtype
+        assert torch.equal(ours[key], tensor), f"{key} of {found}"
+
+
+@pytest.mark.parametrize(("precision", "tied"), [("bf16", True), ("fp32", False)])
+def test_through_all_layouts(precision: str, tied: bool, tmp_path: Path) -> None:
+    data, base = make_dataset(tmp_path / "data"), make_hf(tmp_path / "hf", layers=4, tied=tied)
+    script = REPO / "tests" / "distributed" / "checkpoint_chain.py"
+    run_python(str(script), str(data), str(base), str(tmp_path / "out"), precision)
+    out, two, four = tmp_path / "out", "ckpt/step-0000002", "ckpt/step-0000004"
+    start = content(out / "only-2" / two)
+    names = {"", "optimizer.state.exp_avg.", "optimizer.state.exp_avg_sq."}
+    names |= {"optimizer.state.param."} if precision == "bf16" else set()
+    plain = {k for k in start if not k.startswith("optimizer.")}
+    assert start.keys() == {prefix + key for prefix in names for key in plain}
+    for key, tensor in start.items():
+        assert tensor.isfinite().all() and tensor.any(), key
+        if key in plain and precision == "bf16":
+            assert torch.equal(tensor, start[f"optimizer.state.param.{key}"].bfloat16()), key
+    chain = sorted(out.glob("chain-*"))
+    assert chain
+    for folder in chain:
+        assert_same(folder / two, out / "only-2" / two)
+    assert_same(out / "back" / four, out / "first" / four)

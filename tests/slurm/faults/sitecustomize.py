@@ -1,0 +1,49 @@
+"""Python imports this by itself where the fault drill puts this folder on PYTHONPATH: a rank does what a file says.
+
+    FAULTS/RANK  holding "exit 42"   the process ends at once with that code, as a library that calls _exit would
+                 holding "sleep 600" the main thread sleeps in its next row that is loaded: a hang that Python can see
+
+The training code knows nothing of it. FAULTS is the environment variable SDLM_FAULTS.
+"""
+
+import os
+import threading
+import time
+
+
+def _watch(folder: str, rank: str) -> None:
+    file = os.path.join(folder, rank)
+    while True:
+        time.sleep(0.05)
+        try:
+            with open(file, encoding="utf-8") as opened:
+                words = opened.read().split()
+            os.unlink(file)
+        except OSError:
+            continue
+        if words[:1] == ["exit"]:
+            os._exit(int(words[1]))
+        if words[:1] == ["sleep"]:
+            _sleep_in_the_next_step(float(words[1]))
+
+
+def _sleep_in_the_next_step(seconds: float) -> None:
+    from sdlm_megatron.parallel.engine import Engine
+
+    train_step = Engine.train_step
+
+    def slow(self, *args, **kwargs):
+        Engine.train_step = train_step
+        time.sleep(seconds)
+        return train_step(self, *args, **kwargs)
+
+    Engine.train_step = slow
+
+
+if os.environ.get("SDLM_FAULTS") and (os.environ.get("RANK") or os.environ.get("SLURM_PROCID")):
+    threading.Thread(
+        target=_watch,
+        args=(os.environ["SDLM_FAULTS"], os.environ.get("RANK") or os.environ["SLURM_PROCID"]),
+        daemon=True,
+        name="faults",
+    ).start()
