@@ -37,6 +37,8 @@ from sdlm_megatron.job.watch import end_of, watch
 
 EXAMPLE = "DATA=DIR BASE=DIR sbatch slurm/train_32b_d4.sh -- --train.steps=1000"
 SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)
+CONTROLLER_TRIES = 20
+"""Questions to a controller that does not answer, 10 s apart and more."""
 EXIT_CODES = {"done": 0, "stop": 3}
 
 
@@ -131,6 +133,7 @@ class Driver:
         self._guard(nodes)
         started = time.monotonic()
         bad = preflight(self.name, self.cluster, self.job, nodes, self.needed, self.run_dir, self.arguments)
+        self._fence()
         good = [node for node in nodes if node not in bad]
         self.event("preflight", seconds=time.monotonic() - started, ok=len(good) >= self.needed, bad=bad)
         for node, why in bad.items():
@@ -141,6 +144,18 @@ class Driver:
         if self.stop.signal:
             return End("stopped", "asked to stop before training began")
         return self._train(good[: self.needed], more)
+
+    def _fence(self) -> None:
+        """Ends this driver if Slurm has started the job anew elsewhere, or does not answer for minutes: its node is cut
+        off then, and whatever it still wrote into the run would mislead the driver that has taken over."""
+        for _ in range(CONTROLLER_TRIES):
+            if shown := self.job.show():
+                if shown.get("Restarts") == str(self.job.restart):
+                    return
+                break
+            time.sleep(10)
+        self.say("the job was started anew elsewhere, or Slurm does not answer: this driver ends")
+        raise SystemExit(1)
 
     def _guard(self, nodes: Sequence[str]) -> None:
         """Sees to it that a guardian stands by on another node."""
@@ -163,6 +178,7 @@ class Driver:
         self.say(f"try {self.tries}: {ranks} processes on {','.join(nodes)}, logs in {folder}")
         process = subprocess.Popen(with_setup(self.cluster, line), env=environ, stdin=subprocess.DEVNULL)
         watch(process, self.job, nodes, folder, self.heartbeat, self._asked_to_stop, self.say)
+        self._fence()
         summary = summarize(self.run_dir, attempt, ranks, heartbeat_seconds=self.heartbeat)
         end = end_of(summary, nodes)
         self.say(f"try {self.tries} ended, srun with {process.returncode}: {end.outcome}\n{summary.text}")
