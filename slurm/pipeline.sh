@@ -3,12 +3,12 @@
 # the one before has ended well.
 #   CONFIG=mixture_3p5m BASE=DIR DATA=DIR RUN_DIR=DIR HELDOUT=FILE.jsonl \
 #     slurm/pipeline.sh train_32b_d4 --cluster NAME [--dry-run] [OPTIONS] [-- --a.b=c ...]
-# DATA is made first if CONFIG (of data_prep.build) is given. The model decodes HELDOUT at the end if that is given.
-# OPTIONS, and settings after --, are those of training; --dry-run shows and checks every job.
+# DATA is made first if CONFIG (of data_prep.build) is given, by SHARDS (8) tasks. The model decodes HELDOUT at the end if
+# that is given. OPTIONS, and settings after --, are those of training; --dry-run shows and checks every job.
 set -euo pipefail
 here=$(dirname "$(realpath "$0")")
 training=${1:-}
-if [[ $training != train_* || ! -x $here/$training.sh ]]; then sed -n 's/^# \{0,1\}//p' "$0" | sed 1d; exit 2; fi
+if [[ $training != train_* || ! -x $here/$training.sh ]]; then sed -n '2,7s/^# \{0,1\}//p' "$0"; exit 2; fi
 shift
 source "$here/common.sh"
 need BASE "the base model, a Hugging Face folder"
@@ -41,7 +41,7 @@ stage() {
 others=("${cluster[@]}")
 if $dry; then others+=(--dry-run); fi
 if [ -n "${CONFIG:-}" ]; then
-  OUT=$DATA stage prepare_data "${others[@]}"
+  OUT=$DATA stage prepare_data "${others[@]}" ${SHARDS:+--array "0-$((SHARDS - 1))"}
   OUT=$DATA stage merge_data "${others[@]}"
 fi
 stage "$training" "$@"

@@ -10,9 +10,9 @@
 #SBATCH --no-kill
 #SBATCH --open-mode=append
 # SDLM-3B, block size 8, from Qwen2.5-3B: the published recipe on 4 nodes of 8 H100.
-#   DATA=DIR BASE=DIR sbatch slurm/train_3b_d8.sh [OPTIONS] [-- --a.b=c ...]                   with the lines above
-#   DATA=DIR BASE=DIR slurm/train_3b_d8.sh --cluster NAME [--dry-run] [OPTIONS] [-- --a.b=c ...]   and clusters/NAME.yaml
-# DATA: packed dataset (prepare_data.sh). BASE: Hugging Face folder. RUN_DIR: folder of the run. OPTIONS: --help
+#   DATA=DIR BASE=DIR sbatch slurm/train_3b_d8.sh [OPTIONS] [-- --a.b=c ...]          as the lines above say
+#   DATA=DIR BASE=DIR slurm/train_3b_d8.sh --cluster NAME [OPTIONS] [-- --a.b=c ...]  as clusters/NAME.yaml says
+# DATA: packed dataset (prepare_data.sh). BASE: Hugging Face folder. RUN_DIR: folder of the run. OPTIONS: --help, --dry-run
 self=$0; [[ $0 != */slurm_script ]] || self=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=\([^ ]*\).*/\1/p' | head -1)
 source "$(dirname "$self")/common.sh"
 train sdlm_3b_d8 "$@"

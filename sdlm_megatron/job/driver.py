@@ -19,22 +19,26 @@ from pathlib import Path
 from types import FrameType
 
 from sdlm_megatron.attempt import attempt_dir, read_events, record_event
-from sdlm_megatron.checkpoint_files import newest
 from sdlm_megatron.config.load import PRESETS, load_config
 from sdlm_megatron.config.schema import RunConfig
 from sdlm_megatron.errors import ConfigError, run_cli
 from sdlm_megatron.files import write_text
 from sdlm_megatron.health.summary import summarize
+from sdlm_megatron.job import guardian
+from sdlm_megatron.job.checkpoint import newest_step
 from sdlm_megatron.job.cluster_file import load_cluster
 from sdlm_megatron.job.decision import Action, End, Situation, decide, since_checkpoint
 from sdlm_megatron.job.gate import preflight
 from sdlm_megatron.job.launch import LAUNCHERS, environment, training, with_setup
 from sdlm_megatron.job.options import environment_overrides
 from sdlm_megatron.job.slurm import Job
+from sdlm_megatron.job.verdict import add_bad_nodes
 from sdlm_megatron.job.watch import end_of, watch
 
 EXAMPLE = "DATA=DIR BASE=DIR sbatch slurm/train_32b_d4.sh -- --train.steps=1000"
 SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)
+CONTROLLER_TRIES = 20
+"""Questions to a controller that does not answer, 10 s apart and more."""
 EXIT_CODES = {"done": 0, "stop": 3}
 
 
@@ -81,7 +85,8 @@ class Driver:
         self.logs.mkdir(parents=True, exist_ok=True)
         self.tries = 0
         self.out: dict[str, str] = {}  # nodes not to use any more, with why
-        self.first_step = self.checkpoint()
+        self.guardian: subprocess.Popen | None = None
+        self.first_step = newest_step(self.run_dir)
 
     def say(self, text: str) -> None:
         """To the job's output and to driver.log."""
@@ -89,11 +94,6 @@ class Driver:
         print(line, flush=True)
         with open(self.logs / "driver.log", "a", encoding="utf-8") as file:
             file.write(line + "\n")
-
-    def checkpoint(self) -> int:
-        """Step of the newest complete checkpoint; -1 without one."""
-        folder = newest(self.run_dir / "ckpt", lambda text: None)
-        return int(folder.name.removeprefix("step-")) if folder else -1
 
     def event(self, kind: str, **fields: object) -> None:
         record_event(self.run_dir, kind, **fields)
@@ -113,7 +113,9 @@ class Driver:
             end = self._attempt(find_nan)
             action = self._decide(end)
             find_nan = ["--find-nan", str(end.step)] if action.find_nan and end.step is not None else []
-            self.out.update({host: end.bad.get(host, "failed twice") for host in action.exclude})
+            twice = {host: "its processes failed twice" for host in action.exclude if host not in end.bad}
+            add_bad_nodes(self.run_dir, twice)
+            self.out.update({**twice, **end.bad})
             self.say(f"{action.kind}: {action.reason}")
             if action.kind == "retry":
                 self.tries += 1
@@ -128,8 +130,10 @@ class Driver:
         if self.stop.signal or (self.run_dir / "STOP").exists():
             return End("stopped", "asked to stop before training began")
         nodes = [node for node in self.job.nodes if node not in self.out]
+        self._guard(nodes)
         started = time.monotonic()
         bad, everywhere = preflight(self.name, self.cluster, self.job, nodes, self.needed, self.run_dir, self.arguments)
+        self._fence()
         good = [node for node in nodes if node not in bad]
         self.event("preflight", seconds=time.monotonic() - started, ok=len(good) >= self.needed, bad=bad)
         for node, why in bad.items():
@@ -143,6 +147,27 @@ class Driver:
             return End("too_few_nodes", f"{len(good)} good nodes, {self.needed} needed", bad=bad)
         return self._train(good[: self.needed], more)
 
+    def _fence(self) -> None:
+        """Ends this driver if Slurm has started the job anew elsewhere, or does not answer for minutes: its node is cut
+        off then, and whatever it still wrote into the run would mislead the driver that has taken over."""
+        for _ in range(CONTROLLER_TRIES):
+            if shown := self.job.show():
+                if shown.get("Restarts") == str(self.job.restart):
+                    return
+                break
+            time.sleep(10)
+        self.say("the job was started anew elsewhere, or Slurm does not answer: this driver ends")
+        raise SystemExit(1)
+
+    def _guard(self, nodes: Sequence[str]) -> None:
+        """Sees to it that a guardian stands by on another node."""
+        others = [node for node in nodes if node != self.job.batch_node]
+        if others and (self.guardian is None or self.guardian.poll() is not None):
+            # sizes of the job do not fit a step of one task
+            environ = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_NTASKS", "SLURM_TASKS_PER"))}
+            line = guardian.command(self.run_dir, self.job, others[-1])
+            self.guardian = subprocess.Popen(line, env=environ, stdin=subprocess.DEVNULL, start_new_session=True)
+
     def _train(self, nodes: list[str], more: Sequence[str]) -> End:
         attempt = os.environ["SDLM_ATTEMPT"]
         folder = attempt_dir(self.run_dir, attempt)
@@ -154,18 +179,21 @@ class Driver:
         self.event("train_start", nodes=nodes, **{"try": self.tries})
         self.say(f"try {self.tries}: {ranks} processes on {','.join(nodes)}, logs in {folder}")
         process = subprocess.Popen(with_setup(self.cluster, line), env=environ, stdin=subprocess.DEVNULL)
-        watch(process, self.job, nodes, folder, self._asked_to_stop, self.say)
+        watch(process, self.job, nodes, folder, self.heartbeat, self._asked_to_stop, self.say)
+        self._fence()
         summary = summarize(self.run_dir, attempt, ranks, heartbeat_seconds=self.heartbeat)
-        end = end_of(summary, self.job, nodes)
+        end = end_of(summary, nodes)
         self.say(f"try {self.tries} ended, srun with {process.returncode}: {end.outcome}\n{summary.text}")
-        self.event("train_end", outcome=end.outcome, summary=end.text, hosts=end.hosts, checkpoint=self.checkpoint())
+        self.event(
+            "train_end", outcome=end.outcome, summary=end.text, hosts=end.hosts, checkpoint=newest_step(self.run_dir)
+        )
         return end
 
     def _asked_to_stop(self) -> str:
         return self.stop.reason(self.job, self.cluster.signal_seconds)
 
     def _decide(self, end: End) -> Action:
-        now = self.checkpoint()
+        now = newest_step(self.run_dir)
         counts = since_checkpoint(read_events(self.run_dir), self.job.id, now)
         situation = Situation(
             nodes=[node for node in self.job.nodes if node not in self.out],
@@ -185,7 +213,7 @@ class Driver:
         if self.job.show().get("JobState") not in ("RUNNING", None):
             self.say("Slurm is already taking the job away; it puts it back into the queue itself, or was told not to")
             return 1
-        self.event("requeue", reason=action.reason, checkpoint=self.checkpoint())
+        self.event("requeue", reason=action.reason, checkpoint=newest_step(self.run_dir))
         refused = self.job.requeue(sorted({*self.out, *action.exclude}))
         if refused:
             self.say(f"no requeue: {refused}")

@@ -3,12 +3,15 @@
 import os
 import re
 import subprocess
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 
 from sdlm_megatron.errors import UserError
 
+GUARDIAN = "guardian"
+"""Name of the step that outlives the driver."""
 COMMAND_SECONDS = 60
 """A controller that is busy or down may take long; a command that takes longer counts as failed."""
 
@@ -47,6 +50,11 @@ class Job:
         return cls(job, int(os.environ.get("SLURM_RESTART_COUNT", 0)), text.split())
 
     @property
+    def batch_node(self) -> str:
+        """Where the batch script runs."""
+        return self.nodes[0]
+
+    @property
     def name(self) -> str:
         """JOB-RESTART: the folder of this start's logs."""
         return f"{self.id}-{self.restart}"
@@ -63,18 +71,20 @@ class Job:
         except ValueError:
             return float("inf")
 
-    def lost_nodes(self, nodes: Sequence[str]) -> dict[str, str]:
-        """Nodes that Slurm calls down or does not hear from, with the state."""
-        _, text = command("sinfo", "--noheader", "--Node", "--nodes", ",".join(nodes), "--format", "%N %T")
-        states = dict(line.split()[:2] for line in text.splitlines() if len(line.split()) >= 2)
-        return {n: s for n, s in states.items() if s.startswith("down") or s.endswith("*")}
+    def end_steps(self, seconds: float) -> None:
+        """Ends what srun started in this job, but not the guardian: SIGTERM, on which ranks write their Python stacks,
+        and after `seconds` SIGKILL."""
+        listed = ("squeue", "--noheader", "--steps", "--jobs", self.id, "--format", "%i %j")
+        for number in ("TERM", "KILL"):
+            for line in command(*listed)[1].splitlines():
+                step, _, name = line.strip().partition(" ")
+                if re.fullmatch(r"\d+\.\d+", step) and name != GUARDIAN:
+                    command("scancel", f"--signal={number}", step)
+            time.sleep(seconds if number == "TERM" else 0)
 
-    def end_steps(self) -> None:
-        """Kills what srun started in this job."""
-        _, text = command("squeue", "--noheader", "--steps", "--jobs", self.id, "--format", "%i")
-        for step in text.split():
-            if re.fullmatch(r"\d+\.\d+", step):
-                command("scancel", "--signal=KILL", step)
+    def cancel(self) -> None:
+        """Ends the job."""
+        command("scancel", self.id)
 
     def requeue(self, exclude: Sequence[str]) -> str:
         """Puts the job back into the queue, not to run on `exclude`; "" or why Slurm refused.
@@ -92,3 +102,10 @@ class Job:
             if code:
                 print(f"could not exclude {','.join(exclude)}: {text}", flush=True)
         return ""
+
+
+def lost_nodes(nodes: Sequence[str]) -> dict[str, str]:
+    """Nodes that Slurm calls down or does not hear from, with the state."""
+    _, text = command("sinfo", "--noheader", "--Node", "--nodes", ",".join(nodes), "--format", "%N %T")
+    states = dict(line.split()[:2] for line in text.splitlines() if len(line.split()) >= 2)
+    return {n: s for n, s in states.items() if s.startswith("down") or s.endswith("*")}

@@ -21,6 +21,7 @@ from sdlm_megatron.job import slurm
 from sdlm_megatron.job.cluster_file import CLUSTERS, ClusterFile, cluster_path, load_cluster
 from sdlm_megatron.job.launch import LAUNCHERS
 from sdlm_megatron.job.options import VARIABLES, environment_overrides
+from sdlm_megatron.job.verdict import read_bad_nodes
 
 EXAMPLES = """examples:
   DATA=DIR BASE=DIR slurm/train_32b_d4.sh --cluster mine --spares 1 --dry-run
@@ -105,7 +106,7 @@ class Submission:
         line += [f"--dependency=afterok:{args.after}", "--kill-on-invalid-dep=yes"] if args.after else []
         if self.trains:
             line.append(f"--signal=B:USR1@{cluster.signal_seconds}")
-            bad = bad_nodes(self.run_dir)
+            bad = read_bad_nodes(self.run_dir)
             line += [f"--exclude={','.join(bad)}"] if bad else []
             line.append(f"--output={self.run_dir.absolute()}/logs/slurm-%j.out")
         return [*line, *cluster.sbatch, str(self.script), *self._script_arguments()]
@@ -155,33 +156,23 @@ class Submission:
         """Layout, data and base as far as they are at hand; the planner's memory and time."""
         print(f"# layout: {self.nodes} nodes x {self.cluster.gpus_per_node} = {self.processes} processes", flush=True)
         check_run(self.run, self.processes)
-        config = ["--config", self.config, *self.training]
-        well = True
+        well, settings = True, list(self.training)
         if (Path(self.run.data.path) / "manifest.json").exists():
             world = {**os.environ, "WORLD_SIZE": str(self.processes), "RANK": "0"}
-            line = [sys.executable, "-m", "sdlm_megatron.train", "--dry-run", *config]
+            line = [sys.executable, "-m", "sdlm_megatron.train", "--dry-run", "--config", self.config, *settings]
             well = subprocess.run(line, env=world).returncode == 0
         else:
             print(f"{self.run.data.path} is not here: data, base and tokenizer were not checked")
+            settings = [setting for setting in settings if not setting.startswith("--data.path=")]
         print("\n# memory and time, by the planner", flush=True)
         plan = [sys.executable, "-m", "sdlm_megatron.plan", self.config, "--gpus", str(self.processes)]
-        data = ["--data", self.run.data.path] if well and Path(self.run.data.path).exists() else []
-        done = subprocess.run([*plan, "--gpu", self.cluster.gpu, "--top", "0", *data, *self.training])
+        done = subprocess.run([*plan, "--gpu", self.cluster.gpu, "--top", "0", *settings])
         return well and done.returncode == 0
 
 
 def read_header(script: Path) -> dict[str, str]:
     """The #SBATCH options of a script, "" for those without a value."""
     return dict(re.findall(r"^#SBATCH --([\w-]+)=?(\S*)", script.read_text(encoding="utf-8"), re.MULTILINE))
-
-
-def bad_nodes(run_dir: Path) -> list[str]:
-    """Nodes that an earlier pre-flight of the run wrote down."""
-    try:
-        lines = (run_dir / "bad-nodes.txt").read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        return []
-    return [line.split()[0] for line in lines if line.strip() and not line.startswith("#")]
 
 
 def main(argv: Sequence[str] | None = None) -> None:

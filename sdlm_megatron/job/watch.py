@@ -8,7 +8,7 @@ from pathlib import Path
 from sdlm_megatron.files import write_json
 from sdlm_megatron.health.summary import Summary
 from sdlm_megatron.job.decision import End
-from sdlm_megatron.job.slurm import Job
+from sdlm_megatron.job.slurm import Job, lost_nodes
 
 POLL_SECONDS = 0.5
 NODES_SECONDS = 10
@@ -17,6 +17,13 @@ AFTER_FAILURE = 60
 """Seconds that the other ranks have once the first has said that it failed: a hang's stacks take a few."""
 AFTER_SUCCESS = 600
 """Seconds that the others have once the first has ended well."""
+STACKS_SECONDS = 3
+"""From SIGTERM to SIGKILL, for the ranks to write their stacks."""
+SILENT = 12
+"""A rank is silent when its heartbeat is so many of its intervals, and SILENT_SECONDS, older than the others'."""
+SILENT_SECONDS = 120
+LAST_SECONDS = 45
+"""Before the time limit, for the driver to put the job back into the queue."""
 
 
 def watch(
@@ -24,6 +31,7 @@ def watch(
     job: Job,
     nodes: Sequence[str],
     folder: Path,
+    heartbeat_seconds: float,
     stop: Callable[[], str],
     say: Callable[[str], None],
 ) -> None:
@@ -33,14 +41,15 @@ def watch(
         process: srun.
         nodes: those that it uses.
         folder: the attempt's; `stop.json` is written there once.
+        heartbeat_seconds: the run's fault.heartbeat_seconds.
         stop: why training has to stop, or "".
         say: for what happens meanwhile.
     """
-    asked, since, looked = False, 0.0, time.monotonic()
+    deadline, since, looked = 0.0, 0.0, time.monotonic()
     while process.poll() is None:
         time.sleep(POLL_SECONDS)
-        if not asked and (why := stop()):
-            asked = True
+        if not deadline and (why := stop()):
+            deadline = job.end_time() - LAST_SECONDS
             write_json(folder / "stop.json", {"reason": why})
             say(f"{why}: training is asked to save and stop")
         if not since and any((folder / "exit").glob("rank-*.json")):
@@ -48,12 +57,36 @@ def watch(
         if since and time.monotonic() - since > _patience(folder):
             say("some processes have ended, others have not: they are ended now")
             _end(process, job)
+        elif deadline and time.time() > deadline:
+            say("the time limit is near and training has not stopped: it is ended, the last checkpoint counts")
+            _end(process, job)
         elif time.monotonic() - looked > NODES_SECONDS:
             looked = time.monotonic()
-            lost = job.lost_nodes(nodes)
+            if silent := silent_ranks(folder, max(SILENT * heartbeat_seconds, SILENT_SECONDS)):
+                say(f"no sign of life of rank {', '.join(silent)}: all write their stacks and are ended")
+                _end(process, job)
+                continue
+            lost = lost_nodes(nodes)
             if down := {n: s for n, s in lost.items() if s.startswith("down")}:
                 say(f"lost: {', '.join(f'{n} is {s}' for n, s in down.items())}; the others are ended")
                 _end(process, job)
+
+
+def silent_ranks(folder: Path, seconds: float) -> list[str]:
+    """Numbers of the ranks whose heartbeat stopped so long before the newest one; all, if that is twice as old.
+
+    The shared file system's own times are compared, so clocks need not agree. A rank with an exit record is not meant.
+    """
+    beats = {}
+    for file in (folder / "heartbeat").glob("rank-*.json"):
+        if not (folder / "exit" / file.name).exists():
+            beats[file.stem.removeprefix("rank-")] = file.stat().st_mtime
+    if not beats:
+        return []
+    newest = max(beats.values())
+    if time.time() - newest > 2 * seconds:
+        return sorted(beats)
+    return sorted(rank for rank, beat in beats.items() if newest - beat > seconds)
 
 
 def _patience(folder: Path) -> float:
@@ -63,7 +96,7 @@ def _patience(folder: Path) -> float:
 
 def _end(process: subprocess.Popen, job: Job) -> None:
     """Ends srun and its step; a node that does not answer cannot hold it up."""
-    job.end_steps()
+    job.end_steps(STACKS_SECONDS)
     for give_up in (process.terminate, process.kill):
         try:
             process.wait(10)
@@ -73,9 +106,9 @@ def _end(process: subprocess.Popen, job: Job) -> None:
     process.wait()
 
 
-def end_of(summary: Summary, job: Job, nodes: Sequence[str]) -> End:
+def end_of(summary: Summary, nodes: Sequence[str]) -> End:
     """What a summary and the controller say of an attempt on `nodes`."""
-    lost = job.lost_nodes(nodes)
+    lost = lost_nodes(nodes)
     if lost and summary.outcome not in ("finished", "stopped"):
         return End("lost_node", f"lost {', '.join(lost)}; {summary.why}", summary.step, sorted(lost), lost)
     return End(summary.outcome, summary.why, summary.step, summary.hosts, lost)

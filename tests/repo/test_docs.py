@@ -37,6 +37,7 @@ def test_functions_named_in_the_method_exist() -> None:
         "data_prep.stats",
         "data_prep.verify",
         "sdlm_megatron.generate",
+        "sdlm_megatron.job.task",
         "sdlm_megatron.plan",
         "sdlm_megatron.preflight",
         "sdlm_megatron.train",

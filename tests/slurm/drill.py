@@ -153,6 +153,7 @@ class Drill:
             "observe.validate_every": 0,
             "fault.log_rows": "true",
             "fault.heartbeat_seconds": 1,
+            "fault.straggler_factor": 0,
             "fault.hang_min_seconds": 6,
             "fault.hang_factor": 10,
         }

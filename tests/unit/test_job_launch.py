@@ -1,0 +1,105 @@
+"""Command lines of a job: launchers, containers, environment; and reading cluster files."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from sdlm_megatron.attempt import adopt_slurm_ranks
+from sdlm_megatron.errors import ConfigError
+from sdlm_megatron.job.cluster_file import CLUSTERS, ClusterFile, Container, load_cluster
+from sdlm_megatron.job.launch import environment, training, with_setup
+from sdlm_megatron.job.slurm import Job
+
+NODES = ["n1", "n2"]
+
+
+@pytest.fixture(autouse=True)
+def node(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_CPUS_ON_NODE", "96")
+
+
+def line(cluster: ClusterFile, launcher: str, tmp_path: Path) -> tuple[list[str], dict[str, str]]:
+    return training(cluster, launcher, NODES, tmp_path, "7-0-1", ["--config", "tiny"])
+
+
+def test_srun_starts_a_process_for_each_gpu(tmp_path: Path) -> None:
+    found, extra = line(ClusterFile(), "srun", tmp_path)
+    assert found[0] == "srun"
+    assert {"--ntasks=16", "--ntasks-per-node=8", "--nodelist=n1,n2", "--cpus-per-task=12"} <= set(found)
+    assert f"--output={tmp_path}/logs/7-0-1/rank-%5t.log" in found
+    assert found[-4:] == ["-m", "sdlm_megatron.train", "--config", "tiny"]
+    assert extra["SDLM_LAUNCH"] == "srun"
+
+
+def test_torchrun_runs_once_a_node(tmp_path: Path) -> None:
+    found, extra = line(ClusterFile(), "torchrun", tmp_path)
+    assert {"--ntasks=2", "--ntasks-per-node=1", "--nproc-per-node=8", "--cpus-per-task=96"} <= set(found)
+    assert found.count("bash") == 2
+    assert "SDLM_LAUNCH" not in extra
+
+
+@pytest.mark.parametrize("launcher", ["srun", "torchrun"])
+def test_containers_wrap_what_the_ranks_run(launcher: str, tmp_path: Path) -> None:
+    given = {"image": "image.sif", "mounts": ["/a", "/b:/c"], "python": "python3.12"}
+    pyxis, _ = line(ClusterFile(container=Container("pyxis", **given)), launcher, tmp_path)
+    assert "--container-image=image.sif" in pyxis
+    assert "--container-mounts=/a,/b:/c" in pyxis
+    assert "python3.12" in pyxis
+    apptainer, _ = line(ClusterFile(container=Container("apptainer", **given)), launcher, tmp_path)
+    start = apptainer.index("apptainer")
+    assert apptainer[start : start + 3] == ["apptainer", "exec", "--nv"]
+    after_image = apptainer[apptainer.index("image.sif") + 1]
+    assert after_image == ("python3.12" if launcher == "srun" else "bash")
+
+
+def test_the_cluster_file_wins_over_the_shell_and_that_over_the_field(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NCCL_NVLS_ENABLE", "1")
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "lo")
+    monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS", raising=False)
+    cluster = ClusterFile(env={"NCCL_SOCKET_IFNAME": "bond0"})
+    found = environment(cluster, Job("7", 0, NODES), NODES, "7-0-1")
+    assert found["NCCL_NVLS_ENABLE"] == "1"
+    assert found["NCCL_SOCKET_IFNAME"] == "bond0"
+    assert found["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
+    assert (found["MASTER_ADDR"], found["SDLM_ATTEMPT"]) == ("n1", "7-0-1")
+    again = environment(cluster, Job("7", 0, NODES), NODES, "7-0-2")
+    assert found["MASTER_PORT"] != again["MASTER_PORT"]
+
+
+def test_setup_lines_come_first() -> None:
+    assert with_setup(ClusterFile(), ["srun", "x"]) == ["srun", "x"]
+    script = with_setup(ClusterFile(setup=["module load cuda"]), ["srun", "x"])[2]
+    assert script.splitlines()[1:] == ["module load cuda", 'exec "$@"']
+
+
+def test_ranks_of_srun(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.setenv(name, "none")
+    for name, value in (("PROCID", "9"), ("LOCALID", "1"), ("NTASKS", "16")):
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    adopt_slurm_ranks()  # a torchrun inside a job: its own ranks hold
+    assert os.environ["RANK"] == "none"
+    monkeypatch.setenv("SDLM_LAUNCH", "srun")
+    adopt_slurm_ranks()
+    assert [os.environ[n] for n in ("RANK", "LOCAL_RANK", "WORLD_SIZE")] == ["9", "1", "16"]
+
+
+@pytest.mark.parametrize("file", sorted(CLUSTERS.glob("*.yaml")), ids=lambda p: p.stem)
+def test_shipped_cluster_files_load(file: Path) -> None:
+    assert load_cluster(file.stem).gpus_per_node == 8
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("partion: x", "did you mean partition"),
+        ("container: {kind: docker}", "one of none, pyxis, apptainer"),
+        ("container: {kind: pyxis}", "without an image"),
+        ("gpus_per_node: 0", "gpus_per_node is 0"),
+    ],
+)
+def test_mistakes_in_a_cluster_file_are_named(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load_cluster(str(tmp_path / "c.yaml"))
