@@ -73,7 +73,7 @@ def decide(end: End, now: Situation) -> Action:
         return Action("end", f"a mistake that a retry does not mend: {end.text}")
     if now.stop or end.outcome == "stopped":
         why = now.stop or "operator"
-        if now.progressed:
+        if now.progressed or (why == "preemption" and now.requeues < REQUEUES):  # that is no fault of the run's
             return Action("requeue", why, tuple(end.bad))
         return Action("end", f"{why}, and no newer checkpoint since the job began: a requeue would only go in circles")
     if end.outcome == "not_finite":
