@@ -130,7 +130,7 @@ class Drill:
             "preflight: {gpus: 8, run_disk_gb: 0.01, local_disk_gb: 0.01, write_mb: 1}\n"
         )
 
-    def submit(self, name: str, *overrides: str, keep: int = 3, sbatch: tuple[str, ...] = (), **env: str) -> "Job":
+    def submit(self, name: str, *overrides: str, keep: int = 3, nodes: int = 0) -> "Job":
         """`sbatch slurm/train_32b_d4.sh` with the model shrunk."""
         run_dir = self.work / name
         s = self.settings
@@ -158,7 +158,8 @@ class Drill:
             "fault.hang_factor": 10,
         }
         settings = [f"--{k}={v}" for k, v in given.items()]
-        size = [f"--nodes={s.nodes + 1}", f"--ntasks-per-node={s.ranks}", f"--gpus-per-node={s.ranks}", "--time=60"]
+        nodes = nodes or s.nodes + 1
+        size = [f"--nodes={nodes}", f"--ntasks-per-node={s.ranks}", f"--gpus-per-node={s.ranks}", "--time=60"]
         environment = {
             **self.cluster.env,
             "DATA": str(self.data),
@@ -170,10 +171,10 @@ class Drill:
             "OMP_NUM_THREADS": "1",
             "WANDB_API_KEY": "0" * 40,
             "WANDB_BASE_URL": "http://127.0.0.1:9",  # nothing listens there: the service cannot be reached
-            **env,
         }
-        script = [REPO / "slurm" / "train_32b_d4.sh", "--cluster", self.work / "cluster.yaml", "--spares", "1", "--"]
-        command = [*size, *sbatch, f"--output={self.work}/{name}.out", *script]
+        script = [REPO / "slurm" / "train_32b_d4.sh", "--cluster", self.work / "cluster.yaml"]
+        script += ["--spares", str(nodes - s.nodes), "--"]
+        command = [*size, f"--output={self.work}/{name}.out", *script]
         job = self.cluster.submit(*command, *settings, *s.extra, *overrides, env=environment, cwd=REPO)
         return Job(self, Run(run_dir), job)
 
@@ -448,6 +449,42 @@ def rows_that_count(folder: Path) -> list[int]:
     for step in sorted(of_step):
         found += sorted(of_step[step][max(of_step[step])])
     return found
+
+
+def bad_nodes(drill: Drill) -> list[Outcome]:
+    """Four of six nodes are bad, each in its own way; the job must find all of them and train on the other two."""
+    cluster, began = drill.cluster, time.time()
+    lost, full, other, slow, *good = cluster.nodes
+    preset = REPO / "sdlm_megatron" / "config" / "presets" / "sdlm_32b_d4.yaml"
+    stale = drill.work / "stale.yaml"
+    stale.write_text(preset.read_text().replace("5.0e-6", "6.0e-6"))
+    undo = [
+        (lost, "mknod", "-m", "666", "/dev/nvidia7", "c", "1", "3"),
+        (full, "rm", cluster.local / "filler"),
+        (other, "umount", preset),
+    ]
+    try:
+        cluster.inside(lost, "rm", "/dev/nvidia7")
+        cluster.inside(full, "fallocate", "-l", "1020m", cluster.local / "filler")
+        cluster.inside(other, "mount", "--bind", stale, preset)
+        cluster.slow(slow, "40mbit")
+        overrides = ("--train.steps=4", f"--checkpoint.local_dir={cluster.local}")
+        job = drill.submit("badnodes", *overrides, nodes=len(cluster.nodes))
+        job.end()
+    finally:
+        cluster.slow(slow)
+        for node, *command in undo:
+            cluster.inside(node, *command, check=False)
+    (log,) = (job.run.folder / "logs").glob(f"{job.number}-0/preflight.json")
+    bad = json.loads(log.read_text())["bad"]
+    wanted = {lost: "gpus: 7 of 8", full: "local disk", other: "config", slow: "network"}
+    for node, word in wanted.items():
+        assert word in bad.get(node, ""), f"{node}: {word!r} is not in {bad.get(node)!r}"
+    started = [e for e in read_events(job.run.folder) if e["kind"] == "train_start"]
+    assert started[-1]["nodes"] == good, f"trained on {started[-1]['nodes']}, not on {good}"
+    outcome = Outcome("4 bad nodes: GPU, disk, config, slow link", 0.0, 0, f"{time.time() - began:.0f} s, all found")
+    print(outcome.line(), flush=True)
+    return [outcome]
 
 
 # --------------------------------------------------------------------------------------------------- the whole
