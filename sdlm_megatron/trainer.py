@@ -218,6 +218,7 @@ class Trainer:
         tokens = self.state.rows_per_step * self.dataset.row_length
         record: dict[str, float | int | str] = {
             "step": step,
+            "time": time.time(),
             "steps": self.plan.steps,
             **result.learned(),
             "grad_norm": result.grad_norm,
