@@ -246,6 +246,8 @@ def _group(key: str) -> str:
         return f"samples/{key}"
     if key in ("grad_norm", "lr"):
         return f"optimizer/{key}"
-    if key.endswith("_per_s") or key in ("mfu", "step_time", "data_wait", "memory_gb", "eta_s"):
+    if key.startswith(("time_", "gpu_", "memory_")):
+        return f"time and memory/{key}"
+    if key.endswith("_per_s") or key in ("mfu", "step_time", "data_wait", "eta_s"):
         return f"speed/{key}"
     return f"data/{key}"
