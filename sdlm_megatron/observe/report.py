@@ -132,12 +132,12 @@ def _facts_section(records: Sequence[Mapping[str, Any]], rows: Rows | None, extr
 
 def _loss_section(records: Sequence[Mapping[str, Any]]) -> str:
     if not records:
-        return _section("loss", "Losses", "<p>No step has been logged yet.</p>")
+        return section("loss", "Losses", "<p>No step has been logged yet.</p>")
     text = (
         "<p>A block copies one known token and predicts what follows it: slot 1 the next token, slot 2 the one after, "
         "and so on. Later slots see less and cost more.</p>"
     )
-    return _section("loss", "Losses per slot", text + _image(plots.loss_figure(records), "losses per slot by step"))
+    return section("loss", "Losses per slot", text + image(plots.loss_figure(records), "losses per slot by step"))
 
 
 def _evaluation_sections(measured: Mapping[str, Any]) -> Iterable[str]:
@@ -147,10 +147,10 @@ def _evaluation_sections(measured: Mapping[str, Any]) -> Iterable[str]:
             "<p>Decoding keeps, in each pass, the longest run of tokens whose confidence exceeds the threshold. "
             "An answer is exact when every character is right.</p>"
         )
-        figure = _image(plots.threshold_figure(rows, baseline), "tokens a pass and exact answers by threshold")
-        yield _section("decoding", "Speed and exactness", text + _evaluation_table([*rows, *baseline]) + figure)
+        figure = image(plots.threshold_figure(rows, baseline), "tokens a pass and exact answers by threshold")
+        yield section("decoding", "Speed and exactness", text + _evaluation_table([*rows, *baseline]) + figure)
     if "sample" in measured:
-        yield _section("sample", "One answer, pass by pass", _sample(measured["sample"]))
+        yield section("sample", "One answer, pass by pass", _sample(measured["sample"]))
 
 
 def _evaluation_table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -181,7 +181,7 @@ def _samples_section(records: Sequence[Mapping[str, Any]]) -> str:
         samples = record["samples"] if record is records[-1] else record["samples"][:1]
         body += f"<h3>Step {record['step']}, {record['tokens_per_pass']:.2f} tokens a pass</h3>"
         body += "".join(_sample(s) for s in samples)
-    return _section("samples", "Answers during training", body)
+    return section("samples", "Answers during training", body)
 
 
 def _sample(sample: Mapping[str, Any]) -> str:
@@ -230,7 +230,7 @@ def _dataset_sections(rows: Rows, causal_attn: bool) -> Iterable[str]:
         f"blocks, then padding. This is the first row of the dataset.{note}</p>"
     )
     figure = plots.mask_figure(shown, length, causal_attn=causal_attn)
-    body = text + _image(figure, "visibility mask of one packed row")
+    body = text + image(figure, "visibility mask of one packed row")
     with_blocks = np.flatnonzero(shown.n_blocks)
     if len(with_blocks):
         zoom = plots.zoom_figure(shown, int(with_blocks[0]), causal_attn=causal_attn)
@@ -238,15 +238,15 @@ def _dataset_sections(rows: Rows, causal_attn: bool) -> Iterable[str]:
             "<p>A few neighbouring blocks of a document, enlarged. A block sees the clean tokens before its start "
             "(dotted: the start itself, which the block holds as its own first token) and itself, never another "
             "block.</p>"
-        ) + _image(zoom, "visibility of a few blocks")
-    yield _section("mask", "Who sees whom", body)
+        ) + image(zoom, "visibility of a few blocks")
+    yield section("mask", "Who sees whom", body)
     fill = read_fill(rows)
     some = "" if count <= MOST_ROWS else f" ({MOST_ROWS} of {count} rows, at even distances)"
     text = (
         f"<p>Each bar is a row of {row_length} tokens{some}. Clean tokens and blocks are useful; padding is what "
         "packing could not fill.</p>"
     )
-    yield _section("fill", "How rows are filled", text + _image(plots.fill_figure(fill), "filling of rows"))
+    yield section("fill", "How rows are filled", text + image(plots.fill_figure(fill), "filling of rows"))
 
 
 def read_fill(rows: Rows) -> plots.Fill:
@@ -264,22 +264,10 @@ def _config_section(run: Path) -> str:
     if not file.exists():
         return ""
     text = escape(file.read_text(encoding="utf-8"))
-    return _section("config", "Configuration", f"<details><summary>config.yaml</summary><pre>{text}</pre></details>")
+    return section("config", "Configuration", f"<details><summary>config.yaml</summary><pre>{text}</pre></details>")
 
 
 # ------------------------------------------------------------------------------------------------ pieces
-def _section(name: str, heading: str, body: str) -> str:
-    return f'<section id="{name}"><h2>{escape(heading)}</h2>{body}</section>'
-
-
-def _image(figure: Figure, alt: str) -> str:
-    """A figure as an inline picture. PNG at twice the size: sharp on dense screens, and no ids that could clash."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=200, metadata={"Software": None})
-    data = base64.b64encode(buffer.getvalue()).decode("ascii")
-    return f'<figure><img alt="{escape(alt)}" src="data:image/png;base64,{data}"></figure>'
-
-
 def _page(heading: str, sections: Sequence[str]) -> str:
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
