@@ -1,7 +1,5 @@
 """The report of a run: one HTML file with everything inside, readable from disk without a network."""
 
-import base64
-import io
 import json
 import platform
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,15 +10,17 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from matplotlib.figure import Figure
 
+from sdlm_megatron.attempt import EVENTS_FILE, read_events
 from sdlm_megatron.diffusion.layout import RowLayout
 from sdlm_megatron.errors import DataError
 from sdlm_megatron.files import write_text
 from sdlm_megatron.observe import plots
 from sdlm_megatron.observe.console import format_count, format_duration
 from sdlm_megatron.observe.evaluation import load_evaluation
-from sdlm_megatron.observe.report_style import CSS
+from sdlm_megatron.observe.goodput import goodput_of
+from sdlm_megatron.observe.report_job import attempts_of, job_sections, learning_sections, speed_sections
+from sdlm_megatron.observe.report_style import CSS, image, section, table
 from sdlm_megatron.observe.sinks import METRICS_FILE, SAMPLES_FILE, read_metrics
 
 PACKAGES = ("torch", "megatron-core", "transformers", "numpy", "transformer-engine")
@@ -55,7 +55,7 @@ def write_report(
     """Writes the report of a run folder and returns its path.
 
     Args:
-        run_dir: holds metrics.jsonl, perhaps config.yaml and evaluation.json.
+        run_dir: of a run in any state; holds metrics.jsonl, events.jsonl, config.yaml, evaluation.json or some of them.
         dataset: packed dataset or its folder; without it the mask and the filling are left out.
         evaluation: see observe/evaluation.py; default RUN/evaluation.json where that exists.
         out: the file to write; default RUN/report.html.
@@ -64,20 +64,24 @@ def write_report(
         causal_attn: how blocks were trained to see themselves.
 
     Raises:
-        DataError: metrics.jsonl is missing, or one of the files cannot be read.
+        DataError: there is nothing of a run, or one of the files cannot be read.
     """
     run = Path(run_dir)
-    if not (run / METRICS_FILE).exists():
-        raise DataError(f"no {METRICS_FILE} in the run folder", str(run), "name the folder of a run that has logged")
-    records = read_metrics(run / METRICS_FILE)
+    if not any((run / name).exists() for name in (METRICS_FILE, EVENTS_FILE, "config.yaml")):
+        raise DataError(f"no {METRICS_FILE} in the run folder", str(run), "name the folder of a run")
+    records = read_metrics(run / METRICS_FILE) if (run / METRICS_FILE).exists() else []
+    events, time_went = read_events(run), goodput_of(run)
     rows = _open_dataset(dataset) if dataset is not None else None
     if evaluation is None and (run / "evaluation.json").exists():
         evaluation = run / "evaluation.json"
     measured = load_evaluation(evaluation) if evaluation is not None else None
     heading = title or f"Run {run.resolve().name}"
     sections = [
-        _facts_section(records, rows, facts or {}),
+        _facts_section(records, rows, {**(facts or {}), **attempts_of(events, time_went)}),
         _loss_section(records),
+        *learning_sections(run, records),
+        *speed_sections(records),
+        *job_sections(run, events, time_went),
         *(_evaluation_sections(measured) if measured else []),
         _samples_section(read_metrics(run / SAMPLES_FILE)) if (run / SAMPLES_FILE).exists() else "",
         *(_dataset_sections(rows, causal_attn) if rows is not None else []),
@@ -154,10 +158,9 @@ def _evaluation_sections(measured: Mapping[str, Any]) -> Iterable[str]:
 
 
 def _evaluation_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    head = "".join(f"<th>{t}</th>" for t in ("", "algorithm", "n", "τ", "tokens a pass", "exact", "prompts"))
-    lines = []
-    for row in rows:
-        cells = (
+    lines = [
+        (
+            row["name"],
             row["alg"],
             row["n"],
             "–" if row["threshold"] is None else f"{row['threshold']:g}",
@@ -165,10 +168,9 @@ def _evaluation_table(rows: Sequence[Mapping[str, Any]]) -> str:
             f"{row['exact']:.1%}",
             row["n_prompts"],
         )
-        values = "".join(f"<td>{escape(str(c))}</td>" for c in cells)
-        lines.append(f"<tr><th>{escape(row['name'])}</th>{values}</tr>")
-    table = f'<table class="numbers"><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table>'
-    return f'<div class="wide">{table}</div>'
+        for row in rows
+    ]
+    return table(("", "algorithm", "n", "τ", "tokens a pass", "exact", "prompts"), lines)
 
 
 def _samples_section(records: Sequence[Mapping[str, Any]]) -> str:
