@@ -78,7 +78,7 @@ def loss_figure(records: Sequence[Mapping[str, Any]]) -> Figure:
     axis.plot(steps, values, color=INK, linewidth=1.3, linestyle=(0, (4, 2)), label="all targets")
     highest = max([highest, *values]) if values else highest
     axis.set_ylim(0, highest * 1.05 if highest > 0 else 1)
-    mark_resumes(axis, records)
+    mark_resumes(axis, records, words=True)
     axis.set_xlabel("step", color=INK)
     axis.set_ylabel("loss (nats a target)", color=INK)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -87,13 +87,13 @@ def loss_figure(records: Sequence[Mapping[str, Any]]) -> Figure:
     return figure
 
 
-def mark_resumes(axis: Axes, records: Sequence[Mapping[str, Any]]) -> None:
-    """Dotted verticals where the run was resumed; with words where there are few."""
+def mark_resumes(axis: Axes, records: Sequence[Mapping[str, Any]], *, words: bool = False) -> None:
+    """Dotted verticals where the run was resumed; with `words` where there are few."""
     resumes = [r for r in records if "resumed_from" in r]
     for record in resumes:
         axis.axvline(record["resumed_from"] + 0.5, color=SOFT, linewidth=1, linestyle=":")
         note = record.get("resume_note")
-        if len(resumes) <= 2:
+        if words and len(resumes) <= 2:
             axis.annotate(
                 "stopped and resumed" + (f"\n{note}" if note else ""),
                 (record["resumed_from"] + 0.5, 0.98),

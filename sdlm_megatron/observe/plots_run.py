@@ -52,16 +52,18 @@ def curves_figure(
         marks: records that tell of resumes, where `records` are not those.
     """
     figure, (axis,) = figure_of(7.2, 3.2)
+    highest = 0.0
     for n, (key, name) in enumerate(curves.items()):
         steps, values = series(records, key)
         if values:
+            highest = max(highest, *values)
             few = len(values) < 3
             axis.plot(steps, values, "o-" if few else "-", color=SERIES[n % len(SERIES)], linewidth=1.5, label=name)
     mark_resumes(axis, marks or records)
     axis.set_xlabel("step", color=INK)
     axis.set_ylabel(label, color=INK)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axis.set_ylim(bottom=0)
+    axis.set_ylim(0, 1.08 * highest or 1)
     if share:
         axis.yaxis.set_major_formatter(PercentFormatter(1.0))
     axis.margins(x=0.01)
