@@ -44,7 +44,8 @@ class StepClock:
 
     def last(self, name: str) -> Callable[[], float]:
         """What tells the seconds of the newest stretch of that name, later; it waits for the device."""
-        begin, end = [(begin, end) for (n, begin), (_, end) in pairwise(self._marks) if n == name][-1]
+        at = next(i for i in range(len(self._marks) - 2, -1, -1) if self._marks[i][0] == name)
+        begin, end = self._marks[at][1], self._marks[at + 1][1]
         return lambda: self._between(begin, end)
 
     def _between(self, begin: Any, end: Any) -> float:
