@@ -57,7 +57,7 @@ setup(
         "gguf>=0.10",
     ],
     extras_require={
-        "gpu": ["transformer-engine[pytorch]"],
+        "gpu": ["transformer-engine[pytorch]", "nvidia-ml-py>=12"],
         "test": [
             "pytest>=8.0",
             "hypothesis>=6.100",

@@ -93,8 +93,6 @@ def open_validation(config: RunConfig, dataset: PackedDataset) -> PackedDataset 
             f"data.validation: {found.path / 'manifest.json'}",
             "build it with the tokenizer of the training data",
         )
-    if not found.rows(0):
-        raise DataError("no row to validate on", f"data.validation: {found.path}", "build it from more conversations")
     return found
 
 

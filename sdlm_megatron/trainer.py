@@ -11,7 +11,6 @@ from pathlib import Path
 from torch.profiler import record_function
 
 from sdlm_megatron import checkpointing
-from sdlm_megatron.attempt import record_event
 from sdlm_megatron.checkpoint_writer import CheckpointWriter
 from sdlm_megatron.config.schema import RunConfig
 from sdlm_megatron.data.batch import load_micro_batch
@@ -25,8 +24,9 @@ from sdlm_megatron.observe.console import Console
 from sdlm_megatron.observe.flops import ModelShape, model_flops_utilization, training_flops
 from sdlm_megatron.observe.peak_flops import peak_flops
 from sdlm_megatron.observe.profile import StepProfiler
+from sdlm_megatron.observe.sensors import GpuSensors
 from sdlm_megatron.observe.sinks import Sinks
-from sdlm_megatron.parallel.engine import Engine, device_peak_memory_gb
+from sdlm_megatron.parallel.engine import Engine, device_memory_gb, device_peak_memory_gb
 from sdlm_megatron.parallel.results import QueuedStep, StepResult
 from sdlm_megatron.run_facts import run_facts
 from sdlm_megatron.samples import Sampler, lines_of
@@ -80,7 +80,8 @@ class Trainer:
         self._record_of_log: dict[str, float | int | str] = {}
         """The newest log record, on the main process."""
         self._spent: defaultdict[str, float] = defaultdict(float)
-        """Seconds since the last log record, by what they went to; see observe.breakdown."""
+        """Seconds since the last log record that stood between steps: save, validate, samples."""
+        self._sensors = GpuSensors.open() if sinks is not None else None
 
     def fit(self) -> None:
         """Loads the weights, then trains to the end of the schedule (or to train.stop_after)."""
@@ -129,7 +130,8 @@ class Trainer:
             if sample and self.sampler is not None:
                 self._sample(self.sampler, step)
             if save or stop:
-                self._save(step, final=stop or step == last)
+                with self._aside("save"):
+                    self._save(step, final=stop or step == last)
             if stop:
                 self._stopped(step)
                 return
@@ -200,11 +202,16 @@ class Trainer:
         self._begin_window(data)
         self.writer.check()
         if self.sinks is None or self.console is None:
+            self.engine.clock.read()
             return
         a_step = seconds / len(steps)
         weight = 0.9 ** len(steps) if self._seconds_a_step else 0.0
         self._seconds_a_step = weight * self._seconds_a_step + (1 - weight) * a_step
-        record = {**self._record(step, steps, a_step), **self.monitor.fields, "data_wait": waited / len(steps)}
+        record = {
+            **self._record(step, steps, a_step),
+            **self.monitor.fields,
+            **self._breakdown(len(steps), a_step, waited),
+        }
         self._record_of_log = record
         self.sinks.log(step, record)
         self.console.log(step, record)
@@ -218,6 +225,7 @@ class Trainer:
         tokens = self.state.rows_per_step * self.dataset.row_length
         record: dict[str, float | int | str] = {
             "step": step,
+            "time": time.time(),
             "steps": self.plan.steps,
             **result.learned(),
             "grad_norm": result.grad_norm,
@@ -229,6 +237,7 @@ class Trainer:
             "step_time": a_step,
             "tokens_per_s": tokens / a_step,
             "useful_tokens_per_s": useful / a_step,
+            "memory_now_gb": device_memory_gb(self.engine.groups.device),
             "memory_gb": device_peak_memory_gb(self.engine.groups.device),
             "epoch": locate(max(0, self.state.consumed_rows - 1), self.dataset.rows, seed=0).epoch,
             "consumed_rows": self.state.consumed_rows,
@@ -236,6 +245,17 @@ class Trainer:
         }
         mfu = self._mfu(steps, a_step * len(steps))
         return record if mfu is None else {**record, "mfu": mfu}
+
+    def _breakdown(self, steps: int, a_step: float, waited: float) -> dict[str, float]:
+        """Where the time of a step went, means over `steps` that add up to step_time; and what stood between steps,
+        in seconds since the last record."""
+        found = {"data_wait": waited / steps}
+        found |= {f"time_{name}": seconds / steps for name, seconds in self.engine.clock.read().items()}
+        # reading the results, writing the record, and on a GPU what the host kept the device waiting for
+        found["time_read_log"] = max(0.0, a_step - sum(found.values()))
+        found |= {f"time_{name}": seconds for name, seconds in self._spent.items()}
+        self._spent.clear()
+        return found | (self._sensors.read() if self._sensors is not None else {})
 
     def _mfu(self, steps: Sequence[StepResult], seconds: float) -> float | None:
         flops = training_flops(
@@ -269,7 +289,7 @@ class Trainer:
             if self.sinks is not None:
                 self.sinks.log_validation(step, record)
                 print(text_of(record, seconds()), flush=True)
-                record_event(self.run_dir, "validated", step=step, seconds=seconds())
+                self.watch.event("validated", step=step, seconds=seconds())
 
     def _sample(self, sampler: Sampler, step: int) -> None:
         self.watch.at("sample")
@@ -278,14 +298,12 @@ class Trainer:
             if self.sinks is not None:
                 self.sinks.log_samples(step, record)
                 print(lines_of(record), flush=True)
-                record_event(self.run_dir, "sampled", step=step, seconds=seconds())
+                self.watch.event("sampled", step=step, seconds=seconds())
 
     def _save(self, step: int, *, final: bool) -> None:
         assert not self._queued, "a checkpoint holds checked steps only"
         self.watch.at("save")
-        started = time.perf_counter()
         groups, facts = self.engine.groups, None
         if groups.main:
             facts = run_facts(self.config, self.dataset.manifest, self._record_of_log, dp_size=groups.dp_size)
         self.writer.save(self.state, self.plan.assets, facts, final=final)
-        self._window_start += time.perf_counter() - started

@@ -38,7 +38,8 @@ class Fill:
         return self.row_length - self.clean - self.block
 
 
-def _figure(width: float, height: float, rows: int = 1, **grid: Any) -> tuple[Figure, list[Axes]]:
+def figure_of(width: float, height: float, rows: int = 1, **grid: Any) -> tuple[Figure, list[Axes]]:
+    """A figure of that many inches, and its axes, one below the other, in the report's style."""
     figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
     axes = np.atleast_1d(figure.subplots(rows, **grid)).tolist()
     for axis in axes:
@@ -50,7 +51,8 @@ def _figure(width: float, height: float, rows: int = 1, **grid: Any) -> tuple[Fi
     return figure, axes
 
 
-def _legend(owner: Axes | Figure, **options: Any) -> None:
+def legend(owner: Axes | Figure, **options: Any) -> None:
+    """A legend in the report's style."""
     owner.legend(frameon=False, fontsize=9, labelcolor=INK, **options)
 
 
@@ -60,29 +62,40 @@ def loss_figure(records: Sequence[Mapping[str, Any]]) -> Figure:
     Args:
         records: log records in step order; a slot's value may be absent or null.
     """
-    figure, (axis,) = _figure(7.2, 3.7)
+    figure, (axis,) = figure_of(7.2, 3.7)
     slots = sorted({int(k[len("loss_pos_") :]) for r in records for k in r if k.startswith("loss_pos_")})
     highest = 0.0
     for n, slot in enumerate(slots):
-        steps, values = _series(records, f"loss_pos_{slot}")
+        steps, values = series(records, f"loss_pos_{slot}")
         label = "slot 1 (next token)" if slot == 1 else f"slot {slot}"
         axis.plot(steps, values, color=SERIES[n % len(SERIES)], linewidth=1.6, label=label)
         highest = max(highest, *values)
-    steps, values = _series(records, "loss_next_token")
+    steps, values = series(records, "loss_next_token")
     if values:
         axis.plot(steps, values, color=SOFT, linewidth=1.3, label="clean tokens")
         highest = max(highest, *values)
-    steps, values = _series(records, "loss")
+    steps, values = series(records, "loss")
     axis.plot(steps, values, color=INK, linewidth=1.3, linestyle=(0, (4, 2)), label="all targets")
     highest = max([highest, *values]) if values else highest
     axis.set_ylim(0, highest * 1.05 if highest > 0 else 1)
-    for record in records:
-        if "resumed_from" in record:
-            axis.axvline(record["resumed_from"] + 0.5, color=SOFT, linewidth=1, linestyle=":")
-            note = record.get("resume_note")
-            text = "stopped and resumed" + (f"\n{note}" if note else "")
+    mark_resumes(axis, records, words=True)
+    axis.set_xlabel("step", color=INK)
+    axis.set_ylabel("loss (nats a target)", color=INK)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.margins(x=0.01)
+    legend(axis, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return figure
+
+
+def mark_resumes(axis: Axes, records: Sequence[Mapping[str, Any]], *, words: bool = False) -> None:
+    """Dotted verticals where the run was resumed; with `words` where there are few."""
+    resumes = [r for r in records if "resumed_from" in r]
+    for record in resumes:
+        axis.axvline(record["resumed_from"] + 0.5, color=SOFT, linewidth=1, linestyle=":")
+        note = record.get("resume_note")
+        if words and len(resumes) <= 2:
             axis.annotate(
-                text,
+                "stopped and resumed" + (f"\n{note}" if note else ""),
                 (record["resumed_from"] + 0.5, 0.98),
                 xycoords=("data", "axes fraction"),
                 xytext=(4, 0),
@@ -91,15 +104,10 @@ def loss_figure(records: Sequence[Mapping[str, Any]]) -> Figure:
                 color=SOFT,
                 va="top",
             )
-    axis.set_xlabel("step", color=INK)
-    axis.set_ylabel("loss (nats a target)", color=INK)
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axis.margins(x=0.01)
-    _legend(axis, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    return figure
 
 
-def _series(records: Sequence[Mapping[str, Any]], key: str) -> tuple[list[int], list[float]]:
+def series(records: Sequence[Mapping[str, Any]], key: str) -> tuple[list[int], list[float]]:
+    """Steps and values of a field, where it is known."""
     points = [(r["step"], float(r[key])) for r in records if r.get(key) is not None]
     return [int(s) for s, _ in points], [v for _, v in points]
 
@@ -191,7 +199,7 @@ def _mask_legend(figure: Figure) -> None:
         (BLOCK, "block sees its own tokens"),
     )
     handles = [Patch(facecolor=colour, label=label) for colour, label in entries]
-    _legend(figure, handles=handles, loc="outside lower center", ncols=3)
+    legend(figure, handles=handles, loc="outside lower center", ncols=3)
 
 
 def zoom_figure(layout: RowLayout, document: int, *, causal_attn: bool = False, blocks: int = 4) -> Figure:
@@ -252,7 +260,7 @@ def _closest_blocks(layout: RowLayout, document: int, count: int) -> int:
 
 def fill_figure(fill: Fill) -> Figure:
     """How rows are filled: stacked clean / block / padding tokens, row after row (averaged where there are many)."""
-    figure, (axis,) = _figure(7.2, 3.2)
+    figure, (axis,) = figure_of(7.2, 3.2)
     rows = len(fill.clean)
     bins = np.array_split(np.arange(rows), min(rows, 96))
     bottom = np.zeros(len(bins))
@@ -284,7 +292,7 @@ def fill_figure(fill: Fill) -> Figure:
     axis.grid(False)
     axis.set_xlabel("row" if rows <= 96 else "row (neighbours averaged)", color=INK)
     axis.set_ylabel("tokens", color=INK)
-    _legend(axis, loc="center left", bbox_to_anchor=(1.0, 0.5), reverse=True)
+    legend(axis, loc="center left", bbox_to_anchor=(1.0, 0.5), reverse=True)
     return figure
 
 
@@ -294,7 +302,7 @@ def threshold_figure(rows: Sequence[Mapping[str, Any]], baseline: Sequence[Mappi
     Args:
         rows, baseline: entries of evaluation.json; those without a threshold (n = 1) become level lines.
     """
-    figure, (upper, lower) = _figure(7.2, 5.2, 2, sharex=True)
+    figure, (upper, lower) = figure_of(7.2, 5.2, 2, sharex=True)
     swept: dict[tuple[str, int], list[Mapping[str, Any]]] = {}
     for row in rows:
         if row.get("threshold") is not None and row["n"] > 1:
@@ -326,7 +334,7 @@ def threshold_figure(rows: Sequence[Mapping[str, Any]], baseline: Sequence[Mappi
     lower.set_xlabel("threshold τ", color=INK)
     for axis in (upper, lower):
         axis.margins(x=0.06)
-    _legend(figure, loc="outside upper left", ncols=3)
+    legend(figure, loc="outside upper left", ncols=3)
     return figure
 
 

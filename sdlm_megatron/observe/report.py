@@ -1,7 +1,5 @@
 """The report of a run: one HTML file with everything inside, readable from disk without a network."""
 
-import base64
-import io
 import json
 import platform
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,15 +10,17 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from matplotlib.figure import Figure
 
+from sdlm_megatron.attempt import EVENTS_FILE, read_events
 from sdlm_megatron.diffusion.layout import RowLayout
 from sdlm_megatron.errors import DataError
 from sdlm_megatron.files import write_text
 from sdlm_megatron.observe import plots
 from sdlm_megatron.observe.console import format_count, format_duration
 from sdlm_megatron.observe.evaluation import load_evaluation
-from sdlm_megatron.observe.report_style import CSS
+from sdlm_megatron.observe.goodput import goodput_of
+from sdlm_megatron.observe.report_job import attempts_of, job_sections, learning_sections, speed_sections
+from sdlm_megatron.observe.report_style import CSS, image, section, table
 from sdlm_megatron.observe.sinks import METRICS_FILE, SAMPLES_FILE, read_metrics
 
 PACKAGES = ("torch", "megatron-core", "transformers", "numpy", "transformer-engine")
@@ -55,7 +55,7 @@ def write_report(
     """Writes the report of a run folder and returns its path.
 
     Args:
-        run_dir: holds metrics.jsonl, perhaps config.yaml and evaluation.json.
+        run_dir: of a run in any state; holds metrics.jsonl, events.jsonl, config.yaml, evaluation.json or some of them.
         dataset: packed dataset or its folder; without it the mask and the filling are left out.
         evaluation: see observe/evaluation.py; default RUN/evaluation.json where that exists.
         out: the file to write; default RUN/report.html.
@@ -64,20 +64,24 @@ def write_report(
         causal_attn: how blocks were trained to see themselves.
 
     Raises:
-        DataError: metrics.jsonl is missing, or one of the files cannot be read.
+        DataError: there is nothing of a run, or one of the files cannot be read.
     """
     run = Path(run_dir)
-    if not (run / METRICS_FILE).exists():
-        raise DataError(f"no {METRICS_FILE} in the run folder", str(run), "name the folder of a run that has logged")
-    records = read_metrics(run / METRICS_FILE)
+    if not any((run / name).exists() for name in (METRICS_FILE, EVENTS_FILE, "config.yaml")):
+        raise DataError(f"no {METRICS_FILE} in the run folder", str(run), "name the folder of a run")
+    records = read_metrics(run / METRICS_FILE) if (run / METRICS_FILE).exists() else []
+    events, time_went = read_events(run), goodput_of(run)
     rows = _open_dataset(dataset) if dataset is not None else None
     if evaluation is None and (run / "evaluation.json").exists():
         evaluation = run / "evaluation.json"
     measured = load_evaluation(evaluation) if evaluation is not None else None
     heading = title or f"Run {run.resolve().name}"
     sections = [
-        _facts_section(records, rows, facts or {}),
+        _facts_section(records, rows, {**(facts or {}), **attempts_of(events, time_went)}),
         _loss_section(records),
+        *learning_sections(run, records),
+        *speed_sections(records),
+        *job_sections(run, events, time_went),
         *(_evaluation_sections(measured) if measured else []),
         _samples_section(read_metrics(run / SAMPLES_FILE)) if (run / SAMPLES_FILE).exists() else "",
         *(_dataset_sections(rows, causal_attn) if rows is not None else []),
@@ -132,12 +136,12 @@ def _facts_section(records: Sequence[Mapping[str, Any]], rows: Rows | None, extr
 
 def _loss_section(records: Sequence[Mapping[str, Any]]) -> str:
     if not records:
-        return _section("loss", "Losses", "<p>No step has been logged yet.</p>")
+        return section("loss", "Losses", "<p>No step has been logged yet.</p>")
     text = (
         "<p>A block copies one known token and predicts what follows it: slot 1 the next token, slot 2 the one after, "
         "and so on. Later slots see less and cost more.</p>"
     )
-    return _section("loss", "Losses per slot", text + _image(plots.loss_figure(records), "losses per slot by step"))
+    return section("loss", "Losses per slot", text + image(plots.loss_figure(records), "losses per slot by step"))
 
 
 def _evaluation_sections(measured: Mapping[str, Any]) -> Iterable[str]:
@@ -147,17 +151,16 @@ def _evaluation_sections(measured: Mapping[str, Any]) -> Iterable[str]:
             "<p>Decoding keeps, in each pass, the longest run of tokens whose confidence exceeds the threshold. "
             "An answer is exact when every character is right.</p>"
         )
-        figure = _image(plots.threshold_figure(rows, baseline), "tokens a pass and exact answers by threshold")
-        yield _section("decoding", "Speed and exactness", text + _evaluation_table([*rows, *baseline]) + figure)
+        figure = image(plots.threshold_figure(rows, baseline), "tokens a pass and exact answers by threshold")
+        yield section("decoding", "Speed and exactness", text + _evaluation_table([*rows, *baseline]) + figure)
     if "sample" in measured:
-        yield _section("sample", "One answer, pass by pass", _sample(measured["sample"]))
+        yield section("sample", "One answer, pass by pass", _sample(measured["sample"]))
 
 
 def _evaluation_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    head = "".join(f"<th>{t}</th>" for t in ("", "algorithm", "n", "τ", "tokens a pass", "exact", "prompts"))
-    lines = []
-    for row in rows:
-        cells = (
+    lines = [
+        (
+            row["name"],
             row["alg"],
             row["n"],
             "–" if row["threshold"] is None else f"{row['threshold']:g}",
@@ -165,10 +168,9 @@ def _evaluation_table(rows: Sequence[Mapping[str, Any]]) -> str:
             f"{row['exact']:.1%}",
             row["n_prompts"],
         )
-        values = "".join(f"<td>{escape(str(c))}</td>" for c in cells)
-        lines.append(f"<tr><th>{escape(row['name'])}</th>{values}</tr>")
-    table = f'<table class="numbers"><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table>'
-    return f'<div class="wide">{table}</div>'
+        for row in rows
+    ]
+    return table(("", "algorithm", "n", "τ", "tokens a pass", "exact", "prompts"), lines)
 
 
 def _samples_section(records: Sequence[Mapping[str, Any]]) -> str:
@@ -181,7 +183,7 @@ def _samples_section(records: Sequence[Mapping[str, Any]]) -> str:
         samples = record["samples"] if record is records[-1] else record["samples"][:1]
         body += f"<h3>Step {record['step']}, {record['tokens_per_pass']:.2f} tokens a pass</h3>"
         body += "".join(_sample(s) for s in samples)
-    return _section("samples", "Answers during training", body)
+    return section("samples", "Answers during training", body)
 
 
 def _sample(sample: Mapping[str, Any]) -> str:
@@ -230,7 +232,7 @@ def _dataset_sections(rows: Rows, causal_attn: bool) -> Iterable[str]:
         f"blocks, then padding. This is the first row of the dataset.{note}</p>"
     )
     figure = plots.mask_figure(shown, length, causal_attn=causal_attn)
-    body = text + _image(figure, "visibility mask of one packed row")
+    body = text + image(figure, "visibility mask of one packed row")
     with_blocks = np.flatnonzero(shown.n_blocks)
     if len(with_blocks):
         zoom = plots.zoom_figure(shown, int(with_blocks[0]), causal_attn=causal_attn)
@@ -238,15 +240,15 @@ def _dataset_sections(rows: Rows, causal_attn: bool) -> Iterable[str]:
             "<p>A few neighbouring blocks of a document, enlarged. A block sees the clean tokens before its start "
             "(dotted: the start itself, which the block holds as its own first token) and itself, never another "
             "block.</p>"
-        ) + _image(zoom, "visibility of a few blocks")
-    yield _section("mask", "Who sees whom", body)
+        ) + image(zoom, "visibility of a few blocks")
+    yield section("mask", "Who sees whom", body)
     fill = read_fill(rows)
     some = "" if count <= MOST_ROWS else f" ({MOST_ROWS} of {count} rows, at even distances)"
     text = (
         f"<p>Each bar is a row of {row_length} tokens{some}. Clean tokens and blocks are useful; padding is what "
         "packing could not fill.</p>"
     )
-    yield _section("fill", "How rows are filled", text + _image(plots.fill_figure(fill), "filling of rows"))
+    yield section("fill", "How rows are filled", text + image(plots.fill_figure(fill), "filling of rows"))
 
 
 def read_fill(rows: Rows) -> plots.Fill:
@@ -264,22 +266,10 @@ def _config_section(run: Path) -> str:
     if not file.exists():
         return ""
     text = escape(file.read_text(encoding="utf-8"))
-    return _section("config", "Configuration", f"<details><summary>config.yaml</summary><pre>{text}</pre></details>")
+    return section("config", "Configuration", f"<details><summary>config.yaml</summary><pre>{text}</pre></details>")
 
 
 # ------------------------------------------------------------------------------------------------ pieces
-def _section(name: str, heading: str, body: str) -> str:
-    return f'<section id="{name}"><h2>{escape(heading)}</h2>{body}</section>'
-
-
-def _image(figure: Figure, alt: str) -> str:
-    """A figure as an inline picture. PNG at twice the size: sharp on dense screens, and no ids that could clash."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=200, metadata={"Software": None})
-    data = base64.b64encode(buffer.getvalue()).decode("ascii")
-    return f'<figure><img alt="{escape(alt)}" src="data:image/png;base64,{data}"></figure>'
-
-
 def _page(heading: str, sections: Sequence[str]) -> str:
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'

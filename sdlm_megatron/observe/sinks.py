@@ -1,6 +1,7 @@
 """Where the log records of a run go: JSONL, TensorBoard and W&B behind one `log(step, record)`.
 
-    RUN/metrics.jsonl     exactly one JSON object a logged step, whatever was stopped and resumed in between
+    RUN/metrics.jsonl     exactly one JSON object a logged step, whatever was stopped and resumed in between;
+                          the records of steps that were done again are in metrics.redone.jsonl
     RUN/tensorboard/      event files; after a resume the steps that are done again replace the old ones
     RUN/samples.jsonl     what the model answered at some steps (observe.sample_every), one JSON object a step
     RUN/validation.jsonl  what it made of data.validation, the same way
@@ -23,6 +24,8 @@ from sdlm_megatron.observe.wandb_sink import WandbSink, open_wandb
 
 Record = Mapping[str, float | int | str]
 METRICS_FILE, SAMPLES_FILE, VALIDATION_FILE = "metrics.jsonl", "samples.jsonl", "validation.jsonl"
+REDONE = ".redone"
+"""metrics.redone.jsonl: records of steps that were done again; what they cost is told by them alone."""
 
 
 class SinkSettings(Protocol):
@@ -57,14 +60,18 @@ class JsonlSink:
     Args:
         path: the file; made when missing.
         resume_step: the last step of the checkpoint the run goes on from, 0 for a run from the start. Records of
-            later steps are dropped, for those steps are done again; the file is replaced in one step.
+            later steps move to NAME.redone.jsonl, for those steps are done again; the file is replaced in one step.
         resume_note: goes into the first record after a resume beside `resumed_from`, e.g. "DP 2".
     """
 
     def __init__(self, path: Path, *, resume_step: int = 0, resume_note: str = "") -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
-            kept = [line for record, line in _lines(path) if int(record["step"]) <= resume_step]
+            lines = _lines(path)
+            kept = [line for record, line in lines if int(record["step"]) <= resume_step]
+            if len(kept) < len(lines):
+                with open(path.with_suffix(REDONE + path.suffix), "a", encoding="utf-8") as redone:
+                    redone.writelines(line for record, line in lines if int(record["step"]) > resume_step)
             write_text(path, "".join(kept))
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
         self._mark: dict[str, int | str] = {}
@@ -96,7 +103,7 @@ class TensorBoardSink:
 
     def log(self, step: int, record: Record) -> None:
         for key, value in record.items():
-            if key != "step" and isinstance(value, (int, float)):
+            if key not in ("step", "time") and isinstance(value, (int, float)):
                 self._writer.add_scalar(_group(key), value, step)
 
     def close(self) -> None:
@@ -239,6 +246,8 @@ def _group(key: str) -> str:
         return f"samples/{key}"
     if key in ("grad_norm", "lr"):
         return f"optimizer/{key}"
-    if key.endswith("_per_s") or key in ("mfu", "step_time", "data_wait", "memory_gb", "eta_s"):
+    if key.startswith(("time_", "gpu_", "memory_")):
+        return f"time and memory/{key}"
+    if key.endswith("_per_s") or key in ("mfu", "step_time", "data_wait", "eta_s"):
         return f"speed/{key}"
     return f"data/{key}"

@@ -1,16 +1,28 @@
 """The W&B sink: offline or online, the same run after a resume, never a reason for training to stop."""
 
 import os
+import queue
 import re
 import secrets
 import sys
+import threading
+import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
 from sdlm_megatron.errors import ConfigError
 from sdlm_megatron.files import write_text
 
+ANSWER_SECONDS = 5.0
+"""How long a server may take to answer at all; after that the run is recorded offline."""
+FINISH_SECONDS, CLOSE_SECONDS = 20.0, 30.0
+"""At the end of a run: for what is not uploaded yet, and for everything. A job that is stopped has no more time."""
+MOST_WAITING = 10_000
+"""Records that wait for W&B at most."""
 MODES = ("disabled", "offline", "online")
 _SECRET_NAME = re.compile(r"(API_?KEY|TOKEN|SECRET|PASSWORD|CREDENTIALS?)$", re.IGNORECASE)
 
@@ -24,16 +36,25 @@ def hide_secrets(text: str) -> str:
 
 
 class WandbSink:
-    """Logs to one W&B run. A failure while logging is told once and ends the sink, not the training."""
+    """Logs to one W&B run from a thread of its own: whatever the service or the network do, no step waits for them.
 
-    def __init__(self, run: Any) -> None:
-        self._run = run
-        # our own step as the x axis: W&B's counter never goes back, ours does when a resume repeats steps
-        run.define_metric("step")
-        run.define_metric("*", step_metric="step")
+    A failure is told once and ends the sink, not the training. Steps that a resume does again are logged again, at
+    the same place of the charts' axis.
+
+    Args:
+        start: opens the run, or says why there is none and gives None; called in the thread.
+    """
+
+    def __init__(self, start: Callable[[], Any]) -> None:
+        self._start = start
+        self._rows: queue.Queue[tuple[int, Callable[[], Mapping[str, Any]]] | None] = queue.Queue(MOST_WAITING)
+        self._full = False
+        self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
+        self._thread.start()
 
     def log(self, step: int, record: Mapping[str, float | int | str]) -> None:
-        self._send(step, lambda: record)
+        row = dict(record)
+        self._send(step, lambda: row)
 
     def log_table(self, step: int, name: str, lines: Sequence[Mapping[str, Any]]) -> None:
         """Logs lines with the same keys as a table."""
@@ -46,26 +67,50 @@ class WandbSink:
         self._send(step, table)
 
     def _send(self, step: int, record: Callable[[], Mapping[str, Any]]) -> None:
-        if self._run is None:
-            return
         try:
-            self._run.log({"step": step, **record()})
+            self._rows.put_nowait((step, record))
+        except queue.Full:
+            if not self._full:
+                self._full = True
+                _notice(f"W&B does not keep up: records from step {step} on are left out", RuntimeError("queue full"))
+
+    def _work(self) -> None:
+        run = self._start()
+        step = 0
+        try:
+            if run is not None:
+                # our own step as the x axis: W&B's counter never goes back, ours does when a resume repeats steps
+                run.define_metric("step")
+                run.define_metric("*", step_metric="step")
+            while (row := self._rows.get()) is not None:
+                step, record = row
+                if run is not None:
+                    run.log({"step": step, **record()})
         except Exception as error:  # noqa: BLE001 - a logging service must not end a training run
-            self._run = None
             _notice(f"logging to W&B failed at step {step} and stops here; training goes on", error)
+            run = None
+            while self._rows.get() is not None:  # so that nobody finds the queue full
+                pass
+        if run is not None:
+            try:
+                run.finish()
+            except Exception as error:  # noqa: BLE001 - the run is over, its other records are safe
+                _notice("W&B could not finish its run", error)
 
     def close(self) -> None:
-        if self._run is None:
+        """Waits until everything is logged, CLOSE_SECONDS at most."""
+        if not self._thread.is_alive():
             return
-        run, self._run = self._run, None
-        try:
-            run.finish()
-        except Exception as error:  # noqa: BLE001 - the run is over, its other records are safe
-            _notice("W&B could not finish its run", error)
+        end = time.monotonic() + CLOSE_SECONDS
+        with suppress(queue.Full):
+            self._rows.put(None, timeout=CLOSE_SECONDS)
+        self._thread.join(max(0.0, end - time.monotonic()))
+        if self._thread.is_alive():
+            _notice(f"W&B was not done {CLOSE_SECONDS} seconds after the end: it may miss records", TimeoutError())
 
 
 def open_wandb(run_dir: Path, *, mode: str, project: str, run_config: dict[str, Any]) -> WandbSink | None:
-    """The W&B sink of a run, or None when it is disabled or cannot be started (with a notice on stderr).
+    """The W&B sink of a run, or None when it is disabled. It starts by itself, with a notice on stderr if it cannot.
 
     The environment variable WANDB_MODE overrides `mode` where W&B is wanted at all, so that a node without network
     can be set from outside.
@@ -80,31 +125,40 @@ def open_wandb(run_dir: Path, *, mode: str, project: str, run_config: dict[str, 
         raise ConfigError(f"{mode!r} is no W&B mode", "config key for wandb, or WANDB_MODE", f"use one of {MODES}")
     if mode == "disabled":
         return None
-    try:
-        return _start(run_dir, "offline" if mode == "offline" else "online", project, run_config)
-    except Exception as error:  # noqa: BLE001 - whatever W&B raises, training does not depend on it
-        if mode == "offline":
-            _notice("W&B could not be started: this run is NOT recorded there", error)
-            return None
-        _notice("W&B cannot be reached: recording offline, send it later with `wandb sync`", error)
-    return open_wandb_offline(run_dir, project, run_config)
+    return WandbSink(lambda: _open(run_dir, mode == "online", project, run_config))
 
 
-def open_wandb_offline(run_dir: Path, project: str, run_config: dict[str, Any]) -> WandbSink | None:
-    """The offline sink, or None with a notice."""
+def _open(run_dir: Path, online: bool, project: str, run_config: dict[str, Any]) -> Any:
+    """The run, offline where it cannot be reached; None with a notice where not even that is possible."""
+    if online:
+        try:
+            return _start(run_dir, "online", project, run_config)
+        except Exception as error:  # noqa: BLE001 - whatever W&B raises, training does not depend on it
+            _notice("W&B cannot be reached: recording offline, send it later with `wandb sync`", error)
     try:
         return _start(run_dir, "offline", project, run_config)
-    except Exception as error:  # noqa: BLE001 - see open_wandb
+    except Exception as error:  # noqa: BLE001 - as above
         _notice("W&B could not be started: this run is NOT recorded there", error)
         return None
 
 
-def _start(run_dir: Path, mode: Literal["offline", "online"], project: str, run_config: dict[str, Any]) -> WandbSink:
+def _ask_server() -> None:
+    """OSError where no server answers; W&B's own attempts take minutes to give up."""
+    import wandb
+
+    request = urllib.request.Request(wandb.setup().settings.base_url, headers={"User-Agent": "sdlm_megatron"})
+    with suppress(urllib.error.HTTPError):  # an answer too
+        urllib.request.urlopen(request, timeout=ANSWER_SECONDS).close()
+
+
+def _start(run_dir: Path, mode: Literal["offline", "online"], project: str, run_config: dict[str, Any]) -> Any:
     import wandb  # slow to import, and not every run wants it
 
+    if mode == "online":
+        _ask_server()
     if mode == "online" and not wandb.login(prompt=False):  # init would ask on the terminal and wait
         raise RuntimeError("no API key: run `wandb login`, or set WANDB_API_KEY")
-    run = wandb.init(
+    return wandb.init(
         project=project,
         name=run_dir.name,
         id=_run_id(run_dir),
@@ -113,9 +167,15 @@ def _start(run_dir: Path, mode: Literal["offline", "online"], project: str, run_
         mode=mode,
         config=run_config,
         save_code=False,
-        settings=wandb.Settings(console="off", silent=True, disable_git=True, disable_code=True, init_timeout=60),
+        settings=wandb.Settings(
+            console="off",
+            silent=True,
+            disable_git=True,
+            disable_code=True,
+            init_timeout=60,
+            finish_timeout=FINISH_SECONDS,
+        ),
     )
-    return WandbSink(run)
 
 
 def _run_id(run_dir: Path) -> str:

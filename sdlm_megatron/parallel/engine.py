@@ -101,18 +101,19 @@ class Engine:
             for chunk in range(config.parallel.virtual_pipeline)
         ]
         self.optimizer = None
+        self.clock = StepClock(groups.device)
+        """Of the steps: "forward_backward" until gradients are reduced, "reduce" what of that is left, "update"."""
         if steps:
             self._prepare_training(mcore, steps)
 
     def _prepare_training(self, mcore: TransformerConfig, steps: int) -> None:
         parallel = self.config.parallel
-        self._clock = StepClock(self.groups.device)
         for module in self.modules:
             module.train()
         self.models = wrap_ddp(self.modules, parallel)
         self.optimizer = optimizer = build_optimizer(self.models, self.config.optimizer, parallel)
         self.schedule = build_schedule(optimizer, self.config.schedule, self.config.optimizer.lr, steps)
-        mcore.finalize_model_grads_func = finalizer(self.groups.collection, self._clock.end)
+        mcore.finalize_model_grads_func = finalizer(self.groups.collection, partial(self.clock.mark, "reduce"))
         mcore.grad_scale_func = optimizer.scale_loss
         connect_overlap(mcore, self.models, parallel)
         self._schedule_micro_batches = get_forward_backward_func()
@@ -164,10 +165,12 @@ class Engine:
         assert self.optimizer is not None
         self.schedule.num_steps = step
         self.schedule.step(0)
-        self._clock.begin()
+        self.clock.mark("forward_backward")
         seen = self.forward_backward([replace(b, measure=True) for b in batches] if measure else batches)
+        self.clock.mark("update")
         with record_function("sdlm::optimizer"):
             grad_norm = self._update()
+        self.clock.mark("")
         return queued_step(
             step,
             float(self.optimizer.param_groups[0]["lr"]),
@@ -176,7 +179,7 @@ class Engine:
             batches,
             self.groups,
             causal_attn=self.config.diffusion.causal_attn,
-            seconds=self._clock.seconds(),
+            seconds=self.clock.last("forward_backward"),
         )
 
     def results(self, queued: Sequence[QueuedStep], *, stop: bool = False) -> list[StepResult]:
@@ -303,6 +306,15 @@ class Engine:
             clip(self.optimizer, grad_norm, self.config.optimizer.clip_grad)
         self.optimizer.step_with_ready_grads()
         return grad_norm
+
+
+def device_memory_gb(device: torch.device) -> float:
+    """Memory of this process now, in GB: allocated on the GPU, resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device) / 1e9
+    import psutil
+
+    return psutil.Process().memory_info().rss / 1e9
 
 
 def device_peak_memory_gb(device: torch.device) -> float:

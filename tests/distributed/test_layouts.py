@@ -181,6 +181,10 @@ def test_logging_and_saving_at_other_steps_changes_nothing(
     for record in found:
         assert record["tokens_per_s"] == pytest.approx(record["tokens"] / record["step_time"])
         assert 0 <= record["data_wait"] < record["step_time"]
+        parts = [record[f"time_{name}"] for name in ("forward_backward", "reduce", "update", "read_log")]
+        assert all(x > 0 for x in parts)
+        assert sum([*parts, record["data_wait"]]) == pytest.approx(record["step_time"])
+    assert all(r["time_save"] > 0 for r in found)  # after steps 3, 6 and 9
 
 
 def test_clean_tokens_trained_too(material: tuple[Path, Path], single: list[dict], tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from helpers import make_dataset, make_hf, read_metrics, run_python, train
 from sdlm_megatron.data.batch import load_micro_batch
 from sdlm_megatron.data.format import PackedDataset
 from sdlm_megatron.data.order import step_rows
+from sdlm_megatron.observe.goodput import goodput_of
 
 pytestmark = pytest.mark.distributed
 
@@ -85,6 +86,10 @@ def test_resume_is_bitwise_in_the_weights(stopped: dict[str, Path], tmp_path: Pa
         run_python("-m", "checkpoints_tools.mcore_to_hf", "--ckpt", str(source), "--out", str(tmp_path / name))
         exports.append((tmp_path / name / "model.safetensors").read_bytes())
     assert exports[0] == exports[1]
+    found = goodput_of(run)  # two attempts, by what they really wrote
+    assert found is not None and sum(found.seconds.values()) == pytest.approx(found.wall, abs=1e-6)
+    assert 0 < found.share < 1 and {"start", "stop and restart"} <= set(found.seconds)
+    assert not {"redone steps", "hang or crash"} & set(found.seconds)
 
 
 @pytest.mark.parametrize("dp_size", [1, 2, 3, 4])

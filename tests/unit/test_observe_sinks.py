@@ -1,9 +1,13 @@
 """JSONL, TensorBoard and W&B, each really written and read back."""
 
 import json
+import socket
 import struct
 import sys
+import threading
+import time
 from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
@@ -161,15 +165,73 @@ def test_wandb_offline_is_really_written_and_a_resume_keeps_the_run(tmp_path, mo
     assert "0123456789abcdef" not in printed and "WARNING" not in printed
 
 
-def test_online_without_a_key_does_not_ask_and_goes_offline_with_a_notice(tmp_path, monkeypatch, capfd):
+class Answering(BaseHTTPRequestHandler):
+    """A server that knows nothing."""
+
+    def do_GET(self):
+        self.send_error(404)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch):
+    with HTTPServer(("127.0.0.1", 0), Answering) as listening:
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{listening.server_port}")
+        threading.Thread(target=listening.serve_forever, daemon=True).start()
+        yield
+        listening.shutdown()
+
+
+@pytest.mark.parametrize("network", ["refused", "black hole"])
+def test_without_network_no_step_waits_and_all_is_recorded_offline(tmp_path, monkeypatch, capfd, network):
+    """The real client: a port nobody listens at, and one that takes connections and never answers."""
     import wandb
 
+    with socket.socket() as hole:
+        hole.bind(("127.0.0.1", 0))
+        if network == "black hole":
+            hole.listen(8)
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{hole.getsockname()[1]}")
+        monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef0123456789abcdef01234567")
+        monkeypatch.setattr(wandb_sink, "ANSWER_SECONDS", 1.0)
+        wandb.teardown()  # settings are read once a process
+        with Sinks.open(tmp_path, Settings(wandb="online")) as sinks:
+            started = time.perf_counter()
+            for step in range(1, 21):
+                sinks.log(step, {"loss": 1.0 / step})
+            assert time.perf_counter() - started < 0.5
+        wandb.teardown()
+    (history,) = wandb_history(tmp_path).values()
+    assert [step for step, _ in history] == list(range(1, 21))
+    assert "recording offline" in capfd.readouterr().err
+
+
+def test_a_client_that_hangs_is_left_behind(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(wandb_sink, "CLOSE_SECONDS", 0.2)
+    monkeypatch.setattr(wandb_sink, "MOST_WAITING", 3)
+    hangs = threading.Event()
+    sink = wandb_sink.WandbSink(hangs.wait)
+    for step in range(1, 9):
+        sink.log(step, {"loss": 1.0})
+    sink.close()
+    errors = capfd.readouterr().err
+    assert "records from step 4 on are left out" in errors and "was not done 0.2 seconds" in errors
+    hangs.set()
+
+
+def test_online_without_a_key_does_not_ask_and_goes_offline_with_a_notice(tmp_path, monkeypatch, capfd, server):
+    import wandb
+
+    wandb.teardown()
     asked = []
     monkeypatch.setattr(wandb, "login", lambda **options: asked.append(options) or False)
     started = []
     monkeypatch.setattr(wandb, "init", lambda **options: started.append(options["mode"]) or FakeRun())
     sink = wandb_sink.open_wandb(tmp_path / "run", mode="online", project="p", run_config={})
-    assert sink is not None and started == ["offline"] and asked == [{"prompt": False}]
+    sink.close()
+    assert started == ["offline"] and asked == [{"prompt": False}]
     assert "wandb sync" in capfd.readouterr().err
 
 
@@ -207,7 +269,7 @@ def test_failing_to_start_is_told_loudly_without_secrets_and_training_goes_on(tm
 
 def test_failing_while_logging_ends_the_sink_only(capfd):
     fake = FakeRun(fail_at=2)
-    sink = wandb_sink.WandbSink(fake)
+    sink = wandb_sink.WandbSink(lambda: fake)
     for step in (1, 2, 3):
         sink.log(step, {"loss": 1.0})
     sink.close()

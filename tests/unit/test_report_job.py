@@ -1,0 +1,97 @@
+"""The page of a run over all its restarts, and its command."""
+
+import json
+import re
+from html import unescape
+from pathlib import Path
+
+import pytest
+from helpers import run_python
+from job_history import write_job
+
+from sdlm_megatron.errors import DataError
+from sdlm_megatron.observe.report import write_report
+from sdlm_megatron.report import main
+
+SLOTS = {f"{name}_pos_{j}": j / 8 for name in ("loss", "accuracy", "confidence") for j in (1, 2)}
+LEARNED = {"loss": 1.0, **SLOTS, "accepted_0.9": 1.5, "accepted_0.98": 1.25}
+PARTS = {"time_forward_backward": 1.5, "time_reduce": 0.2, "time_update": 0.2, "time_read_log": 0.1}
+SPEED = {"tokens": 1000, "useful_tokens": 900, "tokens_per_s": 500.0, "useful_tokens_per_s": 450.0, "mfu": 0.4}
+
+
+def headings(page: Path) -> list[str]:
+    return [unescape(h) for h in re.findall("<h2>(.*?)</h2>", page.read_text(encoding="utf-8"))]
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Path:
+    write_job(tmp_path, **LEARNED, **PARTS, **SPEED, slowest_host="node-7", gpu_temperature_c=71.0, memory_gb=60.0)
+    validated = {"step": 6, "val_rows": 64, **{f"val_{k}": v for k, v in LEARNED.items()}}
+    (tmp_path / "validation.jsonl").write_text(json.dumps(validated) + "\n")
+    spike = {"step": 5, "rows": [{"row": 31, "loss": 14.2}], "skip": "--data.skip_rows=[31]"}
+    (tmp_path / "spikes.jsonl").write_text(json.dumps(spike) + '\n{"step": 6, "ro')
+    (tmp_path / "config.yaml").write_text("data:\n  path: /nowhere\n")
+    return tmp_path
+
+
+def test_every_section(job: Path) -> None:
+    page = write_report(job)
+    assert headings(page) == [
+        "The run",
+        "Losses per slot",
+        "Accuracy and accepted length",
+        "Held-out rows",
+        "Speed",
+        "Where a step's time goes",
+        "Where the whole time went",
+        "Spikes",
+        "Events",
+        "Configuration",
+    ]
+    text = page.read_text(encoding="utf-8")
+    for words in (
+        "6.6% of 4m02s went to steps that count",
+        "<td>1m41s</td><td>41.7%</td>",  # the queue
+        "--data.skip_rows=[31]",
+        "3 of the processes",
+        "Mean model FLOPs utilization 40.0%",
+        "Lowest loss: 1.0000 after step 6",
+        "1.50 at τ 0.9, 1.25 at τ 0.98",
+        "Hottest GPU of the first node 71 °C",
+        "reason time limit",
+    ):
+        assert words in text, words
+    assert text.count("<img") == 8 and "http" not in re.sub(r'src="data:[^"]*"', "", text)
+
+
+@pytest.mark.parametrize("state", ["configured", "started", "logged"])
+def test_a_run_in_any_state(job: Path, state: str) -> None:
+    """Nothing but a configuration; crashed before the first step; files cut by a crash."""
+    if state == "configured":
+        for file in job.glob("*.jsonl"):
+            file.unlink()
+    elif state == "started":
+        events = (job / "events.jsonl").read_text().splitlines(keepends=True)
+        for file in job.glob("*.jsonl"):
+            file.unlink()
+        (job / "events.jsonl").write_text("".join(events[:4]) + events[4][:20])
+    else:
+        for name in ("events", "validation", "spikes", "metrics.redone"):
+            (job / f"{name}.jsonl").unlink()
+        with open(job / "metrics.jsonl", "a") as file:
+            file.write('{"step": 9, "lo')
+    found = headings(write_report(job))
+    assert found[:2] == ["The run", "Losses" if state != "logged" else "Losses per slot"]
+    assert ("Where the whole time went" in found) == (state == "started")
+
+
+def test_the_command(job: Path, capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    main([str(job), "--out", str(tmp_path / "page.html")])
+    printed = capsys.readouterr().out
+    assert "6.6% of 4m02s went to steps that count" in printed and "41.7%    1m41s  queue" in printed
+    assert headings(tmp_path / "page.html")
+    with pytest.raises(DataError, match="no such folder"):
+        main([str(tmp_path / "nothing")])
+    (tmp_path / "empty").mkdir()
+    done = run_python("-m", "sdlm_megatron.report", str(tmp_path / "empty"), check=False)
+    assert done.returncode == 2 and "no metrics.jsonl" in done.stderr and "Traceback" not in done.stderr

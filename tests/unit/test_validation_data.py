@@ -1,0 +1,40 @@
+"""Held-out rows have to be made like the training data: what does not fit is named before anything is built."""
+
+from pathlib import Path
+
+import pytest
+from helpers import make_dataset
+
+from sdlm_megatron.config.schema import RunConfig
+from sdlm_megatron.data.format import PackedDataset
+from sdlm_megatron.errors import DataError
+from sdlm_megatron.start import open_validation
+
+
+@pytest.mark.parametrize(
+    ("made", "named"),
+    [
+        ({"row_length": 64}, "row_length is 64, that of the training data 128"),
+        ({"block_size": 8}, "block_size is 8"),
+        ({"mask_token_id": 7}, "mask_token_id is 7"),
+        ({"tokenizer": {"fingerprint": "b", "name": "other"}}, "another tokenizer"),
+    ],
+)
+def test_what_does_not_fit_is_named(tmp_path: Path, made: dict, named: str) -> None:
+    tokenizer = {"fingerprint": "a", "name": "bytes"}
+    config = RunConfig()
+    training = PackedDataset(make_dataset(tmp_path / "data", rows=2, tokenizer=tokenizer))
+    assert open_validation(config, training) is None
+    config.data.validation = str(make_dataset(tmp_path / "other", **{"rows": 2, "tokenizer": tokenizer, **made}))
+    with pytest.raises(DataError, match=named) as caught:
+        open_validation(config, training)
+    assert caught.value.where.startswith("data.validation")
+    config.observe.validate_every = 0
+    assert open_validation(config, training) is None
+
+
+def test_what_fits_is_opened(tmp_path: Path) -> None:
+    config = RunConfig()
+    config.data.validation = str(make_dataset(tmp_path / "other", rows=3, seed=1))
+    found = open_validation(config, PackedDataset(make_dataset(tmp_path / "data", rows=2)))
+    assert found is not None and found.rows(0) == 3
