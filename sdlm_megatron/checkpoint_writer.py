@@ -121,7 +121,7 @@ class CheckpointWriter:
             final: nothing follows: if the disk refuses, it is tried again, then CheckpointError is raised on all.
         """
         began = time.perf_counter()
-        if self._thread is not None and self._thread.is_alive() and self._main:
+        if self.busy and self._main:
             print("the last checkpoint is still being written: waiting for it", flush=True)
         self.wait()
         folder = step_folder(self.run_dir, state.step)
@@ -146,6 +146,11 @@ class CheckpointWriter:
                 "make room (checkpoint.keep_last says how many are kept) and start again: training goes on from the "
                 "checkpoint before",
             )
+
+    @property
+    def busy(self) -> bool:
+        """Whether a save is under way."""
+        return self._thread is not None and self._thread.is_alive()
 
     def check(self) -> None:
         """Raises what went wrong in the thread; does not wait."""

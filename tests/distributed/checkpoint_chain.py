@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch._dynamo  # noqa: F401  else each forked process imports it when it makes its optimizer
+import torch._dynamo  # else each forked process imports it when it makes its optimizer
 
 from sdlm_megatron.parallel import compat, cpu
 
