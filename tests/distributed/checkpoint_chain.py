@@ -1,4 +1,4 @@
-"""`python checkpoint_chain.py DATA BASE OUT PRECISION`: a checkpoint goes through many layouts.
+"""`python checkpoint_chain.py DATA BASE OUT`: a checkpoint goes through many layouts.
 
 Each loads what the last one saved.
 Megatron-Core is imported once; the processes of each layout are forked.
@@ -157,4 +157,6 @@ def main(data: Path, base: Path, out: Path, precision: str) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(*map(Path, sys.argv[1:4]), sys.argv[4])
+    data, base, out = map(Path, sys.argv[1:])
+    for precision in CHAINS:
+        main(data, base, out / precision, precision)

@@ -20,12 +20,9 @@ def faults(folder: Path, *what: str) -> str:
     return run_python(str(SCRIPT), str(data), str(base), str(folder), *what).stdout
 
 
-def test_killed_at_20_random_moments_of_a_write(tmp_path: Path) -> None:
-    assert "killed 20 times" in faults(tmp_path, "kill")
-
-
-def test_disks_that_refuse_and_local_disks(tmp_path: Path) -> None:
-    output = faults(tmp_path, "refused", "local")
+def test_kills_at_20_random_moments_disks_that_refuse_and_local_disks(tmp_path: Path) -> None:
+    output = faults(tmp_path, "kill", "refused", "local")
+    assert "killed 20 times" in output
     assert output.count("NO CHECKPOINT of step 3") == 3
     assert "NO CHECKPOINT of step 1: process 1 on " in output and "File too large" in output
     assert "training goes on; the next save tries again" in output
