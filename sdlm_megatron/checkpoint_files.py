@@ -208,7 +208,7 @@ def checksums(folder: Path, known: Mapping[str, dict[str, Any]] | None = None) -
     known, found = known or {}, {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         name = str(path.relative_to(folder))
-        found[name] = known.get(name) or {"size": path.stat().st_size, "sha256": sha256(path)}
+        found[name] = dict(known[name]) if name in known else {"size": path.stat().st_size, "sha256": sha256(path)}
     return found
 
 

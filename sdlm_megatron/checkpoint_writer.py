@@ -6,6 +6,7 @@ that the disk refuses is given up on all processes, loudly, and training goes on
 """
 
 import errno
+import json
 import os
 import shutil
 import socket
@@ -22,6 +23,7 @@ import torch.distributed as dist
 
 from sdlm_megatron.attempt import record_event
 from sdlm_megatron.checkpoint_files import TrainState, checksums, copy_assets, step_folder
+from sdlm_megatron.checkpoint_local import copy_file, keep_only, local_root
 from sdlm_megatron.config.schema import CheckpointConfig
 from sdlm_megatron.errors import CheckpointError, UserError
 from sdlm_megatron.files import HashedFile, rename_whole, write_json
@@ -92,6 +94,7 @@ class CheckpointWriter:
 
     def __init__(self, engine: Engine, run_dir: Path, config: CheckpointConfig) -> None:
         self.engine, self.run_dir, self.config = engine, run_dir, config
+        self._local = local_root(config, run_dir)
         self._group = dist.new_group(backend="gloo", timeout=_LONGEST)
         self._host = torch.empty(0, dtype=torch.uint8)
         self._thread: threading.Thread | None = None
@@ -118,7 +121,7 @@ class CheckpointWriter:
             final: nothing follows: if the disk refuses, it is tried again, then CheckpointError is raised on all.
         """
         began = time.perf_counter()
-        if self._thread is not None and self._thread.is_alive() and self._main:
+        if self.busy and self._main:
             print("the last checkpoint is still being written: waiting for it", flush=True)
         self.wait()
         folder = step_folder(self.run_dir, state.step)
@@ -143,6 +146,11 @@ class CheckpointWriter:
                 "make room (checkpoint.keep_last says how many are kept) and start again: training goes on from the "
                 "checkpoint before",
             )
+
+    @property
+    def busy(self) -> bool:
+        """Whether a save is under way."""
+        return self._thread is not None and self._thread.is_alive()
 
     def check(self) -> None:
         """Raises what went wrong in the thread; does not wait."""
@@ -196,14 +204,21 @@ class CheckpointWriter:
     def _write(self, save: _Save) -> None:
         """All processes' threads go through this together; what one cannot write, all give up."""
         partial = save.folder.with_name(save.folder.name + ".partial")
+        place = partial if self._local is None else self._local / save.folder.name
+        name, written = _file(self.engine.groups.rank), []
         save.size = sum(self._gather(sum(p.nbytes for p in save.parts)))
         save.refused = self._on_main(lambda: self._prepare(save, partial), partial)
         if not save.refused:
-            name, files = f"__{self.engine.groups.rank}_0.distcp", {}
-            refused = _attempt(lambda: files.update({name: self._write_parts(save.parts, partial / "weights" / name)}))
-            refused = refused and f"process {self.engine.groups.rank} on {socket.gethostname()}: {refused}"
-            everyone = self._gather((refused, files, {p.key: (p.shape, p.dtype) for p in save.parts}))
-            save.refused = self._on_main(lambda: self._finish(save, partial, everyone), partial)
+            refused = self._attempt(lambda: written.append(self._write_parts(save.parts, place / name)))
+            everyone = self._gather((refused, written, {p.key: (p.shape, p.dtype) for p in save.parts}))
+            save.refused = self._on_main(lambda: self._describe(save, place, everyone), partial)
+        if not save.refused and self._local is not None:
+            everyone = self._gather(self._attempt(lambda: self._copy_home(place, partial, {name: written[0].checksum})))
+            save.refused = self._on_main(lambda: _raise(everyone), partial)
+        if not save.refused:
+            save.refused = self._on_main(lambda: self._appear(save.folder, partial), partial)
+        if not save.refused and self._local is not None:
+            keep_only(self._local, place)
         if self._main:
             self._report(save)
 
@@ -213,10 +228,10 @@ class CheckpointWriter:
         needed, free = save.size + _SMALL_FILES, shutil.disk_usage(partial).free
         if needed > free:
             raise OSError(errno.ENOSPC, f"{needed / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free", str(partial))
-        copy_assets(save.assets, partial / "hf")
 
     def _write_parts(self, parts: Sequence[_Part], path: Path) -> _Written:
         memory, entries = self._host.numpy(), []
+        path.parent.mkdir(parents=True, exist_ok=True)
         file = HashedFile(path)
         for part in parts:
             numel = torch.Size(part.size).numel()
@@ -226,22 +241,37 @@ class CheckpointWriter:
             file.check()
         return _Written(entries, file.close())
 
-    def _finish(self, save: _Save, partial: Path, everyone: Sequence[tuple[str, dict[str, _Written], dict]]) -> None:
-        """Makes the parts a checkpoint; the main process does it when all have written theirs."""
-        if refused := [text for text, _, _ in everyone if text]:
-            raise OSError("; ".join(refused))
-        files = {name: written for _, mine, _ in everyone for name, written in mine.items()}
+    def _describe(self, save: _Save, place: Path, everyone: Sequence[tuple[str, list[_Written], dict]]) -> None:
+        """Writes everything but the weights, complete.json last; the main process does it when all are written."""
+        _raise([refused for refused, _, _ in everyone])
+        files = {_file(rank): written for rank, (_, mine, _) in enumerate(everyone) for written in mine}
         tensors = {key: tensor for _, _, mine in everyone for key, tensor in mine.items()}
-        write_index(partial / "weights", {name: written.entries for name, written in files.items()}, tensors)
-        write_json(partial / "state.json", asdict(save.state))
+        write_index(place / "weights", {Path(name).name: w.entries for name, w in files.items()}, tensors)
+        copy_assets(save.assets, place / "hf")
+        write_json(place / "state.json", asdict(save.state))
         if save.facts:
-            write_json(partial / "run.json", save.facts)
-        known = {f"weights/{name}": written.checksum for name, written in files.items()}
-        write_json(partial / "complete.json", checksums(partial, known))
-        replaced = save.folder.with_name(save.folder.name + ".replaced.partial")
-        if save.folder.exists():  # of this step, but not what the run resumed from: cut short
-            os.rename(save.folder, replaced)
-        rename_whole(partial, save.folder)
+            write_json(place / "run.json", save.facts)
+        (place / "complete.json").unlink(missing_ok=True)  # of another attempt, on a local disk
+        known = {name: written.checksum for name, written in files.items()}
+        found = checksums(place, known)
+        others = {name: entry for name, entry in found.items() if not name.endswith(".distcp")}
+        write_json(place / "complete.json", known | others)
+
+    def _copy_home(self, place: Path, partial: Path, mine: dict[str, dict[str, Any]]) -> None:
+        """From the local disk to the run folder: this process's weights, and of the main process the rest."""
+        if self._main:
+            listed = json.loads((place / "complete.json").read_text())
+            mine = mine | {name: entry for name, entry in listed.items() if not name.endswith(".distcp")}
+        for name, wanted in mine.items():
+            copy_file(place / name, partial / name, wanted)
+        if self._main:
+            shutil.copyfile(place / "complete.json", partial / "complete.json")
+
+    def _appear(self, folder: Path, partial: Path) -> None:
+        replaced = folder.with_name(folder.name + ".replaced.partial")
+        if folder.exists():  # of this step, but not what the run resumed from: cut short
+            os.rename(folder, replaced)
+        rename_whole(partial, folder)
         shutil.rmtree(replaced, ignore_errors=True)
 
     def _report(self, save: _Save) -> None:
@@ -258,7 +288,7 @@ class CheckpointWriter:
 
     def _on_main(self, action: Callable[[], None], partial: Path) -> str:
         """Runs `action` on the main process; why it failed, "" if it did not, on all. Then `partial` is removed."""
-        said = [_attempt(action) if self._main else ""]
+        said = [self._attempt(action) if self._main else ""]
         if said[0]:
             shutil.rmtree(partial, ignore_errors=True)
         dist.broadcast_object_list(said, src=0, group=self._group)
@@ -270,10 +300,24 @@ class CheckpointWriter:
         dist.gather_object(mine, everyone, dst=0, group=self._group)
         return everyone or []
 
+    def _attempt(self, action: Callable[[], None]) -> str:
+        try:
+            action()
+        except _RefusedError as error:
+            return str(error)
+        except OSError as error:
+            return f"process {self.engine.groups.rank} on {socket.gethostname()}: {error}"
+        return ""
 
-def _attempt(action: Callable[[], None]) -> str:
-    try:
-        action()
-    except OSError as error:
-        return str(error)
-    return ""
+
+def _file(rank: int) -> str:
+    return f"weights/__{rank}_0.distcp"
+
+
+class _RefusedError(Exception):
+    """What some processes could not do, in their words."""
+
+
+def _raise(refused: Sequence[str]) -> None:
+    if texts := [text for text in refused if text]:
+        raise _RefusedError("; ".join(texts[:3]) + (f" and {len(texts) - 3} more" if len(texts) > 3 else ""))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from sdlm_megatron.attempt import record_event
 from sdlm_megatron.checkpoint_files import set_aside, step_of
+from sdlm_megatron.checkpoint_local import carry_over
 from sdlm_megatron.checkpointing import damage
 from sdlm_megatron.config.schema import RunConfig
 from sdlm_megatron.data.format import PackedDataset
@@ -23,6 +24,8 @@ def agree(config: RunConfig, plan: Plan, dataset: PackedDataset, groups: Groups,
     All processes call it, each with the plan it made alone. A damaged checkpoint of the run is renamed, and the one
     before takes its place. CheckpointError where the base is damaged, or the processes see different files.
     """
+    if carry_over(config.checkpoint, Path(config.run_dir), groups, say):
+        plan = make_plan(config, dataset, say)
     while True:
         plan = _same(config, plan, dataset, groups, say)
         if plan.source is None or plan.kind == "huggingface":

@@ -140,15 +140,19 @@ class TorchDist:
     def __init__(self, weights: Path) -> None:
         self.weights = weights
         self._tensors: dict[str, TensorStorageMetadata] = {}
-        self._chunks: dict[str, list[_Chunk]] = {}
+        self._chunks: dict[str, dict[int, list[_Chunk]]] = {}
+        """By key, then by the layer (first axis) of a box that is of one layer, else -1: there are very many."""
         self._maps: dict[str, mmap.mmap] = {}
         self._at: dict[_Chunk, int] = {}
         found = read_metadata(weights)
         for key, entry in found.state_dict_metadata.items():
             if isinstance(entry, TensorStorageMetadata):
                 self._tensors[key] = entry
-                self._chunks[key] = [self._chunk(key, found.storage_data, box) for box in entry.chunks]
-        for file in sorted({c.file for chunks in self._chunks.values() for c in chunks}):
+                layers = self._chunks[key] = {}
+                for box in entry.chunks:
+                    chunk = self._chunk(key, found.storage_data, box)
+                    layers.setdefault(chunk.start[0] if chunk.size[:1] == (1,) else -1, []).append(chunk)
+        for file in sorted({c.file for key in self._chunks.values() for chunks in key.values() for c in chunks}):
             self._maps[file] = _map(weights / file)
 
     def _chunk(self, key: str, places: dict, box: Any) -> _Chunk:
@@ -173,8 +177,9 @@ class TorchDist:
     def read(self, key: str, start: tuple[int, ...], size: tuple[int, ...]) -> torch.Tensor:
         """The box of `size` from `start`, not to be written to: a view of the file where one archive holds it all."""
         dtype, missing = self.dtype(key), math.prod(size)
-        whole = None
-        for chunk in self._chunks[key]:
+        whole, layers = None, self._chunks[key]
+        wanted = [-1, *(range(start[0], start[0] + size[0]) if len(layers) > 1 or -1 not in layers else ())]
+        for chunk in (chunk for layer in wanted for chunk in layers.get(layer, ())):
             low = [max(a, b) for a, b in zip(start, chunk.start, strict=True)]
             ends = zip(start, size, chunk.start, chunk.size, strict=True)
             high = [min(a + n, b + m) for a, n, b, m in ends]

@@ -156,6 +156,9 @@ class CheckpointConfig:
     """Checkpoints of every so many steps are never removed; a multiple of save_every. 0: only keep_last counts."""
     async_save: bool = True
     """Write while training goes on; a step waits only for the copy to host memory. The last save is waited for."""
+    local_dir: str = ""
+    """A folder on each node's own disk, such as /scratch/$USER: checkpoints are written there first, then copied to the
+    run folder; at a start, one that is whole only there is copied. Empty: straight to the run folder."""
 
 
 @dataclass

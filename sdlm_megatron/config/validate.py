@@ -1,6 +1,13 @@
 """Checks of a configuration before anything is built. Nothing here changes a setting."""
 
-from sdlm_megatron.config.schema import DataConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
+from sdlm_megatron.config.schema import (
+    CheckpointConfig,
+    DataConfig,
+    ModelConfig,
+    ParallelConfig,
+    RunConfig,
+    TrainConfig,
+)
 from sdlm_megatron.errors import ConfigError
 
 CHOICES = {
@@ -41,6 +48,7 @@ NOT_NEGATIVE = (
     "optimizer.weight_decay",
     "checkpoint.save_every",
     "checkpoint.keep_last",
+    "checkpoint.keep_every",
     "observe.sample_every",
     "observe.validate_every",
     "observe.validation_rows",
@@ -78,6 +86,7 @@ def check_run(config: RunConfig, world_size: int) -> None:
         )
     _check_overlap(parallel)
     _check_recompute(config.train)
+    _check_checkpoint(config.checkpoint)
     _check_samples(config)
     if parallel.virtual_pipeline > 1 and parallel.pipeline == 1:
         raise ConfigError(
@@ -117,6 +126,15 @@ def _check_overlap(parallel: ParallelConfig) -> None:
                 "parallel.overlap_param_gather",
                 f"set parallel.{key}=true or overlap_param_gather=false",
             )
+
+
+def _check_checkpoint(checkpoint: CheckpointConfig) -> None:
+    if checkpoint.keep_every and (not checkpoint.save_every or checkpoint.keep_every % checkpoint.save_every):
+        raise ConfigError(
+            f"no checkpoint is saved at every {checkpoint.keep_every} steps: save_every is {checkpoint.save_every}",
+            "checkpoint.keep_every",
+            "give a multiple of checkpoint.save_every, or 0",
+        )
 
 
 def _check_recompute(train: TrainConfig) -> None:

@@ -1,4 +1,4 @@
-"""`python checkpoint_chain.py DATA BASE OUT PRECISION`: a checkpoint goes through many layouts.
+"""`python checkpoint_chain.py DATA BASE OUT`: a checkpoint goes through many layouts.
 
 Each loads what the last one saved.
 Megatron-Core is imported once; the processes of each layout are forked.
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo  # else each forked process imports it when it makes its optimizer
 
 from sdlm_megatron.parallel import compat, cpu
 
@@ -156,4 +157,6 @@ def main(data: Path, base: Path, out: Path, precision: str) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(*map(Path, sys.argv[1:4]), sys.argv[4])
+    data, base, out = map(Path, sys.argv[1:])
+    for precision in CHAINS:
+        main(data, base, out / precision, precision)

@@ -1,4 +1,4 @@
-"""`python checkpoint_faults.py kill|full DATA BASE OUT`: checkpoints under kill -9, and on disks that refuse."""
+"""`python checkpoint_faults.py DATA BASE OUT WHAT…`: checkpoints under kill -9, and on disks that refuse."""
 
 import errno
 import os
@@ -16,9 +16,11 @@ from checkpoint_chain import Layout, Run, forked
 from sdlm_megatron import checkpoint_writer
 from sdlm_megatron.attempt import read_events
 from sdlm_megatron.checkpoint_files import check_files, newest, step_of
+from sdlm_megatron.checkpoint_local import carry_over
 from sdlm_megatron.checkpoint_writer import CheckpointWriter
 from sdlm_megatron.config.schema import CheckpointConfig
 from sdlm_megatron.errors import CheckpointError
+from sdlm_megatron.files import sha256
 from sdlm_megatron.torch_dist import TorchDist
 
 DP2 = Layout(2, {})
@@ -108,12 +110,55 @@ def no_room(run: Run, out: Path) -> None:
     assert newest(out / "ckpt", print) is None
 
 
+def local(run: Run, out: Path) -> None:
+    """Each process has a disk of its own; the run folder loses what only they have."""
+    engine, state = run.engine(DP2)
+    groups, config = engine.groups, CheckpointConfig(local_dir=str(out / "node-$LOCAL_RANK"))
+    with CheckpointWriter(engine, out, config) as writer:
+        for step in (1, 2):
+            writer.save(replace(state, step=step), None)
+    groups.gather(None)
+    steps = [sorted(int(p.name[5:]) for p in folder.glob("step-*")) for folder in (out / "ckpt", *_disks(out))]
+    assert steps == [[1, 2], [2], [2]], steps
+    groups.gather(None)
+    assert not carry_over(config, out, groups, print), "the run folder has it"
+    home = out / "ckpt" / "step-0000002"
+    before = {p.name: sha256(p) for p in home.rglob("*") if p.is_file()}
+    groups.gather(None)
+    for change in (None, "flip", "lose"):
+        if groups.main:
+            home.rename(home.with_name(f"was-{change}"))
+            (home.with_name("step-0000002.partial") / "weights").mkdir(parents=True)  # killed while it was copied
+            damaged = next(_disks(out)[1].rglob("*.distcp"))
+            if change == "flip":
+                damaged.write_bytes(b"\1" + damaged.read_bytes()[1:])
+            elif change == "lose":
+                damaged.unlink()
+        groups.gather(None)
+        assert carry_over(config, out, groups, print) == (change is None)
+        assert home.exists() == (change is None)
+        groups.gather(None)
+        if change is None:
+            assert {p.name: sha256(p) for p in home.rglob("*") if p.is_file()} == before
+            check_files(home)
+        elif groups.main:
+            home.mkdir()
+        groups.gather(None)
+
+
+def _disks(out: Path) -> list[Path]:
+    return sorted(p for disk in out.glob("node-*") for p in disk.iterdir())
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     checkpoint_writer.RETRY_SECONDS = (0, 0)
-    what, data, base, out = sys.argv[1], *map(Path, sys.argv[2:])
+    data, base, out = map(Path, sys.argv[1:4])
     run = Run(data, base, "bf16")
-    if what == "kill":
-        kill(run, out)
-    else:
-        forked(2, {"refused": refused, "no_room": no_room}[what], run, out)
+    for what in sys.argv[4:]:
+        (out / what).mkdir(parents=True, exist_ok=True)
+        if what == "kill":
+            kill(run, out / what)
+        else:
+            action = {"refused": refused, "local": local}.get(what, no_room)
+            forked(2, action, run, out / what)

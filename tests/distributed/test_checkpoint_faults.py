@@ -15,45 +15,42 @@ pytestmark = pytest.mark.distributed
 SCRIPT = REPO / "tests" / "distributed" / "checkpoint_faults.py"
 
 
-def faults(what: str, folder: Path) -> str:
-    data, base = folder / "data", folder / "hf"
-    if not data.exists():
-        make_dataset(data, rows=4)
-        make_hf(base, layers=1)
-    (folder / what).mkdir(exist_ok=True)
-    return run_python(str(SCRIPT), what, str(data), str(base), str(folder / what)).stdout
+def faults(folder: Path, *what: str) -> str:
+    data, base = make_dataset(folder / "data", rows=4), make_hf(folder / "hf", layers=1)
+    return run_python(str(SCRIPT), str(data), str(base), str(folder), *what).stdout
 
 
-def test_killed_at_20_random_moments_of_a_write(tmp_path: Path) -> None:
-    assert "killed 20 times" in faults("kill", tmp_path)
-
-
-def test_a_disk_that_refuses_one_process(tmp_path: Path) -> None:
-    output = faults("refused", tmp_path)
+def test_kills_at_20_random_moments_disks_that_refuse_and_local_disks(tmp_path: Path) -> None:
+    output = faults(tmp_path, "kill", "refused", "local")
+    assert "killed 20 times" in output
     assert output.count("NO CHECKPOINT of step 3") == 3
-    assert "NO CHECKPOINT of step 1" in output and "File too large" in output
+    assert "NO CHECKPOINT of step 1: process 1 on " in output and "File too large" in output
     assert "training goes on; the next save tries again" in output
+    assert output.count("local checkpoint of step 2: copied to") == 2, "said by both"
+    assert "could not be copied: [Errno 5] the local disk gave back other bytes than were written" in output
+    assert "local checkpoint of step 2: not whole on these nodes, ignored" in output
 
 
-@pytest.mark.parametrize(
-    ("option", "reason"),
-    [("size=4M", "GB are needed, 0.00 GB are free"), ("size=1G,nr_inodes=7", "No space left on device")],
-    ids=["space", "files"],
-)
-def test_a_full_disk(tmp_path: Path, option: str, reason: str) -> None:
-    """A real file system that is too small: seen before writing, or (no more files) while writing."""
-    disk = tmp_path / "no_room" / "ckpt"
-    disk.mkdir(parents=True)
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", option, "tmpfs", str(disk)], capture_output=True, text=True)
-    if mounted.returncode:
-        if os.environ.get("CI") == "true" and os.geteuid() == 0:
-            pytest.fail(mounted.stderr)
-        pytest.skip(f"a small file system cannot be mounted here: {mounted.stderr.strip()}")
+def test_full_disks(tmp_path: Path) -> None:
+    """Real file systems that are too small: seen before writing, or (no room for more files) while writing."""
+    disks = {tmp_path / "space" / "ckpt": "size=4M", tmp_path / "files" / "ckpt": "size=1G,nr_inodes=7"}
     try:
-        assert reason in faults("no_room", tmp_path)
-        assert not list(disk.iterdir())
+        for disk, options in disks.items():
+            disk.mkdir(parents=True)
+            mount = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(disk)]
+            done = subprocess.run(mount, capture_output=True, text=True)
+            if done.returncode:
+                if os.environ.get("CI") == "true" and os.geteuid() == 0:
+                    pytest.fail(done.stderr)
+                pytest.skip(f"a small file system cannot be mounted here: {done.stderr.strip()}")
+        output = faults(tmp_path, "space", "files")
+        assert "GB are needed, 0.00 GB are free" in output
+        assert "No space left on device" in output
+        assert not [path for disk in disks for path in disk.iterdir()]
     finally:
-        subprocess.run(["umount", str(disk)], check=True)
+        for disk in disks:
+            if disk.is_mount():
+                subprocess.run(["umount", str(disk)], check=True)
 
 
 def test_damaged_checkpoints_give_way_to_the_one_before(tmp_path: Path) -> None:

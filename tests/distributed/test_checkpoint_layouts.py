@@ -24,12 +24,18 @@ def assert_same(found: Path, wanted: Path) -> None:
         assert torch.equal(ours[key], tensor), f"{key} of {found}"
 
 
-@pytest.mark.parametrize(("precision", "tied"), [("bf16", True), ("fp32", False)])
-def test_through_all_layouts(precision: str, tied: bool, tmp_path: Path) -> None:
-    data, base = make_dataset(tmp_path / "data"), make_hf(tmp_path / "hf", layers=4, tied=tied)
+@pytest.fixture(scope="module")
+def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("layouts")
+    data, base = make_dataset(folder / "data"), make_hf(folder / "hf", layers=4)
     script = REPO / "tests" / "distributed" / "checkpoint_chain.py"
-    run_python(str(script), str(data), str(base), str(tmp_path / "out"), precision)
-    out, two, four = tmp_path / "out", "ckpt/step-0000002", "ckpt/step-0000004"
+    run_python(str(script), str(data), str(base), str(folder))
+    return folder
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_through_all_layouts(outputs: Path, precision: str) -> None:
+    out, two, four = outputs / precision, "ckpt/step-0000002", "ckpt/step-0000004"
     start = content(out / "only-2" / two)
     names = {"", "optimizer.state.exp_avg.", "optimizer.state.exp_avg_sq."}
     names |= {"optimizer.state.param."} if precision == "bf16" else set()

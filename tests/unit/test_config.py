@@ -107,6 +107,7 @@ def test_mistakes_in_a_file_name_the_file(tmp_path: Path) -> None:
         (["--train.epochs=0"], 1, "nothing to train"),
         (["--data.path="], 1, "no dataset"),
         (["--checkpoint.keep_last=-1"], 1, "checkpoint.keep_last"),
+        (["--checkpoint.keep_every=750"], 1, "no checkpoint is saved at every 750 steps: save_every is 500"),
         (["--parallel.virtual_pipeline=2"], 1, "one pipeline stage has no bubble"),
         (["--parallel.overlap_param_gather=true"], 1, "overlap_param_gather needs overlap_grad_reduce"),
         (
