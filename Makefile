@@ -20,7 +20,7 @@ SUITABLE := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13 python; do \
 	if $$p -c '$(SUITABLE)' >/dev/null 2>&1; then echo $$p; break; fi; done)
 
-.PHONY: help venv quickstart smoke test test-newest test-transformers check lint format clean
+.PHONY: help venv quickstart smoke test test-newest test-transformers drill check lint format clean
 
 help:  ## this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -59,6 +59,9 @@ test-newest: $(STAMP)  ## the tests that use Megatron, with the newest Megatron-
 test-transformers: $(STAMP)  ## the tests of decoding and generate, with the oldest transformers that is supported
 	PYTHONPATH=$$($(PY) tests/oldest_transformers.py .cache) \
 		$(PY) -m pytest $(PYTEST_ARGS) tests/parity/test_generate.py tests/parity/test_decode_oracle.py
+
+drill: $(STAMP)  ## the fault drill on a real Slurm of this machine (root, Debian's packages): about 10 minutes
+	$(PY) tests/slurm/drill.py
 
 check: lint test  ## lint, format, types, import contract, tests, smoke
 

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 from sdlm_megatron.attempt import record_event
-from sdlm_megatron.checkpoint_files import TrainState, checksums, copy_assets, step_folder
+from sdlm_megatron.checkpoint_files import TrainState, checksums, copy_assets, prune, step_folder
 from sdlm_megatron.checkpoint_local import copy_file, keep_only, local_root
 from sdlm_megatron.config.schema import CheckpointConfig
 from sdlm_megatron.errors import CheckpointError, UserError
@@ -280,6 +280,8 @@ class CheckpointWriter:
         if not save.refused:
             print(f"saved {save.folder}", flush=True)
             record_event(self.run_dir, "saved", step=save.state.step, blocked_s=blocked, total_s=total, bytes=save.size)
+            if said := self._attempt(lambda: prune(save.folder.parent, self.config.keep_last, self.config.keep_every)):
+                print(f"old checkpoints cannot be removed: {said}", flush=True)
             return
         print(f"NO CHECKPOINT of step {save.state.step}: {save.refused}", flush=True)
         if not save.final:

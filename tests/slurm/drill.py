@@ -1,11 +1,12 @@
 """The fault drill, `make drill`: real jobs on a real Slurm are disturbed in every way that a run has to survive.
 
-Three nodes with 8 fake GPUs each, a small model over gloo. An undisturbed run keeps all of its checkpoints. A second
-run of the same layout, submitted with the real slurm/train_32b_d4.sh, meets one fault after the other: after each, the
-first checkpoint it saves must equal the undisturbed run's of the same step, bit for bit, and so must the last. What is
+Nodes with 8 fake GPUs each, a small model over gloo. An undisturbed run keeps all of its checkpoints. A second run of
+the same layout, submitted with the real slurm/train_32b_d4.sh, meets one fault after the other: after each, the first
+checkpoint it saves must equal the undisturbed run's of the same step, bit for bit, and so must the last. What is
 printed as lost is the time from the fault to the first step the run had not made before.
 """
 
+import argparse
 import json
 import os
 import random
@@ -13,212 +14,24 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-REPO = HERE.parent.parent
-sys.path[:0] = [str(HERE), str(HERE.parent), str(REPO)]
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-import torch  # noqa: E402
-from cluster import Cluster, wait_for  # noqa: E402
-from helpers import make_dataset, make_hf  # noqa: E402
+from cluster import Cluster, missing
+from drill_tools import REPO, Drill, Job, Run, Settings, differences
+from helpers import make_hf
 
-from sdlm_megatron.attempt import read_events  # noqa: E402
-from sdlm_megatron.torch_dist import TorchDist  # noqa: E402
+from quickstart.task import write_task
+from sdlm_megatron.attempt import read_events
+from tests import byte_tokenizer
 
-SAVE_EVERY = 5
-PATIENCE = 90.0
-MODEL = {
-    "model.num_layers": 4,
-    "model.hidden_size": 64,
-    "model.num_attention_heads": 4,
-    "model.num_query_groups": 2,
-    "model.ffn_hidden_size": 96,
-    "model.vocab_size": 264,
-    "model.tied_embeddings": "true",
-    "model.rope_theta": 10000,
-    "model.rms_norm_eps": 1e-6,
-}
-"""`make_hf`'s, in place of the 32B of the preset."""
-
-
-@dataclass
-class Settings:
-    """Size of a drill."""
-
-    nodes: int = 2
-    ranks: int = 2
-    """Of a node."""
-    steps: int = 400
-    rows: int = 4
-    """Of a step."""
-    row_length: int = 256
-    extra: list[str] = field(default_factory=list)
-    """Settings of training."""
-
-
-class Run:
-    """A run folder that is watched from outside, as an operator sees it."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def step(self) -> int:
-        """Last step in metrics.jsonl, 0 before the first."""
-        try:
-            lines = (self.folder / "metrics.jsonl").read_bytes().splitlines()
-        except FileNotFoundError:
-            return 0
-        for line in reversed(lines):
-            try:
-                return int(json.loads(line)["step"])
-            except ValueError:
-                continue
-        return 0
-
-    def attempts(self) -> list[str]:
-        """Names of all starts of the training processes, oldest first."""
-        return [e["attempt"] for e in read_events(self.folder) if e["kind"] == "train_start"]
-
-    def saved(self) -> list[int]:
-        """Steps of the complete checkpoints, ascending."""
-        found = (p.parent.name for p in self.folder.glob("ckpt/step-*/complete.json"))
-        return sorted(int(n.removeprefix("step-")) for n in found if "partial" not in n)
-
-    def checkpoint(self, step: int) -> Path:
-        return self.folder / "ckpt" / f"step-{step:07d}"
-
-    def pids(self) -> dict[int, int]:
-        """Process id of each rank of the newest attempt, from its heartbeat."""
-        found = {}
-        for file in (self.folder / "logs" / self.attempts()[-1] / "heartbeat").glob("rank-*.json"):
-            beat = json.loads(file.read_text())
-            found[int(beat["rank"])] = int(beat["pid"])
-        return found
-
-
-def differences(one: Path, other: Path) -> list[str]:
-    """Names of the tensors, of weights and optimizer, that are not bitwise equal in two checkpoints."""
-    a, b = TorchDist(one / "weights"), TorchDist(other / "weights")
-    found = sorted(set(a.keys()) ^ set(b.keys()))
-    for key in sorted(set(a.keys()) & set(b.keys())):
-        shape = a.shape(key)
-        zero = (0,) * len(shape)
-        if shape != b.shape(key) or not torch.equal(_bits(a.read(key, zero, shape)), _bits(b.read(key, zero, shape))):
-            found.append(key)
-    return found
-
-
-def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.contiguous().reshape(-1).view(torch.uint8)
-
-
-class Drill:
-    """A cluster, the data, and the run that nothing disturbs."""
-
-    def __init__(self, cluster: Cluster, work: Path, settings: Settings) -> None:
-        self.cluster, self.work, self.settings = cluster, work, settings
-        self.data = make_dataset(work / "data", rows=64, row_length=settings.row_length)
-        self.base = make_hf(work / "base", layers=4)
-        self.faults = work / "faults"
-        self.faults.mkdir()
-        (work / "cluster.yaml").write_text(
-            f"gpus_per_node: {settings.ranks}\nenv: {{GLOO_SOCKET_IFNAME: eth0}}\nsignal_seconds: 60\n"
-            "preflight: {gpus: 8, run_disk_gb: 0.01, local_disk_gb: 0.01, write_mb: 1}\n"
-        )
-
-    def submit(self, name: str, *overrides: str, keep: int = 3, nodes: int = 0) -> "Job":
-        """`sbatch slurm/train_32b_d4.sh` with the model shrunk."""
-        run_dir = self.work / name
-        s = self.settings
-        given = {
-            "run_dir": run_dir,
-            **MODEL,
-            "parallel.tensor": 1,
-            "parallel.pipeline": 2,
-            "parallel.virtual_pipeline": 1,
-            "parallel.sequence": "false",
-            "train.precision": "bf16",
-            "train.steps": s.steps,
-            "optimizer.lr": 1e-3,
-            "train.global_batch": s.rows,
-            "train.global_batch_unit": "rows",
-            "checkpoint.save_every": SAVE_EVERY,
-            "checkpoint.keep_last": keep,
-            "checkpoint.keep_every": 0,
-            "observe.wandb": "online",
-            "observe.validate_every": 0,
-            "fault.log_rows": "true",
-            "fault.heartbeat_seconds": 1,
-            "fault.straggler_factor": 0,
-            "fault.hang_min_seconds": 6,
-            "fault.hang_factor": 10,
-        }
-        settings = [f"--{k}={v}" for k, v in given.items()]
-        nodes = nodes or s.nodes + 1
-        size = [f"--nodes={nodes}", f"--ntasks-per-node={s.ranks}", f"--gpus-per-node={s.ranks}", "--time=60"]
-        environment = {
-            **self.cluster.env,
-            "DATA": str(self.data),
-            "BASE": str(self.base),
-            "RUN_DIR": str(run_dir),
-            "PYTHON": sys.executable,
-            "SDLM_FAULTS": str(self.faults),
-            "PYTHONPATH": os.pathsep.join([str(HERE / "faults"), str(REPO)]),
-            "OMP_NUM_THREADS": "1",
-            "WANDB_API_KEY": "0" * 40,
-            "WANDB_BASE_URL": "http://127.0.0.1:9",  # nothing listens there: the service cannot be reached
-        }
-        script = [REPO / "slurm" / "train_32b_d4.sh", "--cluster", self.work / "cluster.yaml"]
-        script += ["--spares", str(nodes - s.nodes), "--"]
-        command = [*size, f"--output={self.work}/{name}.out", *script]
-        job = self.cluster.submit(*command, *settings, *s.extra, *overrides, env=environment, cwd=REPO)
-        return Job(self, Run(run_dir), job)
-
-
-@dataclass
-class Job:
-    """A submitted run."""
-
-    drill: Drill
-    run: Run
-    number: int
-
-    def until(self, what: str, test: Callable[[], object], seconds: float = PATIENCE) -> None:
-        """Waits; a job that ended instead is an error with the end of its output."""
-
-        def checked() -> object:
-            if test():
-                return True
-            state = self.drill.cluster.job(self.number).get("JobState", "")
-            if state in ("FAILED", "CANCELLED", "TIMEOUT", "COMPLETED"):
-                if test():
-                    return True
-                raise AssertionError(f"waiting for {what}, but the job is {state}:\n{self.tail()}")
-            return False
-
-        try:
-            wait_for(what, checked, seconds)
-        except TimeoutError as error:
-            raise AssertionError(f"{error}\n{self.tail()}") from None
-
-    def tail(self) -> str:
-        """End of the job's output."""
-        output = self.drill.work / f"{self.run.folder.name}.out"
-        return output.read_text(errors="replace")[-6000:] if output.exists() else "(no output)"
-
-    def advance(self, steps: int) -> int:
-        """Waits until so many more steps are made; the step then."""
-        goal = self.run.step() + steps
-        self.until(f"step {goal}", lambda: self.run.step() >= goal)
-        return self.run.step()
-
-    def end(self, seconds: float = 400.0) -> None:
-        """Waits for the end, which must be a good one."""
-        self.until("the end", lambda: self.drill.cluster.job(self.number).get("JobState") == "COMPLETED", seconds)
+DISK_STEPS = 60
 
 
 @dataclass
@@ -236,7 +49,9 @@ class Outcome:
 
 def disturb(job: Job, reference: Run, name: str, fault: Callable[[Job], str | None]) -> Outcome:
     """Makes a fault in the middle of a step; the run must come back and save what the undisturbed run saved."""
-    job.advance(SAVE_EVERY + random.randrange(SAVE_EVERY))
+    job.advance(1 + random.randrange(job.drill.settings.save_every))
+    known = job.run.saved()  # a fault that comes before any progress is another fault of the same kind for the driver
+    job.until("a checkpoint of this attempt", lambda: job.run.saved() != known)
     attempts, step, began = len(job.run.attempts()), job.run.step(), time.time()
     note = fault(job) or ""
     seen = max(step, job.run.step())
@@ -261,7 +76,7 @@ def check_next(job: Job, reference: Run, name: str, after: int) -> None:
 
     def compared() -> bool:
         for step in job.run.saved():
-            if step > after and step % SAVE_EVERY == 0:
+            if step > after and step % job.drill.settings.save_every == 0:
                 try:
                     wrong = differences(job.run.checkpoint(step), reference.checkpoint(step))
                 except FileNotFoundError:  # removed meanwhile, as keep_last says
@@ -371,7 +186,7 @@ def kills_during_writes(job: Job, reference: Run, times: int) -> Outcome:
                 continue
         job.until(f"kill {n + 1}: a new attempt", lambda a=attempts: len(job.run.attempts()) > a)
         job.until(f"kill {n + 1}: training again", lambda: _ready(job.run))
-        check_next(job, reference, f"kill {n + 1}", after=job.run.step() - SAVE_EVERY - 1)
+        check_next(job, reference, f"kill {n + 1}", after=step - job.drill.settings.save_every - 1)
     outcome = Outcome(
         f"kill -9 in a write, {times} times", (time.time() - began) / times, step, f"{hits} before its end"
     )
@@ -379,24 +194,26 @@ def kills_during_writes(job: Job, reference: Run, times: int) -> Outcome:
     return outcome
 
 
-def disk_full(drill: Drill, reference: Run, small: Path) -> Outcome:
+def disk_full(drill: Drill, reference: Run) -> Outcome:
     """The disk of the run fills up during training, and is cleared again."""
-    job = drill.submit("small/run", "--train.steps=60")
-    job.advance(SAVE_EVERY + 1)
+    mounted = drill.work / "small"
+    job = drill.submit("small/run", f"--train.steps={DISK_STEPS}")
     job.until("a checkpoint", lambda: job.run.saved())
-    filler = small / "filler"
-    free = shutil.disk_usage(small).free
-    subprocess.run(["fallocate", "-l", str(max(0, free - 300_000)), str(filler)], check=True)
-    before, step = job.run.saved(), job.run.step()
-    job.advance(2 * SAVE_EVERY)
-    job.until("the save that failed is told", lambda: "No space left" in job_log(job) or "space" in job_log(job))
-    assert job.run.saved()[-1] <= step + SAVE_EVERY, "a save in a full disk looks complete"
-    assert before, "the run had no checkpoint"
+    filler = mounted / "filler"
+    free = shutil.disk_usage(mounted).free
+    subprocess.run(["fallocate", "-l", str(free - 300_000), str(filler)], check=True)
+    step = job.run.step()
+    job.advance(3 * drill.settings.save_every)
+    job.until("the save that failed is told", lambda: "NO CHECKPOINT" in job_log(job))
+    newest = job.run.saved()[-1]
+    assert newest <= step + drill.settings.save_every, f"step {newest} was saved in a full disk"
+    seen = job.run.step()
     filler.unlink()
     job.end()
-    wrong = differences(job.run.checkpoint(60), reference.checkpoint(60))
+    assert len(job.run.attempts()) == 1, "training did not go on"
+    wrong = differences(job.run.checkpoint(DISK_STEPS), reference.checkpoint(DISK_STEPS))
     assert not wrong, f"disk full: the last checkpoint differs in {wrong[:5]}"
-    outcome = Outcome("disk full during saves", 0.0, step, "training went on, saved when there was room")
+    outcome = Outcome("disk full during saves", 0.0, step, f"trained on to step {seen}, saved when there was room")
     print(outcome.line(), flush=True)
     return outcome
 
@@ -454,7 +271,7 @@ def rows_that_count(folder: Path) -> list[int]:
 def bad_nodes(drill: Drill) -> list[Outcome]:
     """Four of six nodes are bad, each in its own way; the job must find all of them and train on the other two."""
     cluster, began = drill.cluster, time.time()
-    lost, full, other, slow, *good = cluster.nodes
+    lost, full, other, slow, *good = drill.nodes
     preset = REPO / "sdlm_megatron" / "config" / "presets" / "sdlm_32b_d4.yaml"
     stale = drill.work / "stale.yaml"
     stale.write_text(preset.read_text().replace("5.0e-6", "6.0e-6"))
@@ -469,7 +286,7 @@ def bad_nodes(drill: Drill) -> list[Outcome]:
         cluster.inside(other, "mount", "--bind", stale, preset)
         cluster.slow(slow, "40mbit")
         overrides = ("--train.steps=4", f"--checkpoint.local_dir={cluster.local}")
-        job = drill.submit("badnodes", *overrides, nodes=len(cluster.nodes))
+        job = drill.submit("badnodes", *overrides)
         job.end()
     finally:
         cluster.slow(slow)
@@ -488,27 +305,114 @@ def bad_nodes(drill: Drill) -> list[Outcome]:
 
 
 # --------------------------------------------------------------------------------------------------- the whole
-
-
-def run_drill(drill: Drill, faults: list[tuple[str, Callable[[Job], str | None]]], kills: int) -> list[Outcome]:
-    """The undisturbed run, then the same run with every fault; AssertionError at the first thing that is wrong."""
-    steps = drill.settings.steps
-    say(f"undisturbed run of {steps} steps, all checkpoints kept")
-    began = time.time()
+def all_faults(cluster: Cluster, work: Path, nodes: Sequence[str], names: Sequence[str]) -> list[Outcome]:
+    """The undisturbed run, then the same run with one fault after the other; `names`: of FAULTS, empty for all."""
+    faults = [(name, fault) for name, fault in FAULTS if not names or name in names]
+    drill = Drill(cluster, work, Settings(steps=15 * len(faults) + 10), nodes)
     job = drill.submit("undisturbed", keep=0)
     job.end()
     reference = job.run
-    say(f"done in {time.time() - began:.0f} s; the same run with faults")
+    say(f"undisturbed run of {drill.settings.steps} steps is done; the same again, with faults")
     job = drill.submit("disturbed")
-    job.advance(2)
     outcomes = [disturb(job, reference, name, fault) for name, fault in faults]
-    if kills:
-        outcomes.append(kills_during_writes(job, reference, kills))
     job.end()
-    for line in check_end(job, reference, steps):
+    for line in check_end(job, reference, drill.settings.steps):
         say(line)
+    subprocess.run([sys.executable, "-m", "sdlm_megatron.report", job.run.folder], check=True, capture_output=True)
     return outcomes
+
+
+def all_writes(cluster: Cluster, work: Path, nodes: Sequence[str], kills: int) -> list[Outcome]:
+    """Checkpoints that are killed while they are written, and a disk that is full."""
+    drill = Drill(cluster, work, Settings(nodes=1, steps=max(DISK_STEPS, 6 * kills + 20), save_every=2), nodes)
+    reference = drill.submit("undisturbed", keep=0)
+    reference.end()
+    job = drill.submit("killed")
+    outcomes = [kills_during_writes(job, reference.run, kills)]
+    job.end()
+    check_end(job, reference.run, drill.settings.steps)
+    if (work / "small").is_mount():
+        outcomes.append(disk_full(drill, reference.run))
+    return outcomes
+
+
+def published_layout(cluster: Cluster, work: Path, nodes: Sequence[str]) -> list[Outcome]:
+    """TP4 x PP2 x VPP4 on 2 nodes of 8, from train_32b_d4.sh as it stands with the model shrunk; pipeline.sh then
+    exports it and lets the exported folder decode."""
+    began = time.time()
+    drill = Drill(cluster, work, Settings(ranks=8, steps=3, rows=4, layers=8, layout={}), nodes)
+    shutil.rmtree(drill.base)
+    byte_tokenizer.write_folder(make_hf(drill.base, layers=8, text_mask_token_id=260))
+    task = write_task(work / "task", 60, 2, 0)
+    sources = [{"name": "task", "format": "messages", "path": str(task.train_files[0])}]
+    config = work / "data.yaml"  # JSON is YAML
+    config.write_text(json.dumps({"sources": sources, "row_length": 512, "max_document_length": 512}))
+    environment = {
+        **drill.environment(work / "run"),
+        "CONFIG": str(config),
+        "DATA": str(work / "packed"),
+        "SHARDS": "2",
+        "HELDOUT": str(task.heldout),
+        "SBATCH_OUTPUT": str(work / "%x.out"),
+    }
+    command = [REPO / "slurm" / "pipeline.sh", "train_32b_d4", "--cluster", drill.cluster_file, "--nodes", "2"]
+    said = cluster.run(*command, "--", *drill.overrides(0), env=environment, cwd=REPO)
+    jobs = dict(line.split(": job ") for line in said.splitlines())
+    state = cluster.wait(int(jobs["evaluate"]), 400)
+    assert state == "COMPLETED", "\n".join(f"== {f}\n{f.read_text()[-3000:]}" for f in sorted(work.glob("*.out")))
+    rows = json.loads((work / "run" / "evaluation.json").read_text())["rows"]
+    assert all(row["tokens_per_pass"] >= 1 for row in rows)
+    outcome = Outcome("TP4 x PP2 x VPP4, 16 processes, to an export", 0.0, 3, f"{time.time() - began:.0f} s, decodes")
+    print(outcome.line(), flush=True)
+    return [outcome]
+
+
+def whole(cluster: Cluster, work: Path, kills: int) -> list[Outcome]:
+    """Stories side by side, on nodes of their own: they wait for Slurm most of the time."""
+    nodes = cluster.nodes
+
+    def others() -> list[Outcome]:
+        found = bad_nodes(Drill(cluster, work / "nodes", Settings(), nodes[4:10]))
+        return found + published_layout(cluster, work / "published", nodes[4:6])
+
+    with ThreadPoolExecutor() as pool:
+        stories = [
+            pool.submit(all_faults, cluster, work / "faults", nodes[:3], ()),
+            pool.submit(all_writes, cluster, work / "writes", nodes[3:4], kills),
+            pool.submit(others),
+        ]
+        return [outcome for story in stories for outcome in story.result()]
 
 
 def say(text: str) -> None:
     print(f"[drill {time.strftime('%H:%M:%S')}] {text}", flush=True)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, help="folder for the runs, kept; default: one that is removed at the end")
+    parser.add_argument("--kills", type=int, default=20, metavar="N", help="of checkpoint writes (default 20)")
+    args = parser.parse_args()
+    if why := missing():
+        sys.exit(f"no drill here: {why}")
+    began = time.time()
+    work = args.work or Path(tempfile.mkdtemp(prefix="sdlm-drill-"))
+    cluster, small = Cluster("drill", nodes=10), work / "writes" / "small"
+    small.mkdir(parents=True)  # mounted before there are nodes, so that all of them see it
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "small", small], check=True)
+    try:
+        outcomes = whole(cluster.up(), work, args.kills)
+    finally:
+        cluster.down()
+        subprocess.run(["umount", "--lazy", small], check=True)
+    print(f"\nall of it survived, {time.time() - began:.0f} s in all:")
+    print("\n".join(outcome.line() for outcome in outcomes))
+    if args.work is None:
+        shutil.rmtree(work)
+    else:
+        print(f"runs kept in {work}; the disturbed one's page: {work}/faults/disturbed/report.html")
+
+
+if __name__ == "__main__":
+    main()
