@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -225,6 +226,7 @@ def job_log(job: Job) -> str:
 
 def check_end(job: Job, reference: Run, steps: int) -> list[str]:
     """One loss curve, one W&B run, every row once, the weights of the undisturbed run."""
+    assert len(job.run.saved()) == 3, f"checkpoints {job.run.saved()} are there, 3 were to be kept"
     wrong = differences(job.run.checkpoint(steps), reference.checkpoint(steps))
     assert not wrong, f"the last checkpoint differs from the undisturbed run in {wrong[:5]}"
     mine, other = (_metrics(r.folder) for r in (job.run, reference))
@@ -274,7 +276,7 @@ def bad_nodes(drill: Drill) -> list[Outcome]:
     lost, full, other, slow, *good = drill.nodes
     preset = REPO / "sdlm_megatron" / "config" / "presets" / "sdlm_32b_d4.yaml"
     stale = drill.work / "stale.yaml"
-    stale.write_text(preset.read_text().replace("5.0e-6", "6.0e-6"))
+    stale.write_text(preset.read_text().replace("weight_decay: 0.01", "weight_decay: 0.02"))
     undo = [
         (lost, "mknod", "-m", "666", "/dev/nvidia7", "c", "1", "3"),
         (full, "rm", cluster.local / "filler"),
@@ -305,10 +307,12 @@ def bad_nodes(drill: Drill) -> list[Outcome]:
 
 
 # --------------------------------------------------------------------------------------------------- the whole
-def all_faults(cluster: Cluster, work: Path, nodes: Sequence[str], names: Sequence[str]) -> list[Outcome]:
+def all_faults(
+    cluster: Cluster, work: Path, nodes: Sequence[str], names: Sequence[str] = (), ranks: int = 2
+) -> list[Outcome]:
     """The undisturbed run, then the same run with one fault after the other; `names`: of FAULTS, empty for all."""
     faults = [(name, fault) for name, fault in FAULTS if not names or name in names]
-    drill = Drill(cluster, work, Settings(steps=15 * len(faults) + 10), nodes)
+    drill = Drill(cluster, work, Settings(ranks=ranks, steps=15 * len(faults) + 10), nodes)
     job = drill.submit("undisturbed", keep=0)
     job.end()
     reference = job.run
@@ -375,11 +379,18 @@ def whole(cluster: Cluster, work: Path, kills: int) -> list[Outcome]:
         found = bad_nodes(Drill(cluster, work / "nodes", Settings(), nodes[4:10]))
         return found + published_layout(cluster, work / "published", nodes[4:6])
 
+    def told(story: Callable[..., list[Outcome]], *args: object) -> list[Outcome]:
+        try:
+            return story(*args)
+        except Exception:
+            traceback.print_exc()  # now, not when the other stories are over
+            raise
+
     with ThreadPoolExecutor() as pool:
         stories = [
-            pool.submit(all_faults, cluster, work / "faults", nodes[:3], ()),
-            pool.submit(all_writes, cluster, work / "writes", nodes[3:4], kills),
-            pool.submit(others),
+            pool.submit(told, all_faults, cluster, work / "faults", nodes[:3]),
+            pool.submit(told, all_writes, cluster, work / "writes", nodes[3:4], kills),
+            pool.submit(told, others),
         ]
         return [outcome for story in stories for outcome in story.result()]
 
