@@ -171,7 +171,8 @@ def kills_during_writes(job: Job, reference: Run, times: int) -> Outcome:
     """kill -9 of all ranks at random moments of a checkpoint being written."""
     began, hits, step = time.time(), 0, 0
     for n in range(times):
-        job.advance(1)
+        told = job.run.saved()
+        job.until(f"kill {n + 1}: a checkpoint before it", lambda told=told: job.run.saved() != told)
         known, attempts = job.run.saved(), len(job.run.attempts())
         partial = lambda known=known: (  # noqa: E731
             list((job.run.folder / "ckpt").glob("step-*.partial")) or job.run.saved() != known
@@ -328,7 +329,7 @@ def all_faults(
 
 def all_writes(cluster: Cluster, work: Path, nodes: Sequence[str], kills: int) -> list[Outcome]:
     """Checkpoints that are killed while they are written, and a disk that is full."""
-    drill = Drill(cluster, work, Settings(nodes=1, steps=max(DISK_STEPS, 6 * kills + 20), save_every=2), nodes)
+    drill = Drill(cluster, work, Settings(nodes=1, steps=max(DISK_STEPS, 7 * kills + 20), save_every=2), nodes)
     reference = drill.submit("undisturbed", keep=0)
     reference.end()
     job = drill.submit("killed")
