@@ -174,10 +174,8 @@ def kills_during_writes(job: Job, reference: Run, times: int) -> Outcome:
         told = job.run.saved()
         job.until(f"kill {n + 1}: a checkpoint before it", lambda told=told: job.run.saved() != told)
         known, attempts = job.run.saved(), len(job.run.attempts())
-        partial = lambda known=known: (  # noqa: E731
-            list((job.run.folder / "ckpt").glob("step-*.partial")) or job.run.saved() != known
-        )
-        job.until(f"write {n + 1}", partial)
+        now = time.time()
+        job.until(f"write {n + 1}", lambda known=known, now=now: job.run.saved() != known or job.run.writing(now))
         time.sleep(random.random() * 0.15)
         hits += job.run.saved() == known
         step = job.run.step()

@@ -76,6 +76,10 @@ class Run:
         found = (p.parent for p in self.folder.glob("ckpt/step-*/complete.json"))
         return sorted(int(p.name.removeprefix("step-")) for p in found if not p.suffix)
 
+    def writing(self, since: float) -> bool:
+        """Whether a save that began after that time is under way."""
+        return any(p.stat().st_mtime >= since for p in self.folder.glob("ckpt/step-*.partial"))
+
     def checkpoint(self, step: int) -> Path:
         return self.folder / "ckpt" / f"step-{step:07d}"
 
