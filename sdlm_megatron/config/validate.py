@@ -129,7 +129,7 @@ def _check_overlap(parallel: ParallelConfig) -> None:
 
 
 def _check_checkpoint(checkpoint: CheckpointConfig) -> None:
-    if checkpoint.keep_every and (not checkpoint.save_every or checkpoint.keep_every % checkpoint.save_every):
+    if checkpoint.save_every and checkpoint.keep_every % checkpoint.save_every:
         raise ConfigError(
             f"no checkpoint is saved at every {checkpoint.keep_every} steps: save_every is {checkpoint.save_every}",
             "checkpoint.keep_every",

@@ -137,6 +137,8 @@ class Drill:
             "checkpoint.save_every": s.save_every,
             "checkpoint.keep_last": keep,
             "checkpoint.keep_every": 0,
+            "observe.log_every": 1,
+            "observe.sample_every": 0,
             "observe.wandb": "online",
             "fault.log_rows": "true",
             "fault.heartbeat_seconds": 1,

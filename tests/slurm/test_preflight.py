@@ -24,6 +24,7 @@ SMALL = {
     "train.global_batch_unit": "rows",
     "checkpoint.save_every": 0,
     "observe.tensorboard": "false",
+    "observe.sample_every": 0,
 }
 
 
