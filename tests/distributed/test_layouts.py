@@ -158,9 +158,10 @@ def test_interleaved_and_overlapped_then_one_process(
     *_, last = validation(tmp_path / "run")
     assert_equal([last], validation(single_run)[:1])
     assert_equal(run(material, tmp_path / "run", 1, {"train.recompute": "full"}), single)
-    mine, other = (tensors_of(folder / "ckpt" / "step-0000010" / "weights") for folder in (tmp_path / "run", single_run))
+    weights = "ckpt/step-0000010/weights"
+    mine, other = tensors_of(tmp_path / "run" / weights), tensors_of(single_run / weights)
     assert mine.keys() == other.keys()
-    for name, tensor in other.items():  # weights and both moments were current when they were saved, and in their places
+    for name, tensor in other.items():  # weights and both moments: current when they were saved, and in their places
         assert (mine[name] - tensor).norm() <= 1e-5 * tensor.norm(), name
 
 
