@@ -19,6 +19,9 @@ from sdlm_megatron.health.watch import Watch
 
 if TYPE_CHECKING:
     from sdlm_megatron.data.format import PackedDataset
+    from sdlm_megatron.observe.console import Console
+    from sdlm_megatron.observe.sinks import Sinks
+    from sdlm_megatron.parallel.groups import Groups
     from sdlm_megatron.start import Plan
 
 EXAMPLE = "torchrun --nproc-per-node 2 -m sdlm_megatron.train --config sdlm_3b_d4 --data.path=DIR --checkpoint.base=DIR"
@@ -97,18 +100,13 @@ def _run(
     say: Callable[[str], None],
 ) -> None:
     """Joins the other processes, builds, and trains."""
-    import psutil
-
     from sdlm_megatron.parallel import compat, cpu
 
     compat.silence_known_notices()
     cpu.install()  # before anything imports megatron
     from sdlm_megatron.health.monitor import Monitor
     from sdlm_megatron.model.layers import optimizer_text
-    from sdlm_megatron.observe.console import Console
-    from sdlm_megatron.observe.peak_flops import peak_flops
     from sdlm_megatron.observe.profile import StepProfiler
-    from sdlm_megatron.observe.sinks import Sinks
     from sdlm_megatron.parallel.engine import Engine
     from sdlm_megatron.parallel.groups import close_groups, init_groups
     from sdlm_megatron.resume import agree
@@ -127,8 +125,8 @@ def _run(
         steps=plan.steps,
         initialize=plan.kind == "random",
     )
-    sinks, console, profiler = None, None, None
     layout = f"TP {groups.tp_size}, PP {groups.pp_size}, DP {groups.dp_size}"
+    sinks, console, profiler = None, None, None
     if profile_steps is not None:
         profiler = StepProfiler(
             *profile_steps,
@@ -140,25 +138,7 @@ def _run(
     if groups.main:
         print(f"attention {engine.attention.text}", flush=True)
         print(f"layers {engine.layers.text}; {optimizer_text()}", flush=True)
-        run_dir = Path(config.run_dir)
-        run_dir.mkdir(parents=True, exist_ok=True)
-        save_config(config, run_dir / "config.yaml")
-        watch.event(
-            "start",
-            step=plan.state.step,
-            world_size=groups.world_size,
-            layout=layout,
-            process_start=psutil.Process().create_time(),
-        )
-        sinks = Sinks.open(run_dir, config.observe, plan.state.step, run_config=asdict(config), resume_note=layout)
-        show_mfu = peak_flops(groups.device_name) is not None
-        diffusion = config.diffusion
-        console = Console(
-            steps=plan.steps,
-            block_size=diffusion.block_size,
-            show_next_token=diffusion.next_token_weight > 0,
-            show_mfu=show_mfu,
-        )
+        sinks, console = _observers(config, plan, watch, layout, groups)
     sampler = Sampler(engine, plan.state, dataset, plan.assets) if config.observe.sample_every else None
     validator = Validator(engine, plan.state, validation) if validation is not None else None
     monitor = Monitor(config, engine, dataset, watch, find_nan=find_nan)
@@ -166,6 +146,33 @@ def _run(
         Trainer(config, plan, engine, dataset, watch, monitor, sinks, console, profiler, sampler, validator).fit()
     watch.at("end")
     close_groups()
+
+
+def _observers(config: RunConfig, plan: "Plan", watch: Watch, layout: str, groups: "Groups") -> "tuple[Sinks, Console]":
+    """Begins the run's folder: its configuration, the event `start`, and the files and lines that steps write."""
+    import psutil
+
+    from sdlm_megatron.observe.console import Console
+    from sdlm_megatron.observe.peak_flops import peak_flops
+    from sdlm_megatron.observe.sinks import Sinks
+
+    run_dir = Path(config.run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    save_config(config, run_dir / "config.yaml")
+    watch.event(
+        "start",
+        step=plan.state.step,
+        world_size=groups.world_size,
+        layout=layout,
+        process_start=psutil.Process().create_time(),
+    )
+    console = Console(
+        steps=plan.steps,
+        block_size=config.diffusion.block_size,
+        show_next_token=config.diffusion.next_token_weight > 0,
+        show_mfu=peak_flops(groups.device_name) is not None,
+    )
+    return Sinks.open(run_dir, config.observe, plan.state.step, run_config=asdict(config), resume_note=layout), console
 
 
 if __name__ == "__main__":

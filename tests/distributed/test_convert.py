@@ -21,6 +21,7 @@ from helpers import (
 )
 
 from checkpoints_tools import hf_to_mcore, mcore_to_hf
+from sdlm_megatron.attempt import rank_file
 from sdlm_megatron.diffusion.layout import pack_row
 from sdlm_megatron.diffusion.mask import visible_row
 from sdlm_megatron.diffusion.row import make_micro_batch
@@ -218,4 +219,5 @@ def test_training_from_mismatched_parts_says_so(tmp_path: Path) -> None:
         assert done.returncode == 2, change
         assert message in done.stderr, done.stderr
         assert "Traceback" not in done.stderr
-    assert not (tmp_path / "run").exists()
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["logs"], "why the processes ended, nothing else"
+    assert json.loads(rank_file(tmp_path / "run", "exit", 0, "local").read_text())["reason"] == "user_error"

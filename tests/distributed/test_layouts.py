@@ -130,9 +130,6 @@ def test_layout_equals_single_process(
         assert not (tmp_path / "run" / "samples.jsonl").exists()
 
 
-MASTER = "optimizer.state.param."
-
-
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
     """Every tensor of a checkpoint, whole."""
     reader = FileSystemReader(folder)
@@ -156,16 +153,16 @@ def test_interleaved_and_overlapped_then_one_process(
     interleaved = {"parallel.pipeline": 2, "parallel.virtual_pipeline": 2, **OVERLAPPED, "train.stop_after": 5}
     interleaved["observe.sample_every"] = interleaved["observe.validate_every"] = 2
     run(material, tmp_path / "run", 4, interleaved)
-    saved = tensors_of(tmp_path / "run" / "ckpt" / "step-0000005" / "weights")
-    masters = {k.removeprefix(MASTER): v for k, v in saved.items() if k.startswith(MASTER)}
-    assert masters
-    for name, master in masters.items():  # gathered before they were saved, and in their places
-        assert torch.equal(saved[name], master), name
     found = samples(tmp_path / "run")
     assert list(found) == [2, 4, 5] and found[5] == samples(single_run)[5]
     *_, last = validation(tmp_path / "run")
     assert_equal([last], validation(single_run)[:1])
     assert_equal(run(material, tmp_path / "run", 1, {"train.recompute": "full"}), single)
+    weights = "ckpt/step-0000010/weights"
+    mine, other = tensors_of(tmp_path / "run" / weights), tensors_of(single_run / weights)
+    assert mine.keys() == other.keys()
+    for name, tensor in other.items():  # weights and both moments: current when they were saved, and in their places
+        assert (mine[name] - tensor).norm() <= 1e-5 * tensor.norm(), name
 
 
 def test_logging_and_saving_at_other_steps_changes_nothing(
