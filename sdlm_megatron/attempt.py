@@ -12,6 +12,7 @@ torch: the job's driver uses it too.
 
 import json
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -45,13 +46,19 @@ def rank_file(run_dir: str | Path, kind: str, rank: int, name: str | None = None
 
 
 def record_event(run_dir: str | Path, kind: str, **fields: Any) -> None:
-    """Appends an event with the time (seconds since 1970) and the attempt; a single write, so lines never mix."""
+    """Appends an event with the time (seconds since 1970) and the attempt; a single write, so lines never mix.
+
+    Where it cannot be written it is only said: a full disk is no reason to end a run.
+    """
     line = json.dumps({"time": time.time(), "attempt": attempt(), "kind": kind, **fields}, ensure_ascii=False) + "\n"
-    handle = os.open(Path(run_dir) / EVENTS_FILE, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
-        os.write(handle, line.encode())
-    finally:
-        os.close(handle)
+        handle = os.open(Path(run_dir) / EVENTS_FILE, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            os.write(handle, line.encode())
+        finally:
+            os.close(handle)
+    except OSError as problem:
+        print(f"event {kind} {fields} cannot be written: {problem}", file=sys.stderr, flush=True)
 
 
 def read_events(run_dir: str | Path) -> list[dict[str, Any]]:

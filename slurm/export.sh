@@ -7,7 +7,7 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 # A run's newest complete checkpoint to a Hugging Face folder:
-#   RUN_DIR=RUN OUT=DIR slurm/export.sh --cluster NAME [--after JOB] [-- --dtype bf16 ...]
+#   RUN_DIR=RUN OUT=DIR slurm/export.sh --cluster NAME [--after JOB] [-- --dtype bfloat16 ...]
 self=$0; [[ $0 != */slurm_script ]] || self=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=\([^ ]*\).*/\1/p' | head -1)
 source "$(dirname "$self")/common.sh"
 need RUN_DIR "the run's folder, or one of its checkpoints"

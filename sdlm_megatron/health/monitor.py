@@ -52,7 +52,10 @@ class Monitor:
         """These are the rows of this process in `step`."""
         self.watch.rows = [b.number for b in batches if b.number is not None]
         if self._rows is not None:
-            self._rows.write(json.dumps({"step": step, "rows": self.watch.rows, "time": time.time()}) + "\n")
+            try:
+                self._rows.write(json.dumps({"step": step, "rows": self.watch.rows, "time": time.time()}) + "\n")
+            except OSError as problem:  # a full disk is no reason to end a run; what waits comes with the next line
+                print(f"the rows of step {step} cannot be written: {problem}", file=sys.stderr, flush=True)
 
     def around(self, step: int, batches: Sequence[MicroBatch]) -> AbstractContextManager:
         """Around the work of a step; ReplicaError where a check of the replicas was due and found a difference."""

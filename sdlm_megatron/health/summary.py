@@ -7,6 +7,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -140,9 +141,10 @@ def summarize(run_dir: str | Path, attempt: str, expected_ranks: int, *, heartbe
         summary.hosts = sorted(hosts) if len(everywhere) == 1 or hosts != everywhere else []
     summary.text = _text(summary, found)
     folder = attempt_dir(run_dir, attempt)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / "summary.txt", summary.text)
-    write_json(folder / "summary.json", asdict(summary))
+    with suppress(OSError):  # on a full disk the driver still has to know
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / "summary.txt", summary.text)
+        write_json(folder / "summary.json", asdict(summary))
     return summary
 
 
@@ -239,7 +241,7 @@ def _text(summary: Summary, found: _Attempt) -> str:
         if culprit.log:
             lines += ["  the last it printed:", *(f"    | {line}" for line in culprit.log)]
     if more := summary.culprits[8:]:
-        lines.append(f"and as many again: ranks {_short([c.rank for c in more])}")
+        lines.append(f"and {_short([c.rank for c in more])}")
     return "\n".join(lines) + "\n"
 
 

@@ -121,10 +121,7 @@ class Watch:
     def event(self, kind: str, **fields: Any) -> None:
         """Rank 0 records an event of the run; see attempt.record_event."""
         if self.rank == 0:
-            try:
-                record_event(self.run_dir, kind, **fields)
-            except OSError as problem:  # a full disk is no reason to end a run
-                print(f"event {kind} {fields} cannot be written: {problem}", file=sys.stderr, flush=True)
+            record_event(self.run_dir, kind, **fields)
 
     def _set_phase(self, phase: str) -> None:
         self._phase, self._phase_since = phase, time.time()

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
@@ -32,7 +33,7 @@ from sdlm_megatron.job.gate import preflight
 from sdlm_megatron.job.launch import LAUNCHERS, environment, training, with_setup
 from sdlm_megatron.job.options import environment_overrides
 from sdlm_megatron.job.slurm import Job
-from sdlm_megatron.job.verdict import add_bad_nodes
+from sdlm_megatron.job.verdict import add_bad_nodes, read_bad_nodes
 from sdlm_megatron.job.watch import end_of, watch
 
 EXAMPLE = "DATA=DIR BASE=DIR sbatch slurm/train_32b_d4.sh -- --train.steps=1000"
@@ -91,8 +92,9 @@ class Driver:
     def say(self, text: str) -> None:
         """To the job's output and to driver.log."""
         line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}"
-        print(line, flush=True)
-        with open(self.logs / "driver.log", "a", encoding="utf-8") as file:
+        with suppress(OSError):  # both may lie on a disk that is full
+            print(line, flush=True)
+        with suppress(OSError), open(self.logs / "driver.log", "a", encoding="utf-8") as file:
             file.write(line + "\n")
 
     def event(self, kind: str, **fields: object) -> None:
@@ -134,7 +136,8 @@ class Driver:
         started = time.monotonic()
         bad, everywhere = preflight(self.name, self.cluster, self.job, nodes, self.needed, self.run_dir, self.arguments)
         self._fence()
-        good = [node for node in nodes if node not in bad]
+        known = read_bad_nodes(self.run_dir)  # plain sbatch does not exclude them: those wait first
+        good = sorted((node for node in nodes if node not in bad), key=lambda node: node in known)
         self.event("preflight", seconds=time.monotonic() - started, ok=len(good) >= self.needed, bad=bad)
         for node, why in bad.items():
             self.say(f"left out: {node}: {why}")

@@ -177,7 +177,10 @@ def read_header(script: Path) -> dict[str, str]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """`SCRIPT KIND [ARGUMENTS OF THE SCRIPT] [--- USER'S]`: see slurm/common.sh."""
-    script, kind, *rest = sys.argv[1:] if argv is None else argv
+    given = sys.argv[1:] if argv is None else argv
+    if "---" not in given:
+        raise UserError("this is how the scripts submit themselves", "the command line", "slurm/train_3b_d4.sh --help")
+    script, kind, *rest = given
     split = rest.index("---")
     submission = Submission(Path(script), kind, rest[:split], rest[split + 1 :])
     if submission.args.dry_run:

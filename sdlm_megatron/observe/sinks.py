@@ -12,7 +12,9 @@ Open them on one process only.
 
 import json
 import math
+import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from itertools import groupby
 from pathlib import Path
 from types import TracebackType
@@ -55,7 +57,7 @@ class Sink(Protocol):
 
 
 class JsonlSink:
-    """Appends records to a JSONL file, one object a line, flushed line by line.
+    """Appends records to a JSONL file, one object a line, at once. What a full disk does not take waits in memory.
 
     Args:
         path: the file; made when missing.
@@ -73,7 +75,8 @@ class JsonlSink:
                 with open(path.with_suffix(REDONE + path.suffix), "a", encoding="utf-8") as redone:
                     redone.writelines(line for record, line in lines if int(record["step"]) > resume_step)
             write_text(path, "".join(kept))
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - closed by close()
+        self._waiting, self._told = b"", False
         self._mark: dict[str, int | str] = {}
         if resume_step > 0:
             self._mark = {"resumed_from": resume_step}
@@ -85,29 +88,50 @@ class JsonlSink:
         self._mark = {}
         # JSON has no NaN: null keeps the line readable by every parser
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in fields.items()}
-        self._file.write(json.dumps(clean, ensure_ascii=False) + "\n")
-        self._file.flush()
+        self._waiting += (json.dumps(clean, ensure_ascii=False) + "\n").encode()
+        self._write()
+
+    def _write(self) -> None:
+        try:
+            while self._waiting:
+                self._waiting = self._waiting[self._file.write(self._waiting) :]
+        except OSError as problem:
+            if not self._told:
+                print(f"{self._file.name} cannot be written, its lines wait: {problem}", file=sys.stderr, flush=True)
+            self._told = True
 
     def close(self) -> None:
+        self._write()
         self._file.close()
 
 
 class TensorBoardSink:
-    """Writes the numbers of each record as scalars; steps after `resume_step` that an earlier run wrote are purged."""
+    """Writes the numbers of each record as scalars; steps after `resume_step` that an earlier run wrote are purged.
+
+    An error of the disk is told, and ends the sink until the next start.
+    """
 
     def __init__(self, folder: Path, *, resume_step: int = 0) -> None:
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and not every run wants it
 
         again = resume_step + 1 if folder.exists() else None
-        self._writer = SummaryWriter(str(folder), purge_step=again)
+        self._writer: SummaryWriter | None = SummaryWriter(str(folder), purge_step=again)
 
     def log(self, step: int, record: Record) -> None:
-        for key, value in record.items():
-            if key not in ("step", "time") and isinstance(value, (int, float)):
-                self._writer.add_scalar(_group(key), value, step)
+        if self._writer is None:
+            return
+        try:
+            for key, value in record.items():
+                if key not in ("step", "time") and isinstance(value, (int, float)):
+                    self._writer.add_scalar(_group(key), value, step)
+        except OSError as problem:
+            print(f"TensorBoard's files cannot be written, from step {step} on: {problem}", file=sys.stderr, flush=True)
+            self._writer = None
 
     def close(self) -> None:
-        self._writer.close()
+        if self._writer is not None:
+            with suppress(OSError):
+                self._writer.close()
 
 
 class Sinks:

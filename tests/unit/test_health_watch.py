@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from helpers import ENV
 
-from sdlm_megatron.attempt import rank_file
+from sdlm_megatron.attempt import rank_file, record_event
 from sdlm_megatron.errors import ConfigError
 from sdlm_megatron.health.stop import StopRequests, refuse_to_start
 
@@ -158,3 +158,9 @@ def test_files_that_ask_to_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     refuse_to_start(tmp_path)
     request.write_text("{")
     assert look() == "stop.json, which gives no reason"
+
+
+def test_an_event_that_cannot_be_written_ends_nothing(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "events.jsonl").mkdir()
+    record_event(tmp_path, "saved", step=5)
+    assert "event saved {'step': 5} cannot be written" in capsys.readouterr().err

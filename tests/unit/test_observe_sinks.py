@@ -1,11 +1,13 @@
 """JSONL, TensorBoard and W&B, each really written and read back."""
 
 import json
+import resource
 import socket
 import struct
 import sys
 import threading
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
@@ -27,6 +29,17 @@ class Settings:
 def _no_wandb_environment(monkeypatch):
     for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_DIR", "WANDB_RUN_ID"):
         monkeypatch.delenv(name, raising=False)
+
+
+@contextmanager
+def no_file_beyond(size):
+    """Writing more fails, as on a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def steps(path):
@@ -78,6 +91,20 @@ def test_a_line_that_is_no_record_is_named_and_nothing_is_changed(tmp_path):
     assert file.read_bytes() == before
 
 
+def test_what_a_full_disk_does_not_take_is_written_when_there_is_room(tmp_path, capfd):
+    path = tmp_path / "metrics.jsonl"
+    sink = JsonlSink(path)
+    sink.log(1, {"loss": 1.0, "note": "x" * 4000})
+    with no_file_beyond(path.stat().st_size + 5):  # the next line is cut
+        for step in (2, 3):
+            sink.log(step, {"loss": 1.0})
+    assert not path.read_text().endswith("\n")
+    sink.log(4, {"loss": 1.0})
+    sink.close()
+    assert [r["step"] for r in read_metrics(path)] == [1, 2, 3, 4]
+    assert capfd.readouterr().err.count("its lines wait") == 1
+
+
 def test_a_value_that_is_not_finite_becomes_null(tmp_path):
     sink = JsonlSink(tmp_path / "m.jsonl")
     sink.log(1, {"loss": float("nan"), "grad_norm": float("inf"), "lr": 1.0})
@@ -104,6 +131,16 @@ def test_tensorboard_reads_back_and_a_resume_replaces_repeated_steps(tmp_path):
     run(tmp_path, 4, 8, resume_step=3, settings=settings, offset=50.0)
     again, _ = scalars(tmp_path / "tensorboard", "loss/loss")
     assert again == pytest.approx({s: 1 / s + (50.0 if s > 3 else 0) for s in range(1, 9)})
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # of its writing thread
+def test_a_full_disk_ends_tensorboard_only(tmp_path, capfd):
+    sink = TensorBoardSink(tmp_path)
+    with no_file_beyond(4000):
+        for step in range(2000):
+            sink.log(step, {"loss": 1.0})
+        sink.close()
+    assert capfd.readouterr().err.count("TensorBoard's files cannot be written") == 1
 
 
 def test_tensorboard_skips_text(tmp_path):
