@@ -22,6 +22,9 @@ CONNECTION = re.compile(
     r"connection|\bpeer\b|socket|broken pipe|timed? ?out|gloo|nccl|recvbytes|sendbytes|\bstore\b|DistNetworkError", re.I
 )
 """What a process says that lost another one."""
+SRUN_LOG = "srun.log"
+"""What srun itself said, written by the job's driver."""
+SRUN_TASKS = re.compile(r"^srun: error: \S+: tasks? ([\d,-]+): (.+)$", re.M)
 WAITING = re.compile(r"/torch/distributed/|/p2p_communication\.py|/megatron/core/distributed/")
 
 
@@ -110,14 +113,24 @@ class _Attempt:
             if beat
             else "never seen"
         )
-        culprit = self.culprit(
-            rank,
-            "left no exit record: killed by a signal (kill -9, the kernel for lack of memory), cut off, or its node "
-            f"was lost; {seen}",
-        )
+        known = self.said_by_srun(rank)
+        why = f"srun says: {known}" if known else "killed by a signal, cut off, or its node was lost"
+        culprit = self.culprit(rank, f"left no exit record: {why}; {seen}")
         if culprit.step is not None and culprit.step < self.in_work():
             culprit.step, culprit.rows = self.in_work(), []
         return culprit
+
+    def said_by_srun(self, rank: int) -> str:
+        """How a task ended, such as "Killed", "Out Of Memory", "Exited with exit code 42"; "" if srun did not say."""
+        try:
+            text = (attempt_dir(self.run_dir, self.name) / SRUN_LOG).read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            return ""
+        for tasks, said in SRUN_TASKS.findall(text):
+            spans = [[int(n) for n in span.split("-")] for span in tasks.split(",")]
+            if any(span[0] <= rank <= span[-1] for span in spans):
+                return str(said)
+        return ""
 
     def in_work(self) -> int:
         """The step that those who lost a process were in; a dead process's heartbeat may be older."""

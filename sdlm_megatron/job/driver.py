@@ -181,8 +181,14 @@ class Driver:
         ranks = len(nodes) * self.cluster.gpus_per_node
         self.event("train_start", nodes=nodes, **{"try": self.tries})
         self.say(f"try {self.tries}: {ranks} processes on {','.join(nodes)}, logs in {folder}")
-        process = subprocess.Popen(with_setup(self.cluster, line), env=environ, stdin=subprocess.DEVNULL)
-        watch(process, self.job, nodes, folder, self.heartbeat, self._asked_to_stop, self.say)
+        said = folder / f"{self.launcher}.log"  # of the launcher itself; ranks have their own
+        with open(said, "wb") as log:
+            process = subprocess.Popen(
+                with_setup(self.cluster, line), env=environ, stdin=subprocess.DEVNULL, stderr=log
+            )
+            watch(process, self.job, nodes, folder, self.heartbeat, self._asked_to_stop, self.say)
+        if text := said.read_text(errors="replace").strip():
+            self.say(f"the launcher said:\n{text}")
         self._fence()
         summary = summarize(self.run_dir, attempt, ranks, heartbeat_seconds=self.heartbeat)
         end = end_of(summary, nodes)

@@ -87,6 +87,21 @@ def test_killed_and_the_others_lost_it(attempt: Attempt) -> None:
     assert json.loads((folder / "summary.json").read_text())["outcome"] == "crash"
 
 
+@pytest.mark.parametrize("said", ["Killed", "Out Of Memory", "Exited with exit code 42"])
+def test_how_a_process_without_a_record_ended_is_known_to_srun(attempt: Attempt, said: str) -> None:
+    for rank in (0, 1, 2):
+        attempt.end(rank, "error", LOST)
+    lines = [
+        f"srun: error: node1: task 3: {said}",
+        "srun: Terminating StepId=7.0",
+        "srun: error: node0: tasks 0-1: Exited with exit code 1",
+        "srun: error: node1: tasks 2-3: Terminated",
+    ]
+    (attempt.run / "logs" / "7-0-1" / "srun.log").write_text("\n".join(lines) + "\n")
+    (culprit,) = attempt.summary().culprits
+    assert culprit.rank == 3 and f"srun says: {said};" in culprit.why
+
+
 def test_an_error_of_its_own_beats_lost_connections_and_the_killed(attempt: Attempt) -> None:
     attempt.end(0, "error", LOST, at=0.1)
     attempt.end(2, "error", "ValueError: a defect", at=0.2)  # its end is recorded last, after a slow traceback
