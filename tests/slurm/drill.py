@@ -361,7 +361,7 @@ def published_layout(cluster: Cluster, work: Path, nodes: Sequence[str]) -> list
     command = [REPO / "slurm" / "pipeline.sh", "train_32b_d4", "--cluster", drill.cluster_file, "--nodes", "2"]
     said = cluster.run(*command, "--", *drill.overrides(0), env=environment, cwd=REPO)
     jobs = dict(line.split(": job ") for line in said.splitlines())
-    state = cluster.wait(int(jobs["evaluate"]), 400)
+    state = cluster.wait(int(jobs["evaluate"]), 900)
     assert state == "COMPLETED", "\n".join(f"== {f}\n{f.read_text()[-3000:]}" for f in sorted(work.glob("*.out")))
     rows = json.loads((work / "run" / "evaluation.json").read_text())["rows"]
     assert all(row["tokens_per_pass"] >= 1 for row in rows)
@@ -371,27 +371,22 @@ def published_layout(cluster: Cluster, work: Path, nodes: Sequence[str]) -> list
 
 
 def whole(cluster: Cluster, work: Path, kills: int) -> list[Outcome]:
-    """Stories side by side, on nodes of their own: they wait for Slurm most of the time."""
+    """Two stories side by side, on nodes of their own, as they wait for Slurm much of the time; then the others."""
     nodes = cluster.nodes
-
-    def others() -> list[Outcome]:
-        found = bad_nodes(Drill(cluster, work / "nodes", Settings(), nodes[4:10]))
-        return found + published_layout(cluster, work / "published", nodes[4:6])
 
     def told(story: Callable[..., list[Outcome]], *args: object) -> list[Outcome]:
         try:
             return story(*args)
         except Exception:
-            traceback.print_exc()  # now, not when the other stories are over
+            traceback.print_exc()  # now, not when the other story is over
             raise
 
     with ThreadPoolExecutor() as pool:
-        stories = [
-            pool.submit(told, all_faults, cluster, work / "faults", nodes[:3]),
-            pool.submit(told, all_writes, cluster, work / "writes", nodes[3:4], kills),
-            pool.submit(told, others),
-        ]
-        return [outcome for story in stories for outcome in story.result()]
+        faults = pool.submit(told, all_faults, cluster, work / "faults", nodes[:3])
+        writes = pool.submit(told, all_writes, cluster, work / "writes", nodes[3:4], kills)
+        outcomes = faults.result() + writes.result()
+    outcomes += bad_nodes(Drill(cluster, work / "nodes", Settings(), nodes[4:10]))
+    return outcomes + published_layout(cluster, work / "published", nodes[4:6])
 
 
 def say(text: str) -> None:

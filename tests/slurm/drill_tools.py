@@ -18,7 +18,7 @@ from helpers import make_dataset, make_hf  # noqa: E402
 from sdlm_megatron.attempt import read_events  # noqa: E402
 from sdlm_megatron.torch_dist import TorchDist  # noqa: E402
 
-PATIENCE = 90.0
+PATIENCE = 240.0
 SHAPE = ("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "ffn_hidden_size", "vocab_size")
 SHRUNK = {**{f"model.{key}": 0 for key in SHAPE}, "model.tied_embeddings": "true"}
 """In place of the preset's 32B: as the base says."""
@@ -143,7 +143,7 @@ class Drill:
             "fault.log_rows": "true",
             "fault.heartbeat_seconds": 1,
             "fault.straggler_factor": 0,
-            "fault.hang_min_seconds": 6,
+            "fault.hang_min_seconds": 10,
         }
         return [f"--{k}={v}" for k, v in given.items()]
 
