@@ -115,7 +115,10 @@ def rows_of_run(run_dir: str | Path) -> dict[int, list[int]]:
     taken: dict[int, dict[str, tuple[float, list[int]]]] = {}
     for file in Path(run_dir).glob("rows/*/rank-*.jsonl"):
         for line in file.read_text().splitlines():
-            entry = json.loads(line)
+            try:
+                entry = json.loads(line)
+            except ValueError:  # cut by a kill
+                continue
             of_attempt = taken.setdefault(entry["step"], {})
             began, rows = of_attempt.get(file.parent.name, (0.0, []))
             of_attempt[file.parent.name] = (max(began, entry["time"]), rows + entry["rows"])

@@ -137,7 +137,7 @@ def test_rows_are_logged(monitored: Callable, tmp_path: Path) -> None:
     later.mkdir()
     for rank, rows in enumerate(([0, 2], [1])):
         line = json.dumps({"step": 1, "rows": rows, "time": 1e11})
-        (later / f"rank-0000{rank}.jsonl").write_text(line + "\n")
+        (later / f"rank-0000{rank}.jsonl").write_text(f"{line}\n{line[:9]}")  # the second one cut by a kill
     assert rows_of_run(tmp_path) == {1: [0, 1, 2]}  # done again, with another row left out
 
 
