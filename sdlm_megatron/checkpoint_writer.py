@@ -33,6 +33,8 @@ from sdlm_megatron.torch_dist import Entry, write_index, write_tensor
 
 RETRY_SECONDS = (10, 60)
 """Pauses before the save that ends a run is tried again."""
+MOST_REFUSED = 5
+"""Saves in a row that may fail before training ends: it would go on for nothing."""
 _LONGEST = timedelta(hours=3)
 """A process that waits so long for the others' files takes the save for lost."""
 _ALIGN = 64
@@ -100,6 +102,8 @@ class CheckpointWriter:
         self._thread: threading.Thread | None = None
         self._save: _Save | None = None
         self._error: BaseException | None = None
+        self._refused = 0
+        """Saves in a row that were given up."""
 
     def __enter__(self) -> "CheckpointWriter":
         return self
@@ -140,12 +144,7 @@ class CheckpointWriter:
             self._begin(save)
             self.wait()
         if final and save.refused:
-            raise CheckpointError(
-                f"the last checkpoint could not be written: {save.refused}",
-                str(folder),
-                "make room (checkpoint.keep_last says how many are kept) and start again: training goes on from the "
-                "checkpoint before",
-            )
+            raise _not_written(save, "the last checkpoint could not be written")
 
     @property
     def busy(self) -> bool:
@@ -219,6 +218,9 @@ class CheckpointWriter:
             save.refused = self._on_main(lambda: self._appear(save.folder, partial), partial)
         if not save.refused and self._local is not None:
             keep_only(self._local, place)
+        self._refused = self._refused + 1 if save.refused else 0
+        if self._refused >= MOST_REFUSED and not save.final:
+            self._error = _not_written(save, f"{self._refused} checkpoints in a row could not be written")
         if self._main:
             self._report(save)
 
@@ -310,6 +312,15 @@ class CheckpointWriter:
         except OSError as error:
             return f"process {self.engine.groups.rank} on {socket.gethostname()}: {error}"
         return ""
+
+
+def _not_written(save: _Save, what: str) -> CheckpointError:
+    return CheckpointError(
+        f"{what}: {save.refused}",
+        str(save.folder),
+        "make room (checkpoint.keep_last says how many are kept) and start again: training goes on from the "
+        "checkpoint before",
+    )
 
 
 def _file(rank: int) -> str:

@@ -48,6 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--cluster", default="default", metavar="NAME", help="slurm/clusters/NAME.yaml, or a file; holds the limits"
     )
+    parser.add_argument("--quick", action="store_true", help="no measurements of speed: a retry on the same nodes")
     parser.add_argument("--node-only", action="store_true", help="what runs on each node; started by the above")
     return parser
 
@@ -66,7 +67,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     names = node_names(args.nodes)
     cluster = load_cluster(args.cluster)
     _ignore_signals()
-    report = fly(Path(args.run_dir), names, args.nodes_needed, cluster, args.config, overrides, Progress())
+    report = fly(
+        Path(args.run_dir), names, args.nodes_needed, cluster, args.config, overrides, Progress(), quick=args.quick
+    )
     print(report["table"], flush=True)
     if not report["ok"]:
         raise SystemExit(NOT_ENOUGH)
@@ -86,6 +89,8 @@ def fly(
     config: str,
     overrides: Sequence[str],
     say: Callable[[str], None],
+    *,
+    quick: bool = False,
 ) -> dict[str, Any]:
     """Runs the pre-flight of nodes and writes its report.
 
@@ -98,7 +103,7 @@ def fly(
     start = time.monotonic()
     logs = run_dir / "logs" / job_name()
     (logs / "preflight").mkdir(parents=True, exist_ok=True)
-    nodes = _nodes(run_dir, names, cluster, config, overrides, logs / "preflight", say)
+    nodes = _nodes(run_dir, names, cluster, config, overrides, logs / "preflight", say, quick)
     healthy = [node.name for node in nodes if not node.failed]
     blamed = to_blame(nodes)
     add_bad_nodes(run_dir, blamed)
@@ -133,6 +138,7 @@ def _nodes(
     overrides: Sequence[str],
     logs: Path,
     say: Callable[[str], None],
+    quick: bool,
 ) -> list[Node]:
     """Starts a program on each node, flies, and ends the programs."""
     limits = limits_from({"gpus": cluster.gpus_per_node, **cluster.preflight}, "the cluster file")
@@ -147,7 +153,7 @@ def _nodes(
         for name in names:
             command = on_nodes(whole, [name], 1, ["-u", "-m", "sdlm_megatron.preflight", "--node-only"])
             agents[name] = Agent(name, command, environment, logs / f"{name}.log")
-        return Flight(limits, asked, agents, say).run()
+        return Flight(limits, asked, agents, say, quick).run()
     finally:
         for agent in agents.values():
             agent.let_go()

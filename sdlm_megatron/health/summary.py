@@ -19,7 +19,9 @@ LOG_LINES = 20
 LATE = 2.5
 """A heartbeat is old when the newest of the attempt is so many times fault.heartbeat_seconds younger."""
 CONNECTION = re.compile(
-    r"connection|\bpeer\b|socket|broken pipe|timed? ?out|gloo|nccl|recvbytes|sendbytes|\bstore\b|DistNetworkError", re.I
+    r"connection (closed|reset|refused|lost|was)|\bpeer\b|socket|broken pipe|timed? ?out|gloo/transport"
+    r"|NCCL (error|comm)|ncclRemoteError|TCPStore|Dist(Network|Store|Backend)Error|recvbytes|sendbytes",
+    re.I,
 )
 """What a process says that lost another one."""
 SRUN_LOG = "srun.log"

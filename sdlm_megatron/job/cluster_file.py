@@ -16,6 +16,8 @@ FIELD_ENVIRONMENT = {
     "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
     "NVTE_FWD_LAYERNORM_SM_MARGIN": "16",  # TransformerEngine's norms leave room for communication kernels
     "NVTE_BWD_LAYERNORM_SM_MARGIN": "16",
+    "TORCH_NCCL_TRACE_BUFFER_SIZE": "2000",  # the last collectives of each rank, written down when one hangs
+    "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
     "OMP_NUM_THREADS": "1",
 }
 """Set for training where neither the cluster file nor the submitting shell says otherwise."""

@@ -85,6 +85,8 @@ class Driver:
         self.logs = self.run_dir / "logs" / self.job.name
         self.logs.mkdir(parents=True, exist_ok=True)
         self.tries = 0
+        self.crashed = False
+        """Whether the last attempt ended by a crash: its nodes need no new measurement of their speed."""
         self.out: dict[str, str] = {}  # nodes not to use any more, with why
         self.guardian: subprocess.Popen | None = None
         self.first_step = newest_step(self.run_dir)
@@ -121,6 +123,7 @@ class Driver:
             self.say(f"{action.kind}: {action.reason}")
             if action.kind == "retry":
                 self.tries += 1
+                self.crashed = end.outcome == "crash"
                 continue
             return self._leave(end, action)
 
@@ -134,7 +137,9 @@ class Driver:
         nodes = [node for node in self.job.nodes if node not in self.out]
         self._guard(nodes)
         started = time.monotonic()
-        bad, everywhere = preflight(self.name, self.cluster, self.job, nodes, self.needed, self.run_dir, self.arguments)
+        bad, everywhere = preflight(
+            self.name, self.cluster, self.job, nodes, self.needed, self.run_dir, self.arguments, quick=self.crashed
+        )
         self._fence()
         known = read_bad_nodes(self.run_dir)  # plain sbatch does not exclude them: those wait first
         good = sorted((node for node in nodes if node not in bad), key=lambda node: node in known)
@@ -176,7 +181,7 @@ class Driver:
         folder = attempt_dir(self.run_dir, attempt)
         folder.mkdir(parents=True, exist_ok=True)
         line, extra = training(self.cluster, self.launcher, nodes, self.run_dir, attempt, [*self.arguments, *more])
-        environ = {**environment(self.cluster, self.job, nodes, attempt), **extra}
+        environ = {**environment(self.cluster, self.job, nodes, self.run_dir, attempt), **extra}
         write_text(folder / "command.txt", shlex.join(line) + "\n")
         ranks = len(nodes) * self.cluster.gpus_per_node
         self.event("train_start", nodes=nodes, **{"try": self.tries})

@@ -24,6 +24,8 @@ class Flight:
     """Arguments of `check_node` beside the limits."""
     agents: dict[str, Agent]
     say: Callable[[str], None]
+    quick: bool = False
+    """No measurements: these nodes have trained a moment ago, and what ended it was no node."""
     nodes: dict[str, Node] = field(default_factory=dict)
     backend: str = "gloo"
 
@@ -34,6 +36,8 @@ class Flight:
         self._start()
         self.say("GPUs, disks, code, configuration")
         self._checks()
+        if self.quick:
+            return list(self.nodes.values())
         self.say("all-reduce inside each node")
         self._inside()
         self.say("all-reduce between nodes")

@@ -12,13 +12,22 @@ from sdlm_megatron.job.slurm import Job
 
 
 def preflight(
-    name: str, cluster: ClusterFile, job: Job, nodes: Sequence[str], needed: int, run_dir: Path, training: Sequence[str]
+    name: str,
+    cluster: ClusterFile,
+    job: Job,
+    nodes: Sequence[str],
+    needed: int,
+    run_dir: Path,
+    training: Sequence[str],
+    *,
+    quick: bool,
 ) -> tuple[dict[str, str], str]:
     """Runs `python -m sdlm_megatron.preflight` on nodes of this job; its report is beside the driver's log.
 
     Args:
         name: of the cluster file.
         training: arguments of sdlm_megatron.train, `--config NAME` first.
+        quick: without measurements of speed.
 
     Returns:
         bad nodes, with the reason; and what no other node would mend, such as a run folder on a full disk, or a
@@ -28,6 +37,7 @@ def preflight(
     report.unlink(missing_ok=True)
     line = [sys.executable, "-m", "sdlm_megatron.preflight", f"--run-dir={run_dir}", f"--nodes-needed={needed}"]
     line += [f"--nodes={','.join(nodes)}", f"--cluster={cluster_path(name)}"]
+    line += ["--quick"] if quick else []
     code = subprocess.run(with_setup(cluster, [*line, *training]), stdin=subprocess.DEVNULL).returncode
     try:
         found = json.loads(report.read_text(encoding="utf-8"))

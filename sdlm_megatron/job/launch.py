@@ -18,7 +18,7 @@ TORCHRUN_LINE = (
 RANK_LINE = 'exec "$0" "$@" >"$SDLM_RANK_LOGS/rank-$(printf %05d "$RANK").log" 2>&1'
 
 
-def environment(cluster: ClusterFile, job: Job, nodes: Sequence[str], attempt: str) -> dict[str, str]:
+def environment(cluster: ClusterFile, job: Job, nodes: Sequence[str], run_dir: Path, attempt: str) -> dict[str, str]:
     """Environment of a launch: the field's settings, over them this shell's, over them the cluster file's."""
     tries = int(attempt.rsplit("-", 1)[1])
     return {
@@ -29,6 +29,7 @@ def environment(cluster: ClusterFile, job: Job, nodes: Sequence[str], attempt: s
         # another port for each job and each of its tries: the last one's may still be taken
         "MASTER_PORT": str(20000 + (int(job.id) * 16 + job.restart * 4 + tries) % 12000),
         "SDLM_ATTEMPT": attempt,
+        "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": str(attempt_dir(run_dir, attempt).resolve() / "nccl-trace-"),
     }
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from sdlm_megatron.config.load import PRESETS, load_config
 from sdlm_megatron.config.schema import RunConfig
 from sdlm_megatron.config.validate import check_run
-from sdlm_megatron.errors import UserError, run_cli
+from sdlm_megatron.errors import ConfigError, UserError, run_cli
 from sdlm_megatron.files import write_text
 from sdlm_megatron.job import slurm
 from sdlm_megatron.job.cluster_file import CLUSTERS, ClusterFile, cluster_path, load_cluster
@@ -23,6 +23,8 @@ from sdlm_megatron.job.launch import LAUNCHERS
 from sdlm_megatron.job.options import VARIABLES, environment_overrides
 from sdlm_megatron.job.verdict import read_bad_nodes
 
+LEAST_SECONDS = 600
+"""For pre-flight, start, and some steps of training."""
 EXAMPLES = """examples:
   DATA=DIR BASE=DIR slurm/train_32b_d4.sh --cluster mine --spares 1 --dry-run
   DATA=DIR BASE=DIR slurm/train_3b_d4.sh --cluster mine --nodes 2 -- --train.global_batch=128
@@ -106,10 +108,20 @@ class Submission:
         line += [f"--dependency=afterok:{args.after}", "--kill-on-invalid-dep=yes"] if args.after else []
         if self.trains:
             line.append(f"--signal=B:USR1@{cluster.signal_seconds}")
+            self._check_time(args.time or cluster.time)
             bad = read_bad_nodes(self.run_dir)
             line += [f"--exclude={','.join(bad)}"] if bad else []
             line.append(f"--output={self.run_dir.absolute()}/logs/slurm-%j.out")
         return [*line, *cluster.sbatch, str(self.script), *self._script_arguments()]
+
+    def _check_time(self, limit: str) -> None:
+        """A limit that is over before training could do anything is a mistake."""
+        if limit and seconds_of(limit) < self.cluster.signal_seconds + LEAST_SECONDS:
+            raise ConfigError(
+                f"training would be asked to stop {self.cluster.signal_seconds} s before the time limit {limit}",
+                "--time, or time and signal_seconds of the cluster file",
+                f"give it {LEAST_SECONDS} s more than signal_seconds at least",
+            )
 
     def _script_arguments(self) -> list[str]:
         path = cluster_path(self.args.cluster)
@@ -168,6 +180,19 @@ class Submission:
         plan = [sys.executable, "-m", "sdlm_megatron.plan", self.config, "--gpus", str(self.processes)]
         done = subprocess.run([*plan, "--gpu", self.cluster.gpu, "--top", "0", *settings])
         return well and done.returncode == 0
+
+
+def seconds_of(limit: str) -> float:
+    """Of a time limit as Slurm writes it: minutes, minutes:seconds, hours:minutes:seconds, days-hours[:minutes[:s]].
+
+    Infinite where it is none of these (UNLIMITED): Slurm judges it.
+    """
+    days, dash, rest = limit.rpartition("-")
+    parts = rest.split(":")
+    if not all(part.isdigit() for part in [*parts, *([days] if dash else [])]) or len(parts) > 3:
+        return float("inf")
+    units = (3600, 60, 1) if dash or len(parts) == 3 else (60, 1)
+    return 86400 * int(days or 0) + sum(int(part) * unit for part, unit in zip(parts, units, strict=False))
 
 
 def read_header(script: Path) -> dict[str, str]:

@@ -3,6 +3,7 @@
 import subprocess
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from sdlm_megatron.files import write_json
@@ -45,13 +46,16 @@ def watch(
         stop: why training has to stop, or "".
         say: for what happens meanwhile.
     """
-    deadline, since, looked = 0.0, 0.0, time.monotonic()
+    deadline, since, looked, asked, why = 0.0, 0.0, time.monotonic(), False, ""
     while process.poll() is None:
         time.sleep(POLL_SECONDS)
         if not deadline and (why := stop()):
             deadline = job.end_time() - LAST_SECONDS
-            write_json(folder / "stop.json", {"reason": why})
             say(f"{why}: training is asked to save and stop")
+        if deadline and not asked:
+            with suppress(OSError):  # a full disk: there may be room at the next look
+                write_json(folder / "stop.json", {"reason": why})
+                asked = True
         if not since and any((folder / "exit").glob("rank-*.json")):
             since = time.monotonic()
         if since and time.monotonic() - since > _patience(folder):

@@ -10,6 +10,7 @@ from sdlm_megatron.errors import ConfigError
 from sdlm_megatron.job.cluster_file import CLUSTERS, ClusterFile, Container, load_cluster
 from sdlm_megatron.job.launch import environment, training, with_setup
 from sdlm_megatron.job.slurm import Job
+from sdlm_megatron.job.submit import seconds_of
 
 NODES = ["n1", "n2"]
 
@@ -58,12 +59,12 @@ def test_the_cluster_file_wins_over_the_shell_and_that_over_the_field(monkeypatc
     monkeypatch.setenv("NCCL_SOCKET_IFNAME", "lo")
     monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS", raising=False)
     cluster = ClusterFile(env={"NCCL_SOCKET_IFNAME": "bond0"})
-    found = environment(cluster, Job("7", 0, NODES), NODES, "7-0-1")
+    found = environment(cluster, Job("7", 0, NODES), NODES, Path("run"), "7-0-1")
     assert found["NCCL_NVLS_ENABLE"] == "1"
     assert found["NCCL_SOCKET_IFNAME"] == "bond0"
     assert found["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
     assert (found["MASTER_ADDR"], found["SDLM_ATTEMPT"]) == ("n1", "7-0-1")
-    again = environment(cluster, Job("7", 0, NODES), NODES, "7-0-2")
+    again = environment(cluster, Job("7", 0, NODES), NODES, Path("run"), "7-0-2")
     assert found["MASTER_PORT"] != again["MASTER_PORT"]
 
 
@@ -103,3 +104,19 @@ def test_mistakes_in_a_cluster_file_are_named(text: str, message: str, tmp_path:
     (tmp_path / "c.yaml").write_text(text)
     with pytest.raises(ConfigError, match=message):
         load_cluster(str(tmp_path / "c.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("limit", "seconds"),
+    [
+        ("60", 3600),
+        ("60:30", 3630),
+        ("01:00:05", 3605),
+        ("2-0", 172800),
+        ("1-12:30", 131400),
+        ("2-00:00:01", 172801),
+        ("UNLIMITED", float("inf")),
+    ],
+)
+def test_time_limits_as_slurm_writes_them(limit: str, seconds: float) -> None:
+    assert seconds_of(limit) == seconds
