@@ -25,7 +25,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from cluster import Cluster, missing
-from drill_tools import REPO, Drill, Job, Run, Settings, differences
+from drill_tools import REPO, TWO_STAGES, Drill, Job, Run, Settings, differences
 from helpers import make_hf
 
 from quickstart.task import write_task
@@ -305,12 +305,10 @@ def bad_nodes(drill: Drill) -> list[Outcome]:
 
 
 # --------------------------------------------------------------------------------------------------- the whole
-def all_faults(
-    cluster: Cluster, work: Path, nodes: Sequence[str], names: Sequence[str] = (), ranks: int = 2
-) -> list[Outcome]:
+def all_faults(cluster: Cluster, work: Path, nodes: Sequence[str], names: Sequence[str] = ()) -> list[Outcome]:
     """The undisturbed run, then the same run with one fault after the other; `names`: of FAULTS, empty for all."""
     faults = [(name, fault) for name, fault in FAULTS if not names or name in names]
-    drill = Drill(cluster, work, Settings(ranks=ranks, steps=15 * len(faults) + 10), nodes)
+    drill = Drill(cluster, work, Settings(steps=15 * len(faults) + 10), nodes)
     job = drill.submit("undisturbed", keep=0)
     job.end()
     reference = job.run
@@ -326,7 +324,8 @@ def all_faults(
 
 def all_writes(cluster: Cluster, work: Path, nodes: Sequence[str], kills: int) -> list[Outcome]:
     """Checkpoints that are killed while they are written, and a disk that is full."""
-    drill = Drill(cluster, work, Settings(nodes=1, steps=max(DISK_STEPS, 7 * kills + 20), save_every=2), nodes)
+    steps = max(DISK_STEPS, 7 * kills + 20)
+    drill = Drill(cluster, work, Settings(nodes=1, ranks=2, steps=steps, save_every=2, layout=TWO_STAGES), nodes)
     quick = ("--observe.wandb=disabled", "--observe.tensorboard=false")
     reference = drill.submit("undisturbed", *quick, keep=0)
     reference.end()

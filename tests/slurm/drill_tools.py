@@ -22,12 +22,13 @@ PATIENCE = 240.0
 SHAPE = ("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "ffn_hidden_size", "vocab_size")
 SHRUNK = {**{f"model.{key}": 0 for key in SHAPE}, "model.tied_embeddings": "true"}
 """In place of the preset's 32B: as the base says."""
-FOUR_RANKS = {
+TWO_COPIES = {
     "parallel.tensor": 1,
-    "parallel.pipeline": 2,
+    "parallel.pipeline": 1,
     "parallel.virtual_pipeline": 1,
     "parallel.sequence": "false",
 }
+TWO_STAGES = {**TWO_COPIES, "parallel.pipeline": 2}
 NO_WANDB = {"WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9"}
 """A service that cannot be reached: nothing listens there."""
 
@@ -38,14 +39,14 @@ class Settings:
 
     nodes: int = 2
     """That train; the others of the drill's nodes are spares."""
-    ranks: int = 2
+    ranks: int = 1
     """Of a node."""
     steps: int = 20
     rows: int = 4
     """Of a step."""
     save_every: int = 5
     layers: int = 4
-    layout: Mapping[str, object] = field(default_factory=lambda: FOUR_RANKS)
+    layout: Mapping[str, object] = field(default_factory=lambda: TWO_COPIES)
 
 
 class Run:

@@ -14,6 +14,6 @@ SHORT = ("USR1 before the time limit", "a rank killed with -9")
 
 
 def test_a_run_with_faults_ends_with_the_weights_of_one_without(cluster, tmp_path: Path) -> None:
-    outcomes = drill.all_faults(cluster, tmp_path / "drill", cluster.nodes[:3], SHORT, ranks=1)
+    outcomes = drill.all_faults(cluster, tmp_path / "drill", cluster.nodes[:3], SHORT)
     assert [outcome.name for outcome in outcomes] == list(SHORT)
     assert (tmp_path / "drill" / "disturbed" / "report.html").exists()
