@@ -14,7 +14,8 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 EXTRAS ?= test
-PYTEST_ARGS ?= -n 2 --dist loadscope
+# in the order of the files: else files of few tests, which are the long ones, would all come last
+PYTEST_ARGS ?= -n 2 --dist loadscope --no-loadscope-reorder
 
 SUITABLE := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13 python; do \

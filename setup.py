@@ -62,7 +62,7 @@ setup(
             "pytest>=8.0",
             "hypothesis>=6.100",
             "pytest-timeout>=2.3",
-            "pytest-xdist>=3.6",
+            "pytest-xdist>=3.7",
             "ruff>=0.9",
             "mypy>=1.13",
             "types-PyYAML>=6.0",
