@@ -3,7 +3,7 @@
     FAULTS/RANK  holding "exit 42"   the process ends at once with that code, as a library that calls _exit would
                  holding "sleep 600" the main thread sleeps in its next row that is loaded: a hang that Python can see
 
-The training code knows nothing of it. FAULTS is the environment variable SDLM_FAULTS.
+The training code knows nothing of it. A process that is no rank is left alone. FAULTS is the environment variable SDLM_FAULTS.
 """
 
 import os
@@ -40,10 +40,10 @@ def _sleep_in_the_next_step(seconds: float) -> None:
     Engine.train_step = slow
 
 
-if os.environ.get("SDLM_FAULTS") and (os.environ.get("RANK") or os.environ.get("SLURM_PROCID")):
+if os.environ.get("SDLM_FAULTS") and os.environ.get("SDLM_LAUNCH") == "srun":  # a rank, not the driver
     threading.Thread(
         target=_watch,
-        args=(os.environ["SDLM_FAULTS"], os.environ.get("RANK") or os.environ["SLURM_PROCID"]),
+        args=(os.environ["SDLM_FAULTS"], os.environ["SLURM_PROCID"]),
         daemon=True,
         name="faults",
     ).start()
