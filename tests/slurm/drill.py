@@ -176,7 +176,7 @@ def kills_during_writes(job: Job, reference: Run, times: int) -> Outcome:
         known, attempts = job.run.saved(), len(job.run.attempts())
         now = time.time()
         job.until(f"write {n + 1}", lambda known=known, now=now: job.run.saved() != known or job.run.writing(now))
-        time.sleep(random.random() * 0.15)
+        time.sleep(random.random() * 0.06)
         hits += job.run.saved() == known
         step = job.run.step()
         for pid in job.run.pids().values():
