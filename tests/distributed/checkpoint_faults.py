@@ -17,7 +17,7 @@ from sdlm_megatron import checkpoint_writer
 from sdlm_megatron.attempt import read_events
 from sdlm_megatron.checkpoint_files import check_files, newest, step_of
 from sdlm_megatron.checkpoint_local import carry_over
-from sdlm_megatron.checkpoint_writer import CheckpointWriter
+from sdlm_megatron.checkpoint_writer import MOST_REFUSED, CheckpointWriter
 from sdlm_megatron.config.schema import CheckpointConfig
 from sdlm_megatron.errors import CheckpointError
 from sdlm_megatron.files import sha256
@@ -103,10 +103,17 @@ def refused(run: Run, out: Path) -> None:
 
 
 def no_room(run: Run, out: Path) -> None:
-    """OUT/ckpt is too small, or takes no more files."""
+    """OUT/ckpt is too small, or takes no more files: training goes on, but not for ever."""
     engine, state = run.engine(DP2)
     with CheckpointWriter(engine, out, CheckpointConfig()) as writer:
-        writer.save(replace(state, step=1), None)
+        for step in range(1, MOST_REFUSED + 1):
+            writer.save(replace(state, step=step), None)  # waits for the one before, which raises nothing
+        try:
+            writer.wait()
+        except CheckpointError as error:
+            assert f"{MOST_REFUSED} checkpoints in a row" in error.what, error.what
+        else:
+            raise AssertionError("no save went well and nobody was told")
     assert newest(out / "ckpt", print) is None
 
 

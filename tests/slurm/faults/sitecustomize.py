@@ -3,7 +3,8 @@
     FAULTS/RANK  holding "exit 42"   the process ends at once with that code, as a library that calls _exit would
                  holding "sleep 600" the main thread sleeps in its next row that is loaded: a hang that Python can see
 
-The training code knows nothing of it. A process that is no rank is left alone. FAULTS is the environment variable SDLM_FAULTS.
+The training code knows nothing of it, and a process that is no rank is left alone. FAULTS is the environment variable
+SDLM_FAULTS.
 """
 
 import os
