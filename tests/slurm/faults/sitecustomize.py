@@ -19,6 +19,8 @@ def _watch(folder: str, rank: str) -> None:
         try:
             with open(file, encoding="utf-8") as opened:
                 words = opened.read().split()
+            if not words:  # still being written
+                continue
             os.unlink(file)
         except OSError:
             continue
