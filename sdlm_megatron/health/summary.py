@@ -211,6 +211,9 @@ def _hung(found: _Attempt) -> list[Culprit]:
     """Who kept the others waiting: cut off, or in a place of its own."""
     if frozen := [r for r in found.silent if r in found.old or r not in found.beats]:
         return [found.died(r) for r in frozen]
+    if still := {r: s for r in found.of_reason("hang") if (s := found.records[r].get("stood_still"))}:
+        why = "stood still for {:.0f} s while the others waited: stopped, or its interpreter blocked"
+        return [found.culprit(r, why.format(seconds)) for r, seconds in still.items()]
     stacks = {r: text for r in found.ranks if (text := found.text_of("stacks", r)).strip()}
     places = {r: main_stack(text) for r, text in stacks.items()}
     elsewhere = [r for r, stack in places.items() if stack and not any(WAITING.search(line) for line in stack[:4])]

@@ -44,6 +44,8 @@ GRACE = 5.0
 """Seconds from the first sign of a hang to the end of the process: the others write down their stacks too."""
 BEHIND = 60.0
 """Seconds after which the interpreter's own timer ends a process whose watching thread cannot run any more."""
+STILL = 5.0
+"""A pause of the watching thread that is no ordinary one: the process was stopped, or its interpreter blocked."""
 REMEMBERED = 100
 """Steps whose usual time is meant."""
 
@@ -76,6 +78,8 @@ class Watch:
         self._begun = 0
         self._times: deque[float] = deque(maxlen=REMEMBERED)
         self._first = True
+        self._stood_still = 0.0
+        """Longest pause of the watching thread since the last progress, seconds; 0: none above STILL."""
         self._ended = threading.Event()
         self._recording = threading.Lock()
         self._recorded = False
@@ -108,7 +112,7 @@ class Watch:
             self.event("first_step", step=self.step, seconds=now - self._clock[0])
         else:
             self._times.append((now - self._clock[0]) / max(1, self._begun))
-        self._first, self._begun, self.done = False, 0, self.step
+        self._first, self._begun, self.done, self._stood_still = False, 0, self.step, 0.0
         self._set_phase("step")
         self._clock = (now, self._allowed())
 
@@ -152,8 +156,11 @@ class Watch:
         return self
 
     def _watch(self) -> None:
-        due, tick, told = 0.0, min(1.0, self.settings.heartbeat_seconds), 0
+        due, tick, told, last = 0.0, min(1.0, self.settings.heartbeat_seconds), 0, time.monotonic()
         while True:
+            pause, last = time.monotonic() - last, time.monotonic()
+            if pause > STILL:
+                self._stood_still = max(self._stood_still, pause)
             if time.monotonic() >= due or (self.rows and self.step != told):
                 due, told = time.monotonic() + self.settings.heartbeat_seconds, self.step
                 self._beat()
@@ -188,7 +195,7 @@ class Watch:
         why = f"{where}: no progress for {allowed:.0f} s{usual}"
         faulthandler.dump_traceback(self._stacks, all_threads=True)
         self._stacks.flush()
-        self._record("hang", why, code=HANG, failed_step=self.step)
+        self._record("hang", why, code=HANG, failed_step=self.step, stood_still=self._stood_still)
         print(f"error: rank {self.rank} on {self.host} hangs ({why}); it ends now", file=sys.stderr, flush=True)
         time.sleep(GRACE)
         os._exit(HANG)
@@ -227,6 +234,7 @@ class Watch:
         error: str | None = None,
         failed_step: int | None = None,
         ranks: Sequence[int] | None = None,
+        stood_still: float = 0.0,
     ) -> None:
         """The first record is kept: what comes after it follows from it."""
         with self._recording:
@@ -245,6 +253,7 @@ class Watch:
                 "rows": self.rows,
                 "error": error,
                 "ranks": ranks,
+                "stood_still": stood_still,
                 "code": code,
                 "time": time.time(),
             }

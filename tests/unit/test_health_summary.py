@@ -40,10 +40,12 @@ class Attempt:
         at: float = 0.0,
         why: str = "",
         ranks: list[int] | None = None,
+        stood_still: float = 0.0,
     ) -> None:
         failed = None if reason in ("finished", "stopped") else 5
         known = {"rank": rank, "host": f"node{rank // 2}", "reason": reason, "why": why or error or "", "step": 4}
         more = {"failed_step": failed, "rows": [10 + rank], "error": error, "ranks": ranks, "code": 1, "time": NOW + at}
+        more["stood_still"] = stood_still
         self._write("exit", rank, json.dumps({**known, **more}))
 
     def stack(self, rank: int, place: str) -> None:
@@ -165,6 +167,15 @@ def test_a_hang_on_a_frozen_rank(attempt: Attempt) -> None:
         attempt.stack(rank, WAITS)
     attempt.beat(2, age=200)
     assert [c.rank for c in attempt.summary().culprits] == [2]
+
+
+def test_a_hang_on_a_rank_that_was_woken_to_be_ended(attempt: Attempt) -> None:
+    """Slurm continues a stopped process before it ends it: it then says that it hangs, as all others do."""
+    for rank in range(4):
+        attempt.end(rank, "hang", why="no progress", stood_still=21.4 if rank == 2 else 0.0)
+        attempt.stack(rank, WAITS)
+    (culprit,) = attempt.summary().culprits
+    assert culprit.rank == 2 and "stood still for 21 s" in culprit.why
 
 
 def test_a_mistake_found_before_the_run_folder_was_known(tmp_path: Path) -> None:
