@@ -51,7 +51,7 @@ def measure(engine: Engine, shape: ModelConfig, out: Path, steps: int) -> None:
     rows = [engine.prepare(row) for row in pack(documents, ROW, shape, BLOCK)[:1]]
     _timed(engine, rows, 1, 2)
     alone = statistics.median(_timed(engine, rows, 3, steps))
-    state = TrainState(0, 0, 1, shape, engine.config.diffusion, -1, "bf16", "distributed", {})
+    state = TrainState(0, 0, 1, shape, engine.config.diffusion, -1, "bf16", True, {})
     during: list[float] = []
     with CheckpointWriter(engine, out, CheckpointConfig(keep_last=1)) as writer:
         for round_ in (1, 2):  # the first takes the host's memory

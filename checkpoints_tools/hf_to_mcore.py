@@ -126,7 +126,7 @@ class _Source:
             diffusion=diffusion,
             mask_token_id=-1 if mask_id is None else mask_id,
             precision=PRECISION[dtype],
-            optimizer="none",
+            with_optimizer=False,
             dataset={},
         )
         source = cls(tensors, state, dtype, new_mask)

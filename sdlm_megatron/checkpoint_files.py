@@ -8,8 +8,8 @@
       complete.json   size and sha256 of all files; written last, in a folder that is then renamed into place
 
 A training checkpoint is RUN/ckpt/step-0000500; step-0000500.partial is one that was being written, .damaged one whose
-bytes were not those written. A converted base has the same form without an optimizer (and, from earlier versions, only
-sizes in complete.json). Nothing here needs Megatron, so that a mistake is found before ten seconds of imports.
+bytes were not those written. A converted base has the same form without an optimizer. Nothing here needs Megatron, so
+that a mistake is found before ten seconds of imports.
 """
 
 import json
@@ -52,8 +52,8 @@ class TrainState:
     mask_token_id: int
     precision: str
     """bf16 | fp16 | fp32: dtype of the weights."""
-    optimizer: str
-    """"distributed", "replicated", or "none" for weights only."""
+    with_optimizer: bool
+    """Whether the checkpoint holds the optimizer's state, so that training can go on."""
     dataset: dict[str, Any]
     """Identity of the packed dataset: fingerprint of its files, rows; {} for a converted base."""
     eos_token_id: int = -1
@@ -114,7 +114,7 @@ def check_files(folder: Path, share: tuple[int, int] = (0, 1), only: str = "") -
     files = [entry for entry in files if only in ("", entry[0])]
     for name, (_, wanted) in files[share[0] :: share[1]]:
         try:
-            found = sha256(folder / name) if wanted else ""
+            found = sha256(folder / name)
         except OSError as error:
             raise CheckpointError(f"{name} cannot be read: {error}", str(folder / name), "use another") from None
         if found != wanted:
@@ -124,7 +124,7 @@ def check_files(folder: Path, share: tuple[int, int] = (0, 1), only: str = "") -
 
 
 def _listed(folder: Path) -> dict[str, tuple[int, str]]:
-    """complete.json: (size, sha256) of each file; "" where an earlier version wrote no checksum."""
+    """complete.json: (size, sha256) of each file."""
     marker = folder / "complete.json"
     if not marker.exists():
         raise CheckpointError(
@@ -134,7 +134,7 @@ def _listed(folder: Path) -> dict[str, tuple[int, str]]:
         )
     try:
         entries = json.loads(marker.read_text())
-        return {k: (v, "") if isinstance(v, int) else (int(v["size"]), str(v["sha256"])) for k, v in entries.items()}
+        return {name: (int(entry["size"]), str(entry["sha256"])) for name, entry in entries.items()}
     except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
         raise CheckpointError(f"complete.json is damaged: {error}", str(marker), "use another checkpoint") from None
 
@@ -154,6 +154,12 @@ def newest(folder: Path, notice: Callable[[str], None]) -> Path | None:
             continue
         return candidate
     return None
+
+
+def newest_step(run_dir: Path) -> int:
+    """Step of a run's newest complete checkpoint; -1 without one."""
+    folder = newest(run_dir / "ckpt", lambda text: None)
+    return step_of(folder) if folder else -1
 
 
 def set_aside(folder: Path) -> Path:

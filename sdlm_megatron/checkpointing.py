@@ -12,11 +12,8 @@ from sdlm_megatron.checkpoint_files import check_files
 from sdlm_megatron.errors import CheckpointError
 from sdlm_megatron.parallel.engine import Engine
 from sdlm_megatron.parallel.groups import Groups
-from sdlm_megatron.parallel.held import MASTER, Box, Held, Piece, held, start_state
+from sdlm_megatron.parallel.held import Box, Held, Piece, held, start_state
 from sdlm_megatron.torch_dist import TorchDist
-
-_OTHER_MASTER = "optimizer.state.fp32_param."
-"""Name of the master weights in checkpoints of earlier versions with a replicated optimizer."""
 
 
 def load(folder: Path, engine: Engine, *, step: int | None) -> None:
@@ -41,8 +38,6 @@ def load(folder: Path, engine: Engine, *, step: int | None) -> None:
 
 def _fill(part: Held, piece: Piece, box: Box, files: TorchDist) -> None:
     key = part.prefix + piece.key
-    if key not in files and part.prefix == MASTER:
-        key = _OTHER_MASTER + piece.key
     if key not in files:
         raise CheckpointError(f"it has no '{key}'", str(files.weights), "use another checkpoint; this is another model")
     found, wanted = files.shape(key), piece.shape

@@ -111,10 +111,6 @@ def _total_rows(config: RunConfig, dataset: PackedDataset, rows_per_step: int) -
     return sum(dataset.rows(e) for e in range(whole)) + round(part * dataset.rows(whole))
 
 
-def _optimizer(config: RunConfig) -> str:
-    return "distributed" if config.parallel.distributed_optimizer else "replicated"
-
-
 def _identity(dataset: PackedDataset) -> dict[str, Any]:
     """What a resume compares: same rows in the same order."""
     files = dataset.manifest["files"]
@@ -143,7 +139,7 @@ def _plan(
         mask_token_id=mask_token_id,
         precision=config.train.precision,
         eos_token_id=dataset.manifest["eos_token_id"],
-        optimizer=_optimizer(config),
+        with_optimizer=True,
         dataset=_identity(dataset),
     )
     return Plan(state, source, kind, assets, new_mask, total, math.ceil(total / rows_per_step))
@@ -220,7 +216,7 @@ def _resume(config: RunConfig, dataset: PackedDataset, folder: Path) -> Plan:
             str(dataset.path),
             f"use the first one, or start a new run with --run_dir=… and --checkpoint.base={folder}",
         )
-    if state.optimizer == "none":
+    if not state.with_optimizer:
         raise CheckpointError(
             "the checkpoint holds weights only: no run can go on from it",
             str(folder),
@@ -241,9 +237,7 @@ def _resume(config: RunConfig, dataset: PackedDataset, folder: Path) -> Plan:
     _check_tokenizer(dataset, folder / "hf", state.mask_token_id, lambda text: None)
     total = _total_rows(config, dataset, state.rows_per_step)
     steps = math.ceil(total / state.rows_per_step)
-    return Plan(
-        replace(state, shape=shape, optimizer=_optimizer(config)), folder, "resume", folder / "hf", None, total, steps
-    )
+    return Plan(replace(state, shape=shape), folder, "resume", folder / "hf", None, total, steps)
 
 
 def micro_batch_multiple(parallel: ParallelConfig) -> int:

@@ -20,13 +20,13 @@ from pathlib import Path
 from types import FrameType
 
 from sdlm_megatron.attempt import attempt_dir, read_events, record_event
+from sdlm_megatron.checkpoint_files import newest_step
 from sdlm_megatron.config.load import PRESETS, load_config
 from sdlm_megatron.config.schema import RunConfig
 from sdlm_megatron.errors import ConfigError, run_cli
 from sdlm_megatron.files import write_text
 from sdlm_megatron.health.summary import summarize
 from sdlm_megatron.job import guardian
-from sdlm_megatron.job.checkpoint import newest_step
 from sdlm_megatron.job.cluster_file import load_cluster
 from sdlm_megatron.job.decision import Action, End, Situation, decide, since_checkpoint
 from sdlm_megatron.job.gate import preflight

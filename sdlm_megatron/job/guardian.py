@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sdlm_megatron.attempt import read_events, record_event
+from sdlm_megatron.checkpoint_files import newest_step
 from sdlm_megatron.errors import run_cli
-from sdlm_megatron.job.checkpoint import newest_step
 from sdlm_megatron.job.decision import REQUEUES, since_checkpoint
 from sdlm_megatron.job.slurm import GUARDIAN, Job, lost_nodes
 

@@ -36,10 +36,9 @@ def check_node(
     checks, kinds = gpu_checks(limits)
     same = same_values(config, overrides) | ({"gpu kind": kinds} if kinds else {})
     checks.append(run_disk_check(run_dir, token_file, token, limits))
-    # (a setting of newer configurations)
-    local = getattr(load_config(RunConfig, config, overrides, PRESETS).checkpoint, "local_dir", "") if config else ""
+    local = load_config(RunConfig, config, overrides, PRESETS).checkpoint.local_dir if config else ""
     if local:
-        checks.append(disk_check("local disk", local, limits.local_disk_gb, limits.write_mb))
+        checks.append(disk_check("local disk", os.path.expandvars(local), limits.local_disk_gb, limits.write_mb))
     if os.path.isdir("/dev/shm"):
         checks.append(disk_check("shm", "/dev/shm", limits.shm_gb, 1))
     return checks, same

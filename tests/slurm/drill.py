@@ -26,11 +26,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from cluster import Cluster, missing
 from drill_tools import REPO, TWO_STAGES, Drill, Job, Run, Settings, differences
-from helpers import make_hf
+from helpers import read_metrics
+from small_job import small_job
 
-from quickstart.task import write_task
 from sdlm_megatron.attempt import read_events
-from tests import byte_tokenizer
+from sdlm_megatron.health.monitor import rows_of_run
 
 DISK_STEPS, DISK_SAVES = 100, 10
 
@@ -106,27 +106,44 @@ def preempted(job: Job) -> None:
 
 
 def killed(job: Job) -> str:
-    rank, pid = random.choice(sorted(job.run.pids().items()))
-    os.kill(pid, signal.SIGKILL)
-    return f"rank {rank}"
-
-
-def exits_42(job: Job) -> str:
-    rank = random.choice(sorted(job.run.pids()))
-    (job.drill.faults / str(rank)).write_text("exit 42")
-    return f"rank {rank}"
+    return _signal_one(job, signal.SIGKILL)
 
 
 def frozen(job: Job) -> str:
     """A process that does not run any more but lives: a GPU that hangs in the driver."""
+    return _signal_one(job, signal.SIGSTOP)
+
+
+def _signal_one(job: Job, number: signal.Signals) -> str:
     rank, pid = random.choice(sorted(job.run.pids().items()))
-    os.kill(pid, signal.SIGSTOP)
+    os.kill(pid, number)
     return f"rank {rank}"
 
 
+def exits_42(job: Job) -> str:
+    return _order_one(job, "exit 42")
+
+
 def sleeps(job: Job) -> str:
+    return _order_one(job, "sleep")
+
+
+def makes_nan(job: Job) -> str:
+    """A device that computes nonsense once: the search on the retry finds nothing, and the run goes on."""
+    said = _order_one(job, "nan")
+    job.until("a step that is not finite", lambda: any(e.get("outcome") == "not_finite" for e in _ends(job)))
+    job.until("the search", lambda: list(job.run.folder.glob("logs/*/find-nan.json")))
+    return said
+
+
+def _ends(job: Job) -> list[dict]:
+    return [e for e in read_events(job.run.folder) if e["kind"] == "train_end"]
+
+
+def _order_one(job: Job, order: str) -> str:
+    """See faults/sitecustomize.py."""
     rank = random.choice(sorted(job.run.pids()))
-    (job.drill.faults / str(rank)).write_text("sleep 600")
+    (job.drill.faults / str(rank)).write_text(order)
     return f"rank {rank}"
 
 
@@ -161,6 +178,7 @@ FAULTS: list[tuple[str, Callable[[Job], str | None]]] = [
     ("a rank that exits with 42", exits_42),
     ("a rank that is frozen", frozen),
     ("a rank that sleeps in a step", sleeps),
+    ("a rank whose weights turn into NaN once", makes_nan),
     ("a bit of the newest checkpoint turned over", flipped),
     ("a node cut off the network", node_cut),
 ]
@@ -228,13 +246,13 @@ def check_end(job: Job, reference: Run, steps: int, *, wandb: bool = True) -> li
     assert len(job.run.saved()) == 3, f"checkpoints {job.run.saved()} are there, 3 were to be kept"
     wrong = differences(job.run.checkpoint(steps), reference.checkpoint(steps))
     assert not wrong, f"the last checkpoint differs from the undisturbed run in {wrong[:5]}"
-    mine, other = (_metrics(r.folder) for r in (job.run, reference))
+    mine, other = (read_metrics(r.folder) for r in (job.run, reference))
     assert [m["step"] for m in mine] == list(range(1, steps + 1)), "metrics.jsonl is not one line a step"
     curves = [[(m["loss"], m["grad_norm"], m["consumed_rows"]) for m in run] for run in (mine, other)]
     assert curves[0] == curves[1], "the losses differ from the undisturbed run's"
     parts = [p.name.rsplit("-", 1)[1] for p in (job.run.folder / "wandb").glob("offline-run-*")]
     assert len(set(parts)) == 1 or not wandb, f"W&B runs {set(parts)}, wanted one"
-    rows = rows_that_count(job.run.folder)
+    rows = [row for numbers in rows_of_run(job.run.folder).values() for row in numbers]
     wanted = list(range(mine[-1]["consumed_rows"]))
     assert rows == wanted, "rows that were trained twice or never"
     return [
@@ -243,29 +261,6 @@ def check_end(job: Job, reference: Run, steps: int, *, wandb: bool = True) -> li
         f"one W&B run ({', '.join(set(parts))}) of {len(parts)} parts, no network",
         f"{len(rows)} rows, each trained once",
     ]
-
-
-def _metrics(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def rows_that_count(folder: Path) -> list[int]:
-    """Row numbers of all steps in order; of a step that was made several times those of the last attempt."""
-    starts = {e["attempt"]: i for i, e in enumerate(read_events(folder)) if e["kind"] == "train_start"}
-    of_step: dict[int, dict[int, set[int]]] = {}
-    for file in folder.glob("rows/*/rank-*.jsonl"):
-        order = starts[file.parent.name]
-        for line in file.read_text().splitlines():
-            try:
-                entry = json.loads(line)
-            except ValueError:  # cut by a kill
-                continue
-            numbers = {n for n in entry["rows"] if n is not None}
-            of_step.setdefault(entry["step"], {}).setdefault(order, set()).update(numbers)
-    found = []
-    for step in sorted(of_step):
-        found += sorted(of_step[step][max(of_step[step])])
-    return found
 
 
 def bad_nodes(drill: Drill) -> list[Outcome]:
@@ -343,18 +338,10 @@ def published_layout(cluster: Cluster, work: Path, nodes: Sequence[str]) -> list
     exports it and lets the exported folder decode."""
     began = time.time()
     drill = Drill(cluster, work, Settings(ranks=8, steps=3, rows=4, layers=8, layout={}), nodes)
-    shutil.rmtree(drill.base)
-    byte_tokenizer.write_folder(make_hf(drill.base, layers=8, text_mask_token_id=260))
-    task = write_task(work / "task", 60, 2, 0)
-    sources = [{"name": "task", "format": "messages", "path": str(task.train_files[0])}]
-    config = work / "data.yaml"  # JSON is YAML
-    config.write_text(json.dumps({"sources": sources, "row_length": 512, "max_document_length": 512}))
     environment = {
         **drill.environment(work / "run"),
-        "CONFIG": str(config),
-        "DATA": str(work / "packed"),
+        **{key: str(value) for key, value in small_job(work / "job", layers=8).items()},
         "SHARDS": "2",
-        "HELDOUT": str(task.heldout),
         "SBATCH_OUTPUT": str(work / "%x.out"),
     }
     command = [REPO / "slurm" / "pipeline.sh", "train_32b_d4", "--cluster", drill.cluster_file, "--nodes", "2"]
@@ -362,7 +349,7 @@ def published_layout(cluster: Cluster, work: Path, nodes: Sequence[str]) -> list
     jobs = dict(line.split(": job ") for line in said.splitlines())
     state = cluster.wait(int(jobs["evaluate"]), 900)
     assert state == "COMPLETED", "\n".join(f"== {f}\n{f.read_text()[-3000:]}" for f in sorted(work.glob("*.out")))
-    rows = json.loads((work / "run" / "evaluation.json").read_text())["rows"]
+    rows = json.loads((work / "job" / "run" / "evaluation.json").read_text())["rows"]
     assert all(row["tokens_per_pass"] >= 1 for row in rows)
     outcome = Outcome("TP4 x PP2 x VPP4, 16 processes, to an export", 0.0, 3, f"{time.time() - began:.0f} s, decodes")
     print(outcome.line(), flush=True)

@@ -16,12 +16,12 @@ from cluster import Cluster, wait_for  # noqa: E402
 from helpers import make_dataset, make_hf  # noqa: E402
 
 from sdlm_megatron.attempt import read_events  # noqa: E402
+from sdlm_megatron.checkpoint_files import step_of  # noqa: E402
 from sdlm_megatron.torch_dist import TorchDist  # noqa: E402
 
 PATIENCE = 240.0
-SHAPE = ("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "ffn_hidden_size", "vocab_size")
-SHRUNK = {**{f"model.{key}": 0 for key in SHAPE}, "model.tied_embeddings": "true"}
-"""In place of the preset's 32B: as the base says."""
+SHRUNK = {"model.num_layers": 0}
+"""The model as the base has it, in place of the preset's 32B."""
 TWO_COPIES = {
     "parallel.tensor": 1,
     "parallel.pipeline": 1,
@@ -75,7 +75,7 @@ class Run:
     def saved(self) -> list[int]:
         """Steps of the complete checkpoints, ascending."""
         found = (p.parent for p in self.folder.glob("ckpt/step-*/complete.json"))
-        return sorted(int(p.name.removeprefix("step-")) for p in found if not p.suffix)
+        return sorted(step_of(p) for p in found if not p.suffix)
 
     def writing(self, since: float) -> bool:
         """Whether a save that began after that time is under way."""

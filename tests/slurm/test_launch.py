@@ -6,21 +6,19 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import ENV, REPO, make_hf
 
-from quickstart.task import write_task
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from helpers import ENV, REPO
+from small_job import small_job
+
 from sdlm_megatron.attempt import read_events
-from tests import byte_tokenizer
 
 pytestmark = pytest.mark.distributed
 SCRIPTS = ("prepare_data", "merge_data", "train_3b_d4", "train_3b_d8", "train_32b_d4", "export", "evaluate")
-SHRUNK = {  # train_32b_d4's configuration with the model shrunk to the base's, and two processes instead of 232
-    **dict.fromkeys(("num_layers", "hidden_size", "num_attention_heads", "num_query_groups"), 0),
-    **dict.fromkeys(("ffn_hidden_size", "vocab_size"), 0),
-}
 SETTINGS = [
-    *(f"--model.{key}={value}" for key, value in SHRUNK.items()),
-    *("--model.tied_embeddings=true", "--parallel.tensor=2", "--parallel.pipeline=1", "--parallel.virtual_pipeline=1"),
+    "--model.num_layers=0",  # as the base has
+    *("--parallel.tensor=2", "--parallel.pipeline=1", "--parallel.virtual_pipeline=1"),
     *("--train.steps=4", "--train.global_batch=2", "--train.global_batch_unit=rows", "--train.precision=fp32"),
     *("--observe.wandb=disabled", "--observe.tensorboard=false"),
 ]
@@ -42,21 +40,8 @@ def cluster_file(path: Path, **settings: object) -> Path:
 
 
 @pytest.fixture
-def job(tmp_path: Path) -> dict[str, object]:
-    """Variables of a small job: base model with a tokenizer, conversations, held-out prompts."""
-    base = make_hf(tmp_path / "base", text_mask_token_id=260)
-    byte_tokenizer.write_folder(base)
-    task = write_task(tmp_path / "task", 60, 2, 0)
-    sources = [{"name": "task", "format": "messages", "path": str(task.train_files[0])}]
-    sizes = {"row_length": 512, "max_document_length": 512, "system_prompt": None}
-    data = cluster_file(tmp_path / "data.yaml", sources=sources, **sizes)
-    return {
-        "BASE": base,
-        "CONFIG": data,
-        "DATA": tmp_path / "data",
-        "RUN_DIR": tmp_path / "run",
-        "HELDOUT": task.heldout,
-    }
+def job(tmp_path: Path) -> dict[str, Path]:
+    return small_job(tmp_path)
 
 
 def test_from_conversations_to_decoding_by_one_command(cluster, job, tmp_path: Path) -> None:

@@ -163,7 +163,7 @@ def test_a_state_written_before_a_setting_existed_has_its_default(tmp_path: Path
         "diffusion": diffusion,
         "mask_token_id": 9,
         "precision": "bf16",
-        "optimizer": "distributed",
+        "with_optimizer": True,
         "dataset": {},
     }
     for extra, wanted in (({}, 0.0), ({"next_token_weight": 0.2}, 0.2)):

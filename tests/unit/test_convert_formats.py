@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from checkpoints_tools import compare, hf_to_mcore, mcore_to_hf
 from data_prep.chat import render
-from sdlm_megatron.checkpoint_files import TrainState, read_state
+from sdlm_megatron.checkpoint_files import TrainState, checksums, read_state
 from sdlm_megatron.config.schema import CheckpointConfig, DiffusionConfig, RunConfig
 from sdlm_megatron.errors import CheckpointError
 from sdlm_megatron.model.shape import NewMaskToken, mean_row
@@ -152,20 +152,18 @@ def test_a_pickle_that_would_run_something_is_refused(tmp_path: Path, monkeypatc
 
 
 def test_damaged_weight_files_are_named(tmp_path: Path) -> None:
-    """Also where their sizes are right, or complete.json knows no better."""
+    """Also where complete.json says that they are right."""
     hf_to_mcore.convert(make_hf(tmp_path / "hf", **SMALL), tmp_path / "mcore")
     weights = tmp_path / "mcore" / "weights"
     whole = (weights / "__0_0.distcp").read_bytes()
     for damaged in (whole[: len(whole) // 2], bytes(len(whole)), b""):
         (weights / "__0_0.distcp").write_bytes(damaged)
-        marker = tmp_path / "mcore" / "complete.json"
-        sizes = json.loads(marker.read_text()) | {"weights/__0_0.distcp": len(damaged)}
-        marker.write_text(json.dumps(sizes))
+        seal(tmp_path / "mcore")
         with pytest.raises(CheckpointError, match=r"__0_0\.distcp"):
             mcore_to_hf.convert(tmp_path / "mcore", tmp_path / "out")
         shutil.rmtree(tmp_path / "out.partial", ignore_errors=True)
     (weights / "__0_0.distcp").unlink()
-    marker.write_text("{}")
+    (tmp_path / "mcore" / "complete.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"__0_0\.distcp"):
         mcore_to_hf.convert(tmp_path / "mcore", tmp_path / "out")
 
@@ -194,9 +192,14 @@ def write_state(folder: Path, state: TrainState) -> None:
     from dataclasses import asdict
 
     (folder / "state.json").write_text(json.dumps(asdict(state)))
+    seal(folder)
+
+
+def seal(folder: Path) -> None:
+    """complete.json says of the files what they are now."""
     marker = folder / "complete.json"
-    sizes = json.loads(marker.read_text()) | {"state.json": (folder / "state.json").stat().st_size}
-    marker.write_text(json.dumps(sizes))
+    marker.unlink()
+    marker.write_text(json.dumps(checksums(folder)))
 
 
 @pytest.mark.parametrize("name", ["bytes", "Qwen2.5"])

@@ -1,7 +1,8 @@
 """Python imports this by itself where the fault drill puts this folder on PYTHONPATH: a rank does what a file says.
 
     FAULTS/RANK  holding "exit 42"   the process ends at once with that code, as a library that calls _exit would
-                 holding "sleep 600" the main thread sleeps in its next row that is loaded: a hang that Python can see
+                 holding "nan"       weights that it has are not finite after the next step
+                 holding "sleep"     the main thread sleeps in its next row that is loaded: a hang that Python can see
 
 The training code knows nothing of it, and a process that is no rank is left alone. FAULTS is the environment variable
 SDLM_FAULTS.
@@ -27,20 +28,30 @@ def _watch(folder: str, rank: str) -> None:
         if words[:1] == ["exit"]:
             os._exit(int(words[1]))
         if words[:1] == ["sleep"]:
-            _sleep_in_the_next_step(float(words[1]))
+            _before_the_next_step(_sleep)
+        if words[:1] == ["nan"]:
+            _before_the_next_step(_poison)
 
 
-def _sleep_in_the_next_step(seconds: float) -> None:
+def _sleep(engine) -> None:
+    time.sleep(600)
+
+
+def _poison(engine) -> None:
+    engine.optimizer.get_parameters()[0].data.fill_(float("nan"))
+
+
+def _before_the_next_step(act) -> None:
     from sdlm_megatron.parallel.engine import Engine
 
     train_step = Engine.train_step
 
-    def slow(self, *args, **kwargs):
+    def acts_first(self, *args, **kwargs):
         Engine.train_step = train_step
-        time.sleep(seconds)
+        act(self)
         return train_step(self, *args, **kwargs)
 
-    Engine.train_step = slow
+    Engine.train_step = acts_first
 
 
 if os.environ.get("SDLM_FAULTS") and os.environ.get("SDLM_LAUNCH") == "srun":  # a rank, not the driver
