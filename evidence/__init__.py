@@ -1,0 +1,1 @@
+"""The evidence of docs/evidence.md: the paper's claims re-made on a real model of laptop size."""

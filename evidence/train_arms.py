@@ -1,0 +1,237 @@
+"""Trains the models that docs/evidence.md compares: SmolLM2-135M-Instruct in several ways, with several seeds.
+
+Every model of a seed is trained on the same conversations, each once: two tasks mixed, sentence -> JSON (copying, a
+fixed form) and word problems (the answer has to be worked out). What is finished is kept: run it again to go on. With
+OUT/ARM-SEED/hf an arm is done; OUT/tasks holds the held-out prompts of both tasks.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import yaml
+
+from evidence.arms import ARMS, DOCUMENTS_PER_STEP, MAIN, Arm
+from evidence.word_problems import problems
+from quickstart.base_model import make_smollm2
+from quickstart.task import examples
+from sdlm_megatron.errors import UserError, run_cli
+from sdlm_megatron.files import write_json, write_text
+
+CONVERSATIONS = {"json": 200, "problems": 300}
+HELD_OUT_SEED = 0
+MASK_TOKEN = "<file_sep>"  # a special token that the base has and never used
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much a campaign trains and holds out."""
+
+    conversations: dict[str, int]
+    prompts: int
+    """Held-out prompts of each task."""
+
+
+def conversations(task: str, seed: int, *, held_out: bool) -> list[dict[str, str]]:
+    """Endless would-be rows of a task, {prompt, answer}; see quickstart.task and evidence.word_problems."""
+    source = examples(seed) if task == "json" else problems(seed)
+    for one in source:
+        if one.held_out == held_out:
+            yield {"prompt": one.prompt, "answer": one.answer}
+
+
+def write_tasks(out: Path, budget: Budget) -> None:
+    """The held-out prompts, JSONL of {prompt, expected}, the same for all seeds."""
+    for task in budget.conversations:
+        rows = islice(conversations(task, HELD_OUT_SEED, held_out=True), budget.prompts)
+        lines = [json.dumps({"prompt": row["prompt"], "expected": row["answer"]}) + "\n" for row in rows]
+        (out / "tasks").mkdir(parents=True, exist_ok=True)
+        write_text(out / "tasks" / f"{task}.jsonl", "".join(lines))
+
+
+class Training:
+    """One arm with one seed, from conversations to a Hugging Face folder."""
+
+    def __init__(self, out: Path, arm: Arm, seed: int, base: Path, budget: Budget) -> None:
+        self.arm, self.seed, self.base, self.budget = arm, seed, base, budget
+        self.dir = out / f"{arm.name}-{seed}"
+        self.log = self.dir / "log.txt"
+
+    @property
+    def done(self) -> bool:
+        return (self.dir / "hf" / "config.json").exists() and (self.dir / "facts.json").exists()
+
+    def run(self) -> float:
+        """Returns the seconds it took."""
+        started = time.perf_counter()
+        self.dir.mkdir(parents=True, exist_ok=True)
+        sources = self._conversations()
+        self._command("data_prep.build", "--config", str(self._data(sources)), f"--out={self.dir / 'data'}")
+        self._command("sdlm_megatron.train", "--config", str(self._train()))
+        self._command("checkpoints_tools.mcore_to_hf", "--ckpt", str(self.dir), "--out", str(self.dir / "hf"))
+        seconds = time.perf_counter() - started
+        write_json(self.dir / "facts.json", {"arm": vars(self.arm), "seed": self.seed, "seconds": seconds})
+        shutil.rmtree(self.dir / "ckpt")  # 14 bytes a parameter; the folder hf is what is evaluated
+        return seconds
+
+    def _conversations(self) -> list[dict[str, str]]:
+        sources = []
+        for task, amount in self.budget.conversations.items():
+            path = self.dir / f"{task}.jsonl"
+            rows = islice(conversations(task, 100 + self.seed, held_out=False), round(amount * self.arm.share))
+            turns = [
+                [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["answer"]}]
+                for row in rows
+            ]
+            write_text(path, "".join(json.dumps({"messages": turn}) + "\n" for turn in turns))
+            sources.append({"name": task, "format": "messages", "path": str(path)})
+        return sources
+
+    def _data(self, sources: list[dict[str, str]]) -> Path:
+        config = {
+            "tokenizer": str(self.base),
+            "mask_token": MASK_TOKEN,
+            "system_prompt": None,
+            "block_size": self.arm.block_size,
+            "repeat": self.arm.repeat,
+            "row_length": self.arm.row_length,
+            "max_document_length": self.arm.row_length,
+            "seed": self.seed,
+            "sources": sources,
+        }
+        if not self.arm.target_shift:
+            config["target_shift"] = False
+        write_text(self.dir / "data.yaml", yaml.safe_dump(config, sort_keys=False))
+        return self.dir / "data.yaml"
+
+    def _train(self) -> Path:
+        steps = round(self.arm.share * sum(self.budget.conversations.values()) / DOCUMENTS_PER_STEP)
+        diffusion = {
+            "block_size": self.arm.block_size,
+            "causal_attn": self.arm.causal_attn,
+            "next_token_weight": self.arm.next_token_weight,
+            "mask_token": MASK_TOKEN,
+        }
+        if not self.arm.target_shift:
+            diffusion["target_shift"] = False
+        config = {
+            "run_dir": str(self.dir),
+            "data": {"path": str(self.dir / "data")},
+            "diffusion": diffusion,
+            "checkpoint": {"base": str(self.base), "save_every": 0},
+            "optimizer": {"lr": self.arm.lr, "beta2": 0.95},
+            "schedule": {"style": "wsd", "warmup_steps": max(1, steps // 8), "decay_steps": max(1, 2 * steps // 5)},
+            "train": {"epochs": 1, "seed": self.seed, "global_batch": 1, "global_batch_unit": "rows"},
+            "observe": {"tensorboard": False},
+        }
+        write_text(self.dir / "train.yaml", yaml.safe_dump(config, sort_keys=False))
+        return self.dir / "train.yaml"
+
+    def _command(self, module: str, *arguments: str) -> None:
+        with self.log.open("a") as log:
+            print(f"$ python -m {module} {' '.join(arguments)}", file=log, flush=True)
+            done = subprocess.run(
+                [sys.executable, "-m", module, *arguments],
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                check=False,
+            )
+        if done.returncode:
+            raise UserError(
+                f"{self.dir.name}: {module} failed with exit code {done.returncode}",
+                str(self.log),
+                "its last lines say why; run the same command again to go on",
+            )
+
+
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""As the conversations are trained on. The base's own template adds a system turn, which would be a change between
+training and decoding."""
+
+
+def pretrained_base(folder: Path) -> Path:
+    """SmolLM2-135M-Instruct with a chat template that adds nothing."""
+    if not (folder / "config.json").exists():
+        partial = make_smollm2(folder.with_name(folder.name + ".partial"))
+        path = partial / "tokenizer_config.json"
+        write_json(path, {**json.loads(path.read_text()), "chat_template": CHATML})
+        partial.rename(folder)
+    return folder
+
+
+def random_base(base: Path, folder: Path) -> Path:
+    """The base's shape and tokenizer with random weights."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if not (folder / "config.json").exists():
+        partial = folder.with_name(folder.name + ".partial")
+        shutil.copytree(base, partial, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.safetensors"))
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base), dtype=torch.bfloat16)
+        model.save_pretrained(partial)
+        partial.rename(folder)
+    return folder
+
+
+def train_all(out: Path, arms: Sequence[Arm], seeds: Sequence[int], budget: Budget, base: Path, jobs: int) -> None:
+    """Trains what is not there yet, `jobs` at a time, seed after seed."""
+    write_tasks(out, budget)
+    todo = [
+        Training(out, arm, seed, random_base(base, out / "base_random") if arm.random_base else base, budget)
+        for seed in seeds
+        for arm in arms
+    ]
+    todo = [one for one in todo if not one.done]
+    print(f"{len(todo)} models to train in {out}, {jobs} at a time", flush=True)
+    started, finished = time.perf_counter(), 0
+    with ThreadPoolExecutor(jobs) as pool:
+        for one, seconds in zip(todo, pool.map(Training.run, todo), strict=True):
+            finished += 1
+            left = (time.perf_counter() - started) / finished * (len(todo) - finished)
+            print(f"{one.dir.name:16} {seconds:5.0f} s   {finished}/{len(todo)}, {left / 60:.0f} min left", flush=True)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m evidence.train_arms",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="example:\n  python -m evidence.train_arms --out runs/evidence --arms ar d4 d8 --seeds 0 1 2",
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the campaign")
+    parser.add_argument(
+        "--arms",
+        nargs="+",
+        choices=ARMS,
+        default=[arm.name for arm in MAIN],
+        metavar="ARM",
+        help=f"which of: {', '.join(ARMS)}; default: {', '.join(arm.name for arm in MAIN)}",
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of conversations, draws and order")
+    parser.add_argument("--prompts", type=int, default=512, help="held-out prompts of each task")
+    parser.add_argument("--base", type=Path, metavar="DIR", help="Hugging Face folder; default: SmolLM2-135M-Instruct")
+    parser.add_argument("--jobs", type=int, default=2, help="trainings at a time, a core each")
+    args = parser.parse_args(argv)
+    base = args.base or pretrained_base(args.out / "base")
+    train_all(
+        args.out, [ARMS[name] for name in args.arms], args.seeds, Budget(CONVERSATIONS, args.prompts), base, args.jobs
+    )
+
+
+if __name__ == "__main__":
+    run_cli(main, sys.argv[1:])
