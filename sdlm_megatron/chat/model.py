@@ -157,6 +157,7 @@ class ChatModel:
                 product=settings.product,
                 eos_token_ids=self.end_tokens,
                 causal_attn=self.config.causal_attn,
+                target_shift=self.config.target_shift,
                 warp=_warp(settings),
                 seed=settings.seed,
                 stop=stop,

@@ -126,7 +126,7 @@ def crop_layout(layout: RowLayout, most: int = MASK_TOKENS) -> RowLayout:
         room = (most - int(lens[0])) // layout.block_size
         starts = starts[starts < lens[0]][: max(room, 1)]
         blocks[0] = len(starts)
-    return RowLayout(layout.doc_ids[:n_docs], lens, blocks, starts, layout.block_size)
+    return RowLayout(layout.doc_ids[:n_docs], lens, blocks, starts, layout.block_size, layout.target_shift)
 
 
 def _mask_kinds(layout: RowLayout, row_length: int, causal_attn: bool) -> np.ndarray:
