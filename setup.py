@@ -28,7 +28,15 @@ setup(
     packages=find_packages(
         include=[
             f"{name}{suffix}"
-            for name in ("sdlm_megatron", "data_prep", "checkpoints_tools", "evaluation", "evidence", "quickstart", "bench")
+            for name in (
+                "sdlm_megatron",
+                "data_prep",
+                "checkpoints_tools",
+                "evaluation",
+                "evidence",
+                "quickstart",
+                "bench",
+            )
             for suffix in ("", ".*")
         ]
     ),
@@ -53,6 +61,7 @@ setup(
         "tensorboard>=2.16",
         "psutil>=5.9",
         "numpy>=1.26",
+        "scipy>=1.12",
         "packaging>=23",
         "gguf>=0.10",
     ],
