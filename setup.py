@@ -61,6 +61,7 @@ setup(
         "tensorboard>=2.16",
         "psutil>=5.9",
         "numpy>=1.26",
+        "scipy>=1.12",
         "packaging>=23",
         "gguf>=0.10",
     ],

@@ -39,9 +39,9 @@ class Fill:
 
 
 def figure_of(width: float, height: float, rows: int = 1, **grid: Any) -> tuple[Figure, list[Axes]]:
-    """A figure of that many inches, and its axes, one below the other, in the report's style."""
+    """A figure of that many inches, and its axes, row by row, in the report's style."""
     figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
-    axes = np.atleast_1d(figure.subplots(rows, **grid)).tolist()
+    axes = np.atleast_1d(figure.subplots(rows, **grid)).ravel().tolist()
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
         axis.spines[["left", "bottom"]].set_color(SOFT)
