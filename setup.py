@@ -28,7 +28,15 @@ setup(
     packages=find_packages(
         include=[
             f"{name}{suffix}"
-            for name in ("sdlm_megatron", "data_prep", "checkpoints_tools", "evaluation", "evidence", "quickstart", "bench")
+            for name in (
+                "sdlm_megatron",
+                "data_prep",
+                "checkpoints_tools",
+                "evaluation",
+                "evidence",
+                "quickstart",
+                "bench",
+            )
             for suffix in ("", ".*")
         ]
     ),
