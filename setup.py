@@ -5,6 +5,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
+EVAL = ["lm_eval>=0.4.13,<0.5", "accelerate>=0.26"]
 
 
 def read_version() -> str:
@@ -67,6 +68,7 @@ setup(
     ],
     extras_require={
         "gpu": ["transformer-engine[pytorch]", "nvidia-ml-py>=12"],
+        "eval": EVAL,
         "test": [
             "pytest>=8.0",
             "hypothesis>=6.100",
@@ -76,6 +78,7 @@ setup(
             "mypy>=1.13",
             "types-PyYAML>=6.0",
             "import-linter>=2.1",
+            *EVAL,
         ],
     },
 )
