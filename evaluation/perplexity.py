@@ -69,9 +69,8 @@ def read_text(path: Path) -> Text:
 
 def pieces_of(chat: ChatModel, text: Text, length: int, most: int) -> list[list[int]]:
     """The first `most` tokens of a text in pieces of `length` ids; a last piece of one token is dropped."""
-    ids: list[int] = chat.tokenizer(
-        text.text, add_special_tokens=False, split_special_tokens=True, verbose=False
-    )["input_ids"][:most]  # fmt: skip
+    encoded = chat.tokenizer(text.text, add_special_tokens=False, split_special_tokens=True, verbose=False)
+    ids: list[int] = encoded["input_ids"][:most]
     pieces = [ids[start : start + length] for start in range(0, len(ids), length)]
     return [piece for piece in pieces if len(piece) > 1]
 

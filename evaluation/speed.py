@@ -36,6 +36,8 @@ ROUNDS = 3
 """Repetitions of each setting, the time allowed or not."""
 CHUNK = 16
 """Prompts that every setting answers before the next ones come; the larger batch."""
+QUIET = 0.9
+"""A CPU time below this share of the wall time, for each thread, tells that the machine had other work."""
 
 
 # --- single passes
@@ -292,14 +294,14 @@ def lines(result: dict[str, Any]) -> Iterator[str]:
 
 
 def _check(chat: ChatModel, args: argparse.Namespace) -> None:
-    for option, values in (
-        ("--n", args.n),
-        ("--batches", args.batches),
-        ("--contexts", [c - 1 for c in args.contexts]),  # one token is the pass's own
-        ("--most", [args.most]),
+    for option, values, least in (
+        ("--n", args.n, 1),
+        ("--batches", args.batches, 1),
+        ("--contexts", args.contexts, 2),  # what comes before a pass, and the token it begins at
+        ("--most", [args.most], 1),
     ):
-        if values and min(values) < 1:
-            raise ConfigError(f"{option} has a number that is too small", "the command line", "give larger ones")
+        if values and min(values) < least:
+            raise ConfigError(f"{option} has {min(values)}", "the command line", f"give at least {least}")
     largest = max([1, *args.n, chat.config.block_size or 1])
     check_room(chat, max(args.contexts) + largest * (PASSES + 3), "--contexts")
 
@@ -318,10 +320,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     chat = load_model(args)
     _check(chat, args)
     prompts = read_prompts(args.prompts)
+    clock, cpu = time.perf_counter(), time.process_time()
     result = measure(chat, prompts, args)
+    share = (time.process_time() - cpu) / (time.perf_counter() - clock) / torch.get_num_threads()
     for line in lines(result):
         print(line)
-    facts = facts_of(chat, argv, prompts=str(args.prompts), n_prompts=min(args.most, len(prompts)))
+    if chat.model.device.type == "cpu" and share < QUIET:
+        print(f"note: this process had only {share:.0%} of its threads' time; other work is in these figures")
+    facts = facts_of(
+        chat, argv, prompts=str(args.prompts), n_prompts=min(args.most, len(prompts)), cpu_share=round(share, 3)
+    )
     write_json(args.out / "speed.json", {"kind": "speed", "model": str(args.model), "facts": facts, **result})
 
 
