@@ -5,20 +5,18 @@ its likeliest token is the answer's. Writes OUT/calibration.json; `python -m eva
 precision and recall, acceptance by slot.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from data_prep.progress import track
 from rich.console import Console
 
+from evaluation.command import Progress, add_prompt_options, load_model, parser_of
 from evaluation.facts import facts_of
 from evaluation.probe import probe
 from evaluation.prompts import Prompt, encode, encode_answer, read_prompts
-from evaluation.sweep import add_model_arguments
-from sdlm_megatron.chat.model import ChatModel, load
+from sdlm_megatron.chat.model import ChatModel
 from sdlm_megatron.errors import CheckpointError, run_cli
 from sdlm_megatron.files import write_json
 
@@ -26,10 +24,9 @@ from sdlm_megatron.files import write_json
 def slots_of(chat: ChatModel, prompts: Sequence[Prompt], window: int, batch: int, console: Console) -> list[dict]:
     """Confidences and correctness of each slot, over all places where it has a target."""
     answers = [encode_answer(chat, prompt.expected) for prompt in prompts]
-    with track("probe", len(prompts), "prompts", console) as advance:
-        probes = probe(
-            chat, [encode(chat, p) for p in prompts], answers, window=window, batch=batch, progress=advance
-        )
+    encoded = [encode(chat, prompt) for prompt in prompts]
+    progress = Progress(len(prompts), "prompts probed")
+    probes = probe(chat, encoded, answers, window=window, batch=batch, progress=progress)
     slots: list[dict[str, Any]] = [{"slot": j, "prob": [], "entropy": [], "right": []} for j in range(window)]
     for answer, seen in zip(answers, probes, strict=True):
         wanted = torch.tensor(answer)
@@ -44,21 +41,15 @@ def slots_of(chat: ChatModel, prompts: Sequence[Prompt], window: int, batch: int
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m evaluation.calibration",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="example:\n  python -m evaluation.calibration --model runs/quickstart/hf "
-        "--prompts runs/quickstart/task/heldout.jsonl --out runs/quickstart/sweep",
-    )
-    add_model_arguments(parser)
+    example = "--model runs/quickstart/hf --prompts runs/quickstart/task/heldout.jsonl --out results"
+    parser = parser_of("evaluation.calibration", __doc__, example)
+    add_prompt_options(parser)
     args = parser.parse_args(argv)
     prompts = read_prompts(args.prompts, args.most)
-    chat = load(args.model, dtype=None, device=None)
+    chat, console = load_model(args), Console()
     if chat.config.block_size is None:
         fix = "name a folder that a training run was exported to"
         raise CheckpointError("the model has no block_size: it is no SDLM", str(args.model), fix)
-    console = Console()
     console.print(chat.describe(), highlight=False)
     slots = slots_of(chat, prompts, chat.config.block_size, args.batch, console)
     for slot in slots:
@@ -68,8 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"slot {slot['slot'] + 1}   {share:6.1%} right, {sure:6.1%} sure   ({len(slot['right'])} places)",
             highlight=False,
         )
-    facts = facts_of(chat, "evaluation.calibration", argv, prompts=str(args.prompts), n_prompts=len(prompts))
-    args.out.mkdir(parents=True, exist_ok=True)
+    facts = facts_of(chat, parser.prog, argv, prompts=str(args.prompts), n_prompts=len(prompts))
     value = {"kind": "calibration", "model": str(args.model), "facts": facts, "slots": slots}
     write_json(args.out / "calibration.json", value)
     console.print(f"wrote {args.out / 'calibration.json'}", highlight=False)

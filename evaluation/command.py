@@ -32,6 +32,14 @@ def parser_of(module: str, description: str | None, example: str) -> argparse.Ar
     return parser
 
 
+def add_prompt_options(parser: argparse.ArgumentParser) -> None:
+    """--prompts, --most and --batch."""
+    add = parser.add_argument
+    add("--prompts", type=Path, required=True, metavar="JSONL", help='lines of {"prompt": …, "expected": …}')
+    add("--most", type=int, default=0, metavar="N", help="use the first so many prompts; default: all")
+    add("--batch", type=int, default=64, metavar="B", help="prompts at a time; default: 64")
+
+
 def load_model(args: argparse.Namespace) -> ChatModel:
     """The model of --model; makes --out. ConfigError when the machine cannot do what is asked."""
     if args.threads is not None:

@@ -128,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings = settings_of(chat, args.thresholds)
     tokens = len(settings) * sum(len(ids) for rows in encoded.values() for ids in rows)
     rows = measure(chat, encoded, measured, settings, Progress(tokens, "prompt tokens"))
-    facts = facts_of(chat, argv, prompts=str(args.prompts), n_prompts=len(measured))
+    facts = facts_of(chat, parser.prog, argv, prompts=str(args.prompts), n_prompts=len(measured))
     write_json(args.out / "context.json", {"kind": "context", "model": str(args.model), "facts": facts, "rows": rows})
 
 

@@ -12,18 +12,18 @@ import transformers
 from sdlm_megatron.chat.model import ChatModel
 
 
-def facts_of(chat: ChatModel, argv: Sequence[str] | None, **more: Any) -> dict[str, Any]:
-    """The "facts" of a result file, ready for JSON. To be called by the module whose command it is.
+def facts_of(chat: ChatModel, prog: str, argv: Sequence[str] | None, **more: Any) -> dict[str, Any]:
+    """The "facts" of a result file, ready for JSON.
 
     Args:
+        prog: the command without its arguments.
         argv: arguments of that command; None: those of this process.
         more: facts of one command, e.g. prompts="held_out.jsonl", n_prompts=512.
     """
-    spec = sys._getframe(1).f_globals["__spec__"]  # the caller's; its __name__ may be "__main__"
     arguments = sys.argv[1:] if argv is None else argv
     device = chat.model.device
     return {
-        "command": f"python -m {spec.name} {shlex.join(arguments)}".rstrip(),
+        "command": f"{prog} {shlex.join(arguments)}".rstrip(),
         **more,
         "block_size": chat.config.block_size or 1,
         "causal_attn": chat.config.causal_attn,

@@ -123,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise DataError("the text has only one token", text.name, "give a longer one")
     total = sum(len(piece) for _, pieces in cut for piece in pieces)
     rows = measure(chat, cut, Progress(total, "tokens"))
-    facts = facts_of(chat, argv, length=args.length)
+    facts = facts_of(chat, parser.prog, argv, length=args.length)
     result = {"kind": "perplexity", "model": str(args.model), "facts": facts, "texts": rows}
     write_json(args.out / "perplexity.json", result)
 

@@ -56,8 +56,7 @@ def probe(
     for start in range(0, len(order), batch):
         part = order[start : start + batch]
         texts = [(prompts[i], answers[i]) for i in part]
-        for i, one in zip(part, _probe_batch(chat, texts, window), strict=True):
-            found[i] = one
+        found |= dict(zip(part, _probe_batch(chat, texts, window), strict=True))
         if progress is not None:
             progress(len(part))
     return [found[i] for i in range(len(prompts))]

@@ -77,7 +77,7 @@ class Filled:
         device = chat.model.device
         self.prompt = torch.tensor([ids], device=device).expand(batch, -1)
         self._propose = TransformersProposer(
-            chat.model, mask_token_id=chat.config.text_mask_token_id or 0, causal_attn=chat.config.causal_attn
+            chat.model, mask_token_id=chat.config.text_mask_token_id or 0, **chat.config.window_options
         )
         self._propose.prefill(self.prompt[:1, :-1])  # as decode does with long prompts
         self._propose.cache.keep_rows(torch.zeros(batch, dtype=torch.long, device=device))
@@ -136,7 +136,7 @@ def time_prefill(chat: ChatModel, ids: Sequence[int], n: int) -> float:
             mask_token_id=chat.config.text_mask_token_id or 0,
             window=n,
             max_new_tokens=1,
-            causal_attn=chat.config.causal_attn,
+            **chat.config.window_options,
         )
     return time.perf_counter() - started
 
@@ -328,7 +328,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     if chat.model.device.type == "cpu" and share < QUIET:
         print(f"note: this process had only {share:.0%} of its threads' time; other work is in these figures")
     facts = facts_of(
-        chat, argv, prompts=str(args.prompts), n_prompts=min(args.most, len(prompts)), cpu_share=round(share, 3)
+        chat,
+        parser.prog,
+        argv,
+        prompts=str(args.prompts),
+        n_prompts=min(args.most, len(prompts)),
+        cpu_share=round(share, 3),
     )
     write_json(args.out / "speed.json", {"kind": "speed", "model": str(args.model), "facts": facts, **result})
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-DOCUMENTS_PER_STEP = 10
+DOCUMENTS_PER_STEP = 6
 """About so many documents fill the one row of a step: every arm makes the same number of steps."""
 
 
@@ -22,7 +22,7 @@ class Arm:
     lr: float = 5e-4
     random_base: bool = False
     """Begin with random weights instead of the pretrained ones."""
-    row_length: int = 1600
+    row_length: int = 960
     """Tokens of a row; a step is one row."""
 
     @property
@@ -31,7 +31,7 @@ class Arm:
         return 3 if self.block_size > 1 else 1
 
 
-_AR = Arm("ar", "autoregressive (D = 1)", block_size=1, row_length=960)
+_AR = Arm("ar", "autoregressive (D = 1)", block_size=1, row_length=560)
 """A block of one token is its anchor's copy, which sees what the anchor sees: plain next-token training, exactly."""
 _D4 = Arm("d4", "SDLM, D = 4")
 
@@ -53,7 +53,7 @@ VARIANTS = (
 SENSITIVITY = (
     replace(_D4, name="d4_quarter", text="SDLM, D = 4, a quarter of the conversations", share=0.25),
     replace(_HALF, name="random", text="from random weights", random_base=True),
-    replace(_HALF, name="d2", text="SDLM, D = 2, half of the conversations", block_size=2, row_length=1300),
+    replace(_HALF, name="d2", text="SDLM, D = 2, half of the conversations", block_size=2, row_length=800),
     replace(_HALF, name="d16", text="SDLM, D = 16, half of the conversations", block_size=16),
     replace(_HALF, name="slow", text="learning rate 1e-4", lr=1e-4),
 )

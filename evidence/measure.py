@@ -19,8 +19,6 @@ from evidence.arms import ARMS, MAIN, Arm
 from sdlm_megatron.errors import DataError, run_cli
 from sdlm_megatron.files import write_text
 
-MAX_NEW_TOKENS = "48"
-"""The longest answer has 35 tokens."""
 PROB = ("0.5", "0.7", "0.8", "0.9", "0.95", "0.98", "0.99")
 ENTROPY = ("0.9", "0.95", "0.98", "0.99", "0.995")
 FEW_PROB = ("0.9", "0.98")
@@ -80,7 +78,7 @@ def jobs_of(model: Path, arm: Arm | None, tasks: Sequence[Path], plan: Plan) -> 
         where = ("--model", folder, *prompts, "--out", str(model / task.stem))
         thresholds = ("--prob", *(PROB if main else FEW_PROB), "--entropy", *(ENTROPY if main else ()))
         amount = () if main else ("--most", str(plan.few))
-        options = ("--max-new-tokens", MAX_NEW_TOKENS, *amount, *(thresholds if blocks else ()))
+        options = (*amount, *(thresholds if blocks else ()))
         jobs.append(Job("sweep", (*where, *options), model / task.stem / "sweep.json"))
         if blocks and main:
             most = ("--most", str(plan.few))
@@ -94,9 +92,9 @@ def clock_jobs(model: Path, tasks: Sequence[Path], plan: Plan) -> list[Job]:
     jobs = []
     for task in tasks:
         where = ("--model", str(model / "hf"), "--prompts", str(model / task.stem / "prompts.jsonl"))
-        where += ("--out", str(model / task.stem), "--max-new-tokens", MAX_NEW_TOKENS)
-        for module in ("speed", "context"):
-            jobs.append(Job(module, (*where, "--most", str(plan.few // 2)), model / task.stem / f"{module}.json"))
+        where += ("--out", str(model / task.stem))
+        where += ("--most", str(plan.few // 2))
+        jobs += [Job(module, where, model / task.stem / f"{module}.json") for module in ("speed", "context")]
     return jobs
 
 

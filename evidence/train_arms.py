@@ -1,7 +1,7 @@
 """Trains the models that docs/evidence.md compares: SmolLM2-135M-Instruct in several ways, with several seeds.
 
 Every model of a seed is trained on the same conversations, each once: two tasks mixed, sentence -> JSON (copying, a
-fixed form) and word problems (the answer has to be worked out). What is finished is kept: run it again to go on. With
+fixed form) and words -> categories (the answer needs what the model knows). What is finished is kept: run it again to go on. With
 OUT/ARM-SEED/hf an arm is done; OUT/tasks holds the held-out prompts of both tasks.
 """
 
@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from itertools import islice
@@ -21,13 +21,13 @@ from pathlib import Path
 import yaml
 
 from evidence.arms import ARMS, DOCUMENTS_PER_STEP, MAIN, VARIANTS, Arm
-from evidence.word_problems import problems
+from evidence.categories import sortings
 from quickstart.base_model import make_smollm2
 from quickstart.task import examples
 from sdlm_megatron.errors import UserError, run_cli
 from sdlm_megatron.files import write_json, write_text
 
-CONVERSATIONS = {"json": 250, "problems": 250}
+CONVERSATIONS = {"json": 300, "categories": 300}
 HELD_OUT_SEED = 0
 MASK_TOKEN = "<file_sep>"  # a special token that the base has and never used
 
@@ -41,12 +41,13 @@ class Budget:
     """Held-out prompts of each task."""
 
 
-def conversations(task: str, seed: int, *, held_out: bool) -> list[dict[str, str]]:
-    """Endless would-be rows of a task, {prompt, answer}; see quickstart.task and evidence.word_problems."""
-    source = examples(seed) if task == "json" else problems(seed)
-    for one in source:
-        if one.held_out == held_out:
-            yield {"prompt": one.prompt, "answer": one.answer}
+def conversations(task: str, seed: int, *, held_out: bool) -> Iterator[dict[str, str]]:
+    """Endless conversations of a task, {prompt, answer}; see quickstart.task and evidence.categories."""
+    if task == "json":
+        found = (one for one in examples(seed) if one.held_out == held_out)
+    else:
+        found = sortings(seed, of_held_out=held_out)
+    return ({"prompt": one.prompt, "answer": one.answer} for one in found)
 
 
 def write_tasks(out: Path, budget: Budget) -> None:

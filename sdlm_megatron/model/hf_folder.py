@@ -52,6 +52,11 @@ class HFConfig:
     text_mask_token_id: int | None = None
 
     @property
+    def window_options(self) -> dict[str, bool]:
+        """How blocks were trained, as diffusion.decode takes it."""
+        return {"causal_attn": self.causal_attn, "target_shift": self.target_shift}
+
+    @property
     def is_sdlm(self) -> bool:
         return self.block_size is not None
 
