@@ -5,6 +5,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
+EVAL = ["lm_eval>=0.4.13,<0.5", "accelerate>=0.26"]
 
 
 def read_version() -> str:
@@ -28,7 +29,15 @@ setup(
     packages=find_packages(
         include=[
             f"{name}{suffix}"
-            for name in ("sdlm_megatron", "data_prep", "checkpoints_tools", "evaluation", "evidence", "quickstart", "bench")
+            for name in (
+                "sdlm_megatron",
+                "data_prep",
+                "checkpoints_tools",
+                "evaluation",
+                "evidence",
+                "quickstart",
+                "bench",
+            )
             for suffix in ("", ".*")
         ]
     ),
@@ -53,11 +62,13 @@ setup(
         "tensorboard>=2.16",
         "psutil>=5.9",
         "numpy>=1.26",
+        "scipy>=1.12",
         "packaging>=23",
         "gguf>=0.10",
     ],
     extras_require={
         "gpu": ["transformer-engine[pytorch]", "nvidia-ml-py>=12"],
+        "eval": EVAL,
         "test": [
             "pytest>=8.0",
             "hypothesis>=6.100",
@@ -67,6 +78,7 @@ setup(
             "mypy>=1.13",
             "types-PyYAML>=6.0",
             "import-linter>=2.1",
+            *EVAL,
         ],
     },
 )

@@ -78,6 +78,7 @@ def decode_prompts(
                 eos_token_ids=chat.end_tokens,
                 attention_mask=pad_sequence([torch.ones_like(row) for row in rows], batch_first=True),
                 causal_attn=chat.config.causal_attn,
+                target_shift=chat.config.target_shift,
             )
         for i, kept, counts in zip(part, done.tokens, done.accepted, strict=True):
             tokens[i] = [token for token in kept if token not in chat.end_tokens]

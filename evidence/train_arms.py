@@ -13,21 +13,21 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 import yaml
 
-from evidence.arms import ARMS, DOCUMENTS_PER_STEP, MAIN, Arm
+from evidence.arms import ARMS, DOCUMENTS_PER_STEP, MAIN, VARIANTS, Arm
 from evidence.word_problems import problems
 from quickstart.base_model import make_smollm2
 from quickstart.task import examples
 from sdlm_megatron.errors import UserError, run_cli
 from sdlm_megatron.files import write_json, write_text
 
-CONVERSATIONS = {"json": 200, "problems": 300}
+CONVERSATIONS = {"json": 250, "problems": 250}
 HELD_OUT_SEED = 0
 MASK_TOKEN = "<file_sep>"  # a special token that the base has and never used
 
@@ -103,13 +103,12 @@ class Training:
             "system_prompt": None,
             "block_size": self.arm.block_size,
             "repeat": self.arm.repeat,
+            "target_shift": self.arm.target_shift,
             "row_length": self.arm.row_length,
             "max_document_length": self.arm.row_length,
             "seed": self.seed,
             "sources": sources,
         }
-        if not self.arm.target_shift:
-            config["target_shift"] = False
         write_text(self.dir / "data.yaml", yaml.safe_dump(config, sort_keys=False))
         return self.dir / "data.yaml"
 
@@ -118,11 +117,10 @@ class Training:
         diffusion = {
             "block_size": self.arm.block_size,
             "causal_attn": self.arm.causal_attn,
+            "target_shift": self.arm.target_shift,
             "next_token_weight": self.arm.next_token_weight,
             "mask_token": MASK_TOKEN,
         }
-        if not self.arm.target_shift:
-            diffusion["target_shift"] = False
         config = {
             "run_dir": str(self.dir),
             "data": {"path": str(self.dir / "data")},
@@ -197,12 +195,20 @@ def train_all(out: Path, arms: Sequence[Arm], seeds: Sequence[int], budget: Budg
     ]
     todo = [one for one in todo if not one.done]
     print(f"{len(todo)} models to train in {out}, {jobs} at a time", flush=True)
-    started, finished = time.perf_counter(), 0
+    started, failed = time.perf_counter(), []
     with ThreadPoolExecutor(jobs) as pool:
-        for one, seconds in zip(todo, pool.map(Training.run, todo), strict=True):
-            finished += 1
+        running = {pool.submit(one.run): one for one in todo}
+        for finished, future in enumerate(as_completed(running), 1):
+            name = running[future].dir.name
             left = (time.perf_counter() - started) / finished * (len(todo) - finished)
-            print(f"{one.dir.name:16} {seconds:5.0f} s   {finished}/{len(todo)}, {left / 60:.0f} min left", flush=True)
+            told = f"{finished}/{len(todo)}, {left / 60:.0f} min left"
+            try:
+                print(f"{name:16} {future.result():5.0f} s   {told}", flush=True)
+            except UserError as error:
+                failed.append(error)
+                print(f"{name:16} failed    {told}", flush=True)
+    if failed:
+        raise failed[0]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -218,9 +224,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--arms",
         nargs="+",
         choices=ARMS,
-        default=[arm.name for arm in MAIN],
+        default=[arm.name for arm in (*MAIN, *VARIANTS)],
         metavar="ARM",
-        help=f"which of: {', '.join(ARMS)}; default: {', '.join(arm.name for arm in MAIN)}",
+        help=f"which of: {', '.join(ARMS)}; default: those that docs/evidence.md has with every seed",
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of conversations, draws and order")
     parser.add_argument("--prompts", type=int, default=512, help="held-out prompts of each task")

@@ -143,7 +143,7 @@ class ChatModel:
 
     def answer(self, ids: Sequence[int], settings: Settings, on_pass: OnPass) -> Answer:
         """Continues `ids` by SDLM's decoding; an interrupt (Ctrl-C) ends the answer where it is."""
-        stop = self._stop(settings.stop) if settings.stop else None
+        stop = self.stop_at(settings.stop) if settings.stop else None
 
         def run(keep: OnPass) -> None:
             decode(
@@ -157,7 +157,8 @@ class ChatModel:
                 product=settings.product,
                 eos_token_ids=self.end_tokens,
                 causal_attn=self.config.causal_attn,
-                warp=_warp(settings),
+                target_shift=self.config.target_shift,
+                warp=warp_of(settings),
                 seed=settings.seed,
                 stop=stop,
                 on_tokens=lambda _, tokens: keep(tokens),
@@ -189,7 +190,8 @@ class ChatModel:
 
         return self._timed(run, settings, on_pass)
 
-    def _stop(self, texts: tuple[str, ...]) -> Stop:
+    def stop_at(self, texts: Sequence[str]) -> Stop:
+        """Ends an answer whose last token completes one of `texts`, which may begin in the prompt."""
         from transformers import StopStringCriteria
 
         criteria = StopStringCriteria(self.tokenizer, list(texts))
@@ -217,7 +219,7 @@ class ChatModel:
         return Answer(tokens, accepted, text, seconds, not (cut or interrupted), interrupted)
 
 
-def _warp(settings: Settings) -> Warp | None:
+def warp_of(settings: Settings) -> Warp | None:
     """The logits to draw from, by transformers' own rules and in its order; None: greedy."""
     from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 

@@ -47,6 +47,7 @@ class HFConfig:
     block_size: int | None = None
     """D of the SDLM training; None: not an SDLM folder."""
     causal_attn: bool = False
+    target_shift: bool = True
     text_mask_token: str | None = None
     text_mask_token_id: int | None = None
 
@@ -143,6 +144,7 @@ def _sdlm_keys(fields: _Fields) -> dict[str, Any]:
     return {
         "block_size": fields.number("block_size", int),
         "causal_attn": bool(causal),
+        "target_shift": bool(values.get("target_shift", True)),
         "text_mask_token": mask if isinstance(mask, str) else None,
         "text_mask_token_id": mask_id,
     }

@@ -18,7 +18,7 @@ from sdlm_megatron.observe.report import write_report
 from sdlm_megatron.observe.sinks import Sinks, read_metrics
 
 META = {
-    "row_length": 128, "max_document_length": 128, "block_size": 4, "repeat": 3, "mask_token_id": MASK,
+    "row_length": 128, "max_document_length": 128, "block_size": 4, "repeat": 3, "target_shift": True, "mask_token_id": MASK,
     "eos_token_id": EOS, "pad_token_id": PAD, "vocab_size": 264, "tokenizer": {"fingerprint": None, "name": "bytes"},
     "seed": 0, "sources": [],
 }  # fmt: skip

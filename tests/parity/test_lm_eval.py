@@ -1,0 +1,259 @@
+"""`python -m evaluation.lm_eval` on real tasks of local files, against loops written by hand and the harness' `hf`."""
+
+import json
+import socket
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from evaluation import lm_eval as command
+from sdlm_megatron.chat.model import Answer, ChatModel, Settings, load
+from sdlm_megatron.errors import CheckpointError, ConfigError
+from tests.parity import exported
+
+PROMPTS = ("count 12 to 15", "repeat spark 2", "spell cloud", "weather in delhi", "count 7 to 21")
+CHOICES = ["10, 11, 12", "spark spark", "c l o u d", '{"city']
+UNTIL, MOST = ", 14", 30
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return exported.export("trained_d4", tmp_path_factory.mktemp("lm_eval") / "hf")
+
+
+@pytest.fixture(scope="module")
+def chat(folder: Path) -> ChatModel:
+    return load(folder, dtype=None, device="cpu")
+
+
+@pytest.fixture
+def few_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The harness reads the 15 thousand task files it ships with at every start, which takes it ten seconds."""
+    from lm_eval import tasks
+
+    monkeypatch.setattr(tasks, "TaskManager", partial(tasks.TaskManager, include_defaults=False))
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise AssertionError("something asked the network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
+def by_hand(chat: ChatModel, prompt: str, **options: Any) -> Answer:
+    settings = {"alg": "prob_conf", "window": 4, "threshold": 0.5, "product": False, "max_new_tokens": MOST}
+    ids = chat.encode(exported.messages(prompt))
+    return chat.answer(ids, Settings(**(settings | options)), lambda _: None)
+
+
+def write_tasks(root: Path, expected: list[str]) -> None:
+    rows = [
+        {"prompt": prompt, "expected": text, "choices": CHOICES, "right": i % 4}
+        for i, (prompt, text) in enumerate(zip(PROMPTS, expected, strict=True))
+    ]
+    (root / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"data_files": {"test": str(root / "rows.jsonl")}, "cache_dir": str(root / "cache")}
+    shared = {"dataset_path": "json", "dataset_kwargs": data, "test_split": "test", "doc_to_text": "{{prompt}}"}
+    generate = {
+        "task": "tiny_generate",
+        "output_type": "generate_until",
+        "doc_to_target": "{{expected}}",
+        "generation_kwargs": {"until": [UNTIL], "max_gen_toks": MOST},
+        "metric_list": [{"metric": "exact_match"}],
+    }
+    choose = {
+        "task": "tiny_choice",
+        "output_type": "multiple_choice",
+        "doc_to_choice": "choices",
+        "target_delimiter": "",
+        "doc_to_target": "right",
+        "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
+    }
+    for task in (generate, choose):
+        (root / f"{task['task']}.yaml").write_text(yaml.safe_dump(shared | task))
+
+
+def run(root: Path, folder: Path, model: str, args: str, tasks: str) -> tuple[dict[str, Any], dict[str, list[Any]]]:
+    """Results and samples that the command writes."""
+    out = root / f"out_{model}_{args}"
+    words = ["--model", model, "--model_args", f"pretrained={folder}{args}", "--tasks", tasks, "--batch_size", "3"]
+    words += ["--include_path", str(root), "--output_path", str(out), "--log_samples", "--device", "cpu"]
+    command.main([*words, "--apply_chat_template", "--system_instruction", "be brief."])
+    (results,) = out.rglob("results_*.json")
+    samples = {
+        task: [json.loads(line) for path in out.rglob(f"samples_{task}_*") for line in path.read_text().splitlines()]
+        for task in tasks.split(",")
+    }
+    for rows in samples.values():
+        rows.sort(key=lambda row: row["doc_id"])
+    return json.loads(results.read_text()), samples
+
+
+def log_likelihoods(chat: ChatModel, prompt: str) -> list[float]:
+    """Of each choice after the prompt: sums of the plain causal model's log-probabilities.
+
+    The harness counts white space that ends the prompt, here the template's line break, as part of the choice.
+    """
+    ids, sums = chat.encode(exported.messages(prompt)), []
+    assert chat.tokenizer.decode(ids[-1:]) == "\n"
+    for choice in CHOICES:
+        whole = [*ids, *chat.tokenizer(choice, add_special_tokens=False)["input_ids"]]
+        with torch.no_grad():
+            logits = chat.model(torch.tensor([whole])).logits[0]
+        rows, tokens = range(len(ids) - 2, len(whole) - 1), whole[len(ids) - 1 :]
+        sums.append(logits.log_softmax(-1)[rows, tokens].sum().item())
+    return sums
+
+
+def test_tasks_end_to_end_equal_loops_by_hand(
+    tmp_path: Path,
+    folder: Path,
+    chat: ChatModel,
+    few_tasks: None,
+    no_network: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sys, "argv", sys.argv)  # the command sets it
+    answers = [by_hand(chat, prompt, stop=(UNTIL,)) for prompt in PROMPTS]
+    texts = [answer.text.split(UNTIL)[0] for answer in answers]
+    assert texts[0] == "10, 11, 12, 13" and len(set(texts)) == len(texts)
+    write_tasks(tmp_path, [*texts[:3], "wrong", "wrong"])
+    results, samples = run(tmp_path, folder, "sdlm", ",threshold=0.5", "tiny_generate,tiny_choice")
+    assert [row["resps"][0][0] for row in samples["tiny_generate"]] == texts
+    assert results["results"]["tiny_generate"]["exact_match,none"] == pytest.approx(3 / 5)
+    said = results["config"]["sdlm"]
+    taken = said["tasks"]["tiny_generate"]
+    assert (said["alg"], said["window"], said["threshold"], taken["prompts"]) == ("prob_conf", 4, 0.5, 5)
+    tokens, passes = sum(len(a.tokens) for a in answers), sum(len(a.accepted) for a in answers)
+    assert (taken["tokens"], taken["passes"], taken["tokens_per_pass"]) == (tokens, passes, tokens / passes)
+    assert tokens > 1.5 * passes
+
+    likelihoods = [log_likelihoods(chat, prompt) for prompt in PROMPTS]
+    for row, wanted in zip(samples["tiny_choice"], likelihoods, strict=True):
+        assert [float(pair[0][0]) for pair in row["resps"]] == pytest.approx(wanted, abs=1e-3)
+    right = sum(max(range(4), key=row.__getitem__) == i % 4 for i, row in enumerate(likelihoods))
+    assert results["results"]["tiny_choice"]["acc,none"] == pytest.approx(right / 5) and right > 0
+
+    theirs, their_samples = run(tmp_path, folder, "hf", "", "tiny_generate,tiny_choice")
+    assert [row["resps"] for row in their_samples["tiny_choice"]] == [row["resps"] for row in samples["tiny_choice"]]
+    metrics = ("acc,none", "acc_norm,none")
+    assert [theirs["results"]["tiny_choice"][m] for m in metrics] == [
+        results["results"]["tiny_choice"][m] for m in metrics
+    ]
+    plain, plain_samples = run(tmp_path, folder, "sdlm", ",alg=ar", "tiny_generate")
+    assert [row["resps"] for row in plain_samples["tiny_generate"]] == [
+        row["resps"] for row in their_samples["tiny_generate"]
+    ]
+    assert plain["config"]["sdlm"]["tasks"]["tiny_generate"]["tokens_per_pass"] == 1
+
+
+def requests(kind: str, *args: tuple[Any, ...]) -> list[Any]:
+    from lm_eval.api.instance import Instance
+
+    return [Instance(kind, {}, arg, i, metadata=("t", i, 1)) for i, arg in enumerate(args)]
+
+
+def generate(lm: Any, text: str, **options: Any) -> str:
+    (answer,) = lm.generate_until(requests("generate_until", (text, {"max_gen_toks": MOST} | options)))
+    return str(answer)
+
+
+def model(folder: Path, **args: Any) -> Any:
+    from evaluation.lm_eval_model import SDLM
+
+    return SDLM(str(folder), device="cpu", batch_size=4, **args)
+
+
+def rendered(chat: ChatModel, prompt: str) -> str:
+    return str(chat.tokenizer.decode(chat.encode(exported.messages(prompt))))
+
+
+def test_rolling_likelihood_is_the_harness_own(folder: Path) -> None:
+    from lm_eval.models.huggingface import HFLM
+
+    texts = requests("loglikelihood_rolling", ("count 12 to 15: 12, 13",), ("spell cloud " * 30,))
+    theirs = HFLM(str(folder), device="cpu", batch_size=4, max_length=64)
+    found = model(folder, max_length=64).loglikelihood_rolling(texts)
+    assert found == theirs.loglikelihood_rolling(texts) and all(value < 0 for value in found)
+
+
+def test_stop_strings_count_in_the_answer_only(folder: Path, chat: ChatModel) -> None:
+    """The prompt ends in a line break: "\\n1" would end the answer "10, ..." at its first token."""
+    text = rendered(chat, PROMPTS[0])
+    lm = model(folder, alg="prob_conf", threshold=0.5)
+    whole = by_hand(chat, PROMPTS[0])
+    for until, wanted in (("\n1", whole.text), ("\n10", whole.text), ("2,", whole.text.split("2,")[0])):
+        assert generate(lm, text, until=[until]) == wanted
+    assert lm.counts["t"].tokens == len("10, 11, 12,")
+    assert generate(lm, text, until=["\n1", ", 12"]) == "10, 11"
+    assert lm.counts["t"].tokens == len("10, 11, 12")
+    assert lm.counts["t"].passes == len(by_hand(chat, PROMPTS[0], stop=(", 12",)).accepted)
+
+
+def test_sampling_follows_settings_and_seed(folder: Path, chat: ChatModel) -> None:
+    text = rendered(chat, PROMPTS[4])
+    lm = model(folder, alg="prob_conf", threshold=0.5)
+    options = {"until": [], "max_gen_toks": MOST, "do_sample": True, "temperature": 3.0, "top_p": 0.95}
+    seeded = requests("generate_until", *[(text, options | {"seed": 5})] * 2)
+    wanted = [by_hand(chat, PROMPTS[4], temperature=3.0, top_p=0.95, seed=seed).text for seed in (5, 6)]
+    assert lm.generate_until(seeded) == wanted and wanted[0] != wanted[1]
+    drawn = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        drawn.append(lm.generate_until(requests("generate_until", (text, options))))
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ({"alg": "prob_con"}, "'prob_con' is not known(.|\n)*did you mean 'prob_conf'"),
+        ({"treshold": 0.9}, "did you mean 'threshold'"),
+        ({"n": 0}, "n is 0"),
+        ({"threshold": 98}, "threshold is 98(.|\n)*between 0 and 1"),
+        ({"product": "yes"}, "product is 'yes'"),
+        ({"dtype": "float23"}, "did you mean 'float32'"),
+        ({"trust_remote_code": True}, "'trust_remote_code' is not known"),
+    ],
+)
+def test_wrong_model_arguments_are_named(folder: Path, args: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        model(folder, **args)
+
+
+def test_what_a_task_cannot_have_is_named(folder: Path, tmp_path: Path) -> None:
+    lm = model(folder)
+    for options, message in (
+        ({"repetition_penalty": 1.1}, "'repetition_penalty' is not known"),
+        ({"top_q": 0.9}, "did you mean 'top_p'"),
+        ({"num_beams": 4}, "'num_beams' is not known"),
+        ({"do_sample": True}, "temperature is 0"),
+        ({"do_sample": True, "temperature": 1, "top_p": 2}, "top_p is 2"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            generate(lm, "a", **options)
+    with pytest.raises(CheckpointError, match="no such folder"):
+        model(tmp_path / "none")
+
+
+def test_a_plain_folder_is_decoded_token_by_token(folder: Path, tmp_path: Path) -> None:
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    for path in folder.glob("*.*"):
+        if path.suffix != ".py":
+            (plain / path.name).write_bytes(path.read_bytes())
+    config = json.loads((plain / "config.json").read_text())
+    for key in ("block_size", "causal_attn", "text_mask_token", "text_mask_token_id", "auto_map"):
+        config.pop(key, None)
+    (plain / "config.json").write_text(json.dumps(config))
+    assert model(plain).setting.alg == "ar"
+    with pytest.raises(ConfigError, match="needs an SDLM folder"):
+        model(plain, alg="prob_conf")
