@@ -90,8 +90,9 @@ class Progress:
         """`amount` more is done."""
         self.done += amount
         now = time.monotonic()
-        if now - self.shown < self.EVERY and self.done < self.total:
+        if now - self.shown < self.EVERY and self.done < self.total - 1e-6:
             return
         self.shown = now
         left = (now - self.started) / self.done * max(0.0, self.total - self.done)
-        print(f"{self.done:,.0f}/{self.total:,.0f} {self.unit}, {left / 60:.1f} min left", file=sys.stderr, flush=True)
+        share = f"{self.done / self.total:.0%} of {self.total:,.0f} {self.unit}"
+        print(f"{share}, {left / 60:.1f} min left", file=sys.stderr, flush=True)

@@ -116,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add = parser.add_argument
     add("--prompts", type=Path, required=True, metavar="JSONL", help='lines of {"prompt": …, "expected": …}')
     add("--most", type=int, default=64, metavar="N", help="prompts that are measured; default: 64")
-    add("--shots", type=int, nargs="+", default=[0, 1, 4, 8, 16, 28], metavar="K", help="default: 0 1 4 8 16 28")
+    add("--shots", type=int, nargs="+", default=[0, 1, 4, 8, 16, 32], metavar="K", help="default: 0 1 4 8 16 32")
     add("--thresholds", type=float, nargs="*", default=[0.98, 0.9], metavar="TAU", help="default: .98 .9")
     args = parser.parse_args(argv)
     _check(args)

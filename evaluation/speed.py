@@ -141,10 +141,18 @@ def time_prefill(chat: ChatModel, ids: Sequence[int], n: int) -> float:
     return time.perf_counter() - started
 
 
-def time_passes(chat: ChatModel, ids: Sequence[int], batch: int, windows: Sequence[int], seconds: float) -> list[Timed]:
+def time_passes(
+    chat: ChatModel,
+    ids: Sequence[int],
+    batch: int,
+    windows: Sequence[int],
+    seconds: float,
+    progress: Callable[[float], None],
+) -> list[Timed]:
     """All kinds of passes after a prompt of these ids, for at least ROUNDS rounds, and until `seconds` are over.
 
-    One row is prefilled too; self-speculation is timed for the first of `windows`.
+    A single row is also timed from its first token; self-speculation has the first of `windows`. `progress` is called
+    with the share of the ROUNDS that is done.
     """
     many = [n for n in windows if n > 1]
     kinds = [Timed("causal", 1), *(Timed(what, n) for n in many for what in ("window", "window_one"))]
@@ -159,6 +167,8 @@ def time_passes(chat: ChatModel, ids: Sequence[int], batch: int, windows: Sequen
         rounds += 1
         for kind in kinds:
             kind.seconds.append(filled.burst(kind, PASSES)[0])
+            if rounds <= ROUNDS:
+                progress(1 / len(kinds) / ROUNDS)
         for kind in first:
             kind.seconds.append(time_prefill(chat, ids, kind.n))
     return kinds + first
@@ -261,13 +271,12 @@ def measure(chat: ChatModel, prompts: Sequence[Prompt], args: argparse.Namespace
     even: list[dict[str, Any]] = []
     progress = Progress(len(points), "batches and contexts")
     for batch, context in points:
-        found = time_passes(chat, prompt_of_length(encoded, context), batch, windows, args.seconds)
+        found = time_passes(chat, prompt_of_length(encoded, context), batch, windows, args.seconds, progress)
         where = {"batch": batch, "context": context}
         for kind in found:
             seconds = [round(x, 6) for x in kind.seconds]
             passes.append({"what": kind.what, "n": kind.n, **where, "seconds": seconds})
         even += [{**row, **where} for row in break_even(found)]
-        progress()
     decodes: list[dict[str, Any]] = []
     progress = Progress(len(args.batches) * len(settings_of(chat)) * len(timed), "answers")
     for batch in args.batches:
