@@ -84,7 +84,8 @@ def campaign(tmp_path_factory):
     return folder
 
 
-def test_document_fills_every_table_and_draws_every_picture(campaign, tmp_path, capsys):
+def test_document_fills_every_table_and_draws_every_picture(campaign, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("evidence.document.DPI", 30)  # small is quick
     text = (REPO / "docs" / "evidence.md").read_text()
     assert sorted(re.findall(r"<!-- table (\w+) -->", text)) == sorted(TABLES)
     (tmp_path / "evidence.md").write_text(text)
