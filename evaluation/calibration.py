@@ -22,7 +22,7 @@ from sdlm_megatron.files import write_json
 
 
 def slots_of(chat: ChatModel, prompts: Sequence[Prompt], window: int, batch: int, console: Console) -> list[dict]:
-    """Confidences and correctness of each slot, over all places where it has a target."""
+    """Confidences and correctness of each slot, over the places where every slot has a target."""
     answers = [encode_answer(chat, prompt.expected) for prompt in prompts]
     encoded = [encode(chat, prompt) for prompt in prompts]
     progress = Progress(len(prompts), "prompts probed")
@@ -30,9 +30,9 @@ def slots_of(chat: ChatModel, prompts: Sequence[Prompt], window: int, batch: int
     slots: list[dict[str, Any]] = [{"slot": j, "prob": [], "entropy": [], "right": []} for j in range(window)]
     for answer, seen in zip(answers, probes, strict=True):
         wanted = torch.tensor(answer)
+        places = max(0, len(answer) - window + 1)  # slot j of the block before answer token i has answer token i + j
         for j, slot in enumerate(slots):
-            places = max(0, len(answer) - j)  # slot j of the block before answer token i has answer token i + j
-            right = seen.tokens[:places, j] == wanted[j:]
+            right = seen.tokens[:places, j] == wanted[j : places + j]
             slot["right"] += right.int().tolist()
             slot["prob"] += [round(x, 4) for x in seen.prob[:places, j].tolist()]
             slot["entropy"] += [round(x, 4) for x in seen.entropy[:places, j].tolist()]

@@ -4,6 +4,7 @@ Every function takes results by label, several seeds of one label as a list, and
 """
 
 from collections.abc import Mapping, Sequence
+from textwrap import fill
 from typing import Any
 
 import numpy as np
@@ -214,7 +215,7 @@ def models_figure(values: Mapping[str, Mapping[str, Estimate]], *, percent: Sequ
                 axis.errorbar(one.value, place, xerr=bars, fmt="o", color=colour, markersize=5, elinewidth=1.4)
         axis.set_yticks(range(len(labels)), labels)
         axis.set_ylim(len(labels) - 0.5, -0.5)
-        axis.set_title(name, fontsize=10, color=INK, loc="left")
+        axis.set_title(fill(name, 95), fontsize=10, color=INK, loc="left")
         if name in percent:
             axis.xaxis.set_major_formatter(PercentFormatter(1.0))
     return figure

@@ -9,6 +9,7 @@ import math
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 
 from evaluation.figures import LINES, WORDS, colour_of, legend_once
 from evaluation.results import Results, pooled
@@ -49,6 +50,8 @@ def reliability_figure(calibrations: Results, score: str = "prob") -> Figure:
             if slot < len(one):
                 _reliability(strip, panel, one[slot], score, label, index)
         strip.set_yscale("log")
+        strip.set_ylim(bottom=0.7)
+        strip.yaxis.set_minor_locator(NullLocator())
         strip.set_title(f"slot {slot + 1}", fontsize=10, color=INK, loc="left")
         panel.set_ylim(-0.03, 1.03)
         if slot % across == 0:

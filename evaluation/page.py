@@ -7,6 +7,7 @@ Folders of one --label are seeds of one model: their figures are averaged, and i
 import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,11 @@ def number(one: Estimate, digits: int = 2) -> str:
     if one.low == one.high:
         return f"{one.value:.{digits}f}"
     return f"{one.value:.{digits}f} ({one.low:.{digits}f} to {one.high:.{digits}f})"
+
+
+def change(gap: Estimate) -> str:
+    """A difference of shares in percentage points, with its interval."""
+    return f"{100 * gap.value:+.1f} ({100 * gap.low:+.1f} to {100 * gap.high:+.1f})"
 
 
 def group(folders: Sequence[Path], labels: Sequence[str]) -> dict[str, dict[str, list[Result]]]:
@@ -93,21 +99,30 @@ def write_page(folders: Sequence[Path], labels: Sequence[str], out: Path, title:
 
 # ---------------------------------------------------------------------------------------------- sections
 FACTS = ("block_size", "parameters", "dtype", "device", "threads", "date", "torch", "transformers")
+"""What the table of facts has a column for."""
 
 
 def _facts_section(found: dict[str, dict[str, list[Result]]]) -> str:
-    rows = []
-    for label in dict.fromkeys(label for results in found.values() for label in results):
-        for kind, results in found.items():
-            for result in results.get(label, []):
+    rows: dict[tuple[str, ...], list[str]] = {}
+    commands: list[str] = []
+    for kind, results in found.items():
+        for label, seeds in results.items():
+            for result in seeds:
                 facts = result["facts"]
-                rows.append((label, kind, *(facts.get(name, "–") for name in FACTS), facts.get("command", "–")))
-    heads = ("", "file", "D", *FACTS[1:], "command")
+                kinds = rows.setdefault((label, *(str(facts.get(name, "–")) for name in FACTS)), [])
+                kinds += [] if kind in kinds else [kind]
+                commands.append(facts.get("command", "–"))
     text = (
         "<p>Intervals are at 95 %. They cover the prompts (Wilson's for shares, a bootstrap for tokens a pass), and of "
         "several seeds also these (Student's): the wider at either end. One seed says nothing about other seeds.</p>"
     )
-    return section("facts", "What was measured", text + table(heads, rows))
+    body = table(("", "D", *FACTS[1:], "measured"), [(*key, ", ".join(kinds)) for key, kinds in rows.items()])
+    listed = escape("\n".join(dict.fromkeys(commands)))
+    return section(
+        "facts",
+        "What was measured",
+        f"{text}{body}<details><summary>Commands</summary><pre>{listed}</pre></details>",
+    )
 
 
 def _sweep_sections(sweeps: Results) -> Iterator[str]:
@@ -146,14 +161,14 @@ def _difference_section(sweeps: Results) -> Iterator[str]:
             gap = difference(other[:both], plain[:both])
             only, only_first, p = mcnemar(other[0], plain[0])
             rows.append(
-                (label, name_of((alg, 1, threshold)).split(", n")[0], percent(gap), only, only_first, f"{p:.2g}")
+                (label, name_of((alg, 1, threshold)).split(", n")[0], change(gap), only, only_first, f"{p:.2g}")
             )
     if rows:
         text = (
             f"<p>Exact answers less those of {first} at one token a pass, on the same prompts, seed by seed. The last "
             "columns are of the first seed: prompts that only one of the two answers right, and McNemar's exact p.</p>"
         )
-        heads = ("", "decoding", "difference", "only this one", f"only {first}", "p")
+        heads = ("", "decoding", "difference in points", "only this one", f"only {first}", "p")
         yield section("differences", f"Differences to {first}", text + table(heads, rows))
 
 

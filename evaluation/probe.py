@@ -90,15 +90,17 @@ def _probe_batch(chat: ChatModel, texts: Sequence[tuple[Sequence[int], Sequence[
     ).last_hidden_state
     places = [len(answer) for _, answer in texts]
     blocks = torch.cat([hidden[b, layout.n_clean : layout.used] for b, (_, layout) in enumerate(rows)])
-    tokens, prob, entropy = (x.view(-1, window).cpu().split(places) for x in _read(model, blocks))
+    tokens, prob, entropy = (
+        x.view(-1, window).cpu().split(places) for x in _read(model.get_output_embeddings(), blocks)
+    )
     return [Probe(*one) for one in zip(tokens, prob, entropy, strict=True)]
 
 
-def _read(model: torch.nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _read(head: torch.nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Tokens, prob and entropy confidence (N,) of hidden states (N, h)."""
     parts = []
     for some in hidden.split(LOGIT_ROWS):
-        logits = model.get_output_embeddings()(some)[:, None].float()
+        logits = head(some)[:, None].float()
         tokens = choose(logits, None, None)
         parts.append((tokens, *(confidence(tokens, logits, alg) for alg in ("prob_conf", "entropy_conf"))))
     tokens, prob, entropy = (torch.cat(x) for x in zip(*parts, strict=True))

@@ -6,6 +6,7 @@ leave open: the seeds share their prompts, so neither alone covers both.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 
 import numpy as np
@@ -66,10 +67,15 @@ def ratio(tokens: Sequence[ArrayLike], passes: Sequence[ArrayLike]) -> Estimate:
     """
     above, below = np.asarray(tokens, dtype=float), np.asarray(passes, dtype=float)  # (seeds, prompts)
     seeds = over_seeds((above.sum(1) / below.sum(1)).tolist())
-    n = above.shape[1]
-    drawn = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=DRAWS).T  # how often each prompt
+    drawn = _drawn(above.shape[1])
     low, high = np.quantile((above @ drawn / (below @ drawn)).mean(0), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Estimate(seeds.value, min(seeds.low, float(low)), max(seeds.high, float(high)))
+
+
+@cache
+def _drawn(n: int) -> np.ndarray:
+    """How often each of n prompts is in each bootstrap sample, float (n, DRAWS); the same samples always."""
+    return np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=DRAWS).T.astype(float)
 
 
 # --------------------------------------------------------------------------------------------- differences
@@ -162,7 +168,7 @@ def kept_at(confidence: ArrayLike, right: ArrayLike, threshold: float) -> tuple[
 
 
 def acceptance(confidences: Sequence[ArrayLike], threshold: float) -> tuple[list[float], list[float]]:
-    """How often decoding keeps each slot: slot 0 always, another when it and all between are above the threshold.
+    """How often decoding keeps each slot: slot 0 always, another when it and all before are above the threshold.
 
     Args:
         confidences: for each slot the confidence at each place of the text, the same places in the same order.
@@ -171,7 +177,7 @@ def acceptance(confidences: Sequence[ArrayLike], threshold: float) -> tuple[list
         By slot: the share of places where it is kept; the share among those where all before it are (nan of none).
     """
     sure = np.asarray(confidences, dtype=float) > threshold  # (slots, places)
-    sure[0] = True
     kept = np.cumprod(sure, axis=0).mean(1)
+    kept[0] = 1.0
     given = [1.0, *(now / before if before else float("nan") for before, now in pairwise(kept))]
     return kept.tolist(), given

@@ -1,8 +1,8 @@
 """Trains the models that docs/evidence.md compares: SmolLM2-135M-Instruct in several ways, with several seeds.
 
 Every model of a seed is trained on the same conversations, each once: two tasks mixed, sentence -> JSON (copying, a
-fixed form) and words -> categories (the answer needs what the model knows). What is finished is kept: run it again to go on. With
-OUT/ARM-SEED/hf an arm is done; OUT/tasks holds the held-out prompts of both tasks.
+fixed form) and words -> categories (the answer needs what the model knows). What is finished is kept: run it again to go on. The
+models are OUT/ARM-SEED/hf, OUT/tasks holds the held-out prompts of both tasks.
 """
 
 import argparse

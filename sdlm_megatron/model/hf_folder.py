@@ -52,7 +52,7 @@ class HFConfig:
     text_mask_token_id: int | None = None
 
     @property
-    def window_options(self) -> dict[str, bool]:
+    def window_options(self) -> dict[str, Any]:
         """How blocks were trained, as diffusion.decode takes it."""
         return {"causal_attn": self.causal_attn, "target_shift": self.target_shift}
 
