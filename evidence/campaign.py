@@ -10,7 +10,7 @@ from evaluation.results import KINDS, Result, Results
 from evidence.arms import ARMS
 from sdlm_megatron.errors import DataError
 
-TASKS = {"json": "sentence to JSON", "problems": "word problems"}
+TASKS = {"json": "sentence to JSON", "categories": "words to categories"}
 BASE = "base"
 """The untouched model; it has no seeds."""
 

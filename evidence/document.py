@@ -18,9 +18,8 @@ from evaluation.figures_cost import context_figure, overhead_figure, perplexitie
 from evaluation.figures_slots import acceptance_figure, precision_recall_figure, reliability_figure
 from evaluation.results import Results, pick, points
 from evaluation.stats import Estimate
-from evidence.arms import MAIN
 from evidence.campaign import BASE, TASKS, Campaign, read_campaign
-from evidence.tables import LEADING, SENSITIVE, TABLES, VARIANTS
+from evidence.tables import BLOCKS, LEADING, SENSITIVE, TABLES, VARIANTS
 from sdlm_megatron.errors import DataError, run_cli
 from sdlm_megatron.files import write_text
 
@@ -57,10 +56,10 @@ def figures(campaign: Campaign) -> Iterator[tuple[str, Figure]]:
         ("variants", "sweep", VARIANTS, compared_figure),
         ("sensitivity", "sweep", SENSITIVE, compared_figure),
         ("walltime", "speed", LEADING, wall_figure),
-        ("reliability", "calibration", LEADING[1:], reliability_figure),
-        ("reliability_entropy", "calibration", LEADING[1:], lambda some: reliability_figure(some, "entropy")),
-        ("precision", "calibration", LEADING[1:], precision_recall_figure),
-        ("acceptance", "calibration", LEADING[1:], acceptance_figure),
+        ("reliability", "calibration", BLOCKS, reliability_figure),
+        ("reliability_entropy", "calibration", BLOCKS, lambda some: reliability_figure(some, "entropy")),
+        ("precision", "calibration", BLOCKS, precision_recall_figure),
+        ("acceptance", "calibration", BLOCKS, acceptance_figure),
         ("context", "context", LEADING, context_figure),
     ]
     for name, kind, arms, draw in kinds:
@@ -69,11 +68,11 @@ def figures(campaign: Campaign) -> Iterator[tuple[str, Figure]]:
             if results:
                 yield f"{name}_{task}", draw(results)
     for task in TASKS:  # the cost of a pass does not depend on what is asked
-        results = {k: v for k, v in campaign.of(task, "speed", LEADING[1:]).items() if v[0].get("break_even")}
+        results = {k: v for k, v in campaign.of(task, "speed", BLOCKS).items() if v[0].get("break_even")}
         if results:
             yield "overhead", overhead_figure(results)
             break
-    results = campaign.of("", "perplexity", [BASE, *(arm.name for arm in MAIN)])
+    results = campaign.of("", "perplexity", [BASE, *LEADING])
     if results:
         yield "perplexity", forgotten_figure(results)
 

@@ -91,9 +91,9 @@ def clock_jobs(model: Path, tasks: Sequence[Path], plan: Plan) -> list[Job]:
     """What is measured with a clock, or on long contexts: of one seed, alone on the machine."""
     jobs = []
     for task in tasks:
-        where = ("--model", str(model / "hf"), "--prompts", str(model / task.stem / "prompts.jsonl"))
-        where += ("--out", str(model / task.stem))
-        where += ("--most", str(plan.few // 2))
+        folder, out = model / "hf", model / task.stem
+        where = ("--model", str(folder), "--prompts", str(out / "prompts.jsonl"), "--out", str(out))
+        where = (*where, "--most", str(plan.few // 2))
         jobs += [Job(module, where, model / task.stem / f"{module}.json") for module in ("speed", "context")]
     return jobs
 

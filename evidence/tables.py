@@ -8,12 +8,14 @@ from evaluation.figures_cost import context_rows, perplexities
 from evaluation.page import change, number, percent
 from evaluation.results import Result, exact_of, name_of, pick, points, pooled, timings
 from evaluation.stats import Estimate, acceptance, average_precision, bins_of, brier, difference, over_seeds
-from evidence.arms import ARMS, MAIN, SENSITIVITY
+from evidence import arms
+from evidence.arms import ARMS
 from evidence.campaign import BASE, TASKS, Campaign, text_of
 
-LEADING = ["ar", "d4", "d8"]
-VARIANTS = ["d4", "d4_unshifted", "d4_causal", "d4_next"]
-SENSITIVE = ["ar", "d4", *(arm.name for arm in SENSITIVITY)]
+LEADING = [arm.name for arm in arms.MAIN]
+BLOCKS = [arm.name for arm in arms.MAIN if arm.block_size > 1]
+VARIANTS = [arm.name for arm in arms.VARIANTS]
+SENSITIVE = ["d4", "d4_half", *(arm.name for arm in arms.SENSITIVITY)]
 SETTINGS: list[tuple[str, float | None]] = [("ar", None), ("prob_conf", 0.98), ("prob_conf", 0.9)]
 KEPT_AT = (0.9, 0.98)
 SHOWN_PASSES = {"window": "n kept tokens", "window_one": "one kept token", "self_speculative": "self-speculation"}
@@ -98,17 +100,17 @@ def _differences(campaign: Campaign, arms: Sequence[str], to: str, settings: Seq
 
 
 def differences(campaign: Campaign) -> str:
-    return _differences(campaign, [a.name for a in MAIN if a.name != "ar"], "ar", SETTINGS)
+    return _differences(campaign, LEADING[1:], LEADING[0], SETTINGS)
 
 
 def variant_differences(campaign: Campaign) -> str:
-    return _differences(campaign, VARIANTS[1:], "d4", SETTINGS)
+    return _differences(campaign, VARIANTS[1:], VARIANTS[0], SETTINGS)
 
 
 def curve(campaign: Campaign) -> str:
     rows = []
     for task, words in TASKS.items():
-        for arm in LEADING[1:]:
+        for arm in BLOCKS:
             seeds = list(campaign.seeds(task, "sweep", arm).values())
             rows += [
                 (words, text_of(arm), p.name, len(seeds), percent(p.exact), number(p.speed))
@@ -155,7 +157,7 @@ def kept(campaign: Campaign) -> str:
 
 def _calibrations(campaign: Campaign) -> Iterator[tuple[str, str, list[Result]]]:
     for task, words in TASKS.items():
-        for arm in LEADING[1:]:
+        for arm in BLOCKS:
             seeds = list(campaign.seeds(task, "calibration", arm).values())
             if seeds:
                 yield words, arm, seeds
@@ -186,7 +188,7 @@ def _gain(speed: Result, alg: str, threshold: float | None, batch: int) -> float
 
 def overhead(campaign: Campaign) -> str:
     rows = []
-    for arm in LEADING[1:]:
+    for arm in BLOCKS:
         seeds = next((s for task in TASKS if (s := campaign.seeds(task, "speed", arm))), {})
         for one in list(seeds.values())[:1]:
             for r in one.get("break_even", []):
@@ -212,7 +214,7 @@ def context(campaign: Campaign) -> str:
 
 # ----------------------------------------------------------------------------------------------- forgetting
 def perplexity(campaign: Campaign) -> str:
-    results = campaign.of("", "perplexity", [BASE, *(arm.name for arm in MAIN)])
+    results = campaign.of("", "perplexity", [BASE, *LEADING, *VARIANTS[1:]])
     if not results:
         return ""
     texts = perplexities(results)

@@ -1,8 +1,8 @@
 """Trains the models that docs/evidence.md compares: SmolLM2-135M-Instruct in several ways, with several seeds.
 
 Every model of a seed is trained on the same conversations, each once: two tasks mixed, sentence -> JSON (copying, a
-fixed form) and words -> categories (the answer needs what the model knows). What is finished is kept: run it again to go on. The
-models are OUT/ARM-SEED/hf, OUT/tasks holds the held-out prompts of both tasks.
+fixed form) and words -> categories (the answer needs what the model knows). Run again to go on: what is done is kept.
+The models are OUT/ARM-SEED/hf, OUT/tasks holds the held-out prompts of both tasks.
 """
 
 import argparse
@@ -44,10 +44,8 @@ class Budget:
 def conversations(task: str, seed: int, *, held_out: bool) -> Iterator[dict[str, str]]:
     """Endless conversations of a task, {prompt, answer}; see quickstart.task and evidence.categories."""
     if task == "json":
-        found = (one for one in examples(seed) if one.held_out == held_out)
-    else:
-        found = sortings(seed, of_held_out=held_out)
-    return ({"prompt": one.prompt, "answer": one.answer} for one in found)
+        return ({"prompt": one.prompt, "answer": one.answer} for one in examples(seed) if one.held_out == held_out)
+    return ({"prompt": one.prompt, "answer": one.answer} for one in sortings(seed, of_held_out=held_out))
 
 
 def write_tasks(out: Path, budget: Budget) -> None:
@@ -153,24 +151,6 @@ class Training:
             )
 
 
-CHATML = (
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-"""As the conversations are trained on. The base's own template adds a system turn, which would be a change between
-training and decoding."""
-
-
-def pretrained_base(folder: Path) -> Path:
-    """SmolLM2-135M-Instruct with a chat template that adds nothing."""
-    if not (folder / "config.json").exists():
-        partial = make_smollm2(folder.with_name(folder.name + ".partial"))
-        path = partial / "tokenizer_config.json"
-        write_json(path, {**json.loads(path.read_text()), "chat_template": CHATML})
-        partial.rename(folder)
-    return folder
-
-
 def random_base(base: Path, folder: Path) -> Path:
     """The base's shape and tokenizer with random weights."""
     import torch
@@ -234,7 +214,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--base", type=Path, metavar="DIR", help="Hugging Face folder; default: SmolLM2-135M-Instruct")
     parser.add_argument("--jobs", type=int, default=2, help="trainings at a time, a core each")
     args = parser.parse_args(argv)
-    base = args.base or pretrained_base(args.out / "base")
+    base = args.base or make_smollm2(args.out / "base")
     train_all(
         args.out, [ARMS[name] for name in args.arms], args.seeds, Budget(CONVERSATIONS, args.prompts), base, args.jobs
     )

@@ -49,7 +49,7 @@ def test_functions_named_in_the_method_exist() -> None:
         "checkpoints_tools.mcore_to_hf",
         "evaluation.page",
         "evidence.document",
-        "quickstart.evaluate",
+        "evaluation.table",
         "bench.attention",
         "bench.convert",
         "bench.cpu_choices",
