@@ -72,7 +72,7 @@ def test_what_seeds_do_not_share_is_left_out():
 def campaign(tmp_path_factory):
     """Two seeds of two arms and the untouched model, on one task."""
     folder = tmp_path_factory.mktemp("campaign")
-    for arm, n in (("ar", 1), ("d4", 2), ("d4_unshifted", 2)):
+    for arm, n in (("ar", 1), ("d4", 2), ("d4_half", 2), ("unshifted", 2)):
         for seed in (0, 1):
             write_results(folder / f"{arm}-{seed}" / "json", n=n, seed=seed, quality=0.9 if n == 1 else 0.6)
             (folder / f"{arm}-{seed}" / "perplexity.json").write_text(
@@ -91,7 +91,7 @@ def test_document_fills_every_table_and_draws_every_picture(campaign, tmp_path, 
     (tmp_path / "evidence.md").write_text(text)
     document([str(campaign), "--out", str(tmp_path)])
     shown = set(re.findall(r"\]\(evidence/([\w.]+)\)", text))
-    other = {name for name in shown if "problems" in name}  # not measured, and named
+    other = {name for name in shown if "categories" in name}  # not measured, and named
     assert shown - other == {path.name for path in (tmp_path / "evidence").iterdir()}
     assert f"pictures that are not there: {', '.join(sorted(other))}" in capsys.readouterr().out
     filled = (tmp_path / "evidence.md").read_text()
@@ -117,7 +117,7 @@ def test_facts_name_the_command_and_the_model(tmp_path):
     model = torch.nn.Linear(2, 3)
     model.device, model.dtype = torch.device("cpu"), torch.float32
     chat = SimpleNamespace(model=model, config=SimpleNamespace(block_size=None, causal_attn=False))
-    facts = facts_of(chat, ["--model", "a b"], prompts="p.jsonl")
+    facts = facts_of(chat, "python -m x", ["--model", "a b"], prompts="p.jsonl")
     assert facts["command"].endswith("--model 'a b'") and facts["parameters"] == 9 and facts["block_size"] == 1
     assert facts["prompts"] == "p.jsonl" and facts["torch"] == torch.__version__
     json.dumps(facts)
