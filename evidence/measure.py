@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from evidence.arms import ARMS, MAIN, Arm
@@ -118,12 +119,16 @@ def run_all(work: Sequence[tuple[Path, list[Job]]], processes: int) -> None:
     work = [(model, [job for job in jobs if not job.done()]) for model, jobs in work]
     work = [(model, jobs) for model, jobs in work if jobs]
     print(f"{len(work)} models to measure, {processes} at a time", flush=True)
-    started, finished = time.perf_counter(), 0
-    with multiprocessing.get_context("spawn").Pool(processes) as pool:
-        running = [(model, pool.apply_async(measure, (jobs, model / "measure.log"))) for model, jobs in work]
-        for model, result in running:
-            seconds = result.get()
-            finished += 1
+    started = time.perf_counter()
+    arguments = [(jobs, model / "measure.log") for model, jobs in work]
+    with contextlib.ExitStack() as stack:
+        if processes > 1:
+            pool = stack.enter_context(multiprocessing.get_context("spawn").Pool(processes))
+            running = [pool.apply_async(measure, one).get for one in arguments]
+        else:
+            running = [partial(measure, *one) for one in arguments]
+        for finished, ((model, _), result) in enumerate(zip(work, running, strict=True), 1):
+            seconds = result()
             left = (time.perf_counter() - started) / finished * (len(work) - finished) / 60
             print(f"{model.name:16} {seconds:5.0f} s   {finished}/{len(work)}, {left:.0f} min left", flush=True)
 

@@ -24,12 +24,14 @@ from evidence.arms import ARMS, DOCUMENTS_PER_STEP, MAIN, VARIANTS, Arm
 from evidence.categories import sortings
 from quickstart.base_model import make_smollm2
 from quickstart.task import examples
+from sdlm_megatron.data.tokenizer import special_token_id, vocabulary_size
 from sdlm_megatron.errors import UserError, run_cli
 from sdlm_megatron.files import write_json, write_text
 
 CONVERSATIONS = {"json": 300, "categories": 300}
 HELD_OUT_SEED = 0
-MASK_TOKEN = "<file_sep>"  # a special token that the base has and never used
+UNUSED_TOKEN = "<file_sep>"
+"""A special token that SmolLM2 has and never used; it becomes the mask token. Another base gets <text_mask>."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,8 @@ class Training:
 
     def __init__(self, out: Path, arm: Arm, seed: int, base: Path, budget: Budget) -> None:
         self.arm, self.seed, self.base, self.budget = arm, seed, base, budget
+        known = special_token_id(base, UNUSED_TOKEN) < vocabulary_size(base)
+        self.mask_token = UNUSED_TOKEN if known else "<text_mask>"
         self.dir = out / f"{arm.name}-{seed}"
         self.log = self.dir / "log.txt"
 
@@ -98,7 +102,7 @@ class Training:
     def _data(self, sources: list[dict[str, str]]) -> Path:
         config = {
             "tokenizer": str(self.base),
-            "mask_token": MASK_TOKEN,
+            "mask_token": self.mask_token,
             "system_prompt": None,
             "block_size": self.arm.block_size,
             "repeat": self.arm.repeat,
@@ -118,7 +122,7 @@ class Training:
             "causal_attn": self.arm.causal_attn,
             "target_shift": self.arm.target_shift,
             "next_token_weight": self.arm.next_token_weight,
-            "mask_token": MASK_TOKEN,
+            "mask_token": self.mask_token,
         }
         config = {
             "run_dir": str(self.dir),
