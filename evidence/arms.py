@@ -35,8 +35,6 @@ _AR = Arm("ar", "autoregressive (D = 1)", block_size=1, row_length=560)
 """A block of one token is its anchor's copy, which sees what the anchor sees: plain next-token training, exactly."""
 _D4 = Arm("d4", "SDLM, D = 4")
 
-_HALF = replace(_D4, name="d4_half", text="SDLM, D = 4, half of the conversations", share=0.5)
-
 MAIN = (
     _AR,
     replace(_AR, name="ar_slow", text="autoregressive, learning rate 1e-4", lr=1e-4),
@@ -44,19 +42,21 @@ MAIN = (
     Arm("d8", "SDLM, D = 8", block_size=8),
 )
 VARIANTS = (
-    _HALF,
-    replace(_HALF, name="unshifted", text="targets not shifted", target_shift=False),
-    replace(_HALF, name="causal", text="causal_attn", causal_attn=True),
-    replace(_HALF, name="next_token", text="with the AR loss on clean rows", next_token_weight=1.0),
+    _D4,
+    replace(_D4, name="unshifted", text="targets not shifted", target_shift=False),
+    replace(_D4, name="causal", text="causal_attn", causal_attn=True),
+    replace(_D4, name="next_token", text="with the AR loss on clean rows", next_token_weight=1.0),
 )
-"""Changes of one thing each, beside d4_half: with half of the conversations, to stay affordable."""
+"""Changes of one thing each, beside the first."""
+_HALF = replace(_D4, name="d4_half", text="D = 4, half of the conversations", share=0.5)
 SENSITIVITY = (
-    replace(_D4, name="d4_quarter", text="SDLM, D = 4, a quarter of the conversations", share=0.25),
-    replace(_HALF, name="random", text="from random weights", random_base=True),
-    replace(_HALF, name="d2", text="SDLM, D = 2, half of the conversations", block_size=2, row_length=800),
-    replace(_HALF, name="d16", text="SDLM, D = 16, half of the conversations", block_size=16),
-    replace(_HALF, name="slow", text="learning rate 1e-4", lr=1e-4),
+    _HALF,
+    replace(_D4, name="d4_quarter", text="D = 4, a quarter of the conversations", share=0.25),
+    Arm("d2", "D = 2", block_size=2, row_length=800),
+    Arm("d16", "D = 16", block_size=16),
+    replace(_D4, name="random", text="D = 4, from random weights", random_base=True),
+    replace(_D4, name="slow", text="D = 4, learning rate 1e-4", lr=1e-4),
 )
-"""Small looks, with one seed."""
+"""Small looks, with fewer seeds."""
 
 ARMS = {arm.name: arm for arm in (*MAIN, *VARIANTS, *SENSITIVITY)}

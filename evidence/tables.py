@@ -15,7 +15,7 @@ from evidence.campaign import BASE, TASKS, Campaign, text_of
 LEADING = [arm.name for arm in arms.MAIN]
 BLOCKS = [arm.name for arm in arms.MAIN if arm.block_size > 1]
 VARIANTS = [arm.name for arm in arms.VARIANTS]
-SENSITIVE = ["d4", "d4_half", *(arm.name for arm in arms.SENSITIVITY)]
+SENSITIVE = ["d4", "d8", *(arm.name for arm in arms.SENSITIVITY)]
 SETTINGS: list[tuple[str, float | None]] = [("ar", None), ("prob_conf", 0.98), ("prob_conf", 0.9)]
 KEPT_AT = (0.9, 0.98)
 SHOWN_PASSES = {"window": "n kept tokens", "window_one": "one kept token", "self_speculative": "self-speculation"}

@@ -209,7 +209,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--arms",
         nargs="+",
         choices=ARMS,
-        default=[arm.name for arm in (*MAIN, *VARIANTS)],
+        default=list(dict.fromkeys(arm.name for arm in (*MAIN, *VARIANTS))),
         metavar="ARM",
         help=f"which of: {', '.join(ARMS)}; default: those that docs/evidence.md has with every seed",
     )
