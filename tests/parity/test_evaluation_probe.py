@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from evaluation import calibration, sweep, table
+from evaluation import calibration, report, sweep, table
 from evaluation.decoding import Setting, decode_prompts
 from evaluation.probe import follow, probe
 from evaluation.prompts import Prompt, encode, encode_answer, read_prompts
@@ -144,6 +144,20 @@ def test_table_is_what_a_report_reads(folder: Path, prompts: Path, tmp_path: Pat
     exact = [chat.tokenizer.decode(a.tokens[0]) == p.expected for a, p in zip(alone, asked, strict=True)]
     assert any(exact) and found["baseline"][0]["exact"] == sum(exact) / len(exact)
     assert found["sample"]["prompt"] == PROMPTS[0].text
+
+
+def test_report_measures_everything_once(folder: Path, prompts: Path, tmp_path: Path, capsys: Any) -> None:
+    where = ["--model", str(folder), "--prompts", str(prompts), "--out", str(tmp_path)]
+    small = ["--most", "2", "--timed", "2", "--contexts", "16", "--shots", "0", "1"]
+    sweep.main([*where, "--most", "2", "--prob", "0.5", "--entropy"])
+    before = (tmp_path / "sweep.json").read_bytes()
+    report.main([*where, *small])
+    out = capsys.readouterr().out
+    assert "[1/6] sweep: kept as it is" in out and (tmp_path / "sweep.json").read_bytes() == before
+    kinds = {json.loads(path.read_text())["kind"] for path in tmp_path.glob("*.json")}
+    assert kinds == {"sweep", "calibration", "speed", "context", "perplexity"}
+    html = (tmp_path / "index.html").read_text()
+    assert html.count("<img") >= 8 and "http://" not in html.replace("http://www.w3.org", "")
 
 
 @pytest.mark.parametrize(
