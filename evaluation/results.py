@@ -104,12 +104,13 @@ def _shared(seeds: Sequence[Sequence[Result]], *more: str) -> list[tuple[tuple[A
 
 def points(sweeps: Sequence[Result]) -> list[Point]:
     """The settings that all sweeps of a label have, with intervals over prompts and seeds."""
+    distinct = len({sweep["facts"].get("prompts") for sweep in sweeps}) == len(sweeps)
     return [
         Point(
             key[0],
             key[1],
             key[2],
-            share([row["exact"] for row in rows]),
+            share([row["exact"] for row in rows], distinct=distinct),
             ratio([row["tokens"] for row in rows], [row["passes"] for row in rows]),
         )
         for key, rows in _shared([sweep["rows"] for sweep in sweeps])

@@ -1,7 +1,7 @@
 """Intervals, differences and calibration of what was measured.
 
 Every interval is at 95 %. Over several seeds it is the wider, at either end, of what the prompts and what the seeds
-leave open: the seeds share their prompts, so neither alone covers both.
+leave open: neither alone covers both.
 """
 
 from collections.abc import Sequence
@@ -46,15 +46,16 @@ def over_seeds(values: Sequence[float]) -> Estimate:
     return Estimate(mean, mean - half, mean + half)
 
 
-def share(exact: Sequence[ArrayLike]) -> Estimate:
+def share(exact: Sequence[ArrayLike], *, distinct: bool = False) -> Estimate:
     """Share of right answers.
 
     Args:
-        exact: for each seed 0 or 1 for each prompt, the same prompts. Prompts leave open what Wilson's interval says
-            of the mean share among so many prompts.
+        exact: for each seed 0 or 1 for each prompt. Prompts leave open what Wilson's interval says of the mean share
+            among so many prompts.
+        distinct: each seed has prompts of its own, so that there are seeds times as many; else all have the same.
     """
     seeds = over_seeds([float(np.asarray(one, dtype=float).mean()) for one in exact])
-    n = len(np.asarray(exact[0]))
+    n = len(np.asarray(exact[0])) * (len(exact) if distinct else 1)
     right = stats.binomtest(round(seeds.value * n), n).proportion_ci(LEVEL, "wilson")
     return Estimate(seeds.value, max(min(seeds.low, right.low), 0.0), min(max(seeds.high, right.high), 1.0))
 

@@ -37,6 +37,7 @@ def test_interval_over_three_seeds_is_students_where_it_is_wider():
     assert (one.value, one.low, one.high) == pytest.approx((0.7, 0.7 - half, 1.0), abs=1e-4)
     same = share([[1] * 100] * 3)  # seeds that agree do not make the prompts more
     assert same.low == pytest.approx(share([[1] * 100]).low) and same.low < 0.97
+    assert share([[1] * 100] * 3, distinct=True).low == pytest.approx(share([[1] * 300]).low)  # unless each has its own
     assert over_seeds([3.0]) == Estimate(3.0, 3.0, 3.0)
 
 
