@@ -21,7 +21,7 @@ SUITABLE := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13 python; do \
 	if $$p -c '$(SUITABLE)' >/dev/null 2>&1; then echo $$p; break; fi; done)
 
-.PHONY: help venv quickstart smoke test test-newest test-transformers drill check lint format clean
+.PHONY: help venv quickstart smoke test test-newest test-transformers drill evidence check lint format clean
 
 help:  ## this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -63,6 +63,12 @@ test-transformers: $(STAMP)  ## the tests of decoding and generate, with the old
 
 drill: $(STAMP)  ## the fault drill on a real Slurm of this machine (root, Debian's packages): about 10 minutes
 	$(PY) tests/slurm/drill.py
+
+evidence: $(STAMP)  ## the models behind docs/evidence.md trained and measured: about 5 hours on 2 cores; goes on where it was
+	$(PY) -m evidence.train_arms --out runs/evidence
+	$(PY) -m evidence.train_arms --out runs/evidence --arms d4_half d4_quarter d2 d16 random slow --seeds 0
+	$(PY) -m evidence.measure --out runs/evidence --clock
+	$(PY) -m evidence.document runs/evidence --out docs
 
 check: lint test  ## lint, format, types, import contract, tests, smoke
 

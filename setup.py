@@ -42,6 +42,8 @@ setup(
         ]
     ),
     package_data={"": ["*.yaml", "presets/*.yaml", "py.typed"]},
+    # lm-evaluation-harness after 0.4.13 finds models of other packages here
+    entry_points={"lm_eval.models": ["sdlm = evaluation.lm_eval_model:SDLM"]},
     install_requires=[
         "torch>=2.6",
         "megatron-core>=0.16.1,<0.20",
@@ -62,6 +64,7 @@ setup(
         "tensorboard>=2.16",
         "psutil>=5.9",
         "numpy>=1.26",
+        "scipy>=1.12",
         "packaging>=23",
         "gguf>=0.10",
     ],

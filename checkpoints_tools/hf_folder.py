@@ -199,6 +199,8 @@ def config_json(config: HFConfig, dtype: str, eos_token_ids: tuple[int, ...]) ->
             "text_mask_token": config.text_mask_token,
             "text_mask_token_id": config.text_mask_token_id,
         }
+        if not config.target_shift:  # published folders have no such key
+            values["target_shift"] = False
     return values
 
 

@@ -201,7 +201,8 @@ def _locked(work: Path) -> Iterator[None]:
 
 def _meta(config: BuildConfig) -> dict[str, Any]:
     """Manifest fields that follow from settings and tokenizer; DataError when the tokenizer cannot be used."""
-    kept = ("row_length", "max_document_length", "block_size", "repeat", "seed", "overlong", "trim", "system_prompt")
+    sizes = ("row_length", "max_document_length", "block_size", "repeat", "target_shift")
+    kept = (*sizes, "seed", "overlong", "trim", "system_prompt")
     folder = config.tokenizer
     mask, size = special_token_id(folder, config.mask_token), vocabulary_size(folder)
     known = {token: special_token_id(folder, token) for token in (IM_END, config.pad_token)}

@@ -56,6 +56,9 @@ class BuildConfig:
     """Tokens D of a block."""
     repeat: int = 3
     """Each answer token is a target about this often."""
+    target_shift: bool = True
+    """Slot j of a block is trained on the token j + 1 places on, as in SDLM; false: on that of its own place, an
+    ablation."""
     max_document_length: int = 5632
     """Limit of a document with its blocks, in tokens."""
     row_length: int = 5632

@@ -20,6 +20,7 @@ class Facts:
     row_length: int
     max_document_length: int
     block_size: int
+    target_shift: bool
     repeat: int
     seed: int
     mask: int
@@ -40,7 +41,8 @@ class Facts:
     @classmethod
     def of(cls, manifest: dict[str, Any]) -> "Facts":
         """The facts of a manifest; DataError when it is not one of `data_prep.build`."""
-        keys = ("row_length", "max_document_length", "block_size", "repeat", "seed", "vocab_size", "trim")
+        size = ("row_length", "max_document_length", "block_size", "target_shift", "repeat")
+        keys = (*size, "seed", "vocab_size", "trim")
         try:
             chat = manifest["chat"]
             return cls(
@@ -195,41 +197,42 @@ def _starts(row: Row, facts: Facts) -> Iterator[Broken]:
         yield "order", _number(layout, i), "its block starts do not ascend"
     legal = np.zeros(layout.n_clean, dtype=bool)
     legal[np.repeat(row.first, row.n_anchors) + row.anchors] = True
-    inside = (layout.starts >= 0) & (layout.starts < layout.clean_lens[documents])
-    wrong = ~(inside & legal.take(row.first[documents] + layout.starts, mode="clip"))
+    anchors = layout.anchors
+    inside = (anchors >= 0) & (anchors < layout.clean_lens[documents])
+    wrong = ~(inside & legal.take(row.first[documents] + anchors, mode="clip"))
     illegal, at = np.unique(documents[wrong], return_index=True)
-    for i, start in zip(illegal.tolist(), layout.starts[wrong][at].tolist(), strict=True):
+    for i, start in zip(illegal.tolist(), anchors[wrong][at].tolist(), strict=True):
         yield "anchors", _number(layout, i), f"a block starts at {start}, which is no anchor"
     drawable = layout.n_blocks <= row.n_anchors
     n_drawn, numbers = np.where(drawable, layout.n_blocks, 0), layout.doc_ids.astype(np.int64)
     drawn = row.anchors[draw_many(row.n_anchors, n_drawn, numbers, seed=facts.seed, epoch=row.epoch)]
     mine = drawable[documents]
-    for i in np.setdiff1d(documents[mine][layout.starts[mine] != drawn], illegal).tolist():
+    for i in np.setdiff1d(documents[mine][anchors[mine] != drawn], illegal).tolist():
         yield "draw", _number(layout, i), "its block starts are not those that seed, epoch and number give"
 
 
 def check_targets(tokens: np.ndarray, layout: RowLayout, targets: np.ndarray, facts: Facts) -> Iterator[Broken]:
     """Targets int32 (D, blocks) as training derives them, against the rule read off token by token."""
-    clean, starts, first = tokens[: layout.n_clean].tolist(), layout.starts.tolist(), layout.clean_offsets().tolist()
+    clean, anchors, first = tokens[: layout.n_clean].tolist(), layout.anchors.tolist(), layout.clean_offsets().tolist()
     for b, i in enumerate(layout.block_documents().tolist()):
-        begin = first[i] + starts[b] + 1
+        begin = first[i] + anchors[b] + 1
         ahead = clean[begin : min(begin + facts.block_size, first[i] + int(layout.clean_lens[i]))]
         if facts.eos in ahead:
             ahead = ahead[: ahead.index(facts.eos) + 1]
         wanted = ahead + [IGNORE] * (facts.block_size - len(ahead))
         if targets[:, b].tolist() != wanted:
             found = targets[:, b].tolist()
-            yield "targets", _number(layout, i), f"the block at {starts[b]} has targets {found}, not {wanted}"
+            yield "targets", _number(layout, i), f"the block at {anchors[b]} has targets {found}, not {wanted}"
 
 
 def _slots(row: Row, facts: Facts) -> Iterator[Broken]:
     layout = row.layout
     blocks = row.tokens[layout.n_clean :].reshape(-1, facts.block_size)
     documents = layout.block_documents()
-    at = row.first[documents] + layout.starts
-    anchors = row.clean.take(at, mode="clip")
-    for b in np.flatnonzero(blocks[:, 0] != anchors).tolist():
-        what = f"the block at {layout.starts[b]} begins with {blocks[b, 0]}, its anchor is {anchors[b]}"
+    anchors = row.clean.take(row.first[documents] + layout.anchors, mode="clip")
+    wanted = anchors if layout.target_shift else np.full_like(anchors, facts.mask)
+    for b in np.flatnonzero(blocks[:, 0] != wanted).tolist():
+        what = f"the block at {layout.starts[b]} begins with {blocks[b, 0]}, not {wanted[b]}"
         yield "slots", _number(layout, documents[b]), what
     for b in np.flatnonzero((blocks[:, 1:] != facts.mask).any(axis=1)).tolist():
         yield "slots", _number(layout, documents[b]), f"the block at {layout.starts[b]} holds more than mask tokens"

@@ -15,7 +15,7 @@ from data_prep.documents import DocumentStore
 from data_prep.planning import INDEX, EpochOrder, Plan, load
 from sdlm_megatron.data.format import Counts, PartInfo, PartWriter
 from sdlm_megatron.data.order import shuffled_many
-from sdlm_megatron.diffusion.layout import RowLayout, add_blocks, draw_many
+from sdlm_megatron.diffusion.layout import RowLayout, add_blocks, block_starts, draw_many
 from sdlm_megatron.files import write_json
 
 PART_TOKENS = 1 << 25
@@ -122,5 +122,9 @@ class RowWriter:
         numbers = index["number"] + added
         blocks = index["blocks"] - cut
         drawn = draw_many(n_anchors, blocks, numbers, seed=self._config.seed, epoch=epoch)
-        layout = RowLayout(numbers.astype(np.int32), index["clean"], blocks, anchors[drawn], self._config.block_size)
+        shift = self._config.target_shift
+        starts = block_starts(anchors[drawn], shift)
+        layout = RowLayout(
+            numbers.astype(np.int32), index["clean"], blocks, starts, self._config.block_size, target_shift=shift
+        )
         return add_blocks(clean, layout, self._meta["mask_token_id"]), layout

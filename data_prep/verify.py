@@ -102,7 +102,10 @@ class Checker:
             for ending in (".bin", ".idx"):
                 report.findings += _file(self._path, prefix(Path(), epoch, part, kind) + ending, self._manifest)
         try:
-            reader = PartReader(self._path, epoch, part, rows=rows, block_size=self._facts.block_size)
+            facts = self._facts
+            reader = PartReader(
+                self._path, epoch, part, rows=rows, block_size=facts.block_size, target_shift=facts.target_shift
+            )
         except DataError as error:
             report.findings.append(Finding("parts", f"epoch {epoch}, part {part}", error.what))
             return report

@@ -77,7 +77,7 @@ def decode_prompts(
                 max_new_tokens=max_new_tokens,
                 eos_token_ids=chat.end_tokens,
                 attention_mask=pad_sequence([torch.ones_like(row) for row in rows], batch_first=True),
-                causal_attn=chat.config.causal_attn,
+                **chat.config.window_options,
             )
         for i, kept, counts in zip(part, done.tokens, done.accepted, strict=True):
             tokens[i] = [token for token in kept if token not in chat.end_tokens]

@@ -172,7 +172,7 @@ class SDLM(HFLM):
                 product=settings.product,
                 max_new_tokens=settings.max_new_tokens,
                 eos_token_ids=self.end_tokens,
-                causal_attn=self.chat.config.causal_attn,
+                **self.chat.config.window_options,
                 warp=warp_of(settings),
                 seed=settings.seed,
                 stop=self.chat.stop_at(stop) if stop else None,

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-DOCUMENTS_PER_STEP = 10
+DOCUMENTS_PER_STEP = 6
 """About so many documents fill the one row of a step: every arm makes the same number of steps."""
 
 
@@ -19,10 +19,10 @@ class Arm:
     target_shift: bool = True
     share: float = 1.0
     """Of the conversations."""
-    lr: float = 3e-4
+    lr: float = 5e-4
     random_base: bool = False
     """Begin with random weights instead of the pretrained ones."""
-    row_length: int = 1600
+    row_length: int = 960
     """Tokens of a row; a step is one row."""
 
     @property
@@ -31,29 +31,32 @@ class Arm:
         return 3 if self.block_size > 1 else 1
 
 
-_AR = Arm("ar", "autoregressive (D = 1)", block_size=1, row_length=960)
+_AR = Arm("ar", "autoregressive (D = 1)", block_size=1, row_length=560)
 """A block of one token is its anchor's copy, which sees what the anchor sees: plain next-token training, exactly."""
 _D4 = Arm("d4", "SDLM, D = 4")
 
 MAIN = (
     _AR,
+    replace(_AR, name="ar_slow", text="autoregressive, learning rate 1e-4", lr=1e-4),
     _D4,
     Arm("d8", "SDLM, D = 8", block_size=8),
-    replace(_D4, name="d4_unshifted", text="D = 4, targets not shifted", target_shift=False),
-    replace(_D4, name="d4_causal", text="D = 4, causal_attn", causal_attn=True),
-    replace(_D4, name="d4_next", text="D = 4, with the AR loss on clean rows", next_token_weight=1.0),
 )
-"""Trained with every seed."""
-
+VARIANTS = (
+    _D4,
+    replace(_D4, name="unshifted", text="targets not shifted", target_shift=False),
+    replace(_D4, name="causal", text="causal_attn", causal_attn=True),
+    replace(_D4, name="next_token", text="with the AR loss on clean rows", next_token_weight=1.0),
+)
+"""Changes of one thing each, beside the first."""
+_HALF = replace(_D4, name="d4_half", text="D = 4, half of the conversations", share=0.5)
 SENSITIVITY = (
-    replace(_D4, name="d4_half", text="D = 4, half of the conversations", share=0.5),
+    _HALF,
     replace(_D4, name="d4_quarter", text="D = 4, a quarter of the conversations", share=0.25),
-    Arm("d2", "SDLM, D = 2", block_size=2, row_length=1300),
-    Arm("d16", "SDLM, D = 16", block_size=16),
-    replace(_D4, name="d4_random", text="D = 4, from random weights", random_base=True),
-    replace(_D4, name="d4_slow", text="D = 4, learning rate 1e-4", lr=1e-4),
-    replace(_AR, name="ar_slow", text="autoregressive, learning rate 1e-4", lr=1e-4),
+    Arm("d2", "D = 2", block_size=2, row_length=800),
+    Arm("d16", "D = 16", block_size=16),
+    replace(_D4, name="random", text="D = 4, from random weights", random_base=True),
+    replace(_D4, name="slow", text="D = 4, learning rate 1e-4", lr=1e-4),
 )
 """Small looks, with fewer seeds."""
 
-ARMS = {arm.name: arm for arm in (*MAIN, *SENSITIVITY)}
+ARMS = {arm.name: arm for arm in (*MAIN, *VARIANTS, *SENSITIVITY)}

@@ -1,8 +1,8 @@
 """Trains the models that docs/evidence.md compares: SmolLM2-135M-Instruct in several ways, with several seeds.
 
 Every model of a seed is trained on the same conversations, each once: two tasks mixed, sentence -> JSON (copying, a
-fixed form) and word problems (the answer has to be worked out). What is finished is kept: run it again to go on. With
-OUT/ARM-SEED/hf an arm is done; OUT/tasks holds the held-out prompts of both tasks.
+fixed form) and words -> categories (the answer needs what the model knows). Run again to go on: what is done is kept.
+The models are OUT/ARM-SEED/hf, OUT/tasks holds the held-out prompts of both tasks.
 """
 
 import argparse
@@ -12,24 +12,26 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 import yaml
 
-from evidence.arms import ARMS, DOCUMENTS_PER_STEP, MAIN, Arm
-from evidence.word_problems import problems
+from evidence.arms import ARMS, DOCUMENTS_PER_STEP, MAIN, VARIANTS, Arm
+from evidence.categories import sortings
 from quickstart.base_model import make_smollm2
 from quickstart.task import examples
+from sdlm_megatron.data.tokenizer import special_token_id, vocabulary_size
 from sdlm_megatron.errors import UserError, run_cli
 from sdlm_megatron.files import write_json, write_text
 
-CONVERSATIONS = {"json": 200, "problems": 300}
+CONVERSATIONS = {"json": 300, "categories": 300}
 HELD_OUT_SEED = 0
-MASK_TOKEN = "<file_sep>"  # a special token that the base has and never used
+UNUSED_TOKEN = "<file_sep>"
+"""A special token that SmolLM2 has and never used; it becomes the mask token. Another base gets <text_mask>."""
 
 
 @dataclass(frozen=True)
@@ -41,12 +43,11 @@ class Budget:
     """Held-out prompts of each task."""
 
 
-def conversations(task: str, seed: int, *, held_out: bool) -> list[dict[str, str]]:
-    """Endless would-be rows of a task, {prompt, answer}; see quickstart.task and evidence.word_problems."""
-    source = examples(seed) if task == "json" else problems(seed)
-    for one in source:
-        if one.held_out == held_out:
-            yield {"prompt": one.prompt, "answer": one.answer}
+def conversations(task: str, seed: int, *, held_out: bool) -> Iterator[dict[str, str]]:
+    """Endless conversations of a task, {prompt, answer}; see quickstart.task and evidence.categories."""
+    if task == "json":
+        return ({"prompt": one.prompt, "answer": one.answer} for one in examples(seed) if one.held_out == held_out)
+    return ({"prompt": one.prompt, "answer": one.answer} for one in sortings(seed, of_held_out=held_out))
 
 
 def write_tasks(out: Path, budget: Budget) -> None:
@@ -63,6 +64,8 @@ class Training:
 
     def __init__(self, out: Path, arm: Arm, seed: int, base: Path, budget: Budget) -> None:
         self.arm, self.seed, self.base, self.budget = arm, seed, base, budget
+        known = special_token_id(base, UNUSED_TOKEN) < vocabulary_size(base)
+        self.mask_token = UNUSED_TOKEN if known else "<text_mask>"
         self.dir = out / f"{arm.name}-{seed}"
         self.log = self.dir / "log.txt"
 
@@ -99,17 +102,16 @@ class Training:
     def _data(self, sources: list[dict[str, str]]) -> Path:
         config = {
             "tokenizer": str(self.base),
-            "mask_token": MASK_TOKEN,
+            "mask_token": self.mask_token,
             "system_prompt": None,
             "block_size": self.arm.block_size,
             "repeat": self.arm.repeat,
+            "target_shift": self.arm.target_shift,
             "row_length": self.arm.row_length,
             "max_document_length": self.arm.row_length,
             "seed": self.seed,
             "sources": sources,
         }
-        if not self.arm.target_shift:
-            config["target_shift"] = False
         write_text(self.dir / "data.yaml", yaml.safe_dump(config, sort_keys=False))
         return self.dir / "data.yaml"
 
@@ -118,11 +120,10 @@ class Training:
         diffusion = {
             "block_size": self.arm.block_size,
             "causal_attn": self.arm.causal_attn,
+            "target_shift": self.arm.target_shift,
             "next_token_weight": self.arm.next_token_weight,
-            "mask_token": MASK_TOKEN,
+            "mask_token": self.mask_token,
         }
-        if not self.arm.target_shift:
-            diffusion["target_shift"] = False
         config = {
             "run_dir": str(self.dir),
             "data": {"path": str(self.dir / "data")},
@@ -154,24 +155,6 @@ class Training:
             )
 
 
-CHATML = (
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-"""As the conversations are trained on. The base's own template adds a system turn, which would be a change between
-training and decoding."""
-
-
-def pretrained_base(folder: Path) -> Path:
-    """SmolLM2-135M-Instruct with a chat template that adds nothing."""
-    if not (folder / "config.json").exists():
-        partial = make_smollm2(folder.with_name(folder.name + ".partial"))
-        path = partial / "tokenizer_config.json"
-        write_json(path, {**json.loads(path.read_text()), "chat_template": CHATML})
-        partial.rename(folder)
-    return folder
-
-
 def random_base(base: Path, folder: Path) -> Path:
     """The base's shape and tokenizer with random weights."""
     import torch
@@ -197,12 +180,20 @@ def train_all(out: Path, arms: Sequence[Arm], seeds: Sequence[int], budget: Budg
     ]
     todo = [one for one in todo if not one.done]
     print(f"{len(todo)} models to train in {out}, {jobs} at a time", flush=True)
-    started, finished = time.perf_counter(), 0
+    started, failed = time.perf_counter(), []
     with ThreadPoolExecutor(jobs) as pool:
-        for one, seconds in zip(todo, pool.map(Training.run, todo), strict=True):
-            finished += 1
+        running = {pool.submit(one.run): one for one in todo}
+        for finished, future in enumerate(as_completed(running), 1):
+            name = running[future].dir.name
             left = (time.perf_counter() - started) / finished * (len(todo) - finished)
-            print(f"{one.dir.name:16} {seconds:5.0f} s   {finished}/{len(todo)}, {left / 60:.0f} min left", flush=True)
+            told = f"{finished}/{len(todo)}, {left / 60:.0f} min left"
+            try:
+                print(f"{name:16} {future.result():5.0f} s   {told}", flush=True)
+            except UserError as error:
+                failed.append(error)
+                print(f"{name:16} failed    {told}", flush=True)
+    if failed:
+        raise failed[0]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -218,16 +209,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--arms",
         nargs="+",
         choices=ARMS,
-        default=[arm.name for arm in MAIN],
+        default=list(dict.fromkeys(arm.name for arm in (*MAIN, *VARIANTS))),
         metavar="ARM",
-        help=f"which of: {', '.join(ARMS)}; default: {', '.join(arm.name for arm in MAIN)}",
+        help=f"which of: {', '.join(ARMS)}; default: those that docs/evidence.md has with every seed",
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of conversations, draws and order")
     parser.add_argument("--prompts", type=int, default=512, help="held-out prompts of each task")
     parser.add_argument("--base", type=Path, metavar="DIR", help="Hugging Face folder; default: SmolLM2-135M-Instruct")
     parser.add_argument("--jobs", type=int, default=2, help="trainings at a time, a core each")
     args = parser.parse_args(argv)
-    base = args.base or pretrained_base(args.out / "base")
+    base = args.base or make_smollm2(args.out / "base")
     train_all(
         args.out, [ARMS[name] for name in args.arms], args.seeds, Budget(CONVERSATIONS, args.prompts), base, args.jobs
     )

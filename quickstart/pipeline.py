@@ -143,8 +143,8 @@ class Pipeline:
         self._heading(f"transformers loads it and decodes {self.job.prompts} held-out prompts")
         compare = ["--base", str(base)] if self.job.compare_base else []
         self._command(
-            *("quickstart.evaluate", "--model", str(self.dir / "hf"), *compare),
-            *("--heldout", str(self.dir / "task" / "heldout.jsonl"), "--prompts", str(self.job.prompts)),
+            *("evaluation.table", "--model", str(self.dir / "hf"), *compare),
+            *("--prompts", str(self.dir / "task" / "heldout.jsonl"), "--most", str(self.job.prompts)),
             *("--thresholds", *map(str, self.job.thresholds)),
             *("--out", str(self.dir / "evaluation.json")),
             threads=PROCESSES,

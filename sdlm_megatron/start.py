@@ -72,6 +72,13 @@ def _check_dataset(config: RunConfig, dataset: PackedDataset) -> None:
             str(dataset.path),
             f"--diffusion.block_size={found}, or build the dataset with block_size {config.diffusion.block_size}",
         )
+    found, wanted = dataset.manifest["target_shift"], config.diffusion.target_shift
+    if found != wanted:
+        raise DataError(
+            f"the dataset was expanded with target_shift {found}, the run wants {wanted}",
+            str(dataset.path),
+            f"--diffusion.target_shift={str(found).lower()}, or build the dataset with target_shift {wanted}",
+        )
 
 
 def open_validation(config: RunConfig, dataset: PackedDataset) -> PackedDataset | None:
@@ -79,7 +86,7 @@ def open_validation(config: RunConfig, dataset: PackedDataset) -> PackedDataset 
     if not config.data.validation or not config.observe.validate_every:
         return None
     found = PackedDataset(config.data.validation)
-    for key in ("row_length", "block_size", "mask_token_id", "eos_token_id"):
+    for key in ("row_length", "block_size", "target_shift", "mask_token_id", "eos_token_id"):
         if found.manifest[key] != dataset.manifest[key]:
             raise DataError(
                 f"{key} is {found.manifest[key]}, that of the training data {dataset.manifest[key]}",

@@ -71,6 +71,7 @@ def make_dataset(
         "max_document_length": row_length,
         "block_size": block_size,
         "repeat": 3,
+        "target_shift": True,
         "mask_token_id": MASK,
         "eos_token_id": EOS,
         "pad_token_id": PAD,

@@ -253,6 +253,7 @@ def _sdlm(  # called by transformers' generate; a parameter named attention_mask
         eos_token_ids=ends,
         attention_mask=model_kwargs.get("attention_mask"),
         causal_attn=bool(model.config.causal_attn),
+        target_shift=bool(getattr(model.config, "target_shift", True)),
         warp=_warp(processors) if generation_config.do_sample else None,
         seed=settings.seed,
         stop=_stop([c for c in criteria if not isinstance(c, EosTokenCriteria | MaxLengthCriteria)]),

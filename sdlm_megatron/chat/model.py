@@ -156,7 +156,7 @@ class ChatModel:
                 threshold=settings.threshold,
                 product=settings.product,
                 eos_token_ids=self.end_tokens,
-                causal_attn=self.config.causal_attn,
+                **self.config.window_options,
                 warp=warp_of(settings),
                 seed=settings.seed,
                 stop=stop,

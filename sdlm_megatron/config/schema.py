@@ -32,6 +32,8 @@ class DiffusionConfig:
     """Tokens D of a block."""
     causal_attn: bool = False
     """True: inside a block a slot sees only itself and earlier slots."""
+    target_shift: bool = True
+    """As the dataset was built: False is an ablation in which every slot predicts the token of its own place."""
     next_token_weight: float = 0.0
     """Weight of the plain next-token loss on the clean tokens of the answers, beside the blocks' 1, so that the model
     can be decoded plainly too; 0: none, as in SDLM."""

@@ -35,6 +35,7 @@ REQUIRED = (
     "max_document_length",
     "block_size",
     "repeat",
+    "target_shift",
     "mask_token_id",
     "eos_token_id",
     "pad_token_id",
@@ -208,9 +209,9 @@ class PartReader:
     DataError when its files are not a whole indexed dataset of `rows` rows.
     """
 
-    def __init__(self, folder: Path, epoch: int, part: int, *, rows: int, block_size: int) -> None:
+    def __init__(self, folder: Path, epoch: int, part: int, *, rows: int, block_size: int, target_shift: bool) -> None:
         self._where = f"{folder}, epoch {epoch}, part {part}"
-        self._block_size = block_size
+        self._block_size, self._target_shift = block_size, target_shift
         self._readers = {}
         for kind in KINDS:
             where = prefix(folder, epoch, part, kind)
@@ -228,7 +229,7 @@ class PartReader:
             tokens, ints = self._readers["rows"][row], self._readers["layout"][row]
             if not len(ints) or ints[0] != _checksum(tokens, ints[1:]):
                 raise ValueError("its checksum is not that of its tokens and layout")
-            layout = RowLayout.from_ints(ints[1:], self._block_size)
+            layout = RowLayout.from_ints(ints[1:], self._block_size, self._target_shift)
             if layout.used != len(tokens):
                 raise ValueError(f"it has {len(tokens)} tokens, its layout describes {layout.used}")
         except (ValueError, IndexError, OverflowError) as error:
@@ -278,7 +279,14 @@ class PackedDataset:
 
     def _open(self, epoch: int, part: int) -> PartReader:
         rows = self.part_rows(epoch)[part]
-        return PartReader(self.path, epoch, part, rows=rows, block_size=self.block_size)
+        return PartReader(
+            self.path,
+            epoch,
+            part,
+            rows=rows,
+            block_size=self.block_size,
+            target_shift=self.manifest["target_shift"],
+        )
 
     def _check_sizes(self, epoch: int, part: int) -> None:
         for kind in KINDS:

@@ -11,6 +11,9 @@ writes their keys and values, and beside them
   drafts. What comes out is what slot 0 alone would say, token by token;
 - ar, and n = 1: no window, one plain causal step.
 
+A model trained without the target shift (diffusion.layout) has its window behind the anchor, of mask tokens only;
+slot j proposes the same x[p+1+j].
+
 The exporter copies this file and its three neighbours into the model folder as they are, so they import nothing but
 torch and transformers. Shapes: B rows, P prompt tokens, T columns, W windows, n slots, V vocabulary.
 """
@@ -205,6 +208,7 @@ def decode(
     eos_token_ids: Sequence[int] = (),
     attention_mask: Tensor | None = None,
     causal_attn: bool = False,
+    target_shift: bool = True,
     warp: Warp | None = None,
     seed: int | None = None,
     stop: Stop | None = None,
@@ -229,6 +233,7 @@ def decode(
         eos_token_ids: tokens that end a row.
         attention_mask: (B, P), 0 where padding.
         causal_attn: the model was trained with causal attention inside a block.
+        target_shift: False: the model was trained without; n = 1 is then not what it was trained for.
         warp: draw tokens instead of taking the likeliest, from softmax(warp(logits)); see decode_rules.Warp. How sure
             a slot is does not depend on it.
         seed: row b draws with seed + b, a position always with the same number; None: from torch's generator.
@@ -248,12 +253,13 @@ def decode(
     lengths = now.length.tolist()
     if not min(lengths):
         raise ValueError(f"row {lengths.index(0)} of attention_mask has no token")
-    propose, prefilled = _proposer(model, now, settings, max(lengths), causal_attn, bool(fixed_shape))
+    trained = {"causal_attn": causal_attn, "target_shift": target_shift}
+    propose, prefilled = _proposer(model, now, settings, max(lengths), trained, bool(fixed_shape))
     return _Loop(propose, settings, lengths, fixed_shape, on_tokens).run(now, prefilled)
 
 
 def _proposer(
-    model: Any, now: _Rows, settings: _Settings, longest: int, causal_attn: bool, fixed: bool
+    model: Any, now: _Rows, settings: _Settings, longest: int, trained: dict[str, bool], fixed: bool
 ) -> tuple[Proposer, bool]:
     """The model as a Proposer, and whether it has taken all but the last token of each prompt already."""
     if not isinstance(model, torch.nn.Module):
@@ -261,9 +267,7 @@ def _proposer(
     from .decode_model import PREFILL_FROM, TransformersProposer
 
     capacity = now.ids.shape[1] + settings.window**2 + 1 if fixed else 0
-    propose = TransformersProposer(
-        model, mask_token_id=settings.mask_token_id, causal_attn=causal_attn, capacity=capacity
-    )
+    propose = TransformersProposer(model, mask_token_id=settings.mask_token_id, capacity=capacity, **trained)
     prefilled = settings.use_cache and longest > PREFILL_FROM
     if prefilled:
         propose.prefill(now.ids[:, : longest - 1])

@@ -83,12 +83,15 @@ class RowCache(Cache):
 class TransformersProposer:
     """Proposals of a stock causal LM (Qwen2, Llama) in eval mode. Raises ValueError for other attention backends."""
 
-    def __init__(self, model: Any, *, mask_token_id: int, causal_attn: bool, capacity: int = 0) -> None:
+    def __init__(
+        self, model: Any, *, mask_token_id: int, causal_attn: bool, target_shift: bool = True, capacity: int = 0
+    ) -> None:
         """`capacity`: columns of a cache that never grows; 0: it grows as rows do."""
         backend = model.config._attn_implementation
         if backend not in ("sdpa", "eager"):
             raise ValueError(f"decoding needs attn_implementation 'sdpa' or 'eager' (dense masks), not '{backend}'")
-        self.model, self.mask_token_id, self.causal_attn = model, mask_token_id, causal_attn
+        self.model, self.mask_token_id = model, mask_token_id
+        self.causal_attn, self.target_shift = causal_attn, target_shift
         self.cache = RowCache(capacity or _GROW, fixed=bool(capacity))
 
     def prefill(self, ids: Tensor) -> None:
@@ -114,18 +117,21 @@ class TransformersProposer:
         if windows:
             slots = torch.arange(windows * step.window, device=chunk.device).view(windows, -1)
             place = step.end[:, None, None] + slots  # columns (B, W, n)
-            tokens = torch.full_like(place, self.mask_token_id)
-            tokens[:, :, 0] = step.ids.gather(1, step.anchors)
-            ahead = step.anchors[:, :, None] + slots[0]
+            tokens, starts = torch.full_like(place, self.mask_token_id), step.anchors
+            if self.target_shift:
+                tokens[:, :, 0] = step.ids.gather(1, step.anchors)
+            else:
+                starts = starts + 1
+            ahead = starts[:, :, None] + slots[0]
             ids = torch.cat([ids, tokens.flatten(1)], 1)
             positions = torch.cat([positions, ahead.flatten(1)], 1)
             columns = torch.cat([columns, place.flatten(1)], 1)
-            visible = torch.cat([visible, window_rows(step.anchors, place, self.cache.used, self.causal_attn)], 1)
+            visible = torch.cat([visible, window_rows(starts, place, self.cache.used, self.causal_attn)], 1)
         self.cache.write_at = torch.arange(len(columns), device=columns.device)[:, None], columns
         logits: Tensor = self.model(
             input_ids=ids,
             position_ids=positions,
-            attention_mask=_additive(visible, self.model.dtype),
+            attention_mask=additive_mask(visible, self.model.dtype),
             past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=max(1, windows * step.window),
@@ -138,24 +144,23 @@ def _up_to(positions: Tensor, columns: int) -> Tensor:
     return torch.arange(columns, device=positions.device) <= positions[:, :, None]
 
 
-def window_rows(anchors: Tensor, place: Tensor, columns: int, causal_attn: bool) -> Tensor:
+def window_rows(starts: Tensor, place: Tensor, columns: int, causal_attn: bool) -> Tensor:
     """What the slots of windows see: bool (B, W n, K).
 
     Args:
-        anchors: int64 (B, W), position of the token whose copy is slot 0; its own column is hidden, the copy
-            stands for it.
+        starts: int64 (B, W), position of slot 0; the column of that position is hidden, slot 0 stands for it.
         place: int64 (B, W, n), column of each slot.
         columns: K.
         causal_attn: a slot sees only itself and earlier slots of its window.
     """
-    column = torch.arange(columns, device=anchors.device)
-    prefix = (column < anchors[:, :, None])[:, :, None]
+    column = torch.arange(columns, device=starts.device)
+    prefix = (column < starts[:, :, None])[:, :, None]
     last = place if causal_attn else place[:, :, -1:].expand_as(place)
     own = (column >= place[:, :, :1, None]) & (column <= last[..., None])
     return (prefix | own).flatten(1, 2)
 
 
-def _additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
+def additive_mask(visible: Tensor, dtype: torch.dtype) -> Tensor:
     """The mask (B, 1, queries, keys) as eager attention adds it to the scores; sdpa takes the same."""
     mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
     return mask.masked_fill_(~visible, torch.finfo(dtype).min)[:, None]

@@ -25,7 +25,7 @@ class Step:
     longest: int
     """The largest `end`."""
     anchors: Tensor
-    """int64 (B, W): position of the token that slot 0 of each window repeats."""
+    """int64 (B, W): position of the token before each window's first proposal; slot 0 repeats it, see decode."""
     window: int
     """n. 1: no mask tokens: the proposal is the plain causal one of the last token (W = 1)."""
     kept_rows: Tensor | None

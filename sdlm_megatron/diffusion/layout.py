@@ -4,6 +4,10 @@ A document is L clean tokens x[0..L-1] and n blocks. The block with start (ancho
 p..p+D-1: slot 0 repeats x[p], slots 1..D-1 hold the mask token. Slot j is trained to produce x[p+1+j]
 (shifted targets, paper section 3.2), unless that lies outside the document or the turn has already ended.
 
+Without the target shift (an ablation of the paper) every slot produces the token of its own position: the block
+behind the same anchor p starts at p+1, holds mask tokens only, and sees x[p]. Targets, and all that follows from
+starts and positions (who sees whom), stay as they are.
+
 A row packs several documents: all clean parts, then all block parts, then padding (never stored).
 """
 
@@ -103,8 +107,15 @@ class RowLayout:
     n_blocks: np.ndarray
     """int32 (n_docs,): blocks of each document."""
     starts: np.ndarray
-    """int32 (sum of n_blocks,): block starts inside their document, document after document, ascending in each."""
+    """int32 (sum of n_blocks,): position of slot 0 of each block, document after document, ascending in each."""
     block_size: int
+    target_shift: bool = True
+    """False: a block starts behind its anchor and repeats nothing."""
+
+    @property
+    def anchors(self) -> np.ndarray:
+        """int32 (blocks,): position of the token before each block's first target."""
+        return self.starts if self.target_shift else self.starts - np.int32(1)
 
     @property
     def n_docs(self) -> int:
@@ -131,7 +142,7 @@ class RowLayout:
         return np.concatenate([head, self.doc_ids, self.clean_lens, self.n_blocks, self.starts]).astype(np.int32)
 
     @classmethod
-    def from_ints(cls, ints: np.ndarray, block_size: int) -> "RowLayout":
+    def from_ints(cls, ints: np.ndarray, block_size: int, target_shift: bool = True) -> "RowLayout":
         """Inverse of `to_ints`; ValueError when the numbers contradict each other."""
         n_docs = int(ints[0]) if len(ints) else -1
         if n_docs < 0 or len(ints) < 1 + 3 * n_docs:
@@ -140,7 +151,7 @@ class RowLayout:
         starts = ints[1 + 3 * n_docs :]
         if len(starts) != int(n_blocks.sum()) or (n_docs and min(clean_lens.min(), n_blocks.min()) < 0):
             raise ValueError(f"a layout lists {len(starts)} block starts for {int(n_blocks.sum())} blocks")
-        return cls(doc_ids, clean_lens, n_blocks, starts, block_size)
+        return cls(doc_ids, clean_lens, n_blocks, starts, block_size, target_shift)
 
     def block_documents(self) -> np.ndarray:
         """int (blocks,): index in the row of the document of each block."""
@@ -176,7 +187,7 @@ def slot_targets(tokens: np.ndarray, layout: RowLayout, eos_token_id: int) -> np
         return targets
     clean = tokens[: layout.n_clean]
     documents = layout.block_documents()
-    wanted = layout.clean_offsets()[documents] + layout.starts  # index in the row of slot j's target, less j + 1
+    wanted = layout.clean_offsets()[documents] + layout.anchors  # index in the row of slot j's target, less j + 1
     last = np.cumsum(layout.clean_lens)[documents] - 1
     alive = np.ones(len(wanted), dtype=bool)
     for target in targets:
@@ -194,7 +205,7 @@ def next_token_targets(tokens: np.ndarray, layout: RowLayout, eos_token_id: int)
     Every x[q] that is a target of a block of its document is the target of clean token q-1, once.
     """
     wanted = slot_targets(tokens, layout, eos_token_id)  # (D, blocks)
-    before = (layout.clean_offsets()[layout.block_documents()] + layout.starts) + np.arange(layout.block_size)[:, None]
+    before = (layout.clean_offsets()[layout.block_documents()] + layout.anchors) + np.arange(layout.block_size)[:, None]
     targets = np.full(layout.n_clean, IGNORE, dtype=np.int32)
     real = wanted != IGNORE
     targets[before[real]] = wanted[real]
@@ -202,42 +213,54 @@ def next_token_targets(tokens: np.ndarray, layout: RowLayout, eos_token_id: int)
 
 
 def pack_row(
-    documents: Sequence[tuple[int, np.ndarray, np.ndarray]], *, block_size: int, mask_token_id: int
+    documents: Sequence[tuple[int, np.ndarray, np.ndarray]],
+    *,
+    block_size: int,
+    mask_token_id: int,
+    target_shift: bool = True,
 ) -> tuple[np.ndarray, RowLayout]:
-    """Packs (doc_id, clean_ids (L,), starts (n,)) triples into one row.
+    """Packs (doc_id, clean_ids (L,), anchors (n,)) triples into one row.
 
-    Returns the tokens, int32 (used,), and their layout. ValueError on a block outside its document, or on starts
-    that are not strictly ascending.
+    Returns the tokens, int32 (used,), and their layout. ValueError on an anchor outside its document, or on anchors
+    that do not ascend strictly.
     """
-    ids, cleans, starts = zip(*documents, strict=True) if documents else ((), (), ())
+    ids, cleans, anchors = zip(*documents, strict=True) if documents else ((), (), ())
     empty = np.empty(0, dtype=np.int32)
     layout = RowLayout(
         np.array(ids, dtype=np.int32),
         np.array([len(c) for c in cleans], dtype=np.int32),
-        np.array([len(s) for s in starts], dtype=np.int32),
-        np.concatenate([empty, *starts]).astype(np.int32),
+        np.array([len(a) for a in anchors], dtype=np.int32),
+        block_starts(np.concatenate([empty, *anchors]).astype(np.int32), target_shift),
         block_size,
+        target_shift,
     )
     return add_blocks(np.concatenate([empty, *cleans]).astype(np.int32), layout, mask_token_id), layout
+
+
+def block_starts(anchors: np.ndarray, target_shift: bool) -> np.ndarray:
+    """Position of slot 0 for each anchor, int32."""
+    return anchors if target_shift else anchors + np.int32(1)
 
 
 def add_blocks(clean: np.ndarray, layout: RowLayout, mask_token_id: int) -> np.ndarray:
     """Tokens of a row, int32 (used,): its clean tokens, int32 (n_clean,), then its blocks.
 
-    ValueError on a block outside its document, or on starts that are not strictly ascending in a document.
+    ValueError on an anchor outside its document, or on anchors that do not ascend strictly in a document.
     """
     documents = layout.block_documents()
-    inside = (layout.starts >= 0) & (layout.starts < layout.clean_lens[documents])
+    anchors = layout.anchors
+    inside = (anchors >= 0) & (anchors < layout.clean_lens[documents])
     ascends = (np.diff(layout.starts) > 0) | (np.diff(documents) > 0)
     if not (inside.all() and ascends.all()):
         wrong = documents[int(np.argmin(inside)) if not inside.all() else int(np.argmin(ascends)) + 1]
         raise ValueError(
-            f"document {layout.doc_ids[wrong]}: block starts must ascend strictly inside "
+            f"document {layout.doc_ids[wrong]}: anchors of blocks must ascend strictly inside "
             f"[0, {layout.clean_lens[wrong]})"
         )
     tokens = np.full(layout.used, mask_token_id, dtype=np.int32)
     tokens[: layout.n_clean] = clean
-    tokens[layout.n_clean :: layout.block_size] = clean[layout.clean_offsets()[documents] + layout.starts]
+    if layout.target_shift:
+        tokens[layout.n_clean :: layout.block_size] = clean[layout.clean_offsets()[documents] + anchors]
     return tokens
 
 

@@ -47,8 +47,14 @@ class HFConfig:
     block_size: int | None = None
     """D of the SDLM training; None: not an SDLM folder."""
     causal_attn: bool = False
+    target_shift: bool = True
     text_mask_token: str | None = None
     text_mask_token_id: int | None = None
+
+    @property
+    def window_options(self) -> dict[str, Any]:
+        """How blocks were trained, as diffusion.decode takes it."""
+        return {"causal_attn": self.causal_attn, "target_shift": self.target_shift}
 
     @property
     def is_sdlm(self) -> bool:
@@ -143,6 +149,7 @@ def _sdlm_keys(fields: _Fields) -> dict[str, Any]:
     return {
         "block_size": fields.number("block_size", int),
         "causal_attn": bool(causal),
+        "target_shift": bool(values.get("target_shift", True)),
         "text_mask_token": mask if isinstance(mask, str) else None,
         "text_mask_token_id": mask_id,
     }

@@ -39,9 +39,9 @@ class Fill:
 
 
 def figure_of(width: float, height: float, rows: int = 1, **grid: Any) -> tuple[Figure, list[Axes]]:
-    """A figure of that many inches, and its axes, one below the other, in the report's style."""
+    """A figure of that many inches, and its axes, row by row, in the report's style."""
     figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
-    axes = np.atleast_1d(figure.subplots(rows, **grid)).tolist()
+    axes = np.atleast_1d(figure.subplots(rows, **grid)).ravel().tolist()
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
         axis.spines[["left", "bottom"]].set_color(SOFT)
@@ -126,7 +126,7 @@ def crop_layout(layout: RowLayout, most: int = MASK_TOKENS) -> RowLayout:
         room = (most - int(lens[0])) // layout.block_size
         starts = starts[starts < lens[0]][: max(room, 1)]
         blocks[0] = len(starts)
-    return RowLayout(layout.doc_ids[:n_docs], lens, blocks, starts, layout.block_size)
+    return RowLayout(layout.doc_ids[:n_docs], lens, blocks, starts, layout.block_size, layout.target_shift)
 
 
 def _mask_kinds(layout: RowLayout, row_length: int, causal_attn: bool) -> np.ndarray:

@@ -20,7 +20,7 @@ from sdlm_megatron.observe.console import format_count, format_duration
 from sdlm_megatron.observe.evaluation import load_evaluation
 from sdlm_megatron.observe.goodput import goodput_of
 from sdlm_megatron.observe.report_job import attempts_of, job_sections, learning_sections, speed_sections
-from sdlm_megatron.observe.report_style import CSS, image, section, table
+from sdlm_megatron.observe.report_style import image, page, section, table
 from sdlm_megatron.observe.sinks import METRICS_FILE, SAMPLES_FILE, read_metrics
 
 PACKAGES = ("torch", "megatron-core", "transformers", "numpy", "transformer-engine")
@@ -89,7 +89,7 @@ def write_report(
     ]
     target = Path(out) if out is not None else run / "report.html"
     target.parent.mkdir(parents=True, exist_ok=True)
-    write_text(target, _page(heading, [s for s in sections if s]))
+    write_text(target, page(heading, [s for s in sections if s]))
     return target
 
 
@@ -270,15 +270,6 @@ def _config_section(run: Path) -> str:
 
 
 # ------------------------------------------------------------------------------------------------ pieces
-def _page(heading: str, sections: Sequence[str]) -> str:
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(heading)}</title><style>{CSS}</style></head>\n"
-        f"<body><main><h1>{escape(heading)}</h1>\n" + "\n".join(sections) + "\n</main></body></html>\n"
-    )
-
-
 def _versions() -> list[str]:
     found = []
     for name in PACKAGES:

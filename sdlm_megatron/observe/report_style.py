@@ -47,6 +47,16 @@ summary { cursor: pointer; }
 """
 
 
+def page(heading: str, sections: Sequence[str]) -> str:
+    """A whole page that fetches nothing."""
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(heading)}</title><style>{CSS}</style></head>\n"
+        f"<body><main><h1>{escape(heading)}</h1>\n" + "\n".join(sections) + "\n</main></body></html>\n"
+    )
+
+
 def section(name: str, heading: str, body: str) -> str:
     """One box of the page."""
     return f'<section id="{name}"><h2>{escape(heading)}</h2>{body}</section>'

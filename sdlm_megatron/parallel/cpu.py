@@ -18,6 +18,8 @@ from sdlm_megatron.model.packages import find_packages
 
 _installed = False
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
+_FIRST_STEPS, _GROWTH = 3, 1.25
+"""After so many steps the optimizer's state and all usual shapes were there; growth beyond is rows of other shapes."""
 
 
 class _CudaToCpu(TorchFunctionMode):
@@ -99,6 +101,32 @@ def _keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(_M_MMAP_MAX, 0)
         mallopt(_M_TRIM_THRESHOLD, -1)
+
+
+class HeapLimit:
+    """Gives freed memory back after all, when the process keeps too much of it.
+
+    Now and then a step's large blocks find their holes taken by small ones and are made anew at every step: 0.5 GB
+    a step was seen, until the system killed the run.
+    """
+
+    def __init__(self, resident: Callable[[], int]) -> None:
+        self._resident, self._steps, self._limit = resident, 0, 0.0
+
+    def after_step(self) -> None:
+        """Call after each step."""
+        self._steps += 1
+        if self._steps == _FIRST_STEPS:
+            self._limit = _GROWTH * self._resident()
+        elif self._steps > _FIRST_STEPS and self._resident() > self._limit:
+            _trim()
+            self._limit = max(self._limit, _GROWTH * self._resident())
+
+
+def _trim() -> None:
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only
+    if trim is not None:
+        trim(0)
 
 
 @contextlib.contextmanager

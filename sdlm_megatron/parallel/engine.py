@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -25,6 +26,7 @@ from sdlm_megatron.model.layers import choose_layers, start_tensor_overlap
 from sdlm_megatron.model.packages import find_packages
 from sdlm_megatron.model.shape import NewMaskToken
 from sdlm_megatron.parallel import compat
+from sdlm_megatron.parallel.cpu import HeapLimit
 from sdlm_megatron.parallel.gradients import clip, finalizer, gradient_norm
 from sdlm_megatron.parallel.groups import Groups
 from sdlm_megatron.parallel.optimizer import build_optimizer, build_schedule, connect_overlap, wrap_ddp
@@ -103,6 +105,7 @@ class Engine:
         self.optimizer = None
         self.clock = StepClock(groups.device)
         """Of the steps: "forward_backward" until gradients are reduced, "reduce" what of that is left, "update"."""
+        self.heap = HeapLimit(lambda: psutil.Process().memory_info().rss if groups.device.type == "cpu" else 0)
         if steps:
             self._prepare_training(mcore, steps)
 
@@ -171,6 +174,7 @@ class Engine:
         with record_function("sdlm::optimizer"):
             grad_norm = self._update()
         self.clock.mark("")
+        self.heap.after_step()
         return queued_step(
             step,
             float(self.optimizer.param_groups[0]["lr"]),
@@ -312,8 +316,6 @@ def device_memory_gb(device: torch.device) -> float:
     """Memory of this process now, in GB: allocated on the GPU, resident on a CPU."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device) / 1e9
-    import psutil
-
     return psutil.Process().memory_info().rss / 1e9
 
 

@@ -30,7 +30,12 @@ class EngineProposer:
         """Logits (B, W, n, V) of the windows' proposals, on the engine's device."""
         rows = zip(step.ids.tolist(), step.end.tolist(), step.anchors.tolist(), strict=True)
         documents = [(i, np.array(ids[:end]), np.array(starts)) for i, (ids, end, starts) in enumerate(rows)]
-        tokens, layout = pack_row(documents, block_size=step.window, mask_token_id=self.mask_token_id)
+        tokens, layout = pack_row(
+            documents,
+            block_size=step.window,
+            mask_token_id=self.mask_token_id,
+            target_shift=self.engine.config.diffusion.target_shift,
+        )
         row = make_micro_batch(tokens, layout, row_length=self.row_length, pad_token_id=0, eos_token_id=-1, number=None)
         index = torch.arange(layout.n_clean, layout.used)
         none = torch.zeros_like(index)

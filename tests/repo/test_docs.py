@@ -14,7 +14,10 @@ DOCS = [REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))]
 def test_paths_in_documents_exist(document: Path) -> None:
     text = document.read_text()
     paths = set(
-        re.findall(r"`((?:sdlm_megatron|data_prep|checkpoints_tools|quickstart|bench|tests|docs)/[\w./]*)`", text)
+        re.findall(
+            r"`((?:sdlm_megatron|data_prep|checkpoints_tools|evaluation|evidence|quickstart|bench|tests|docs)/[\w./]*)`",
+            text,
+        )
     )
     assert paths or document.name == "benchmarks.md"
     assert not [p for p in paths if not (REPO / p).exists()]
@@ -44,7 +47,9 @@ def test_functions_named_in_the_method_exist() -> None:
         "checkpoints_tools.compare",
         "checkpoints_tools.hf_to_mcore",
         "checkpoints_tools.mcore_to_hf",
-        "quickstart.evaluate",
+        "evaluation.page",
+        "evidence.document",
+        "evaluation.table",
         "bench.attention",
         "bench.convert",
         "bench.cpu_choices",

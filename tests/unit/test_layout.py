@@ -11,6 +11,7 @@ from sdlm_megatron.diffusion.layout import (
     block_count,
     draw_starts,
     expand_document,
+    next_token_targets,
     pack_row,
     row_positions,
     row_targets,
@@ -161,3 +162,19 @@ def test_draws_are_uniform() -> None:
         counts[draw_starts(np.arange(20), 5, seed=0, epoch=0, document=document)] += 1
     expected = 4000 * 5 / 20
     assert ((counts - expected) ** 2 / expected).sum() < 43.8  # chi square, 19 degrees of freedom, 0.1 %
+
+
+def test_without_the_target_shift_by_hand() -> None:
+    """The same anchors and targets as with it; the block stands one place on, repeats nothing and sees its anchor."""
+    clean = np.array([10, 11, 12, EOS, 13, 14], dtype=np.int32)
+    tokens, layout = pack_row([(0, clean, np.array([1, 4]))], block_size=3, mask_token_id=MASK, target_shift=False)
+    assert tokens.tolist() == [*clean.tolist(), *[MASK] * 6]
+    assert layout.starts.tolist() == [2, 5] and layout.anchors.tolist() == [1, 4]
+    assert row_positions(layout).tolist()[6:] == [2, 3, 4, 5, 6, 7]
+    shifted = pack_row([(0, clean, np.array([1, 4]))], block_size=3, mask_token_id=MASK)
+    assert row_targets(tokens, layout, EOS).tolist() == row_targets(*shifted, EOS).tolist()
+    for weight in (layout, shifted[1]):
+        assert next_token_targets(clean, weight, EOS).tolist() == [N, 12, EOS, N, 14, N]
+    seen = visible_row(layout, len(tokens))
+    assert seen[6].tolist() == [True, True, *[False] * 4, *[True] * 3, *[False] * 3]  # the block behind anchor 1
+    assert RowLayout.from_ints(layout.to_ints(), 3, target_shift=False).anchors.tolist() == [1, 4]

@@ -26,6 +26,7 @@ class MemoryRows:
             "row_length": row_length,
             "block_size": 4,
             "repeat": 3,
+            "target_shift": True,
             "mean_documents_per_row": 1.8,
         }
         self._rows = [self._row(rng) for _ in range(count)]

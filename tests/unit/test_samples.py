@@ -19,7 +19,8 @@ from sdlm_megatron.observe.sinks import Sinks, read_metrics
 
 META = {
     "row_length": 128, "max_document_length": 128, "block_size": 4, "repeat": 3, "mask_token_id": MASK,
-    "eos_token_id": EOS, "pad_token_id": PAD, "vocab_size": 264, "tokenizer": {"fingerprint": None, "name": "bytes"},
+    "target_shift": True, "eos_token_id": EOS, "pad_token_id": PAD, "vocab_size": 264,
+    "tokenizer": {"fingerprint": None, "name": "bytes"},
     "seed": 0, "sources": [],
 }  # fmt: skip
 

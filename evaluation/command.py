@@ -1,0 +1,98 @@
+"""What the commands of this package share: their options, the model they load, lines of progress."""
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from evaluation.decoding import Decoded
+from evaluation.prompts import Prompt, encode_answer
+from sdlm_megatron.chat.model import DTYPES, ChatModel, load
+from sdlm_megatron.errors import ConfigError
+
+
+def parser_of(module: str, description: str | None, example: str) -> argparse.ArgumentParser:
+    """A parser with --model, --out, --dtype, --device and --threads."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {module}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=f"example:\n  python -m {module} {example}",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--model", type=Path, required=True, metavar="FOLDER", help="exported folder, or a plain Qwen2 or Llama")
+    add("--out", type=Path, required=True, metavar="DIR", help="folder of the result file")
+    add("--dtype", choices=sorted(DTYPES), help="default: as the folder says")
+    add("--device", help="default: a GPU if there is one, else cpu")
+    add("--threads", type=int, metavar="N", help="CPU threads; default: torch's choice")
+    return parser
+
+
+def add_prompt_options(parser: argparse.ArgumentParser) -> None:
+    """--prompts, --most and --batch."""
+    add = parser.add_argument
+    add("--prompts", type=Path, required=True, metavar="JSONL", help='lines of {"prompt": …, "expected": …}')
+    add("--most", type=int, default=0, metavar="N", help="use the first so many prompts; default: all")
+    add("--batch", type=int, default=64, metavar="B", help="prompts at a time; default: 64")
+
+
+def load_model(args: argparse.Namespace) -> ChatModel:
+    """The model of --model; makes --out. ConfigError when the machine cannot do what is asked."""
+    if args.threads is not None:
+        if args.threads < 1:
+            raise ConfigError(f"--threads is {args.threads}", "the command line", "give at least 1")
+        torch.set_num_threads(args.threads)
+    chat = load(args.model, dtype=args.dtype, device=args.device)
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"the folder cannot be made: {error}", f"--out {args.out}", "name another") from None
+    return chat
+
+
+def check_room(chat: ChatModel, needed: int, option: str) -> None:
+    """ConfigError when `needed` tokens are more than the model has positions for."""
+    most = chat.config.max_position_embeddings
+    if needed > most:
+        raise ConfigError(
+            f"{needed} tokens are needed, the model has {most} positions",
+            option,
+            "give smaller ones",
+        )
+
+
+def longest_answer(chat: ChatModel, prompts: Sequence[Prompt]) -> int:
+    """Tokens of the longest expected answer, its end included: what is longer is wrong already."""
+    return max(len(encode_answer(chat, prompt.expected)) for prompt in prompts)
+
+
+def exact_of(chat: ChatModel, prompts: Sequence[Prompt], decoded: Decoded) -> list[int]:
+    """1 where the whole answer equals the expected text, else 0."""
+    texts = [chat.tokenizer.decode(tokens, clean_up_tokenization_spaces=False) for tokens in decoded.tokens]
+    return [int(text == prompt.expected) for text, prompt in zip(texts, prompts, strict=True)]
+
+
+class Progress:
+    """A line on standard error every few seconds, with the time that is left."""
+
+    EVERY = 5.0
+    """Seconds."""
+
+    def __init__(self, total: float, unit: str) -> None:
+        self.total, self.unit, self.done = total, unit, 0.0
+        self.started = self.shown = time.monotonic()
+
+    def __call__(self, amount: float = 1) -> None:
+        """`amount` more is done."""
+        self.done += amount
+        now = time.monotonic()
+        if now - self.shown < self.EVERY and self.done < self.total - 1e-6:
+            return
+        self.shown = now
+        left = (now - self.started) / self.done * max(0.0, self.total - self.done)
+        share = f"{self.done / self.total:.0%} of {self.total:,.0f} {self.unit}"
+        print(f"{share}, {left / 60:.1f} min left", file=sys.stderr, flush=True)

@@ -1,0 +1,148 @@
+"""Quality against tokens a pass: held-out prompts decoded with many thresholds, at little more than the price of two.
+
+The prompts are decoded plainly (n = 1) and with the highest threshold; what was written is probed once
+(evaluation.probe), and every other setting is followed along it. A prompt for which a setting would write something
+else is decoded with that setting. Writes OUT/sweep.json; `python -m evaluation.page OUT` draws it.
+"""
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+
+from evaluation.command import Progress, add_prompt_options, exact_of, load_model, longest_answer, parser_of
+from evaluation.decoding import Decoded, Setting, decode_prompts
+from evaluation.facts import facts_of
+from evaluation.probe import follow, probe
+from evaluation.prompts import Prompt, encode, read_prompts
+from sdlm_megatron.chat.model import ChatModel
+from sdlm_megatron.errors import CheckpointError, run_cli
+from sdlm_megatron.files import write_json
+
+PROB = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98, 0.99)
+ENTROPY = (0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999)
+"""1 - H / log V; a certain slot has 1."""
+
+
+class Sweep:
+    """The settings of one window over the same prompts."""
+
+    def __init__(self, chat: ChatModel, prompts: Sequence[Prompt], *, batch: int, console: Console) -> None:
+        self.chat, self.prompts, self.console = chat, prompts, console
+        self.encoded = [encode(chat, prompt) for prompt in prompts]
+        self.options: dict[str, Any] = {"max_new_tokens": longest_answer(chat, prompts), "batch": batch}
+
+    def plain(self) -> dict[str, Any]:
+        """One causal step a token."""
+        return self.decoded(Setting())
+
+    def window(self, window: int, prob: Sequence[float], entropy: Sequence[float]) -> list[dict[str, Any]]:
+        """Rows of all thresholds with windows of `window` tokens, and of self-speculation."""
+        base = Setting("prob_conf", window, max(prob))
+        written = self._decode(range(len(self.prompts)), base)
+        end = self.chat.end_tokens[-1]
+        texts = [[*t, end][: sum(a)] for t, a in zip(written.tokens, written.accepted, strict=True)]
+        progress = Progress(len(texts), f"prompts probed, n = {window}")
+        probes = probe(self.chat, self.encoded, texts, window=window, progress=progress)
+        settings = [Setting("prob_conf", window, t) for t in prob if t != base.threshold]
+        settings += [Setting("entropy_conf", window, t) for t in entropy]
+        settings.append(Setting("self_speculative", window))
+        rows = [self._row(base, written, len(self.prompts))]
+        for setting in settings:
+            accepted = [follow(text, seen, setting) for text, seen in zip(texts, probes, strict=True)]
+            left = [i for i, found in enumerate(accepted) if found is None]
+            again = self._decode(left, setting)
+            tokens = list(written.tokens)
+            for i, new, kept in zip(left, again.tokens, again.accepted, strict=True):
+                tokens[i], accepted[i] = new, kept
+            rows.append(self._row(setting, Decoded(tokens, [a or [] for a in accepted], 0.0), len(left)))
+        return rows
+
+    def decoded(self, setting: Setting) -> dict[str, Any]:
+        """The row of a setting with every prompt decoded."""
+        return self._row(setting, self._decode(range(len(self.prompts)), setting), len(self.prompts))
+
+    def _decode(self, which: Sequence[int], setting: Setting) -> Decoded:
+        if not which:
+            return Decoded([], [], 0.0)
+        progress = Progress(len(which), f"prompts, {setting.name}")
+        encoded = [self.encoded[i] for i in which]
+        return decode_prompts(self.chat, encoded, setting, progress=progress, **self.options)
+
+    def _row(self, setting: Setting, done: Decoded, decoded: int) -> dict[str, Any]:
+        exact = exact_of(self.chat, self.prompts, done)
+        tokens, passes = [sum(a) for a in done.accepted], [len(a) for a in done.accepted]
+        self.console.print(
+            f"{setting.name:28} {sum(tokens) / sum(passes):5.2f} tokens a pass {sum(exact) / len(exact):7.1%} exact"
+            f"   ({decoded} of {len(exact)} decoded)",
+            highlight=False,
+        )
+        threshold = setting.threshold if setting.alg.endswith("_conf") else None
+        return {
+            "alg": setting.alg,
+            "n": setting.window,
+            "threshold": threshold,
+            "exact": exact,
+            "tokens": tokens,
+            "passes": passes,
+            "decoded": decoded,
+        }
+
+
+def run(
+    chat: ChatModel,
+    prompts: Sequence[Prompt],
+    *,
+    windows: Sequence[int],
+    prob: Sequence[float],
+    entropy: Sequence[float],
+    batch: int,
+    console: Console,
+) -> list[dict[str, Any]]:
+    """All rows of a sweep; windows of one token only have the plain one."""
+    sweep = Sweep(chat, prompts, batch=batch, console=console)
+    rows = [sweep.plain()] if chat.config.target_shift else []  # without the shift a model was not trained for it
+    for window in windows:
+        if window > 1:
+            rows += sweep.window(window, prob, entropy)
+    return rows
+
+
+def windows_of(chat: ChatModel, given: Sequence[int] | None) -> list[int]:
+    """The windows asked for, or the block size of the model; CheckpointError where it cannot decode blocks."""
+    if chat.config.block_size is None:
+        if given:
+            raise CheckpointError("the model has no block_size: it is no SDLM", str(chat.folder), "leave out --windows")
+        return [1]
+    return list(given or [chat.config.block_size])
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line."""
+    example = "--model runs/quickstart/hf --prompts runs/quickstart/task/heldout.jsonl --out results"
+    parser = parser_of("evaluation.sweep", __doc__, example)
+    add_prompt_options(parser)
+    parser.add_argument("--windows", type=int, nargs="+", metavar="N", help="default: the trained block size")
+    parser.add_argument("--prob", type=float, nargs="+", default=PROB, help="thresholds of prob_conf")
+    parser.add_argument("--entropy", type=float, nargs="*", default=ENTROPY, help="thresholds of entropy_conf")
+    args = parser.parse_args(argv)
+    prompts = read_prompts(args.prompts, args.most)
+    chat, console = load_model(args), Console()
+    console.print(chat.describe(), highlight=False)
+    rows = run(
+        chat,
+        prompts,
+        windows=windows_of(chat, args.windows),
+        prob=args.prob,
+        entropy=args.entropy,
+        batch=args.batch,
+        console=console,
+    )
+    facts = facts_of(chat, parser.prog, argv, prompts=str(args.prompts), n_prompts=len(prompts))
+    write_json(args.out / "sweep.json", {"kind": "sweep", "model": str(args.model), "facts": facts, "rows": rows})
+    console.print(f"wrote {args.out / 'sweep.json'}", highlight=False)
+
+
+if __name__ == "__main__":
+    run_cli(main, sys.argv[1:])

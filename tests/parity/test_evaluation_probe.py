@@ -1,0 +1,170 @@
+"""The probe of a text against decoding for real, and the two commands that use it against loops by hand."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from evaluation import calibration, report, sweep, table
+from evaluation.decoding import Setting, decode_prompts
+from evaluation.probe import follow, probe
+from evaluation.prompts import Prompt, encode, encode_answer, read_prompts
+from sdlm_megatron.chat.model import ChatModel, load
+from sdlm_megatron.diffusion.decode import decode
+from sdlm_megatron.errors import DataError
+from tests.parity import exported
+
+ROOM = 24
+PROMPTS = [Prompt(text, "x") for text in ("count 12 to 15", "repeat spark 2", "spell cloud", "count 7 to 21")]
+SETTINGS = [
+    Setting("prob_conf", 4, 0.9),
+    Setting("prob_conf", 4, 0.5),
+    Setting("prob_conf", 4, 0.8, product=True),
+    Setting("entropy_conf", 4, 0.9),
+    Setting("self_speculative", 4),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return exported.export("trained_d4", tmp_path_factory.mktemp("probe") / "hf")
+
+
+@pytest.fixture(scope="module")
+def chat(folder: Path) -> ChatModel:
+    return load(folder, dtype="fp32", device="cpu")
+
+
+@pytest.mark.parametrize("options", [{}, {"causal_attn": True}, {"target_shift": False}], ids=str)
+def test_a_probe_foretells_what_decoding_does(chat: ChatModel, options: dict[str, Any]) -> None:
+    """A setting either writes the probed text, in the passes that were foretold, or is known to leave it."""
+    chat = replace(chat, config=replace(chat.config, **options))
+    encoded = [encode(chat, prompt) for prompt in PROMPTS]
+    base = decode_prompts(chat, encoded, Setting("prob_conf", 4, 0.999), max_new_tokens=ROOM)
+    texts = [[*t, chat.end_tokens[-1]][: sum(a)] for t, a in zip(base.tokens, base.accepted, strict=True)]
+    probes = probe(chat, encoded, texts, window=4, batch=3)
+    followed = 0
+    for setting in SETTINGS:
+        real = decode_prompts(chat, encoded, setting, max_new_tokens=ROOM)
+        for i, (text, seen) in enumerate(zip(texts, probes, strict=True)):
+            accepted = follow(text, seen, setting)
+            assert (accepted is not None) == (real.tokens[i] == base.tokens[i]), setting
+            if accepted is not None:
+                assert accepted == real.accepted[i], setting
+                followed += 1
+    assert followed > len(PROMPTS)  # else nothing was compared
+
+
+def test_without_the_shift_the_cache_changes_nothing(chat: ChatModel) -> None:
+    ids = torch.tensor([encode(chat, PROMPTS[0])])
+    options: dict[str, Any] = {"mask_token_id": chat.config.text_mask_token_id, "window": 4, "max_new_tokens": ROOM}
+    for alg in ("prob_conf", "self_speculative"):
+        for n in (4, 1):
+            found = [
+                decode(chat.model, ids, **(options | {"window": n}), alg=alg, threshold=0.5, target_shift=shift,
+                       use_cache=cached)
+                for shift, cached in ((False, True), (False, False), (True, True))
+            ]  # fmt: skip
+            assert (found[0].tokens, found[0].accepted) == (found[1].tokens, found[1].accepted)
+            if n > 1:
+                assert found[0].tokens != found[2].tokens  # the option does something
+
+
+@pytest.fixture(scope="module")
+def prompts(chat: ChatModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Half of the expected answers are those of decoding plainly, half are not."""
+    encoded = [encode(chat, prompt) for prompt in PROMPTS]
+    said = decode_prompts(chat, encoded, Setting(), max_new_tokens=ROOM)
+    path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
+    texts = [chat.tokenizer.decode(tokens) if i % 2 else "no such answer" for i, tokens in enumerate(said.tokens)]
+    rows = [{"prompt": p.text, "expected": text} for p, text in zip(PROMPTS, texts, strict=True)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_sweep_says_what_decoding_every_setting_says(folder: Path, prompts: Path, tmp_path: Path) -> None:
+    where = ["--model", str(folder), "--prompts", str(prompts), "--out", str(tmp_path), "--dtype", "fp32"]
+    sweep.main([*where, "--prob", "0.5", "0.95", "--entropy", "0.9"])
+    found = json.loads((tmp_path / "sweep.json").read_text())
+    assert found["kind"] == "sweep" and found["facts"]["n_prompts"] == len(PROMPTS)
+    chat = load(folder, dtype="fp32", device="cpu")
+    asked = read_prompts(prompts)
+    room = max(len(encode_answer(chat, prompt.expected)) for prompt in asked)
+    algs = [(row["alg"], row["n"], row["threshold"]) for row in found["rows"]]
+    assert sorted(algs, key=str) == sorted(
+        [("ar", 1, None), ("prob_conf", 4, 0.5), ("prob_conf", 4, 0.95), ("entropy_conf", 4, 0.9),
+         ("self_speculative", 4, None)], key=str
+    )  # fmt: skip
+    for row in found["rows"]:
+        setting = Setting(row["alg"], row["n"], 1.0 if row["threshold"] is None else row["threshold"])
+        for i, prompt in enumerate(asked):
+            alone = decode_prompts(chat, [encode(chat, prompt)], setting, max_new_tokens=room)
+            assert row["tokens"][i] == sum(alone.accepted[0]) and row["passes"][i] == len(alone.accepted[0])
+            assert row["exact"][i] == (chat.tokenizer.decode(alone.tokens[0]) == prompt.expected)
+    assert any(sum(row["exact"]) for row in found["rows"])
+
+
+def test_calibration_is_teacher_forcing(folder: Path, prompts: Path, tmp_path: Path) -> None:
+    where = ["--model", str(folder), "--prompts", str(prompts), "--out", str(tmp_path), "--dtype", "fp32"]
+    calibration.main(where)
+    slots = json.loads((tmp_path / "calibration.json").read_text())["slots"]
+    chat, asked = load(folder, dtype="fp32", device="cpu"), read_prompts(prompts)
+    right: list[list[int]] = [[] for _ in slots]
+    sure: list[list[float]] = [[] for _ in slots]
+    for prompt in asked:
+        ids, answer = encode(chat, prompt), encode_answer(chat, prompt.expected)
+        for at in range(len(answer) - len(slots) + 1):
+            # one pass behind the right tokens so far, keeping every slot
+            logits: list[torch.Tensor] = []
+            hook = chat.model.lm_head.register_forward_hook(lambda _, __, out, kept=logits: kept.append(out[0]))
+            decode(chat.model, torch.tensor([ids + answer[:at]]), mask_token_id=chat.config.text_mask_token_id or 0,
+                   window=len(slots), max_new_tokens=len(slots), threshold=0.0)  # fmt: skip
+            hook.remove()
+            chances = logits[0][-len(slots) :].float().softmax(-1)
+            for j in range(len(slots)):
+                right[j].append(int(chances[j].argmax()) == answer[at + j])
+                sure[j].append(float(chances[j].max()))
+    for j, slot in enumerate(slots):
+        assert slot["right"] == right[j] and slot["prob"] == pytest.approx(sure[j], abs=1e-4)
+
+
+def test_table_is_what_a_report_reads(folder: Path, prompts: Path, tmp_path: Path) -> None:
+    from sdlm_megatron.observe.evaluation import load_evaluation
+
+    out = tmp_path / "evaluation.json"
+    table.main(["--model", str(folder), "--prompts", str(prompts), "--thresholds", "0.5", "--out", str(out)])
+    found = load_evaluation(out)
+    assert [row["name"] for row in (*found["rows"], *found["baseline"])] == ["tau 0.50", "n = 1 (one token a pass)"]
+    chat, asked = load(folder, dtype=None, device="cpu"), read_prompts(prompts)
+    room = max(len(encode_answer(chat, prompt.expected)) for prompt in asked)
+    alone = [decode_prompts(chat, [encode(chat, prompt)], Setting(), max_new_tokens=room) for prompt in asked]
+    exact = [chat.tokenizer.decode(a.tokens[0]) == p.expected for a, p in zip(alone, asked, strict=True)]
+    assert any(exact) and found["baseline"][0]["exact"] == sum(exact) / len(exact)
+    assert found["sample"]["prompt"] == PROMPTS[0].text
+
+
+def test_report_measures_everything_once(folder: Path, prompts: Path, tmp_path: Path, capsys: Any) -> None:
+    where = ["--model", str(folder), "--prompts", str(prompts), "--out", str(tmp_path)]
+    small = ["--most", "2", "--timed", "2", "--contexts", "16", "--shots", "0", "1"]
+    sweep.main([*where, "--most", "2", "--prob", "0.5", "--entropy"])
+    before = (tmp_path / "sweep.json").read_bytes()
+    report.main([*where, *small])
+    out = capsys.readouterr().out
+    assert "[1/6] sweep: kept as it is" in out and (tmp_path / "sweep.json").read_bytes() == before
+    kinds = {json.loads(path.read_text())["kind"] for path in tmp_path.glob("*.json")}
+    assert kinds == {"sweep", "calibration", "speed", "context", "perplexity"}
+    html = (tmp_path / "index.html").read_text()
+    assert html.count("<img") >= 8 and "http://" not in html.replace("http://www.w3.org", "")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("{", "line 1"), ('{"prompt": "a", "expected": "b"}\n{"prompt": "a"}', "line 2"), ("", "no prompts")],
+)
+def test_prompts_that_are_none_are_named(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "p.jsonl").write_text(content)
+    with pytest.raises(DataError, match=message):
+        read_prompts(tmp_path / "p.jsonl")

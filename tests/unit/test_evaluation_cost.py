@@ -1,0 +1,254 @@
+"""evaluation.speed, evaluation.context and evaluation.perplexity on the oracle's tiny trained model."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from byte_tokenizer import definition, write_folder
+
+from evaluation import context, perplexity, speed
+from evaluation.command import exact_of, longest_answer
+from evaluation.decoding import Decoded
+from evaluation.prompts import Prompt, encode, encode_answer
+from sdlm_megatron.chat.model import ChatModel, load
+from sdlm_megatron.diffusion.decode import decode
+from sdlm_megatron.errors import ConfigError, DataError
+from tests.parity import decode_oracle as o
+from tests.parity.exported import CHAT
+
+SYSTEM = "<|im_start|>system\nbe brief.<|im_end|>\n"
+"""The tiny model knows conversations that begin so."""
+ASKED = ("count 12 to 15", "repeat spark 2", "spell cloud", "repeat river 2", "spell river", "weather in delhi")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = o.export("trained_d4", tmp_path_factory.mktemp("exported") / "sdlm")
+    write_folder(path)
+    (path / "tokenizer.json").write_text(json.dumps(definition()).replace("<tool_call>", "<text_mask>"))
+    settings = json.loads((path / "tokenizer_config.json").read_text())
+    (path / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": SYSTEM + CHAT}))
+    return path
+
+
+@pytest.fixture(scope="module")
+def chat(folder: Path) -> ChatModel:
+    return load(folder, dtype=None, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def prompts(chat: ChatModel) -> list[Prompt]:
+    """What the model itself says one token a pass is right, but for the second prompt."""
+    found = []
+    for text in ASKED:
+        ids = encode(chat, Prompt(text, "?"))
+        assert ids == o.prompt_ids(text)
+        answer = by_hand(chat, ids, 40).tokens[0]
+        found.append(Prompt(text, bytes(t for t in answer if t < 256).decode()))
+    found[1] = dataclasses.replace(found[1], expected="something else")
+    return found
+
+
+@pytest.fixture
+def file(prompts: list[Prompt], tmp_path: Path) -> Path:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": p.text, "expected": p.expected}) + "\n" for p in prompts))
+    return path
+
+
+def by_hand(chat: ChatModel, ids: list[int], room: int, *, n: int = 1, threshold: float = 1.0, alg: str = "prob_conf"):
+    """diffusion.decode of one prompt."""
+    return decode(
+        chat.model,
+        torch.tensor([ids]),
+        mask_token_id=o.MASK,
+        window=n,
+        alg=alg,
+        threshold=threshold,
+        max_new_tokens=room,
+        eos_token_ids=chat.end_tokens,
+    )
+
+
+def expected(chat: ChatModel, encoded: list[list[int]], prompts: list[Prompt], room: int, n: int, threshold: float):
+    """Exact answers, tokens and passes, prompt by prompt."""
+    exact, tokens, passes = [], [], []
+    for ids, prompt in zip(encoded, prompts, strict=True):
+        done = by_hand(chat, ids, room, n=n, threshold=threshold)
+        exact.append(int(bytes(t for t in done.tokens[0] if t < 256).decode(errors="replace") == prompt.expected))
+        tokens.append(len(done.tokens[0]))
+        passes.append(len(done.accepted[0]))
+    return exact, tokens, passes
+
+
+# --- speed
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_what_is_timed_is_decoding(chat: ChatModel, batch: int) -> None:
+    """A burst gives the tokens of diffusion.decode with the same settings, again and again with one cache."""
+    ids = o.prompt_ids("count 12 to 15")
+    filled = speed.Filled(chat, ids, batch)
+    kinds = [("causal", 1), ("window", 4), ("window", 2), ("self_speculative", 4), ("window_one", 4), ("window", 4)]
+    for what, n in kinds:
+        kind = speed.Timed(what, n)
+        seconds, tokens = filled.burst(kind, 3)
+        alg, threshold = kind.options["alg"], kind.options.get("threshold", 1.0)
+        wanted = decode(
+            chat.model,
+            torch.tensor([ids]),
+            mask_token_id=o.MASK,
+            window=n,
+            alg=alg,
+            threshold=threshold,
+            max_new_tokens=40,
+        )
+        kept = wanted.accepted[0][:4]  # the prompt's pass and the three that are timed
+        assert tokens == wanted.tokens[0][: sum(kept)]
+        assert seconds > 0
+        if what != "self_speculative":
+            assert kept == [n if what == "window" else 1] * 4
+
+
+def test_break_even_is_taken_round_by_round() -> None:
+    causal, window = speed.Timed("causal", 1, [1.0, 2.0, 4.0]), speed.Timed("window", 4, [1.5, 4.0, 6.0])
+    (row,) = speed.break_even([causal, window, speed.Timed("prefill", 4, [9.0])])
+    assert row == {"what": "window", "n": 4, "tokens": 1.5, "low": 1.5, "high": 1.75}
+
+
+def test_prompts_are_repeated_to_a_length() -> None:
+    assert speed.prompt_of_length([[1, 2], [3]], 5) == [1, 2, 3, 1, 2]
+
+
+def test_speed_command(chat: ChatModel, folder: Path, prompts: list[Prompt], file: Path, tmp_path: Path) -> None:
+    options = ["--n", "2", "--batches", "1", "3", "--contexts", "24", "--seconds", "0", "--threads", "1"]
+    speed.main(["--model", str(folder), "--prompts", str(file), "--out", str(tmp_path), *options])
+    result = json.loads((tmp_path / "speed.json").read_text())
+    assert (result["kind"], result["facts"]["n_prompts"], result["facts"]["block_size"]) == ("speed", len(prompts), 4)
+    found = [(p["what"], p["n"], p["batch"]) for p in result["passes"]]
+    single = [("causal", 1), *((what, n) for n in (4, 2) for what in ("window", "window_one")), ("self_speculative", 4)]
+    first = [("prefill", 1, 1), ("prefill", 4, 1)]
+    assert found == [*((*kind, 1) for kind in single), *first, *((*kind, 3) for kind in single)]
+    assert all(len(p["seconds"]) == speed.ROUNDS and min(p["seconds"]) > 0 for p in result["passes"])
+    assert [(r["what"], r["n"]) for r in result["break_even"]] == single[1:] * 2
+    room = longest_answer(chat, prompts)
+    encoded = [encode(chat, prompt) for prompt in prompts]
+    for row in result["decodes"]:
+        assert sum(row["parts"]) == pytest.approx(row["seconds"], abs=1e-3)
+        if row["alg"] in ("ar", "prob_conf"):
+            exact, tokens, passes = expected(chat, encoded, prompts, room, row["n"], row["threshold"] or 1.0)
+            assert (row["exact"], row["tokens"], row["passes"]) == (sum(exact), sum(tokens), sum(passes))
+    greedy, sure, *_, speculative = result["decodes"][:5]
+    assert greedy["exact"] == len(prompts) - 1  # as the fixture has it
+    assert greedy["tokens"] == greedy["passes"] > sure["passes"] > speculative["passes"]
+
+
+def test_a_plain_folder_decodes_one_token_a_pass(chat: ChatModel) -> None:
+    plain = dataclasses.replace(chat, config=dataclasses.replace(chat.config, block_size=None, text_mask_token_id=None))
+    assert (
+        [s.name for s in speed.settings_of(plain)] == [s.name for s in context.settings_of(plain, [0.9])] == ["n = 1"]
+    )
+    assert len(speed.settings_of(chat)) == 5
+
+
+def test_speed_names_what_is_too_long(folder: Path, file: Path, tmp_path: Path) -> None:
+    arguments = ["--model", str(folder), "--prompts", str(file), "--out", str(tmp_path)]
+    with pytest.raises(ConfigError, match="positions"):
+        speed.main([*arguments, "--contexts", "1000000"])
+    with pytest.raises(ConfigError, match="--batches"):
+        speed.main([*arguments, "--batches", "0"])
+
+
+# --- answers
+
+
+def test_exact_means_the_whole_text(chat: ChatModel) -> None:
+    prompts = [Prompt("a", "12, 13"), Prompt("a", "12, 13"), Prompt("a", "12 , 13")]
+    said = [list(b"12, 13"), list(b"12, 13."), list(b"12 , 13")]
+    assert exact_of(chat, prompts, Decoded(said, [[1]] * 3, 1.0)) == [1, 0, 1]
+    assert longest_answer(chat, prompts) == 8 and encode_answer(chat, "a") == [ord("a"), o.EOS]
+
+
+# --- context
+
+
+def test_context_command(chat: ChatModel, folder: Path, prompts: list[Prompt], file: Path, tmp_path: Path) -> None:
+    options = ["--most", "3", "--shots", "2", "0", "--thresholds", ".9", "--threads", "1"]
+    context.main(["--model", str(folder), "--prompts", str(file), "--out", str(tmp_path), *options])
+    result = json.loads((tmp_path / "context.json").read_text())
+    assert [(r["shots"], r["alg"], r["n"], r["threshold"]) for r in result["rows"]] == [
+        (shots, *setting) for shots in (0, 2) for setting in (("ar", 1, None), ("prob_conf", 4, 0.9))
+    ]
+    measured, pool = prompts[:3], prompts[3:]
+    for row in result["rows"]:
+        texts = []
+        for i, prompt in enumerate(measured):
+            shots = context.examples_of(pool, i, row["shots"])
+            turns = "".join(
+                f"<|im_start|>user\n{s.text}<|im_end|>\n<|im_start|>assistant\n{s.expected}<|im_end|>\n" for s in shots
+            )
+            texts.append(f"{SYSTEM}{turns}<|im_start|>user\n{prompt.text}<|im_end|>\n<|im_start|>assistant\n")
+        encoded = [chat.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+        assert row["context"] == pytest.approx(sum(map(len, encoded)) / 3, abs=0.05)
+        room = longest_answer(chat, measured)
+        wanted = expected(chat, encoded, measured, room, row["n"], row["threshold"] or 1.0)
+        assert (row["exact"], row["tokens"], row["passes"]) == wanted
+    assert result["rows"][0]["exact"] == [1, 0, 1]
+
+
+def test_examples_differ_and_the_nearest_stay() -> None:
+    pool = [Prompt(str(i), "x") for i in range(20)]
+    assert len({tuple(context.examples_of(pool, i, 3)) for i in range(10)}) == 10
+    assert context.examples_of(pool, 5, 8)[-3:] == context.examples_of(pool, 5, 3)
+    assert len(set(context.examples_of(pool, 5, 20))) == 20
+
+
+def test_too_few_examples_are_named(folder: Path, file: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="4 shots need as many examples behind the 3 prompts"):
+        arguments = ["--model", str(folder), "--prompts", str(file), "--out", str(tmp_path)]
+        context.main([*arguments, "--most", "3", "--shots", "4"])
+
+
+# --- perplexity
+
+
+def test_perplexity_command(chat: ChatModel, folder: Path, tmp_path: Path) -> None:
+    """By transformers' own loss of each piece, weighted with its tokens."""
+    (tmp_path / "a.txt").write_text("Count 12 to 15 <|im_end|> and on, 16 17 18.")
+    (tmp_path / "b.txt").write_text("short\n")
+    arguments = ["--model", str(folder), "--out", str(tmp_path), "--length", "10", "--most", "31", "--threads", "1"]
+    perplexity.main([*arguments, "--text", str(tmp_path / "a.txt"), str(tmp_path / "b.txt")])
+    rows = json.loads((tmp_path / "perplexity.json").read_text())["texts"]
+    ids = list((tmp_path / "a.txt").read_bytes())[:31]  # a spelt special token is text; the last piece has one token
+    with torch.no_grad():
+        losses = [
+            chat.model(input_ids=torch.tensor([ids[i : i + 10]]), labels=torch.tensor([ids[i : i + 10]])).loss.item()
+            for i in (0, 10, 20)
+        ]
+    assert (rows[0]["name"], rows[0]["tokens"]) == ("a.txt", 27)
+    assert rows[0]["nll"] == pytest.approx(sum(losses) / 3, rel=1e-4)
+    assert rows[0]["perplexity"] == pytest.approx(math.exp(rows[0]["nll"]))
+    assert (rows[1]["name"], rows[1]["tokens"]) == ("b.txt", 4)
+
+
+def test_texts_that_are_always_there() -> None:
+    texts = perplexity.texts_at_hand()
+    assert len(texts) >= 3 and len({text.name for text in texts}) == len(texts)
+    assert all(len(text.text) > 3000 and any(c.isdigit() for c in text.name) for text in texts)
+    assert texts == perplexity.texts_at_hand()
+
+
+def test_an_empty_text_is_named(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text(" \n")
+    with pytest.raises(DataError, match="empty"):
+        perplexity.main(["--model", str(folder), "--out", str(tmp_path), "--text", str(tmp_path / "empty.txt")])
+
+
+@pytest.mark.parametrize("command", [speed, context, perplexity], ids=lambda m: m.__name__)
+def test_help_has_an_example(command, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        command.main(["--help"])
+    assert f"example:\n  python -m {command.__name__}" in capsys.readouterr().out

@@ -1,0 +1,123 @@
+"""The page and the document made of synthetic results: everything inside, nothing fetched, wrong input named."""
+
+import json
+import re
+
+import pytest
+from helpers import REPO
+from made_results import PROMPTS, sweep, write_results
+
+from evaluation.facts import facts_of
+from evaluation.page import main as page
+from evaluation.results import exact_of, pick, points
+from evidence.campaign import read_campaign
+from evidence.document import fill
+from evidence.document import main as document
+from evidence.tables import TABLES
+from sdlm_megatron.errors import ConfigError, DataError
+
+SECTIONS = ["facts", "quality", "threshold", "differences", "reliability", "precision", "acceptance", "wall"]
+SECTIONS += ["overhead", "context", "perplexity"]
+
+
+def test_page_shows_all_results_of_two_models_and_their_seeds(tmp_path):
+    folders = [write_results(tmp_path / f"{n}-{s}", n=n, seed=10 * n + s) for n, s in ((1, 0), (2, 0), (2, 1))]
+    out = tmp_path / "made" / "index.html"
+    page([*map(str, folders), "--out", str(out), "--label", "AR", "D=2", "D=2"])
+    text = out.read_text()
+    assert re.findall(r'<section id="(\w+)"', text) == SECTIONS
+    assert text.count("data:image/png;base64,") == 10
+    assert not re.search(r'(src|href)="(?!data:)', text) and "nan" not in re.sub(r"base64,[^\"]*", "", text)
+    speed = points([json.loads((f / "sweep.json").read_text()) for f in folders[1:]])
+    swift = pick(speed, "prob_conf", 0.98)
+    assert f"{swift.speed.value:.2f} ({swift.speed.low:.2f} to {swift.speed.high:.2f})" in text
+
+
+def test_page_of_one_result_alone_has_its_sections_only(tmp_path):
+    folder = write_results(tmp_path / "d2", n=2)
+    for name in ("calibration", "speed", "context", "sweep"):
+        (folder / f"{name}.json").unlink()
+    page([str(folder), "--out", str(tmp_path / "a.html")])
+    assert re.findall(r'<section id="(\w+)"', (tmp_path / "a.html").read_text()) == ["facts", "perplexity"]
+
+
+def test_wrong_folders_and_labels_are_named(tmp_path):
+    with pytest.raises(DataError, match=r"no result file[\s\S]*empty"):
+        page([str(tmp_path / "empty"), "--out", str(tmp_path / "a.html")])
+    one, two = (write_results(tmp_path / name, n=1) for name in "ab")
+    with pytest.raises(ConfigError, match="1 labels for 2 folders"):
+        page([str(one), str(two), "--out", str(tmp_path / "a.html"), "--label", "x"])
+    value = json.loads((two / "sweep.json").read_text())
+    value["rows"] = [{**row, "exact": row["exact"][:-1]} for row in value["rows"]]
+    (two / "sweep.json").write_text(json.dumps(value))
+    with pytest.raises(DataError, match=f"{PROMPTS - 1} prompts here and {PROMPTS}"):
+        page([str(one), str(two), "--out", str(tmp_path / "a.html"), "--label", "x", "x"])
+    (two / "sweep.json").write_text("{")
+    with pytest.raises(DataError, match="cannot read JSON"):
+        page([str(two), "--out", str(tmp_path / "a.html")])
+
+
+def test_what_seeds_do_not_share_is_left_out():
+    import numpy as np
+
+    first, second = (sweep(np.random.default_rng(s), 4, 0.9) for s in (0, 1))
+    second["rows"] = [row for row in second["rows"] if row["threshold"] != 0.7]
+    given = points([first, second])
+    assert pick(given, "prob_conf", 0.7) is None and pick(given, "prob_conf", 0.8) is not None
+    assert exact_of([first, second], "prob_conf", 0.7) is None
+    assert exact_of([first, second], "ar", None) == [first["rows"][0]["exact"], second["rows"][0]["exact"]]
+
+
+@pytest.fixture(scope="module")
+def campaign(tmp_path_factory):
+    """Two seeds of two arms and the untouched model, on one task."""
+    folder = tmp_path_factory.mktemp("campaign")
+    for arm, n in (("ar", 1), ("d4", 2), ("unshifted", 2)):
+        for seed in (0, 1):
+            write_results(folder / f"{arm}-{seed}" / "json", n=n, seed=seed, quality=0.9 if n == 1 else 0.6)
+            (folder / f"{arm}-{seed}" / "perplexity.json").write_text(
+                (folder / f"{arm}-{seed}" / "json" / "perplexity.json").read_text()
+            )
+            (folder / f"{arm}-{seed}" / "facts.json").write_text(json.dumps({"arm": {}, "seed": seed, "seconds": 600}))
+    write_results(folder / "base" / "json", n=1, quality=0.0)
+    (folder / "tasks").mkdir()
+    return folder
+
+
+def test_document_fills_every_table_and_draws_every_picture(campaign, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("evidence.document.DPI", 30)  # small is quick
+    text = (REPO / "docs" / "evidence.md").read_text()
+    assert sorted(re.findall(r"<!-- table (\w+) -->", text)) == sorted(TABLES)
+    (tmp_path / "evidence.md").write_text(text)
+    document([str(campaign), "--out", str(tmp_path)])
+    shown = set(re.findall(r"\]\(evidence/([\w.]+)\)", text))
+    other = {name for name in shown if "categories" in name}  # not measured, and named
+    assert shown - other == {path.name for path in (tmp_path / "evidence").iterdir()}
+    assert f"pictures that are not there: {', '.join(sorted(other))}" in capsys.readouterr().out
+    filled = (tmp_path / "evidence.md").read_text()
+    assert "Not measured yet." not in filled and filled.count("\n| ---") == len(TABLES)
+    assert re.search(r"\| sentence to JSON \| SDLM, D = 4 \| n = 1 \| 2 \| -\d.*\| worse \|", filled)
+    strip = re.compile(r"(<!-- table \w+ -->).*?(<!-- end -->)", re.DOTALL)
+    assert strip.sub("", filled) == strip.sub("", text)  # the prose stays
+    assert fill(filled, read_campaign(campaign), "x")[0] == filled  # and a second time nothing changes
+
+
+def test_document_names_unknown_tables_and_empty_campaigns(campaign, tmp_path):
+    with pytest.raises(DataError, match="did you mean 'variants'"):
+        fill("<!-- table variant -->\n<!-- end -->", read_campaign(campaign), "x")
+    with pytest.raises(DataError, match="no results"):
+        document([str(tmp_path), "--out", str(tmp_path)])
+
+
+def test_facts_name_the_command_and_the_model(tmp_path):
+    from types import SimpleNamespace
+
+    import torch
+
+    model = torch.nn.Linear(2, 3)
+    model.device, model.dtype = torch.device("cpu"), torch.float32
+    chat = SimpleNamespace(model=model, config=SimpleNamespace(block_size=None, causal_attn=False))
+    facts = facts_of(chat, "python -m x", ["--model", "a b"], prompts="p.jsonl")
+    assert facts["command"].endswith("--model 'a b'") and facts["parameters"] == 9 and facts["block_size"] == 1
+    assert facts["prompts"] == "p.jsonl" and facts["torch"] == torch.__version__
+    json.dumps(facts)
