@@ -1,7 +1,7 @@
 """The OpenCompass wrapper in OpenCompass' own environment, against loops written by hand in ours.
 
-OpenCompass cannot be installed beside this project (the documentation of evaluation has the commands). Its
-interpreter is named by OPENCOMPASS_PYTHON; without it these tests are skipped.
+OpenCompass cannot be installed beside this project (docs/evaluation.md has the commands). Its interpreter is named by
+OPENCOMPASS_PYTHON; without it these tests are skipped.
 """
 
 import csv
