@@ -44,3 +44,5 @@ models = [
     }
     for alg, threshold in (("prob_conf", 0.98), ("ar", 1.0))
 ]
+
+del os  # what a config names at its end is written into the run's folder

@@ -57,6 +57,7 @@ def run(where: Path, *words: str, **env: str) -> None:
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 
+@pytest.mark.timeout(900)  # it imports itself in five processes
 @pytest.mark.slow
 def test_a_config_end_to_end_equals_a_loop_by_hand(tmp_path: Path, folder: Path, chat: ChatModel) -> None:
     ways = {"sdlm-prob_conf-0.98": {"threshold": 0.98}, "sdlm-ar-1.0": {"alg": "ar", "window": 1}}
