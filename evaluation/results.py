@@ -104,7 +104,7 @@ def _shared(seeds: Sequence[Sequence[Result]], *more: str) -> list[tuple[tuple[A
 
 def points(sweeps: Sequence[Result]) -> list[Point]:
     """The settings that all sweeps of a label have, with intervals over prompts and seeds."""
-    distinct = len({sweep["facts"].get("prompts") for sweep in sweeps}) == len(sweeps)
+    distinct = len({sweep.get("facts", {}).get("prompts") for sweep in sweeps}) == len(sweeps)
     return [
         Point(
             key[0],
