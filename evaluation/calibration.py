@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from evaluation.command import Progress, add_prompt_options, load_model, parser_of
 from evaluation.facts import facts_of
@@ -21,7 +20,7 @@ from sdlm_megatron.errors import CheckpointError, run_cli
 from sdlm_megatron.files import write_json
 
 
-def slots_of(chat: ChatModel, prompts: Sequence[Prompt], window: int, batch: int, console: Console) -> list[dict]:
+def slots_of(chat: ChatModel, prompts: Sequence[Prompt], window: int, batch: int) -> list[dict]:
     """Confidences and correctness of each slot, over the places where every slot has a target."""
     answers = [encode_answer(chat, prompt.expected) for prompt in prompts]
     encoded = [encode(chat, prompt) for prompt in prompts]
@@ -46,23 +45,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_prompt_options(parser)
     args = parser.parse_args(argv)
     prompts = read_prompts(args.prompts, args.most)
-    chat, console = load_model(args), Console()
+    chat = load_model(args)
     if chat.config.block_size is None:
         fix = "name a folder that a training run was exported to"
         raise CheckpointError("the model has no block_size: it is no SDLM", str(args.model), fix)
-    console.print(chat.describe(), highlight=False)
-    slots = slots_of(chat, prompts, chat.config.block_size, args.batch, console)
+    print(chat.describe())
+    slots = slots_of(chat, prompts, chat.config.block_size, args.batch)
     for slot in slots:
         share = sum(slot["right"]) / len(slot["right"])
         sure = sum(slot["prob"]) / len(slot["prob"])
-        console.print(
-            f"slot {slot['slot'] + 1}   {share:6.1%} right, {sure:6.1%} sure   ({len(slot['right'])} places)",
-            highlight=False,
-        )
+        print(f"slot {slot['slot'] + 1}   {share:6.1%} right, {sure:6.1%} sure   ({len(slot['right'])} places)")
     facts = facts_of(chat, parser.prog, argv, prompts=str(args.prompts), n_prompts=len(prompts))
     value = {"kind": "calibration", "model": str(args.model), "facts": facts, "slots": slots}
     write_json(args.out / "calibration.json", value)
-    console.print(f"wrote {args.out / 'calibration.json'}", highlight=False)
+    print(f"wrote {args.out / 'calibration.json'}")
 
 
 if __name__ == "__main__":

@@ -9,8 +9,6 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from rich.console import Console
-
 from evaluation.command import Progress, add_prompt_options, exact_of, load_model, longest_answer, parser_of
 from evaluation.decoding import Decoded, Setting, decode_prompts
 from evaluation.facts import facts_of
@@ -28,8 +26,8 @@ ENTROPY = (0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999)
 class Sweep:
     """The settings of one window over the same prompts."""
 
-    def __init__(self, chat: ChatModel, prompts: Sequence[Prompt], *, batch: int, console: Console) -> None:
-        self.chat, self.prompts, self.console = chat, prompts, console
+    def __init__(self, chat: ChatModel, prompts: Sequence[Prompt], *, batch: int) -> None:
+        self.chat, self.prompts = chat, prompts
         self.encoded = [encode(chat, prompt) for prompt in prompts]
         self.options: dict[str, Any] = {"max_new_tokens": longest_answer(chat, prompts), "batch": batch}
 
@@ -73,10 +71,10 @@ class Sweep:
     def _row(self, setting: Setting, done: Decoded, decoded: int) -> dict[str, Any]:
         exact = exact_of(self.chat, self.prompts, done)
         tokens, passes = [sum(a) for a in done.accepted], [len(a) for a in done.accepted]
-        self.console.print(
+        print(
             f"{setting.name:28} {sum(tokens) / sum(passes):5.2f} tokens a pass {sum(exact) / len(exact):7.1%} exact"
             f"   ({decoded} of {len(exact)} decoded)",
-            highlight=False,
+            flush=True,
         )
         threshold = setting.threshold if setting.alg.endswith("_conf") else None
         return {
@@ -98,10 +96,9 @@ def run(
     prob: Sequence[float],
     entropy: Sequence[float],
     batch: int,
-    console: Console,
 ) -> list[dict[str, Any]]:
     """All rows of a sweep; windows of one token only have the plain one."""
-    sweep = Sweep(chat, prompts, batch=batch, console=console)
+    sweep = Sweep(chat, prompts, batch=batch)
     rows = [sweep.plain()] if chat.config.target_shift else []  # without the shift a model was not trained for it
     for window in windows:
         if window > 1:
@@ -128,8 +125,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--entropy", type=float, nargs="*", default=ENTROPY, help="thresholds of entropy_conf")
     args = parser.parse_args(argv)
     prompts = read_prompts(args.prompts, args.most)
-    chat, console = load_model(args), Console()
-    console.print(chat.describe(), highlight=False)
+    chat = load_model(args)
+    print(chat.describe())
     rows = run(
         chat,
         prompts,
@@ -137,11 +134,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         prob=args.prob,
         entropy=args.entropy,
         batch=args.batch,
-        console=console,
     )
     facts = facts_of(chat, parser.prog, argv, prompts=str(args.prompts), n_prompts=len(prompts))
     write_json(args.out / "sweep.json", {"kind": "sweep", "model": str(args.model), "facts": facts, "rows": rows})
-    console.print(f"wrote {args.out / 'sweep.json'}", highlight=False)
+    print(f"wrote {args.out / 'sweep.json'}")
 
 
 if __name__ == "__main__":
