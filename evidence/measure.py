@@ -93,9 +93,9 @@ def clock_jobs(model: Path, tasks: Sequence[Path], plan: Plan) -> list[Job]:
     jobs = []
     for task in tasks:
         folder, out = model / "hf", model / task.stem
-        where = ("--model", str(folder), "--prompts", str(out / "prompts.jsonl"), "--out", str(out))
-        where = (*where, "--most", str(plan.few // 2))
-        jobs += [Job(module, where, model / task.stem / f"{module}.json") for module in ("speed", "context")]
+        files = ("--model", str(folder), "--prompts", str(out / "prompts.jsonl"), "--out", str(out))
+        options = (*files, "--most", str(plan.few // 2))
+        jobs += [Job(module, options, model / task.stem / f"{module}.json") for module in ("speed", "context")]
     return jobs
 
 
