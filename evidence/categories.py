@@ -3,9 +3,9 @@
     Sort into food, tool, animal and vehicle: hammer, apple, horse, bus.
     {"food":"apple","tool":"hammer","animal":"horse","vehicle":"bus"}
 
-Held out is what a hash says, as in quickstart.task: each word goes through SHA-256, and one in four hash values
-belongs to the held-out part. A held-out prompt has held-out words only, a training prompt none of them: what category
-they belong to was never trained on, it has to come from what the model knew before.
+Which word belongs where is not in the prompt: the model has to know it, from before or from the training prompts. Held
+out is what a hash says, as in quickstart.task: the words, sorted, go through SHA-256, and one in eight hash values
+belongs to the held-out part. So no held-out prompt has the four words of a training prompt, in whatever order.
 """
 
 import hashlib
@@ -14,8 +14,8 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-HELD_OUT_SHARE = 4
-"""One in this many words is held out."""
+from quickstart.task import HELD_OUT_SHARE
+
 SORTED_AT_A_TIME = 4
 
 WORDS = {
@@ -40,29 +40,31 @@ WORDS = {
 
 @dataclass(frozen=True)
 class Sorting:
-    """One conversation: what the user writes and the one right answer."""
+    """One conversation: what the user writes, the one right answer, and the words in it."""
 
     prompt: str
     answer: str
+    words: tuple[str, ...]
+
+    @property
+    def held_out(self) -> bool:
+        """Whether the hash of the words puts the prompt in the held-out part."""
+        digest = hashlib.sha256(" ".join(sorted(self.words)).encode()).digest()
+        return int.from_bytes(digest[:8], "big") % HELD_OUT_SHARE == 0
 
 
-def held_out(word: str) -> bool:
-    """Whether the hash of the word puts it in the held-out part."""
-    digest = hashlib.sha256(word.encode()).digest()
-    return int.from_bytes(digest[:8], "big") % HELD_OUT_SHARE == 0
-
-
-def sortings(seed: int, *, of_held_out: bool) -> Iterator[Sorting]:
-    """Endless distinct prompts of one part; a pure function of the arguments."""
-    rng = random.Random(f"categories, {seed}, {of_held_out}")
-    words = {name: [word for word in text.split() if held_out(word) == of_held_out] for name, text in WORDS.items()}
-    seen: set[str] = set()
+def sortings(seed: int) -> Iterator[Sorting]:
+    """Endless prompts with distinct words; a pure function of `seed`."""
+    rng = random.Random(f"categories, {seed}")
+    words = {name: text.split() for name, text in WORDS.items()}
+    seen: set[tuple[str, ...]] = set()
     while True:
         names = rng.sample(sorted(words), SORTED_AT_A_TIME)
         picked = {name: rng.choice(words[name]) for name in names}
         shown = list(picked.values())
         rng.shuffle(shown)
         prompt = f"Sort into {', '.join(names[:-1])} and {names[-1]}: {', '.join(shown)}."
-        if prompt not in seen:
-            seen.add(prompt)
-            yield Sorting(prompt, json.dumps(picked, separators=(",", ":")))
+        key = tuple(sorted(shown))
+        if key not in seen:
+            seen.add(key)
+            yield Sorting(prompt, json.dumps(picked, separators=(",", ":")), key)

@@ -1,7 +1,7 @@
 """Trains the models that docs/evidence.md compares: SmolLM2-135M-Instruct in several ways, with several seeds.
 
 Every model of a seed is trained on the same conversations, each once: two tasks mixed, sentence -> JSON (copying, a
-fixed form) and words -> categories (the answer needs what the model knows). Run again to go on: what is done is kept.
+fixed form) and words -> categories (which is not in the prompt). Run again to go on: what is done is kept.
 The models are OUT/ARM-SEED/hf, OUT/tasks holds the held-out prompts of both tasks.
 """
 
@@ -21,9 +21,9 @@ from pathlib import Path
 import yaml
 
 from evidence.arms import ARMS, DOCUMENTS_PER_STEP, MAIN, VARIANTS, Arm
-from evidence.categories import sortings
+from evidence.categories import Sorting, sortings
 from quickstart.base_model import make_smollm2
-from quickstart.task import examples
+from quickstart.task import Example, examples
 from sdlm_megatron.data.tokenizer import special_token_id, vocabulary_size
 from sdlm_megatron.errors import UserError, run_cli
 from sdlm_megatron.files import write_json, write_text
@@ -45,9 +45,8 @@ class Budget:
 
 def conversations(task: str, seed: int, *, held_out: bool) -> Iterator[dict[str, str]]:
     """Endless conversations of a task, {prompt, answer}; see quickstart.task and evidence.categories."""
-    if task == "json":
-        return ({"prompt": one.prompt, "answer": one.answer} for one in examples(seed) if one.held_out == held_out)
-    return ({"prompt": one.prompt, "answer": one.answer} for one in sortings(seed, of_held_out=held_out))
+    source: Iterator[Example] | Iterator[Sorting] = examples(seed) if task == "json" else sortings(seed)
+    return ({"prompt": one.prompt, "answer": one.answer} for one in source if one.held_out == held_out)
 
 
 def write_tasks(out: Path, budget: Budget) -> None:
