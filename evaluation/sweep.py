@@ -15,6 +15,7 @@ from evaluation.facts import facts_of
 from evaluation.probe import follow, probe
 from evaluation.prompts import Prompt, encode, read_prompts
 from sdlm_megatron.chat.model import ChatModel
+from sdlm_megatron.diffusion.decode import ALGORITHMS
 from sdlm_megatron.errors import CheckpointError, run_cli
 from sdlm_megatron.files import write_json
 
@@ -55,7 +56,7 @@ class Sweep:
             for i, new, kept in zip(left, again.tokens, again.accepted, strict=True):
                 tokens[i], accepted[i] = new, kept
             rows.append(self._row(setting, Decoded(tokens, [a or [] for a in accepted], 0.0), len(left)))
-        return rows
+        return sorted(rows, key=lambda row: (ALGORITHMS.index(row["alg"]), row["threshold"] or 0))
 
     def decoded(self, setting: Setting) -> dict[str, Any]:
         """The row of a setting with every prompt decoded."""
