@@ -43,7 +43,9 @@ def measure(group: Group, seconds: float) -> dict:
         {"backend", "gbs": bus bandwidth in GB/s, "tflops": one a process, [] if not asked for or without GPUs},
         or {"error": text} when they fail or take longer than `seconds`; they are gone in any case.
     """
-    context = multiprocessing.get_context("fork")  # torch is loaded; CUDA is not yet in use in this process
+    # Not forked from here: one in a hundred measurements hung when this process held a store, with its thread.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])  # so torch is imported once
     started, pipes = [], []
     for local in range(group.ranks):
         mine, its = context.Pipe()
