@@ -30,7 +30,6 @@ from data_prep.config import PRESETS, BuildConfig, SourceConfig, check
 from data_prep.documents import UnitResult, load_result, tokenize_unit
 from data_prep.planning import Plan, make_plan
 from data_prep.pool import cpus, work_on
-from data_prep.progress import track
 from data_prep.readers import LINES, Unit, plan
 from data_prep.report import dry_run, report
 from data_prep.rows import Part, RowWriter, cut_parts, load_part
@@ -42,6 +41,7 @@ from sdlm_megatron.data.format import PartInfo, seal
 from sdlm_megatron.data.tokenizer import fingerprint, special_token_id, vocabulary_size
 from sdlm_megatron.errors import ConfigError, DataError, run_cli
 from sdlm_megatron.files import write_json, write_text
+from sdlm_megatron.progress import track
 
 ROW_BYTES = 2500
 """Bytes of a line, about: rows of a file of lines are not counted before they are read."""

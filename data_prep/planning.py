@@ -21,11 +21,11 @@ import numpy as np
 from data_prep.config import BuildConfig, SourceConfig
 from data_prep.documents import DOCUMENT, UnitResult, unit_file
 from data_prep.packing import BestFit, PackedRows
-from data_prep.progress import Advance
 from data_prep.readers import Unit
 from sdlm_megatron.data.order import shuffled_many
 from sdlm_megatron.errors import DataError
 from sdlm_megatron.files import fsync, write_json
+from sdlm_megatron.progress import Advance
 
 INDEX = np.dtype(
     [

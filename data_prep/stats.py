@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
-from data_prep.progress import track
 from data_prep.row_rules import Facts, read_row
 from data_prep.stats_page import Sample, page
 from sdlm_megatron.data.format import PackedDataset
 from sdlm_megatron.errors import DataError, run_cli
 from sdlm_megatron.files import write_text
+from sdlm_megatron.progress import track
 
 SAMPLE = 20_000
 """Rows that are read unless more are asked for."""

@@ -20,11 +20,11 @@ import numpy as np
 from rich.console import Console
 
 from data_prep.pool import cpus, work_on
-from data_prep.progress import track
 from data_prep.row_rules import ROW_RULES, Facts, check_row, check_targets
 from sdlm_megatron.data.format import KINDS, Counts, PartReader, prefix, read_manifest
 from sdlm_megatron.diffusion.layout import IGNORE, slot_targets
 from sdlm_megatron.errors import DataError, run_cli
+from sdlm_megatron.progress import track
 
 RULES = {
     "files": "every file of the manifest is there, with its size and sha256",

@@ -10,22 +10,24 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from rich.console import Console
 
-from evaluation.command import Progress, add_prompt_options, load_model, parser_of
+from evaluation.command import add_prompt_options, load_model, parser_of
 from evaluation.facts import facts_of
 from evaluation.probe import probe
 from evaluation.prompts import Prompt, encode, encode_answer, read_prompts
 from sdlm_megatron.chat.model import ChatModel
 from sdlm_megatron.errors import CheckpointError, run_cli
 from sdlm_megatron.files import write_json
+from sdlm_megatron.progress import track
 
 
 def slots_of(chat: ChatModel, prompts: Sequence[Prompt], window: int, batch: int) -> list[dict]:
     """Confidences and correctness of each slot, over the places where every slot has a target."""
     answers = [encode_answer(chat, prompt.expected) for prompt in prompts]
     encoded = [encode(chat, prompt) for prompt in prompts]
-    progress = Progress(len(prompts), "prompts probed")
-    probes = probe(chat, encoded, answers, window=window, batch=batch, progress=progress)
+    with track("probe", len(prompts), "prompts", Console()) as advance:
+        probes = probe(chat, encoded, answers, window=window, batch=batch, progress=advance)
     slots: list[dict[str, Any]] = [{"slot": j, "prob": [], "entropy": [], "right": []} for j in range(window)]
     for answer, seen in zip(answers, probes, strict=True):
         wanted = torch.tensor(answer)

@@ -1,9 +1,7 @@
 """What the commands of this package share: their options, the model they load, lines of progress."""
 
 import argparse
-import sys
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -32,12 +30,30 @@ def parser_of(module: str, description: str | None, example: str) -> argparse.Ar
     return parser
 
 
+def at_least(least: int) -> Callable[[str], int]:
+    """A whole number of an option, not below `least`."""
+
+    def number(text: str) -> int:
+        if int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text} is below {least}")
+        return int(text)
+
+    return number
+
+
+def threshold(text: str) -> float:
+    """A confidence of an option, 0 to 1."""
+    if not 0 <= float(text) <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return float(text)
+
+
 def add_prompt_options(parser: argparse.ArgumentParser) -> None:
     """--prompts, --most and --batch."""
     add = parser.add_argument
     add("--prompts", type=Path, required=True, metavar="JSONL", help='lines of {"prompt": …, "expected": …}')
-    add("--most", type=int, default=0, metavar="N", help="use the first so many prompts; default: all")
-    add("--batch", type=int, default=64, metavar="B", help="prompts at a time; default: 64")
+    add("--most", type=at_least(0), default=0, metavar="N", help="use the first so many prompts; default: all")
+    add("--batch", type=at_least(1), default=64, metavar="B", help="prompts at a time; default: 64")
 
 
 def load_model(args: argparse.Namespace) -> ChatModel:
@@ -72,27 +88,8 @@ def longest_answer(chat: ChatModel, prompts: Sequence[Prompt]) -> int:
 
 def exact_of(chat: ChatModel, prompts: Sequence[Prompt], decoded: Decoded) -> list[int]:
     """1 where the whole answer equals the expected text, else 0."""
-    texts = [chat.tokenizer.decode(tokens, clean_up_tokenization_spaces=False) for tokens in decoded.tokens]
+    texts = [
+        chat.tokenizer.decode([t for t in tokens if t not in chat.end_tokens], clean_up_tokenization_spaces=False)
+        for tokens in decoded.tokens
+    ]
     return [int(text == prompt.expected) for text, prompt in zip(texts, prompts, strict=True)]
-
-
-class Progress:
-    """A line on standard error every few seconds, with the time that is left."""
-
-    EVERY = 5.0
-    """Seconds."""
-
-    def __init__(self, total: float, unit: str) -> None:
-        self.total, self.unit, self.done = total, unit, 0.0
-        self.started = self.shown = time.monotonic()
-
-    def __call__(self, amount: float = 1) -> None:
-        """`amount` more is done."""
-        self.done += amount
-        now = time.monotonic()
-        if now - self.shown < self.EVERY and self.done < self.total - 1e-6:
-            return
-        self.shown = now
-        left = (now - self.started) / self.done * max(0.0, self.total - self.done)
-        share = f"{self.done / self.total:.0%} of {self.total:,.0f} {self.unit}"
-        print(f"{share}, {left / 60:.1f} min left", file=sys.stderr, flush=True)

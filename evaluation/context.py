@@ -10,13 +10,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from evaluation.command import Progress, check_room, exact_of, load_model, longest_answer, parser_of
+from rich.console import Console
+
+from evaluation.command import check_room, exact_of, load_model, longest_answer, parser_of
 from evaluation.decoding import Setting, decode_prompts
 from evaluation.facts import facts_of
 from evaluation.prompts import Prompt, encode, read_prompts
 from sdlm_megatron.chat.model import ChatModel
 from sdlm_megatron.errors import ConfigError, DataError, run_cli
 from sdlm_megatron.files import write_json
+from sdlm_megatron.progress import track
 
 BATCH_TOKENS = 8192
 """Prompt tokens of a batch, about: what its masks and cache take grows with them."""
@@ -127,7 +130,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_room(chat, longest + longest_answer(chat, measured) + (chat.config.block_size or 1), "--shots")
     settings = settings_of(chat, args.thresholds)
     tokens = len(settings) * sum(len(ids) for rows in encoded.values() for ids in rows)
-    rows = measure(chat, encoded, measured, settings, Progress(tokens, "prompt tokens"))
+    with track("decode", tokens, "prompt tokens", Console()) as advance:
+        rows = measure(chat, encoded, measured, settings, advance)
     facts = facts_of(chat, parser.prog, argv, prompts=str(args.prompts), n_prompts=len(measured))
     write_json(args.out / "context.json", {"kind": "context", "model": str(args.model), "facts": facts, "rows": rows})
 

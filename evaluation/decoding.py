@@ -8,7 +8,6 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from sdlm_megatron.chat.model import ChatModel
-from sdlm_megatron.diffusion.decode import decode
 
 
 @dataclass(frozen=True)
@@ -36,9 +35,9 @@ class Decoded:
     """What came out, prompt by prompt in the order given."""
 
     tokens: list[list[int]]
-    """Without the end token."""
+    """With the end token, if one came."""
     accepted: list[list[int]]
-    """Tokens kept in each pass, end token included."""
+    """Tokens kept in each pass."""
     seconds: float
     """Of all prompts together."""
 
@@ -65,23 +64,17 @@ def decode_prompts(
     for start in range(0, len(order), batch):
         part = order[start : start + batch]
         rows = [torch.tensor(encoded[i], device=chat.model.device) for i in part]
-        with torch.inference_mode():
-            done = decode(
-                chat.model,
-                pad_sequence(rows, batch_first=True),
-                mask_token_id=chat.config.text_mask_token_id or 0,  # unused where the window is 1
-                window=setting.window,
-                alg=setting.alg,
-                threshold=setting.threshold,
-                product=setting.product,
-                max_new_tokens=max_new_tokens,
-                eos_token_ids=chat.end_tokens,
-                attention_mask=pad_sequence([torch.ones_like(row) for row in rows], batch_first=True),
-                **chat.config.window_options,
-            )
+        done = chat.decode(
+            pad_sequence(rows, batch_first=True),
+            attention_mask=pad_sequence([torch.ones_like(row) for row in rows], batch_first=True),
+            window=setting.window,
+            alg=setting.alg,
+            threshold=setting.threshold,
+            product=setting.product,
+            max_new_tokens=max_new_tokens,
+        )
         for i, kept, counts in zip(part, done.tokens, done.accepted, strict=True):
-            tokens[i] = [token for token in kept if token not in chat.end_tokens]
-            accepted[i] = counts
+            tokens[i], accepted[i] = kept, counts
         if progress is not None:
             progress(len(part))
     return Decoded(tokens, accepted, time.perf_counter() - started)

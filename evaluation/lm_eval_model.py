@@ -20,7 +20,7 @@ from torch import Tensor
 
 from evaluation.decoding import Setting
 from sdlm_megatron.chat.model import DTYPES, ChatModel, Settings, load, warp_of
-from sdlm_megatron.diffusion.decode import ALGORITHMS, Decoded, decode
+from sdlm_megatron.diffusion.decode import ALGORITHMS, Decoded
 from sdlm_megatron.errors import ConfigError
 
 HARNESS_ARGS = (
@@ -160,23 +160,19 @@ class SDLM(HFLM):
         )
 
     def _decode(self, ids: Tensor, mask: Tensor, settings: Settings, stop: Sequence[str]) -> Decoded:
-        with torch.inference_mode():
-            return decode(
-                self.chat.model,
-                ids,
-                attention_mask=mask,
-                mask_token_id=self.chat.config.text_mask_token_id or 0,  # unused where the window is 1
-                window=settings.window,
-                alg=settings.alg,
-                threshold=settings.threshold,
-                product=settings.product,
-                max_new_tokens=settings.max_new_tokens,
-                eos_token_ids=self.end_tokens,
-                **self.chat.config.window_options,
-                warp=warp_of(settings),
-                seed=settings.seed,
-                stop=self.chat.stop_at(stop) if stop else None,
-            )
+        return self.chat.decode(
+            ids,
+            attention_mask=mask,
+            window=settings.window,
+            alg=settings.alg,
+            threshold=settings.threshold,
+            product=settings.product,
+            max_new_tokens=settings.max_new_tokens,
+            eos_token_ids=self.end_tokens,
+            warp=warp_of(settings),
+            seed=settings.seed,
+            stop=self.chat.stop_at(stop) if stop else None,
+        )
 
     def _ended(
         self, row: int, context: Tensor, mask: Tensor, settings: Settings, done: Decoded

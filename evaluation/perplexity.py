@@ -19,12 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 
-from evaluation.command import Progress, check_room, load_model, parser_of
+from evaluation.command import check_room, load_model, parser_of
 from evaluation.facts import facts_of
 from sdlm_megatron.chat.model import ChatModel
 from sdlm_megatron.errors import ConfigError, DataError, run_cli
 from sdlm_megatron.files import write_json
+from sdlm_megatron.progress import track
 
 MODULES = ("argparse", "copy", "heapq", "re", "sched", "shelve", "socketserver", "timeit", "unittest")
 """Of Python's library: their docstrings are long, and mostly prose."""
@@ -122,7 +124,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not pieces:
             raise DataError("the text has only one token", text.name, "give a longer one")
     total = sum(len(piece) for _, pieces in cut for piece in pieces)
-    rows = measure(chat, cut, Progress(total, "tokens"))
+    with track("read", total, "tokens", Console()) as advance:
+        rows = measure(chat, cut, advance)
     facts = facts_of(chat, parser.prog, argv, length=args.length)
     result = {"kind": "perplexity", "model": str(args.model), "facts": facts, "texts": rows}
     write_json(args.out / "perplexity.json", result)

@@ -17,9 +17,10 @@ from statistics import quantiles
 from typing import Any
 
 import torch
+from rich.console import Console
 from torch import Tensor
 
-from evaluation.command import Progress, check_room, exact_of, load_model, longest_answer, parser_of
+from evaluation.command import check_room, exact_of, load_model, longest_answer, parser_of
 from evaluation.decoding import Setting, decode_prompts
 from evaluation.facts import facts_of
 from evaluation.prompts import Prompt, encode, read_prompts
@@ -29,6 +30,7 @@ from sdlm_megatron.diffusion.decode_model import TransformersProposer
 from sdlm_megatron.diffusion.decode_step import Step
 from sdlm_megatron.errors import ConfigError, run_cli
 from sdlm_megatron.files import write_json
+from sdlm_megatron.progress import track
 
 PASSES = 3
 """Passes of one repetition, after the one that meets the prompt."""
@@ -129,15 +131,7 @@ def prompt_of_length(encoded: Sequence[Sequence[int]], length: int) -> list[int]
 def time_prefill(chat: ChatModel, ids: Sequence[int], n: int) -> float:
     """Seconds until the first token of one prompt is there."""
     started = time.perf_counter()
-    with torch.inference_mode():
-        decode(
-            chat.model,
-            torch.tensor([ids], device=chat.model.device),
-            mask_token_id=chat.config.text_mask_token_id or 0,
-            window=n,
-            max_new_tokens=1,
-            **chat.config.window_options,
-        )
+    chat.decode(torch.tensor([ids], device=chat.model.device), window=n, max_new_tokens=1)
     return time.perf_counter() - started
 
 
@@ -269,18 +263,19 @@ def measure(chat: ChatModel, prompts: Sequence[Prompt], args: argparse.Namespace
     timed = prompts[: args.most]
     passes: list[dict[str, Any]] = []
     even: list[dict[str, Any]] = []
-    progress = Progress(len(points), "batches and contexts")
-    for batch, context in points:
-        found = time_passes(chat, prompt_of_length(encoded, context), batch, windows, args.seconds, progress)
-        where = {"batch": batch, "context": context}
-        for kind in found:
-            seconds = [round(x, 6) for x in kind.seconds]
-            passes.append({"what": kind.what, "n": kind.n, **where, "seconds": seconds})
-        even += [{**row, **where} for row in break_even(found)]
+    with track("passes", len(points), "batches and contexts", Console()) as advance:
+        for batch, context in points:
+            found = time_passes(chat, prompt_of_length(encoded, context), batch, windows, args.seconds, advance)
+            where = {"batch": batch, "context": context}
+            for kind in found:
+                seconds = [round(x, 6) for x in kind.seconds]
+                passes.append({"what": kind.what, "n": kind.n, **where, "seconds": seconds})
+            even += [{**row, **where} for row in break_even(found)]
     decodes: list[dict[str, Any]] = []
-    progress = Progress(len(args.batches) * len(settings_of(chat)) * len(timed), "answers")
-    for batch in args.batches:
-        decodes += time_decodes(chat, timed, batch, longest_answer(chat, timed), progress)
+    answers = len(args.batches) * len(settings_of(chat)) * len(timed)
+    with track("answers", answers, "answers", Console()) as advance:
+        for batch in args.batches:
+            decodes += time_decodes(chat, timed, batch, longest_answer(chat, timed), advance)
     return {"passes": passes, "break_even": even, "decodes": decodes}
 
 

@@ -9,7 +9,17 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from evaluation.command import Progress, add_prompt_options, exact_of, load_model, longest_answer, parser_of
+from rich.console import Console
+
+from evaluation.command import (
+    add_prompt_options,
+    at_least,
+    exact_of,
+    load_model,
+    longest_answer,
+    parser_of,
+    threshold,
+)
 from evaluation.decoding import Decoded, Setting, decode_prompts
 from evaluation.facts import facts_of
 from evaluation.probe import follow, probe
@@ -18,6 +28,7 @@ from sdlm_megatron.chat.model import ChatModel
 from sdlm_megatron.diffusion.decode import ALGORITHMS
 from sdlm_megatron.errors import CheckpointError, run_cli
 from sdlm_megatron.files import write_json
+from sdlm_megatron.progress import track
 
 PROB = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98, 0.99)
 ENTROPY = (0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999)
@@ -33,23 +44,22 @@ class Sweep:
         self.options: dict[str, Any] = {"max_new_tokens": longest_answer(chat, prompts), "batch": batch}
 
     def plain(self) -> dict[str, Any]:
-        """One causal step a token."""
-        return self.decoded(Setting())
+        """The row of one causal step a token."""
+        everyone = range(len(self.prompts))
+        return self._row(Setting(), self._decode(everyone, Setting()), len(everyone))
 
     def window(self, window: int, prob: Sequence[float], entropy: Sequence[float]) -> list[dict[str, Any]]:
         """Rows of all thresholds with windows of `window` tokens, and of self-speculation."""
         base = Setting("prob_conf", window, max(prob))
         written = self._decode(range(len(self.prompts)), base)
-        end = self.chat.end_tokens[-1]
-        texts = [[*t, end][: sum(a)] for t, a in zip(written.tokens, written.accepted, strict=True)]
-        progress = Progress(len(texts), f"prompts probed, n = {window}")
-        probes = probe(self.chat, self.encoded, texts, window=window, progress=progress)
+        with track(f"probe, n = {window}", len(self.prompts), "prompts", Console()) as advance:
+            probes = probe(self.chat, self.encoded, written.tokens, window=window, progress=advance)
         settings = [Setting("prob_conf", window, t) for t in prob if t != base.threshold]
         settings += [Setting("entropy_conf", window, t) for t in entropy]
         settings.append(Setting("self_speculative", window))
         rows = [self._row(base, written, len(self.prompts))]
         for setting in settings:
-            accepted = [follow(text, seen, setting) for text, seen in zip(texts, probes, strict=True)]
+            accepted = [follow(text, seen, setting) for text, seen in zip(written.tokens, probes, strict=True)]
             left = [i for i, found in enumerate(accepted) if found is None]
             again = self._decode(left, setting)
             tokens = list(written.tokens)
@@ -58,16 +68,12 @@ class Sweep:
             rows.append(self._row(setting, Decoded(tokens, [a or [] for a in accepted], 0.0), len(left)))
         return sorted(rows, key=lambda row: (ALGORITHMS.index(row["alg"]), row["threshold"] or 0))
 
-    def decoded(self, setting: Setting) -> dict[str, Any]:
-        """The row of a setting with every prompt decoded."""
-        return self._row(setting, self._decode(range(len(self.prompts)), setting), len(self.prompts))
-
     def _decode(self, which: Sequence[int], setting: Setting) -> Decoded:
         if not which:
             return Decoded([], [], 0.0)
-        progress = Progress(len(which), f"prompts, {setting.name}")
         encoded = [self.encoded[i] for i in which]
-        return decode_prompts(self.chat, encoded, setting, progress=progress, **self.options)
+        with track(setting.name, len(which), "prompts", Console()) as advance:
+            return decode_prompts(self.chat, encoded, setting, progress=advance, **self.options)
 
     def _row(self, setting: Setting, done: Decoded, decoded: int) -> dict[str, Any]:
         exact = exact_of(self.chat, self.prompts, done)
@@ -77,11 +83,10 @@ class Sweep:
             f"   ({decoded} of {len(exact)} decoded)",
             flush=True,
         )
-        threshold = setting.threshold if setting.alg.endswith("_conf") else None
         return {
             "alg": setting.alg,
             "n": setting.window,
-            "threshold": threshold,
+            "threshold": setting.threshold if setting.alg.endswith("_conf") else None,
             "exact": exact,
             "tokens": tokens,
             "passes": passes,
@@ -121,9 +126,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     example = "--model runs/quickstart/hf --prompts runs/quickstart/task/heldout.jsonl --out results"
     parser = parser_of("evaluation.sweep", __doc__, example)
     add_prompt_options(parser)
-    parser.add_argument("--windows", type=int, nargs="+", metavar="N", help="default: the trained block size")
-    parser.add_argument("--prob", type=float, nargs="+", default=PROB, help="thresholds of prob_conf")
-    parser.add_argument("--entropy", type=float, nargs="*", default=ENTROPY, help="thresholds of entropy_conf")
+    add = parser.add_argument
+    add("--windows", type=at_least(1), nargs="+", metavar="N", help="default: the trained block size")
+    add("--prob", type=threshold, nargs="+", default=PROB, metavar="TAU", help="thresholds of prob_conf")
+    add("--entropy", type=threshold, nargs="*", default=ENTROPY, metavar="TAU", help="thresholds of entropy_conf")
     args = parser.parse_args(argv)
     prompts = read_prompts(args.prompts, args.most)
     chat = load_model(args)

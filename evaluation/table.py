@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
-from evaluation.command import exact_of, longest_answer
+from evaluation.command import at_least, exact_of, longest_answer, threshold
 from evaluation.decoding import Setting, decode_prompts
 from evaluation.prompts import Prompt, encode, read_prompts
 from sdlm_megatron.chat.model import ChatModel, load
@@ -53,7 +53,8 @@ def measure(
             flush=True,
         )
         if blocks and not sample:
-            answer = pieces(chat.tokenizer, done.tokens[0], done.accepted[0])
+            tokens = [token for token in done.tokens[0] if token not in chat.end_tokens]
+            answer = pieces(chat.tokenizer, tokens, done.accepted[0])
             sample = {"prompt": prompts[0].text, "answer_tokens": answer, "expected": prompts[0].expected}
     return rows, sample
 
@@ -80,8 +81,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--model", type=Path, required=True, metavar="FOLDER", help="exported Hugging Face folder")
     add("--base", type=Path, metavar="FOLDER", help="the untouched base, decoded beside it")
     add("--prompts", type=Path, required=True, metavar="JSONL", help='lines of {"prompt": …, "expected": …}')
-    add("--most", type=int, default=128, metavar="N", help="use the first so many prompts; default: 128")
-    add("--thresholds", type=float, nargs="+", default=[0.98, 0.9, 0.5], metavar="TAU", help="default: .98 .9 .5")
+    add("--most", type=at_least(1), default=128, metavar="N", help="use the first so many prompts; default: 128")
+    add("--thresholds", type=threshold, nargs="+", default=[0.98, 0.9, 0.5], metavar="TAU", help="default: .98 .9 .5")
     add("--out", type=Path, required=True, metavar="FILE", help="evaluation.json to write")
     args = parser.parse_args(argv)
     prompts = read_prompts(args.prompts, args.most)

@@ -34,7 +34,8 @@ class _Meter:
 
     def __str__(self) -> str:
         seconds = max(time.monotonic() - self.start, 1e-9)
-        speed = f"{self.done / seconds:,.0f} {self.unit}/s"
+        rate = self.done / seconds
+        speed = f"{rate:,.0f} {self.unit}/s" if rate >= 10 else f"{rate:.2g} {self.unit}/s"
         if self.tokens:
             speed += f", {self.tokens / seconds / 1e6:.2f} M tokens/s"
         left = int(max(0.0, self.total - self.done) * seconds / max(self.done, 1e-9)) if self.done else 0

@@ -12,7 +12,7 @@ from jinja2 import TemplateError
 
 from sdlm_megatron.data.chatml import DEFAULT_SYSTEM, IM_END, IM_START
 from sdlm_megatron.data.tokenizer import has_tokenizer, vocabulary_size
-from sdlm_megatron.diffusion.decode import Stop, decode
+from sdlm_megatron.diffusion.decode import Decoded, Stop, decode
 from sdlm_megatron.diffusion.decode_rules import Warp
 from sdlm_megatron.errors import CheckpointError, ConfigError, DataError
 from sdlm_megatron.model.hf_folder import HFConfig, open_tensors, read_hf_config, read_json
@@ -141,22 +141,28 @@ class ChatModel:
 
     # --- answers
 
+    def decode(self, input_ids: torch.Tensor, **options: Any) -> Decoded:
+        """diffusion.decode with the folder's mask token, end tokens and kind of windows, unless `options` say other."""
+        folder = {
+            "mask_token_id": self.config.text_mask_token_id or 0,  # unused where the window is 1
+            "eos_token_ids": self.end_tokens,
+            **self.config.window_options,
+        }
+        with torch.inference_mode():
+            return decode(self.model, input_ids, **folder | options)
+
     def answer(self, ids: Sequence[int], settings: Settings, on_pass: OnPass) -> Answer:
         """Continues `ids` by SDLM's decoding; an interrupt (Ctrl-C) ends the answer where it is."""
         stop = self.stop_at(settings.stop) if settings.stop else None
 
         def run(keep: OnPass) -> None:
-            decode(
-                self.model,
+            self.decode(
                 torch.tensor([ids], device=self.model.device),
-                mask_token_id=self.config.text_mask_token_id or 0,  # unused where the window is 1
                 window=settings.window,
                 max_new_tokens=settings.max_new_tokens,
                 alg=settings.alg,
                 threshold=settings.threshold,
                 product=settings.product,
-                eos_token_ids=self.end_tokens,
-                **self.config.window_options,
                 warp=warp_of(settings),
                 seed=settings.seed,
                 stop=stop,

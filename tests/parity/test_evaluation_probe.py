@@ -38,18 +38,22 @@ def chat(folder: Path) -> ChatModel:
     return load(folder, dtype="fp32", device="cpu")
 
 
+def said_text(chat: ChatModel, tokens: list[int]) -> str:
+    text: str = chat.tokenizer.decode(tokens[:-1] if tokens[-1] in chat.end_tokens else tokens)
+    return text
+
+
 @pytest.mark.parametrize("options", [{}, {"causal_attn": True}, {"target_shift": False}], ids=str)
 def test_a_probe_foretells_what_decoding_does(chat: ChatModel, options: dict[str, Any]) -> None:
     """A setting either writes the probed text, in the passes that were foretold, or is known to leave it."""
     chat = replace(chat, config=replace(chat.config, **options))
     encoded = [encode(chat, prompt) for prompt in PROMPTS]
     base = decode_prompts(chat, encoded, Setting("prob_conf", 4, 0.999), max_new_tokens=ROOM)
-    texts = [[*t, chat.end_tokens[-1]][: sum(a)] for t, a in zip(base.tokens, base.accepted, strict=True)]
-    probes = probe(chat, encoded, texts, window=4, batch=3)
+    probes = probe(chat, encoded, base.tokens, window=4, batch=3)
     followed = 0
     for setting in SETTINGS:
         real = decode_prompts(chat, encoded, setting, max_new_tokens=ROOM)
-        for i, (text, seen) in enumerate(zip(texts, probes, strict=True)):
+        for i, (text, seen) in enumerate(zip(base.tokens, probes, strict=True)):
             accepted = follow(text, seen, setting)
             assert (accepted is not None) == (real.tokens[i] == base.tokens[i]), setting
             if accepted is not None:
@@ -79,7 +83,7 @@ def prompts(chat: ChatModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     encoded = [encode(chat, prompt) for prompt in PROMPTS]
     said = decode_prompts(chat, encoded, Setting(), max_new_tokens=ROOM)
     path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
-    texts = [chat.tokenizer.decode(tokens) if i % 2 else "no such answer" for i, tokens in enumerate(said.tokens)]
+    texts = [said_text(chat, tokens) if i % 2 else "no such answer" for i, tokens in enumerate(said.tokens)]
     rows = [{"prompt": p.text, "expected": text} for p, text in zip(PROMPTS, texts, strict=True)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
@@ -103,7 +107,7 @@ def test_sweep_says_what_decoding_every_setting_says(folder: Path, prompts: Path
         for i, prompt in enumerate(asked):
             alone = decode_prompts(chat, [encode(chat, prompt)], setting, max_new_tokens=room)
             assert row["tokens"][i] == sum(alone.accepted[0]) and row["passes"][i] == len(alone.accepted[0])
-            assert row["exact"][i] == (chat.tokenizer.decode(alone.tokens[0]) == prompt.expected)
+            assert row["exact"][i] == (said_text(chat, alone.tokens[0]) == prompt.expected)
     assert any(sum(row["exact"]) for row in found["rows"])
 
 
@@ -141,7 +145,7 @@ def test_table_is_what_a_report_reads(folder: Path, prompts: Path, tmp_path: Pat
     chat, asked = load(folder, dtype=None, device="cpu"), read_prompts(prompts)
     room = max(len(encode_answer(chat, prompt.expected)) for prompt in asked)
     alone = [decode_prompts(chat, [encode(chat, prompt)], Setting(), max_new_tokens=room) for prompt in asked]
-    exact = [chat.tokenizer.decode(a.tokens[0]) == p.expected for a, p in zip(alone, asked, strict=True)]
+    exact = [said_text(chat, a.tokens[0]) == p.expected for a, p in zip(alone, asked, strict=True)]
     assert any(exact) and found["baseline"][0]["exact"] == sum(exact) / len(exact)
     assert found["sample"]["prompt"] == PROMPTS[0].text
 
@@ -158,6 +162,19 @@ def test_report_measures_everything_once(folder: Path, prompts: Path, tmp_path: 
     assert kinds == {"sweep", "calibration", "speed", "context", "perplexity"}
     html = (tmp_path / "index.html").read_text()
     assert html.count("<img") >= 8 and "http://" not in html.replace("http://www.w3.org", "")
+
+
+@pytest.mark.parametrize(
+    "option",
+    [("--prob", "1.5"), ("--windows", "0"), ("--batch", "0"), ("--most", "-1"), ("--entropy", "-0.1")],
+    ids=str,
+)
+def test_options_out_of_range_are_refused(
+    folder: Path, prompts: Path, tmp_path: Path, option: Any, capsys: Any
+) -> None:
+    with pytest.raises(SystemExit):
+        sweep.main(["--model", str(folder), "--prompts", str(prompts), "--out", str(tmp_path), *option])
+    assert f"argument {option[0]}: {option[1]} is " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,6 @@ from data_prep.accounting import Tally
 from data_prep.build import build, main
 from data_prep.chat import parse, render
 from data_prep.config import PRESETS, BuildConfig, SourceConfig, check
-from data_prep.progress import track
 from data_prep.report import short
 from data_prep.tokenizer import TextTokenizer
 from data_prep.truncate import NO_ANSWER, SHORT_ANSWER
@@ -27,6 +26,7 @@ from sdlm_megatron.data.format import PackedDataset
 from sdlm_megatron.data.tokenizer import fingerprint
 from sdlm_megatron.diffusion.layout import draw_starts, pack_row
 from sdlm_megatron.errors import ConfigError, DataError, run_cli
+from sdlm_megatron.progress import track
 from tests.byte_tokenizer import IM_END, PAD, write_folder
 
 QUIET = Console(quiet=True)
