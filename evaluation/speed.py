@@ -307,7 +307,7 @@ def _check(chat: ChatModel, args: argparse.Namespace) -> None:
         if values and min(values) < least:
             raise ConfigError(f"{option} has {min(values)}", "the command line", f"give at least {least}")
     largest = max([1, *args.n, chat.config.block_size or 1])
-    check_room(chat, max(args.contexts) + largest * (PASSES + 3), "--contexts")
+    check_room(chat, max(args.contexts, default=0) + largest * (PASSES + 3), "--contexts")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -317,7 +317,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--prompts", type=Path, required=True, metavar="JSONL", help='lines of {"prompt": …, "expected": …}')
     add("--n", type=int, nargs="*", default=[2, 4, 8, 16], metavar="N", help="windows; the block size is always timed")
     add("--batches", type=int, nargs="+", default=[1, 16], metavar="B", help="default: 1 16")
-    add("--contexts", type=int, nargs="+", default=[64, 256, 1024, 2048], metavar="P", help="tokens before a pass")
+    add("--contexts", type=int, nargs="*", default=[64, 256, 1024, 2048], metavar="P", help="tokens before a pass")
     add("--seconds", type=float, default=5.0, help=f"for each batch and context, at least {ROUNDS} rounds; default: 5")
     add("--most", type=int, default=48, metavar="N", help="prompts that are answered; default: 48")
     args = parser.parse_args(argv)

@@ -37,7 +37,6 @@ _D4 = Arm("d4", "SDLM, D = 4")
 
 MAIN = (
     _AR,
-    replace(_AR, name="ar_slow", text="autoregressive, learning rate 1e-4", lr=1e-4),
     _D4,
     Arm("d8", "SDLM, D = 8", block_size=8),
 )
@@ -55,6 +54,7 @@ SENSITIVITY = (
     Arm("d2", "D = 2", block_size=2, row_length=800),
     Arm("d16", "D = 16", block_size=16),
     replace(_D4, name="random", text="D = 4, from random weights", random_base=True),
+    replace(_AR, name="ar_slow", text="autoregressive, learning rate 1e-4", lr=1e-4),
     replace(_D4, name="slow", text="D = 4, learning rate 1e-4", lr=1e-4),
 )
 """Small looks, with fewer seeds."""

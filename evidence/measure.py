@@ -23,6 +23,9 @@ from sdlm_megatron.files import write_text
 PROB = ("0.5", "0.7", "0.8", "0.9", "0.95", "0.98", "0.99")
 ENTROPY = ("0.9", "0.95", "0.98", "0.99", "0.995")
 FEW_PROB = ("0.9", "0.98")
+TIMED = 32
+"""Prompts of a task that are answered with a clock, and behind each number of examples."""
+SHOTS = (0, 1, 4, 16)
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class Plan:
     prompts: int
     """Of the main arms and the base."""
     few: int
-    """Of the others, and where every prompt costs more."""
+    """Of the others, and for the calibration."""
 
 
 @dataclass(frozen=True)
@@ -89,13 +92,20 @@ def jobs_of(model: Path, arm: Arm | None, tasks: Sequence[Path], plan: Plan) -> 
 
 
 def clock_jobs(model: Path, tasks: Sequence[Path], plan: Plan) -> list[Job]:
-    """What is measured with a clock, or on long contexts: of one seed, alone on the machine."""
+    """What is measured with a clock, or on long contexts: of one seed, alone on the machine.
+
+    What a pass costs is measured of one model: neither the weights nor the prompts change it.
+    """
     jobs = []
     for task in tasks:
         folder, out = model / "hf", model / task.stem
         files = ("--model", str(folder), "--prompts", str(out / "prompts.jsonl"), "--out", str(out))
-        options = (*files, "--most", str(plan.few // 2))
-        jobs += [Job(module, options, model / task.stem / f"{module}.json") for module in ("speed", "context")]
+        timed = min(TIMED, plan.few)
+        shots = [str(number) for number in SHOTS if number <= plan.prompts - timed]  # examples are the other prompts
+        options = (*files, "--most", str(timed))
+        answers_only = () if model.name.startswith("d4-") and task == tasks[0] else ("--contexts",)
+        jobs.append(Job("speed", (*options, *answers_only), out / "speed.json"))
+        jobs.append(Job("context", (*options, "--shots", *shots), out / "context.json"))
     return jobs
 
 
@@ -151,7 +161,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder that train_arms wrote")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM", help="default: all")
     parser.add_argument("--prompts", type=int, default=256, help="of each task and seed, for the main arms")
-    parser.add_argument("--few", type=int, default=128, help="of each task and seed, for the others")
+    parser.add_argument("--few", type=int, default=171, help="of each task and seed, for the others")
     parser.add_argument("--jobs", type=int, default=2, help="models at a time, a core each")
     parser.add_argument("--clock", action="store_true", help="also the timings and contexts, one model at a time")
     args = parser.parse_args(argv)

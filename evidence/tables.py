@@ -15,7 +15,7 @@ from evidence.campaign import BASE, TASKS, Campaign, text_of
 LEADING = [arm.name for arm in arms.MAIN]
 BLOCKS = [arm.name for arm in arms.MAIN if arm.block_size > 1]
 VARIANTS = [arm.name for arm in arms.VARIANTS]
-SENSITIVE = ["d4", "d8", *(arm.name for arm in arms.SENSITIVITY)]
+SENSITIVE = ["ar", "d4", "d8", *(arm.name for arm in arms.SENSITIVITY)]
 SETTINGS: list[tuple[str, float | None]] = [("ar", None), ("prob_conf", 0.98), ("prob_conf", 0.9)]
 KEPT_AT = (0.9, 0.98)
 SHOWN_PASSES = {"window": "n kept tokens", "window_one": "one kept token", "self_speculative": "self-speculation"}
@@ -40,6 +40,11 @@ def runs(campaign: Campaign) -> str:
 
 
 # ----------------------------------------------------------------------------------------------- quality
+def asked(sweeps: Sequence[Result]) -> int:
+    """Prompts of all seeds."""
+    return sum(len(one["rows"][0]["exact"]) for one in sweeps)
+
+
 def _models(campaign: Campaign, arms: Sequence[str]) -> str:
     rows = []
     for task, words in TASKS.items():
@@ -52,8 +57,8 @@ def _models(campaign: Campaign, arms: Sequence[str]) -> str:
             drafted = pick(given, "self_speculative")
             exact = ["–" if p is None else percent(p.exact) for p in chosen]
             speed = ["–" if p is None else number(p.speed) for p in [*chosen[1:], drafted]]
-            rows.append((words, text_of(arm), len(seeds), *exact, *speed))
-    heads = ("task", "", "seeds", "exact, n = 1", "exact, τ = .98", "exact, τ = .9")
+            rows.append((words, text_of(arm), len(seeds), asked(seeds), *exact, *speed))
+    heads = ("task", "", "seeds", "prompts", "exact, n = 1", "exact, τ = .98", "exact, τ = .9")
     return markdown((*heads, "tokens a pass, τ = .98", "τ = .9", "self-speculative"), rows)
 
 
@@ -90,12 +95,14 @@ def _differences(campaign: Campaign, arms: Sequence[str], to: str, settings: Seq
                 theirs = exact_of(other, alg, tau) or exact_of(other, "ar", None)
                 if own is None or theirs is None:
                     continue
+                count = min(len(own[0]), len(theirs[0]))  # the first prompts are the same, a variant is asked fewer
+                own, theirs = ([answers[:count] for answers in seeds] for seeds in (own, theirs))
                 gap = difference(own, theirs)
                 pairs = np.asarray(own) - np.asarray(theirs)
                 setting = name_of((alg, 1, tau)).split(", n")[0]
                 only = f"{(pairs > 0).sum()} / {(pairs < 0).sum()}"
-                rows.append((words, text_of(arm), setting, len(both), change(gap), only, verdict(gap)))
-    heads = ("task", "", "decoding", "seeds", f"points to {text_of(to)}", "only this / only that right", "")
+                rows.append((words, text_of(arm), setting, len(both), pairs.size, change(gap), only, verdict(gap)))
+    heads = ("task", "", "decoding", "seeds", "prompts", f"points to {text_of(to)}", "only this / only that right", "")
     return markdown(heads, rows)
 
 
@@ -149,7 +156,7 @@ def kept(campaign: Campaign) -> str:
         slots = pooled(seeds)
         columns = [acceptance([one["prob"] for one in slots], tau) for tau in KEPT_AT]
         for j, slot in enumerate(slots):
-            cells = [f"{share[j]:.1%} ({given[j]:.1%})" for share, given in columns]
+            cells = [f"{share[j]:.1%} ({'–' if np.isnan(given[j]) else f'{given[j]:.1%}'})" for share, given in columns]
             rows.append((words, text_of(arm), j + 1, len(slot["right"]), *cells))
     heads = ("task", "", "slot", "places")
     return markdown((*heads, *(f"kept at τ = {tau:g} (if all before are)" for tau in KEPT_AT)), rows)
@@ -205,10 +212,9 @@ def context(campaign: Campaign) -> str:
             for r in context_rows(seeds) if seeds else ():
                 where = (words, text_of(arm), r["shots"], f"{r['context']:.0f}")
                 setting = name_of((r["alg"], r["n"], r["threshold"]))
-                rows.append(
-                    (*where, setting, len(seeds), percent(r["exact"]), number(r["speed"]), number(r["rate"], 1))
-                )
-    heads = ("task", "", "examples", "tokens before", "decoding", "seeds")
+                cells = (len(seeds), asked(seeds), percent(r["exact"]), number(r["speed"]), number(r["rate"], 1))
+                rows.append((*where, setting, *cells))
+    heads = ("task", "", "examples", "tokens before", "decoding", "seeds", "prompts")
     return markdown((*heads, "exact", "tokens a pass", "tokens a second"), rows)
 
 

@@ -40,7 +40,7 @@ class Budget:
 
     conversations: dict[str, int]
     prompts: int
-    """Held-out prompts of each task."""
+    """Held-out prompts of each task, all seeds together."""
 
 
 def conversations(task: str, seed: int, *, held_out: bool) -> Iterator[dict[str, str]]:
@@ -213,7 +213,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         help=f"which of: {', '.join(ARMS)}; default: those that docs/evidence.md has with every seed",
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of conversations, draws and order")
-    parser.add_argument("--prompts", type=int, default=512, help="held-out prompts of each task")
+    parser.add_argument("--prompts", type=int, default=768, help="held-out prompts of each task, all seeds together")
     parser.add_argument("--base", type=Path, metavar="DIR", help="Hugging Face folder; default: SmolLM2-135M-Instruct")
     parser.add_argument("--jobs", type=int, default=2, help="trainings at a time, a core each")
     args = parser.parse_args(argv)

@@ -36,12 +36,15 @@ def test_conversations_become_tables(tmp_path, monkeypatch, capsys) -> None:
     swept = json.loads((out / "unshifted-0" / "json" / "sweep.json").read_text())
     assert [row["alg"] for row in swept["rows"]] == ["prob_conf", "prob_conf", "self_speculative"]
     assert all(len(row["exact"]) == 2 for row in swept["rows"])
-    measure.main(["--out", str(out), "--prompts", "4", "--few", "2", "--jobs", "1"])
+    measure.main(["--out", str(out), "--prompts", "4", "--few", "2", "--jobs", "1", "--clock"])
     assert "0 models to measure" in capsys.readouterr().out
+    contexts = json.loads((out / "ar-0" / "json" / "context.json").read_text())
+    assert {row["shots"] for row in contexts["rows"]} == {0, 1}
     shutil.copyfile(REPO / "docs" / "evidence.md", tmp_path / "evidence.md")
     document.main([str(out), "--out", str(tmp_path)])
     rows = re.findall(r"^\| sentence to JSON \| .*$", (tmp_path / "evidence.md").read_text(), re.MULTILINE)
     assert any("targets not shifted" in row for row in rows)
+    assert any("| 16 | n = 1 |" in row for row in rows)  # timed at batch 16
     with pytest.raises(DataError, match="too few for seed"):
         measure.main(["--out", str(out), "--prompts", "5", "--jobs", "1"])
 
