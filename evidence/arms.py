@@ -47,15 +47,12 @@ VARIANTS = (
     replace(_D4, name="next_token", text="with the AR loss on clean rows", next_token_weight=1.0),
 )
 """Changes of one thing each, beside the first."""
-_HALF = replace(_D4, name="d4_half", text="D = 4, half of the conversations", share=0.5)
 SENSITIVITY = (
-    _HALF,
+    replace(_D4, name="d4_half", text="D = 4, half of the conversations", share=0.5),
     replace(_D4, name="d4_quarter", text="D = 4, a quarter of the conversations", share=0.25),
     Arm("d2", "D = 2", block_size=2, row_length=800),
-    Arm("d16", "D = 16", block_size=16),
     replace(_D4, name="random", text="D = 4, from random weights", random_base=True),
     replace(_AR, name="ar_slow", text="autoregressive, learning rate 1e-4", lr=1e-4),
-    replace(_D4, name="slow", text="D = 4, learning rate 1e-4", lr=1e-4),
 )
 """Small looks, with fewer seeds."""
 

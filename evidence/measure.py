@@ -23,9 +23,9 @@ from sdlm_megatron.files import write_text
 PROB = ("0.5", "0.7", "0.8", "0.9", "0.95", "0.98", "0.99")
 ENTROPY = ("0.9", "0.95", "0.98", "0.99", "0.995")
 FEW_PROB = ("0.9", "0.98")
-TIMED = 32
+TIMED = 16
 """Prompts of a task that are answered with a clock, and behind each number of examples."""
-SHOTS = (0, 1, 4, 16)
+CONTEXTS, SHOTS = ("64", "512", "2048"), (0, 1, 4, 16)
 
 
 @dataclass(frozen=True)
@@ -94,18 +94,20 @@ def jobs_of(model: Path, arm: Arm | None, tasks: Sequence[Path], plan: Plan) -> 
 def clock_jobs(model: Path, tasks: Sequence[Path], plan: Plan) -> list[Job]:
     """What is measured with a clock, or on long contexts: of one seed, alone on the machine.
 
-    What a pass costs is measured of one model: neither the weights nor the prompts change it.
+    What a pass costs is measured of one model, as neither weights nor prompts change it; contexts of one task.
     """
     jobs = []
     for task in tasks:
         folder, out = model / "hf", model / task.stem
         files = ("--model", str(folder), "--prompts", str(out / "prompts.jsonl"), "--out", str(out))
         timed = min(TIMED, plan.few)
-        shots = [str(number) for number in SHOTS if number <= plan.prompts - timed]  # examples are the other prompts
         options = (*files, "--most", str(timed))
-        answers_only = () if model.name.startswith("d4-") and task == tasks[0] else ("--contexts",)
-        jobs.append(Job("speed", (*options, *answers_only), out / "speed.json"))
-        jobs.append(Job("context", (*options, "--shots", *shots), out / "context.json"))
+        first = task == tasks[0]
+        passes = CONTEXTS if first and model.name.startswith("d4-") else ()
+        jobs.append(Job("speed", (*options, "--contexts", *passes), out / "speed.json"))
+        if first:
+            shots = [str(number) for number in SHOTS if number <= plan.prompts - timed]  # examples: the other prompts
+            jobs.append(Job("context", (*options, "--shots", *shots), out / "context.json"))
     return jobs
 
 
@@ -165,7 +167,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--jobs", type=int, default=2, help="models at a time, a core each")
     parser.add_argument("--clock", action="store_true", help="also the timings and contexts, one model at a time")
     args = parser.parse_args(argv)
-    tasks = sorted((args.out / "tasks").glob("*.jsonl"))
+    tasks = sorted((args.out / "tasks").glob("*.jsonl"), reverse=True)  # json first
     if not tasks:
         fix = "train first: python -m evidence.train_arms"
         raise DataError("no held-out prompts", str(args.out / "tasks"), fix)
