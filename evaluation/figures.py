@@ -86,6 +86,7 @@ def quality_figure(sweeps: Results) -> Figure:
     axis.set_xlabel("tokens a pass", color=INK)
     axis.set_ylabel("exact answers", color=INK)
     axis.margins(x=0.05, y=0.08)
+    axis.set_xlim(left=max(0.5, axis.get_xlim()[0]))  # an interval of few seeds may reach below what is possible
     legend(figure, loc="outside upper left", ncols=3)
     return figure
 
@@ -198,12 +199,15 @@ def legend_once(figure: Figure, axes: Sequence[Axes], **options: Any) -> None:
         legend(figure, handles=list(named.values()), labels=list(named), **options)
 
 
-def models_figure(values: Mapping[str, Mapping[str, Estimate]], *, percent: Sequence[str] = ()) -> Figure:
+def models_figure(
+    values: Mapping[str, Mapping[str, Estimate]], *, percent: Sequence[str] = (), logarithmic: bool = False
+) -> Figure:
     """Figures of several models below each other, as points with intervals.
 
     Args:
         values: by panel: the label of each model and its figure.
         percent: panels whose figures are shares.
+        logarithmic: the scale of all panels.
     """
     labels = list(dict.fromkeys(label for panel in values.values() for label in panel))
     figure, axes = figure_of(7.2, 0.4 + len(values) * (0.6 + 0.25 * len(labels)), len(values))
@@ -215,7 +219,11 @@ def models_figure(values: Mapping[str, Mapping[str, Estimate]], *, percent: Sequ
                 axis.errorbar(one.value, place, xerr=bars, fmt="o", color=colour, markersize=5, elinewidth=1.4)
         axis.set_yticks(range(len(labels)), labels)
         axis.set_ylim(len(labels) - 0.5, -0.5)
-        axis.set_title(fill(name, 95), fontsize=10, color=INK, loc="left")
+        axis.set_title(fill(name, 80), fontsize=10, color=INK, loc="left")
         if name in percent:
             axis.xaxis.set_major_formatter(PercentFormatter(1.0))
+        if logarithmic:
+            axis.set_xscale("log")
+            axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+            axis.xaxis.set_minor_formatter(NullFormatter())
     return figure

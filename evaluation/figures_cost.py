@@ -3,6 +3,7 @@
 Every function takes results by label, several seeds of one label as a list, and returns a matplotlib Figure.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -124,11 +125,13 @@ def context_figure(contexts: Results) -> Figure:
 
 
 def perplexities(results: Results) -> dict[str, dict[str, Estimate]]:
-    """By text, then label: perplexity, over seeds; texts that all labels have."""
+    """By text, then label: perplexity, over seeds (of its logarithm); texts that all labels have."""
     found: dict[str, dict[str, Estimate]] = {}
     for label, seeds in results.items():
         tables = [{text["name"]: text["perplexity"] for text in one["texts"]} for one in seeds]
         for name in tables[0]:
             if all(name in table for table in tables):
-                found.setdefault(name, {})[label] = over_seeds([table[name] for table in tables])
+                nats = over_seeds([math.log(table[name]) for table in tables])
+                mean = Estimate(math.exp(nats.value), math.exp(nats.low), math.exp(nats.high))
+                found.setdefault(name, {})[label] = mean
     return {name: row for name, row in found.items() if len(row) == len(results)}

@@ -276,7 +276,7 @@ def _context_sections(contexts: Results) -> Iterator[str]:
 def _perplexity_sections(results: Results) -> Iterator[str]:
     text = "<p>Plain next-token perplexity of text that has nothing to do with the training.</p>"
     texts = perplexities(results)
-    body = image(models_figure(texts), "perplexity of unrelated texts")
+    body = image(models_figure(texts, logarithmic=True), "perplexity of unrelated texts")
     rows = [(name, *(number(row[label]) for label in results)) for name, row in texts.items()]
     yield section("perplexity", "Unrelated text", text + body + table(("", *results), rows))
 

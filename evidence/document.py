@@ -45,7 +45,7 @@ def compared_figure(sweeps: Results) -> Figure:
 
 def forgotten_figure(results: Results) -> Figure:
     """Perplexity of each text by model."""
-    return models_figure(perplexities(results))
+    return models_figure(perplexities(results), logarithmic=True)
 
 
 def figures(campaign: Campaign) -> Iterator[tuple[str, Figure]]:
