@@ -36,6 +36,7 @@ def slots_of(chat: ChatModel, prompts: Sequence[Prompt], window: int, batch: int
             right = seen.tokens[:places, j] == wanted[j : places + j]
             slot["right"] += right.int().tolist()
             slot["prob"] += [round(x, 4) for x in seen.prob[:places, j].tolist()]
+            assert seen.entropy is not None
             slot["entropy"] += [round(x, 4) for x in seen.entropy[:places, j].tolist()]
     return slots
 

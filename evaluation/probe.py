@@ -5,7 +5,7 @@ a block at every anchor of the answer, and each block's proposals are those that
 setting's decode stays on the text, all it does follows from them: `follow`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,8 +31,8 @@ class Probe:
     """int64 (R, n)."""
     prob: Tensor
     """float32 (R, n), confidence of prob_conf."""
-    entropy: Tensor
-    """float32 (R, n), confidence of entropy_conf."""
+    entropy: Tensor | None
+    """float32 (R, n), confidence of entropy_conf, where it was asked for."""
 
 
 def probe(
@@ -42,6 +42,7 @@ def probe(
     *,
     window: int,
     batch: int = 32,
+    entropy: bool = True,
     progress: Callable[[int], None] | None = None,
 ) -> list[Probe]:
     """Probes each answer (R tokens, end token included, R >= 1) behind its prompt, both as ids.
@@ -49,6 +50,7 @@ def probe(
     Args:
         window: n; may differ from the trained block size.
         batch: texts at a time.
+        entropy: take it too; half of what reading the logits costs.
         progress: called with the number of texts done after each batch.
     """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]) + len(answers[i]))
@@ -56,14 +58,16 @@ def probe(
     for start in range(0, len(order), batch):
         part = order[start : start + batch]
         texts = [(prompts[i], answers[i]) for i in part]
-        found |= dict(zip(part, _probe_batch(chat, texts, window), strict=True))
+        found |= dict(zip(part, _probe_batch(chat, texts, window, entropy), strict=True))
         if progress is not None:
             progress(len(part))
     return [found[i] for i in range(len(prompts))]
 
 
 @torch.inference_mode()
-def _probe_batch(chat: ChatModel, texts: Sequence[tuple[Sequence[int], Sequence[int]]], window: int) -> list[Probe]:
+def _probe_batch(
+    chat: ChatModel, texts: Sequence[tuple[Sequence[int], Sequence[int]]], window: int, entropy: bool
+) -> list[Probe]:
     rows = []
     for prompt, answer in texts:
         clean = np.array([*prompt, *answer[:-1]], dtype=np.int32)  # nothing is proposed behind the last token
@@ -90,21 +94,19 @@ def _probe_batch(chat: ChatModel, texts: Sequence[tuple[Sequence[int], Sequence[
     ).last_hidden_state
     places = [len(answer) for _, answer in texts]
     blocks = torch.cat([hidden[b, layout.n_clean : layout.used] for b, (_, layout) in enumerate(rows)])
-    tokens, prob, entropy = (
-        x.view(-1, window).cpu().split(places) for x in _read(model.get_output_embeddings(), blocks)
-    )
-    return [Probe(*one) for one in zip(tokens, prob, entropy, strict=True)]
+    algs = ("prob_conf", "entropy_conf") if entropy else ("prob_conf",)
+    read = [x.view(-1, window).cpu().split(places) for x in _read(model.get_output_embeddings(), blocks, algs)]
+    return [Probe(tokens, sure[0], sure[1] if entropy else None) for tokens, *sure in zip(*read, strict=True)]
 
 
-def _read(head: torch.nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens, prob and entropy confidence (N,) of hidden states (N, h)."""
+def _read(head: torch.nn.Module, hidden: Tensor, algs: Sequence[str]) -> Iterator[Tensor]:
+    """Tokens and each confidence, (N,) each, of hidden states (N, h)."""
     parts = []
     for some in hidden.split(LOGIT_ROWS):
         logits = head(some)[:, None].float()
         tokens = choose(logits, None, None)
-        parts.append((tokens, *(confidence(tokens, logits, alg) for alg in ("prob_conf", "entropy_conf"))))
-    tokens, prob, entropy = (torch.cat(x) for x in zip(*parts, strict=True))
-    return tokens, prob, entropy
+        parts.append((tokens, *(confidence(tokens, logits, alg) for alg in algs)))
+    return (torch.cat(x) for x in zip(*parts, strict=True))
 
 
 def follow(text: Sequence[int], seen: Probe, setting: Setting) -> list[int] | None:
@@ -118,6 +120,7 @@ def follow(text: Sequence[int], seen: Probe, setting: Setting) -> list[int] | No
     if setting.alg == "self_speculative":
         return _follow_drafts(wanted, seen)
     sure = seen.prob if setting.alg == "prob_conf" else seen.entropy
+    assert sure is not None, "probed without the entropy"
     kept = sure_prefix(sure, setting.threshold, setting.product).tolist()
     accepted, at = [], 0
     while at < len(wanted):

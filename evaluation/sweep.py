@@ -53,7 +53,9 @@ class Sweep:
         base = Setting("prob_conf", window, max(prob))
         written = self._decode(range(len(self.prompts)), base)
         with track(f"probe, n = {window}", len(self.prompts), "prompts", Console()) as advance:
-            probes = probe(self.chat, self.encoded, written.tokens, window=window, progress=advance)
+            probes = probe(
+                self.chat, self.encoded, written.tokens, window=window, entropy=bool(entropy), progress=advance
+            )
         settings = [Setting("prob_conf", window, t) for t in prob if t != base.threshold]
         settings += [Setting("entropy_conf", window, t) for t in entropy]
         settings.append(Setting("self_speculative", window))

@@ -25,7 +25,7 @@ ENTROPY = ("0.9", "0.95", "0.98", "0.99", "0.995")
 FEW_PROB = ("0.9", "0.98")
 TIMED = 16
 """Prompts of a task that are answered with a clock, and behind each number of examples."""
-CONTEXTS, SHOTS = ("64", "512", "2048"), (0, 1, 4, 16)
+CONTEXTS, SHOTS = ("64", "1024"), (0, 1, 4, 16)
 
 
 @dataclass(frozen=True)
