@@ -127,8 +127,14 @@ def curve(campaign: Campaign) -> str:
 
 
 # -------------------------------------------------------------------------------------------- confidence
+def _shares(values: Sequence[float]) -> Estimate:
+    """Over seeds, of figures between 0 and 1: Student's interval knows no bounds."""
+    found = over_seeds(values)
+    return Estimate(found.value, max(found.low, 0.0), min(found.high, 1.0))
+
+
 def _by_seed(seeds: Sequence[Result], slot: int, score: str, of: Callable[..., float]) -> Estimate:
-    return over_seeds([of(one["slots"][slot][score], one["slots"][slot]["right"]) for one in seeds])
+    return _shares([of(one["slots"][slot][score], one["slots"][slot]["right"]) for one in seeds])
 
 
 def _ece(confidence: Sequence[float], right: Sequence[int]) -> float:
@@ -139,7 +145,7 @@ def calibration(campaign: Campaign) -> str:
     rows = []
     for words, arm, seeds in _calibrations(campaign):
         for slot in range(len(seeds[0]["slots"])):
-            right = over_seeds([float(np.mean(one["slots"][slot]["right"])) for one in seeds])
+            right = _shares([float(np.mean(one["slots"][slot]["right"])) for one in seeds])
             scores = [
                 number(_by_seed(seeds, slot, score, of), 3)
                 for score in ("prob", "entropy")
