@@ -96,7 +96,7 @@ def test_document_fills_every_table_and_draws_every_picture(campaign, tmp_path, 
     assert f"pictures that are not there: {', '.join(sorted(other))}" in capsys.readouterr().out
     filled = (tmp_path / "evidence.md").read_text()
     assert "Not measured yet." not in filled and filled.count("\n| ---") == len(TABLES)
-    assert re.search(r"\| sentence to JSON \| SDLM, D = 4 \| n = 1 \| 2 \| -\d.*\| worse \|", filled)
+    assert re.search(r"\| sentence to JSON \| SDLM, D = 4 \| n = 1 \| 2 \| \d+ \| -\d.*\| worse \|", filled)
     strip = re.compile(r"(<!-- table \w+ -->).*?(<!-- end -->)", re.DOTALL)
     assert strip.sub("", filled) == strip.sub("", text)  # the prose stays
     assert fill(filled, read_campaign(campaign), "x")[0] == filled  # and a second time nothing changes
