@@ -170,8 +170,6 @@ def _start(input_ids: Tensor, attention_mask: Tensor | None, columns: int, budge
     if seed is None:
         seed = int(torch.randint(2**62, ()))
     length = real.sum(1)
-    if not length.all():
-        raise ValueError(f"row {int((length == 0).nonzero()[0])} of attention_mask has no token")
     return _Rows(
         ids=ids,
         length=length,
@@ -253,6 +251,8 @@ def decode(
     columns = _columns(input_ids.shape[1] + max_new_tokens + 2 * n, bool(fixed_shape))
     now = _start(input_ids, attention_mask, columns, max_new_tokens, seed)
     lengths = now.length.tolist()
+    if 0 in lengths:
+        raise ValueError(f"row {lengths.index(0)} of attention_mask has no token")
     trained = {"causal_attn": causal_attn, "target_shift": target_shift}
     propose, prefilled = _proposer(model, now, settings, max(lengths), trained, bool(fixed_shape))
     return _Loop(propose, settings, lengths, fixed_shape, on_tokens).run(now, prefilled)
