@@ -64,10 +64,10 @@ test-transformers: $(STAMP)  ## the tests of decoding and generate, with the old
 drill: $(STAMP)  ## the fault drill on a real Slurm of this machine (root, Debian's packages): about 10 minutes
 	$(PY) tests/slurm/drill.py
 
-evidence: $(STAMP)  ## the models behind docs/evidence.md trained and measured: about 5 hours on 2 cores; goes on where it was
+evidence: $(STAMP)  ## the models behind docs/evidence.md trained and measured: about 6 hours on 2 cores; goes on where it was
 	$(PY) -m evidence.train_arms --out runs/evidence
-	$(PY) -m evidence.train_arms --out runs/evidence --arms d4_half d4_quarter d2 random ar_slow --seeds 0
-	$(PY) -m evidence.measure --out runs/evidence --arms ar d4 d8 unshifted causal next_token
+	$(PY) -m evidence.train_arms --out runs/evidence --arms d4_half d4_quarter d2 random --seeds 0
+	$(PY) -m evidence.measure --out runs/evidence --arms ar d4 d8 unshifted causal next_token ar_slow d4_slow
 	$(PY) -m evidence.measure --out runs/evidence --few 64 --clock
 	$(PY) -m evidence.document runs/evidence --out docs
 

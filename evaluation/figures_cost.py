@@ -51,7 +51,7 @@ def overhead_figure(speeds: Results) -> Figure:
                         marker="D" if what == "self_speculative" else "o",
                         markersize=4.5 if what != "window_one" else 3,
                         linewidth=1.4,
-                        label=f"{context} tokens before: {words}",
+                        label=f"at {context} tokens: {words}",
                     )
         _steps_axis(axis, sorted({row["n"] for row in rows}))
         axis.set_title(title, fontsize=10, color=INK, loc="left")
@@ -108,7 +108,7 @@ def context_figure(contexts: Results) -> Figure:
                     yerr=np.array([row[field].bars for row in rows]).T,
                     color=colour_of(number if len(contexts) == 1 else index),
                     linestyle=":" if alg == "ar" else LINES.get(alg, (0, (5, 1, 1, 1))),
-                    marker="o",
+                    marker="osD^v"[number % 5],
                     markersize=4.5,
                     linewidth=1.4,
                     elinewidth=0.9,

@@ -46,6 +46,7 @@ class Timed:
     threshold: float | None
     batch: int
     prompts: int
+    """Of all seeds together."""
     exact: float
     """Share, mean over seeds."""
     rate: Estimate
@@ -141,7 +142,7 @@ def timings(speeds: Sequence[Result]) -> list[Timed]:
         seconds = [float(np.median(row["seconds"])) for row in rows]
         found.append(
             Timed(
-                *(key[0], key[1], key[2], key[3], rows[0]["prompts"]),
+                *(key[0], key[1], key[2], key[3], sum(row["prompts"] for row in rows)),
                 float(np.mean([row["exact"] / row["prompts"] for row in rows])),
                 over_seeds([row["tokens"] / s for row, s in zip(rows, seconds, strict=True)]),
                 over_seeds([s / row["prompts"] for row, s in zip(rows, seconds, strict=True)]),

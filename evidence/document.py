@@ -19,7 +19,7 @@ from evaluation.figures_slots import acceptance_figure, precision_recall_figure,
 from evaluation.results import Results, pick, points
 from evaluation.stats import Estimate
 from evidence.campaign import BASE, TASKS, Campaign, read_campaign
-from evidence.tables import BLOCKS, LEADING, SENSITIVE, TABLES, VARIANTS
+from evidence.tables import BLOCKS, LEADING, RATES, SENSITIVE, TABLES, VARIANTS
 from sdlm_megatron.errors import DataError, run_cli
 from sdlm_megatron.files import write_text
 
@@ -55,6 +55,7 @@ def figures(campaign: Campaign) -> Iterator[tuple[str, Figure]]:
         ("threshold", "sweep", LEADING, threshold_figure),
         ("variants", "sweep", VARIANTS, compared_figure),
         ("sensitivity", "sweep", SENSITIVE, compared_figure),
+        ("rates", "sweep", RATES, compared_figure),
         ("walltime", "speed", LEADING, wall_figure),
         ("reliability", "calibration", BLOCKS, reliability_figure),
         ("reliability_entropy", "calibration", BLOCKS, lambda some: reliability_figure(some, "entropy")),

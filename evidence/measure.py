@@ -92,9 +92,10 @@ def jobs_of(model: Path, arm: Arm | None, tasks: Sequence[Path], plan: Plan) -> 
 
 
 def clock_jobs(model: Path, tasks: Sequence[Path], plan: Plan) -> list[Job]:
-    """What is measured with a clock, or on long contexts: of one seed, alone on the machine.
+    """What is measured with a clock, or on long contexts: alone on the machine.
 
-    What a pass costs is measured of one model, as neither weights nor prompts change it; contexts of one task.
+    What a pass costs is measured of one model, as neither weights nor prompts change it; contexts of one task and
+    seed.
     """
     jobs = []
     for task in tasks:
@@ -102,7 +103,7 @@ def clock_jobs(model: Path, tasks: Sequence[Path], plan: Plan) -> list[Job]:
         files = ("--model", str(folder), "--prompts", str(out / "prompts.jsonl"), "--out", str(out))
         timed = min(TIMED, plan.few)
         options = (*files, "--most", str(timed))
-        first = task == tasks[0]
+        first = task == tasks[0] and seed_of(model) == 0
         passes = CONTEXTS if first and model.name.startswith("d4-") else ()
         jobs.append(Job("speed", (*options, "--contexts", *passes), out / "speed.json"))
         if first:
@@ -143,6 +144,9 @@ def run_all(work: Sequence[tuple[Path, list[Job]]], processes: int) -> None:
             seconds = result()
             left = (time.perf_counter() - started) / finished * (len(work) - finished) / 60
             print(f"{model.name:16} {seconds:5.0f} s   {finished}/{len(work)}, {left:.0f} min left", flush=True)
+        if processes > 1:
+            pool.close()  # a terminated process would leave its semaphores behind
+            pool.join()
 
 
 def models_of(out: Path, names: Sequence[str]) -> list[tuple[Path, Arm | None]]:
@@ -174,7 +178,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     plan, models = Plan(args.prompts, args.few), models_of(args.out, args.arms)
     run_all([(model, jobs_of(model, arm, tasks, plan)) for model, arm in models], args.jobs)
     if args.clock:
-        timed = [model for model, arm in models if arm in MAIN and seed_of(model) == 0]
+        timed = [model for model, arm in models if arm in MAIN]
         run_all([(model, clock_jobs(model, tasks, plan)) for model in timed], 1)
 
 

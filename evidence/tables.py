@@ -15,6 +15,7 @@ from evidence.campaign import BASE, TASKS, Campaign, text_of
 LEADING = [arm.name for arm in arms.MAIN]
 BLOCKS = [arm.name for arm in arms.MAIN if arm.block_size > 1]
 VARIANTS = [arm.name for arm in arms.VARIANTS]
+RATES = ["ar", "d4", *(arm.name for arm in arms.RATES)]
 SENSITIVE = ["ar", "d4", "d8", *(arm.name for arm in arms.SENSITIVITY)]
 SETTINGS: list[tuple[str, float | None]] = [("ar", None), ("prob_conf", 0.98), ("prob_conf", 0.9)]
 KEPT_AT = (0.9, 0.98)
@@ -74,6 +75,10 @@ def sensitivity(campaign: Campaign) -> str:
     return _models(campaign, SENSITIVE)
 
 
+def rates(campaign: Campaign) -> str:
+    return _models(campaign, RATES)
+
+
 def verdict(gap: Estimate) -> str:
     """What an interval allows to say."""
     if not gap.excludes(0.0):
@@ -81,15 +86,14 @@ def verdict(gap: Estimate) -> str:
     return "better" if gap.value > 0 else "worse"
 
 
-def _differences(campaign: Campaign, arms: Sequence[str], to: str, settings: Sequence[tuple[str, float | None]]) -> str:
-    """Every arm less the arm `to`, seed by seed; `to` with the same setting, or n = 1 where it has no other."""
+def _differences(campaign: Campaign, pairs: Sequence[tuple[str, str]]) -> str:
+    """Arms less another arm, seed by seed; the other with the same setting, or n = 1 where it has no other."""
     rows = []
     for task, words in TASKS.items():
-        base = campaign.seeds(task, "sweep", to)
-        for arm in arms:
-            mine = campaign.seeds(task, "sweep", arm)
+        for arm, to in pairs:
+            base, mine = campaign.seeds(task, "sweep", to), campaign.seeds(task, "sweep", arm)
             both = sorted(mine.keys() & base.keys())
-            for alg, tau in settings if both else ():
+            for alg, tau in SETTINGS if both else ():
                 own = exact_of([mine[seed] for seed in both], alg, tau)
                 other = [base[seed] for seed in both]
                 theirs = exact_of(other, alg, tau) or exact_of(other, "ar", None)
@@ -98,20 +102,26 @@ def _differences(campaign: Campaign, arms: Sequence[str], to: str, settings: Seq
                 count = min(len(own[0]), len(theirs[0]))  # the first prompts are the same, a variant is asked fewer
                 own, theirs = ([answers[:count] for answers in seeds] for seeds in (own, theirs))
                 gap = difference(own, theirs)
-                pairs = np.asarray(own) - np.asarray(theirs)
-                setting = name_of((alg, 1, tau)).split(", n")[0]
-                only = f"{(pairs > 0).sum()} / {(pairs < 0).sum()}"
-                rows.append((words, text_of(arm), setting, len(both), pairs.size, change(gap), only, verdict(gap)))
-    heads = ("task", "", "decoding", "seeds", "prompts", f"points to {text_of(to)}", "only this / only that right", "")
+                gaps = np.asarray(own) - np.asarray(theirs)
+                names = (words, text_of(arm), text_of(to), name_of((alg, 1, tau)).split(", n")[0])
+                only = f"{(gaps > 0).sum()} / {(gaps < 0).sum()}"
+                rows.append((*names, len(both), gaps.size, change(gap), only, verdict(gap)))
+    heads = ("task", "", "against", "decoding", "seeds", "prompts", "points", "only this / only that right", "")
     return markdown(heads, rows)
 
 
 def differences(campaign: Campaign) -> str:
-    return _differences(campaign, LEADING[1:], LEADING[0], SETTINGS)
+    return _differences(campaign, [(arm, LEADING[0]) for arm in LEADING[1:]])
 
 
 def variant_differences(campaign: Campaign) -> str:
-    return _differences(campaign, VARIANTS[1:], VARIANTS[0], SETTINGS)
+    return _differences(campaign, [(arm, VARIANTS[0]) for arm in VARIANTS[1:]])
+
+
+def rate_differences(campaign: Campaign) -> str:
+    """At the small rate, at each one's better rate, with the loss that helps SDLM; then a rate against the other."""
+    own = [("ar_slow", "ar"), ("d4_slow", "d4")]
+    return _differences(campaign, [*((arm, "ar_slow") for arm in ("d4_slow", "d4", "next_token")), *own])
 
 
 def curve(campaign: Campaign) -> str:
@@ -226,7 +236,7 @@ def context(campaign: Campaign) -> str:
 
 # ----------------------------------------------------------------------------------------------- forgetting
 def perplexity(campaign: Campaign) -> str:
-    results = campaign.of("", "perplexity", [BASE, *LEADING, *VARIANTS[1:]])
+    results = campaign.of("", "perplexity", [BASE, *LEADING, *VARIANTS[1:], *RATES[2:]])
     if not results:
         return ""
     texts = perplexities(results)
@@ -249,6 +259,8 @@ TABLES: dict[str, Callable[[Campaign], str]] = {
         variants,
         variant_differences,
         sensitivity,
+        rates,
+        rate_differences,
         perplexity,
     )
 }

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import yaml
 
-from evidence.arms import ARMS, DOCUMENTS_PER_STEP, MAIN, VARIANTS, Arm
+from evidence.arms import ARMS, DOCUMENTS_PER_STEP, MAIN, RATES, VARIANTS, Arm
 from evidence.categories import Sorting, sortings
 from quickstart.base_model import make_smollm2
 from quickstart.task import Example, examples
@@ -208,7 +208,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--arms",
         nargs="+",
         choices=ARMS,
-        default=list(dict.fromkeys(arm.name for arm in (*MAIN, *VARIANTS))),
+        default=list(dict.fromkeys(arm.name for arm in (*MAIN, *VARIANTS, *RATES))),
         metavar="ARM",
         help=f"which of: {', '.join(ARMS)}; default: those that docs/evidence.md has with every seed",
     )

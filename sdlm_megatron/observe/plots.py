@@ -52,8 +52,12 @@ def figure_of(width: float, height: float, rows: int = 1, **grid: Any) -> tuple[
 
 
 def legend(owner: Axes | Figure, **options: Any) -> None:
-    """A legend in the report's style."""
-    owner.legend(frameon=False, fontsize=9, labelcolor=INK, **options)
+    """A legend in the report's style, where something has a label."""
+    drawn = [owner] if isinstance(owner, Axes) else owner.axes
+    if "handles" in options or any(axis.get_legend_handles_labels()[1] for axis in drawn):
+        style: dict[str, Any] = {"frameon": False, "fontsize": 9, "labelcolor": INK}
+        compact = {"columnspacing": 1.2, "handlelength": 1.6, "handletextpad": 0.6}
+        owner.legend(**style, **compact, **options)
 
 
 def loss_figure(records: Sequence[Mapping[str, Any]]) -> Figure:

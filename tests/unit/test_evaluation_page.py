@@ -70,9 +70,9 @@ def test_what_seeds_do_not_share_is_left_out():
 
 @pytest.fixture(scope="module")
 def campaign(tmp_path_factory):
-    """Two seeds of two arms and the untouched model, on one task."""
+    """Two seeds of four arms and the untouched model, on one task."""
     folder = tmp_path_factory.mktemp("campaign")
-    for arm, n in (("ar", 1), ("d4", 2), ("unshifted", 2)):
+    for arm, n in (("ar", 1), ("d4", 2), ("unshifted", 2), ("ar_slow", 1)):
         for seed in (0, 1):
             write_results(folder / f"{arm}-{seed}" / "json", n=n, seed=seed, quality=0.9 if n == 1 else 0.6)
             (folder / f"{arm}-{seed}" / "perplexity.json").write_text(
@@ -96,7 +96,10 @@ def test_document_fills_every_table_and_draws_every_picture(campaign, tmp_path, 
     assert f"pictures that are not there: {', '.join(sorted(other))}" in capsys.readouterr().out
     filled = (tmp_path / "evidence.md").read_text()
     assert "Not measured yet." not in filled and filled.count("\n| ---") == len(TABLES)
-    assert re.search(r"\| sentence to JSON \| SDLM, D = 4 \| n = 1 \| 2 \| \d+ \| -\d.*\| worse \|", filled)
+    assert re.search(
+        r"\| sentence to JSON \| SDLM, D = 4 \| autoregressive \(D = 1\) \| n = 1 \| 2 \| \d+ \| -\d.*\| worse \|",
+        filled,
+    )
     strip = re.compile(r"(<!-- table \w+ -->).*?(<!-- end -->)", re.DOTALL)
     assert strip.sub("", filled) == strip.sub("", text)  # the prose stays
     assert fill(filled, read_campaign(campaign), "x")[0] == filled  # and a second time nothing changes
