@@ -155,12 +155,14 @@ def wandb_records(file):
     from wandb.proto import wandb_internal_pb2
 
     data, at, message = file.read_bytes(), 7, b""
-    assert data.startswith(b":W&B")
+    assert data[:4] in (b"", b":W&B")
     while at + 7 <= len(data):
         if (left := 32768 - at % 32768) < 7:  # no room for a chunk header: zeros up to the next block
             at += left
             continue
         length, kind = struct.unpack_from("<HB", data, at + 4)  # behind the checksum; kind 1 full, 2 first, 3, 4 last
+        if at + 7 + length > len(data):  # still being written
+            return
         message += data[at + 7 : at + 7 + length]
         at += 7 + length
         if kind in (1, 4):
@@ -168,11 +170,22 @@ def wandb_records(file):
             message = b""
 
 
+def finished_records(file):
+    """All messages of a run that was closed: W&B's own process may write the last ones after `finish` has returned."""
+    end = time.monotonic() + 20
+    while time.monotonic() < end:
+        records = list(wandb_records(file))
+        if records and records[-1].WhichOneof("record_type") == "exit":
+            return records
+        time.sleep(0.05)
+    raise AssertionError(f"{file} never ends")
+
+
 def wandb_history(folder):
     """(step, loss) of all offline runs below `folder`, by run id, read from W&B's own files."""
     found = {}
     for file in sorted(folder.glob("wandb/offline-run-*/*.wandb")):
-        for record in wandb_records(file):
+        for record in finished_records(file):
             if record.WhichOneof("record_type") == "run":
                 rows = found.setdefault(record.run.run_id, [])
             if record.WhichOneof("record_type") == "history":
