@@ -1,7 +1,7 @@
 """Draws the figures of docs/evidence.md and fills its tables from what a campaign has measured.
 
-The text is written by hand: only what stands between `<!-- table NAME -->` and `<!-- end -->` is replaced. What was not
-measured yet is left out, and named.
+The text is written by hand: only what stands between `<!-- table NAME -->` and `<!-- end -->` is replaced. What the
+campaign did not measure stays as it is, and is named.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from sdlm_megatron.files import write_text
 
 DOCUMENT = "evidence.md"
 NOTHING = "Not measured yet."
-MARKED = re.compile(r"(<!-- table ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+MARKED = re.compile(r"(<!-- table ([\w-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 DPI = 110
 
 
@@ -79,7 +79,7 @@ def figures(campaign: Campaign) -> Iterator[tuple[str, Figure]]:
 
 
 def fill(text: str, campaign: Campaign, where: str) -> tuple[str, list[str]]:
-    """The document with its tables replaced, and the names of those without results.
+    """The document with its tables replaced, and the names of those without results, which stay as they are.
 
     Raises:
         DataError: the document asks for a table that does not exist.
@@ -95,7 +95,7 @@ def fill(text: str, campaign: Campaign, where: str) -> tuple[str, list[str]]:
         body = TABLES[name](campaign)
         if not body:
             empty.append(name)
-        return f"{found[1]}\n{body or NOTHING}\n\n{found[3]}"
+        return f"{found[1]}\n{body or found[3].strip() or NOTHING}\n\n{found[4]}"
 
     return MARKED.sub(replace, text), empty
 

@@ -10,7 +10,7 @@ from made_results import PROMPTS, sweep, write_results
 from evaluation.facts import facts_of
 from evaluation.page import main as page
 from evaluation.results import exact_of, pick, points
-from evidence.campaign import read_campaign
+from evidence.campaign import Campaign, read_campaign
 from evidence.document import fill
 from evidence.document import main as document
 from evidence.tables import TABLES
@@ -103,6 +103,14 @@ def test_document_fills_every_table_and_draws_every_picture(campaign, tmp_path, 
     strip = re.compile(r"(<!-- table \w+ -->).*?(<!-- end -->)", re.DOTALL)
     assert strip.sub("", filled) == strip.sub("", text)  # the prose stays
     assert fill(filled, read_campaign(campaign), "x")[0] == filled  # and a second time nothing changes
+
+
+def test_document_keeps_what_a_campaign_did_not_measure(campaign):
+    text = "<!-- table sensitivity -->\n<!-- end --><!-- table overhead -->\n\n| kept |\n\n<!-- end -->"
+    none = Campaign({("json", "context"): {}})
+    filled, empty = fill(text, none, "x")
+    assert filled.count("Not measured yet.") == 1 and "\n\n| kept |\n\n" in filled
+    assert empty == ["sensitivity", "overhead"] and fill(filled, none, "x")[0] == filled
 
 
 def test_document_names_unknown_tables_and_empty_campaigns(campaign, tmp_path):
