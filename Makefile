@@ -44,7 +44,7 @@ $(STAMP): setup.py constraints.txt pyproject.toml
 	@touch $(STAMP)
 	@echo "[venv] ready"
 
-quickstart: $(STAMP)  ## the whole job on a real model, under 10 minutes on 2 cores; ends with runs/quickstart/report.html
+quickstart: $(STAMP)  ## the whole job on a real model, 7 to 17 minutes on 2 cores; ends with runs/quickstart/report.html
 	$(PY) -m quickstart.run
 
 smoke: $(STAMP)  ## the same path with a tiny random model, under a minute
@@ -64,7 +64,7 @@ test-transformers: $(STAMP)  ## the tests of decoding and generate, with the old
 drill: $(STAMP)  ## the fault drill on a real Slurm of this machine (root, Debian's packages): about 10 minutes
 	$(PY) tests/slurm/drill.py
 
-evidence: $(STAMP)  ## the models behind docs/evidence.md trained and measured: about 6 hours on 2 cores; goes on where it was
+evidence: $(STAMP)  ## the models behind docs/evidence.md trained and measured: about 6 hours on 2 cores with AMX; goes on where it was
 	$(PY) -m evidence.train_arms --out runs/evidence
 	$(PY) -m evidence.train_arms --out runs/evidence --arms d4_half d4_quarter d2 random --seeds 0
 	$(PY) -m evidence.measure --out runs/evidence --arms ar d4 d8 unshifted causal next_token ar_slow d4_slow

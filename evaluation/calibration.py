@@ -52,7 +52,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     if chat.config.block_size is None:
         fix = "name a folder that a training run was exported to"
         raise CheckpointError("the model has no block_size: it is no SDLM", str(args.model), fix)
-    print(chat.describe())
     slots = slots_of(chat, prompts, chat.config.block_size, args.batch)
     for slot in slots:
         share = sum(slot["right"]) / len(slot["right"])

@@ -57,7 +57,7 @@ def add_prompt_options(parser: argparse.ArgumentParser) -> None:
 
 
 def load_model(args: argparse.Namespace) -> ChatModel:
-    """The model of --model; makes --out. ConfigError when the machine cannot do what is asked."""
+    """The model of --model, which it names; makes --out. ConfigError when the machine cannot do what is asked."""
     if args.threads is not None:
         if args.threads < 1:
             raise ConfigError(f"--threads is {args.threads}", "the command line", "give at least 1")
@@ -67,6 +67,7 @@ def load_model(args: argparse.Namespace) -> ChatModel:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"the folder cannot be made: {error}", f"--out {args.out}", "name another") from None
+    print(chat.describe(), flush=True)
     return chat
 
 

@@ -135,7 +135,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     prompts = read_prompts(args.prompts, args.most)
     chat = load_model(args)
-    print(chat.describe())
     rows = run(
         chat,
         prompts,

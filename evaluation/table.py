@@ -15,7 +15,7 @@ from rich.console import Console
 from evaluation.command import at_least, exact_of, longest_answer, threshold
 from evaluation.decoding import Setting, decode_prompts
 from evaluation.prompts import Prompt, encode, read_prompts
-from sdlm_megatron.chat.model import ChatModel, load
+from sdlm_megatron.chat.model import DTYPES, ChatModel, load
 from sdlm_megatron.errors import run_cli
 from sdlm_megatron.files import write_json
 from sdlm_megatron.observe.passes import coloured, pieces
@@ -83,14 +83,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--prompts", type=Path, required=True, metavar="JSONL", help='lines of {"prompt": …, "expected": …}')
     add("--most", type=at_least(1), default=128, metavar="N", help="use the first so many prompts; default: 128")
     add("--thresholds", type=threshold, nargs="+", default=[0.98, 0.9, 0.5], metavar="TAU", help="default: .98 .9 .5")
+    add("--dtype", choices=sorted(DTYPES), help="of both models; default: as their folders say")
     add("--out", type=Path, required=True, metavar="FILE", help="evaluation.json to write")
     args = parser.parse_args(argv)
     prompts = read_prompts(args.prompts, args.most)
     baseline: list[dict[str, Any]] = []
     if args.base:
-        base = load(args.base, dtype=None, device=None)
+        base = load(args.base, dtype=args.dtype, device=None)
         baseline, _ = measure(base, prompts, [("untouched model, n = 1", Setting())])
-    chat = load(args.model, dtype=None, device=None)
+    chat = load(args.model, dtype=args.dtype, device=None)
     window = chat.config.block_size or 1
     blocks = [(f"tau {t:.2f}", Setting("prob_conf", window, t)) for t in args.thresholds if window > 1]
     rows, sample = measure(chat, prompts, [*blocks, ("n = 1 (one token a pass)", Setting())])

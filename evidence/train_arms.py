@@ -24,6 +24,7 @@ from evidence.arms import ARMS, DOCUMENTS_PER_STEP, MAIN, RATES, VARIANTS, Arm
 from evidence.categories import Sorting, sortings
 from quickstart.base_model import make_smollm2
 from quickstart.task import Example, examples
+from sdlm_megatron.bf16 import best_precision
 from sdlm_megatron.data.tokenizer import special_token_id, vocabulary_size
 from sdlm_megatron.errors import UserError, run_cli
 from sdlm_megatron.files import write_json, write_text
@@ -61,8 +62,8 @@ def write_tasks(out: Path, budget: Budget) -> None:
 class Training:
     """One arm with one seed, from conversations to a Hugging Face folder."""
 
-    def __init__(self, out: Path, arm: Arm, seed: int, base: Path, budget: Budget) -> None:
-        self.arm, self.seed, self.base, self.budget = arm, seed, base, budget
+    def __init__(self, out: Path, arm: Arm, seed: int, base: Path, budget: Budget, precision: str) -> None:
+        self.arm, self.seed, self.base, self.budget, self.precision = arm, seed, base, budget, precision
         known = special_token_id(base, UNUSED_TOKEN) < vocabulary_size(base)
         self.mask_token = UNUSED_TOKEN if known else "<text_mask>"
         self.dir = out / f"{arm.name}-{seed}"
@@ -81,7 +82,8 @@ class Training:
         self._command("sdlm_megatron.train", "--config", str(self._train()))
         self._command("checkpoints_tools.mcore_to_hf", "--ckpt", str(self.dir), "--out", str(self.dir / "hf"))
         seconds = time.perf_counter() - started
-        write_json(self.dir / "facts.json", {"arm": vars(self.arm), "seed": self.seed, "seconds": seconds})
+        facts = {"arm": vars(self.arm), "seed": self.seed, "precision": self.precision, "seconds": seconds}
+        write_json(self.dir / "facts.json", facts)
         shutil.rmtree(self.dir / "ckpt")  # 14 bytes a parameter; the folder hf is what is evaluated
         return seconds
 
@@ -130,7 +132,13 @@ class Training:
             "checkpoint": {"base": str(self.base), "save_every": 0},
             "optimizer": {"lr": self.arm.lr, "beta2": 0.95},
             "schedule": {"style": "wsd", "warmup_steps": max(1, steps // 8), "decay_steps": max(1, 2 * steps // 5)},
-            "train": {"epochs": 1, "seed": self.seed, "global_batch": 1, "global_batch_unit": "rows"},
+            "train": {
+                "epochs": 1,
+                "seed": self.seed,
+                "global_batch": 1,
+                "global_batch_unit": "rows",
+                "precision": self.precision,
+            },
             "observe": {"tensorboard": False},
         }
         write_text(self.dir / "train.yaml", yaml.safe_dump(config, sort_keys=False))
@@ -172,13 +180,14 @@ def random_base(base: Path, folder: Path) -> Path:
 def train_all(out: Path, arms: Sequence[Arm], seeds: Sequence[int], budget: Budget, base: Path, jobs: int) -> None:
     """Trains what is not there yet, `jobs` at a time, seed after seed."""
     write_tasks(out, budget)
+    precision = best_precision()
     todo = [
-        Training(out, arm, seed, random_base(base, out / "base_random") if arm.random_base else base, budget)
+        Training(out, arm, seed, random_base(base, out / "base_random") if arm.random_base else base, budget, precision)
         for seed in seeds
         for arm in arms
     ]
     todo = [one for one in todo if not one.done]
-    print(f"{len(todo)} models to train in {out}, {jobs} at a time", flush=True)
+    print(f"{len(todo)} models to train in {out}, {jobs} at a time, in {precision}", flush=True)
     started, failed = time.perf_counter(), []
     with ThreadPoolExecutor(jobs) as pool:
         running = {pool.submit(one.run): one for one in todo}

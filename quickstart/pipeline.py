@@ -145,7 +145,7 @@ class Pipeline:
         self._command(
             *("evaluation.table", "--model", str(self.dir / "hf"), *compare),
             *("--prompts", str(self.dir / "task" / "heldout.jsonl"), "--most", str(self.job.prompts)),
-            *("--thresholds", *map(str, self.job.thresholds)),
+            *("--thresholds", *map(str, self.job.thresholds), "--dtype", str(self.job.train["train.precision"])),
             *("--out", str(self.dir / "evaluation.json")),
             threads=PROCESSES,
         )

@@ -6,10 +6,12 @@ model has to learn the form and to copy the facts.
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from quickstart.base_model import make_smollm2
 from quickstart.pipeline import Job, Layout, Pipeline
+from sdlm_megatron.bf16 import best_precision, slow_bf16
 from sdlm_megatron.errors import run_cli
 
 JOB = Job(
@@ -21,7 +23,6 @@ JOB = Job(
     row_length=640,
     mask_token="<file_sep>",  # a special token that the base has and never used
     train={
-        "train.precision": "bf16",
         "train.global_batch": 2,
         "train.global_batch_unit": "rows",
         "optimizer.lr": 5e-4,
@@ -42,7 +43,11 @@ JOB = Job(
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the job and says where to look."""
-    report = Pipeline(JOB).run()
+    slow = slow_bf16()
+    if slow:
+        print(f"{slow}: the model is trained and asked in fp32, which takes about twice the times below")
+    precision = {"train.precision": best_precision()}
+    report = Pipeline(replace(JOB, train={**precision, **JOB.train})).run()
     print(f"\nopen {report}   losses, mask, packing, quality against speed")
     print(f"talk to it: python -m sdlm_megatron.generate --model {JOB.run_dir}/hf --compare")
     print(f"numbers: {JOB.run_dir}/metrics.jsonl, {JOB.run_dir}/evaluation.json, tensorboard/ and wandb/ beside them")

@@ -71,6 +71,7 @@ def train(
     says what would be trained."""
     # Imports stand where they are needed: mistakes are found before Megatron's ten seconds, and the helper processes
     # of a checkpoint save, which import this module again, start at once.
+    from sdlm_megatron.bf16 import slow_bf16
     from sdlm_megatron.data.format import PackedDataset
     from sdlm_megatron.start import describe, make_plan, open_validation
 
@@ -80,6 +81,8 @@ def train(
     plan = make_plan(config, dataset, say)
     dp_size = int(os.environ.get("WORLD_SIZE", 1)) // (config.parallel.tensor * config.parallel.pipeline)
     say(describe(config, plan, dataset, dp_size))
+    if main_process and config.train.precision == "bf16" and (reason := slow_bf16()):
+        say(f"note     {reason}: --train.precision=fp32 is the faster one here")
     validation = open_validation(config, dataset)
     if profile_steps is not None:
         from sdlm_megatron.observe.profile import steps_to_profile

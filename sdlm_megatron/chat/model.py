@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from jinja2 import TemplateError
 
+from sdlm_megatron.bf16 import slow_bf16
 from sdlm_megatron.data.chatml import DEFAULT_SYSTEM, IM_END, IM_START
 from sdlm_megatron.data.tokenizer import has_tokenizer, vocabulary_size
 from sdlm_megatron.diffusion.decode import Decoded, Stop, decode
@@ -80,12 +81,14 @@ class ChatModel:
     end_tokens: tuple[int, ...]
 
     def describe(self) -> str:
-        """Folder, size, dtype and device in one line."""
+        """Folder, size, dtype and device in one line; also where another dtype would be much faster."""
         count = sum(p.numel() for p in self.model.parameters())
         size = f"{count / 1e9:.1f}B" if count >= 1e9 else f"{count / 1e6:.3g}M"
         kind = f"SDLM, D = {self.config.block_size}" if self.config.is_sdlm else self.config.model_type
         dtype = str(self.model.dtype).removeprefix("torch.")
-        return f"{self.folder} ({kind}, {size} parameters, {dtype}, {self.model.device})"
+        slow = slow_bf16() if self.model.dtype == torch.bfloat16 and self.model.device.type == "cpu" else None
+        hint = f"; {slow}, fp32 is the faster dtype here" if slow else ""
+        return f"{self.folder} ({kind}, {size} parameters, {dtype}, {self.model.device}){hint}"
 
     # --- conversations
 
