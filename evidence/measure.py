@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 
 from evidence.arms import ARMS, MAIN, Arm
+from sdlm_megatron.bf16 import best_precision
 from sdlm_megatron.errors import DataError, run_cli
 from sdlm_megatron.files import write_text
 
@@ -73,13 +74,13 @@ def write_prompts(model: Path, task: Path, count: int) -> Path:
 
 
 def jobs_of(model: Path, arm: Arm | None, tasks: Sequence[Path], plan: Plan) -> list[Job]:
-    """What is measured of a model; `arm` None: the untouched base."""
-    folder = str(model / "hf" if arm else model)
+    """What is measured of a model, in the precision it was trained in; `arm` None: the untouched base."""
+    folder = ("--model", str(model / "hf")) if arm else ("--model", str(model), "--dtype", best_precision())
     main, blocks = arm is None or arm in MAIN, arm is not None and arm.block_size > 1
     jobs = []
     for task in tasks:
         prompts = ("--prompts", str(write_prompts(model, task, plan.prompts)))
-        where = ("--model", folder, *prompts, "--out", str(model / task.stem))
+        where = (*folder, *prompts, "--out", str(model / task.stem))
         thresholds = ("--prob", *(PROB if main else FEW_PROB), "--entropy", *(ENTROPY if main else ()))
         amount = () if main else ("--most", str(plan.few))
         options = (*amount, *(thresholds if blocks else ()))
@@ -87,7 +88,7 @@ def jobs_of(model: Path, arm: Arm | None, tasks: Sequence[Path], plan: Plan) -> 
         if blocks and main:
             most = ("--most", str(plan.few))
             jobs.append(Job("calibration", (*where, *most), model / task.stem / "calibration.json"))
-    jobs.append(Job("perplexity", ("--model", folder, "--out", str(model)), model / "perplexity.json"))
+    jobs.append(Job("perplexity", (*folder, "--out", str(model)), model / "perplexity.json"))
     return jobs
 
 
