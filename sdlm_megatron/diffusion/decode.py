@@ -222,8 +222,7 @@ def decode(
     shapes, an attention backend without dense masks.
 
     Args:
-        model: a causal LM of transformers whose attention is full and stock (Qwen2, Llama), in eval mode, or a
-            Proposer.
+        model: a causal LM of transformers with full, stock attention (Qwen2, Llama), in eval mode, or a Proposer.
         input_ids: int64 (B, P) prompts, padded on either side when their lengths differ.
         mask_token_id: the token that fills the slots 1..n-1.
         window: n, tokens proposed in one pass; may differ from the block size of training.
