@@ -175,7 +175,7 @@ def finished_records(file):
     end = time.monotonic() + 20
     while time.monotonic() < end:
         records = list(wandb_records(file))
-        if records and records[-1].WhichOneof("record_type") == "exit":
+        if any(record.WhichOneof("record_type") == "exit" for record in records):
             return records
         time.sleep(0.05)
     raise AssertionError(f"{file} never ends")
