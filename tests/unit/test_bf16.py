@@ -58,5 +58,5 @@ def test_a_model_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
         network: Any = torch.nn.Linear(2, 3, dtype=dtype)
         network.device, network.dtype = torch.device("cpu"), dtype
         told[dtype] = ChatModel(Path("hf"), config, network, None, {}, ()).describe()
-    assert told[torch.float32] == "hf (SDLM, D = 4, 9 parameters, float32, cpu)".replace("9", "9e-06M")
+    assert told[torch.float32] == "hf (SDLM, D = 4, 9e-06M parameters, float32, cpu)"
     assert told[torch.bfloat16].endswith("in bf16 as in fp32, fp32 is the faster dtype here")
