@@ -45,14 +45,14 @@ $(STAMP): setup.py constraints.txt pyproject.toml
 	@echo "[venv] ready"
 
 quickstart: $(STAMP)  ## the whole job on a real model, 7 to 17 minutes on 2 cores; ends with runs/quickstart/report.html
-	$(PY) -m quickstart.run
+	$(PY) -m dev.quickstart.run
 
 smoke: $(STAMP)  ## the same path with a tiny random model, under a minute
-	$(PY) -m quickstart.smoke
+	$(PY) -m dev.quickstart.smoke
 
 test: $(STAMP)  ## all tests, then the smoke run (what CI runs)
 	$(PY) -m pytest $(PYTEST_ARGS)
-	$(PY) -m quickstart.smoke
+	$(PY) -m dev.quickstart.smoke
 
 test-newest: $(STAMP)  ## the tests that use Megatron, with the newest Megatron-Core that is supported
 	PYTHONPATH=$$($(PY) tests/newest_megatron.py .cache) $(PY) -m pytest $(PYTEST_ARGS) tests/parity tests/distributed
@@ -65,11 +65,11 @@ drill: $(STAMP)  ## the fault drill on a real Slurm of this machine (root, Debia
 	$(PY) tests/slurm/drill.py
 
 evidence: $(STAMP)  ## the models behind docs/evidence.md trained and measured: about 6 hours on 2 cores with AMX; goes on where it was
-	$(PY) -m evidence.train_arms --out runs/evidence
-	$(PY) -m evidence.train_arms --out runs/evidence --arms d4_half d4_quarter d2 random --seeds 0
-	$(PY) -m evidence.measure --out runs/evidence --arms ar d4 d8 unshifted causal next_token ar_slow d4_slow
-	$(PY) -m evidence.measure --out runs/evidence --few 64 --clock
-	$(PY) -m evidence.document runs/evidence --out docs
+	$(PY) -m dev.evidence.train_arms --out runs/evidence
+	$(PY) -m dev.evidence.train_arms --out runs/evidence --arms d4_half d4_quarter d2 random --seeds 0
+	$(PY) -m dev.evidence.measure --out runs/evidence --arms ar d4 d8 unshifted causal next_token ar_slow d4_slow
+	$(PY) -m dev.evidence.measure --out runs/evidence --few 64 --clock
+	$(PY) -m dev.evidence.document runs/evidence --out docs
 
 check: lint test  ## lint, format, types, import contract, tests, smoke
 

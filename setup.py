@@ -28,22 +28,12 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(
         include=[
-            f"{name}{suffix}"
-            for name in (
-                "sdlm_megatron",
-                "data_prep",
-                "checkpoints_tools",
-                "evaluation",
-                "evidence",
-                "quickstart",
-                "bench",
-            )
-            for suffix in ("", ".*")
+            f"{name}{suffix}" for name in ("sdlm_megatron", "data_prep", "checkpoints_tools") for suffix in ("", ".*")
         ]
     ),
     package_data={"": ["*.yaml", "presets/*.yaml", "py.typed"]},
     # lm-evaluation-harness after 0.4.13 finds models of other packages here
-    entry_points={"lm_eval.models": ["sdlm = evaluation.lm_eval_model:SDLM"]},
+    entry_points={"lm_eval.models": ["sdlm = sdlm_megatron.evaluation.lm_eval_model:SDLM"]},
     install_requires=[
         "torch>=2.6",
         "megatron-core>=0.16.1,<0.20",

@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 
-from checkpoints_tools.partial import BLOCK, Progress
-from checkpoints_tools.tensors import CheckpointTensors, Tensors
-from sdlm_megatron.checkpoint_files import newest, read_state
-from sdlm_megatron.data.tokenizer import has_tokenizer
+from sdlm_megatron.data.tokenizer_identity import has_tokenizer
 from sdlm_megatron.errors import CheckpointError, run_cli
-from sdlm_megatron.model.hf_folder import open_tensors
+from sdlm_megatron.weights.checkpoint_folder import newest, read_state
+from sdlm_megatron.weights.hf_reader import open_tensors
+from sdlm_megatron.weights.resumable_folder import BLOCK, Progress
+from sdlm_megatron.weights.tensor_sources import CheckpointTensors, Tensors
 
 
 @dataclass(frozen=True)

@@ -15,17 +15,17 @@ from typing import Any
 
 import torch
 
-from checkpoints_tools.partial import Output, Unit, check_out, default_workers, open_partial
-from sdlm_megatron.checkpoint_files import TrainState, checksums, copy_assets
 from sdlm_megatron.config.schema import DiffusionConfig
 from sdlm_megatron.errors import CheckpointError, run_cli
 from sdlm_megatron.files import write_json
-from sdlm_megatron.model.hf_folder import HFConfig, HFTensors, open_tensors, read_hf_config
-from sdlm_megatron.model.names import Rows, checkpoint_key, checkpoint_names, hf_rows
-from sdlm_megatron.model.shape import NewMaskToken, mean_row, shape_of
-from sdlm_megatron.model.vocabulary import padded_vocab
-from sdlm_megatron.start import mask_token as find_mask_token
-from sdlm_megatron.torch_dist import Entry, write_index, write_tensor
+from sdlm_megatron.training.run_plan import mask_token as find_mask_token
+from sdlm_megatron.weights.checkpoint_folder import TrainState, checksums, copy_assets
+from sdlm_megatron.weights.hf_reader import HFConfig, HFTensors, open_tensors, read_hf_config
+from sdlm_megatron.weights.names import Rows, checkpoint_key, checkpoint_names, hf_rows
+from sdlm_megatron.weights.resumable_folder import Output, Unit, check_out, default_workers, open_partial
+from sdlm_megatron.weights.shape import NewMaskToken, mean_row, shape_of
+from sdlm_megatron.weights.torch_dist import Entry, write_index, write_tensor
+from sdlm_megatron.weights.vocabulary import padded_vocab
 
 PRECISION = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 CHUNK = 128 * 1024**2

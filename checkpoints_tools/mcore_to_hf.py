@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from checkpoints_tools.hf_folder import DTYPES, plan_export, write_hf_folder
-from checkpoints_tools.partial import check_out, default_workers
-from checkpoints_tools.tensors import CheckpointTensors
-from sdlm_megatron.checkpoint_files import TrainState, newest, read_run, read_state
+from checkpoints_tools.export_folder import DTYPES, plan_export, write_hf_folder
 from sdlm_megatron.errors import CheckpointError, run_cli
-from sdlm_megatron.model.hf_folder import HFConfig, read_hf_config
+from sdlm_megatron.weights.checkpoint_folder import TrainState, newest, read_run, read_state
+from sdlm_megatron.weights.hf_reader import HFConfig, read_hf_config
+from sdlm_megatron.weights.resumable_folder import check_out, default_workers
+from sdlm_megatron.weights.tensor_sources import CheckpointTensors
 
 
 def convert(

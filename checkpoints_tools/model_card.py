@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from sdlm_megatron.model.hf_folder import HFConfig
+from sdlm_megatron.weights.hf_reader import HFConfig
 
 
 def model_card(config: HFConfig, dtype: str, run: Mapping[str, Any], name: str, remarks: Sequence[str] = ()) -> str:
@@ -11,7 +11,7 @@ def model_card(config: HFConfig, dtype: str, run: Mapping[str, Any], name: str, 
 
     Args:
         dtype: of the weights.
-        run: run.json of the checkpoint (sdlm_megatron.run_facts) and its step; {} where nothing is known.
+        run: run.json of the checkpoint (sdlm_megatron.ops.run_facts) and its step; {} where nothing is known.
         name: of the model.
         remarks: sentences for the limits.
     """

@@ -9,11 +9,11 @@ from typing import Any
 from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from sdlm_megatron.checkpoint_files import TOKENIZER_FILES
 from sdlm_megatron.data.chatml import IM_END, IM_START
 from sdlm_megatron.errors import CheckpointError
 from sdlm_megatron.files import write_json
-from sdlm_megatron.model.hf_folder import HFConfig, read_json
+from sdlm_megatron.weights.checkpoint_folder import TOKENIZER_FILES
+from sdlm_megatron.weights.hf_reader import HFConfig, read_json
 
 log = logging.getLogger(__name__)
 

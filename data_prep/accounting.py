@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.config import SourceConfig
+from data_prep.build_config import SourceConfig
 from data_prep.documents import DOCUMENT, UnitResult, read_rejects, unit_file
 from data_prep.planning import INDEX, Numbering, load, repeated
 from data_prep.readers import Unit, where

@@ -25,20 +25,20 @@ from typing import Any
 from rich.console import Console
 
 from data_prep.accounting import account, write_rejects
+from data_prep.build_config import PRESETS, BuildConfig, SourceConfig, check
+from data_prep.build_report import dry_run, report
 from data_prep.chat import frame_of
-from data_prep.config import PRESETS, BuildConfig, SourceConfig, check
 from data_prep.documents import UnitResult, load_result, tokenize_unit
+from data_prep.encoders import BulkEncoder, TextTokenizer, TokenizerMismatch, open_encoder
 from data_prep.planning import Plan, make_plan
 from data_prep.pool import cpus, work_on
 from data_prep.readers import LINES, Unit, plan
-from data_prep.report import dry_run, report
 from data_prep.rows import Part, RowWriter, cut_parts, load_part
 from data_prep.sources import expand
-from data_prep.tokenizer import BulkEncoder, TextTokenizer, TokenizerMismatch, open_encoder
 from sdlm_megatron.config.load import parse_cli
 from sdlm_megatron.data.chatml import IM_END
 from sdlm_megatron.data.format import PartInfo, seal
-from sdlm_megatron.data.tokenizer import fingerprint, special_token_id, vocabulary_size
+from sdlm_megatron.data.tokenizer_identity import fingerprint, special_token_id, vocabulary_size
 from sdlm_megatron.errors import ConfigError, DataError, run_cli
 from sdlm_megatron.files import write_json, write_text
 from sdlm_megatron.progress import track

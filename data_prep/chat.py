@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.tokenizer import TextEncoder, as_text_encoder, flat
+from data_prep.encoders import TextEncoder, as_text_encoder, flat
 from sdlm_megatron.data.chatml import DEFAULT_SYSTEM, IM_END, IM_START
 from sdlm_megatron.errors import DataError
 

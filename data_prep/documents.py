@@ -21,11 +21,11 @@ from typing import IO, Any
 import numpy as np
 import xxhash
 
+from data_prep.build_config import BuildConfig, SourceConfig
 from data_prep.chat import RenderedBatch, render_batch
-from data_prep.config import BuildConfig, SourceConfig
+from data_prep.encoders import BulkEncoder, describe
 from data_prep.readers import LINES, Unit, count_lines, read_unit
 from data_prep.sources import InputRow, Unreadable, conversation
-from data_prep.tokenizer import BulkEncoder, describe
 from data_prep.truncate import FittedBatch, fit_batch
 from sdlm_megatron.errors import DataError
 from sdlm_megatron.files import write_json

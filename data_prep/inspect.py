@@ -20,7 +20,7 @@ from data_prep.row_rules import Facts, Row, read_row
 from data_prep.token_text import TokenText, open_text, show_ids
 from sdlm_megatron.data.format import REBUILD, PackedDataset, origin, prefix
 from sdlm_megatron.data.indexed import IndexedReader
-from sdlm_megatron.data.tokenizer import fingerprint, has_tokenizer
+from sdlm_megatron.data.tokenizer_identity import fingerprint, has_tokenizer
 from sdlm_megatron.diffusion.layout import IGNORE, RowLayout, slot_targets
 from sdlm_megatron.errors import DataError, run_cli
 

@@ -11,7 +11,7 @@ import sentencepiece
 from data_prep.encoding import SpelledTokens, flatten, known
 from sdlm_megatron.data.chatml import IM_END, IM_START
 from sdlm_megatron.data.sentencepiece_model import CONTROL, UNKNOWN, USER_DEFINED, Piece, read_pieces, with_pieces
-from sdlm_megatron.data.tokenizer import TEXT_MASK, added_tokens, sentencepiece_file
+from sdlm_megatron.data.tokenizer_identity import TEXT_MASK, added_tokens, sentencepiece_file
 from sdlm_megatron.errors import DataError
 
 

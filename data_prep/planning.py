@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.config import BuildConfig, SourceConfig
+from data_prep.build_config import BuildConfig, SourceConfig
 from data_prep.documents import DOCUMENT, UnitResult, unit_file
 from data_prep.packing import BestFit, PackedRows
 from data_prep.readers import Unit

@@ -9,9 +9,9 @@ from typing import Any
 
 import orjson
 
-from data_prep.config import SourceConfig
+from data_prep.build_config import SourceConfig
+from data_prep.columnar import Table, as_bytes, open_hub, open_table
 from data_prep.sources import InputRow, Unreadable, check_schema, files, is_lines, read_json_list
-from data_prep.tables import Table, as_bytes, open_hub, open_table
 from sdlm_megatron.errors import DataError
 
 LINES, ROWS = "lines", "rows"

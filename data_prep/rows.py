@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.config import BuildConfig, SourceConfig
+from data_prep.build_config import BuildConfig, SourceConfig
 from data_prep.documents import DocumentStore
 from data_prep.planning import INDEX, EpochOrder, Plan, load
 from sdlm_megatron.data.format import Counts, PartInfo, PartWriter

@@ -26,9 +26,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
+from data_prep.build_config import SourceConfig
 from data_prep.chat import ROLES, check_text, parse
-from data_prep.config import SourceConfig
-from data_prep.tables import open_hub, open_table
+from data_prep.columnar import open_hub, open_table
 from sdlm_megatron.errors import DataError
 
 Conversation = list[tuple[str, str]]

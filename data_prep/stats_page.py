@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, PercentFormatter
 
-from data_prep.report import short
+from data_prep.build_report import short
 
 INK, SOFT, GRID = "#1f2933", "#6b7785", "#e3e8ee"
 CLEAN, BLOCK, OTHER = "#3b6fb6", "#e2803a", "#2f9e77"

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models
 
-from data_prep.tokenizer import TextTokenizer
+from data_prep.encoders import TextTokenizer
 from sdlm_megatron.data.sentencepiece_model import read_pieces
-from sdlm_megatron.data.tokenizer import added_tokens, sentencepiece_file
+from sdlm_megatron.data.tokenizer_identity import added_tokens, sentencepiece_file
 from sdlm_megatron.errors import DataError
 
 TokenText = Callable[[Sequence[int]], list[str]]

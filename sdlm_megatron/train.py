@@ -9,20 +9,20 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sdlm_megatron.attempt import adopt_slurm_ranks
 from sdlm_megatron.config.load import PRESETS, parse_cli, save_config
 from sdlm_megatron.config.schema import RunConfig
 from sdlm_megatron.config.validate import check_run
 from sdlm_megatron.errors import run_cli
-from sdlm_megatron.health.stop import StopRequests, refuse_to_start
-from sdlm_megatron.health.watch import Watch
+from sdlm_megatron.ops.attempt import adopt_slurm_ranks
+from sdlm_megatron.ops.rank.stop import StopRequests, refuse_to_start
+from sdlm_megatron.ops.rank.watchdog import Watch
 
 if TYPE_CHECKING:
     from sdlm_megatron.data.format import PackedDataset
-    from sdlm_megatron.observe.console import Console
-    from sdlm_megatron.observe.sinks import Sinks
+    from sdlm_megatron.metrics.console import Console
+    from sdlm_megatron.metrics.sinks import Sinks
     from sdlm_megatron.parallel.groups import Groups
-    from sdlm_megatron.start import Plan
+    from sdlm_megatron.training.run_plan import Plan
 
 EXAMPLE = "torchrun --nproc-per-node 2 -m sdlm_megatron.train --config sdlm_3b_d4 --data.path=DIR --checkpoint.base=DIR"
 
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_run(config, int(os.environ.get("WORLD_SIZE", 1)))
     steps = None
     if args.profile is not None:
-        from sdlm_megatron.observe.profile import parse_steps
+        from sdlm_megatron.training.profile import parse_steps
 
         steps = parse_steps(args.profile)
     if args.dry_run:
@@ -73,7 +73,7 @@ def train(
     # of a checkpoint save, which import this module again, start at once.
     from sdlm_megatron.bf16 import slow_bf16
     from sdlm_megatron.data.format import PackedDataset
-    from sdlm_megatron.start import describe, make_plan, open_validation
+    from sdlm_megatron.training.run_plan import describe, make_plan, open_validation
 
     main_process = os.environ.get("RANK", "0") == "0"
     say = (lambda text: print(text, flush=True)) if main_process else (lambda text: None)
@@ -85,7 +85,7 @@ def train(
         say(f"note     {reason}: --train.precision=fp32 is the faster one here")
     validation = open_validation(config, dataset)
     if profile_steps is not None:
-        from sdlm_megatron.observe.profile import steps_to_profile
+        from sdlm_megatron.training.profile import steps_to_profile
 
         profile_steps = steps_to_profile(profile_steps, plan.state.step, plan.last_step(config))
     if watch is not None:
@@ -107,15 +107,15 @@ def _run(
 
     compat.silence_known_notices()
     cpu.install()  # before anything imports megatron
-    from sdlm_megatron.health.monitor import Monitor
     from sdlm_megatron.model.layers import optimizer_text
-    from sdlm_megatron.observe.profile import StepProfiler
+    from sdlm_megatron.ops.rank.monitor import Monitor
     from sdlm_megatron.parallel.engine import Engine
     from sdlm_megatron.parallel.groups import close_groups, init_groups
-    from sdlm_megatron.resume import agree
-    from sdlm_megatron.samples import Sampler
-    from sdlm_megatron.trainer import Trainer
-    from sdlm_megatron.validation import Validator
+    from sdlm_megatron.training.profile import StepProfiler
+    from sdlm_megatron.training.resume import agree
+    from sdlm_megatron.training.samples import Sampler
+    from sdlm_megatron.training.trainer import Trainer
+    from sdlm_megatron.training.validation import Validator
 
     groups = init_groups(config.parallel, seed=config.train.seed)
     plan = agree(config, plan, dataset, groups, say)
@@ -155,9 +155,9 @@ def _observers(config: RunConfig, plan: "Plan", watch: Watch, layout: str, group
     """Begins the run's folder: its configuration, the event `start`, and the files and lines that steps write."""
     import psutil
 
-    from sdlm_megatron.observe.console import Console
-    from sdlm_megatron.observe.peak_flops import peak_flops
-    from sdlm_megatron.observe.sinks import Sinks
+    from sdlm_megatron.metrics.console import Console
+    from sdlm_megatron.metrics.sinks import Sinks
+    from sdlm_megatron.planner.peak_flops import peak_flops
 
     run_dir = Path(config.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)

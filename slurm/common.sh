@@ -9,7 +9,7 @@ fi
 
 # submit_unless_in_job KIND [ARGUMENTS] --- OPTIONS OF THE USER
 submit_unless_in_job() {
-  if [[ $0 != */slurm_script ]]; then exec "$PYTHON" -m sdlm_megatron.job.submit "$(realpath "$0")" "$@"; fi
+  if [[ $0 != */slurm_script ]]; then exec "$PYTHON" -m sdlm_megatron.ops.driver.submit "$(realpath "$0")" "$@"; fi
 }
 
 # train PRESET [OPTIONS] [-- SETTINGS]: the job's driver takes the place of this shell. Bash would die of the signals
@@ -17,7 +17,7 @@ submit_unless_in_job() {
 train() {
   submit_unless_in_job driver --config "$1" --- "${@:2}"
   trap '' USR1 USR2 TERM
-  exec "$PYTHON" -m sdlm_megatron.job.driver --config "$1" "${@:2}"
+  exec "$PYTHON" -m sdlm_megatron.ops.driver.driver --config "$1" "${@:2}"
 }
 
 # task MODULE [ARGUMENTS] --- [OPTIONS] [-- SETTINGS]: one program on one node
@@ -34,7 +34,7 @@ task() {
       *) echo "error: unknown option $1" >&2; exit 2 ;;
     esac
   done
-  exec "$PYTHON" -m sdlm_megatron.job.task --cluster "$cluster" -- "${program[@]}"
+  exec "$PYTHON" -m sdlm_megatron.ops.driver.single_node_job --cluster "$cluster" -- "${program[@]}"
 }
 
 # need NAME "what it is": stops with a message where the variable is not set

@@ -7,7 +7,7 @@ import torch
 
 from sdlm_megatron.diffusion.layout import RowLayout, pack_row
 from sdlm_megatron.diffusion.mask import visible_row
-from sdlm_megatron.model.attention_flex import Flex
+from sdlm_megatron.model.attention.flex import Flex
 
 
 def layout_of(documents: list[tuple[int, list[int]]], block_size: int) -> RowLayout:

@@ -31,9 +31,9 @@ def groups() -> Any:
 def make_engine(groups: Any) -> Callable:
     """Builds single-process engines inside pytest: Megatron-Core for real, over gloo."""
     from sdlm_megatron.config.schema import RunConfig
-    from sdlm_megatron.model.hf_folder import read_hf_config
-    from sdlm_megatron.model.shape import shape_of
     from sdlm_megatron.parallel.engine import Engine
+    from sdlm_megatron.weights.hf_reader import read_hf_config
+    from sdlm_megatron.weights.shape import shape_of
 
     def build(folder: Path, *, block_size: int = 4, causal_attn: bool = False, rows: bool = False) -> Engine:
         config = RunConfig()

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from sdlm_megatron.observe.sinks import JsonlSink
+from sdlm_megatron.metrics.sinks import JsonlSink
 
 T = 1_700_000_000.0
 

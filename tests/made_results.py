@@ -8,7 +8,7 @@ import numpy as np
 
 PROMPTS = 60
 FACTS = {
-    "command": "python -m evaluation.sweep --model hf",
+    "command": "python -m sdlm_megatron.evaluation.sweep --model hf",
     "prompts": "held_out.jsonl",
     "n_prompts": PROMPTS,
     "parameters": 1000,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from quickstart.qwen_vocab import qwen25_tokenizer_folder
+from dev.quickstart.qwen_vocab import qwen25_tokenizer_folder
 from sdlm_megatron.errors import DataError
 
 ROOT = Path(__file__).resolve().parent.parent

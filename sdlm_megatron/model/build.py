@@ -18,12 +18,12 @@ from torch.nn.functional import silu
 
 from sdlm_megatron.config.schema import ModelConfig, ParallelConfig, TrainConfig
 from sdlm_megatron.diffusion.layout import RowLayout
-from sdlm_megatron.model.attention import RowAttention
-from sdlm_megatron.model.core_attention import SDLMCoreAttention
+from sdlm_megatron.model.attention.contract import RowAttention
+from sdlm_megatron.model.attention.core_attention import SDLMCoreAttention
 from sdlm_megatron.model.gpt import SDLMModel
 from sdlm_megatron.model.layers import TRANSFORMER_ENGINE, Layers
-from sdlm_megatron.model.names import partition_dim
-from sdlm_megatron.model.vocabulary import padded_vocab
+from sdlm_megatron.weights.names import partition_dim
+from sdlm_megatron.weights.vocabulary import padded_vocab
 
 
 class RMSNorm(torch.nn.RMSNorm):

@@ -10,8 +10,8 @@ from torch.profiler import record_function
 
 from sdlm_megatron.diffusion.layout import RowLayout
 from sdlm_megatron.diffusion.row import MicroBatch
-from sdlm_megatron.model.attention import RowAttention
-from sdlm_megatron.model.core_attention import SDLMRowParams
+from sdlm_megatron.model.attention.contract import RowAttention
+from sdlm_megatron.model.attention.core_attention import SDLMRowParams
 from sdlm_megatron.model.label_loss import LabelLosses, Vocabulary, label_logits, label_losses
 
 

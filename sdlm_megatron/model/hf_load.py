@@ -8,9 +8,9 @@ import torch
 from sdlm_megatron.config.schema import ModelConfig
 from sdlm_megatron.errors import CheckpointError
 from sdlm_megatron.model.gpt import SDLMModel
-from sdlm_megatron.model.hf_folder import open_tensors
-from sdlm_megatron.model.names import from_hf, layer_of, shard, to_hf
-from sdlm_megatron.model.shape import NewMaskToken, mean_row
+from sdlm_megatron.weights.hf_reader import open_tensors
+from sdlm_megatron.weights.names import from_hf, layer_of, shard, to_hf
+from sdlm_megatron.weights.shape import NewMaskToken, mean_row
 
 
 def global_name(model: SDLMModel, name: str) -> str:

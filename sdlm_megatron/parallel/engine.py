@@ -17,14 +17,13 @@ from torch.profiler import record_function
 from sdlm_megatron.config.schema import ModelConfig, RunConfig
 from sdlm_megatron.diffusion.loss import loss_terms, slot_measures, slot_sums
 from sdlm_megatron.diffusion.row import MicroBatch
-from sdlm_megatron.model.attention_choice import Heads, choose_attention
+from sdlm_megatron.model.attention.choice import Heads, choose_attention
 from sdlm_megatron.model.build import build_model, transformer_config
 from sdlm_megatron.model.gpt import SDLMModel
 from sdlm_megatron.model.hf_load import load_hf
 from sdlm_megatron.model.label_loss import LabelLosses
 from sdlm_megatron.model.layers import choose_layers, start_tensor_overlap
 from sdlm_megatron.model.packages import find_packages
-from sdlm_megatron.model.shape import NewMaskToken
 from sdlm_megatron.parallel import compat
 from sdlm_megatron.parallel.cpu import HeapLimit
 from sdlm_megatron.parallel.gradients import clip, finalizer, gradient_norm
@@ -33,6 +32,7 @@ from sdlm_megatron.parallel.optimizer import build_optimizer, build_schedule, co
 from sdlm_megatron.parallel.results import QueuedStep, StepResult, joined, queued_step, read
 from sdlm_megatron.parallel.step_clock import StepClock
 from sdlm_megatron.parallel.warm_up import warm_up
+from sdlm_megatron.weights.shape import NewMaskToken
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 """fp16 is for converting weights only."""

@@ -77,7 +77,7 @@ def build_optimizer(
     )
     optimizer = get_megatron_optimizer(mcore, list(models), use_gloo_process_groups=False)
     for inner in _inner(optimizer):
-        if _is_torch_adam(inner):  # neither Apex nor TransformerEngine: torch's one-pass kernel (bench.cpu_choices)
+        if _is_torch_adam(inner):  # neither Apex nor TransformerEngine: torch's one-pass kernel (dev.bench.cpu_choices)
             for group in inner.param_groups:
                 group["fused"], group["foreach"] = True, False
     return optimizer

@@ -8,8 +8,8 @@ import torch.distributed as dist
 from megatron.core.optimizer import MegatronOptimizer
 
 from sdlm_megatron.diffusion.row import MicroBatch
-from sdlm_megatron.model.attention import RowAttention
-from sdlm_megatron.model.attention_choice import Heads
+from sdlm_megatron.model.attention.choice import Heads
+from sdlm_megatron.model.attention.contract import RowAttention
 from sdlm_megatron.parallel.groups import Groups
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 
 from sdlm_megatron.errors import ConfigError
-from sdlm_megatron.observe.peak_flops import peak_flops
+from sdlm_megatron.planner.peak_flops import peak_flops
 
 
 def _given(value: float, why: str) -> float:

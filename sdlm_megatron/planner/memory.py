@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from sdlm_megatron.config.schema import ModelConfig
-from sdlm_megatron.planner.layout import Layout, Sizes, sizes_of
+from sdlm_megatron.planner.parallel_layout import Layout, Sizes, sizes_of
 
 LABEL_LOSS_BYTES = 8
 """What a logit of a chunk costs with everything made from it, by which the head cuts its chunks."""

@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 from sdlm_megatron.config.schema import ModelConfig, RunConfig
 from sdlm_megatron.config.validate import check_model, check_run
 from sdlm_megatron.errors import ConfigError
-from sdlm_megatron.observe.flops import ModelShape
 from sdlm_megatron.planner.assumptions import Assumptions, Device
-from sdlm_megatron.planner.layout import ON_GPU, Kernels, Layout
+from sdlm_megatron.planner.flops import ModelShape
 from sdlm_megatron.planner.memory import Memory, peak_memory
+from sdlm_megatron.planner.parallel_layout import ON_GPU, Kernels, Layout
 from sdlm_megatron.planner.step_time import Costs, StepTime, step_time
 from sdlm_megatron.planner.workload import Workload, rows_per_step, steps
 

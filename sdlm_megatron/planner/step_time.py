@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from sdlm_megatron.config.schema import ModelConfig
 from sdlm_megatron.planner.assumptions import Assumptions, Device
-from sdlm_megatron.planner.layout import Layout, sizes_of
 from sdlm_megatron.planner.memory import Row, linear_weights, stage_parameters
+from sdlm_megatron.planner.parallel_layout import Layout, sizes_of
 from sdlm_megatron.planner.workload import Workload
 
 NORMS_AGAIN = 0.08

@@ -12,8 +12,8 @@ from sdlm_megatron.data.format import PackedDataset
 from sdlm_megatron.diffusion.layout import IGNORE, next_token_targets
 from sdlm_megatron.diffusion.mask import visible_pairs
 from sdlm_megatron.errors import DataError
-from sdlm_megatron.observe.flops import ModelShape, training_flops
 from sdlm_megatron.planner.assumptions import Assumptions
+from sdlm_megatron.planner.flops import ModelShape, training_flops
 from sdlm_megatron.planner.memory import Row
 
 POINTS = 20_000

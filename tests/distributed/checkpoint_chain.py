@@ -22,18 +22,18 @@ from sdlm_megatron.parallel import compat, cpu
 compat.silence_known_notices()
 cpu.install()
 
-from sdlm_megatron import checkpointing  # noqa: E402
-from sdlm_megatron.checkpoint_files import TrainState, newest, read_state, step_folder  # noqa: E402
-from sdlm_megatron.checkpoint_writer import CheckpointWriter  # noqa: E402
+from sdlm_megatron.checkpoint import restore as checkpointing  # noqa: E402
+from sdlm_megatron.checkpoint.async_writer import CheckpointWriter  # noqa: E402
 from sdlm_megatron.config.schema import CheckpointConfig, ParallelConfig, RunConfig  # noqa: E402
 from sdlm_megatron.data.batch import load_micro_batch  # noqa: E402
 from sdlm_megatron.data.format import PackedDataset  # noqa: E402
 from sdlm_megatron.data.order import step_rows  # noqa: E402
-from sdlm_megatron.model.hf_folder import read_hf_config  # noqa: E402
-from sdlm_megatron.model.shape import shape_of  # noqa: E402
 from sdlm_megatron.parallel import optimizer  # noqa: E402
 from sdlm_megatron.parallel.engine import Engine  # noqa: E402
 from sdlm_megatron.parallel.groups import init_groups  # noqa: E402
+from sdlm_megatron.weights.checkpoint_folder import TrainState, newest, read_state, step_folder  # noqa: E402
+from sdlm_megatron.weights.hf_reader import read_hf_config  # noqa: E402
+from sdlm_megatron.weights.shape import shape_of  # noqa: E402
 
 ROWS = 4
 ALL = {"overlap_grad_reduce": True, "overlap_param_gather": True}

@@ -13,15 +13,15 @@ from pathlib import Path
 import torch
 from checkpoint_chain import Layout, Run, forked
 
-from sdlm_megatron import checkpoint_writer
-from sdlm_megatron.attempt import read_events
-from sdlm_megatron.checkpoint_files import check_files, newest, step_of
-from sdlm_megatron.checkpoint_local import carry_over
-from sdlm_megatron.checkpoint_writer import MOST_REFUSED, CheckpointWriter
+from sdlm_megatron.checkpoint import async_writer as checkpoint_writer
+from sdlm_megatron.checkpoint.async_writer import MOST_REFUSED, CheckpointWriter
+from sdlm_megatron.checkpoint.local_disk import carry_over
 from sdlm_megatron.config.schema import CheckpointConfig
 from sdlm_megatron.errors import CheckpointError
 from sdlm_megatron.files import sha256
-from sdlm_megatron.torch_dist import TorchDist
+from sdlm_megatron.ops.attempt import read_events
+from sdlm_megatron.weights.checkpoint_folder import check_files, newest, step_of
+from sdlm_megatron.weights.torch_dist import TorchDist
 
 DP2 = Layout(2, {})
 KILLS = 20

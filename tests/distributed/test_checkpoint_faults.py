@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from helpers import REPO, make_dataset, make_hf, read_metrics, run_python, train
 
-from sdlm_megatron.attempt import read_events
+from sdlm_megatron.ops.attempt import read_events
 
 pytestmark = pytest.mark.distributed
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import REPO, make_dataset, make_hf, run_python
 
-from sdlm_megatron.torch_dist import TorchDist
+from sdlm_megatron.weights.torch_dist import TorchDist
 
 pytestmark = pytest.mark.distributed
 

@@ -21,10 +21,10 @@ from helpers import (
 )
 
 from checkpoints_tools import hf_to_mcore, mcore_to_hf
-from sdlm_megatron.attempt import rank_file
 from sdlm_megatron.diffusion.layout import pack_row
 from sdlm_megatron.diffusion.mask import visible_row
 from sdlm_megatron.diffusion.row import make_micro_batch
+from sdlm_megatron.ops.attempt import rank_file
 
 pytestmark = pytest.mark.distributed
 

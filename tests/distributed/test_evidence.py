@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from evidence import document, measure
-from evidence.arms import ARMS
-from evidence.train_arms import Budget, train_all
+from dev.evidence import document, measure
+from dev.evidence.arms import ARMS
+from dev.evidence.train_arms import Budget, train_all
 from sdlm_megatron.errors import DataError, UserError
 from tests.parity import exported
 
@@ -21,7 +21,7 @@ SMALL = Budget({"json": 12, "categories": 12}, prompts=4)
 @pytest.mark.distributed
 def test_conversations_become_tables(tmp_path, monkeypatch, capsys) -> None:
     """One arm without the target shift, which no other test takes from the data to decoding, and the plain one."""
-    monkeypatch.setattr("evidence.document.DPI", 30)  # small is quick
+    monkeypatch.setattr("dev.evidence.document.DPI", 30)  # small is quick
     out, base = tmp_path / "campaign", exported.export("trained_d4", tmp_path / "base")
     arms = [ARMS["ar"], ARMS["unshifted"]]
     train_all(out, arms, [0], SMALL, base, jobs=2)

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 from helpers import make_dataset, make_hf, train
 
-from sdlm_megatron.attempt import rank_file, read_events
-from sdlm_megatron.checkpoint_files import newest
-from sdlm_megatron.health.monitor import rows_of_run
-from sdlm_megatron.health.summary import summarize
+from sdlm_megatron.ops.attempt import rank_file, read_events
+from sdlm_megatron.ops.driver.attempt_summary import summarize
+from sdlm_megatron.ops.rank.monitor import rows_of_run
+from sdlm_megatron.weights.checkpoint_folder import newest
 
 pytestmark = pytest.mark.distributed
 ENTRY = (str(Path(__file__).with_name("faulty_train.py")),)

@@ -10,8 +10,8 @@ from helpers import run_python
 from measure_memory import CASES, config_of
 
 from sdlm_megatron.model.label_loss import BYTES
-from sdlm_megatron.planner.layout import CPU, layout_of
 from sdlm_megatron.planner.memory import LABEL_LOSS_BYTES, Row, stage_memory
+from sdlm_megatron.planner.parallel_layout import CPU, layout_of
 
 PEAK = 0.08  # the aim is 0.10; the worst case is at 0.065
 

@@ -11,7 +11,7 @@ from helpers import make_dataset, make_hf, read_metrics, train
 from sdlm_megatron.data.batch import load_micro_batch
 from sdlm_megatron.data.format import PackedDataset
 from sdlm_megatron.data.order import step_rows
-from sdlm_megatron.observe.goodput import goodput_of
+from sdlm_megatron.ops.goodput import goodput_of
 
 pytestmark = pytest.mark.distributed
 

@@ -10,12 +10,12 @@ from attention_cases import defined, inputs, layout_of, run
 from helpers import make_dataset, make_hf, read_metrics, train
 
 from sdlm_megatron.diffusion.layout import RowLayout
-from sdlm_megatron.model.attention import RowAttention
-from sdlm_megatron.model.attention_choice import TOLERANCE, Heads, check_kernel, choose_attention, gpu_kernels
-from sdlm_megatron.model.attention_decomposed import Decomposed
-from sdlm_megatron.model.attention_flex import Flex
-from sdlm_megatron.model.attention_masked import PerDocument
-from sdlm_megatron.model.attention_varlen import TorchKernel, VarlenKernel
+from sdlm_megatron.model.attention.choice import TOLERANCE, Heads, check_kernel, choose_attention, gpu_kernels
+from sdlm_megatron.model.attention.contract import RowAttention
+from sdlm_megatron.model.attention.decomposed import Decomposed
+from sdlm_megatron.model.attention.flex import Flex
+from sdlm_megatron.model.attention.masked import PerDocument
+from sdlm_megatron.model.attention.varlen import TorchKernel, VarlenKernel
 
 pytestmark = [
     pytest.mark.gpu,

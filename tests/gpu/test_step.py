@@ -13,7 +13,7 @@ from helpers import make_dataset, make_hf, read_metrics, run_python
 from sdlm_megatron.data.batch import load_micro_batch
 from sdlm_megatron.data.format import PackedDataset
 from sdlm_megatron.data.prefetch import Prefetch
-from sdlm_megatron.observe.trace import summarize
+from sdlm_megatron.training.trace import summarize
 
 pytestmark = [
     pytest.mark.gpu,

@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from checkpoints_tools.hf_folder import write_hf_folder
-from sdlm_megatron.model.hf_folder import open_tensors, read_hf_config
+from checkpoints_tools.export_folder import write_hf_folder
+from sdlm_megatron.weights.hf_reader import open_tensors, read_hf_config
 
 MODELS = ("random", "trained_d4")
 PAD, EOS, MASK = 256, 258, 259

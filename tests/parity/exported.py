@@ -3,8 +3,8 @@
 import json
 from pathlib import Path
 
-from checkpoints_tools.hf_folder import write_hf_folder
-from sdlm_megatron.model.hf_folder import open_tensors, read_hf_config
+from checkpoints_tools.export_folder import write_hf_folder
+from sdlm_megatron.weights.hf_reader import open_tensors, read_hf_config
 from tests import byte_tokenizer
 from tests.parity import decode_oracle as o
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from quickstart import base_model
+from dev.quickstart import base_model
 from sdlm_megatron.errors import CheckpointError, UserError
-from sdlm_megatron.model.hf_folder import open_tensors, read_hf_config
+from sdlm_megatron.weights.hf_reader import open_tensors, read_hf_config
 
 WORDS = [*"abcdefghijklmnopqrstuvwxyz0123456789", "Ġ", "ab"]
 TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *WORDS]

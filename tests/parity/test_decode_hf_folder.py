@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, Qwen2ForCausalLM
 
-from checkpoints_tools.hf_folder import write_hf_folder
+from checkpoints_tools.export_folder import write_hf_folder
 from checkpoints_tools.tokenizer_files import add_token
-from quickstart.base_model import make_tiny_qwen
+from dev.quickstart.base_model import make_tiny_qwen
 from sdlm_megatron.errors import CheckpointError
-from sdlm_megatron.model.hf_folder import INDEX_NAME, HFConfig, open_tensors, read_hf_config
+from sdlm_megatron.weights.hf_reader import INDEX_NAME, HFConfig, open_tensors, read_hf_config
 from tests.parity import decode_oracle as o
 
 

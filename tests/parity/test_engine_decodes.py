@@ -14,7 +14,7 @@ from sdlm_megatron.data.format import PackedDataset
 from sdlm_megatron.diffusion.decode import decode
 from sdlm_megatron.diffusion.layout import IGNORE, pack_row
 from sdlm_megatron.diffusion.row import MicroBatch, make_micro_batch
-from sdlm_megatron.model.attention_choice import choose_attention
+from sdlm_megatron.model.attention.choice import choose_attention
 
 LENGTHS = (9, 5, 14)
 

@@ -8,13 +8,15 @@ from typing import Any
 import pytest
 import torch
 
-from evaluation import calibration, report, sweep, table
-from evaluation.decoding import Setting, decode_prompts
-from evaluation.probe import follow, probe
-from evaluation.prompts import Prompt, encode, encode_answer, read_prompts
-from sdlm_megatron.chat.model import ChatModel, load
+from sdlm_megatron.chat.chat_model import ChatModel, load
 from sdlm_megatron.diffusion.decode import decode
 from sdlm_megatron.errors import DataError
+from sdlm_megatron.evaluation import calibration, sweep
+from sdlm_megatron.evaluation import decode_table as table
+from sdlm_megatron.evaluation import full_report as report
+from sdlm_megatron.evaluation.decoding import Setting, decode_prompts
+from sdlm_megatron.evaluation.probe import follow, probe
+from sdlm_megatron.evaluation.prompts import Prompt, encode, encode_answer, read_prompts
 from tests.parity import exported
 
 ROOM = 24
@@ -136,7 +138,7 @@ def test_calibration_is_teacher_forcing(folder: Path, prompts: Path, tmp_path: P
 
 
 def test_table_is_what_a_report_reads(folder: Path, prompts: Path, tmp_path: Path) -> None:
-    from sdlm_megatron.observe.evaluation import load_evaluation
+    from sdlm_megatron.report.evaluation_record import load_evaluation
 
     out = tmp_path / "evaluation.json"
     table.main(["--model", str(folder), "--prompts", str(prompts), "--thresholds", "0.5", "--out", str(out)])

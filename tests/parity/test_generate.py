@@ -20,7 +20,7 @@ from transformers import (
     pipeline,
 )
 
-from checkpoints_tools.hf_folder import HF_CODE
+from checkpoints_tools.export_folder import HF_CODE
 from sdlm_megatron.diffusion.decode import Decoded, decode
 from tests.parity import decode_oracle as o
 from tests.parity import exported

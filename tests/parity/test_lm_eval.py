@@ -1,4 +1,4 @@
-"""`python -m evaluation.lm_eval` on real tasks of local files, against loops written by hand and the harness' `hf`."""
+"""`python -m sdlm_megatron.evaluation.lm_eval_command` on real tasks of local files, against loops written by hand and the harness' `hf`."""
 
 import json
 import socket
@@ -11,9 +11,9 @@ import pytest
 import torch
 import yaml
 
-from evaluation import lm_eval as command
-from sdlm_megatron.chat.model import Answer, ChatModel, Settings, load
+from sdlm_megatron.chat.chat_model import Answer, ChatModel, Settings, load
 from sdlm_megatron.errors import CheckpointError, ConfigError
+from sdlm_megatron.evaluation import lm_eval_command as command
 from tests.parity import exported
 
 PROMPTS = ("count 12 to 15", "repeat spark 2", "spell cloud", "weather in delhi", "count 7 to 21")
@@ -167,7 +167,7 @@ def generate(lm: Any, text: str, **options: Any) -> str:
 
 
 def model(folder: Path, **args: Any) -> Any:
-    from evaluation.lm_eval_model import SDLM
+    from sdlm_megatron.evaluation.lm_eval_model import SDLM
 
     return SDLM(str(folder), device="cpu", batch_size=4, **args)
 

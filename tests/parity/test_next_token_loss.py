@@ -72,7 +72,7 @@ def test_loss_and_every_gradient(make_engine: Callable, tmp_path: Path, rows: bo
     from transformers import AutoModelForCausalLM
 
     from sdlm_megatron.model.hf_load import global_name
-    from sdlm_megatron.model.names import to_hf
+    from sdlm_megatron.weights.names import to_hf
 
     folder = make_hf(tmp_path / "hf", tied=False)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")

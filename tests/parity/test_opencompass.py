@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from sdlm_megatron.chat.model import Answer, ChatModel, Settings, load
+from sdlm_megatron.chat.chat_model import Answer, ChatModel, Settings, load
 from tests.helpers import REPO
 from tests.parity import exported
 
@@ -23,7 +23,7 @@ PYTHON = os.environ.get("OPENCOMPASS_PYTHON", "")
 pytestmark = pytest.mark.skipif(not PYTHON, reason="OPENCOMPASS_PYTHON names no interpreter with opencompass 0.5.4")
 CALLS = """
 import json, sys
-from evaluation.opencompass_model import SDLM
+from sdlm_megatron.evaluation.opencompass_model import SDLM
 model = SDLM(sys.argv[1], alg="prob_conf", threshold=0.5, system="be brief.", device="cpu")
 texts = ["count 12 to 15: 12, 13", "spell cloud"]
 said = {"stop": {}, "ppl": model.get_ppl(texts).tolist(), "masked": model.get_ppl(texts, [5, 3]).tolist()}

@@ -25,12 +25,12 @@ from rich.console import Console
 from tokenizers import AddedToken, Tokenizer
 
 from data_prep.build import build
+from data_prep.build_config import BuildConfig, SourceConfig
 from data_prep.chat import IM_END, RenderedDocument, render
-from data_prep.config import BuildConfig, SourceConfig
-from data_prep.tokenizer import TextTokenizer
+from data_prep.encoders import TextTokenizer
 from data_prep.truncate import LONG_PROMPT, FittedDocument, reference
 from sdlm_megatron.data.format import PackedDataset
-from sdlm_megatron.data.tokenizer import special_token_id
+from sdlm_megatron.data.tokenizer_identity import special_token_id
 from sdlm_megatron.diffusion.layout import IGNORE, expand_document, row_positions, row_targets
 from sdlm_megatron.diffusion.mask import visible
 from tests.qwen_vocab import ROOT, qwen_tokenizer_folder

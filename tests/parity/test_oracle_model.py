@@ -134,7 +134,7 @@ def test_every_parameter_gradient(make_engine: Callable, model: str, block_size:
 def gradients(engine: object, golden: Golden) -> dict[str, np.ndarray]:
     """Gradients of the step's loss by Hugging Face name, as the optimizer would see them."""
     from sdlm_megatron.model.hf_load import global_name
-    from sdlm_megatron.model.names import to_hf
+    from sdlm_megatron.weights.names import to_hf
 
     length = golden.data["input_ids"].shape[1]
     batches = [
@@ -165,7 +165,7 @@ def test_packing_does_not_change_a_document(make_engine: Callable, causal_attn: 
 
 def test_long_documents_go_in_chunks(make_engine: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     """The chunked path of the attention gives the losses of the single-call path."""
-    from sdlm_megatron.model import attention_masked
+    from sdlm_megatron.model.attention.contract import masked as attention_masked
 
     golden = load_golden("trained_d4", 4, "b1_multi")
     engine = make_engine(oracle() / "tiny" / "trained_d4")

@@ -16,8 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sdlm_megatron.diffusion.layout import RowLayout, draw_starts, pack_row
 from sdlm_megatron.diffusion.row import MicroBatch, make_micro_batch
-from sdlm_megatron.model.attention_masked import Dense, PerDocument
-from sdlm_megatron.observe.flops import ModelShape, training_flops
+from sdlm_megatron.model.attention.masked import Dense, PerDocument
+from sdlm_megatron.planner.flops import ModelShape, training_flops
 
 LENGTH, D = 128, 4
 SHAPE = ModelShape(layers=2, hidden=64, heads=4, kv_heads=2, head_dim=16, ffn=96, vocab=256)

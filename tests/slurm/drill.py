@@ -29,8 +29,8 @@ from drill_tools import REPO, TWO_STAGES, Drill, Job, Run, Settings, differences
 from helpers import read_metrics
 from small_job import small_job
 
-from sdlm_megatron.attempt import read_events
-from sdlm_megatron.health.monitor import rows_of_run
+from sdlm_megatron.ops.attempt import read_events
+from sdlm_megatron.ops.rank.monitor import rows_of_run
 
 DISK_STEPS, DISK_SAVES = 100, 10
 
@@ -313,7 +313,9 @@ def all_faults(cluster: Cluster, work: Path, nodes: Sequence[str], names: Sequen
     job.end()
     for line in check_end(job, reference, drill.settings.steps):
         say(line)
-    subprocess.run([sys.executable, "-m", "sdlm_megatron.report", job.run.folder], check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, "-m", "sdlm_megatron.report.command", job.run.folder], check=True, capture_output=True
+    )
     return outcomes
 
 

@@ -15,9 +15,9 @@ import torch  # noqa: E402
 from cluster import Cluster, wait_for  # noqa: E402
 from helpers import make_dataset, make_hf  # noqa: E402
 
-from sdlm_megatron.attempt import read_events  # noqa: E402
-from sdlm_megatron.checkpoint_files import step_of  # noqa: E402
-from sdlm_megatron.torch_dist import TorchDist  # noqa: E402
+from sdlm_megatron.ops.attempt import read_events  # noqa: E402
+from sdlm_megatron.weights.checkpoint_folder import step_of  # noqa: E402
+from sdlm_megatron.weights.torch_dist import TorchDist  # noqa: E402
 
 PATIENCE = 240.0
 SHRUNK = {"model.num_layers": 0}

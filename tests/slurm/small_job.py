@@ -5,7 +5,7 @@ from pathlib import Path
 
 from helpers import make_hf
 
-from quickstart.task import write_task
+from dev.quickstart.task import write_task
 from tests import byte_tokenizer
 
 

@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from helpers import ENV, REPO
 from small_job import small_job
 
-from sdlm_megatron.attempt import read_events
+from sdlm_megatron.ops.attempt import read_events
 
 pytestmark = pytest.mark.distributed
 SCRIPTS = ("prepare_data", "merge_data", "train_3b_d4", "train_3b_d8", "train_32b_d4", "export", "evaluate")

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from helpers import ENV, REPO, make_dataset, make_hf
 
-from sdlm_megatron.attempt import read_events
-from sdlm_megatron.job.verdict import read_bad_nodes
+from sdlm_megatron.ops.attempt import read_events
+from sdlm_megatron.ops.driver.verdict import read_bad_nodes
 
 CLUSTER = """
 env: {GLOO_SOCKET_IFNAME: eth0}
@@ -95,7 +95,7 @@ def test_lost_gpu_full_disk_and_other_config_are_found(cluster, tmp_path: Path) 
 def fly(cluster, folder: Path, *, needed: int, config: str) -> tuple[int, dict, str]:
     """Exit code, preflight.json and output of a pre-flight over all nodes of the cluster."""
     (folder / "cluster.yaml").write_text("gpus_per_node: 8\n" + CLUSTER)
-    line = f"{sys.executable} -m sdlm_megatron.preflight --run-dir {folder}/run --nodes-needed {needed}"
+    line = f"{sys.executable} -m sdlm_megatron.ops.driver.preflight --run-dir {folder}/run --nodes-needed {needed}"
     line += f" --cluster {folder}/cluster.yaml --config {config}"
     (folder / "job.sh").write_text(f"#!/bin/bash\ncd {REPO}\n{line}\necho $? >{folder}/code\n")
     options = [f"-N{len(cluster.nodes)}", "--gpus-per-node=8", "-o", folder / "out.txt"]

@@ -13,12 +13,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sdlm_megatron.diffusion.layout import RowLayout
 from sdlm_megatron.diffusion.mask import visible_row
-from sdlm_megatron.model import attention_masked, attention_varlen
-from sdlm_megatron.model.attention import RowAttention
-from sdlm_megatron.model.attention_decomposed import Decomposed
-from sdlm_megatron.model.attention_flex import TILE, Flex, key_ranges, tile_counts
-from sdlm_megatron.model.attention_masked import Dense, PerDocument
-from sdlm_megatron.model.attention_varlen import TorchKernel
+from sdlm_megatron.model.attention.contract import RowAttention
+from sdlm_megatron.model.attention.contract import masked as attention_masked
+from sdlm_megatron.model.attention.contract import varlen as attention_varlen
+from sdlm_megatron.model.attention.decomposed import Decomposed
+from sdlm_megatron.model.attention.flex import TILE, Flex, key_ranges, tile_counts
+from sdlm_megatron.model.attention.masked import Dense, PerDocument
+from sdlm_megatron.model.attention.varlen import TorchKernel
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 Build = Callable[..., RowAttention]
@@ -150,7 +151,7 @@ def test_no_tensor_grows_with_the_square_of_the_row(name) -> None:
 def test_flex_tiles_are_counted_exactly(row: tuple[RowLayout, int, bool]) -> None:
     layout, length, causal = row
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sdlm_megatron.model.attention_flex.TILE", 8)
+        patch.setattr("sdlm_megatron.model.attention.flex.TILE", 8)
         found = tile_counts(key_ranges(layout, length, causal_attn=causal))
     mask = visible_row(layout, length, causal_attn=causal)
     mask[layout.used :] = False

@@ -12,9 +12,9 @@ from helpers import make_dataset, make_hf, read_metrics, train
 from sdlm_megatron.data.batch import load_micro_batch
 from sdlm_megatron.data.format import PackedDataset
 from sdlm_megatron.errors import ConfigError
-from sdlm_megatron.model.attention_choice import TOLERANCE, Heads, check_kernel, choose_attention, first_good
-from sdlm_megatron.model.attention_decomposed import Decomposed
-from sdlm_megatron.model.attention_varlen import Sequences, TorchFlash, TorchKernel, TransformerEngineFused
+from sdlm_megatron.model.attention.choice import TOLERANCE, Heads, check_kernel, choose_attention, first_good
+from sdlm_megatron.model.attention.decomposed import Decomposed
+from sdlm_megatron.model.attention.varlen import Sequences, TorchFlash, TorchKernel, TransformerEngineFused
 
 CPU = torch.device("cpu")
 HEADS = Heads(heads=4, kv_heads=2, dim=16, dtype=torch.float32)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers import run_python
 
-from bench import measure, step, step_case
+from dev.bench import measure, step, step_case
 from sdlm_megatron.config.schema import ModelConfig
 from sdlm_megatron.parallel.groups import Groups
 
@@ -25,7 +25,9 @@ CPU = torch.device("cpu")
 
 
 def test_the_command_prints_a_table() -> None:
-    text = run_python("-m", "bench.step", "--shape", "body", "--tokens", "64", "--samples", "1", "--runs", "1").stdout
+    text = run_python(
+        "-m", "dev.bench.step", "--shape", "body", "--tokens", "64", "--samples", "1", "--runs", "1"
+    ).stdout
     assert "useful tokens/s" in text
     assert "MFU" in text
     assert "linear layers" in text
@@ -54,8 +56,8 @@ def increments(groups: Groups, attention: str) -> float:
 @pytest.mark.parametrize("attention", ["per_document", "decomposed"])
 def test_a_step_s_memory_is_linear_in_the_row(groups, monkeypatch, attention) -> None:
     """One document fills the row: the hardest case, since what it sees grows with it."""
-    monkeypatch.setattr("sdlm_megatron.model.attention_masked.KEPT_KEYS", 0)
-    monkeypatch.setattr("sdlm_megatron.model.attention_varlen.QUERY_CHUNK", 64)
+    monkeypatch.setattr("sdlm_megatron.model.attention.masked.KEPT_KEYS", 0)
+    monkeypatch.setattr("sdlm_megatron.model.attention.varlen.QUERY_CHUNK", 64)
     assert increments(groups, attention) < 1.15
 
 

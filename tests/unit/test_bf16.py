@@ -9,7 +9,7 @@ import torch
 from helpers import make_dataset
 
 from sdlm_megatron import bf16
-from sdlm_megatron.chat.model import ChatModel
+from sdlm_megatron.chat.chat_model import ChatModel
 from sdlm_megatron.config.load import PRESETS, load_config
 from sdlm_megatron.config.schema import RunConfig
 from sdlm_megatron.train import train

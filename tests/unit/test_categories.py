@@ -1,11 +1,11 @@
-"""The task of evidence.categories: what is asked, what is right, what is held out."""
+"""The task of dev.evidence.categories: what is asked, what is right, what is held out."""
 
 import json
 import re
 from itertools import islice
 
-from evidence.categories import SORTED_AT_A_TIME, WORDS, sortings
-from quickstart.task import HELD_OUT_SHARE
+from dev.evidence.categories import SORTED_AT_A_TIME, WORDS, sortings
+from dev.quickstart.task import HELD_OUT_SHARE
 
 CATEGORY = {word: name for name, words in WORDS.items() for word in words.split()}
 

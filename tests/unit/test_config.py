@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from sdlm_megatron.checkpoint_files import read_state
 from sdlm_megatron.config.load import PRESETS, load_config, preset_names, to_yaml
 from sdlm_megatron.config.schema import DiffusionConfig, ModelConfig, RunConfig
 from sdlm_megatron.config.validate import check_model, check_run
 from sdlm_megatron.errors import ConfigError
+from sdlm_megatron.weights.checkpoint_folder import read_state
 
 
 @pytest.mark.parametrize("name", preset_names(PRESETS))

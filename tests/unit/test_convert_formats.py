@@ -17,11 +17,11 @@ from safetensors.torch import load_file, save_file
 
 from checkpoints_tools import compare, hf_to_mcore, mcore_to_hf
 from data_prep.chat import render
-from sdlm_megatron.checkpoint_files import TrainState, checksums, read_state
 from sdlm_megatron.config.schema import CheckpointConfig, DiffusionConfig, RunConfig
 from sdlm_megatron.errors import CheckpointError
-from sdlm_megatron.model.shape import NewMaskToken, mean_row
-from sdlm_megatron.torch_dist import Entry, TorchDist, write_index
+from sdlm_megatron.weights.checkpoint_folder import TrainState, checksums, read_state
+from sdlm_megatron.weights.shape import NewMaskToken, mean_row
+from sdlm_megatron.weights.torch_dist import Entry, TorchDist, write_index
 from tests.byte_tokenizer import write_folder
 from tests.qwen_vocab import qwen_tokenizer_folder
 
@@ -41,8 +41,8 @@ def test_an_import_is_what_the_engine_would_save(groups: Any, tmp_path: Path, fo
     """Names, shapes, dtypes and bits of every tensor, the padding rows and a new mask token's row included."""
     from megatron.core import dist_checkpointing
 
-    from sdlm_megatron import checkpointing
-    from sdlm_megatron.checkpoint_writer import CheckpointWriter
+    from sdlm_megatron.checkpoint import restore as checkpointing
+    from sdlm_megatron.checkpoint.async_writer import CheckpointWriter
     from sdlm_megatron.parallel.engine import Engine
 
     plain = {"block_size": None, "text_mask_token_id": None, "text_mask_token": None, "causal_attn": None}

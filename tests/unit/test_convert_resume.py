@@ -15,8 +15,8 @@ from helpers import make_hf
 from safetensors.torch import load_file
 
 from checkpoints_tools import hf_to_mcore, mcore_to_hf
-from checkpoints_tools.partial import Output, Unit, open_partial
 from sdlm_megatron.errors import CheckpointError
+from sdlm_megatron.weights.resumable_folder import Output, Unit, open_partial
 from tests.byte_tokenizer import write_folder
 
 HIDDEN = 16

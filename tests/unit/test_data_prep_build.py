@@ -16,14 +16,14 @@ from rich.console import Console
 
 from data_prep.accounting import Tally
 from data_prep.build import build, main
+from data_prep.build_config import PRESETS, BuildConfig, SourceConfig, check
+from data_prep.build_report import short
 from data_prep.chat import parse, render
-from data_prep.config import PRESETS, BuildConfig, SourceConfig, check
-from data_prep.report import short
-from data_prep.tokenizer import TextTokenizer
+from data_prep.encoders import TextTokenizer
 from data_prep.truncate import NO_ANSWER, SHORT_ANSWER
 from sdlm_megatron.config.load import load_config
 from sdlm_megatron.data.format import PackedDataset
-from sdlm_megatron.data.tokenizer import fingerprint
+from sdlm_megatron.data.tokenizer_identity import fingerprint
 from sdlm_megatron.diffusion.layout import draw_starts, pack_row
 from sdlm_megatron.errors import ConfigError, DataError, run_cli
 from sdlm_megatron.progress import track

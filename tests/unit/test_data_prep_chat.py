@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from data_prep.chat import parse, render
-from data_prep.tokenizer import TextTokenizer
+from data_prep.encoders import TextTokenizer
 from sdlm_megatron.errors import DataError
 from tests.byte_tokenizer import IM_END, IM_START, TOOL, definition, write_folder
 from tests.qwen_vocab import qwen_tokenizer_folder

@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from data_prep.build import build
-from data_prep.config import BuildConfig, SourceConfig
+from data_prep.build_config import BuildConfig, SourceConfig
 from sdlm_megatron.data.format import PackedDataset
 from sdlm_megatron.errors import DataError
 from tests.byte_tokenizer import write_folder

@@ -13,11 +13,11 @@ import sentencepiece
 from rich.console import Console
 
 from data_prep.build import build
-from data_prep.config import BuildConfig, SourceConfig
+from data_prep.build_config import BuildConfig, SourceConfig
+from data_prep.encoders import open_encoder
 from data_prep.inspect import BLOCKS, EDGE, MARK, find_document, main, origin
 from data_prep.mask_picture import row_image, stretch_of
 from data_prep.token_text import open_text
-from data_prep.tokenizer import open_encoder
 from sdlm_megatron.data.format import PackedDataset
 from sdlm_megatron.diffusion.layout import IGNORE, RowLayout, row_targets
 from sdlm_megatron.diffusion.mask import visible, visible_row

@@ -23,9 +23,9 @@ from rich.console import Console
 from data_prep import build as build_module
 from data_prep.accounting import DUPLICATE
 from data_prep.build import Shard, build, build_shard, merge
-from data_prep.config import BuildConfig, SourceConfig
+from data_prep.build_config import BuildConfig, SourceConfig
+from data_prep.encoders import FastTokenizer
 from data_prep.readers import plan
-from data_prep.tokenizer import FastTokenizer
 from sdlm_megatron.data.format import PackedDataset
 from sdlm_megatron.errors import ConfigError, DataError
 from tests.byte_tokenizer import write_folder
@@ -324,7 +324,7 @@ def test_one_wrong_id_of_the_fast_encoder_and_all_it_did_is_done_again(
         return ids, offsets
 
     monkeypatch.setattr(FastTokenizer, "_encode", wrong)
-    monkeypatch.setattr("data_prep.tokenizer.CHECK_EVERY", 1)
+    monkeypatch.setattr("data_prep.encoders.CHECK_EVERY", 1)
     build_module._encoder.cache_clear()
     out = StringIO()
     assert build(other(config, "2"), Console(file=out, width=200)) == wanted

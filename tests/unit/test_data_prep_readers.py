@@ -16,7 +16,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from data_prep.config import SourceConfig
+from data_prep.build_config import SourceConfig
 from data_prep.readers import LINES, ROWS, Unit, count_lines, plan, read_unit, where
 from data_prep.sources import InputRow, Unreadable, conversation
 from sdlm_megatron.errors import DataError

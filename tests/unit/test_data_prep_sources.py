@@ -9,7 +9,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from data_prep.config import SourceConfig
+from data_prep.build_config import SourceConfig
 from data_prep.readers import plan, read_unit
 from data_prep.sources import (
     FORMS,
@@ -266,7 +266,7 @@ def test_two_columns_of_one_name_are_refused() -> None:
 
 
 def test_every_format_of_the_settings_has_a_form() -> None:
-    from data_prep.config import FORMATS
+    from data_prep.build_config import FORMATS
 
     assert set(FORMATS) == set(FORMS) == set(ROWS)
 

@@ -14,10 +14,10 @@ from helpers import make_dataset
 from rich.console import Console
 
 from data_prep.build import build
+from data_prep.build_config import BuildConfig, SourceConfig
 from data_prep.chat import render
-from data_prep.config import BuildConfig, SourceConfig
+from data_prep.encoders import TextTokenizer
 from data_prep.stats import main, take_sample, write_stats
-from data_prep.tokenizer import TextTokenizer
 from sdlm_megatron.data.format import PackedDataset
 from sdlm_megatron.errors import DataError, run_cli
 from tests.byte_tokenizer import write_folder

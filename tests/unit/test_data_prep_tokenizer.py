@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from tokenizers import AddedToken, Tokenizer
 
-from quickstart.qwen_vocab import CHAT_TEMPLATE
-from sdlm_megatron.data.tokenizer import fingerprint, special_token_id, vocabulary_size
+from dev.quickstart.qwen_vocab import CHAT_TEMPLATE
+from sdlm_megatron.data.tokenizer_identity import fingerprint, special_token_id, vocabulary_size
 from sdlm_megatron.errors import DataError
 from tests.byte_tokenizer import IM_END, definition, write_folder
 from tests.qwen_vocab import qwen_tokenizer_folder

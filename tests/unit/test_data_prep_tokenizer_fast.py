@@ -17,9 +17,9 @@ from tokenizers import AddedToken, Regex, Tokenizer, models, trainers
 from tokenizers import normalizers as norm
 from tokenizers import pre_tokenizers as pre
 
-from data_prep import tokenizer as module
+from data_prep import encoders as module
+from data_prep.encoders import FastTokenizer, TextTokenizer, TokenizerMismatch, flat, open_encoder
 from data_prep.encoding import SpelledTokens, probe_texts
-from data_prep.tokenizer import FastTokenizer, TextTokenizer, TokenizerMismatch, flat, open_encoder
 from sdlm_megatron.errors import DataError
 from tests.byte_tokenizer import IM_END, TOOL, definition, write_folder
 from tests.qwen_vocab import ROOT, qwen_tokenizer_folder
@@ -320,7 +320,7 @@ def test_an_encoder_works_after_fork_and_starts_no_more_than_one_thread(tmp_path
     """Measured in a process of its own: the thread counts are set when the libraries are first used."""
     code = """if True:
         import os, sys
-        from data_prep.tokenizer import open_encoder
+        from data_prep.encoders import open_encoder
         encoder = open_encoder(sys.argv[1])
         texts = [f"text {i} " * 40 for i in range(3000)]
         wanted = encoder.encode_flat(texts)[0].tolist()

@@ -12,10 +12,10 @@ import pytest
 import sentencepiece
 from transformers import AutoTokenizer
 
+from data_prep.encoders import TextTokenizer, open_encoder
 from data_prep.encoding import probe_texts
-from data_prep.tokenizer import TextTokenizer, open_encoder
 from sdlm_megatron.data.sentencepiece_model import CONTROL, NORMAL, USER_DEFINED, Piece, read_pieces, with_pieces
-from sdlm_megatron.data.tokenizer import fingerprint, has_tokenizer, special_token_id, vocabulary_size
+from sdlm_megatron.data.tokenizer_identity import fingerprint, has_tokenizer, special_token_id, vocabulary_size
 from sdlm_megatron.errors import DataError
 from tests.byte_tokenizer import write_folder
 from tests.qwen_vocab import ROOT

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_prep.chat import RenderedDocument, render
-from data_prep.tokenizer import TextTokenizer
+from data_prep.encoders import TextTokenizer
 from data_prep.truncate import (
     FITS,
     LONG_ANSWER,

@@ -12,10 +12,10 @@ from helpers import make_dataset
 from rich.console import Console
 
 from data_prep.build import build
+from data_prep.build_config import BuildConfig, SourceConfig
 from data_prep.chat import render
-from data_prep.config import BuildConfig, SourceConfig
+from data_prep.encoders import TextTokenizer
 from data_prep.row_rules import Facts, check_row, check_targets, read_row
-from data_prep.tokenizer import TextTokenizer
 from data_prep.verify import RULES, main, verify
 from sdlm_megatron.data.format import PackedDataset, PartWriter, manifest_checksum, read_manifest
 from sdlm_megatron.diffusion.layout import IGNORE, RowLayout, add_blocks, draw_starts, slot_targets

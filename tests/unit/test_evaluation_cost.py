@@ -1,4 +1,4 @@
-"""evaluation.speed, evaluation.context and evaluation.perplexity on the oracle's tiny trained model."""
+"""sdlm_megatron.evaluation.speed, sdlm_megatron.evaluation.context and sdlm_megatron.evaluation.perplexity on the oracle's tiny trained model."""
 
 import dataclasses
 import json
@@ -9,13 +9,13 @@ import pytest
 import torch
 from byte_tokenizer import definition, write_folder
 
-from evaluation import context, perplexity, speed
-from evaluation.command import exact_of, longest_answer
-from evaluation.decoding import Decoded
-from evaluation.prompts import Prompt, encode, encode_answer
-from sdlm_megatron.chat.model import ChatModel, load
+from sdlm_megatron.chat.chat_model import ChatModel, load
 from sdlm_megatron.diffusion.decode import decode
 from sdlm_megatron.errors import ConfigError, DataError
+from sdlm_megatron.evaluation import context, perplexity, speed
+from sdlm_megatron.evaluation.common_options import exact_of, longest_answer
+from sdlm_megatron.evaluation.decoding import Decoded
+from sdlm_megatron.evaluation.prompts import Prompt, encode, encode_answer
 from tests.parity import decode_oracle as o
 from tests.parity.exported import CHAT
 

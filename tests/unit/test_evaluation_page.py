@@ -7,14 +7,14 @@ import pytest
 from helpers import REPO
 from made_results import PROMPTS, sweep, write_results
 
-from evaluation.facts import facts_of
-from evaluation.page import main as page
-from evaluation.results import exact_of, pick, points
-from evidence.campaign import Campaign, read_campaign
-from evidence.document import fill
-from evidence.document import main as document
-from evidence.tables import TABLES
+from dev.evidence.campaign import Campaign, read_campaign
+from dev.evidence.document import fill
+from dev.evidence.document import main as document
+from dev.evidence.markdown_tables import TABLES
 from sdlm_megatron.errors import ConfigError, DataError
+from sdlm_megatron.evaluation.facts import facts_of
+from sdlm_megatron.evaluation.page import main as page
+from sdlm_megatron.evaluation.results import exact_of, pick, points
 
 SECTIONS = ["facts", "quality", "threshold", "differences", "reliability", "precision", "acceptance", "wall"]
 SECTIONS += ["overhead", "context", "perplexity"]
@@ -85,7 +85,7 @@ def campaign(tmp_path_factory):
 
 
 def test_document_fills_every_table_and_draws_every_picture(campaign, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("evidence.document.DPI", 30)  # small is quick
+    monkeypatch.setattr("dev.evidence.document.DPI", 30)  # small is quick
     text = (REPO / "docs" / "evidence.md").read_text()
     assert sorted(re.findall(r"<!-- table (\w+) -->", text)) == sorted(TABLES)
     tables = re.compile(r"(<!-- table \w+ -->).*?(<!-- end -->)", re.DOTALL)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from evaluation.stats import (
+from sdlm_megatron.evaluation.intervals import (
     Estimate,
     acceptance,
     average_precision,

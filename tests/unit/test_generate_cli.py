@@ -1,4 +1,4 @@
-"""`python -m sdlm_megatron.generate` on the oracle's tiny trained model: piped, in a terminal, compared, refused."""
+"""`python -m sdlm_megatron.chat.generate` on the oracle's tiny trained model: piped, in a terminal, compared, refused."""
 
 import io
 import json
@@ -20,18 +20,18 @@ from rich.console import Console
 from transformers import AutoTokenizer, Qwen2ForCausalLM
 
 from data_prep.chat import frame_of, render
-from data_prep.tokenizer import as_text_encoder
-from sdlm_megatron.chat import view
-from sdlm_megatron.chat.model import Answer, load
+from data_prep.encoders import as_text_encoder
+from sdlm_megatron.chat import terminal_view as view
+from sdlm_megatron.chat.chat_model import Answer, load
+from sdlm_megatron.chat.generate import main
+from sdlm_megatron.chat.passes import COLOURS, summary
 from sdlm_megatron.diffusion.decode import Decoded, decode
 from sdlm_megatron.errors import CheckpointError, ConfigError, UserError
-from sdlm_megatron.generate import main
-from sdlm_megatron.observe.passes import COLOURS, summary
 from tests.parity import decode_oracle as o
 
 PROMPT = "count 12 to 15"
 BRIEF = ("--system", "be brief.", "--max-new-tokens", "40")
-COMMAND = (sys.executable, "-m", "sdlm_megatron.generate")
+COMMAND = (sys.executable, "-m", "sdlm_megatron.chat.generate")
 
 
 def add_tokenizer(folder: Path) -> Path:

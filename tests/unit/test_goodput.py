@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from job_history import EVENTS, RECORDS, T, event, record, write_job
 
-from sdlm_megatron.observe.goodput import CAUSES, USEFUL, goodput, goodput_of
+from sdlm_megatron.ops.goodput import CAUSES, USEFUL, goodput, goodput_of
 
 
 def test_every_cause() -> None:

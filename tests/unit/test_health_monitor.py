@@ -10,18 +10,18 @@ import pytest
 import torch
 from helpers import make_dataset, make_hf
 
-from sdlm_megatron.attempt import read_events
 from sdlm_megatron.config.schema import FaultConfig, RunConfig
 from sdlm_megatron.config.validate import check_run
 from sdlm_megatron.data.batch import load_micro_batch
 from sdlm_megatron.data.format import PackedDataset
 from sdlm_megatron.data.order import locate
 from sdlm_megatron.errors import ConfigError
-from sdlm_megatron.health.replicas import _differing, checksum
-from sdlm_megatron.health.spikes import ENOUGH, Outliers, suspects
-from sdlm_megatron.health.stop import StopRequests
-from sdlm_megatron.health.stragglers import IN_A_ROW, Stragglers
-from sdlm_megatron.health.watch import Watch
+from sdlm_megatron.ops.attempt import read_events
+from sdlm_megatron.ops.rank.replicas import _differing, checksum
+from sdlm_megatron.ops.rank.spikes import ENOUGH, Outliers, suspects
+from sdlm_megatron.ops.rank.stop import StopRequests
+from sdlm_megatron.ops.rank.stragglers import IN_A_ROW, Stragglers
+from sdlm_megatron.ops.rank.watchdog import Watch
 
 
 def test_a_spike_is_far_above_what_was_usual() -> None:
@@ -81,7 +81,7 @@ def test_the_minority_differs() -> None:
 @pytest.fixture
 def monitored(make_engine: Callable, tmp_path: Path) -> Callable:
     """An engine with its monitor, and a step of it."""
-    from sdlm_megatron.health.monitor import Monitor
+    from sdlm_megatron.ops.rank.monitor import Monitor
 
     engine = make_engine(make_hf(tmp_path / "hf"))
     sources = [{"name": "talks", "weight": 1.0, "first_document": 0, "rows": 1000}]
@@ -127,7 +127,7 @@ def test_a_spike_names_its_worst_row(monitored: Callable, tmp_path: Path) -> Non
 
 
 def test_rows_are_logged(monitored: Callable, tmp_path: Path) -> None:
-    from sdlm_megatron.health.monitor import rows_of_run
+    from sdlm_megatron.ops.rank.monitor import rows_of_run
 
     _, monitor, batches, _ = monitored()
     monitor.loaded(1, batches)

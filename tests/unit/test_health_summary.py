@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from sdlm_megatron.attempt import rank_file
-from sdlm_megatron.health.summary import Summary, main_stack, summarize
+from sdlm_megatron.ops.attempt import rank_file
+from sdlm_megatron.ops.driver.attempt_summary import Summary, main_stack, summarize
 
 NOW = 1_000_000.0
 LOST = "RuntimeError: [gloo/transport/tcp/pair.cc:525] Connection closed by peer [10.0.0.2]:4711"

@@ -12,17 +12,17 @@ from pathlib import Path
 import pytest
 from helpers import ENV
 
-from sdlm_megatron.attempt import rank_file, record_event
 from sdlm_megatron.errors import ConfigError
-from sdlm_megatron.health.stop import StopRequests, refuse_to_start
+from sdlm_megatron.ops.attempt import rank_file, record_event
+from sdlm_megatron.ops.rank.stop import StopRequests, refuse_to_start
 
 HEAD = """
 import os, signal, sys, time
 from sdlm_megatron.config.schema import FaultConfig
 from sdlm_megatron.errors import ConfigError, TrainingError
 from sdlm_megatron.health import watch as module
-from sdlm_megatron.health.stop import StopRequests
-from sdlm_megatron.health.watch import Watch
+from sdlm_megatron.ops.rank.stop import StopRequests
+from sdlm_megatron.ops.rank.watchdog import Watch
 module.GRACE, module.BEHIND = 0.1, 1.0
 requests = StopRequests()
 settings = FaultConfig(heartbeat_seconds=0.1, hang_factor=3, hang_min_seconds=0.5, start_seconds=STARTUP)

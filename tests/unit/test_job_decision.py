@@ -2,7 +2,7 @@
 
 import pytest
 
-from sdlm_megatron.job.decision import REQUEUES, End, Situation, decide, since_checkpoint
+from sdlm_megatron.ops.driver.decision import REQUEUES, End, Situation, decide, since_checkpoint
 
 NODES = ("a", "b", "c")
 

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from sdlm_megatron.attempt import adopt_slurm_ranks
 from sdlm_megatron.errors import ConfigError
-from sdlm_megatron.job.cluster_file import CLUSTERS, ClusterFile, Container, load_cluster
-from sdlm_megatron.job.launch import environment, training, with_setup
-from sdlm_megatron.job.slurm import Job
-from sdlm_megatron.job.submit import seconds_of
+from sdlm_megatron.ops.attempt import adopt_slurm_ranks
+from sdlm_megatron.ops.driver.cluster_file import CLUSTERS, ClusterFile, Container, load_cluster
+from sdlm_megatron.ops.driver.launch import environment, training, with_setup
+from sdlm_megatron.ops.driver.slurm_commands import Job
+from sdlm_megatron.ops.driver.submit import seconds_of
 
 NODES = ["n1", "n2"]
 

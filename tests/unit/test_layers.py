@@ -16,8 +16,8 @@ from sdlm_megatron.config.schema import ModelConfig, ParallelConfig, RunConfig, 
 from sdlm_megatron.config.validate import check_model, check_run
 from sdlm_megatron.errors import ConfigError
 from sdlm_megatron.model.layers import choose_layers, start_tensor_overlap
-from sdlm_megatron.model.names import from_hf, partition_dim, to_hf
 from sdlm_megatron.model.packages import Package, Packages
+from sdlm_megatron.weights.names import from_hf, partition_dim, to_hf
 
 NOTHING = Package(problem="it is not installed")
 BROKEN = Package(problem="it cannot be loaded (undefined symbol)")
@@ -303,10 +303,10 @@ class NormWithState(torch.nn.RMSNorm):
 @pytest.mark.parametrize("written", [False, True], ids=["missing", "refused"])
 def test_checkpoints_of_other_layers_load(written: bool, make_engine: Callable, tmp_path: Path) -> None:
     """The extra state of the layers that wrote a checkpoint is neither missed nor read."""
-    from sdlm_megatron import checkpointing
-    from sdlm_megatron.checkpoint_files import TrainState
-    from sdlm_megatron.checkpoint_writer import CheckpointWriter
+    from sdlm_megatron.checkpoint import restore as checkpointing
+    from sdlm_megatron.checkpoint.async_writer import CheckpointWriter
     from sdlm_megatron.config.schema import CheckpointConfig
+    from sdlm_megatron.weights.checkpoint_folder import TrainState
 
     engine = make_engine(make_hf(tmp_path / "hf"))
     engine.optimizer = None

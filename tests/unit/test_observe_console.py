@@ -4,7 +4,7 @@ import io
 
 import pytest
 
-from sdlm_megatron.observe.console import Console, format_count, format_duration
+from sdlm_megatron.metrics.console import Console, format_count, format_duration
 
 
 def record(step, block_size, **more):

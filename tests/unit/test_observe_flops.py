@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sdlm_megatron.diffusion.layout import pack_row
 from sdlm_megatron.diffusion.mask import visible_row
-from sdlm_megatron.observe.flops import (
+from sdlm_megatron.planner.flops import (
     ModelShape,
     forward_flops,
     model_flops_utilization,
@@ -17,7 +17,7 @@ from sdlm_megatron.observe.flops import (
     training_flops,
     visible_pairs,
 )
-from sdlm_megatron.observe.peak_flops import peak_flops
+from sdlm_megatron.planner.peak_flops import peak_flops
 
 SHAPE = ModelShape(layers=2, hidden=8, heads=4, kv_heads=2, head_dim=3, ffn=16, vocab=50)
 

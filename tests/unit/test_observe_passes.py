@@ -10,7 +10,7 @@ from rich.color import Color
 from tokenizers import Tokenizer, decoders, models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from sdlm_megatron.observe.passes import COLOURS, TextStream, coloured, pieces, summary
+from sdlm_megatron.chat.passes import COLOURS, TextStream, coloured, pieces, summary
 
 MIXED = "naïve “quotes”\n你好，世界！🙂👩‍👩‍👧 \ufffd 한국어"
 

@@ -10,9 +10,9 @@ import pytest
 
 from sdlm_megatron.diffusion.layout import pack_row
 from sdlm_megatron.errors import DataError
-from sdlm_megatron.observe import plots
-from sdlm_megatron.observe.evaluation import load_evaluation
-from sdlm_megatron.observe.report import MOST_ROWS, read_fill, write_report
+from sdlm_megatron.report import plots
+from sdlm_megatron.report.evaluation_record import load_evaluation
+from sdlm_megatron.report.run_page import MOST_ROWS, read_fill, write_report
 
 ROW_LENGTH = 256
 

@@ -14,8 +14,8 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 
 from sdlm_megatron.errors import ConfigError, DataError
-from sdlm_megatron.observe import wandb_sink
-from sdlm_megatron.observe.sinks import JsonlSink, Sinks, TensorBoardSink, read_metrics
+from sdlm_megatron.metrics import wandb_sink
+from sdlm_megatron.metrics.sinks import JsonlSink, Sinks, TensorBoardSink, read_metrics
 
 
 @dataclass

@@ -10,7 +10,6 @@ from helpers import make_dataset, run_python
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sdlm_megatron import plan as command
 from sdlm_megatron.config.load import PRESETS, load_config
 from sdlm_megatron.config.schema import RunConfig
 from sdlm_megatron.data.batch import load_micro_batch
@@ -18,9 +17,10 @@ from sdlm_megatron.data.format import PackedDataset
 from sdlm_megatron.diffusion.layout import IGNORE, block_count, draw_starts, next_token_targets, pack_row
 from sdlm_megatron.diffusion.mask import visible_pairs
 from sdlm_megatron.errors import ConfigError
+from sdlm_megatron.planner import plan as command
 from sdlm_megatron.planner.assumptions import Assumptions, assume, device_of
-from sdlm_megatron.planner.layout import MEGATRON, TRANSFORMER_ENGINE, Layout
 from sdlm_megatron.planner.memory import in_flight, peak_memory
+from sdlm_megatron.planner.parallel_layout import MEGATRON, TRANSFORMER_ENGINE, Layout
 from sdlm_megatron.planner.search import CLOSE, Planner, recommended
 from sdlm_megatron.planner.workload import dataset, mixture, rows_per_step, steps, workload
 
@@ -239,6 +239,6 @@ def test_a_layout_that_cannot_run_is_said(capsys: pytest.CaptureFixture):
 
 
 def test_it_needs_neither_torch_nor_megatron():
-    code = "import sys, sdlm_megatron.plan as p; p.main(['tiny', '--gpus', '2', '--train.steps=3']); "
+    code = "import sys, sdlm_megatron.planner.plan as p; p.main(['tiny', '--gpus', '2', '--train.steps=3']); "
     done = run_python("-c", code + "assert not {'torch', 'megatron'} & set(sys.modules), 'imported'")
     assert "recommended" in done.stdout

@@ -12,14 +12,15 @@ import pytest
 from helpers import ENV
 
 from sdlm_megatron.errors import ConfigError
-from sdlm_megatron.job.agents import Agent, ask_all
-from sdlm_megatron.job.bandwidth import matmul_tflops
-from sdlm_megatron.job.cluster_file import load_cluster
-from sdlm_megatron.job.flight import Flight, clock_check
-from sdlm_megatron.job.gpus import parse_gpus, parse_remapped, parse_xids, state_checks
-from sdlm_megatron.job.limits import Limits, limits_from
-from sdlm_megatron.job.node_checks import code_hash, disk_check, same_values
-from sdlm_megatron.job.verdict import (
+from sdlm_megatron.ops.driver.agents import Agent, ask_all
+from sdlm_megatron.ops.driver.bandwidth import matmul_tflops
+from sdlm_megatron.ops.driver.cluster_file import load_cluster
+from sdlm_megatron.ops.driver.gpu_checks import parse_gpus, parse_remapped, parse_xids, state_checks
+from sdlm_megatron.ops.driver.limits import Limits, limits_from
+from sdlm_megatron.ops.driver.node_checks import code_hash, disk_check, same_values
+from sdlm_megatron.ops.driver.preflight import main, node_names
+from sdlm_megatron.ops.driver.preflight_run import Flight, clock_check
+from sdlm_megatron.ops.driver.verdict import (
     Node,
     add_bad_nodes,
     agree,
@@ -31,7 +32,6 @@ from sdlm_megatron.job.verdict import (
     table,
     to_blame,
 )
-from sdlm_megatron.preflight import main, node_names
 
 LINE = "{0}, 00000000:{0}B:00.0, NVIDIA H100 80GB HBM3, 550.54.15, {1}, {2}, 1980, 700.00, {3}, {4}"
 GOOD = LINE.format(0, 31, 4, "0x0000000000000001", 0)
@@ -192,7 +192,7 @@ def test_two_names_of_this_machine_fly(tmp_path: Path) -> None:
     """The real programs and all-reduces, without Slurm; one node sees another run folder."""
     (tmp_path / "token").write_text("here")
     asked = {"config": "", "overrides": [], "run_dir": str(tmp_path), "token_file": str(tmp_path / "token")}
-    command = [sys.executable, "-m", "sdlm_megatron.preflight", "--node-only"]
+    command = [sys.executable, "-m", "sdlm_megatron.ops.driver.preflight", "--node-only"]
     agents = {
         name: Agent(name, command, {**os.environ, **ENV}, tmp_path / f"{name}.log")
         for name in ("localhost", "127.0.0.1")

@@ -8,8 +8,8 @@ import pytest
 from helpers import make_dataset, read_metrics, run_python
 
 from sdlm_megatron.errors import ConfigError
-from sdlm_megatron.observe.profile import page, parse_steps, steps_to_profile
-from sdlm_megatron.observe.trace import summarize
+from sdlm_megatron.training.profile import page, parse_steps, steps_to_profile
+from sdlm_megatron.training.trace import summarize
 
 
 def event(category: str, name: str, start: float, length: float, thread: int = 1, **arguments: object) -> dict:

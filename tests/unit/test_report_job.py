@@ -10,8 +10,8 @@ from helpers import run_python
 from job_history import write_job
 
 from sdlm_megatron.errors import DataError
-from sdlm_megatron.observe.report import write_report
-from sdlm_megatron.report import main
+from sdlm_megatron.report.command import main
+from sdlm_megatron.report.run_page import write_report
 
 SLOTS = {f"{name}_pos_{j}": j / 8 for name in ("loss", "accuracy", "confidence") for j in (1, 2)}
 LEARNED = {"loss": 1.0, **SLOTS, "accepted_0.9": 1.5, "accepted_0.98": 1.25}
@@ -93,5 +93,5 @@ def test_the_command(job: Path, capsys: pytest.CaptureFixture, tmp_path: Path) -
     with pytest.raises(DataError, match="no such folder"):
         main([str(tmp_path / "nothing")])
     (tmp_path / "empty").mkdir()
-    done = run_python("-m", "sdlm_megatron.report", str(tmp_path / "empty"), check=False)
+    done = run_python("-m", "sdlm_megatron.report.command", str(tmp_path / "empty"), check=False)
     assert done.returncode == 2 and "no metrics.jsonl" in done.stderr and "Traceback" not in done.stderr

@@ -14,8 +14,8 @@ from sdlm_megatron.config.schema import ObserveConfig
 from sdlm_megatron.data.format import PackedDataset
 from sdlm_megatron.diffusion.layout import pack_row
 from sdlm_megatron.errors import ConfigError
-from sdlm_megatron.observe.report import write_report
-from sdlm_megatron.observe.sinks import Sinks, read_metrics
+from sdlm_megatron.metrics.sinks import Sinks, read_metrics
+from sdlm_megatron.report.run_page import write_report
 
 META = {
     "row_length": 128, "max_document_length": 128, "block_size": 4, "repeat": 3, "mask_token_id": MASK,
@@ -37,7 +37,7 @@ def dataset(path: Path, documents: list[tuple[int, list[int]]]) -> PackedDataset
 
 
 def test_prompts_end_with_the_first_block_and_fit_a_row(groups: object, tmp_path: Path) -> None:
-    from sdlm_megatron.samples import choose_prompts
+    from sdlm_megatron.training.samples import choose_prompts
 
     found = choose_prompts(dataset(tmp_path / "a", [(20, []), (95, [92]), (30, [9, 12]), (60, [5]), (10, [4])]))
     assert [p.ids for p in found] == [list(range(10)), list(range(6))]  # 46 + 42 of 128 tokens, and no room for more
@@ -55,7 +55,7 @@ def record(step: int) -> dict:
 
 def test_they_are_written_and_shown(groups: object, tmp_path: Path) -> None:
     """samples.jsonl over a resume; the report: the first prompt at five steps, all of them at the last."""
-    from sdlm_megatron.samples import lines_of
+    from sdlm_megatron.training.samples import lines_of
 
     for first, last, resume in ((1, 9, 0), (6, 12, 5)):
         with Sinks.open(tmp_path, ObserveConfig(tensorboard=False), resume) as sinks:
@@ -75,8 +75,8 @@ def test_they_are_written_and_shown(groups: object, tmp_path: Path) -> None:
 
 
 def test_a_sampler_has_text_where_there_is_a_tokenizer(make_engine: Callable, tmp_path: Path) -> None:
-    from sdlm_megatron.checkpoint_files import TrainState
-    from sdlm_megatron.samples import Sampler
+    from sdlm_megatron.training.samples import Sampler
+    from sdlm_megatron.weights.checkpoint_folder import TrainState
 
     folder = make_hf(tmp_path / "hf")
     engine = make_engine(folder)

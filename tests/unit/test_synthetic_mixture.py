@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from bench.synthetic_mixture import SETS, generate, sizes
-from data_prep.config import PRESETS, BuildConfig
+from data_prep.build_config import PRESETS, BuildConfig
 from data_prep.readers import plan, read_unit
 from data_prep.sources import conversation, expand
+from dev.bench.synthetic_mixture import SETS, generate, sizes
 from sdlm_megatron.config.load import load_config
 from sdlm_megatron.errors import DataError
 

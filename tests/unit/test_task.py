@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from quickstart.task import HELD_OUT_SHARE, NAMES, THINGS, VERBS, examples, write_task
+from dev.quickstart.task import HELD_OUT_SHARE, NAMES, THINGS, VERBS, examples, write_task
 from sdlm_megatron.errors import DataError
 
 

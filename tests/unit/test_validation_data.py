@@ -8,7 +8,7 @@ from helpers import make_dataset
 from sdlm_megatron.config.schema import RunConfig
 from sdlm_megatron.data.format import PackedDataset
 from sdlm_megatron.errors import DataError
-from sdlm_megatron.start import open_validation
+from sdlm_megatron.training.run_plan import open_validation
 
 
 @pytest.mark.parametrize(

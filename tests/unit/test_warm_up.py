@@ -9,7 +9,7 @@ from helpers import make_dataset, make_hf
 
 from sdlm_megatron.data.batch import load_micro_batch
 from sdlm_megatron.data.format import PackedDataset
-from sdlm_megatron.model.attention_choice import Heads, choose_attention
+from sdlm_megatron.model.attention.choice import Heads, choose_attention
 
 
 @pytest.mark.parametrize("name", ["per_document", "decomposed"])

@@ -1,0 +1,178 @@
+"""What a build says: beforehand what it will read, write and need; afterwards what became of the rows."""
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Column, Table
+
+from data_prep.build_config import BuildConfig, SourceConfig, check
+from data_prep.chat import render_batch
+from data_prep.encoders import BulkEncoder, describe, open_encoder
+from data_prep.readers import LINES, Unit, plan, read_unit
+from data_prep.sources import conversation, expand
+from data_prep.truncate import fit_batch
+from sdlm_megatron.data.tokenizer_identity import special_token_id
+from sdlm_megatron.errors import DataError
+
+SAMPLE = 200
+"""Rows of each source that a dry run reads."""
+
+
+def report(manifest: dict[str, Any], config: BuildConfig, console: Console) -> None:
+    """Prints what became of the rows, and how full the rows are."""
+    accounting = manifest["accounting"]
+    names = ("rows", "packed", "cut", "dropped", "rejected", "tokens", "blocks")
+    columns = [Column(name, justify="right", no_wrap=True) for name in names]
+    table = Table(Column("source", no_wrap=True), *columns, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for entry in [*accounting["by_source"], {"name": "total", **accounting}]:
+        rows = [entry["rows"], entry["packed"], entry["truncated"], sum(entry["dropped"].values())]
+        cells = [f"{figure:,}" for figure in [*rows, entry["rejected"]]]
+        table.add_row(entry["name"], *cells, short(entry["clean_tokens"]), short(entry["blocks"]))
+    console.print(table)
+    for line in _remarks(manifest):
+        console.print(line, highlight=False)
+    rows, clean, block = (sum(epoch[key] for epoch in manifest["counts"]) for key in ("rows", "clean", "block"))
+    console.print(
+        f"{config.out}: {config.epochs} epoch(s), {rows:,} rows of {config.row_length} tokens, "
+        f"{(clean + block) / (rows * config.row_length):.2%} filled, "
+        f"{manifest['mean_documents_per_row']:.1f} documents a row",
+        highlight=False,
+    )
+
+
+def _remarks(manifest: dict[str, Any]) -> list[str]:
+    accounting, lines = manifest["accounting"], []
+    for source, entry in zip(manifest["sources"], accounting["by_source"], strict=True):
+        expected = source["expected_rows"]
+        if expected and not source["limit"] and entry["rows"] != expected:
+            lines.append(f"{entry['name']}: {entry['rows']:,} rows, {expected:,} were expected: the set has changed")
+    lines += [f"dropped {number:,}: {reason}" for reason, number in accounting["dropped"].items()]
+    if accounting["blocks_missing"] or accounting["tokens_cut"]:
+        lines.append(
+            f"long documents: {accounting['turns_cut']:,} turns and {accounting['tokens_cut']:,} tokens cut, "
+            f"{accounting['blocks_missing']:,} blocks without room"
+        )
+    trimmed = sum(manifest["blocks_trimmed"])
+    if trimmed:
+        lines.append(f"trimmed: {trimmed:,} blocks, to fill rows")
+    if accounting["spelled"]:
+        lines.append(f"texts that spell a special token, encoded as plain text: {accounting['spelled']:,}")
+    duplicates = manifest["duplicates"]
+    if duplicates["documents"]:
+        verb = {"keep": "kept", "drop": "dropped"}[duplicates["policy"]]
+        most = sorted(duplicates["pairs"], key=lambda pair: -pair["documents"])
+        pairs = [f"{pair['documents']:,} of {pair['duplicate']} repeat {pair['kept']}" for pair in most]
+        more = f" and {len(pairs) - 5} more pairs of sources (manifest.json)" if len(pairs) > 5 else ""
+        lines.append(f"duplicates {verb}: {duplicates['documents']:,}; " + ", ".join(pairs[:5]) + more)
+    if accounting["rejected"] or accounting["dropped"]:
+        lines.append("every row that is not in the dataset is in its rejects.jsonl, with the reason")
+    return lines
+
+
+def short(number: int) -> str:
+    """A count in three digits: 950, 12.3k, 2.93M."""
+    for unit, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= unit:
+            return f"{number / unit:.3g}{letter}" if number < 999.5 * unit else f"{number / unit:.0f}{letter}"
+    return str(number)
+
+
+@dataclass(frozen=True)
+class _Estimate:
+    """A source as a sample shows it."""
+
+    rows: float
+    exact: bool
+    read: int
+    """Bytes of its files."""
+    clean: float
+    """Mean clean tokens of a row, and (next) with its blocks."""
+    expanded: float
+    unusable: float
+    """Share of the sampled rows that are dropped or rejected."""
+
+
+def dry_run(config: BuildConfig, console: Console) -> None:
+    """Checks settings, sources and tokenizer, and says what would be read, written and needed on disk."""
+    check(config)
+    encoder = open_encoder(config.tokenizer, config.mask_token)
+    mask = special_token_id(config.tokenizer, config.mask_token)
+    sources = expand(config.sources)
+    units = plan(sources)
+    names = ("rows", "to read", "tokens", "with blocks", "unusable")
+    columns = [Column(name, justify="right", no_wrap=True) for name in names]
+    table = Table(Column("source", no_wrap=True), *columns, box=SIMPLE_HEAD)
+    work = final = 0.0
+    for i, source in enumerate(sources):
+        found = _estimate(config, source, [unit for unit in units if unit.source == i], encoder)
+        size = f"{found.read / 1e6:,.1f} MB" if found.read else "?"
+        rows = f"{'' if found.exact else '~'}{found.rows:,.0f}"
+        cells = (rows, size, f"{found.clean:,.0f}", f"{found.expanded:,.0f}", f"{found.unusable:.1%}")
+        table.add_row(source.name + (f" x{source.weight:g}" if source.weight != 1 else ""), *cells)
+        work += found.rows * (4 * found.clean + 100)
+        final += found.rows * found.expanded * 4.2 * source.weight * config.epochs
+    console.print(table)
+    console.print(
+        f"tokens: of a row, from a sample of {SAMPLE} rows of each source (~: so is the number of rows); "
+        f"{len(units)} units of work",
+        highlight=False,
+    )
+    console.print(f"tokenizer: {describe(encoder)}; mask token {config.mask_token} = {mask}", highlight=False)
+    console.print(
+        f"disk: {work / 1e9:.2f} GB while it works and {final / 1e9:.2f} GB for the dataset "
+        f"({config.epochs} epoch(s)), {_free(config.out) / 1e9:.0f} GB are free",
+        highlight=False,
+    )
+    state = "would be created"
+    if Path(config.out).exists():
+        state = "exists already: the build would refuse, if it is not this very dataset"
+    elif Path(config.out).with_name(Path(config.out).name + ".partial").exists():
+        state = "was begun: the build would go on"
+    console.print(f"{config.out} {state}", highlight=False)
+
+
+def _free(out: str) -> int:
+    folder = Path(out).absolute().parent
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def _estimate(config: BuildConfig, source: SourceConfig, units: Sequence[Unit], encoder: BulkEncoder) -> _Estimate:
+    rows = list(islice(read_unit(units[0], source), SAMPLE)) if units else []
+    conversations = []
+    for row in rows:
+        try:
+            conversations.append(conversation(row, source.format))
+        except DataError:
+            continue
+    batch = render_batch(conversations, encoder, default_system=config.system_prompt)
+    size = {"block_size": config.block_size, "repeat": config.repeat}
+    fitted = fit_batch(batch, config.overlong, max_len=config.max_document_length, **size)
+    clean = np.where(fitted.n_blocks > 0, fitted.clean_lens, 0)
+    expanded = clean + fitted.n_blocks * config.block_size
+    read = sum(Path(file).stat().st_size for file in {unit.file for unit in units}) if not source.hub else 0
+    exact = all(unit.kind != LINES for unit in units)
+    n = float(sum(unit.stop - unit.start for unit in units))
+    if not exact:
+        n = n / max(1.0, _line_bytes(units[0], len(rows)))
+    sampled = max(1, len(rows))
+    unusable = 1 - float((fitted.n_blocks > 0).sum()) / sampled if rows else 0.0
+    return _Estimate(n, exact, read, clean.sum() / sampled, expanded.sum() / sampled, unusable)
+
+
+def _line_bytes(unit: Unit, rows: int) -> float:
+    """Mean bytes of the first `rows` lines of a unit of lines."""
+    if not rows:
+        return 1.0
+    with open(unit.file, "rb") as file:
+        file.seek(unit.start)
+        lines = [len(line) for line in islice((line for line in file if not line.isspace()), rows)]
+    return sum(lines) / max(1, len(lines))

@@ -1,0 +1,143 @@
+"""Draws the figures of docs/evidence.md and fills its tables from what a campaign has measured.
+
+The text is written by hand: only what stands between `<!-- table NAME -->` and `<!-- end -->` is replaced. What the
+campaign did not measure stays as it is, and is named.
+"""
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from dev.evidence.campaign import BASE, TASKS, Campaign, read_campaign
+from dev.evidence.markdown_tables import BLOCKS, LEADING, RATES, SENSITIVE, TABLES, VARIANTS
+from sdlm_megatron.errors import DataError, run_cli
+from sdlm_megatron.evaluation.figures import models_figure, quality_figure, threshold_figure, wall_figure
+from sdlm_megatron.evaluation.figures_cost import context_figure, overhead_figure, perplexities
+from sdlm_megatron.evaluation.figures_slots import acceptance_figure, precision_recall_figure, reliability_figure
+from sdlm_megatron.evaluation.intervals import Estimate
+from sdlm_megatron.evaluation.results import Results, pick, points
+from sdlm_megatron.files import write_text
+
+DOCUMENT = "evidence.md"
+NOTHING = "Not measured yet."
+MARKED = re.compile(r"(<!-- table ([\w-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+DPI = 110
+
+
+def compared_figure(sweeps: Results) -> Figure:
+    """Models below each other: exact answers with n = 1 and at .98, tokens a pass at .98."""
+    panels: dict[str, dict[str, Estimate]] = {}
+    for label, seeds in sweeps.items():
+        given = points(seeds)
+        plain, swift = pick(given, "ar"), pick(given, "prob_conf", 0.98)
+        if plain is not None:
+            panels.setdefault("exact answers, n = 1", {})[label] = plain.exact
+        if swift is not None:
+            panels.setdefault("exact answers, τ = .98", {})[label] = swift.exact
+            panels.setdefault("tokens a pass, τ = .98", {})[label] = swift.speed
+    return models_figure(panels, percent=[name for name in panels if name.startswith("exact")])
+
+
+def forgotten_figure(results: Results) -> Figure:
+    """Perplexity of each text by model."""
+    return models_figure(perplexities(results), logarithmic=True)
+
+
+def figures(campaign: Campaign) -> Iterator[tuple[str, Figure]]:
+    """Every figure that there are results for, with its file name."""
+    kinds: list[tuple[str, str, Sequence[str], Callable[[Results], Figure]]] = [
+        ("quality", "sweep", LEADING, quality_figure),
+        ("threshold", "sweep", LEADING, threshold_figure),
+        ("variants", "sweep", VARIANTS, compared_figure),
+        ("sensitivity", "sweep", SENSITIVE, compared_figure),
+        ("rates", "sweep", RATES, compared_figure),
+        ("walltime", "speed", LEADING, wall_figure),
+        ("reliability", "calibration", BLOCKS, reliability_figure),
+        ("reliability_entropy", "calibration", BLOCKS, lambda some: reliability_figure(some, "entropy")),
+        ("precision", "calibration", BLOCKS, precision_recall_figure),
+        ("acceptance", "calibration", BLOCKS, acceptance_figure),
+        ("context", "context", LEADING, context_figure),
+    ]
+    for name, kind, arms, draw in kinds:
+        for task in TASKS:
+            results = campaign.of(task, kind, list(arms))
+            if results:
+                yield f"{name}_{task}", draw(results)
+    for task in TASKS:  # the cost of a pass does not depend on what is asked
+        results = {k: v for k, v in campaign.of(task, "speed", BLOCKS).items() if v[0].get("break_even")}
+        if results:
+            yield "overhead", overhead_figure(results)
+            break
+    results = campaign.of("", "perplexity", [BASE, *LEADING])
+    if results:
+        yield "perplexity", forgotten_figure(results)
+
+
+def fill(text: str, campaign: Campaign, where: str) -> tuple[str, list[str]]:
+    """The document with its tables replaced, and the names of those without results, which stay as they are.
+
+    Raises:
+        DataError: the document asks for a table that does not exist.
+    """
+    empty = []
+
+    def replace(found: re.Match[str]) -> str:
+        name = found[2]
+        if name not in TABLES:
+            near = get_close_matches(name, TABLES, 1)
+            fix = f"did you mean {near[0]!r}?" if near else f"one of: {', '.join(TABLES)}"
+            raise DataError(f"there is no table {name!r}", where, fix)
+        body = TABLES[name](campaign)
+        if not body:
+            empty.append(name)
+        return f"{found[1]}\n{body or found[3].strip() or NOTHING}\n\n{found[4]}"
+
+    return MARKED.sub(replace, text), empty
+
+
+def write_document(campaign: Campaign, docs: Path) -> None:
+    """Writes DOCS/evidence/*.png and the tables in DOCS/evidence.md, and says what is missing."""
+    document = docs / DOCUMENT
+    try:
+        text = document.read_text(encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"the document cannot be read: {error}", str(document), "name the folder docs") from None
+    filled, empty = fill(text, campaign, str(document))
+    pictures = docs / "evidence"
+    pictures.mkdir(exist_ok=True)
+    for name, figure in figures(campaign):
+        path = pictures / f"{name}.png"
+        figure.savefig(path, dpi=DPI, metadata={"Software": None})
+        print(path, flush=True)
+    write_text(document, filled)
+    print(document)
+    if empty:
+        print(f"no results yet for: {', '.join(empty)}")
+    shown = set(re.findall(r"\]\(evidence/([\w.]+)\)", text))
+    missing = sorted(name for name in shown if not (pictures / name).exists())
+    if missing:
+        print(f"the document shows pictures that are not there: {', '.join(missing)}")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m dev.evidence.document",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="example:\n  python -m dev.evidence.document runs/evidence --out docs",
+        allow_abbrev=False,
+    )
+    parser.add_argument("campaign", type=Path, metavar="DIR", help="what dev.evidence.train_arms and .measure wrote")
+    parser.add_argument("--out", type=Path, required=True, metavar="DOCS", help="folder of evidence.md")
+    args = parser.parse_args(argv)
+    write_document(read_campaign(args.campaign), args.out)
+
+
+if __name__ == "__main__":
+    run_cli(main, sys.argv[1:])

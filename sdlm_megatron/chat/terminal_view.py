@@ -1,0 +1,186 @@
+"""Answers in a terminal while they are decoded: text in the colours of its passes, and a line of figures below it.
+
+A terminal gets all of that; a pipe or file gets the text alone, as it comes, and standard error the figures.
+"""
+
+import sys
+import time
+import unicodedata
+from types import TracebackType
+from typing import Any
+
+from rich.cells import cell_len
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from sdlm_megatron.chat.chat_model import Answer
+from sdlm_megatron.chat.passes import TextStream, coloured, pieces, style_of, summary
+
+REDRAW_S = 0.05
+"""Drawing more often than this would be part of the measured time."""
+SIDE_BY_SIDE = 100
+"""Columns from which two answers stand beside each other."""
+
+
+class LiveAnswer:
+    """Shows one answer as it comes: `with LiveAnswer(...) as view: ... view.add(tokens) ...`.
+
+    Args:
+        console: where to; only a terminal is drawn on.
+        tokenizer: of the model.
+        label: what stands before the live figures.
+        text: False: only the live figures, and nothing stays on the screen.
+    """
+
+    def __init__(self, console: Console, tokenizer: Any, *, label: str = "", text: bool = True) -> None:
+        self._console, self._label, self._show = console, label, text
+        self._stream = TextStream(tokenizer)
+        self._line = Text()  # of the terminal, unfinished
+        self._tokens = self._passes = 0
+        self._live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
+
+    def __enter__(self) -> "LiveAnswer":
+        self._started = self._drawn = time.perf_counter()
+        if self._live:
+            self._live.start()
+            self._draw()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._show:
+            self._write(self._stream.flush())
+        if self._live:
+            self._live.stop()
+        if self._show and self._live:
+            self._console.print(self._line, soft_wrap=True)
+        elif self._show:
+            print(flush=True)
+
+    def add(self, tokens: list[int]) -> None:
+        """The tokens of one more pass."""
+        self._passes += 1
+        self._tokens += len(tokens)
+        if self._show:
+            self._write("".join(self._stream.push(token) for token in tokens))
+        if time.perf_counter() - self._drawn >= REDRAW_S:
+            self._draw()
+
+    def _write(self, text: str) -> None:
+        if not self._live:
+            print(text, end="", flush=True)
+            return
+        self._line.append(printable(text), style_of(self._passes))
+        width = self._console.width - 1  # a full line leaves terminals in doubt where their cursor is
+        while (cut := line_end(self._line.plain, width)) is not None:
+            line, self._line = self._line.divide([cut])  # finished lines scroll up, above what is redrawn
+            line.rstrip()
+            self._live.update(self._picture())
+            self._console.print(line, soft_wrap=True)
+
+    def _draw(self) -> None:
+        if self._live:
+            self._live.update(self._picture(), refresh=True)
+            self._drawn = time.perf_counter()
+
+    def _picture(self) -> RenderableType:
+        """What is redrawn: the unfinished line and the figures."""
+        seconds = time.perf_counter() - self._started
+        figures = summary(self._tokens, self._passes, seconds) if self._tokens else "reading the prompt"
+        status = Text(f"{self._label}{figures}", style="dim", no_wrap=True, overflow="ellipsis")
+        if not self._show:
+            return status
+        line = self._line.copy()
+        line.rstrip()
+        return Group(line, status)
+
+
+def printable(text: str) -> str:
+    """`text` with control characters made visible: a model must not steer the terminal."""
+    expanded = text.replace("\t", "    ").replace("\r\n", "\n")
+    return "".join(_visible(c) if unicodedata.category(c) == "Cc" and c != "\n" else c for c in expanded)
+
+
+def _visible(control: str) -> str:
+    return chr(0x2400 + ord(control)) if ord(control) < 0x20 else "\u2421"
+
+
+def line_end(text: str, width: int) -> int | None:
+    """Where the first terminal line of `text` ends; None while it is not full.
+
+    After a line feed, else after the last space or before the last wide character that fits, else at the edge.
+    """
+    used = best = 0
+    for i, character in enumerate(text):
+        if character == "\n":
+            return i + 1
+        cells = cell_len(character)
+        if cells == 2:
+            best = i
+        if used + cells > width and character != " ":
+            return best or i
+        used += cells
+        if character == " ":
+            best = i + 1
+    return None
+
+
+def figures(answer: Answer, limit: int) -> str:
+    """The line below an answer."""
+    text = summary(len(answer.tokens), len(answer.accepted), answer.seconds)
+    if answer.interrupted:
+        return f"{text} (interrupted)"
+    return text if answer.complete else f"{text} (cut at --max-new-tokens {limit})"
+
+
+def note(console: Console, text: str) -> None:
+    """A line about the answers: dim on a terminal, on standard error beside a pipe."""
+    if console.is_terminal:
+        console.print(Text(text, style="dim"), soft_wrap=True)
+    else:
+        print(text, file=sys.stderr, flush=True)
+
+
+def comparison(ours: Answer, theirs: Answer) -> str:
+    """Whether two answers have the same text, else where they part; and the ratio of their tokens a second."""
+    speeds = [len(a.tokens) / max(a.seconds, 1e-9) for a in (ours, theirs)]
+    verdict = "the texts are equal"
+    if ours.text != theirs.text:
+        pairs = zip(ours.text, theirs.text, strict=False)
+        at = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(ours.text), len(theirs.text)))
+        shown = [_excerpt(a.text, at) for a in (ours, theirs)]
+        verdict = f"the texts differ from character {at + 1} on: {shown[0]} against {shown[1]}"
+    return f"{verdict}\n{speeds[0] / max(speeds[1], 1e-9):.2f} times the tokens/s of ar"
+
+
+def _excerpt(text: str, at: int, around: int = 12) -> str:
+    rest = printable(text[at : at + around]).replace("\n", "⏎")
+    before = printable(text[max(0, at - around) : at]).replace("\n", "⏎")
+    return f"“{'…' * (at > around)}{before}[{rest or 'end'}]{'…' * (at + around < len(text))}”"
+
+
+def show_pair(
+    console: Console, tokenizer: Any, answers: tuple[Answer, Answer], names: tuple[str, str], limit: int
+) -> None:
+    """Two answers: beside each other where the terminal is wide enough, else one below the other."""
+    left, right = answers
+    colours = coloured({**p, "text": printable(p["text"])} for p in pieces(tokenizer, left.tokens, left.accepted))
+    texts = (colours, Text(printable(right.text)))  # ar: one token a pass, a colour each would say nothing
+    heads = [Text(name, style="bold") for name in names]
+    feet = [Text(figures(a, limit), style="dim") for a in answers]
+    if console.is_terminal and console.width >= SIDE_BY_SIDE:
+        table = Table.grid(padding=(0, 3), expand=True)
+        table.add_column(ratio=1, overflow="fold")
+        table.add_column(ratio=1, overflow="fold")
+        for row in (heads, texts, feet):
+            table.add_row(*row)
+        console.print(table)
+    else:
+        for head, text, foot in zip(heads, texts, feet, strict=True):
+            for part in (head, text, foot):
+                console.print(part, soft_wrap=True)
+            console.print()
+    note(console, comparison(left, right))

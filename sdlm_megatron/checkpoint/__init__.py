@@ -1,0 +1,1 @@
+"""Checkpoints of a running engine: sharding, asynchronous save, restore, node-local disks."""

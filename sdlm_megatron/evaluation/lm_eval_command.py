@@ -1,0 +1,54 @@
+"""lm-evaluation-harness with the model `sdlm`: its own command line, all of its options and tasks.
+
+The harness (0.4.13) has no plugins: a model is known to it once a module that registers it was imported, which the
+plain `lm_eval` command never does. This command registers `sdlm` and then is `lm_eval`. From Python: `register()` of
+this module, then `lm_eval.simple_evaluate(model="sdlm", ...)`.
+"""
+
+import sys
+from collections.abc import Sequence
+
+from sdlm_megatron.errors import ConfigError, run_cli
+
+EXAMPLES = """examples:
+  python -m sdlm_megatron.evaluation.lm_eval_command --model sdlm --model_args pretrained=FOLDER,alg=prob_conf,threshold=0.98 \\
+      --tasks my_task --include_path FOLDER_OF_MY_YAML --apply_chat_template --batch_size 16 --output_path runs/lm_eval
+  python -m sdlm_megatron.evaluation.lm_eval_command --model sdlm --model_args pretrained=FOLDER,alg=ar --tasks my_task ...
+
+model arguments of sdlm: pretrained, alg, n, threshold, product (default: as the folder says), dtype, device, and of
+hf: batch_size, max_length, truncation, add_bos_token, prefix_token_id, logits_cache, softmax_dtype, chat_template_args,
+enable_thinking, think_end_token
+
+all other options are lm_eval's: python -m sdlm_megatron.evaluation.lm_eval_command run --help
+"""
+
+
+def register() -> None:
+    """Makes `sdlm` known to the harness of this process; ConfigError where it is not installed."""
+    try:
+        import accelerate  # noqa: F401  # the harness' transformers models need it, its package does not ask for it
+        import lm_eval.models  # noqa: F401  # its own models first
+        from lm_eval.api.registry import model_registry
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"the package {error.name} is not installed", fix="pip install 'sdlm-megatron[eval]'"
+        ) from None
+    if "sdlm" not in model_registry:
+        model_registry.register("sdlm", target="sdlm_megatron.evaluation.lm_eval_model:SDLM")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words in ([], ["-h"], ["--help"]):
+        print(f"{__doc__}\n{EXAMPLES}", end="")
+        return
+    register()
+    from lm_eval.__main__ import cli_evaluate
+
+    sys.argv = ["lm_eval", *words]  # what it reads
+    cli_evaluate()
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,277 @@
+"""Where the log records of a run go: JSONL, TensorBoard and W&B behind one `log(step, record)`.
+
+    RUN/metrics.jsonl     exactly one JSON object a logged step, whatever was stopped and resumed in between;
+                          the records of steps that were done again are in metrics.redone.jsonl
+    RUN/tensorboard/      event files; after a resume the steps that are done again replace the old ones
+    RUN/samples.jsonl     what the model answered at some steps (observe.sample_every), one JSON object a step
+    RUN/validation.jsonl  what it made of data.validation, the same way
+    RUN/wandb/            W&B's own files, and run-id: a resumed run goes on as the same W&B run
+
+Open them on one process only.
+"""
+
+import json
+import math
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from itertools import groupby
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+
+from sdlm_megatron.errors import DataError
+from sdlm_megatron.files import write_text
+from sdlm_megatron.metrics.wandb_sink import WandbSink, open_wandb
+
+Record = Mapping[str, float | int | str]
+METRICS_FILE, SAMPLES_FILE, VALIDATION_FILE = "metrics.jsonl", "samples.jsonl", "validation.jsonl"
+REDONE = ".redone"
+"""metrics.redone.jsonl: records of steps that were done again; what they cost is told by them alone."""
+
+
+class SinkSettings(Protocol):
+    """What `Sinks.open` reads from the configuration; any object with these attributes will do."""
+
+    @property
+    def tensorboard(self) -> bool:
+        """Write TensorBoard event files."""
+
+    @property
+    def wandb(self) -> str:
+        """ "disabled", "offline" or "online"."""
+
+    @property
+    def wandb_project(self) -> str:
+        """Name of the W&B project."""
+
+
+class Sink(Protocol):
+    """Takes log records."""
+
+    def log(self, step: int, record: Record) -> None:
+        """Writes the record of one step; steps ascend."""
+
+    def close(self) -> None:
+        """Writes what is pending; no `log` after it."""
+
+
+class JsonlSink:
+    """Appends records to a JSONL file, one object a line, at once. What a full disk does not take waits in memory.
+
+    Args:
+        path: the file; made when missing.
+        resume_step: the last step of the checkpoint the run goes on from, 0 for a run from the start. Records of
+            later steps move to NAME.redone.jsonl, for those steps are done again; the file is replaced in one step.
+        resume_note: goes into the first record after a resume beside `resumed_from`, e.g. "DP 2".
+    """
+
+    def __init__(self, path: Path, *, resume_step: int = 0, resume_note: str = "") -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            lines = _lines(path)
+            kept = [line for record, line in lines if int(record["step"]) <= resume_step]
+            if len(kept) < len(lines):
+                with open(path.with_suffix(REDONE + path.suffix), "a", encoding="utf-8") as redone:
+                    redone.writelines(line for record, line in lines if int(record["step"]) > resume_step)
+            write_text(path, "".join(kept))
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - closed by close()
+        self._waiting, self._told = b"", False
+        self._mark: dict[str, int | str] = {}
+        if resume_step > 0:
+            self._mark = {"resumed_from": resume_step}
+            if resume_note:
+                self._mark["resume_note"] = resume_note
+
+    def log(self, step: int, record: Mapping[str, Any]) -> None:
+        fields = {"step": step, **record, **self._mark}
+        self._mark = {}
+        # JSON has no NaN: null keeps the line readable by every parser
+        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in fields.items()}
+        self._waiting += (json.dumps(clean, ensure_ascii=False) + "\n").encode()
+        self._write()
+
+    def _write(self) -> None:
+        try:
+            while self._waiting:
+                self._waiting = self._waiting[self._file.write(self._waiting) :]
+        except OSError as problem:
+            if not self._told:
+                print(f"{self._file.name} cannot be written, its lines wait: {problem}", file=sys.stderr, flush=True)
+            self._told = True
+
+    def close(self) -> None:
+        self._write()
+        self._file.close()
+
+
+class TensorBoardSink:
+    """Writes the numbers of each record as scalars; steps after `resume_step` that an earlier run wrote are purged.
+
+    An error of the disk is told, and ends the sink until the next start.
+    """
+
+    def __init__(self, folder: Path, *, resume_step: int = 0) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # slow to import, and not every run wants it
+
+        again = resume_step + 1 if folder.exists() else None
+        self._writer: SummaryWriter | None = SummaryWriter(str(folder), purge_step=again)
+
+    def log(self, step: int, record: Record) -> None:
+        if self._writer is None:
+            return
+        try:
+            for key, value in record.items():
+                if key not in ("step", "time") and isinstance(value, (int, float)):
+                    self._writer.add_scalar(_group(key), value, step)
+        except OSError as problem:
+            print(f"TensorBoard's files cannot be written, from step {step} on: {problem}", file=sys.stderr, flush=True)
+            self._writer = None
+
+    def close(self) -> None:
+        if self._writer is not None:
+            with suppress(OSError):
+                self._writer.close()
+
+
+class Sinks:
+    """All sinks of a run behind one `log`. A context manager; `close` is safe to call twice."""
+
+    def __init__(self, sinks: list[Sink], open_file: Callable[[str], JsonlSink]) -> None:
+        self._sinks = sinks
+        self._open_file = open_file
+        self._files: dict[str, JsonlSink] = {}
+        """Open only where there is something to write: samples and validation."""
+
+    @classmethod
+    def open(
+        cls,
+        run_dir: str | Path,
+        settings: SinkSettings,
+        resume_step: int = 0,
+        *,
+        run_config: Mapping[str, Any] | None = None,
+        resume_note: str = "",
+    ) -> "Sinks":
+        """Opens the sinks that `settings` asks for.
+
+        Args:
+            run_dir: the run's folder; its last part is the W&B run's name.
+            settings: see `SinkSettings`.
+            resume_step: step of the checkpoint the run goes on from, 0 for a run from the start.
+            run_config: the resolved configuration, shown by W&B.
+            resume_note: what changed at the resume, e.g. "PP 1, DP 2"; the report shows it.
+
+        Raises:
+            DataError: metrics.jsonl holds a line that is no record.
+        """
+        folder = Path(run_dir)
+        sinks: list[Sink] = [JsonlSink(folder / METRICS_FILE, resume_step=resume_step, resume_note=resume_note)]
+        if settings.tensorboard:
+            sinks.append(TensorBoardSink(folder / "tensorboard", resume_step=resume_step))
+        wandb_sink = open_wandb(
+            folder, mode=settings.wandb, project=settings.wandb_project, run_config=dict(run_config or {})
+        )
+        if wandb_sink is not None:
+            sinks.append(wandb_sink)
+        return cls(sinks, lambda name: JsonlSink(folder / name, resume_step=resume_step))
+
+    def log(self, step: int, record: Record) -> None:
+        """Hands the record of one step to every sink."""
+        for sink in self._sinks:
+            sink.log(step, record)
+
+    def log_samples(self, step: int, record: Mapping[str, Any]) -> None:
+        """Writes samples.jsonl, tokens a pass to the sinks of numbers, and a table to W&B.
+
+        Args:
+            step: their step; steps ascend.
+            record: `tokens_per_pass`, and `samples` as in report/evaluation_record.py.
+        """
+        self._file(SAMPLES_FILE).log(step, record)
+        for sink in self._sinks:
+            if isinstance(sink, WandbSink):
+                sink.log_table(step, "samples", sample_table(record))
+            if not isinstance(sink, JsonlSink):
+                sink.log(step, {"sample_tokens_per_pass": record["tokens_per_pass"]})
+
+    def log_validation(self, step: int, record: Record) -> None:
+        """Writes validation.jsonl, and the numbers to the sinks of numbers; steps ascend."""
+        self._file(VALIDATION_FILE).log(step, record)
+        for sink in self._sinks:
+            if not isinstance(sink, JsonlSink):
+                sink.log(step, record)
+
+    def _file(self, name: str) -> JsonlSink:
+        if name not in self._files:
+            self._files[name] = self._open_file(name)
+        return self._files[name]
+
+    def close(self) -> None:
+        """Closes every sink."""
+        while self._files:
+            self._files.popitem()[1].close()
+        while self._sinks:
+            self._sinks.pop().close()
+
+    def __enter__(self) -> "Sinks":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def sample_table(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The samples of a record, a line each; bars stand between what came in different passes."""
+    lines = []
+    for sample in record["samples"]:
+        groups = groupby(sample["answer_tokens"], key=lambda token: token["pass"])
+        answer = ["".join(token["text"] for token in tokens) for _, tokens in groups]
+        lines.append({"prompt": sample["prompt"], "answer": "|".join(answer), "expected": sample.get("expected")})
+    return lines
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl in the file's order; DataError when a line is no record."""
+    return [record for record, _ in _lines(Path(path))]
+
+
+def _lines(path: Path) -> list[tuple[dict[str, Any], str]]:
+    """Records with their lines; a last line without its newline was cut by a crash and does not count."""
+    found = []
+    text = path.read_text(encoding="utf-8", errors="replace")
+    for number, line in enumerate(text.splitlines(keepends=True), start=1):
+        if not line.endswith("\n"):
+            break
+        try:
+            record = json.loads(line)
+            int(record["step"])
+        except (ValueError, KeyError, TypeError):
+            raise DataError(
+                "the line is no log record with a step",
+                f"{path}, line {number}",
+                "remove the line, or move the file away to start a new one",
+            ) from None
+        found.append((record, line))
+    return found
+
+
+def _group(key: str) -> str:
+    """TensorBoard tag of a field: related fields share a tab."""
+    if key == "loss" or key.startswith("loss_"):
+        return f"loss/{key}"
+    if key.startswith("val_"):
+        return f"validation/{key}"
+    if key.startswith(("accuracy_", "confidence_", "accepted_")):
+        return f"decoding/{key}"
+    if key.startswith("sample_"):
+        return f"samples/{key}"
+    if key in ("grad_norm", "lr"):
+        return f"optimizer/{key}"
+    if key.startswith(("time_", "gpu_", "memory_")):
+        return f"time and memory/{key}"
+    if key.endswith("_per_s") or key in ("mfu", "step_time", "data_wait", "eta_s"):
+        return f"speed/{key}"
+    return f"data/{key}"

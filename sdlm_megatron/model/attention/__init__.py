@@ -1,0 +1,1 @@
+"""Attention of a packed row: one contract, several backends."""

@@ -1,0 +1,1 @@
+"""HTML reports: the page kit, figures, and the page of a training run."""

@@ -1,0 +1,1 @@
+"""Model weights as files: names, Hugging Face folders, training checkpoints. No Megatron."""
