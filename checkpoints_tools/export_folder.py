@@ -145,7 +145,7 @@ def _write_rest(
         for file in sorted(DECODING.glob("decode*.py")):
             shutil.copyfile(file, folder / file.name)
         (folder / "custom_generate").mkdir(exist_ok=True)
-        shutil.copyfile(HF_CODE / "custom_generate.py", folder / "custom_generate" / "chat/generate.py")
+        shutil.copyfile(HF_CODE / "custom_generate.py", folder / "custom_generate" / "generate.py")
     for remark in filter(None, remarks):
         log.warning("%s", remark)
     write_text(folder / "README.md", model_card(config, dtype, run, name, [r for r in remarks if r]))

@@ -13,9 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sdlm_megatron.diffusion.layout import RowLayout
 from sdlm_megatron.diffusion.mask import visible_row
+from sdlm_megatron.model.attention import masked as attention_masked
+from sdlm_megatron.model.attention import varlen as attention_varlen
 from sdlm_megatron.model.attention.contract import RowAttention
-from sdlm_megatron.model.attention.contract import masked as attention_masked
-from sdlm_megatron.model.attention.contract import varlen as attention_varlen
 from sdlm_megatron.model.attention.decomposed import Decomposed
 from sdlm_megatron.model.attention.flex import TILE, Flex, key_ranges, tile_counts
 from sdlm_megatron.model.attention.masked import Dense, PerDocument

@@ -20,7 +20,7 @@ HEAD = """
 import os, signal, sys, time
 from sdlm_megatron.config.schema import FaultConfig
 from sdlm_megatron.errors import ConfigError, TrainingError
-from sdlm_megatron.health import watch as module
+from sdlm_megatron.ops.rank import watchdog as module
 from sdlm_megatron.ops.rank.stop import StopRequests
 from sdlm_megatron.ops.rank.watchdog import Watch
 module.GRACE, module.BEHIND = 0.1, 1.0
