@@ -20,16 +20,8 @@ ENV = {"OMP_NUM_THREADS": "1", "PYTHONPATH": PYTHONPATH, "WANDB_SILENT": "true"}
 
 
 def oracle() -> Path:
-    """Folder with what the reference code computes; the tests that need it skip without it, but never in CI."""
-    import pytest
-
-    folder = Path(os.environ.get("SDLM_ORACLE") or REPO.parent / "shared" / "oracle")
-    if not folder.is_dir():
-        message = f"the reference's recorded results are not at {folder}: set SDLM_ORACLE"
-        if os.environ.get("CI") == "true":
-            pytest.fail(message)
-        pytest.skip(message)
-    return folder
+    """Folder with the recorded results of the reference code (tests/golden/README.md)."""
+    return REPO / "tests" / "golden"
 
 
 def random_document(rng: np.random.Generator, length: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,34 +1,21 @@
 """The oracle's tiny models and decode goldens, shared by the decode tests."""
 
 import json
-import os
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from checkpoints_tools.export_folder import write_hf_folder
 from sdlm_megatron.weights.hf_reader import open_tensors, read_hf_config
+from tests.helpers import oracle
 
 MODELS = ("random", "trained_d4")
 PAD, EOS, MASK = 256, 258, 259
 NEAR_TIE = 1e-4
 """Runs whose closest decision is nearer than this may differ by rounding."""
-
-
-def oracle() -> Path:
-    """The oracle's folder: $SDLM_ORACLE or shared/oracle beside the repository. Skips without; CI fails."""
-    beside = Path(__file__).resolve().parents[2].parent / "shared" / "oracle"
-    folder = Path(os.environ.get("SDLM_ORACLE") or beside)
-    if (folder / "tiny").is_dir():
-        return folder
-    reason = f"no oracle at {folder} (set SDLM_ORACLE)"
-    if os.environ.get("CI") == "true":
-        pytest.fail(reason)
-    pytest.skip(reason)
 
 
 def export(model: str, out: Path, **options: Any) -> Path:

@@ -13,7 +13,6 @@ then all is equal;
 """
 
 import json
-import os
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -35,22 +34,19 @@ from sdlm_megatron.diffusion.layout import IGNORE, expand_document, row_position
 from sdlm_megatron.diffusion.mask import visible
 from tests.qwen_vocab import ROOT, qwen_tokenizer_folder
 
-ORACLE = Path(os.environ.get("SDLM_ORACLE") or ROOT.parent / "shared" / "oracle") / "data"
-CASES: list[dict[str, Any]] = json.loads((ORACLE / "preprocess_cases.json").read_text()) if ORACLE.is_dir() else []
+ORACLE = ROOT / "tests" / "golden" / "data"
+CASES: list[dict[str, Any]] = json.loads((ORACLE / "preprocess_cases.json").read_text())
 SPELLED_SPECIALS = ("literal_mask", "user_im_end")
 MASK, EOS, PAD = 151665, 151645, 151643
+
+
+def test_the_recording_is_complete() -> None:
+    assert (sum(case["ok"] for case in CASES), len(CASES)) == (144, 156)
 
 
 def name(case: dict[str, Any]) -> str:
     pretraining = "-pt" if case["prepare_for_pt"] else ""
     return f"{case['case']}-{case['conv']}-D{case['D']}-max{case['max_length']}-r{case['repeat']}{pretraining}"
-
-
-def test_oracle_is_there() -> None:
-    if not CASES:
-        assert os.environ.get("CI") != "true", f"no oracle at {ORACLE}: set SDLM_ORACLE"
-        pytest.skip(f"no oracle at {ORACLE}; SDLM_ORACLE names its folder")
-    assert (sum(case["ok"] for case in CASES), len(CASES)) == (144, 156)
 
 
 class ControlTokensInText:

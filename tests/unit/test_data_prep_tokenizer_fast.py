@@ -24,7 +24,7 @@ from sdlm_megatron.errors import DataError
 from tests.byte_tokenizer import IM_END, TOOL, definition, write_folder
 from tests.qwen_vocab import ROOT, qwen_tokenizer_folder
 
-ORACLE = Path(os.environ.get("SDLM_ORACLE") or ROOT.parent / "shared" / "oracle") / "data"
+ORACLE = ROOT / "tests" / "golden" / "data"
 CHAT = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 BLOCKS = {
     "ASCII": (0x00, 0x80),
@@ -125,9 +125,6 @@ def test_every_character_next_to_a_letter_and_a_combining_mark() -> None:
 
 
 def test_every_conversation_of_the_oracle() -> None:
-    if not ORACLE.is_dir():
-        assert os.environ.get("CI") != "true", f"no oracle at {ORACLE}: set SDLM_ORACLE"
-        pytest.skip(f"no oracle at {ORACLE}; SDLM_ORACLE names its folder")
     conversations = json.loads((ORACLE / "conversations.json").read_text())["conversations"].values()
     texts = [f"{turn['from']}\n{turn['value']}" for turns in conversations for turn in turns]
     assert len(texts) > 40

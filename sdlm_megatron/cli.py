@@ -1,0 +1,58 @@
+"""The command `sdlm`: a table of subcommands; a command's module is imported only when it is called."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Command:
+    """One subcommand: `module.main(argv)` runs it, `module.build_parser()` describes its options."""
+
+    module: str
+    summary: str
+
+
+COMMANDS = {
+    "prepare": Command("data_prep.build", "conversations to a packed dataset"),
+    "inspect": Command("data_prep.inspect", "show one row of a packed dataset"),
+    "stats": Command("data_prep.stats", "HTML page about a packed dataset"),
+    "verify": Command("data_prep.verify", "check a packed dataset against its rules"),
+    "plan": Command("sdlm_megatron.planner.plan", "memory, time and cost of a training run, and the best layouts"),
+    "train": Command("sdlm_megatron.train", "train on this machine (start several processes with torchrun)"),
+    "submit": Command("sdlm_megatron.ops.driver.submit", "submit a job to Slurm with the settings of a cluster"),
+    "preflight": Command("sdlm_megatron.ops.driver.preflight", "check the nodes of a Slurm job"),
+    "report": Command("sdlm_megatron.report.command", "HTML page about a training run"),
+    "import": Command("checkpoints_tools.hf_to_mcore", "Hugging Face folder to training checkpoint"),
+    "export": Command("checkpoints_tools.mcore_to_hf", "training checkpoint to Hugging Face folder"),
+    "compare": Command("checkpoints_tools.compare", "compare the tensors of two models"),
+    "generate": Command("sdlm_megatron.chat.generate", "chat with an exported folder in the terminal"),
+    "evaluate": Command("sdlm_megatron.evaluation.full_report", "quality, speed and calibration of an exported folder"),
+    "doctor": Command("sdlm_megatron.doctor", "check this machine's environment"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs `sdlm COMMAND ARGUMENTS`."""
+    command, *rest = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    if command in ("-h", "--help"):
+        print(_overview())
+        return
+    if command == "--version":
+        print(__version__)
+        return
+    if command not in COMMANDS:
+        raise UserError(f"unknown command {command}", "the command line", f"one of: {', '.join(COMMANDS)}")
+    importlib.import_module(COMMANDS[command].module).main(rest)
+
+
+def _overview() -> str:
+    rows = "\n".join(f"  {name:10} {command.summary}" for name, command in COMMANDS.items())
+    return f"usage: sdlm COMMAND [OPTIONS]\n\n{rows}\n\nsdlm COMMAND --help explains a command's options."
+
+
+def entry() -> None:
+    """Console script of the wheel."""
+    run_cli(main, sys.argv[1:])
+
+
+if __name__ == "__main__":
+    entry()
