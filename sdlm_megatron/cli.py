@@ -1,6 +1,12 @@
 """The command `sdlm`: a table of subcommands; a command's module is imported only when it is called."""
 
+import importlib
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+from sdlm_megatron import __version__
+from sdlm_megatron.errors import UserError, run_cli
 
 
 @dataclass(frozen=True)
