@@ -1,0 +1,103 @@
+"""Size and structure of the code: rooms and arrows, small modules, long functions, unique names, comments."""
+
+import ast
+import collections
+import io
+import itertools
+import subprocess
+import tokenize
+from functools import cache
+from pathlib import Path
+
+from helpers import REPO
+
+MOST_LINES = 27_500
+MOST_ROOMS, MOST_ARROWS = 22, 90
+MOST_SMALL_MODULES, SMALL = 5, 100
+LONGEST_FUNCTION, P95_FUNCTION, LONGEST_FILE = 60, 35, 500
+FEWEST_COMMENTS = 0.03
+
+
+@cache
+def sources() -> dict[str, tuple[str, ast.Module]]:
+    """Text and syntax tree of every Python file outside tests/, by its path in the repository."""
+    listed = subprocess.run(["git", "ls-files", "*.py"], cwd=REPO, capture_output=True, text=True, check=True).stdout
+    texts = {f: (REPO / f).read_text() for f in listed.split() if not f.startswith("tests/") and (REPO / f).exists()}
+    return {f: (text, ast.parse(text)) for f, text in texts.items()}
+
+
+@cache
+def imports() -> dict[str, set[str]]:
+    """Modules of the project that each module imports, anywhere in its file."""
+    names = {f.removesuffix(".py").replace("/", ".").removesuffix(".__init__"): f for f in sources()}
+    edges: dict[str, set[str]] = {name: set() for name in names}
+    for name, file in names.items():
+        for node in ast.walk(sources()[file][1]):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                candidates = [(f"{node.module}.{alias.name}", node.module) for alias in node.names]
+            elif isinstance(node, ast.Import):
+                candidates = [(alias.name,) for alias in node.names]
+            else:
+                continue
+            for options in candidates:
+                edges[name].update(itertools.islice((o for o in options if o in names and o != name), 1))
+    return edges
+
+
+def room(module: str) -> str:
+    """The folder or loose module directly below sdlm_megatron that a module lies in."""
+    return module.split(".")[1]
+
+
+def lines(file: str) -> int:
+    return sources()[file][0].count("\n")
+
+
+def test_lines_of_code() -> None:
+    assert sum(map(lines, sources())) <= MOST_LINES
+
+
+def test_rooms_and_arrows() -> None:
+    inside = {m for m in imports() if m.startswith("sdlm_megatron.")}
+    arrows = {(room(m), room(i)) for m in inside for i in imports()[m] & inside} - {(r, r) for r in map(room, inside)}
+    assert len({*map(room, inside)}) <= MOST_ROOMS
+    assert len(arrows) <= MOST_ARROWS, sorted(arrows)
+
+
+def test_small_modules_with_one_importer() -> None:
+    users = collections.Counter(imported for targets in imports().values() for imported in targets)
+    small = [
+        m
+        for m, count in users.items()
+        if count == 1 and (f := m.replace(".", "/") + ".py") in sources() and lines(f) < SMALL
+    ]
+    assert len(small) <= MOST_SMALL_MODULES, sorted(small)
+
+
+def test_lengths_of_functions_and_files() -> None:
+    functions = sorted(
+        ((node.end_lineno or 0) - node.lineno + 1, f"{file}:{node.name}")
+        for file, (_, tree) in sources().items()
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+    )
+    assert functions[-1][0] <= LONGEST_FUNCTION, functions[-5:]
+    assert functions[int(len(functions) * 0.95)][0] <= P95_FUNCTION
+    assert not [f for f in sources() if lines(f) > LONGEST_FILE]
+
+
+def test_names_of_files_and_classes_are_unique() -> None:
+    files = collections.Counter(Path(f).name for f in sources() if Path(f).name != "__init__.py")
+    classes = collections.Counter(
+        node.name for _, tree in sources().values() for node in ast.walk(tree) if isinstance(node, ast.ClassDef)
+    )
+    assert not [name for counts in (files, classes) for name, count in counts.items() if count > 1]
+
+
+def test_share_of_comments() -> None:
+    comments = sum(
+        token.type == tokenize.COMMENT and not token.string.startswith(("# noqa", "# type:"))
+        for text, _ in sources().values()
+        for token in tokenize.generate_tokens(io.StringIO(text).readline)
+    )
+    assert comments >= FEWEST_COMMENTS * sum(map(lines, sources()))
