@@ -31,7 +31,7 @@ setup(
             f"{name}{suffix}" for name in ("sdlm_megatron", "data_prep", "checkpoints_tools") for suffix in ("", ".*")
         ]
     ),
-    package_data={"": ["*.yaml", "presets/*.yaml", "py.typed"]},
+    package_data={"": ["*.yaml", "presets/*.yaml", "templates/*", "py.typed"]},
     # lm-evaluation-harness after 0.4.13 finds models of other packages here
     entry_points={"lm_eval.models": ["sdlm = sdlm_megatron.evaluation.lm_eval_model:SDLM"]},
     install_requires=[
@@ -47,6 +47,7 @@ setup(
         "sentencepiece>=0.2",
         "safetensors>=0.4.5",
         "omegaconf>=2.3",
+        "jinja2>=3.1",
         "pyyaml>=6.0",
         "rich>=13.0",
         "matplotlib>=3.8",

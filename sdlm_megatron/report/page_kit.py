@@ -1,60 +1,182 @@
-"""The report's style sheet and pieces: one column, system fonts, pictures and tables that scroll in narrow windows."""
+"""HTML pages with sections, tables and figures in one file that loads nothing over the network.
+
+    page = Page("Run default")
+    section = page.section("speed", "Speed")
+    section.text("Tokens per second, averaged over the steps of a log record.")
+    section.table(["", "tokens/s"], [["useful", "450"]])
+    section.figure(figure, "tokens per second by step")
+    page.write(Path("report.html"))
+
+All markup is in templates/page.html.jinja and all style in templates/page.css. Every string is escaped. Tables and
+figures scroll inside a narrow window, so that a page is readable on a phone.
+"""
 
 import base64
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
 from html import escape
+from pathlib import Path
+from typing import Any, Literal
 
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
+from markupsafe import Markup
 from matplotlib.figure import Figure
 
-CSS = """
-:root { --ink: #1f2933; --soft: #6b7785; --line: #e3e8ee; }
-* { box-sizing: border-box; }
-body { margin: 0; background: #f4f6f8; color: var(--ink);
-  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
-main { max-width: 860px; margin: 0 auto; padding: 24px 16px 64px; }
-h1 { font-size: 1.7rem; line-height: 1.2; margin: 12px 0 20px; overflow-wrap: anywhere; }
-h2 { font-size: 1.15rem; margin: 0 0 10px; }
-section { background: #fff; border: 1px solid var(--line); border-radius: 10px; padding: 18px 20px; margin: 0 0 16px; }
-p { margin: 0 0 10px; }
-figure { margin: 8px 0 0; overflow-x: auto; }
-figure + p { margin-top: 18px; }
-img { display: block; width: 100%; min-width: 520px; height: auto; }
-.wide { overflow-x: auto; margin: 0 0 10px; }
-table { border-collapse: collapse; width: 100%; font-size: .94rem; }
-th, td { text-align: left; vertical-align: top; padding: 5px 14px 5px 0; border-top: 1px solid var(--line); }
-tr:first-child th, tr:first-child td { border-top: 0; }
-thead th { color: var(--soft); font-weight: 500; }
-tbody th { font-weight: 600; }
-tbody tr:first-child th, tbody tr:first-child td { border-top: 1px solid var(--line); }
-.facts th { color: var(--soft); font-weight: 500; white-space: nowrap; }
-.facts tr:first-child th, .facts tr:first-child td { border-top: 0; }
-.numbers td { font-variant-numeric: tabular-nums; white-space: nowrap; }
-pre, .answer, .prompt { font: .9rem/1.5 ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace; }
-pre { margin: 8px 0 0; overflow-x: auto; background: #f4f6f8; border-radius: 6px; padding: 10px 12px; }
-.prompt { border-left: 3px solid var(--line); padding-left: 10px; white-space: pre-wrap; }
-.answer { line-height: 2.5; overflow-wrap: anywhere; }
-.pass { display: inline; padding: 4px 2px; margin: 0 2px; border-radius: 5px; border: 1px solid rgba(0, 0, 0, .13);
-  white-space: pre-wrap; -webkit-box-decoration-break: clone; box-decoration-break: clone; }
-.pass i { font-style: normal; }
-.pass i + i { border-left: 1px dotted rgba(0, 0, 0, .35); }
-.pass sub { color: var(--soft); font-size: .62rem; line-height: 0; padding-left: 3px; }
-.p0 { background: #dce9f8; } .p1 { background: #fde6d3; } .p2 { background: #d9f0e6; }
-.p3 { background: #f6dce8; } .p4 { background: #e8e0f6; } .p5 { background: #f1eccb; }
-summary { cursor: pointer; }
-@media (max-width: 560px) { main { padding: 12px 8px 40px; } section { padding: 14px 12px; } }
-@media print { body { background: #fff; } section { break-inside: avoid; } }
-"""
+from sdlm_megatron.files import write_text
+
+Cells = Iterable[Sequence[object]]
 
 
-def page(heading: str, sections: Sequence[str]) -> str:
-    """A whole page that fetches nothing."""
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(heading)}</title><style>{CSS}</style></head>\n"
-        f"<body><main><h1>{escape(heading)}</h1>\n" + "\n".join(sections) + "\n</main></body></html>\n"
+@dataclass
+class PageSection:
+    """One box of a page: a heading and its parts, in the order in which they were added.
+
+    `parts` are mappings with a `kind`, which templates/page.html.jinja turns into markup.
+    """
+
+    name: str
+    """The anchor: page.html#name."""
+    heading: str
+    """Empty: no heading."""
+    parts: list[dict[str, Any]] = field(default_factory=list)
+
+    def _add(self, kind: str, **values: Any) -> None:
+        self.parts.append({"kind": kind, **values})
+
+    def text(self, text: str) -> None:
+        """A paragraph."""
+        self._add("text", text=text)
+
+    def note(self, text: str) -> None:
+        """A paragraph in small grey print: sources, sample sizes, exceptions."""
+        self._add("note", text=text)
+
+    def subheading(self, text: str) -> None:
+        """A heading below the section's own."""
+        self._add("subheading", text=text)
+
+    def table(
+        self, head: Sequence[str], rows: Cells, *, align: Literal["right", "left"] = "right", total: bool = False
+    ) -> None:
+        """A table whose first column names the rows.
+
+        Args:
+            head: column names; all empty: no header line.
+            rows: cells, shown with str().
+            align: of all columns but the first: right for numbers, left for text.
+            total: the last row is a total, and set in bold.
+        """
+        lines = [[str(cell) for cell in row] for row in rows]
+        self._add("table", head=list(head), rows=lines, align=align, total=total)
+
+    def facts(self, facts: Mapping[str, object]) -> None:
+        """Names and values, one pair per line."""
+        self._add("facts", facts={name: str(value) for name, value in facts.items()})
+
+    def cards(self, cards: Iterable[tuple[str, str]]) -> None:
+        """Large figures with a caption each, as (figure, caption)."""
+        self._add("cards", cards=list(cards))
+
+    def figure(self, figure: Figure, description: str) -> None:
+        """A matplotlib figure as an inline image; `description` is its alternative text."""
+        # PNG at twice the usual density is sharp on phones, and unlike inline SVG has no ids that could clash
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=200, metadata={"Software": None})
+        self._add("figure", data=base64.b64encode(buffer.getvalue()).decode("ascii"), description=description)
+
+    def details(self, summary: str, text: str) -> None:
+        """Preformatted text that is folded away under `summary` until it is clicked."""
+        self._add("details", summary=summary, text=text)
+
+    def preformatted(self, text: str) -> None:
+        """Text in a fixed-width font, line breaks kept."""
+        self._add("preformatted", text=text)
+
+    def answer(self, prompt: str, passes: Sequence[tuple[int, Sequence[str]]]) -> None:
+        """A decoded answer, one colored box per forward pass.
+
+        Args:
+            prompt: the text before the answer.
+            passes: the number of each pass and the tokens it produced.
+        """
+        self._add("answer", prompt=prompt, passes=[(number, list(tokens)) for number, tokens in passes])
+
+
+@dataclass
+class Page:
+    """A page: a title and sections, in the order in which they were added. Sections without parts are not shown."""
+
+    title: str
+    sections: list[PageSection] = field(default_factory=list)
+
+    def section(self, name: str, heading: str = "") -> PageSection:
+        """Appends an empty section and returns it."""
+        self.sections.append(PageSection(name, heading))
+        return self.sections[-1]
+
+    def html(self) -> str:
+        """The page as one HTML document."""
+        shown = [section for section in self.sections if section.parts]
+        return _template("page.html.jinja").render(title=self.title, sections=shown)
+
+    def markdown(self) -> str:
+        """Headings, text and tables as Markdown, aligned so that it can be read in a terminal as it is."""
+        lines = [f"# {self.title}", ""]
+        for section in self.sections:
+            lines += [f"## {section.heading}", ""] if section.heading else []
+            for part in section.parts:
+                lines += [*_markdown_lines(part), ""]
+        return "\n".join(lines).rstrip() + "\n"
+
+    def write(self, path: Path) -> None:
+        """Replaces `path` by the HTML document; its folder is created if it does not exist."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, self.html())
+
+
+def markdown_table(head: Sequence[str], rows: Cells) -> list[str]:
+    """The lines of a Markdown table, padded so that columns align; the first column is left-aligned."""
+    lines = [[str(cell) for cell in row] for row in [head, *rows]]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+
+    def row(cells: Sequence[str]) -> str:
+        first, *others = zip(cells, widths, strict=True)
+        return f"| {' | '.join([first[0].ljust(first[1]), *(text.rjust(width) for text, width in others)])} |"
+
+    marks = [f"{'-' * (widths[0] + 2)}", *(f"{'-' * (width + 1)}:" for width in widths[1:])]
+    return [row(lines[0]), f"|{'|'.join(marks)}|", *map(row, lines[1:])]
+
+
+def _markdown_lines(part: Mapping[str, Any]) -> list[str]:
+    match part["kind"]:
+        case "text" | "note":
+            return [part["text"]]
+        case "subheading":
+            return [f"### {part['text']}"]
+        case "table":
+            return markdown_table(part["head"], part["rows"])
+        case kind:
+            raise ValueError(f"{kind} parts have no Markdown form")
+
+
+@cache
+def _template(name: str) -> Template:
+    environment = Environment(
+        loader=PackageLoader("sdlm_megatron.report"),
+        autoescape=True,
+        undefined=StrictUndefined,  # a misspelled field fails instead of showing nothing
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
+    return environment.get_template(name)
+
+
+# ---------------------------------------------------------------- strings of HTML: until all pages use Page
+def page(heading: str, sections: Sequence[str]) -> str:
+    """A whole page of finished sections."""
+    return _template("page.html.jinja").render(title=heading, sections=[{"html": Markup(s)} for s in sections])
 
 
 def section(name: str, heading: str, body: str) -> str:
@@ -63,7 +185,7 @@ def section(name: str, heading: str, body: str) -> str:
 
 
 def image(figure: Figure, alt: str) -> str:
-    """A figure as an inline picture. PNG at twice the size: sharp on dense screens, and no ids that could clash."""
+    """A figure as an inline picture."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=200, metadata={"Software": None})
     data = base64.b64encode(buffer.getvalue()).decode("ascii")
@@ -77,5 +199,4 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
         f"<tr><th>{escape(str(first))}</th>{''.join(f'<td>{escape(str(cell))}</td>' for cell in cells)}</tr>"
         for first, *cells in rows
     )
-    body = f'<table class="numbers"><thead><tr>{names}</tr></thead><tbody>{lines}</tbody></table>'
-    return f'<div class="wide">{body}</div>'
+    return f'<div class="wide"><table class="left"><thead><tr>{names}</tr></thead><tbody>{lines}</tbody></table></div>'
