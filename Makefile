@@ -21,7 +21,7 @@ SUITABLE := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13 python; do \
 	if $$p -c '$(SUITABLE)' >/dev/null 2>&1; then echo $$p; break; fi; done)
 
-.PHONY: help venv quickstart smoke test test-newest test-transformers drill evidence check lint format clean
+.PHONY: help venv docs quickstart smoke test test-newest test-transformers drill evidence check lint format clean
 
 help:  ## this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -70,6 +70,12 @@ evidence: $(STAMP)  ## the models behind docs/evidence.md trained and measured: 
 	$(PY) -m dev.evidence.measure --out runs/evidence --arms ar d4 d8 unshifted causal next_token ar_slow d4_slow
 	$(PY) -m dev.evidence.measure --out runs/evidence --few 64 --clock
 	$(PY) -m dev.evidence.document runs/evidence --out docs
+
+docs: $(STAMP)  ## the documentation site, in build/site: docs/ and an API reference from the docstrings
+	@$(PY) -c 'import mkdocs, material, mkdocstrings' 2>/dev/null || \
+		$(PY) -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
+	@echo "open build/site/index.html, or: $(PY) -m mkdocs serve"
 
 check: lint test  ## lint, format, types, import contract, tests, smoke
 

@@ -62,6 +62,7 @@ setup(
     extras_require={
         "gpu": ["transformer-engine[pytorch]", "nvidia-ml-py>=12"],
         "eval": EVAL,
+        "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.5", "mkdocstrings[python]>=0.27"],
         "test": [
             "pytest>=8.0",
             "hypothesis>=6.100",
