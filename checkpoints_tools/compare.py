@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from sdlm_megatron.config.command_line import make_parser
 from sdlm_megatron.data.tokenizer_identity import has_tokenizer
 from sdlm_megatron.errors import CheckpointError, run_cli
 from sdlm_megatron.weights.checkpoint_folder import newest, read_state
@@ -138,19 +139,19 @@ def _logits(folder: Path, tokenizer_of: Path, prompt: str) -> torch.Tensor:
     return found
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m checkpoints_tools.compare",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="example:\n  python -m checkpoints_tools.compare Qwen2.5-3B runs/sdlm_3b_d4 --json",
-    )
-    parser.add_argument("a", type=Path, metavar="A")
-    parser.add_argument("b", type=Path, metavar="B")
+def build_parser() -> argparse.ArgumentParser:
+    """Options of the command."""
+    parser = make_parser("sdlm compare", __doc__, example="sdlm compare Qwen2.5-3B runs/sdlm_3b_d4 --json")
+    parser.add_argument("a", type=Path, metavar="A", help="first Hugging Face folder, checkpoint or run")
+    parser.add_argument("b", type=Path, metavar="B", help="second Hugging Face folder, checkpoint or run")
     parser.add_argument("--logits", metavar="PROMPT", help="also compare the logits on this prompt (A's tokenizer)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line."""
+    args = build_parser().parse_args(argv)
     a, b = open_any(args.a), open_any(args.b)
     found = differences(a, b)
     logits = compare_logits(args.a, args.b, args.logits) if args.logits is not None else None

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from sdlm_megatron.config.command_line import make_parser
 from sdlm_megatron.config.schema import DiffusionConfig
 from sdlm_megatron.errors import CheckpointError, run_cli
 from sdlm_megatron.files import write_json
@@ -238,21 +239,21 @@ def _sdlm(config: HFConfig) -> DiffusionConfig:
     )
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m checkpoints_tools.hf_to_mcore",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="example:\n  python -m checkpoints_tools.hf_to_mcore --hf Qwen2.5-3B --out Qwen2.5-3B-mcore",
-    )
+def build_parser() -> argparse.ArgumentParser:
+    """Options of the command."""
+    parser = make_parser("sdlm import", __doc__, example="sdlm import --hf Qwen2.5-3B --out Qwen2.5-3B-mcore")
     parser.add_argument("--hf", type=Path, required=True, metavar="DIR", help="Hugging Face folder (safetensors)")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="checkpoint to write")
     parser.add_argument("--mask-token", default="", metavar="TOKEN", help="start this token's row, e.g. '<text_mask>'")
     parser.add_argument("--block-size", type=int, default=4, metavar="D", help="recorded with --mask-token")
     parser.add_argument("--workers", type=int, metavar="N", help="files written at a time; default: cores, up to 8")
     parser.add_argument("--dry-run", action="store_true", help="check the folder, say what would be written, and exit")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line."""
+    args = build_parser().parse_args(argv)
     options = {"mask_token": args.mask_token, "block_size": args.block_size}
     convert(args.hf, args.out, **options, workers=args.workers, dry_run=args.dry_run)
     if not args.dry_run:

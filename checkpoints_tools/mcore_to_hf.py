@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from checkpoints_tools.export_folder import DTYPES, plan_export, write_hf_folder
+from sdlm_megatron.config.command_line import make_parser
 from sdlm_megatron.errors import CheckpointError, run_cli
 from sdlm_megatron.weights.checkpoint_folder import TrainState, newest, read_run, read_state
 from sdlm_megatron.weights.hf_reader import HFConfig, read_hf_config
@@ -95,21 +96,21 @@ def _config(ckpt: Path, state: TrainState) -> HFConfig:
     )
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m checkpoints_tools.mcore_to_hf",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="example:\n  python -m checkpoints_tools.mcore_to_hf --ckpt runs/sdlm_3b_d4 --out models/SDLM-3B-D4",
-    )
+def build_parser() -> argparse.ArgumentParser:
+    """Options of the command."""
+    parser = make_parser("sdlm export", __doc__, example="sdlm export --ckpt runs/sdlm_3b_d4 --out models/SDLM-3B-D4")
     parser.add_argument("--ckpt", type=Path, required=True, metavar="DIR", help="step folder, or a run folder")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="Hugging Face folder to write")
     parser.add_argument("--dtype", choices=sorted(DTYPES), help="dtype of the weights; default: as trained")
     parser.add_argument("--max-shard-gb", type=float, default=4.0, metavar="GB", help="size limit of a weight file")
     parser.add_argument("--workers", type=int, metavar="N", help="files written at a time; default: cores, up to 8")
     parser.add_argument("--dry-run", action="store_true", help="check the input, say what would be written, and exit")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line."""
+    args = build_parser().parse_args(argv)
     limit = int(args.max_shard_gb * 1e9)
     options = {"dtype": args.dtype, "max_shard_bytes": limit, "workers": args.workers, "dry_run": args.dry_run}
     read = convert(args.ckpt, args.out, **options)

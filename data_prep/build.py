@@ -14,6 +14,7 @@ import fcntl
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -35,7 +36,7 @@ from data_prep.pool import cpus, work_on
 from data_prep.readers import LINES, Unit, plan
 from data_prep.rows import Part, RowWriter, cut_parts, load_part
 from data_prep.sources import expand
-from sdlm_megatron.config.load import parse_cli
+from sdlm_megatron.config.command_line import make_config_parser, parse_config
 from sdlm_megatron.data.chatml import IM_END
 from sdlm_megatron.data.format import PartInfo, seal
 from sdlm_megatron.data.tokenizer_identity import fingerprint, special_token_id, vocabulary_size
@@ -359,7 +360,15 @@ def _shard(text: str) -> Shard:
     return Shard(number, count)
 
 
-def _add_options(parser: argparse.ArgumentParser) -> None:
+def build_parser() -> argparse.ArgumentParser:
+    """Options of the command."""
+    parser = make_config_parser(
+        "sdlm prepare",
+        "Conversations -> packed dataset for `sdlm train`.",
+        example="sdlm prepare --config data.yaml --out=data/mine --block_size=8",
+        schema=BuildConfig,
+        presets=PRESETS,
+    )
     parser.add_argument(
         "--dry-run", action="store_true", help="say what would be read, written and needed; build nothing"
     )
@@ -371,18 +380,12 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         help="tokenize share I of N only, for many machines that see one OUT; then --merge",
     )
     parser.add_argument("--merge", action="store_true", help="make the dataset from the work of all shards")
+    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command line."""
-    config, args = parse_cli(
-        BuildConfig,
-        presets=PRESETS,
-        description="Conversations -> packed dataset for `python -m sdlm_megatron.train`.",
-        example="python -m data_prep.build --config data.yaml --out=data/mine --block_size=8",
-        argv=argv,
-        extra=_add_options,
-    )
+    """Command line."""
+    config, args = parse_config(build_parser(), BuildConfig, PRESETS, argv)
     if args.workers < 1:
         raise ConfigError(f"--workers is {args.workers}", "--workers", "give 1 or more")
     try:
@@ -402,4 +405,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_cli(main)
+    run_cli(main, sys.argv[1:])

@@ -5,6 +5,7 @@ and what they are trained to produce; who sees whom.
 """
 
 import argparse
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -18,6 +19,7 @@ from rich.text import Text
 from data_prep.mask_picture import in_letters, save_png, stretch_of
 from data_prep.row_rules import Facts, Row, read_row
 from data_prep.token_text import TokenText, open_text, show_ids
+from sdlm_megatron.config.command_line import make_parser
 from sdlm_megatron.data.format import REBUILD, PackedDataset, origin, prefix
 from sdlm_megatron.data.indexed import IndexedReader
 from sdlm_megatron.data.tokenizer_identity import fingerprint, has_tokenizer
@@ -263,13 +265,9 @@ def _print(console: Console, text: Text) -> None:
     console.print(text, soft_wrap=True, highlight=False, markup=False)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="example:\n  python -m data_prep.inspect DATA --row 3 --save mask.png",
-    )
+def build_parser() -> argparse.ArgumentParser:
+    """Options of the command."""
+    parser = make_parser("sdlm inspect", __doc__, example="sdlm inspect DATA --row 3 --save mask.png")
     parser.add_argument("dataset", help="folder that `python -m data_prep.build` wrote")
     parser.add_argument("--row", type=int, metavar="N", help="row of the epoch, from 0 (default: 0)")
     parser.add_argument("--epoch", type=int, default=0, metavar="E", help="from 0 (default: %(default)s)")
@@ -277,7 +275,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--tokenizer", default="", metavar="FOLDER", help="default: the one it was built with")
     parser.add_argument("--all", action="store_true", help="leave nothing out")
     parser.add_argument("--save", type=Path, metavar="PNG", help="write a picture of the row's mask")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line."""
+    args = build_parser().parse_args(argv)
     console = Console()
     dataset = PackedDataset(args.dataset)
     if not 0 <= args.epoch < dataset.epochs:
@@ -295,4 +298,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_cli(main)
+    run_cli(main, sys.argv[1:])

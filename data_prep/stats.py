@@ -5,6 +5,7 @@ documents and rows (lengths, anchors, fill) is counted on rows taken at even dis
 """
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from rich.console import Console
 
 from data_prep.row_rules import Facts, read_row
 from data_prep.stats_page import Sample, page
+from sdlm_megatron.config.command_line import make_parser
 from sdlm_megatron.data.format import PackedDataset
 from sdlm_megatron.errors import DataError, run_cli
 from sdlm_megatron.files import write_text
@@ -59,16 +61,18 @@ def write_stats(path: str | Path, out: Path, console: Console | None = None, *, 
     return sample
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="example:\n  python -m data_prep.stats DATA --out=stats.html",
-    )
+def build_parser() -> argparse.ArgumentParser:
+    """Options of the command."""
+    parser = make_parser("sdlm stats", __doc__, example="sdlm stats DATA --out=stats.html")
     parser.add_argument("dataset", help="folder that `python -m data_prep.build` wrote")
     parser.add_argument("--out", type=Path, default=Path("stats.html"), metavar="FILE", help="default: %(default)s")
     parser.add_argument("--rows", type=int, default=SAMPLE, metavar="N", help="rows to read (default: %(default)s)")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line."""
+    parser = build_parser()
     args = parser.parse_args(argv)
     if args.rows < 1:
         parser.error(f"--rows is {args.rows}: give a number above 0")
@@ -82,4 +86,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_cli(main)
+    run_cli(main, sys.argv[1:])

@@ -9,6 +9,7 @@ Exit code 0: clean. 1: findings, each with its place. 2: no dataset.
 import argparse
 import hashlib
 import json
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from rich.console import Console
 
 from data_prep.pool import cpus, work_on
 from data_prep.row_rules import ROW_RULES, Facts, check_row, check_targets
+from sdlm_megatron.config.command_line import make_parser
 from sdlm_megatron.data.format import KINDS, Counts, PartReader, prefix, read_manifest
 from sdlm_megatron.diffusion.layout import IGNORE, slot_targets
 from sdlm_megatron.errors import DataError, run_cli
@@ -275,17 +277,18 @@ def show(findings: Sequence[Finding], console: Console) -> None:
             console.print(f"  and {len(found) - SHOWN:,} more", highlight=False)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """The command line."""
+def build_parser() -> argparse.ArgumentParser:
+    """Options of the command."""
     rules = "\n".join(f"  {name:<12}{text}" for name, text in RULES.items())
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=f"rules:\n{rules}\n\nexample:\n  python -m data_prep.verify DATA",
-    )
+    parser = make_parser("sdlm verify", __doc__, example="sdlm verify DATA", notes=f"rules:\n{rules}")
     parser.add_argument("dataset", help="folder that `python -m data_prep.build` wrote")
     parser.add_argument("--workers", type=int, default=cpus(), metavar="N", help="processes (all CPUs: %(default)s)")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line."""
+    args = build_parser().parse_args(argv)
     console = Console()
     findings = verify(args.dataset, console, workers=max(1, args.workers))
     show(findings, console)
@@ -295,4 +298,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_cli(main)
+    run_cli(main, sys.argv[1:])

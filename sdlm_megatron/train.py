@@ -9,7 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sdlm_megatron.config.load import PRESETS, parse_cli, save_config
+from sdlm_megatron.config.command_line import make_config_parser, parse_config
+from sdlm_megatron.config.load import PRESETS, save_config
 from sdlm_megatron.config.schema import RunConfig
 from sdlm_megatron.config.validate import check_run
 from sdlm_megatron.errors import run_cli
@@ -27,7 +28,9 @@ if TYPE_CHECKING:
 EXAMPLE = "torchrun --nproc-per-node 2 -m sdlm_megatron.train --config sdlm_3b_d4 --data.path=DIR --checkpoint.base=DIR"
 
 
-def _options(parser: argparse.ArgumentParser) -> None:
+def build_parser() -> argparse.ArgumentParser:
+    """Options of the command."""
+    parser = make_config_parser("sdlm train", __doc__, example=EXAMPLE, schema=RunConfig, presets=PRESETS)
     parser.add_argument("--dry-run", action="store_true", help="check everything, say what would be trained, and exit")
     parser.add_argument(
         "--profile",
@@ -42,14 +45,13 @@ def _options(parser: argparse.ArgumentParser) -> None:
         metavar="STEP",
         help="in this step look at every module and gradient, slowly, and say where numbers stop being finite",
     )
+    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Loads the configuration, builds, trains."""
     requests = StopRequests()
-    config, args = parse_cli(
-        RunConfig, presets=PRESETS, description=__doc__ or "", example=EXAMPLE, argv=argv, extra=_options
-    )
+    config, args = parse_config(build_parser(), RunConfig, PRESETS, argv)
     check_run(config, int(os.environ.get("WORLD_SIZE", 1)))
     steps = None
     if args.profile is not None:

@@ -7,6 +7,7 @@ tensors it allocates. Document lengths are lognormal with the mixture's mean; re
 
 import argparse
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -15,8 +16,10 @@ import numpy as np
 import torch
 
 from dev.bench.measure import peak_bytes
+from sdlm_megatron.config.command_line import make_parser
 from sdlm_megatron.diffusion.layout import RowLayout, block_count, draw_starts, pack_row
 from sdlm_megatron.diffusion.mask import visible_pairs
+from sdlm_megatron.errors import run_cli
 from sdlm_megatron.model.attention.choice import LIBRARY_ERRORS, gpu_kernels
 from sdlm_megatron.model.attention.contract import RowAttention
 from sdlm_megatron.model.attention.decomposed import Decomposed
@@ -127,25 +130,31 @@ def table(layout: RowLayout, heads: int, kv_heads: int, args: argparse.Namespace
         )
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m dev.bench.attention_speed",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="examples:\n  python -m dev.bench.attention_speed                    # on a GPU, shapes of 32B and 3B\n"
-        "  python -m dev.bench.attention_speed --tokens 2048 --heads 8/2 --dim 64 --runs 3 --dense    # on a laptop",
+def build_parser() -> argparse.ArgumentParser:
+    """Options of the command."""
+    parser = make_parser(
+        "python -m dev.bench.attention_speed",
+        __doc__,
+        example="python -m dev.bench.attention_speed                    # on a GPU, shapes of 32B and 3B\n"
+        "python -m dev.bench.attention_speed --tokens 2048 --heads 8/2 --dim 64 --runs 3 --dense    # on a laptop",
     )
     parser.add_argument("--tokens", type=int, default=5632, help="row length S")
-    parser.add_argument("--block-size", type=int, default=4)
-    parser.add_argument("--heads", nargs="+", default=["40/8", "16/2"], metavar="HEADS/KV")
-    parser.add_argument("--dim", type=int, default=128)
-    parser.add_argument("--dtype", choices=DTYPES, default="bf16")
+    parser.add_argument("--block-size", type=int, default=4, help="tokens D of a block")
+    parser.add_argument(
+        "--heads", nargs="+", default=["40/8", "16/2"], metavar="HEADS/KV", help="query heads and KV heads of each case"
+    )
+    parser.add_argument("--dim", type=int, default=128, help="width of a head")
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="dtype of queries, keys and values")
     parser.add_argument("--dense", action="store_true", help="also the S x S definition")
-    parser.add_argument("--runs", type=int, default=20)
+    parser.add_argument("--runs", type=int, default=20, help="runs of which the median is reported")
     parser.add_argument("--seed", type=int, default=0, help="of the row's documents")
     parser.add_argument("--threads", type=int, default=1, help="on a CPU")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line."""
+    args = build_parser().parse_args(argv)
     torch.set_num_threads(args.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     layout = mixture_row(args.tokens, args.block_size, args.seed)
@@ -162,4 +171,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_cli(main, sys.argv[1:])

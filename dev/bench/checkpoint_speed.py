@@ -25,6 +25,7 @@ from megatron.core import dist_checkpointing  # noqa: E402
 
 from dev.bench.step_case import make_documents, make_engine, pack  # noqa: E402
 from sdlm_megatron.checkpoint.async_writer import CheckpointWriter  # noqa: E402
+from sdlm_megatron.config.command_line import make_parser  # noqa: E402
 from sdlm_megatron.config.schema import CheckpointConfig, ModelConfig, ParallelConfig  # noqa: E402
 from sdlm_megatron.diffusion.row import MicroBatch  # noqa: E402
 from sdlm_megatron.errors import run_cli  # noqa: E402
@@ -85,18 +86,22 @@ def measure(engine: Engine, shape: ModelConfig, out: Path, steps: int) -> None:
         )
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m dev.bench.checkpoint_speed",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="example:\n  torchrun --nproc-per-node 2 -m dev.bench.checkpoint_speed --out /data/bench --hidden 1024",
+def build_parser() -> argparse.ArgumentParser:
+    """Options of the command."""
+    parser = make_parser(
+        "python -m dev.bench.checkpoint_speed",
+        __doc__,
+        example="torchrun --nproc-per-node 2 -m dev.bench.checkpoint_speed --out /data/bench --hidden 1024",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder on the disk to measure")
     parser.add_argument("--hidden", type=int, default=1024, help="width; 8 layers (default: 1024, 0.11 B parameters)")
     parser.add_argument("--steps", type=int, default=5, help="steps that are timed without a checkpoint (default: 5)")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line."""
+    args = build_parser().parse_args(argv)
     groups = init_groups(ParallelConfig(), seed=1)
     heads, wide = args.hidden // 64, 3 * args.hidden
     shape = ModelConfig(8, args.hidden, wide, heads, heads // 4, 64, 1024, tied_embeddings=True)

@@ -20,6 +20,7 @@ import torch
 
 from checkpoints_tools.compare import differences, open_any
 from checkpoints_tools.export_folder import write_hf_folder
+from sdlm_megatron.config.command_line import make_parser
 from sdlm_megatron.errors import ConfigError, run_cli
 from sdlm_megatron.files import fsync_tree
 from sdlm_megatron.weights.hf_reader import HFConfig
@@ -172,19 +173,21 @@ def report(name: str, count: int, seconds: float, rest: str = "") -> None:
     print(f"{name:28s} {count / 1e9:.2f} GB  {seconds:.1f} s  {count / 1e6 / seconds:.0f} MB/s  {rest}", flush=True)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m dev.bench.convert",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="example:\n  python -m dev.bench.convert --layers 4 --work /data/trial",
+def build_parser() -> argparse.ArgumentParser:
+    """Options of the command."""
+    parser = make_parser(
+        "python -m dev.bench.convert", __doc__, example="python -m dev.bench.convert --layers 4 --work /data/trial"
     )
     parser.add_argument("--layers", type=int, default=4, help="about 1 GB each, and 3.1 GB beside them")
     parser.add_argument("--narrow", type=int, default=1, choices=(1, 8), help="divides all widths, for a quick trial")
     parser.add_argument("--shard-gb", default="1", help="size limit of the exported weight files")
     parser.add_argument("--work", type=Path, required=True, help="folder to work in: room for four copies; removed")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line."""
+    args = build_parser().parse_args(argv)
     if args.work.exists():
         raise ConfigError(
             "the folder to work in exists already", str(args.work), "name a new one: it is removed at the end"

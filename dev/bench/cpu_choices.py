@@ -5,6 +5,7 @@
 
 import argparse
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 
@@ -12,8 +13,10 @@ import numpy as np
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from sdlm_megatron.config.command_line import make_parser
 from sdlm_megatron.diffusion.layout import pack_row
 from sdlm_megatron.diffusion.mask import visible_row
+from sdlm_megatron.errors import run_cli
 from sdlm_megatron.model.attention.masked import PerDocument
 
 
@@ -83,17 +86,19 @@ def adam(runs: int, tensors: int, size: int) -> list[tuple[str, float]]:
     return rows
 
 
+def build_parser() -> argparse.ArgumentParser:
+    """Options of the command."""
+    parser = make_parser(
+        "python -m dev.bench.cpu_choices", __doc__, example="python -m dev.bench.cpu_choices --runs 20"
+    )
+    parser.add_argument("--runs", type=int, default=10, help="runs of which the median is reported")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads of torch")
+    return parser
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m dev.bench.cpu_choices",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="example:\n  python -m dev.bench.cpu_choices --runs 20",
-    )
-    parser.add_argument("--runs", type=int, default=10)
-    parser.add_argument("--threads", type=int, default=1)
-    args = parser.parse_args(argv)
+    args = build_parser().parse_args(argv)
     torch.set_num_threads(args.threads)
     print(f"torch {torch.__version__}, {args.threads} thread(s), median of {args.runs} runs")
     print("attention, 62 clean tokens and 32 blocks of 4, 9 heads of 64, forward and backward")
@@ -108,4 +113,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_cli(main, sys.argv[1:])

@@ -19,7 +19,7 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,8 +34,10 @@ from data_prep import documents, readers
 from data_prep.build import build
 from data_prep.build_config import BuildConfig, SourceConfig
 from data_prep.encoders import FastTokenizer, TextTokenizer, open_encoder
+from sdlm_megatron.config.command_line import make_parser
 from sdlm_megatron.data import format as data_format
 from sdlm_megatron.data.indexed import IndexedWriter
+from sdlm_megatron.errors import run_cli
 
 QUIET = Console(quiet=True)
 SUFFIXES = (".py", ".md", ".rst", ".txt", ".json", ".html", ".c", ".h", ".pyi")
@@ -173,16 +175,22 @@ def ours(tokenizer: Path, rows: list[dict[str, Any]], folder: Path) -> dict[str,
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="example:\n  taskset -c 0 python -m dev.bench.data_prep_speed --tokenizer Qwen2.5-3B --reference ../SDLM",
+def build_parser() -> argparse.ArgumentParser:
+    """Options of the command."""
+    parser = make_parser(
+        "python -m dev.bench.data_prep_speed",
+        __doc__,
+        example="taskset -c 0 python -m dev.bench.data_prep_speed --tokenizer Qwen2.5-3B --reference ../SDLM",
     )
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder with Qwen2.5's tokenizer.json")
     parser.add_argument("--reference", type=Path, help="checkout of github.com/OpenGVLab/SDLM")
-    parser.add_argument("--rows", type=int, default=20_000)
-    args = parser.parse_args()
+    parser.add_argument("--rows", type=int, default=20_000, help="conversations to prepare")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line."""
+    args = build_parser().parse_args(argv)
     rows = conversations(args.rows)
     pieces = [f"{turn['from']}\n{turn['value']}" for row in rows for turn in row["conversations"]]
     few = max(1, args.rows // 10)
@@ -220,4 +228,4 @@ def _row(table: Table, name: str, found: dict[str, float]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_cli(main, sys.argv[1:])

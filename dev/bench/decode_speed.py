@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from sdlm_megatron.config.command_line import make_parser
 from sdlm_megatron.errors import run_cli
 
 
@@ -109,23 +110,29 @@ def prompts_of(path: Path, tokenizer: Any, count: int) -> list[torch.Tensor]:
     return [torch.tensor([tokenizer(turn, add_special_tokens=False)["input_ids"]]) for turn in turns]
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m dev.bench.decode_speed",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="example (after make quickstart):\n  python -m dev.bench.decode_speed --model runs/quickstart/hf "
-        "--prompts runs/quickstart/task/heldout.jsonl --dtype bfloat16",
+def build_parser() -> argparse.ArgumentParser:
+    """Options of the command."""
+    parser = make_parser(
+        "python -m dev.bench.decode_speed",
+        __doc__,
+        example="python -m dev.bench.decode_speed --model runs/quickstart/hf "
+        "--prompts runs/quickstart/task/heldout.jsonl --dtype bfloat16    # after make quickstart",
     )
     parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="exported Hugging Face folder")
     parser.add_argument("--prompts", type=Path, required=True, metavar="JSONL", help='lines of {"prompt": "…"}')
     parser.add_argument("--count", type=int, default=16, metavar="N", help="how many of them")
-    parser.add_argument("--thresholds", type=float, nargs="+", default=[0.98, 0.9, 0.5])
-    parser.add_argument("--max-new-tokens", type=int, default=64)
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument(
+        "--thresholds", type=float, nargs="+", default=[0.98, 0.9, 0.5], help="confidence thresholds to time"
+    )
+    parser.add_argument("--max-new-tokens", type=int, default=64, help="length limit of an answer, in tokens")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="dtype of the weights")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of torch")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line."""
+    args = build_parser().parse_args(argv)
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     torch.set_num_threads(args.threads)

@@ -5,7 +5,9 @@ gives them (D 4, repeat 3, at most 5632 tokens a document). Next-fit, which keep
 """
 
 import argparse
+import sys
 import time
+from collections.abc import Sequence
 
 import numpy as np
 from rich.box import SIMPLE_HEAD
@@ -14,6 +16,8 @@ from rich.table import Table
 
 from data_prep.build_config import BuildConfig
 from data_prep.packing import BestFit
+from sdlm_megatron.config.command_line import make_parser
+from sdlm_megatron.errors import run_cli
 
 WINDOW = BuildConfig().window
 
@@ -39,14 +43,18 @@ def next_fit(sizes: np.ndarray, row_length: int) -> int:
     return rows
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="example:\n  python -m dev.bench.packing_speed --documents 200000",
+def build_parser() -> argparse.ArgumentParser:
+    """Options of the command."""
+    parser = make_parser(
+        "python -m dev.bench.packing_speed", __doc__, example="python -m dev.bench.packing_speed --documents 200000"
     )
-    parser.add_argument("--documents", type=int, default=1_000_000)
-    args = parser.parse_args()
+    parser.add_argument("--documents", type=int, default=1_000_000, help="documents to pack")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line."""
+    args = build_parser().parse_args(argv)
     table = Table(*("row length", "sigma", "fill", "next-fit", "seconds", "s per M documents"), box=SIMPLE_HEAD)
     for row_length in (5632, 8192, 16384):
         for sigma in (0.6, 0.8, 1.0):
@@ -67,4 +75,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_cli(main, sys.argv[1:])

@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Self
@@ -19,6 +20,8 @@ import numpy as np
 import torch
 
 from dev.bench.measure import ATTENTION, HEAD, LINEAR, SMALL, Ranges, peak_bytes, timed
+from sdlm_megatron.config.command_line import make_parser
+from sdlm_megatron.errors import run_cli
 
 CPU = torch.device("cpu")
 LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -132,16 +135,25 @@ def mark(ranges: Ranges, model: Any, code: ModuleType) -> None:
     ranges.function(code, "create_block_diff_mask_by_pe_4d", ATTENTION)
 
 
-def main() -> None:
-    """The process."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--checkout", type=Path, required=True)
-    parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--documents", type=Path, required=True)
-    parser.add_argument("--dtype", required=True)
-    parser.add_argument("--batch", type=int, required=True)
-    parser.add_argument("--threads", type=int, required=True)
-    args = parser.parse_args()
+def build_parser() -> argparse.ArgumentParser:
+    """Options of the command."""
+    parser = make_parser(
+        "python -m dev.bench.reference_step",
+        __doc__,
+        example="python -m dev.bench.step --reference SDLM    # starts this process",
+    )
+    parser.add_argument("--checkout", type=Path, required=True, help="checkout of github.com/OpenGVLab/SDLM")
+    parser.add_argument("--model", type=Path, required=True, help="Hugging Face folder of the model")
+    parser.add_argument("--documents", type=Path, required=True, help="NumPy file with the documents of a step")
+    parser.add_argument("--dtype", required=True, help="dtype of the weights, a name of torch")
+    parser.add_argument("--batch", type=int, required=True, help="documents padded to the longest of them")
+    parser.add_argument("--threads", type=int, required=True, help="CPU threads of torch")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line."""
+    args = build_parser().parse_args(argv)
     answers = os.fdopen(os.dup(1), "w")  # the answers' own way out: libraries print where they like
     os.dup2(2, 1)
     torch.set_num_threads(args.threads)
@@ -185,4 +197,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_cli(main, sys.argv[1:])

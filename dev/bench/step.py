@@ -48,6 +48,7 @@ from dev.bench.step_case import (  # noqa: E402
     write_documents,
     write_hf,
 )
+from sdlm_megatron.config.command_line import make_parser  # noqa: E402
 from sdlm_megatron.config.schema import ModelConfig, ParallelConfig  # noqa: E402
 from sdlm_megatron.diffusion.row import MicroBatch  # noqa: E402
 from sdlm_megatron.errors import TrainingError, run_cli  # noqa: E402
@@ -265,17 +266,16 @@ def print_memory(args: argparse.Namespace, shape: ModelConfig, groups: Groups) -
         print(f"{attention:14}" + "".join(f"{c:>18}" for c in cells), flush=True)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m dev.bench.step",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="examples:\n  python -m dev.bench.step --shape body --dtype bf16 --runs 3                    # on a laptop\n"
-        "  python -m dev.bench.step --shape vocab --tokens 1024 --documents mixture --samples 4 --dtype bf16 \\\n"
-        "      --reference SDLM --reference-python VENV/bin/python                      # beside the reference\n"
-        "  python -m dev.bench.step --memory --preset tiny --documents mixture\n"
-        "  python -m dev.bench.step --preset qwen2.5-3b --dtype bf16 --tokens 5632 --documents mixture   # on a GPU",
+def build_parser() -> argparse.ArgumentParser:
+    """Options of the command."""
+    parser = make_parser(
+        "python -m dev.bench.step",
+        __doc__,
+        example="python -m dev.bench.step --shape body --dtype bf16 --runs 3                    # on a laptop\n"
+        "python -m dev.bench.step --shape vocab --tokens 1024 --documents mixture --samples 4 --dtype bf16 \\\n"
+        "    --reference SDLM --reference-python VENV/bin/python                      # beside the reference\n"
+        "python -m dev.bench.step --memory --preset tiny --documents mixture\n"
+        "python -m dev.bench.step --preset qwen2.5-3b --dtype bf16 --tokens 5632 --documents mixture   # on a GPU",
     )
     parser.add_argument("--shape", choices=SHAPES, default="body", help="a small model")
     parser.add_argument("--preset", help="a preset's shape instead, such as qwen2.5-3b")
@@ -283,19 +283,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--tokens", type=int, default=2048, help="row length S")
     parser.add_argument("--documents", choices=("full", "mixture"), default="full", help="one fills a row, or several")
     parser.add_argument("--samples", type=int, default=2, help="documents a step")
-    parser.add_argument("--block-size", type=int, default=4)
-    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--block-size", type=int, default=4, help="tokens D of a block")
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="dtype of the weights")
     parser.add_argument("--attention", default="auto", help="train.attention")
     parser.add_argument("--next-token-weight", type=float, default=0.0, help="diffusion.next_token_weight")
     parser.add_argument("--train", nargs="+", default=[], metavar="KEY=VALUE", help="other settings of train")
-    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--runs", type=int, default=5, help="steps of which the median is reported")
     parser.add_argument("--threads", type=int, default=1, help="on a CPU")
     parser.add_argument("--reference", type=Path, help="a checkout of OpenGVLab/SDLM; on a CPU")
     parser.add_argument("--reference-python", default=sys.executable, help="a Python with transformers 4.37.2")
     parser.add_argument("--reference-batch", type=int, default=2, help="documents padded to the longest of them")
     parser.add_argument("--memory", action="store_true", help="instead: peak memory against row length")
     parser.add_argument("--sizes", type=int, nargs="+", default=MEMORY_TOKENS, help="row lengths of --memory")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line."""
+    args = build_parser().parse_args(argv)
     torch.set_num_threads(args.threads)
     shape = preset_shape(args.preset, args.layers) if args.preset else SHAPES[args.shape]
     groups = init_groups(ParallelConfig(), seed=0)

@@ -10,6 +10,7 @@ rows are what.
 import argparse
 import json
 import random
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +24,9 @@ import orjson
 import pyarrow
 import pyarrow.parquet
 import yaml
+
+from sdlm_megatron.config.command_line import make_parser
+from sdlm_megatron.errors import run_cli
 
 ROWS_OF_A_FILE = 50_000
 Turns = list[tuple[str, str]]
@@ -462,20 +466,25 @@ def generate(out: Path, *, rows: int, seed: int, bad: float, duplicates: float) 
     return found
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m dev.bench.synthetic_mixture",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="example:\n  python -m dev.bench.synthetic_mixture --out MIXTURE --rows 200000\n"
-        "  python -m data_prep.build --config MIXTURE/build.yaml --tokenizer=Qwen2.5-3B --out=DATA",
+def build_parser() -> argparse.ArgumentParser:
+    """Options of the command."""
+    parser = make_parser(
+        "python -m dev.bench.synthetic_mixture",
+        __doc__,
+        example="python -m dev.bench.synthetic_mixture --out MIXTURE --rows 200000\n"
+        "sdlm prepare --config MIXTURE/build.yaml --tokenizer=Qwen2.5-3B --out=DATA",
     )
     parser.add_argument("--out", type=Path, required=True, help="folder to create")
-    parser.add_argument("--rows", type=int, default=200_000)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--rows", type=int, default=200_000, help="rows of all sets together")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the conversations")
     parser.add_argument("--bad", type=float, default=0.002, help="share of rows that are no conversation")
     parser.add_argument("--duplicates", type=float, default=0.02, help="share of rows that are copies")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line."""
+    parser = build_parser()
     args = parser.parse_args(argv)
     if args.out.exists():
         parser.error(f"{args.out} exists")
@@ -496,4 +505,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_cli(main, sys.argv[1:])

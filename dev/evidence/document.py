@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 
 from dev.evidence.campaign import BASE, TASKS, Campaign, read_campaign
 from dev.evidence.markdown_tables import BLOCKS, LEADING, RATES, SENSITIVE, TABLES, VARIANTS
+from sdlm_megatron.config.command_line import make_parser
 from sdlm_megatron.errors import DataError, run_cli
 from sdlm_megatron.evaluation.figures import models_figure, quality_figure, threshold_figure, wall_figure
 from sdlm_megatron.evaluation.figures_cost import context_figure, overhead_figure, perplexities
@@ -124,18 +125,19 @@ def write_document(campaign: Campaign, docs: Path) -> None:
         print(f"the document shows pictures that are not there: {', '.join(missing)}")
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m dev.evidence.document",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="example:\n  python -m dev.evidence.document runs/evidence --out docs",
-        allow_abbrev=False,
+def build_parser() -> argparse.ArgumentParser:
+    """Options of the command."""
+    parser = make_parser(
+        "python -m dev.evidence.document", __doc__, example="python -m dev.evidence.document runs/evidence --out docs"
     )
     parser.add_argument("campaign", type=Path, metavar="DIR", help="what dev.evidence.train_arms and .measure wrote")
     parser.add_argument("--out", type=Path, required=True, metavar="DOCS", help="folder of evidence.md")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line."""
+    args = build_parser().parse_args(argv)
     write_document(read_campaign(args.campaign), args.out)
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from dev.evidence.arms import ARMS, MAIN, Arm
 from sdlm_megatron.bf16 import best_precision
+from sdlm_megatron.config.command_line import make_parser
 from sdlm_megatron.errors import DataError, run_cli
 from sdlm_megatron.files import write_text
 
@@ -157,13 +158,10 @@ def models_of(out: Path, names: Sequence[str]) -> list[tuple[Path, Arm | None]]:
     return [(out / "base", None), *sorted(known, key=lambda one: (seed_of(one[0]), names.index(one[1].name)))]
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m dev.evidence.measure",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="example:\n  python -m dev.evidence.measure --out runs/evidence",
+def build_parser() -> argparse.ArgumentParser:
+    """Options of the command."""
+    parser = make_parser(
+        "python -m dev.evidence.measure", __doc__, example="python -m dev.evidence.measure --out runs/evidence"
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder that train_arms wrote")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM", help="default: all")
@@ -171,7 +169,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--few", type=int, default=171, help="of each task and seed, for the others")
     parser.add_argument("--jobs", type=int, default=2, help="models at a time, a core each")
     parser.add_argument("--clock", action="store_true", help="also the timings and contexts, one model at a time")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line."""
+    args = build_parser().parse_args(argv)
     tasks = sorted((args.out / "tasks").glob("*.jsonl"), reverse=True)  # json first
     if not tasks:
         fix = "train first: python -m dev.evidence.train_arms"

@@ -25,6 +25,7 @@ from dev.evidence.categories import Sorting, sortings
 from dev.quickstart.base_model import make_smollm2
 from dev.quickstart.task import Example, examples
 from sdlm_megatron.bf16 import best_precision
+from sdlm_megatron.config.command_line import make_parser
 from sdlm_megatron.data.tokenizer_identity import special_token_id, vocabulary_size
 from sdlm_megatron.errors import UserError, run_cli
 from sdlm_megatron.files import write_json, write_text
@@ -204,13 +205,12 @@ def train_all(out: Path, arms: Sequence[Arm], seeds: Sequence[int], budget: Budg
         raise failed[0]
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m dev.evidence.train_arms",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="example:\n  python -m dev.evidence.train_arms --out runs/evidence --arms ar d4 d8 --seeds 0 1 2",
+def build_parser() -> argparse.ArgumentParser:
+    """Options of the command."""
+    parser = make_parser(
+        "python -m dev.evidence.train_arms",
+        __doc__,
+        example="python -m dev.evidence.train_arms --out runs/evidence --arms ar d4 d8 --seeds 0 1 2",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the campaign")
     parser.add_argument(
@@ -225,7 +225,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--prompts", type=int, default=768, help="held-out prompts of each task, all seeds together")
     parser.add_argument("--base", type=Path, metavar="DIR", help="Hugging Face folder; default: SmolLM2-135M-Instruct")
     parser.add_argument("--jobs", type=int, default=2, help="trainings at a time, a core each")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line."""
+    args = build_parser().parse_args(argv)
     base = args.base or make_smollm2(args.out / "base")
     train_all(
         args.out, [ARMS[name] for name in args.arms], args.seeds, Budget(CONVERSATIONS, args.prompts), base, args.jobs

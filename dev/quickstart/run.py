@@ -4,6 +4,7 @@ The task: a sentence about six facts in, a JSON object with these facts out. The
 model has to learn the form and to copy the facts.
 """
 
+import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,6 +13,7 @@ from pathlib import Path
 from dev.quickstart.base_model import make_smollm2
 from dev.quickstart.pipeline import Job, Layout, Pipeline
 from sdlm_megatron.bf16 import best_precision, slow_bf16
+from sdlm_megatron.config.command_line import make_parser
 from sdlm_megatron.errors import run_cli
 
 JOB = Job(
@@ -41,8 +43,14 @@ JOB = Job(
 )
 
 
+def build_parser() -> argparse.ArgumentParser:
+    """Options of the command."""
+    return make_parser("python -m dev.quickstart.run", __doc__, example="make quickstart")
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the job and says where to look."""
+    build_parser().parse_args(argv)
     slow = slow_bf16()
     if slow:
         print(f"{slow}: the model is trained and asked in fp32, which takes about twice the times below")

@@ -4,6 +4,7 @@ Real Qwen2.5 vocabulary, q/k/v bias, TP = 2 with sequence parallelism, resumed a
 nothing in so few steps: what is shown is that every part works on every other part's output.
 """
 
+import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 from dev.quickstart.base_model import default_cache, make_tiny_qwen
 from dev.quickstart.pipeline import Job, Layout, Pipeline
 from dev.quickstart.qwen_vocab import qwen25_tokenizer_folder
+from sdlm_megatron.config.command_line import make_parser
 from sdlm_megatron.errors import run_cli
 
 
@@ -42,8 +44,14 @@ JOB = Job(
 )
 
 
+def build_parser() -> argparse.ArgumentParser:
+    """Options of the command."""
+    return make_parser("python -m dev.quickstart.smoke", __doc__, example="make smoke")
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the job."""
+    build_parser().parse_args(argv)
     print(f"\nsmoke run passed: {Pipeline(JOB).run()}")
 
 

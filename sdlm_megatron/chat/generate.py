@@ -17,25 +17,19 @@ from rich.console import Console
 
 from sdlm_megatron.chat.chat_model import DTYPES, Answer, ChatModel, Settings, load
 from sdlm_megatron.chat.terminal_view import LiveAnswer, figures, note, show_pair
+from sdlm_megatron.config.command_line import make_parser
 from sdlm_megatron.diffusion.decode import ALGORITHMS
 from sdlm_megatron.errors import CheckpointError, ConfigError, UserError, run_cli
 
-EXAMPLES = """examples:
-  python -m sdlm_megatron.chat.generate --model runs/quickstart/hf
-  python -m sdlm_megatron.chat.generate --model SDLM-3B-D4 --threshold 0.98 --prompt "Why is the sky blue?"
-  python -m sdlm_megatron.chat.generate --model SDLM-3B-D4 --compare < question.txt
-"""
+EXAMPLES = """sdlm generate --model runs/quickstart/hf
+sdlm generate --model SDLM-3B-D4 --threshold 0.98 --prompt "Why is the sky blue?"
+sdlm generate --model SDLM-3B-D4 --compare < question.txt"""
 COMMANDS = ("/reset", "/quit")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m sdlm_megatron.chat.generate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=EXAMPLES,
-        allow_abbrev=False,
-    )
+def build_parser() -> argparse.ArgumentParser:
+    """Options of the command."""
+    parser = make_parser("sdlm generate", __doc__, example=EXAMPLES)
     add = parser.add_argument
     add("--model", type=Path, required=True, metavar="FOLDER", help="exported or published Hugging Face folder")
     add("--prompt", metavar="TEXT", help="one answer to this, without a conversation")
@@ -204,7 +198,7 @@ def _piped_prompt() -> str | None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
-    args = _parser().parse_args(argv)
+    args = build_parser().parse_args(argv)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # where the terminal's encoding lacks a character
     try:

@@ -1,9 +1,8 @@
 """Strict configuration: YAML and `--a.b=c` into dataclasses; an unknown key is an error that names the nearest."""
 
-import argparse
 import difflib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -40,41 +39,6 @@ def load_config(schema: type[T], source: str, overrides: Sequence[str] = (), pre
         _check_keys(schema, _nested(key, value), where)
         merged = _merge(merged, OmegaConf.create(_nested(key, value)), where)
     return cast(T, OmegaConf.to_object(merged))
-
-
-def parse_cli(
-    schema: type[T],
-    *,
-    presets: Path | None,
-    description: str,
-    example: str,
-    argv: Sequence[str] | None = None,
-    extra: Callable[[argparse.ArgumentParser], None] | None = None,
-) -> tuple[T, argparse.Namespace]:
-    """Command line of a program: --config, --print-config, dotted overrides, and what `extra` adds.
-
-    An entry of a list is set by its name or number: `--sources.smoltalk.path=FOLDER`.
-    `--print-config` prints the resolved configuration and exits.
-    """
-    names = ", ".join(preset_names(presets)) if presets else ""
-    parser = argparse.ArgumentParser(
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=f"any setting: --section.key=value\n\nexample:\n  {example}\n\n{settings_help(schema)}",
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "--config", required=True, metavar="FILE", help=f"YAML file{' or preset: ' + names if names else ''}"
-    )
-    parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and exit")
-    if extra:
-        extra(parser)
-    args, rest = parser.parse_known_args(argv)
-    config = load_config(schema, args.config, rest, presets)
-    if args.print_config:
-        print(to_yaml(config), end="")
-        raise SystemExit(0)
-    return config, args
 
 
 def preset_names(presets: Path) -> list[str]:

@@ -5,6 +5,7 @@ its likeliest token is the answer's. Writes OUT/calibration.json; `python -m sdl
 precision and recall, acceptance by slot.
 """
 
+import argparse
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -41,11 +42,17 @@ def slots_of(chat: ChatModel, prompts: Sequence[Prompt], window: int, batch: int
     return slots
 
 
+def build_parser() -> argparse.ArgumentParser:
+    """Options of the command."""
+    example = "--model runs/quickstart/hf --prompts runs/quickstart/task/heldout.jsonl --out results"
+    parser = parser_of("sdlm evaluate calibration", __doc__, example)
+    add_prompt_options(parser)
+    return parser
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
-    example = "--model runs/quickstart/hf --prompts runs/quickstart/task/heldout.jsonl --out results"
-    parser = parser_of("sdlm_megatron.evaluation.calibration", __doc__, example)
-    add_prompt_options(parser)
+    parser = build_parser()
     args = parser.parse_args(argv)
     prompts = read_prompts(args.prompts, args.most)
     chat = load_model(args)

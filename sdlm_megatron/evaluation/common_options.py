@@ -7,20 +7,15 @@ from pathlib import Path
 import torch
 
 from sdlm_megatron.chat.chat_model import DTYPES, ChatModel, load
+from sdlm_megatron.config.command_line import make_parser
 from sdlm_megatron.errors import ConfigError
 from sdlm_megatron.evaluation.decoding import Decoded
 from sdlm_megatron.evaluation.prompts import Prompt, encode_answer
 
 
-def parser_of(module: str, description: str | None, example: str) -> argparse.ArgumentParser:
+def parser_of(command: str, description: str | None, example: str) -> argparse.ArgumentParser:
     """A parser with --model, --out, --dtype, --device and --threads."""
-    parser = argparse.ArgumentParser(
-        prog=f"python -m {module}",
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=f"example:\n  python -m {module} {example}",
-        allow_abbrev=False,
-    )
+    parser = make_parser(command, description, example=f"{command} {example}")
     add = parser.add_argument
     add("--model", type=Path, required=True, metavar="FOLDER", help="exported folder, or a plain Qwen2 or Llama")
     add("--out", type=Path, required=True, metavar="DIR", help="folder of the result file")

@@ -112,15 +112,21 @@ def split(prompts: Sequence[Prompt], most: int, shots: int, where: Path) -> tupl
     return measured, pool
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Command line."""
+def build_parser() -> argparse.ArgumentParser:
+    """Options of the command."""
     example = "--model runs/quickstart/hf --prompts held_out.jsonl --out results --shots 0 4 16"
-    parser = parser_of("sdlm_megatron.evaluation.context", __doc__, example)
+    parser = parser_of("sdlm evaluate context", __doc__, example)
     add = parser.add_argument
     add("--prompts", type=Path, required=True, metavar="JSONL", help='lines of {"prompt": …, "expected": …}')
     add("--most", type=int, default=64, metavar="N", help="prompts that are measured; default: 64")
     add("--shots", type=int, nargs="+", default=[0, 1, 4, 8, 16, 32], metavar="K", help="default: 0 1 4 8 16 32")
     add("--thresholds", type=float, nargs="*", default=[0.98, 0.9], metavar="TAU", help="default: .98 .9")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line."""
+    parser = build_parser()
     args = parser.parse_args(argv)
     _check(args)
     measured, pool = split(read_prompts(args.prompts), args.most, max(args.shots), args.prompts)

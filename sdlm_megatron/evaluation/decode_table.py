@@ -14,6 +14,7 @@ from rich.console import Console
 
 from sdlm_megatron.chat.chat_model import DTYPES, ChatModel, load
 from sdlm_megatron.chat.passes import coloured, pieces
+from sdlm_megatron.config.command_line import make_parser
 from sdlm_megatron.errors import run_cli
 from sdlm_megatron.evaluation.common_options import at_least, exact_of, longest_answer, threshold
 from sdlm_megatron.evaluation.decoding import Setting, decode_prompts
@@ -68,13 +69,12 @@ def show(sample: dict[str, Any]) -> None:
     console.print("  ", coloured(tokens), f" ({len(tokens)} tokens in {passes} passes)", sep="", markup=False)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m sdlm_megatron.evaluation.decode_table",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="example:\n  python -m sdlm_megatron.evaluation.decode_table --model runs/quickstart/hf --base runs/quickstart/base "
+def build_parser() -> argparse.ArgumentParser:
+    """Options of the command."""
+    parser = make_parser(
+        "sdlm evaluate table",
+        __doc__,
+        example="sdlm evaluate table --model runs/quickstart/hf --base runs/quickstart/base "
         "--prompts runs/quickstart/task/heldout.jsonl --out runs/quickstart/evaluation.json",
     )
     add = parser.add_argument
@@ -85,7 +85,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--thresholds", type=threshold, nargs="+", default=[0.98, 0.9, 0.5], metavar="TAU", help="default: .98 .9 .5")
     add("--dtype", choices=sorted(DTYPES), help="of both models; default: as their folders say")
     add("--out", type=Path, required=True, metavar="FILE", help="evaluation.json to write")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line."""
+    args = build_parser().parse_args(argv)
     prompts = read_prompts(args.prompts, args.most)
     baseline: list[dict[str, Any]] = []
     if args.base:

@@ -4,6 +4,7 @@ Runs sweep, calibration, speed, context and perplexity one after the other, then
 remove a file to measure it again, or run the command of that name alone for its other options.
 """
 
+import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,16 +15,21 @@ from sdlm_megatron.evaluation.common_options import add_prompt_options, parser_o
 from sdlm_megatron.weights.hf_reader import read_hf_config
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Command line."""
+def build_parser() -> argparse.ArgumentParser:
+    """Options of the command."""
     example = "--model runs/quickstart/hf --prompts runs/quickstart/task/heldout.jsonl --out results"
-    parser = parser_of("sdlm_megatron.evaluation.full_report", __doc__, example)
+    parser = parser_of("sdlm evaluate report", __doc__, example)
     add_prompt_options(parser)
     add = parser.add_argument
     add("--timed", type=int, default=32, metavar="N", help="prompts of speed and context, which are dear; default: 32")
     add("--contexts", type=int, nargs="+", default=[64, 512, 2048], metavar="P", help="of speed; default: 64 512 2048")
     add("--shots", type=int, nargs="+", default=[0, 4, 16], metavar="K", help="examples of context; default: 0 4 16")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line."""
+    args = build_parser().parse_args(argv)
     model = ["--model", str(args.model), "--out", str(args.out)]
     for option in ("dtype", "device", "threads"):
         if getattr(args, option) is not None:

@@ -5,22 +5,21 @@ plain `lm_eval` command never does. This command registers `sdlm` and then is `l
 this module, then `lm_eval.simple_evaluate(model="sdlm", ...)`.
 """
 
+import argparse
 import sys
 from collections.abc import Sequence
 
+from sdlm_megatron.config.command_line import make_parser
 from sdlm_megatron.errors import ConfigError, run_cli
 
-EXAMPLES = """examples:
-  python -m sdlm_megatron.evaluation.lm_eval_command --model sdlm --model_args pretrained=FOLDER,alg=prob_conf,threshold=0.98 \\
-      --tasks my_task --include_path FOLDER_OF_MY_YAML --apply_chat_template --batch_size 16 --output_path runs/lm_eval
-  python -m sdlm_megatron.evaluation.lm_eval_command --model sdlm --model_args pretrained=FOLDER,alg=ar --tasks my_task ...
-
-model arguments of sdlm: pretrained, alg, n, threshold, product (default: as the folder says), dtype, device, and of
+EXAMPLES = """sdlm evaluate lm_eval --model sdlm --model_args pretrained=FOLDER,alg=prob_conf,threshold=0.98 \\
+    --tasks my_task --include_path FOLDER_OF_MY_YAML --apply_chat_template --batch_size 16 --output_path runs/lm_eval
+sdlm evaluate lm_eval --model sdlm --model_args pretrained=FOLDER,alg=ar --tasks my_task ..."""
+NOTES = """model arguments of sdlm: pretrained, alg, n, threshold, product (default: as the folder says), dtype, device, and of
 hf: batch_size, max_length, truncation, add_bos_token, prefix_token_id, logits_cache, softmax_dtype, chat_template_args,
 enable_thinking, think_end_token
 
-all other options are lm_eval's: python -m sdlm_megatron.evaluation.lm_eval_command run --help
-"""
+All other options are lm_eval's: sdlm evaluate lm_eval run --help"""
 
 
 def register() -> None:
@@ -37,11 +36,16 @@ def register() -> None:
         model_registry.register("sdlm", target="sdlm_megatron.evaluation.lm_eval_model:SDLM")
 
 
+def build_parser() -> argparse.ArgumentParser:
+    """Options of the command."""
+    return make_parser("sdlm evaluate lm_eval", __doc__, example=EXAMPLES, notes=NOTES)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     words = list(sys.argv[1:] if argv is None else argv)
     if words in ([], ["-h"], ["--help"]):
-        print(f"{__doc__}\n{EXAMPLES}", end="")
+        print(build_parser().format_help(), end="")
         return
     register()
     from lm_eval.__main__ import cli_evaluate
@@ -51,4 +55,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_cli(main)
+    run_cli(main, sys.argv[1:])

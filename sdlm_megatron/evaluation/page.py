@@ -11,6 +11,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from sdlm_megatron.config.command_line import make_parser
 from sdlm_megatron.errors import ConfigError, DataError, run_cli
 from sdlm_megatron.evaluation.figures import models_figure, quality_figure, threshold_figure, wall_figure
 from sdlm_megatron.evaluation.figures_cost import context_figure, context_rows, overhead_figure, perplexities
@@ -306,21 +307,24 @@ def _perplexity_sections(results: Results) -> Iterator[str]:
 
 
 # ------------------------------------------------------------------------------------------- the command
-def main(argv: Sequence[str] | None = None) -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m sdlm_megatron.evaluation.page",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="examples:\n  python -m sdlm_megatron.evaluation.page results --out results/index.html\n"
-        "  python -m sdlm_megatron.evaluation.page ar-0 d4-0 d4-1 --label AR D=4 D=4 --out index.html",
-        allow_abbrev=False,
+def build_parser() -> argparse.ArgumentParser:
+    """Options of the command."""
+    parser = make_parser(
+        "sdlm evaluate page",
+        __doc__,
+        example="sdlm evaluate page results --out results/index.html\n"
+        "sdlm evaluate page ar-0 d4-0 d4-1 --label AR D=4 D=4 --out index.html",
     )
     parser.add_argument("folders", type=Path, nargs="+", metavar="DIR", help="folders of result files")
     parser.add_argument("--out", type=Path, required=True, metavar="HTML", help="the file to write")
     parser.add_argument("--label", nargs="+", metavar="TEXT", help="one a folder; default: the folders' names")
     parser.add_argument("--title", default="Evaluation", metavar="TEXT", help="heading; default: Evaluation")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line."""
+    args = build_parser().parse_args(argv)
     labels = args.label or labels_of(args.folders)
     if len(labels) != len(args.folders):
         raise ConfigError(

@@ -107,13 +107,19 @@ def measure(chat: ChatModel, cut: Sequence[tuple[Text, list[list[int]]]], progre
     return rows
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Command line."""
-    parser = parser_of("sdlm_megatron.evaluation.perplexity", __doc__, "--model runs/quickstart/hf --out results")
+def build_parser() -> argparse.ArgumentParser:
+    """Options of the command."""
+    parser = parser_of("sdlm evaluate perplexity", __doc__, "--model runs/quickstart/hf --out results")
     add = parser.add_argument
     add("--text", type=Path, nargs="+", metavar="FILE", help="in UTF-8; default: texts of Python and its packages")
     add("--length", type=int, default=1024, metavar="N", help="tokens of a piece; default: 1024")
     add("--most", type=int, default=4096, metavar="N", help="tokens read of each text; default: 4096")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line."""
+    parser = build_parser()
     args = parser.parse_args(argv)
     _check(args)
     texts = [read_text(path) for path in args.text] if args.text else texts_at_hand()

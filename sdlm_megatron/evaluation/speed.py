@@ -310,10 +310,10 @@ def _check(chat: ChatModel, args: argparse.Namespace) -> None:
     check_room(chat, max(args.contexts, default=0) + largest * (PASSES + 3), "--contexts")
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Command line."""
+def build_parser() -> argparse.ArgumentParser:
+    """Options of the command."""
     parser = parser_of(
-        "sdlm_megatron.evaluation.speed", __doc__, "--model runs/quickstart/hf --prompts held_out.jsonl --out results"
+        "sdlm evaluate speed", __doc__, "--model runs/quickstart/hf --prompts held_out.jsonl --out results"
     )
     add = parser.add_argument
     add("--prompts", type=Path, required=True, metavar="JSONL", help='lines of {"prompt": …, "expected": …}')
@@ -322,6 +322,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--contexts", type=int, nargs="*", default=[64, 256, 1024, 2048], metavar="P", help="tokens before a pass")
     add("--seconds", type=float, default=5.0, help=f"for each batch and context, at least {ROUNDS} rounds; default: 5")
     add("--most", type=int, default=48, metavar="N", help="prompts that are answered; default: 48")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line."""
+    parser = build_parser()
     args = parser.parse_args(argv)
     chat = load_model(args)
     _check(chat, args)

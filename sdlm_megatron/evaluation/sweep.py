@@ -5,6 +5,7 @@ The prompts are decoded plainly (n = 1) and with the highest threshold; what was
 else is decoded with that setting. Writes OUT/sweep.json; `python -m sdlm_megatron.evaluation.page OUT` draws it.
 """
 
+import argparse
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -123,15 +124,21 @@ def windows_of(chat: ChatModel, given: Sequence[int] | None) -> list[int]:
     return list(given or [chat.config.block_size])
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Command line."""
+def build_parser() -> argparse.ArgumentParser:
+    """Options of the command."""
     example = "--model runs/quickstart/hf --prompts runs/quickstart/task/heldout.jsonl --out results"
-    parser = parser_of("sdlm_megatron.evaluation.sweep", __doc__, example)
+    parser = parser_of("sdlm evaluate sweep", __doc__, example)
     add_prompt_options(parser)
     add = parser.add_argument
     add("--windows", type=at_least(1), nargs="+", metavar="N", help="default: the trained block size")
     add("--prob", type=threshold, nargs="+", default=PROB, metavar="TAU", help="thresholds of prob_conf")
     add("--entropy", type=threshold, nargs="*", default=ENTROPY, metavar="TAU", help="thresholds of entropy_conf")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line."""
+    parser = build_parser()
     args = parser.parse_args(argv)
     prompts = read_prompts(args.prompts, args.most)
     chat = load_model(args)

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from sdlm_megatron.config.command_line import make_parser
 from sdlm_megatron.config.load import PRESETS, load_config, preset_names
 from sdlm_megatron.config.schema import RunConfig
 from sdlm_megatron.config.validate import check_model
@@ -20,25 +21,19 @@ from sdlm_megatron.planner.parallel_layout import layout_of
 from sdlm_megatron.planner.search import CLOSE, Plan, Planner, recommended
 from sdlm_megatron.planner.workload import workload
 
-EXAMPLES = """examples:
-  python -m sdlm_megatron.planner.plan sdlm_32b_d4 --gpus 64
-  python -m sdlm_megatron.planner.plan sdlm_3b_d4 --gpus 32 --gpu h200 --price 2.5 --assume gemm_efficiency=0.6
-  python -m sdlm_megatron.planner.plan sdlm_32b_d4 --gpus 64 --data DATA --parallel.tensor=8 --train.recompute=full --top 0
-"""
+EXAMPLES = """sdlm plan sdlm_32b_d4 --gpus 64
+sdlm plan sdlm_3b_d4 --gpus 32 --gpu h200 --price 2.5 --assume gemm_efficiency=0.6
+sdlm plan sdlm_32b_d4 --gpus 64 --data DATA --parallel.tensor=8 --train.recompute=full --top 0"""
 MOST_GPUS = 4096
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m sdlm_megatron.planner.plan",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=f"any setting of training: --section.key=value\n\n{EXAMPLES}",
-        allow_abbrev=False,
-    )
+def build_parser() -> argparse.ArgumentParser:
+    """Options of the command."""
+    notes = "Any setting of training may follow as --section.key=value; `sdlm train --help` lists them."
+    parser = make_parser("sdlm plan", __doc__, example=EXAMPLES, notes=notes, settings=RunConfig)
     parser.add_argument("preset", help=f"YAML file or preset: {', '.join(preset_names(PRESETS))}")
     parser.add_argument("--gpus", type=int, required=True, metavar="N", help=f"1 to {MOST_GPUS}")
-    parser.add_argument("--gpu", choices=DEVICES, default="h100")
+    parser.add_argument("--gpu", choices=DEVICES, default="h100", help="kind of GPU")
     parser.add_argument("--data", default="", metavar="DIR", help="a packed dataset; default: the published mixture")
     parser.add_argument("--price", type=float, default=0.0, metavar="USD", help="of a GPU-hour")
     parser.add_argument("--top", type=int, default=5, metavar="K", help="layouts to show; 0: only the preset's")
@@ -50,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
-    args, overrides = _parser().parse_known_args(argv)
+    args, overrides = build_parser().parse_known_args(argv)
     if not 1 <= args.gpus <= MOST_GPUS:
         raise ConfigError(f"--gpus is {args.gpus}", "the command line", f"a number from 1 to {MOST_GPUS}")
     if args.fp8:

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from sdlm_megatron.config.command_line import make_parser
 from sdlm_megatron.errors import DataError, run_cli
 from sdlm_megatron.metrics.console import format_duration
 from sdlm_megatron.ops.goodput import goodput_of
@@ -18,18 +19,17 @@ EXAMPLE = """example:
 """
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Writes the page, and says where the time of the job went."""
-    parser = argparse.ArgumentParser(
-        prog="python -m sdlm_megatron.report.command",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=EXAMPLE,
-        allow_abbrev=False,
-    )
+def build_parser() -> argparse.ArgumentParser:
+    """Options of the command."""
+    parser = make_parser("sdlm report", __doc__, example="sdlm report runs/default")
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: RUN/report.html")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Writes the page and prints how the job's time was spent."""
+    args = build_parser().parse_args(argv)
     if not args.run.is_dir():
         raise DataError("there is no such folder", str(args.run), "name the folder of a run (run_dir)")
     config = _config(args.run)

@@ -19,6 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
+from sdlm_megatron.config.command_line import make_parser
 from sdlm_megatron.config.load import PRESETS, load_config
 from sdlm_megatron.config.schema import RunConfig
 from sdlm_megatron.errors import ConfigError, run_cli
@@ -241,19 +242,22 @@ class Driver:
         write_text(self.logs / "env.txt", "".join(f"{k}={v}\n" for k, v in shown.items()))
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Command line."""
-    stop = StopRequest()
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, epilog=f"example:\n  {EXAMPLE}"
-    )
+def build_parser() -> argparse.ArgumentParser:
+    """Options of the command."""
+    parser = make_parser("python -m sdlm_megatron.ops.driver.driver", __doc__, example=EXAMPLE, settings=RunConfig)
     add = parser.add_argument
     add("--config", required=True, metavar="PRESET", help="configuration of sdlm_megatron.train")
     add("--cluster", default="default", metavar="NAME", help="slurm/clusters/NAME.yaml, or a file")
     add("--spares", type=int, metavar="N", help="nodes of the allocation that wait to replace bad ones")
     add("--launcher", choices=LAUNCHERS, default="srun", help="how processes are started (default: srun for each)")
     add("--retries", type=int, default=3, metavar="N", help="after failures without a newer checkpoint (default 3)")
-    args, overrides = parser.parse_known_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line."""
+    stop = StopRequest()
+    args, overrides = build_parser().parse_known_args(argv)
     raise SystemExit(Driver(args, [o for o in overrides if o != "--"], stop).run())
 
 

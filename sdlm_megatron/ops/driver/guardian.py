@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from sdlm_megatron.config.command_line import make_parser
 from sdlm_megatron.errors import run_cli
 from sdlm_megatron.ops.attempt import read_events, record_event
 from sdlm_megatron.ops.driver.decision import REQUEUES, since_checkpoint
@@ -28,12 +29,21 @@ def command(run_dir: Path, job: Job, node: str) -> list[str]:
     return [*step, f"--output={log}", *program, f"--driver-node={job.batch_node}"]
 
 
+def build_parser() -> argparse.ArgumentParser:
+    """Options of the command."""
+    parser = make_parser(
+        "python -m sdlm_megatron.ops.driver.guardian",
+        __doc__,
+        example="python -m sdlm_megatron.ops.driver.guardian --run-dir RUN --driver-node node01    # started by the driver",
+    )
+    parser.add_argument("--run-dir", type=Path, required=True, metavar="RUN", help="folder of the run")
+    parser.add_argument("--driver-node", required=True, metavar="NAME", help="node on which the job's driver runs")
+    return parser
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, epilog="started by the job's driver")
-    parser.add_argument("--run-dir", type=Path, required=True, metavar="RUN")
-    parser.add_argument("--driver-node", required=True, metavar="NAME")
-    args = parser.parse_args(argv)
+    args = build_parser().parse_args(argv)
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):  # its end comes by SIGKILL, with the job's
         signal.signal(number, signal.SIG_IGN)
     job, seen = Job.current(), 0

@@ -18,6 +18,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from sdlm_megatron.config.command_line import make_parser
+from sdlm_megatron.config.schema import RunConfig
 from sdlm_megatron.errors import ConfigError, run_cli
 from sdlm_megatron.files import write_json, write_text
 from sdlm_megatron.ops.driver.agents import Agent
@@ -28,19 +30,13 @@ from sdlm_megatron.ops.driver.preflight_run import Flight
 from sdlm_megatron.ops.driver.verdict import Node, add_bad_nodes, at_fault_everywhere, table, to_blame
 
 NOT_ENOUGH = 3
-EXAMPLE = """example, inside a job:
-  python -m sdlm_megatron.ops.driver.preflight --run-dir RUN --nodes-needed 29 --cluster mine \\
-    --config sdlm_32b_d4 --data.path=DATA"""
+EXAMPLE = "sdlm preflight --run-dir RUN --nodes-needed 29 --cluster mine --config sdlm_32b_d4 --data.path=DATA"
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m sdlm_megatron.ops.driver.preflight",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=f"The training's own settings may follow as --section.key=value.\n\n{EXAMPLE}",
-        allow_abbrev=False,
-    )
+def build_parser() -> argparse.ArgumentParser:
+    """Options of the command."""
+    notes = "Runs inside a Slurm job. The training's own settings may follow as --section.key=value."
+    parser = make_parser("sdlm preflight", __doc__, example=EXAMPLE, notes=notes, settings=RunConfig)
     parser.add_argument("--run-dir", metavar="RUN", help="folder of the run")
     parser.add_argument("--nodes-needed", type=int, metavar="N", help="healthy nodes that the training takes")
     parser.add_argument("--nodes", metavar="LIST", help="such as node[01-32]; default: the whole allocation")
@@ -55,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
-    args, overrides = _parser().parse_known_args(argv)
+    args, overrides = build_parser().parse_known_args(argv)
     if args.node_only:
         from sdlm_megatron.ops.driver.node_agent import serve
 

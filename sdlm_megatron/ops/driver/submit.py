@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from sdlm_megatron.config.command_line import make_parser
 from sdlm_megatron.config.load import PRESETS, load_config
 from sdlm_megatron.config.schema import RunConfig
 from sdlm_megatron.config.validate import check_run
@@ -25,21 +26,16 @@ from sdlm_megatron.ops.driver.verdict import read_bad_nodes
 
 LEAST_SECONDS = 600
 """For pre-flight, start, and some steps of training."""
-EXAMPLES = """examples:
-  DATA=DIR BASE=DIR slurm/train_32b_d4.sh --cluster mine --spares 1 --dry-run
-  DATA=DIR BASE=DIR slurm/train_3b_d4.sh --cluster mine --nodes 2 -- --train.global_batch=128
-  RUN_DIR=RUN OUT=DIR slurm/export.sh --cluster mine --after 4711
-  slurm/pipeline.sh --help"""
+EXAMPLES = """DATA=DIR BASE=DIR slurm/train_32b_d4.sh --cluster mine --spares 1 --dry-run
+DATA=DIR BASE=DIR slurm/train_3b_d4.sh --cluster mine --nodes 2 -- --train.global_batch=128
+RUN_DIR=RUN OUT=DIR slurm/export.sh --cluster mine --after 4711
+slurm/pipeline.sh --help"""
 
 
-def _parser(program: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=program,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=f"After -- follow settings of the program itself, --section.key=value.\n\n{EXAMPLES}",
-        allow_abbrev=False,
-    )
+def build_parser(program: str = "sdlm submit", *, trains: bool = True) -> argparse.ArgumentParser:
+    """Options of the command; `trains` adds those of a training script."""
+    notes = "After -- follow settings of the program itself, --section.key=value."
+    parser = make_parser(program, __doc__, example=EXAMPLES, notes=notes, settings=RunConfig)
     known = ", ".join(sorted(file.stem for file in CLUSTERS.glob("*.yaml")))
     add = parser.add_argument
     add("--cluster", default="default", metavar="NAME", help=f"slurm/clusters/NAME.yaml ({known}), or a file")
@@ -49,14 +45,12 @@ def _parser(program: str) -> argparse.ArgumentParser:
     add("--array", metavar="A-B", help="of prepare_data.sh: the shards, 0-7 for eight")
     add("--dry-run", action="store_true", help="show and check everything (sbatch --test-only), submit nothing")
     add("--parsable", action="store_true", help="print the job's number alone")
-    return parser
-
-
-def _training_options(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
+    if not trains:
+        return parser
     add("--spares", type=int, metavar="N", help="further nodes that wait to replace bad ones (default: the cluster's)")
     add("--launcher", choices=LAUNCHERS, help="how processes are started (default: srun for each)")
     add("--retries", type=int, metavar="N", help="after failures without a newer checkpoint (default 3)")
+    return parser
 
 
 class Submission:
@@ -72,11 +66,8 @@ class Submission:
         """
         split = list(argv).index("--") if "--" in argv else len(argv)
         self.overrides = list(argv[split + 1 :])
-        parser = _parser(f"slurm/{script.name}")
         self.trains = kind == "driver"
-        if self.trains:
-            _training_options(parser)
-        self.args = parser.parse_args(argv[:split])
+        self.args = build_parser(f"slurm/{script.name}", trains=self.trains).parse_args(argv[:split])
         self.script, self.config = script, own[1] if self.trains else ""
         self.cluster: ClusterFile = load_cluster(self.args.cluster)
         self.header = read_header(script)
