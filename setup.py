@@ -4,6 +4,7 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+PACKAGES = ("sdlm_megatron", "data_prep", "checkpoints_tools")
 ROOT = Path(__file__).parent
 EVAL = ["lm_eval>=0.4.13,<0.5", "accelerate>=0.26"]
 
@@ -25,15 +26,38 @@ setup(
     description="Train Sequential Diffusion Language Models on Megatron-Core: conversations in, checkpoint out",
     long_description=read_readme(),
     long_description_content_type="text/markdown",
+    license_expression="Apache-2.0",
+    license_files=["LICENSE"],
+    keywords=["diffusion language model", "Megatron-Core", "large language model", "training"],
+    # Add the repository's own address here when it is published.
+    project_urls={
+        "Paper": "https://arxiv.org/abs/2509.24007",
+        "Reference implementation": "https://github.com/OpenGVLab/SDLM",
+    },
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Environment :: GPU :: NVIDIA CUDA",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3 :: Only",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
     python_requires=">=3.11",
-    packages=find_packages(
-        include=[
-            f"{name}{suffix}" for name in ("sdlm_megatron", "data_prep", "checkpoints_tools") for suffix in ("", ".*")
-        ]
-    ),
-    package_data={"": ["*.yaml", "presets/*.yaml", "templates/*", "py.typed"]},
-    # lm-evaluation-harness after 0.4.13 finds models of other packages here
-    entry_points={"lm_eval.models": ["sdlm = sdlm_megatron.evaluation.lm_eval_model:SDLM"]},
+    packages=find_packages(include=[f"{name}{suffix}" for name in PACKAGES for suffix in ("", ".*")]),
+    package_data={
+        "": ["py.typed", "*.yaml", "presets/*.yaml", "templates/*"],
+        # ops/slurm is a symbolic link to slurm/ at the top of the repository; a wheel contains copies of its files.
+        "sdlm_megatron.ops": ["slurm/*.sh", "slurm/clusters/*.yaml"],
+    },
+    entry_points={
+        "console_scripts": ["sdlm = sdlm_megatron.cli:entry"],
+        # lm-evaluation-harness after 0.4.13 finds models of other packages here
+        "lm_eval.models": ["sdlm = sdlm_megatron.evaluation.lm_eval_model:SDLM"],
+    },
     install_requires=[
         "torch>=2.6",
         "megatron-core>=0.16.1,<0.20",
@@ -47,6 +71,7 @@ setup(
         "sentencepiece>=0.2",
         "safetensors>=0.4.5",
         "omegaconf>=2.3",
+        "argcomplete>=3.1",
         "jinja2>=3.1",
         "pyyaml>=6.0",
         "rich>=13.0",

@@ -17,6 +17,7 @@ import torch
 
 from sdlm_megatron.config.command_line import make_parser
 from sdlm_megatron.config.schema import DiffusionConfig
+from sdlm_megatron.data.tokenizer_identity import TEXT_MASK
 from sdlm_megatron.errors import CheckpointError, run_cli
 from sdlm_megatron.files import write_json
 from sdlm_megatron.training.run_plan import mask_token as find_mask_token
@@ -231,11 +232,12 @@ class _Source:
 
 def _sdlm(config: HFConfig) -> DiffusionConfig:
     if config.block_size is None:
-        return DiffusionConfig()
+        return DiffusionConfig(block_size=4, target_shift=True, mask_token=TEXT_MASK)
     return DiffusionConfig(
         block_size=config.block_size,
         causal_attn=config.causal_attn,
-        mask_token=config.text_mask_token or DiffusionConfig.mask_token,
+        target_shift=True,
+        mask_token=config.text_mask_token or TEXT_MASK,
     )
 
 

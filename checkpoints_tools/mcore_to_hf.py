@@ -90,7 +90,7 @@ def _config(ckpt: Path, state: TrainState) -> HFConfig:
         config,
         block_size=state.diffusion.block_size,
         causal_attn=state.diffusion.causal_attn,
-        target_shift=state.diffusion.target_shift,
+        target_shift=state.diffusion.target_shift is not False,
         text_mask_token=state.diffusion.mask_token,
         text_mask_token_id=state.mask_token_id,
     )

@@ -52,6 +52,7 @@ class BuildConfig:
     tokenizer: str = ""
     """Folder with tokenizer.json: the base model's."""
     sources: list[SourceConfig] = field(default_factory=list)
+    """Sets of conversations. On the command line an entry is addressed by its name or number."""
     block_size: int = 4
     """Tokens D of a block."""
     repeat: int = 3
@@ -75,6 +76,7 @@ class BuildConfig:
     mask_token: str = "<text_mask>"
     """If the tokenizer lacks it, it gets the first free id (Qwen2.5: 151665)."""
     pad_token: str = "<|endoftext|>"
+    """Token that fills the end of a row."""
     window: int = 65536
     """Documents that best-fit packing looks at together."""
     trim: float = 0.0

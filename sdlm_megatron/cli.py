@@ -1,6 +1,8 @@
 """The command `sdlm`: a table of subcommands; a command's module is imported only when it is called."""
 
+import difflib
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,29 +36,62 @@ COMMANDS = {
     "evaluate": Command("sdlm_megatron.evaluation.full_report", "quality, speed and calibration of an exported folder"),
     "doctor": Command("sdlm_megatron.doctor", "check this machine's environment"),
 }
+COMPLETION = 'eval "$(register-python-argcomplete sdlm)"'
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs `sdlm COMMAND ARGUMENTS`."""
+    """Runs `sdlm COMMAND ARGUMENTS`. Raises UserError on an unknown command."""
     command, *rest = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     if command in ("-h", "--help"):
         print(_overview())
         return
     if command == "--version":
-        print(__version__)
+        print(f"sdlm {__version__}")
         return
     if command not in COMMANDS:
-        raise UserError(f"unknown command {command}", "the command line", f"one of: {', '.join(COMMANDS)}")
+        near = difflib.get_close_matches(command, COMMANDS, 1, 0.5)
+        fix = f"did you mean `sdlm {near[0]}`?" if near else f"one of: {', '.join(COMMANDS)}"
+        raise UserError(f"unknown command {command}", "the command line", fix)
     importlib.import_module(COMMANDS[command].module).main(rest)
 
 
 def _overview() -> str:
     rows = "\n".join(f"  {name:10} {command.summary}" for name, command in COMMANDS.items())
-    return f"usage: sdlm COMMAND [OPTIONS]\n\n{rows}\n\nsdlm COMMAND --help explains a command's options."
+    return (
+        f"usage: sdlm COMMAND [OPTIONS]\n\n{rows}\n\n"
+        "example:\n  sdlm train --config tiny --data.path=DATA\n\n"
+        "sdlm COMMAND --help explains the options of a command, sdlm --version prints the version.\n"
+        f"Completion of commands, options and settings in bash and zsh: {COMPLETION}"
+    )
+
+
+def complete() -> None:
+    """Answers a shell that asks for completions (see argcomplete), and exits.
+
+    Only the module of the command on the line is imported: completing `sdlm tr` imports no torch.
+    """
+    import argcomplete
+
+    from sdlm_megatron.config.command_line import add_setting_options, make_parser
+
+    line, point = os.environ["COMP_LINE"], int(os.environ["COMP_POINT"])
+    _, prefix, _, words, _ = argcomplete.split_line(line, point)
+    if len(words) > 1 and words[1] in COMMANDS:
+        parser = importlib.import_module(COMMANDS[words[1]].module).build_parser()
+        add_setting_options(parser, names=prefix.startswith("-") and "=" not in prefix)
+        # argcomplete takes the word with this number, from 1, for the name of the program.
+        os.environ["_ARGCOMPLETE"] = "2"
+    else:
+        parser = make_parser("sdlm", None, example="sdlm train")
+        parser.add_argument("--version", action="store_true", help="print the version")
+        parser.add_argument("command", choices=list(COMMANDS))
+    argcomplete.autocomplete(parser)
 
 
 def entry() -> None:
     """Console script of the wheel."""
+    if "_ARGCOMPLETE" in os.environ:
+        complete()
     run_cli(main, sys.argv[1:])
 
 

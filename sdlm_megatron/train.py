@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -81,6 +81,7 @@ def train(
     say = (lambda text: print(text, flush=True)) if main_process else (lambda text: None)
     dataset = PackedDataset(config.data.path)
     plan = make_plan(config, dataset, say)
+    config = replace(config, diffusion=plan.state.diffusion)  # completed by the dataset's manifest
     dp_size = int(os.environ.get("WORLD_SIZE", 1)) // (config.parallel.tensor * config.parallel.pipeline)
     say(describe(config, plan, dataset, dp_size))
     if main_process and config.train.precision == "bf16" and (reason := slow_bf16()):

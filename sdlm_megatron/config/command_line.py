@@ -1,15 +1,17 @@
-"""Argument parsers of all commands: one style, every option explained, an example at the end of `--help`."""
+"""Argument parsers of all commands: one style, every option and setting explained, an example in `--help`."""
 
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
+from sdlm_megatron.config.explain import settings_help, settings_of
+
 T = TypeVar("T")
 
 
 class CommandParser(argparse.ArgumentParser):
-    """An argument parser of this project; make it with `make_parser`.
+    """An argument parser of this project; make it with `make_parser` or `make_config_parser`.
 
     Attributes:
         settings: schema of the settings that may follow as `--section.key=value`; None where the command takes none.
@@ -20,13 +22,9 @@ class CommandParser(argparse.ArgumentParser):
     list_settings = False
 
     def format_help(self) -> str:
-        """The help text; the settings are read from the schema's source only when somebody asks for help."""
+        """The help text. The settings are only read here: parsing their source takes longer than the parser itself."""
         text = super().format_help()
-        if self.settings is not None and self.list_settings:
-            from sdlm_megatron.config.load import settings_help
-
-            text += f"\n{settings_help(self.settings)}\n"
-        return text
+        return f"{text}\n{settings_help(self.settings)}\n" if self.settings and self.list_settings else text
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -64,14 +62,18 @@ def make_parser(
 
 
 def make_config_parser(
-    command: str, description: str | None, *, example: str, schema: type, presets: Path
+    command: str, description: str | None, *, example: str, schema: type, presets: Path, config_required: bool = True
 ) -> CommandParser:
     """A parser for a command that is configured by a file: --config, --print-config and every setting of `schema`."""
-    notes = "Any setting below may follow as --section.key=value."
+    notes = "Any setting below may follow as --section.key=VALUE; values are read as YAML."
     parser = make_parser(command, description, example=example, notes=notes, settings=schema)
     parser.list_settings = True
-    names = ", ".join(sorted(file.stem for file in presets.glob("*.yaml")))
-    parser.add_argument("--config", required=True, metavar="FILE", help=f"YAML file or preset: {names}")
+    names = sorted(file.stem for file in presets.glob("*.yaml"))
+    config = parser.add_argument(
+        "--config", required=config_required, metavar="FILE", help=f"YAML file or preset: {', '.join(names)}"
+    )
+    # argcomplete looks for this attribute. A completer replaces its own completion of file names.
+    config.completer = lambda prefix, **_: [*names, *map(str, Path().glob(f"{prefix}*"))]  # type: ignore[attr-defined]
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and exit")
     return parser
 
@@ -86,9 +88,36 @@ def parse_config(
     """
     from sdlm_megatron.config.load import load_config, to_yaml
 
-    args, overrides = parser.parse_known_args(argv)
-    config = load_config(schema, args.config, overrides, presets)
+    args, rest = parser.parse_known_args(argv)
+    config = load_config(schema, args.config or "", join_values(rest), presets)
     if args.print_config:
         print(to_yaml(config), end="")
         raise SystemExit(0)
     return config, args
+
+
+def join_values(arguments: Sequence[str]) -> list[str]:
+    """`--key VALUE` written as `--key=VALUE`, the only form that `load_config` reads."""
+    joined: list[str] = []
+    for argument in arguments:
+        if joined and not argument.startswith("--") and joined[-1].startswith("--") and "=" not in joined[-1]:
+            joined[-1] += f"={argument}"
+        else:
+            joined.append(argument)
+    return joined
+
+
+def add_setting_options(parser: argparse.ArgumentParser, *, names: bool) -> None:
+    """Adds the settings of a command as options, for shell completion only.
+
+    Args:
+        names: complete names: each option ends in `=`, after which the shell adds no space. False: complete values.
+    """
+    from sdlm_megatron.config.validate import CHOICES
+
+    schema = parser.settings if isinstance(parser, CommandParser) else None
+    for setting in settings_of(schema) if schema else ():
+        if ".NAME." in setting.key:  # a key that the user chooses cannot be completed
+            continue
+        choices = ("true", "false") if setting.type == "bool" else CHOICES.get(setting.key)
+        parser.add_argument(f"--{setting.key}{'=' if names else ''}", choices=choices)

@@ -2,7 +2,7 @@
 
 import difflib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -11,6 +11,7 @@ import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from sdlm_megatron.config.explain import settings_of
 from sdlm_megatron.config.schema import RunConfig
 from sdlm_megatron.errors import ConfigError
 from sdlm_megatron.files import write_text
@@ -54,22 +55,6 @@ def to_yaml(config: Any) -> str:
 def save_config(config: RunConfig, path: Path) -> None:
     """Writes the resolved configuration beside the run."""
     write_text(path, to_yaml(config))
-
-
-def settings_help(schema: type) -> str:
-    """One line per setting with its default, for --help."""
-    lines = ["settings:"]
-    for key, value in _flatten(OmegaConf.to_container(OmegaConf.structured(schema)), ""):
-        lines.append(f"  {key:36} {value!r}")
-    return "\n".join(lines)
-
-
-def _flatten(tree: Any, head: str) -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _flatten(value, f"{head}{key}.")
-        else:
-            yield f"{head}{key}", value
 
 
 def _chain(source: str, presets: Path | None) -> list[tuple[str, dict]]:
@@ -145,7 +130,7 @@ def _check_keys(schema: Any, content: dict, where: str, head: str = "") -> None:
 
 def _nearest(schema: Any, key: str, head: str) -> str:
     """The setting that was probably meant: same name in another section, or a similar spelling."""
-    settings = [k for k, _ in _flatten(OmegaConf.to_container(OmegaConf.structured(schema)), head)]
+    settings = [setting.key for setting in settings_of(schema, head)]
     sections = [f"{head}{f.name}" for f in fields(schema)]
     same = [k for k in settings if k.rsplit(".", 1)[-1] == key]
     return (same or difflib.get_close_matches(f"{head}{key}", [*settings, *sections], 1, 0.4) or [""])[0]

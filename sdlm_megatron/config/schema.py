@@ -1,82 +1,89 @@
-"""Every setting of a training run; `python -m sdlm_megatron.train --config PRESET --print-config` resolves them."""
+"""Every setting of a training run. The text below a field is its help in `sdlm train --help`."""
 
 from dataclasses import dataclass, field
 
 
 @dataclass
 class ModelConfig:
-    """Shape of the transformer. All zero (the default): read it from the base's config.json."""
+    """Shape of the transformer. All sizes zero (the default): read from the base's config.json."""
 
     num_layers: int = 0
+    """Transformer layers."""
     hidden_size: int = 0
+    """Width of the residual stream."""
     ffn_hidden_size: int = 0
+    """Width of the MLP, per projection (SwiGLU)."""
     num_attention_heads: int = 0
+    """Query heads."""
     num_query_groups: int = 0
-    """KV heads (GQA)."""
+    """Key-value heads (grouped-query attention)."""
     head_dim: int = 0
-    """0: hidden_size / num_attention_heads."""
+    """Width of a head. 0: hidden_size / num_attention_heads."""
     vocab_size: int = 0
-    """Rows of the embedding in the Hugging Face folder (padding for tensor parallelism is added on top)."""
+    """Rows of the embedding in the Hugging Face folder; padding for tensor parallelism is added on top."""
     rope_theta: float = 1e6
+    """Base of the rotary position embedding."""
     rms_norm_eps: float = 1e-6
+    """Epsilon of RMSNorm."""
     tied_embeddings: bool = False
+    """Share the weights of the embedding and the output head."""
     qkv_bias: bool = True
-    """Biases of q, k and v: Qwen2.5 has them, Llama shapes do not."""
+    """Biases on the query, key and value projections: Qwen2.5 has them, Llama shapes do not."""
 
 
 @dataclass
 class DiffusionConfig:
-    """What SDLM adds; block size and mask token must be those that the dataset was expanded with."""
+    """SDLM's settings. Block size, target shift and mask token come from the dataset's manifest; a value set here is a
+    check, and an error where the dataset has another one."""
 
-    block_size: int = 4
-    """Tokens D of a block."""
+    block_size: int = 0
+    """Tokens D of a block. 0: the dataset's."""
     causal_attn: bool = False
-    """True: inside a block a slot sees only itself and earlier slots."""
-    target_shift: bool = True
-    """As the dataset was built: False is an ablation in which every slot predicts the token of its own place."""
+    """Causal attention inside a block: a slot sees only itself and earlier slots."""
+    target_shift: bool | None = None
+    """Each slot predicts the token after its position, as in SDLM; false (an ablation): the token at its position.
+    null: the dataset's."""
     next_token_weight: float = 0.0
-    """Weight of the plain next-token loss on the clean tokens of the answers, beside the blocks' 1, so that the model
-    can be decoded plainly too; 0: none, as in SDLM."""
-    mask_token: str = "<text_mask>"
-    """The token that fills slots 1..D-1. Its id is looked up in the base's tokenizer; if it is not there, the first
-    free id is used (Qwen2.5: 151665)."""
+    """Weight of the next-token loss on the clean tokens of the answers, relative to the blocks' loss, so that plain
+    autoregressive decoding keeps working. 0, as in SDLM: off."""
+    mask_token: str = ""
+    """Token that fills slots 1 to D-1 of a block. Empty: the dataset's."""
 
 
 @dataclass
 class DataConfig:
-    """Where the rows come from."""
+    """Packed datasets."""
 
     path: str = ""
-    """Folder written by `python -m data_prep.build`."""
+    """Folder of the packed dataset, written by `sdlm prepare`."""
     validation: str = ""
-    """Another such folder, of conversations that are not trained on, built with the same row length, block size and
-    tokenizer: what the model makes of them is measured every observe.validate_every steps."""
+    """Folder of a held-out packed dataset with the same row length, block size and tokenizer; its loss is logged every
+    observe.validate_every steps."""
     skip_rows: list[int] = field(default_factory=list)
-    """Numbers of rows of the run (as spikes.jsonl names them) to leave out: an empty row takes the place of each, the
-    other rows of its step stay what they were."""
+    """Row numbers of the run, as in spikes.jsonl, that are replaced by empty rows. All other rows keep their place."""
 
 
 @dataclass
 class ParallelConfig:
-    """Degrees of parallelism; data parallelism is what remains of the world size."""
+    """Degrees of parallelism; data parallelism takes the rest of the world size."""
 
     tensor: int = 1
-    """TP. KV heads fewer than TP are replicated."""
+    """Tensor parallelism (TP). Key-value heads are replicated where there are fewer than TP."""
     pipeline: int = 1
-    """PP. num_layers must divide by it (by pipeline x virtual_pipeline)."""
+    """Pipeline stages (PP). num_layers must be a multiple of pipeline x virtual_pipeline."""
     virtual_pipeline: int = 1
-    """Model chunks of each stage: above 1 the interleaved schedule, with a bubble that many times smaller."""
+    """Model chunks per pipeline stage. Above 1: the interleaved schedule, which divides the bubble by this number."""
     sequence: bool = False
-    """Sequence parallelism: activations outside attention and MLP split over TP; needs tensor > 1."""
+    """Sequence parallelism: split activations outside attention and MLP over TP. Needs tensor > 1."""
     distributed_optimizer: bool = True
-    """Optimizer state and fp32 master weights split over data parallelism (ZeRO-1)."""
+    """Shard optimizer state and fp32 master weights over data parallelism (ZeRO-1)."""
     overlap_grad_reduce: bool = False
-    """Reduce gradients over data parallelism while the backward pass still runs."""
+    """Reduce gradients over data parallelism during the backward pass."""
     overlap_param_gather: bool = False
-    """Gather updated weights over data parallelism while the next forward pass runs; needs distributed_optimizer and
+    """Gather updated weights over data parallelism during the next forward pass. Needs distributed_optimizer and
     overlap_grad_reduce."""
     overlap_tensor: bool = False
-    """Overlap the communication of tensor parallelism with the matrix products; needs TransformerEngine's layers."""
+    """Overlap tensor-parallel communication with matrix products. Needs TransformerEngine's layers."""
 
 
 @dataclass
@@ -84,142 +91,161 @@ class OptimizerConfig:
     """AdamW."""
 
     lr: float = 5e-6
+    """Peak learning rate."""
     beta1: float = 0.9
+    """Decay rate of the first moment."""
     beta2: float = 0.999
+    """Decay rate of the second moment."""
     eps: float = 1e-8
+    """Term added to the denominator of the update."""
     weight_decay: float = 0.01
-    """Not applied to biases and norms."""
+    """Decoupled weight decay; biases and norms are exempt."""
     clip_grad: float = 1.0
-    """Global gradient norm limit; 0: no clipping."""
+    """Maximum global gradient norm. 0: no clipping."""
 
 
 @dataclass
 class ScheduleConfig:
-    """Learning rate against step."""
+    """Learning rate as a function of the step."""
 
     style: str = "constant"
     """constant | linear | cosine (from the peak to min_lr at the last step) | wsd (constant, then linear decay)."""
     warmup_steps: int = 0
+    """Steps of linear warm-up from 0."""
     decay_steps: int = 0
-    """wsd only: length of the decay at the end."""
+    """With wsd: steps of the decay at the end."""
     min_lr: float = 0.0
+    """Learning rate at the last step, for the styles that decay."""
 
 
 @dataclass
 class TrainConfig:
-    """The loop."""
+    """Length, batch, precision and memory of the training loop."""
 
     seed: int = 42
-    """Order of the rows (the draws of the blocks were seeded when the dataset was built)."""
+    """Seed of the order of the rows. (Blocks are drawn when the dataset is built.)"""
     steps: int = 0
-    """0: as many as `epochs` take."""
+    """Length of the schedule in steps. 0: as many as `epochs` take."""
     epochs: float = 1.0
-    """Used when steps is 0."""
+    """Length in epochs of the dataset, used when steps is 0."""
     global_batch: int = 256
-    """Size of a step, in `global_batch_unit`."""
+    """Batch of one step, in global_batch_unit."""
     global_batch_unit: str = "documents"
-    """documents (converted by the dataset's mean documents a row) | rows."""
+    """documents (converted to rows by the dataset's mean documents per row) | rows."""
     stop_after: int = 0
-    """Save and stop after this step although the schedule goes on; 0: run to the end."""
+    """Save and stop after this step; the schedule keeps its length. 0: run to the end."""
     precision: str = "bf16"
-    """bf16 (fp32 master weights and gradients) | fp32."""
+    """bf16 (with fp32 master weights and gradients) | fp32."""
     attention: str = "auto"
-    """auto (what is fastest here; the choice is printed) | per_document | decomposed | flex | dense (an S x S mask: for
-    comparisons at small sizes)."""
+    """Attention backend: auto (the fastest available; printed at start) | per_document | decomposed | flex | dense
+    (an S x S mask, for comparisons at small sizes)."""
     layers: str = "auto"
-    """auto (TransformerEngine where it is installed and there is a GPU; the choice is printed) | megatron |
+    """Layer implementation: auto (TransformerEngine on a GPU where installed; printed at start) | megatron |
     transformer_engine."""
     fp8: str = "none"
-    """none | delayed | current (scaling of FP8 matrix products: by the largest values of earlier steps, or of the
-    product itself); needs TransformerEngine's layers. A resumed run with delayed begins its statistics anew."""
+    """Scaling of FP8 matrix products: none | delayed (by the maxima of earlier steps) | current (by the maximum of the
+    operand). Needs TransformerEngine's layers. Delayed statistics restart when a run resumes."""
     recompute: str = "none"
-    """none | selective (norms' outputs are made again in the backward: nearly free) | full (a layer keeps its input
-    only and runs forward again: least memory, about 1/3 more FLOPs)."""
+    """Activation recomputation: none | selective (outputs of the norms; nearly free) | full (keep only the input of
+    each layer: least memory, about 1/3 more FLOPs)."""
     recompute_layers: int = 0
-    """With recompute full: only the first so many layers of each model chunk; 0: all."""
+    """With recompute full: recompute only the first N layers of each model chunk. 0: all layers."""
     logits_mb: float = 512
-    """Most memory of logits, their softmax and its gradient, in MB a process: head and loss take so many label rows at
-    a time. Fewer, larger chunks are faster."""
+    """Memory limit in MB per process for logits, their softmax and its gradient. Head and loss process the label rows
+    in chunks of this size; larger chunks are faster."""
     loss_normalization: str = "targets"
-    """targets: mean over all targets of the global batch | rows: mean of the rows' means (the reference's weighing)."""
+    """targets (mean over all targets of the global batch) | rows (mean of the rows' means, as in the reference)."""
 
 
 @dataclass
 class CheckpointConfig:
-    """Weights in, checkpoints out."""
+    """Initial weights and checkpoints."""
 
     base: str = ""
-    """A Hugging Face folder, or one written by `python -m checkpoints_tools.hf_to_mcore`; empty: random weights."""
+    """Hugging Face folder, or checkpoint written by `sdlm import`, with the initial weights. Empty: random weights."""
     save_every: int = 500
-    """Steps between checkpoints; the last step is always saved. 0: only the last."""
+    """Steps between checkpoints; the last step is always saved. 0: only the last step."""
     keep_last: int = 2
-    """Older checkpoints are removed after a complete save; 0: keep all."""
+    """Number of newest checkpoints to keep; older ones are removed after a complete save. 0: keep all."""
     keep_every: int = 0
-    """Checkpoints of every so many steps are never removed; a multiple of save_every. 0: only keep_last counts."""
+    """Never remove checkpoints of steps divisible by this; a multiple of save_every. 0: no such exception."""
     async_save: bool = True
-    """Write while training goes on; a step waits only for the copy to host memory. The last save is waited for."""
+    """Write checkpoints in the background; a step waits only for the copy to host memory. The last save blocks."""
     local_dir: str = ""
-    """A folder on each node's own disk, such as /scratch/$USER: checkpoints are written there first, then copied to the
-    run folder; at a start, one that is whole only there is copied. Empty: straight to the run folder."""
+    """Folder on each node's local disk, such as /scratch/$USER. Checkpoints are written there first and then copied to
+    the run folder; a checkpoint that is complete only there is copied at start. Empty: write to the run folder."""
 
 
 @dataclass
 class ObserveConfig:
-    """What is written about the run, apart from the console line and metrics.jsonl."""
+    """Logging, samples and validation."""
 
     log_every: int = 1
+    """Steps between console lines and records of metrics.jsonl."""
     tensorboard: bool = True
+    """Write TensorBoard event files."""
     wandb: str = "disabled"
-    """disabled | offline | online."""
+    """Weights & Biases: disabled | offline | online."""
     wandb_project: str = "sdlm_megatron"
+    """Weights & Biases project."""
     sample_every: int = 0
-    """Steps between samples: four prompts of the dataset decoded with the weights of that step, a forward pass of a
-    whole row for each of up to 32 passes. 0: none."""
+    """Steps between samples: four prompts of the dataset are decoded, at a cost of up to 32 forward passes of a whole
+    row. 0: no samples."""
     validate_every: int = 500
-    """Steps between looks at data.validation, where that is set; the last step always has one. 0: never."""
+    """Steps between evaluations of data.validation; the last step always has one. 0: never."""
     validation_rows: int = 64
-    """Rows of data.validation to look at, the same each time, drawn from all of it; 0: all."""
+    """Rows of data.validation per evaluation: the same rows each time, spread over the dataset. 0: all rows."""
 
 
 @dataclass
 class FaultConfig:
-    """What a run notices of hangs, and how soon."""
+    """Detection of hangs, stragglers, loss spikes and diverged replicas."""
 
     heartbeat_seconds: float = 10.0
-    """Each process writes at least so often where it stands, into RUN/logs/ATTEMPT/heartbeat."""
+    """Maximum interval at which each process writes its position to RUN/logs/ATTEMPT/heartbeat."""
     hang_factor: float = 10.0
-    """A step that takes so many times the usual one (median of the last 100) is a hang: the stacks of all processes
-    are written down and the attempt ends with exit code 75."""
+    """A step is a hang when it takes this multiple of the median of the last 100 steps: the stacks of all processes
+    are written and the attempt ends with exit code 75."""
     hang_min_seconds: float = 180.0
-    """But no step is a hang before so long."""
+    """Minimum duration of a step before it counts as a hang."""
     start_seconds: float = 3600.0
-    """The same limit for all that is no usual step: start, loading, the first step, a save, validation, samples."""
+    """Time limit of phases other than a step: start, loading, the first step, a save, validation, samples."""
     straggler_factor: float = 1.2
-    """A host that computes so many times as long as the median one before gradients are reduced, in each of three log
-    steps, is named. 0: none."""
+    """Flag a host as a straggler if its compute time exceeds this multiple of the median for three consecutive log
+    steps. 0 disables."""
     spike_factor: float = 8.0
-    """A loss or gradient norm that lies so many robust standard deviations above the median of the last 100 steps is a
-    spike: its worst rows are named in RUN/spikes.jsonl. 0: none."""
+    """A loss or gradient norm this many robust standard deviations above the median of the last 100 steps is a spike;
+    its worst rows are listed in RUN/spikes.jsonl. 0 disables."""
     replica_check_every: int = 0
-    """Steps between checks that all data-parallel ranks hold the same weights, bit for bit. 0: none. (With a
-    distributed optimizer each update makes the weights anew from one master: a wrong one then lasts a step.)"""
+    """Steps between bitwise comparisons of the weights of all data-parallel ranks. 0: never. With a distributed
+    optimizer the weights are rewritten from one master at each update, so a wrong copy lasts for one step."""
     log_rows: bool = False
-    """Write the numbers of the rows that each step has loaded to RUN/rows/ATTEMPT."""
+    """Write the row numbers that each step loads to RUN/rows/ATTEMPT."""
 
 
 @dataclass
 class RunConfig:
-    """A whole run."""
+    """A training run."""
 
     run_dir: str = "runs/default"
-    """Folder of the run; training resumes by itself from its newest complete checkpoint."""
+    """Folder of the run. Training resumes from its newest complete checkpoint."""
     model: ModelConfig = field(default_factory=ModelConfig)
+    """Shape of the model."""
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    """SDLM's settings."""
     data: DataConfig = field(default_factory=DataConfig)
+    """Packed datasets."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """Degrees of parallelism."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """AdamW."""
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    """Learning rate schedule."""
     train: TrainConfig = field(default_factory=TrainConfig)
+    """Training loop."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """Initial weights and checkpoints."""
     observe: ObserveConfig = field(default_factory=ObserveConfig)
+    """Logging, samples and validation."""
     fault: FaultConfig = field(default_factory=FaultConfig)
+    """Fault detection."""

@@ -28,7 +28,6 @@ POSITIVE = (
     "parallel.pipeline",
     "parallel.virtual_pipeline",
     "train.logits_mb",
-    "diffusion.block_size",
     "train.global_batch",
     "optimizer.lr",
     "observe.log_every",
@@ -38,6 +37,7 @@ POSITIVE = (
     "fault.start_seconds",
 )
 NOT_NEGATIVE = (
+    "diffusion.block_size",
     "diffusion.next_token_weight",
     "train.steps",
     "train.stop_after",

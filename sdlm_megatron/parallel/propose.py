@@ -34,7 +34,7 @@ class EngineProposer:
             documents,
             block_size=step.window,
             mask_token_id=self.mask_token_id,
-            target_shift=self.engine.config.diffusion.target_shift,
+            target_shift=self.engine.config.diffusion.target_shift is not False,
         )
         row = make_micro_batch(tokens, layout, row_length=self.row_length, pad_token_id=0, eos_token_id=-1, number=None)
         index = torch.arange(layout.n_clean, layout.used)

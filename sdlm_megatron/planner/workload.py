@@ -107,7 +107,8 @@ def workload(config: RunConfig, path: str, given: Assumptions) -> Workload:
     next_token = diffusion.next_token_weight > 0
     if path:
         return dataset(path, diffusion.causal_attn, next_token=next_token)
-    return mixture(diffusion.block_size, diffusion.causal_attn, given, next_token=next_token)
+    # without a dataset to read it from: the published models' block size
+    return mixture(diffusion.block_size or 4, diffusion.causal_attn, given, next_token=next_token)
 
 
 def rows_per_step(config: RunConfig, work: Workload) -> int:

@@ -6,11 +6,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sdlm_megatron.config.schema import ModelConfig, ParallelConfig, RunConfig
+from sdlm_megatron.config.schema import DiffusionConfig, ModelConfig, ParallelConfig, RunConfig
 from sdlm_megatron.config.validate import check_model
 from sdlm_megatron.data.format import PackedDataset
 from sdlm_megatron.data.order import micro_batches
-from sdlm_megatron.data.tokenizer_identity import fingerprint, has_tokenizer, special_token_id, vocabulary_size
+from sdlm_megatron.data.tokenizer_identity import (
+    TEXT_MASK,
+    fingerprint,
+    has_tokenizer,
+    special_token_id,
+    vocabulary_size,
+)
 from sdlm_megatron.errors import CheckpointError, ConfigError, DataError
 from sdlm_megatron.weights.checkpoint_folder import TrainState, newest, read_state
 from sdlm_megatron.weights.hf_reader import HFConfig, read_hf_config
@@ -43,7 +49,7 @@ class Plan:
 
 def make_plan(config: RunConfig, dataset: PackedDataset, notice: Notice) -> Plan:
     """Looks at run folder, base and dataset; raises a UserError where they do not fit together."""
-    _check_dataset(config, dataset)
+    config = resolve_diffusion(config, dataset)
     resume = newest(Path(config.run_dir) / "ckpt", notice)
     if resume is not None:
         plan = _resume(config, dataset, resume)
@@ -64,21 +70,24 @@ def make_plan(config: RunConfig, dataset: PackedDataset, notice: Notice) -> Plan
     return plan
 
 
-def _check_dataset(config: RunConfig, dataset: PackedDataset) -> None:
-    found = dataset.manifest["block_size"]
-    if found != config.diffusion.block_size:
-        raise DataError(
-            f"the dataset was expanded with block size {found}, the run wants {config.diffusion.block_size}",
-            str(dataset.path),
-            f"--diffusion.block_size={found}, or build the dataset with block_size {config.diffusion.block_size}",
-        )
-    found, wanted = dataset.manifest["target_shift"], config.diffusion.target_shift
-    if found != wanted:
-        raise DataError(
-            f"the dataset was expanded with target_shift {found}, the run wants {wanted}",
-            str(dataset.path),
-            f"--diffusion.target_shift={str(found).lower()}, or build the dataset with target_shift {wanted}",
-        )
+def resolve_diffusion(config: RunConfig, dataset: PackedDataset) -> RunConfig:
+    """The configuration with block size, target shift and mask token as the dataset was built.
+
+    Raises DataError where the configuration states another value.
+    """
+    unset, manifest = DiffusionConfig(), dataset.manifest
+    # Datasets of older versions do not record the mask token's text.
+    token = manifest.get("mask_token") or config.diffusion.mask_token or TEXT_MASK
+    values = {"block_size": manifest["block_size"], "target_shift": manifest["target_shift"], "mask_token": token}
+    for key, value in values.items():
+        stated = getattr(config.diffusion, key)
+        if stated != getattr(unset, key) and stated != value:
+            raise DataError(
+                f"diffusion.{key} is {stated}, the dataset was built with {value}",
+                str(dataset.path / "manifest.json"),
+                f"leave diffusion.{key} unset, or rebuild the dataset: sdlm prepare … --{key}={stated}",
+            )
+    return replace(config, diffusion=replace(config.diffusion, **values))
 
 
 def open_validation(config: RunConfig, dataset: PackedDataset) -> PackedDataset | None:

@@ -66,7 +66,7 @@ def read_state(folder: Path) -> TrainState:
     try:
         raw = json.loads((folder / "state.json").read_text())
         raw["shape"] = _section(ModelConfig, raw["shape"])
-        raw["diffusion"] = _section(DiffusionConfig, raw["diffusion"])
+        raw["diffusion"] = _section(DiffusionConfig, {"target_shift": True, **raw["diffusion"]})
         return TrainState(**raw)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise CheckpointError(

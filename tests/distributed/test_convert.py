@@ -207,7 +207,7 @@ def test_training_from_mismatched_parts_says_so(tmp_path: Path) -> None:
     common = {"run_dir": tmp_path / "run", "data.path": data, "checkpoint.base": hf, "model.num_layers": 0}
     other_mask = make_dataset(tmp_path / "mask", mask_token_id=200)
     cases: list[tuple[dict[str, object], str]] = [
-        ({"diffusion.block_size": 8}, "expanded with block size 4, the run wants 8"),
+        ({"diffusion.block_size": 8}, "diffusion.block_size is 8, the dataset was built with 4"),
         ({"data.path": other_mask}, "mask token has id 200, the model's 259"),
         ({"model.num_layers": 3}, "model.num_layers is 3, the base has 2"),
         ({"data.path": tmp_path / "nowhere"}, "not a packed dataset"),

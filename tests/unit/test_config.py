@@ -6,10 +6,14 @@ from pathlib import Path
 
 import pytest
 
+from data_prep.build_config import BuildConfig
+from sdlm_megatron.config.command_line import join_values, make_config_parser, parse_config
+from sdlm_megatron.config.explain import settings_help, settings_of
 from sdlm_megatron.config.load import PRESETS, load_config, preset_names, to_yaml
 from sdlm_megatron.config.schema import DiffusionConfig, ModelConfig, RunConfig
 from sdlm_megatron.config.validate import check_model, check_run
 from sdlm_megatron.errors import ConfigError
+from sdlm_megatron.ops.driver.cluster_file import ClusterFile
 from sdlm_megatron.weights.checkpoint_folder import read_state
 
 
@@ -170,7 +174,7 @@ def test_a_state_written_before_a_setting_existed_has_its_default(tmp_path: Path
         (tmp_path / "state.json").write_text(json.dumps({**state, "diffusion": {**diffusion, **extra}}))
         (tmp_path / "complete.json").write_text("{}")
         assert read_state(tmp_path).diffusion == DiffusionConfig(
-            block_size=8, causal_attn=True, next_token_weight=wanted, mask_token="<m>"
+            block_size=8, causal_attn=True, target_shift=True, next_token_weight=wanted, mask_token="<m>"
         )
 
 
@@ -181,3 +185,28 @@ def test_validation_changes_nothing() -> None:
     check_model(config.model, config, 5632)
     assert to_yaml(config) == before
     assert ModelConfig() == ModelConfig()
+
+
+@pytest.mark.parametrize("schema", [RunConfig, BuildConfig, ClusterFile])
+def test_every_setting_has_a_line_of_help(schema: type) -> None:
+    settings = list(settings_of(schema))
+    assert not [setting.key for setting in settings if not setting.text]
+    shown = settings_help(schema)
+    for setting in settings:
+        assert f"--{setting.key}={setting.type.upper()}  (default: {setting.default})\n" in shown
+
+
+def test_help_of_settings_shows_type_default_and_text() -> None:
+    settings = {setting.key: setting for setting in settings_of(RunConfig)}
+    assert settings["diffusion.target_shift"].type == "bool" and settings["diffusion.target_shift"].default == "null"
+    assert settings["data.skip_rows"].type == "list" and settings["run_dir"].default == "runs/default"
+    assert settings["train.epochs"].text == "Length in epochs of the dataset, used when steps is 0."
+    assert "sources.NAME.path" in {setting.key for setting in settings_of(BuildConfig)}
+
+
+def test_a_value_may_follow_its_key() -> None:
+    assert join_values(["--a.b", "1", "--c=2", "--d", "-3"]) == ["--a.b=1", "--c=2", "--d=-3"]
+    assert join_values(["x", "--a"]) == ["x", "--a"]
+    parser = make_config_parser("sdlm x", "X.", example="sdlm x", schema=RunConfig, presets=PRESETS)
+    config, _ = parse_config(parser, RunConfig, PRESETS, ["--config", "tiny", "--train.steps", "7"])
+    assert config.train.steps == 7

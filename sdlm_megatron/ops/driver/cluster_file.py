@@ -42,9 +42,13 @@ class ClusterFile:
     """Settings of a cluster. What is empty or 0 is left to Slurm, or to the script's own #SBATCH lines."""
 
     account: str = ""
+    """Slurm account."""
     partition: str = ""
+    """Slurm partition."""
     qos: str = ""
+    """Slurm quality of service."""
     constraint: str = ""
+    """Node features that the job requires."""
     gpus_per_node: int = 8
     """Training processes a node; also asked of Slurm as --gpus-per-node."""
     cpus_per_task: int = 0
@@ -64,6 +68,7 @@ class ClusterFile:
     env: dict[str, str] = field(default_factory=dict)
     """Environment of the training: NCCL_SOCKET_IFNAME, NCCL_IB_HCA, ..."""
     container: Container = field(default_factory=Container)
+    """Container of the training processes."""
     preflight: dict[str, float | None] = field(default_factory=dict)
     """Limits of the pre-flight that differ from its defaults."""
 

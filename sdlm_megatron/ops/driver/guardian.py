@@ -34,7 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = make_parser(
         "python -m sdlm_megatron.ops.driver.guardian",
         __doc__,
-        example="python -m sdlm_megatron.ops.driver.guardian --run-dir RUN --driver-node node01    # started by the driver",
+        example="python -m sdlm_megatron.ops.driver.guardian --run-dir RUN --driver-node node01",
     )
     parser.add_argument("--run-dir", type=Path, required=True, metavar="RUN", help="folder of the run")
     parser.add_argument("--driver-node", required=True, metavar="NAME", help="node on which the job's driver runs")

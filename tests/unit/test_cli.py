@@ -1,0 +1,120 @@
+"""The command `sdlm`: dispatch, help, completion, doctor."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from sdlm_megatron import __version__, doctor
+from sdlm_megatron.cli import COMMANDS, main
+from sdlm_megatron.errors import UserError
+
+REPO = Path(__file__).parents[2]
+
+
+def test_overview_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    for argv in ([], ["--help"]):
+        main(argv)
+        shown = capsys.readouterr().out
+        assert all(f"  {name} " in shown for name in COMMANDS)
+        assert "example:" in shown
+    main(["--version"])
+    assert capsys.readouterr().out == f"sdlm {__version__}\n"
+
+
+@pytest.mark.parametrize(("word", "near"), [("trian", "`sdlm train`"), ("exprot", "`sdlm export`"), ("x", "one of: ")])
+def test_an_unknown_command_names_the_nearest(word: str, near: str) -> None:
+    with pytest.raises(UserError, match=f"unknown command {word}") as raised:
+        main([word, "--help"])
+    assert near in raised.value.fix
+
+
+def test_a_command_gets_its_arguments(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["train", "--config", "tiny", "--print-config", "--train.steps=3"])
+    assert "  steps: 3\n" in capsys.readouterr().out
+
+
+@pytest.fixture
+def complete(tmp_path: Path) -> Callable[..., list[str]]:
+    """Completions of a command line, asked for as argcomplete's shell function does."""
+
+    def ask(line: str, *, without: str = "") -> list[str]:
+        blocked = f"sys.modules.update(dict.fromkeys({without.split()!r}))"
+        code = f"import sys; {blocked}; from sdlm_megatron import cli; cli.entry()"
+        answer = tmp_path / "answer"
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str(REPO),
+            "_ARGCOMPLETE": "1",
+            "_ARGCOMPLETE_IFS": "\n",
+            "_ARGCOMPLETE_STDOUT_FILENAME": str(answer),
+            "COMP_TYPE": "9",
+            "COMP_LINE": line,
+            "COMP_POINT": str(len(line)),
+        }
+        subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+        return answer.read_text().split("\n")
+
+    return ask
+
+
+def test_completion(complete: Callable[..., list[str]]) -> None:
+    # Modules set to None cannot be imported: these completions load neither torch nor OmegaConf.
+    assert complete("sdlm tr", without="torch omegaconf numpy") == ["train "]
+    assert set(complete("sdlm ", without="torch omegaconf numpy")) >= set(COMMANDS)
+    assert complete("sdlm train --train.recompute_", without="torch") == ["--train.recompute_layers="]
+    assert complete("sdlm prepare --row") == ["--row_length="]
+    assert complete("sdlm export --max") == ["--max-shard-gb "]
+
+
+def test_completion_of_values(complete: Callable[..., list[str]]) -> None:
+    values = complete("sdlm train --train.recompute=", without="torch")
+    assert [value.rpartition("=")[2].strip() for value in values] == ["none", "selective", "full"]
+    assert "sdlm_3b_d4" in complete("sdlm train --config sdlm_3b", without="torch")
+
+
+def test_doctor_of_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
+    doctor.main(["--json"])
+    report = json.loads(capsys.readouterr().out)
+    checks = {check["name"]: check for check in report["checks"]}
+    assert report["ok"] and {"python", "torch", "megatron-core", "Apex", "compiler", "current folder"} <= set(checks)
+    assert all(check["fix"] for check in checks.values() if check["state"] != "ok")
+    doctor.main([])
+    shown = capsys.readouterr().out
+    assert shown.endswith("training is possible\n") and "FAIL" not in shown
+
+
+def test_doctor_says_what_is_broken(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(doctor, "OLDEST_PYTHON", (99, 0))
+    monkeypatch.setattr("tempfile.gettempdir", lambda: "/proc")
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    monkeypatch.setattr("importlib.metadata.requires", lambda name: ["megatron-core>=99", "numpy>=99", "no-such>=1"])
+    with pytest.raises(SystemExit) as raised:
+        doctor.main([])
+    assert raised.value.code == 1
+    shown = capsys.readouterr().out
+    for line in (
+        "FAIL  python ",
+        "FAIL  megatron-core ",
+        "FAIL  numpy ",
+        "FAIL  no-such            not installed, supported: >=1\n",
+        "fix: pip install 'no-such>=1'",
+        "FAIL  temporary files    /proc cannot be written",
+        "--    compiler           no gcc, no g++",
+        "--    Slurm ",
+        "training is not possible",
+    ):
+        assert line in shown, line
+
+
+def test_doctor_survives_a_torch_that_cannot_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    (result,) = doctor._gpus()
+    assert result.state == "broken" and "pip install" in result.fix
