@@ -96,7 +96,7 @@ def test_a_published_folder(tmp_path: Path) -> None:
     hf_to_mcore.convert(hf, tmp_path / "mcore")
     state = read_state(tmp_path / "mcore")
     assert (state.diffusion, state.mask_token_id) == (
-        DiffusionConfig(block_size=4, causal_attn=True, mask_token="<text_mask>"),
+        DiffusionConfig(block_size=4, causal_attn=True, target_shift=True, mask_token="<text_mask>"),
         151665,
     )
     assert TorchDist(tmp_path / "mcore" / "weights").shape("embedding.word_embeddings.weight") == (151680, 16)
