@@ -1,4 +1,4 @@
-"""Errors a user can act on: what is wrong, where, and the way out."""
+"""Errors that a user can act on: what is wrong, where, and how to fix it."""
 
 import os
 import sys
@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 
 
 class UserError(Exception):
-    """A mistake in input, config or files; shown without a traceback.
+    """A problem with the input, the configuration or a file; printed without a traceback.
 
     Args:
-        what: one sentence that says what is wrong.
-        where: file, row and field, or config key.
-        fix: what the user can do about it.
+        what: one sentence that describes the problem.
+        where: file, row and field, or configuration key.
+        fix: action that solves it.
     """
 
     exit_code = 2
@@ -26,7 +26,8 @@ class UserError(Exception):
             lines.append(f"  fix:   {fix}")
         super().__init__("\n".join(lines))
 
-    def __reduce__(self) -> tuple:  # keeps what/where/fix across process boundaries
+    # Pickle would call the class with the joined message alone, and the fields would be lost between processes.
+    def __reduce__(self) -> tuple:
         return type(self), (self.what, self.where, self.fix)
 
 
@@ -39,16 +40,17 @@ class DataError(UserError):
 
 
 class CheckpointError(UserError):
-    """A checkpoint or model folder that is missing, incomplete or does not fit."""
+    """A checkpoint or model folder that is missing, incomplete or incompatible."""
 
 
 class TrainingError(UserError):
-    """A run that must not go on, because a loss or a gradient is not finite.
+    """A loss or gradient that is not finite.
 
     Args:
-        step: the step it happened in.
+        step: step in which it was detected.
     """
 
+    # Differs from a user error: the job's driver tries again, and searches for the first module with a NaN.
     exit_code = 3
 
     def __init__(self, what: str, where: str = "", fix: str = "", step: int = 0) -> None:
@@ -60,10 +62,10 @@ class TrainingError(UserError):
 
 
 class ReplicaError(UserError):
-    """Processes that should hold the same weights do not: no mistake of the user, but hardware or a defect of ours.
+    """Data-parallel replicas that hold different weights, caused by hardware or by a bug in this project.
 
     Args:
-        ranks: those that it is put down to.
+        ranks: ranks that hold the deviating weights.
     """
 
     exit_code = 1
@@ -77,20 +79,18 @@ class ReplicaError(UserError):
 
 
 def run_cli(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None = None) -> None:
-    """Runs `main(argv)`; a UserError becomes `error: …` on stderr and its exit code, usually 2."""
+    """Runs `main(argv)`. A UserError is printed to stderr as `error: …` and ends the process with its exit code."""
     try:
         main(argv)
     except UserError as error:
-        tell(error)
+        print_error(error)
         raise SystemExit(error.exit_code) from None
 
 
-def tell(error: UserError) -> None:
-    """Says `error: …` on stderr.
-
-    In a job of many processes all usually meet the same error: rank 0 says it, and ends the others before they
-    repeat it. An error of one other rank is said by that rank, a moment later.
-    """
+def print_error(error: UserError) -> None:
+    """Prints `error: …` to stderr, once for a job of many processes."""
+    # Usually all processes meet the same error. Rank 0 prints it and its exit ends the others while they wait here; an
+    # error that only another rank has is printed after the delay.
     if os.environ.get("RANK", "0") != "0":
         time.sleep(3)
     print(f"error: {error}", file=sys.stderr, flush=True)

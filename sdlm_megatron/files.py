@@ -1,4 +1,4 @@
-"""Files that appear whole: write beside, fsync, rename."""
+"""Atomic file writes (write beside, fsync, rename) and checksums."""
 
 import hashlib
 import json
@@ -8,13 +8,13 @@ from typing import Any
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replaces `path` by `text` in one step; a reader sees the old file or the new one."""
+    """Replaces the content of `path` atomically; a reader sees the old file or the new one."""
     partial = path.with_name(path.name + ".partial")
     with open(partial, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(partial, path)
+    os.replace(partial, path)  # after the fsync: a crash must not leave the name on an empty file
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -23,7 +23,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def fsync(path: Path | str) -> None:
-    """Flushes a file, or a folder's list of names, to the disk."""
+    """Flushes a file, or the directory entries of a folder, to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -32,7 +32,7 @@ def fsync(path: Path | str) -> None:
 
 
 def fsync_tree(folder: Path) -> None:
-    """Flushes every file below `folder` and the folders themselves to the disk."""
+    """Flushes every file below `folder`, and the folders themselves, to disk."""
     for root, _, files in os.walk(folder):
         for name in files:
             fsync(os.path.join(root, name))
@@ -40,22 +40,23 @@ def fsync_tree(folder: Path) -> None:
 
 
 def rename_whole(partial: Path, final: Path) -> None:
-    """Makes a finished folder appear under its name: everything is on the disk before the name is."""
+    """Moves a finished folder to its final name once all of its content is on disk."""
     fsync_tree(partial)
     os.rename(partial, final)
-    fsync(final.parent)
+    fsync(final.parent)  # the rename itself is an entry of the parent folder
 
 
 def sha256(path: Path) -> str:
-    """Checksum of a file, in hex."""
+    """SHA-256 of a file, in hex."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class HashedFile:
-    """A file that is written once, from the start; its checksum is taken on the way.
+    """A file for torch.save that is written sequentially and hashed on the way.
 
-    An error of the disk is kept, and raised by `check` and `close`: torch.save would hide it behind one of its own.
+    A disk error is stored, and raised by `check` and `close`: raised in `write`, torch.save would replace it by one of
+    its own that does not name the cause.
     """
 
     def __init__(self, path: Path) -> None:
@@ -78,16 +79,16 @@ class HashedFile:
         return self._size
 
     def flush(self) -> None:
-        """Nothing waits here."""
+        """Does nothing: the file is unbuffered."""
 
     def check(self) -> None:
-        """Raises OSError if something could not be written."""
+        """Raises the OSError of a write that failed."""
         if self._error is not None:
             self._file.close()
             raise self._error
 
     def close(self) -> dict[str, Any]:
-        """Everything is on the disk afterwards; returns its size and sha256."""
+        """Flushes to disk and closes; returns {"size": bytes, "sha256": hex}."""
         self.check()
         os.fsync(self._file.fileno())
         self._file.close()

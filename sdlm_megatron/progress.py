@@ -1,4 +1,4 @@
-"""Progress with an ETA: a bar in a terminal, a line every few seconds elsewhere."""
+"""Progress of a stage with rate and ETA: a bar in a terminal, a line every few seconds elsewhere."""
 
 import time
 from collections.abc import Iterator
@@ -10,18 +10,20 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 
 class Advance(Protocol):
-    """Reports that `n` more things are done, which held `tokens` tokens. Where the total was an estimate: it counted
-    `expected` for them."""
+    """Callback that adds `n` finished units with `tokens` tokens.
+
+    `expected`: number of units that an estimated total counted for them; the total is corrected by the difference.
+    """
 
     def __call__(self, n: float = 1, tokens: int = 0, expected: float | None = None) -> None: ...
 
 
 LINE_EVERY = 5.0
-"""Seconds between two lines where there is no terminal."""
+"""Seconds between lines when the output is not a terminal."""
 
 
 class _Meter:
-    """How far a stage is, how fast, and until when."""
+    """Units done, rate and remaining time of a stage."""
 
     def __init__(self, title: str, total: float, unit: str) -> None:
         self.title, self.total, self.unit = title, total, unit
@@ -45,7 +47,7 @@ class _Meter:
 
 @contextmanager
 def track(title: str, total: float, unit: str, console: Console) -> Iterator[Advance]:
-    """Shows how far a stage of `total` things is; yields the function to call as they get done."""
+    """Shows the progress of a stage of `total` units; yields the callback that counts finished ones."""
     meter = _Meter(title, total, unit)
     if not console.is_terminal:
         yield _lines(meter, console)

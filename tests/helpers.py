@@ -24,6 +24,12 @@ def oracle() -> Path:
     return REPO / "tests" / "golden"
 
 
+def tracked_files() -> list[str]:
+    """Paths of the repository's tracked files that exist; a symbolic link counts as one file."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=REPO, capture_output=True, text=True, check=True).stdout
+    return [name for name in listed.split("\0") if name and (REPO / name).exists()]
+
+
 def random_document(rng: np.random.Generator, length: int) -> tuple[np.ndarray, np.ndarray]:
     """Clean ids (length,) of one turn pair and its anchors."""
     ids = rng.integers(0, 256, length).astype(np.int32)

@@ -1,4 +1,4 @@
-"""Strict configuration: YAML and `--a.b=c` into dataclasses; an unknown key is an error that names the nearest."""
+"""Strict configuration: YAML files and `--a.b=c` into dataclasses; an error on an unknown key names the nearest one."""
 
 import difflib
 import os
@@ -21,10 +21,10 @@ T = TypeVar("T")
 
 
 def load_config(schema: type[T], source: str, overrides: Sequence[str] = (), presets: Path | None = None) -> T:
-    """Fills `schema` from a YAML file or a preset's name, then from `--a.b=c` overrides.
+    """Fills `schema` from a YAML file or a preset, then from `--a.b=c` overrides.
 
-    A file may say `extends: NAME` to start from another preset or file (path relative to itself).
-    Raises ConfigError on unknown keys, wrong types, and files that cannot be read.
+    A file may start from another one with `extends: NAME`, a preset or a path relative to the file. An empty `source`
+    starts from the schema's defaults. Raises ConfigError on unknown keys, wrong types and unreadable files.
     """
     merged = OmegaConf.structured(schema)
     for file, content in _chain(source, presets):
@@ -53,34 +53,33 @@ def to_yaml(config: Any) -> str:
 
 
 def save_config(config: RunConfig, path: Path) -> None:
-    """Writes the resolved configuration beside the run."""
+    """Writes a configuration as YAML."""
     write_text(path, to_yaml(config))
 
 
 def _chain(source: str, presets: Path | None) -> list[tuple[str, dict]]:
-    """The file and those it extends, base first."""
-    found: list[tuple[str, dict]] = []
-    name, near = source, Path.cwd()
+    """Path and content of the file and of those it extends, the base first."""
+    chain: list[tuple[str, dict]] = []
+    name, folder = source, Path.cwd()
     while name:
-        file = _find(name, near, presets)
-        if any(str(file) == seen for seen, _ in found):
-            raise ConfigError(f"{file} extends itself", str(file), "remove the circle of `extends`")
+        file = _locate(name, folder, presets)
+        if any(str(file) == earlier for earlier, _ in chain):
+            raise ConfigError(f"{file} extends itself", str(file), "remove the cycle of `extends`")
         content = _read_yaml(file)
-        found.append((str(file), content))
-        name, near = content.pop("extends", ""), file.parent
-    return found[::-1]
+        chain.append((str(file), content))
+        name, folder = content.pop("extends", ""), file.parent
+    return chain[::-1]
 
 
-def _find(name: str, near: Path, presets: Path | None) -> Path:
-    candidates = [near / name] + ([presets / f"{name}.yaml"] if presets else [])
+def _locate(name: str, folder: Path, presets: Path | None) -> Path:
+    # A file wins over a preset of the same name, so that a preset added later changes no existing command.
+    candidates = [folder / name] + ([presets / f"{name}.yaml"] if presets else [])
     for file in candidates:
         if file.is_file():
             return file
     known = preset_names(presets) if presets else []
-    close = difflib.get_close_matches(name, known, 1)
-    fix = (
-        f"did you mean {close[0]}?" if close else f"name a YAML file{' or one of ' + ', '.join(known) if known else ''}"
-    )
+    near = difflib.get_close_matches(name, known, 1)
+    fix = f"did you mean {near[0]}?" if near else f"name a YAML file{' or one of ' + ', '.join(known) if known else ''}"
     raise ConfigError(f"no config file or preset named {name}", os.fspath(candidates[0]), fix)
 
 
@@ -90,11 +89,8 @@ def _read_yaml(file: Path) -> dict:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"the file is not readable YAML: {error}", str(file)) from None
     if content is not None and not isinstance(content, dict):
-        raise ConfigError(
-            f"the file holds a {type(content).__name__}, not settings",
-            str(file),
-            "write `section: {key: value}`",
-        )
+        kind = type(content).__name__
+        raise ConfigError(f"the file contains a {kind}, not settings", str(file), "write `section: {key: value}`")
     return content or {}
 
 
@@ -103,6 +99,7 @@ def _split_override(override: str) -> tuple[str, Any]:
         raise ConfigError(f"cannot read the argument {override}", "the command line", "write --section.key=value")
     key, text = override[2:].split("=", 1)
     try:
+        # `--key=` sets an empty string; YAML alone would make it null.
         return key, yaml.safe_load(text) if text else ""
     except yaml.YAMLError as error:
         raise ConfigError(f"cannot read the value of {key}: {error}", f"the command line, {override}") from None
@@ -115,12 +112,13 @@ def _nested(key: str, value: Any) -> dict:
 
 
 def _check_keys(schema: Any, content: dict, where: str, head: str = "") -> None:
-    """Raises ConfigError on the first key that the schema does not have."""
+    """Raises ConfigError on the first key that is not in the schema."""
+    # OmegaConf refuses unknown keys too, but its message names neither the file nor the nearest setting.
     known = {f.name: f.type for f in fields(schema)}
     for key, value in content.items():
         if key not in known:
             near = _nearest(schema, key, head)
-            fix = f"did you mean {near}?" if near else f"known here: {', '.join(known)}"
+            fix = f"did you mean {near}?" if near else f"known settings: {', '.join(known)}"
             raise ConfigError(f"unknown setting {head}{key}", where, fix)
         if is_dataclass(known[key]):
             if not isinstance(value, dict):
@@ -129,7 +127,7 @@ def _check_keys(schema: Any, content: dict, where: str, head: str = "") -> None:
 
 
 def _nearest(schema: Any, key: str, head: str) -> str:
-    """The setting that was probably meant: same name in another section, or a similar spelling."""
+    """The setting that was probably meant: the same name in another section, or a similar spelling."""
     settings = [setting.key for setting in settings_of(schema, head)]
     sections = [f"{head}{f.name}" for f in fields(schema)]
     same = [k for k in settings if k.rsplit(".", 1)[-1] == key]
@@ -142,7 +140,7 @@ def _set_entry(entries: ListConfig, head: str, rest: str, value: Any, where: str
     names = [str(item.get("name", i)) for i, item in enumerate(entries)]
     if entry not in names and not (entry.isdigit() and int(entry) < len(names)):
         near = difflib.get_close_matches(entry, names, 1)
-        fix = f"did you mean {head}.{near[0]}?" if near else f"known here: {', '.join(names) or 'none'}"
+        fix = f"did you mean {head}.{near[0]}?" if near else f"known entries: {', '.join(names) or 'none'}"
         raise ConfigError(f"{head} has no entry {entry}", where, fix)
     if not key:
         raise ConfigError(f"{head}.{entry} is a section, not a value", where, f"write {head}.{entry}.NAME=VALUE")
@@ -157,6 +155,5 @@ def _merge(base: DictConfig, new: DictConfig, where: str) -> DictConfig:
         return cast(DictConfig, OmegaConf.merge(base, new))
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or "a setting"
-        raise ConfigError(
-            f"{key}: {str(error.args[0]).splitlines()[0]}", where, "see --help for the type of each setting"
-        ) from None
+        reason = str(error.args[0]).splitlines()[0]  # the other lines are OmegaConf's own view of the position
+        raise ConfigError(f"{key}: {reason}", where, "see --help for the type of each setting") from None

@@ -1,4 +1,4 @@
-"""Checks of a configuration before anything is built. Nothing here changes a setting."""
+"""Checks of a configuration before anything is built. No check changes a setting."""
 
 from sdlm_megatron.config.schema import (
     CheckpointConfig,
@@ -22,7 +22,7 @@ CHOICES = {
     "observe.wandb": ("disabled", "offline", "online"),
 }
 FP8_MULTIPLE = 16
-"""Sides of the matrices of an FP8 product."""
+"""Divisor of all dimensions of an FP8 matrix product."""
 POSITIVE = (
     "parallel.tensor",
     "parallel.pipeline",
@@ -65,17 +65,18 @@ def _get(config: object, key: str) -> object:
 
 
 def check_run(config: RunConfig, world_size: int) -> None:
-    """Checks all that can be known without the model: raises ConfigError naming the setting and the way out."""
+    """Checks what can be known without model and dataset. Raises ConfigError with the setting and a fix."""
     for key, allowed in CHOICES.items():
         if _get(config, key) not in allowed:
             raise ConfigError(f"{key} is {_get(config, key)!r}", key, f"one of {', '.join(allowed)}")
-    for keys, limit, word in ((POSITIVE, 0, "above 0"), (NOT_NEGATIVE, -1e-30, "0 or more")):
-        for key in keys:
-            value = _get(config, key)
-            if not (isinstance(value, (int, float)) and value > limit):
-                raise ConfigError(f"{key} is {value}", key, f"give a number {word}")
+    for key in (*POSITIVE, *NOT_NEGATIVE):
+        value = _get(config, key)
+        assert isinstance(value, (int, float))
+        # Written so that NaN, which compares false with everything, is refused.
+        if not (value > 0 or (value == 0 and key in NOT_NEGATIVE)):
+            raise ConfigError(f"{key} is {value}", key, f"set it {'above 0' if key in POSITIVE else 'to 0 or more'}")
     if not config.train.steps and config.train.epochs <= 0:
-        raise ConfigError("nothing to train: train.steps and train.epochs are 0", "train", "set one of them")
+        raise ConfigError("train.steps and train.epochs are both 0", "train", "set one of them")
     _check_data(config.data)
     parallel = config.parallel
     if parallel.sequence and parallel.tensor == 1:
@@ -90,7 +91,7 @@ def check_run(config: RunConfig, world_size: int) -> None:
     _check_samples(config)
     if parallel.virtual_pipeline > 1 and parallel.pipeline == 1:
         raise ConfigError(
-            "one pipeline stage has no bubble that model chunks could fill",
+            "virtual_pipeline divides the bubble of a pipeline, but there is only one stage",
             "parallel.virtual_pipeline",
             "set parallel.pipeline > 1 or virtual_pipeline=1",
         )
@@ -103,7 +104,7 @@ def check_run(config: RunConfig, world_size: int) -> None:
     model_size = parallel.tensor * parallel.pipeline
     if world_size % model_size:
         raise ConfigError(
-            f"{world_size} processes do not divide by tensor {parallel.tensor} x pipeline {parallel.pipeline}",
+            f"{world_size} processes are not a multiple of tensor {parallel.tensor} x pipeline {parallel.pipeline}",
             "parallel",
             f"start a multiple of {model_size} processes, or change parallel.tensor / parallel.pipeline",
         )
@@ -111,9 +112,9 @@ def check_run(config: RunConfig, world_size: int) -> None:
 
 def _check_data(data: DataConfig) -> None:
     if not data.path:
-        raise ConfigError("no dataset", "data.path", "--data.path=DIR, a folder written by `python -m data_prep.build`")
+        raise ConfigError("no dataset", "data.path", "--data.path=DIR, a folder written by `sdlm prepare`")
     if any(row < 0 for row in data.skip_rows):
-        raise ConfigError("rows are numbered from 0", "data.skip_rows", "give the numbers that spikes.jsonl names")
+        raise ConfigError("a row number is negative", "data.skip_rows", "use the row numbers in spikes.jsonl")
 
 
 def _check_overlap(parallel: ParallelConfig) -> None:
@@ -131,22 +132,22 @@ def _check_overlap(parallel: ParallelConfig) -> None:
 def _check_checkpoint(checkpoint: CheckpointConfig) -> None:
     if checkpoint.save_every and checkpoint.keep_every % checkpoint.save_every:
         raise ConfigError(
-            f"no checkpoint is saved at every {checkpoint.keep_every} steps: save_every is {checkpoint.save_every}",
+            f"keep_every {checkpoint.keep_every} is not a multiple of save_every {checkpoint.save_every}",
             "checkpoint.keep_every",
-            "give a multiple of checkpoint.save_every, or 0",
+            "set a multiple of checkpoint.save_every, or 0",
         )
 
 
 def _check_recompute(train: TrainConfig) -> None:
     if train.recompute_layers and train.recompute != "full":
         raise ConfigError(
-            f"recompute_layers counts layers that are recomputed in full, recompute is {train.recompute!r}",
+            f"recompute_layers needs recompute full, but recompute is {train.recompute!r}",
             "train.recompute_layers",
             "set train.recompute=full or recompute_layers=0",
         )
     if train.recompute == "selective" and train.fp8 == "delayed":
         raise ConfigError(
-            "delayed scaling records each FP8 tensor once a step: the norms' outputs cannot be made a second time",
+            "delayed FP8 scaling records each tensor once per step, so the norms' outputs cannot be recomputed",
             "train.recompute",
             "use train.recompute=full or none, or train.fp8=current",
         )
@@ -154,18 +155,17 @@ def _check_recompute(train: TrainConfig) -> None:
 
 def _check_samples(config: RunConfig) -> None:
     validates = config.data.validation and config.observe.validate_every
-    for wanted, key in ((config.observe.sample_every, "sample_every"), (validates, "validate_every")):
-        if wanted and config.train.fp8 == "delayed":
+    for enabled, key in ((config.observe.sample_every, "sample_every"), (validates, "validate_every")):
+        if enabled and config.train.fp8 == "delayed":
             raise ConfigError(
-                "delayed scaling records what samples and validation pass through the layers: they would change the "
-                "training",
+                "delayed FP8 scaling also records the tensors of samples and validation, which would change training",
                 f"observe.{key}",
                 f"set observe.{key}=0 or train.fp8=current",
             )
 
 
 def check_model(model: ModelConfig, config: RunConfig, row_length: int) -> None:
-    """Checks that the shape can be split as asked: raises ConfigError."""
+    """Checks that the model can be split over the configured degrees. Raises ConfigError."""
     tp, chunks = config.parallel.tensor, config.parallel.pipeline * config.parallel.virtual_pipeline
     for key in (
         "num_layers",
@@ -179,31 +179,32 @@ def check_model(model: ModelConfig, config: RunConfig, row_length: int) -> None:
             raise ConfigError(
                 f"model.{key} is {getattr(model, key)}",
                 f"model.{key}",
-                "set it, or name a base (checkpoint.base) to read it from",
+                "set it, or set checkpoint.base to read it from there",
             )
     if model.num_attention_heads % model.num_query_groups:
         raise ConfigError(
-            f"{model.num_attention_heads} heads cannot share {model.num_query_groups} KV heads",
+            f"{model.num_attention_heads} heads are not a multiple of {model.num_query_groups} KV heads",
             "model.num_query_groups",
-            "give a divisor of model.num_attention_heads",
+            "set a divisor of model.num_attention_heads",
         )
     for key in ("num_attention_heads", "ffn_hidden_size"):
         if getattr(model, key) % tp:
             raise _indivisible(f"model.{key}", getattr(model, key), "parallel.tensor", tp)
     if model.num_query_groups % tp and tp % model.num_query_groups:
         raise ConfigError(
-            f"{model.num_query_groups} KV heads cannot be spread over tensor parallelism {tp}",
+            f"{model.num_query_groups} KV heads cannot be split or replicated over tensor parallelism {tp}",
             "parallel.tensor",
             f"use a divisor or a multiple of {model.num_query_groups} that divides {model.num_attention_heads} heads",
         )
     if model.num_layers % chunks:
         setting = "parallel.pipeline" + (" x virtual_pipeline" if config.parallel.virtual_pipeline > 1 else "")
         raise _indivisible("model.num_layers", model.num_layers, setting, chunks)
-    if config.train.recompute_layers > model.num_layers // chunks:
+    layers = model.num_layers // chunks
+    if config.train.recompute_layers > layers:
         raise ConfigError(
-            f"{config.train.recompute_layers} layers to recompute, a model chunk has {model.num_layers // chunks}",
+            f"recompute_layers is {config.train.recompute_layers}, but a model chunk has {layers} layers",
             "train.recompute_layers",
-            "give fewer, or 0 for all",
+            "set a smaller number, or 0 for all layers",
         )
     if config.parallel.sequence and row_length % tp:
         raise _indivisible("the dataset's row_length", row_length, "parallel.tensor", tp)
@@ -212,10 +213,10 @@ def check_model(model: ModelConfig, config: RunConfig, row_length: int) -> None:
 
 
 def _check_fp8(model: ModelConfig, config: RunConfig, row_length: int) -> None:
-    """Every matrix that is multiplied in FP8 has sides of whole multiples of 16 on each GPU."""
+    """Checks that each dimension of the FP8 matrix products is a multiple of FP8_MULTIPLE on each GPU."""
     tp = config.parallel.tensor
     head = model.head_dim or model.hidden_size // model.num_attention_heads
-    for what, size, setting in (
+    for name, size, setting in (
         ("the dataset's row_length", row_length // (tp if config.parallel.sequence else 1), "data.path"),
         ("model.hidden_size", model.hidden_size, "model.hidden_size"),
         ("model.ffn_hidden_size", model.ffn_hidden_size // tp, "model.ffn_hidden_size"),
@@ -228,16 +229,16 @@ def _check_fp8(model: ModelConfig, config: RunConfig, row_length: int) -> None:
     ):
         if size % FP8_MULTIPLE:
             raise ConfigError(
-                f"FP8 needs multiples of {FP8_MULTIPLE}: {what} is {size} on a GPU",
+                f"FP8 needs multiples of {FP8_MULTIPLE}: {name} is {size} per GPU",
                 setting,
-                "--train.fp8=none, another size, or another parallel.tensor",
+                "set train.fp8=none, another size, or another parallel.tensor",
             )
 
 
-def _indivisible(what: str, value: int, setting: str, degree: int) -> ConfigError:
-    fits = [d for d in range(1, min(value, 64) + 1) if value % d == 0]
+def _indivisible(name: str, value: int, setting: str, degree: int) -> ConfigError:
+    divisors = [d for d in range(1, min(value, 64) + 1) if value % d == 0]
     return ConfigError(
-        f"{what} = {value} does not divide by {setting} = {degree}",
+        f"{name} = {value} is not divisible by {setting} = {degree}",
         setting,
-        f"{setting} may be {', '.join(map(str, fits))}",
+        f"set {setting} to one of {', '.join(map(str, divisors))}",
     )

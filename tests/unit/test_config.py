@@ -83,7 +83,7 @@ def test_mistakes_in_a_file_name_the_file(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     for content, text in (
         ("model: {num_layer: 2}", "model.num_layer"),
-        ("[1]", "holds a list"),
+        ("[1]", "contains a list"),
         ("a: [", "readable YAML"),
     ):
         file.write_text(content)
@@ -102,17 +102,17 @@ def test_mistakes_in_a_file_name_the_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "world", "text"),
     [
-        (["--parallel.tensor=2"], 3, "3 processes do not divide"),
+        (["--parallel.tensor=2"], 3, "3 processes are not a multiple of tensor 2"),
         (["--parallel.sequence=true"], 1, "needs tensor parallelism"),
         (["--train.precision=fp8"], 1, "train.precision"),
         (["--optimizer.lr=0"], 1, "optimizer.lr"),
         (["--optimizer.lr=.nan"], 1, "optimizer.lr"),
         (["--diffusion.next_token_weight=-0.1"], 1, "diffusion.next_token_weight is -0.1"),
-        (["--train.epochs=0"], 1, "nothing to train"),
+        (["--train.epochs=0"], 1, "train.steps and train.epochs are both 0"),
         (["--data.path="], 1, "no dataset"),
         (["--checkpoint.keep_last=-1"], 1, "checkpoint.keep_last"),
-        (["--checkpoint.keep_every=750"], 1, "no checkpoint is saved at every 750 steps: save_every is 500"),
-        (["--parallel.virtual_pipeline=2"], 1, "one pipeline stage has no bubble"),
+        (["--checkpoint.keep_every=750"], 1, "keep_every 750 is not a multiple of save_every 500"),
+        (["--parallel.virtual_pipeline=2"], 1, "there is only one stage"),
         (["--parallel.overlap_param_gather=true"], 1, "overlap_param_gather needs overlap_grad_reduce"),
         (
             [
@@ -123,7 +123,7 @@ def test_mistakes_in_a_file_name_the_file(tmp_path: Path) -> None:
             1,
             "overlap_param_gather needs distributed_optimizer",
         ),
-        (["--observe.sample_every=2", "--train.fp8=delayed"], 1, "delayed scaling records what samples"),
+        (["--observe.sample_every=2", "--train.fp8=delayed"], 1, "delayed FP8 scaling also records"),
         (["--train.recompute_layers=1"], 1, "recompute is 'none'"),
         (["--train.recompute_layers=1", "--train.recompute=selective"], 1, "recompute is 'selective'"),
     ],
@@ -136,17 +136,17 @@ def test_runs_that_cannot_be(arguments: list[str], world: int, text: str) -> Non
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (["--parallel.tensor=3"], "num_attention_heads = 4 does not divide by parallel.tensor = 3"),
-        (["--parallel.pipeline=3"], "num_layers = 2 does not divide by parallel.pipeline = 3"),
+        (["--parallel.tensor=3"], "num_attention_heads = 4 is not divisible by parallel.tensor = 3"),
+        (["--parallel.pipeline=3"], "num_layers = 2 is not divisible by parallel.pipeline = 3"),
         (
             ["--parallel.pipeline=2", "--parallel.virtual_pipeline=2"],
-            "num_layers = 2 does not divide by parallel.pipeline x virtual_pipeline = 4",
+            "num_layers = 2 is not divisible by parallel.pipeline x virtual_pipeline = 4",
         ),
         (
             ["--parallel.pipeline=2", "--train.recompute=full", "--train.recompute_layers=2"],
-            "2 layers to recompute, a model chunk has 1",
+            "recompute_layers is 2, but a model chunk has 1",
         ),
-        (["--model.num_query_groups=3"], "4 heads cannot share 3 KV heads"),
+        (["--model.num_query_groups=3"], "4 heads are not a multiple of 3 KV heads"),
         (["--model.num_attention_heads=6", "--model.num_query_groups=3", "--parallel.tensor=2"], "3 KV heads"),
         (["--model.num_layers=0"], "model.num_layers is 0"),
     ],

@@ -314,7 +314,7 @@ def test_one_source_is_set_on_the_command_line() -> None:
     ]
     for wrong, said in (
         ("--sources.smoltak.path=x", "did you mean sources.smoltalk?"),
-        ("--sources.12.path=x", "known here: scalequest-math"),
+        ("--sources.12.path=x", "known entries: scalequest-math"),
         ("--sources.smoltalk.pth=x", "sources.smoltalk.path"),
         ("--sources.smoltalk=x", "write sources.smoltalk.NAME=VALUE"),
         ("--sources.smoltalk.weight=much", "weight"),

@@ -231,7 +231,7 @@ def test_the_command_prints_json(capsys: pytest.CaptureFixture):
 
 def test_a_layout_that_cannot_run_is_said(capsys: pytest.CaptureFixture):
     command.main(["sdlm_32b_d4", "--gpus", "20", "--parallel.tensor=8", "--parallel.virtual_pipeline=1", "--top", "1"])
-    assert "cannot run here: 20 processes do not divide" in capsys.readouterr().out
+    assert "cannot run here: 20 processes are not a multiple" in capsys.readouterr().out
     command.main(["qwen2.5-72b", "--gpus", "2"])
     assert "no layout fits" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="num_layers"):

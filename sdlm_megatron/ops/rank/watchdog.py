@@ -33,7 +33,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from sdlm_megatron.config.schema import FaultConfig
-from sdlm_megatron.errors import ReplicaError, TrainingError, UserError, tell
+from sdlm_megatron.errors import ReplicaError, TrainingError, UserError, print_error
 from sdlm_megatron.files import write_json
 from sdlm_megatron.ops.attempt import rank_file, record_event
 from sdlm_megatron.ops.rank.stop import StopRequests
@@ -218,7 +218,7 @@ class Watch:
         ranks = error.ranks if isinstance(error, ReplicaError) else None
         self._record(reason, text.splitlines()[0], code=code, error=text, failed_step=failed, ranks=ranks)
         if isinstance(error, UserError):
-            tell(error)
+            print_error(error)
         else:
             traceback.print_exception(error)
         sys.stdout.flush()
