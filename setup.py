@@ -56,7 +56,7 @@ setup(
     entry_points={
         "console_scripts": ["sdlm = sdlm_megatron.cli:entry"],
         # lm-evaluation-harness after 0.4.13 finds models of other packages here
-        "lm_eval.models": ["sdlm = sdlm_megatron.evaluation.lm_eval_model:SDLM"],
+        "lm_eval.models": ["sdlm = sdlm_megatron.evaluation.lm_eval_model:SDLMForLMEval"],
     },
     install_requires=[
         "torch>=2.6",

@@ -33,7 +33,7 @@ COMMANDS = {
     "export": Command("checkpoints_tools.mcore_to_hf", "training checkpoint to Hugging Face folder"),
     "compare": Command("checkpoints_tools.compare", "compare the tensors of two models"),
     "generate": Command("sdlm_megatron.chat.generate", "chat with an exported folder in the terminal"),
-    "evaluate": Command("sdlm_megatron.evaluation.full_report", "quality, speed and calibration of an exported folder"),
+    "evaluate": Command("sdlm_megatron.evaluation.evaluate", "quality, speed and calibration of an exported folder"),
     "doctor": Command("sdlm_megatron.doctor", "check this machine's environment"),
 }
 COMPLETION = 'eval "$(register-python-argcomplete sdlm)"'

@@ -8,7 +8,7 @@ from typing import Any
 
 from dev.evidence.arms import ARMS
 from sdlm_megatron.errors import DataError
-from sdlm_megatron.evaluation.results import KINDS, Result, Results
+from sdlm_megatron.evaluation.result_files import KINDS, Result, Results
 
 TASKS = {"json": "sentence to JSON", "categories": "words to categories"}
 BASE = "base"

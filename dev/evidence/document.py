@@ -17,11 +17,17 @@ from dev.evidence.campaign import BASE, TASKS, Campaign, read_campaign
 from dev.evidence.markdown_tables import BLOCKS, LEADING, RATES, SENSITIVE, TABLES, VARIANTS
 from sdlm_megatron.config.command_line import make_parser
 from sdlm_megatron.errors import DataError, run_cli
-from sdlm_megatron.evaluation.figures import models_figure, quality_figure, threshold_figure, wall_figure
-from sdlm_megatron.evaluation.figures_cost import context_figure, overhead_figure, perplexities
+from sdlm_megatron.evaluation.figures import (
+    context_figure,
+    models_figure,
+    overhead_figure,
+    quality_figure,
+    threshold_figure,
+    wall_figure,
+)
 from sdlm_megatron.evaluation.figures_slots import acceptance_figure, precision_recall_figure, reliability_figure
 from sdlm_megatron.evaluation.intervals import Estimate
-from sdlm_megatron.evaluation.results import Results, pick, points
+from sdlm_megatron.evaluation.result_files import Results, perplexities, pick, points
 from sdlm_megatron.files import write_text
 
 DOCUMENT = "evidence.md"

@@ -7,7 +7,6 @@ import numpy as np
 from dev.evidence import arms
 from dev.evidence.arms import ARMS
 from dev.evidence.campaign import BASE, TASKS, Campaign, text_of
-from sdlm_megatron.evaluation.figures_cost import context_rows, perplexities
 from sdlm_megatron.evaluation.intervals import (
     Estimate,
     acceptance,
@@ -18,7 +17,17 @@ from sdlm_megatron.evaluation.intervals import (
     over_seeds,
 )
 from sdlm_megatron.evaluation.page import change, number, percent
-from sdlm_megatron.evaluation.results import Result, exact_of, name_of, pick, points, pooled, timings
+from sdlm_megatron.evaluation.result_files import (
+    Result,
+    context_rows,
+    exact_of,
+    name_of,
+    perplexities,
+    pick,
+    points,
+    pooled,
+    timings,
+)
 
 LEADING = [arm.name for arm in arms.MAIN]
 BLOCKS = [arm.name for arm in arms.MAIN if arm.block_size > 1]

@@ -11,7 +11,7 @@ import json
 import multiprocessing
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -124,8 +124,8 @@ def measure(jobs: Sequence[Job], log: Path) -> float:
     started = time.perf_counter()
     with log.open("a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
         for job in jobs:
-            main: Callable[[Sequence[str]], None] = importlib.import_module(f"evaluation.{job.module}").main
-            main(job.arguments)
+            module = importlib.import_module(f"sdlm_megatron.evaluation.{job.module}")
+            module.main(job.arguments)
     return time.perf_counter() - started
 
 

@@ -143,7 +143,7 @@ class Pipeline:
         self._heading(f"transformers loads it and decodes {self.job.prompts} held-out prompts")
         compare = ["--base", str(base)] if self.job.compare_base else []
         self._command(
-            *("sdlm_megatron.evaluation.decode_table", "--model", str(self.dir / "hf"), *compare),
+            *("sdlm_megatron.cli", "evaluate", "table", "--model", str(self.dir / "hf"), *compare),
             *("--prompts", str(self.dir / "task" / "heldout.jsonl"), "--most", str(self.job.prompts)),
             *("--thresholds", *map(str, self.job.thresholds), "--dtype", str(self.job.train["train.precision"])),
             *("--out", str(self.dir / "evaluation.json")),

@@ -1,1 +1,1 @@
-"""What `python -m sdlm_megatron.chat.generate` is made of: a model folder that answers, and the terminal it answers in."""
+"""A model folder that answers conversations, and the terminal chat of `sdlm generate`."""

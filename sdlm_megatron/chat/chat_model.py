@@ -1,5 +1,9 @@
-"""A Hugging Face folder that answers conversations, by SDLM's decoding or by transformers' own greedy one."""
+"""A model and tokenizer loaded from a Hugging Face folder, and the answers they give.
 
+Every command that decodes an exported folder loads it here: the chat, the evaluation and the harness adapters.
+"""
+
+import difflib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,27 +17,58 @@ from jinja2 import TemplateError
 from sdlm_megatron.bf16 import slow_bf16
 from sdlm_megatron.data.chatml import DEFAULT_SYSTEM, IM_END, IM_START
 from sdlm_megatron.data.tokenizer_identity import has_tokenizer, vocabulary_size
-from sdlm_megatron.diffusion.decode import Decoded, Stop, decode
+from sdlm_megatron.diffusion.decode import ALGORITHMS, Decoded, Stop, decode
 from sdlm_megatron.diffusion.decode_rules import Warp
 from sdlm_megatron.errors import CheckpointError, ConfigError, DataError
 from sdlm_megatron.weights.hf_reader import HFConfig, open_tensors, read_hf_config, read_json
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DEFAULT_THRESHOLD = 0.9
+"""Threshold of a folder whose generation_config.json sets none, as in the exported code."""
 Message = Mapping[str, str]
 OnPass = Callable[[list[int]], None]
-"""Called after each pass with the tokens it gave."""
+"""Called after each pass with the tokens that the pass kept."""
 
 
 @dataclass(frozen=True)
-class Settings:
-    """How to decode."""
+class DecodingRule:
+    """Decoding algorithm and its parameters; the defaults are plain next-token decoding."""
 
-    alg: str
-    window: int
-    """n, tokens proposed in a pass; 1 with "ar"."""
-    threshold: float
-    product: bool
-    max_new_tokens: int
+    alg: str = "ar"
+    window: int = 1
+    """n, the tokens proposed in a pass; 1 with "ar"."""
+    threshold: float = 1.0
+    """Smallest confidence, exclusive, of a token that is kept. Unused by "ar" and "self_speculative"."""
+    product: bool = False
+    """Compare the product of the confidences up to a token with the threshold, not the token's own."""
+
+    @property
+    def name(self) -> str:
+        """Short label for tables and figures, such as "prob 0.98, n = 4"."""
+        if self.alg == "ar":
+            return "n = 1"
+        if self.alg == "self_speculative":
+            return f"self-speculative, n = {self.window}"
+        kind = "prob" if self.alg == "prob_conf" else "entropy"
+        return f"{kind} {self.threshold:g}{', product' * self.product}, n = {self.window}"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments of `diffusion.decode`."""
+        return {"alg": self.alg, "window": self.window, "threshold": self.threshold, "product": self.product}
+
+    @property
+    def row(self) -> dict[str, Any]:
+        """Fields that identify the rule in a result file; the threshold is None for rules without one."""
+        threshold = self.threshold if self.alg.endswith("_conf") else None
+        return {"alg": self.alg, "n": self.window, "threshold": threshold}
+
+
+@dataclass(frozen=True)
+class AnswerSettings(DecodingRule):
+    """A decoding rule together with the length, sampling and stop strings of an answer."""
+
+    max_new_tokens: int = 512
     temperature: float = 0.0
     """0: greedy."""
     top_k: int | None = None
@@ -51,6 +86,25 @@ class Settings:
             parts.append(f"temperature {self.temperature:g}")
         return ", ".join(parts)
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments of `diffusion.decode`, without the stop strings."""
+        rest = {"max_new_tokens": self.max_new_tokens, "warp": self._warp(), "seed": self.seed}
+        return super().options | rest
+
+    def _warp(self) -> Warp | None:
+        """Logits to sample from, by the warpers of transformers in its order; None for greedy decoding."""
+        from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+        if not self.temperature:
+            return None
+        warpers: list[Any] = [TemperatureLogitsWarper(self.temperature)]
+        if self.top_k is not None:
+            warpers.append(TopKLogitsWarper(self.top_k))
+        if self.top_p is not None:
+            warpers.append(TopPLogitsWarper(self.top_p))
+        return lambda logits: reduce(lambda warped, warper: warper(None, warped), warpers, logits)
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -58,7 +112,7 @@ class Answer:
 
     tokens: list[int]
     accepted: list[int]
-    """Tokens of each pass; they add up to len(tokens)."""
+    """Tokens kept in each pass; they add up to len(tokens)."""
     text: str
     """Without special tokens."""
     seconds: float
@@ -77,11 +131,11 @@ class ChatModel:
     model: Any
     tokenizer: Any
     defaults: Mapping[str, Any]
-    """generation_config.json: sdlm_alg, sdlm_n, sdlm_threshold, sdlm_product if the folder sets them."""
+    """generation_config.json, with sdlm_alg, sdlm_n, sdlm_threshold and sdlm_product where the folder sets them."""
     end_tokens: tuple[int, ...]
 
     def describe(self) -> str:
-        """Folder, size, dtype and device in one line; also where another dtype would be much faster."""
+        """Folder, size, dtype and device in one line, with a hint where another dtype would be much faster."""
         count = sum(p.numel() for p in self.model.parameters())
         size = f"{count / 1e9:.1f}B" if count >= 1e9 else f"{count / 1e6:.3g}M"
         kind = f"SDLM, D = {self.config.block_size}" if self.config.is_sdlm else self.config.model_type
@@ -90,20 +144,56 @@ class ChatModel:
         hint = f"; {slow}, fp32 is the faster dtype here" if slow else ""
         return f"{self.folder} ({kind}, {size} parameters, {dtype}, {self.model.device}){hint}"
 
+    def decoding_rule(self, where: str, **requested: Any) -> DecodingRule:
+        """The requested rule, completed from the folder's generation_config.json and then from the defaults.
+
+        Args:
+            where: where the request came from, for error messages.
+            requested: alg, n, threshold, product; None or absent: not requested.
+
+        Raises:
+            ConfigError: an invalid value, or an algorithm that a plain model does not support.
+        """
+        stored = self.defaults if self.config.is_sdlm else {"sdlm_alg": "ar"}
+        defaults = {"alg": "prob_conf", "n": self.config.block_size or 1, "threshold": DEFAULT_THRESHOLD}
+        values: dict[str, Any] = {}
+        for name in ("alg", "n", "threshold", "product"):
+            label, value, source = name, requested.get(name), where
+            if value is None:
+                label, value, source = (
+                    f"sdlm_{name}",
+                    stored.get(f"sdlm_{name}"),
+                    f"{self.folder}/generation_config.json",
+                )
+            values[name] = defaults.get(name, False) if value is None else value
+            _check_rule(name, values[name], label, source)
+        if values["alg"] != "ar" and not self.config.is_sdlm:
+            raise ConfigError(
+                f"alg {values['alg']} needs an SDLM folder, this is a plain {self.config.model_type}: "
+                "its config.json has no block_size",
+                str(self.folder),
+                "leave it out (ar is the only algorithm here), or name a folder that was trained as an SDLM",
+            )
+        window = 1 if values["alg"] == "ar" else values["n"]
+        return DecodingRule(values["alg"], window, float(values["threshold"]), values["product"])
+
     # --- conversations
 
     def encode(self, messages: Sequence[Message]) -> list[int]:
-        """Ids of a conversation up to where the next answer begins.
+        """Token ids of a conversation up to the point where the next answer begins.
 
-        By the tokenizer's chat template; without one in ChatML, as the training data is rendered. Raises
-        CheckpointError when neither is possible, DataError on text that is no valid Unicode.
+        Uses the tokenizer's chat template; a tokenizer without one gets ChatML, as the training data is rendered.
+
+        Raises:
+            CheckpointError: the template fails, or there is neither a template nor the tokens of ChatML.
+            DataError: a text is not valid Unicode.
         """
         for message in messages:
             try:
                 message["content"].encode()
             except UnicodeEncodeError as error:
                 raise DataError(
-                    f"the text is no valid Unicode: {error.reason}", f"the {message['role']} turn"
+                    f"the text is not valid Unicode: {error.reason}", f"the {message['role']} turn"
                 ) from None
         return self._by_template(messages) if self.tokenizer.chat_template else self._chatml(messages)
 
@@ -114,38 +204,39 @@ class ChatModel:
             raise CheckpointError(
                 f"the chat template cannot render the conversation: {error}",
                 f"{self.folder}, chat_template",
-                "mend the template, or remove it: ChatML is then used",
+                "correct the template, or remove it: ChatML is then used",
             ) from None
         return list(out["input_ids"])
 
     def _chatml(self, messages: Sequence[Message]) -> list[int]:
-        start, end = (self._id(token) for token in (IM_START, IM_END))
+        vocabulary = self.tokenizer.get_vocab()
+        start, end = vocabulary.get(IM_START), vocabulary.get(IM_END)
         if start is None or end is None:
             raise CheckpointError(
-                f"the tokenizer has no chat template and not both of {IM_START} and {IM_END}",
+                f"the tokenizer has no chat template and lacks {IM_START} or {IM_END}",
                 str(self.folder),
                 "add a chat_template to its tokenizer_config.json",
             )
         ids = []
-        for message in messages:  # a text that spells <|im_end|> does not end its turn
-            ids += [start, *self._plain(f"{message['role']}\n{message['content']}"), end, *self._plain("\n")]
-        return [*ids, start, *self._plain("assistant\n")]
+        for message in messages:
+            # special tokens are added by id, so that a text which spells <|im_end|> does not end its turn
+            ids += [start, *self.encode_text(f"{message['role']}\n{message['content']}"), end, *self.encode_text("\n")]
+        return [*ids, start, *self.encode_text("assistant\n")]
 
-    def _plain(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
-
-    def _id(self, token: str) -> int | None:
-        found: int | None = self.tokenizer.get_vocab().get(token)
-        return found
+    def encode_text(self, text: str) -> list[int]:
+        """Token ids of plain text; a spelled special token is encoded as ordinary characters."""
+        return list(
+            self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+        )
 
     def default_system(self) -> str | None:
-        """The system turn of a chat that sets none; a template puts its own."""
+        """The system turn of a conversation that sets none; None where the chat template adds its own."""
         return None if self.tokenizer.chat_template else DEFAULT_SYSTEM
 
     # --- answers
 
     def decode(self, input_ids: torch.Tensor, **options: Any) -> Decoded:
-        """diffusion.decode with the folder's mask token, end tokens and kind of windows, unless `options` say other."""
+        """`diffusion.decode` with the folder's mask token, end tokens and attention of windows; `options` override."""
         folder = {
             "mask_token_id": self.config.text_mask_token_id or 0,  # unused where the window is 1
             "eos_token_ids": self.end_tokens,
@@ -154,28 +245,18 @@ class ChatModel:
         with torch.inference_mode():
             return decode(self.model, input_ids, **folder | options)
 
-    def answer(self, ids: Sequence[int], settings: Settings, on_pass: OnPass) -> Answer:
-        """Continues `ids` by SDLM's decoding; an interrupt (Ctrl-C) ends the answer where it is."""
+    def answer(self, ids: Sequence[int], settings: AnswerSettings, on_pass: OnPass) -> Answer:
+        """Continues `ids` by SDLM decoding. An interrupt (Ctrl-C) ends the answer early."""
         stop = self.stop_at(settings.stop) if settings.stop else None
+        prompt = torch.tensor([ids], device=self.model.device)
 
         def run(keep: OnPass) -> None:
-            self.decode(
-                torch.tensor([ids], device=self.model.device),
-                window=settings.window,
-                max_new_tokens=settings.max_new_tokens,
-                alg=settings.alg,
-                threshold=settings.threshold,
-                product=settings.product,
-                warp=warp_of(settings),
-                seed=settings.seed,
-                stop=stop,
-                on_tokens=lambda _, tokens: keep(tokens),
-            )
+            self.decode(prompt, stop=stop, on_tokens=lambda _, tokens: keep(tokens), **settings.options)
 
         return self._timed(run, settings, on_pass)
 
-    def greedy(self, ids: Sequence[int], settings: Settings, on_pass: OnPass) -> Answer:
-        """Continues `ids` by transformers' own greedy next-token decoding: same end tokens, stops and length."""
+    def greedy(self, ids: Sequence[int], settings: AnswerSettings, on_pass: OnPass) -> Answer:
+        """Continues `ids` by the greedy `generate` of transformers: same end tokens, stop strings and length."""
         from transformers import GenerationConfig
 
         config = GenerationConfig(
@@ -199,13 +280,13 @@ class ChatModel:
         return self._timed(run, settings, on_pass)
 
     def stop_at(self, texts: Sequence[str]) -> Stop:
-        """Ends an answer whose last token completes one of `texts`, which may begin in the prompt."""
+        """A rule that ends an answer whose last token completes one of `texts`, which may begin in the prompt."""
         from transformers import StopStringCriteria
 
         criteria = StopStringCriteria(self.tokenizer, list(texts))
         return lambda tokens: criteria(tokens, None)
 
-    def _timed(self, run: Callable[[OnPass], None], settings: Settings, on_pass: OnPass) -> Answer:
+    def _timed(self, run: Callable[[OnPass], None], settings: AnswerSettings, on_pass: OnPass) -> Answer:
         tokens: list[int] = []
         accepted: list[int] = []
 
@@ -227,22 +308,23 @@ class ChatModel:
         return Answer(tokens, accepted, text, seconds, not (cut or interrupted), interrupted)
 
 
-def warp_of(settings: Settings) -> Warp | None:
-    """The logits to draw from, by transformers' own rules and in its order; None: greedy."""
-    from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
-
-    if not settings.temperature:
-        return None
-    warpers: list[Any] = [TemperatureLogitsWarper(settings.temperature)]
-    if settings.top_k is not None:
-        warpers.append(TopKLogitsWarper(settings.top_k))
-    if settings.top_p is not None:
-        warpers.append(TopPLogitsWarper(settings.top_p))
-    return lambda logits: reduce(lambda now, warper: warper(None, now), warpers, logits)
+def _check_rule(name: str, value: Any, label: str, where: str) -> None:
+    """ConfigError naming `label` where `value` is not valid for the parameter `name` of a decoding rule."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    valid, expected = {
+        "alg": (value in ALGORITHMS, f"one of {', '.join(ALGORITHMS)}"),
+        "n": (number and isinstance(value, int) and value >= 1, "an integer of at least 1"),
+        "threshold": (number and 0 <= value <= 1, "a number between 0 and 1"),
+        "product": (isinstance(value, bool), "True or False"),
+    }[name]
+    if not valid:
+        near = difflib.get_close_matches(str(value), ALGORITHMS, 1, 0.5) if name == "alg" else []
+        hint = f"did you mean '{near[0]}'? " if near else ""
+        raise ConfigError(f"{label} is {value!r}", where, f"{hint}give {expected}")
 
 
 class _Streamer:
-    """A streamer of transformers: gets the prompt first, then each token."""
+    """A streamer for `generate` of transformers, which sends it the prompt first and then each token."""
 
     def __init__(self, keep: OnPass) -> None:
         self._keep, self._prompt = keep, True
@@ -257,21 +339,22 @@ class _Streamer:
 
 
 def load(folder: Path, *, dtype: str | None, device: str | None) -> ChatModel:
-    """Loads a folder through transformers, as its stock class: no code of the folder is run.
+    """Loads a folder through transformers' stock class; none of the folder's own code is run.
 
     Args:
-        folder: exported, published, or a plain Qwen2 or Llama.
-        dtype: "bf16", "fp16", "fp32"; None as the folder says.
-        device: as torch writes it; None: a GPU if there is one.
+        folder: an exported or published SDLM folder, or a plain Qwen2 or Llama.
+        dtype: "bf16", "fp16" or "fp32"; None: the folder's own.
+        device: a torch device; None: a GPU if there is one, else the CPU.
 
     Raises:
-        CheckpointError: no such folder, no tokenizer, missing or broken weights, a model of another kind.
+        CheckpointError: no such folder, no tokenizer, missing or damaged weights, or an unsupported model.
         ConfigError: no such device.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
     config = _check_folder(folder)
     where = _device(device)
+    fix = "export or download the folder again"
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -281,17 +364,13 @@ def load(folder: Path, *, dtype: str | None, device: str | None) -> ChatModel:
             output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError) as error:
-        raise CheckpointError(
-            f"transformers cannot load the folder: {error}", str(folder), "export or download the folder again"
-        ) from None
+        raise CheckpointError(f"transformers cannot load the folder: {error}", str(folder), fix) from None
     network, info = loaded
-    if info["missing_keys"]:
-        raise CheckpointError(
-            f"{len(info['missing_keys'])} weights are missing, e.g. {min(info['missing_keys'])}",
-            str(folder),
-            "export or download the folder again",
-        )
-    network.generation_config = GenerationConfig()  # the folder's sampling settings are not asked for
+    missing = info["missing_keys"]
+    if missing:
+        raise CheckpointError(f"{len(missing)} weights are missing, e.g. {min(missing)}", str(folder), fix)
+    # transformers would merge the folder's sampling settings into every call of `generate`
+    network.generation_config = GenerationConfig()
     path = folder / "generation_config.json"
     im_end = tokenizer.get_vocab().get(IM_END)
     ends = dict.fromkeys([*config.eos_token_ids, *([] if im_end is None else [im_end])])
@@ -302,10 +381,10 @@ def load(folder: Path, *, dtype: str | None, device: str | None) -> ChatModel:
 def _check_folder(folder: Path) -> HFConfig:
     if not (folder / "config.json").is_file():
         raise CheckpointError(
-            "no model folder: it has no config.json" if folder.is_dir() else "no such folder",
+            "not a model folder: it has no config.json" if folder.is_dir() else "no such folder",
             str(folder),
             "name a Hugging Face folder on this machine; a training run becomes one with "
-            "python -m checkpoints_tools.mcore_to_hf --ckpt RUN --out FOLDER",
+            "sdlm export --ckpt RUN --out FOLDER",
         )
     config = read_hf_config(folder)
     open_tensors(folder)
@@ -329,7 +408,8 @@ def _device(name: str | None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
+        # torch.device accepts "cuda" on a machine without one; only an allocation tells
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch says both
+    except (RuntimeError, AssertionError) as error:  # a build without CUDA raises AssertionError
         raise ConfigError(f"no device '{name}': {str(error).splitlines()[0]}", "--device", "e.g. cpu or cuda") from None
     return device

@@ -1,6 +1,6 @@
-"""An answer as text, token by token, with the forward pass that each token came in, and in colours.
+"""Text of an answer token by token, with the forward pass of each token, and its colors.
 
-One rendering for the chat, the samples of training and the evaluation.
+The chat, the samples of training and the evaluation show answers through this module.
 """
 
 from collections.abc import Iterable, Sequence
@@ -8,29 +8,30 @@ from typing import Any, TypedDict
 
 from rich.text import Text
 
-COLOURS = ("color(31)", "color(130)", "color(133)", "color(28)")
-"""Blue, orange, violet, green, pass after pass; of a brightness that can be read on black and on white."""
+COLORS = ("color(31)", "color(130)", "color(133)", "color(28)")
+"""Blue, orange, violet, green for successive passes; readable on a black and on a white background."""
 
-Piece = TypedDict("Piece", {"text": str, "pass": int})
-"""Text that a token added, and its pass, from 1."""
+TokenText = TypedDict("TokenText", {"text": str, "pass": int})
+"""Text that a token adds to an answer, and its pass, counted from 1."""
 
 _UNFINISHED = "\ufffd"
-"""What a tokenizer puts in place of bytes that are no whole character, at the end: not one yet."""
+"""Replacement character: a tokenizer's text for trailing bytes that do not form a character yet."""
 
 
 class TextStream:
-    """Tokens to text as they come. A character that is split over tokens comes with the last of them.
+    """Incremental decoding of tokens to text. A character that is split over tokens appears with the last of them.
 
-    The texts of all tokens add up to `tokenizer.decode` of them, special tokens left out. (Not quite for bytes that are
-    no text in a tokenizer with byte fallback: it then also takes back characters before them.)
+    The returned texts add up to `tokenizer.decode` of all tokens without special tokens. The exception is a tokenizer
+    with byte fallback that meets bytes which are not text: `decode` then also replaces characters before them.
     """
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self._tokens: list[int] = []
-        self._context = 0  # tokens from here on are decoded together: a first token may lose its space
-        self._whole = 0  # the text of the tokens before this one ends with a whole character
-        self._given = ""  # what was returned of the text of tokens[_context:]
+        # tokens are decoded together with the previous whole character: alone, a first token may lose its space
+        self._context = 0
+        self._whole = 0  # the text of tokens[:_whole] ends with a whole character
+        self._returned = ""  # text of tokens[_context:] that was already returned
 
     def _text(self) -> str:
         text: str = self._tokenizer.decode(
@@ -43,44 +44,44 @@ class TextStream:
         self._tokens.append(token)
         text = self._text()
         ready = text.rstrip(_UNFINISHED)
-        piece = ready[len(self._given) :]
-        self._given = ready if piece else self._given
+        new = ready[len(self._returned) :]
+        self._returned = ready if new else self._returned
         if ready == text:
             self._context, self._whole = self._whole, len(self._tokens)
-            self._given = self._text()
-        return piece
+            self._returned = self._text()
+        return new
 
     def flush(self) -> str:
-        """What was held back when no token follows; U+FFFD stands for bytes that never became a character."""
+        """The remaining text at the end of an answer; bytes that form no character appear as U+FFFD."""
         text = self._text()
-        piece, self._given = text[len(self._given) :], text
-        return piece
+        new, self._returned = text[len(self._returned) :], text
+        return new
 
 
-def pieces(tokenizer: Any, tokens: Sequence[int], accepted: Sequence[int]) -> list[Piece]:
-    """One piece a token of one row of `Decoded`.
+def token_texts(tokenizer: Any, tokens: Sequence[int], accepted: Sequence[int]) -> list[TokenText]:
+    """Text and pass of each token of a decoded row.
 
     Args:
         tokenizer: a transformers tokenizer.
-        tokens: (T,) the row's tokens, or their beginning.
+        tokens: (T,) the row's tokens, or the first of them.
         accepted: tokens kept in each pass.
     """
     stream = TextStream(tokenizer)
     passes = [number for number, count in enumerate(accepted, 1) for _ in range(count)]
-    found = [Piece({"text": stream.push(t), "pass": p}) for t, p in zip(tokens, passes, strict=False)]
-    if found:
-        found[-1]["text"] += stream.flush()
-    return found
+    texts = [TokenText({"text": stream.push(t), "pass": p}) for t, p in zip(tokens, passes, strict=False)]
+    if texts:
+        texts[-1]["text"] += stream.flush()
+    return texts
 
 
 def style_of(number: int) -> str:
     """The rich style of pass `number`."""
-    return COLOURS[(number - 1) % len(COLOURS)]
+    return COLORS[(number - 1) % len(COLORS)]
 
 
-def coloured(answer: Iterable[Piece]) -> Text:
-    """The answer; tokens of one pass share a colour, those of the next have another."""
-    return Text.assemble(*((piece["text"], style_of(piece["pass"])) for piece in answer))
+def colored(answer: Iterable[TokenText]) -> Text:
+    """The answer with one color per pass; neighboring passes differ."""
+    return Text.assemble(*((token["text"], style_of(token["pass"])) for token in answer))
 
 
 def summary(tokens: int, passes: int, seconds: float) -> str:

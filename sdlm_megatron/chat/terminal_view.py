@@ -1,6 +1,6 @@
-"""Answers in a terminal while they are decoded: text in the colours of its passes, and a line of figures below it.
+"""Live view of an answer in a terminal: text colored by pass, and a line of statistics below it.
 
-A terminal gets all of that; a pipe or file gets the text alone, as it comes, and standard error the figures.
+A pipe or file gets only the text, as it is decoded; the statistics then go to standard error.
 """
 
 import sys
@@ -16,28 +16,28 @@ from rich.table import Table
 from rich.text import Text
 
 from sdlm_megatron.chat.chat_model import Answer
-from sdlm_megatron.chat.passes import TextStream, coloured, pieces, style_of, summary
+from sdlm_megatron.chat.passes import TextStream, colored, style_of, summary, token_texts
 
 REDRAW_S = 0.05
-"""Drawing more often than this would be part of the measured time."""
+"""Seconds between redraws; drawing after each pass would slow down the decoding that is timed."""
 SIDE_BY_SIDE = 100
-"""Columns from which two answers stand beside each other."""
+"""Terminal width, in columns, from which two answers are shown side by side."""
 
 
 class LiveAnswer:
-    """Shows one answer as it comes: `with LiveAnswer(...) as view: ... view.add(tokens) ...`.
+    """Shows one answer while it is decoded: `with LiveAnswer(...) as view: ... view.add(tokens) ...`.
 
     Args:
-        console: where to; only a terminal is drawn on.
-        tokenizer: of the model.
-        label: what stands before the live figures.
-        text: False: only the live figures, and nothing stays on the screen.
+        console: output; only a terminal gets the live view.
+        tokenizer: tokenizer of the model.
+        label: text before the live statistics.
+        text: False: show only the live statistics, and leave nothing on the screen.
     """
 
     def __init__(self, console: Console, tokenizer: Any, *, label: str = "", text: bool = True) -> None:
         self._console, self._label, self._show = console, label, text
         self._stream = TextStream(tokenizer)
-        self._line = Text()  # of the terminal, unfinished
+        self._line = Text()  # the last, unfinished line on the screen
         self._tokens = self._passes = 0
         self._live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
 
@@ -61,7 +61,7 @@ class LiveAnswer:
             print(flush=True)
 
     def add(self, tokens: list[int]) -> None:
-        """The tokens of one more pass."""
+        """Adds the tokens of one pass."""
         self._passes += 1
         self._tokens += len(tokens)
         if self._show:
@@ -74,9 +74,10 @@ class LiveAnswer:
             print(text, end="", flush=True)
             return
         self._line.append(printable(text), style_of(self._passes))
-        width = self._console.width - 1  # a full line leaves terminals in doubt where their cursor is
+        width = self._console.width - 1  # after a full line, terminals differ in where they put the cursor
         while (cut := line_end(self._line.plain, width)) is not None:
-            line, self._line = self._line.divide([cut])  # finished lines scroll up, above what is redrawn
+            # a finished line is printed above the redrawn part and scrolls up with the rest
+            line, self._line = self._line.divide([cut])
             line.rstrip()
             self._live.update(self._picture())
             self._console.print(line, soft_wrap=True)
@@ -87,10 +88,10 @@ class LiveAnswer:
             self._drawn = time.perf_counter()
 
     def _picture(self) -> RenderableType:
-        """What is redrawn: the unfinished line and the figures."""
+        """The redrawn part: the unfinished line and the statistics."""
         seconds = time.perf_counter() - self._started
-        figures = summary(self._tokens, self._passes, seconds) if self._tokens else "reading the prompt"
-        status = Text(f"{self._label}{figures}", style="dim", no_wrap=True, overflow="ellipsis")
+        statistics = summary(self._tokens, self._passes, seconds) if self._tokens else "reading the prompt"
+        status = Text(f"{self._label}{statistics}", style="dim", no_wrap=True, overflow="ellipsis")
         if not self._show:
             return status
         line = self._line.copy()
@@ -99,7 +100,7 @@ class LiveAnswer:
 
 
 def printable(text: str) -> str:
-    """`text` with control characters made visible: a model must not steer the terminal."""
+    """`text` with control characters replaced by visible symbols, so that a model cannot control the terminal."""
     expanded = text.replace("\t", "    ").replace("\r\n", "\n")
     return "".join(_visible(c) if unicodedata.category(c) == "Cc" and c != "\n" else c for c in expanded)
 
@@ -109,9 +110,10 @@ def _visible(control: str) -> str:
 
 
 def line_end(text: str, width: int) -> int | None:
-    """Where the first terminal line of `text` ends; None while it is not full.
+    """Index at which the first terminal line of `text` ends; None while the line is not full.
 
-    After a line feed, else after the last space or before the last wide character that fits, else at the edge.
+    A line ends after a line feed, else after the last space or before the last wide character that fits, else at the
+    edge.
     """
     used = best = 0
     for i, character in enumerate(text):
@@ -128,7 +130,7 @@ def line_end(text: str, width: int) -> int | None:
     return None
 
 
-def figures(answer: Answer, limit: int) -> str:
+def statistics(answer: Answer, limit: int) -> str:
     """The line below an answer."""
     text = summary(len(answer.tokens), len(answer.accepted), answer.seconds)
     if answer.interrupted:
@@ -137,7 +139,7 @@ def figures(answer: Answer, limit: int) -> str:
 
 
 def note(console: Console, text: str) -> None:
-    """A line about the answers: dim on a terminal, on standard error beside a pipe."""
+    """Prints a remark: dim on a terminal, to standard error if the output is a pipe."""
     if console.is_terminal:
         console.print(Text(text, style="dim"), soft_wrap=True)
     else:
@@ -145,7 +147,7 @@ def note(console: Console, text: str) -> None:
 
 
 def comparison(ours: Answer, theirs: Answer) -> str:
-    """Whether two answers have the same text, else where they part; and the ratio of their tokens a second."""
+    """Whether two answers have the same text, or where they first differ, and the ratio of their tokens a second."""
     speeds = [len(a.tokens) / max(a.seconds, 1e-9) for a in (ours, theirs)]
     verdict = "the texts are equal"
     if ours.text != theirs.text:
@@ -165,12 +167,13 @@ def _excerpt(text: str, at: int, around: int = 12) -> str:
 def show_pair(
     console: Console, tokenizer: Any, answers: tuple[Answer, Answer], names: tuple[str, str], limit: int
 ) -> None:
-    """Two answers: beside each other where the terminal is wide enough, else one below the other."""
-    left, right = answers
-    colours = coloured({**p, "text": printable(p["text"])} for p in pieces(tokenizer, left.tokens, left.accepted))
-    texts = (colours, Text(printable(right.text)))  # ar: one token a pass, a colour each would say nothing
+    """Shows two answers side by side if the terminal is wide enough, else one below the other."""
+    ours, greedy = answers
+    tokens = token_texts(tokenizer, ours.tokens, ours.accepted)
+    # the greedy answer has one token a pass: colors would carry no information
+    texts = (colored({**t, "text": printable(t["text"])} for t in tokens), Text(printable(greedy.text)))
     heads = [Text(name, style="bold") for name in names]
-    feet = [Text(figures(a, limit), style="dim") for a in answers]
+    feet = [Text(statistics(a, limit), style="dim") for a in answers]
     if console.is_terminal and console.width >= SIDE_BY_SIDE:
         table = Table.grid(padding=(0, 3), expand=True)
         table.add_column(ratio=1, overflow="fold")
@@ -183,4 +186,4 @@ def show_pair(
             for part in (head, text, foot):
                 console.print(part, soft_wrap=True)
             console.print()
-    note(console, comparison(left, right))
+    note(console, comparison(ours, greedy))

@@ -1,7 +1,7 @@
 """Argument parsers of all commands: one style, every option and setting explained, an example in `--help`."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -121,3 +121,25 @@ def add_setting_options(parser: argparse.ArgumentParser, *, names: bool) -> None
             continue
         choices = ("true", "false") if setting.type == "bool" else CHOICES.get(setting.key)
         parser.add_argument(f"--{setting.key}{'=' if names else ''}", choices=choices)
+
+
+def at_least(least: float, kind: Callable[[str], float] = int) -> Callable[[str], float]:
+    """An argparse type: a number that is not below `least`."""
+
+    def number(text: str) -> float:
+        value = kind(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{text} is below {least}")
+        return value
+
+    # argparse names the type in the message about text that is no number
+    number.__name__ = kind.__name__
+    return number
+
+
+def threshold(text: str) -> float:
+    """An argparse type: a confidence between 0 and 1."""
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return value

@@ -1,1 +1,1 @@
-"""Measures an exported folder: quality against speed, confidence against correctness, cost; models for harnesses."""
+"""Measurements of an exported folder: quality, speed, calibration, perplexity; adapters for evaluation harnesses."""

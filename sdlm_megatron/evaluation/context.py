@@ -1,156 +1,138 @@
-"""Behaviour with context length: quality and tokens a pass with solved examples before the prompt, as earlier turns.
+"""Context: quality and tokens a pass with solved examples before the prompt, as earlier turns of a conversation.
 
-The first prompts of the file are measured. The ones behind them are the examples, for each prompt others, the same for
-all settings; nothing measured is an example. The result is DIR/context.json.
+The first prompts of the file are measured; the examples come from the prompts after them, so that no measured prompt
+is an example. Every prompt has its own examples, the same for all decoding rules. Writes OUT/context.json.
 """
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from sdlm_megatron.chat.chat_model import ChatModel
-from sdlm_megatron.errors import ConfigError, DataError, run_cli
-from sdlm_megatron.evaluation.common_options import check_room, exact_of, load_model, longest_answer, parser_of
-from sdlm_megatron.evaluation.decoding import Setting, decode_prompts
-from sdlm_megatron.evaluation.facts import facts_of
-from sdlm_megatron.evaluation.prompts import Prompt, encode, read_prompts
-from sdlm_megatron.files import write_json
+from sdlm_megatron.chat.chat_model import ChatModel, DecodingRule
+from sdlm_megatron.config.command_line import at_least, threshold
+from sdlm_megatron.errors import DataError, run_cli
+from sdlm_megatron.evaluation.measurement import (
+    EXAMPLE,
+    add_prompts,
+    check_positions,
+    load_model,
+    measurement_parser,
+    write_result,
+)
+from sdlm_megatron.evaluation.prompts import (
+    HeldOutPrompt,
+    decode_prompts,
+    encode,
+    exact_matches,
+    longest_answer,
+    read_prompts,
+)
 from sdlm_megatron.progress import track
 
 BATCH_TOKENS = 8192
-"""Prompt tokens of a batch, about: what its masks and cache take grows with them."""
+"""Prompt tokens per batch, about: the masks and the cache of a batch grow with them."""
 MOST_ROWS = 32
 
 
-def settings_of(chat: ChatModel, thresholds: Sequence[float]) -> list[Setting]:
-    """One token a pass, and of an SDLM the probability at each threshold."""
+def rules_of(chat: ChatModel, thresholds: Sequence[float]) -> list[DecodingRule]:
+    """n = 1 and, for an SDLM, the probability rule at each threshold."""
     n = chat.config.block_size or 1
-    return [Setting(), *(Setting("prob_conf", n, tau) for tau in thresholds if n > 1)]
+    return [DecodingRule(), *(DecodingRule("prob_conf", n, tau) for tau in thresholds if n > 1)]
 
 
-def examples_of(pool: Sequence[Prompt], prompt: int, shots: int) -> list[Prompt]:
-    """The examples before measured prompt number `prompt`: `shots` of the pool in its order, from another place on.
+def examples_of(pool: Sequence[HeldOutPrompt], prompt: int, shots: int) -> list[HeldOutPrompt]:
+    """The examples before measured prompt number `prompt`: `shots` neighbors in the pool, in its order.
 
-    With more shots the nearest examples stay and earlier ones come before them.
+    More shots add examples in front, and keep those nearest to the prompt.
     """
-    last = 7 * prompt  # of neighbours others; any step would do
+    # any step works that is not a multiple of the pool's size; a large one separates neighboring prompts
+    last = 7 * prompt
     return [pool[(last - back) % len(pool)] for back in reversed(range(shots))]
-
-
-def encode_all(chat: ChatModel, prompts: Sequence[Prompt], pool: Sequence[Prompt], shots: int) -> list[list[int]]:
-    """Ids of every prompt behind its examples."""
-    return [encode(chat, prompt, examples_of(pool, i, shots)) for i, prompt in enumerate(prompts)]
 
 
 def measure(
     chat: ChatModel,
-    encoded: dict[int, list[list[int]]],
-    prompts: Sequence[Prompt],
-    settings: Sequence[Setting],
+    encoded: Mapping[int, list[list[int]]],
+    prompts: Sequence[HeldOutPrompt],
+    rules: Sequence[DecodingRule],
     progress: Callable[[float], None],
 ) -> list[dict[str, Any]]:
-    """Rows of context.json: every setting with each number of shots.
+    """Rows of context.json: every rule with each number of shots.
 
     Args:
-        encoded: ids of the prompts by number of shots.
-        progress: called with prompt tokens that were done.
+        encoded: token ids of the prompts by number of shots.
+        progress: called with the number of prompt tokens that were processed.
     """
-    room, rows = longest_answer(chat, prompts), []
+    length, rows = longest_answer(chat, prompts), []
     for shots, ids in encoded.items():
         mean = sum(map(len, ids)) / len(ids)
         batch = max(1, min(MOST_ROWS, BATCH_TOKENS // max(map(len, ids))))
-        for setting in settings:
-            done = decode_prompts(
+        for rule in rules:
+            decoded = decode_prompts(
                 chat,
                 ids,
-                setting,
-                max_new_tokens=room,
+                rule,
+                max_new_tokens=length,
                 batch=batch,
                 progress=lambda count, mean=mean: progress(count * mean),  # type: ignore[misc]
             )
-            rows.append(
-                {
-                    "shots": shots,
-                    "context": round(mean, 1),
-                    "alg": setting.alg,
-                    "n": setting.window,
-                    "threshold": setting.threshold if setting.alg != "ar" else None,
-                    "exact": exact_of(chat, prompts, done),
-                    "tokens": [sum(kept) for kept in done.accepted],
-                    "passes": [len(kept) for kept in done.accepted],
-                    "seconds": round(done.seconds, 3),
-                }
+            exact = exact_matches(chat, prompts, decoded)
+            seconds = round(decoded.seconds, 3)
+            row = {"shots": shots, "context": round(mean, 1), **rule.row, "exact": exact, **decoded.counts}
+            rows.append({**row, "seconds": seconds})
+            print(
+                f"{shots:3} shots, {mean:6.0f} tokens  {rule.name:20} {sum(exact)}/{len(exact)} exact, "
+                f"{decoded.tokens_per_pass:5.2f} tokens a pass, {seconds:.0f} s",
+                flush=True,
             )
-            print(line(rows[-1]), flush=True)
     return rows
 
 
-def line(row: dict[str, Any]) -> str:
-    """A row in words."""
-    name = Setting(row["alg"], row["n"], row["threshold"] or 1.0).name
-    return (
-        f"{row['shots']:3} shots, {row['context']:6.0f} tokens  {name:20} "
-        f"{sum(row['exact'])}/{len(row['exact'])} exact, {sum(row['tokens']) / sum(row['passes']):5.2f} tokens a pass, "
-        f"{row['seconds']:.0f} s"
-    )
-
-
-def split(prompts: Sequence[Prompt], most: int, shots: int, where: Path) -> tuple[Sequence[Prompt], Sequence[Prompt]]:
-    """What is measured, and what examples come from; DataError when the file is too short for both."""
+def split(
+    prompts: Sequence[HeldOutPrompt], most: int, shots: int, where: Path
+) -> tuple[Sequence[HeldOutPrompt], Sequence[HeldOutPrompt]]:
+    """The measured prompts and the pool of examples; DataError when the file is too short for both."""
     measured, pool = prompts[:most], prompts[most:]
     if shots > len(pool):
         raise DataError(
-            f"{shots} shots need as many examples behind the {len(measured)} prompts that are measured, "
-            f"there are {len(pool)}",
+            f"{shots} shots need as many examples after the {len(measured)} measured prompts, there are {len(pool)}",
             str(where),
-            "measure fewer (--most), ask for fewer --shots, or give a longer file",
+            "lower --most or --shots, or use a longer file",
         )
     return measured, pool
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Options of the command."""
-    example = "--model runs/quickstart/hf --prompts held_out.jsonl --out results --shots 0 4 16"
-    parser = parser_of("sdlm evaluate context", __doc__, example)
+    parser = measurement_parser("context", __doc__, example=f"{EXAMPLE} --shots 0 4 16")
+    add_prompts(parser, most=64)
     add = parser.add_argument
-    add("--prompts", type=Path, required=True, metavar="JSONL", help='lines of {"prompt": …, "expected": …}')
-    add("--most", type=int, default=64, metavar="N", help="prompts that are measured; default: 64")
-    add("--shots", type=int, nargs="+", default=[0, 1, 4, 8, 16, 32], metavar="K", help="default: 0 1 4 8 16 32")
-    add("--thresholds", type=float, nargs="*", default=[0.98, 0.9], metavar="TAU", help="default: .98 .9")
+    shots = [0, 1, 4, 8, 16, 32]
+    add("--shots", type=at_least(0), nargs="+", default=shots, metavar="K", help="numbers of examples")
+    add("--thresholds", type=threshold, nargs="*", default=[0.98, 0.9], metavar="TAU", help="of prob_conf")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    _check(args)
+    args = build_parser().parse_args(argv)
     measured, pool = split(read_prompts(args.prompts), args.most, max(args.shots), args.prompts)
     chat = load_model(args)
-    encoded = {shots: encode_all(chat, measured, pool, shots) for shots in sorted(set(args.shots))}
-    longest = max(len(ids) for rows in encoded.values() for ids in rows)
-    check_room(chat, longest + longest_answer(chat, measured) + (chat.config.block_size or 1), "--shots")
-    settings = settings_of(chat, args.thresholds)
-    tokens = len(settings) * sum(len(ids) for rows in encoded.values() for ids in rows)
-    with track("decode", tokens, "prompt tokens", Console()) as advance:
-        rows = measure(chat, encoded, measured, settings, advance)
-    facts = facts_of(chat, parser.prog, argv, prompts=str(args.prompts), n_prompts=len(measured))
-    write_json(args.out / "context.json", {"kind": "context", "model": str(args.model), "facts": facts, "rows": rows})
-
-
-def _check(args: argparse.Namespace) -> None:
-    wrong = {
-        "--most": (args.most, args.most >= 1, "at least 1"),
-        "--shots": (min(args.shots), min(args.shots) >= 0, "0 or more"),
-        "--thresholds": (args.thresholds, all(0 <= tau <= 1 for tau in args.thresholds), "between 0 and 1"),
+    encoded = {
+        shots: [encode(chat, prompt, examples_of(pool, i, shots)) for i, prompt in enumerate(measured)]
+        for shots in sorted(set(args.shots))
     }
-    for name, (value, fits, fix) in wrong.items():
-        if not fits:
-            raise ConfigError(f"{name} is {value}", "the command line", f"give {fix}")
+    longest = max(len(ids) for rows in encoded.values() for ids in rows)
+    check_positions(chat, longest + longest_answer(chat, measured) + (chat.config.block_size or 1), "--shots")
+    rules = rules_of(chat, args.thresholds)
+    tokens = len(rules) * sum(len(ids) for rows in encoded.values() for ids in rows)
+    with track("decode", tokens, "prompt tokens", Console()) as advance:
+        rows = measure(chat, encoded, measured, rules, advance)
+    write_result(chat, args, argv, "context", {"rows": rows}, n_prompts=len(measured))
 
 
 if __name__ == "__main__":

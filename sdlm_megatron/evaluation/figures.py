@@ -1,6 +1,7 @@
-"""Figures of what decoding gives: quality by tokens a pass, wall time and threshold; models below each other.
+"""Figures of quality, speed, cost and perplexity, for several models side by side.
 
-Every function takes results by label, several seeds of one label as a list, and returns a matplotlib Figure.
+Every function takes result files by label, several seeds of a label as a list, and returns a matplotlib Figure in the
+style of report/plots.py. Each label keeps its color in every figure.
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,89 +10,132 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator, PercentFormatter
 
 from sdlm_megatron.evaluation.intervals import Estimate
-from sdlm_megatron.evaluation.results import Point, Results, Timed, points, timings
-from sdlm_megatron.report.plots import INK, SERIES, figure_of, legend
+from sdlm_megatron.evaluation.result_files import (
+    Result,
+    Results,
+    RuleTiming,
+    SweepPoint,
+    context_rows,
+    points,
+    timings,
+)
+from sdlm_megatron.report.plots import INK, SERIES, SOFT, figure_of, legend
 
-LINES = {"prob_conf": "-", "entropy_conf": (0, (3, 2))}
-WORDS = {"prob_conf": "prob", "entropy_conf": "entropy", "self_speculative": "self-speculative", "ar": "n = 1"}
-MARKS = {"prob_conf": "o", "entropy_conf": "s", "self_speculative": "D", "ar": "*"}
-LEAST_GAP = 0.16
-"""Least distance of two labelled thresholds, in decades of 1 - threshold."""
+DASHED = (0, (3, 2))
+LINES = {"prob_conf": "-", "entropy_conf": DASHED}
+NAMES = {"prob_conf": "prob", "entropy_conf": "entropy", "self_speculative": "self-speculative", "ar": "n = 1"}
+MARKERS = {"prob_conf": "o", "entropy_conf": "s", "self_speculative": "D", "ar": "*"}
+TICK_GAP = 0.16
+"""Smallest distance between two labeled thresholds, in decades of 1 - threshold."""
+PASS_STYLES = {
+    "window": ("-", "n kept tokens and a window"),
+    "window_one": (DASHED, "one kept token and a window"),
+    "self_speculative": ("", "self-speculation, a pass"),
+}
+"""Line style and label of each kind of pass in speed.json."""
+Values = Sequence[float] | Sequence[Estimate]
 
 
-def colour_of(index: int) -> str:
-    """Of the label with this number."""
+# --- style
+
+
+def color_of(index: int) -> str:
+    """Color of the label with this number."""
     return SERIES[index % len(SERIES)]
 
 
-def curves(given: Sequence[Point]) -> dict[tuple[str, int], list[Point]]:
-    """Points of one algorithm and n, by rising threshold."""
-    found: dict[tuple[str, int], list[Point]] = {}
-    for point in sorted(given, key=lambda p: p.threshold or 0.0):
-        found.setdefault((point.alg, point.n), []).append(point)
-    return found
+def draw_line(axis: Axes, x: Values, y: Values, **style: Any) -> None:
+    """A line through points, with error bars along every axis whose values are estimates."""
+
+    def split(values: Values) -> tuple[list[float], np.ndarray | None]:
+        bars = [v.bars for v in values if isinstance(v, Estimate)]
+        return [v.value if isinstance(v, Estimate) else v for v in values], np.array(bars).T if bars else None
+
+    (x_values, x_bars), (y_values, y_bars) = split(x), split(y)
+    defaults = {"markersize": 4.5, "linewidth": 1.4, "elinewidth": 0.9}
+    axis.errorbar(x_values, y_values, xerr=x_bars, yerr=y_bars, **defaults | style)
 
 
-def _words(label: str, alg: str, n: int, several: bool) -> str:
-    words = WORDS.get(alg, alg) if alg == "ar" or not several else f"{WORDS.get(alg, alg)}, n = {n}"
-    return f"{label}: {words}"
+def label_axis(axis: Axes, *, title: str = "", x: str = "", y: str = "", percent: bool = False) -> None:
+    """Title and axis labels; `percent` formats the y axis as shares."""
+    if title:
+        axis.set_title(title, fontsize=10, color=INK, loc="left")
+    if x:
+        axis.set_xlabel(x, color=INK)
+    if y:
+        axis.set_ylabel(y, color=INK)
+    if percent:
+        axis.yaxis.set_major_formatter(PercentFormatter(1.0))
 
 
-def _several(given: Sequence[Point]) -> bool:
-    """Whether more than one window width was measured."""
-    return len({p.n for p in given if p.alg != "ar"}) > 1
+def legend_once(figure: Figure, axes: Sequence[Axes], ncols: int = 3) -> None:
+    """One legend above all panels, with each name once."""
+    handles: dict[str, Any] = {}
+    for axis in axes:
+        for handle, name in zip(*axis.get_legend_handles_labels(), strict=True):
+            handles.setdefault(name, handle)
+    if handles:
+        entries = {"handles": list(handles.values()), "labels": list(handles)}
+        legend(figure, loc="outside upper left", ncols=ncols, **entries)
 
 
-def _errors(axis: Axes, x: Sequence[Estimate], y: Sequence[Estimate], colour: str) -> None:
-    """Crosses of both intervals, without a line or mark."""
-    axis.errorbar(
-        [e.value for e in x],
-        [e.value for e in y],
-        xerr=np.array([e.bars for e in x]).T,
-        yerr=np.array([e.bars for e in y]).T,
-        fmt="none",
-        ecolor=colour,
-        elinewidth=0.9,
-        alpha=0.55,
-    )
+def _plain_numbers(value: float, _: float) -> str:
+    return f"{value:g}"
+
+
+# --- sweep
+
+
+def curves(measured: Sequence[SweepPoint]) -> dict[tuple[str, int], list[SweepPoint]]:
+    """Points by algorithm and n, in the order of rising thresholds."""
+    lines: dict[tuple[str, int], list[SweepPoint]] = {}
+    for point in sorted(measured, key=lambda p: p.threshold or 0.0):
+        lines.setdefault((point.alg, point.n), []).append(point)
+    return lines
+
+
+def _series_name(label: str, alg: str, n: int, measured: Sequence[SweepPoint]) -> str:
+    """Legend entry of a curve; n is named only where several window widths were measured."""
+    several = len({p.n for p in measured if p.alg != "ar"}) > 1
+    return f"{label}: {NAMES.get(alg, alg)}{f', n = {n}' if several and alg != 'ar' else ''}"
 
 
 def quality_figure(sweeps: Results) -> Figure:
-    """Exact answers against tokens a pass: a line for each confidence, a point for each threshold, with intervals."""
+    """Exact answers against tokens a pass: a curve per confidence measure, a point per threshold, with intervals."""
     figure, (axis,) = figure_of(7.2, 4.4)
     for index, (label, seeds) in enumerate(sweeps.items()):
-        given, colour = points(seeds), colour_of(index)
-        several = _several(given)
-        for number, ((alg, n), line) in enumerate(curves(given).items()):
-            x, y = [p.speed for p in line], [p.exact for p in line]
-            _errors(axis, x, y, colour)
-            axis.plot(
-                [e.value for e in x],
-                [e.value for e in y],
-                color=colour,
+        measured, color = points(seeds), color_of(index)
+        lines = curves(measured)
+        several = len({n for alg, n in lines if alg != "ar"}) > 1
+        for number, ((alg, n), line) in enumerate(lines.items()):
+            draw_line(
+                axis,
+                [p.speed for p in line],
+                [p.exact for p in line],
+                # curves of several window widths share a color and differ in strength
+                color=to_rgba(color, 0.55 + 0.45 * number / len(lines) if several else 1.0),
+                ecolor=to_rgba(color, 0.55),
                 linestyle=LINES.get(alg, ""),
-                alpha=1.0 if not several else 0.55 + 0.45 * number / max(len(curves(given)), 1),
-                marker=MARKS.get(alg, "o"),
+                marker=MARKERS.get(alg, "o"),
                 markersize=10 if alg == "ar" else 5,
                 linewidth=1.5,
-                label=_words(label, alg, n, several),
+                label=_series_name(label, alg, n, measured),
             )
             if alg == "prob_conf" and len(sweeps) == 1:
-                _name_points(axis, line, colour)
-    axis.yaxis.set_major_formatter(PercentFormatter(1.0))
-    axis.set_xlabel("tokens a pass", color=INK)
-    axis.set_ylabel("exact answers", color=INK)
+                _name_points(axis, line, color)
+    label_axis(axis, x="tokens a pass", y="exact answers", percent=True)
     axis.margins(x=0.05, y=0.08)
-    axis.set_xlim(left=max(0.5, axis.get_xlim()[0]))  # an interval of few seeds may reach below what is possible
+    axis.set_xlim(left=max(0.5, axis.get_xlim()[0]))  # an interval over few seeds can reach below what is possible
     legend(figure, loc="outside upper left", ncols=3)
     return figure
 
 
-def _name_points(axis: Axes, line: Sequence[Point], colour: str) -> None:
+def _name_points(axis: Axes, line: Sequence[SweepPoint], color: str) -> None:
     for point in line:
         axis.annotate(
             f"{point.threshold:g}",
@@ -99,53 +143,49 @@ def _name_points(axis: Axes, line: Sequence[Point], colour: str) -> None:
             xytext=(4, 5),
             textcoords="offset points",
             fontsize=8,
-            color=colour,
+            color=color,
         )
 
 
 def threshold_figure(sweeps: Results) -> Figure:
-    """Tokens a pass (above) and exact answers (below) by threshold, near 1 drawn apart; dotted what n = 1 gives."""
+    """Tokens a pass (above) and exact answers (below) by threshold; a dotted line shows the quality of n = 1.
+
+    The x axis is logarithmic in 1 - threshold, which spreads the thresholds near 1.
+    """
     figure, (upper, lower) = figure_of(7.2, 5.6, 2, sharex=True)
     thresholds: set[float] = set()
     for index, (label, seeds) in enumerate(sweeps.items()):
-        given, colour = points(seeds), colour_of(index)
-        for (alg, n), line in curves(given).items():
+        measured, color = points(seeds), color_of(index)
+        for (alg, n), line in curves(measured).items():
             if alg == "ar":
-                lower.axhline(line[0].exact.value, color=colour, linewidth=1, linestyle=":")
-            line = [p for p in line if p.threshold is not None and p.threshold < 1]
-            if not line:
+                lower.axhline(line[0].exact.value, color=color, linewidth=1, linestyle=":")
+            known = [(p.threshold, p) for p in line if p.threshold is not None and p.threshold < 1]
+            if not known:
                 continue
-            x = [1 - (p.threshold or 0.0) for p in line]
-            thresholds.update(p.threshold or 0.0 for p in line)
-            for axis, values in ((upper, [p.speed for p in line]), (lower, [p.exact for p in line])):
-                axis.errorbar(
-                    x,
-                    [e.value for e in values],
-                    yerr=np.array([e.bars for e in values]).T,
-                    color=colour,
-                    linestyle=LINES.get(alg, "-"),
-                    marker=MARKS.get(alg, "o"),
-                    markersize=4.5,
-                    linewidth=1.5,
-                    elinewidth=0.9,
-                    label=_words(label, alg, n, _several(given)) if axis is upper else None,
-                )
+            thresholds.update(threshold for threshold, _ in known)
+            x = [1 - threshold for threshold, _ in known]
+            style = {
+                "color": color,
+                "linestyle": LINES.get(alg, "-"),
+                "marker": MARKERS.get(alg, "o"),
+                "linewidth": 1.5,
+            }
+            draw_line(upper, x, [p.speed for _, p in known], label=_series_name(label, alg, n, measured), **style)
+            draw_line(lower, x, [p.exact for _, p in known], **style)
     _threshold_axis(lower, thresholds)
-    lower.yaxis.set_major_formatter(PercentFormatter(1.0))
-    upper.set_ylabel("tokens a pass", color=INK)
-    lower.set_ylabel("exact answers", color=INK)
-    lower.set_xlabel("threshold τ", color=INK)
+    label_axis(upper, y="tokens a pass")
+    label_axis(lower, x="threshold τ", y="exact answers", percent=True)
     legend(figure, loc="outside upper left", ncols=3)
     return figure
 
 
 def _threshold_axis(axis: Axes, thresholds: set[float]) -> None:
-    """1 - threshold by its logarithm, falling to the right, labelled by thresholds that have room."""
+    """1 - threshold on a logarithmic axis that falls to the right, labeled with the thresholds that have room."""
     axis.set_xscale("log")
     axis.invert_xaxis()
     shown: list[float] = []
     for value in sorted(thresholds, reverse=True):
-        if not shown or np.log10((1 - value) / (1 - shown[-1])) >= LEAST_GAP:
+        if not shown or np.log10((1 - value) / (1 - shown[-1])) >= TICK_GAP:
             shown.append(value)
     axis.xaxis.set_major_locator(FixedLocator([1 - value for value in shown]))
     axis.xaxis.set_minor_locator(NullLocator())
@@ -153,77 +193,144 @@ def _threshold_axis(axis: Axes, thresholds: set[float]) -> None:
     axis.set_xticklabels([f"{value:g}" for value in shown])
 
 
+# --- speed and context
+
+
 def wall_figure(speeds: Results) -> Figure:
-    """Exact answers against tokens a second, one panel a batch size."""
+    """Exact answers against tokens a second, one panel per batch size."""
     timed = {label: timings(seeds) for label, seeds in speeds.items()}
     batches = sorted({t.batch for rows in timed.values() for t in rows})
     figure, axes = figure_of(7.2, 1.2 + 2.6 * len(batches), len(batches))
     for axis, batch in zip(axes, batches, strict=True):
         for index, (label, rows) in enumerate(timed.items()):
-            _wall_points(axis, label, [t for t in rows if t.batch == batch], colour_of(index))
+            _wall_lines(axis, label, [t for t in rows if t.batch == batch], color_of(index))
         axis.set_xlim(left=0)
-        axis.set_title(f"batch {batch}", fontsize=10, color=INK, loc="left")
-        axis.yaxis.set_major_formatter(PercentFormatter(1.0))
-        axis.set_ylabel("exact answers", color=INK)
         axis.margins(y=0.12)
-    axes[-1].set_xlabel("tokens a second", color=INK)
+        label_axis(axis, title=f"batch {batch}", y="exact answers", percent=True)
+    label_axis(axes[-1], x="tokens a second")
     legend_once(figure, axes)
     return figure
 
 
-def _wall_points(axis: Axes, label: str, rows: Sequence[Timed], colour: str) -> None:
+def _wall_lines(axis: Axes, label: str, rows: Sequence[RuleTiming], color: str) -> None:
     for alg in dict.fromkeys(t.alg for t in rows):
         line = sorted((t for t in rows if t.alg == alg), key=lambda t: t.threshold or 0.0)
-        axis.errorbar(
-            [t.rate.value for t in line],
+        draw_line(
+            axis,
+            [t.rate for t in line],
             [t.exact for t in line],
-            xerr=np.array([t.rate.bars for t in line]).T,
-            color=colour,
+            color=color,
             linestyle=LINES.get(alg, ""),
-            marker=MARKS.get(alg, "o"),
+            marker=MARKERS.get(alg, "o"),
             markersize=10 if alg == "ar" else 5,
             linewidth=1.3,
-            elinewidth=0.9,
-            label=f"{label}: {WORDS.get(alg, alg)}",
+            label=f"{label}: {NAMES.get(alg, alg)}",
         )
 
 
-def legend_once(figure: Figure, axes: Sequence[Axes], **options: Any) -> None:
-    """One legend for all panels: each name once."""
-    named: dict[str, Any] = {}
-    for axis in axes:
-        for handle, name in zip(*axis.get_legend_handles_labels(), strict=True):
-            named.setdefault(name, handle)
-    if named:
-        options = {"loc": "outside upper left", "ncols": 3, **options}
-        legend(figure, handles=list(named.values()), labels=list(named), **options)
+def overhead_figure(speeds: Results) -> Figure:
+    """Cost of a window pass in causal steps against n, one panel per label and batch size, a color per context length.
+
+    A pass is a gain if it keeps more tokens than its cost. The dotted line is n, the cost of the steps it replaces if
+    all its tokens are kept. Medians and quartiles of the repetitions; with several seeds, those of the first.
+    """
+    panels = [
+        (f"{label}, batch {batch}", [row for row in seeds[0]["break_even"] if row["batch"] == batch])
+        for label, seeds in speeds.items()
+        for batch in sorted({row["batch"] for row in seeds[0].get("break_even", [])})
+    ]
+    figure, axes = figure_of(7.2, 0.8 + 2.5 * max(len(panels), 1), max(len(panels), 1))
+    for axis, (title, rows) in zip(axes, panels, strict=False):
+        for index, context in enumerate(sorted({row["context"] for row in rows})):
+            _cost_lines(axis, [row for row in rows if row["context"] == context], context, color_of(index))
+        _steps_axis(axis, sorted({row["n"] for row in rows}))
+        label_axis(axis, title=title, y="causal steps")
+    label_axis(axes[-1], x="n, slots of the window")
+    legend_once(figure, axes, ncols=2)
+    return figure
+
+
+def _cost_lines(axis: Axes, rows: Sequence[Result], context: int, color: str) -> None:
+    for what, (style, name) in PASS_STYLES.items():
+        line = sorted((row for row in rows if row["what"] == what), key=lambda row: row["n"])
+        if line:
+            draw_line(
+                axis,
+                [row["n"] for row in line],
+                [Estimate(row["tokens"], row["low"], row["high"]) for row in line],
+                color=color,
+                linestyle=style,
+                marker="D" if what == "self_speculative" else "o",
+                markersize=3 if what == "window_one" else 4.5,
+                label=f"at {context} tokens: {name}",
+            )
+
+
+def _steps_axis(axis: Axes, widths: Sequence[int]) -> None:
+    axis.plot(widths, widths, color=SOFT, linewidth=1, linestyle=(0, (1, 2)), label="n causal steps")
+    for scale, ticks in (("x", list(widths)), ("y", [2**k for k in range(-1, 8)])):
+        getattr(axis, f"set_{scale}scale")("log", base=2)
+        line = getattr(axis, f"{scale}axis")
+        line.set_major_locator(FixedLocator(ticks))
+        line.set_minor_locator(NullLocator())
+        line.set_major_formatter(_plain_numbers)
+
+
+def context_figure(contexts: Results) -> Figure:
+    """Exact answers, tokens a pass and tokens a second against the number of tokens before the answer."""
+    figure, axes = figure_of(7.2, 7.0, 3, sharex=True)
+    for index, (label, seeds) in enumerate(contexts.items()):
+        lines: dict[tuple[str, int, float | None], list[dict[str, Any]]] = {}
+        for row in sorted(context_rows(seeds), key=lambda r: r["context"]):
+            lines.setdefault((row["alg"], row["n"], row["threshold"]), []).append(row)
+        for number, ((alg, _, threshold), rows) in enumerate(lines.items()):
+            for axis, field in zip(axes, ("exact", "speed", "rate"), strict=True):
+                draw_line(
+                    axis,
+                    [row["context"] for row in rows],
+                    [row[field] for row in rows],
+                    # a single model has a color per rule, several models have one each
+                    color=color_of(number if len(contexts) == 1 else index),
+                    linestyle=":" if alg == "ar" else LINES.get(alg, (0, (5, 1, 1, 1))),
+                    marker="osD^v"[number % 5],
+                    label=f"{label}: {NAMES.get(alg, alg)}{'' if threshold is None else f' {threshold:g}'}",
+                )
+    label_axis(axes[0], y="exact answers", percent=True)
+    label_axis(axes[1], y="tokens a pass")
+    label_axis(axes[2], x="tokens before the answer", y="tokens a second")
+    axes[2].set_xscale("log", base=2)
+    axes[2].xaxis.set_major_formatter(_plain_numbers)
+    legend_once(figure, axes)
+    return figure
+
+
+# --- any quantity
 
 
 def models_figure(
     values: Mapping[str, Mapping[str, Estimate]], *, percent: Sequence[str] = (), logarithmic: bool = False
 ) -> Figure:
-    """Figures of several models below each other, as points with intervals.
+    """A panel per quantity with the models below each other, as points with intervals.
 
     Args:
-        values: by panel: the label of each model and its figure.
-        percent: panels whose figures are shares.
-        logarithmic: the scale of all panels.
+        values: the estimate of each model, by panel and label.
+        percent: panels that show shares.
+        logarithmic: use a logarithmic x axis in all panels.
     """
     labels = list(dict.fromkeys(label for panel in values.values() for label in panel))
     figure, axes = figure_of(7.2, 0.4 + len(values) * (0.6 + 0.25 * len(labels)), len(values))
     for axis, (name, panel) in zip(axes, values.items(), strict=True):
-        for place, label in enumerate(labels):
+        for row, label in enumerate(labels):
             if label in panel:
-                one, colour = panel[label], colour_of(place)
-                bars = np.array([one.bars]).T
-                axis.errorbar(one.value, place, xerr=bars, fmt="o", color=colour, markersize=5, elinewidth=1.4)
+                style = {"fmt": "o", "color": color_of(row), "markersize": 5, "elinewidth": 1.4}
+                draw_line(axis, [panel[label]], [row], **style)
         axis.set_yticks(range(len(labels)), labels)
         axis.set_ylim(len(labels) - 0.5, -0.5)
-        axis.set_title(fill(name, 80), fontsize=10, color=INK, loc="left")
+        label_axis(axis, title=fill(name, 80))
         if name in percent:
             axis.xaxis.set_major_formatter(PercentFormatter(1.0))
         if logarithmic:
             axis.set_xscale("log")
-            axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+            axis.xaxis.set_major_formatter(_plain_numbers)
             axis.xaxis.set_minor_formatter(NullFormatter())
     return figure

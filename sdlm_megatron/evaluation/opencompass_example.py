@@ -1,6 +1,8 @@
-"""A config of OpenCompass for prompts of this project, JSONL of {"prompt", "expected"}: exact answers of one folder.
+"""Config of OpenCompass: exact answers of one folder to prompts from a JSONL file of {"prompt", "expected"}.
 
-SDLM_FOLDER=FOLDER SDLM_PROMPTS=prompts.jsonl PYTHONPATH=. opencompass sdlm_megatron/evaluation/opencompass_example.py -w runs/oc
+With sdlm-megatron installed in OpenCompass' environment, see docs/evaluation.md:
+
+    SDLM_FOLDER=DIR SDLM_PROMPTS=prompts.jsonl opencompass PATH_OF_THIS_FILE -w runs/oc
 """
 
 import os
@@ -45,4 +47,4 @@ models = [
     for alg, threshold in (("prob_conf", 0.98), ("ar", 1.0))
 ]
 
-del os  # what a config names at its end is written into the run's folder
+del os  # OpenCompass writes every name that a config defines into the run's folder, and a module cannot be written

@@ -1,7 +1,7 @@
-"""SDLM folders for OpenCompass 0.5.4, by `type=SDLM` in a config of its own; none of its files is changed.
+"""Model class for OpenCompass 0.5.4, used as `type=SDLM` in a config; no file of OpenCompass is changed.
 
-OpenCompass wants older packages than this project, so it lives in an environment of its own, and this file imports
-nothing of ours: the decoding is the code that the exported folder brings along (transformers 4.57 or newer).
+OpenCompass requires older packages than this project and therefore has an environment of its own. This module imports
+nothing else of the project: the exported folder's own code decodes (transformers 4.57 or newer).
 """
 
 from collections.abc import Sequence
@@ -20,19 +20,19 @@ ROUND = [{"role": "HUMAN", "api_role": "HUMAN"}, {"role": "BOT", "api_role": "BO
 ROLES = {"HUMAN": "user", "BOT": "assistant", "SYSTEM": "system"}
 
 
-class SDLM(BaseModel):
-    """A folder of this project's exporter, or a plain one, as a chat model.
+class SDLMForOpenCompass(BaseModel):
+    """An exported or plain model folder as a chat model.
 
     Args:
-        path: the folder. Its own code is run: it is what decodes.
-        max_seq_len: longer prompts lose their beginning.
-        alg, n, threshold, product: how to decode, see docs/inference.md; default: as the folder says. A folder
-            without SDLM's code takes none of them.
-        system: the system turn of prompts that have none; default: the chat template's.
-        stop_words: an answer ends before the first of them.
-        generation_kwargs: more of transformers' generate, e.g. do_sample, temperature, top_p; what SDLM's decoding
-            cannot do is refused by name.
-        dtype, device: as torch writes them; "auto": as the folder says; None: a GPU if there is one.
+        path: the folder. The code it contains is run to decode.
+        max_seq_len: prompts are truncated on the left to this many tokens.
+        alg, n, threshold, product: decoding rule, see docs/inference.md; default: the folder's generation_config.json.
+            Leave them out for a folder without SDLM's code.
+        system: system turn of prompts that have none; default: the chat template's.
+        stop_words: an answer ends before the first of these.
+        generation_kwargs: further arguments of transformers' `generate`, such as do_sample, temperature, top_p; SDLM
+            decoding names those it does not support.
+        dtype, device: as in torch; dtype "auto": the folder's own; device None: a GPU if there is one.
         meta_template, tokenizer_only: OpenCompass' own.
     """
 
@@ -53,17 +53,17 @@ class SDLM(BaseModel):
         tokenizer_only: bool = False,
     ) -> None:
         if not (Path(path) / "config.json").is_file():
-            raise FileNotFoundError(f"{path}: no model folder, it has no config.json")
+            raise FileNotFoundError(f"{path}: not a model folder, it has no config.json")
         super().__init__(path, max_seq_len, tokenizer_only, generation_kwargs=generation_kwargs or {})
         self.template_parser = APITemplateParser(meta_template or {"round": ROUND})
         self.tokenizer: Any = AutoTokenizer.from_pretrained(path, padding_side="left", truncation_side="left")
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
-        wanted = {"sdlm_alg": alg, "sdlm_n": n, "sdlm_threshold": threshold, "sdlm_product": product}
-        self.settings = {name: value for name, value in wanted.items() if value is not None}
+        rule = {"sdlm_alg": alg, "sdlm_n": n, "sdlm_threshold": threshold, "sdlm_product": product}
+        self.settings = {name: value for name, value in rule.items() if value is not None}
         self.system, self.stop_words = system, list(stop_words)
         self.tokens = self.passes = 0
-        """Generated since the model was loaded, end tokens included, and the forward passes they took."""
+        """Tokens generated since the model was loaded, end tokens included, and their forward passes."""
         if not tokenizer_only:
             device = device or ("cuda" if torch.cuda.is_available() else "cpu")
             model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=True)
@@ -72,13 +72,13 @@ class SDLM(BaseModel):
     # --- answers
 
     def generate(self, inputs: list[Any], max_out_len: int, stopping_criteria: Sequence[str] = ()) -> list[str]:
-        """An answer to each prompt or conversation, in one batch."""
+        """An answer to each prompt or conversation, decoded as one batch."""
         stop = list(dict.fromkeys([*self.stop_words, *stopping_criteria]))
         batch = self._encode([self._render(each) for each in inputs])
         answers, passes = self._answers(batch, max_out_len, stop)
         for i, answer in enumerate(answers):
             if self._ended_early(answer, max_out_len) and not self._stops(answer, stop):
-                # the stop string began in the prompt, which does not count: once more, to the end
+                # the stop string began in the prompt, where it does not count: decode the row again without it
                 again, again_passes = self._answers({k: v[i : i + 1] for k, v in batch.items()}, max_out_len, [])
                 answers[i], passes[i] = again[0], again_passes[0]
         self.tokens, self.passes = self.tokens + sum(map(len, answers)), self.passes + sum(passes)
@@ -91,7 +91,7 @@ class SDLM(BaseModel):
         return texts
 
     def _answers(self, batch: dict[str, Tensor], most: int, stop: list[str]) -> tuple[list[list[int]], list[int]]:
-        """New tokens of each row, its end token included, and its passes."""
+        """New tokens of each row, end token included, and the number of its passes."""
         options = {"stop_strings": stop, "tokenizer": self.tokenizer} if stop else {}
         out = self.model.generate(
             **batch,
@@ -101,7 +101,7 @@ class SDLM(BaseModel):
             **{"do_sample": False, **self.settings, **self.generation_kwargs, **options},
         )
         rows = out.sequences[:, batch["input_ids"].shape[1] :].tolist()
-        accepted = getattr(out, "accepted", None)  # transformers' own generate has none: one token a pass
+        accepted = getattr(out, "accepted", None)  # absent from transformers' own generate: one token a pass
         if accepted is not None:
             return [row[: sum(a)] for row, a in zip(rows, accepted, strict=True)], [len(a) for a in accepted]
         rows = [row[: next((i + 1 for i, t in enumerate(row) if t in self._ends()), len(row))] for row in rows]
@@ -121,7 +121,7 @@ class SDLM(BaseModel):
     # --- prompts
 
     def _render(self, prompt: Any) -> str:
-        """Text of a prompt (a user turn), or of a conversation in OpenCompass' form, up to where the answer begins."""
+        """Text of a prompt (a user turn) or of a conversation in OpenCompass' form, up to the answer's beginning."""
         turns = [{"role": "HUMAN", "prompt": prompt}] if isinstance(prompt, str) else prompt
         messages = [{"role": ROLES[turn["role"]], "content": turn["prompt"]} for turn in turns]
         if self.system is not None and messages[0]["role"] != "system":
@@ -136,16 +136,16 @@ class SDLM(BaseModel):
         return {name: batch[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
 
     def get_token_len(self, prompt: str) -> int:
-        """Tokens of a prompt as it is given to the model."""
+        """Number of tokens of a prompt as the model receives it."""
         return len(self.tokenizer(self._render(prompt), add_special_tokens=False)["input_ids"])
 
     # --- likelihood
 
     def get_ppl(self, inputs: list[Any], mask_length: list[int] | None = None) -> np.ndarray:
-        """Mean negative log-likelihood in nats of each text, by the plain causal model; float64 (B,).
+        """Mean negative log-likelihood of each text in nats, by the plain causal model; float64 (B,).
 
-        As OpenCompass' own models have it: the sum over all tokens but the first, divided by the number of all, or
-        with `mask_length` over and by those after the first so many. A conversation is its prompts in a row.
+        Normalized as OpenCompass' own models do: the sum over all tokens but the first, divided by the number of all
+        tokens; with `mask_length`, both only over the tokens after that many. A conversation is its concatenated turns.
         """
         texts = [each if isinstance(each, str) else "".join(turn["prompt"] for turn in each) for each in inputs]
         batch = self._encode(texts, add_special_tokens=True, padding_side="right")
@@ -155,5 +155,9 @@ class SDLM(BaseModel):
         losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
         first = torch.tensor(mask_length or [0] * len(texts), device=ids.device)
         counted = real[:, 1:] * (torch.arange(1, ids.shape[1], device=ids.device) >= first[:, None])
-        sums: np.ndarray = ((losses * counted).sum(1).double() / (real.sum(1) - first)).cpu().numpy()
-        return sums
+        means: np.ndarray = ((losses * counted).sum(1).double() / (real.sum(1) - first)).cpu().numpy()
+        return means
+
+
+SDLM = SDLMForOpenCompass
+"""The name used in configs of OpenCompass: `type=SDLM`."""

@@ -1,8 +1,8 @@
-"""Next-token perplexity of text that has nothing to do with the training: what a model has forgotten.
+"""Perplexity: next-token perplexity of text unrelated to the training data, a measure of forgetting.
 
-Plain causal passes, no window: compare a model with what it was before. A text is cut into pieces that are read one by
-one without a start token; the first token of a piece is given, the others count. Numbers of other tokenizers cannot
-be compared. Without --text, texts that are on any machine with this package. The result is DIR/perplexity.json.
+Compare a model with its base. Texts are read by plain causal passes without a window, in pieces without a start token;
+the first token of a piece is context only. Without --text, reads texts that are installed on every machine with this
+package. Perplexities of different tokenizers cannot be compared. Writes OUT/perplexity.json.
 """
 
 import argparse
@@ -22,73 +22,79 @@ import torch
 from rich.console import Console
 
 from sdlm_megatron.chat.chat_model import ChatModel
-from sdlm_megatron.errors import ConfigError, DataError, run_cli
-from sdlm_megatron.evaluation.common_options import check_room, load_model, parser_of
-from sdlm_megatron.evaluation.facts import facts_of
-from sdlm_megatron.files import write_json
+from sdlm_megatron.config.command_line import at_least
+from sdlm_megatron.errors import DataError, run_cli
+from sdlm_megatron.evaluation.measurement import check_positions, load_model, measurement_parser, write_result
 from sdlm_megatron.progress import track
 
 MODULES = ("argparse", "copy", "heapq", "re", "sched", "shelve", "socketserver", "timeit", "unittest")
-"""Of Python's library: their docstrings are long, and mostly prose."""
+"""Modules of Python's standard library with long docstrings that are mostly prose."""
 
 
 @dataclass(frozen=True)
-class Text:
-    """What is read."""
-
+class NamedText:
     name: str
     text: str
 
 
-def texts_at_hand() -> list[Text]:
-    """Texts with a free licence that this Python and its packages bring along; versions differ, so names have them."""
+def installed_texts() -> list[NamedText]:
+    """Freely licensed texts that come with Python and its packages; names contain the versions, which differ."""
     python = f"Python {platform.python_version()}"
     documents = "\n\n".join((importlib.import_module(name).__doc__ or "").strip() for name in MODULES)
-    found = [
-        Text(f"{python}, heapq.__about__", vars(heapq)["__about__"].strip()),
-        Text(f"{python}, docstrings of {', '.join(MODULES)}", documents),
+    texts = [
+        NamedText(f"{python}, heapq.__about__", vars(heapq)["__about__"].strip()),
+        NamedText(f"{python}, docstrings of {', '.join(MODULES)}", documents),
     ]
     package = distribution("transformers")
     readme = package.metadata.json.get("description")
     if readme:
-        found.append(Text(f"transformers {package.version}, its README", str(readme).strip()))
-    licence = package.read_text("licenses/LICENSE") or package.read_text("LICENSE")
-    if licence:
-        found.append(Text(f"transformers {package.version}, its licence (Apache 2.0)", licence.strip()))
-    return found
+        texts.append(NamedText(f"transformers {package.version}, its README", str(readme).strip()))
+    # the place of the license inside a wheel changed with the metadata version
+    license_text = package.read_text("licenses/LICENSE") or package.read_text("LICENSE")
+    if license_text:
+        name = f"transformers {package.version}, its licence (Apache 2.0)"
+        texts.append(NamedText(name, license_text.strip()))
+    return texts
 
 
-def read_text(path: Path) -> Text:
-    """A file of --text, named after the file. DataError when it holds no text."""
+def read_text(path: Path) -> NamedText:
+    """A file of --text, named after the file. DataError when it cannot be read or is empty."""
     try:
         text = path.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"the text cannot be read: {error}", f"--text {path}", "name a file in UTF-8") from None
     if not text:
         raise DataError("the file is empty", f"--text {path}", "name a file with text")
-    return Text(path.name, text)
+    return NamedText(path.name, text)
 
 
-def pieces_of(chat: ChatModel, text: Text, length: int, most: int) -> list[list[int]]:
-    """The first `most` tokens of a text in pieces of `length` ids; a last piece of one token is dropped."""
-    encoded = chat.tokenizer(text.text, add_special_tokens=False, split_special_tokens=True, verbose=False)
-    ids: list[int] = encoded["input_ids"][:most]
+def pieces_of(chat: ChatModel, text: NamedText, length: int, most: int) -> list[list[int]]:
+    """The first `most` tokens of a text in pieces of `length` ids; a last piece of one token is dropped.
+
+    Raises:
+        DataError: the text has fewer than two tokens.
+    """
+    ids = chat.encode_text(text.text)[:most]
     pieces = [ids[start : start + length] for start in range(0, len(ids), length)]
+    if len(ids) < 2:
+        raise DataError("the text has only one token", text.name, "use a longer text")
     return [piece for piece in pieces if len(piece) > 1]
 
 
 @torch.inference_mode()
 def nll_of(chat: ChatModel, piece: Sequence[int]) -> float:
-    """Sum of -log p of all tokens but the first, in nats."""
+    """Negative log-likelihood of all tokens but the first, summed, in nats."""
     ids = torch.tensor([piece], device=chat.model.device)
     logits = chat.model(input_ids=ids, use_cache=False).logits[0, :-1].float()
     return torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum").item()
 
 
-def measure(chat: ChatModel, cut: Sequence[tuple[Text, list[list[int]]]], progress: Callable[[float], None]) -> list:
-    """Rows of perplexity.json. "tokens" are those that count, "sha256" that of the whole text."""
+def measure(
+    chat: ChatModel, texts: Sequence[tuple[NamedText, list[list[int]]]], progress: Callable[[float], None]
+) -> list[dict[str, Any]]:
+    """Rows of perplexity.json: "tokens" counts the predicted tokens, "sha256" identifies the whole text."""
     rows: list[dict[str, Any]] = []
-    for text, pieces in cut:
+    for text, pieces in texts:
         total = 0.0
         for piece in pieces:
             total += nll_of(chat, piece)
@@ -109,38 +115,27 @@ def measure(chat: ChatModel, cut: Sequence[tuple[Text, list[list[int]]]], progre
 
 def build_parser() -> argparse.ArgumentParser:
     """Options of the command."""
-    parser = parser_of("sdlm evaluate perplexity", __doc__, "--model runs/quickstart/hf --out results")
+    parser = measurement_parser("perplexity", __doc__, example="--model runs/quickstart/hf --out results")
     add = parser.add_argument
-    add("--text", type=Path, nargs="+", metavar="FILE", help="in UTF-8; default: texts of Python and its packages")
-    add("--length", type=int, default=1024, metavar="N", help="tokens of a piece; default: 1024")
-    add("--most", type=int, default=4096, metavar="N", help="tokens read of each text; default: 4096")
+    add(
+        "--text", type=Path, nargs="+", metavar="FILE", help="files in UTF-8; default: texts of Python and its packages"
+    )
+    add("--length", type=at_least(2), default=1024, metavar="N", help="tokens per piece")
+    add("--most", type=at_least(2), default=4096, metavar="N", help="tokens read of each text")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    _check(args)
-    texts = [read_text(path) for path in args.text] if args.text else texts_at_hand()
+    args = build_parser().parse_args(argv)
+    texts = [read_text(path) for path in args.text] if args.text else installed_texts()
     chat = load_model(args)
-    check_room(chat, args.length, "--length")
-    cut = [(text, pieces_of(chat, text, args.length, args.most)) for text in texts]
-    for text, pieces in cut:
-        if not pieces:
-            raise DataError("the text has only one token", text.name, "give a longer one")
-    total = sum(len(piece) for _, pieces in cut for piece in pieces)
+    check_positions(chat, args.length, "--length")
+    pieces = [(text, pieces_of(chat, text, args.length, args.most)) for text in texts]
+    total = sum(len(piece) for _, part in pieces for piece in part)
     with track("read", total, "tokens", Console()) as advance:
-        rows = measure(chat, cut, advance)
-    facts = facts_of(chat, parser.prog, argv, length=args.length)
-    result = {"kind": "perplexity", "model": str(args.model), "facts": facts, "texts": rows}
-    write_json(args.out / "perplexity.json", result)
-
-
-def _check(args: argparse.Namespace) -> None:
-    for option, value in (("--length", args.length), ("--most", args.most)):
-        if value < 2:
-            raise ConfigError(f"{option} is {value}", "the command line", "give at least 2")
+        rows = measure(chat, pieces, advance)
+    write_result(chat, args, argv, "perplexity", {"texts": rows}, length=args.length)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""What a model proposes at every place of a text: one forward pass instead of a decode for each setting.
+"""Probe: what a model proposes at every position of a text, from one forward pass over the text.
 
-A block of training and a window of decoding are the same thing, so the text is expanded as training expands it, with
-a block at every anchor of the answer, and each block's proposals are those that decoding would see there. While a
-setting's decode stays on the text, all it does follows from them: `follow`.
+A window of decoding is a training block, so the text is expanded as in training, with a block at every anchor of the
+answer; each block then holds the proposals that decoding would see there. As long as a decoding rule writes the probed
+text, `follow` derives its passes from them without decoding.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -12,27 +12,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sdlm_megatron.chat.chat_model import ChatModel
+from sdlm_megatron.chat.chat_model import ChatModel, DecodingRule
 from sdlm_megatron.diffusion.decode_model import additive_mask
 from sdlm_megatron.diffusion.decode_rules import choose, confidence, sure_prefix, verified_prefix
 from sdlm_megatron.diffusion.layout import pack_row, row_positions
 from sdlm_megatron.diffusion.mask import visible_row
-from sdlm_megatron.evaluation.decoding import Setting
 
 LOGIT_ROWS = 1024
-"""Rows of logits at a time: 200 MB at a vocabulary of 49152."""
+"""Rows of logits computed at a time: 200 MB with a vocabulary of 49,152."""
 
 
 @dataclass(frozen=True)
 class Probe:
-    """The proposals behind each token before an answer token: R places of n slots."""
+    """Proposals before each of the R tokens of an answer, for n slots."""
 
     tokens: Tensor
     """int64 (R, n)."""
     prob: Tensor
     """float32 (R, n), confidence of prob_conf."""
     entropy: Tensor | None
-    """float32 (R, n), confidence of entropy_conf, where it was asked for."""
+    """float32 (R, n), confidence of entropy_conf; None if it was not requested."""
 
 
 def probe(
@@ -45,23 +44,24 @@ def probe(
     entropy: bool = True,
     progress: Callable[[int], None] | None = None,
 ) -> list[Probe]:
-    """Probes each answer (R tokens, end token included, R >= 1) behind its prompt, both as ids.
+    """Probes each answer (at least one token, end token included) after its prompt, both as token ids.
 
     Args:
         window: n; may differ from the trained block size.
-        batch: texts at a time.
-        entropy: take it too; half of what reading the logits costs.
-        progress: called with the number of texts done after each batch.
+        batch: texts per forward pass.
+        entropy: also compute the entropy, which takes half of the time spent on logits.
+        progress: called after each batch with the number of its texts.
     """
+    # texts of similar length share a batch, which keeps padding small
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]) + len(answers[i]))
-    found: dict[int, Probe] = {}
+    probes: dict[int, Probe] = {}
     for start in range(0, len(order), batch):
         part = order[start : start + batch]
         texts = [(prompts[i], answers[i]) for i in part]
-        found |= dict(zip(part, _probe_batch(chat, texts, window, entropy), strict=True))
+        probes |= dict(zip(part, _probe_batch(chat, texts, window, entropy), strict=True))
         if progress is not None:
             progress(len(part))
-    return [found[i] for i in range(len(prompts))]
+    return [probes[i] for i in range(len(prompts))]
 
 
 @torch.inference_mode()
@@ -70,7 +70,7 @@ def _probe_batch(
 ) -> list[Probe]:
     rows = []
     for prompt, answer in texts:
-        clean = np.array([*prompt, *answer[:-1]], dtype=np.int32)  # nothing is proposed behind the last token
+        clean = np.array([*prompt, *answer[:-1]], dtype=np.int32)  # nothing is predicted after the last token
         rows.append(
             pack_row(
                 [(0, clean, np.arange(len(prompt) - 1, len(clean)))],
@@ -92,56 +92,57 @@ def _probe_batch(
         attention_mask=additive_mask(torch.from_numpy(visible).to(device), model.dtype),
         use_cache=False,
     ).last_hidden_state
-    places = [len(answer) for _, answer in texts]
+    counts = [len(answer) for _, answer in texts]
     blocks = torch.cat([hidden[b, layout.n_clean : layout.used] for b, (_, layout) in enumerate(rows)])
     algs = ("prob_conf", "entropy_conf") if entropy else ("prob_conf",)
-    read = [x.view(-1, window).cpu().split(places) for x in _read(model.get_output_embeddings(), blocks, algs)]
-    return [Probe(tokens, sure[0], sure[1] if entropy else None) for tokens, *sure in zip(*read, strict=True)]
+    parts = [x.view(-1, window).cpu().split(counts) for x in _proposals(model.get_output_embeddings(), blocks, algs)]
+    return [Probe(tokens, prob, *(rest or [None])) for tokens, prob, *rest in zip(*parts, strict=True)]
 
 
-def _read(head: torch.nn.Module, hidden: Tensor, algs: Sequence[str]) -> Iterator[Tensor]:
-    """Tokens and each confidence, (N,) each, of hidden states (N, h)."""
+def _proposals(head: torch.nn.Module, hidden: Tensor, algs: Sequence[str]) -> Iterator[Tensor]:
+    """Tokens, then the confidence by each algorithm, (N,) each, of hidden states (N, h)."""
     parts = []
-    for some in hidden.split(LOGIT_ROWS):
-        logits = head(some)[:, None].float()
+    for rows in hidden.split(LOGIT_ROWS):
+        logits = head(rows)[:, None].float()
         tokens = choose(logits, None, None)
         parts.append((tokens, *(confidence(tokens, logits, alg) for alg in algs)))
     return (torch.cat(x) for x in zip(*parts, strict=True))
 
 
-def follow(text: Sequence[int], seen: Probe, setting: Setting) -> list[int] | None:
-    """Tokens kept in each pass of a decode that writes `text`; None where the setting would write something else.
+def follow(text: Sequence[int], probed: Probe, rule: DecodingRule) -> list[int] | None:
+    """Tokens kept in each pass of a decoding that writes `text`; None if the rule would write something else.
 
     Args:
-        text: R tokens, end token included; cut by the token limit it may lack it.
-        seen: its probe with the setting's window.
+        text: R tokens; the end token is absent if the answer was cut at the token limit.
+        probed: the text's probe with the rule's window.
     """
-    wanted = torch.tensor(text)
-    if setting.alg == "self_speculative":
-        return _follow_drafts(wanted, seen)
-    sure = seen.prob if setting.alg == "prob_conf" else seen.entropy
-    assert sure is not None, "probed without the entropy"
-    kept = sure_prefix(sure, setting.threshold, setting.product).tolist()
+    target = torch.tensor(text)
+    if rule.alg == "self_speculative":
+        return _follow_drafts(target, probed)
+    confidences = probed.prob if rule.alg == "prob_conf" else probed.entropy
+    assert confidences is not None, "probed without the entropy"
+    kept = sure_prefix(confidences, rule.threshold, rule.product).tolist()
     accepted, at = [], 0
-    while at < len(wanted):
-        count = min(kept[at], len(wanted) - at)
-        if not torch.equal(seen.tokens[at, :count], wanted[at : at + count]):
+    while at < len(target):
+        count = min(kept[at], len(target) - at)
+        if not torch.equal(probed.tokens[at, :count], target[at : at + count]):
             return None
         accepted.append(count)
         at += count
     return accepted
 
 
-def _follow_drafts(wanted: Tensor, seen: Probe) -> list[int] | None:
-    """Self-speculation writes what slot 0 says; see diffusion.decode for what a pass keeps."""
-    if not torch.equal(seen.tokens[:, 0], wanted):
+def _follow_drafts(target: Tensor, probed: Probe) -> list[int] | None:
+    """`follow` for self-speculation, which writes the proposals of slot 0; diffusion.decode defines its passes."""
+    first = probed.tokens[:, 0]
+    if not torch.equal(first, target):
         return None
-    window, first = seen.tokens.shape[1], seen.tokens[:, 0]
+    window = probed.tokens.shape[1]
     accepted, at = [1], 1
-    while at < len(wanted):
-        said = first[at : at + window]
-        drafts = torch.cat([wanted[at - 1 : at], seen.tokens[at - 1, 1:]])[: len(said)]
-        count = int(verified_prefix(said[None], drafts[None]))
+    while at < len(target):
+        verified = first[at : at + window]
+        drafts = torch.cat([target[at - 1 : at], probed.tokens[at - 1, 1:]])[: len(verified)]
+        count = int(verified_prefix(verified[None], drafts[None]))
         accepted.append(count)
         at += count
     return accepted

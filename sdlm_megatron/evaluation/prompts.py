@@ -1,24 +1,56 @@
-"""Held-out prompts with the answers that are right, from JSONL of {"prompt": …, "expected": …}."""
+"""Held-out prompts with their expected answers: reading, encoding, decoding in batches, exact match."""
 
 import json
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from sdlm_megatron.chat.chat_model import ChatModel
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from sdlm_megatron.chat.chat_model import ChatModel, DecodingRule
 from sdlm_megatron.errors import DataError
+
+DEFAULT_BATCH = 64
 
 
 @dataclass(frozen=True)
-class Prompt:
-    """One user turn, and the one right answer to it."""
+class HeldOutPrompt:
+    """One user turn and its expected answer."""
 
     text: str
     expected: str
 
 
-def read_prompts(path: Path, most: int = 0) -> list[Prompt]:
-    """The first `most` prompts of a file; 0: all. DataError names line and field of what is no prompt."""
+@dataclass(frozen=True)
+class DecodedPrompts:
+    """Answers in the order of the prompts."""
+
+    tokens: list[list[int]]
+    """Tokens of each answer, with the end token if there is one."""
+    accepted: list[list[int]]
+    """For each prompt, the tokens that each of its passes kept."""
+    seconds: float
+    """Wall time of all prompts together."""
+
+    @property
+    def tokens_per_pass(self) -> float:
+        return sum(map(sum, self.accepted)) / sum(map(len, self.accepted))
+
+    @property
+    def counts(self) -> dict[str, list[int]]:
+        """Tokens and passes of each prompt, as fields of a result row."""
+        return {"tokens": [sum(kept) for kept in self.accepted], "passes": [len(kept) for kept in self.accepted]}
+
+
+def read_prompts(path: Path, most: int = 0) -> list[HeldOutPrompt]:
+    """The first `most` prompts of a JSONL file of {"prompt": …, "expected": …}; 0: all.
+
+    Raises:
+        DataError: the file cannot be read or has no prompts, or a line lacks a field.
+    """
     fix = 'each line is an object {"prompt": text, "expected": text}'
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -26,21 +58,22 @@ def read_prompts(path: Path, most: int = 0) -> list[Prompt]:
         raise DataError(f"the prompts cannot be read: {error}", str(path), fix) from None
     prompts = []
     for number, line in enumerate(lines[: most or None], 1):
+        where = f"{path}, line {number}"
         try:
             row = json.loads(line)
         except ValueError as error:
-            raise DataError(f"no JSON: {error}", f"{path}, line {number}", fix) from None
+            raise DataError(f"not JSON: {error}", where, fix) from None
         for field in ("prompt", "expected"):
             if not isinstance(row, dict) or not isinstance(row.get(field), str) or not row[field]:
-                raise DataError(f"no text under {field!r}", f"{path}, line {number}", fix)
-        prompts.append(Prompt(row["prompt"], row["expected"]))
+                raise DataError(f"no text under {field!r}", where, fix)
+        prompts.append(HeldOutPrompt(row["prompt"], row["expected"]))
     if not prompts:
         raise DataError("the file has no prompts", str(path), fix)
     return prompts
 
 
-def encode(chat: ChatModel, prompt: Prompt, shots: Sequence[Prompt] = ()) -> list[int]:
-    """Ids up to where the answer begins; `shots` are solved before it, as earlier turns of the conversation."""
+def encode(chat: ChatModel, prompt: HeldOutPrompt, shots: Sequence[HeldOutPrompt] = ()) -> list[int]:
+    """Token ids up to where the answer begins; `shots` precede the prompt as solved earlier turns."""
     turns = []
     for shot in shots:
         turns += [{"role": "user", "content": shot.text}, {"role": "assistant", "content": shot.expected}]
@@ -48,6 +81,56 @@ def encode(chat: ChatModel, prompt: Prompt, shots: Sequence[Prompt] = ()) -> lis
 
 
 def encode_answer(chat: ChatModel, text: str) -> list[int]:
-    """Ids of an answer with its end token, as training has them."""
-    ids: list[int] = chat.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-    return [*ids, chat.end_tokens[-1]]
+    """Token ids of an answer with its end token, as in the training data."""
+    return [*chat.encode_text(text), chat.end_tokens[-1]]
+
+
+def longest_answer(chat: ChatModel, prompts: Sequence[HeldOutPrompt]) -> int:
+    """Tokens of the longest expected answer, end token included: any longer answer is wrong already."""
+    return max(len(encode_answer(chat, prompt.expected)) for prompt in prompts)
+
+
+def decode_prompts(
+    chat: ChatModel,
+    encoded: Sequence[Sequence[int]],
+    rule: DecodingRule,
+    *,
+    max_new_tokens: int,
+    batch: int = DEFAULT_BATCH,
+    progress: Callable[[int], None] | None = None,
+) -> DecodedPrompts:
+    """Decodes prompts in batches; each prompt counts its own passes.
+
+    Args:
+        encoded: token ids of each prompt.
+        batch: prompts per batch.
+        progress: called after each batch with the number of its prompts.
+    """
+    # prompts of similar length share a batch, which keeps padding small
+    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
+    tokens: list[list[int]] = [[] for _ in encoded]
+    accepted: list[list[int]] = [[] for _ in encoded]
+    started = time.perf_counter()
+    for start in range(0, len(order), batch):
+        part = order[start : start + batch]
+        rows = [torch.tensor(encoded[i], device=chat.model.device) for i in part]
+        decoded = chat.decode(
+            pad_sequence(rows, batch_first=True),
+            attention_mask=pad_sequence([torch.ones_like(row) for row in rows], batch_first=True),
+            max_new_tokens=max_new_tokens,
+            **rule.options,
+        )
+        for i, kept, counts in zip(part, decoded.tokens, decoded.accepted, strict=True):
+            tokens[i], accepted[i] = kept, counts
+        if progress is not None:
+            progress(len(part))
+    return DecodedPrompts(tokens, accepted, time.perf_counter() - started)
+
+
+def exact_matches(chat: ChatModel, prompts: Sequence[HeldOutPrompt], decoded: DecodedPrompts) -> list[int]:
+    """1 for each prompt whose whole answer equals the expected text, else 0."""
+    texts: list[Any] = [
+        chat.tokenizer.decode([t for t in tokens if t not in chat.end_tokens], clean_up_tokenization_spaces=False)
+        for tokens in decoded.tokens
+    ]
+    return [int(text == prompt.expected) for text, prompt in zip(texts, prompts, strict=True)]

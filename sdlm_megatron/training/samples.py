@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from sdlm_megatron.chat.passes import pieces
+from sdlm_megatron.chat.passes import token_texts
 from sdlm_megatron.data.format import PackedDataset
 from sdlm_megatron.data.tokenizer_identity import has_tokenizer
 from sdlm_megatron.diffusion.decode import decode
@@ -98,7 +98,7 @@ class Sampler:
     def _sample(self, prompt: Prompt, tokens: list[int], accepted: list[int]) -> dict[str, Any]:
         return {
             "prompt": self._tokenizer.decode(prompt.ids),
-            "answer_tokens": pieces(self._tokenizer, tokens, accepted),
+            "answer_tokens": token_texts(self._tokenizer, tokens, accepted),
             "expected": self._tokenizer.decode(prompt.answer, skip_special_tokens=True),
             "prompt_ids": prompt.ids,
             "tokens": tokens,

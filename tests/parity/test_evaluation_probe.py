@@ -8,25 +8,22 @@ from typing import Any
 import pytest
 import torch
 
-from sdlm_megatron.chat.chat_model import ChatModel, load
+from sdlm_megatron.chat.chat_model import ChatModel, DecodingRule, load
 from sdlm_megatron.diffusion.decode import decode
 from sdlm_megatron.errors import DataError
-from sdlm_megatron.evaluation import calibration, sweep
-from sdlm_megatron.evaluation import decode_table as table
-from sdlm_megatron.evaluation import full_report as report
-from sdlm_megatron.evaluation.decoding import Setting, decode_prompts
+from sdlm_megatron.evaluation import calibration, evaluate, sweep, table
 from sdlm_megatron.evaluation.probe import follow, probe
-from sdlm_megatron.evaluation.prompts import Prompt, encode, encode_answer, read_prompts
+from sdlm_megatron.evaluation.prompts import HeldOutPrompt, decode_prompts, encode, encode_answer, read_prompts
 from tests.parity import exported
 
 ROOM = 24
-PROMPTS = [Prompt(text, "x") for text in ("count 12 to 15", "repeat spark 2", "spell cloud", "count 7 to 21")]
+PROMPTS = [HeldOutPrompt(text, "x") for text in ("count 12 to 15", "repeat spark 2", "spell cloud", "count 7 to 21")]
 SETTINGS = [
-    Setting("prob_conf", 4, 0.9),
-    Setting("prob_conf", 4, 0.5),
-    Setting("prob_conf", 4, 0.8, product=True),
-    Setting("entropy_conf", 4, 0.9),
-    Setting("self_speculative", 4),
+    DecodingRule("prob_conf", 4, 0.9),
+    DecodingRule("prob_conf", 4, 0.5),
+    DecodingRule("prob_conf", 4, 0.8, product=True),
+    DecodingRule("entropy_conf", 4, 0.9),
+    DecodingRule("self_speculative", 4),
 ]
 
 
@@ -50,7 +47,7 @@ def test_a_probe_foretells_what_decoding_does(chat: ChatModel, options: dict[str
     """A setting either writes the probed text, in the passes that were foretold, or is known to leave it."""
     chat = replace(chat, config=replace(chat.config, **options))
     encoded = [encode(chat, prompt) for prompt in PROMPTS]
-    base = decode_prompts(chat, encoded, Setting("prob_conf", 4, 0.999), max_new_tokens=ROOM)
+    base = decode_prompts(chat, encoded, DecodingRule("prob_conf", 4, 0.999), max_new_tokens=ROOM)
     probes = probe(chat, encoded, base.tokens, window=4, batch=3)
     followed = 0
     for setting in SETTINGS:
@@ -83,7 +80,7 @@ def test_without_the_shift_the_cache_changes_nothing(chat: ChatModel) -> None:
 def prompts(chat: ChatModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Half of the expected answers are those of decoding plainly, half are not."""
     encoded = [encode(chat, prompt) for prompt in PROMPTS]
-    said = decode_prompts(chat, encoded, Setting(), max_new_tokens=ROOM)
+    said = decode_prompts(chat, encoded, DecodingRule(), max_new_tokens=ROOM)
     path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
     texts = [said_text(chat, tokens) if i % 2 else "no such answer" for i, tokens in enumerate(said.tokens)]
     rows = [{"prompt": p.text, "expected": text} for p, text in zip(PROMPTS, texts, strict=True)]
@@ -105,7 +102,7 @@ def test_sweep_says_what_decoding_every_setting_says(folder: Path, prompts: Path
          ("self_speculative", 4, None)], key=str
     )  # fmt: skip
     for row in found["rows"]:
-        setting = Setting(row["alg"], row["n"], 1.0 if row["threshold"] is None else row["threshold"])
+        setting = DecodingRule(row["alg"], row["n"], 1.0 if row["threshold"] is None else row["threshold"])
         for i, prompt in enumerate(asked):
             alone = decode_prompts(chat, [encode(chat, prompt)], setting, max_new_tokens=room)
             assert row["tokens"][i] == sum(alone.accepted[0]) and row["passes"][i] == len(alone.accepted[0])
@@ -146,7 +143,7 @@ def test_table_is_what_a_report_reads(folder: Path, prompts: Path, tmp_path: Pat
     assert [row["name"] for row in (*found["rows"], *found["baseline"])] == ["tau 0.50", "n = 1 (one token a pass)"]
     chat, asked = load(folder, dtype=None, device="cpu"), read_prompts(prompts)
     room = max(len(encode_answer(chat, prompt.expected)) for prompt in asked)
-    alone = [decode_prompts(chat, [encode(chat, prompt)], Setting(), max_new_tokens=room) for prompt in asked]
+    alone = [decode_prompts(chat, [encode(chat, prompt)], DecodingRule(), max_new_tokens=room) for prompt in asked]
     exact = [said_text(chat, a.tokens[0]) == p.expected for a, p in zip(alone, asked, strict=True)]
     assert any(exact) and found["baseline"][0]["exact"] == sum(exact) / len(exact)
     assert found["sample"]["prompt"] == PROMPTS[0].text
@@ -157,9 +154,9 @@ def test_report_measures_everything_once(folder: Path, prompts: Path, tmp_path: 
     small = ["--most", "2", "--timed", "2", "--contexts", "16", "--shots", "0", "1"]
     sweep.main([*where, "--most", "2", "--prob", "0.5", "--entropy"])
     before = (tmp_path / "sweep.json").read_bytes()
-    report.main([*where, *small])
+    evaluate.main([*where, *small])
     out = capsys.readouterr().out
-    assert "[1/6] sweep: kept as it is" in out and (tmp_path / "sweep.json").read_bytes() == before
+    assert "[1/6] sweep: exists, kept" in out and (tmp_path / "sweep.json").read_bytes() == before
     kinds = {json.loads(path.read_text())["kind"] for path in tmp_path.glob("*.json")}
     assert kinds == {"sweep", "calibration", "speed", "context", "perplexity"}
     html = (tmp_path / "index.html").read_text()

@@ -1,4 +1,4 @@
-"""`python -m sdlm_megatron.evaluation.lm_eval_command` on real tasks of local files, against loops written by hand and the harness' `hf`."""
+"""`sdlm evaluate lm_eval` on real tasks of local files, against loops written by hand and the harness' `hf`."""
 
 import json
 import socket
@@ -11,9 +11,9 @@ import pytest
 import torch
 import yaml
 
-from sdlm_megatron.chat.chat_model import Answer, ChatModel, Settings, load
+from sdlm_megatron.chat.chat_model import Answer, AnswerSettings, ChatModel, load
 from sdlm_megatron.errors import CheckpointError, ConfigError
-from sdlm_megatron.evaluation import lm_eval_command as command
+from sdlm_megatron.evaluation import lm_eval as command
 from tests.parity import exported
 
 PROMPTS = ("count 12 to 15", "repeat spark 2", "spell cloud", "weather in delhi", "count 7 to 21")
@@ -51,7 +51,7 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 def by_hand(chat: ChatModel, prompt: str, **options: Any) -> Answer:
     settings = {"alg": "prob_conf", "window": 4, "threshold": 0.5, "product": False, "max_new_tokens": MOST}
     ids = chat.encode(exported.messages(prompt))
-    return chat.answer(ids, Settings(**(settings | options)), lambda _: None)
+    return chat.answer(ids, AnswerSettings(**(settings | options)), lambda _: None)
 
 
 def write_tasks(root: Path, expected: list[str]) -> None:
@@ -167,9 +167,9 @@ def generate(lm: Any, text: str, **options: Any) -> str:
 
 
 def model(folder: Path, **args: Any) -> Any:
-    from sdlm_megatron.evaluation.lm_eval_model import SDLM
+    from sdlm_megatron.evaluation.lm_eval_model import SDLMForLMEval
 
-    return SDLM(str(folder), device="cpu", batch_size=4, **args)
+    return SDLMForLMEval(str(folder), device="cpu", batch_size=4, **args)
 
 
 def rendered(chat: ChatModel, prompt: str) -> str:
@@ -215,7 +215,7 @@ def test_sampling_follows_settings_and_seed(folder: Path, chat: ChatModel) -> No
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ({"alg": "prob_con"}, "'prob_con' is not known(.|\n)*did you mean 'prob_conf'"),
+        ({"alg": "prob_con"}, "alg is 'prob_con'(.|\n)*did you mean 'prob_conf'"),
         ({"treshold": 0.9}, "did you mean 'threshold'"),
         ({"n": 0}, "n is 0"),
         ({"threshold": 98}, "threshold is 98(.|\n)*between 0 and 1"),
@@ -254,6 +254,6 @@ def test_a_plain_folder_is_decoded_token_by_token(folder: Path, tmp_path: Path) 
     for key in ("block_size", "causal_attn", "text_mask_token", "text_mask_token_id", "auto_map"):
         config.pop(key, None)
     (plain / "config.json").write_text(json.dumps(config))
-    assert model(plain).setting.alg == "ar"
+    assert model(plain).rule.alg == "ar"
     with pytest.raises(ConfigError, match="needs an SDLM folder"):
         model(plain, alg="prob_conf")

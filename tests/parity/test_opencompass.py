@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from sdlm_megatron.chat.chat_model import Answer, ChatModel, Settings, load
+from sdlm_megatron.chat.chat_model import Answer, AnswerSettings, ChatModel, load
 from tests.helpers import REPO
 from tests.parity import exported
 
@@ -47,7 +47,7 @@ def chat(folder: Path) -> ChatModel:
 
 def by_hand(chat: ChatModel, prompt: str, **options: Any) -> Answer:
     settings = {"alg": "prob_conf", "window": 4, "threshold": 0.5, "product": False, "max_new_tokens": 30}
-    return chat.answer(chat.encode(exported.messages(prompt)), Settings(**(settings | options)), lambda _: None)
+    return chat.answer(chat.encode(exported.messages(prompt)), AnswerSettings(**(settings | options)), lambda _: None)
 
 
 def run(where: Path, *words: str, **env: str) -> None:
@@ -66,7 +66,7 @@ def test_a_config_end_to_end_equals_a_loop_by_hand(tmp_path: Path, folder: Path,
     rows = [{"prompt": p, "expected": e} for p, e in zip(PROMPTS, expected, strict=True)]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     command = "from opencompass.cli.main import main; main()"
-    config = str(REPO / "evaluation" / "opencompass_example.py")
+    config = str(REPO / "sdlm_megatron" / "evaluation" / "opencompass_example.py")
     options = {"SDLM_FOLDER": str(folder), "SDLM_PROMPTS": str(tmp_path / "prompts.jsonl"), "SDLM_SYSTEM": "be brief."}
     run(tmp_path / "work", "-c", command, config, "-w", str(tmp_path / "out"), **options)
     for name, wanted in texts.items():

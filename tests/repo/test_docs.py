@@ -49,7 +49,7 @@ def test_functions_named_in_the_method_exist() -> None:
         "checkpoints_tools.mcore_to_hf",
         "sdlm_megatron.evaluation.page",
         "dev.evidence.document",
-        "sdlm_megatron.evaluation.decode_table",
+        "sdlm_megatron.evaluation.table",
         "dev.bench.attention_speed",
         "dev.bench.convert",
         "dev.bench.cpu_choices",

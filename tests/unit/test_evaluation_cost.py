@@ -1,6 +1,7 @@
-"""sdlm_megatron.evaluation.speed, sdlm_megatron.evaluation.context and sdlm_megatron.evaluation.perplexity on the oracle's tiny trained model."""
+"""The kinds speed, context and perplexity of `sdlm evaluate` on the reference's tiny trained model."""
 
 import dataclasses
+import importlib
 import json
 import math
 from pathlib import Path
@@ -12,10 +13,15 @@ from byte_tokenizer import definition, write_folder
 from sdlm_megatron.chat.chat_model import ChatModel, load
 from sdlm_megatron.diffusion.decode import decode
 from sdlm_megatron.errors import ConfigError, DataError
-from sdlm_megatron.evaluation import context, perplexity, speed
-from sdlm_megatron.evaluation.common_options import exact_of, longest_answer
-from sdlm_megatron.evaluation.decoding import Decoded
-from sdlm_megatron.evaluation.prompts import Prompt, encode, encode_answer
+from sdlm_megatron.evaluation import context, evaluate, perplexity, speed
+from sdlm_megatron.evaluation.prompts import (
+    DecodedPrompts,
+    HeldOutPrompt,
+    encode,
+    encode_answer,
+    exact_matches,
+    longest_answer,
+)
 from tests.parity import decode_oracle as o
 from tests.parity.exported import CHAT
 
@@ -40,20 +46,20 @@ def chat(folder: Path) -> ChatModel:
 
 
 @pytest.fixture(scope="module")
-def prompts(chat: ChatModel) -> list[Prompt]:
+def prompts(chat: ChatModel) -> list[HeldOutPrompt]:
     """What the model itself says one token a pass is right, but for the second prompt."""
     found = []
     for text in ASKED:
-        ids = encode(chat, Prompt(text, "?"))
+        ids = encode(chat, HeldOutPrompt(text, "?"))
         assert ids == o.prompt_ids(text)
         answer = by_hand(chat, ids, 40).tokens[0]
-        found.append(Prompt(text, bytes(t for t in answer if t < 256).decode()))
+        found.append(HeldOutPrompt(text, bytes(t for t in answer if t < 256).decode()))
     found[1] = dataclasses.replace(found[1], expected="something else")
     return found
 
 
 @pytest.fixture
-def file(prompts: list[Prompt], tmp_path: Path) -> Path:
+def file(prompts: list[HeldOutPrompt], tmp_path: Path) -> Path:
     path = tmp_path / "prompts.jsonl"
     path.write_text("".join(json.dumps({"prompt": p.text, "expected": p.expected}) + "\n" for p in prompts))
     return path
@@ -73,7 +79,9 @@ def by_hand(chat: ChatModel, ids: list[int], room: int, *, n: int = 1, threshold
     )
 
 
-def expected(chat: ChatModel, encoded: list[list[int]], prompts: list[Prompt], room: int, n: int, threshold: float):
+def expected(
+    chat: ChatModel, encoded: list[list[int]], prompts: list[HeldOutPrompt], room: int, n: int, threshold: float
+):
     """Exact answers, tokens and passes, prompt by prompt."""
     exact, tokens, passes = [], [], []
     for ids, prompt in zip(encoded, prompts, strict=True):
@@ -91,10 +99,10 @@ def expected(chat: ChatModel, encoded: list[list[int]], prompts: list[Prompt], r
 def test_what_is_timed_is_decoding(chat: ChatModel, batch: int) -> None:
     """A burst gives the tokens of diffusion.decode with the same settings, again and again with one cache."""
     ids = o.prompt_ids("count 12 to 15")
-    filled = speed.Filled(chat, ids, batch)
+    filled = speed.PrefilledProposer(chat, ids, batch)
     kinds = [("causal", 1), ("window", 4), ("window", 2), ("self_speculative", 4), ("window_one", 4), ("window", 4)]
     for what, n in kinds:
-        kind = speed.Timed(what, n)
+        kind = speed.PassTiming(what, n)
         seconds, tokens = filled.burst(kind, 3)
         alg, threshold = kind.options["alg"], kind.options.get("threshold", 1.0)
         wanted = decode(
@@ -114,8 +122,8 @@ def test_what_is_timed_is_decoding(chat: ChatModel, batch: int) -> None:
 
 
 def test_break_even_is_taken_round_by_round() -> None:
-    causal, window = speed.Timed("causal", 1, [1.0, 2.0, 4.0]), speed.Timed("window", 4, [1.5, 4.0, 6.0])
-    (row,) = speed.break_even([causal, window, speed.Timed("prefill", 4, [9.0])])
+    causal, window = speed.PassTiming("causal", 1, [1.0, 2.0, 4.0]), speed.PassTiming("window", 4, [1.5, 4.0, 6.0])
+    (row,) = speed.break_even([causal, window, speed.PassTiming("prefill", 4, [9.0])])
     assert row == {"what": "window", "n": 4, "tokens": 1.5, "low": 1.5, "high": 1.75}
 
 
@@ -123,7 +131,7 @@ def test_prompts_are_repeated_to_a_length() -> None:
     assert speed.prompt_of_length([[1, 2], [3]], 5) == [1, 2, 3, 1, 2]
 
 
-def test_speed_command(chat: ChatModel, folder: Path, prompts: list[Prompt], file: Path, tmp_path: Path) -> None:
+def test_speed_command(chat: ChatModel, folder: Path, prompts: list[HeldOutPrompt], file: Path, tmp_path: Path) -> None:
     options = ["--n", "2", "--batches", "1", "3", "--contexts", "24", "--seconds", "0", "--threads", "1"]
     speed.main(["--model", str(folder), "--prompts", str(file), "--out", str(tmp_path), *options])
     result = json.loads((tmp_path / "speed.json").read_text())
@@ -148,34 +156,37 @@ def test_speed_command(chat: ChatModel, folder: Path, prompts: list[Prompt], fil
 
 def test_a_plain_folder_decodes_one_token_a_pass(chat: ChatModel) -> None:
     plain = dataclasses.replace(chat, config=dataclasses.replace(chat.config, block_size=None, text_mask_token_id=None))
-    assert (
-        [s.name for s in speed.settings_of(plain)] == [s.name for s in context.settings_of(plain, [0.9])] == ["n = 1"]
-    )
-    assert len(speed.settings_of(chat)) == 5
+    assert [s.name for s in speed.rules_of(plain)] == [s.name for s in context.rules_of(plain, [0.9])] == ["n = 1"]
+    assert len(speed.rules_of(chat)) == 5
 
 
-def test_speed_names_what_is_too_long(folder: Path, file: Path, tmp_path: Path) -> None:
+def test_speed_names_values_out_of_range(
+    folder: Path, file: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     arguments = ["--model", str(folder), "--prompts", str(file), "--out", str(tmp_path)]
     with pytest.raises(ConfigError, match="positions"):
         speed.main([*arguments, "--contexts", "1000000"])
-    with pytest.raises(ConfigError, match="--batches"):
+    with pytest.raises(SystemExit):
         speed.main([*arguments, "--batches", "0"])
+    assert "argument --batches: 0 is below 1" in capsys.readouterr().err
 
 
 # --- answers
 
 
 def test_exact_means_the_whole_text(chat: ChatModel) -> None:
-    prompts = [Prompt("a", "12, 13"), Prompt("a", "12, 13"), Prompt("a", "12 , 13")]
+    prompts = [HeldOutPrompt("a", "12, 13"), HeldOutPrompt("a", "12, 13"), HeldOutPrompt("a", "12 , 13")]
     said = [list(b"12, 13"), list(b"12, 13."), list(b"12 , 13")]
-    assert exact_of(chat, prompts, Decoded(said, [[1]] * 3, 1.0)) == [1, 0, 1]
+    assert exact_matches(chat, prompts, DecodedPrompts(said, [[1]] * 3, 1.0)) == [1, 0, 1]
     assert longest_answer(chat, prompts) == 8 and encode_answer(chat, "a") == [ord("a"), o.EOS]
 
 
 # --- context
 
 
-def test_context_command(chat: ChatModel, folder: Path, prompts: list[Prompt], file: Path, tmp_path: Path) -> None:
+def test_context_command(
+    chat: ChatModel, folder: Path, prompts: list[HeldOutPrompt], file: Path, tmp_path: Path
+) -> None:
     options = ["--most", "3", "--shots", "2", "0", "--thresholds", ".9", "--threads", "1"]
     context.main(["--model", str(folder), "--prompts", str(file), "--out", str(tmp_path), *options])
     result = json.loads((tmp_path / "context.json").read_text())
@@ -200,14 +211,14 @@ def test_context_command(chat: ChatModel, folder: Path, prompts: list[Prompt], f
 
 
 def test_examples_differ_and_the_nearest_stay() -> None:
-    pool = [Prompt(str(i), "x") for i in range(20)]
+    pool = [HeldOutPrompt(str(i), "x") for i in range(20)]
     assert len({tuple(context.examples_of(pool, i, 3)) for i in range(10)}) == 10
     assert context.examples_of(pool, 5, 8)[-3:] == context.examples_of(pool, 5, 3)
     assert len(set(context.examples_of(pool, 5, 20))) == 20
 
 
 def test_too_few_examples_are_named(folder: Path, file: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="4 shots need as many examples behind the 3 prompts"):
+    with pytest.raises(DataError, match="4 shots need as many examples after the 3 measured prompts"):
         arguments = ["--model", str(folder), "--prompts", str(file), "--out", str(tmp_path)]
         context.main([*arguments, "--most", "3", "--shots", "4"])
 
@@ -235,10 +246,10 @@ def test_perplexity_command(chat: ChatModel, folder: Path, tmp_path: Path) -> No
 
 
 def test_texts_that_are_always_there() -> None:
-    texts = perplexity.texts_at_hand()
+    texts = perplexity.installed_texts()
     assert len(texts) >= 3 and len({text.name for text in texts}) == len(texts)
     assert all(len(text.text) > 3000 and any(c.isdigit() for c in text.name) for text in texts)
-    assert texts == perplexity.texts_at_hand()
+    assert texts == perplexity.installed_texts()
 
 
 def test_an_empty_text_is_named(folder: Path, tmp_path: Path) -> None:
@@ -247,8 +258,23 @@ def test_an_empty_text_is_named(folder: Path, tmp_path: Path) -> None:
         perplexity.main(["--model", str(folder), "--out", str(tmp_path), "--text", str(tmp_path / "empty.txt")])
 
 
-@pytest.mark.parametrize("command", [speed, context, perplexity], ids=lambda m: m.__name__)
-def test_help_has_an_example(command, capsys: pytest.CaptureFixture) -> None:
+# --- sdlm evaluate
+
+
+@pytest.mark.parametrize("kind", [kind for kind in evaluate.KINDS if kind != "report"])
+def test_every_kind_is_a_command_of_its_own(kind: str) -> None:
+    module = importlib.import_module(f"sdlm_megatron.evaluation.{kind}")
+    assert module.build_parser().prog == f"sdlm evaluate {kind}"
+
+
+def test_evaluate_runs_the_kind_it_is_asked_for(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "a.txt").write_text("Count 12 to 15 and on, 16 17 18.")
+    arguments = ["--model", str(folder), "--out", str(tmp_path), "--text", str(tmp_path / "a.txt")]
+    evaluate.main(["perplexity", *arguments])
+    assert (tmp_path / "perplexity.json").exists()
+    with pytest.raises(ConfigError, match="did you mean 'sweep'"):
+        evaluate.main(["sweeep", *arguments])
     with pytest.raises(SystemExit):
-        command.main(["--help"])
-    assert f"example:\n  python -m {command.__name__}" in capsys.readouterr().out
+        evaluate.main(["--help"])
+    text = capsys.readouterr().out
+    assert all(f"\n  {kind:12} " in text for kind in evaluate.KINDS)

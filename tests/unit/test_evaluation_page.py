@@ -12,9 +12,9 @@ from dev.evidence.document import fill
 from dev.evidence.document import main as document
 from dev.evidence.markdown_tables import TABLES
 from sdlm_megatron.errors import ConfigError, DataError
-from sdlm_megatron.evaluation.facts import facts_of
+from sdlm_megatron.evaluation.measurement import facts_of
 from sdlm_megatron.evaluation.page import main as page
-from sdlm_megatron.evaluation.results import exact_of, pick, points
+from sdlm_megatron.evaluation.result_files import exact_of, pick, points
 
 SECTIONS = ["facts", "quality", "threshold", "differences", "reliability", "precision", "acceptance", "wall"]
 SECTIONS += ["overhead", "context", "perplexity"]

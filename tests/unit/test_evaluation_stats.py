@@ -79,7 +79,7 @@ def test_mcnemar_is_the_binomial_of_pairs_that_disagree():
 def test_calibration_of_known_predictions():
     confidence, right = [0.05, 0.05, 0.95, 0.95, 1.0], [0, 1, 1, 1, 0]
     bins = bins_of(confidence, right)
-    assert bins.count.tolist() == [2, 3] and bins.right.tolist() == pytest.approx([0.5, 2 / 3])
+    assert bins.count.tolist() == [2, 3] and bins.accuracy.tolist() == pytest.approx([0.5, 2 / 3])
     assert bins.ece == pytest.approx((2 * 0.45 + 3 * (2.9 / 3 - 2 / 3)) / 5)
     assert brier(confidence, right) == pytest.approx((0.05**2 + 0.95**2 + 2 * 0.05**2 + 1) / 5)
     rng = np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""`python -m sdlm_megatron.chat.generate` on the oracle's tiny trained model: piped, in a terminal, compared, refused."""
+"""`sdlm generate` on the reference's tiny trained model: piped, in a terminal, compared, refused."""
 
 import io
 import json
@@ -24,7 +24,7 @@ from data_prep.encoders import as_text_encoder
 from sdlm_megatron.chat import terminal_view as view
 from sdlm_megatron.chat.chat_model import Answer, load
 from sdlm_megatron.chat.generate import main
-from sdlm_megatron.chat.passes import COLOURS, summary
+from sdlm_megatron.chat.passes import COLORS, summary
 from sdlm_megatron.diffusion.decode import Decoded, decode
 from sdlm_megatron.errors import CheckpointError, ConfigError, UserError
 from tests.parity import decode_oracle as o
@@ -182,14 +182,12 @@ def test_a_conversation_in_a_terminal(folder: Path) -> None:
     shown = [line for line in figures("\n".join(screen)).split("\n") if line]
     start = shown.index(f"> {PROMPT}")
     assert shown[start : start + 3] == [f"> {PROMPT}", answer, one_line(first)]
-    assert "the conversation is forgotten" in shown
-    assert "no command /help: /reset, /quit" in shown
+    assert "the conversation is cleared" in shown
+    assert "unknown command /help; commands: /reset, /quit" in shown
     assert shown.count(answer) == 2  # forgotten: the same again
     assert shown[-3:] == [text_of(second.tokens[0]), one_line(second), "> /quit"]
-    colours = [
-        c for c in re.findall(r"38;5;(\d+)m", written.split(one_line(first)[:9])[-2]) if f"color({c})" in COLOURS
-    ]
-    assert set(colours) == {c[6:-1] for c in COLOURS[: len(first.accepted[0])]}
+    colours = [c for c in re.findall(r"38;5;(\d+)m", written.split(one_line(first)[:9])[-2]) if f"color({c})" in COLORS]
+    assert set(colours) == {c[6:-1] for c in COLORS[: len(first.accepted[0])]}
 
 
 WORDS = (
@@ -304,7 +302,7 @@ def test_a_plain_model_decodes_one_token_a_pass_and_says_so(plain: Path, capsys:
     main(["--model", str(plain), *BRIEF, "--prompt", PROMPT])
     out, err = capsys.readouterr()
     assert out == text_of(expected(plain, o.prompt_ids(PROMPT), n=1).tokens[0]) + "\n"
-    assert "no SDLM keys in its config.json: plain next-token decoding" in err
+    assert "its config.json has no block_size): plain next-token decoding" in err
     assert "32 tokens in 32 passes" in err
     for options in (["--alg", "prob_conf"], ["--compare"]):
         with pytest.raises(UserError, match="ar"):
@@ -315,7 +313,7 @@ def test_errors_end_with_2_and_no_traceback(tmp_path: Path) -> None:
     done = run("--model", str(tmp_path / "nothing"), "--prompt", "x", check=False)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: no such folder\n")
-    assert "checkpoints_tools.mcore_to_hf" in done.stderr
+    assert "sdlm export" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -344,14 +342,9 @@ def test_folders_that_cannot_answer(folder: Path, tmp_path: Path, broken: Any, m
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--n", "0"], "--n is 0"),
-        (["--threshold", "1.5"], "--threshold is 1.5"),
-        (["--max-new-tokens", "0"], "--max-new-tokens is 0"),
-        (["--temperature", "-1"], "--temperature is -1"),
         (["--top-k", "5"], "--temperature"),
-        (["--temperature", "1", "--top-p", "0"], "--top-p is 0"),
         (["--stop", ""], "--stop is empty"),
-        (["--compare", "--alg", "ar"], "leave one"),
+        (["--compare", "--alg", "ar"], "leave out --compare"),
         (["--compare", "--temperature", "1"], "leave one"),
         (["--device", "nonsense"], "no device 'nonsense'"),
     ],
@@ -361,17 +354,29 @@ def test_options_that_do_not_fit(folder: Path, options: list[str], message: str)
         main(["--model", str(folder), "--prompt", "x", *options])
 
 
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--n", "0"), ("--threshold", "1.5"), ("--max-new-tokens", "0"), ("--temperature", "-1"), ("--top-p", "2")],
+)
+def test_values_out_of_range_are_refused_by_the_parser(
+    folder: Path, option: str, value: str, capsys: pytest.CaptureFixture
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["--model", str(folder), option, value])
+    assert f"argument {option}: {value} is " in capsys.readouterr().err
+
+
 def test_no_prompt(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for content, message in ((b" \n", "standard input is empty"), (b"\xff", "no UTF-8")):
+    for content, message in ((b" \n", "standard input is empty"), (b"\xff", "not UTF-8")):
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content), encoding="utf-8"))
         with pytest.raises(ConfigError, match=message):
             main(["--model", str(folder)])
-    with pytest.raises(UserError, match="no valid Unicode"):
+    with pytest.raises(UserError, match="not valid Unicode"):
         main(["--model", str(folder), "--prompt", "\udc80"])
 
 
 @pytest.mark.parametrize(("name", "value"), [("sdlm_n", "four"), ("sdlm_threshold", "0.9"), ("sdlm_n", 2.5)])
 def test_settings_of_the_folder_that_are_no_numbers(folder: Path, tmp_path: Path, name: str, value: object) -> None:
     broken = edit(copy(folder, tmp_path), "generation_config.json", **{name: value})
-    with pytest.raises(CheckpointError, match=rf"{name} is {value!r}"):
+    with pytest.raises(ConfigError, match=rf"{name} is {value!r}"):
         main(["--model", str(broken), "--prompt", "x"])

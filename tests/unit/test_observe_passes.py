@@ -10,7 +10,7 @@ from rich.color import Color
 from tokenizers import Tokenizer, decoders, models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from sdlm_megatron.chat.passes import COLOURS, TextStream, coloured, pieces, summary
+from sdlm_megatron.chat.passes import COLORS, TextStream, colored, summary, token_texts
 
 MIXED = "naïve “quotes”\n你好，世界！🙂👩‍👩‍👧 \ufffd 한국어"
 
@@ -75,13 +75,13 @@ def test_spaces_of_first_tokens_survive(fallback: Any) -> None:
 
 def test_pieces_know_their_pass(tokenizer: Any) -> None:
     ids = [*"a你b".encode(), 0xE4]
-    found = pieces(tokenizer, ids, [2, 3, 1])
+    found = token_texts(tokenizer, ids, [2, 3, 1])
     assert [(p["text"], p["pass"]) for p in found] == [("a", 1), ("", 1), ("", 2), ("你", 2), ("b", 2), ("\ufffd", 3)]
-    assert pieces(tokenizer, ids[:1], [2]) == [{"text": "a", "pass": 1}]  # without the end token
-    assert pieces(tokenizer, [], []) == []
-    text = coloured(found)
+    assert token_texts(tokenizer, ids[:1], [2]) == [{"text": "a", "pass": 1}]  # without the end token
+    assert token_texts(tokenizer, [], []) == []
+    text = colored(found)
     assert text.plain == "a你b\ufffd"
-    assert {str(span.style) for span in text.spans if text.plain[span.start : span.end] in ("你", "b")} == {COLOURS[1]}
+    assert {str(span.style) for span in text.spans if text.plain[span.start : span.end] in ("你", "b")} == {COLORS[1]}
 
 
 def luminance(colour: str) -> float:
@@ -91,7 +91,7 @@ def luminance(colour: str) -> float:
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
-@pytest.mark.parametrize("colour", COLOURS)
+@pytest.mark.parametrize("colour", COLORS)
 def test_colours_can_be_read_on_black_and_on_white(colour: str) -> None:
     light = luminance(colour)
     assert 1.05 / (light + 0.05) > 4

@@ -1,0 +1,99 @@
+"""Evaluate an exported folder: quality, speed and calibration, as result files and one HTML page.
+
+Runs the kinds sweep, calibration, speed, context and perplexity one after the other, then page, which writes
+OUT/index.html. Result files that OUT already holds are kept: remove one to measure it again, or run its kind alone for
+its other options.
+"""
+
+import argparse
+import difflib
+import importlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from sdlm_megatron.errors import ConfigError, run_cli
+from sdlm_megatron.evaluation.measurement import add_prompts, measurement_parser
+from sdlm_megatron.evaluation.prompts import DEFAULT_BATCH
+
+KINDS = {
+    "report": "all of the measurements below and one page (the default)",
+    "table": "a few thresholds, as the report of a training run shows them",
+    "sweep": "quality against tokens a pass, for many thresholds",
+    "calibration": "confidence of every slot against its accuracy",
+    "speed": "cost of a pass, wall time of answers",
+    "context": "quality and speed with longer contexts",
+    "perplexity": "perplexity of unrelated text: what training made the model forget",
+    "page": "one page for the results of one or several models",
+    "lm_eval": "lm-evaluation-harness with the model `sdlm`",
+}
+"""Kinds of evaluation and a line about each; a kind is the module of that name, "report" is this module."""
+NOTES = "kinds, as sdlm evaluate KIND; sdlm evaluate KIND --help explains the options of a kind:\n" + "\n".join(
+    f"  {kind:12} {summary}" for kind, summary in KINDS.items()
+)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Options of `sdlm evaluate` without a kind, and of `sdlm evaluate report`."""
+    parser = measurement_parser("", __doc__, notes=NOTES)
+    add_prompts(parser, batch=DEFAULT_BATCH)
+    add = parser.add_argument
+    timed = "prompts of speed and context, which take longer"
+    add("--timed", type=int, default=32, metavar="N", help=timed)
+    add("--contexts", type=int, nargs="+", default=[64, 512, 2048], metavar="P", help="tokens before a pass, for speed")
+    add("--shots", type=int, nargs="+", default=[0, 4, 16], metavar="K", help="numbers of examples, for context")
+    return parser
+
+
+def run_kind(kind: str, argv: Sequence[str]) -> None:
+    """Runs another kind, whose module is imported only now: each needs other packages, some take seconds to load."""
+    importlib.import_module(f"sdlm_megatron.evaluation.{kind}").main(argv)
+
+
+def report(argv: Sequence[str]) -> None:
+    """All measurements of one model, and their page."""
+    from sdlm_megatron.weights.hf_reader import read_hf_config
+
+    args = build_parser().parse_args(argv)
+    model = ["--model", str(args.model), "--out", str(args.out)]
+    for option in ("dtype", "device", "threads"):
+        if getattr(args, option) is not None:
+            model += [f"--{option}", str(getattr(args, option))]
+    prompts = [*model, "--prompts", str(args.prompts)]
+    all_prompts = [*prompts, "--batch", str(args.batch), *(["--most", str(args.most)] if args.most else [])]
+    timed = [*prompts, "--most", str(args.timed)]
+    kinds = {
+        "sweep": all_prompts,
+        "calibration": all_prompts,
+        "speed": [*timed, "--contexts", *map(str, args.contexts)],
+        "context": [*timed, "--shots", *map(str, args.shots)],
+        "perplexity": model,
+    }
+    if (read_hf_config(args.model).block_size or 1) == 1:
+        del kinds["calibration"]  # a window of one slot proposes what n = 1 does
+    steps = len(kinds) + 1
+    for number, (kind, options) in enumerate(kinds.items(), 1):
+        exists = (args.out / f"{kind}.json").exists()
+        print(f"\n[{number}/{steps}] {kind}{': exists, kept' if exists else ''}", flush=True)
+        if not exists:
+            run_kind(kind, options)
+    print(f"\n[{steps}/{steps}] page", flush=True)
+    run_kind("page", [str(args.out), "--out", str(Path(args.out) / "index.html")])
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line: `sdlm evaluate [KIND] OPTIONS`."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    kind = words.pop(0) if words and not words[0].startswith("-") else "report"
+    if kind not in KINDS:
+        near = difflib.get_close_matches(kind, KINDS, 1)
+        hint = f"did you mean '{near[0]}'? " if near else ""
+        raise ConfigError(f"unknown kind of evaluation '{kind}'", "sdlm evaluate", f"{hint}one of {', '.join(KINDS)}")
+    if kind == "report":
+        report(words)
+    else:
+        run_kind(kind, words)
+
+
+if __name__ == "__main__":
+    run_cli(main, sys.argv[1:])

@@ -1,0 +1,113 @@
+"""Parts shared by all measuring commands: options, loading the model, and writing a result file."""
+
+import argparse
+import datetime
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from sdlm_megatron.chat.chat_model import DTYPES, ChatModel, load
+from sdlm_megatron.config.command_line import CommandParser, at_least, make_parser
+from sdlm_megatron.errors import CheckpointError, ConfigError
+from sdlm_megatron.files import write_json
+
+EXAMPLE = "--model runs/quickstart/hf --prompts runs/quickstart/task/heldout.jsonl --out results"
+OUT_FOLDER = "folder of the result file"
+
+
+def measurement_parser(
+    kind: str, description: str | None, *, example: str = EXAMPLE, out: str = OUT_FOLDER, notes: str = ""
+) -> CommandParser:
+    """Parser of `sdlm evaluate KIND` with --model, --out, --dtype, --device and --threads."""
+    command = f"sdlm evaluate {kind}".rstrip()
+    parser = make_parser(command, description, example=f"{command} {example}", notes=notes)
+    add = parser.add_argument
+    add("--model", type=Path, required=True, metavar="DIR", help="exported SDLM folder, or a plain Qwen2 or Llama")
+    add("--out", type=Path, required=True, metavar="PATH", help=out)
+    add("--dtype", choices=sorted(DTYPES), help="dtype of the weights; default: the folder's own")
+    add("--device", help="torch device; default: a GPU if there is one, else cpu")
+    add("--threads", type=at_least(1), metavar="N", help="CPU threads; default: torch's choice")
+    return parser
+
+
+def add_prompts(parser: argparse.ArgumentParser, most: int | None = None, *, batch: int | None = None) -> None:
+    """Adds --prompts and --most (None: all prompts by default), and --batch with this default."""
+    add = parser.add_argument
+    add("--prompts", type=Path, required=True, metavar="JSONL", help='lines of {"prompt": …, "expected": …}')
+    unlimited = "; default: all" if most is None else ""
+    add("--most", type=at_least(1), default=most, metavar="N", help=f"measure only the first N prompts{unlimited}")
+    if batch is not None:
+        add("--batch", type=at_least(1), default=batch, metavar="B", help="prompts per batch")
+
+
+def load_folder(args: argparse.Namespace, folder: Path) -> ChatModel:
+    """Loads a folder with --dtype, --device and --threads."""
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    return load(folder, dtype=args.dtype, device=args.device)
+
+
+def load_model(args: argparse.Namespace) -> ChatModel:
+    """Loads --model, creates the --out folder and prints a line about the model. ConfigError if that fails."""
+    chat = load_folder(args, args.model)
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"cannot create the folder: {error}", f"--out {args.out}", "name another folder") from None
+    print(chat.describe(), flush=True)
+    return chat
+
+
+def trained_block_size(chat: ChatModel, fix: str) -> int:
+    """The block size of an SDLM; CheckpointError with this fix for a plain model."""
+    if chat.config.block_size is None:
+        raise CheckpointError("the model is not an SDLM: its config.json has no block_size", str(chat.folder), fix)
+    return chat.config.block_size
+
+
+def check_positions(chat: ChatModel, needed: int, option: str) -> None:
+    """ConfigError when `option` asks for more tokens than the model has positions."""
+    most = chat.config.max_position_embeddings
+    if needed > most:
+        raise ConfigError(f"{needed} tokens are needed, the model has {most} positions", option, "use smaller values")
+
+
+def facts_of(chat: ChatModel, prog: str, argv: Sequence[str] | None, **more: Any) -> dict[str, Any]:
+    """Command, model, machine and versions behind a result file, ready for JSON.
+
+    Args:
+        prog: the command without its arguments.
+        argv: its arguments; None: those of this process.
+        more: facts of one kind, such as n_prompts=512.
+    """
+    device = chat.model.device
+    return {
+        "command": f"{prog} {shlex.join(sys.argv[1:] if argv is None else argv)}".rstrip(),
+        **more,
+        "block_size": chat.config.block_size or 1,
+        "causal_attn": chat.config.causal_attn,
+        "parameters": sum(p.numel() for p in chat.model.parameters()),
+        "dtype": str(chat.model.dtype).removeprefix("torch."),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        "threads": torch.get_num_threads(),
+        "date": datetime.date.today().isoformat(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def write_result(
+    chat: ChatModel, args: argparse.Namespace, argv: Sequence[str] | None, kind: str, content: Any, **facts: Any
+) -> None:
+    """Writes OUT/KIND.json: kind, model, facts and `content`."""
+    if "prompts" in args:
+        facts = {"prompts": str(args.prompts), **facts}
+    header = {"kind": kind, "model": str(args.model), "facts": facts_of(chat, f"sdlm evaluate {kind}", argv, **facts)}
+    path = args.out / f"{kind}.json"
+    write_json(path, header | content)
+    print(f"wrote {path}")

@@ -1,0 +1,197 @@
+"""Result files of `sdlm evaluate`: reading them back, and summaries over the seeds of a model.
+
+A folder holds one file per kind, KIND.json: the kind, the model, "facts" about the command and the machine, and the
+rows that the kind's module describes.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sdlm_megatron.chat.chat_model import DecodingRule
+from sdlm_megatron.errors import DataError
+from sdlm_megatron.evaluation.intervals import Estimate, over_seeds, ratio, share
+
+KINDS = ("sweep", "calibration", "speed", "context", "perplexity")
+Result = Mapping[str, Any]
+"""One result file."""
+Results = Mapping[str, Sequence[Result]]
+"""Result files of one kind by label; a label has one file per seed."""
+RuleKey = tuple[str, int, float | None]
+"""Algorithm, n and threshold."""
+
+
+@dataclass(frozen=True)
+class SweepPoint:
+    """Quality and speed of one decoding rule, over the prompts of every seed."""
+
+    alg: str
+    n: int
+    threshold: float | None
+    exact: Estimate
+    """Share of exact answers."""
+    speed: Estimate
+    """Tokens a pass."""
+
+    @property
+    def name(self) -> str:
+        return name_of((self.alg, self.n, self.threshold))
+
+
+@dataclass(frozen=True)
+class RuleTiming:
+    """Wall time of one decoding rule at one batch size."""
+
+    alg: str
+    n: int
+    threshold: float | None
+    batch: int
+    prompts: int
+    """Of all seeds together."""
+    exact: float
+    """Share of exact answers, mean over seeds."""
+    rate: Estimate
+    """Tokens a second."""
+    seconds: Estimate
+    """Seconds a prompt."""
+
+    @property
+    def name(self) -> str:
+        return name_of((self.alg, self.n, self.threshold))
+
+
+def name_of(key: RuleKey) -> str:
+    """Label of a decoding rule, such as "prob 0.98, n = 4"."""
+    alg, n, threshold = key
+    return DecodingRule(alg, n, 1.0 if threshold is None else threshold).name
+
+
+def read_results(folder: Path) -> dict[str, dict[str, Any]]:
+    """The result files of a folder by kind; kinds without a file are absent.
+
+    Raises:
+        DataError: the folder has no result file, or a file of another format.
+    """
+    results = {}
+    for kind in KINDS:
+        path = folder / f"{kind}.json"
+        if not path.exists():
+            continue
+        fix = f"measure again: sdlm evaluate {kind} --help"
+        try:
+            value = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise DataError(f"cannot read JSON: {error}", str(path), fix) from None
+        if not isinstance(value, dict) or value.get("kind") != kind:
+            raise DataError(f'not a result file: it lacks "kind": "{kind}"', str(path), fix)
+        results[kind] = value
+    if not results:
+        raise DataError(
+            f"no result file: {', '.join(f'{kind}.json' for kind in KINDS)}",
+            str(folder),
+            "name the --out folder of sdlm evaluate",
+        )
+    return results
+
+
+def _shared(seeds: Sequence[Sequence[Result]], *fields: str) -> list[tuple[tuple[Any, ...], list[Result]]]:
+    """Rows that every seed has: their key (rule and `fields`) and the row of each seed, in the first seed's order."""
+    names = ("alg", "n", "threshold", *fields)
+    tables = [{tuple(row[name] for name in names): row for row in rows} for rows in seeds]
+    return [(key, [table[key] for table in tables]) for key in tables[0] if all(key in table for table in tables)]
+
+
+def _speed(rows: Sequence[Result]) -> Estimate:
+    return ratio([row["tokens"] for row in rows], [row["passes"] for row in rows])
+
+
+def points(sweeps: Sequence[Result]) -> list[SweepPoint]:
+    """The rules that all sweeps of a label have, with intervals over prompts and seeds."""
+    distinct = len({sweep.get("facts", {}).get("prompts") for sweep in sweeps}) == len(sweeps)
+    return [
+        SweepPoint(alg, n, threshold, share([row["exact"] for row in rows], distinct=distinct), _speed(rows))
+        for (alg, n, threshold), rows in _shared([sweep["rows"] for sweep in sweeps])
+    ]
+
+
+def exact_of(sweeps: Sequence[Result], alg: str, threshold: float | None) -> list[list[int]] | None:
+    """0 or 1 for each prompt of each seed, at the widest window; None if a seed lacks the rule."""
+    exact = []
+    for sweep in sweeps:
+        rows = [row for row in sweep["rows"] if (row["alg"], row["threshold"]) == (alg, threshold)]
+        if not rows:
+            return None
+        exact.append(max(rows, key=lambda row: int(row["n"]))["exact"])
+    return exact
+
+
+def pick(measured: Sequence[SweepPoint], alg: str, threshold: float | None = None) -> SweepPoint | None:
+    """The point of a rule at its widest window; None if it was not measured."""
+    matching = [p for p in measured if (p.alg, p.threshold) == (alg, threshold)]
+    return max(matching, key=lambda p: p.n, default=None)
+
+
+def timings(speeds: Sequence[Result]) -> list[RuleTiming]:
+    """The timed decodings that all files of a label have."""
+    rows_of = [speed.get("decodes", []) for speed in speeds]
+    timed = []
+    for (alg, n, threshold, batch), rows in _shared(rows_of, "batch"):
+        # repeated timings are stored as a list; the median is robust against a disturbed one
+        seconds = [float(np.median(row["seconds"])) for row in rows]
+        timed.append(
+            RuleTiming(
+                alg=alg,
+                n=n,
+                threshold=threshold,
+                batch=batch,
+                prompts=sum(row["prompts"] for row in rows),
+                exact=float(np.mean([row["exact"] / row["prompts"] for row in rows])),
+                rate=over_seeds([row["tokens"] / s for row, s in zip(rows, seconds, strict=True)]),
+                seconds=over_seeds([s / row["prompts"] for row, s in zip(rows, seconds, strict=True)]),
+            )
+        )
+    return timed
+
+
+def context_rows(contexts: Sequence[Result]) -> list[dict[str, Any]]:
+    """Rows that all seeds have: alg, n, threshold, shots, mean context, and exact, speed and rate as estimates."""
+    return [
+        {
+            **dict(zip(("alg", "n", "threshold", "shots"), key, strict=True)),
+            "context": float(np.mean([row["context"] for row in rows])),
+            "exact": share([row["exact"] for row in rows]),
+            "speed": _speed(rows),
+            "rate": over_seeds([sum(row["tokens"]) / float(np.median(row["seconds"])) for row in rows]),
+        }
+        for key, rows in _shared([context["rows"] for context in contexts], "shots")
+    ]
+
+
+def perplexities(results: Results) -> dict[str, dict[str, Estimate]]:
+    """Perplexity by text and label, for the texts that all labels have; seeds are averaged in nats."""
+    estimates: dict[str, dict[str, Estimate]] = {}
+    for label, seeds in results.items():
+        tables = [{text["name"]: text["perplexity"] for text in result["texts"]} for result in seeds]
+        for name in tables[0]:
+            if all(name in table for table in tables):
+                nats = over_seeds([math.log(table[name]) for table in tables])
+                mean = Estimate(math.exp(nats.value), math.exp(nats.low), math.exp(nats.high))
+                estimates.setdefault(name, {})[label] = mean
+    return {name: row for name, row in estimates.items() if len(row) == len(results)}
+
+
+def pooled(calibrations: Sequence[Result]) -> list[dict[str, np.ndarray]]:
+    """Predictions of all seeds together, by slot: "prob", "entropy" and "right", float arrays of equal length."""
+    slots = min(len(result["slots"]) for result in calibrations)
+    return [
+        {
+            field: np.concatenate([np.asarray(result["slots"][j][field], dtype=float) for result in calibrations])
+            for field in ("prob", "entropy", "right")
+        }
+        for j in range(slots)
+    ]
