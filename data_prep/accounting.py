@@ -1,4 +1,4 @@
-"""What became of every input row. The parts add up to the rows that were read."""
+"""Accounting of every input row: the outcomes add up to the rows that were read."""
 
 import json
 import os
@@ -12,8 +12,8 @@ import numpy as np
 
 from data_prep.build_config import SourceConfig
 from data_prep.documents import DOCUMENT, UnitResult, read_rejects, unit_file
-from data_prep.planning import INDEX, Numbering, load, repeated
-from data_prep.readers import Unit, where
+from data_prep.planning import INDEX, Numbering, iterate_duplicates, load
+from data_prep.readers import InputUnit, where
 from sdlm_megatron.files import fsync
 
 DUPLICATE = "duplicate of an earlier row"
@@ -21,28 +21,29 @@ DUPLICATE = "duplicate of an earlier row"
 
 @dataclass
 class Tally:
-    """Outcomes of rows: of one source, or of all. A row counts once, however often an epoch takes it."""
+    """Outcomes of the rows of one source or of all sources. A row counts once, regardless of its weight. The field
+    names are keys of the manifest."""
 
     rows: int = 0
     packed: int = 0
-    """Whole documents."""
+    """Documents packed completely."""
     truncated: int = 0
-    """Packed, after turns or tokens were cut off."""
+    """Documents packed after turns or tokens were removed."""
     dropped: Counter[str] = field(default_factory=Counter)
-    """Valid rows that would train nothing, or are not wanted twice, by reason."""
+    """Valid rows without a training target and dropped duplicates, by reason."""
     rejected: int = 0
-    """Rows that are no conversation."""
+    """Rows that are not a valid conversation."""
     turns_cut: int = 0
     tokens_cut: int = 0
     blocks_missing: int = 0
-    """Blocks that long documents had no room for."""
+    """Blocks of long documents that did not fit."""
     blocks: int = 0
     clean_tokens: int = 0
     spelled: int = 0
-    """Texts that spell a special token; they were encoded as text."""
+    """Texts that spell a special token, encoded as plain text."""
 
     def take(self, documents: np.ndarray) -> None:
-        """Counts the DOCUMENT records that are packed."""
+        """Adds packed DOCUMENT records."""
         truncated = int((documents["tokens_cut"] > 0).sum())
         self.truncated += truncated
         self.packed += len(documents) - truncated
@@ -52,12 +53,12 @@ class Tally:
         self.clean_tokens += int(documents["clean"].sum())
 
     def check(self) -> None:
-        """The parts must add up: a row that vanished is a defect of this program."""
+        """Asserts that the outcomes add up: a lost row is a bug of this program."""
         parts = self.packed + self.truncated + self.dropped.total() + self.rejected
         assert parts == self.rows, f"{self.rows} rows were read, {parts} are accounted for"
 
     def to_dict(self) -> dict[str, Any]:
-        """For the manifest."""
+        """Entry of the manifest."""
         return {**vars(self), "dropped": dict(sorted(self.dropped.items()))}
 
 
@@ -73,13 +74,13 @@ def total(tallies: list[Tally]) -> Tally:
 def account(
     work: Path,
     sources: Sequence[SourceConfig],
-    units: Sequence[Unit],
+    units: Sequence[InputUnit],
     results: Sequence[UnitResult],
     numbering: Numbering,
     *,
     dropped_duplicates: bool,
 ) -> dict[str, Any]:
-    """The totals, and of each source its tally and the number of its first document."""
+    """The `accounting` entry of the manifest: totals, and per source its tally and the number of its first document."""
     tallies = [Tally() for _ in sources]
     first = load(work, "first", np.int64) if dropped_duplicates else None
     at = 0
@@ -88,8 +89,8 @@ def account(
         if first is not None:
             kept = np.asarray(first[at : at + len(documents)]) < 0
             at += len(documents)
-            if again := int((~kept).sum()):
-                tally.dropped[DUPLICATE] += again
+            if duplicates := int((~kept).sum()):
+                tally.dropped[DUPLICATE] += duplicates
             documents = documents[kept]
         tally.rows += result.rows
         tally.dropped.update(result.dropped)
@@ -109,14 +110,14 @@ def write_rejects(
     path: Path,
     work: Path,
     sources: Sequence[SourceConfig],
-    units: Sequence[Unit],
+    units: Sequence[InputUnit],
     results: Sequence[UnitResult],
     numbering: Numbering,
     *,
     dropped_duplicates: bool,
 ) -> None:
-    """Writes rejects.jsonl: one line for every input row that is no document of the dataset, with its source, row
-    number, place, outcome, reason and the row itself; of a duplicate, the row it repeats."""
+    """Writes rejects.jsonl: one line per input row that is not in the dataset, with its source, row number, position,
+    outcome, reason and content; for a duplicate, the row it repeats."""
     with open(path, "w", encoding="utf-8") as file:
         for line in _rejected(work, sources, units, results):
             file.write(json.dumps(line, ensure_ascii=True) + "\n")
@@ -129,7 +130,7 @@ def write_rejects(
 
 
 def _rejected(
-    work: Path, sources: Sequence[SourceConfig], units: Sequence[Unit], results: Sequence[UnitResult]
+    work: Path, sources: Sequence[SourceConfig], units: Sequence[InputUnit], results: Sequence[UnitResult]
 ) -> Iterator[dict[str, Any]]:
     rows, lines = [0] * len(sources), [0] * len(sources)
     last = ""
@@ -152,16 +153,16 @@ def _rejected(
 def _duplicates(work: Path, sources: Sequence[SourceConfig], numbering: Numbering) -> Iterator[dict[str, Any]]:
     index = load(work, "index.all", INDEX)
     first_number = np.array(numbering.first_number)
-    for again, first in repeated(work, len(index)):
+    for duplicates, first in iterate_duplicates(work, len(index)):
         (source, row), (kept_source, kept_row) = (
             (part["source"].tolist(), (part["number"] - first_number[part["source"]]).tolist())
-            for part in (index[again], index[first])
+            for part in (index[duplicates], index[first])
         )
-        for a, b, c, d in zip(source, row, kept_source, kept_row, strict=True):
+        for own_source, own_row, first_source, first_row in zip(source, row, kept_source, kept_row, strict=True):
             yield {
-                "source": sources[a].name,
-                "row": b,
+                "source": sources[own_source].name,
+                "row": own_row,
                 "outcome": "duplicate",
                 "reason": DUPLICATE,
-                "same_as": {"source": sources[c].name, "row": d},
+                "same_as": {"source": sources[first_source].name, "row": first_row},
             }

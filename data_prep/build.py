@@ -1,11 +1,11 @@
-"""Builds a packed dataset: `python -m data_prep.build --config FILE [--a.b=c]`.
+"""Build a packed dataset from conversations.
 
-    tokenize   every unit of input rows -> documents on disk             (documents.py; any process, any machine)
-    pack       numbers, duplicates, order, best-fit packing of each epoch (planning.py; one process)
-    write      every part of an epoch: draw the blocks, write the rows    (rows.py; any process)
+    tokenize   each unit of input rows -> documents on disk               (documents.py; any process, any machine)
+    pack       numbering, duplicates, order, best-fit packing per epoch   (planning.py; one process)
+    write      each part of an epoch: draw the blocks, write the rows     (rows.py; any process)
 
-All of it happens in OUT.partial, which is renamed to OUT at the end. What is done stays done: after a kill the same
-command goes on. The result depends on the config and the input alone, not on who did which unit or part.
+All work happens in OUT.partial, which is renamed to OUT at the end. Completed work is kept: after an interruption the
+same command resumes. The result depends only on the settings and the input, not on the number of processes or shards.
 """
 
 import argparse
@@ -19,7 +19,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from hashlib import file_digest
 from pathlib import Path
 from typing import Any
 
@@ -31,85 +30,89 @@ from data_prep.build_report import dry_run, report
 from data_prep.chat import frame_of
 from data_prep.documents import UnitResult, load_result, tokenize_unit
 from data_prep.encoders import BulkEncoder, TextTokenizer, TokenizerMismatch, open_encoder
-from data_prep.planning import Plan, make_plan
+from data_prep.planning import PackingPlan, make_plan
 from data_prep.pool import cpus, work_on
-from data_prep.readers import LINES, Unit, plan
-from data_prep.rows import Part, RowWriter, cut_parts, load_part
+from data_prep.readers import LINES, InputUnit, detect_source_format, plan_units
+from data_prep.rows import EpochPart, RowWriter, cut_parts, load_part
+from data_prep.source_formats import FORMATS, formats_help
 from data_prep.sources import expand
-from sdlm_megatron.config.command_line import make_config_parser, parse_config
+from sdlm_megatron.config.command_line import make_parser
+from sdlm_megatron.config.load import load_config, preset_names, to_yaml
 from sdlm_megatron.data.chatml import IM_END
 from sdlm_megatron.data.format import PartInfo, seal
 from sdlm_megatron.data.tokenizer_identity import fingerprint, special_token_id, vocabulary_size
 from sdlm_megatron.errors import ConfigError, DataError, run_cli
-from sdlm_megatron.files import write_json, write_text
+from sdlm_megatron.files import sha256, write_json, write_text
 from sdlm_megatron.progress import track
 
 ROW_BYTES = 2500
-"""Bytes of a line, about: rows of a file of lines are not counted before they are read."""
+"""Typical bytes per line; the rows of a file of lines are not counted before they are read."""
 
 
 @dataclass(frozen=True)
-class Shard:
-    """Share `number` of `count` of the tokenizing, for a job of many machines."""
+class TokenizeShard:
+    """Share `number` of `count` of the tokenizing work, for a job on several machines."""
 
     number: int
     count: int
 
 
 def build(config: BuildConfig, console: Console | None = None, *, workers: int = 1) -> dict[str, Any]:
-    """Builds the dataset of `config`, or what is left of it to build, and returns its manifest.
+    """Builds a dataset, or completes an interrupted build, and returns its manifest.
 
     Args:
         config: settings.
-        console: where progress goes.
-        workers: processes; they change nothing but the time it takes.
+        console: destination of progress and report.
+        workers: number of processes; does not affect the result.
 
     Raises:
-        ConfigError, DataError: a setting, a source or the tokenizer cannot be used, or nothing is left to
-        train on.
+        ConfigError: a setting is invalid, or an interrupted build used other settings.
+        DataError: a source or the tokenizer cannot be used, or no row remains.
     """
     console = console or Console()
     check(config)
-    return _built(config, console) or _complete(_begin(config), console, workers)
+    return _existing_manifest(config, console) or _complete(_begin(config), console, workers)
 
 
-def build_shard(config: BuildConfig, shard: Shard, console: Console | None = None, *, workers: int = 1) -> None:
-    """Tokenizes one share of the units; `merge` makes the dataset once all shares are done. Arguments as for
-    `build`."""
+def build_shard(config: BuildConfig, shard: TokenizeShard, console: Console | None = None, *, workers: int = 1) -> None:
+    """Tokenizes one share of the units; `merge` completes the dataset once all shards are done. Arguments and errors
+    as for `build`."""
     console = console or Console()
     check(config)
-    if _built(config, console):
+    if _existing_manifest(config, console):
         return
-    job = _begin(config)
-    mine = range(shard.number, len(job.units), shard.count)
-    _tokenize(job, mine, console, workers)
-    console.print(f"shard {shard.number}/{shard.count} is done: {len(mine)} of {len(job.units)} units", highlight=False)
+    state = _begin(config)
+    numbers = range(shard.number, len(state.units), shard.count)
+    _tokenize(state, numbers, console, workers)
+    console.print(
+        f"shard {shard.number}/{shard.count} is done: {len(numbers)} of {len(state.units)} units", highlight=False
+    )
 
 
 def merge(config: BuildConfig, console: Console | None = None, *, workers: int = 1) -> dict[str, Any]:
-    """Makes the dataset from the work of all shards; DataError when some of it is missing. Arguments as for
-    `build`."""
+    """Completes the dataset from the work of all shards. Arguments and errors as for `build`; also DataError if the
+    work of a shard is missing."""
     console = console or Console()
     check(config)
-    if manifest := _built(config, console):
+    if manifest := _existing_manifest(config, console):
         return manifest
-    job = _begin(config)
-    if missing := [i for i in range(len(job.units)) if job.result(i) is None]:
+    state = _begin(config)
+    if missing := [i for i in range(len(state.units)) if state.result(i) is None]:
         raise DataError(
-            f"{len(missing)} of {len(job.units)} units are not tokenized, the first is {missing[0]}",
-            str(job.work),
-            f"run the shards first; of N shards, number {missing[0]} modulo N has not finished",
+            f"{len(missing)} of {len(state.units)} units are not tokenized; the first is {missing[0]}",
+            str(state.work),
+            f"run the missing shards first; of N shards, number {missing[0]} modulo N is incomplete",
         )
-    return _complete(job, console, workers)
+    return _complete(state, console, workers)
 
 
 @dataclass(frozen=True)
-class _Job:
-    """A build that has begun; the same in every process that works at it."""
+class _BuildState:
+    """A build in progress; equal in all processes that work on it."""
 
     config: BuildConfig
     sources: list[SourceConfig]
-    units: list[Unit]
+    units: list[InputUnit]
     meta: dict[str, Any]
     partial: Path
 
@@ -118,28 +121,28 @@ class _Job:
         return self.partial / "work"
 
     @property
-    def distrust(self) -> Path:
-        """File that is there once the fast encoder was found to be wrong; it says how."""
-        return self.work / "distrust.txt"
+    def mismatch(self) -> Path:
+        """File that exists once the fast encoder has returned wrong ids; contains the message."""
+        return self.work / "mismatch.txt"
 
     def result(self, number: int) -> UnitResult | None:
-        """What became of a unit; None while that is not known, or not to be trusted."""
+        """Result of a unit; None while it is incomplete or may contain wrong ids."""
         result = load_result(self.work, number)
-        doubtful = result is not None and result.encoder.startswith("fastokens") and self.distrust.exists()
+        doubtful = result is not None and result.encoder.startswith("fastokens") and self.mismatch.exists()
         return None if doubtful else result
 
 
-def _complete(job: _Job, console: Console, workers: int) -> dict[str, Any]:
-    """Does what is left of a build."""
-    with _locked(job.work):
-        _tokenize(job, range(len(job.units)), console, workers)
-        manifest = _finish(job, console, workers)
-    report(manifest, job.config, console)
+def _complete(state: _BuildState, console: Console, workers: int) -> dict[str, Any]:
+    """Performs all remaining stages."""
+    with _locked(state.work):
+        _tokenize(state, range(len(state.units)), console, workers)
+        manifest = _finish(state, console, workers)
+    report(manifest, state.config, console)
     return manifest
 
 
-def _built(config: BuildConfig, console: Console) -> dict[str, Any] | None:
-    """The manifest of `config.out` if this very build made it; None if there is nothing yet."""
+def _existing_manifest(config: BuildConfig, console: Console) -> dict[str, Any] | None:
+    """Manifest of `config.out` if it was built with these settings; None if the folder does not exist."""
     out = Path(config.out)
     if not out.exists():
         return None
@@ -149,74 +152,77 @@ def _built(config: BuildConfig, console: Console) -> dict[str, Any] | None:
     except (OSError, ValueError, KeyError, TypeError):
         same = False
     if not same:
-        raise DataError("the dataset folder exists already", config.out, "name another folder, or remove it")
-    shutil.rmtree(out / "work", ignore_errors=True)  # killed between the last two steps
-    console.print(f"{config.out} is built already, with these settings", highlight=False)
+        raise DataError("the output folder already exists", config.out, "set another --out, or remove the folder")
+    shutil.rmtree(out / "work", ignore_errors=True)  # remains if a build was killed right after the rename
+    console.print(f"{config.out} already exists, built with these settings", highlight=False)
     return manifest
 
 
 def _settings(config: BuildConfig) -> dict[str, Any]:
-    """The settings that make the dataset what it is: all but its name."""
+    """Settings that determine the content of the dataset: all but its name."""
     return {key: value for key, value in asdict(config).items() if key != "out"}
 
 
-def _begin(config: BuildConfig) -> _Job:
-    """Looks at tokenizer and sources, and opens the work folder; one that was begun otherwise is refused."""
+def _begin(config: BuildConfig) -> _BuildState:
+    """Checks tokenizer and sources and opens the work folder; raises ConfigError if it belongs to other settings."""
     meta = _meta(config)
     sources = expand(config.sources)
-    units = plan(sources)
+    units = plan_units(sources)
     out = Path(config.out)
     meta["sources"] = [asdict(source) for source in sources]
-    job = _Job(config, sources, units, meta, out.with_name(out.name + ".partial"))
+    state = _BuildState(config, sources, units, meta, out.with_name(out.name + ".partial"))
     settings = {"config": _settings(config), "tokenizer": meta["tokenizer"], "units": [asdict(unit) for unit in units]}
     settings = json.loads(json.dumps(settings))
-    file = job.work / "build.json"
+    file = state.work / "build.json"
     if not file.exists():
-        job.work.mkdir(parents=True, exist_ok=True)
-        own = job.work / f"build-{os.uname().nodename}-{os.getpid()}.json"  # other shards may be doing the same
+        state.work.mkdir(parents=True, exist_ok=True)
+        # Several shards may start at once: each writes its own file, and the rename is atomic.
+        own = state.work / f"build-{os.uname().nodename}-{os.getpid()}.json"
         write_json(own, settings)
         os.replace(own, file)
     begun = json.loads(file.read_text())
-    for key, found in settings.items():
-        if begun[key] == found:
+    for key, value in settings.items():
+        if begun[key] == value:
             continue
-        names = [k for k in found if begun[key].get(k) != found[k]] if isinstance(found, dict) else ["the input files"]
+        names = [k for k in value if begun[key].get(k) != value[k]] if isinstance(value, dict) else ["the input files"]
         raise ConfigError(
             f"this build was begun with other settings: {', '.join(names)}",
-            str(job.partial),
-            "give the same settings to go on, or remove the folder to begin anew",
+            str(state.partial),
+            "use the same settings to resume it, or remove the folder to start over",
         )
-    return job
+    return state
 
 
 @contextmanager
 def _locked(work: Path) -> Iterator[None]:
-    """Keeps a second process from finishing the same build."""
+    """Prevents a second process from completing the same build."""
     with open(work / "lock", "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise DataError("another process is at this build", str(work.parent), "wait for it, or stop it") from None
+            raise DataError(
+                "another process works on this build", str(work.parent), "wait for it, or stop it"
+            ) from None
         yield
 
 
 def _meta(config: BuildConfig) -> dict[str, Any]:
-    """Manifest fields that follow from settings and tokenizer; DataError when the tokenizer cannot be used."""
+    """Manifest fields that follow from settings and tokenizer; raises DataError if the tokenizer cannot be used."""
     sizes = ("row_length", "max_document_length", "block_size", "repeat", "target_shift")
-    kept = (*sizes, "seed", "overlong", "trim", "system_prompt")
+    copied = (*sizes, "seed", "overlong", "trim", "system_prompt")
     folder = config.tokenizer
     mask, size = special_token_id(folder, config.mask_token), vocabulary_size(folder)
-    known = {token: special_token_id(folder, token) for token in (IM_END, config.pad_token)}
-    for token, found in known.items():
-        if found >= size:
-            fix = "set pad_token to a token it has" if token == config.pad_token else "use a ChatML tokenizer"
+    ids = {token: special_token_id(folder, token) for token in (IM_END, config.pad_token)}
+    for token, token_id in ids.items():
+        if token_id >= size:  # special_token_id returns the first free id for a token the tokenizer lacks
+            fix = "set pad_token to one of its tokens" if token == config.pad_token else "use a ChatML tokenizer"
             raise DataError(f"the tokenizer has no `{token}`", folder, fix)
     return {
-        **{key: getattr(config, key) for key in kept},
+        **{key: getattr(config, key) for key in copied},
         "mask_token": config.mask_token,
         "mask_token_id": mask,
-        "eos_token_id": known[IM_END],
-        "pad_token_id": known[config.pad_token],
+        "eos_token_id": ids[IM_END],
+        "pad_token_id": ids[config.pad_token],
         "vocab_size": max(size, mask + 1),
         "tokenizer": {"fingerprint": fingerprint(folder), "name": Path(folder).name},
     }
@@ -224,170 +230,224 @@ def _meta(config: BuildConfig) -> dict[str, Any]:
 
 @lru_cache(maxsize=1)
 def _encoder(folder: str, mask_token: str) -> BulkEncoder:
-    """The encoder of this process: opening one takes seconds."""
+    """Encoder of this process; opening one takes seconds."""
     return open_encoder(folder, mask_token)
 
 
 @lru_cache(maxsize=1)
 def _slow_encoder(folder: str, mask_token: str) -> BulkEncoder:
     encoder = TextTokenizer.from_folder(folder, mask_token)
-    encoder.reason = "the fast one gave other ids"
+    encoder.reason = "fastokens returned other ids"
     return encoder
 
 
-class _Tokenizing:
-    """Worker of stage one: unit number -> its result; or None when the fast encoder was found to be wrong."""
+class _TokenizeWorker:
+    """Worker of stage one: unit number -> its result, or None if the fast encoder returned wrong ids."""
 
-    def __init__(self, job: _Job) -> None:
-        self._job = job
-        self._encoder = _encoder(job.config.tokenizer, job.config.mask_token)
+    def __init__(self, state: _BuildState) -> None:
+        self._state = state
+        self._encoder = _encoder(state.config.tokenizer, state.config.mask_token)
 
     def __call__(self, number: int) -> UnitResult | None:
-        unit, job = self._job.units[number], self._job
-        if job.distrust.exists():
-            self._encoder = _slow_encoder(job.config.tokenizer, job.config.mask_token)
+        state = self._state
+        unit = state.units[number]
+        if state.mismatch.exists():
+            self._encoder = _slow_encoder(state.config.tokenizer, state.config.mask_token)
         try:
-            return tokenize_unit(job.config, job.sources[unit.source], unit, number, self._encoder, job.work)
+            return tokenize_unit(state.config, state.sources[unit.source], unit, number, self._encoder, state.work)
         except TokenizerMismatch as error:
-            write_text(job.distrust, str(error))
+            write_text(state.mismatch, str(error))
             return None
 
 
-def _tokenize(job: _Job, numbers: Sequence[int], console: Console, workers: int) -> None:
-    """Stage one for some units; those that are done are not done again.
+def _tokenize(state: _BuildState, numbers: Sequence[int], console: Console, workers: int) -> None:
+    """Stage one for some units; skips completed ones.
 
-    A fast encoder that gives one wrong id is not trusted with any: what it did is done again without it.
+    After a single wrong id of the fast encoder all its results are discarded and produced again without it, because
+    they are verified by sample only.
     """
-    todo = [number for number in numbers if job.result(number) is None]
+    todo = [number for number in numbers if state.result(number) is None]
     if len(todo) < len(numbers):
-        console.print(f"{len(numbers) - len(todo)} of {len(numbers)} units are tokenized already", highlight=False)
+        console.print(f"{len(numbers) - len(todo)} of {len(numbers)} units are already tokenized", highlight=False)
     if not todo:
         return
     encoders: set[str] = set()
-    with track("tokenize", sum(_rows(job.units[i]) for i in todo), "rows", console) as advance:
-        for number, result in work_on(todo, _Tokenizing, (job,), workers):
+    with track("tokenize", sum(_rows(state.units[i]) for i in todo), "rows", console) as advance:
+        for number, result in work_on(todo, _TokenizeWorker, (state,), workers):
             if result is not None:
                 if result.encoder not in encoders:
                     console.print(f"tokenizer: {result.encoder}", highlight=False)
                     encoders.add(result.encoder)
-                advance(result.rows, result.tokens, _rows(job.units[number]))
-    if any(job.result(number) is None for number in todo):
+                advance(result.rows, result.tokens, _rows(state.units[number]))
+    if any(state.result(number) is None for number in todo):
         console.print(
-            f"the fast tokenizer gave other ids: {job.distrust.read_text()}\nwhat it did is tokenized again without it",
+            f"fastokens returned other ids than tokenizers {state.mismatch.read_text()}\n"
+            "its units are tokenized again without it",
             highlight=False,
         )
-        _tokenize(job, numbers, console, workers)
+        _tokenize(state, numbers, console, workers)
 
 
-def _rows(unit: Unit) -> int:
-    """Rows of a unit; of lines an estimate."""
+def _rows(unit: InputUnit) -> int:
+    """Rows of a unit; an estimate for lines."""
     size = unit.stop - unit.start
     return max(1, size // ROW_BYTES) if unit.kind == LINES else size
 
 
-class _Writing:
-    """Worker of stage three: part -> what it holds."""
+class _WriteWorker:
+    """Worker of stage three: part -> its counts and files."""
 
-    def __init__(self, job: _Job, plan: Plan) -> None:
-        self._writer = RowWriter(job.config, job.sources, plan, job.partial, job.meta)
+    def __init__(self, state: _BuildState, plan: PackingPlan) -> None:
+        self._writer = RowWriter(state.config, state.sources, plan, state.partial, state.meta)
 
-    def __call__(self, part: Part) -> PartInfo:
+    def __call__(self, part: EpochPart) -> PartInfo:
         return self._writer.write(part)
 
 
-def _finish(job: _Job, console: Console, workers: int) -> dict[str, Any]:
+def _finish(state: _BuildState, console: Console, workers: int) -> dict[str, Any]:
     """Stages two and three, and the manifest."""
-    results = [result for i in range(len(job.units)) if (result := job.result(i)) is not None]
-    weights = [job.sources[unit.source].weight for unit in job.units]
+    results = [result for i in range(len(state.units)) if (result := state.result(i)) is not None]
+    weights = [state.sources[unit.source].weight for unit in state.units]
     n_documents = sum(result.documents * weight for result, weight in zip(results, weights, strict=True))
-    with track("pack", n_documents * job.config.epochs, "documents", console) as advance:
-        found = make_plan(job.config, job.sources, job.units, results, job.work, advance)
-    parts = cut_parts(job.config, found)
-    if not all(found.rows):
-        shutil.rmtree(job.partial)
-        raise DataError("no row to write: every document was dropped or rejected", job.config.out)
-    done = {part: info for part in parts if (info := load_part(job.work, job.partial, part))}
-    with track("write", sum(found.rows), "rows", console) as advance:
+    with track("pack", n_documents * state.config.epochs, "documents", console) as advance:
+        plan = make_plan(state.config, state.sources, state.units, results, state.work, advance)
+    parts = cut_parts(state.config, plan)
+    if not all(plan.rows):
+        raise _no_rows(state, results, plan)
+    done = {part: info for part in parts if (info := load_part(state.work, state.partial, part))}
+    with track("write", sum(plan.rows), "rows", console) as advance:
         advance(sum(part.stop - part.start for part in done))
         todo = [part for part in parts if part not in done]
-        for part, info in work_on(todo, _Writing, (job, found), workers):
+        for part, info in work_on(todo, _WriteWorker, (state, plan), workers):
             done[part] = info
             advance(info.counts.rows, info.counts.clean + info.counts.block)
-    return _seal(job, found, results, [done[part] for part in parts], parts)
+    return _seal(state, plan, results, [done[part] for part in parts], parts)
+
+
+def _write_rejects(state: _BuildState, plan: PackingPlan, results: list[UnitResult]) -> Path:
+    rejects = state.partial / "rejects.jsonl"
+    dropped = state.config.duplicates == "drop"
+    write_rejects(
+        rejects, state.work, state.sources, state.units, results, plan.numbering, dropped_duplicates=dropped
+    )
+    return rejects
+
+
+def _no_rows(state: _BuildState, results: list[UnitResult], plan: PackingPlan) -> DataError:
+    """Removes the build and returns an error that names the first rejected row."""
+    with open(_write_rejects(state, plan, results), encoding="utf-8") as lines:
+        first = json.loads(next(lines, "{}"))
+    shutil.rmtree(state.partial)
+    if not first:
+        return DataError("no rows to write: the sources are empty", state.config.sources[0].path, "check the sources")
+    place = first["where"] + (f", field {first['field']}" if first.get("field") else "")
+    what = f"no rows to write: every input row was dropped or rejected; the first: {first['reason']}"
+    return DataError(what, place, "check that the source's format matches its rows (docs/data.md lists the formats)")
 
 
 def _seal(
-    job: _Job, found: Plan, results: list[UnitResult], infos: list[PartInfo], parts: list[Part]
+    state: _BuildState, plan: PackingPlan, results: list[UnitResult], infos: list[PartInfo], parts: list[EpochPart]
 ) -> dict[str, Any]:
-    """Accounting, rejects, manifest; the dataset gets its name, and the work folder goes."""
-    dropped = job.config.duplicates == "drop"
-    common = (job.work, job.sources, job.units, results, found.numbering)
-    accounting = account(*common, dropped_duplicates=dropped)
-    rejects = job.partial / "rejects.jsonl"
-    write_rejects(rejects, *common, dropped_duplicates=dropped)
-    with open(rejects, "rb") as file:
-        digest = {"bytes": rejects.stat().st_size, "sha256": file_digest(file, "sha256").hexdigest()}
-    frame = frame_of(_encoder(job.config.tokenizer, job.config.mask_token))
-    wanted = {"work", "rejects.jsonl", *(name for info in infos for name in info.files)}
-    for leftover in job.partial.iterdir():
-        if leftover.name not in wanted:
+    """Writes accounting, rejects and manifest, renames the dataset, and removes the work folder."""
+    dropped = state.config.duplicates == "drop"
+    accounting = account(
+        state.work, state.sources, state.units, results, plan.numbering, dropped_duplicates=dropped
+    )
+    rejects = _write_rejects(state, plan, results)
+    digest = {"bytes": rejects.stat().st_size, "sha256": sha256(rejects)}
+    frame = frame_of(_encoder(state.config.tokenizer, state.config.mask_token))
+    expected = {"work", "rejects.jsonl", *(name for info in infos for name in info.files)}
+    for leftover in state.partial.iterdir():  # temporary files of killed processes
+        if leftover.name not in expected:
             leftover.unlink()
     manifest = seal(
-        job.partial,
-        Path(job.config.out),
-        meta=job.meta,
-        parts=[[i for i, p in zip(infos, parts, strict=True) if p.epoch == e] for e in range(job.config.epochs)],
+        state.partial,
+        Path(state.config.out),
+        meta=state.meta,
+        parts=[[i for i, p in zip(infos, parts, strict=True) if p.epoch == e] for e in range(state.config.epochs)],
         files={"rejects.jsonl": digest},
         extra={
             "accounting": accounting,
-            "duplicates": {"policy": job.config.duplicates, "documents": found.duplicates, "pairs": found.pairs},
+            "duplicates": {"policy": state.config.duplicates, "documents": plan.duplicates, "pairs": plan.pairs},
             "chat": asdict(frame),
-            "blocks_trimmed": found.blocks_trimmed,
-            "build": _settings(job.config),
+            "blocks_trimmed": plan.blocks_trimmed,
+            "build": _settings(state.config),
         },
     )
-    shutil.rmtree(Path(job.config.out) / "work")
+    shutil.rmtree(Path(state.config.out) / "work")
     return manifest
 
 
-def _shard(text: str) -> Shard:
+def _shard(text: str) -> TokenizeShard:
     try:
         number, count = map(int, text.split("/"))
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not I/N, such as 0/8") from None
     if not 0 <= number < count:
-        raise argparse.ArgumentTypeError(f"shard {number} of {count}: give 0/{count} to {count - 1}/{count}")
-    return Shard(number, count)
+        raise argparse.ArgumentTypeError(f"shard {number} of {count}: use 0/{count} to {count - 1}/{count}")
+    return TokenizeShard(number, count)
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Options of the command."""
-    parser = make_config_parser(
+    parser = make_parser(
         "sdlm prepare",
-        "Conversations -> packed dataset for `sdlm train`.",
-        example="sdlm prepare --config data.yaml --out=data/mine --block_size=8",
-        schema=BuildConfig,
-        presets=PRESETS,
+        __doc__,
+        example="sdlm prepare --input chats.jsonl --tokenizer Qwen2.5-3B --out data/mine\n"
+        "sdlm prepare --config mixture_3p5m --tokenizer Qwen2.5-3B --out data/mixture --block_size=8",
+        notes=f"Any setting below may follow as --key=value, and one of a source as --sources.NAME.key=value.\n\n"
+        f"{formats_help()}",
+        settings=BuildConfig,
     )
-    parser.add_argument(
-        "--dry-run", action="store_true", help="say what would be read, written and needed; build nothing"
-    )
-    parser.add_argument("--workers", type=int, default=cpus(), metavar="N", help="processes (all CPUs: %(default)s)")
+    parser.list_settings = True
+    inputs = parser.add_mutually_exclusive_group(required=True)
+    inputs.add_argument("--config", metavar="FILE", help=f"YAML file or preset: {', '.join(preset_names(PRESETS))}")
+    inputs.add_argument("--input", metavar="PATH", help="single source: a file, a folder, or hub:NAME for a hub dataset")
+    parser.add_argument("--format", choices=FORMATS, help="source format of --input; default: the one its fields match")
+    parser.add_argument("--tokenizer", metavar="FOLDER", help="tokenizer of the base model; overrides --config")
+    parser.add_argument("--out", metavar="FOLDER", help="dataset folder to create; overrides --config")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and exit")
+    parser.add_argument("--dry-run", action="store_true", help="report input, output size and disk space; build nothing")
+    parser.add_argument("--workers", type=int, default=cpus(), metavar="N", help="number of processes")
     parser.add_argument(
         "--shard",
         type=_shard,
         metavar="I/N",
-        help="tokenize share I of N only, for many machines that see one OUT; then --merge",
+        help="only tokenize share I of N, for several machines that share OUT; complete with --merge",
     )
-    parser.add_argument("--merge", action="store_true", help="make the dataset from the work of all shards")
+    parser.add_argument("--merge", action="store_true", help="complete the dataset from the work of all shards")
     return parser
+
+
+def read_command_line(argv: Sequence[str] | None) -> tuple[BuildConfig, argparse.Namespace]:
+    """Settings and options of the command; `--input` becomes the only source of an otherwise default configuration."""
+    args, overrides = build_parser().parse_known_args(argv)
+    options = [f"--{key}={getattr(args, key)}" for key in ("tokenizer", "out") if getattr(args, key) is not None]
+    if args.input is not None:
+        hub = args.input.removeprefix("hub:") if args.input.startswith("hub:") else ""
+        name = (hub or str(Path(args.input).resolve())).rstrip("/").rsplit("/", 1)[-1].partition(".")[0] or "input"
+        source = {"name": name, "hub": hub} if hub else {"name": name, "path": args.input}
+        overrides = [f"--sources={json.dumps([source])}", *overrides]
+    elif args.format:
+        raise ConfigError("--format needs --input", "the command line", "set `format` of each source in the config")
+    config = load_config(BuildConfig, args.config or "", [*overrides, *options], PRESETS)
+    if args.input is not None:
+        source = config.sources[0]
+        source.format = args.format or detect_source_format(source)
+    return config, args
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
-    config, args = parse_config(build_parser(), BuildConfig, PRESETS, argv)
+    config, args = read_command_line(argv)
+    if args.print_config:
+        print(to_yaml(config), end="")
+        return
     if args.workers < 1:
-        raise ConfigError(f"--workers is {args.workers}", "--workers", "give 1 or more")
+        raise ConfigError(f"--workers is {args.workers}", "--workers", "use 1 or more")
+    if args.input is not None:
+        form = FORMATS[config.sources[0].format]
+        print(f"{args.input}: source format {config.sources[0].format} ({form.description})")
     try:
         if args.dry_run:
             dry_run(config, Console())
@@ -398,10 +458,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
-        fix = "make room (--dry-run says how much is needed); the same command goes on from here"
+        fix = "free some space (--dry-run reports the required amount) and run the same command again to resume"
         raise DataError("the disk is full", config.out, fix) from None
     except KeyboardInterrupt:
-        raise SystemExit("stopped; the same command goes on from here") from None
+        raise SystemExit("interrupted; run the same command again to resume") from None
 
 
 if __name__ == "__main__":

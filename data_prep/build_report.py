@@ -1,4 +1,4 @@
-"""What a build says: beforehand what it will read, write and need; afterwards what became of the rows."""
+"""Reports of a build: the estimate of a dry run, and the outcome of the rows afterwards."""
 
 import shutil
 from collections.abc import Sequence
@@ -15,18 +15,18 @@ from rich.table import Column, Table
 from data_prep.build_config import BuildConfig, SourceConfig, check
 from data_prep.chat import render_batch
 from data_prep.encoders import BulkEncoder, describe, open_encoder
-from data_prep.readers import LINES, Unit, plan, read_unit
+from data_prep.readers import LINES, InputUnit, plan_units, read_unit
 from data_prep.sources import conversation, expand
 from data_prep.truncate import fit_batch
 from sdlm_megatron.data.tokenizer_identity import special_token_id
 from sdlm_megatron.errors import DataError
 
 SAMPLE = 200
-"""Rows of each source that a dry run reads."""
+"""Rows per source that a dry run reads."""
 
 
 def report(manifest: dict[str, Any], config: BuildConfig, console: Console) -> None:
-    """Prints what became of the rows, and how full the rows are."""
+    """Prints the outcome of the input rows and the fill of the packed rows."""
     accounting = manifest["accounting"]
     names = ("rows", "packed", "cut", "dropped", "rejected", "tokens", "blocks")
     columns = [Column(name, justify="right", no_wrap=True) for name in names]
@@ -42,7 +42,7 @@ def report(manifest: dict[str, Any], config: BuildConfig, console: Console) -> N
     console.print(
         f"{config.out}: {config.epochs} epoch(s), {rows:,} rows of {config.row_length} tokens, "
         f"{(clean + block) / (rows * config.row_length):.2%} filled, "
-        f"{manifest['mean_documents_per_row']:.1f} documents a row",
+        f"{manifest['mean_documents_per_row']:.1f} documents per row",
         highlight=False,
     )
 
@@ -52,16 +52,16 @@ def _remarks(manifest: dict[str, Any]) -> list[str]:
     for source, entry in zip(manifest["sources"], accounting["by_source"], strict=True):
         expected = source["expected_rows"]
         if expected and not source["limit"] and entry["rows"] != expected:
-            lines.append(f"{entry['name']}: {entry['rows']:,} rows, {expected:,} were expected: the set has changed")
+            lines.append(f"{entry['name']}: {entry['rows']:,} rows instead of the expected {expected:,}: the data set has changed")
     lines += [f"dropped {number:,}: {reason}" for reason, number in accounting["dropped"].items()]
     if accounting["blocks_missing"] or accounting["tokens_cut"]:
         lines.append(
             f"long documents: {accounting['turns_cut']:,} turns and {accounting['tokens_cut']:,} tokens cut, "
-            f"{accounting['blocks_missing']:,} blocks without room"
+            f"{accounting['blocks_missing']:,} blocks did not fit"
         )
     trimmed = sum(manifest["blocks_trimmed"])
     if trimmed:
-        lines.append(f"trimmed: {trimmed:,} blocks, to fill rows")
+        lines.append(f"trimmed to fill rows: {trimmed:,} blocks")
     if accounting["spelled"]:
         lines.append(f"texts that spell a special token, encoded as plain text: {accounting['spelled']:,}")
     duplicates = manifest["duplicates"]
@@ -72,12 +72,12 @@ def _remarks(manifest: dict[str, Any]) -> list[str]:
         more = f" and {len(pairs) - 5} more pairs of sources (manifest.json)" if len(pairs) > 5 else ""
         lines.append(f"duplicates {verb}: {duplicates['documents']:,}; " + ", ".join(pairs[:5]) + more)
     if accounting["rejected"] or accounting["dropped"]:
-        lines.append("every row that is not in the dataset is in its rejects.jsonl, with the reason")
+        lines.append("rejects.jsonl lists every row that is not in the dataset, with the reason")
     return lines
 
 
 def short(number: int) -> str:
-    """A count in three digits: 950, 12.3k, 2.93M."""
+    """A number with three significant digits: 950, 12.3k, 2.93M."""
     for unit, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if number >= unit:
             return f"{number / unit:.3g}{letter}" if number < 999.5 * unit else f"{number / unit:.0f}{letter}"
@@ -86,55 +86,57 @@ def short(number: int) -> str:
 
 @dataclass(frozen=True)
 class _Estimate:
-    """A source as a sample shows it."""
+    """Estimated size of a source, from a sample."""
 
     rows: float
     exact: bool
     read: int
-    """Bytes of its files."""
+    """Bytes of its files; 0 if unknown."""
     clean: float
-    """Mean clean tokens of a row, and (next) with its blocks."""
+    """Mean clean tokens per row."""
     expanded: float
+    """Mean tokens per row including blocks."""
     unusable: float
     """Share of the sampled rows that are dropped or rejected."""
 
 
 def dry_run(config: BuildConfig, console: Console) -> None:
-    """Checks settings, sources and tokenizer, and says what would be read, written and needed on disk."""
+    """Checks settings, sources and tokenizer, and prints estimates of input, output and disk space."""
     check(config)
     encoder = open_encoder(config.tokenizer, config.mask_token)
     mask = special_token_id(config.tokenizer, config.mask_token)
     sources = expand(config.sources)
-    units = plan(sources)
+    units = plan_units(sources)
     names = ("rows", "to read", "tokens", "with blocks", "unusable")
     columns = [Column(name, justify="right", no_wrap=True) for name in names]
     table = Table(Column("source", no_wrap=True), *columns, box=SIMPLE_HEAD)
     work = final = 0.0
     for i, source in enumerate(sources):
-        found = _estimate(config, source, [unit for unit in units if unit.source == i], encoder)
-        size = f"{found.read / 1e6:,.1f} MB" if found.read else "?"
-        rows = f"{'' if found.exact else '~'}{found.rows:,.0f}"
-        cells = (rows, size, f"{found.clean:,.0f}", f"{found.expanded:,.0f}", f"{found.unusable:.1%}")
+        estimate = _estimate(config, source, [unit for unit in units if unit.source == i], encoder)
+        size = f"{estimate.read / 1e6:,.1f} MB" if estimate.read else "?"
+        rows = f"{'' if estimate.exact else '~'}{estimate.rows:,.0f}"
+        cells = (rows, size, f"{estimate.clean:,.0f}", f"{estimate.expanded:,.0f}", f"{estimate.unusable:.1%}")
         table.add_row(source.name + (f" x{source.weight:g}" if source.weight != 1 else ""), *cells)
-        work += found.rows * (4 * found.clean + 100)
-        final += found.rows * found.expanded * 4.2 * source.weight * config.epochs
+        # 4 bytes per token, about 100 bytes of records per document, about 5 % for layouts
+        work += estimate.rows * (4 * estimate.clean + 100)
+        final += estimate.rows * estimate.expanded * 4.2 * source.weight * config.epochs
     console.print(table)
     console.print(
-        f"tokens: of a row, from a sample of {SAMPLE} rows of each source (~: so is the number of rows); "
+        f"tokens: mean per row over the first {SAMPLE} rows of each source; ~: the number of rows is estimated; "
         f"{len(units)} units of work",
         highlight=False,
     )
     console.print(f"tokenizer: {describe(encoder)}; mask token {config.mask_token} = {mask}", highlight=False)
     console.print(
-        f"disk: {work / 1e9:.2f} GB while it works and {final / 1e9:.2f} GB for the dataset "
-        f"({config.epochs} epoch(s)), {_free(config.out) / 1e9:.0f} GB are free",
+        f"disk: {work / 1e9:.2f} GB during the build and {final / 1e9:.2f} GB for the dataset "
+        f"({config.epochs} epoch(s)); {_free(config.out) / 1e9:.0f} GB are free",
         highlight=False,
     )
     state = "would be created"
     if Path(config.out).exists():
-        state = "exists already: the build would refuse, if it is not this very dataset"
+        state = "already exists: the build would fail unless it has the same settings"
     elif Path(config.out).with_name(Path(config.out).name + ".partial").exists():
-        state = "was begun: the build would go on"
+        state = "is incomplete: the build would resume"
     console.print(f"{config.out} {state}", highlight=False)
 
 
@@ -145,7 +147,7 @@ def _free(out: str) -> int:
     return shutil.disk_usage(folder).free
 
 
-def _estimate(config: BuildConfig, source: SourceConfig, units: Sequence[Unit], encoder: BulkEncoder) -> _Estimate:
+def _estimate(config: BuildConfig, source: SourceConfig, units: Sequence[InputUnit], encoder: BulkEncoder) -> _Estimate:
     rows = list(islice(read_unit(units[0], source), SAMPLE)) if units else []
     conversations = []
     for row in rows:
@@ -168,8 +170,8 @@ def _estimate(config: BuildConfig, source: SourceConfig, units: Sequence[Unit], 
     return _Estimate(n, exact, read, clean.sum() / sampled, expanded.sum() / sampled, unusable)
 
 
-def _line_bytes(unit: Unit, rows: int) -> float:
-    """Mean bytes of the first `rows` lines of a unit of lines."""
+def _line_bytes(unit: InputUnit, rows: int) -> float:
+    """Mean bytes per line of the first `rows` lines of a unit of lines."""
     if not rows:
         return 1.0
     with open(unit.file, "rb") as file:

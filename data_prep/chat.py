@@ -1,7 +1,7 @@
-"""Conversations to tokens: ChatML, and the anchors at which a block may start (docs/method.md, section 1).
+"""Conversations to tokens: ChatML rendering, and the anchors at which a block may start (docs/method.md, section 1).
 
 A turn is `<|im_start|>ROLE\\nTEXT<|im_end|>\\n`. The answer tokens of an assistant turn are those after its
-header up to and including `<|im_end|>`; an anchor is a token whose successor is an answer token.
+header, up to and including `<|im_end|>`; an anchor is a token whose successor is an answer token.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -23,22 +23,22 @@ ROLES = {
     "system": "system",
     "function": "function",
 }
-"""Role of a turn as datasets spell it -> role in ChatML."""
+"""Role of a turn in data sets -> role in ChatML."""
 
 
 @dataclass(frozen=True)
 class Turn:
-    """Where a turn lies in its document, in tokens."""
+    """Token range of a turn in its document."""
 
     role: str
     start: int
     """Index of `<|im_start|>`."""
     end: int
-    """Index after the `\\n` that follows `<|im_end|>`, or after the last token that was kept."""
+    """Index after the `\\n` that follows `<|im_end|>`, or after the last token kept."""
     first_anchor: int
     """Index of the last header token."""
     n_anchors: int
-    """Answer tokens of the turn, one anchor before each; 0 when the turn is not trained."""
+    """Number of answer tokens, each with one anchor before it; 0 if the turn is not trained."""
 
 
 @dataclass(frozen=True)
@@ -62,24 +62,23 @@ def render(
     """Renders one conversation.
 
     Args:
-        conversation: turns {from: human|gpt|system|function, value} or {role, content}; or a row that holds
-            them under `conversations` or `messages`.
+        conversation: turns {from: human|gpt|system|function, value} or {role, content}, or a row with such turns
+            under `conversations` or `messages`.
         tokenizer: a transformers tokenizer, a `tokenizers.Tokenizer` or a `TextTokenizer`.
-        default_system: text of the system turn put in front of a conversation that starts without one; None
-            puts none.
-        answer_roles: ChatML roles whose turns are trained. The reference's `prepare_for_pt` is ("user",
-            "assistant") on a conversation without system turns.
+        default_system: text of the system turn prepended to a conversation without one; None prepends nothing.
+        answer_roles: ChatML roles whose turns are trained. The reference code's `prepare_for_pt` corresponds to
+            ("user", "assistant") on a conversation without system turns.
 
     Raises:
-        DataError: names the turn and field that is wrong. A conversation without an assistant turn is not an
-            error: it has no anchors.
+        DataError: names the invalid turn and field. A conversation without an assistant turn is valid and has no
+            anchors.
     """
     options: dict[str, Any] = {"default_system": default_system, "answer_roles": answer_roles}
     return render_batch([parse(conversation)], as_text_encoder(tokenizer), **options).document(0)
 
 
 def parse(conversation: Any) -> list[tuple[str, str]]:
-    """Checks a conversation: [(ChatML role, text)…]; DataError names the turn and field that is wrong."""
+    """The checked conversation: [(ChatML role, text)…]. Raises DataError, which names the invalid turn and field."""
     field, turns = "conversation", conversation
     if isinstance(conversation, Mapping):
         field = next((key for key in ("conversations", "messages") if key in conversation), "")
@@ -109,7 +108,7 @@ def _parse_turn(turn: Any, where: str) -> tuple[str, str]:
 
 
 def check_text(text: Any, where: str) -> str:
-    """`text` if it is a string that can be encoded; DataError names the field otherwise."""
+    """Returns `text` if it is valid Unicode text; raises DataError, which names the field, otherwise."""
     if not isinstance(text, str):
         raise DataError(f"text is wanted, not {type(text).__name__}", where=where)
     try:
@@ -125,35 +124,35 @@ def _names(row: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class RenderedBatch:
-    """The clean tokens of many conversations, one after the other, and where their turns lie in them."""
+    """Concatenated clean tokens of several conversations, and the position of their turns."""
 
     input_ids: np.ndarray
     """int32 (tokens,)."""
     doc_edges: np.ndarray
-    """int64 (documents + 1,): document i holds tokens doc_edges[i] to doc_edges[i + 1]."""
+    """int64 (documents + 1,): document i has tokens [doc_edges[i], doc_edges[i + 1])."""
     turn_edges: np.ndarray
-    """int64 (documents + 1,): document i holds turns turn_edges[i] to turn_edges[i + 1]."""
+    """int64 (documents + 1,): document i has turns [turn_edges[i], turn_edges[i + 1])."""
     roles: list[str]
     """ChatML role of each turn."""
     starts: np.ndarray
-    """int64 (turns,): index in its document of each turn's `<|im_start|>`."""
+    """int64 (turns,): index of each turn's `<|im_start|>` in its document."""
     ends: np.ndarray
-    """int64 (turns,)."""
+    """int64 (turns,): index after each turn's last token, as `Turn.end`."""
     first_anchors: np.ndarray
-    """int64 (turns,)."""
+    """int64 (turns,): index of the last header token, as `Turn.first_anchor`."""
     n_anchors: np.ndarray
-    """int64 (turns,)."""
+    """int64 (turns,): as `Turn.n_anchors`."""
 
     def __len__(self) -> int:
         return len(self.doc_edges) - 1
 
     def anchors_per_document(self) -> np.ndarray:
-        """int64 (documents,): R of each document."""
+        """int64 (documents,): number of anchors R of each document."""
         sums = np.concatenate([[0], np.cumsum(self.n_anchors)])
         return np.diff(sums[self.turn_edges])
 
     def document(self, i: int) -> RenderedDocument:
-        """Document i by itself."""
+        """Document i as a `RenderedDocument`."""
         turns = tuple(
             Turn(
                 self.roles[t], *(int(part[t]) for part in (self.starts, self.ends, self.first_anchors, self.n_anchors))
@@ -172,11 +171,10 @@ def render_batch(
     default_system: str | None = DEFAULT_SYSTEM,
     answer_roles: Collection[str] = ("assistant",),
 ) -> RenderedBatch:
-    """Renders checked conversations (`parse`) together: their texts are encoded in one call."""
+    """Renders checked conversations (see `parse`), whose texts are encoded in one call."""
     whole = [_with_system(turns, default_system) for turns in conversations]
     roles = [role for turns in whole for role, _ in turns]
-    # ROLE\nTEXT is one piece: a text that starts with white space may merge with the newline, as in the
-    # reference.
+    # ROLE\nTEXT is encoded as one text: leading white space may merge with the newline, as in the reference code.
     pieces, edges = flat(encoder, [f"{role}\n{text}" for turns in whole for role, text in turns])
     frame = frame_of(encoder)
     after = len(frame.newline) + 1  # <|im_end|> and the newline
@@ -204,25 +202,25 @@ def _with_system(turns: Sequence[tuple[str, str]], default: str | None) -> Seque
 
 
 @dataclass(frozen=True)
-class Frame:
-    """Ids of what surrounds the text of a turn."""
+class ChatFrame:
+    """Token ids of the chat structure around the text of a turn. The field names are keys of the manifest."""
 
     im_start: int
     im_end: int
     newline: list[int]
     header: dict[str, int]
-    """Role -> tokens of `<|im_start|>ROLE\\n` (Qwen2.5: 3), taken as such even where the newline merged with
-    the text."""
+    """Role -> number of tokens of `<|im_start|>ROLE\\n` (Qwen2.5: 3); also used where the newline merged with the
+    text."""
     assistant: list[int]
     """Ids of `assistant\\n`."""
 
 
-def frame_of(encoder: TextEncoder) -> Frame:
-    """The chat structure in ids; DataError when the tokenizer has no ChatML tokens."""
+def frame_of(encoder: TextEncoder) -> ChatFrame:
+    """The chat structure of a tokenizer; raises DataError if it lacks ChatML's tokens."""
     roles = sorted(set(ROLES.values()))
     ids, edges = flat(encoder, ["\n", *(f"{role}\n" for role in roles)])
     newline, *headers = (ids[a:b].tolist() for a, b in pairwise(edges))
-    return Frame(
+    return ChatFrame(
         encoder.token_id(IM_START),
         encoder.token_id(IM_END),
         newline,

@@ -1,5 +1,5 @@
-"""Columnar files (Parquet, Arrow as `datasets` writes it) and hub datasets: schema, number of rows, and any
-stretch of rows, without a copy of the whole."""
+"""Columnar files (Parquet, Arrow as written by `datasets`) and hub datasets: schema, number of rows, and access to any
+range of rows without loading the whole."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,37 +12,37 @@ from typing import Any
 from sdlm_megatron.errors import DataError
 
 BATCH = 256
-"""Most rows of a batch."""
-_STREAM_END = b"\xff\xff\xff\xff\x00\x00\x00\x00"
+"""Maximum rows per batch."""
+_STREAM_END = b"\xff\xff\xff\xff\x00\x00\x00\x00"  # end-of-stream marker of Arrow's stream format
 
 
 @dataclass(frozen=True)
-class Table:
-    """An open columnar file or dataset."""
+class ColumnarTable:
+    """An open columnar file or hub dataset."""
 
     schema: Any
     """pyarrow.Schema."""
     rows: int
     cuts: list[int]
-    """Ascending row numbers from 0 at which reading may begin without decoding what lies before."""
+    """Ascending row numbers, from 0, at which reading can begin without decoding earlier rows."""
     batches: Callable[[int, int], Iterator[Any]]
-    """(start, stop) -> pyarrow.RecordBatch of at most BATCH rows, together exactly rows start to stop; raises
-    DataError when the file turns out to be damaged or short."""
+    """(start, stop) -> pyarrow.RecordBatch objects of at most BATCH rows, in total exactly rows [start, stop); raises
+    DataError if the file is damaged or too short."""
     stamp: str = ""
-    """Of a hub dataset: its fingerprint."""
+    """Fingerprint of a hub dataset; otherwise empty."""
     files: tuple[Path, ...] = ()
-    """Of a hub dataset: the Arrow files that hold just its rows, in order; none if it is only a part of them."""
+    """Arrow files that contain exactly the rows of a hub dataset, in order; empty if it is a part of them."""
 
 
-def open_table(file: Path) -> Table:
-    """Opens a .parquet or .arrow file (stream or file form); DataError when it is none."""
-    with _naming(file):
+def open_table(file: Path) -> ColumnarTable:
+    """Opens a .parquet or .arrow file (stream or file format); DataError if it is neither."""
+    with _as_data_error(file):
         return _parquet(file) if file.suffix == ".parquet" else _arrow(file)
 
 
 @contextmanager
-def _naming(file: Path) -> Iterator[None]:
-    """Errors of pyarrow as DataError with the file's name."""
+def _as_data_error(file: Path) -> Iterator[None]:
+    """Converts errors of pyarrow to DataError with the name of the file."""
     import pyarrow
 
     kind = "Parquet" if file.suffix == ".parquet" else "Arrow"
@@ -50,65 +50,70 @@ def _naming(file: Path) -> Iterator[None]:
         yield
     except (pyarrow.ArrowException, OSError, ValueError, MemoryError, OverflowError) as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise DataError(f"the file is not {kind}, or damaged: {reason}", str(file), "get the file again") from None
+        raise DataError(f"the file is not {kind}, or damaged: {reason}", str(file), "download it again") from None
 
 
-def _parquet(file: Path) -> Table:
+def _parquet(file: Path) -> ColumnarTable:
     import pyarrow.parquet
 
-    # buffers instead of whole columns of a row group, which may be as large as the file
+    # Small buffers instead of whole column chunks: a row group may be as large as the file.
     options = {"pre_buffer": False, "buffer_size": 1 << 18, "page_checksum_verification": True}
     content = pyarrow.parquet.ParquetFile(file, **options)
     metadata = content.metadata
     sizes = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
     edges = [0, *accumulate(sizes)]
     if edges[-1] != metadata.num_rows or min(sizes, default=0) < 0:
-        raise ValueError(f"its parts hold {edges[-1]} rows, its footer says {metadata.num_rows}")
+        raise ValueError(f"its row groups have {edges[-1]} rows, its footer says {metadata.num_rows}")
 
     def batches(start: int, stop: int) -> Iterator[Any]:
         groups = [i for i in range(len(sizes)) if edges[i] < stop and edges[i + 1] > start]
         if not groups:
             return
-        found = content.iter_batches(batch_size=BATCH, row_groups=groups, use_threads=False)
-        yield from _cut(file, found, edges[groups[0]], start, stop)
+        decoded = content.iter_batches(batch_size=BATCH, row_groups=groups, use_threads=False)
+        yield from _cut(file, decoded, edges[groups[0]], start, stop)
 
-    return Table(content.schema_arrow, metadata.num_rows, edges[:-1] or [0], batches)
+    return ColumnarTable(content.schema_arrow, metadata.num_rows, edges[:-1] or [0], batches)
 
 
-def _arrow(file: Path) -> Table:
+def _arrow(file: Path) -> ColumnarTable:
     import pyarrow.ipc
 
     def open_file() -> tuple[Any, Iterator[Any]]:
-        """Schema and batches; the pages of a batch are read from the disk when they are used."""
+        """Schema and batches; a batch is read from disk when its pages are accessed."""
         source = pyarrow.memory_map(str(file))
         if source.read(6) == b"ARROW1":
             content = pyarrow.ipc.open_file(source)
             return content.schema, (content.get_batch(i) for i in range(content.num_record_batches))
         source.seek(max(0, source.size() - len(_STREAM_END)))
-        if source.read() != _STREAM_END:  # without it a file cut off between two batches would read well
-            raise ValueError("it has no end mark, so it was cut off or is still being written")
+        # A file truncated between two batches would otherwise read without an error.
+        if source.read() != _STREAM_END:
+            raise ValueError("it has no end marker, so it is truncated or still being written")
         source.seek(0)
         content = pyarrow.ipc.open_stream(source)
         return content.schema, _stream(content, source)
 
-    schema, found = open_file()
-    edges = [0, *accumulate(batch.num_rows for batch in found)]
-    return Table(schema, edges[-1], edges[:-1] or [0], lambda start, stop: _cut(file, open_file()[1], 0, start, stop))
+    schema, stored = open_file()
+    edges = [0, *accumulate(batch.num_rows for batch in stored)]
+
+    def batches(start: int, stop: int) -> Iterator[Any]:
+        return _cut(file, open_file()[1], 0, start, stop)
+
+    return ColumnarTable(schema, edges[-1], edges[:-1] or [0], batches)
 
 
 def _stream(content: Any, source: Any) -> Iterator[Any]:
     yield from content
     if source.tell() != source.size():
-        raise ValueError(f"it has an end mark at byte {source.tell()}, before its end")
+        raise ValueError(f"it has an end marker at byte {source.tell()}, before its end")
 
 
 def _cut(file: Path, batches: Iterator[Any], at: int, start: int, stop: int) -> Iterator[Any]:
-    """Rows start to stop of `batches`, whose first row has number `at`."""
+    """Rows [start, stop) of `batches`, whose first row has number `at`."""
     while at < stop:
-        with _naming(file):
+        with _as_data_error(file):
             batch = next(batches, None)
             if batch is None:
-                raise ValueError(f"it ends at row {at}, rows to {stop} were expected")
+                raise ValueError(f"it ends at row {at}, expected rows up to {stop}")
             first, last = max(start - at, 0), min(stop - at, batch.num_rows)
             pieces = [batch.slice(i, min(BATCH, last - i)) for i in range(first, last, BATCH)]
             if file.suffix != ".parquet":
@@ -118,16 +123,15 @@ def _cut(file: Path, batches: Iterator[Any], at: int, start: int, stop: int) -> 
 
 
 def _check_buffers(batches: list[Any]) -> None:
-    """Of Arrow files, which are used as they lie on the disk: a wrong offset would crash. Text that is no UTF-8 is
-    left to whoever decodes the row."""
+    """Validates offsets of Arrow buffers, which are used directly from disk: an invalid one would crash the process.
+    Invalid UTF-8 is reported later, when the row is decoded."""
     for batch in batches:
         for column in batch.columns:
             column.view(as_bytes(column.type)).validate(full=True)
 
 
 def as_bytes(kind: Any) -> Any:
-    """The Arrow type with bytes where it has text, and numbers where it has dates: what any content can be viewed
-    as."""
+    """The Arrow type with bytes instead of text and integers instead of dates, as which any content can be viewed."""
     import pyarrow
     import pyarrow.types as types
 
@@ -145,33 +149,36 @@ def as_bytes(kind: Any) -> Any:
 
 
 @cache
-def open_hub(hub: str, subset: str, split: str, revision: str) -> Table:
-    """A dataset through `datasets.load_dataset`, kept open in this process. DataError when it cannot be loaded.
+def open_hub(hub: str, subset: str, split: str, revision: str) -> ColumnarTable:
+    """A dataset loaded with `datasets.load_dataset`, kept open in this process.
 
     Args:
-        hub: its name.
-        subset: its configuration, or "".
-        split: which split.
-        revision: commit, tag or branch, or "" for the newest.
+        hub: name of the dataset.
+        subset: configuration; "" for the default.
+        split: name of the split.
+        revision: commit, tag or branch; "" for the newest.
+
+    Raises:
+        DataError: the dataset cannot be loaded.
     """
     import datasets
 
     try:
-        found = datasets.load_dataset(hub, subset or None, split=split, revision=revision or None)
-    except Exception as error:  # the library raises many kinds: no network, no such set, no such split
+        dataset = datasets.load_dataset(hub, subset or None, split=split, revision=revision or None)
+    except Exception as error:  # many types: no network, no such dataset, no such split
         raise DataError(
             f"the dataset cannot be loaded: {error}",
             f"{hub}, subset {subset or '(default)'}, split {split}",
-            "check the names and the network, or download the files and use `path`",
+            "check the names and the network, or download the files and set `path`",
         ) from error
-    arrow = found.with_format("arrow")
+    arrow = dataset.with_format("arrow")
 
     def batches(start: int, stop: int) -> Iterator[Any]:
         for i in range(start, stop, BATCH):
             yield from arrow[i : min(i + BATCH, stop)].to_batches()
 
-    cuts = list(range(0, len(found), BATCH)) or [0]
-    files = tuple(Path(entry["filename"]) for entry in found.cache_files)
-    if sum(open_table(file).rows for file in files) != len(found):  # split: train[:10%]
+    cuts = list(range(0, len(dataset), BATCH)) or [0]
+    files = tuple(Path(entry["filename"]) for entry in dataset.cache_files)
+    if sum(open_table(file).rows for file in files) != len(dataset):  # a part of a split, such as train[:10%]
         files = ()
-    return Table(found.features.arrow_schema, len(found), cuts, batches, found._fingerprint, files)
+    return ColumnarTable(dataset.features.arrow_schema, len(dataset), cuts, batches, dataset._fingerprint, files)

@@ -1,12 +1,12 @@
-"""Stage one: units of input rows become tokenized documents on disk, each unit by itself.
+"""Stage one: converts units of input rows to tokenized documents on disk, each unit independently.
 
-A unit's result is four files in the work folder, complete once the last one is there:
+The result of a unit is five files in the work folder; it is complete when the last one exists:
 
-    u0000007.tokens         int32: clean tokens of its documents, one after the other
+    u0000007.tokens         int32: concatenated clean tokens of its documents
     u0000007.turns          int32 pairs: first anchor and number of anchors of each answer turn
-    u0000007.docs           a DOCUMENT record for each document
-    u0000007.rejects.jsonl  the rows that became no document, whole
-    u0000007.json           what became of the rows; sizes of the others
+    u0000007.docs           one DOCUMENT record per document
+    u0000007.rejects.jsonl  rows that became no document
+    u0000007.json           outcome of the rows (UnitResult), with the sizes of the other files
 """
 
 import json
@@ -24,51 +24,51 @@ import xxhash
 from data_prep.build_config import BuildConfig, SourceConfig
 from data_prep.chat import RenderedBatch, render_batch
 from data_prep.encoders import BulkEncoder, describe
-from data_prep.readers import LINES, Unit, count_lines, read_unit
+from data_prep.readers import LINES, InputUnit, count_lines, read_unit
 from data_prep.sources import InputRow, Unreadable, conversation
 from data_prep.truncate import FittedBatch, fit_batch
 from sdlm_megatron.errors import DataError
 from sdlm_megatron.files import write_json
 
 CHUNK = 512
-"""Rows tokenized in one call."""
+"""Rows tokenized per call."""
 
 DOCUMENT = np.dtype(
     [
         ("row", "i8"),  # index of the input row in its unit
-        ("token", "i8"),  # its first token in .tokens
-        ("turn", "i8"),  # its first pair in .turns
-        ("clean", "i4"),  # clean tokens that are kept
-        ("turns", "i4"),  # pairs
+        ("token", "i8"),  # offset of its first token in .tokens
+        ("turn", "i8"),  # index of its first pair in .turns
+        ("clean", "i4"),  # number of clean tokens kept
+        ("turns", "i4"),  # number of pairs
         ("blocks", "i4"),
         ("turns_cut", "i4"),
         ("tokens_cut", "i4"),
-        ("missing", "i4"),  # blocks there was no room for
+        ("missing", "i4"),  # blocks that did not fit
         ("digest", "u8", (2,)),  # of the whole conversation's tokens
     ]
 )
-KINDS = ("tokens", "turns", "docs", "rejects.jsonl")
+UNIT_FILES = ("tokens", "turns", "docs", "rejects.jsonl")
 
 
 @dataclass
 class UnitResult:
-    """What became of the rows of a unit; stored as its .json."""
+    """Outcome of the rows of a unit; stored as its .json file."""
 
     rows: int = 0
     lines: int = 0
-    """Physical lines, for the line numbers of the units after it."""
+    """Physical lines; later units of the file need them for their line numbers."""
     documents: int = 0
     tokens: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
-    """Valid rows that would train nothing, by reason."""
+    """Number of valid rows without a training target, by reason."""
     rejected: int = 0
-    """Rows that are no conversation."""
+    """Rows that are not a valid conversation."""
     spelled: int = 0
     """Texts that spell a special token."""
     encoder: str = ""
-    """What tokenized it, and why it was not the fast one."""
+    """Library that tokenized the unit, and the reason if it is not the fast one."""
     sizes: dict[str, int] = field(default_factory=dict)
-    """Bytes of the other files."""
+    """Size of the other files in bytes."""
 
 
 def unit_file(work: Path, number: int, kind: str) -> Path:
@@ -77,21 +77,23 @@ def unit_file(work: Path, number: int, kind: str) -> Path:
 
 
 def load_result(work: Path, number: int) -> UnitResult | None:
-    """The result of a unit; None while it is not complete."""
+    """The result of a unit; None while it is incomplete."""
     try:
         result = UnitResult(**json.loads(unit_file(work, number, "json").read_text()))
-        sizes = {kind: unit_file(work, number, kind).stat().st_size for kind in KINDS}
+        sizes = {kind: unit_file(work, number, kind).stat().st_size for kind in UNIT_FILES}
     except (OSError, ValueError, TypeError):
         return None
     return result if sizes == result.sizes else None
 
 
 def tokenize_unit(
-    config: BuildConfig, source: SourceConfig, unit: Unit, number: int, encoder: BulkEncoder, work: Path
+    config: BuildConfig, source: SourceConfig, unit: InputUnit, number: int, encoder: BulkEncoder, work: Path
 ) -> UnitResult:
-    """Reads, renders, tokenizes and fits one unit and writes its files.
+    """Reads, renders, tokenizes and fits one unit, and writes its files.
 
-    DataError when its file cannot be read; TokenizerMismatch when the fast encoder was found to be wrong.
+    Raises:
+        DataError: the unit's file cannot be read.
+        TokenizerMismatch: the fast encoder returned wrong ids.
     """
     with _UnitWriter(work, number) as writer:
         rows = read_unit(unit, source)
@@ -107,26 +109,26 @@ def _tokenize_chunk(
 ) -> None:
     first = writer.result.rows
     writer.result.rows += len(rows)
-    good, conversations = [], []
+    valid, conversations = [], []
     for i, row in enumerate(rows):
         try:
             conversations.append(conversation(row, form))
-            good.append(i)
+            valid.append(i)
         except DataError as error:
             writer.reject(first + i, row, "rejected", error.what, error.where)
-    if not good:
+    if not valid:
         return
     writer.result.spelled += encoder.spelled([text for turns in conversations for _, text in turns])
     batch = render_batch(conversations, encoder, default_system=config.system_prompt)
     size = {"block_size": config.block_size, "repeat": config.repeat}
     fitted = fit_batch(batch, config.overlong, max_len=config.max_document_length, **size)
     for i, reason in sorted(fitted.drop_reasons.items()):
-        writer.reject(first + good[i], rows[good[i]], "dropped", reason)
-    writer.add(batch, fitted, np.array(good) + first)
+        writer.reject(first + valid[i], rows[valid[i]], "dropped", reason)
+    writer.add(batch, fitted, np.array(valid) + first)
 
 
 class _UnitWriter:
-    """The files of one unit, under temporary names until they are whole."""
+    """Files of one unit, under temporary names until they are complete."""
 
     def __init__(self, work: Path, number: int) -> None:
         self.result = UnitResult()
@@ -135,7 +137,7 @@ class _UnitWriter:
         self._token = self._turn = 0
 
     def __enter__(self) -> "_UnitWriter":
-        for kind in KINDS:
+        for kind in UNIT_FILES:
             name = unit_file(self._work, self._number, kind)
             self._files[kind] = open(f"{name}.{os.uname().nodename}-{os.getpid()}.partial", "wb")
         return self
@@ -146,7 +148,7 @@ class _UnitWriter:
             Path(file.name).unlink(missing_ok=True)
 
     def reject(self, index: int, row: InputRow, outcome: str, reason: str, where: str = "") -> None:
-        """Keeps a row that becomes no document: row `index` of the unit."""
+        """Records that row `index` of the unit becomes no document."""
         if outcome == "rejected":
             self.result.rejected += 1
         else:
@@ -159,11 +161,11 @@ class _UnitWriter:
             "reason": reason,
             "content": row.content.line if isinstance(row.content, Unreadable) else row.content,
         }
-        # a parquet row may hold dates or bytes: what JSON cannot say is written as Python shows it
+        # A Parquet row may contain dates or bytes, which JSON cannot represent: `repr` of these.
         self._files["rejects.jsonl"].write(json.dumps(line, ensure_ascii=True, default=repr).encode() + b"\n")
 
     def add(self, batch: RenderedBatch, fitted: FittedBatch, indices: np.ndarray) -> None:
-        """Appends documents; `indices` int (documents,): their rows in the unit."""
+        """Appends documents; `indices`, int (documents,), are their rows in the unit."""
         kept = fitted.n_blocks > 0
         clean = np.where(kept, fitted.clean_lens, 0)
         whole = np.diff(batch.doc_edges)
@@ -187,7 +189,7 @@ class _UnitWriter:
         self.result.tokens += len(tokens)
 
     def finish(self) -> UnitResult:
-        """Renames the files into place, the summary last."""
+        """Renames the files to their final names, the summary last."""
         for kind, file in self._files.items():
             file.flush()
             os.fsync(file.fileno())
@@ -198,8 +200,11 @@ class _UnitWriter:
 
 
 def _answer_turns(batch: RenderedBatch, n_anchors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(first anchor, anchors) of the answer turns, int32 (pairs, 2), of the first `n_anchors` anchors of each
-    document; and the pairs of each document."""
+    """Answer turns that contain the first `n_anchors` anchors of each document.
+
+    Returns:
+        (first anchor, number of anchors) of each, int32 (pairs, 2), and the number of pairs of each document.
+    """
     turns = np.diff(batch.turn_edges)
     before = np.cumsum(batch.n_anchors) - batch.n_anchors
     before -= np.repeat(before[batch.turn_edges[:-1]], turns)
@@ -210,23 +215,23 @@ def _answer_turns(batch: RenderedBatch, n_anchors: np.ndarray) -> tuple[np.ndarr
 
 
 def _digests(batch: RenderedBatch) -> np.ndarray:
-    """uint64 (documents, 2): 128 bits of each whole document's tokens."""
+    """uint64 (documents, 2): 128-bit hash of the tokens of each whole document."""
     data = np.ascontiguousarray(batch.input_ids, dtype="<i4").data.cast("B")
     edges = (4 * batch.doc_edges).tolist()
-    found = b"".join(xxhash.xxh3_128_digest(data[a:b]) for a, b in pairwise(edges))
-    return np.frombuffer(found, dtype=">u8").reshape(-1, 2)
+    digests = b"".join(xxhash.xxh3_128_digest(data[a:b]) for a, b in pairwise(edges))
+    return np.frombuffer(digests, dtype=">u8").reshape(-1, 2)
 
 
 class DocumentStore:
-    """Tokens and anchors of the documents of all units, memory-mapped: reads in any order.
+    """Memory-mapped random access to tokens and anchors of the documents of all units.
 
     Args:
-        work: the work folder, all of whose units are complete.
+        work: work folder in which all units are complete.
     """
 
     def __init__(self, work: Path) -> None:
         self._work = work
-        self._map = lru_cache(maxsize=256)(self._open)  # below the open files a process may have
+        self._map = lru_cache(maxsize=256)(self._open)  # below the usual limit of 1024 open files
 
     def _open(self, unit: int, kind: str) -> np.ndarray:
         file = unit_file(self._work, unit, kind)
@@ -236,8 +241,8 @@ class DocumentStore:
         """Reads documents by their index records (planning.INDEX).
 
         Returns:
-            Clean tokens, int32 (tokens,), of all of them; the anchors of all of them, int32 (anchors,), each counted
-            from its document's first token; anchors of each, int64 (documents,).
+            Concatenated clean tokens, int32 (tokens,); concatenated anchors, int32 (anchors,), relative to their
+            document's first token; number of anchors of each document, int64 (documents,).
         """
         tokens, pairs = [], []
         fields = (index[name].tolist() for name in ("unit", "token", "clean", "turn", "turns"))
@@ -253,6 +258,6 @@ class DocumentStore:
 
 
 def read_rejects(work: Path, number: int) -> Iterator[dict[str, Any]]:
-    """The rows of a unit that became no document."""
+    """Rows of a unit that became no document."""
     with open(unit_file(work, number, "rejects.jsonl"), encoding="utf-8") as lines:
         yield from map(json.loads, lines)

@@ -1,10 +1,10 @@
-"""One narrow view of every tokenizer: text to ids with no special token recognised in it.
+"""Text encoders: a uniform interface to tokenizers in which text never produces a special token.
 
-A message that spells `<|im_end|>` must not end its turn. So special tokens are switched off in the tokenizer
-that encodes text, and only the code that writes the chat structure uses their ids.
+A message that spells `<|im_end|>` must not end its turn. Special tokens are therefore disabled in the tokenizer that
+encodes text; only the code that renders the chat structure uses their ids.
 
-`open_encoder` gives the fastest encoder that is proved right: `fastokens`, compared with Hugging Face
-`tokenizers` when it is opened and by sample while it works; or `tokenizers` itself, with the reason why.
+`open_encoder` returns the fastest verified encoder: `fastokens`, compared with Hugging Face `tokenizers` on probes
+when it is opened and on a sample while it runs; otherwise `tokenizers` itself, with the reason.
 """
 
 import json
@@ -20,54 +20,56 @@ import numpy as np
 import tokenizers
 from tokenizers import Tokenizer
 
-from data_prep.encoding import SpelledTokens, flatten, known, probe_texts
+from data_prep.encoding import SpelledTokens, flatten, probe_texts, require_id
 from data_prep.piece_tokenizer import PieceTokenizer
 from sdlm_megatron.data.chatml import IM_END, IM_START
 from sdlm_megatron.data.tokenizer_identity import TEXT_MASK, sentencepiece_file
 from sdlm_megatron.errors import DataError
 
 CHECK_EVERY = 509
-"""One text of so many is encoded twice; a prime, so that every turn of a regular conversation gets its turn."""
+"""Interval of the texts that are verified; prime, so that it cannot align with the turns of regular conversations."""
 
 N_PROBES = 400
-"""Texts compared when an encoder is opened."""
+"""Number of texts compared when an encoder is opened."""
 
 
 @runtime_checkable
 class TextEncoder(Protocol):
-    """What rendering needs of a tokenizer."""
+    """Interface of a tokenizer for rendering."""
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text; a special token spelled in a text is encoded as the characters it is."""
+        """Ids of each text; a special token spelled in a text is encoded as plain characters."""
 
     def token_id(self, token: str) -> int:
-        """Id of a token of the vocabulary; DataError when there is none of this name."""
+        """Id of a token of the vocabulary; raises DataError if it does not exist."""
 
 
 class BulkEncoder(TextEncoder, Protocol):
-    """What a build needs of a tokenizer. Not to be shared between threads; to be opened in the process that uses
-    it."""
+    """Interface of a tokenizer for a build. Not thread-safe; open it in the process that uses it."""
 
     @property
     def backend(self) -> str:
-        """Name and version of the library that encodes: "fastokens 0.3.5"."""
+        """Name and version of the library, such as "fastokens 0.3.5"."""
 
     @property
     def reason(self) -> str:
-        """Why it is not the fast one; empty when it is."""
+        """Reason why the fast library is not used; empty if it is."""
 
     def encode_flat(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Ids of all texts, int32 (n,), and where each text's begin, int64 (len(texts) + 1,); maybe read-only.
+        """Concatenated ids, int32 (n,), and the offset of each text, int64 (len(texts) + 1,); may be read-only.
 
-        The texts must be valid Unicode (`chat.check_text`). Raises TokenizerMismatch.
+        The texts must be valid Unicode (see `chat.check_text`).
+
+        Raises:
+            TokenizerMismatch: the fast library differs from `tokenizers` on a verified text.
         """
 
     def spelled(self, texts: Sequence[str]) -> int:
-        """How many of the texts spell a special token or the mask token."""
+        """Number of texts that spell a special token or the mask token."""
 
 
 def flat(encoder: TextEncoder, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """`encode_flat` of any encoder: ids int32 (n,), offsets int64 (len(texts) + 1,)."""
+    """`encode_flat` for any `TextEncoder`: ids int32 (n,), offsets int64 (len(texts) + 1,)."""
     if hasattr(encoder, "encode_flat"):
         return encoder.encode_flat(texts)
     return flatten(encoder.encode_batch(texts))
@@ -78,13 +80,12 @@ def _pieces(ids: np.ndarray, offsets: np.ndarray) -> list[list[int]]:
 
 
 def open_encoder(folder: str | Path, mask_token: str = TEXT_MASK) -> BulkEncoder:
-    """The fastest encoder that is proved right for a tokenizer: a folder, or a SentencePiece `.model` file.
+    """The fastest verified encoder for a tokenizer, which is a folder or a SentencePiece `.model` file.
 
-    Sets the libraries' thread counts to one where the environment does not say otherwise: a build runs one process
-    a core.
+    Sets the libraries' thread counts to one unless the environment sets them: a build runs one process per core.
 
     Raises:
-        DataError: there is no tokenizer, it cannot be read, or it lacks the tokens of ChatML.
+        DataError: the tokenizer is missing, cannot be read, or lacks the tokens of ChatML.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     encoder = _open(folder, mask_token)
@@ -94,37 +95,37 @@ def open_encoder(folder: str | Path, mask_token: str = TEXT_MASK) -> BulkEncoder
 
 
 def describe(encoder: BulkEncoder) -> str:
-    """Which library encodes, and why it is not the fast one."""
+    """The library of an encoder, and the reason if it is not the fast one."""
     return encoder.backend + (f" ({encoder.reason})" if encoder.reason else "")
 
 
 def _open(folder: str | Path, mask_token: str) -> BulkEncoder:
     if sentencepiece_file(folder):
         return PieceTokenizer(folder, mask_token)
-    judge = TextTokenizer.from_folder(folder, mask_token)
+    baseline = TextTokenizer.from_folder(folder, mask_token)
     try:
-        return FastTokenizer(judge)
+        return FastTokenizer(baseline)
     except FastokensError as error:
-        judge.reason = str(error)
-        return judge
+        baseline.reason = str(error)
+        return baseline
 
 
 class TextTokenizer:
-    """`BulkEncoder` over Hugging Face `tokenizers`.
+    """`BulkEncoder` for Hugging Face `tokenizers`.
+
+    Special tokens in text are encoded as plain characters. Added tokens that the tokenizer does not flag as special
+    (Qwen2.5: `<tool_call>`…) remain ordinary words of its vocabulary.
 
     Args:
         definition: content of a `tokenizer.json`.
-        name: how messages call it.
-        mask_token: spelled out even where the tokenizer does not flag it as special; so are ChatML's tokens.
-
-    Added tokens that the tokenizer does not flag as special (Qwen2.5: `<tool_call>`…) stay ordinary words of
-    its vocabulary; the special ones are spelled out.
+        name: name in messages.
+        mask_token: treated as special, like ChatML's tokens, even if the tokenizer does not flag it as such.
     """
 
     def __init__(self, definition: dict[str, Any], name: str, mask_token: str = TEXT_MASK) -> None:
         self.name, self.backend, self.reason = name, f"tokenizers {tokenizers.__version__}", ""
         always = {mask_token, IM_START, IM_END}
-        # All added tokens stay in the definition: `tokenizers` numbers them by their order.
+        # All added tokens remain in the definition because `tokenizers` numbers them by their order.
         added = [
             {**entry, "special": bool(entry.get("special")) or entry["content"] in always}
             for entry in definition.get("added_tokens") or []
@@ -134,11 +135,11 @@ class TextTokenizer:
         self.added_tokens = [entry["content"] for entry in added]
         self._spelled = SpelledTokens([mask_token, *(entry["content"] for entry in added if entry["special"])])
         self._backend = Tokenizer.from_str(self.definition)
-        self._backend.encode_special_tokens = True  # as text, that is
+        self._backend.encode_special_tokens = True  # encode them as plain text
 
     @classmethod
     def from_folder(cls, folder: str | Path, mask_token: str = TEXT_MASK) -> "TextTokenizer":
-        """Reads `tokenizer.json`, or vocab.json and merges.txt; DataError when they are missing or cannot be used."""
+        """Reads `tokenizer.json`, or vocab.json and merges.txt; raises DataError if they are missing or unusable."""
         folder = Path(folder)
         path = folder / "tokenizer.json"
         try:
@@ -148,13 +149,13 @@ class TextTokenizer:
                 definition = _converted(folder)
             else:
                 raise DataError(
-                    "no tokenizer.json", where=str(folder), fix="name a folder with the tokenizer files of the base"
+                    "no tokenizer.json", where=str(folder), fix="name a folder with the tokenizer files of the base model"
                 )
             return cls(definition, folder.name, mask_token)
         except DataError:
             raise
         except Exception as error:  # `tokenizers` raises plain Exception on a bad definition
-            raise DataError(f"the tokenizer cannot be read: {error}", where=str(path), fix="fetch it again") from error
+            raise DataError(f"the tokenizer cannot be read: {error}", str(path), "download it again") from error
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
@@ -166,25 +167,25 @@ class TextTokenizer:
         return self._spelled.count(texts)
 
     def token_id(self, token: str) -> int:
-        return known(self._backend.token_to_id(token), token, self.name)
+        return require_id(self._backend.token_to_id(token), token, self.name)
 
 
 def _converted(folder: Path) -> dict[str, Any]:
-    """What a tokenizer.json would hold for an old folder; which rules split the text, only transformers knows."""
-    from transformers import AutoTokenizer  # takes seconds to import
+    """Content of a tokenizer.json for a folder without one. Only transformers knows the pre-tokenizer of each model."""
+    from transformers import AutoTokenizer  # importing it takes seconds
 
     return json.loads(AutoTokenizer.from_pretrained(folder, local_files_only=True).backend_tokenizer.to_str())
 
 
 class FastokensError(Exception):
-    """Why `fastokens` cannot be used for a tokenizer."""
+    """`fastokens` cannot be used for a tokenizer; the message is the reason."""
 
 
 class TokenizerMismatch(Exception):
-    """While it worked, `fastokens` gave other ids than `tokenizers`.
+    """`fastokens` returned ids other than those of `tokenizers` while encoding.
 
-    By the time this is raised the encoder has fallen back to `tokenizers`: what it encodes from now on is right.
-    What it gave before was compared by sample only, so a careful caller throws that away.
+    When this is raised the encoder has fallen back to `tokenizers`, so later results are correct. Earlier results were
+    verified by sample only and should be discarded.
     """
 
     def __init__(self, text: str, fast: Sequence[int], slow: Sequence[int]) -> None:
@@ -195,17 +196,18 @@ class TokenizerMismatch(Exception):
         shared = min(len(self.fast), len(self.slow))
         at = next((i for i in range(shared) if self.fast[i] != self.slow[i]), shared)
         text = self.text if len(self.text) <= 200 else f"{self.text[:200]}…"
-        return f"from token {at} on {self.fast[at : at + 8]} instead of {self.slow[at : at + 8]} for {text!r}"
+        return f"at token {at}: {self.fast[at : at + 8]} instead of {self.slow[at : at + 8]} for {text!r}"
 
 
 class FastTokenizer:
-    """`BulkEncoder` over `fastokens`, with a `TextTokenizer` as its judge.
+    """`BulkEncoder` for `fastokens`, verified against a `TextTokenizer`.
 
-    Raises FastokensError when the library is missing, does not take the tokenizer, or differs on a probe.
+    Raises:
+        FastokensError: the library is missing, does not support the tokenizer, or differs on a probe.
     """
 
-    def __init__(self, judge: TextTokenizer) -> None:
-        self._judge = judge
+    def __init__(self, baseline: TextTokenizer) -> None:
+        self._baseline = baseline
         self._seen = 0
         self.reason = ""
         for name in ("RAYON_NUM_THREADS", "FASTOKENS_BPE_THREADS"):  # read when the library first needs threads
@@ -215,35 +217,35 @@ class FastTokenizer:
         except ImportError as error:
             raise FastokensError(f"fastokens cannot be imported: {error}") from None
         self.backend = f"fastokens {version('fastokens')}"
-        self._fast: Any = _native(fastokens.Tokenizer.from_json_str, judge.definition)
-        probes = probe_texts([*judge.added_tokens, TEXT_MASK, IM_START, IM_END], N_PROBES, seed=0)
+        self._fast: Any = _native(fastokens.Tokenizer.from_json_str, baseline.definition)
+        probes = probe_texts([*baseline.added_tokens, TEXT_MASK, IM_START, IM_END], N_PROBES, seed=0)
         if difference := self._difference(probes, _pieces(*self._encode(probes))):
-            raise FastokensError(f"fastokens gives other ids {difference}")
+            raise FastokensError(f"fastokens returns other ids {difference}")
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return _pieces(*self.encode_flat(texts))
 
     def encode_flat(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         if self._fast is None:
-            return self._judge.encode_flat(texts)
+            return self._baseline.encode_flat(texts)
         try:
             ids, offsets = self._encode(texts)
         except FastokensError as error:
             self._give_up(str(error))
-            return self._judge.encode_flat(texts)
+            return self._baseline.encode_flat(texts)
         sample = range(-self._seen % CHECK_EVERY, len(texts), CHECK_EVERY)
         self._seen += len(texts)
         pieces = [ids[offsets[i] : offsets[i + 1]].tolist() for i in sample]
         if difference := self._difference([texts[i] for i in sample], pieces):
-            self._give_up(f"it gave other ids {difference}")
+            self._give_up(f"it returned other ids {difference}")
             raise difference
         return ids, offsets
 
     def spelled(self, texts: Sequence[str]) -> int:
-        return self._judge.spelled(texts)
+        return self._baseline.spelled(texts)
 
     def token_id(self, token: str) -> int:
-        return self._judge.token_id(token)
+        return self._baseline.token_id(token)
 
     def _encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         options = {"add_special_tokens": False, "split_special_tokens": True}
@@ -251,21 +253,21 @@ class FastTokenizer:
         return np.frombuffer(ids, dtype=np.int32), np.frombuffer(offsets, dtype=np.int64)
 
     def _difference(self, texts: Sequence[str], pieces: Sequence[list[int]]) -> TokenizerMismatch | None:
-        """The first of `texts` for which the judge gives other ids than `pieces`."""
-        judged = self._judge.encode_batch(texts)
-        rows = zip(texts, pieces, judged, strict=True)
+        """The first of `texts` for which the baseline's ids differ from `pieces`."""
+        expected = self._baseline.encode_batch(texts)
+        rows = zip(texts, pieces, expected, strict=True)
         return next((TokenizerMismatch(text, fast, slow) for text, fast, slow in rows if fast != slow), None)
 
     def _give_up(self, reason: str) -> None:
-        self._fast, self.backend = None, self._judge.backend
-        self.reason = f"fastokens was given up: {reason}"
+        self._fast, self.backend = None, self._baseline.backend
+        self.reason = f"fastokens was disabled: {reason}"
 
 
 def _native(call: Callable[..., Any], *args: Any, **options: Any) -> Any:
-    """Calls `fastokens`; FastokensError on what it raises, a panic of its Rust code included."""
+    """Calls `fastokens`; converts its exceptions, including panics of its Rust code, to FastokensError."""
     try:
         return call(*args, **options)
-    except UnicodeEncodeError:  # a text that no encoder takes
+    except UnicodeEncodeError:  # the text is invalid for every encoder
         raise
     except BaseException as error:
         if isinstance(error, Exception) or type(error).__name__ == "PanicException":
@@ -274,7 +276,7 @@ def _native(call: Callable[..., Any], *args: Any, **options: Any) -> Any:
 
 
 class _SlowTokenizer:
-    """`TextEncoder` over a transformers tokenizer written in Python, which has no `tokenizers` backend."""
+    """`TextEncoder` for a pure-Python transformers tokenizer, which has no `tokenizers` backend."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
@@ -284,18 +286,17 @@ class _SlowTokenizer:
         return [self._tokenizer.encode(text, **options) for text in texts]
 
     def token_id(self, token: str) -> int:
-        found = self._tokenizer.convert_tokens_to_ids(token)
-        missing = found is None or found == getattr(self._tokenizer, "unk_token_id", None)
-        return known(None if missing else found, token, type(self._tokenizer).__name__)
+        token_id = self._tokenizer.convert_tokens_to_ids(token)
+        missing = token_id is None or token_id == getattr(self._tokenizer, "unk_token_id", None)
+        return require_id(None if missing else token_id, token, type(self._tokenizer).__name__)
 
 
-_views: WeakKeyDictionary[Any, tuple[int, TextEncoder]] = WeakKeyDictionary()
-"""Views already made, with the vocabulary size they were made for: building one takes a second."""
+_encoders: WeakKeyDictionary[Any, tuple[int, TextEncoder]] = WeakKeyDictionary()
+"""Cache of encoders, with the vocabulary size for which each was made; building one takes a second."""
 
 
 def as_text_encoder(tokenizer: Any) -> TextEncoder:
-    """The `TextEncoder` of a transformers tokenizer or a `tokenizers.Tokenizer`; of a `TextEncoder`,
-    itself."""
+    """The `TextEncoder` of a transformers tokenizer or a `tokenizers.Tokenizer`; a `TextEncoder` is returned as is."""
     if isinstance(tokenizer, TextEncoder):
         return tokenizer
     backend = tokenizer if isinstance(tokenizer, Tokenizer) else getattr(tokenizer, "backend_tokenizer", None)
@@ -303,11 +304,11 @@ def as_text_encoder(tokenizer: Any) -> TextEncoder:
         return _SlowTokenizer(tokenizer)
     size = backend.get_vocab_size()
     try:
-        known_view = _views.get(tokenizer)
-    except TypeError:  # a bare tokenizers.Tokenizer takes no weak reference
+        cached = _encoders.get(tokenizer)
+    except TypeError:  # tokenizers.Tokenizer does not support weak references
         return TextTokenizer(json.loads(backend.to_str()), type(tokenizer).__name__)
-    if known_view is None or known_view[0] != size:
+    if cached is None or cached[0] != size:
         name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
-        known_view = (size, TextTokenizer(json.loads(backend.to_str()), name))
-        _views[tokenizer] = known_view
-    return known_view[1]
+        cached = (size, TextTokenizer(json.loads(backend.to_str()), name))
+        _encoders[tokenizer] = cached
+    return cached[1]

@@ -1,4 +1,4 @@
-"""What all encoders share: how ids are laid out, what is done about special tokens, what they are tested with."""
+"""Helpers shared by all encoders: layout of ids, detection of spelled special tokens, probe texts."""
 
 import random
 from collections.abc import Sequence
@@ -10,17 +10,17 @@ from sdlm_megatron.errors import DataError
 
 
 def flatten(pieces: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
-    """Ids one after the other, int32 (n,), and where each of `pieces` begins, int64 (len(pieces) + 1,)."""
+    """Concatenated ids, int32 (n,), and the offset of each sequence, int64 (len(pieces) + 1,)."""
     offsets = np.zeros(len(pieces) + 1, dtype=np.int64)
     np.cumsum([len(piece) for piece in pieces], out=offsets[1:])
     return np.fromiter(chain.from_iterable(pieces), dtype=np.int32, count=offsets[-1]), offsets
 
 
 class SpelledTokens:
-    """Counts texts that spell one of some tokens.
+    """Counts texts that spell at least one of a set of tokens.
 
-    Nearly no text does. So the texts are sieved: by the signs that all tokens of a group have at their start (one
-    sign is found at memory speed), by that start, and then by the tokens. Qwen2.5 has the groups `<|` and
+    Almost no text does, so texts are filtered in stages: by the punctuation shared by all tokens of a group (a single
+    character is searched at memory speed), by their common prefix, then by the tokens. Qwen2.5 has the groups `<|` and
     `<text_mask>`.
     """
 
@@ -28,36 +28,36 @@ class SpelledTokens:
         groups: dict[str, list[str]] = {}
         for token in sorted(set(filter(None, tokens))):
             groups.setdefault(token[:2], []).append(token)
-        self._groups = [([*_signs(start := _common_start(group)), start], group) for group in groups.values()]
+        self._groups = [([*_punctuation(start := _common_prefix(group)), start], group) for group in groups.values()]
 
     def count(self, texts: Sequence[str]) -> int:
-        """How many of the texts spell at least one of the tokens."""
-        found: set[int] = set()
-        for sieves, tokens in self._groups:
+        """Number of texts that spell at least one of the tokens."""
+        matches: set[int] = set()
+        for filters, tokens in self._groups:
             left = list(range(len(texts)))
-            for sieve in sieves:
-                left = [i for i in left if sieve in texts[i]]
-            found.update(i for i in left if any(token in texts[i] for token in tokens))
-        return len(found)
+            for text_filter in filters:
+                left = [i for i in left if text_filter in texts[i]]
+            matches.update(i for i in left if any(token in texts[i] for token in tokens))
+        return len(matches)
 
 
-def _common_start(tokens: Sequence[str]) -> str:
+def _common_prefix(tokens: Sequence[str]) -> str:
     first, last = min(tokens), max(tokens)
-    shared = (i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b)
-    return first[: next(shared, len(first))]
+    differing = (i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b)
+    return first[: next(differing, len(first))]
 
 
-def _signs(text: str) -> list[str]:
-    """Its characters that are rare in prose, each once."""
+def _punctuation(text: str) -> list[str]:
+    """Distinct characters of `text` that are rare in prose."""
     return [sign for sign in dict.fromkeys(text) if not sign.isalnum()]
 
 
-def known(found: int | None, token: str, name: str, way_out: str = "add the token to its added tokens") -> int:
-    """`found`; DataError when it is None."""
-    if found is None:
-        fix = f"use a tokenizer of the ChatML family (Qwen2.5, SmolLM2…), or {way_out}"
+def require_id(token_id: int | None, token: str, name: str, alternative: str = "add it to the added tokens") -> int:
+    """Returns `token_id`; raises DataError if it is None."""
+    if token_id is None:
+        fix = f"use a tokenizer of the ChatML family (Qwen2.5, SmolLM2…), or {alternative}"
         raise DataError(f"the tokenizer has no `{token}`", where=name, fix=fix)
-    return found
+    return token_id
 
 
 # fmt: off
@@ -75,8 +75,8 @@ _PIECES = (
 
 
 def probe_texts(tokens: Sequence[str], n: int, seed: int) -> list[str]:
-    """`n` texts, the same for a seed, that a tokenizer may stumble over: normal forms, scripts, white space, and
-    the tokens of `tokens` spelled out, whole or in part, next to all of these."""
+    """`n` texts, deterministic in `seed`, on which tokenizers tend to differ: normalization forms, scripts, white
+    space, and the tokens in `tokens` spelled out, whole or in part, next to these."""
     draw = random.Random(seed)
     spelled = sorted(set(filter(None, tokens))) or ["<|im_end|>"]
     texts = [*_PIECES, *spelled[: n // 4]]

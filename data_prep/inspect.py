@@ -1,12 +1,12 @@
-"""Shows a row of a packed dataset as a person wants to see it: `python -m data_prep.inspect DATASET --row 3`.
+"""Show a row of a packed dataset.
 
-Its documents, the turns coloured by role, with a mark at every token where a block starts; the blocks, what they hold
-and what they are trained to produce; who sees whom.
+Prints its documents with turns colored by role and a mark at every block start; the content and targets of the blocks;
+and the attention mask of an excerpt.
 """
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -15,65 +15,114 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 from rich.text import Text
+from tokenizers import Tokenizer, decoders, models
 
-from data_prep.mask_picture import in_letters, save_png, stretch_of
-from data_prep.row_rules import Facts, Row, read_row
-from data_prep.token_text import TokenText, open_text, show_ids
+from data_prep.encoders import TextTokenizer
+from data_prep.mask_picture import excerpt_of, excerpt_text, save_png
+from data_prep.row_rules import ParsedRow, RuleSettings, read_row
 from sdlm_megatron.config.command_line import make_parser
 from sdlm_megatron.data.format import REBUILD, PackedDataset, origin, prefix
 from sdlm_megatron.data.indexed import IndexedReader
-from sdlm_megatron.data.tokenizer_identity import fingerprint, has_tokenizer
+from sdlm_megatron.data.tokenizer_identity import (
+    added_tokens,
+    fingerprint,
+    has_tokenizer,
+    parse_sentencepiece,
+    sentencepiece_file,
+)
 from sdlm_megatron.diffusion.layout import IGNORE, RowLayout, slot_targets
 from sdlm_megatron.errors import DataError, run_cli
 
+# Shown without --all: documents per row; per document its first blocks, this many clean tokens at both ends, and this
+# many around the first block start.
 DOCUMENTS, BLOCKS, EDGE, MIDDLE = 3, 6, 120, 320
-"""What is shown of a row without --all: documents; of each its first blocks, as many of the first and last clean
-tokens, and as many where the first block starts."""
 
 MARK = "▸"
-"""Stands before a token at which a block starts."""
+"""Precedes a token at which a block starts."""
 MASK, PART, NONE = "▢", "◌", "–"
-"""The mask token; a token that is but a part of a character; no target."""
+"""The mask token; a token that is only a part of a character; no target."""
 
 ROLES = {"system": "magenta", "user": "cyan", "assistant": "green", "function": "yellow"}
 FRAME, ANCHOR = "bright_black", "bold underline"
 
-_UNSEEN = [*range(0x80, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)]
-"""Characters that would steer the terminal, or turn the direction of its text."""
-_PICTURES = {code: 0x2400 + code for code in range(32) if code not in (9, 10)} | {127: 0x2421}
-_PICTURES |= dict.fromkeys(_UNSEEN, 0xFFFD)
+# Control characters that would change the state of the terminal, or the direction of its text, are replaced.
+_REPLACEMENTS = {code: 0x2400 + code for code in range(32) if code not in (9, 10)} | {127: 0x2421}
+_REPLACEMENTS |= dict.fromkeys([*range(0x80, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)], 0xFFFD)
+
+TokenText = Callable[[Sequence[int]], list[str]]
+"""Ids -> one string per id; concatenated they are the text. For a character of several tokens, all but the last yield an
+empty string."""
+
+
+def open_text(folder: str | Path) -> TokenText:
+    """Decoder of a tokenizer, which is a folder or a SentencePiece `.model` file; an unknown id yields `<id 7>`.
+
+    Raises:
+        DataError: the tokenizer is missing or cannot be read.
+    """
+    try:
+        if model := sentencepiece_file(folder):
+            pieces = parse_sentencepiece(model.read_bytes()).pieces
+            vocabulary = {**{piece.piece: i for i, piece in enumerate(pieces)}, **added_tokens(folder)}
+            backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+            backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+        else:
+            backend = Tokenizer.from_str(TextTokenizer.from_folder(folder).definition)
+    except ValueError as error:
+        raise DataError(f"the tokenizer cannot be read: {error}", str(folder), "set another --tokenizer") from error
+    return lambda ids: _texts(backend, ids)
+
+
+def show_ids(ids: Sequence[int]) -> list[str]:
+    """`TokenText` without a tokenizer: the numbers."""
+    return [f"{int(i)} " for i in ids]
+
+
+def _texts(backend: Tokenizer, ids: Sequence[int]) -> list[str]:
+    texts, stream, open_since = [], decoders.DecodeStream(skip_special_tokens=False), 0
+    for n, i in enumerate(map(int, ids)):
+        known = i >= 0 and backend.id_to_token(i) is not None
+        text = stream.step(backend, i) if known else f"<id {i}>"
+        texts.append(text or "")
+        if text or not known:
+            open_since = n + 1
+        if not known:
+            stream = decoders.DecodeStream(skip_special_tokens=False)
+    if open_since < len(texts):  # the last character is incomplete
+        texts[-1] = backend.decode([int(i) for i in ids[open_since:]], skip_special_tokens=False)
+    return texts
 
 
 @dataclass(frozen=True)
-class Document:
-    """One document of a row, ready to be shown."""
+class DocumentView:
+    """One document of a row, prepared for display."""
 
     number: int
     index: int
-    """Its place in the row, from 0."""
+    """Index in the row."""
     texts: list[str]
-    """Of each clean token."""
+    """Text of each clean token."""
     turns: list[tuple[int, int, int]]
-    """(first token, closing `<|im_end|>`, one after the last token) of each turn."""
+    """(first token, closing `<|im_end|>`, index after the last token) of each turn."""
     starts: np.ndarray
-    """int32 (blocks,)."""
+    """int32 (blocks,): block starts."""
     targets: np.ndarray
     """bool (blocks, D): whether a slot has a target."""
     n_anchors: int
 
 
-def view_documents(row: Row, facts: Facts, text_of: TokenText) -> list[Document]:
-    """Takes a row apart."""
-    layout, found = row.layout, []
-    targets = slot_targets(row.tokens, layout, facts.eos).T != IGNORE
+def view_documents(row: ParsedRow, settings: RuleSettings, text_of: TokenText) -> list[DocumentView]:
+    """The documents of a row."""
+    layout, views = row.layout, []
+    targets = slot_targets(row.tokens, layout, settings.eos).T != IGNORE
     block_edges = np.cumsum([0, *layout.n_blocks])
     for i in range(layout.n_docs):
         first, length = int(row.first[i]), int(layout.clean_lens[i])
-        mine = np.flatnonzero(row.turn_docs == i)
-        begins = (row.turn_starts[mine] - first).tolist()
-        closings = (row.closings[mine] - first).tolist()
-        found.append(
-            Document(
+        turns = np.flatnonzero(row.turn_docs == i)
+        begins = (row.turn_starts[turns] - first).tolist()
+        closings = (row.closings[turns] - first).tolist()
+        views.append(
+            DocumentView(
                 number=int(layout.doc_ids[i]),
                 index=i,
                 texts=text_of(row.clean[first : first + length].tolist()),
@@ -83,28 +132,28 @@ def view_documents(row: Row, facts: Facts, text_of: TokenText) -> list[Document]
                 n_anchors=int(row.n_anchors[i]),
             )
         )
-    return found
+    return views
 
 
-def clean_text(document: Document, header: dict[str, int], *, whole: bool) -> Text:
-    """The clean tokens, coloured by role, marked where blocks start.
+def clean_text(document: DocumentView, header: dict[str, int], *, whole: bool) -> Text:
+    """The clean tokens, colored by role, with a mark at each block start.
 
     Args:
-        document: what to show.
-        header: role -> tokens of its header.
-        whole: all tokens; otherwise the first and the last, and those where the blocks begin.
+        document: the document.
+        header: role -> number of tokens of its header.
+        whole: show all tokens, not only both ends and the region of the first block start.
     """
     result, shown = Text(), _shown(document, whole)
     starts = set(document.starts.tolist())
-    left_out = 0
+    skipped = 0
     for begin, closing, end in document.turns:
         role = "".join(document.texts[begin + 1 : begin + 8]).split("\n")[0]
         inside = range(begin + header.get(role, 1), closing)
         for at in range(begin, end):
-            left_out = 0 if shown[at] else left_out + 1
-            if left_out:
-                if shown[at + 1]:  # the last one always is
-                    result.append(f" … {left_out:,} tokens left out (--all) … ", style="reverse")
+            skipped = 0 if shown[at] else skipped + 1
+            if skipped:
+                if shown[at + 1]:  # the last token is always shown
+                    result.append(f" … {skipped:,} tokens omitted (--all) … ", style="reverse")
                 continue
             style = ROLES.get(role, "") if at in inside else FRAME
             if at in starts:
@@ -113,7 +162,7 @@ def clean_text(document: Document, header: dict[str, int], *, whole: bool) -> Te
     return result
 
 
-def _shown(document: Document, whole: bool) -> np.ndarray:
+def _shown(document: DocumentView, whole: bool) -> np.ndarray:
     """bool (clean tokens,)."""
     place = np.arange(len(document.texts))
     middle = int(document.starts[0]) - EDGE // 2 if len(document.starts) else 0
@@ -121,35 +170,35 @@ def _shown(document: Document, whole: bool) -> np.ndarray:
     return whole | (place < EDGE) | near | (place >= len(place) - EDGE)
 
 
-def block_lines(document: Document, block_size: int, *, whole: bool) -> Iterator[Text]:
-    """A line for each block: where it starts, what its slots hold, and what each is trained to produce."""
+def block_lines(document: DocumentView, block_size: int, *, whole: bool) -> Iterator[Text]:
+    """One line per block: its start, the content of its slots, and their targets."""
     shown = len(document.starts) if whole else min(BLOCKS, len(document.starts))
     for start, has_target in zip(document.starts[:shown].tolist(), document.targets.tolist(), strict=False):
         line = Text(f"  block at {start:>5}  ")
         line.append(_word(document.texts[start]), style="bold")
         line.append(f" {MASK}" * (block_size - 1), style=FRAME)
         line.append("  →  ")
-        for slot, there in enumerate(has_target):
+        for slot, trained in enumerate(has_target):
             if slot:
                 line.append(" | ", style=FRAME)
-            word = _word(document.texts[start + 1 + slot]) if there else NONE
-            line.append(word, style="green" if there else FRAME)
+            word = _word(document.texts[start + 1 + slot]) if trained else NONE
+            line.append(word, style="green" if trained else FRAME)
         yield line
     if shown < len(document.starts):
         yield Text(f"  … {len(document.starts) - shown:,} more blocks (--all shows them)", style=FRAME)
 
 
 def _word(text: str) -> str:
-    """A token whose white space can be seen."""
+    """A token with visible white space."""
     return _printable(text).replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥") or PART
 
 
 def _printable(text: str) -> str:
-    return text.translate(_PICTURES)
+    return text.translate(_REPLACEMENTS)
 
 
 def find_document(dataset: PackedDataset, epoch: int, number: int) -> int:
-    """The row of an epoch that holds document `number`; DataError when none does. Reads the layouts until then."""
+    """The row of an epoch that contains document `number`; raises DataError if there is none. Scans the layouts."""
     before = 0
     for part, rows in enumerate(dataset.part_rows(epoch)):
         file = prefix(dataset.path, epoch, part, "layout")
@@ -158,23 +207,23 @@ def find_document(dataset: PackedDataset, epoch: int, number: int) -> int:
         except ValueError as error:
             raise DataError(f"the layouts cannot be read: {error}", file, REBUILD) from None
         for row in range(rows):
-            ints = layouts[row]  # checksum, number of documents, their numbers…
+            ints = layouts[row]  # checksum, number of documents, document numbers, …
             if len(ints) > 2 and number in ints[2 : 2 + ints[1]]:
                 return before + row
         before += rows
     raise DataError(
         f"epoch {epoch} has no document {number:,}",
         str(dataset.path),
-        "rows that became no document are in rejects.jsonl; with a weight below 1 an epoch takes a share of a source",
+        "see rejects.jsonl for rows without a document; with a weight below 1 an epoch uses a part of a source",
     )
 
 
 def _text_of(manifest: dict[str, Any], folder: str, console: Console) -> TokenText:
-    """The tokenizer that is named, or the one the dataset was built with if it is still there."""
+    """Decoder of the given tokenizer, or of the one the dataset was built with if it still exists."""
     folder = folder or manifest.get("build", {}).get("tokenizer", "")
     if not folder or not has_tokenizer(folder):
-        at = f"{folder} is not there any more" if folder else "the manifest names no tokenizer"
-        _print(console, Text(f"token ids are shown, not text: {at}; give --tokenizer=FOLDER"))
+        reason = f"there is no tokenizer in {folder}" if folder else "the manifest names no tokenizer"
+        _print(console, Text(f"showing token ids instead of text: {reason}; set --tokenizer=FOLDER"))
         return show_ids
     if fingerprint(folder) != manifest["tokenizer"]["fingerprint"]:
         _print(console, Text(f"{folder} is not the tokenizer of this dataset", style="red"))
@@ -195,24 +244,27 @@ def show(
     """Prints one row.
 
     Args:
-        dataset: the dataset; epoch, number: the row.
-        text_of: text of its tokens.
-        console: where to print.
-        document: number of the only document to show.
-        whole: leave nothing out.
-        save: PNG of the mask to write.
+        dataset: the dataset.
+        epoch: epoch of the row.
+        number: number of the row in the epoch's files.
+        text_of: decoder of its tokens.
+        console: destination.
+        document: show only the document with this number.
+        whole: omit nothing.
+        save: PNG file of the mask to write.
 
-    Raises DataError when the row is damaged, or does not hold the document.
+    Raises:
+        DataError: the row is damaged or does not contain the document.
     """
-    facts = Facts.of(dataset.manifest)
+    settings = RuleSettings.of(dataset.manifest)
     tokens, layout = dataset.read(epoch, number)
-    row = read_row(tokens, layout, facts, epoch)
-    documents = view_documents(row, facts, text_of)
+    row = read_row(tokens, layout, settings, epoch)
+    documents = view_documents(row, settings, text_of)
     _print(console, _head(dataset, epoch, number, layout, documents))
     shown = [d for d in documents if document in (None, d.number)]
     if not shown:
-        held = ", ".join(str(d.number) for d in documents)
-        raise DataError(f"the row holds no document {document}", f"row {number}", f"it holds {held}")
+        numbers = ", ".join(str(d.number) for d in documents)
+        raise DataError(f"the row has no document {document}", f"row {number}", f"its documents are {numbers}")
     limit = len(shown) if whole or document is not None else DOCUMENTS
     for view in shown[:limit]:
         _print(console, _document_head(view, layout, dataset.manifest))
@@ -225,40 +277,38 @@ def show(
     pictured = next((view for view in shown if len(view.starts)), None)
     if pictured is None:
         return
-    stretch = stretch_of(len(pictured.texts), pictured.starts, layout.block_size)
-    _print(console, Text(f"\nwho sees whom, a stretch of document {pictured.number}", style="bold"))
+    excerpt = excerpt_of(len(pictured.texts), pictured.starts, layout.block_size)
+    _print(console, Text(f"\nattention mask, excerpt of document {pictured.number}", style="bold"))
     words = [_printable(text) for text in pictured.texts]
-    _print(console, in_letters(stretch, layout.block_size, words))
+    _print(console, excerpt_text(excerpt, layout.block_size, words))
     if save:
-        title = f"{dataset.path.name}, epoch {epoch}, row {number}: who sees whom"
+        title = f"{dataset.path.name}, epoch {epoch}, row {number}: attention mask"
         save_png(save, layout, pictured.index, words, title)
-        _print(console, Text(f"the mask of the row: {save}"))
+        _print(console, Text(f"wrote the mask of the row to {save}"))
 
 
-def _head(dataset: PackedDataset, epoch: int, number: int, layout: RowLayout, documents: Sequence[Document]) -> Text:
+def _head(
+    dataset: PackedDataset, epoch: int, number: int, layout: RowLayout, documents: Sequence[DocumentView]
+) -> Text:
     used, length = layout.used, dataset.row_length
     targets = sum(int(view.targets.sum()) for view in documents)
     head = Text(f"{dataset.path}, epoch {epoch}, row {number:,} of {dataset.rows(epoch):,}\n", style="bold")
     return head.append(
-        f"{used:,} of {length:,} tokens ({used / length:.1%}): {_many(len(documents), 'document')}, "
+        f"{used:,} of {length:,} tokens ({used / length:.1%}): {len(documents):,} document{'s' * (len(documents) != 1)}, "
         f"{layout.n_clean:,} clean tokens, {len(layout.starts):,} blocks of {layout.block_size}, {targets:,} targets",
         style="not bold",
     )
 
 
-def _document_head(view: Document, layout: RowLayout, manifest: dict[str, Any]) -> Text:
+def _document_head(view: DocumentView, layout: RowLayout, manifest: dict[str, Any]) -> Text:
     clean, blocks = len(view.texts), len(view.starts)
     head = Text(f"\ndocument {view.number} ({view.index + 1} of {layout.n_docs}), ", style="bold")
     head.append(origin(view.number, manifest))
     return head.append(
-        f"\n{clean:,} clean + {layout.block_size} x {blocks:,} block tokens; a block starts ({MARK}) at "
+        f"\n{clean:,} clean + {layout.block_size} x {blocks:,} block tokens; blocks start ({MARK}) at "
         f"{blocks:,} of {view.n_anchors:,} anchors\n",
         style="not bold",
     )
-
-
-def _many(n: int, what: str) -> str:
-    return f"{n:,} {what}" + "s" * (n != 1)
 
 
 def _print(console: Console, text: Text) -> None:
@@ -268,13 +318,13 @@ def _print(console: Console, text: Text) -> None:
 def build_parser() -> argparse.ArgumentParser:
     """Options of the command."""
     parser = make_parser("sdlm inspect", __doc__, example="sdlm inspect DATA --row 3 --save mask.png")
-    parser.add_argument("dataset", help="folder that `python -m data_prep.build` wrote")
+    parser.add_argument("dataset", help="dataset folder, written by `sdlm prepare`")
     parser.add_argument("--row", type=int, metavar="N", help="row of the epoch, from 0 (default: 0)")
-    parser.add_argument("--epoch", type=int, default=0, metavar="E", help="from 0 (default: %(default)s)")
-    parser.add_argument("--document", type=int, metavar="NUMBER", help="show this document only; finds its row")
-    parser.add_argument("--tokenizer", default="", metavar="FOLDER", help="default: the one it was built with")
-    parser.add_argument("--all", action="store_true", help="leave nothing out")
-    parser.add_argument("--save", type=Path, metavar="PNG", help="write a picture of the row's mask")
+    parser.add_argument("--epoch", type=int, default=0, metavar="E", help="epoch, from 0")
+    parser.add_argument("--document", type=int, metavar="NUMBER", help="show only this document; finds its row")
+    parser.add_argument("--tokenizer", default="", metavar="FOLDER", help="default: the tokenizer of the build")
+    parser.add_argument("--all", action="store_true", help="omit nothing")
+    parser.add_argument("--save", type=Path, metavar="PNG", help="write an image of the row's attention mask")
     return parser
 
 
@@ -284,17 +334,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     console = Console()
     dataset = PackedDataset(args.dataset)
     if not 0 <= args.epoch < dataset.epochs:
-        raise DataError(f"no epoch {args.epoch}", args.dataset, f"it has epochs 0 to {dataset.epochs - 1}")
+        raise DataError(f"no epoch {args.epoch}", args.dataset, f"use 0 to {dataset.epochs - 1}")
     row = args.row or 0
     if args.row is None and args.document is not None:
         row = find_document(dataset, args.epoch, args.document)
     if not 0 <= row < dataset.rows(args.epoch):
-        raise DataError(
-            f"no row {row}", args.dataset, f"epoch {args.epoch} has rows 0 to {dataset.rows(args.epoch) - 1}"
-        )
+        fix = f"epoch {args.epoch} has rows 0 to {dataset.rows(args.epoch) - 1}"
+        raise DataError(f"no row {row}", args.dataset, fix)
     text_of = _text_of(dataset.manifest, args.tokenizer, console)
-    options: dict[str, Any] = {"document": args.document, "whole": args.all, "save": args.save}
-    show(dataset, args.epoch, row, text_of, console, **options)
+    show(
+        dataset, args.epoch, row, text_of, console, document=args.document, whole=args.all, save=args.save
+    )
 
 
 if __name__ == "__main__":

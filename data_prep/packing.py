@@ -1,5 +1,4 @@
-"""Documents into rows of a fixed length: best fit over a window, so that rows are full and documents stay
-whole."""
+"""Best-fit packing of whole documents into rows of a fixed length, over a window of documents."""
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
@@ -7,47 +6,47 @@ from dataclasses import dataclass
 
 import numpy as np
 
+# Rows kept open between windows, the emptiest ones; the limit bounds memory.
 _CARRIED = 1024
-"""Rows with room that stay open from one window to the next: the emptiest ones."""
 
 
 @dataclass(frozen=True)
 class PackedRows:
-    """Rows that are closed. Documents are numbered in the order in which they came."""
+    """Closed rows. Documents are numbered in the order of arrival."""
 
     documents: np.ndarray
-    """int64 (documents,): row after row, in each row ascending."""
+    """int64 (documents,): document numbers row by row, ascending within a row."""
     counts: np.ndarray
-    """int64 (rows,): documents of each row."""
+    """int64 (rows,): number of documents per row."""
     cut: np.ndarray
-    """int64 (documents,): tokens by which a document was cut down to fit."""
+    """int64 (documents,): tokens removed from each document to make it fit."""
 
 
 class BestFit:
-    """Packs documents as they come, a window at a time.
+    """Incremental best-fit packing, one window of documents at a time.
 
-    The documents of a window are taken longest first; each goes to the row in which it leaves the least room. Equal
-    lengths are placed together, so the work is that of the different lengths. Memory: a window, and the documents of
+    The documents of a window are placed longest first, each into the row where it leaves the least room. Equal lengths
+    are placed together, so the cost grows with the number of distinct lengths. Memory: one window and the documents of
     the open rows.
 
     Args:
-        row_length: tokens S of a row.
+        row_length: row length S in tokens.
     """
 
     def __init__(self, row_length: int) -> None:
         self.row_length = row_length
-        self._rooms = [row_length]  # rooms that open rows have, ascending; the last stands for a new row
-        self._rows: list[list[int]] = [[] for _ in range(row_length)]  # room -> its open rows
+        self._rooms = [row_length]  # distinct free lengths of open rows, ascending; the last is a new row
+        self._rows: list[list[int]] = [[] for _ in range(row_length)]  # free length -> open rows
         self._next_row = self._n_documents = 0
-        self._held = np.empty((3, 0), dtype=np.int64)  # document, row, cut of the documents in open rows
+        self._open = np.empty((3, 0), dtype=np.int64)  # (document, row, cut) of the documents in open rows
 
     def add(self, lengths: np.ndarray, spare: np.ndarray | None = None) -> PackedRows:
-        """Packs the next window of documents; returns the rows that are closed.
+        """Packs the next window of documents and returns the rows closed by it.
 
         Args:
             lengths: int (n,), all in 1..row_length.
-            spare: int (n,): tokens by which each may be cut down rather than open another row; the row it then goes
-                to is the emptiest. None: no document is cut.
+            spare: int (n,): tokens that may be removed from each document to avoid opening another row; it is then
+                placed into the emptiest open row. None: documents are never cut.
         """
         if not len(lengths):
             return self._emit(np.empty((3, 0), dtype=np.int64), [])
@@ -61,26 +60,26 @@ class BestFit:
         return self._emit(placed, self._open_rows(_CARRIED))
 
     def finish(self) -> PackedRows:
-        """Closes the rows that are left."""
+        """Closes the remaining rows and returns them."""
         return self._emit(np.empty((3, 0), dtype=np.int64), [])
 
     def _place(self, sizes: np.ndarray, spare: np.ndarray | None) -> tuple[list[int], np.ndarray]:
-        """Row and cut of each document; `sizes` descend."""
+        """Row and cut of each document; `sizes` are in descending order."""
         rooms, rows, full = self._rooms, self._rows, self.row_length
         starts = np.flatnonzero(np.diff(sizes, prepend=0))
         counts = np.diff(starts, append=len(sizes)).tolist()
-        least = int(sizes[-1])  # rows with less room are of no use in this window
-        found: list[int] = []
+        least = int(sizes[-1])  # rows with less room cannot take any document of this window
+        placed: list[int] = []
         cut = np.zeros(len(sizes), dtype=np.int64)
         for size, left in zip(sizes[starts].tolist(), counts, strict=True):
             while left:
                 at = bisect_left(rooms, size)
-                cuts = spare is not None and at == len(rooms) - 1 > 0 and rooms[-2] >= size - spare[len(found)]
+                cuts = spare is not None and at == len(rooms) - 1 > 0 and rooms[-2] >= size - spare[len(placed)]
                 if cuts:
                     at -= 1
-                    cut[len(found)] = size - rooms[at]
+                    cut[len(placed)] = size - rooms[at]
                 room = rooms[at]
-                # of equal documents a row takes as many as fit before the next row is touched
+                # A row takes as many of the equal documents as fit before the next row is used.
                 each = min(left, room // size) or 1
                 n = left if each == 1 and not cuts else 1
                 if room == full:
@@ -91,17 +90,17 @@ class BestFit:
                     del rows[room][-n:]
                     if not rows[room]:
                         del rooms[at]
-                found += taken * each
+                placed += taken * each
                 left -= len(taken) * each
                 after = room - each * size
                 if after >= least:
                     if not rows[after]:
                         insort(rooms, after)
                     rows[after] += taken
-        return found, cut
+        return placed, cut
 
     def _open_rows(self, limit: int) -> list[int]:
-        """The rows that stay open: the emptiest ones; closes the others."""
+        """Closes all but the `limit` emptiest rows (approximately) and returns the rows that remain open."""
         kept: list[int] = []
         first = len(self._rooms) - 1
         while first and len(kept) < limit:
@@ -113,24 +112,13 @@ class BestFit:
         return kept
 
     def _emit(self, placed: np.ndarray, still_open: Sequence[int]) -> PackedRows:
-        held = np.concatenate([self._held, placed], axis=1)
-        base = int(held[1].min(initial=self._next_row))
+        pending = np.concatenate([self._open, placed], axis=1)
+        base = int(pending[1].min(initial=self._next_row))
         stays = np.zeros(self._next_row - base, dtype=bool)
         stays[np.array(still_open, dtype=np.int64) - base] = True
-        is_open = stays[held[1] - base]
-        self._held = held[:, is_open]
-        documents, rows, cut = held[:, ~is_open]
+        is_open = stays[pending[1] - base]
+        self._open = pending[:, is_open]
+        documents, rows, cut = pending[:, ~is_open]
         order = np.argsort(rows, kind="stable")
         counts = np.bincount(rows - base)
         return PackedRows(documents[order], counts[counts > 0], cut[order])
-
-
-def best_fit(lengths: Sequence[int] | np.ndarray, row_length: int, window: int) -> list[list[int]]:
-    """`BestFit` of documents that are all there: the document numbers of each row; every document is in one row."""
-    sizes = np.asarray(lengths, dtype=np.int64)
-    packer = BestFit(row_length)
-    packed = [packer.add(sizes[at : at + window]) for at in range(0, len(sizes), window)]
-    rows = []
-    for part in [*packed, packer.finish()]:
-        rows += np.split(part.documents, np.cumsum(part.counts)[:-1]) if len(part.counts) else []
-    return [row.tolist() for row in rows]

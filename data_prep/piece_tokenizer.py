@@ -1,61 +1,73 @@
-"""`BulkEncoder` over SentencePiece `.model` files."""
+"""`BulkEncoder` for SentencePiece `.model` files."""
 
 import json
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import sentencepiece
 
-from data_prep.encoding import SpelledTokens, flatten, known
+from data_prep.encoding import SpelledTokens, flatten, require_id
 from sdlm_megatron.data.chatml import IM_END, IM_START
-from sdlm_megatron.data.sentencepiece_model import CONTROL, UNKNOWN, USER_DEFINED, Piece, read_pieces, with_pieces
-from sdlm_megatron.data.tokenizer_identity import TEXT_MASK, added_tokens, sentencepiece_file
+from sdlm_megatron.data.tokenizer_identity import TEXT_MASK, added_tokens, parse_sentencepiece, sentencepiece_file
 from sdlm_megatron.errors import DataError
+
+UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4  # ModelProto.SentencePiece.Type
+
+
+class VocabularyPiece(NamedTuple):
+    """Entry of a SentencePiece vocabulary; its id is its index."""
+
+    text: str
+    score: float
+    kind: int
 
 
 class PieceTokenizer:
-    """Encodes with the sentencepiece package, from a model whose vocabulary is completed first.
+    """Encodes with the sentencepiece package, after completing the vocabulary of the model.
 
-    SentencePiece never makes a control piece out of text, and always a user-defined one where it is spelled. So the
-    special tokens are made control pieces: ChatML's, the mask token, user-defined pieces and added tokens that look
-    like `<|…|>`, and what tokenizer_config.json or special_tokens_map.json flags or names as special. Other added
-    tokens (`<tool_call>`…) are made user-defined pieces, and user-defined pieces that are not special (runs of white
-    space, `<table>`…) stay what they are.
+    SentencePiece never produces a control piece from text, and always produces a user-defined piece where it is
+    spelled. Special tokens therefore become control pieces: ChatML's, the mask token, user-defined pieces and added
+    tokens of the form `<|…|>`, and tokens that tokenizer_config.json or special_tokens_map.json declare as special.
+    Other added tokens (`<tool_call>`…) become user-defined pieces; user-defined pieces that are not special (runs of
+    white space, `<table>`…) are unchanged.
 
-    The space that most models put in front of a text: in a rendered conversation every text follows a special token,
-    where transformers 5 puts none. So there is none here, unless tokenizer_config.json says `"legacy": true`: then it
-    stands in front of every text, role name and newline included.
+    Most models prepend a space to a text. In a rendered conversation every text follows a special token, where
+    transformers 5 adds no space; neither does this class, unless tokenizer_config.json has `"legacy": true`. In that
+    case every text gets the space, including role names and newlines.
 
     Args:
         source: a `.model` file, or a folder with tokenizer.model.
-        mask_token: spelled out like a special token.
+        mask_token: encoded as plain text where it is spelled, like any special token.
 
-    Raises DataError when there is no model or it cannot be read.
+    Raises:
+        DataError: the model is missing or cannot be read.
     """
 
     backend = f"sentencepiece {sentencepiece.__version__}"
-    reason = "fastokens reads no SentencePiece model"
+    reason = "fastokens does not support SentencePiece models"
 
     def __init__(self, source: str | Path, mask_token: str = TEXT_MASK) -> None:
         path = sentencepiece_file(source)
         if path is None:
-            raise DataError("no tokenizer.model", where=str(source), fix="name a folder that has one, or a .model file")
+            raise DataError("no tokenizer.model", str(source), "name a folder with tokenizer.model, or a .model file")
         self.name = str(path)
         config = _read_json(path.parent / "tokenizer_config.json")
         special = {mask_token, IM_START, IM_END}
-        special |= set(_named(config)) | set(_named(_read_json(path.parent / "special_tokens_map.json")))
+        special |= set(_declared_special(config))
+        special |= set(_declared_special(_read_json(path.parent / "special_tokens_map.json")))
         words = {entry["content"] for entry in _entries(config) if not entry.get("special")}
         added = added_tokens(source)
         try:
-            model = path.read_bytes()
-            pieces = _complete(read_pieces(model), added, special, words)
+            model = parse_sentencepiece(path.read_bytes())
+            pieces = complete_vocabulary(vocabulary(model), added, special, words)
             prefix = config.get("legacy") is True and config.get("add_prefix_space") is not False
             self._model = sentencepiece.SentencePieceProcessor()
-            self._model.LoadFromSerializedProto(with_pieces(model, pieces, dummy_prefix=prefix))
+            self._model.LoadFromSerializedProto(serialize(model, pieces, dummy_prefix=prefix))
         except (ValueError, RuntimeError) as error:
-            raise DataError(f"the tokenizer cannot be read: {error}", where=self.name, fix="fetch it again") from error
+            what = f"the tokenizer cannot be read: {error}"
+            raise DataError(what, where=self.name, fix="download it again") from error
         self._ids = {**{piece.text: i for i, piece in enumerate(pieces)}, **added}
         self._spelled = SpelledTokens([mask_token, *(p.text for p in pieces if p.kind in (CONTROL, UNKNOWN))])
 
@@ -69,35 +81,57 @@ class PieceTokenizer:
         return self._spelled.count(texts)
 
     def token_id(self, token: str) -> int:
-        way_out = "give the token an id in an added_tokens.json beside the model"
-        return known(self._ids.get(token), token, self.name, way_out)
+        alternative = "assign the token an id in an added_tokens.json beside the model"
+        return require_id(self._ids.get(token), token, self.name, alternative)
 
 
-def _complete(
-    pieces: Sequence[Piece], added: dict[str, int], special: Collection[str], words: Collection[str]
-) -> list[Piece]:
-    """The vocabulary with the added tokens at their ids, each of the kind `PieceTokenizer` says.
+def vocabulary(model: Any) -> list[VocabularyPiece]:
+    """Pieces of a ModelProto, by id."""
+    return [VocabularyPiece(piece.piece, piece.score, piece.type) for piece in model.pieces]
 
-    An added token may take the id of a piece, which is then gone, and ids may be left out.
+
+def serialize(model: Any, pieces: Sequence[VocabularyPiece], *, dummy_prefix: bool) -> bytes:
+    """The model with another vocabulary; without `dummy_prefix`, no space is prepended to a text."""
+    result = type(model)()
+    result.CopyFrom(model)
+    # Self-test samples list the pieces expected for some texts, with the prepended space; a library that checks them
+    # on loading would reject the changed vocabulary. Newer schemas do not know the field.
+    result.DiscardUnknownFields()
+    if "self_test_data" in result.DESCRIPTOR.fields_by_name:
+        result.ClearField("self_test_data")
+    del result.pieces[:]
+    for piece in pieces:
+        result.pieces.add(piece=piece.text, score=piece.score, type=piece.kind)
+    if not dummy_prefix:
+        result.normalizer_spec.add_dummy_prefix = False
+    return result.SerializeToString()
+
+
+def complete_vocabulary(
+    pieces: Sequence[VocabularyPiece], added: dict[str, int], special: Collection[str], words: Collection[str]
+) -> list[VocabularyPiece]:
+    """The vocabulary with added tokens at their ids, each of the kind that `PieceTokenizer` describes.
+
+    An added token may replace the piece at its id, and ids may be skipped.
     """
     by_id = {i: piece for i, piece in enumerate(pieces) if added.get(piece.text, i) == i}
     for token, i in added.items():
         kind = UNKNOWN if i < len(pieces) and pieces[i].kind == UNKNOWN else USER_DEFINED
-        by_id[i] = Piece(token.replace(" ", "▁"), 0.0, kind)
+        by_id[i] = VocabularyPiece(token.replace(" ", "▁"), 0.0, kind)
     for i, piece in by_id.items():
         looks_special = piece.text.startswith("<|") and piece.text.endswith("|>") and piece.text not in words
         if piece.text in special or (piece.kind == USER_DEFINED and looks_special):
-            by_id[i] = Piece(piece.text, piece.score, UNKNOWN if piece.kind == UNKNOWN else CONTROL)
-    return [by_id.get(i, Piece(f"<unused id {i}>", 0.0, CONTROL)) for i in range(max(by_id) + 1)]
+            by_id[i] = piece._replace(kind=UNKNOWN if piece.kind == UNKNOWN else CONTROL)
+    return [by_id.get(i, VocabularyPiece(f"<unused id {i}>", 0.0, CONTROL)) for i in range(max(by_id) + 1)]
 
 
 def _entries(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Added tokens as tokenizer_config.json describes them."""
+    """Added tokens described in tokenizer_config.json."""
     yield from (config.get("added_tokens_decoder") or {}).values()
 
 
-def _named(config: dict[str, Any]) -> Iterator[str]:
-    """Tokens a JSON file calls special: `"eos_token": …`, `"additional_special_tokens": […]`, `"special": true`."""
+def _declared_special(config: dict[str, Any]) -> Iterator[str]:
+    """Tokens that a JSON file declares as special: `"eos_token"`, `"additional_special_tokens"`, `"special": true`."""
     yield from (entry["content"] for entry in _entries(config) if entry.get("special"))
     for key, value in config.items():
         if key.endswith(("_token", "special_tokens")):
@@ -111,4 +145,4 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except ValueError as error:
-        raise DataError(f"the file is no JSON: {error}", where=str(path), fix="fetch it again") from error
+        raise DataError(f"the file is not JSON: {error}", where=str(path), fix="download it again") from error

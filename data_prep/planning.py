@@ -1,13 +1,13 @@
-"""Stage two, in one process: the documents get their numbers, duplicates are found, and each epoch is planned.
+"""Stage two, in one process: numbers the documents, finds duplicates, and plans the packing of each epoch.
 
-Everything that grows with the corpus lies in files of the work folder, memory-mapped: a plan costs the memory of a
-packing window, and of a stretch of the digests while duplicates are looked for.
+Everything that grows with the corpus is stored in memory-mapped files of the work folder. A plan needs memory for one
+packing window, and for one bucket of digests during the search for duplicates.
 
-    index             an INDEX record for each document, in the order of the input
-    first             int64 for each document: the first one with the same tokens, -1 if it is that itself
-    epochE.documents  int64: places in the epoch's order, row after row as they were packed
-    epochE.cut        int32: blocks each of them loses to fill its row
-    epochE.rows       int64: where each row begins in the two files above; one more at the end
+    index             one INDEX record per document, in input order
+    first             int64 per document: the first document with the same tokens, or -1 for that document itself
+    epochE.documents  int64: indices into the epoch's shuffled order, row by row as packed
+    epochE.cut        int32: blocks that each of them loses to fill its row
+    epochE.rows       int64: offset of each row in the two files above, and one final entry
 """
 
 import json
@@ -21,7 +21,7 @@ import numpy as np
 from data_prep.build_config import BuildConfig, SourceConfig
 from data_prep.documents import DOCUMENT, UnitResult, unit_file
 from data_prep.packing import BestFit, PackedRows
-from data_prep.readers import Unit
+from data_prep.readers import InputUnit
 from sdlm_megatron.data.order import shuffled_many
 from sdlm_megatron.errors import DataError
 from sdlm_megatron.files import fsync, write_json
@@ -29,7 +29,7 @@ from sdlm_megatron.progress import Advance
 
 INDEX = np.dtype(
     [
-        ("number", "i8"),  # of its first copy
+        ("number", "i8"),  # document number of its first copy
         ("unit", "i4"),
         ("source", "i4"),
         ("token", "i8"),
@@ -40,37 +40,38 @@ INDEX = np.dtype(
     ]
 )
 BUCKET = 1 << 22
-"""Documents whose digests are compared together, about."""
+"""Approximate number of documents whose digests are compared at once."""
 
 
 @dataclass
-class Segment:
-    """Documents of one source that an epoch takes once."""
+class EpochSegment:
+    """Documents of one source that an epoch uses once."""
 
     source: int
     copy: int
     first: int
     """Index of the source's first document."""
     documents: int
-    """Documents of the source."""
+    """Number of documents of the source."""
     taken: int
-    """Of these the epoch takes so many: all of them, or a stretch of a shuffled order that moves from epoch to
-    epoch."""
+    """Number of documents the epoch uses: all, or a range of a shuffled order that advances from epoch to epoch."""
 
 
 @dataclass
 class Numbering:
-    """How the documents of a build are numbered: number = first_number[source] + copy * rows[source] + row."""
+    """Document numbers of a build: number = first_number[source] + copy * rows[source] + row."""
 
     rows: list[int]
     """Input rows of each source."""
     first_number: list[int]
     documents: list[int]
-    """Documents of each source that are packed."""
+    """Packed documents of each source."""
 
 
-def number_sources(sources: Sequence[SourceConfig], units: Sequence[Unit], results: Sequence[UnitResult]) -> Numbering:
-    """Numbers the rows of the sources; DataError when int32 cannot hold the numbers."""
+def number_sources(
+    sources: Sequence[SourceConfig], units: Sequence[InputUnit], results: Sequence[UnitResult]
+) -> Numbering:
+    """Numbers the rows of the sources; raises DataError if the numbers exceed int32."""
     rows, documents = ([0] * len(sources) for _ in range(2))
     for unit, result in zip(units, results, strict=True):
         rows[unit.source] += result.rows
@@ -78,12 +79,12 @@ def number_sources(sources: Sequence[SourceConfig], units: Sequence[Unit], resul
     copies = [int(np.ceil(source.weight)) for source in sources]
     first = np.concatenate([[0], np.cumsum([n * c for n, c in zip(rows, copies, strict=True)])]).tolist()
     if first[-1] >= 2**31:
-        raise DataError(f"{first[-1]:,} rows are too many for one dataset", "", "build it as several, below 2^31 rows")
+        raise DataError(f"{first[-1]:,} rows are too many for one dataset", "", "build several of up to 2^31 rows each")
     return Numbering(rows, first[:-1], documents)
 
 
-def build_index(work: Path, units: Sequence[Unit], results: Sequence[UnitResult], numbering: Numbering) -> None:
-    """Writes `index`: the records of all units with their numbers."""
+def build_index(work: Path, units: Sequence[InputUnit], results: Sequence[UnitResult], numbering: Numbering) -> None:
+    """Writes `index`: the numbered records of all units."""
     before = list(numbering.first_number)
     with open(work / "index.partial", "wb") as file:
         for i, (unit, result) in enumerate(zip(units, results, strict=True)):
@@ -105,8 +106,11 @@ def load(work: Path, name: str, dtype: np.dtype | type) -> np.ndarray:
 
 
 def find_duplicates(work: Path, n_units: int) -> None:
-    """Writes `first`. Digests are dealt out to files by their value, so that equal ones meet; each file is then
-    compared by itself."""
+    """Writes `first`.
+
+    Digests are distributed to bucket files by value, so that equal ones meet; each file is compared by itself. The
+    corpus's digests would not fit in memory.
+    """
     index = load(work, "index", INDEX)
     first = np.memmap(work / "first", np.int64, "w+", shape=(max(1, len(index)),))
     first[:] = -1
@@ -127,16 +131,17 @@ def find_duplicates(work: Path, n_units: int) -> None:
         file.close()
         records = np.fromfile(name, record)
         low, high = records["digest"].T
+        # Sorting by document within equal digests makes the first of each run the earliest document.
         records = records[np.lexsort((records["document"], low, high))]
-        again = (records["digest"][1:] == records["digest"][:-1]).all(axis=1)
-        head = np.maximum.accumulate(np.where(np.concatenate([[True], ~again]), np.arange(len(records)), 0))
-        first[records["document"][1:][again]] = records["document"][head[1:][again]]
+        repeats = (records["digest"][1:] == records["digest"][:-1]).all(axis=1)
+        head = np.maximum.accumulate(np.where(np.concatenate([[True], ~repeats]), np.arange(len(records)), 0))
+        first[records["document"][1:][repeats]] = records["document"][head[1:][repeats]]
         name.unlink()
     first.flush()
 
 
 def drop_duplicates(work: Path, numbering: Numbering) -> Numbering:
-    """Takes the duplicates out of `index` (kept as `index.all`), in the same order."""
+    """Removes duplicates from `index` (the original becomes `index.all`) and keeps the order."""
     os.replace(work / "index", work / "index.all")
     index, first = load(work, "index.all", INDEX), load(work, "first", np.int64)
     documents = np.zeros(len(numbering.rows), dtype=np.int64)
@@ -150,21 +155,24 @@ def drop_duplicates(work: Path, numbering: Numbering) -> Numbering:
 
 
 class EpochOrder:
-    """The documents of one epoch in shuffled order: place -> document, without a list of them.
+    """Shuffled order of the documents of one epoch, computed on demand instead of stored.
 
     Args:
-        config: seed; sources: weights; numbering: of the documents that are packed.
+        config: settings; `seed` is used.
+        sources: sources with their weights.
+        numbering: numbering of the packed documents.
+        epoch: epoch, from 0.
     """
 
     def __init__(self, config: BuildConfig, sources: Sequence[SourceConfig], numbering: Numbering, epoch: int) -> None:
         self._seed, self._epoch = config.seed, epoch
         self._numbering = numbering
-        self._segments: list[Segment] = []
+        self._segments: list[EpochSegment] = []
         first = 0
         for i, (source, n) in enumerate(zip(sources, numbering.documents, strict=True)):
             for copy in range(int(np.ceil(source.weight))):
                 taken = round(n * min(1.0, source.weight - copy))
-                self._segments.append(Segment(i, copy, first, n, taken))
+                self._segments.append(EpochSegment(i, copy, first, n, taken))
             first += n
         self._edges = np.concatenate([[0], np.cumsum([segment.taken for segment in self._segments])])
 
@@ -172,28 +180,29 @@ class EpochOrder:
         return int(self._edges[-1])
 
     def documents(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Index of the document at each place, and what is to be added to its number for the copy that is meant;
-        int64 (places,)."""
+        """Index of the document at each place of the order, and the offset of its copy's document number; both int64
+        (places,)."""
         drawn = shuffled_many(places, len(self), seed=self._seed, epoch=self._epoch, purpose="documents")
         segment = np.searchsorted(self._edges, drawn, side="right") - 1
         within = drawn - self._edges[segment]
-        index, added = np.zeros_like(within), np.zeros_like(within)
+        index, offset = np.zeros_like(within), np.zeros_like(within)
         for i, part in enumerate(self._segments):
-            mine = segment == i
-            if mine.any():
-                index[mine] = part.first + self._in_segment(part, within[mine])
-                added[mine] = part.copy * self._numbering.rows[part.source]
-        return index, added
+            selected = segment == i
+            if selected.any():
+                index[selected] = part.first + self._in_segment(part, within[selected])
+                offset[selected] = part.copy * self._numbering.rows[part.source]
+        return index, offset
 
-    def _in_segment(self, part: Segment, within: np.ndarray) -> np.ndarray:
+    def _in_segment(self, part: EpochSegment, within: np.ndarray) -> np.ndarray:
         if part.taken == part.documents:
             return within
+        # The same permutation in all epochs, from which each takes the next range: all documents are used equally.
         turn = (within + self._epoch * part.taken) % part.documents
         return shuffled_many(turn, part.documents, seed=self._seed, epoch=0, purpose=f"part of source {part.source}")
 
 
 def plan_epoch(config: BuildConfig, order: EpochOrder, work: Path, epoch: int, advance: Advance) -> None:
-    """Packs the documents of an epoch into rows and writes the plan's three files."""
+    """Packs the documents of an epoch into rows and writes the three files of its plan."""
     index = load(work, "index", INDEX)
     packer, size = BestFit(config.row_length), config.block_size
     names = [work / f"epoch{epoch}.{kind}" for kind in ("documents", "cut", "rows")]
@@ -210,11 +219,11 @@ def plan_epoch(config: BuildConfig, order: EpochOrder, work: Path, epoch: int, a
 
     for at in range(0, len(order), config.window):
         places = np.arange(at, min(at + config.window, len(order)))
-        found = index[order.documents(places)[0]]
-        blocks = found["blocks"].astype(np.int64)
-        # at least one block stays
+        records = index[order.documents(places)[0]]
+        blocks = records["blocks"].astype(np.int64)
+        # at least one block remains: a document without blocks would train nothing
         spare = np.minimum((blocks * config.trim).astype(np.int64), blocks - 1) * size if config.trim else None
-        write(packer.add(found["clean"] + blocks * size, spare))
+        write(packer.add(records["clean"] + blocks * size, spare))
         advance(len(places))
     write(packer.finish())
     for name, file in zip(names, files, strict=True):
@@ -224,8 +233,8 @@ def plan_epoch(config: BuildConfig, order: EpochOrder, work: Path, epoch: int, a
 
 
 @dataclass
-class Plan:
-    """What stage two found; stored as plan.json when all its files are whole."""
+class PackingPlan:
+    """Result of stage two; stored as plan.json once all its files are complete."""
 
     numbering: Numbering
     duplicates: int
@@ -233,26 +242,26 @@ class Plan:
     rows: list[int]
     """Rows of each epoch."""
     blocks_trimmed: list[int]
-    """Of each epoch."""
+    """Blocks trimmed in each epoch."""
 
 
 def make_plan(
     config: BuildConfig,
     sources: Sequence[SourceConfig],
-    units: Sequence[Unit],
+    units: Sequence[InputUnit],
     results: Sequence[UnitResult],
     work: Path,
     advance: Advance,
-) -> Plan:
-    """Runs stage two, or returns its result when it has run before."""
+) -> PackingPlan:
+    """Runs stage two, or loads its result if it has run before."""
     file = work / "plan.json"
     if file.exists():
         content = json.loads(file.read_text())
-        return Plan(Numbering(**content.pop("numbering")), **content)
+        return PackingPlan(Numbering(**content.pop("numbering")), **content)
     numbering = number_sources(sources, units, results)
     build_index(work, units, results, numbering)
     find_duplicates(work, len(units))
-    pairs = _pairs(work, sources)
+    pairs = _count_pairs(work, sources)
     if config.duplicates == "drop":
         numbering = drop_duplicates(work, numbering)
     rows, trimmed = [], []
@@ -260,27 +269,28 @@ def make_plan(
         plan_epoch(config, EpochOrder(config, sources, numbering, epoch), work, epoch, advance)
         rows.append(len(load(work, f"epoch{epoch}.rows", np.int64)) - 1)
         trimmed.append(int(load(work, f"epoch{epoch}.cut", np.int32).sum()))
-    plan = Plan(numbering, sum(int(pair["documents"]) for pair in pairs), pairs, rows, trimmed)
+    plan = PackingPlan(numbering, sum(int(pair["documents"]) for pair in pairs), pairs, rows, trimmed)
     write_json(file, asdict(plan))
     return plan
 
 
-def _pairs(work: Path, sources: Sequence[SourceConfig]) -> list[dict[str, str | int]]:
-    """How many documents of which source repeat one of which source."""
+def _count_pairs(work: Path, sources: Sequence[SourceConfig]) -> list[dict[str, str | int]]:
+    """Number of duplicates for each pair of sources."""
     index, n = load(work, "index", INDEX), len(sources)
-    found = np.zeros(n * n, dtype=np.int64)
-    for again, first in repeated(work, len(index)):
-        found += np.bincount(index["source"][first].astype(np.int64) * n + index["source"][again], minlength=n * n)
+    counts = np.zeros(n * n, dtype=np.int64)
+    for duplicates, first in iterate_duplicates(work, len(index)):
+        pair = index["source"][first].astype(np.int64) * n + index["source"][duplicates]
+        counts += np.bincount(pair, minlength=n * n)
     return [
-        {"kept": sources[i // n].name, "duplicate": sources[i % n].name, "documents": int(found[i])}
-        for i in np.flatnonzero(found).tolist()
+        {"kept": sources[i // n].name, "duplicate": sources[i % n].name, "documents": int(counts[i])}
+        for i in np.flatnonzero(counts).tolist()
     ]
 
 
-def repeated(work: Path, n_documents: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Stretches of (documents that repeat an earlier one, the earlier ones), int64 each."""
+def iterate_duplicates(work: Path, n_documents: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Chunks of (duplicate documents, the first document with the same tokens), int64 each."""
     first = load(work, "first", np.int64)[:n_documents]
     for at in range(0, n_documents, BUCKET):
-        stretch = np.asarray(first[at : at + BUCKET])
-        again = np.flatnonzero(stretch >= 0)
-        yield at + again, stretch[again]
+        chunk = np.asarray(first[at : at + BUCKET])
+        duplicates = np.flatnonzero(chunk >= 0)
+        yield at + duplicates, chunk[duplicates]

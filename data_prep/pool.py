@@ -1,4 +1,4 @@
-"""Tasks done by several processes, in any order."""
+"""Tasks executed by several processes, in any order."""
 
 import gc
 import os
@@ -14,31 +14,30 @@ from typing import Any, TypeVar
 from sdlm_megatron.errors import DataError
 
 Task = TypeVar("Task")
-
-
 Worker = Callable[[Any], Any]
-"""What a process does with its tasks; made once in each process."""
+"""Function that executes a task; created once per process."""
 
 _worker: Worker | None = None
 
 
 def cpus() -> int:
-    """CPUs this process may use."""
+    """Number of CPUs available to this process."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def work_on(
     tasks: Sequence[Task], make: Callable[..., Worker], arguments: tuple[Any, ...], workers: int
 ) -> Iterator[tuple[Task, Any]]:
-    """Yields (task, result) as tasks get done.
+    """Yields (task, result) as tasks finish.
 
     Args:
-        tasks: picklable.
-        make: called once in each process with `arguments`, all picklable; the result is called with each task.
-        workers: processes; 1 works in this one.
+        tasks: picklable tasks.
+        make: picklable function, called once per process with `arguments`; returns the worker.
+        arguments: picklable arguments of `make`.
+        workers: number of processes; 1 runs the tasks in this process.
 
     Raises:
-        DataError: a process died, or a task raised one; the tasks that are done stay done.
+        DataError: a process died, or a task raised a DataError. Finished tasks keep their results.
     """
     workers = min(workers, len(tasks))
     if workers <= 1:
@@ -48,8 +47,8 @@ def work_on(
             yield task, _run(here, task)
         return
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
-        os.environ.setdefault(name, "1")  # one core a process
-    # "spawn": the libraries that read and tokenize have threads, which do not survive a fork
+        os.environ.setdefault(name, "1")  # one core per process
+    # "spawn", because the reading and tokenizing libraries have threads, which do not survive a fork.
     with ProcessPoolExecutor(workers, get_context("spawn"), initializer=_begin, initargs=(make, arguments)) as pool:
         waiting = iter(tasks)
         running: dict[Future[Any], Task] = {}
@@ -64,7 +63,7 @@ def work_on(
         except BrokenProcessPool:
             raise DataError(
                 "a worker process died (killed, or out of memory)",
-                fix="run the same command again: it goes on where it stopped; with --workers=N fewer processes",
+                fix="run the same command again to resume; if memory was short, set a smaller --workers",
             ) from None
         finally:
             pool.shutdown(cancel_futures=True)
@@ -77,13 +76,13 @@ def _done(running: dict[Future[Any], Task]) -> Iterator[tuple[Task, Any]]:
 
 def _begin(make: Callable[..., Worker], arguments: tuple[Any, ...]) -> None:
     global _worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent sees it too, and ends this process
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent also gets it and ends this process
     Thread(target=_end_with_parent, daemon=True).start()
     _worker = make(*arguments)
 
 
 def _end_with_parent() -> None:
-    """A parent that was killed cannot end its workers."""
+    """Exits when the parent dies: a killed parent cannot stop its workers."""
     parent = parent_process()
     assert parent is not None
     wait_for([parent.sentinel])
@@ -96,8 +95,8 @@ def _do(task: Any) -> Any:
 
 
 def _run(worker: Worker, task: Any) -> Any:
-    """Does a task without the garbage collector: it would walk over all rows at hand again and again, a fifth of the
-    time, and finds nothing, for a row has no cycles."""
+    """Executes a task with the garbage collector off. It would scan all rows in memory repeatedly, a fifth of the run
+    time, without effect, because rows have no reference cycles."""
     was_on = gc.isenabled()
     gc.disable()
     try:

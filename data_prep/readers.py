@@ -1,57 +1,57 @@
-"""Sources cut into units that any process can read in any order, and the rows of a unit."""
+"""Input units: sources split so that any process can read any part, and the rows of a unit."""
 
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
 import orjson
 
 from data_prep.build_config import SourceConfig
-from data_prep.columnar import Table, as_bytes, open_hub, open_table
-from data_prep.sources import InputRow, Unreadable, check_schema, files, is_lines, read_json_list
+from data_prep.columnar import ColumnarTable, as_bytes, open_hub, open_table
+from data_prep.sources import InputRow, Unreadable, check_schema, detect_format, files, is_lines, read_json_list
 from sdlm_megatron.errors import DataError
 
 LINES, ROWS = "lines", "rows"
 
 
 @dataclass(frozen=True)
-class Unit:
-    """A stretch of rows of one file or hub dataset."""
+class InputUnit:
+    """A range of rows of one file or hub dataset."""
 
     source: int
     """Index in the list of sources."""
     file: str
-    """The file. Of a hub dataset: the file in the cache of `datasets`, so that many processes do not all ask the
-    hub; or, if the split is a part of one (`train[:10%]`), the dataset's name."""
+    """The file. For a hub dataset: its file in the cache of `datasets`, so that not every process queries the hub; or
+    the dataset's name if the split is a part of one (`train[:10%]`)."""
     kind: str
-    """"lines": start and stop are bytes, and a line belongs to the unit in which it begins. "rows": they are row
-    numbers."""
+    """LINES: start and stop are byte offsets, and a line belongs to the unit in which it begins. ROWS: row numbers."""
     start: int
     stop: int
     stamp: str
-    """Size and time of change of the file, or the fingerprint of the hub dataset."""
+    """Size and modification time of the file, or the fingerprint of the hub dataset."""
 
 
-def plan(sources: list[SourceConfig], *, unit_rows: int = 8192, unit_bytes: int = 32 << 20) -> list[Unit]:
-    """Cuts sources into units, in the order of their rows.
+def plan_units(
+    sources: list[SourceConfig], *, unit_rows: int = 8192, unit_bytes: int = 32 << 20
+) -> list[InputUnit]:
+    """Splits sources into units, in the order of their rows.
 
-    Cheap: columnar files are opened, lines are neither parsed nor (without `limit`) counted; only a .json file
-    that is one list is read whole.
+    Fast: columnar files are opened, lines are neither parsed nor (without `limit`) counted; only a .json file that
+    contains one list is read completely.
 
     Args:
-        sources: as `sources.expand` returns them.
-        unit_rows: about the rows of a unit of a columnar file: up to twice as many, cut where its row groups
-            are; a row group larger than that is cut into at most 16.
-        unit_bytes: bytes of a unit of lines.
+        sources: as returned by `sources.expand`.
+        unit_rows: approximate rows per unit of a columnar file: at most twice as many, split at row groups where
+            possible; a larger row group is split into at most 16 units.
+        unit_bytes: bytes per unit of lines.
 
     Raises:
-        DataError: a source cannot be used: no such file, not the kind it seems to be, other columns than its
-            format has.
+        DataError: a source is missing, of another type than its name says, or lacks columns of its format.
     """
-    units: list[Unit] = []
+    units: list[InputUnit] = []
     for number, source in enumerate(sources):
         hub = _open_hub(source) if source.hub else None
         if hub and not hub.files:
@@ -62,16 +62,46 @@ def plan(sources: list[SourceConfig], *, unit_rows: int = 8192, unit_bytes: int 
         for file in hub.files if hub else files(source):
             if file.suffix in (".parquet", ".arrow"):
                 table = open_table(file)
-                found, rows = _plan_table(number, source, str(file), table, str(file), unit_rows, left)
+                new, rows = _plan_table(number, source, str(file), table, str(file), unit_rows, left)
             elif is_lines(file):
-                found, rows = _plan_lines(number, file, unit_bytes, left)
+                new, rows = _plan_lines(number, file, unit_bytes, left)
             else:
                 rows = _limited(len(read_json_list(file)), left)
-                found = [Unit(number, str(file), ROWS, 0, rows, _stamp(file))]
-            units += found
+                new = [InputUnit(number, str(file), ROWS, 0, rows, _stamp(file))]
+            units += new
             if source.limit and (left := left - rows) <= 0:
                 break
     return units
+
+
+def detect_source_format(source: SourceConfig) -> str:
+    """The format of a source, from the columns of its first file or the fields of its first readable row.
+
+    Raises:
+        DataError: the source cannot be used, or not exactly one format matches.
+    """
+    if source.hub:
+        return detect_format(_open_hub(source).schema.names, f"{source.hub}, split {source.split}")
+    paths = files(source)
+    if not paths:
+        raise DataError("the folder contains no data files", source.path, "set --input to a file or folder with rows")
+    file = paths[0]
+    if file.suffix in (".parquet", ".arrow"):
+        return detect_format(open_table(file).schema.names, str(file))
+    if is_lines(file):
+        unit = InputUnit(0, str(file), LINES, 0, file.stat().st_size, _stamp(file))
+        rows = [(where(unit, row.place, 0), row.content) for row in islice(_line_rows(unit), 100)]
+    else:
+        content = json.loads(file.read_bytes())
+        if isinstance(content, dict):  # ShareGPT meta JSON: its entries name the files
+            return "sharegpt"
+        rows = [(f"{file}, row {i}", row) for i, row in enumerate(read_json_list(file)[:100])]
+    for place, row in rows:
+        if isinstance(row, dict):
+            return detect_format(row, place)
+    first = f"; first: {rows[0][1].reason}" if rows and isinstance(rows[0][1], Unreadable) else ""
+    place = rows[0][0] if rows else str(file)
+    raise DataError(f"none of the first {len(rows)} rows is a JSON object{first}", place, "write one object per row")
 
 
 def _limited(rows: int, limit: int) -> int:
@@ -86,14 +116,14 @@ def _stamp(file: Path) -> str:
     return f"{state.st_size} {state.st_mtime_ns}"
 
 
-def _open_hub(source: SourceConfig) -> Table:
+def _open_hub(source: SourceConfig) -> ColumnarTable:
     return open_hub(source.hub, source.subset, source.split, source.revision)
 
 
 def _plan_table(
-    number: int, source: SourceConfig, file: str, table: Table, where: str, unit_rows: int, limit: int
-) -> tuple[list[Unit], int]:
-    """Units of a columnar file, and the rows in them."""
+    number: int, source: SourceConfig, file: str, table: ColumnarTable, where: str, unit_rows: int, limit: int
+) -> tuple[list[InputUnit], int]:
+    """Units of a columnar file, and their rows."""
     check_schema(table.schema, source.format, where)
     rows = _limited(table.rows, limit)
     stamp = table.stamp or _stamp(Path(file))
@@ -101,16 +131,16 @@ def _plan_table(
     for edge in [*(cut for cut in table.cuts[1:] if cut < rows), rows]:
         size = edge - start
         if size >= unit_rows or (edge == rows and size):
-            # a large row group is cut all the same, but each piece has to decode those before it
+            # A large row group is split as well, although each unit then decodes the rows before it in the group.
             pieces = min(-(-size // (2 * unit_rows)), 16)
             bounds = [start + size * i // pieces for i in range(pieces + 1)]
-            units += [Unit(number, file, ROWS, a, b, stamp) for a, b in pairwise(bounds)]
+            units += [InputUnit(number, file, ROWS, a, b, stamp) for a, b in pairwise(bounds)]
             start = edge
     return units, rows
 
 
-def _plan_lines(number: int, file: Path, unit_bytes: int, limit: int) -> tuple[list[Unit], int]:
-    """Units of a file of lines; and the rows in them, counted only if there is a limit."""
+def _plan_lines(number: int, file: Path, unit_bytes: int, limit: int) -> tuple[list[InputUnit], int]:
+    """Units of a file of lines, and their rows (counted only with a limit, otherwise 0)."""
     stamp = _stamp(file)
     size, rows = int(stamp.split()[0]), 0
     if limit:
@@ -122,17 +152,17 @@ def _plan_lines(number: int, file: Path, unit_bytes: int, limit: int) -> tuple[l
                 if rows == limit:
                     break
     starts = range(0, size, unit_bytes)
-    return [Unit(number, str(file), LINES, at, min(at + unit_bytes, size), stamp) for at in starts], rows
+    return [InputUnit(number, str(file), LINES, at, min(at + unit_bytes, size), stamp) for at in starts], rows
 
 
-def read_unit(unit: Unit, source: SourceConfig) -> Iterator[InputRow]:
-    """The rows of a unit, in order. A line that is no JSON, and a row that cannot be decoded, is a row too: an
-    `Unreadable`; blank lines are not.
+def read_unit(unit: InputUnit, source: SourceConfig) -> Iterator[InputRow]:
+    """The rows of a unit, in order.
 
-    In content that `conversation` does not look at, a whole number beyond 64 bits may appear as a float.
+    A line that is not JSON, or a row that cannot be decoded, is returned as an `Unreadable`; blank lines are skipped.
+    In fields that `conversation` ignores, an integer beyond 64 bits may become a float.
 
     Raises:
-        DataError: the file is damaged, or another than when it was planned.
+        DataError: the file is damaged or was changed after it was planned.
     """
     if source.hub and unit.file == source.hub:
         table = _open_hub(source)
@@ -150,18 +180,18 @@ def read_unit(unit: Unit, source: SourceConfig) -> Iterator[InputRow]:
         yield from _table_rows(unit, open_table(file))
 
 
-def _check_stamp(unit: Unit, stamp: str) -> None:
+def _check_stamp(unit: InputUnit, stamp: str) -> None:
     if stamp != unit.stamp:
-        raise DataError("the source changed after the build began", unit.file, "start the build anew in another folder")
+        raise DataError("the source changed after the build began", unit.file, "start a new build in another folder")
 
 
-def _line_rows(unit: Unit) -> Iterator[InputRow]:
-    # Not through `datasets`: its reader wants one schema for all lines and fails as a whole on a bad one.
+def _line_rows(unit: InputUnit) -> Iterator[InputRow]:
+    # Not through `datasets`: its reader requires one schema for all lines and fails completely on an invalid line.
     with open(unit.file, "rb", buffering=1 << 20) as lines:
         at = max(unit.start - 1, 0)
         lines.seek(at)
         if unit.start:
-            at += len(lines.readline())  # the rest of a line of the unit before, or its line break
+            at += len(lines.readline())  # the rest of a line of the previous unit, or its line break
         place = 0
         while at < unit.stop:
             line = lines.readline()
@@ -177,15 +207,15 @@ def _parse(line: bytes) -> Any:
     try:
         return orjson.loads(line)
     except orjson.JSONDecodeError:
-        pass  # it is stricter than `json`, which has the last word
+        pass  # orjson is stricter than `json` (NaN, lone surrogates), which decides
     try:
         return json.loads(line)
-    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, nested without end
+    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or nested too deeply
         return Unreadable(f"the line is not JSON: {error}", line.decode("utf-8", errors="backslashreplace").rstrip())
 
 
-def count_lines(unit: Unit) -> int:
-    """How many lines of the file begin in a unit of lines, blank ones too."""
+def count_lines(unit: InputUnit) -> int:
+    """Number of lines that begin in a unit of lines, including blank ones."""
     with open(unit.file, "rb") as file:
         file.seek(max(unit.start - 1, 0))
         left, breaks = unit.stop - 1 - max(unit.start - 1, 0), 0
@@ -195,7 +225,7 @@ def count_lines(unit: Unit) -> int:
     return breaks + (unit.start == 0 and unit.stop > 0)
 
 
-def _table_rows(unit: Unit, table: Table) -> Iterator[InputRow]:
+def _table_rows(unit: InputUnit, table: ColumnarTable) -> Iterator[InputRow]:
     place = unit.start
     for batch in table.batches(unit.start, unit.stop):
         yield from map(InputRow, range(place, place + batch.num_rows), _contents(batch))
@@ -206,27 +236,28 @@ def _contents(batch: Any) -> list[Any]:
     try:
         rows: list[Any] = batch.to_pylist()
         return rows
-    except (ValueError, OverflowError) as error:  # text that is not UTF-8, a date out of range
+    except (ValueError, OverflowError) as error:  # text that is not UTF-8, or a date out of range
         if batch.num_rows == 1:
             reason = f"the row cannot be decoded: {error}"
             return [Unreadable(reason, str({name: _raw(batch.column(name)) for name in batch.schema.names}))]
+    # One row of the batch is invalid: decode row by row, so that only that one is rejected.
     return [_contents(batch.slice(i, 1))[0] for i in range(batch.num_rows)]
 
 
 def _raw(column: Any) -> Any:
-    """The one value of a column; text that cannot be decoded as bytes."""
+    """The single value of a column; text that cannot be decoded as bytes."""
     try:
         return column.to_pylist()[0]
     except (ValueError, OverflowError):
         return column.view(as_bytes(column.type)).to_pylist()[0]
 
 
-def where(unit: Unit, place: int, lines_before: int) -> str:
-    """A row's place for messages: "FILE, line N" (from 1) or "FILE, row N" (from 0).
+def where(unit: InputUnit, place: int, lines_before: int) -> str:
+    """Position of a row for messages: "FILE, line N" (from 1) or "FILE, row N" (from 0).
 
     Args:
-        unit: the row's unit.
+        unit: unit of the row.
         place: `InputRow.place`.
-        lines_before: lines of the file before a unit of lines: the sum of `count_lines` of its earlier units.
+        lines_before: lines of the file before a unit of lines: sum of `count_lines` over its earlier units.
     """
     return f"{unit.file}, line {lines_before + place}" if unit.kind == LINES else f"{unit.file}, row {place}"

@@ -1,4 +1,4 @@
-"""Stage three: the rows of the plan are written, a part of an epoch at a time, by any process in any order."""
+"""Stage three: writes the rows of the plan, one part of an epoch at a time, in any process and order."""
 
 import json
 import os
@@ -12,20 +12,20 @@ import numpy as np
 
 from data_prep.build_config import BuildConfig, SourceConfig
 from data_prep.documents import DocumentStore
-from data_prep.planning import INDEX, EpochOrder, Plan, load
-from sdlm_megatron.data.format import Counts, PartInfo, PartWriter
+from data_prep.planning import INDEX, EpochOrder, PackingPlan, load
+from sdlm_megatron.data.format import PartInfo, PartWriter, RowCounts
 from sdlm_megatron.data.order import shuffled_many
 from sdlm_megatron.diffusion.layout import RowLayout, add_blocks, block_starts, draw_many
 from sdlm_megatron.files import write_json
 
 PART_TOKENS = 1 << 25
-"""Tokens of the rows of a part: about 130 MB, a few seconds of work."""
+"""Tokens per part: about 130 MB, a few seconds of work."""
 BATCH_TOKENS = 1 << 18
-"""Tokens of the rows that are made together."""
+"""Tokens of the rows that are built together."""
 
 
 @dataclass(frozen=True)
-class Part:
+class EpochPart:
     """Rows [start, stop) of an epoch in file order."""
 
     epoch: int
@@ -34,27 +34,27 @@ class Part:
     stop: int
 
 
-def cut_parts(config: BuildConfig, plan: Plan) -> list[Part]:
+def cut_parts(config: BuildConfig, plan: PackingPlan) -> list[EpochPart]:
     """The parts of all epochs."""
     size = max(1, PART_TOKENS // config.row_length)
     return [
-        Part(epoch, number, start, min(start + size, rows))
+        EpochPart(epoch, number, start, min(start + size, rows))
         for epoch, rows in enumerate(plan.rows)
         for number, start in enumerate(range(0, rows, size))
     ]
 
 
-def load_part(work: Path, folder: Path, part: Part) -> PartInfo | None:
-    """What was written of a part; None while it is not complete."""
+def load_part(work: Path, folder: Path, part: EpochPart) -> PartInfo | None:
+    """Description of a written part; None while it is incomplete."""
     try:
         content = json.loads(_marker(work, part).read_text())
         whole = all((folder / name).stat().st_size == entry["bytes"] for name, entry in content["files"].items())
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return PartInfo(Counts(**content["counts"]), content["files"]) if whole else None
+    return PartInfo(RowCounts(**content["counts"]), content["files"]) if whole else None
 
 
-def _marker(work: Path, part: Part) -> Path:
+def _marker(work: Path, part: EpochPart) -> Path:
     return work / f"epoch{part.epoch}.{part.number:05d}.json"
 
 
@@ -62,20 +62,23 @@ class RowWriter:
     """Writes parts of a planned build.
 
     Args:
-        folder: where the dataset's files go; its subfolder `work` holds documents and plan.
-        meta: the dataset's manifest fields.
+        config: settings.
+        sources: expanded sources.
+        plan: packing plan.
+        folder: folder of the dataset's files; its subfolder `work` contains documents and plan.
+        meta: manifest fields of the dataset.
     """
 
     def __init__(
-        self, config: BuildConfig, sources: Sequence[SourceConfig], plan: Plan, folder: Path, meta: dict[str, Any]
+        self, config: BuildConfig, sources: Sequence[SourceConfig], plan: PackingPlan, folder: Path, meta: dict[str, Any]
     ) -> None:
         self._config, self._sources, self._plan = config, sources, plan
         self._folder, self._work, self._meta = folder, folder / "work", meta
         self._store = DocumentStore(self._work)
         self._index = load(self._work, "index", INDEX)
 
-    def write(self, part: Part) -> PartInfo:
-        """Writes one part; its files appear whole, and last a marker with their checksums."""
+    def write(self, part: EpochPart) -> PartInfo:
+        """Writes one part. Its files appear complete, followed by a marker with their checksums."""
         scratch = self._work / f"part-{os.uname().nodename}-{os.getpid()}"
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir()
@@ -93,7 +96,7 @@ class RowWriter:
         write_json(_marker(self._work, part), {"counts": asdict(info.counts), "files": info.files})
         return info
 
-    def _write(self, part: Part, writer: PartWriter) -> None:
+    def _write(self, part: EpochPart, writer: PartWriter) -> None:
         names = {"documents": np.int64, "cut": np.int32, "rows": np.int64}
         planned = {name: load(self._work, f"epoch{part.epoch}.{name}", dtype) for name, dtype in names.items()}
         order = EpochOrder(self._config, self._sources, self._plan.numbering, part.epoch)
@@ -108,18 +111,18 @@ class RowWriter:
         counts = end - first
         edges = np.concatenate([[0], np.cumsum(counts)])
         picked = np.arange(edges[-1]) + np.repeat(first - edges[:-1], counts)
-        documents, added = order.documents(planned["documents"][picked])
+        documents, offset = order.documents(planned["documents"][picked])
         index, cut = self._index[documents], planned["cut"][picked]
         step = max(1, BATCH_TOKENS // self._config.row_length)
         for at in range(0, len(rows), step):
             batch = slice(edges[at], edges[min(at + step, len(rows))])
-            tokens, layout = self._make(part.epoch, index[batch], added[batch], cut[batch])
+            tokens, layout = self._make(part.epoch, index[batch], offset[batch], cut[batch])
             writer.add_rows(tokens, layout, counts[at : at + step].tolist())
 
-    def _make(self, epoch: int, index: np.ndarray, added: np.ndarray, cut: np.ndarray) -> tuple[np.ndarray, RowLayout]:
-        """Documents with their blocks, as one long row."""
+    def _make(self, epoch: int, index: np.ndarray, offset: np.ndarray, cut: np.ndarray) -> tuple[np.ndarray, RowLayout]:
+        """Documents with their blocks as one long row, which `PartWriter.add_rows` splits."""
         clean, anchors, n_anchors = self._store.read(index)
-        numbers = index["number"] + added
+        numbers = index["number"] + offset
         blocks = index["blocks"] - cut
         drawn = draw_many(n_anchors, blocks, numbers, seed=self._config.seed, epoch=epoch)
         shift = self._config.target_shift

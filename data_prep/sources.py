@@ -1,25 +1,25 @@
-"""Sources: the row forms of the training mixture, and the files in which a source's rows lie.
+"""Sources: conversations of rows in the supported formats, and the files in which a source's rows are stored.
 
-What becomes of unusual rows, in every form and from every kind of file:
+Treatment of unusual rows, for every format and file type:
 
 =================================================  ==================================================
-a line that is not JSON, or not UTF-8              rejected; the line is kept
-a row that is no object; a column that is missing  rejected
-a column, turn, role or text that is null          rejected
-a list of turns without a turn                     rejected
-a role that is not one of `chat.ROLES`             rejected
-text with a lone surrogate, text not UTF-8         rejected
-empty text, text of white space                    valid: the turn is just `<|im_end|>`
+line that is not JSON or not UTF-8                 rejected; the line is kept
+row that is not an object; missing column          rejected
+null column, turn, role or text                    rejected
+empty list of turns                                rejected
+role that is not one of `chat.ROLES`               rejected
+text with a lone surrogate or invalid UTF-8        rejected
+empty or blank text                                valid: the turn is just `<|im_end|>`
 NUL and other control characters, 1 MB of text     valid
-no assistant turn, only a system turn              valid here; dropped later, having nothing to train
-two rows alike, or with the same id                valid here; duplicates are found later, by content
-fields that the form does not name                 ignored
+no assistant turn, only a system turn              valid here; dropped later because there is no target
+two equal rows, or two rows with the same id       valid here; duplicates are detected later, by content
+additional fields                                  ignored
 =================================================  ==================================================
 """
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
@@ -29,101 +29,76 @@ from typing import Any, NamedTuple
 from data_prep.build_config import SourceConfig
 from data_prep.chat import ROLES, check_text, parse
 from data_prep.columnar import open_hub, open_table
+from data_prep.source_formats import FILE_TYPES, FORMATS, TURN_KEYS, SourceFormat, formats_with_columns
 from sdlm_megatron.errors import DataError
 
 Conversation = list[tuple[str, str]]
 """[(ChatML role, text)…]"""
 
-KINDS = (".jsonl", ".json", ".parquet", ".arrow")
-TURN_KEYS = (("from", "value"), ("role", "content"))
-"""How a turn may be spelled: (role, text)."""
-
 
 class InputRow(NamedTuple):
-    """One row of a source, as it was found."""
+    """One row of a source, as read."""
 
     place: int
-    """In a unit of lines: 1-based number of the line in the unit. Otherwise: 0-based number of the row in the
-    file."""
+    """In a unit of lines: 1-based line number within the unit. Otherwise: 0-based row number in the file."""
     content: Any
-    """The row (a dict, if it is as it should be), or an `Unreadable`."""
+    """The row (a dict if valid), or an `Unreadable`."""
 
 
 @dataclass(frozen=True)
 class Unreadable:
-    """A line that is no row, or a row of a columnar file that cannot be decoded."""
+    """A line that is not a row, or a row of a columnar file that cannot be decoded."""
 
     reason: str
     line: str
-    """The line itself; bytes that are no UTF-8 as backslash escapes."""
+    """The line; bytes that are not UTF-8 as backslash escapes."""
 
 
-@dataclass(frozen=True)
-class Form:
-    """A row form."""
+def conversation(row: InputRow, format_name: str) -> Conversation:
+    """The checked conversation of a row.
 
-    turns: str = ""
-    """Column with a list of turns, each {role: text, content: text} or {from: text, value: text}."""
-    prompt: str = ""
-    """Column with the user's text, in forms of one question and one answer."""
-    answer: str = ""
-    """Column with the assistant's text."""
-    keys: tuple[str, str] = TURN_KEYS[1]
-    """How a turn is usually spelled."""
-
-
-FORMS = {
-    "messages": Form(turns="messages"),  # smoltalk, tulu-3-sft-mixture, Table-GPT
-    "sharegpt": Form(turns="conversations", keys=TURN_KEYS[0]),
-    "query_response": Form(prompt="query", answer="response"),  # ScaleQuest-Math
-    "instruction_output": Form(prompt="instruction", answer="output"),  # opc-sft-stage2
-    "input_output": Form(prompt="input", answer="output"),  # SciRIFF
-}
-"""The schema of every form: these columns, of these types. Other columns are ignored."""
-
-
-def conversation(row: InputRow, form: str) -> Conversation:
-    """The checked conversation of a row; DataError names the field that is wrong."""
-    kind, content = FORMS[form], row.content
+    Raises:
+        DataError: names the invalid field.
+    """
+    form, content = FORMATS[format_name], row.content
+    # Valid rows, nearly all, take the fast path, which raises anything on others; the slow path finds the message.
     try:
-        return _turns(content[kind.turns], kind.keys) if kind.turns else _pair(content, kind)
+        return _turns(content[form.turns], form.keys) if form.turns else _pair(content, form)
     except (LookupError, TypeError, ValueError):
-        return _slowly(content, kind)
+        return _parse_with_messages(content, form)
 
 
 def _turns(turns: Any, keys: tuple[str, str]) -> Conversation:
-    """Of a usual row; raises anything on another."""
     role_key, text_key = keys
-    found = []
+    result = []
     for turn in turns:
         if role_key == "role" and "from" in turn:
-            raise ValueError  # `parse` takes that spelling first
+            raise ValueError  # `from` takes precedence in `parse`
         text = turn[text_key]
-        if not str.isascii(text):  # of another type: raises
-            text.encode()  # a lone surrogate raises
-        found.append((ROLES[turn[role_key]], text))
-    if not found:
+        if not str.isascii(text):  # raises on a type other than str
+            text.encode()  # raises on a lone surrogate
+        result.append((ROLES[turn[role_key]], text))
+    if not result:
         raise ValueError
-    return found
+    return result
 
 
-def _pair(content: Any, kind: Form) -> Conversation:
-    prompt, answer = content[kind.prompt], content[kind.answer]
+def _pair(content: Any, form: SourceFormat) -> Conversation:
+    prompt, answer = content[form.prompt], content[form.answer]
     for text in (prompt, answer):
         if not str.isascii(text):
             text.encode()
     return [("user", prompt), ("assistant", answer)]
 
 
-def _slowly(content: Any, kind: Form) -> Conversation:
-    """As above, for any row: finds the words for what is wrong."""
+def _parse_with_messages(content: Any, form: SourceFormat) -> Conversation:
     if isinstance(content, Unreadable):
         raise DataError(content.reason)
     if not isinstance(content, Mapping):
         raise DataError(f"a row must be an object, not {type(content).__name__}")
-    if kind.turns:
-        return parse({kind.turns: _column(content, kind.turns)})
-    texts = [check_text(_column(content, field), field) for field in (kind.prompt, kind.answer)]
+    if form.turns:
+        return parse({form.turns: _column(content, form.turns)})
+    texts = [check_text(_column(content, field), field) for field in (form.prompt, form.answer)]
     return [("user", texts[0]), ("assistant", texts[1])]
 
 
@@ -133,14 +108,36 @@ def _column(row: Mapping[str, Any], field: str) -> Any:
     return row[field]
 
 
-def check_schema(schema: Any, form: str, where: str) -> None:
-    """Raises DataError unless a columnar file has the columns of `form`: names the column, its type and the one
-    wanted.
+def detect_format(columns: Iterable[str], where: str) -> str:
+    """The format whose columns are all present.
+
+    Args:
+        columns: columns of the source or fields of its first row.
+        where: file and row, for the message.
+
+    Raises:
+        DataError: no format or more than one matches.
+    """
+    names = list(map(str, columns))
+    matches = formats_with_columns(names)
+    if len(matches) == 1:
+        return matches[0]
+    known = "; ".join(f"{name} ({', '.join(FORMATS[name].columns)})" for name in matches or FORMATS)
+    problem = "more than one source format matches" if matches else "no source format matches"
+    fix = f"set --format to one of: {known}" if matches else f"rename the fields to those of one of: {known}"
+    raise DataError(f"{problem} the fields {', '.join(names) or '(none)'}", where, fix)
+
+
+def check_schema(schema: Any, format_name: str, where: str) -> None:
+    """Checks that a columnar file has the columns of a format.
 
     Args:
         schema: pyarrow.Schema of the file.
-        form: one of FORMS.
+        format_name: key of FORMATS.
         where: the file, for the message.
+
+    Raises:
+        DataError: names the column, its type and the required type.
     """
     import pyarrow.types as types
 
@@ -156,33 +153,30 @@ def check_schema(schema: Any, form: str, where: str) -> None:
         fields = {field.name: field.type for field in kind.value_type}
         return any(all(key in fields and is_text(fields[key]) for key in keys) for keys in TURN_KEYS)
 
-    kind = FORMS[form]
-    wanted: dict[str, tuple[Callable[[Any], bool], str]] = {
-        kind.turns: (is_turns, "a list of {role: text, content: text} or {from: text, value: text}"),
-        kind.prompt: (is_text, "text"),
-        kind.answer: (is_text, "text"),
-    }
-    for column, (test, name) in wanted.items():
-        if not column:
-            continue
-        fix = f"the source's `format` is {form}; use the one that fits the columns"
+    form = FORMATS[format_name]
+    test: Callable[[Any], bool] = is_turns if form.turns else is_text
+    required = "a list of {role: text, content: text} or {from: text, value: text}" if form.turns else "text"
+    fix = f"the source's format is {format_name}; set the one that matches the columns"
+    for column in form.columns:
         if schema.names.count(column) != 1:
-            how = f"{schema.names.count(column)} columns" if column in schema.names else "no column"
-            have = ", ".join(schema.names) or "nothing"
-            raise DataError(f"{how} `{column}` ({name} is wanted); the file has {have}", where, fix)
+            number = f"{schema.names.count(column)} columns" if column in schema.names else "no column"
+            present = ", ".join(schema.names) or "nothing"
+            raise DataError(f"{number} `{column}` (required: {required}); the file has {present}", where, fix)
         if not test(schema.field(column).type):
-            raise DataError(f"column `{column}` is {schema.field(column).type}; {name} is wanted", where, fix)
+            what = f"column `{column}` is {schema.field(column).type}, required is {required}"
+            raise DataError(what, where, fix)
 
 
 def expand(sources: list[SourceConfig]) -> list[SourceConfig]:
-    """Replaces every ShareGPT meta JSON by the annotation files it names: one source per entry, called
-    NAME/ENTRY. `repeat_time` becomes the weight; a fraction takes the first part of the file, as the reference
-    does."""
-    found: list[SourceConfig] = []
+    """Replaces every ShareGPT meta JSON by the annotation files it lists: one source per entry, named NAME/ENTRY.
+
+    `repeat_time` becomes the weight. A fraction selects the first part of the file, as in the reference code.
+    """
+    result: list[SourceConfig] = []
     for source in sources:
         meta = source.format == "sharegpt" and source.path.endswith(".json") and not is_lines(Path(source.path))
-        found += _expand_meta(source) if meta else [source]
-    return found
+        result += _expand_meta(source) if meta else [source]
+    return result
 
 
 def _expand_meta(source: SourceConfig) -> list[SourceConfig]:
@@ -195,23 +189,22 @@ def _expand_meta(source: SourceConfig) -> list[SourceConfig]:
 def _from_meta(source: SourceConfig, name: str, entry: Any) -> SourceConfig:
     where = f"{source.path}, entry {name!r}"
     if not isinstance(entry, dict) or not isinstance(entry.get("annotation"), str):
-        raise DataError("a meta entry needs `annotation`, the path of a JSONL file", where)
+        raise DataError("the meta entry has no `annotation`", where, "set it to the path of a JSONL file")
     times = entry.get("repeat_time", 1)
-    if isinstance(times, bool) or not isinstance(times, int | float) or not 0 < times < float("inf"):
-        raise DataError(f"repeat_time is {times!r}", where, "a whole number, or a fraction below 1")
-    if times > 1 and times % 1:
-        raise DataError(f"repeat_time is {times!r}", where, "a whole number, or a fraction below 1")
+    is_number = isinstance(times, int | float) and not isinstance(times, bool)
+    if not is_number or not 0 < times < float("inf") or (times > 1 and times % 1):
+        raise DataError(f"repeat_time is {times!r}", where, "use a whole number, or a fraction below 1")
     beside = Path(source.path).parent / entry["annotation"]
     path = beside if beside.exists() else Path(entry["annotation"])
-    found = replace(source, name=f"{source.name}/{name}", path=str(path), weight=source.weight * max(1, int(times)))
+    result = replace(source, name=f"{source.name}/{name}", path=str(path), weight=source.weight * max(1, int(times)))
     if times < 1:
-        rows = max(1, int(count(found) * times))
-        found = replace(found, limit=min(rows, source.limit or rows))
-    return found
+        rows = max(1, int(count(result) * times))
+        result = replace(result, limit=min(rows, source.limit or rows))
+    return result
 
 
 def count(source: SourceConfig) -> int:
-    """Rows of a source: cheap for columnar files, one pass over the lines of others."""
+    """Rows of a source: fast for columnar files, one pass over the lines for others."""
     if source.hub:
         total = open_hub(source.hub, source.subset, source.split, source.revision).rows
     else:
@@ -229,8 +222,13 @@ def _count_file(file: Path) -> int:
 
 
 def is_lines(file: Path) -> bool:
-    """Whether a .jsonl or .json file holds a row a line: the latter may also be one list of rows, or a meta JSON
-    (one object whose entries are objects). DataError when there is no such file."""
+    """Whether a .jsonl or .json file has one row per line.
+
+    A .json file may also be one list of rows, or a meta JSON (an object whose values are objects).
+
+    Raises:
+        DataError: the file does not exist or cannot be read.
+    """
     if file.suffix == ".jsonl":
         return True
     try:
@@ -239,7 +237,7 @@ def is_lines(file: Path) -> bool:
     except OSError as error:
         raise DataError(f"the file cannot be read: {error.strerror}", str(file), "check `path`") from None
     row = _value(first)
-    if row is None:  # a row that is no JSON, or a value that goes on behind the line
+    if row is None:  # not JSON by itself: an invalid row, or a value that continues on the next line
         return not first.lstrip().startswith(b"[") and isinstance(_value(second), dict)
     if second:
         return True
@@ -254,7 +252,7 @@ def _value(line: bytes) -> Any:
 
 
 def read_json(file: Path) -> Any:
-    """The content of a JSON file; DataError when there is none."""
+    """The content of a JSON file; DataError if it is missing or not JSON."""
     try:
         return json.loads(file.read_bytes())
     except FileNotFoundError:
@@ -264,10 +262,10 @@ def read_json(file: Path) -> Any:
 
 
 def read_json_list(file: Path) -> list[Any]:
-    """The rows of a JSON file that is one list; DataError when it is not."""
+    """The rows of a JSON file that contains one list; DataError otherwise."""
     content = read_json(file)
     if not isinstance(content, list):
-        raise DataError(f"the file holds a {type(content).__name__}, not a list of rows", str(file))
+        raise DataError(f"the file contains a {type(content).__name__}, not a list of rows", str(file))
     return content
 
 
@@ -276,28 +274,31 @@ _INFO_FILES = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "
 
 
 def files(source: SourceConfig) -> list[Path]:
-    """The files of a source in their order; DataError when there is none, or one that cannot be used.
+    """The files of a source, in order.
 
-    A folder is read as what it is: one written by `datasets`' save_to_disk; a plain folder of files, by name; or
-    else (it has a README.md or folders, its files are named after splits, or `subset` is set) a copy of a hub
+    A folder is one of: the output of `datasets`' save_to_disk; a plain folder of files, read in order of their names;
+    or (if it has a README.md or subfolders, its files are named after splits, or `subset` is set) a copy of a hub
     dataset, in which `datasets` looks up the files of subset and split.
+
+    Raises:
+        DataError: there is no file, or one cannot be used.
     """
     path = Path(source.path)
     if path.is_dir():
-        found = _folder_files(path, source)
+        result = _folder_files(path, source)
     elif path.is_file():
-        found = [path]
+        result = [path]
     else:
         raise DataError(f"source {source.name!r}: no such file or folder", str(path), "check `path`")
-    for file in found:
+    for file in result:
         _check_file(file, source)
-    return found
+    return result
 
 
 def _check_file(file: Path, source: SourceConfig) -> None:
-    if file.suffix not in KINDS:
-        what = f"source {source.name!r}: unknown kind of file"
-        raise DataError(what, str(file), f"use {', '.join(KINDS)}")
+    if file.suffix not in FILE_TYPES:
+        what = f"source {source.name!r}: unsupported file type"
+        raise DataError(what, str(file), f"use {', '.join(FILE_TYPES)}")
     try:
         with open(file, "rb") as content:
             start = content.read(40)
@@ -305,7 +306,7 @@ def _check_file(file: Path, source: SourceConfig) -> None:
         raise DataError(f"the file cannot be read: {error.strerror}", str(file), "check `path`") from None
     if start.startswith(b"version https://git-lfs"):
         fix = "run `git lfs pull` in the copy"
-        raise DataError(f"source {source.name!r}: the file is only a pointer to the data in Git LFS", str(file), fix)
+        raise DataError(f"source {source.name!r}: the file is a Git LFS pointer without data", str(file), fix)
 
 
 def _folder_files(folder: Path, source: SourceConfig) -> list[Path]:
@@ -316,44 +317,45 @@ def _folder_files(folder: Path, source: SourceConfig) -> list[Path]:
         folder = folder / source.split
     if (folder / "state.json").is_file():
         return _saved_files(folder, source)
-    here = sorted(file for file in folder.iterdir() if file.suffix in KINDS and file.name not in _INFO_FILES)
-    named = any(_SPLIT_WORD.search(file.stem) for file in here)
+    local = sorted(file for file in folder.iterdir() if file.suffix in FILE_TYPES and file.name not in _INFO_FILES)
+    named = any(_SPLIT_WORD.search(file.stem) for file in local)
     readme = (folder / "README.md").is_file()
-    if here and not (readme or named or source.subset):
-        return here
-    found = _hub_copy(folder, source)
-    in_some_split = {file for split in found.values() for file in split}
-    if not readme and (missed := [file.name for file in here if file not in in_some_split]):
-        what = f"source {source.name!r}: {missed[0]} belongs to no split, as `datasets` sees the folder"
-        raise DataError(what, str(folder), "name the files alike, or give `path` one file")
-    if source.split not in found:
-        raise _no_split(source, folder, list(found))
-    return found[source.split]
+    if local and not (readme or named or source.subset):
+        return local
+    by_split = _hub_copy(folder, source)
+    assigned = {file for split in by_split.values() for file in split}
+    # Without a README the assignment is guessed from names: a file that `datasets` ignores is probably an accident.
+    if not readme and (ignored := [file.name for file in local if file not in assigned]):
+        what = f"source {source.name!r}: `datasets` assigns {ignored[0]} to no split"
+        raise DataError(what, str(folder), "name all files after their split, or set `path` to one file")
+    if source.split not in by_split:
+        raise _no_split(source, folder, list(by_split))
+    return by_split[source.split]
 
 
 def _saved_files(folder: Path, source: SourceConfig) -> list[Path]:
-    """Of `save_to_disk`."""
+    """Files written by `save_to_disk`."""
     state = read_json(folder / "state.json")
     if state.get("_indices_files") or state.get("_indices_data_files"):
         what = f"source {source.name!r}: the saved dataset is a selection of its rows"
-        raise DataError(what, str(folder), "save it once more after `flatten_indices()`")
+        raise DataError(what, str(folder), "call `flatten_indices()` and save it again")
     return [folder / entry["filename"] for entry in state.get("_data_files", [])]
 
 
 def _hub_copy(folder: Path, source: SourceConfig) -> dict[str, list[Path]]:
-    """Split -> files, as `datasets` finds them by the README's YAML or by the names of files and folders."""
+    """Files per split, as `datasets` derives them from the README's YAML or from file and folder names."""
     import datasets
 
     try:
-        with TemporaryDirectory() as cache:  # nothing is prepared in it
+        with TemporaryDirectory() as cache:  # nothing is prepared there
             builder = datasets.load_dataset_builder(str(folder), source.subset or None, cache_dir=cache)
-            found = builder.config.data_files or {}
-    except Exception as error:  # the library raises many kinds
-        what = f"source {source.name!r}: no .jsonl, .json, .parquet or .arrow files found: {error}"
+            data_files = builder.config.data_files or {}
+    except Exception as error:  # the library raises many types
+        what = f"source {source.name!r}: no {', '.join(FILE_TYPES)} files: {error}"
         raise DataError(what, str(folder), "check `path`, `subset` and `split`") from error
-    return {str(split): [Path(file) for file in names] for split, names in found.items()}
+    return {str(split): [Path(file) for file in names] for split, names in data_files.items()}
 
 
 def _no_split(source: SourceConfig, folder: Path, splits: list[str]) -> DataError:
-    what = f"source {source.name!r}: no split {source.split!r}; there is {', '.join(splits) or 'none'}"
+    what = f"source {source.name!r}: no split {source.split!r}; available: {', '.join(splits) or 'none'}"
     return DataError(what, str(folder), "set `split`")

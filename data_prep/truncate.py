@@ -1,6 +1,6 @@
-"""Documents that are too long: which part is kept, and how many blocks it gets.
+"""Rules for documents that exceed max_document_length: the part that is kept, and its number of blocks.
 
-`keep_whole_turns` is the default; `reference` does what the published models were trained with.
+`keep_whole_turns` is the default; `reference` is the rule that the published models were trained with.
 """
 
 from collections.abc import Callable
@@ -11,6 +11,7 @@ import numpy as np
 from data_prep.chat import RenderedBatch, RenderedDocument, Turn
 from sdlm_megatron.diffusion.layout import block_count
 
+# Reasons in the manifest and in rejects.jsonl.
 NO_ANSWER = "no assistant turn"
 SHORT_ANSWER = "answers too short for a block"
 LONG_PROMPT = "the prompt alone exceeds max_document_length"
@@ -19,18 +20,18 @@ LONG_ANSWER = "the first answer does not fit into max_document_length"
 
 @dataclass(frozen=True)
 class FittedDocument:
-    """What is kept of a document."""
+    """The part of a document that is kept."""
 
     input_ids: np.ndarray
     """int32 (L,)."""
     anchors: np.ndarray
     """int32 (R,), ascending."""
     n_blocks: int
-    """Blocks the document gets; 0 means that it is dropped."""
+    """Number of blocks; 0 if the document is dropped."""
     turns_cut: int = 0
     tokens_cut: int = 0
     blocks_missing: int = 0
-    """Blocks that the whole document would have had beyond `n_blocks`."""
+    """Blocks of the whole document that did not fit."""
     drop_reason: str = ""
 
 
@@ -38,20 +39,20 @@ Fit = Callable[..., FittedDocument]
 
 
 def keep_whole_turns(document: RenderedDocument, *, max_len: int, block_size: int, repeat: int) -> FittedDocument:
-    """Keeps as many whole turns as leave room for at least one block; the blocks get the room that is left.
+    """Keeps as many whole turns as leave room for at least one block; blocks fill the remaining room.
 
     Args:
         document: the rendered document.
-        max_len: limit of the expanded document, in tokens.
-        block_size: D.
-        repeat: r; the blocks wanted are r * R // D.
+        max_len: maximum length of the expanded document, in tokens.
+        block_size: block size D.
+        repeat: r; a document has r * R // D blocks if they fit.
     """
     size = {"block_size": block_size, "repeat": repeat}
     wanted = _wanted(len(document.anchors), **size)
     for kept in range(len(document.turns), 0, -1):
         turns = document.turns[:kept]
         if kept < len(document.turns) and not turns[-1].n_anchors:
-            continue  # once turns are cut, a question without its answer is of no use
+            continue  # a trailing question without its answer trains nothing
         clean_len, n_anchors = turns[-1].end, sum(turn.n_anchors for turn in turns)
         if n_blocks := block_count(clean_len, n_anchors, max_len, **size):
             return FittedDocument(
@@ -66,12 +67,12 @@ def keep_whole_turns(document: RenderedDocument, *, max_len: int, block_size: in
 
 
 def reference(document: RenderedDocument, *, max_len: int, block_size: int, repeat: int) -> FittedDocument:
-    """The reference code's rule; arguments as for `keep_whole_turns`.
+    """The rule of the reference code; arguments as for `keep_whole_turns`.
 
-    Turns are cut off from the first one, fourth or later, at which prompt + 2 * response tokens exceed
-    `max_len`. If what is left still wants more than `max_len`, the clean part is cut, inside a turn, so that
-    about a third of the room after the last header stays for blocks. A prompt longer than `max_len` is
-    dropped; the reference raises there.
+    Turns are removed from the first one, fourth or later, at which prompt + 2 * response tokens exceed `max_len`. If
+    the rest still needs more than `max_len`, the clean part is cut, inside a turn, so that about a third of the room
+    after the last header remains for blocks. A document whose prompt exceeds `max_len` is dropped; the reference code
+    raises an exception there.
     """
     turns = document.turns[: _turns_within(document.turns, max_len)]
     clean_len, n_anchors = turns[-1].end, sum(turn.n_anchors for turn in turns)
@@ -80,7 +81,7 @@ def reference(document: RenderedDocument, *, max_len: int, block_size: int, repe
         if header_end >= max_len:
             return _dropped(document, LONG_PROMPT if n_anchors else NO_ANSWER)
         clean_len = min(clean_len, max_len - (max_len - header_end) // 3)
-    anchors = document.anchors[document.anchors < clean_len - 1]  # the successor must be there
+    anchors = document.anchors[document.anchors < clean_len - 1]  # an anchor needs its successor
     n_blocks = min(block_count(clean_len, n_anchors, max_len, block_size, repeat), len(anchors))
     wanted = _wanted(len(document.anchors), block_size, repeat)
     if not n_blocks:
@@ -96,31 +97,31 @@ def reference(document: RenderedDocument, *, max_len: int, block_size: int, repe
 
 
 FITS: dict[str, Fit] = {"keep_whole_turns": keep_whole_turns, "reference": reference}
-"""Value of the config key `overlong` -> rule."""
+"""Value of the setting `overlong` -> rule."""
 
 
 @dataclass(frozen=True)
 class FittedBatch:
-    """What is kept of many documents; int64 (documents,) each. A document without blocks is dropped."""
+    """Kept parts of several documents; arrays are int64 (documents,). A document with 0 blocks is dropped."""
 
     clean_lens: np.ndarray
     n_anchors: np.ndarray
-    """The first anchors of the document are kept."""
+    """Number of anchors kept: the first ones of the document."""
     n_blocks: np.ndarray
     turns_cut: np.ndarray
     tokens_cut: np.ndarray
     blocks_missing: np.ndarray
     drop_reasons: dict[int, str]
-    """Document -> why it is dropped."""
+    """Index of a dropped document -> reason."""
 
 
 def fit_batch(batch: RenderedBatch, rule: str, *, max_len: int, block_size: int, repeat: int) -> FittedBatch:
-    """Applies a rule of `FITS` to many documents. Those that have room for every block they want, nearly all, need no
-    rule: they are done together."""
+    """Applies a rule of `FITS` to a batch. Documents with room for all their blocks, nearly all, need no rule and are
+    processed together."""
     clean, anchors = np.diff(batch.doc_edges), batch.anchors_per_document()
     wanted = np.minimum(repeat * anchors // block_size, anchors)
     result = FittedBatch(clean, anchors, wanted, np.zeros_like(clean), np.zeros_like(clean), np.zeros_like(clean), {})
-    # the reference counts a document as up to twice its length
+    # The reference rule counts response tokens twice, so it may cut any document beyond half of max_len.
     room = (clean + repeat * anchors <= max_len) & (2 * clean <= max_len) & (wanted > 0)
     for i in np.flatnonzero(~room).tolist():
         fitted = FITS[rule](batch.document(i), max_len=max_len, block_size=block_size, repeat=repeat)
@@ -135,7 +136,7 @@ def fit_batch(batch: RenderedBatch, rule: str, *, max_len: int, block_size: int,
 
 
 def _turns_within(turns: tuple[Turn, ...], max_len: int) -> int:
-    """Number of turns the reference keeps; after a cut the last one is an answer."""
+    """Number of turns the reference code keeps; after a cut the last one is an answer."""
     cost = 0
     for i, turn in enumerate(turns):
         cost += (turn.end - turn.start) * (2 if turn.n_anchors else 1)

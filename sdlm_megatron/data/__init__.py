@@ -1,1 +1,1 @@
-"""The packed dataset: its files, the order of its rows, and the batches of a step."""
+"""Packed dataset: file format, row order, and the micro-batches of a training step."""

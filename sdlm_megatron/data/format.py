@@ -1,14 +1,14 @@
-"""The packed dataset on disk, written and read here only.
+"""Packed dataset on disk: the only module that writes and reads its files.
 
     DATASET/
-      manifest.json                    what was packed, with which settings, how much; checksums of the other files
-      epoch0.00000.rows.bin/.idx       Megatron-Core indexed dataset, int32: used tokens (clean parts, block parts)
-      epoch0.00000.layout.bin/.idx     the same: a row's checksum and RowLayout.to_ints()
-      epoch0.00001.rows.bin…           the next part of the epoch
+      manifest.json                    settings, counts, accounting, sha256 of the other files
+      epoch0.00000.rows.bin/.idx       Megatron-Core indexed dataset, int32: tokens of each row (clean, then blocks)
+      epoch0.00000.layout.bin/.idx     indexed dataset, int32: crc32 of the row and RowLayout.to_ints()
+      epoch0.00001.rows.bin…           next part of the epoch
 
-Padding is not stored, positions and targets are derived (diffusion.layout): nothing on disk can disagree with them.
-An epoch is cut into parts so that many processes can write it and no file grows without end. The checksum, a crc32 of
-the row's tokens and layout, is compared whenever a row is read: a flipped bit never reaches training.
+Padding is not stored; positions and targets are derived (diffusion.layout), so stored data cannot contradict them.
+An epoch is split into parts so that several processes can write it. Each row carries a crc32 of its tokens and layout
+that is verified on every read, so a flipped bit cannot reach training.
 """
 
 import hashlib
@@ -45,18 +45,19 @@ REQUIRED = (
     "sources",
 )
 KINDS = ("rows", "layout")
+# A corpus may have more parts than a process may have open files.
 _OPEN_PARTS = 64
-"""Parts a reader keeps mapped: a corpus may have more than a process may have open files."""
+REBUILD = "the file is damaged or was replaced: copy it again or rebuild the dataset"
 
 
 def prefix(folder: Path, epoch: int, part: int, kind: str) -> str:
-    """Path without ending of one of the indexed datasets; `kind` is "rows" or "layout"."""
+    """Path, without suffix, of one indexed dataset; `kind` is "rows" or "layout"."""
     return str(folder / f"epoch{epoch}.{part:05d}.{kind}")
 
 
 @dataclass
-class Counts:
-    """What some rows hold."""
+class RowCounts:
+    """Totals over a set of rows. The field names are keys of the manifest."""
 
     rows: int = 0
     documents: int = 0
@@ -66,10 +67,10 @@ class Counts:
     """Block tokens."""
     targets: int = 0
     slots: list[int] = field(default_factory=list)
-    """Targets of each slot, D numbers."""
+    """Targets of each slot; D entries."""
 
-    def add(self, other: "Counts") -> None:
-        """Adds another count to this one."""
+    def add(self, other: "RowCounts") -> None:
+        """Adds `other` in place."""
         for key in ("rows", "documents", "clean", "block", "targets"):
             setattr(self, key, getattr(self, key) + getattr(other, key))
         self.slots = [a + b for a, b in zip(self.slots or [0] * len(other.slots), other.slots, strict=True)]
@@ -77,22 +78,22 @@ class Counts:
 
 @dataclass
 class PartInfo:
-    """A finished part: what it holds, and {file name: {bytes, sha256}}."""
+    """Counts and files ({name: {bytes, sha256}}) of a finished part."""
 
-    counts: Counts
+    counts: RowCounts
     files: dict[str, dict[str, Any]]
 
 
 class PartWriter:
-    """Writes one part of an epoch into `folder`. Its files are whole and on the disk once `finish` returns.
+    """Writes one part of an epoch into `folder`. Its files are complete and on disk once `finish` returns.
 
     Args:
-        meta: manifest fields; of these row_length, block_size and eos_token_id are used.
+        meta: manifest fields; row_length, block_size and eos_token_id are used.
     """
 
     def __init__(self, folder: Path, epoch: int, part: int, meta: dict[str, Any]) -> None:
         self.meta = meta
-        self._counts = Counts(slots=[0] * meta["block_size"])
+        self._counts = RowCounts(slots=[0] * meta["block_size"])
         self._writers = {kind: IndexedWriter(prefix(folder, epoch, part, kind)) for kind in KINDS}
 
     def add(self, tokens: np.ndarray, layout: RowLayout) -> None:
@@ -100,10 +101,11 @@ class PartWriter:
         self.add_rows(tokens, layout, [layout.n_docs])
 
     def add_rows(self, tokens: np.ndarray, layout: RowLayout, docs_per_row: Sequence[int]) -> None:
-        """Appends rows given as one long row (clean parts of all, block parts of all) that is cut after every
-        `docs_per_row` documents."""
+        """Appends several rows, passed as one long row (all clean parts, then all block parts) and split after every
+        `docs_per_row[i]` documents."""
         if len(tokens) != layout.used or sum(docs_per_row) != layout.n_docs:
-            raise ValueError(f"{len(tokens)} tokens and {sum(docs_per_row)} documents do not fit {layout}")
+            raise ValueError(f"{len(tokens)} tokens and {sum(docs_per_row)} documents do not match {layout}")
+        # Targets of the whole batch at once: per row, numpy's call overhead would dominate.
         targets = slot_targets(tokens, layout, self.meta["eos_token_id"])
         slots = [int(np.count_nonzero(target != IGNORE)) for target in targets]
         edges = np.cumsum([0, *docs_per_row])
@@ -120,7 +122,7 @@ class PartWriter:
                 ]
             )
             if len(row) > self.meta["row_length"]:
-                raise ValueError(f"a row of {len(row)} tokens, the limit is {self.meta['row_length']}")
+                raise ValueError(f"row of {len(row)} tokens exceeds row_length {self.meta['row_length']}")
             starts = layout.starts[blocks[i] : blocks[i + 1]]
             ints = np.concatenate(
                 [[0, n_docs], layout.doc_ids[docs], layout.clean_lens[docs], layout.n_blocks[docs], starts],
@@ -130,22 +132,22 @@ class PartWriter:
             ints[0] = _checksum(row, ints[1:])
             rows.append(row)
             layouts.append(ints)
-        for kind, found in (("rows", rows), ("layout", layouts)):
-            whole = np.concatenate([np.empty(0, np.int32), *found])
-            self._writers[kind].add_many(whole, [len(ints) for ints in found])
+        for kind, sequences in (("rows", rows), ("layout", layouts)):
+            whole = np.concatenate([np.empty(0, np.int32), *sequences])
+            self._writers[kind].add_many(whole, [len(ints) for ints in sequences])
         self._counts.add(
-            Counts(len(docs_per_row), layout.n_docs, layout.n_clean, layout.n_block_tokens, sum(slots), slots)
+            RowCounts(len(docs_per_row), layout.n_docs, layout.n_clean, layout.n_block_tokens, sum(slots), slots)
         )
 
     def finish(self) -> PartInfo:
-        """Closes the files."""
+        """Closes the files and returns their description."""
         files: dict[str, dict[str, Any]] = {}
         for writer in self._writers.values():
             files.update(writer.finish())
         return PartInfo(self._counts, files)
 
     def abort(self) -> None:
-        """Closes the files, which are of no use then."""
+        """Closes the files and leaves them incomplete."""
         for writer in self._writers.values():
             writer.abort()
 
@@ -165,18 +167,19 @@ def seal(
     files: dict[str, dict[str, Any]],
     extra: dict[str, Any],
 ) -> dict[str, Any]:
-    """Writes the manifest of a folder whose parts are finished, and renames it into place; returns the manifest.
+    """Writes the manifest of a folder whose parts are finished, renames the folder, and returns the manifest.
 
     Args:
-        partial: the folder with all files; path: its final name.
-        meta: manifest fields, all of REQUIRED.
-        parts: of each epoch, its parts.
+        partial: folder with all files.
+        path: final name of the folder.
+        meta: manifest fields; must contain REQUIRED.
+        parts: the parts of each epoch.
         files: other files of the folder, {name: {bytes, sha256}}.
-        extra: more manifest fields.
+        extra: additional manifest fields.
     """
     counts = []
     for epoch in parts:
-        counts.append(Counts(slots=[0] * meta["block_size"]))
+        counts.append(RowCounts(slots=[0] * meta["block_size"]))
         for part in epoch:
             counts[-1].add(part.counts)
     manifest = {
@@ -189,7 +192,7 @@ def seal(
         "mean_documents_per_row": sum(c.documents for c in counts) / sum(c.rows for c in counts),
         **extra,
         "files": {name: files[name] for name in sorted(files)}
-        | {name: found for epoch in parts for part in epoch for name, found in sorted(part.files.items())},
+        | {name: entry for epoch in parts for part in epoch for name, entry in sorted(part.files.items())},
     }
     manifest["checksum"] = manifest_checksum(manifest)
     write_json(partial / "manifest.json", manifest)
@@ -198,7 +201,7 @@ def seal(
 
 
 def manifest_checksum(manifest: dict[str, Any]) -> str:
-    """sha256 of a manifest's content, but for its field `checksum`."""
+    """sha256 (hex) of a manifest without its `checksum` field."""
     content = {key: value for key, value in manifest.items() if key != "checksum"}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -206,7 +209,8 @@ def manifest_checksum(manifest: dict[str, Any]) -> str:
 class PartReader:
     """One part of an epoch, memory-mapped.
 
-    DataError when its files are not a whole indexed dataset of `rows` rows.
+    Raises:
+        DataError: the files are not a complete indexed dataset of `rows` rows.
     """
 
     def __init__(self, folder: Path, epoch: int, part: int, *, rows: int, block_size: int, target_shift: bool) -> None:
@@ -221,14 +225,18 @@ class PartReader:
                 raise DataError(f"the rows cannot be read: {error}", where, REBUILD) from None
         counts = {kind: len(reader) for kind, reader in self._readers.items()}
         if set(counts.values()) != {rows}:
-            raise DataError(f"the files hold {counts}, the manifest says {rows} rows", self._where, REBUILD)
+            raise DataError(f"the files contain {counts} rows, the manifest says {rows}", self._where, REBUILD)
 
     def read(self, row: int) -> tuple[np.ndarray, RowLayout]:
-        """Tokens int32 (used,) and layout of a row; DataError when its bytes are not those that were written."""
+        """Tokens int32 (used,) and layout of a row.
+
+        Raises:
+            DataError: the stored bytes do not match the row's crc32 or contradict each other.
+        """
         try:
             tokens, ints = self._readers["rows"][row], self._readers["layout"][row]
             if not len(ints) or ints[0] != _checksum(tokens, ints[1:]):
-                raise ValueError("its checksum is not that of its tokens and layout")
+                raise ValueError("checksum mismatch between its tokens and layout")
             layout = RowLayout.from_ints(ints[1:], self._block_size, self._target_shift)
             if layout.used != len(tokens):
                 raise ValueError(f"it has {len(tokens)} tokens, its layout describes {layout.used}")
@@ -238,16 +246,23 @@ class PartReader:
 
 
 class PackedDataset:
-    """Memory-mapped reader. Opening looks at the size of every file, reading a row touches only its bytes.
+    """Memory-mapped reader. Opening it checks the size of every file; reading a row touches only that row's bytes.
 
     Args:
-        path: the dataset folder. DataError when it is missing, incomplete, truncated or of another version.
+        path: dataset folder.
+
+    Raises:
+        DataError: the folder is missing, incomplete, truncated or of another format version.
     """
 
     def __init__(self, path: str | os.PathLike) -> None:
         self.path = Path(path)
         self.manifest = read_manifest(self.path)
         self.block_size: int = self.manifest["block_size"]
+        self.target_shift: bool = self.manifest["target_shift"]
+        self.mask_token_id: int = self.manifest["mask_token_id"]
+        self.mask_token: str | None = self.manifest.get("mask_token")
+        """Text of the mask token; None if the manifest, which needs only the id, does not name it."""
         self.row_length: int = self.manifest["row_length"]
         self.epochs: int = self.manifest["epochs"]
         self._edges = [np.cumsum([0, *self.part_rows(epoch)]) for epoch in range(self.epochs)]
@@ -257,7 +272,7 @@ class PackedDataset:
         self._part = lru_cache(maxsize=_OPEN_PARTS)(self._open)
 
     def rows(self, epoch: int) -> int:
-        """Rows of an epoch; epochs beyond the prepared ones use the prepared ones again."""
+        """Rows of an epoch. Epochs beyond the prepared ones reuse the prepared ones in turn."""
         return int(self._edges[epoch % self.epochs][-1])
 
     def part_rows(self, epoch: int) -> list[int]:
@@ -265,9 +280,10 @@ class PackedDataset:
         return self.manifest["part_rows"][epoch]
 
     def read(self, epoch: int, row: int) -> tuple[np.ndarray, RowLayout]:
-        """Tokens int32 (used,) and layout of one row in file order.
+        """Tokens int32 (used,) and layout of one row, in file order.
 
-        DataError when the row's bytes are not those that were written.
+        Raises:
+            DataError: the row is damaged.
         """
         epoch %= self.epochs
         part = int(np.searchsorted(self._edges[epoch], row, side="right")) - 1
@@ -278,67 +294,54 @@ class PackedDataset:
         return tokens, layout
 
     def _open(self, epoch: int, part: int) -> PartReader:
-        rows = self.part_rows(epoch)[part]
-        return PartReader(
-            self.path,
-            epoch,
-            part,
-            rows=rows,
-            block_size=self.block_size,
-            target_shift=self.manifest["target_shift"],
-        )
+        rows, shift = self.part_rows(epoch)[part], self.target_shift
+        return PartReader(self.path, epoch, part, rows=rows, block_size=self.block_size, target_shift=shift)
 
     def _check_sizes(self, epoch: int, part: int) -> None:
+        """Compares file sizes with the manifest, so that a truncated copy fails at start and not hours later."""
         for kind in KINDS:
-            for ending in (".bin", ".idx"):
-                file = Path(prefix(self.path, epoch, part, kind) + ending)
-                said = self.manifest["files"].get(file.name, {}).get("bytes")
-                found = file.stat().st_size if file.exists() else None
-                if found != said:
-                    raise DataError(
-                        f"{file.name} has {found} bytes, the manifest says {said}"
-                        if found is not None
-                        else f"{file.name} is missing",
-                        str(file),
-                        REBUILD,
-                    )
-
-
-REBUILD = "the file was damaged or replaced: copy it again or build the dataset again"
+            for suffix in (".bin", ".idx"):
+                file = Path(prefix(self.path, epoch, part, kind) + suffix)
+                expected = self.manifest["files"].get(file.name, {}).get("bytes")
+                if not file.exists():
+                    raise DataError(f"{file.name} is missing", str(file), REBUILD)
+                if (size := file.stat().st_size) != expected:
+                    what = f"{file.name} has {size} bytes, the manifest says {expected}"
+                    raise DataError(what, str(file), REBUILD)
 
 
 def origin(number: int, manifest: dict[str, Any]) -> str:
-    """Which input row a document is: "row 12 of smoltalk"."""
+    """Input row of a document, such as "row 12 of smoltalk"."""
     for source in manifest.get("accounting", {}).get("by_source", []):
         copies = int(np.ceil(source["weight"]))
         copy, row = divmod(number - source["first_document"], max(1, source["rows"]))
         if 0 <= copy < copies:
             return f"row {row:,} of {source['name']}" + (f", copy {copy + 1} of {copies}" if copies > 1 else "")
-    return "of no known source"
+    return "from an unknown source"
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of a dataset folder; DataError when it is missing, damaged or of another version."""
-    file = path / "manifest.json"
-    hint = "name the folder that `python -m data_prep.build` wrote"
+    """The manifest of a dataset folder.
+
+    Raises:
+        DataError: the manifest is missing, damaged or of another format version.
+    """
+    file, rebuild = path / "manifest.json", "rebuild the dataset with `sdlm prepare`"
     if not file.exists():
         unfinished = path.with_name(path.name + ".partial").exists()
-        raise DataError(
-            "an unfinished dataset" if unfinished else "not a packed dataset: no manifest.json",
-            str(path),
-            hint,
-        )
+        what = "the dataset is unfinished" if unfinished else "not a packed dataset: no manifest.json"
+        raise DataError(what, str(path), "name a folder that `sdlm prepare` has completed")
     try:
         manifest = json.loads(file.read_text())
     except (ValueError, RecursionError) as error:
-        raise DataError(f"the manifest is not JSON: {error}", str(file), "build the dataset again") from None
+        raise DataError(f"the manifest is not JSON: {error}", str(file), rebuild) from None
     if not isinstance(manifest, dict):
-        raise DataError("the manifest is no JSON object", str(file), "build the dataset again")
+        raise DataError("the manifest is not a JSON object", str(file), rebuild)
     if manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
-        found = f"{manifest.get('format')} version {manifest.get('version')}"
-        raise DataError(f"this is {found}, not {FORMAT} version {VERSION}", str(file), "build the dataset again")
+        actual = f"{manifest.get('format')} version {manifest.get('version')}"
+        raise DataError(f"this is {actual}, not {FORMAT} version {VERSION}", str(file), rebuild)
     if missing := [k for k in (*REQUIRED, "epochs", "counts", "part_rows", "files") if k not in manifest]:
-        raise DataError(f"the manifest lacks {missing}", str(file), "build the dataset again")
+        raise DataError(f"the manifest lacks {missing}", str(file), rebuild)
     if manifest.get("checksum") != manifest_checksum(manifest):
-        raise DataError("the manifest is not as it was written", str(file), REBUILD)
+        raise DataError("the manifest was changed after it was written", str(file), REBUILD)
     return manifest

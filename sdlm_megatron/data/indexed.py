@@ -1,9 +1,9 @@
-"""Megatron-Core's indexed dataset format (`.bin` + `.idx`), int32, written and read with numpy alone.
+"""Megatron-Core's indexed dataset format (`.bin` + `.idx`) for int32, in numpy.
 
-Reading and writing rows needs neither torch nor Megatron, which would cost ten seconds at every start of a data
-tool. A test holds both directions equal to megatron.core.datasets.IndexedDataset.
+Own implementation of a foreign format because importing torch and Megatron would add ten seconds to the start of
+every data tool. A test compares both directions with megatron.core.datasets.IndexedDataset.
 
-    .bin    the integers, one sequence after the other
+    .bin    the integers, one sequence after another
     .idx    b"MMIDIDX\\0\\0", version u64 = 1, dtype code u8, sequences u64, documents u64,
             lengths i32[sequences], byte offsets i64[sequences], document starts i64[documents]
 """
@@ -20,12 +20,11 @@ import numpy as np
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
-_INT32 = 4
-"""Megatron-Core's code of int32."""
+_INT32 = 4  # Megatron-Core's dtype code of int32
 
 
 class IndexedWriter:
-    """Appends sequences of int32; each is its own document. Memory: 4 bytes a sequence."""
+    """Appends int32 sequences, each as its own document. Memory: 4 bytes per sequence."""
 
     def __init__(self, prefix: str) -> None:
         self._prefix = prefix
@@ -38,14 +37,14 @@ class IndexedWriter:
         self.add_many(ints, [len(ints)])
 
     def add_many(self, ints: np.ndarray, lengths: Sequence[int]) -> None:
-        """Appends sequences that lie one after the other in `ints`."""
+        """Appends consecutive sequences of the given lengths, concatenated in `ints`."""
         data = np.ascontiguousarray(ints, dtype=np.int32).data.cast("B") if len(ints) else b""
         self._bin.write(data)
         self._hash.update(data)
         self._lengths.extend(lengths)
 
     def finish(self) -> dict[str, dict[str, int | str]]:
-        """Closes the data, writes the index, flushes both to the disk; {file name: {bytes, sha256}}."""
+        """Closes the data, writes the index, and syncs both to disk; returns {file name: {bytes, sha256}}."""
         lengths = np.array(self._lengths, dtype=np.int32)
         offsets = (np.cumsum(lengths, dtype=np.int64) - lengths) * np.dtype(np.int32).itemsize
         index = _HEADER.pack(_MAGIC, 1, _INT32, len(lengths), len(lengths) + 1) + b"".join(
@@ -63,7 +62,7 @@ class IndexedWriter:
         }
 
     def abort(self) -> None:
-        """Closes the data without an index."""
+        """Closes the data without writing an index."""
         self._bin.close()
 
 
@@ -74,9 +73,10 @@ def _close(file: BinaryIO) -> None:
 
 
 class IndexedReader:
-    """Sequences by number, memory-mapped: opening and memory do not grow with the data.
+    """Memory-mapped access to sequences by number; the cost of opening does not grow with the data.
 
-    Raises ValueError, with what is wrong, on files that are no whole int32 dataset of this format.
+    Raises:
+        ValueError: the files are not a complete int32 dataset of this format.
     """
 
     def __init__(self, prefix: str) -> None:
@@ -84,19 +84,19 @@ class IndexedReader:
         with open(index, "rb") as file:
             head = file.read(_HEADER.size)
         if len(head) < _HEADER.size:
-            raise ValueError(f"the index ends after {len(head)} bytes")
+            raise ValueError(f"the index is truncated after {len(head)} bytes")
         magic, version, code, sequences, documents = _HEADER.unpack(head)
         if magic != _MAGIC or version != 1 or code != _INT32:
             raise ValueError(f"not an int32 indexed dataset: header {magic!r}, version {version}, dtype code {code}")
-        wanted = _HEADER.size + 12 * sequences + 8 * documents
-        if index.stat().st_size != wanted:
-            raise ValueError(f"the index has {index.stat().st_size} bytes, {wanted} are needed for {sequences} rows")
+        expected = _HEADER.size + 12 * sequences + 8 * documents
+        if index.stat().st_size != expected:
+            raise ValueError(f"the index has {index.stat().st_size} bytes, {sequences} rows need {expected}")
         bytes_map = np.memmap(index, dtype=np.uint8, mode="r", offset=_HEADER.size)
         self._lengths = bytes_map[: 4 * sequences].view(np.int32)
         self._offsets = bytes_map[4 * sequences : 12 * sequences].view(np.int64)
         size = os.path.getsize(prefix + ".bin")
         if sequences and size != int(self._offsets[-1]) + 4 * int(self._lengths[-1]):
-            raise ValueError(f"the data has {size} bytes, the index ends elsewhere")
+            raise ValueError(f"the data file has {size} bytes, which does not match its index")
         self._data = np.memmap(prefix + ".bin", dtype=np.int32, mode="r") if size else np.empty(0, np.int32)
 
     def __len__(self) -> int:

@@ -1,8 +1,8 @@
-"""What training has to know about a tokenizer: which one it is, and the id of a token.
+"""Identity of a tokenizer and its token ids, read from its files alone.
 
-A tokenizer is a folder with tokenizer.json, with a SentencePiece tokenizer.model or with vocab.json and merges.txt
-(the first of them that is there), or a SentencePiece `.model` file itself. Only these files are read, so neither
-`tokenizers`, `sentencepiece` nor `transformers` is needed.
+A tokenizer is a folder with tokenizer.json, with a SentencePiece tokenizer.model, or with vocab.json and merges.txt
+(the first that exists), or a SentencePiece `.model` file itself. Training needs neither `tokenizers` nor
+`transformers` for this; protobuf is imported for SentencePiece models only.
 """
 
 import hashlib
@@ -11,20 +11,20 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from sdlm_megatron.data.sentencepiece_model import read_pieces
 from sdlm_megatron.errors import DataError
 
 TEXT_MASK = "<text_mask>"
-"""The mask token an SDLM folder adds to its base's tokenizer; no part of the fingerprint."""
+"""Mask token that SDLM folders add to the tokenizer of their base; excluded from the fingerprint."""
 
 
 def fingerprint(folder: str | Path) -> str | None:
-    """sha256 (hex) over vocabulary, merges and added tokens of the tokenizer in `folder`; None without its
-    files.
+    """sha256 (hex) over vocabulary, merges and added tokens of a tokenizer; None if there are no tokenizer files.
 
-    An added `<text_mask>` is left out, so that a base and the SDLM folder made from it have the same
-    fingerprint; so are added tokens that a SentencePiece model holds itself. Depends on the content only, not on
-    how the files are written. Raises DataError on a file that cannot be read.
+    An added `<text_mask>` is excluded, so a base and the SDLM folder made from it have the same fingerprint; so are
+    added tokens that a SentencePiece model already contains. Depends on content only, not on formatting.
+
+    Raises:
+        DataError: a tokenizer file cannot be read.
     """
     return _fingerprint(Path(folder), _stamps(Path(folder)))
 
@@ -45,27 +45,27 @@ def _fingerprint(folder: Path, stamps: tuple) -> str | None:
 
 
 def special_token_id(folder: str | Path, token: str) -> int:
-    """The id of `token` in the tokenizer of `folder`; of a token it lacks, the first id after all of its own.
+    """Id of `token`; for a token the tokenizer lacks, the first id after all of its own.
 
-    Raises DataError when the folder holds no tokenizer.
+    Raises:
+        DataError: the folder contains no tokenizer.
     """
     ids = _ids(Path(folder))
     return ids[token] if token in ids else max(ids.values(), default=-1) + 1
 
 
 def vocabulary_size(folder: str | Path) -> int:
-    """Highest id of the tokenizer in `folder`, added tokens included, plus 1. DataError when it holds no
-    tokenizer."""
+    """Highest token id, added tokens included, plus 1. Raises DataError as `special_token_id`."""
     return max(_ids(Path(folder)).values(), default=-1) + 1
 
 
 def added_tokens(folder: str | Path) -> dict[str, int]:
-    """Tokens that stand in the tokenizer's files beside its vocabulary, with their ids. DataError as above."""
+    """Ids of the tokens listed beside the vocabulary. Raises DataError as `special_token_id`."""
     return dict(_required(Path(folder))[2])
 
 
 def sentencepiece_file(folder: str | Path) -> Path | None:
-    """The SentencePiece model that is the tokenizer of `folder`, if it is one."""
+    """The SentencePiece model of a tokenizer; None if it is of another kind."""
     folder = Path(folder)
     if folder.is_file():
         return folder if folder.suffix == ".model" else None
@@ -73,8 +73,30 @@ def sentencepiece_file(folder: str | Path) -> Path | None:
     return model if model.is_file() and not (folder / "tokenizer.json").is_file() else None
 
 
+def parse_sentencepiece(model: bytes) -> Any:
+    """A SentencePiece model as `sentencepiece_model_pb2.ModelProto`, whose `pieces` have text, score and type.
+
+    Raises:
+        ValueError: the bytes are not a SentencePiece model, or protobuf is too old for the installed sentencepiece.
+    """
+    try:
+        from sentencepiece import sentencepiece_model_pb2
+    except Exception as error:  # ImportError, or protobuf's VersionError, whose module depends on the version
+        raise ValueError(f"sentencepiece needs another protobuf (pip install -U protobuf): {error}") from None
+    from google.protobuf.message import DecodeError
+
+    try:
+        content = sentencepiece_model_pb2.ModelProto.FromString(model)
+    except DecodeError as error:
+        raise ValueError(f"not a SentencePiece model: {error}") from None
+    # protobuf returns text that is not UTF-8 as bytes
+    if not content.pieces or not all(piece.piece and isinstance(piece.piece, str) for piece in content.pieces):
+        raise ValueError("not a SentencePiece model: its vocabulary is empty or has a piece without valid text")
+    return content
+
+
 def has_tokenizer(folder: str | Path) -> bool:
-    """Whether the folder holds the files of a tokenizer."""
+    """Whether the folder contains tokenizer files."""
     folder = Path(folder)
     whole = (folder / "tokenizer.json").is_file() or sentencepiece_file(folder) is not None
     return whole or all((folder / n).is_file() for n in ("vocab.json", "merges.txt"))
@@ -87,38 +109,34 @@ def _ids(folder: Path) -> dict[str, int]:
 
 
 def _required(folder: Path) -> tuple[Any, list[Any], dict[str, int]]:
-    tokenizer = _read(folder)
+    tokenizer = _parse(folder, _stamps(folder))
     if tokenizer is None:
         raise DataError(
-            "the folder holds no tokenizer",
+            "the folder contains no tokenizer",
             where=str(folder),
             fix="name a folder with tokenizer.json (or tokenizer.model, or vocab.json and merges.txt)",
         )
     return tokenizer
 
 
-def _read(folder: Path) -> tuple[Any, list[Any], dict[str, int]] | None:
-    return _parse(folder, _stamps(folder))
+_BESIDE = ("added_tokens.json", "tokenizer_config.json")
 
 
 def _stamps(folder: Path) -> tuple:
-    """What changes when the files do: a start asks four times, and a parse of Qwen2.5's takes half a second."""
+    """Cache key that changes with the files. A start asks four times; parsing Qwen2.5's files takes half a second."""
     names = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", *_BESIDE)
-    files = (folder, *(_home(folder) / name for name in names))
+    home = folder.parent if folder.is_file() else folder
+    files = (folder, *(home / name for name in names))
     return tuple((f.name, f.stat().st_mtime_ns, f.stat().st_size) for f in files if f.is_file())
-
-
-def _home(folder: Path) -> Path:
-    return folder.parent if folder.is_file() else folder
 
 
 @lru_cache(maxsize=2)
 def _parse(folder: Path, stamps: tuple) -> tuple[Any, list[Any], dict[str, int]] | None:
-    """(vocab, merges, added token -> id) of the folder, or None when it holds no tokenizer."""
+    """(vocabulary, merges, added token -> id); None if the folder contains no tokenizer."""
     whole, vocab_file, merges_file = folder / "tokenizer.json", folder / "vocab.json", folder / "merges.txt"
     try:
         if model := sentencepiece_file(folder):
-            return _parse_pieces(model)
+            return _parse_sentencepiece_folder(model)
         if whole.is_file():
             content = json.loads(whole.read_text(encoding="utf-8"))
             model_part = content["model"]
@@ -132,23 +150,20 @@ def _parse(folder: Path, stamps: tuple) -> tuple[Any, list[Any], dict[str, int]]
         raise DataError(
             f"a tokenizer file cannot be read: {type(error).__name__}: {error}",
             where=str(folder),
-            fix="fetch the tokenizer files again",
+            fix="download the tokenizer files again",
         ) from error
     return None
 
 
-def _parse_pieces(model: Path) -> tuple[Any, list[Any], dict[str, int]]:
-    pieces = read_pieces(model.read_bytes())
-    own = {piece.text: i for i, piece in enumerate(pieces)}
+def _parse_sentencepiece_folder(model: Path) -> tuple[Any, list[Any], dict[str, int]]:
+    pieces = parse_sentencepiece(model.read_bytes()).pieces
+    own = {piece.piece: i for i, piece in enumerate(pieces)}
     added = {token: i for token, i in _added_beside(model.parent).items() if own.get(token) != i}
-    return [[piece.text, piece.score, piece.kind] for piece in pieces], [], added
-
-
-_BESIDE = ("added_tokens.json", "tokenizer_config.json")
+    return [[piece.piece, piece.score, piece.type] for piece in pieces], [], added
 
 
 def _added_beside(folder: Path) -> dict[str, int]:
-    """Added tokens of a folder without tokenizer.json: they stand in two files, of which the second is newer."""
+    """Added tokens of a folder without tokenizer.json: listed in two files; tokenizer_config.json takes precedence."""
     plain, config = (
         json.loads((folder / name).read_text(encoding="utf-8")) if (folder / name).is_file() else {} for name in _BESIDE
     )

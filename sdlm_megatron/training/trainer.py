@@ -13,10 +13,9 @@ from torch.profiler import record_function
 from sdlm_megatron.checkpoint import restore as checkpointing
 from sdlm_megatron.checkpoint.async_writer import CheckpointWriter
 from sdlm_megatron.config.schema import RunConfig
-from sdlm_megatron.data.batch import load_micro_batch
+from sdlm_megatron.data.batch import Prefetch, load_micro_batch
 from sdlm_megatron.data.format import PackedDataset
 from sdlm_megatron.data.order import locate, step_rows
-from sdlm_megatron.data.prefetch import Prefetch
 from sdlm_megatron.diffusion.row import MicroBatch
 from sdlm_megatron.metrics.console import Console
 from sdlm_megatron.metrics.sinks import Sinks

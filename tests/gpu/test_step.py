@@ -10,9 +10,8 @@ import pytest
 import torch
 from helpers import make_dataset, make_hf, read_metrics, run_python
 
-from sdlm_megatron.data.batch import load_micro_batch
+from sdlm_megatron.data.batch import Prefetch, load_micro_batch
 from sdlm_megatron.data.format import PackedDataset
-from sdlm_megatron.data.prefetch import Prefetch
 from sdlm_megatron.training.trace import summarize
 
 pytestmark = [

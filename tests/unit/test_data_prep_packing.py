@@ -1,14 +1,27 @@
 """Packing: nothing is lost, nothing is split, rows are full, and the result depends on the input alone."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_prep.packing import BestFit, best_fit
+from data_prep.packing import BestFit
 from sdlm_megatron.diffusion.layout import draw_starts
 
 LENGTHS = st.lists(st.integers(1, 64), max_size=200)
+
+
+def best_fit(lengths: Any, row_length: int, window: int) -> list[list[int]]:
+    """Document numbers of each row, of a complete list of documents."""
+    sizes = np.asarray(lengths, dtype=np.int64)
+    packer = BestFit(row_length)
+    packed = [packer.add(sizes[at : at + window]) for at in range(0, len(sizes), window)]
+    rows = []
+    for part in [*packed, packer.finish()]:
+        rows += np.split(part.documents, np.cumsum(part.counts)[:-1]) if len(part.counts) else []
+    return [row.tolist() for row in rows]
 
 
 @given(LENGTHS, st.integers(64, 100), st.integers(1, 50))

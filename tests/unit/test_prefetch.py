@@ -9,9 +9,8 @@ import pytest
 import torch
 from helpers import make_dataset, run_python
 
-from sdlm_megatron.data.batch import load_micro_batch
+from sdlm_megatron.data.batch import Prefetch, load_micro_batch
 from sdlm_megatron.data.format import PackedDataset
-from sdlm_megatron.data.prefetch import Prefetch
 from sdlm_megatron.errors import DataError
 
 CPU = torch.device("cpu")
