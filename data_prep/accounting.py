@@ -47,8 +47,9 @@ class Tally:
         truncated = int((documents["tokens_cut"] > 0).sum())
         self.truncated += truncated
         self.packed += len(documents) - truncated
-        for key, name in (("turns_cut", "turns_cut"), ("tokens_cut", "tokens_cut"), ("blocks_missing", "missing")):
-            setattr(self, key, getattr(self, key) + int(documents[name].sum()))
+        self.turns_cut += int(documents["turns_cut"].sum())
+        self.tokens_cut += int(documents["tokens_cut"].sum())
+        self.blocks_missing += int(documents["missing"].sum())
         self.blocks += int(documents["blocks"].sum())
         self.clean_tokens += int(documents["clean"].sum())
 
@@ -62,107 +63,93 @@ class Tally:
         return {**vars(self), "dropped": dict(sorted(self.dropped.items()))}
 
 
-def total(tallies: list[Tally]) -> Tally:
-    """The sum of tallies."""
-    result = Tally()
-    for tally in tallies:
-        for key, value in vars(tally).items():
-            setattr(result, key, getattr(result, key) + value)
-    return result
+@dataclass(frozen=True)
+class Accounting:
+    """Outcomes of the rows of a build whose plan is complete.
 
+    Attributes:
+        work: work folder.
+        sources: expanded sources.
+        units: units of input rows.
+        results: result of each unit.
+        numbering: document numbers.
+        drop_duplicates: whether duplicates were removed from the plan.
+    """
 
-def account(
-    work: Path,
-    sources: Sequence[SourceConfig],
-    units: Sequence[InputUnit],
-    results: Sequence[UnitResult],
-    numbering: Numbering,
-    *,
-    dropped_duplicates: bool,
-) -> dict[str, Any]:
-    """The `accounting` entry of the manifest: totals, and per source its tally and the number of its first document."""
-    tallies = [Tally() for _ in sources]
-    first = load(work, "first", np.int64) if dropped_duplicates else None
-    at = 0
-    for number, (unit, result) in enumerate(zip(units, results, strict=True)):
-        documents, tally = np.fromfile(unit_file(work, number, "docs"), DOCUMENT), tallies[unit.source]
-        if first is not None:
-            kept = np.asarray(first[at : at + len(documents)]) < 0
-            at += len(documents)
-            if duplicates := int((~kept).sum()):
-                tally.dropped[DUPLICATE] += duplicates
-            documents = documents[kept]
-        tally.rows += result.rows
-        tally.dropped.update(result.dropped)
-        tally.rejected += result.rejected
-        tally.spelled += result.spelled
-        tally.take(documents)
-    by_source = []
-    for source, tally, number in zip(sources, tallies, numbering.first_number, strict=True):
-        tally.check()
-        by_source.append({"name": source.name, "first_document": number, "weight": source.weight, **tally.to_dict()})
-    whole = total(tallies)
-    whole.check()
-    return {**whole.to_dict(), "by_source": by_source}
+    work: Path
+    sources: Sequence[SourceConfig]
+    units: Sequence[InputUnit]
+    results: Sequence[UnitResult]
+    numbering: Numbering
+    drop_duplicates: bool
 
+    def summarize(self) -> dict[str, Any]:
+        """The `accounting` entry of the manifest: totals, and per source its tally and its first document number."""
+        tallies = [Tally() for _ in self.sources]
+        first = load(self.work, "first", np.int64) if self.drop_duplicates else None
+        at = 0
+        for number, (unit, result) in enumerate(zip(self.units, self.results, strict=True)):
+            documents, tally = np.fromfile(unit_file(self.work, number, "docs"), DOCUMENT), tallies[unit.source]
+            if first is not None:
+                kept = np.asarray(first[at : at + len(documents)]) < 0
+                at += len(documents)
+                if duplicates := int((~kept).sum()):
+                    tally.dropped[DUPLICATE] += duplicates
+                documents = documents[kept]
+            tally.rows += result.rows
+            tally.dropped.update(result.dropped)
+            tally.rejected += result.rejected
+            tally.spelled += result.spelled
+            tally.take(documents)
+        total, by_source = Tally(), []
+        for source, tally, number in zip(self.sources, tallies, self.numbering.first_number, strict=True):
+            tally.check()
+            for key, value in vars(tally).items():
+                setattr(total, key, getattr(total, key) + value)
+            head = {"name": source.name, "first_document": number, "weight": source.weight}
+            by_source.append({**head, **tally.to_dict()})
+        return {**total.to_dict(), "by_source": by_source}
 
-def write_rejects(
-    path: Path,
-    work: Path,
-    sources: Sequence[SourceConfig],
-    units: Sequence[InputUnit],
-    results: Sequence[UnitResult],
-    numbering: Numbering,
-    *,
-    dropped_duplicates: bool,
-) -> None:
-    """Writes rejects.jsonl: one line per input row that is not in the dataset, with its source, row number, position,
-    outcome, reason and content; for a duplicate, the row it repeats."""
-    with open(path, "w", encoding="utf-8") as file:
-        for line in _rejected(work, sources, units, results):
-            file.write(json.dumps(line, ensure_ascii=True) + "\n")
-        if dropped_duplicates:
-            for line in _duplicates(work, sources, numbering):
+    def write_rejects(self, path: Path) -> None:
+        """Writes rejects.jsonl: one line per input row that is not in the dataset, with its source, row number,
+        position, outcome, reason and content; for a duplicate, the row it repeats."""
+        with open(path, "w", encoding="utf-8") as file:
+            for line in self._rejected():
                 file.write(json.dumps(line, ensure_ascii=True) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    fsync(path.parent)
+            for line in self._duplicates() if self.drop_duplicates else ():
+                file.write(json.dumps(line, ensure_ascii=True) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        fsync(path.parent)
 
+    def _rejected(self) -> Iterator[dict[str, Any]]:
+        rows, lines = [0] * len(self.sources), [0] * len(self.sources)
+        last = ""
+        for number, (unit, result) in enumerate(zip(self.units, self.results, strict=True)):
+            if unit.file != last:  # line numbers restart in every file
+                lines[unit.source] = 0
+            last = unit.file
+            for line in read_rejects(self.work, number):
+                row = rows[unit.source] + line.pop("index")
+                place = where(unit, line.pop("place"), lines[unit.source])
+                yield {"source": self.sources[unit.source].name, "row": row, "where": place, **line}
+            rows[unit.source] += result.rows
+            lines[unit.source] += result.lines
 
-def _rejected(
-    work: Path, sources: Sequence[SourceConfig], units: Sequence[InputUnit], results: Sequence[UnitResult]
-) -> Iterator[dict[str, Any]]:
-    rows, lines = [0] * len(sources), [0] * len(sources)
-    last = ""
-    for number, (unit, result) in enumerate(zip(units, results, strict=True)):
-        if unit.file != last:
-            lines[unit.source] = 0
-        last = unit.file
-        for line in read_rejects(work, number):
-            index, place = line.pop("index"), line.pop("place")
-            yield {
-                "source": sources[unit.source].name,
-                "row": rows[unit.source] + index,
-                "where": where(unit, place, lines[unit.source]),
-                **line,
-            }
-        rows[unit.source] += result.rows
-        lines[unit.source] += result.lines
-
-
-def _duplicates(work: Path, sources: Sequence[SourceConfig], numbering: Numbering) -> Iterator[dict[str, Any]]:
-    index = load(work, "index.all", INDEX)
-    first_number = np.array(numbering.first_number)
-    for duplicates, first in iterate_duplicates(work, len(index)):
-        (source, row), (kept_source, kept_row) = (
-            (part["source"].tolist(), (part["number"] - first_number[part["source"]]).tolist())
-            for part in (index[duplicates], index[first])
-        )
-        for own_source, own_row, first_source, first_row in zip(source, row, kept_source, kept_row, strict=True):
-            yield {
-                "source": sources[own_source].name,
-                "row": own_row,
-                "outcome": "duplicate",
-                "reason": DUPLICATE,
-                "same_as": {"source": sources[first_source].name, "row": first_row},
-            }
+    def _duplicates(self) -> Iterator[dict[str, Any]]:
+        index = load(self.work, "index.all", INDEX)
+        first_number = np.array(self.numbering.first_number)
+        names = [source.name for source in self.sources]
+        for duplicates, first in iterate_duplicates(self.work, len(index)):
+            own, kept = (
+                zip(part["source"].tolist(), (part["number"] - first_number[part["source"]]).tolist(), strict=True)
+                for part in (index[duplicates], index[first])
+            )
+            for (source, row), (kept_source, kept_row) in zip(own, kept, strict=True):
+                yield {
+                    "source": names[source],
+                    "row": row,
+                    "outcome": "duplicate",
+                    "reason": DUPLICATE,
+                    "same_as": {"source": names[kept_source], "row": kept_row},
+                }

@@ -24,7 +24,7 @@ from typing import Any
 
 from rich.console import Console
 
-from data_prep.accounting import account, write_rejects
+from data_prep.accounting import Accounting
 from data_prep.build_config import PRESETS, BuildConfig, SourceConfig, check
 from data_prep.build_report import dry_run, report
 from data_prep.chat import frame_of
@@ -311,9 +311,11 @@ def _finish(state: _BuildState, console: Console, workers: int) -> dict[str, Any
     n_documents = sum(result.documents * weight for result, weight in zip(results, weights, strict=True))
     with track("pack", n_documents * state.config.epochs, "documents", console) as advance:
         plan = make_plan(state.config, state.sources, state.units, results, state.work, advance)
-    parts = cut_parts(state.config, plan)
+    drop = state.config.duplicates == "drop"
+    accounting = Accounting(state.work, state.sources, state.units, results, plan.numbering, drop)
     if not all(plan.rows):
-        raise _no_rows(state, results, plan)
+        raise _no_rows(state, accounting)
+    parts = cut_parts(state.config, plan)
     done = {part: info for part in parts if (info := load_part(state.work, state.partial, part))}
     with track("write", sum(plan.rows), "rows", console) as advance:
         advance(sum(part.stop - part.start for part in done))
@@ -321,21 +323,14 @@ def _finish(state: _BuildState, console: Console, workers: int) -> dict[str, Any
         for part, info in work_on(todo, _WriteWorker, (state, plan), workers):
             done[part] = info
             advance(info.counts.rows, info.counts.clean + info.counts.block)
-    return _seal(state, plan, results, [done[part] for part in parts], parts)
+    return _seal(state, plan, accounting, {part: done[part] for part in parts})
 
 
-def _write_rejects(state: _BuildState, plan: PackingPlan, results: list[UnitResult]) -> Path:
-    rejects = state.partial / "rejects.jsonl"
-    dropped = state.config.duplicates == "drop"
-    write_rejects(
-        rejects, state.work, state.sources, state.units, results, plan.numbering, dropped_duplicates=dropped
-    )
-    return rejects
-
-
-def _no_rows(state: _BuildState, results: list[UnitResult], plan: PackingPlan) -> DataError:
+def _no_rows(state: _BuildState, accounting: Accounting) -> DataError:
     """Removes the build and returns an error that names the first rejected row."""
-    with open(_write_rejects(state, plan, results), encoding="utf-8") as lines:
+    rejects = state.partial / "rejects.jsonl"
+    accounting.write_rejects(rejects)
+    with open(rejects, encoding="utf-8") as lines:
         first = json.loads(next(lines, "{}"))
     shutil.rmtree(state.partial)
     if not first:
@@ -346,35 +341,30 @@ def _no_rows(state: _BuildState, results: list[UnitResult], plan: PackingPlan) -
 
 
 def _seal(
-    state: _BuildState, plan: PackingPlan, results: list[UnitResult], infos: list[PartInfo], parts: list[EpochPart]
+    state: _BuildState, plan: PackingPlan, accounting: Accounting, parts: dict[EpochPart, PartInfo]
 ) -> dict[str, Any]:
     """Writes accounting, rejects and manifest, renames the dataset, and removes the work folder."""
-    dropped = state.config.duplicates == "drop"
-    accounting = account(
-        state.work, state.sources, state.units, results, plan.numbering, dropped_duplicates=dropped
-    )
-    rejects = _write_rejects(state, plan, results)
-    digest = {"bytes": rejects.stat().st_size, "sha256": sha256(rejects)}
-    frame = frame_of(_encoder(state.config.tokenizer, state.config.mask_token))
-    expected = {"work", "rejects.jsonl", *(name for info in infos for name in info.files)}
+    config, rejects = state.config, state.partial / "rejects.jsonl"
+    accounting.write_rejects(rejects)
+    expected = {"work", "rejects.jsonl", *(name for info in parts.values() for name in info.files)}
     for leftover in state.partial.iterdir():  # temporary files of killed processes
         if leftover.name not in expected:
             leftover.unlink()
     manifest = seal(
         state.partial,
-        Path(state.config.out),
+        Path(config.out),
         meta=state.meta,
-        parts=[[i for i, p in zip(infos, parts, strict=True) if p.epoch == e] for e in range(state.config.epochs)],
-        files={"rejects.jsonl": digest},
+        parts=[[info for part, info in parts.items() if part.epoch == epoch] for epoch in range(config.epochs)],
+        files={"rejects.jsonl": {"bytes": rejects.stat().st_size, "sha256": sha256(rejects)}},
         extra={
-            "accounting": accounting,
-            "duplicates": {"policy": state.config.duplicates, "documents": plan.duplicates, "pairs": plan.pairs},
-            "chat": asdict(frame),
+            "accounting": accounting.summarize(),
+            "duplicates": {"policy": config.duplicates, "documents": plan.duplicates, "pairs": plan.pairs},
+            "chat": asdict(frame_of(_encoder(config.tokenizer, config.mask_token))),
             "blocks_trimmed": plan.blocks_trimmed,
-            "build": _settings(state.config),
+            "build": _settings(config),
         },
     )
-    shutil.rmtree(Path(state.config.out) / "work")
+    shutil.rmtree(Path(config.out) / "work")
     return manifest
 
 
@@ -402,12 +392,16 @@ def build_parser() -> argparse.ArgumentParser:
     parser.list_settings = True
     inputs = parser.add_mutually_exclusive_group(required=True)
     inputs.add_argument("--config", metavar="FILE", help=f"YAML file or preset: {', '.join(preset_names(PRESETS))}")
-    inputs.add_argument("--input", metavar="PATH", help="single source: a file, a folder, or hub:NAME for a hub dataset")
+    inputs.add_argument(
+        "--input", metavar="PATH", help="single source: a file, a folder, or hub:NAME for a hub dataset"
+    )
     parser.add_argument("--format", choices=FORMATS, help="source format of --input; default: the one its fields match")
     parser.add_argument("--tokenizer", metavar="FOLDER", help="tokenizer of the base model; overrides --config")
     parser.add_argument("--out", metavar="FOLDER", help="dataset folder to create; overrides --config")
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and exit")
-    parser.add_argument("--dry-run", action="store_true", help="report input, output size and disk space; build nothing")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="report input, output size and disk space; build nothing"
+    )
     parser.add_argument("--workers", type=int, default=cpus(), metavar="N", help="number of processes")
     parser.add_argument(
         "--shard",
@@ -426,8 +420,8 @@ def read_command_line(argv: Sequence[str] | None) -> tuple[BuildConfig, argparse
     if args.input is not None:
         hub = args.input.removeprefix("hub:") if args.input.startswith("hub:") else ""
         name = (hub or str(Path(args.input).resolve())).rstrip("/").rsplit("/", 1)[-1].partition(".")[0] or "input"
-        source = {"name": name, "hub": hub} if hub else {"name": name, "path": args.input}
-        overrides = [f"--sources={json.dumps([source])}", *overrides]
+        location = {"hub": hub} if hub else {"path": args.input}
+        overrides = [f"--sources={json.dumps([{'name': name, **location}])}", *overrides]
     elif args.format:
         raise ConfigError("--format needs --input", "the command line", "set `format` of each source in the config")
     config = load_config(BuildConfig, args.config or "", [*overrides, *options], PRESETS)

@@ -52,7 +52,9 @@ def _remarks(manifest: dict[str, Any]) -> list[str]:
     for source, entry in zip(manifest["sources"], accounting["by_source"], strict=True):
         expected = source["expected_rows"]
         if expected and not source["limit"] and entry["rows"] != expected:
-            lines.append(f"{entry['name']}: {entry['rows']:,} rows instead of the expected {expected:,}: the data set has changed")
+            lines.append(
+                f"{entry['name']}: {entry['rows']:,} rows instead of the expected {expected:,}: the source changed"
+            )
     lines += [f"dropped {number:,}: {reason}" for reason, number in accounting["dropped"].items()]
     if accounting["blocks_missing"] or accounting["tokens_cut"]:
         lines.append(

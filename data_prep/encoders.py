@@ -149,7 +149,9 @@ class TextTokenizer:
                 definition = _converted(folder)
             else:
                 raise DataError(
-                    "no tokenizer.json", where=str(folder), fix="name a folder with the tokenizer files of the base model"
+                    "no tokenizer.json",
+                    where=str(folder),
+                    fix="name a folder with the tokenizer files of the base model",
                 )
             return cls(definition, folder.name, mask_token)
         except DataError:

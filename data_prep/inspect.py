@@ -50,7 +50,7 @@ _REPLACEMENTS = {code: 0x2400 + code for code in range(32) if code not in (9, 10
 _REPLACEMENTS |= dict.fromkeys([*range(0x80, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)], 0xFFFD)
 
 TokenText = Callable[[Sequence[int]], list[str]]
-"""Ids -> one string per id; concatenated they are the text. For a character of several tokens, all but the last yield an
+"""Ids -> one string per id; concatenated they are the text. Of the tokens of one character, all but the last yield an
 empty string."""
 
 
@@ -290,11 +290,11 @@ def show(
 def _head(
     dataset: PackedDataset, epoch: int, number: int, layout: RowLayout, documents: Sequence[DocumentView]
 ) -> Text:
-    used, length = layout.used, dataset.row_length
+    used, length, n = layout.used, dataset.row_length, len(documents)
     targets = sum(int(view.targets.sum()) for view in documents)
     head = Text(f"{dataset.path}, epoch {epoch}, row {number:,} of {dataset.rows(epoch):,}\n", style="bold")
     return head.append(
-        f"{used:,} of {length:,} tokens ({used / length:.1%}): {len(documents):,} document{'s' * (len(documents) != 1)}, "
+        f"{used:,} of {length:,} tokens ({used / length:.1%}): {n:,} document{'s' * (n != 1)}, "
         f"{layout.n_clean:,} clean tokens, {len(layout.starts):,} blocks of {layout.block_size}, {targets:,} targets",
         style="not bold",
     )
@@ -342,9 +342,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         fix = f"epoch {args.epoch} has rows 0 to {dataset.rows(args.epoch) - 1}"
         raise DataError(f"no row {row}", args.dataset, fix)
     text_of = _text_of(dataset.manifest, args.tokenizer, console)
-    show(
-        dataset, args.epoch, row, text_of, console, document=args.document, whole=args.all, save=args.save
-    )
+    show(dataset, args.epoch, row, text_of, console, document=args.document, whole=args.all, save=args.save)
 
 
 if __name__ == "__main__":

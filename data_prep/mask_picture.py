@@ -1,9 +1,9 @@
-"""Pictures of who sees whom in a row: the whole row as a PNG, a stretch of it in letters."""
+"""Drawings of the attention mask of a row: the whole row as a PNG, an excerpt as a PNG or as text."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from rich.text import Text
@@ -11,75 +11,77 @@ from rich.text import Text
 from sdlm_megatron.diffusion.layout import RowLayout
 from sdlm_megatron.diffusion.mask import visible
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 PIXELS = 1100
-"""Side of the picture; a longer row is shrunk to it."""
-STRETCH = 32
-"""Clean tokens that an enlarged stretch shows at most."""
-STRETCH_BLOCKS = 3
+"""Side of the image of a row; longer rows are downscaled."""
+EXCERPT, EXCERPT_BLOCKS = 32, 3
+"""Maximum number of clean tokens and of blocks in an excerpt."""
 
 KINDS = ("clean sees clean, up to itself", "block sees clean, before its start", "block sees its own tokens")
-COLOURS = ("#3b6fb6", "#9cc3e6", "#e2803a")
-_LETTERS = " █░▓"
-"""Of the unseen and of KINDS."""
-_STYLES = ("", *COLOURS)
+COLORS = ("#3b6fb6", "#9cc3e6", "#e2803a")
+_LETTERS = "·█░▓"  # not visible, and the three KINDS
+_STYLES = ("dim", *COLORS)
 _NONE, _INK, _SOFT = "#f4f6f8", "#1f2933", "#6b7785"
 
 
 @dataclass(frozen=True)
-class Stretch:
-    """A few neighbouring blocks of a document with the clean tokens around them."""
+class MaskExcerpt:
+    """A few neighboring blocks of a document with the clean tokens around them."""
 
     low: int
-    """The first clean token shown, and (next) the one after the last."""
+    """First clean token."""
     high: int
+    """Index after the last clean token."""
     starts: np.ndarray
-    """int (blocks,)."""
+    """int (blocks,): block starts."""
     kinds: np.ndarray
-    """int8 (queries, keys), of the clean tokens low..high-1 and then the blocks' own: 0 unseen, k + 1: KINDS[k]."""
+    """int8 (queries, keys) over clean tokens low..high-1, then block tokens. 0: not visible, k + 1: KINDS[k]."""
 
 
-def stretch_of(clean_len: int, starts: np.ndarray, block_size: int) -> Stretch:
-    """The neighbouring blocks of a document that lie closest together.
+def excerpt_of(clean_len: int, starts: np.ndarray, block_size: int) -> MaskExcerpt:
+    """Excerpt with the neighboring blocks of a document that are closest to each other.
 
     Args:
         clean_len: clean tokens of the document.
-        starts: its block starts, int (blocks,), ascending; at least one.
-        block_size: D.
+        starts: block starts, int (blocks,), ascending; at least one.
+        block_size: block size D.
     """
-    n = min(STRETCH_BLOCKS, len(starts))
+    n = min(EXCERPT_BLOCKS, len(starts))
     first = int(np.argmin(starts[n - 1 :] - starts[: len(starts) - n + 1]))
     shown = starts[first : first + n]
     low = max(0, int(shown[0]) - 3)
-    shown = shown[shown < low + STRETCH - block_size]
+    shown = shown[shown < low + EXCERPT - block_size]
     high = min(clean_len, int(shown[-1]) + block_size + 1)
-    seen = visible(high, shown, block_size=block_size)[low:, low:].astype(np.int8)
+    kinds = visible(high, shown, block_size=block_size)[low:, low:].astype(np.int8)
     width = high - low
-    seen[width:, :width] *= 2
-    seen[width:, width:] *= 3
-    return Stretch(low, high, shown, seen)
+    kinds[width:, :width] *= 2
+    kinds[width:, width:] *= 3
+    return MaskExcerpt(low, high, shown, kinds)
 
 
-def in_letters(stretch: Stretch, block_size: int, texts: Sequence[str]) -> Text:
-    """The mask of a stretch, a line for each query.
+def excerpt_text(excerpt: MaskExcerpt, block_size: int, texts: Sequence[str]) -> Text:
+    """An excerpt as text, one line per query.
 
     Args:
-        stretch: what to draw.
-        block_size: D.
-        texts: of each clean token of the document.
+        excerpt: the excerpt.
+        block_size: block size D.
+        texts: text of each clean token of the document.
     """
-    width = stretch.high - stretch.low
-    names = [f"{place} {_short(texts[place])}" for place in range(stretch.low, stretch.high)]
-    for start in stretch.starts.tolist():
+    width = excerpt.high - excerpt.low
+    names = [f"{place} {_short(texts[place])}" for place in range(excerpt.low, excerpt.high)]
+    for start in excerpt.starts.tolist():
         names += [f"block {start}, slot {j}" for j in range(block_size)]
     margin = max(map(len, names)) + 2
-    picture = Text(f"{'query':<{margin}}keys: clean {stretch.low} to {stretch.high - 1}", style="dim")
+    picture = Text(f"{'query':<{margin}}keys: clean {excerpt.low} to {excerpt.high - 1}", style="dim")
     picture.append(f"{'':<{max(1, width - len(picture) + margin + 2)}}blocks\n")
-    for name, row in zip(names, stretch.kinds, strict=True):
+    for name, row in zip(names, excerpt.kinds, strict=True):
         picture.append(f"{name:<{margin}}", style="dim")
         for key, kind in enumerate(row.tolist()):
             if key >= width and (key - width) % block_size == 0:
                 picture.append("  " if key == width else " ")
-            picture.append(_LETTERS[kind] if kind else "·", style=_STYLES[kind] if kind else "dim")
+            picture.append(_LETTERS[kind], style=_STYLES[kind])
         picture.append("\n")
     for kind, name in enumerate(KINDS, 1):
         picture.append(_LETTERS[kind], style=_STYLES[kind])
@@ -88,62 +90,61 @@ def in_letters(stretch: Stretch, block_size: int, texts: Sequence[str]) -> Text:
 
 
 def save_png(path: Path, layout: RowLayout, document: int, texts: Sequence[str], title: str) -> None:
-    """Writes a picture of the whole row, and below it a stretch of one document.
+    """Writes an image of the whole row, with an excerpt of one document below.
 
     Args:
-        path: PNG to write.
-        layout: the row.
-        document: index in the row of the document to enlarge.
-        texts: of each of its clean tokens.
-        title: stands above the picture.
+        path: PNG file to write.
+        layout: layout of the row.
+        document: index in the row of the document of the excerpt.
+        texts: text of each of its clean tokens.
+        title: title of the image.
     """
-    from matplotlib.figure import Figure  # takes a second to import
+    from matplotlib.figure import Figure  # importing it takes a second
+    from matplotlib.patches import Patch
 
     figure = Figure(figsize=(8.6, 13.4), layout="constrained", facecolor="white")
     whole, part = figure.subplots(2, 1, height_ratios=(8, 5))
+    # parse_math: a `$` in a name or token is not a formula
     figure.suptitle(title, fontsize=11, color=_INK, parse_math=False)
     _draw_row(whole, layout)
     edges = np.cumsum([0, *layout.n_blocks])
     starts = layout.starts[edges[document] : edges[document + 1]]
-    stretch = stretch_of(int(layout.clean_lens[document]), starts, layout.block_size)
-    _draw_stretch(part, stretch, layout.block_size, texts, document)
-    _legend(figure)
+    excerpt = excerpt_of(int(layout.clean_lens[document]), starts, layout.block_size)
+    _draw_excerpt(part, excerpt, layout.block_size, texts, document)
+    handles = [Patch(facecolor=color, label=name) for color, name in zip(COLORS, KINDS, strict=True)]
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=9, labelcolor=_INK)
     figure.savefig(path, dpi=130, format="png")
 
 
 def row_image(layout: RowLayout, pixels: int) -> np.ndarray:
-    """The mask of a row in colours, float (side, side, 3), side = min(pixels, used).
+    """The mask of a row in colors, float (side, side, 3) with side = min(pixels, used).
 
-    A pixel that stands for several tokens has their mean colour; blocks' own tokens, which would vanish, keep theirs.
+    A pixel that covers several tokens has their mean color; blocks' own tokens keep theirs, or they would vanish.
     """
     side = min(pixels, layout.used)
     cells = np.zeros((3, side, side))
     edges = np.arange(layout.used + 1) * side // layout.used  # pixel of each token
-    clean_at = layout.clean_offsets()
+    clean_at, size = layout.clean_offsets(), layout.block_size
     block_edges = np.cumsum([0, *layout.n_blocks])
+    # Document by document: the mask of a whole row of 5,632 tokens would have 32 million entries.
     for doc in range(layout.n_docs):
         length, starts = int(layout.clean_lens[doc]), layout.starts[block_edges[doc] : block_edges[doc + 1]]
-        seen = visible(length, starts, block_size=layout.block_size)
-        places = (
-            slice(clean_at[doc], clean_at[doc] + length),
-            slice(
-                layout.n_clean + block_edges[doc] * layout.block_size,
-                layout.n_clean + block_edges[doc + 1] * layout.block_size,
-            ),
-        )
-        for kind, (query, key) in enumerate(((0, 0), (1, 0), (1, 1))):
-            block = seen[slice(length, None) if query else slice(length), slice(length, None) if key else slice(length)]
-            _pool(cells[kind], block, edges[places[query]], edges[places[key]])
+        seen = visible(length, starts, block_size=size)
+        clean = edges[clean_at[doc] : clean_at[doc] + length]
+        blocks = edges[layout.n_clean + block_edges[doc] * size : layout.n_clean + block_edges[doc + 1] * size]
+        _pool(cells[0], seen[:length, :length], clean, clean)
+        _pool(cells[1], seen[length:, :length], blocks, clean)
+        _pool(cells[2], seen[length:, length:], blocks, blocks)
     per_pixel = np.bincount(edges[:-1], minlength=side)
     share = cells / np.outer(per_pixel, per_pixel)
     share[2] = share[2] > 0
     share[:2] *= 1 - share[2]
-    colours = np.array([_rgb(colour) for colour in COLOURS])
-    return np.einsum("kqp,kc->qpc", share, colours) + (1 - share.sum(axis=0))[..., None] * _rgb(_NONE)
+    colors = np.array([_rgb(color) for color in COLORS])
+    return np.einsum("kqp,kc->qpc", share, colors) + (1 - share.sum(axis=0))[..., None] * _rgb(_NONE)
 
 
 def _pool(cells: np.ndarray, seen: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> None:
-    """Adds to each pixel how many pairs of `seen` fall into it; rows, columns: the pixel of each token, ascending."""
+    """Adds to each pixel the number of visible pairs in it; rows, columns: pixel of each token, ascending."""
     if not seen.size:
         return
     row_edges, column_edges = (np.flatnonzero(np.diff(part, prepend=-1)) for part in (rows, columns))
@@ -152,11 +153,11 @@ def _pool(cells: np.ndarray, seen: np.ndarray, rows: np.ndarray, columns: np.nda
     cells[np.ix_(rows[row_edges], columns[column_edges])] += sums
 
 
-def _rgb(colour: str) -> np.ndarray:
-    return np.array([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])
+def _rgb(color: str) -> np.ndarray:
+    return np.array([int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)])
 
 
-def _draw_row(axis: Any, layout: RowLayout) -> None:
+def _draw_row(axis: "Axes", layout: RowLayout) -> None:
     axis.imshow(row_image(layout, PIXELS), extent=(0, layout.used, layout.used, 0), interpolation="nearest")
     ends = np.cumsum([*layout.clean_lens, *(layout.n_blocks * layout.block_size)])
     middles = ends - np.diff(ends, prepend=0) / 2
@@ -164,50 +165,41 @@ def _draw_row(axis: Any, layout: RowLayout) -> None:
         for end in ends[:-1].tolist():
             strong = end == layout.n_clean
             line(end, color=_INK if strong else "white", linewidth=0.9 if strong else 0.7)
-    kept: list[tuple[float, str]] = []
+    labels: list[tuple[float, str]] = []
     for i, middle in enumerate(middles.tolist()):
-        if not kept or middle - kept[-1][0] > 0.05 * layout.used:  # a label needs room
+        if not labels or middle - labels[-1][0] > 0.05 * layout.used:  # omit labels that would overlap
             number = layout.doc_ids[i % layout.n_docs]
-            kept.append((middle, f"{'clean' if i < layout.n_docs else 'blocks'}\n{number}"))
-    axis.set_yticks([place for place, _ in kept], [name for _, name in kept])
-    axis.set_xticks([place for place, _ in kept], [name for _, name in kept], rotation=90)
-    axis.xaxis.tick_top()
+            labels.append((middle, f"{'clean' if i < layout.n_docs else 'blocks'}\n{number}"))
+    axis.set_yticks([place for place, _ in labels], [name for _, name in labels])
+    axis.set_xticks([place for place, _ in labels], [name for _, name in labels], rotation=90)
     axis.xaxis.set_label_position("top")
-    axis.set_xlabel("key: may be seen", color=_INK, fontsize=9)
-    axis.set_ylabel("query: looks", color=_INK, fontsize=9)
+    axis.set_xlabel("keys", color=_INK, fontsize=9)
+    axis.set_ylabel("queries", color=_INK, fontsize=9)
+    axis.xaxis.tick_top()
     axis.tick_params(labelsize=7.5, colors=_SOFT, length=0)
-    for side in axis.spines.values():
-        side.set_color(_SOFT)
+    axis.spines[:].set_color(_SOFT)
 
 
-def _draw_stretch(axis: Any, stretch: Stretch, block_size: int, texts: Sequence[str], document: int) -> None:
+def _draw_excerpt(axis: "Axes", excerpt: MaskExcerpt, block_size: int, texts: Sequence[str], document: int) -> None:
     from matplotlib.colors import ListedColormap
 
-    colours = ListedColormap([_NONE, *COLOURS])
-    axis.pcolormesh(stretch.kinds, cmap=colours, vmin=0, vmax=3, edgecolors="white", linewidth=0.8)
+    axis.pcolormesh(
+        excerpt.kinds, cmap=ListedColormap([_NONE, *COLORS]), vmin=0, vmax=3, edgecolors="white", linewidth=0.8
+    )
     axis.invert_yaxis()
     axis.set_aspect("equal")
-    width = stretch.high - stretch.low
     for line in (axis.axhline, axis.axvline):
-        line(width, color=_INK, linewidth=0.9)
-    names = [f"{_short(_latin(texts[place]))}  {place}" for place in range(stretch.low, stretch.high)]
-    for start in stretch.starts.tolist():
+        line(excerpt.high - excerpt.low, color=_INK, linewidth=0.9)
+    names = [f"{_short(_latin(texts[place]))}  {place}" for place in range(excerpt.low, excerpt.high)]
+    for start in excerpt.starts.tolist():
         names += [f"block at {start}, slot {j}" if not j else f"slot {j}" for j in range(block_size)]
     places = np.arange(len(names)) + 0.5
     axis.set_yticks(places, names, parse_math=False)
     axis.set_xticks(places, names, rotation=90, parse_math=False)
     axis.xaxis.tick_top()
     axis.tick_params(labelsize=7, colors=_INK, length=0)
-    axis.set_xlabel(f"a stretch of document {document + 1} of the row, enlarged", color=_INK, fontsize=9)
-    for side in axis.spines.values():
-        side.set_visible(False)
-
-
-def _legend(figure: Any) -> None:
-    from matplotlib.patches import Patch
-
-    handles = [Patch(facecolor=colour, label=name) for colour, name in zip(COLOURS, KINDS, strict=True)]
-    figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=9, labelcolor=_INK)
+    axis.set_xlabel(f"excerpt of document {document + 1} of the row", color=_INK, fontsize=9)
+    axis.spines[:].set_visible(False)
 
 
 def _short(text: str) -> str:
@@ -217,5 +209,5 @@ def _short(text: str) -> str:
 
 
 def _latin(text: str) -> str:
-    """Letters that matplotlib's own font has."""
+    """Replaces characters that matplotlib's default font lacks."""
     return "".join(c if c == "\n" or (c.isprintable() and ord(c) < 0x250) else "?" for c in text)

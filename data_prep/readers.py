@@ -34,9 +34,7 @@ class InputUnit:
     """Size and modification time of the file, or the fingerprint of the hub dataset."""
 
 
-def plan_units(
-    sources: list[SourceConfig], *, unit_rows: int = 8192, unit_bytes: int = 32 << 20
-) -> list[InputUnit]:
+def plan_units(sources: list[SourceConfig], *, unit_rows: int = 8192, unit_bytes: int = 32 << 20) -> list[InputUnit]:
     """Splits sources into units, in the order of their rows.
 
     Fast: columnar files are opened, lines are neither parsed nor (without `limit`) counted; only a .json file that

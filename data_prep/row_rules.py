@@ -106,7 +106,9 @@ def read_row(tokens: np.ndarray, layout: RowLayout, settings: RuleSettings, epoc
     count = np.where(name, np.maximum(closing - begin, 0), 0)
     anchors = np.arange(count.sum()) + np.repeat(begin - first[docs] - (np.cumsum(count) - count), count)
     n_anchors = np.bincount(docs, weights=count, minlength=layout.n_docs).astype(np.int64)
-    return ParsedRow(tokens, layout, epoch, clean, first, starts, docs, closing, closed, anchors.astype(np.int32), n_anchors)
+    return ParsedRow(
+        tokens, layout, epoch, clean, first, starts, docs, closing, closed, anchors.astype(np.int32), n_anchors
+    )
 
 
 def check_row(tokens: np.ndarray, layout: RowLayout, settings: RuleSettings, epoch: int) -> Iterator[Violation]:
@@ -211,7 +213,9 @@ def _starts(row: ParsedRow, settings: RuleSettings) -> Iterator[Violation]:
         yield "draw", _number(layout, i), "the block starts differ from the draw for (seed, epoch, document number)"
 
 
-def check_targets(tokens: np.ndarray, layout: RowLayout, targets: np.ndarray, settings: RuleSettings) -> Iterator[Violation]:
+def check_targets(
+    tokens: np.ndarray, layout: RowLayout, targets: np.ndarray, settings: RuleSettings
+) -> Iterator[Violation]:
     """Compares targets, int32 (D, blocks), as training derives them with a token-by-token evaluation of the rule."""
     clean, anchors, first = tokens[: layout.n_clean].tolist(), layout.anchors.tolist(), layout.clean_offsets().tolist()
     for b, i in enumerate(layout.block_documents().tolist()):
@@ -235,7 +239,11 @@ def _slots(row: ParsedRow, settings: RuleSettings) -> Iterator[Violation]:
         what = f"the block at {layout.starts[b]} begins with {blocks[b, 0]}, not {expected[b]}"
         yield "slots", _number(layout, documents[b]), what
     for b in np.flatnonzero((blocks[:, 1:] != settings.mask).any(axis=1)).tolist():
-        yield "slots", _number(layout, documents[b]), f"the block at {layout.starts[b]} has a token other than the mask token"
+        yield (
+            "slots",
+            _number(layout, documents[b]),
+            f"the block at {layout.starts[b]} has a token other than the mask token",
+        )
 
 
 _CHECKS: tuple[Callable[[ParsedRow, RuleSettings], Iterator[Violation]], ...] = (

@@ -70,7 +70,12 @@ class RowWriter:
     """
 
     def __init__(
-        self, config: BuildConfig, sources: Sequence[SourceConfig], plan: PackingPlan, folder: Path, meta: dict[str, Any]
+        self,
+        config: BuildConfig,
+        sources: Sequence[SourceConfig],
+        plan: PackingPlan,
+        folder: Path,
+        meta: dict[str, Any],
     ) -> None:
         self._config, self._sources, self._plan = config, sources, plan
         self._folder, self._work, self._meta = folder, folder / "work", meta

@@ -11,7 +11,7 @@ FILE_TYPES = (".jsonl", ".json", ".parquet", ".arrow")
 
 @dataclass(frozen=True)
 class SourceFormat:
-    """Columns of a row that hold a conversation: either `turns`, or `prompt` and `answer`. Other columns are ignored."""
+    """Columns of a conversation: either `turns`, or `prompt` and `answer`. Other columns are ignored."""
 
     used_by: str
     """Data sets with this format, for the documentation."""

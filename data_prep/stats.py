@@ -1,72 +1,296 @@
-"""Writes an HTML page about a packed dataset: `python -m data_prep.stats DATASET`.
+"""Write an HTML page about a packed dataset.
 
-Tokens, slots, duplicates and what became of the input rows are exact, from the manifest. What belongs to single
-documents and rows (lengths, anchors, fill) is counted on rows taken at even distances from the first epoch.
+Tokens, slots, duplicates and the outcome of the input rows are exact, from the manifest. Statistics of documents and
+rows (lengths, anchors, fill) are computed from evenly spaced rows of the first epoch.
 """
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, PercentFormatter
 from rich.console import Console
 
-from data_prep.row_rules import Facts, read_row
-from data_prep.stats_page import Sample, page
+from data_prep.build_report import short
+from data_prep.row_rules import RuleSettings, read_row
 from sdlm_megatron.config.command_line import make_parser
 from sdlm_megatron.data.format import PackedDataset
 from sdlm_megatron.errors import DataError, run_cli
-from sdlm_megatron.files import write_text
 from sdlm_megatron.progress import track
+from sdlm_megatron.report.page_kit import Page, PageSection
+from sdlm_megatron.report.plots import BLOCK, CLEAN, INK, SERIES, figure_of, legend
 
 SAMPLE = 20_000
-"""Rows that are read unless more are asked for."""
+"""Default number of rows read."""
+WIDTH = 7.6
+"""Width of the figures in inches."""
 
 
-def take_sample(dataset: PackedDataset, rows: int, console: Console) -> Sample:
-    """Reads `rows` rows at even distances, or all if there are no more."""
-    facts, total = Facts.of(dataset.manifest), dataset.rows(0)
+@dataclass(frozen=True)
+class RowSample:
+    """Measurements of a sample of the rows of the first epoch."""
+
+    rows: int
+    """Rows of the epoch."""
+    used: np.ndarray
+    """int64 (sampled rows,): tokens without padding."""
+    documents: np.ndarray
+    """int64 (sampled rows,): documents per row."""
+    clean: np.ndarray
+    """int64 (documents of these rows,): clean tokens of each document."""
+    blocks: np.ndarray
+    """int64 (documents,): blocks of each document."""
+    anchors: np.ndarray
+    """int64 (documents,): anchors of each document."""
+
+
+def take_sample(dataset: PackedDataset, rows: int, console: Console) -> RowSample:
+    """Reads `rows` evenly spaced rows, or all if there are fewer."""
+    settings, total = RuleSettings.of(dataset.manifest), dataset.rows(0)
     numbers = np.unique(np.linspace(0, total - 1, min(rows, total)).astype(np.int64)).tolist()
-    found: list[np.ndarray] = []
+    measured: list[np.ndarray] = []
     used, documents = [], []
     with track("read", len(numbers), "rows", console) as advance:
         for number in numbers:
             tokens, layout = dataset.read(0, number)
-            row = read_row(tokens, layout, facts, 0)
+            row = read_row(tokens, layout, settings, 0)
             used.append(layout.used)
             documents.append(layout.n_docs)
-            found.append(np.stack([layout.clean_lens, layout.n_blocks, row.n_anchors]).astype(np.int64))
+            measured.append(np.stack([layout.clean_lens, layout.n_blocks, row.n_anchors]).astype(np.int64))
             advance(1, layout.used)
-    return Sample(total, np.array(used), np.array(documents), *np.concatenate(found, axis=1))
+    return RowSample(total, np.array(used), np.array(documents), *np.concatenate(measured, axis=1))
 
 
-def write_stats(path: str | Path, out: Path, console: Console | None = None, *, rows: int = SAMPLE) -> Sample:
+def write_stats(path: str | Path, out: Path, console: Console | None = None, *, rows: int = SAMPLE) -> RowSample:
     """Writes the page.
 
     Args:
-        path: the dataset.
-        out: HTML file to write; it needs no other file.
-        console: where progress goes.
-        rows: rows to read.
+        path: dataset folder.
+        out: HTML file to write; self-contained.
+        console: destination of progress.
+        rows: number of rows to read.
 
-    Raises DataError when the folder is no dataset, or a row is damaged.
+    Raises:
+        DataError: the folder is not a dataset built by `sdlm prepare`, or a row is damaged.
     """
-    console = console or Console()
     dataset = PackedDataset(path)
     if "accounting" not in dataset.manifest:
-        raise DataError("the manifest says nothing of the input rows", str(path), "build it with data_prep.build")
-    sample = take_sample(dataset, rows, console)
-    write_text(out, page(dataset.path.name, dataset.manifest, sample))
+        raise DataError("the manifest has no accounting of the input rows", str(path), "build it with `sdlm prepare`")
+    sample = take_sample(dataset, rows, console or Console())
+    make_page(dataset.path.name, dataset.manifest, sample).write(out)
     return sample
+
+
+def make_page(name: str, manifest: Mapping[str, Any], sample: RowSample) -> Page:
+    """The page about a dataset.
+
+    Args:
+        name: name of the dataset.
+        manifest: its manifest, with accounting and duplicates.
+        sample: measurements of its rows.
+    """
+    page = Page(name)
+    _add_totals(page.section("totals"), manifest)
+    _add_outcomes(page.section("outcomes", "Outcome of the input rows"), manifest)
+    _add_tokens(page.section("tokens", "Tokens per source in one epoch"), manifest)
+    _add_lengths(page.section("lengths", "Document length"), manifest, sample)
+    _add_anchors(page.section("anchors", "Anchors and blocks per document"), manifest, sample)
+    _add_rows(page.section("rows", "Rows"), manifest, sample)
+    _add_slots(page.section("slots", "Targets per slot"), manifest)
+    _add_duplicates(page.section("duplicates", "Duplicates"), manifest)
+    _add_settings(page.section("settings", "Settings"), manifest)
+    return page
+
+
+def _add_totals(section: PageSection, manifest: Mapping[str, Any]) -> None:
+    counts = manifest["counts"]
+    total = {key: sum(epoch[key] for epoch in counts) for key in ("rows", "documents", "clean", "block", "targets")}
+    fill = (total["clean"] + total["block"]) / (total["rows"] * manifest["row_length"])
+    section.cards(
+        [
+            (str(len(counts)), "epoch" + "s" * (len(counts) != 1)),
+            (f"{total['rows']:,}", f"rows of {manifest['row_length']:,} tokens"),
+            (f"{total['documents']:,}", "documents"),
+            (short(total["clean"]), "clean tokens"),
+            (short(total["block"]), f"block tokens (D = {manifest['block_size']})"),
+            (short(total["targets"]), "targets"),
+            (f"{fill:.2%}", "of the rows filled"),
+        ]
+    )
+
+
+def _add_outcomes(section: PageSection, manifest: Mapping[str, Any]) -> None:
+    accounting = manifest["accounting"]
+    rows = []
+    for entry in [*accounting["by_source"], {**accounting, "name": "all"}]:
+        dropped = sum(entry["dropped"].values())
+        figures = [entry["rows"], entry["packed"], entry["truncated"], dropped, entry["rejected"]]
+        rows.append([entry["name"], *(f"{figure:,}" for figure in figures)])
+    section.table(["source", "rows", "packed whole", "truncated", "dropped", "rejected"], rows, total=True)
+    section.note("Every row is counted in exactly one of the four columns after “rows”.")
+    reasons = [[reason, f"{n:,}"] for reason, n in accounting["dropped"].items()]
+    reasons.append(["rejected: not a valid conversation (reasons in rejects.jsonl)", f"{accounting['rejected']:,}"])
+    section.table(["reason for rows that are not in the dataset", "rows"], reasons)
+    changes = [
+        ["turns removed from documents that are too long", accounting["turns_cut"]],
+        ["tokens in these turns", accounting["tokens_cut"]],
+        ["blocks that did not fit into long documents", accounting["blocks_missing"]],
+        ["blocks trimmed to fill rows", sum(manifest.get("blocks_trimmed", []))],
+        ["texts that spell a special token (encoded as plain text)", accounting["spelled"]],
+    ]
+    section.table(["other losses and changes", "number"], [[name, f"{n:,}"] for name, n in changes])
+
+
+def _add_tokens(section: PageSection, manifest: Mapping[str, Any]) -> None:
+    size, by_source = manifest["block_size"], manifest["accounting"]["by_source"]
+    names = [entry["name"] for entry in by_source]
+    clean = np.array([entry["clean_tokens"] * entry["weight"] for entry in by_source])
+    block = np.array([entry["blocks"] * entry["weight"] * size for entry in by_source])
+    figure, (axis,) = figure_of(WIDTH, 0.9 + 0.36 * len(names))
+    places = np.arange(len(names))
+    axis.barh(places, clean, color=CLEAN, label="clean", height=0.7)
+    axis.barh(places, block, left=clean, color=BLOCK, label="block", height=0.7)
+    axis.set_yticks(places, names, parse_math=False)  # a `$` in a name is not a formula
+    axis.invert_yaxis()
+    axis.grid(False, axis="y")
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(int(value))))
+    legend(axis, loc="lower right")
+    section.figure(figure, "clean and block tokens of each source")
+    whole = max(1.0, float(clean.sum() + block.sum()))
+    rows = [
+        [name, f"{entry['weight']:g}", short(round(c)), short(round(b)), f"{(c + b) / whole:.1%}"]
+        for name, entry, c, b in zip(names, by_source, clean.tolist(), block.tolist(), strict=True)
+    ]
+    section.table(["source", "weight", "clean tokens", "block tokens", "share"], rows)
+
+
+def _add_lengths(section: PageSection, manifest: Mapping[str, Any], sample: RowSample) -> None:
+    expanded = sample.clean + sample.blocks * manifest["block_size"]
+    limit = manifest["max_document_length"]
+    edges = np.unique(np.geomspace(max(1, sample.clean.min()), max(limit, expanded.max()) + 1, 50).astype(np.int64))
+    figure, (axis,) = figure_of(WIDTH, 3.2)
+    axis.axvline(limit, color=INK, linewidth=1, linestyle=":", label=f"limit: {limit:,}")
+    series = ((sample.clean, CLEAN, "clean"), (expanded, BLOCK, "including blocks"))
+    _histograms(axis, edges, series, "tokens per document")
+    section.figure(figure, "histogram of document lengths")
+    _add_quantiles(section, {"clean tokens": sample.clean, "tokens including blocks": expanded}, sample)
+
+
+def _histograms(axis: Axes, edges: np.ndarray, series: Iterable[tuple[np.ndarray, str, str]], label: str) -> None:
+    """Histograms of (values, color, name) on a logarithmic axis, as shares of the documents."""
+    for values, color, name in series:
+        heights, _ = np.histogram(values, edges)
+        axis.stairs(heights / len(values), edges, color=color, fill=True, alpha=0.35)
+        axis.stairs(heights / len(values), edges, color=color, label=name, linewidth=1.4)
+    axis.set_xscale("log")
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axis.xaxis.set_minor_formatter(NullFormatter())
+    axis.yaxis.set_major_formatter(PercentFormatter(1.0))
+    axis.set_xlabel(label, color=INK)
+    axis.set_ylabel("documents", color=INK)
+    legend(axis)
+
+
+def _add_anchors(section: PageSection, manifest: Mapping[str, Any], sample: RowSample) -> None:
+    edges = np.unique(np.geomspace(1, max(2, sample.anchors.max()) + 1, 50).astype(np.int64))
+    figure, (axis,) = figure_of(WIDTH, 2.9)
+    series = ((sample.anchors, SERIES[2], "anchors"), (sample.blocks, BLOCK, "blocks"))
+    _histograms(axis, edges, series, "anchors, blocks per document")
+    section.figure(figure, "histogram of anchors and blocks per document")
+    used = sample.blocks.sum() / max(1, sample.anchors.sum())
+    limit = min(1.0, manifest["repeat"] / manifest["block_size"])
+    section.text(
+        f"Blocks start at {used:.1%} of the anchors. With repeat {manifest['repeat']} and D = {manifest['block_size']} "
+        f"it is {limit:.1%} where the document has room for all blocks."
+    )
+    _add_quantiles(section, {"anchors": sample.anchors, "blocks": sample.blocks}, sample)
+
+
+def _add_rows(section: PageSection, manifest: Mapping[str, Any], sample: RowSample) -> None:
+    fill = sample.used / manifest["row_length"]
+    figure, (left, right) = figure_of(WIDTH, 2.8, ncols=2)
+    low = min(0.99, float(np.quantile(fill, 0.002)))  # the last row of a dataset is almost empty
+    heights, edges = np.histogram(np.maximum(fill, low), np.linspace(low, 1.0, 41))
+    left.stairs(heights / len(fill), edges, color=CLEAN, fill=True)
+    left.set_xlabel("filled share of a row", color=INK)
+    left.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
+    left.xaxis.set_major_locator(MaxNLocator(5))
+    numbers = np.bincount(sample.documents)
+    right.bar(np.arange(len(numbers)), numbers / len(sample.documents), color=SERIES[2], width=0.85)
+    right.set_xlabel("documents per row", color=INK)
+    right.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for axis in (left, right):
+        axis.set_ylabel("rows", color=INK)
+        axis.yaxis.set_major_formatter(PercentFormatter(1.0))
+    section.figure(figure, "histograms of the fill of rows and of documents per row")
+    section.text(
+        f"Mean fill {fill.mean():.2%}, lowest fill {fill.min():.1%}; {sample.documents.mean():.2f} documents per row."
+    )
+    _add_source(section, sample)
+
+
+def _add_slots(section: PageSection, manifest: Mapping[str, Any]) -> None:
+    slots = np.sum([epoch["slots"] for epoch in manifest["counts"]], axis=0)
+    blocks = sum(epoch["block"] for epoch in manifest["counts"]) // manifest["block_size"]
+    rows = [
+        [f"{j + 1}" + (" (next token)" if not j else ""), f"{n:,}", f"{n / max(1, blocks):.2%}"]
+        for j, n in enumerate(slots.tolist())
+    ]
+    section.table(["slot", "targets", "share of blocks"], rows)
+    section.note(
+        "A slot has no target beyond the end of the document, or after an earlier slot of its block whose target ends "
+        "the turn."
+    )
+
+
+def _add_duplicates(section: PageSection, manifest: Mapping[str, Any]) -> None:
+    duplicates = manifest["duplicates"]
+    n = duplicates["documents"]
+    verb = {"keep": "kept", "drop": "dropped"}.get(duplicates["policy"], duplicates["policy"])
+    section.text(f"{n:,} documents have the same tokens as an earlier one; they were {verb}." if n else "None.")
+    if duplicates["pairs"]:
+        most = sorted(duplicates["pairs"], key=lambda pair: -pair["documents"])
+        rows = [[pair["duplicate"], pair["kept"], f"{pair['documents']:,}"] for pair in most]
+        section.table(["duplicates in", "of rows in", "documents"], rows)
+
+
+def _add_settings(section: PageSection, manifest: Mapping[str, Any]) -> None:
+    settings = {key: value for key, value in manifest.get("build", {}).items() if key != "sources"}
+    ids = {key: f"{manifest[key]:,}" for key in ("vocab_size", "mask_token_id", "eos_token_id", "pad_token_id")}
+    section.facts({**settings, "tokenizer fingerprint": manifest["tokenizer"]["fingerprint"], **ids})
+    sources = [
+        [s["name"], s["format"], s["hub"] or s["path"], f"{s['weight']:g}", s["licence"] or "–"]
+        for s in manifest["sources"]
+    ]
+    section.table(["source", "format", "from", "weight", "license"], sources, align="left")
+
+
+def _add_quantiles(section: PageSection, columns: Mapping[str, np.ndarray], sample: RowSample) -> None:
+    shares = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
+    rows = [
+        [name, *(f"{value:,.0f}" for value in [values.mean(), *np.quantile(values, shares), values.max()])]
+        for name, values in columns.items()
+    ]
+    section.table(["", "mean", *(f"{share:.0%}" for share in shares), "max"], rows)
+    _add_source(section, sample)
+
+
+def _add_source(section: PageSection, sample: RowSample) -> None:
+    rows = "all" if len(sample.used) == sample.rows else f"{len(sample.used):,} of {sample.rows:,}"
+    section.note(f"From {rows} rows of the first epoch ({len(sample.clean):,} documents).")
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Options of the command."""
-    parser = make_parser("sdlm stats", __doc__, example="sdlm stats DATA --out=stats.html")
-    parser.add_argument("dataset", help="folder that `python -m data_prep.build` wrote")
-    parser.add_argument("--out", type=Path, default=Path("stats.html"), metavar="FILE", help="default: %(default)s")
-    parser.add_argument("--rows", type=int, default=SAMPLE, metavar="N", help="rows to read (default: %(default)s)")
+    parser = make_parser("sdlm stats", __doc__, example="sdlm stats DATA --out stats.html")
+    parser.add_argument("dataset", help="dataset folder, written by `sdlm prepare`")
+    parser.add_argument("--out", type=Path, default=Path("stats.html"), metavar="FILE", help="HTML file to write")
+    parser.add_argument("--rows", type=int, default=SAMPLE, metavar="N", help="number of rows to read")
     return parser
 
 
@@ -75,7 +299,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = build_parser()
     args = parser.parse_args(argv)
     if args.rows < 1:
-        parser.error(f"--rows is {args.rows}: give a number above 0")
+        parser.error(f"--rows is {args.rows}: use a number above 0")
     console = Console()
     sample = write_stats(args.dataset, args.out, console, rows=args.rows)
     console.print(

@@ -109,9 +109,15 @@ class PartChecker:
         report = PartReport(counts=RowCounts(slots=[0] * settings.block_size))
         for name in _part_files(epoch, part):
             report.findings += _file(self._path, name, self._manifest)
-        shape = {"block_size": settings.block_size, "target_shift": settings.target_shift}
         try:
-            reader = PartReader(self._path, epoch, part, rows=rows, **shape)
+            reader = PartReader(
+                self._path,
+                epoch,
+                part,
+                rows=rows,
+                block_size=settings.block_size,
+                target_shift=settings.target_shift,
+            )
         except DataError as error:
             report.add(DatasetFinding("parts", f"epoch {epoch}, part {part}", error.what))
             return report
@@ -136,9 +142,7 @@ class PartChecker:
         for rule, document, what in violations:
             report.add(DatasetFinding(rule, where if document is None else f"{where}, document {document}", what))
         slots = [int(np.count_nonzero(target != IGNORE)) for target in targets]
-        report.counts.add(
-            RowCounts(1, layout.n_docs, layout.n_clean, layout.n_block_tokens, sum(slots), slots)
-        )
+        report.counts.add(RowCounts(1, layout.n_docs, layout.n_clean, layout.n_block_tokens, sum(slots), slots))
         return [layout.doc_ids]
 
 

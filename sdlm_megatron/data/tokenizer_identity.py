@@ -81,7 +81,7 @@ def parse_sentencepiece(model: bytes) -> Any:
     """
     try:
         from sentencepiece import sentencepiece_model_pb2
-    except Exception as error:  # ImportError, or protobuf's VersionError, whose module depends on the version
+    except Exception as error:  # noqa: BLE001 - ImportError, or protobuf's VersionError, which old versions lack
         raise ValueError(f"sentencepiece needs another protobuf (pip install -U protobuf): {error}") from None
     from google.protobuf.message import DecodeError
 

@@ -15,11 +15,12 @@ import yaml
 from rich.console import Console
 
 from data_prep.accounting import Tally
-from data_prep.build import build, main
+from data_prep.build import build, build_parser, main
 from data_prep.build_config import PRESETS, BuildConfig, SourceConfig, check
 from data_prep.build_report import short
 from data_prep.chat import parse, render
 from data_prep.encoders import TextTokenizer
+from data_prep.source_formats import FORMATS
 from data_prep.truncate import NO_ANSWER, SHORT_ANSWER
 from sdlm_megatron.config.load import load_config
 from sdlm_megatron.data.format import PackedDataset
@@ -155,6 +156,9 @@ def test_manifest_says_what_training_must_know(config: BuildConfig) -> None:
     assert (manifest["eos_token_id"], manifest["pad_token_id"], manifest["vocab_size"]) == (IM_END, PAD, 261)
     assert manifest["tokenizer"] == {"fingerprint": fingerprint(config.tokenizer), "name": "base"}
     assert manifest["block_size"] == 4
+    dataset = PackedDataset(config.out)
+    assert (dataset.block_size, dataset.target_shift) == (4, True)
+    assert (dataset.mask_token, dataset.mask_token_id) == ("<text_mask>", MASK)
     assert "documents.tmp" not in manifest["files"]
     assert "rejects.jsonl" in manifest["files"]
 
@@ -205,7 +209,7 @@ def test_an_existing_folder_is_left_alone_and_a_failure_leaves_nothing(config: B
     assert (Path(config.out) / "manifest.json").stat().st_mtime_ns == before
     (Path(config.sources[0].path).parent / "bad.jsonl").write_text("nothing\n")
     bad = SourceConfig(name="bad", path=str(Path(config.sources[0].path).parent / "bad.jsonl"))
-    with pytest.raises(DataError, match="no row to write"):
+    with pytest.raises(DataError, match="no rows to write.* not JSON"):
         build(replace(config, out=config.out + "2", sources=[bad]), QUIET)
     assert not list(Path(config.out).parent.glob("out2*"))
 
@@ -278,11 +282,64 @@ def test_command_line(config: BuildConfig, tmp_path: Path, capsys: pytest.Captur
         ["--config", str(file), "--blok_size=2"],
         ["--config", str(file), "--sources=[{name: a, path: b, formt: c}]"],
         ["--config", str(tmp_path / "none.yaml")],
+        ["--config", str(file), "--format=messages"],
     ):
         with pytest.raises(SystemExit) as exit_:
             run_cli(main, argv)
         assert exit_.value.code == 2
         assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_one_source_without_a_config_file(
+    config: BuildConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The short form builds what a config file with that source builds; the format is the one the fields match."""
+    source = config.sources[1]
+    common = ["--tokenizer", config.tokenizer, "--row_length=512", "--max_document_length=300", "--workers=1"]
+    main(["--input", source.path, "--out", str(tmp_path / "short"), *common, "--sources.messages.weight=2"])
+    assert f"{source.path}: source format messages (`messages`: list of" in capsys.readouterr().out
+    file = tmp_path / "build.yaml"
+    entry = {"name": "messages", "format": "messages", "path": source.path, "weight": 2}
+    file.write_text(yaml.safe_dump({"sources": [entry]}))
+    main(["--config", str(file), "--out", str(tmp_path / "long"), *common])
+    short, long = (PackedDataset(tmp_path / name).manifest for name in ("short", "long"))
+    assert short == long
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "a.jsonl").write_text(json.dumps(question(1)) + "\n")
+    main(["--input", str(folder), "--out", str(tmp_path / "folder-out"), *common])
+    assert "source format query_response (`query`, `response`)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("lines", "where", "what"),
+    [
+        ('{"text": "x"}\n', "rows.jsonl, line 1", "no source format matches the fields text"),
+        ("[1]\n2\n", "rows.jsonl, line 1", "none of the first 2 rows is a JSON object"),
+        ("{\n", "rows.jsonl, line 1", "none of the first 1 rows is a JSON object; first: the line is not JSON"),
+        ("", "rows.jsonl", "none of the first 0 rows"),
+        (
+            '{"messages": [{"role": "robot", "content": "x"}]}\n',
+            "rows.jsonl, line 1, field messages[0].role",
+            "'robot'",
+        ),
+    ],
+)
+def test_input_that_cannot_be_used_names_file_row_and_field(
+    config: BuildConfig, tmp_path: Path, lines: str, where: str, what: str
+) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text(lines)
+    with pytest.raises(DataError) as error:
+        main(["--input", str(file), "--tokenizer", config.tokenizer, "--out", config.out, "--workers=1"])
+    assert error.value.where.endswith(where)
+    assert what in error.value.what and error.value.fix
+    assert not Path(config.out).exists() and not Path(config.out + ".partial").exists()
+
+
+def test_help_lists_the_source_formats() -> None:
+    text = build_parser().format_help()
+    assert all(f"  {name} " in text for name in FORMATS)
 
 
 def test_a_full_disk_is_said_and_the_same_command_goes_on(
@@ -298,7 +355,7 @@ def test_a_full_disk_is_said_and_the_same_command_goes_on(
     with monkeypatch.context() as patch, pytest.raises(DataError, match="the disk is full") as caught:
         patch.setattr("data_prep.rows.PartWriter.finish", full)
         main(["--config", str(file), "--workers=1"])
-    assert "goes on" in caught.value.fix
+    assert "to resume" in caught.value.fix
     main(["--config", str(file), "--workers=1"])
     assert PackedDataset(config.out).rows(0) > 0
 

@@ -15,9 +15,8 @@ from rich.console import Console
 from data_prep.build import build
 from data_prep.build_config import BuildConfig, SourceConfig
 from data_prep.encoders import open_encoder
-from data_prep.inspect import BLOCKS, EDGE, MARK, find_document, main, origin
-from data_prep.mask_picture import row_image, stretch_of
-from data_prep.token_text import open_text
+from data_prep.inspect import BLOCKS, EDGE, MARK, find_document, main, open_text, origin
+from data_prep.mask_picture import excerpt_of, row_image
 from sdlm_megatron.data.format import PackedDataset
 from sdlm_megatron.diffusion.layout import IGNORE, RowLayout, row_targets
 from sdlm_megatron.diffusion.mask import visible, visible_row
@@ -92,7 +91,7 @@ def test_blocks_show_what_training_derives(config: BuildConfig, capsys: pytest.C
     anchors = tokens[layout.n_clean :: 4]
     shutil.rmtree(config.tokenizer)  # ids are shown then
     out = printed(capsys, config.out, "--all")
-    assert f"token ids are shown, not text: {config.tokenizer} is not there any more" in out
+    assert f"showing token ids instead of text: there is no tokenizer in {config.tokenizer}" in out
     lines = re.findall(r"  block at +(\d+)  (\d+)␣ ▢ ▢ ▢  →  (.*)", out)
     assert [int(start) for start, _, _ in lines] == layout.starts.tolist()
     assert [int(token) for _, token, _ in lines] == anchors.tolist()
@@ -114,8 +113,8 @@ def test_long_documents_are_abbreviated(config: BuildConfig, capsys: pytest.Capt
     text = found.split("anchors\n\n")[1].split("\n\n  block at")[0].replace(MARK, "")
     assert text.startswith("<|im_start|>system") and text.endswith("x" * (EDGE - 20) + "<|im_end|>"), text
     whole = printed(capsys, config.out, "--document=1", "--all")
-    assert "left out" not in whole and "more blocks" not in whole and "x" * 1490 in whole.replace(MARK, "")
-    left_out = re.findall(r" … ([\d,]+) tokens left out \(--all\) … ", found)
+    assert "omitted" not in whole and "more blocks" not in whole and "x" * 1490 in whole.replace(MARK, "")
+    left_out = re.findall(r" … ([\d,]+) tokens omitted \(--all\) … ", found)
     shown = re.sub(r" … [^…]* … |<.im_(start|end).>|␛| +(?=two)", lambda m: "_" * ("…" not in m[0]), text)
     assert left_out  # and of the rest each byte is a token; the last newline ends the line here
     assert len(shown.encode()) + 1 == layout.clean_lens[at] - sum(int(n.replace(",", "")) for n in left_out)
@@ -126,7 +125,7 @@ def test_origin_of_documents(config: BuildConfig) -> None:
     assert origin(2, manifest) == "row 2 of one"
     assert origin(3, manifest) == "row 0 of two, copy 1 of 2"
     assert origin(12, manifest) == "row 4 of two, copy 2 of 2"
-    assert origin(13, manifest) == "of no known source"
+    assert origin(13, manifest) == "from an unknown source"
 
 
 def test_what_is_not_there_is_said(config: BuildConfig, capsys: pytest.CaptureFixture[str]) -> None:
@@ -136,11 +135,13 @@ def test_what_is_not_there_is_said(config: BuildConfig, capsys: pytest.CaptureFi
         (["--row=-1"], "no row -1"),
         (["--epoch=2"], "no epoch 2"),
         (["--document=77"], "epoch 0 has no document 77"),
-        (["--document=77", "--row=0"], "the row holds no document 77"),
+        (["--document=77", "--row=0"], "the row has no document 77"),
         (["--tokenizer=nowhere"], ""),
     ):
         if not message:
-            assert "token ids are shown, not text: nowhere" in printed(capsys, config.out, *arguments)
+            assert "showing token ids instead of text: there is no tokenizer in nowhere" in printed(
+                capsys, config.out, *arguments
+            )
             continue
         with pytest.raises(SystemExit) as exit_:
             run_cli(main, [config.out, *arguments])
@@ -157,14 +158,14 @@ def test_the_mask_in_letters_is_the_mask(config: BuildConfig, capsys: pytest.Cap
     out = printed(capsys, config.out, "--row=0")
     layout = PackedDataset(config.out).read(0, 0)[1]
     starts, length = layout.starts[: layout.n_blocks[0]], int(layout.clean_lens[0])
-    stretch = stretch_of(length, starts, 4)
+    excerpt = excerpt_of(length, starts, 4)
     seen = visible(length, starts, block_size=4)
-    first = starts.tolist().index(int(stretch.starts[0]))
-    index = [*range(stretch.low, stretch.high), *(length + 4 * first + np.arange(4 * len(stretch.starts))).tolist()]
-    np.testing.assert_array_equal(stretch.kinds > 0, seen[np.ix_(index, index)])
+    first = starts.tolist().index(int(excerpt.starts[0]))
+    index = [*range(excerpt.low, excerpt.high), *(length + 4 * first + np.arange(4 * len(excerpt.starts))).tolist()]
+    np.testing.assert_array_equal(excerpt.kinds > 0, seen[np.ix_(index, index)])
     drawn = re.findall(r"^(?:block )?\d+.*?  ([█░▓·]+)  ([█░▓· ]+)$", out, re.M)
     letters = ["".join(line).replace(" ", "") for line in drawn]
-    assert letters == ["".join("·█░▓"[kind] for kind in row) for row in stretch.kinds.tolist()]
+    assert letters == ["".join("·█░▓"[kind] for kind in row) for row in excerpt.kinds.tolist()]
 
 
 def layout_of(lengths: list[int], starts: list[list[int]]) -> RowLayout:
@@ -198,7 +199,7 @@ def test_a_shrunk_picture_has_the_mean_of_the_mask() -> None:
 def test_a_picture_is_written(config: BuildConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     build(replace(config, trim=0.2), QUIET)
     out = printed(capsys, config.out, f"--save={tmp_path / 'mask.png'}")
-    assert f"the mask of the row: {tmp_path / 'mask.png'}" in out
+    assert f"wrote the mask of the row to {tmp_path / 'mask.png'}" in out
     assert (tmp_path / "mask.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 

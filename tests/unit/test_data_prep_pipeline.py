@@ -22,10 +22,10 @@ from rich.console import Console
 
 from data_prep import build as build_module
 from data_prep.accounting import DUPLICATE
-from data_prep.build import Shard, build, build_shard, merge
+from data_prep.build import TokenizeShard, build, build_shard, merge
 from data_prep.build_config import BuildConfig, SourceConfig
 from data_prep.encoders import FastTokenizer
-from data_prep.readers import plan
+from data_prep.readers import plan_units
 from sdlm_megatron.data.format import PackedDataset
 from sdlm_megatron.errors import ConfigError, DataError
 from tests.byte_tokenizer import write_folder
@@ -65,7 +65,7 @@ def config(tmp_path: Path) -> BuildConfig:
 @pytest.fixture(autouse=True)
 def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
     """Units of a few rows, so that there are some."""
-    monkeypatch.setattr(build_module, "plan", partial(plan, unit_rows=16, unit_bytes=2000))
+    monkeypatch.setattr(build_module, "plan_units", partial(plan_units, unit_rows=16, unit_bytes=2000))
 
 
 def other(config: BuildConfig, name: str) -> BuildConfig:
@@ -89,7 +89,7 @@ def list_files(folder: Path) -> list[Path]:
 def test_workers_and_units_do_not_show(config: BuildConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     first = build(config, QUIET)
     again = build(other(config, "2"), QUIET, workers=2)
-    monkeypatch.setattr(build_module, "plan", plan)  # one unit a source
+    monkeypatch.setattr(build_module, "plan_units", plan_units)  # one unit a source
     whole = build(other(config, "3"), QUIET)
     assert first == again == whole
     assert not list(Path(config.out).parent.glob("*.partial"))
@@ -100,14 +100,14 @@ def test_shards_do_not_show_and_a_missing_one_is_named(config: BuildConfig) -> N
     first = build(config, QUIET)
     parts = other(config, "2")
     for number in (2, 0):
-        build_shard(parts, Shard(number, 3), QUIET)
+        build_shard(parts, TokenizeShard(number, 3), QUIET)
     with pytest.raises(DataError, match="the first is 1") as caught:
         merge(parts, QUIET)
     assert "number 1 modulo N" in caught.value.fix
-    build_shard(parts, Shard(1, 3), QUIET)
+    build_shard(parts, TokenizeShard(1, 3), QUIET)
     assert merge(parts, QUIET) == first
     # a job that is queued again finds nothing to do, and begins nothing
-    build_shard(parts, Shard(1, 3), QUIET)
+    build_shard(parts, TokenizeShard(1, 3), QUIET)
     assert merge(parts, QUIET) == first
     assert not Path(parts.out + ".partial").exists()
 
@@ -121,8 +121,9 @@ def test_killed_anywhere_it_goes_on_and_ends_the_same(config: BuildConfig, tmp_p
     sources = [{"name": s.name, "format": s.format, "path": s.path} for s in killed.sources]
     file.write_text(yaml.safe_dump({**settings, "sources": sources}))
     code = (
-        "import sys; from functools import partial; import data_prep.build as b; from data_prep.readers import plan;"
-        "b.plan = partial(plan, unit_rows=16, unit_bytes=2000); b.main(sys.argv[1:])"
+        "import sys; from functools import partial; import data_prep.build as b;"
+        "from data_prep.readers import plan_units;"
+        "b.plan_units = partial(plan_units, unit_rows=16, unit_bytes=2000); b.main(sys.argv[1:])"
     )
     command = [sys.executable, "-c", code, "--config", str(file), "--workers=1"]
     chance, kills = random.Random(1), 0
@@ -176,7 +177,7 @@ def test_what_is_done_is_not_done_again(config: BuildConfig, monkeypatch: pytest
 def test_a_damaged_intermediate_file_is_made_again(config: BuildConfig) -> None:
     first = build(config, QUIET)
     again = other(config, "2")
-    build_shard(again, Shard(0, 1), QUIET)
+    build_shard(again, TokenizeShard(0, 1), QUIET)
     work = Path(again.out + ".partial") / "work"
     tokens = sorted(work.glob("*.tokens"))
     tokens[1].write_bytes(tokens[1].read_bytes()[:-8])
@@ -185,7 +186,7 @@ def test_a_damaged_intermediate_file_is_made_again(config: BuildConfig) -> None:
 
 
 def test_other_settings_or_inputs_do_not_go_on(config: BuildConfig) -> None:
-    build_shard(config, Shard(0, 2), QUIET)
+    build_shard(config, TokenizeShard(0, 2), QUIET)
     with pytest.raises(ConfigError, match="other settings: block_size, seed") as caught:
         build(replace(config, block_size=2, seed=9), QUIET)
     assert caught.value.where == config.out + ".partial"
@@ -198,7 +199,7 @@ def test_other_settings_or_inputs_do_not_go_on(config: BuildConfig) -> None:
 def test_two_processes_do_not_finish_one_build(config: BuildConfig) -> None:
     import fcntl
 
-    build_shard(config, Shard(0, 1), QUIET)
+    build_shard(config, TokenizeShard(0, 1), QUIET)
     with open(Path(config.out + ".partial") / "work" / "lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         with pytest.raises(DataError, match="another process"):
@@ -329,6 +330,6 @@ def test_one_wrong_id_of_the_fast_encoder_and_all_it_did_is_done_again(
     out = StringIO()
     assert build(other(config, "2"), Console(file=out, width=200)) == wanted
     build_module._encoder.cache_clear()
-    assert "the fast tokenizer gave other ids" in out.getvalue()
+    assert "fastokens returned other ids" in out.getvalue()
     assert "tokenizer: tokenizers" in out.getvalue()
     assert "tokenized again without it" in out.getvalue()

@@ -17,7 +17,7 @@ import pyarrow.parquet
 import pytest
 
 from data_prep.build_config import SourceConfig
-from data_prep.readers import LINES, ROWS, Unit, count_lines, plan, read_unit, where
+from data_prep.readers import LINES, ROWS, InputUnit, count_lines, plan_units, read_unit, where
 from data_prep.sources import InputRow, Unreadable, conversation
 from sdlm_megatron.errors import DataError
 from tests.fixtures.hub_sets import sciriff, tulu
@@ -38,7 +38,7 @@ def source_of(path: Path | str, **settings: Any) -> SourceConfig:
 
 
 def read_all(source: SourceConfig, **sizes: int) -> list[InputRow]:
-    return [found for unit in plan([source], **sizes) for found in read_unit(unit, source)]
+    return [found for unit in plan_units([source], **sizes) for found in read_unit(unit, source)]
 
 
 def write_lines(path: Path, rows: list[Any]) -> Path:
@@ -78,7 +78,7 @@ def test_lines_do_not_depend_on_where_units_are_cut(name: str, unit_bytes: int, 
     path.write_bytes(LINE_FILES[name])
     source = source_of(path)
     before, found = 0, []
-    for unit in plan([source], unit_bytes=unit_bytes):
+    for unit in plan_units([source], unit_bytes=unit_bytes):
         assert unit.kind == LINES
         assert unit.stop - unit.start <= unit_bytes
         found += [(where(unit, got.place, before), got.content) for got in read_unit(unit, source)]
@@ -158,7 +158,7 @@ TABLES: dict[str, Callable[[Path, list[Any]], Path]] = {
 def test_columns_do_not_depend_on_where_units_are_cut(kind: str, unit_rows: int, limit: int, tmp_path: Path) -> None:
     rows = [row(i) for i in range(40)]
     source = source_of(TABLES[kind](tmp_path / kind, rows), limit=limit)
-    units = plan([source], unit_rows=unit_rows)
+    units = plan_units([source], unit_rows=unit_rows)
     expected = rows[:limit] if limit else rows
     assert units[0].start == 0
     assert units[-1].stop == len(expected)
@@ -209,7 +209,7 @@ def test_other_columns_may_be_of_any_type(tmp_path: Path) -> None:
 def test_an_empty_columnar_file_has_no_unit(tmp_path: Path) -> None:
     schema = pyarrow.schema([("query", pyarrow.string()), ("response", pyarrow.string())])
     pyarrow.parquet.write_table(schema.empty_table(), tmp_path / "rows.parquet")
-    assert plan([source_of(tmp_path / "rows.parquet")]) == []
+    assert plan_units([source_of(tmp_path / "rows.parquet")]) == []
 
 
 def test_null_columns_are_rows_that_are_rejected(tmp_path: Path) -> None:
@@ -257,10 +257,10 @@ def test_units_survive_json_and_know_their_source(tmp_path: Path) -> None:
         source_of(write_parquet(tmp_path / "b.parquet", [row(1), row(2)])),
         SourceConfig(name="h", format="input_output", path=str(sciriff(tmp_path).folder), subset="4096"),
     ]
-    units = plan(sources)
+    units = plan_units(sources)
     assert [(unit.source, unit.kind) for unit in units] == [(0, LINES), (1, ROWS), (2, ROWS)]
-    again = [Unit(**json.loads(json.dumps(asdict(unit)))) for unit in units]
-    assert again == units == plan(sources)
+    again = [InputUnit(**json.loads(json.dumps(asdict(unit)))) for unit in units]
+    assert again == units == plan_units(sources)
     assert [got.content["n"] for unit in again[:2] for got in read_unit(unit, sources[unit.source])] == [0, 1, 2]
 
 
@@ -269,7 +269,7 @@ def test_a_hub_dataset_is_read_from_its_cache_without_asking_again(
 ) -> None:
     a_set = tulu(tmp_path)
     source = SourceConfig(name="s", hub=str(a_set.folder), limit=5)
-    units = plan([source], unit_rows=2)
+    units = plan_units([source], unit_rows=2)
     monkeypatch.setattr(datasets, "load_dataset", None)
     assert [got.content for unit in units for got in read_unit(unit, source)] == a_set.rows[:5]
     assert {Path(unit.file).suffix for unit in units} == {".arrow"}
@@ -278,10 +278,10 @@ def test_a_hub_dataset_is_read_from_its_cache_without_asking_again(
 def test_a_part_of_a_hub_dataset_is_read_in_units(tmp_path: Path) -> None:
     a_set = tulu(tmp_path)
     source = SourceConfig(name="s", hub=str(a_set.folder), split="train[1:5]", limit=3)
-    units = plan([source], unit_rows=2)
+    units = plan_units([source], unit_rows=2)
     assert [got.content for unit in units for got in read_unit(unit, source)] == a_set.rows[1:4]
     assert where(units[-1], 2, 0) == f"{source.hub}, row 2"
-    stale = Unit(**{**asdict(units[0]), "stamp": "another"})
+    stale = InputUnit(**{**asdict(units[0]), "stamp": "another"})
     with pytest.raises(DataError, match="changed"):
         list(read_unit(stale, source))
 
@@ -295,7 +295,7 @@ def test_a_file_that_changed_after_the_plan_is_refused(kind: str, tmp_path: Path
     else:
         path.write_text(json.dumps([row(0)]))
     source = source_of(path)
-    [unit] = plan([source])
+    [unit] = plan_units([source])
     os.utime(path, ns=(1, 1))
     with pytest.raises(DataError, match="changed") as error:
         list(read_unit(unit, source))
@@ -309,7 +309,7 @@ def test_planning_lines_reads_no_row(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     with open(path, "wb") as file:
         file.truncate(40 << 30)  # 40 GB of nothing
-    units = plan([source_of(path)])
+    units = plan_units([source_of(path)])
     assert len(units) == 40 * 32
     path.unlink()
 
@@ -376,8 +376,8 @@ def test_a_parquet_footer_that_contradicts_itself_is_noticed(tmp_path: Path) -> 
                 assert len(read_all(source_of(path))) == 40
             except DataError as error:
                 found.append(error.what)
-    assert any("parts hold 40 rows, its footer says 39" in what for what in found)
-    assert any("parts hold 39 rows, its footer says 40" in what for what in found)
+    assert any("row groups have 40 rows, its footer says 39" in what for what in found)
+    assert any("row groups have 39 rows, its footer says 40" in what for what in found)
 
 
 def test_a_stream_cut_between_two_batches_is_noticed(tmp_path: Path) -> None:
@@ -388,8 +388,8 @@ def test_a_stream_cut_between_two_batches_is_noticed(tmp_path: Path) -> None:
     for at in marks[1:]:
         path.write_bytes(content[:at])
         with pytest.raises(DataError, match="no end mark"):
-            plan([source_of(path)])
+            plan_units([source_of(path)])
         path.write_bytes(content[:at] + content[marks[-1] :] * 2)
         if at != marks[-1]:
             with pytest.raises(DataError, match="before its end"):
-                plan([source_of(path)])
+                plan_units([source_of(path)])

@@ -10,15 +10,16 @@ import pyarrow.parquet
 import pytest
 
 from data_prep.build_config import SourceConfig
-from data_prep.readers import plan, read_unit
+from data_prep.readers import plan_units, read_unit
+from data_prep.source_formats import FILE_TYPES, FORMATS, formats_table
 from data_prep.sources import (
-    FORMS,
     Conversation,
     InputRow,
     Unreadable,
     check_schema,
     conversation,
     count,
+    detect_format,
     expand,
     files,
 )
@@ -49,7 +50,7 @@ def jsonl(path: Path, rows: list[Any]) -> Path:
 
 
 def contents(source: SourceConfig) -> list[Any]:
-    return [row.content for unit in plan([source]) for row in read_unit(unit, source)]
+    return [row.content for unit in plan_units([source]) for row in read_unit(unit, source)]
 
 
 def arrow_stream(path: Path, rows: list[Any]) -> None:
@@ -116,12 +117,12 @@ def test_a_copy_without_the_subset_or_split_says_what_there_is(tmp_path: Path) -
     folder = opc(tmp_path).folder
     with pytest.raises(DataError, match="mceval_instruct"):
         files(SourceConfig(name="s", path=str(folder), subset="python"))
-    with pytest.raises(DataError, match="there is train"):
+    with pytest.raises(DataError, match="available: train"):
         files(SourceConfig(name="s", path=str(folder), subset="evol_instruct", split="test"))
     with pytest.raises(DataError, match="cannot be loaded"):
-        plan([SourceConfig(name="s", hub=str(folder), subset="python")])
+        plan_units([SourceConfig(name="s", hub=str(folder), subset="python")])
     datasets.DatasetDict({"test": datasets.Dataset.from_list([MESSAGES])}).save_to_disk(tmp_path / "saved")
-    with pytest.raises(DataError, match="there is test"):
+    with pytest.raises(DataError, match="available: test"):
         files(SourceConfig(name="s", path=str(tmp_path / "saved")))
 
 
@@ -142,7 +143,7 @@ def test_files_named_after_splits_are_not_mixed(tmp_path: Path) -> None:
     source.split = "test"
     assert [row["query"] for row in contents(source)] == ["test-0"]
     jsonl(tmp_path / "extra.jsonl", [])  # `datasets` would leave it out without a word
-    with pytest.raises(DataError, match="extra.jsonl belongs to no split"):
+    with pytest.raises(DataError, match="assigns extra.jsonl to no split"):
         files(source)
 
 
@@ -227,11 +228,11 @@ SCHEMAS: list[tuple[str, dict[str, Any], str]] = [
     ("query_response", {"query": pyarrow.large_string(), "response": pyarrow.dictionary(INT, TEXT)}, ""),
     ("input_output", {"input": pyarrow.string_view(), "output": TEXT}, ""),
     ("messages", {"message": TEXT}, r"no column `messages` .* has message"),
-    ("messages", {"messages": TEXT}, r"`messages` is string; a list of \{role"),
+    ("messages", {"messages": TEXT}, r"`messages` is string, required is a list of \{role"),
     ("messages", {"messages": pyarrow.list_(TEXT)}, "list<"),
     ("messages", {"messages": pyarrow.struct([("role", pyarrow.list_(TEXT))])}, "struct<"),
     ("sharegpt", {"conversations": pyarrow.list_(pyarrow.struct([("from", TEXT), ("content", TEXT)]))}, "list<"),
-    ("query_response", {"query": TEXT, "response": INT}, "`response` is int64; text is wanted"),
+    ("query_response", {"query": TEXT, "response": INT}, "`response` is int64, required is text"),
     ("query_response", {"query": pyarrow.null(), "response": TEXT}, "`query` is null"),
     ("instruction_output", {"instruction": TEXT, "output": pyarrow.list_(TEXT)}, "`output` is list"),
 ]
@@ -255,9 +256,9 @@ def test_a_schema_that_does_not_fit_stops_the_plan(tmp_path: Path) -> None:
     datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
     for path in (tmp_path / "rows.parquet", tmp_path / "saved"):
         with pytest.raises(DataError, match="no column `messages`"):
-            plan([SourceConfig(name="s", path=str(path))])
+            plan_units([SourceConfig(name="s", path=str(path))])
     with pytest.raises(DataError, match="no column `instruction`"):
-        plan([SourceConfig(name="s", format="instruction_output", hub=str(SETS[0](tmp_path).folder))])
+        plan_units([SourceConfig(name="s", format="instruction_output", hub=str(SETS[0](tmp_path).folder))])
 
 
 def test_two_columns_of_one_name_are_refused() -> None:
@@ -265,10 +266,26 @@ def test_two_columns_of_one_name_are_refused() -> None:
         check_schema(pyarrow.schema([("query", TEXT), ("query", TEXT), ("response", TEXT)]), "query_response", "F")
 
 
-def test_every_format_of_the_settings_has_a_form() -> None:
-    from data_prep.build_config import FORMATS
+def test_the_formats_of_this_file_are_those_of_the_list() -> None:
+    assert set(FORMATS) == set(ROWS)
+    for name, row in ROWS.items():
+        assert detect_format(row, "FILE") == name
 
-    assert set(FORMATS) == set(FORMS) == set(ROWS)
+
+def test_the_documentation_has_the_table_of_formats() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
+    assert formats_table() in text
+    assert all(f"`{suffix}`" in text for suffix in FILE_TYPES)
+
+
+def test_fields_of_no_format_or_of_several_are_refused() -> None:
+    with pytest.raises(DataError, match="no source format matches the fields text, id") as error:
+        detect_format(["text", "id"], "FILE, line 1")
+    assert error.value.where == "FILE, line 1"
+    assert all(name in error.value.fix for name in FORMATS)
+    with pytest.raises(DataError, match="more than one source format matches") as error:
+        detect_format([*MESSAGES, "query", "response"], "FILE")
+    assert "messages (messages)" in error.value.fix and "query_response (query, response)" in error.value.fix
 
 
 def test_sharegpt_meta_names_files_and_repeats(tmp_path: Path) -> None:
@@ -353,14 +370,14 @@ def test_files_that_cannot_be_used(tmp_path: Path) -> None:
     for name, what in (
         ("missing.jsonl", "no such file"),
         ("empty", "no .jsonl"),
-        ("x.csv", "unknown kind"),
+        ("x.csv", "unsupported file type"),
         ("x.parquet", "not Parquet"),
         ("x.arrow", "not Arrow"),
         ("x.json", "list of rows"),
         ("bad.json", "not JSON"),
         ("lfs.jsonl", "Git LFS"),
     ):
-        for ask in (count, lambda source: plan([source])):
+        for ask in (count, lambda source: plan_units([source])):
             with pytest.raises(DataError, match=what) as error:
                 ask(SourceConfig(name="s", path=str(tmp_path / name)))
             assert name in error.value.where

@@ -14,15 +14,29 @@ from transformers import AutoTokenizer
 
 from data_prep.encoders import TextTokenizer, open_encoder
 from data_prep.encoding import probe_texts
-from sdlm_megatron.data.sentencepiece_model import CONTROL, NORMAL, USER_DEFINED, Piece, read_pieces, with_pieces
-from sdlm_megatron.data.tokenizer_identity import fingerprint, has_tokenizer, special_token_id, vocabulary_size
+from data_prep.piece_tokenizer import CONTROL, USER_DEFINED, VocabularyPiece, serialize, vocabulary
+from sdlm_megatron.data.tokenizer_identity import (
+    fingerprint,
+    has_tokenizer,
+    parse_sentencepiece,
+    special_token_id,
+    vocabulary_size,
+)
 from sdlm_megatron.errors import DataError
 from tests.byte_tokenizer import write_folder
 from tests.qwen_vocab import ROOT
 
 IM_START, IM_END = "<|im_start|>", "<|im_end|>"
-N = 700
+NORMAL, N = 1, 700
 """Pieces of the models trained here."""
+
+
+def read_pieces(model: bytes) -> list[VocabularyPiece]:
+    return vocabulary(parse_sentencepiece(model))
+
+
+def with_pieces(model: bytes, pieces: list[VocabularyPiece], *, dummy_prefix: bool) -> bytes:
+    return serialize(parse_sentencepiece(model), pieces, dummy_prefix=dummy_prefix)
 
 
 @cache
@@ -198,7 +212,7 @@ def test_tokens_of_chatml_beside_the_model(tmp_path: Path) -> None:
     encoder = open_encoder(folder(tmp_path, model, {IM_START: N, IM_END: N + 1}))
     assert (encoder.token_id(IM_START), encoder.token_id(IM_END)) == (N, N + 1)
     assert special_token_id(tmp_path, "<text_mask>") == vocabulary_size(tmp_path) == N + 2
-    assert encoder.reason == "fastokens reads no SentencePiece model"
+    assert encoder.reason == "fastokens does not support SentencePiece models"
     assert encoder.backend == f"sentencepiece {sentencepiece.__version__}"
 
 
@@ -236,8 +250,11 @@ def test_fingerprint_of_pieces(tmp_path: Path) -> None:
     assert fingerprint(folder(tmp_path / "listed", model, added_tokens_decoder=own)) == base
     assert fingerprint(folder(tmp_path / "more", model, {"<other>": N})) != base
     assert fingerprint(folder(tmp_path / "other", trained("unigram"))) != base
-    for i, changed in ((300, Piece("other", pieces[300].score, NORMAL)), (300, Piece(pieces[300].text, 7.0, NORMAL))):
+    for i, changed in (
+        (300, VocabularyPiece("other", pieces[300].score, NORMAL)),
+        (300, VocabularyPiece(pieces[300].text, 7.0, NORMAL)),
+    ):
         other = with_pieces(model, [*pieces[:i], changed, *pieces[i + 1 :]], dummy_prefix=True)
         assert fingerprint(folder(tmp_path / "changed", other)) != base
-    retyped = [Piece(p.text, p.score, USER_DEFINED if i == 300 else p.kind) for i, p in enumerate(pieces)]
+    retyped = [VocabularyPiece(p.text, p.score, USER_DEFINED if i == 300 else p.kind) for i, p in enumerate(pieces)]
     assert fingerprint(folder(tmp_path / "kind", with_pieces(model, retyped, dummy_prefix=True))) != base

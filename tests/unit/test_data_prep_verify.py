@@ -15,7 +15,7 @@ from data_prep.build import build
 from data_prep.build_config import BuildConfig, SourceConfig
 from data_prep.chat import render
 from data_prep.encoders import TextTokenizer
-from data_prep.row_rules import Facts, check_row, check_targets, read_row
+from data_prep.row_rules import RuleSettings, check_row, check_targets, read_row
 from data_prep.verify import RULES, main, verify
 from sdlm_megatron.data.format import PackedDataset, PartWriter, manifest_checksum, read_manifest
 from sdlm_megatron.diffusion.layout import IGNORE, RowLayout, add_blocks, draw_starts, slot_targets
@@ -276,7 +276,7 @@ def test_planted_rules_cover_every_rule() -> None:
 
 
 def test_derived_targets_are_checked(config: BuildConfig) -> None:
-    facts = Facts.of(build(config, QUIET))
+    facts = RuleSettings.of(build(config, QUIET))
     tokens, layout = PackedDataset(config.out).read(0, 0)
     targets = slot_targets(tokens, layout, facts.eos)
     assert list(check_targets(tokens, layout, targets, facts)) == []
@@ -314,7 +314,7 @@ def test_layouts_of_random_numbers_are_findings(config: BuildConfig) -> None:
     build(config, QUIET)
     rng = np.random.default_rng(1)
     tokens, layout = PackedDataset(config.out).read(0, 0)
-    facts = Facts.of(read_manifest(Path(config.out)))
+    facts = RuleSettings.of(read_manifest(Path(config.out)))
     for n in range(300):
         ints, found = layout.to_ints(), tokens.copy()
         ints[1 + int(rng.integers(len(ints) - 1))] += int(rng.choice([-1000, -1, 1, 7, 2**30]))
@@ -345,7 +345,7 @@ def test_anchors_are_those_of_rendering(config: BuildConfig) -> None:
     """What is read from the tokens alone equals what rendering said, merged newlines of the header included."""
     manifest = build(config, QUIET)
     encoder = TextTokenizer.from_folder(config.tokenizer)
-    dataset, facts = PackedDataset(config.out), Facts.of(manifest)
+    dataset, facts = PackedDataset(config.out), RuleSettings.of(manifest)
     for i in range(dataset.rows(0)):
         tokens, layout = dataset.read(0, i)
         row = read_row(tokens, layout, facts, 0)
@@ -365,7 +365,7 @@ def test_command_line(config: BuildConfig, capsys: pytest.CaptureFixture[str]) -
     assert exit_.value.code == 1
     out = " ".join(capsys.readouterr().out.split())
     assert "epoch 1, row 0 (row 0 of part 0): the row is damaged" in out
-    assert "its sha256 is not the manifest's" in out
+    assert "the sha256 differs from the manifest" in out
     for folder in (config.out + "x", config.out):
         if folder == config.out:
             (Path(folder) / "manifest.json").write_text((Path(folder) / "manifest.json").read_text() + " ,")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from data_prep.build_config import PRESETS, BuildConfig
-from data_prep.readers import plan, read_unit
+from data_prep.readers import plan_units, read_unit
 from data_prep.sources import conversation, expand
 from dev.bench.synthetic_mixture import SETS, generate, sizes
 from sdlm_megatron.config.load import load_config
@@ -43,7 +43,7 @@ def test_rows_are_what_was_planted(mixture: Path) -> None:
     sources = expand(config.sources)
     assert len(sources) == len(SETS) == len(planted)
     seen, copies, rejected, silent, rows = set(), Counter(), Counter(), Counter(), Counter()
-    for unit in plan(sources, unit_rows=100, unit_bytes=100_000):
+    for unit in plan_units(sources, unit_rows=100, unit_bytes=100_000):
         source = sources[unit.source]
         name = source.name.split("/")[0]
         for row in read_unit(unit, source):
