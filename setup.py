@@ -68,7 +68,8 @@ setup(
         "pyarrow>=18",
         "xxhash>=3.0",
         "datasets>=3.0",
-        "sentencepiece>=0.2",
+        "sentencepiece>=0.2.3",
+        "protobuf>=7.36.1",  # of the module that sentencepiece generates for its models
         "safetensors>=0.4.5",
         "omegaconf>=2.3",
         "argcomplete>=3.1",
