@@ -17,10 +17,14 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 PACKAGES = ("slurmctld", "slurmd", "slurm-client", "slurm-wlm-basic-plugins", "munge", "iproute2")
+PROGRAMS = ("slurmctld", "slurmd", "srun", "munged", "ip")
+INSTALL_LOCK = "/run/slurm-install.lock"
+LOCK_SECONDS = 300
+POLICY = "#!/bin/sh\n# written by sdlm_megatron's tests while they install Slurm\nexit 101\n"
 FREEZER = Path("/sys/fs/cgroup/freezer")
 PAPER_NODES = 64  # of partition "paper": full-size nodes that exist for --test-only
 
@@ -36,24 +40,45 @@ def missing() -> str:
 
 
 def install() -> None:
-    """Debian's packages, if they are not there; none of them starts a daemon of its own."""
-    if all(shutil.which(program) for program in ("slurmctld", "slurmd", "srun", "munged", "ip")):
-        return
-    policy = Path("/usr/sbin/policy-rc.d")
-    mine = not policy.exists()
-    if mine:
-        policy.write_text("#!/bin/sh\nexit 101\n")
-        policy.chmod(0o755)
-    get = ["apt-get", "-y", "-q", "install", "--no-install-recommends", *PACKAGES]
+    """Installs Debian's Slurm packages where they are missing; none of them starts a daemon of its own.
+
+    Two test workers call this at the same time. The file lock lets one of them install while the other waits. The
+    check is made under the lock too: the programs exist as soon as dpkg has unpacked them, before they are configured.
+    """
+    with open(INSTALL_LOCK, "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not all(shutil.which(program) for program in PROGRAMS):
+            _install_packages()
+
+
+def _install_packages() -> None:
     environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+    # apt waits for a dpkg lock that another program holds (unattended upgrades, an image build) instead of failing
+    get = ["apt-get", "-y", "-q", "-o", f"DPkg::Lock::Timeout={LOCK_SECONDS}"]
+    install_packages = [*get, "install", "--no-install-recommends", *PACKAGES]
+    with _no_daemons():
+        if subprocess.run(install_packages, env=environment, capture_output=True).returncode == 0:
+            return
+        # a fresh image has no package lists
+        subprocess.run([*get, "update"], env=environment, capture_output=True)
+        done = subprocess.run(install_packages, env=environment, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"apt-get could not install {' '.join(PACKAGES)}:\n{done.stdout}{done.stderr}")
+
+
+@contextlib.contextmanager
+def _no_daemons() -> Iterator[None]:
+    """While packages are installed, policy-rc.d forbids them to start their daemons."""
+    policy = Path("/usr/sbin/policy-rc.d")
+    # a file with our text was left by a test session that was killed; any other belongs to the machine
+    ours = not policy.exists() or policy.read_text() == POLICY
+    if ours:
+        policy.write_text(POLICY)
+        policy.chmod(0o755)
     try:
-        if subprocess.run(get, env=environment, capture_output=True).returncode:
-            subprocess.run(["apt-get", "-q", "update"], env=environment, capture_output=True)
-            done = subprocess.run(get, env=environment, capture_output=True, text=True)
-            if done.returncode:
-                raise RuntimeError(f"apt-get could not install {' '.join(PACKAGES)}:\n{done.stdout}{done.stderr}")
+        yield
     finally:
-        if mine:
+        if ours:
             policy.unlink()
 
 
