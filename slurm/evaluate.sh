@@ -5,9 +5,10 @@
 #SBATCH --time=02:00:00
 #SBATCH --requeue
 #SBATCH --open-mode=append
-# How well and how fast an exported model decodes held-out prompts, plainly and with blocks at three thresholds:
+# Decodes held-out prompts with an exported model, token by token and in blocks at three thresholds:
 #   MODEL=DIR HELDOUT=FILE.jsonl OUT=evaluation.json slurm/evaluate.sh --cluster NAME [--after JOB] [-- --base DIR ...]
 # HELDOUT: lines of {"prompt": ..., "expected": ...}.
+# In a job $0 is a copy of this script that Slurm made; the original lies beside common.sh.
 self=$0; [[ $0 != */slurm_script ]] || self=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=\([^ ]*\).*/\1/p' | head -1)
 source "$(dirname "$self")/common.sh"
 need MODEL "folder written by export.sh"

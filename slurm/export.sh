@@ -6,10 +6,11 @@
 #SBATCH --time=02:00:00
 #SBATCH --requeue
 #SBATCH --open-mode=append
-# A run's newest complete checkpoint to a Hugging Face folder:
+# Exports the newest complete checkpoint of a run to a Hugging Face folder:
 #   RUN_DIR=RUN OUT=DIR slurm/export.sh --cluster NAME [--after JOB] [-- --dtype bfloat16 ...]
+# In a job $0 is a copy of this script that Slurm made; the original lies beside common.sh.
 self=$0; [[ $0 != */slurm_script ]] || self=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=\([^ ]*\).*/\1/p' | head -1)
 source "$(dirname "$self")/common.sh"
 need RUN_DIR "the run's folder, or one of its checkpoints"
 need OUT "the Hugging Face folder to write"
-task checkpoints_tools.mcore_to_hf --ckpt "$RUN_DIR" --out "$OUT" --- "$@"
+task export --ckpt "$RUN_DIR" --out "$OUT" --- "$@"

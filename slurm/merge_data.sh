@@ -6,10 +6,11 @@
 #SBATCH --time=04:00:00
 #SBATCH --requeue
 #SBATCH --open-mode=append
-# The second half of prepare_data.sh, which says how to use it: the dataset from the work of all tasks.
+# Merges the shards of prepare_data.sh into the packed dataset; see there for the commands.
+# In a job $0 is a copy of this script that Slurm made; the original lies beside common.sh.
 self=$0; [[ $0 != */slurm_script ]] || self=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=\([^ ]*\).*/\1/p' | head -1)
 source "$(dirname "$self")/common.sh"
-need CONFIG "configuration of data_prep.build, such as mixture_3p5m"
+need CONFIG "configuration of sdlm prepare, such as mixture_3p5m"
 need BASE "the base model's folder, for its tokenizer"
 need OUT "folder of the packed dataset"
-task data_prep.build --config "$CONFIG" "--tokenizer=$BASE" "--out=$OUT" --merge --- "$@"
+task prepare --config "$CONFIG" "--tokenizer=$BASE" "--out=$OUT" --merge --- "$@"

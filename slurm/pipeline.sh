@@ -1,14 +1,17 @@
 #!/usr/bin/env bash
-# From conversations to an evaluated model: submits prepare -> merge -> train -> export -> evaluate, each to start when
-# the one before has ended well.
+# From conversations to an evaluated model: submits prepare, merge, train, export and evaluate, each to start when the
+# previous one has ended well.
 #   CONFIG=mixture_3p5m BASE=DIR DATA=DIR RUN_DIR=DIR HELDOUT=FILE.jsonl \
 #     slurm/pipeline.sh train_32b_d4 --cluster NAME [--dry-run] [OPTIONS] [-- --a.b=c ...]
-# DATA is made first if CONFIG (of data_prep.build) is given, by SHARDS (8) tasks. The model decodes HELDOUT at the end if
-# that is given. OPTIONS, and settings after --, are those of training; --dry-run shows and checks every job.
+# With CONFIG (of sdlm prepare) DATA is made first, by SHARDS (default 8) tasks. With HELDOUT the model decodes that file
+# at the end. OPTIONS, and settings after --, are those of training; --dry-run shows and checks every job.
 set -euo pipefail
 here=$(dirname "$(realpath "$0")")
 training=${1:-}
-if [[ $training != train_* || ! -x $here/$training.sh ]]; then sed -n '2,7s/^# \{0,1\}//p' "$0"; exit 2; fi
+if [[ $training != train_* || ! -f $here/$training.sh ]]; then
+  sed -n '2,7s/^# \{0,1\}//p' "$0"
+  if [ "$training" = --help ]; then exit 0; else exit 2; fi
+fi
 shift
 source "$here/common.sh"
 need BASE "the base model, a Hugging Face folder"
@@ -25,15 +28,16 @@ for ((i = 1; i <= $#; i++)); do
   esac
 done
 
-# stage SCRIPT [OPTIONS]: submits it to start after the stage before; a dry run shows and checks it
+# stage SCRIPT [OPTIONS]: submits it to start after the previous stage; a dry run shows and checks it
 after=()
 stage() {
+  local submit=("$PYTHON" -m sdlm_megatron.cli submit "$here/$1.sh")
   if $dry; then
     echo "===== $1"
-    "$here/$1.sh" "${@:2}"
+    "${submit[@]}" "${@:2}"
   else
     local number
-    number=$("$here/$1.sh" --parsable "${after[@]}" "${@:2}")
+    number=$("${submit[@]}" --parsable "${after[@]}" "${@:2}")
     echo "$1: job $number"
     after=(--after "$number")
   fi

@@ -10,9 +10,10 @@
 #SBATCH --no-kill
 #SBATCH --open-mode=append
 # SDLM-3B, block size 8, from Qwen2.5-3B: the published recipe on 4 nodes of 8 H100.
-#   DATA=DIR BASE=DIR sbatch slurm/train_3b_d8.sh [OPTIONS] [-- --a.b=c ...]          as the lines above say
-#   DATA=DIR BASE=DIR slurm/train_3b_d8.sh --cluster NAME [OPTIONS] [-- --a.b=c ...]  as clusters/NAME.yaml says
+#   DATA=DIR BASE=DIR sbatch slurm/train_3b_d8.sh [OPTIONS] [-- --a.b=c ...]          with the #SBATCH options above
+#   DATA=DIR BASE=DIR slurm/train_3b_d8.sh --cluster NAME [OPTIONS] [-- --a.b=c ...]  with those of a cluster file
 # DATA: packed dataset (prepare_data.sh). BASE: Hugging Face folder. RUN_DIR: folder of the run. OPTIONS: --help, --dry-run
+# In a job $0 is a copy of this script that Slurm made; the original lies beside common.sh.
 self=$0; [[ $0 != */slurm_script ]] || self=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=\([^ ]*\).*/\1/p' | head -1)
 source "$(dirname "$self")/common.sh"
 train sdlm_3b_d8 "$@"

@@ -1,1 +1,1 @@
-"""Operating a training job: the driver that runs on the batch node, and the health checks inside each rank."""
+"""Operating a training job: driver/ on the batch node (no torch), node/ for the pre-flight, rank/ inside each rank."""

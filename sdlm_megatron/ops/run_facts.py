@@ -1,4 +1,4 @@
-"""What a checkpoint should tell about its run, for the model card: run.json. No secrets, no paths of a machine."""
+"""Facts about a run for the model card, saved in each checkpoint as run.json. No secrets, no paths of a machine."""
 
 import subprocess
 from collections.abc import Mapping
@@ -12,6 +12,7 @@ import sdlm_megatron
 from sdlm_megatron.config.schema import RunConfig
 
 PACKAGES = ("torch", "megatron-core", "transformers", "transformer-engine")
+_SECTIONS = ("diffusion", "optimizer", "schedule", "train", "parallel")
 _DATA = ("row_length", "max_document_length", "block_size", "repeat", "seed", "overlong", "system_prompt", "checksum")
 _TALLY = ("rows", "packed", "truncated", "clean_tokens", "blocks")
 
@@ -19,17 +20,18 @@ _TALLY = ("rows", "packed", "truncated", "clean_tokens", "blocks")
 def run_facts(
     config: RunConfig, manifest: Mapping[str, Any], losses: Mapping[str, Any], *, dp_size: int
 ) -> dict[str, Any]:
-    """Plain JSON.
+    """Facts as plain JSON values.
 
     Args:
-        manifest: of the packed dataset.
+        config: configuration of the run.
+        manifest: manifest of the packed dataset.
         losses: the newest log record; {} before the first.
+        dp_size: data-parallel size.
     """
-    kept = ("diffusion", "optimizer", "schedule", "train", "parallel")
     settings = asdict(config)
     return {
         "base": Path(config.checkpoint.base).name,
-        "settings": {section: settings[section] for section in kept},
+        "settings": {section: settings[section] for section in _SECTIONS},
         "data_parallel": dp_size,
         "data": _data(Path(config.data.path).name, manifest),
         "losses": {k: v for k, v in losses.items() if k in ("step", "epoch", "targets") or k.startswith("loss")},
@@ -62,24 +64,24 @@ def _tally(tally: Mapping[str, Any]) -> dict[str, int]:
 
 @lru_cache(maxsize=1)
 def versions() -> tuple[tuple[str, str], ...]:
-    """Names and versions of this package, with the git commit where it runs from its repository, and of others."""
-    found = [("sdlm_megatron", sdlm_megatron.__version__ + _commit())]
+    """(name, version) of this package, with its git commit in a checkout, and of PACKAGES."""
+    installed = [("sdlm_megatron", sdlm_megatron.__version__ + _commit())]
     for package in PACKAGES:
         try:
-            found.append((package, version(package)))
+            installed.append((package, version(package)))
         except PackageNotFoundError:
             continue
-    return tuple(found)
+    return tuple(installed)
 
 
 def _commit() -> str:
-    """ " (commit 12ab…)", or nothing outside of this package's own repository."""
+    """ " (commit 12ab...)" in a checkout, "" elsewhere."""
     root = Path(sdlm_megatron.__file__).resolve().parent.parent
     if not (root / ".git").exists():
         return ""
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*", "--abbrev=12"]
     try:
-        found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+        commit = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return ""
-    return f" (commit {found})"
+    return f" (commit {commit})"

@@ -40,7 +40,7 @@ def test_functions_named_in_the_method_exist() -> None:
         "data_prep.stats",
         "data_prep.verify",
         "sdlm_megatron.chat.generate",
-        "sdlm_megatron.ops.driver.single_node_job",
+        "sdlm_megatron.ops.driver.launch",
         "sdlm_megatron.planner.plan",
         "sdlm_megatron.ops.driver.preflight",
         "sdlm_megatron.train",

@@ -57,7 +57,7 @@ def test_the_job_runs_on_the_spare_of_a_node_with_a_slow_link(cluster, tmp_path:
     assert list(report["bad"]) == list(report["blamed"]) == [slow]
     for node in good:  # slow with both
         assert f"with {node} 0.00" in report["bad"][slow]
-    assert f"{slow} is slow; once more with" in output
+    assert f"{slow} is slow; measuring it again with" in output
     events = {event["kind"]: event for event in read_events(run)}
     assert list(events["preflight"]["bad"]) == [slow]
     assert events["train_start"]["nodes"] == good
@@ -79,23 +79,23 @@ def test_lost_gpu_full_disk_and_other_config_are_found(cluster, tmp_path: Path) 
         cluster.inside(lost, "rm", "/dev/nvidia7")
         cluster.inside(full, "mount", "-t", "tmpfs", "-o", "size=512k", "small", "/dev/shm")
         cluster.inside(other, "mount", "--bind", tmp_path / "stale.yaml", config)
-        code, report, output = fly(cluster, tmp_path, needed=1, config=str(config))
+        code, report, output = run_preflight(cluster, tmp_path, needed=1, config=str(config))
     finally:
         for node, *command in undo:
             cluster.inside(node, *command, check=False)
     assert code == 3, output
     assert report["healthy"] == []
     assert report["bad"][lost] == "gpus: 7 of 8 GPUs (/dev/nvidia*)"
-    assert report["bad"][full].startswith("shm: /dev/shm: a file of 1 MB cannot be written: full")
+    assert report["bad"][full].startswith("shm: /dev/shm: cannot write a file of 1 MB: full")
     assert report["bad"][other].startswith("config: ") and "on 2 nodes" in report["bad"][other]
     assert set(read_bad_nodes(tmp_path / "run")) == set(cluster.nodes)
     assert "0 of 3 nodes are healthy, 1 are needed" in output and "7/8!" in output
 
 
-def fly(cluster, folder: Path, *, needed: int, config: str) -> tuple[int, dict, str]:
+def run_preflight(cluster, folder: Path, *, needed: int, config: str) -> tuple[int, dict, str]:
     """Exit code, preflight.json and output of a pre-flight over all nodes of the cluster."""
     (folder / "cluster.yaml").write_text("gpus_per_node: 8\n" + CLUSTER)
-    line = f"{sys.executable} -m sdlm_megatron.ops.driver.preflight --run-dir {folder}/run --nodes-needed {needed}"
+    line = f"{sys.executable} -m sdlm_megatron.cli preflight --run-dir {folder}/run --nodes-needed {needed}"
     line += f" --cluster {folder}/cluster.yaml --config {config}"
     (folder / "job.sh").write_text(f"#!/bin/bash\ncd {REPO}\n{line}\necho $? >{folder}/code\n")
     options = [f"-N{len(cluster.nodes)}", "--gpus-per-node=8", "-o", folder / "out.txt"]

@@ -17,24 +17,31 @@ from sdlm_megatron.data.format import PackedDataset
 from sdlm_megatron.data.order import locate
 from sdlm_megatron.errors import ConfigError
 from sdlm_megatron.ops.attempt import read_events
+from sdlm_megatron.ops.rank.monitor import (
+    SLOW_STEPS,
+    WINDOW_MINIMUM,
+    Monitor,
+    Outliers,
+    Stragglers,
+    rows_of_run,
+    suspects,
+)
 from sdlm_megatron.ops.rank.replicas import _differing, checksum
-from sdlm_megatron.ops.rank.spikes import ENOUGH, Outliers, suspects
 from sdlm_megatron.ops.rank.stop import StopRequests
-from sdlm_megatron.ops.rank.stragglers import IN_A_ROW, Stragglers
 from sdlm_megatron.ops.rank.watchdog import Watch
 
 
 def test_a_spike_is_far_above_what_was_usual() -> None:
     rng = np.random.default_rng(0)
     outliers = Outliers(8.0)
-    assert not any(outliers.far(100.0) for _ in range(ENOUGH - 1))  # too little is known
+    assert not any(outliers.add(100.0) for _ in range(WINDOW_MINIMUM - 1))  # too little is known
     outliers = Outliers(8.0)
     falling = [5 * math.exp(-i / 200) + 1 + 0.05 * rng.standard_normal() for i in range(400)]
-    assert not any(outliers.far(value) for value in falling)
-    assert outliers.far(falling[-1] + 2) and not outliers.far(falling[-1])
+    assert not any(outliers.add(value) for value in falling)
+    assert outliers.add(falling[-1] + 2) and not outliers.add(falling[-1])
     constant = Outliers(8.0)
-    assert not any(constant.far(2.0 + 0.01 * (i % 2)) for i in range(50))
-    assert constant.far(2.5)
+    assert not any(constant.add(2.0 + 0.01 * (i % 2)) for i in range(50))
+    assert constant.add(2.5)
 
 
 def test_suspects_are_the_rows_far_above_the_others() -> None:
@@ -47,7 +54,7 @@ def test_suspects_are_the_rows_far_above_the_others() -> None:
 def test_slow_hosts_are_named_once() -> None:
     stragglers = Stragglers(["a", "a", "b", "b", "c", "c"], 1.2)
     named = []
-    for _ in range(IN_A_ROW + 2):
+    for _ in range(SLOW_STEPS + 2):
         fields, events = stragglers.look([1.0, 1.0, 1.0, 1.5, 1.1, 1.0])
         named += events
     assert [(e["host"], e["rank"]) for e in named] == [("b", 3)]
@@ -81,8 +88,6 @@ def test_the_minority_differs() -> None:
 @pytest.fixture
 def monitored(make_engine: Callable, tmp_path: Path) -> Callable:
     """An engine with its monitor, and a step of it."""
-    from sdlm_megatron.ops.rank.monitor import Monitor
-
     engine = make_engine(make_hf(tmp_path / "hf"))
     sources = [{"name": "talks", "weight": 1.0, "first_document": 0, "rows": 1000}]
     dataset = PackedDataset(make_dataset(tmp_path / "data", rows=6, accounting={"by_source": sources}))
@@ -106,9 +111,9 @@ def test_a_spike_names_its_worst_row(monitored: Callable, tmp_path: Path) -> Non
         alone[batch.number] = total / count
     queued = engine.train_step(batches, 30)
     (result,) = engine.results([queued])
-    for _ in range(ENOUGH):
+    for _ in range(WINDOW_MINIMUM):
         for key, outliers in monitor._outliers.items():
-            outliers.far(getattr(result, key) * (0.1 if key == "loss" else 1.0))
+            outliers.add(getattr(result, key) * (0.1 if key == "loss" else 1.0))
     monitor.look([queued], [result])
     (spike,) = [json.loads(line) for line in (tmp_path / "spikes.jsonl").read_text().splitlines()]
     assert (spike["step"], spike["what"], spike["loss"]) == (30, ["loss"], result.loss)
@@ -127,8 +132,6 @@ def test_a_spike_names_its_worst_row(monitored: Callable, tmp_path: Path) -> Non
 
 
 def test_rows_are_logged(monitored: Callable, tmp_path: Path) -> None:
-    from sdlm_megatron.ops.rank.monitor import rows_of_run
-
     _, monitor, batches, _ = monitored()
     monitor.loaded(1, batches)
     assert monitor.watch.rows == [0, 1, 2, 3]

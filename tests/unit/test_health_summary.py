@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from sdlm_megatron.ops.attempt import rank_file
-from sdlm_megatron.ops.driver.attempt_summary import Summary, main_stack, summarize
+from sdlm_megatron.ops.driver.attempt_summary import AttemptSummary, main_stack, summarize
 
 NOW = 1_000_000.0
 LOST = "RuntimeError: [gloo/transport/tcp/pair.cc:525] Connection closed by peer [10.0.0.2]:4711"
@@ -56,7 +56,7 @@ class Attempt:
     def log(self, rank: int, text: str) -> None:
         self._write("log", rank, text)
 
-    def summary(self) -> Summary:
+    def summary(self) -> AttemptSummary:
         return summarize(self.run, "7-0-1", self.ranks)
 
 
@@ -101,7 +101,7 @@ def test_how_a_process_without_a_record_ended_is_known_to_srun(attempt: Attempt,
     ]
     (attempt.run / "logs" / "7-0-1" / "srun.log").write_text("\n".join(lines) + "\n")
     (culprit,) = attempt.summary().culprits
-    assert culprit.rank == 3 and f"srun says: {said};" in culprit.why
+    assert culprit.rank == 3 and f"srun reports: {said};" in culprit.why
 
 
 def test_an_error_of_its_own_beats_lost_connections_and_the_killed(attempt: Attempt) -> None:
@@ -132,7 +132,7 @@ def test_a_node_is_lost(attempt: Attempt) -> None:
     attempt.beat(3, age=61)
     found = attempt.summary()
     assert ([c.rank for c in found.culprits], found.hosts) == ([2, 3], ["node1"])
-    assert "last seen 61 s before" in found.text
+    assert "last heartbeat 61 s before" in found.text
 
 
 @pytest.mark.parametrize("reason", ["not_finite", "user_error"])
@@ -175,7 +175,7 @@ def test_a_hang_on_a_rank_that_was_woken_to_be_ended(attempt: Attempt) -> None:
         attempt.end(rank, "hang", why="no progress", stood_still=21.4 if rank == 2 else 0.0)
         attempt.stack(rank, WAITS)
     (culprit,) = attempt.summary().culprits
-    assert culprit.rank == 2 and "stood still for 21 s" in culprit.why
+    assert culprit.rank == 2 and "did not run for 21 s" in culprit.why
 
 
 def test_a_mistake_found_before_the_run_folder_was_known(tmp_path: Path) -> None:
@@ -188,7 +188,7 @@ def test_a_mistake_found_before_the_run_folder_was_known(tmp_path: Path) -> None
 
 def test_nothing_at_all(tmp_path: Path) -> None:
     found = summarize(tmp_path, "7-0-1", 2)
-    assert found.outcome == "crash" and "never seen" in found.text and found.step is None
+    assert found.outcome == "crash" and "no heartbeat" in found.text and found.step is None
 
 
 def test_a_damaged_file_does_not_count(attempt: Attempt) -> None:

@@ -157,10 +157,10 @@ def test_files_that_ask_to_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert look() == "time limit"
     refuse_to_start(tmp_path)
     request.write_text("{")
-    assert look() == "stop.json, which gives no reason"
+    assert look() == "stop.json without a reason"
 
 
 def test_an_event_that_cannot_be_written_ends_nothing(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     (tmp_path / "events.jsonl").mkdir()
     record_event(tmp_path, "saved", step=5)
-    assert "event saved {'step': 5} cannot be written" in capsys.readouterr().err
+    assert "cannot write event saved {'step': 5}" in capsys.readouterr().err

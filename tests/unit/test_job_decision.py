@@ -2,7 +2,7 @@
 
 import pytest
 
-from sdlm_megatron.ops.driver.decision import REQUEUES, End, Situation, decide, since_checkpoint
+from sdlm_megatron.ops.driver.decision import REQUEUES, AttemptEnd, Situation, decide, since_checkpoint
 
 NODES = ("a", "b", "c")
 
@@ -24,31 +24,31 @@ def situation(**more: object) -> Situation:
 @pytest.mark.parametrize(
     ("end", "now", "kind", "excluded"),
     [
-        (End("finished"), {}, "done", ()),
-        (End("finished"), {"stop": "time limit", "stop_file": True}, "done", ()),
-        (End("stopped"), {"stop_file": True, "progressed": True}, "stop", ()),
-        (End("crash"), {"stop_file": True}, "stop", ()),
-        (End("user_error"), {"stop": "time limit", "progressed": True}, "end", ()),
-        (End("stopped"), {"stop": "time limit", "progressed": True}, "requeue", ()),
-        (End("stopped"), {"stop": "time limit"}, "end", ()),
-        (End("stopped"), {"progressed": True}, "requeue", ()),  # the ranks got the signal, not the driver
-        (End("crash"), {"stop": "preemption", "progressed": True}, "requeue", ()),
-        (End("crash"), {}, "retry", ()),
-        (End("hang"), {"failures": 3}, "retry", ()),
-        (End("hang"), {"failures": 4}, "end", ()),
-        (End("crash"), {"blamed": {"b": 1}}, "retry", ()),
-        (End("crash"), {"blamed": {"b": 2}}, "retry", ("b",)),
-        (End("crash"), {"blamed": {"b": 2, "c": 2}}, "requeue", ("b", "c")),
-        (End("crash"), {"blamed": {"b": 2, "c": 2}, "requeues": REQUEUES}, "retry", ()),
-        (End("lost_node", bad={"a": "down"}), {}, "retry", ("a",)),
-        (End("lost_node", bad={"a": "down"}), {"needed": 3}, "requeue", ("a",)),
-        (End("lost_node", bad={"a": "down"}), {"needed": 3, "requeues": REQUEUES}, "end", ()),
-        (End("too_few_nodes", bad={"a": "7 GPUs", "b": "full"}), {"failures": 9}, "requeue", ("a", "b")),
-        (End("not_finite"), {"not_finite": 1}, "retry", ()),
-        (End("not_finite"), {"not_finite": 2}, "end", ()),
+        (AttemptEnd("finished"), {}, "done", ()),
+        (AttemptEnd("finished"), {"stop": "time limit", "stop_file": True}, "done", ()),
+        (AttemptEnd("stopped"), {"stop_file": True, "progressed": True}, "stop", ()),
+        (AttemptEnd("crash"), {"stop_file": True}, "stop", ()),
+        (AttemptEnd("user_error"), {"stop": "time limit", "progressed": True}, "end", ()),
+        (AttemptEnd("stopped"), {"stop": "time limit", "progressed": True}, "requeue", ()),
+        (AttemptEnd("stopped"), {"stop": "time limit"}, "end", ()),
+        (AttemptEnd("stopped"), {"progressed": True}, "requeue", ()),  # the ranks got the signal, not the driver
+        (AttemptEnd("crash"), {"stop": "preemption", "progressed": True}, "requeue", ()),
+        (AttemptEnd("crash"), {}, "retry", ()),
+        (AttemptEnd("hang"), {"failures": 3}, "retry", ()),
+        (AttemptEnd("hang"), {"failures": 4}, "end", ()),
+        (AttemptEnd("crash"), {"blamed": {"b": 1}}, "retry", ()),
+        (AttemptEnd("crash"), {"blamed": {"b": 2}}, "retry", ("b",)),
+        (AttemptEnd("crash"), {"blamed": {"b": 2, "c": 2}}, "requeue", ("b", "c")),
+        (AttemptEnd("crash"), {"blamed": {"b": 2, "c": 2}, "requeues": REQUEUES}, "retry", ()),
+        (AttemptEnd("lost_node", bad={"a": "down"}), {}, "retry", ("a",)),
+        (AttemptEnd("lost_node", bad={"a": "down"}), {"needed": 3}, "requeue", ("a",)),
+        (AttemptEnd("lost_node", bad={"a": "down"}), {"needed": 3, "requeues": REQUEUES}, "end", ()),
+        (AttemptEnd("too_few_nodes", bad={"a": "7 GPUs", "b": "full"}), {"failures": 9}, "requeue", ("a", "b")),
+        (AttemptEnd("not_finite"), {"not_finite": 1}, "retry", ()),
+        (AttemptEnd("not_finite"), {"not_finite": 2}, "end", ()),
     ],
 )
-def test_decisions(end: End, now: dict, kind: str, excluded: tuple[str, ...]) -> None:
+def test_decisions(end: AttemptEnd, now: dict, kind: str, excluded: tuple[str, ...]) -> None:
     action = decide(end, situation(**now))
     assert (action.kind, action.exclude) == (kind, excluded), action.reason
     assert action.find_nan == (end.outcome == "not_finite" and kind == "retry")

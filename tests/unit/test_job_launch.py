@@ -8,8 +8,8 @@ import pytest
 from sdlm_megatron.errors import ConfigError
 from sdlm_megatron.ops.attempt import adopt_slurm_ranks
 from sdlm_megatron.ops.driver.cluster_file import CLUSTERS, ClusterFile, Container, load_cluster
-from sdlm_megatron.ops.driver.launch import environment, training, with_setup
-from sdlm_megatron.ops.driver.slurm_commands import Job
+from sdlm_megatron.ops.driver.launch import attempt_environment, training_command, with_setup
+from sdlm_megatron.ops.driver.slurm_commands import SlurmJob
 from sdlm_megatron.ops.driver.submit import seconds_of
 
 NODES = ["n1", "n2"]
@@ -21,7 +21,7 @@ def node(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def line(cluster: ClusterFile, launcher: str, tmp_path: Path) -> tuple[list[str], dict[str, str]]:
-    return training(cluster, launcher, NODES, tmp_path, "7-0-1", ["--config", "tiny"])
+    return training_command(cluster, launcher, NODES, tmp_path, "7-0-1", ["--config", "tiny"])
 
 
 def test_srun_starts_a_process_for_each_gpu(tmp_path: Path) -> None:
@@ -59,12 +59,12 @@ def test_the_cluster_file_wins_over_the_shell_and_that_over_the_field(monkeypatc
     monkeypatch.setenv("NCCL_SOCKET_IFNAME", "lo")
     monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS", raising=False)
     cluster = ClusterFile(env={"NCCL_SOCKET_IFNAME": "bond0"})
-    found = environment(cluster, Job("7", 0, NODES), NODES, Path("run"), "7-0-1")
+    found = attempt_environment(cluster, SlurmJob("7", 0, NODES), NODES, Path("run"), "7-0-1")
     assert found["NCCL_NVLS_ENABLE"] == "1"
     assert found["NCCL_SOCKET_IFNAME"] == "bond0"
     assert found["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
     assert (found["MASTER_ADDR"], found["SDLM_ATTEMPT"]) == ("n1", "7-0-1")
-    again = environment(cluster, Job("7", 0, NODES), NODES, Path("run"), "7-0-2")
+    again = attempt_environment(cluster, SlurmJob("7", 0, NODES), NODES, Path("run"), "7-0-2")
     assert found["MASTER_PORT"] != again["MASTER_PORT"]
 
 

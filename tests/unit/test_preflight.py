@@ -1,62 +1,140 @@
-"""The pre-flight's parts: what is read from nvidia-smi and the kernel log, who is to blame, nodes that do not answer.
+"""The pre-flight's parts: GPU states, the kernel log, nodes to replace, nodes that do not answer, clocks, disks.
 
-The text of nvidia-smi and of the kernel log is written after NVIDIA's documentation; no GPU was asked.
+The fake pynvml has the names and the results of the real one (nvidia-ml-py 12); no GPU was used.
 """
 
 import os
 import sys
 import time
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 from helpers import ENV
 
-from sdlm_megatron.errors import ConfigError
-from sdlm_megatron.ops.driver.agents import Agent, ask_all
-from sdlm_megatron.ops.driver.bandwidth import matmul_tflops
+from sdlm_megatron.errors import ConfigError, UserError
 from sdlm_megatron.ops.driver.cluster_file import load_cluster
-from sdlm_megatron.ops.driver.gpu_checks import parse_gpus, parse_remapped, parse_xids, state_checks
-from sdlm_megatron.ops.driver.limits import Limits, limits_from
-from sdlm_megatron.ops.driver.node_checks import code_hash, disk_check, same_values
-from sdlm_megatron.ops.driver.preflight import main, node_names
-from sdlm_megatron.ops.driver.preflight_run import Flight, clock_check
+from sdlm_megatron.ops.driver.preflight import NodeRun, NodeStages, clock_check, main
 from sdlm_megatron.ops.driver.verdict import (
-    Node,
+    NodeReport,
     add_bad_nodes,
-    agree,
-    at_fault_everywhere,
-    best_of,
-    floor_of,
+    best_speeds,
+    common_failures,
+    compare_values,
+    format_table,
+    nodes_to_replace,
     pair_rounds,
     read_bad_nodes,
-    table,
-    to_blame,
+    speed_floor,
 )
+from sdlm_megatron.ops.node.bandwidth import measure_matmul
+from sdlm_megatron.ops.node.gpu_checks import gpu_checks, parse_xids
+from sdlm_megatron.ops.node.limits import Limits
+from sdlm_megatron.ops.node.node_checks import check_disk, hash_code, hash_environment
 
-LINE = "{0}, 00000000:{0}B:00.0, NVIDIA H100 80GB HBM3, 550.54.15, {1}, {2}, 1980, 700.00, {3}, {4}"
-GOOD = LINE.format(0, 31, 4, "0x0000000000000001", 0)
+HEALTHY = {"temperature": 31, "memory": 4 << 20, "throttle": 0x1, "ecc": 0, "rows": (0, 0, 0, 0)}
 
 
-def test_gpus_are_read_from_the_query() -> None:
-    text = f"{GOOD}\n{LINE.format(1, 91, 61234, '0x0000000000000060', 2)}\n{LINE.format(2, 30, 4, '0x4', '[N/A]')}\n"
-    gpus = parse_gpus(text + "Unable to determine the device handle for GPU 0000:3B:00.0: Unknown Error\n")
-    assert [g.index for g in gpus] == [0, 1, 2]
-    assert (gpus[0].name, gpus[0].driver, gpus[0].power_watts) == ("NVIDIA H100 80GB HBM3", "550.54.15", 700)
-    assert gpus[2].ecc_errors is None
-    checks = {c.name: c for c in state_checks(gpus, {}, Limits())}
-    assert [name for name, check in checks.items() if not check.ok] == ["ecc", "heat", "gpu memory", "throttling"]
-    assert checks["ecc"].why == "GPU 1: 2 uncorrected errors"
+class FakeNvml(ModuleType):
+    """pynvml for a list of GPUs; None is a lost GPU, an int an error code of nvmlInit."""
+
+    def __init__(self, gpus: list[dict | None], init_error: str = "") -> None:
+        super().__init__("pynvml")
+        self.gpus, self.init_error = gpus, init_error
+        self.NVMLError = type("NVMLError", (Exception,), {})
+        for name in (
+            "LibraryNotFound",
+            "DriverNotLoaded",
+            "NotSupported",
+            "FunctionNotFound",
+            "NoPermission",
+            "GpuIsLost",
+        ):
+            setattr(self, f"NVMLError_{name}", type(name, (self.NVMLError,), {}))
+        self.NVML_TEMPERATURE_GPU, self.NVML_CLOCK_SM = 0, 1
+        self.NVML_MEMORY_ERROR_TYPE_UNCORRECTED, self.NVML_VOLATILE_ECC = 1, 0
+
+    def nvmlInit(self) -> None:
+        if self.init_error:
+            raise getattr(self, f"NVMLError_{self.init_error}")(self.init_error)
+
+    def nvmlSystemGetDriverVersion(self) -> str:
+        return "550.54.15"
+
+    def nvmlDeviceGetCount(self) -> int:
+        return len(self.gpus)
+
+    def nvmlDeviceGetHandleByIndex(self, index: int) -> dict:
+        gpu = self.gpus[index]
+        if gpu is None:
+            raise self.NVMLError_GpuIsLost("GPU is lost")
+        return {**HEALTHY, **gpu}
+
+    def nvmlDeviceGetName(self, gpu: dict) -> str:
+        return "NVIDIA H100 80GB HBM3"
+
+    def nvmlDeviceGetTemperature(self, gpu: dict, sensor: int) -> int:
+        return gpu["temperature"]
+
+    def nvmlDeviceGetMemoryInfo(self, gpu: dict) -> SimpleNamespace:
+        return SimpleNamespace(used=gpu["memory"])
+
+    def nvmlDeviceGetMaxClockInfo(self, gpu: dict, clock: int) -> int:
+        return 1980
+
+    def nvmlDeviceGetPowerManagementLimit(self, gpu: dict) -> int:
+        return 700_000
+
+    def nvmlDeviceGetCurrentClocksThrottleReasons(self, gpu: dict) -> int:
+        return gpu["throttle"]
+
+    def nvmlDeviceGetTotalEccErrors(self, gpu: dict, kind: int, counter: int) -> int:
+        if gpu["ecc"] is None:
+            raise self.NVMLError_NotSupported("Not Supported")
+        return gpu["ecc"]
+
+    def nvmlDeviceGetRemappedRows(self, gpu: dict) -> tuple[int, int, int, int]:
+        return gpu["rows"]
+
+
+def check_gpus(monkeypatch: pytest.MonkeyPatch, fake: FakeNvml | None, expected: int) -> tuple[dict, str]:
+    monkeypatch.setitem(sys.modules, "pynvml", fake)
+    checks, kinds = gpu_checks(Limits(gpus=expected))
+    return {check.name: check for check in checks}, kinds
+
+
+def test_healthy_gpus_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    checks, kinds = check_gpus(monkeypatch, FakeNvml([{}, {"ecc": None}]), 2)
+    assert not [check for check in checks.values() if check.ok is False]
+    assert kinds == "NVIDIA H100 80GB HBM3, 1980 MHz, 700 W, driver 550.54.15"
+    assert checks["gpus"].value == "2/2" and checks["gpu memory"].value == "4 MiB"
+
+
+def test_each_fault_of_a_gpu_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = {"temperature": 91, "memory": 61234 << 20, "throttle": 0x60, "ecc": 2}
+    fake = FakeNvml([{}, broken, {"rows": (1, 0, 1, 0)}, {"rows": (0, 2, 1, 1)}, None])
+    checks, _ = check_gpus(monkeypatch, fake, 5)
+    assert checks["gpus"].why == "4 of 5 GPUs (NVML; GPU 4: GPU is lost)"
     assert checks["heat"].why == "GPU 1: 91 C"
-    assert checks["throttling"].why == "GPU 1: too hot (software); GPU 1: too hot (hardware)"
-    assert all(check.ok for check in state_checks([gpus[0], gpus[2]], {}, Limits()))
+    assert checks["gpu memory"].why == "GPU 1: 61234 MiB in use"
+    assert checks["throttling"].why == "GPU 1: software thermal slowdown; GPU 1: hardware thermal slowdown"
+    assert checks["ecc"].why.split("; ") == [
+        "GPU 1: 2 uncorrected errors",
+        "GPU 2: a row remapping is pending (reset the GPU)",
+        "GPU 3: row remapping failed",
+    ]
 
 
-def test_rows_that_wait_for_remapping_make_a_gpu_bad() -> None:
-    rows = parse_remapped("00000000:0B:00.0, Yes, No\n00000000:1B:00.0, No, No\n00000000:2B:00.0, Yes, Yes\n")
-    assert set(rows) == {"00000000:0B:00.0", "00000000:2B:00.0"}
-    assert rows["00000000:2B:00.0"] == "row remapping failed"
-    (ecc, *_) = state_checks(parse_gpus(GOOD), rows, Limits())
-    assert not ecc.ok and "GPU 0: a row waits" in ecc.why
+def test_without_nvml_the_device_files_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("glob.glob", lambda pattern: ["/dev/nvidia0", "/dev/nvidia1"])
+    for fake, why in ((None, "nvidia-ml-py is not installed"), (FakeNvml([], "LibraryNotFound"), "no NVIDIA driver")):
+        checks, kinds = check_gpus(monkeypatch, fake, 2)
+        assert checks["gpus"].ok and kinds == ""
+        assert checks["gpu state"].ok is None and why in checks["gpu state"].why
+    checks, _ = check_gpus(monkeypatch, FakeNvml([], "DriverNotLoaded"), 2)
+    assert checks["gpus"].why == "0 of 2 GPUs (NVML: DriverNotLoaded)"
+    checks, _ = check_gpus(monkeypatch, None, 0)
+    assert [check.ok for check in checks.values()] == [None]
 
 
 def test_xids_of_hardware_are_told_from_those_of_programs() -> None:
@@ -68,10 +146,10 @@ def test_xids_of_hardware_are_told_from_those_of_programs() -> None:
 
 
 def test_a_value_unlike_that_of_most_nodes_names_the_node() -> None:
-    found = agree("code", {"a": "1", "b": "2", "c": "1"}, own="2")
-    assert [node for node, check in found.items() if not check.ok] == ["b"]
-    assert "2 here, 1 on 2 nodes such as a" in found["b"].why
-    tie = agree("code", {"a": "1", "b": "2"}, own="2")  # the batch node's own value decides
+    checks = compare_values("code", {"a": "1", "b": "2", "c": "1"}, "2")
+    assert [node for node, check in checks.items() if not check.ok] == ["b"]
+    assert "2 here, 1 on 2 nodes such as a" in checks["b"].why
+    tie = compare_values("code", {"a": "1", "b": "2"}, "2")  # the batch node's own value decides
     assert [node for node, check in tie.items() if not check.ok] == ["a"]
 
 
@@ -89,130 +167,151 @@ def test_pairs_are_a_ring_in_few_rounds(count: int) -> None:
 
 def test_one_good_pair_clears_a_node() -> None:
     slow = {pair: 0.1 if "n1" in pair else 9.0 for pairs in pair_rounds(["n0", "n1", "n2", "n3"]) for pair in pairs}
-    assert best_of(slow) == {"n0": 9.0, "n1": 0.1, "n2": 9.0, "n3": 9.0}
+    assert best_speeds(slow) == {"n0": 9.0, "n1": 0.1, "n2": 9.0, "n3": 9.0}
     assert pair_rounds(["alone"]) == []
-    assert floor_of([9.0, 9.0, 0.1], 1.0, 0.5) == 4.5
-    assert floor_of([0.1, 0.1], 1.0, 0.5) == 1.0
+    assert speed_floor([9.0, 9.0, 0.1], 1.0, 0.5) == 4.5
+    assert speed_floor([0.1, 0.1], 1.0, 0.5) == 1.0
 
 
 def test_what_every_node_fails_is_blamed_on_none(tmp_path: Path) -> None:
-    nodes = [Node("a"), Node("b")]
+    nodes = [NodeReport("a"), NodeReport("b")]
     for node in nodes:
         node.add("run disk", False, "0 GB", "full")
-    assert to_blame(nodes) == {}
-    assert at_fault_everywhere(nodes) == "run disk: full"
+    assert nodes_to_replace(nodes) == {}
+    assert common_failures(nodes) == "run disk: full"
     nodes[1].add("gpus", False, "7/8", "7 of 8 GPUs")
-    assert to_blame(nodes) == {"b": "gpus: 7 of 8 GPUs"}
-    third = Node("c")
+    assert nodes_to_replace(nodes) == {"b": "gpus: 7 of 8 GPUs"}
+    third = NodeReport("c")
     third.add("run disk", True, "9 GB")
-    assert set(to_blame([*nodes, third])) == {"a", "b"}
-    assert at_fault_everywhere([*nodes, third]) == ""
-    few = [Node("a"), Node("b"), Node("c")]  # the cluster file promises too many
+    assert set(nodes_to_replace([*nodes, third])) == {"a", "b"}
+    assert common_failures([*nodes, third]) == ""
+    few = [NodeReport("a"), NodeReport("b"), NodeReport("c")]  # the cluster file promises too many
     for node in few:
         node.add("gpus", False, "4/8", "4 of 8 GPUs")
-    assert (to_blame(few), at_fault_everywhere(few)) == ({}, "gpus: 4 of 8 GPUs")
-    assert set(to_blame(few[:2])) == {"a", "b"} and at_fault_everywhere(few[:2]) == ""
-    lines = table([*nodes, third]).splitlines()
+    assert (nodes_to_replace(few), common_failures(few)) == ({}, "gpus: 4 of 8 GPUs")
+    assert set(nodes_to_replace(few[:2])) == {"a", "b"} and common_failures(few[:2]) == ""
+    lines = format_table([*nodes, third]).splitlines()
     assert lines[2].split() == ["b", "0", "GB!", "7/8!", "BAD"]
     assert "bad      b: gpus: 7 of 8 GPUs" in lines
 
     add_bad_nodes(tmp_path, {"b": "7 of\n8 GPUs"})
     add_bad_nodes(tmp_path, {"c": "slow", "b": "6 of 8 GPUs"})
-    found = read_bad_nodes(tmp_path)
-    assert list(found) == ["b", "c"] and found["b"].endswith("6 of 8 GPUs")
+    listed = read_bad_nodes(tmp_path)
+    assert list(listed) == ["b", "c"] and listed["b"].endswith("6 of 8 GPUs")
     assert read_bad_nodes(tmp_path / "none") == {}
 
 
-def test_clocks_are_compared_as_far_as_the_answer_tells() -> None:
-    assert clock_check({"time": 105.0, "asked": 100.0, "took": 9.0}, 2).ok  # the answer was under way all that time
-    late = clock_check({"time": 105.0, "asked": 100.0, "took": 0.2}, 2)
-    assert not late.ok and "+4.9 s" in late.why
+@pytest.mark.parametrize(
+    ("node_time", "ok"), [(105.0, True), (99.0, True), (97.5, False), (111.0, True), (112.5, False)]
+)
+def test_a_clock_is_wrong_only_beyond_the_time_its_line_took(node_time: float, ok: bool) -> None:
+    """The program started at 100 and its line arrived at 110: any time between is in order, and 2 s beyond."""
+    run = SimpleNamespace(clock=(node_time, 110.0), started=100.0)
+    check = clock_check(run, 2.0)  # type: ignore[arg-type]
+    assert check.ok is ok and bool(check.why) is not ok
 
 
 def test_disks_are_tried_by_writing(tmp_path: Path) -> None:
-    assert disk_check("run disk", str(tmp_path / "new"), 0.001, 1).ok
+    assert check_disk("run disk", str(tmp_path / "new"), 0.001, 1).ok
     assert not list((tmp_path / "new").iterdir())
-    assert "are needed" in disk_check("run disk", str(tmp_path), 1e6, 1).why
+    assert "the minimum is 1e+06 GB" in check_disk("run disk", str(tmp_path), 1e6, 1).why
     (tmp_path / "file").touch()
-    assert not disk_check("run disk", str(tmp_path / "file"), 0, 1).ok
+    assert not check_disk("run disk", str(tmp_path / "file"), 0, 1).ok
 
 
 def test_hashes_follow_the_resolved_configuration(tmp_path: Path) -> None:
-    plain = same_values("sdlm_3b_d4", [])
+    plain = hash_environment("sdlm_3b_d4", [])
     (tmp_path / "own.yaml").write_text("extends: sdlm_3b_d4\n")
-    assert same_values(str(tmp_path / "own.yaml"), [])["config"] == plain["config"]
-    assert same_values("sdlm_3b_d4", ["--optimizer.lr=1"])["config"] != plain["config"]
-    assert plain["code"] == code_hash()
+    assert hash_environment(str(tmp_path / "own.yaml"), [])["config"] == plain["config"]
+    assert hash_environment("sdlm_3b_d4", ["--optimizer.lr=1"])["config"] != plain["config"]
+    assert plain["code"] == hash_code()
     (tmp_path / "manifest.json").write_text("{}")
-    assert same_values("sdlm_3b_d4", [f"--data.path={tmp_path}"])["data"] != plain["data"]
+    assert hash_environment("sdlm_3b_d4", [f"--data.path={tmp_path}"])["data"] != plain["data"]
 
 
 def test_limits_come_from_the_cluster_file(tmp_path: Path) -> None:
     file = tmp_path / "cluster.yaml"
-    file.write_text("gpus_per_node: 4\npreflight: {temperature: 60, write_mb: 4, node_gbs: null}\n")
-    cluster = load_cluster(str(file))
-    given = {"gpus": cluster.gpus_per_node, **cluster.preflight}
-    assert limits_from(given, "f") == Limits(gpus=4, temperature=60, write_mb=4)
-    assert isinstance(limits_from(given, "f").write_mb, int)
-    with pytest.raises(ConfigError, match="unknown limit heat"):
-        limits_from({"heat": 1}, "f")
-    with pytest.raises(ConfigError, match="preflight.gpus is 'eight'"):
-        limits_from({"gpus": "eight"}, "f")
+
+    def load(text: str):
+        file.write_text(f"gpus_per_node: 4\npreflight: {text}\n")
+        return load_cluster(str(file))
+
+    cluster = load("{temperature: 60, write_mb: 4, node_gbs: null}")
+    assert cluster.preflight == Limits(temperature=60, write_mb=4) and cluster.expected_gpus == 4
+    assert load("{gpus: 0}").expected_gpus == 0
+    with pytest.raises(ConfigError, match="unknown setting preflight.heat"):
+        load("{heat: 1}")
+    with pytest.raises(ConfigError, match="preflight.gpus"):
+        load("{gpus: eight}")
+    with pytest.raises(ConfigError, match="preflight.shm_gb is -1"):
+        load("{shm_gb: -1}")
 
 
-def test_mistakes_of_the_command_line_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ConfigError, match="--run-dir and --nodes-needed"):
-        main(["--run-dir", "x"])
-    monkeypatch.delenv("SLURM_JOB_NODELIST", raising=False)
-    with pytest.raises(ConfigError, match="inside a Slurm job"):
-        node_names(None)
+def test_errors_of_the_command_line_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="--nodes-needed is 0"):
+        main(["--run-dir", "x", "--nodes-needed", "0"])
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    with pytest.raises(UserError, match="not inside a Slurm job"):
+        main(["--run-dir", "x", "--nodes-needed", "1"])
 
 
-def test_nodes_that_do_not_answer_are_named_with_what_they_said(tmp_path: Path) -> None:
+def stages(folder: Path, command, **limits: object) -> tuple[NodeStages, list[str]]:
+    """Stages that run `command` in place of srun, and the messages they send."""
+    messages: list[str] = []
+    sizes = {"gpus": 0, "run_disk_gb": 0, "shm_gb": 0, "write_mb": 1, **limits}
+    task = {"config": "", "overrides": [], "run_dir": str(folder)}
+    environment = {**os.environ, **ENV}
+    return NodeStages(Limits(**sizes), task, folder, command, environment, messages.append), messages
+
+
+def test_nodes_that_do_not_answer_are_named_with_the_end_of_their_log(tmp_path: Path) -> None:
     commands = {
         "dead": ["sh", "-c", "echo no such image >&2; exit 1"],
-        "hung": ["sleep", "60"],
-        "chatty": ["sh", "-c", """read question; echo welcome; echo '@preflight {"time": 1}'; cat"""],
+        "hung": ["sh", "-c", "echo checking GPUs; sleep 60"],
+        "elsewhere": ["sh", "-c", "exit 4"],
     }
-    agents = {name: Agent(name, command, dict(os.environ), tmp_path / name) for name, command in commands.items()}
+    checked, _ = stages(tmp_path, lambda node, program: commands[node], answer_seconds=1)
     start = time.monotonic()
-    try:
-        answers = ask_all(agents, {name: {"ask": "time"} for name in agents}, 1.0)
-    finally:
-        for agent in agents.values():
-            agent.close()
-    assert answers["dead"] == {"silent": "the program on the node ended: no such image"}
-    assert answers["hung"] == {"silent": "no answer in time"}
-    assert answers["chatty"]["time"] == 1
+    nodes = {node.name: node for node in checked.run(list(commands), quick=True)}
     assert time.monotonic() - start < 8
-    assert all(agent.process.poll() is not None for agent in agents.values())
+    assert nodes["dead"].why == "answers: the program on the node ended with code 1: no such image"
+    assert nodes["hung"].why == "answers: no result in time: checking GPUs"
+    assert nodes["elsewhere"].why == "run disk: the run folder on this node is not the batch node's"
 
 
-def test_two_names_of_this_machine_fly(tmp_path: Path) -> None:
-    """The real programs and all-reduces, without Slurm; one node sees another run folder."""
-    (tmp_path / "token").write_text("here")
-    asked = {"config": "", "overrides": [], "run_dir": str(tmp_path), "token_file": str(tmp_path / "token")}
-    command = [sys.executable, "-m", "sdlm_megatron.ops.driver.preflight", "--node-only"]
-    agents = {
-        name: Agent(name, command, {**os.environ, **ENV}, tmp_path / f"{name}.log")
-        for name in ("localhost", "127.0.0.1")
-    }
-    limits = Limits(gpus=0, run_disk_gb=0, shm_gb=0, write_mb=1, node_gbs=0, network_gbs=1e9)
-    said: list[str] = []
-    try:
-        nodes = Flight(limits, {**asked, "token": "here"}, agents, said.append).run()
-    finally:
-        for agent in agents.values():
-            agent.close()
+def test_a_node_that_sees_another_folder_says_so(tmp_path: Path) -> None:
+    """The real program; its folder is a copy without the batch node's token."""
+    other = tmp_path / "other"
+    other.mkdir()
+    checked, _ = stages(
+        tmp_path, lambda node, program: [sys.executable, *(str(other) if p == str(tmp_path) else p for p in program)]
+    )
+    (node,) = checked.run(["a"], quick=True)
+    assert [check.name for check in node.failed] == ["run disk"], node.why
+
+
+def test_a_run_that_is_stopped_ends_its_process(tmp_path: Path) -> None:
+    run = NodeRun(["sh", "-c", "trap '' TERM; sleep 60"], os.environ, tmp_path / "log", tmp_path / "result")
+    run.stop()
+    assert run.process.poll() is not None
+
+
+@pytest.mark.parametrize("enough", [True, False])
+def test_two_names_of_this_machine_are_measured(tmp_path: Path, enough: bool) -> None:
+    """The real program and all-reduces, without Slurm."""
+    checked, messages = stages(
+        tmp_path, lambda node, program: [sys.executable, *program], node_gbs=0, network_gbs=0 if enough else 1e9
+    )
+    nodes = checked.run(["localhost", "127.0.0.1"])
     for node in nodes:
-        assert [check.name for check in node.failed] == ["network"], table(nodes)
-        assert "GB/s; 1e+09 GB/s are needed; no pair of nodes is faster" in node.why
+        assert [check.name for check in node.failed] == ([] if enough else ["network"]), format_table(nodes)
+        assert enough or "GB/s; the minimum is 1e+09 GB/s; no pair of nodes is faster" in node.why
         assert {c.name for c in node.checks if c.ok} >= {"answers", "clock", "run disk", "code", "packages", "in node"}
-    assert to_blame(nodes) == {}
-    assert said[-1] == "all-reduce between nodes"
+    assert nodes_to_replace(nodes) == {}
+    assert messages[-1] == "pre-flight: all-reduce between nodes"
 
 
 def test_the_speed_of_a_device_is_measured() -> None:
     import torch
 
-    assert matmul_tflops(torch.device("cpu"), 64, 3) > 0
+    assert measure_matmul(torch.device("cpu"), 64, 3) > 0

@@ -1,1 +1,1 @@
-"""Runs on a Slurm cluster: submission, pre-flight, the driver of a job, requeues. Nothing here needs Megatron."""
+"""The batch node's side of a job: submission, pre-flight, driver, requeues. Needs no torch."""

@@ -1,6 +1,6 @@
-"""What became of an attempt: one story out of the exit records, heartbeats, stacks and logs of its processes.
+"""Summary of an attempt that has ended: outcome, cause and culprits, from exit records, heartbeats, stacks and logs.
 
-The job's driver decides by it, a person reads it. Nothing here needs torch.
+The job's driver decides by it; an operator reads it as summary.txt. Nothing here needs torch.
 """
 
 import json
@@ -16,18 +16,19 @@ from sdlm_megatron.files import write_json, write_text
 from sdlm_megatron.ops.attempt import attempt_dir, rank_file
 
 LOG_LINES = 20
-LATE = 2.5
-"""A heartbeat is old when the newest of the attempt is so many times fault.heartbeat_seconds younger."""
+LATE_HEARTBEATS = 2.5
+"""A heartbeat is late when it is this many intervals older than the newest of the attempt."""
 CONNECTION = re.compile(
     r"connection (closed|reset|refused|lost|was)|\bpeer\b|socket|broken pipe|timed? ?out|gloo/transport"
     r"|NCCL (error|comm)|ncclRemoteError|TCPStore|Dist(Network|Store|Backend)Error|recvbytes|sendbytes",
     re.I,
 )
-"""What a process says that lost another one."""
+"""Errors of a process that lost its connection to another one: a consequence, not a cause."""
 SRUN_LOG = "srun.log"
-"""What srun itself said, written by the job's driver."""
+"""Output of srun itself, written by the job's driver."""
 SRUN_TASKS = re.compile(r"^srun: error: \S+: tasks? ([\d,-]+): (.+)$", re.M)
 WAITING = re.compile(r"/torch/distributed/|/p2p_communication\.py|/megatron/core/distributed/")
+"""Stack frames of a process that waits for others."""
 
 
 @dataclass
@@ -36,55 +37,56 @@ class Culprit:
 
     rank: int
     host: str
-    """"" where it left neither record nor heartbeat."""
+    """"" if it left neither a record nor a heartbeat."""
     step: int | None
-    """The step that failed or was in work."""
+    """The step that failed or was in progress."""
     rows: list[int]
-    """Rows of the run it had in work; [] where that is not known."""
+    """Rows of the run that were in progress; [] if unknown."""
     why: str
     log: list[str] = field(default_factory=list)
-    """The last lines it printed."""
+    """The last lines of its output."""
 
 
 @dataclass
-class Summary:
+class AttemptSummary:
     """The end of an attempt."""
 
     outcome: str
     """finished | stopped | user_error | not_finite | hang | crash."""
     why: str
-    """One line; of a stop its reason, of an error its first line."""
+    """One line: the reason of a stop, or the first line of an error."""
     step: int | None
-    """The last step that is known to be done; of not_finite the step that was not."""
+    """The last step that is known to be done; of not_finite the step with the value that is not finite."""
     culprits: list[Culprit]
     hosts: list[str] = field(default_factory=list)
-    """Hosts that a crash or a hang is put down to; none where all of several have culprits."""
+    """Hosts of the culprits of a crash or hang; empty if every one of several hosts has culprits."""
     text: str = ""
-    """All of it, for a person."""
+    """The whole summary for an operator."""
 
 
-class _Attempt:
-    """The files of an attempt."""
+class _AttemptFiles:
+    """Records, heartbeats, stacks and logs of an attempt."""
 
     def __init__(self, run_dir: Path, name: str, ranks: int, heartbeat_seconds: float) -> None:
         self.run_dir, self.name, self.ranks = run_dir, name, range(ranks)
         self.records = self._read("exit")
         self.beats = self._read("heartbeat")
         self.newest = max((b["time"] for b in self.beats.values()), default=0.0)
-        self.old = {r for r, b in self.beats.items() if b["time"] < self.newest - LATE * heartbeat_seconds}
-        self.silent = [r for r in self.ranks if r not in self.records]
-        """Ranks without a record."""
+        limit = self.newest - LATE_HEARTBEATS * heartbeat_seconds
+        self.late = {rank for rank, beat in self.beats.items() if beat["time"] < limit}
+        self.silent = [rank for rank in self.ranks if rank not in self.records]
+        """Ranks without an exit record."""
 
     def _read(self, kind: str) -> dict[int, dict[str, Any]]:
-        found = {}
+        contents = {}
         for rank in self.ranks:
             try:
                 content = json.loads(rank_file(self.run_dir, kind, rank, self.name).read_text(encoding="utf-8"))
             except (OSError, ValueError):
                 continue
             if isinstance(content, dict):
-                found[rank] = content
-        return found
+                contents[rank] = content
+        return contents
 
     def text_of(self, kind: str, rank: int) -> str:
         try:
@@ -92,12 +94,14 @@ class _Attempt:
         except OSError:
             return ""
 
-    def of_reason(self, reason: str) -> list[int]:
-        """Ranks whose record gives this reason, the earliest first."""
-        return sorted((r for r, x in self.records.items() if x["reason"] == reason), key=self._time)
+    def ranks_with(self, reason: str) -> list[int]:
+        """Ranks whose exit record has this reason, the earliest first."""
+        ranks = [rank for rank, record in self.records.items() if record["reason"] == reason]
+        return sorted(ranks, key=lambda rank: self.records[rank]["time"])
 
-    def _time(self, rank: int) -> float:
-        return self.records[rank]["time"]
+    def vanished(self) -> list[int]:
+        """Silent ranks that were gone before the others ended; not those that the launcher killed afterwards."""
+        return [r for r in self.silent if r in self.late or r not in self.beats]
 
     def culprit(self, rank: int, why: str = "") -> Culprit:
         record, beat = self.records.get(rank, {}), self.beats.get(rank, {})
@@ -107,133 +111,132 @@ class _Attempt:
         text = why or record.get("error") or record.get("why", "")
         return Culprit(rank, known.get("host", ""), step, known.get("rows", []), text, log)
 
-    def died(self, rank: int) -> Culprit:
+    def dead_culprit(self, rank: int) -> Culprit:
+        """A culprit without an exit record."""
         beat = self.beats.get(rank)
-        seen = (
-            f"last seen {max(0.0, self.newest - beat['time']):.0f} s before the last sign of life of the attempt, in "
+        last_seen = (
+            f"last heartbeat {max(0.0, self.newest - beat['time']):.0f} s before the newest of the attempt, in "
             f"phase {beat['phase']} of step {beat['step']}"
             if beat
-            else "never seen"
+            else "no heartbeat"
         )
-        known = self.said_by_srun(rank)
-        why = f"srun says: {known}" if known else "killed by a signal, cut off, or its node was lost"
-        culprit = self.culprit(rank, f"left no exit record: {why}; {seen}")
-        if culprit.step is not None and culprit.step < self.in_work():
-            culprit.step, culprit.rows = self.in_work(), []
+        reported = self.srun_report(rank)
+        why = f"srun reports: {reported}" if reported else "killed by a signal, cut off, or its node was lost"
+        culprit = self.culprit(rank, f"no exit record: {why}; {last_seen}")
+        # The dead process's heartbeat may be of an earlier step than the one in which the others lost it.
+        step = max((r["failed_step"] or 0 for r in self.records.values()), default=0)
+        if culprit.step is not None and culprit.step < step:
+            culprit.step, culprit.rows = step, []
         return culprit
 
-    def said_by_srun(self, rank: int) -> str:
-        """How a task ended, such as "Killed", "Out Of Memory", "Exited with exit code 42"; "" if srun did not say."""
+    def srun_report(self, rank: int) -> str:
+        """End of a task as srun reports it, such as "Killed" or "Exited with exit code 42"; "" if it does not."""
         try:
             text = (attempt_dir(self.run_dir, self.name) / SRUN_LOG).read_text(encoding="utf-8", errors="replace")
         except OSError:
             return ""
-        for tasks, said in SRUN_TASKS.findall(text):
+        for tasks, report in SRUN_TASKS.findall(text):
             spans = [[int(n) for n in span.split("-")] for span in tasks.split(",")]
             if any(span[0] <= rank <= span[-1] for span in spans):
-                return str(said)
+                return str(report)
         return ""
 
-    def in_work(self) -> int:
-        """The step that those who lost a process were in; a dead process's heartbeat may be older."""
-        return max((r["failed_step"] or 0 for r in self.records.values()), default=0)
 
-
-def summarize(run_dir: str | Path, attempt: str, expected_ranks: int, *, heartbeat_seconds: float = 10.0) -> Summary:
+def summarize(
+    run_dir: str | Path, attempt: str, expected_ranks: int, *, heartbeat_seconds: float = 10.0
+) -> AttemptSummary:
     """Reads the files of an attempt that has ended, and writes summary.txt and summary.json beside them.
 
     Args:
-        run_dir: the run.
-        attempt: its name, of SDLM_ATTEMPT.
-        expected_ranks: processes that were started.
+        run_dir: folder of the run.
+        attempt: name of the attempt (SDLM_ATTEMPT).
+        expected_ranks: number of processes that were started.
         heartbeat_seconds: the run's setting fault.heartbeat_seconds.
     """
-    found = _Attempt(Path(run_dir), attempt, expected_ranks, heartbeat_seconds)
-    summary = _judge(found)
+    files = _AttemptFiles(Path(run_dir), attempt, expected_ranks, heartbeat_seconds)
+    summary = _judge(files)
     if summary.outcome in ("crash", "hang"):
-        everywhere = {known["host"] for known in (found.beats | found.records).values()}
+        all_hosts = {known["host"] for known in (files.beats | files.records).values()}
         hosts = {c.host for c in summary.culprits if c.host}
-        summary.hosts = sorted(hosts) if len(everywhere) == 1 or hosts != everywhere else []
-    summary.text = _text(summary, found)
+        summary.hosts = sorted(hosts) if len(all_hosts) == 1 or hosts != all_hosts else []
+    summary.text = _text(summary, files)
     folder = attempt_dir(run_dir, attempt)
-    with suppress(OSError):  # on a full disk the driver still has to know
+    with suppress(OSError):  # on a full disk the driver still needs the result
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "summary.txt", summary.text)
         write_json(folder / "summary.json", asdict(summary))
     return summary
 
 
-def _judge(found: _Attempt) -> Summary:
-    done = max((r["step"] for r in found.records.values()), default=None)
-    reasons = Counter(r["reason"] for r in found.records.values())
+def _judge(files: _AttemptFiles) -> AttemptSummary:
+    done = max((r["step"] for r in files.records.values()), default=None)
+    reasons = Counter(r["reason"] for r in files.records.values())
     for reason in ("finished", "stopped"):
-        if reasons[reason] == len(found.ranks):
-            whys = [r["why"] for r in found.records.values() if r["why"]]
-            return Summary(reason, next(iter(whys), ""), done, [])
+        if reasons[reason] == len(files.ranks):
+            whys = [r["why"] for r in files.records.values() if r["why"]]
+            return AttemptSummary(reason, next(iter(whys), ""), done, [])
     for reason in ("not_finite", "user_error"):
-        if ranks := found.of_reason(reason):
-            first = found.culprit(ranks[0])
-            return Summary(reason, first.why.splitlines()[0], first.step if reason == "not_finite" else done, [first])
-    if not found.records and (said := _said_before_the_start(found)):
-        return Summary("user_error", said.why, None, [said])
+        if ranks := files.ranks_with(reason):
+            first = files.culprit(ranks[0])
+            step = first.step if reason == "not_finite" else done
+            return AttemptSummary(reason, first.why.splitlines()[0], step, [first])
+    if not files.records and (culprit := _early_error(files)):
+        return AttemptSummary("user_error", culprit.why, None, [culprit])
     if not reasons["hang"]:
-        culprits = _crashed(found)
-        return Summary("crash", culprits[0].why.splitlines()[0] if culprits else "no trace", done, culprits)
-    why = found.culprit(found.of_reason("hang")[0]).why
-    return Summary("hang", why, done, _hung(found))
+        culprits = _crash_culprits(files)
+        return AttemptSummary("crash", culprits[0].why.splitlines()[0] if culprits else "no trace", done, culprits)
+    why = files.culprit(files.ranks_with("hang")[0]).why
+    return AttemptSummary("hang", why, done, _hang_culprits(files))
 
 
-def _said_before_the_start(found: _Attempt) -> Culprit | None:
-    """An error in the configuration: said before the run folder was known, so without a record."""
-    for rank in found.ranks:
-        culprit = found.culprit(rank)
-        said = [line for line in culprit.log if line.startswith("error: ")]
-        if said and not any("Traceback" in line for line in culprit.log):
-            culprit.why = said[-1].removeprefix("error: ")
+def _early_error(files: _AttemptFiles) -> Culprit | None:
+    """A user error before the run folder was known, as one in the configuration: only the log has it."""
+    for rank in files.ranks:
+        culprit = files.culprit(rank)
+        errors = [line for line in culprit.log if line.startswith("error: ")]
+        if errors and not any("Traceback" in line for line in culprit.log):
+            culprit.why = errors[-1].removeprefix("error: ")
             return culprit
     return None
 
 
-def _crashed(found: _Attempt) -> list[Culprit]:
-    """An error of its own is the cause; without one, those who died in silence, the longest silent first."""
-    errors = [r for r in found.of_reason("error") if not CONNECTION.search(found.records[r]["error"] or "")]
-    if blamed := next((ranks for r in errors if (ranks := found.records[r].get("ranks"))), None):
-        return [found.culprit(r) for r in blamed]
+def _crash_culprits(files: _AttemptFiles) -> list[Culprit]:
+    """Ranks with an error of their own; without any, those that died silently, gone before the others ended."""
+    errors = [r for r in files.ranks_with("error") if not CONNECTION.search(files.records[r]["error"] or "")]
+    if blamed := next((ranks for r in errors if (ranks := files.records[r].get("ranks"))), None):
+        return [files.culprit(r) for r in blamed]
     if errors:
-        return [found.culprit(r) for r in errors]
-    if not found.silent:  # all lost somebody, who had nothing to say: a network between them
-        return [found.culprit(r) for r in found.of_reason("error")[:1]]
-    longest = [r for r in found.silent if r in found.old or r not in found.beats]
-    return [found.died(r) for r in longest or found.silent]
+        return [files.culprit(r) for r in errors]
+    if not files.silent:  # every rank lost a connection and none died: the network between them
+        return [files.culprit(r) for r in files.ranks_with("error")[:1]]
+    return [files.dead_culprit(r) for r in files.vanished() or files.silent]
 
 
-def _hung(found: _Attempt) -> list[Culprit]:
-    """Who kept the others waiting: cut off, or in a place of its own."""
-    if frozen := [r for r in found.silent if r in found.old or r not in found.beats]:
-        return [found.died(r) for r in frozen]
-    if still := {r: s for r in found.of_reason("hang") if (s := found.records[r].get("stood_still"))}:
-        why = "stood still for {:.0f} s while the others waited: stopped, or its interpreter blocked"
-        return [found.culprit(r, why.format(seconds)) for r, seconds in still.items()]
-    stacks = {r: text for r in found.ranks if (text := found.text_of("stacks", r)).strip()}
+def _hang_culprits(files: _AttemptFiles) -> list[Culprit]:
+    """Ranks that kept the others waiting: cut off, stopped, or at another place in the code."""
+    if vanished := files.vanished():
+        return [files.dead_culprit(r) for r in vanished]
+    if still := {r: s for r in files.ranks_with("hang") if (s := files.records[r].get("stood_still"))}:
+        why = "did not run for {:.0f} s while the others waited: stopped, or its interpreter was blocked"
+        return [files.culprit(r, why.format(seconds)) for r, seconds in still.items()]
+    stacks = {r: text for r in files.ranks if (text := files.text_of("stacks", r)).strip()}
     places = {r: main_stack(text) for r, text in stacks.items()}
     elsewhere = [r for r, stack in places.items() if stack and not any(WAITING.search(line) for line in stack[:4])]
-    if len(elsewhere) == len(places):  # on a GPU all wait for the device: the place that is not the others'
+    # On a GPU every rank waits for its device, not for others: then the rank at an unusual place is the culprit.
+    if len(elsewhere) == len(places):
         usual = Counter(tuple(stack[:4]) for stack in places.values()).most_common(1)
         elsewhere = [r for r in elsewhere if usual and tuple(places[r][:4]) != usual[0][0]]
-    culprits = []
-    for rank in elsewhere:
-        top = places[rank][0].strip()
-        culprits.append(found.culprit(rank, f"is elsewhere than the others: {top}"))
+    culprits = [files.culprit(r, f"is at another place than the others: {places[r][0].strip()}") for r in elsewhere]
     if not culprits:
-        last = min((b["step"] for b in found.beats.values()), default=0)
-        behind = [r for r, b in found.beats.items() if b["step"] == last]
-        if 0 < len(behind) < len(found.beats):
-            culprits = [found.culprit(r, f"still in step {last}") for r in behind]
+        last = min((b["step"] for b in files.beats.values()), default=0)
+        behind = [r for r, b in files.beats.items() if b["step"] == last]
+        if 0 < len(behind) < len(files.beats):
+            culprits = [files.culprit(r, f"still in step {last}") for r in behind]
     return culprits
 
 
 def main_stack(text: str) -> list[str]:
-    """Lines of the main thread in a dump of faulthandler, innermost first; of the last dump if there are several."""
+    """Frames of the main thread in a dump of faulthandler, innermost first; of the last dump if there are several."""
     threads = re.split(r"^(?:Current thread|Thread) .*$", text, flags=re.M)[1:]
     for thread in reversed(threads):
         lines = [line for line in thread.splitlines() if line.startswith("  File ")]
@@ -242,14 +245,14 @@ def main_stack(text: str) -> list[str]:
     return []
 
 
-def _text(summary: Summary, found: _Attempt) -> str:
-    reasons = Counter(r["reason"] for r in found.records.values())
+def _text(summary: AttemptSummary, files: _AttemptFiles) -> str:
+    reasons = Counter(r["reason"] for r in files.records.values())
     counts = ", ".join(f"{n} {reason}" for reason, n in sorted(reasons.items()))
     lines = [
-        f"attempt {found.name}: {summary.outcome}" + (f": {summary.why}" if summary.why else ""),
-        f"  {len(found.ranks)} processes: {counts or 'no records'}"
-        + (f"; no record of {_short(found.silent)}" if found.silent else ""),
-        f"  last step done: {max((r['step'] for r in found.records.values()), default='unknown')}",
+        f"attempt {files.name}: {summary.outcome}" + (f": {summary.why}" if summary.why else ""),
+        f"  {len(files.ranks)} processes: {counts or 'no exit records'}"
+        + (f"; no exit record from {_short(files.silent)}" if files.silent else ""),
+        f"  last step done: {max((r['step'] for r in files.records.values()), default='unknown')}",
     ]
     for culprit in summary.culprits[:8]:
         lines += [
@@ -257,7 +260,7 @@ def _text(summary: Summary, found: _Attempt) -> str:
             *(f"  {line}" for line in culprit.why.splitlines()),
         ]
         if culprit.log:
-            lines += ["  the last it printed:", *(f"    | {line}" for line in culprit.log)]
+            lines += ["  the last lines of its output:", *(f"    | {line}" for line in culprit.log)]
     if more := summary.culprits[8:]:
         lines.append(f"and {_short([c.rank for c in more])}")
     return "\n".join(lines) + "\n"

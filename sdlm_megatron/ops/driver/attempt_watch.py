@@ -1,4 +1,4 @@
-"""From the start of the training processes to the reason of their end."""
+"""Watches an attempt from the start of its processes to their end: stop requests, silent ranks, lost nodes."""
 
 import subprocess
 import time
@@ -7,79 +7,81 @@ from contextlib import suppress
 from pathlib import Path
 
 from sdlm_megatron.files import write_json
-from sdlm_megatron.ops.driver.attempt_summary import Summary
-from sdlm_megatron.ops.driver.decision import End
-from sdlm_megatron.ops.driver.slurm_commands import Job, lost_nodes
+from sdlm_megatron.ops.driver.attempt_summary import AttemptSummary
+from sdlm_megatron.ops.driver.decision import AttemptEnd
+from sdlm_megatron.ops.driver.slurm_commands import SlurmJob, lost_nodes
 
 POLL_SECONDS = 0.5
 NODES_SECONDS = 10
-"""Between questions to the controller about lost nodes."""
+"""Interval between questions to the controller about lost nodes."""
 AFTER_FAILURE = 60
-"""Seconds that the other ranks have once the first has said that it failed: a hang's stacks take a few."""
+"""Seconds for the other ranks after the first failure record: in a hang they write their stacks."""
 AFTER_SUCCESS = 600
-"""Seconds that the others have once the first has ended well."""
+"""Seconds for the other ranks after the first has ended well."""
 STACKS_SECONDS = 3
-"""From SIGTERM to SIGKILL, for the ranks to write their stacks."""
-SILENT = 12
-"""A rank is silent when its heartbeat is so many of its intervals, and SILENT_SECONDS, older than the others'."""
+"""Seconds from SIGTERM to SIGKILL, in which the ranks write their stacks."""
+SILENT_HEARTBEATS = 12
 SILENT_SECONDS = 120
+"""A rank is silent when its heartbeat is this many intervals, and this many seconds, behind the newest one."""
 LAST_SECONDS = 45
-"""Before the time limit, for the driver to put the job back into the queue."""
+"""Seconds before the time limit that the driver keeps for requeueing the job."""
 
 
-def watch(
+def watch_attempt(
     process: subprocess.Popen,
-    job: Job,
+    job: SlurmJob,
     nodes: Sequence[str],
     folder: Path,
     heartbeat_seconds: float,
-    stop: Callable[[], str],
-    say: Callable[[str], None],
+    stop_reason: Callable[[], str],
+    log: Callable[[str], None],
 ) -> None:
-    """Waits until srun has ended, and sees to it that it does.
+    """Waits until srun has ended, and ends it when the attempt cannot go on.
 
     Args:
         process: srun.
-        nodes: those that it uses.
-        folder: the attempt's; `stop.json` is written there once.
-        heartbeat_seconds: the run's fault.heartbeat_seconds.
-        stop: why training has to stop, or "".
-        say: for what happens meanwhile.
+        job: the job of this process.
+        nodes: nodes of the attempt.
+        folder: log folder of the attempt; a stop request is written there once, as stop.json.
+        heartbeat_seconds: the run's setting fault.heartbeat_seconds.
+        stop_reason: returns why training has to stop, or "".
+        log: receives messages.
     """
-    deadline, since, looked, asked, why = 0.0, 0.0, time.monotonic(), False, ""
+    deadline, first_exit, last_check, requested, why = 0.0, 0.0, time.monotonic(), False, ""
     while process.poll() is None:
         time.sleep(POLL_SECONDS)
-        if not deadline and (why := stop()):
+        if not deadline and (why := stop_reason()):
             deadline = job.end_time() - LAST_SECONDS
-            say(f"{why}: training is asked to save and stop")
-        if deadline and not asked:
+            log(f"{why}: asking training to save and stop")
+        if deadline and not requested:
             with suppress(OSError):  # a full disk: there may be room at the next look
                 write_json(folder / "stop.json", {"reason": why})
-                asked = True
-        if not since and any((folder / "exit").glob("rank-*.json")):
-            since = time.monotonic()
-        if since and time.monotonic() - since > _patience(folder):
-            say("some processes have ended, others have not: they are ended now")
+                requested = True
+        if not first_exit and any((folder / "exit").glob("rank-*.json")):
+            first_exit = time.monotonic()
+        if first_exit and time.monotonic() - first_exit > _grace_seconds(folder):
+            log("some processes have ended and others have not; ending them")
             _end(process, job)
         elif deadline and time.time() > deadline:
-            say("the time limit is near and training has not stopped: it is ended, the last checkpoint counts")
+            log("training did not stop before the time limit; ending it, the last checkpoint counts")
             _end(process, job)
-        elif time.monotonic() - looked > NODES_SECONDS:
-            looked = time.monotonic()
-            if silent := silent_ranks(folder, max(SILENT * heartbeat_seconds, SILENT_SECONDS)):
-                say(f"no sign of life of rank {', '.join(silent)}: all write their stacks and are ended")
+        elif time.monotonic() - last_check > NODES_SECONDS:
+            last_check = time.monotonic()
+            if silent := silent_ranks(folder, max(SILENT_HEARTBEATS * heartbeat_seconds, SILENT_SECONDS)):
+                log(f"no heartbeat from rank {', '.join(silent)}; ending all processes, which write their stacks")
                 _end(process, job)
                 continue
-            lost = lost_nodes(nodes)
-            if down := {n: s for n, s in lost.items() if s.startswith("down")}:
-                say(f"lost: {', '.join(f'{n} is {s}' for n, s in down.items())}; the others are ended")
+            # A node "not responding" may come back, and its ranks may still train. One that is down has lost them.
+            if down := {n: s for n, s in lost_nodes(nodes).items() if s.startswith("down")}:
+                log(f"lost nodes: {', '.join(f'{n} is {s}' for n, s in down.items())}; ending the other processes")
                 _end(process, job)
 
 
 def silent_ranks(folder: Path, seconds: float) -> list[str]:
-    """Numbers of the ranks whose heartbeat stopped so long before the newest one; all, if that is twice as old.
+    """Ranks whose heartbeat is more than `seconds` behind the newest one; all ranks if that one is twice as old.
 
-    The shared file system's own times are compared, so clocks need not agree. A rank with an exit record is not meant.
+    Compares the times of the files, which the shared file system sets, so clocks need not agree. Ranks with an exit
+    record do not count.
     """
     beats = {}
     for file in (folder / "heartbeat").glob("rank-*.json"):
@@ -93,14 +95,15 @@ def silent_ranks(folder: Path, seconds: float) -> list[str]:
     return sorted(rank for rank, beat in beats.items() if newest - beat > seconds)
 
 
-def _patience(folder: Path) -> float:
+def _grace_seconds(folder: Path) -> float:
     failed = any('"code": 0' not in file.read_text() for file in (folder / "exit").glob("rank-*.json"))
     return AFTER_FAILURE if failed else AFTER_SUCCESS
 
 
-def _end(process: subprocess.Popen, job: Job) -> None:
-    """Ends srun and its step; a node that does not answer cannot hold it up."""
+def _end(process: subprocess.Popen, job: SlurmJob) -> None:
+    """Ends srun and its step, also where a node does not respond."""
     job.end_steps(STACKS_SECONDS)
+    # srun itself waits for every node of the step; one that is cut off never reports, so srun is ended too.
     for give_up in (process.terminate, process.kill):
         try:
             process.wait(10)
@@ -110,9 +113,9 @@ def _end(process: subprocess.Popen, job: Job) -> None:
     process.wait()
 
 
-def end_of(summary: Summary, nodes: Sequence[str]) -> End:
-    """What a summary and the controller say of an attempt on `nodes`."""
+def attempt_end(summary: AttemptSummary, nodes: Sequence[str]) -> AttemptEnd:
+    """The end of an attempt on `nodes`, from its summary and the controller's view of the nodes."""
     lost = lost_nodes(nodes)
     if lost and summary.outcome not in ("finished", "stopped"):
-        return End("lost_node", f"lost {', '.join(lost)}; {summary.why}", summary.step, sorted(lost), lost)
-    return End(summary.outcome, summary.why, summary.step, summary.hosts, lost)
+        return AttemptEnd("lost_node", f"lost {', '.join(lost)}; {summary.why}", summary.step, sorted(lost), lost)
+    return AttemptEnd(summary.outcome, summary.why, summary.step, summary.hosts, lost)

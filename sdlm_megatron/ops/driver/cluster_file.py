@@ -1,66 +1,68 @@
-"""What a cluster is like, apart from what is trained on it: slurm/clusters/NAME.yaml."""
+"""Cluster files: the settings of a cluster, independent of what is trained on it (slurm/clusters/NAME.yaml)."""
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from sdlm_megatron.config.load import load_config
 from sdlm_megatron.errors import ConfigError
+from sdlm_megatron.ops.node.limits import Limits
 
-ROOT = Path(__file__).resolve().parents[3]
-"""The repository."""
-CLUSTERS = ROOT / "slurm" / "clusters"
+SCRIPTS = Path(__file__).resolve().parents[1] / "slurm"
+"""The batch scripts: a link to slurm/ in a checkout, a folder of the package in an installation."""
+CLUSTERS = SCRIPTS / "clusters"
+CLUSTER_HELP = "cluster file: a path, or NAME of ./clusters/NAME.yaml or of the package's slurm/clusters/NAME.yaml"
 FIELD_ENVIRONMENT = {
-    "CUDA_DEVICE_MAX_CONNECTIONS": "1",  # order of kernels that overlapped tensor parallelism needs on Hopper
-    "TORCH_NCCL_AVOID_RECORD_STREAMS": "1",  # memory of freed communication buffers comes back at once
+    "CUDA_DEVICE_MAX_CONNECTIONS": "1",  # kernel order that overlapped tensor parallelism needs on Hopper
+    "TORCH_NCCL_AVOID_RECORD_STREAMS": "1",  # memory of freed communication buffers is reusable at once
     "NCCL_NVLS_ENABLE": "0",  # NVLink SHARP takes memory that a run at the limit does not have
-    "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
-    "NVTE_FWD_LAYERNORM_SM_MARGIN": "16",  # TransformerEngine's norms leave room for communication kernels
+    "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",  # less fragmentation of the GPU's memory
+    "NVTE_FWD_LAYERNORM_SM_MARGIN": "16",  # TransformerEngine's norms leave SMs to communication kernels
     "NVTE_BWD_LAYERNORM_SM_MARGIN": "16",
-    "TORCH_NCCL_TRACE_BUFFER_SIZE": "2000",  # the last collectives of each rank, written down when one hangs
+    "TORCH_NCCL_TRACE_BUFFER_SIZE": "2000",  # the last collectives of each rank, dumped when one hangs
     "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
-    "OMP_NUM_THREADS": "1",
+    "OMP_NUM_THREADS": "1",  # many ranks share the CPUs of a node
 }
-"""Set for training where neither the cluster file nor the submitting shell says otherwise."""
+"""Environment of training where neither the cluster file nor the submitting shell sets a variable."""
 
 
 @dataclass
 class Container:
-    """Where the training processes run; the job's driver itself always runs on the host."""
+    """Container of the training processes. The job's driver always runs on the host."""
 
     kind: str = "none"
     """none | pyxis (srun --container-image) | apptainer."""
     image: str = ""
     """pyxis: a registry's name or a .sqsh file; apptainer: a .sif file."""
     mounts: list[str] = field(default_factory=list)
-    """HOST or HOST:INSIDE; the repository and the folders of the run, the data and the base are needed inside."""
+    """HOST or HOST:INSIDE. The code and the folders of the run, the data and the base model are needed inside."""
     python: str = "python"
     """Python inside the image."""
 
 
 @dataclass
 class ClusterFile:
-    """Settings of a cluster. What is empty or 0 is left to Slurm, or to the script's own #SBATCH lines."""
+    """Settings of a cluster. An empty or zero value is left to Slurm, or to the script's own #SBATCH lines."""
 
     account: str = ""
-    """Slurm account."""
+    """Account of Slurm that is charged."""
     partition: str = ""
-    """Slurm partition."""
+    """Partition to submit to."""
     qos: str = ""
-    """Slurm quality of service."""
+    """Quality of service."""
     constraint: str = ""
-    """Node features that the job requires."""
+    """Required node features."""
     gpus_per_node: int = 8
-    """Training processes a node; also asked of Slurm as --gpus-per-node."""
+    """Training processes per node; also requested from Slurm as --gpus-per-node."""
     cpus_per_task: int = 0
-    """CPUs of a training process; 0: the node's, shared out evenly."""
+    """CPUs of a training process. 0: the node's CPUs, divided evenly."""
     time: str = ""
     """Time limit, such as 2-00:00:00."""
     signal_seconds: int = 900
-    """How long before the time limit training stops and saves."""
+    """Seconds before the time limit at which training stops and saves."""
     spares: int = 0
     """Nodes in the allocation beyond those that train; they replace bad ones."""
     gpu: str = "h100"
-    """For the planner: h100, h200, ..."""
+    """GPU model for the planner: h100, h200, ..."""
     sbatch: list[str] = field(default_factory=list)
     """More options of sbatch, such as --reservation=NAME."""
     setup: list[str] = field(default_factory=list)
@@ -69,24 +71,38 @@ class ClusterFile:
     """Environment of the training: NCCL_SOCKET_IFNAME, NCCL_IB_HCA, ..."""
     container: Container = field(default_factory=Container)
     """Container of the training processes."""
-    preflight: dict[str, float | None] = field(default_factory=dict)
-    """Limits of the pre-flight that differ from its defaults."""
+    preflight: Limits = field(default_factory=Limits)
+    """Limits of the pre-flight."""
+
+    @property
+    def expected_gpus(self) -> int:
+        """GPUs that the pre-flight expects on each node."""
+        return self.gpus_per_node if self.preflight.gpus is None else self.preflight.gpus
 
 
 def cluster_path(name: str) -> Path:
-    """File of a cluster: a path, or NAME of slurm/clusters/NAME.yaml."""
-    return Path(name) if Path(name).is_file() else CLUSTERS / f"{name}.yaml"
+    """File of a cluster: a path, or NAME of ./clusters/NAME.yaml, or of the package's own clusters."""
+    own = Path("clusters") / f"{name}.yaml"
+    return next((path for path in (Path(name), own) if path.is_file()), CLUSTERS / f"{name}.yaml")
 
 
 def load_cluster(name: str) -> ClusterFile:
-    """Reads slurm/clusters/NAME.yaml, or a file of that path; ConfigError names what is wrong."""
-    cluster = load_config(ClusterFile, name, presets=CLUSTERS)
+    """Reads a cluster file.
+
+    Raises:
+        ConfigError: an unknown key, a wrong type, or a value that cannot be meant.
+    """
+    path, where = cluster_path(name), f"cluster {name}"
+    cluster = load_config(ClusterFile, str(path.absolute()) if path.is_file() else name, presets=CLUSTERS)
     kind, image = cluster.container.kind, cluster.container.image
     if kind not in ("none", "pyxis", "apptainer"):
-        raise ConfigError(f"container.kind is {kind!r}", f"cluster {name}", "one of none, pyxis, apptainer")
+        raise ConfigError(f"container.kind is {kind!r}", where, "one of none, pyxis, apptainer")
     if kind != "none" and not image:
-        raise ConfigError(f"a {kind} container without an image", f"cluster {name}", "set container.image")
-    for key, least in (("gpus_per_node", 1), ("spares", 0), ("signal_seconds", 0), ("cpus_per_task", 0)):
-        if getattr(cluster, key) < least:
-            raise ConfigError(f"{key} is {getattr(cluster, key)}", f"cluster {name}", f"give {least} or more")
+        raise ConfigError(f"a {kind} container without an image", where, "set container.image")
+    minimums = {"gpus_per_node": 1, "spares": 0, "signal_seconds": 0, "cpus_per_task": 0}
+    values = {key: getattr(cluster, key) for key in minimums}
+    values |= {f"preflight.{key}": value for key, value in asdict(cluster.preflight).items() if value is not None}
+    for key, value in values.items():
+        if value < minimums.get(key, 0):
+            raise ConfigError(f"{key} is {value}", where, f"give {minimums.get(key, 0)} or more")
     return cluster

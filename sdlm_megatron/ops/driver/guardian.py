@@ -1,7 +1,7 @@
-"""Stands by on another node than the driver's, and requeues the job when that one is lost.
+"""Requeues a job whose first node, with the driver on it, was lost. Runs on another node.
 
-With --no-kill Slurm lets a job live on without a lost node, even if its batch script ran there: nobody would end the
-job before its time limit. The driver starts this as a step of its own.
+With --no-kill Slurm keeps a job running without a lost node, even if the batch script ran there. The rest of the job
+would then stay allocated until its time limit. The driver starts this program as a job step of its own.
 """
 
 import argparse
@@ -15,14 +15,15 @@ from sdlm_megatron.config.command_line import make_parser
 from sdlm_megatron.errors import run_cli
 from sdlm_megatron.ops.attempt import read_events, record_event
 from sdlm_megatron.ops.driver.decision import REQUEUES, since_checkpoint
-from sdlm_megatron.ops.driver.slurm_commands import GUARDIAN, Job, lost_nodes
+from sdlm_megatron.ops.driver.slurm_commands import GUARDIAN, SlurmJob, lost_nodes
 from sdlm_megatron.weights.checkpoint_folder import newest_step
 
 POLL_SECONDS = 5
+PROGRAM = "python -m sdlm_megatron.ops.driver.guardian"
 
 
-def command(run_dir: Path, job: Job, node: str) -> list[str]:
-    """srun that starts it on `node`."""
+def guardian_command(run_dir: Path, job: SlurmJob, node: str) -> list[str]:
+    """srun command that starts the guardian on `node`."""
     step = ["srun", f"--job-name={GUARDIAN}", "--nodes=1", "--ntasks=1", f"--nodelist={node}", "--overlap"]
     log = run_dir.resolve() / "logs" / job.name / "guardian.log"
     program = [sys.executable, "-m", "sdlm_megatron.ops.driver.guardian", f"--run-dir={run_dir}"]
@@ -31,11 +32,7 @@ def command(run_dir: Path, job: Job, node: str) -> list[str]:
 
 def build_parser() -> argparse.ArgumentParser:
     """Options of the command."""
-    parser = make_parser(
-        "python -m sdlm_megatron.ops.driver.guardian",
-        __doc__,
-        example="python -m sdlm_megatron.ops.driver.guardian --run-dir RUN --driver-node node01",
-    )
+    parser = make_parser(PROGRAM, __doc__, example=f"{PROGRAM} --run-dir RUN --driver-node node01")
     parser.add_argument("--run-dir", type=Path, required=True, metavar="RUN", help="folder of the run")
     parser.add_argument("--driver-node", required=True, metavar="NAME", help="node on which the job's driver runs")
     return parser
@@ -44,13 +41,14 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     args = build_parser().parse_args(argv)
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):  # its end comes by SIGKILL, with the job's
+    # Signals that announce the end of the job are for the driver. Slurm ends this step with SIGKILL.
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
-    job, seen = Job.current(), 0
-    while seen < 2:  # a node that is back at once is not lost
+    job, times_down = SlurmJob.current(), 0
+    while times_down < 2:  # a node that is back at the next look was not lost
         time.sleep(POLL_SECONDS)
         state = lost_nodes([args.driver_node]).get(args.driver_node, "")
-        seen = seen + 1 if state.startswith("down") else 0
+        times_down = times_down + 1 if state.startswith("down") else 0
     step = newest_step(args.run_dir)
     why = f"the driver's node {args.driver_node} was lost"
     if since_checkpoint(read_events(args.run_dir), job.id, step)["requeues"] >= REQUEUES:
@@ -59,9 +57,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     record_event(args.run_dir, "job_end", reason=f"requeue: {why}")
     record_event(args.run_dir, "requeue", reason=why, checkpoint=step)
-    print(f"{why}: requeue", flush=True)
-    if refused := job.requeue([args.driver_node]):
-        print(refused, flush=True)
+    print(f"requeueing: {why}", flush=True)
+    if refusal := job.requeue([args.driver_node]):
+        print(refusal, flush=True)
 
 
 if __name__ == "__main__":

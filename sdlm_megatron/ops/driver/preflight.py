@@ -1,20 +1,21 @@
-"""Checks the nodes of a Slurm job before the run starts on them: GPUs, disks, same code and configuration, clocks,
+"""Checks the nodes of a Slurm job before training starts on them: GPUs, disks, equal code and configuration, clocks,
 and the speed of an all-reduce inside and between nodes.
 
-Runs on the job's batch node and uses srun itself. Writes preflight.txt (one table) and preflight.json into
-RUN/logs/JOB-RESTART, and bad nodes with date and reason into RUN/bad-nodes.txt. Ends with 0 if enough nodes are
-healthy, with 3 if not, with 2 on a mistake of the user.
+Runs on the batch node and starts a short program on each node with srun (ops/node/node_program.py). Writes
+preflight.txt (one table) and preflight.json into RUN/logs/JOB-RESTART, and bad nodes with date and reason into
+RUN/bad-nodes.txt. Exit code: 0 enough nodes are healthy, 3 too few are, 2 user error.
 """
 
 import argparse
-import os
-import signal
+import json
 import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -22,94 +23,122 @@ from sdlm_megatron.config.command_line import make_parser
 from sdlm_megatron.config.schema import RunConfig
 from sdlm_megatron.errors import ConfigError, run_cli
 from sdlm_megatron.files import write_json, write_text
-from sdlm_megatron.ops.driver.agents import Agent
-from sdlm_megatron.ops.driver.cluster_file import FIELD_ENVIRONMENT, ClusterFile, load_cluster
-from sdlm_megatron.ops.driver.launch import on_nodes
-from sdlm_megatron.ops.driver.limits import limits_from
-from sdlm_megatron.ops.driver.preflight_run import Flight
-from sdlm_megatron.ops.driver.verdict import Node, add_bad_nodes, at_fault_everywhere, table, to_blame
+from sdlm_megatron.ops.driver.cluster_file import CLUSTER_HELP, ClusterFile, load_cluster
+from sdlm_megatron.ops.driver.launch import on_nodes, training_environment, with_setup
+from sdlm_megatron.ops.driver.slurm_commands import SlurmJob, expand_nodes
+from sdlm_megatron.ops.driver.verdict import (
+    NodeReport,
+    add_bad_nodes,
+    best_speeds,
+    common_failures,
+    compare_values,
+    format_table,
+    nodes_to_replace,
+    pair_rounds,
+    speed_floor,
+)
+from sdlm_megatron.ops.node.limits import CLOCK, CPU_RANKS, MEASURE_SECONDS, MINIMUM_SPEEDS, NOT_SHARED, Check, Limits
+from sdlm_megatron.ops.node.node_checks import hash_environment
 
-NOT_ENOUGH = 3
 EXAMPLE = "sdlm preflight --run-dir RUN --nodes-needed 29 --cluster mine --config sdlm_32b_d4 --data.path=DATA"
+TOO_FEW_NODES = 3
+POLL_SECONDS = 0.1
+
+PROGRAM = "sdlm_megatron.ops.node.node_program"
+"""Named, not imported: it reaches torch, which takes seconds to import and is not needed on the batch node."""
+Pair = tuple[str, str]
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Options of the command."""
     notes = "Runs inside a Slurm job. The training's own settings may follow as --section.key=value."
     parser = make_parser("sdlm preflight", __doc__, example=EXAMPLE, notes=notes, settings=RunConfig)
-    parser.add_argument("--run-dir", metavar="RUN", help="folder of the run")
-    parser.add_argument("--nodes-needed", type=int, metavar="N", help="healthy nodes that the training takes")
-    parser.add_argument("--nodes", metavar="LIST", help="such as node[01-32]; default: the whole allocation")
+    parser.add_argument("--run-dir", type=Path, required=True, metavar="RUN", help="folder of the run")
+    parser.add_argument("--nodes-needed", type=int, required=True, metavar="N", help="nodes that the training takes")
+    parser.add_argument("--nodes", metavar="LIST", help="such as node[01-32]; default: all nodes of the job")
     parser.add_argument("--config", default="", help="file or preset of the training, compared on all nodes")
-    parser.add_argument(
-        "--cluster", default="default", metavar="NAME", help="slurm/clusters/NAME.yaml, or a file; holds the limits"
-    )
-    parser.add_argument("--quick", action="store_true", help="no measurements of speed: a retry on the same nodes")
-    parser.add_argument("--node-only", action="store_true", help="what runs on each node; started by the above")
+    parser.add_argument("--cluster", default="default", metavar="NAME", help=f"{CLUSTER_HELP}; holds the limits")
+    parser.add_argument("--quick", action="store_true", help="skip the measurements of speed")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     args, overrides = build_parser().parse_known_args(argv)
-    if args.node_only:
-        from sdlm_megatron.ops.driver.node_agent import serve
-
-        _ignore_signals()
-        serve()
-        return
-    if not args.run_dir or not args.nodes_needed or args.nodes_needed < 1:
-        raise ConfigError("--run-dir and --nodes-needed (1 or more) are needed", "the command line", EXAMPLE)
-    names = node_names(args.nodes)
-    cluster = load_cluster(args.cluster)
-    _ignore_signals()
-    report = fly(
-        Path(args.run_dir), names, args.nodes_needed, cluster, args.config, overrides, Progress(), quick=args.quick
+    if args.nodes_needed < 1:
+        raise ConfigError(f"--nodes-needed is {args.nodes_needed}", "the command line", "give 1 or more")
+    cluster, job = load_cluster(args.cluster), SlurmJob.current()
+    names = expand_nodes(args.nodes) if args.nodes else job.nodes
+    report = run_preflight(
+        args.run_dir,
+        args.run_dir / "logs" / job.name,
+        names,
+        args.nodes_needed,
+        cluster,
+        args.config,
+        overrides,
+        partial(print, file=sys.stderr, flush=True),
+        quick=args.quick,
     )
     print(report["table"], flush=True)
     if not report["ok"]:
-        raise SystemExit(NOT_ENOUGH)
+        raise SystemExit(TOO_FEW_NODES)
 
 
-def _ignore_signals() -> None:
-    """That the job's time is up is for its driver to act on; dying of the signal would look like a bad node."""
-    for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-
-
-def fly(
+def run_preflight(
     run_dir: Path,
+    logs: Path,
     names: Sequence[str],
     needed: int,
     cluster: ClusterFile,
     config: str,
     overrides: Sequence[str],
-    say: Callable[[str], None],
+    notify: Callable[[str], None],
     *,
     quick: bool = False,
 ) -> dict[str, Any]:
-    """Runs the pre-flight of nodes and writes its report.
+    """Checks nodes and writes the report.
+
+    Args:
+        run_dir: folder of the run.
+        logs: folder for the report, RUN/logs/JOB-RESTART.
+        names: nodes to check.
+        needed: nodes that the training takes.
+        cluster: holds the limits and how programs are started.
+        config: file or preset of the training; "": none is compared.
+        overrides: settings of the training, `--a.b=c`.
+        notify: receives a line when a stage begins.
+        quick: skip the measurements of speed.
 
     Returns:
-        preflight.json: {"ok", "needed", "seconds", "healthy": [node], "bad": {node: why}, "blamed": those of
-        the bad that are to be replaced, "everywhere": what all failed and no other node would
-        mend, "nodes": {node: checks}, "table": text}. A node that is bad but not blamed
-        failed only what all nodes failed: other nodes would not help.
+        The content of preflight.json: {"ok", "needed", "seconds", "healthy": [node], "bad": {node: reason},
+        "blamed": the bad nodes to replace, "everywhere": failures of all nodes that other nodes would share,
+        "nodes": {node: checks}, "table": text}.
     """
     start = time.monotonic()
-    logs = run_dir / "logs" / job_name()
-    (logs / "preflight").mkdir(parents=True, exist_ok=True)
-    nodes = _nodes(run_dir, names, cluster, config, overrides, logs / "preflight", say, quick)
+    folder = _new_folder(logs)
+    whole_node = replace(cluster, cpus_per_task=0)  # one task, which shares all CPUs of the node among its processes
+    stages = NodeStages(
+        limits=replace(cluster.preflight, gpus=cluster.expected_gpus),
+        task={"run_dir": str(run_dir.resolve()), "config": config, "overrides": list(overrides)},
+        folder=folder,
+        command=lambda node, arguments: with_setup(whole_node, on_nodes(whole_node, [node], 1, arguments)),
+        environment=training_environment(cluster),
+        notify=notify,
+    )
+    nodes = stages.run(names, quick=quick)
     healthy = [node.name for node in nodes if not node.failed]
-    blamed = to_blame(nodes)
+    blamed, everywhere = nodes_to_replace(nodes), common_failures(nodes)
     add_bad_nodes(run_dir, blamed)
     seconds = time.monotonic() - start
-    lines = [table(nodes), f"{len(healthy)} of {len(nodes)} nodes are healthy, {needed} are needed; {seconds:.0f} s"]
+    lines = [
+        format_table(nodes),
+        f"{len(healthy)} of {len(nodes)} nodes are healthy, {needed} are needed; {seconds:.0f} s",
+    ]
     if blamed:
-        lines.append(f"left out from now on (bad-nodes.txt of the run): {', '.join(blamed)}")
-    everywhere = at_fault_everywhere(nodes)
+        lines.append(f"excluded from now on (bad-nodes.txt of the run): {', '.join(blamed)}")
     if everywhere:
-        lines.append(f"not a matter of nodes, every one failed it: {everywhere}")
+        lines.append(f"failed on every node, so not a fault of single nodes: {everywhere}")
     report: dict[str, Any] = {
         "ok": len(healthy) >= needed,
         "needed": needed,
@@ -126,66 +155,278 @@ def fly(
     return report
 
 
-def _nodes(
-    run_dir: Path,
-    names: Sequence[str],
-    cluster: ClusterFile,
-    config: str,
-    overrides: Sequence[str],
-    logs: Path,
-    say: Callable[[str], None],
-    quick: bool,
-) -> list[Node]:
-    """Starts a program on each node, flies, and ends the programs."""
-    limits = limits_from({"gpus": cluster.gpus_per_node, **cluster.preflight}, "the cluster file")
-    environment = {**FIELD_ENVIRONMENT, **os.environ, **{key: str(value) for key, value in cluster.env.items()}}
-    whole = replace(cluster, cpus_per_task=0)  # its processes share all CPUs of the node
-    token, token_file = uuid.uuid4().hex, logs / "token"
-    write_text(token_file, token)
-    asked = {"config": config, "overrides": list(overrides), "run_dir": str(run_dir.resolve())}
-    asked |= {"token_file": str(token_file.resolve()), "token": token}
-    agents: dict[str, Agent] = {}
-    try:
-        for name in names:
-            command = on_nodes(whole, [name], 1, ["-u", "-m", "sdlm_megatron.ops.driver.preflight", "--node-only"])
-            agents[name] = Agent(name, command, environment, logs / f"{name}.log")
-        return Flight(limits, asked, agents, say, quick).run()
-    finally:
-        for agent in agents.values():
-            agent.let_go()
-        for agent in agents.values():
-            agent.close()
+def _new_folder(logs: Path) -> Path:
+    """A folder for the files of the nodes. Each pre-flight has its own, so that old results are never read."""
+    number = 0
+    while (folder := logs / f"preflight-{number}").exists():
+        number += 1
+    folder.mkdir(parents=True)
+    return folder
 
 
-class Progress:
-    """Says on stderr which stage begins, and after how many seconds."""
+class NodeRun:
+    """The node program on one node, started by srun; its output is in a log, its result in a file."""
 
-    def __init__(self) -> None:
-        self.start = time.monotonic()
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str], log: Path, result: Path) -> None:
+        self.log, self._result_file, self.started = log, result, time.time()
+        self.clock: tuple[float, float] | None = None
+        """The node's time, and this node's when it arrived."""
+        with open(log, "w", encoding="utf-8") as output:
+            self.process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                start_new_session=True,  # signals to the job's batch shell are for the driver only
+            )
 
-    def __call__(self, text: str) -> None:
-        print(f"pre-flight {time.monotonic() - self.start:4.0f} s: {text}", file=sys.stderr, flush=True)
+    def ended(self) -> bool:
+        """Whether the program has ended; also looks for its clock line."""
+        code = self.process.poll()
+        # The log is written by srun on this node: a line shows here at once, without a shared file system's delay.
+        if self.clock is None:
+            for line in self.log.read_text(errors="replace").splitlines(keepends=True):
+                if line.startswith(CLOCK) and line.endswith("\n"):
+                    self.clock = float(line[len(CLOCK) :]), time.time()
+                    break
+        return code is not None
+
+    def stop(self) -> None:
+        """Ends srun, also that of a node that is cut off."""
+        for end in (self.process.terminate, self.process.kill):
+            if self.process.poll() is None:
+                end()
+                try:
+                    self.process.wait(timeout=2)
+                except subprocess.TimeoutExpired:
+                    continue
+
+    def result(self) -> dict[str, Any] | str:
+        """The result, or the reason why there is none."""
+        lines = [line.strip() for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
+        last = f": {lines[-1][:300]}" if lines else ""
+        code = self.process.poll()
+        if code is None:
+            return f"no result in time{last}"
+        for _ in range(50 if code == 0 else 1):
+            try:
+                return dict(json.loads(self._result_file.read_text(encoding="utf-8")))
+            except FileNotFoundError:
+                time.sleep(0.1)  # a shared file system may show another node's new file late
+        return f"the program on the node ended with code {code}{last}"
 
 
-def job_name() -> str:
-    """JOB-RESTART."""
-    return f"{os.environ.get('SLURM_JOB_ID', 'local')}-{os.environ.get('SLURM_RESTART_COUNT', '0')}"
+@dataclass
+class NodeStages:
+    """The two stages of a pre-flight: each node by itself, then the network pair by pair.
+
+    A node that has failed a check takes no part in what follows.
+    """
+
+    limits: Limits
+    task: dict[str, Any]
+    """Arguments of the stage "checks" besides the limits."""
+    folder: Path
+    command: Callable[[str, list[str]], list[str]]
+    """Builds the command that runs Python with some arguments on a node."""
+    environment: Mapping[str, str]
+    notify: Callable[[str], None]
+    reports: dict[str, NodeReport] = field(default_factory=dict)
+    backend: str = "gloo"
+    ports: dict[str, int] = field(default_factory=dict)
+    """A free port of each node."""
+
+    def run(self, names: Sequence[str], *, quick: bool = False) -> list[NodeReport]:
+        """Runs the stages; `quick` skips the measurements of speed."""
+        self.reports = {name: NodeReport(name) for name in names}
+        self.notify(f"pre-flight of {len(names)} nodes: GPUs, disks, code, configuration")
+        speeds = self._check_each(measure_speed=not quick)
+        if not quick:
+            self._judge_speeds(speeds)
+            self.notify("pre-flight: all-reduce between nodes")
+            self._measure_network()
+        return list(self.reports.values())
+
+    def _healthy(self) -> list[str]:
+        return [name for name, node in self.reports.items() if not node.failed]
+
+    def _run_programs(
+        self, stage: str, tasks: Mapping[str, dict[str, Any]], seconds: float
+    ) -> tuple[dict[str, dict[str, Any]], dict[str, NodeRun]]:
+        """Runs the node program on all nodes of `tasks` at the same time.
+
+        Returns:
+            results of the nodes that wrote one, and all runs. A node without a result gets a failed check.
+        """
+        # The token proves that both sides see the same folder; a new one for each stage also rules out old files.
+        token = uuid.uuid4().hex
+        write_text(self.folder / "token", token)
+        runs: dict[str, NodeRun] = {}
+        try:
+            for name, task in tasks.items():
+                file = f"{stage}-{name}"
+                kind, text = stage.split("-")[0], json.dumps({**task, "token": token})
+                program = ["-u", "-m", PROGRAM, str(self.folder.resolve()), f"{file}.json", kind, text]
+                runs[name] = NodeRun(
+                    self.command(name, program),
+                    self.environment,
+                    self.folder / f"{file}.log",
+                    self.folder / f"{file}.json",
+                )
+            deadline, waiting = time.monotonic() + seconds, list(runs.values())
+            while waiting and time.monotonic() < deadline:
+                time.sleep(POLL_SECONDS)
+                waiting = [run for run in waiting if not run.ended()]
+            results = {}
+            for name, run in runs.items():
+                result = run.result()
+                if isinstance(result, dict):
+                    results[name] = result
+                elif run.process.returncode == NOT_SHARED:
+                    self.reports[name].add(
+                        "run disk", False, "not shared", "the run folder on this node is not the batch node's"
+                    )
+                else:
+                    self.reports[name].add("answers", False, "no", result)
+        finally:
+            for run in runs.values():
+                run.stop()
+        return results, runs
+
+    def _check_each(self, *, measure_speed: bool) -> dict[str, dict[str, Any]]:
+        """Runs the stage "checks", and compares what must be equal; returns the in-node speeds that were measured."""
+        seconds = self.limits.answer_seconds + (MEASURE_SECONDS if measure_speed else 0)
+        task = {**self.task, "limits": asdict(self.limits), "measure_speed": measure_speed}
+        results, runs = self._run_programs("checks", dict.fromkeys(self.reports, task), seconds)
+        batch_values = hash_environment(self.task["config"], self.task["overrides"])
+        compared: dict[str, dict[str, str]] = {}
+        speeds = {}
+        for name, result in results.items():
+            self.ports[name] = result["port"]
+            if result["speed"]:
+                speeds[name] = result["speed"]
+            checks = [Check(**check) for check in result["checks"]]
+            clock = clock_check(runs[name], self.limits.clock_seconds)
+            self.reports[name].checks += [Check("answers", True, "yes"), clock, *checks]
+            for key, value in result["shared_values"].items():
+                compared.setdefault(key, {})[name] = value
+        for key, values in compared.items():
+            for name, check in compare_values(key, values, batch_values.get(key, "")).items():
+                self.reports[name].checks.append(check)
+        return speeds
+
+    def _judge_speeds(self, measured: Mapping[str, dict[str, Any]]) -> None:
+        """Compares the in-node all-reduces and the GPUs' speeds of healthy nodes with the limits and the medians."""
+        speeds = {name: measured[name] for name in self._healthy() if name in measured}
+        self.backend = next((speed["backend"] for speed in speeds.values() if "backend" in speed), "gloo")
+        minimum, factor = self._limits_of(self.limits.node_gbs, 0)
+        floor = speed_floor([speed["gbs"] for speed in speeds.values() if speed.get("gbs")], minimum, factor)
+        tflops = sorted(t for speed in speeds.values() for t in speed.get("tflops", []))
+        for name, speed in speeds.items():
+            node = self.reports[name]
+            if "error" in speed:
+                node.add("in node", False, "error", speed["error"])
+                continue
+            if speed["gbs"] is None:
+                node.add("in node", None, "skipped", "the node has a single GPU")
+            else:
+                slow = speed["gbs"] < floor
+                why = f"all-reduce inside the node at {speed['gbs']:.3g} GB/s, the minimum is {floor:.3g} GB/s"
+                node.add("in node", not slow, f"{speed['gbs']:.3g} GB/s", why if slow else "")
+            if speed["tflops"]:
+                node.checks.append(gpu_speed_check(speed["tflops"], factor * tflops[len(tflops) // 2]))
+
+    def _limits_of(self, minimum: float | None, place: int) -> tuple[float, float]:
+        """Minimum bandwidth and slow_factor, with the backend's defaults where the cluster file sets none."""
+        defaults, factor = MINIMUM_SPEEDS[self.backend], self.limits.slow_factor
+        return defaults[place] if minimum is None else minimum, defaults[2] if factor is None else factor
+
+    def _measure_network(self) -> None:
+        names = self._healthy()
+        if len(names) < 2:
+            for name in names:
+                self.reports[name].add("network", None, "skipped", "no other healthy node to measure with")
+            return
+        minimum, factor = self._limits_of(self.limits.network_gbs, 1)
+        speeds: dict[Pair, float] = {}
+        errors: dict[Pair, str] = {}
+        self._measure_pairs("network", pair_rounds(names), speeds, errors)
+        floor = speed_floor(list(speeds.values()), minimum, factor)
+        # A slow node makes both of its pairs slow, but its neighbors are cleared by their other pairs. Only a node
+        # between two slow ones is not: each node that is slow in all its pairs is measured again with a good one.
+        good = [name for name, speed in best_speeds(speeds).items() if speed >= floor]
+        suspects = [name for name, speed in best_speeds(speeds).items() if speed < floor]
+        if good and suspects:
+            pairs = list(zip(suspects, cycle(good), strict=False))
+            for name, partner in pairs:
+                self.notify(f"pre-flight: {name} is slow; measuring it again with {partner}")
+            rounds = [pairs[at : at + len(good)] for at in range(0, len(pairs), len(good))]
+            self._measure_pairs("network-again", rounds, speeds, errors)
+        for name, speed in best_speeds(speeds).items():
+            self.reports[name].checks.append(network_check(name, speed, floor, speeds, errors, bool(good)))
+
+    def _measure_pairs(
+        self, stage: str, rounds: Sequence[Sequence[Pair]], speeds: dict[Pair, float], errors: dict[Pair, str]
+    ) -> None:
+        """Measures pairs of nodes, the rounds one after the other; adds to `speeds` (GB/s) and `errors`."""
+        ranks = self.limits.gpus if self.backend == "nccl" else CPU_RANKS
+        tasks: dict[str, dict[str, Any]] = {}
+        for number, pairs in enumerate(rounds):
+            for pair in pairs:
+                meeting = {"host": pair[0], "port": self.ports[pair[0]]}
+                for name in pair:
+                    task = tasks.setdefault(name, {"ranks": ranks, "rounds": [None] * len(rounds)})
+                    task["rounds"][number] = {**meeting, "first": name == pair[0]}
+        seconds = len(rounds) * MEASURE_SECONDS + self.limits.answer_seconds
+        results, _ = self._run_programs(stage, tasks, seconds)
+        for number, pairs in enumerate(rounds):
+            for pair in pairs:
+                sides: list[dict[str, Any]] = [results[name]["speeds"][number] for name in pair if name in results]
+                side = next((s for s in sides if "gbs" in s), next(iter(sides), {"error": "no answer"}))
+                speeds[pair] = max(speeds.get(pair, 0.0), side.get("gbs", 0.0))
+                errors.pop(pair, None)
+                if "error" in side:
+                    errors[pair] = side["error"]
 
 
-def node_names(nodes: str | None) -> list[str]:
-    """The nodes of a Slurm list, or of this job."""
-    nodes = nodes or os.environ.get("SLURM_JOB_NODELIST", "")
-    if not nodes:
-        raise ConfigError(
-            "no nodes: this runs inside a Slurm job", "SLURM_JOB_NODELIST", "start it from a batch script"
-        )
-    try:
-        done = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True)
-    except OSError as error:
-        raise ConfigError(f"scontrol does not run: {error.strerror}", "PATH", "start it where Slurm is") from None
-    if done.returncode or not done.stdout.split():
-        raise ConfigError(f"{nodes} is no list of nodes", "--nodes", done.stderr.strip())
-    return done.stdout.split()
+def clock_check(run: NodeRun, maximum: float) -> Check:
+    """A node's clock against this one's.
+
+    The node took its time after `started` and before the line arrived, so only a difference beyond these counts.
+    """
+    if run.clock is None:
+        return Check("clock", None, "skipped", "the node sent no time")
+    node_time, arrived = run.clock
+    certain = max(node_time - arrived, run.started - node_time)
+    difference = node_time - arrived
+    why = f"{difference:+.1f} s against the batch node" if certain > maximum else ""
+    return Check("clock", certain <= maximum, f"{difference:+.2f} s", why)
+
+
+def gpu_speed_check(tflops: Sequence[float], floor: float) -> Check:
+    """Speed of a node's GPUs in a matrix product; a slow one runs at reduced clocks."""
+    slow = [
+        f"GPU {i}: {speed:.0f} TFLOP/s, the minimum is {floor:.0f}" for i, speed in enumerate(tflops) if speed < floor
+    ]
+    return Check("clocks", not slow, f"{min(tflops):.0f} TFLOP/s", "; ".join(slow))
+
+
+def network_check(
+    name: str, speed: float, floor: float, speeds: Mapping[Pair, float], errors: Mapping[Pair, str], others_good: bool
+) -> Check:
+    """Whether a node's fastest pair is fast enough; the reason lists all pairs of a slow node."""
+    if speed >= floor:
+        return Check("network", True, f"{speed:.3g} GB/s")
+    parts = []
+    for pair, pair_speed in speeds.items():
+        if name in pair:
+            other = pair[0] if pair[1] == name else pair[1]
+            parts.append(f"with {other} {errors.get(pair) or f'{pair_speed:.3g} GB/s'}")
+    why = f"all-reduce {', '.join(parts)}; the minimum is {floor:.3g} GB/s"
+    if not others_good:
+        why += "; no pair of nodes is faster: check the limit, the network interface and the network, not one node"
+    return Check("network", False, f"{speed:.3g} GB/s", why)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""From what the nodes found to which of them are fit, one table, and the list of bad nodes of a run."""
+"""Results of the pre-flight: the checks of each node, the nodes to replace, one table, and the list of bad nodes."""
 
 import time
 from collections import Counter
@@ -8,27 +8,19 @@ from pathlib import Path
 from statistics import median
 
 from sdlm_megatron.files import write_text
+from sdlm_megatron.ops.node.limits import Check
 
 BAD_NODES = "bad-nodes.txt"
-SHARED = ("run disk", "config", "code", "packages", "data", "clock", "network", "checks")
-"""Checks that fail for reasons outside of a node as well: only a node that differs from others is to blame."""
-
-
-@dataclass(frozen=True)
-class Check:
-    """One check of one node."""
-
-    name: str
-    ok: bool | None
-    """None: skipped, `why` says for what reason."""
-    value: str
-    """A few characters, for the table."""
-    why: str = ""
+BAD_NODES_HEADER = (
+    "# Later submissions of this run leave these nodes out (sbatch --exclude). Delete the line of a repaired node.\n"
+)
+EXTERNAL_CHECKS = ("run disk", "config", "code", "packages", "data", "clock", "network", "checks")
+"""Checks that can fail for a reason outside the node. They count against a node only if another node passed them."""
 
 
 @dataclass
-class Node:
-    """What is known of one node."""
+class NodeReport:
+    """Checks of one node."""
 
     name: str
     checks: list[Check] = field(default_factory=list)
@@ -38,13 +30,8 @@ class Node:
         return [check for check in self.checks if check.ok is False]
 
     @property
-    def silent(self) -> bool:
-        """It stopped answering."""
-        return any(check.name == "answers" for check in self.failed)
-
-    @property
     def why(self) -> str:
-        """Why it is bad; "" of a healthy one."""
+        """Reasons of all failed checks; "" for a healthy node."""
         return "; ".join(f"{check.name}: {check.why}" for check in self.failed)
 
     def add(self, name: str, ok: bool | None, value: str, why: str = "") -> None:
@@ -52,35 +39,35 @@ class Node:
         self.checks.append(Check(name, ok, value, why))
 
 
-def agree(name: str, values: Mapping[str, str], own: str) -> dict[str, Check]:
-    """A check for each node that its value is the one most nodes have; in a tie, that of the batch node (`own`)."""
+def compare_values(name: str, values: Mapping[str, str], batch_value: str) -> dict[str, Check]:
+    """Checks that each node has the most frequent value; in a tie the batch node's value is the expected one."""
     counts = Counter(values.values())
-    most = max(counts.values(), default=0)
-    usual = next((v for v in [own, *counts] if counts[v] == most), own)
-    found = {}
+    highest = max(counts.values(), default=0)
+    expected = next((v for v in [batch_value, *counts] if counts[v] == highest), batch_value)
+    checks = {}
     for node, value in values.items():
-        same = value == usual
+        same = value == expected
         short = value if len(value) <= 12 else value[:8]
-        holders = [n for n, v in values.items() if v == usual]
-        why = f"{short} here, {usual[:8]} on {counts[usual]} nodes such as {holders[0]}" if not same else ""
-        found[node] = Check(name, same, short, why)
-    return found
+        example = next((n for n, v in values.items() if v == expected), "")
+        why = "" if same else f"{short} here, {expected[:8]} on {counts[expected]} nodes such as {example}"
+        checks[node] = Check(name, same, short, why)
+    return checks
 
 
 def pair_rounds(nodes: Sequence[str]) -> list[list[tuple[str, str]]]:
-    """The nodes as a ring: every neighbouring pair once, in rounds in which no node takes part twice."""
+    """All neighboring pairs of a ring of nodes, in rounds in which each node appears at most once."""
     count = len(nodes)
     if count < 2:
         return []
     edges = [(nodes[i], nodes[(i + 1) % count]) for i in range(count if count > 2 else 1)]
     even = edges[0 : count - 1 : 2]
     odd = edges[1 : count - (count % 2) : 2]
-    last = [[edges[-1]]] if count % 2 else []  # an odd ring has one pair that fits into neither round
-    return [found for found in (even, odd, *last) if found]
+    last = [[edges[-1]]] if count % 2 else []  # the closing edge of an odd ring fits into neither round
+    return [pairs for pairs in (even, odd, *last) if pairs]
 
 
-def best_of(pairs: Mapping[tuple[str, str], float]) -> dict[str, float]:
-    """The faster of a node's pairs, GB/s: one good pair shows that its own link is good."""
+def best_speeds(pairs: Mapping[tuple[str, str], float]) -> dict[str, float]:
+    """Speed of the fastest pair of each node, GB/s. One fast pair shows that the node's own link is good."""
     best: dict[str, float] = {}
     for pair, speed in pairs.items():
         for node in pair:
@@ -88,44 +75,46 @@ def best_of(pairs: Mapping[tuple[str, str], float]) -> dict[str, float]:
     return best
 
 
-def floor_of(speeds: Sequence[float], least: float, factor: float) -> float:
-    """Slowest speed that is accepted: `least`, and `factor` of the median where three or more were measured."""
-    return max(least, factor * median(speeds)) if len(speeds) > 2 else least
+def speed_floor(speeds: Sequence[float], minimum: float, factor: float) -> float:
+    """Lowest accepted speed: `minimum`, and `factor` times the median where three or more were measured."""
+    return max(minimum, factor * median(speeds)) if len(speeds) > 2 else minimum
 
 
-def to_blame(nodes: Sequence[Node]) -> dict[str, str]:
-    """Bad nodes and why, without those that only failed what every node failed (a full shared disk, a limit too high):
-    another node would do no better."""
-    found = {}
+def nodes_to_replace(nodes: Sequence[NodeReport]) -> dict[str, str]:
+    """Bad nodes with the reasons, except those that failed only what every node failed.
+
+    A full shared disk or a limit that is too high fails everywhere, and another node would do no better.
+    """
+    bad = {}
     for node in nodes:
-        own = [c for c in node.failed if not _shared(c.name, nodes) or _passed(c.name, nodes)]
+        own = [c for c in node.failed if not _may_be_external(c.name, nodes) or _passed_somewhere(c.name, nodes)]
         if own:
-            found[node.name] = "; ".join(f"{check.name}: {check.why}" for check in own)
-    return found
+            bad[node.name] = "; ".join(f"{check.name}: {check.why}" for check in own)
+    return bad
 
 
-def at_fault_everywhere(nodes: Sequence[Node]) -> str:
-    """What every node failed although no node is to blame, such as a run folder on a full disk; "" if nothing is.
+def common_failures(nodes: Sequence[NodeReport]) -> str:
+    """Failures of every node that no other node would avoid, such as a run folder on a full disk; "" if there are none.
 
-    Silence and a slow network are not among it: other nodes may do better.
+    A slow network and nodes that do not answer are not among them: other nodes may do better.
     """
     failed = [{check.name: check.why for check in node.failed} for node in nodes]
     names = [name for name in failed[0] if all(name in checks for checks in failed)]
-    shared = [name for name in names if _shared(name, nodes) and name not in ("network", "answers")]
-    return "; ".join(f"{name}: {failed[0][name]}" for name in shared)
+    external = [name for name in names if _may_be_external(name, nodes) and name not in ("network", "answers")]
+    return "; ".join(f"{name}: {failed[0][name]}" for name in external)
 
 
-def _shared(name: str, nodes: Sequence[Node]) -> bool:
-    """Whether all nodes may fail a check without being broken: three or more hardly break at once."""
-    return name in SHARED or len(nodes) > 2
+def _may_be_external(name: str, nodes: Sequence[NodeReport]) -> bool:
+    # Three or more nodes hardly break at the same time: more likely the cluster file promises too much.
+    return name in EXTERNAL_CHECKS or len(nodes) > 2
 
 
-def _passed(name: str, nodes: Sequence[Node]) -> bool:
+def _passed_somewhere(name: str, nodes: Sequence[NodeReport]) -> bool:
     return any(check.ok for node in nodes for check in node.checks if check.name == name)
 
 
-def table(nodes: Sequence[Node]) -> str:
-    """All nodes and checks; a value with ! failed. Below it, why."""
+def format_table(nodes: Sequence[NodeReport]) -> str:
+    """Table of all nodes and checks, "!" after a value that failed, with the reasons below it."""
     names = list(dict.fromkeys(check.name for node in nodes for check in node.checks))
     lines = [["node", *names, ""]]
     for node in nodes:
@@ -146,26 +135,20 @@ def table(nodes: Sequence[Node]) -> str:
 
 
 def read_bad_nodes(run_dir: str | Path) -> dict[str, str]:
-    """RUN/bad-nodes.txt: why a node is not to be used; {} without the file. The user may delete lines."""
+    """Nodes of RUN/bad-nodes.txt with the reasons; {} without the file. The user may delete lines."""
     try:
         lines = (Path(run_dir) / BAD_NODES).read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
         return {}
-    found = {}
-    for line in lines:
-        node, _, rest = line.partition(" ")
-        if node and not node.startswith("#"):
-            found[node] = rest.strip()
-    return found
+    parts = [line.partition(" ") for line in lines if line and not line.startswith(("#", " "))]
+    return {node: reason.strip() for node, _, reason in parts}
 
 
 def add_bad_nodes(run_dir: str | Path, bad: Mapping[str, str]) -> None:
-    """Adds nodes with the date and why to RUN/bad-nodes.txt; a node that is there already gets the new reason."""
+    """Adds nodes with date and reason to RUN/bad-nodes.txt; a node that is already there gets the new reason."""
     if not bad:
         return
     now = time.strftime("%Y-%m-%dT%H:%M:%S")
     merged = {**read_bad_nodes(run_dir), **{node: f"{now} {' '.join(why.split())}" for node, why in bad.items()}}
-    head = (
-        "# Left out by later submissions of this run (sbatch --exclude). Delete the line of a node that was repaired.\n"
-    )
-    write_text(Path(run_dir) / BAD_NODES, head + "".join(f"{node} {why}\n" for node, why in merged.items()))
+    text = BAD_NODES_HEADER + "".join(f"{node} {why}\n" for node, why in merged.items())
+    write_text(Path(run_dir) / BAD_NODES, text)

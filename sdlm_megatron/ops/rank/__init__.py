@@ -1,1 +1,1 @@
-"""A run that notices what goes wrong: stop requests, hangs, stragglers, spikes, NaN, replicas that differ."""
+"""Health checks inside a training process: stop requests, hangs, slow hosts, spikes, NaN, differing replicas."""

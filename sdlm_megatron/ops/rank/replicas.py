@@ -1,4 +1,4 @@
-"""Data-parallel ranks hold the same weights, bit for bit: a difference is a broken device or a defect, never noise."""
+"""Check that data-parallel ranks hold the same weights, bit for bit. A difference is a broken device or a defect."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -10,41 +10,46 @@ from sdlm_megatron.errors import ReplicaError
 from sdlm_megatron.parallel.engine import Engine
 from sdlm_megatron.parallel.groups import Groups
 
-PIECE = 1 << 24
-"""Elements that are looked at together: int64 takes 4 times the memory of bf16."""
+CHUNK = 1 << 24
+"""Elements per chunk: int64 takes four times the memory of bf16."""
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def check_replicas(engine: Engine, hosts: list[str], step: int) -> None:
-    """Compares the weights over data parallelism, and their fp32 masters where these are replicated too.
+    """Compares weights over data parallelism, and their fp32 masters where these are replicated too.
 
-    All processes call it. Raises ReplicaError on all of them, naming parameters, ranks and hosts; `hosts` is by rank.
+    Called by all processes; `hosts` is indexed by rank.
+
+    Raises:
+        ReplicaError: on all processes, with the differing parameters, ranks and hosts.
     """
     engine.gather_weights()
     groups = engine.groups
     named = list(_replicated(engine))
-    mine = torch.stack([checksum(tensor) for _, tensor in named])
+    local_sums = torch.stack([checksum(tensor) for _, tensor in named])
     group = groups.collection.dp_cp
-    everyone = [torch.empty_like(mine) for _ in range(group.size())]
-    dist.all_gather(everyone, mine, group=group)
-    sums = torch.stack(everyone).cpu()
+    gathered = [torch.empty_like(local_sums) for _ in range(group.size())]
+    dist.all_gather(gathered, local_sums, group=group)
+    sums = torch.stack(gathered).cpu()
     differing = _differing([name for name, _ in named], sums, dist.get_process_group_ranks(group))
-    found = sorted({text for texts in groups.gather(differing) for text in texts})
-    if found:
-        raise _error(found, hosts, step, groups)
+    differences = sorted({text for texts in groups.gather(differing) for text in texts})
+    if differences:
+        raise _error(differences, hosts, step, groups)
 
 
 def checksum(tensor: torch.Tensor) -> torch.Tensor:
-    """int64 scalar on the device: a sum over the bits of all elements, weighted by their places, modulo 2**64."""
+    """int64 scalar on the device: a sum over the bits of all elements, weighted by their positions, modulo 2**64."""
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)
     bits = tensor.detach().contiguous().view(-1).view(_INTEGERS[tensor.element_size()])
-    for start, piece in enumerate(bits.split(PIECE)):
-        places = torch.arange(len(piece), device=tensor.device, dtype=torch.int64) + start * PIECE
-        total += (piece.long() * (places * 2 + 1) * 0x1E3779B97F4A7C15).sum()  # odd weights: no bit is lost
+    for start, chunk in enumerate(bits.split(CHUNK)):
+        positions = torch.arange(len(chunk), device=tensor.device, dtype=torch.int64) + start * CHUNK
+        # Odd weights are invertible modulo 2**64: a change of one element always changes the sum.
+        total += (chunk.long() * (positions * 2 + 1) * 0x1E3779B97F4A7C15).sum()
     return total
 
 
 def _replicated(engine: Engine) -> Iterator[tuple[str, torch.Tensor]]:
+    # a distributed optimizer has each master once: there is nothing to compare
     masters = not engine.config.parallel.distributed_optimizer
     for chunk, module in enumerate(engine.modules):
         for name, parameter in module.named_parameters():
@@ -56,25 +61,31 @@ def _replicated(engine: Engine) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _differing(names: list[str], sums: torch.Tensor, ranks: list[int]) -> list[tuple[tuple[int, ...], str]]:
-    """The ranks of this data-parallel group in the minority, with the parameter; `sums` is (ranks, parameters)."""
-    found = []
+    """Minority of the ranks of this data-parallel group for each parameter that differs; all ranks without a majority.
+
+    Args:
+        names: parameters.
+        sums: checksums (ranks, parameters).
+        ranks: global ranks.
+    """
+    differing = []
     for name, column in zip(names, sums.T.tolist(), strict=True):
         if len(set(column)) > 1:
             most = max(set(column), key=column.count)
-            odd = tuple(rank for rank, value in zip(ranks, column, strict=True) if value != most)
+            minority = tuple(rank for rank, value in zip(ranks, column, strict=True) if value != most)
             majority = column.count(most) * 2 > len(column)
-            found.append((odd if majority else tuple(ranks), name))
-    return found
+            differing.append((minority if majority else tuple(ranks), name))
+    return differing
 
 
-def _error(found: list[tuple[tuple[int, ...], str]], hosts: list[str], step: int, groups: Groups) -> ReplicaError:
-    names = [name for _, name in found]
-    ranks = sorted({rank for odd, _ in found for rank in odd})
+def _error(differences: list[tuple[tuple[int, ...], str]], hosts: list[str], step: int, groups: Groups) -> ReplicaError:
+    names = [name for _, name in differences]
+    ranks = sorted({rank for minority, _ in differences for rank in minority})
     shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
     return ReplicaError(
-        f"before step {step}: data-parallel ranks do not hold the same weights any more: {shown}",
+        f"before step {step}: data-parallel ranks hold different weights: {shown}",
         ", ".join(f"rank {rank} on {hosts[rank]}" for rank in ranks)
         + (" differ from the others" if groups.dp_size > 2 else " differ from each other"),
-        "start again from the last checkpoint without these hosts: memory or a device of theirs may be broken",
+        "restart from the last checkpoint without these hosts: their memory or a device may be broken",
         ranks,
     )

@@ -1,9 +1,10 @@
 """Requests to stop a run in order: signals to a process, and files in the run folder.
 
-    RUN/STOP                      of a user: save, end, start no more while it lies there; its text is the reason
-    RUN/logs/ATTEMPT/stop.json    of the job's driver: save, end, go on later; {"reason": …}
+    RUN/STOP                      of a user: save and end; the run does not start again while it exists. Its text is the
+                                  reason
+    RUN/logs/ATTEMPT/stop.json    of the job's driver: save and end, to continue later; {"reason": ...}
 
-One process that was asked is enough: all agree at the next step whose results are read (parallel/results.py).
+A request to one process is enough: all agree on it at the next step whose results are read (parallel/results.py).
 """
 
 import json
@@ -18,31 +19,33 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class StopRequests:
-    """What this process was asked; listens to signals from now on, instead of dying of them.
+    """Requests to this process; from now on it handles the signals instead of dying of them.
 
-    To be made in the main thread before torch is imported: those are ten seconds in which a signal would kill.
+    Create it in the main thread before importing torch: for those ten seconds a signal would kill.
     """
 
     def __init__(self) -> None:
         self.why: str | None = None
-        """Why this process was asked to stop; None: it was not."""
+        """Reason of the first request; None if there was none."""
         for number in SIGNALS:
-            signal.signal(number, self._heard)
+            signal.signal(number, self._note)
 
-    def _heard(self, number: int, frame: FrameType | None) -> None:
+    def _note(self, number: int, frame: FrameType | None) -> None:
         self.why = self.why or f"signal {signal.Signals(number).name}"
 
     def look(self, run_dir: Path) -> None:
-        """Looks for the files; for one process, and not in every step: the folder may be slow."""
+        """Looks for the files. Called by one process and not at every step, since the folder may be slow."""
         if self.why is None:
             self.why = _driver_request(attempt_dir(run_dir) / "stop.json") or _user_request(run_dir / "STOP")
 
 
 def refuse_to_start(run_dir: Path) -> None:
-    """ConfigError where a user's STOP lies in the run folder."""
+    """Raises ConfigError if RUN/STOP exists."""
     why = _user_request(run_dir / "STOP")
     if why is not None:
-        raise ConfigError(f"the run was stopped by a user ({why})", str(run_dir / "STOP"), "remove the file to go on")
+        raise ConfigError(
+            f"the run was stopped by a user ({why})", str(run_dir / "STOP"), "remove the file to continue"
+        )
 
 
 def _driver_request(file: Path) -> str | None:
@@ -51,7 +54,7 @@ def _driver_request(file: Path) -> str | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError):
-        return f"{file.name}, which gives no reason"
+        return f"{file.name} without a reason"
 
 
 def _user_request(file: Path) -> str | None:
@@ -59,6 +62,6 @@ def _user_request(file: Path) -> str | None:
         text = file.read_text(encoding="utf-8", errors="replace").strip()
     except FileNotFoundError:
         return None
-    except OSError as error:  # a folder of that name, say: it lies there all the same
+    except OSError as error:  # a folder of that name, for instance, is a request all the same
         text = str(error)
     return f"STOP: {text}" if text else "STOP"

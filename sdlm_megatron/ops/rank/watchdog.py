@@ -1,15 +1,14 @@
-"""One process under watch: its heartbeat, the end of its hangs, and a record of why it ended.
+"""Watchdog of one process: its heartbeat, the end of hangs, and an exit record with the reason of its end.
 
-A thread writes where the process stands (heartbeat), and ends the process if it stays there far longer than usual:
-all Python stacks go to the attempt's folder first. The last act of a process is its exit record; one that left none
-was killed. ops/driver/attempt_summary.py makes one story of all processes' files. The forms of the files:
+A thread writes the heartbeat, and ends the process if it stays at one place far longer than usual, after writing all
+Python stacks. A process that leaves no exit record was killed. ops/driver/attempt_summary.py reads the files:
 
     exit/rank-N.json        rank, host, local_rank, pid, reason (finished | stopped | error | hang | not_finite |
-                            user_error), why, step (last one whose results were read), failed_step (the one that went
-                            wrong, or null), rows (of the run, in work), error ("Type: message" or null), ranks (to
-                            blame for the error, or null: this one), code, time
-    heartbeat/rank-N.json   rank, host, pid, step (in work), phase, since (of the phase), time, rows; at each new step,
-                            but once a second at most
+                            user_error), why, step (last one whose results were read), failed_step (or null), rows (of
+                            the run, in progress), error ("Type: message" or null), ranks (that caused the error, or
+                            null: this one), stood_still (seconds), code, time
+    heartbeat/rank-N.json   rank, host, pid, step (in progress), phase, since (start of the phase), time, rows; at each
+                            new step, at most once per second
     stacks/rank-N.txt       empty unless the process hung or got SIGTERM
 
 Times are seconds since 1970. Nothing here needs torch.
@@ -26,7 +25,6 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -41,25 +39,25 @@ from sdlm_megatron.ops.rank.stop import StopRequests
 HANG = 75
 """Exit code of a process that hung."""
 GRACE = 5.0
-"""Seconds from the first sign of a hang to the end of the process: the others write down their stacks too."""
+"""Seconds from the detection of a hang to the end of the process, in which the other ranks write their stacks too."""
 BEHIND = 60.0
-"""Seconds after which the interpreter's own timer ends a process whose watching thread cannot run any more."""
+"""Seconds after the deadline at which the interpreter's timer ends a process whose watchdog thread cannot run."""
 STILL = 5.0
-"""A pause of the watching thread that is no ordinary one: the process was stopped, or its interpreter blocked."""
-REMEMBERED = 100
-"""Steps whose usual time is meant."""
+"""Seconds without the watchdog thread running that mean the process was stopped or its interpreter blocked."""
+STEP_TIMES = 100
+"""Number of steps that define the usual step time."""
 
 
 class Watch:
-    """Watches this process from entering to leaving. Leaving with an error ends the process, at once.
+    """Watches this process from entering to leaving the context. Leaving with an error ends the process at once.
 
-    Destroying process groups after an error can wait for ever, and everybody else waits for this process: so no
-    `finally` of what lies above is run, and no thread is waited for.
+    Destroying process groups after an error can block for ever while all other ranks wait for this one. So no `finally`
+    of the callers runs, and no thread is joined.
 
     Args:
-        run_dir: the run's folder; where it cannot be written, training goes on without records.
-        settings: the configuration's section `fault`.
-        requests: to stop; listening since the start of the process.
+        run_dir: folder of the run. If it is not writable, training continues without records.
+        settings: the section `fault` of the configuration.
+        requests: stop requests, listening since the start of the process.
     """
 
     def __init__(self, run_dir: str | Path, settings: FaultConfig, requests: StopRequests) -> None:
@@ -67,33 +65,33 @@ class Watch:
         self.rank = int(os.environ.get("RANK", 0))
         self.host = host_name()
         self.step, self.done = 0, 0
-        """The step in work, and the last one whose results were read."""
+        """The step in progress, and the last one whose results were read."""
         self.rows: list[int] = []
-        """Rows of the run in work."""
+        """Rows of the run in progress."""
         self.reason, self.why = "finished", ""
-        """What the exit record will say if no error comes."""
+        """Reason for the exit record if no error occurs."""
         self._phase, self._phase_since = "start", time.time()
+        # Start of the current activity and its time limit. One tuple, so that the thread never sees half of a change.
         self._clock = (time.monotonic(), settings.start_seconds)
-        """Since when the process is at one thing, and how long it may be; replaced as a whole."""
         self._begun = 0
-        self._times: deque[float] = deque(maxlen=REMEMBERED)
+        self._times: deque[float] = deque(maxlen=STEP_TIMES)
         self._first = True
         self._stood_still = 0.0
-        """Longest pause of the watching thread since the last progress, seconds; 0: none above STILL."""
+        """Longest pause of the watchdog thread since the last progress, in seconds; 0: none above STILL."""
         self._ended = threading.Event()
         self._recording = threading.Lock()
         self._recorded = False
         self._stacks: Any = None
 
-    # ------------------------------------------------------------------ what the trainer tells
+    # ------------------------------------------------------------------ calls of the trainer
 
     def at(self, phase: str) -> None:
-        """The process begins something that is no step: load, save, validate, sample, end."""
+        """Begins an activity other than a step: load, save, validate, sample, end."""
         self._set_phase(phase)
         self._clock = (time.monotonic(), self.settings.start_seconds)
 
     def begin_step(self, step: int) -> None:
-        """The process begins `step`, or hands it to the device."""
+        """Begins `step`, or its submission to the device."""
         if self._phase not in ("step", "read"):
             self._begun, self._clock = 0, (time.monotonic(), 0.0)
         self._begun += 1
@@ -102,13 +100,13 @@ class Watch:
         self._clock = (self._clock[0], self._allowed())
 
     def begin_read(self) -> None:
-        """The process waits for the device to finish all steps begun."""
+        """Begins to wait for the results of all steps begun."""
         self._set_phase("read")
 
     def end_read(self) -> None:
-        """The steps begun are done."""
+        """All steps begun are done."""
         now = time.monotonic()
-        if self._first:  # it compiles and connects: no usual time
+        if self._first:  # includes compilation and connections, so it says nothing about the usual time
             self.event("first_step", step=self.step, seconds=now - self._clock[0])
         else:
             self._times.append((now - self._clock[0]) / max(1, self._begun))
@@ -117,13 +115,13 @@ class Watch:
         self._clock = (now, self._allowed())
 
     def asked_to_stop(self) -> bool:
-        """Whether this process was; rank 0 looks for the files too."""
+        """Whether this process got a stop request; rank 0 looks for the files too."""
         if self.rank == 0:
             self.requests.look(self.run_dir)
         return self.requests.why is not None
 
     def event(self, kind: str, **fields: Any) -> None:
-        """Rank 0 records an event of the run; see attempt.record_event."""
+        """Records an event of the run, on rank 0 only; see attempt.record_event."""
         if self.rank == 0:
             record_event(self.run_dir, kind, **fields)
 
@@ -143,29 +141,30 @@ class Watch:
             with suppress(OSError):
                 rank_file(self.run_dir, kind, self.rank).parent.mkdir(parents=True, exist_ok=True)
         with suppress(OSError):
-            rank_file(self.run_dir, "exit", self.rank).unlink(missing_ok=True)  # of an earlier "local" attempt
+            rank_file(self.run_dir, "exit", self.rank).unlink(missing_ok=True)  # of an earlier attempt called "local"
         try:
             self._stacks = open(rank_file(self.run_dir, "stacks", self.rank), "w")
         except OSError:
             self._stacks = sys.__stderr__
-        faulthandler.enable(all_threads=True)  # a crash inside a library shows where, in the process's log
-        # a process that hangs elsewhere than the others is ended by the launcher: its stacks are wanted too
+        faulthandler.enable(all_threads=True)  # the log shows where a library crashed
+        # The launcher ends a process that hangs at another place than the others with SIGTERM: keep its stacks too.
         faulthandler.register(signal.SIGTERM, file=self._stacks, all_threads=True, chain=True)
         self._beat()
         threading.Thread(target=self._watch, name="watch", daemon=True).start()
         return self
 
     def _watch(self) -> None:
-        due, tick, told, last = 0.0, min(1.0, self.settings.heartbeat_seconds), 0, time.monotonic()
+        due, tick, reported, last = 0.0, min(1.0, self.settings.heartbeat_seconds), 0, time.monotonic()
         while True:
             pause, last = time.monotonic() - last, time.monotonic()
             if pause > STILL:
                 self._stood_still = max(self._stood_still, pause)
-            if time.monotonic() >= due or (self.rows and self.step != told):
-                due, told = time.monotonic() + self.settings.heartbeat_seconds, self.step
+            if time.monotonic() >= due or (self.rows and self.step != reported):
+                due, reported = time.monotonic() + self.settings.heartbeat_seconds, self.step
                 self._beat()
             since, allowed = self._clock
             left = since + allowed - time.monotonic()
+            # Armed anew at each tick: it fires only if this thread stops running, as when a C extension holds the GIL.
             faulthandler.dump_traceback_later(max(left, 0.0) + BEHIND, exit=True, file=self._stacks)
             if left < 0:
                 self._hang(allowed)
@@ -185,18 +184,19 @@ class Watch:
             "rows": self.rows,
         }
         partial = file.with_name(file.name + ".partial")
-        with suppress(OSError):  # a full disk is no reason to end a run
+        # Without fsync: a heartbeat that is lost with its node is no loss. A full disk must not end the run.
+        with suppress(OSError):
             partial.write_text(json.dumps(beat))
             os.replace(partial, file)
 
     def _hang(self, allowed: float) -> None:
-        where = f"phase {self._phase}, step {self.step}"
-        usual = f", usually {statistics.median(self._times):.1f} s a step" if self._times else ""
-        why = f"{where}: no progress for {allowed:.0f} s{usual}"
+        place = f"phase {self._phase}, step {self.step}"
+        usual = f", usually {statistics.median(self._times):.1f} s per step" if self._times else ""
+        why = f"{place}: no progress for {allowed:.0f} s{usual}"
         faulthandler.dump_traceback(self._stacks, all_threads=True)
         self._stacks.flush()
         self._record("hang", why, code=HANG, failed_step=self.step, stood_still=self._stood_still)
-        print(f"error: rank {self.rank} on {self.host} hangs ({why}); it ends now", file=sys.stderr, flush=True)
+        print(f"error: rank {self.rank} on {self.host} hangs ({why}); exiting", file=sys.stderr, flush=True)
         time.sleep(GRACE)
         os._exit(HANG)
 
@@ -225,18 +225,8 @@ class Watch:
         sys.stderr.flush()
         os._exit(code)
 
-    def _record(
-        self,
-        reason: str,
-        why: str,
-        *,
-        code: int = 0,
-        error: str | None = None,
-        failed_step: int | None = None,
-        ranks: Sequence[int] | None = None,
-        stood_still: float = 0.0,
-    ) -> None:
-        """The first record is kept: what comes after it follows from it."""
+    def _record(self, reason: str, why: str, *, code: int = 0, **details: Any) -> None:
+        """Writes the exit record. Only the first one counts: later errors are its consequences."""
         with self._recording:
             if self._recorded:
                 return
@@ -249,22 +239,23 @@ class Watch:
                 "reason": reason,
                 "why": why,
                 "step": self.done,
-                "failed_step": failed_step,
+                "failed_step": None,
                 "rows": self.rows,
-                "error": error,
-                "ranks": ranks,
-                "stood_still": stood_still,
+                "error": None,
+                "ranks": None,
+                "stood_still": 0.0,
                 "code": code,
                 "time": time.time(),
+                **details,
             }
             try:
                 write_json(rank_file(self.run_dir, "exit", self.rank), record)
             except OSError as problem:
-                print(f"the exit record cannot be written: {problem}: {record}", file=sys.stderr, flush=True)
+                print(f"cannot write the exit record: {problem}: {record}", file=sys.stderr, flush=True)
 
 
 def host_name() -> str:
-    """The node's name as the scheduler knows it."""
+    """Name of this node in the scheduler, or its host name."""
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 

@@ -1,0 +1,117 @@
+"""Checks of a node that need nothing from other nodes: GPUs, disks, and hashes of code, configuration and data."""
+
+import errno
+import hashlib
+import os
+import platform
+import shutil
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+
+import sdlm_megatron
+from sdlm_megatron.config.load import PRESETS, load_config, to_yaml
+from sdlm_megatron.config.schema import RunConfig
+from sdlm_megatron.files import fsync
+from sdlm_megatron.ops.node.gpu_checks import gpu_checks
+from sdlm_megatron.ops.node.limits import Check, Limits
+from sdlm_megatron.ops.run_facts import versions
+
+
+def check_node(
+    limits: Limits, run_dir: str, config: str, overrides: Sequence[str]
+) -> tuple[list[Check], dict[str, str]]:
+    """All checks of this node, and the values that must be the same on every node.
+
+    Args:
+        limits: limits of the cluster file.
+        run_dir: folder of the run.
+        config: file or preset of the training; "": no configuration is compared.
+        overrides: settings `--a.b=c` of the training.
+    """
+    checks, gpu_kinds = gpu_checks(limits)
+    shared_values = hash_environment(config, overrides)
+    if gpu_kinds:
+        shared_values["gpu kind"] = gpu_kinds
+    checks.append(check_disk("run disk", run_dir, limits.run_disk_gb, limits.write_mb))
+    local = load_config(RunConfig, config, overrides, PRESETS).checkpoint.local_dir if config else ""
+    if local:
+        checks.append(check_disk("local disk", os.path.expandvars(local), limits.local_disk_gb, limits.write_mb))
+    if os.path.isdir("/dev/shm"):
+        checks.append(check_disk("shm", "/dev/shm", limits.shm_gb, 1))
+    return checks, shared_values
+
+
+def hash_environment(config: str, overrides: Sequence[str]) -> dict[str, str]:
+    """Hashes of the code, the package versions, the configuration as resolved on this node, and the data it names."""
+    hashes = {"code": hash_code(), "packages": hash_versions()}
+    if config:
+        resolved = load_config(RunConfig, config, overrides, PRESETS)
+        hashes["config"] = _hash(to_yaml(resolved).encode())
+        data, base = Path(resolved.data.path) / "manifest.json", Path(resolved.checkpoint.base) / "config.json"
+        hashes["data"] = _hash(_read_or_error(data) + b"\0" + _read_or_error(base))
+    return hashes
+
+
+def check_disk(name: str, folder: str, minimum_gb: float, write_mb: int) -> Check:
+    """Free space of a folder, and whether a file that is written and flushed there reads back unchanged."""
+    try:
+        os.makedirs(folder, exist_ok=True)
+        free = shutil.disk_usage(folder).free / 1e9
+    except OSError as error:
+        return Check(name, False, "no folder", f"{folder}: {error.strerror}")
+    value = f"{free:.0f} GB" if free >= 10 else f"{free:.2f} GB"
+    inodes = os.statvfs(folder)
+    if free < minimum_gb:
+        return Check(name, False, value, f"{folder} has {free:.2f} GB free, the minimum is {minimum_gb:g} GB")
+    if inodes.f_files and not inodes.f_favail:  # file systems without inodes report 0 in both
+        return Check(name, False, value, f"{folder} has no free inode")
+    problem = _write_test(Path(folder), write_mb)
+    return Check(name, not problem, value, problem)
+
+
+def _write_test(folder: Path, megabytes: int) -> str:
+    """Writes a file and reads it back; returns the problem, or ""."""
+    file = folder / f".preflight-{platform.node()}-{uuid.uuid4().hex[:8]}"
+    block = os.urandom(1 << 20)  # random, so that a file system cannot compress it away
+    try:
+        with open(file, "wb") as out:
+            for _ in range(megabytes):
+                out.write(block)
+            out.flush()
+            os.fsync(out.fileno())
+        fsync(folder)
+        with open(file, "rb") as back:
+            same = all(back.read(1 << 20) == block for _ in range(megabytes))
+        return "" if same else f"{folder}: a file reads back with other content than was written"
+    except OSError as error:
+        reason = "full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror
+        return f"{folder}: cannot write a file of {megabytes} MB: {reason}"
+    finally:
+        file.unlink(missing_ok=True)
+
+
+def hash_code() -> str:
+    """Hash over every Python and YAML file of this package, which tells a stale copy from the current one."""
+    root = Path(sdlm_megatron.__file__).parent
+    digest = hashlib.sha256()
+    for file in sorted(p for p in root.rglob("*") if p.suffix in (".py", ".yaml")):
+        digest.update(f"{file.relative_to(root)}\0".encode())
+        digest.update(file.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
+
+
+def hash_versions() -> str:
+    """Hash over the versions of Python, of this package (with its git commit) and of the libraries it computes with."""
+    return _hash(repr((platform.python_version(), platform.machine(), versions())).encode())
+
+
+def _read_or_error(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        return str(error.strerror).encode()
+
+
+def _hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
