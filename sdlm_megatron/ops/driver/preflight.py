@@ -382,8 +382,8 @@ class NodeStages:
         results, _ = self._run_programs(stage, tasks, seconds)
         for number, pairs in enumerate(rounds):
             for pair in pairs:
-                sides: list[dict[str, Any]] = [results[name]["speeds"][number] for name in pair if name in results]
-                side = next((s for s in sides if "gbs" in s), next(iter(sides), {"error": "no answer"}))
+                sides = [results[name]["speeds"][number] for name in pair if name in results]
+                side: dict[str, Any] = next((s for s in sides if "gbs" in s), next(iter(sides), {"error": "no answer"}))
                 speeds[pair] = max(speeds.get(pair, 0.0), side.get("gbs", 0.0))
                 errors.pop(pair, None)
                 if "error" in side:
