@@ -39,6 +39,7 @@ from transformers.utils import ModelOutput
 # this file itself imports, not what those files import.
 from .decode import ALGORITHMS, Decoded, decode  # type: ignore[import-not-found]
 from .decode_model import TransformersProposer  # type: ignore[import-not-found]  # noqa: F401
+from .decode_random import mix64  # type: ignore[import-not-found]  # noqa: F401
 from .decode_rules import Warp  # type: ignore[import-not-found]
 from .decode_step import Step  # type: ignore[import-not-found]  # noqa: F401
 

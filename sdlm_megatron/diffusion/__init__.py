@@ -1,1 +1,1 @@
-"""What SDLM is: blocks, targets, visibility, loss, decoding. No Megatron here."""
+"""Definition of SDLM: blocks, targets, visibility, loss and decoding. Nothing here imports Megatron."""

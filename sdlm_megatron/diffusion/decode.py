@@ -1,20 +1,26 @@
-"""Decoding: several tokens a forward pass, as many as the algorithm finds sure. The one loop of this project.
+"""Decoding: several tokens per forward pass. The only decoding loop of this project.
 
-A window of n slots is a training block: slot 0 repeats a token x[p], its anchor, slots 1..n-1 are mask tokens, at
-positions p..p+n-1; slot j proposes x[p+1+j]; it sees the clean tokens before p and itself, in both directions or,
-with `causal_attn`, backwards only. Each pass feeds the tokens that are new since the last one, causally, which
+A window of n slots equals a training block: slot 0 repeats the anchor x[p], slots 1..n-1 are mask tokens, at positions
+p..p+n-1. Slot j proposes x[p+1+j]. A slot sees the clean tokens before p and the window, in both directions, or with
+`causal_attn` only the slots up to itself. A pass feeds the tokens that are new since the previous pass, causally, which
 writes their keys and values, and beside them
 
-- prob_conf, entropy_conf: one window at the last token. Its longest sure prefix is kept (decode_rules.py);
-- self_speculative: the kept token and n-1 drafts, and a window behind each of these n tokens. Slot 0 of window j
-  says what follows draft j; drafts that agree are kept, and the window behind the last kept token has the next
-  drafts. What comes out is what slot 0 alone would say, token by token;
-- ar, and n = 1: no window, one plain causal step.
+- prob_conf, entropy_conf: one window at the last token; the longest confident prefix of its proposals is kept
+  (longest prefix decoding, see decode_rules.py);
+- self_speculative: the last kept token, n-1 drafts, and a window behind each of these n tokens. Slot 0 of window j
+  predicts the token after draft j. Drafts that agree with these predictions are kept, and the window behind the last
+  kept token supplies the next drafts. The output is what slot 0 alone would produce token by token;
+- ar, or n = 1: no window, one causal step.
 
-A model trained without the target shift (diffusion.layout) has its window behind the anchor, of mask tokens only;
+Example, n = 3, prompt x[0..4], prob_conf:
+
+    pass 1 feeds x[0..4] and the window [x[4] M M]; it keeps x[5], x[6] of the proposals x[5], x[6], x[7]
+    pass 2 feeds x[5], x[6] and the window [x[6] M M]; its proposals are x[7], x[8], x[9]
+
+A model trained without the target shift (diffusion.layout) has its window one position later, of mask tokens only;
 slot j proposes the same x[p+1+j].
 
-The exporter copies this file and its three neighbours into the model folder as they are, so they import nothing but
+The exporter copies this file and its neighbors decode_*.py into the model folder unchanged, so they import nothing but
 torch and transformers. Shapes: B rows, P prompt tokens, T columns, W windows, n slots, V vocabulary.
 """
 
@@ -26,34 +32,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .decode_rules import Warp, choose, confidence, cut, sure_prefix, uniforms, verified_prefix
+from .decode_rules import Warp, choose, confidence, confident_prefix, cut, uniforms, verified_prefix
 from .decode_step import Proposer, Step
 
 FIXED_COLUMNS = 256
-"""The fixed form's rows are a multiple of this long, so that prompts of other lengths meet the same shapes."""
+"""With `fixed_shape`, T is a multiple of this, so that prompts of similar lengths share compiled shapes."""
 
 ALGORITHMS = ("prob_conf", "entropy_conf", "self_speculative", "ar")
 
 Stop = Callable[[Tensor], Tensor]
-"""int64 (B, T) tokens of each row so far, filled on the left with the mask token -> bool (B,): the row ends here."""
+"""int64 (B, T) tokens of each row so far, padded on the left with the mask token -> bool (B,): the row ends here."""
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """What was generated, and in how many passes."""
+    """Generated tokens and the number of passes that produced them."""
 
     tokens: list[list[int]]
-    """New tokens of each row; the token that ended the row, if any, is the last one."""
+    """New tokens of each row, including the token that ended it."""
     accepted: list[list[int]]
-    """For each row, the tokens it kept in each of its passes; they add up to len(tokens[row])."""
+    """Accepted lengths of each row, one per pass; their sum is len(tokens[row])."""
     passes: int
-    """Forward passes that proposed tokens: the most any row needed."""
+    """Forward passes that proposed tokens: the maximum over the rows."""
     prefill_passes: int
-    """Forward passes before those: 1 for long prompts, else 0."""
+    """Forward passes before those: 1 for prompts longer than PREFILL_FROM, else 0."""
 
     @property
     def tokens_per_pass(self) -> float:
-        """New tokens of all rows over the passes each of them took part in."""
+        """New tokens of all rows over the sum of the passes of each row."""
         return sum(map(len, self.tokens)) / max(1, sum(map(len, self.accepted)))
 
 
@@ -75,28 +81,29 @@ class _Settings:
 
     @property
     def by_confidence(self) -> bool:
-        return self.alg != "self_speculative" and self.window > 1  # a window of one token is kept, however sure
+        # a window of one token is kept whatever its confidence
+        return self.alg != "self_speculative" and self.window > 1
 
 
 @dataclass
 class _Rows:
-    """A batch between two passes."""
+    """State of a batch between two passes, on the device."""
 
     ids: Tensor
-    """int64 (B, T), see Step."""
+    """int64 (B, T); see Step."""
     length: Tensor
-    """int64 (B,): prompt and kept tokens."""
+    """int64 (B,): number of prompt and kept tokens."""
     budget: Tensor
-    """int64 (B,): tokens a row may still produce; 0 once it ended."""
+    """int64 (B,): tokens a row may still produce; 0 once it has ended."""
     cached: Tensor
-    """int64 (B,), see Step."""
+    """int64 (B,); see Step."""
     seeds: Tensor
-    """int64 (B,)."""
+    """int64 (B,); see uniforms."""
     drafts: int = 0
-    """How many draft tokens stand behind the kept ones."""
+    """Draft tokens behind the kept ones."""
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "_Rows":
-        """The same with every tensor changed."""
+        """A copy with `change` applied to each tensor."""
         tensors = (self.ids, self.length, self.budget, self.cached, self.seeds)
         ids, length, budget, cached, seeds = (change(x) for x in tensors)
         return _Rows(ids, length, budget, cached, seeds, self.drafts)
@@ -105,7 +112,11 @@ class _Rows:
 def _one_pass(
     propose: Proposer, settings: _Settings, now: _Rows, width: int, longest: int, kept_rows: Tensor | None
 ) -> tuple[_Rows, Tensor]:
-    """One pass, without the host: the rows after it, and int64 (B, n + 2): tokens, how many are kept, budget left."""
+    """One pass, entirely on the device.
+
+    Returns:
+        The rows after it, and int64 (B, n + 2) for the host: proposed tokens, number kept, remaining budget.
+    """
     ahead = torch.arange(settings.window, device=now.ids.device)
     anchors = now.length[:, None] - 1 + (ahead if now.drafts else ahead[:1])
     step = Step(
@@ -120,15 +131,15 @@ def _one_pass(
     )
     uniform = None if settings.warp is None else uniforms(now.seeds, anchors[:, :, None] + 1 + ahead)
     logits = propose(step).float()
-    every = choose(logits, settings.warp, uniform)  # (B, W, n)
+    proposals = choose(logits, settings.warp, uniform)  # (B, W, n)
     if now.drafts:
-        tokens = every[:, :, 0]
+        tokens = proposals[:, :, 0]
         kept = verified_prefix(tokens, now.ids.gather(1, anchors))
     else:
-        tokens, kept = every[:, 0], torch.ones_like(now.length)
+        tokens, kept = proposals[:, 0], torch.ones_like(now.length)
         if settings.by_confidence:
-            sure = confidence(tokens, logits[:, 0], settings.alg)
-            kept = sure_prefix(sure, settings.threshold, settings.product)
+            confidences = confidence(tokens, logits[:, 0], settings.alg)
+            kept = confident_prefix(confidences, settings.threshold, settings.product)
     ids = now.ids.scatter(1, now.length[:, None] + ahead, tokens)
     ends = torch.isin(tokens, settings.eos)
     if settings.stop is not None:
@@ -138,8 +149,8 @@ def _one_pass(
     cached, drafts = now.length, 0
     if settings.speculates:
         window = (kept - 1).clamp(min=0) if now.drafts else torch.zeros_like(kept)
-        best = every[torch.arange(len(every), device=every.device), window, 1:]
-        ids = ids.scatter(1, length[:, None] + ahead[:-1], best)
+        drafts_next = proposals[torch.arange(len(proposals), device=proposals.device), window, 1:]
+        ids = ids.scatter(1, length[:, None] + ahead[:-1], drafts_next)
         cached, drafts = length - 1, settings.window - 1
     if not settings.use_cache:
         cached = torch.zeros_like(cached)
@@ -147,14 +158,14 @@ def _one_pass(
 
 
 def _stopped(settings: _Settings, ids: Tensor, length: Tensor, longest: int) -> Tensor:
-    """bool (B, n): whether the caller's rule ends the row after each of the proposals."""
+    """bool (B, n): whether the caller's stop rule ends the row after each proposal."""
     assert settings.stop is not None
-    found, size = [], longest + settings.window
+    stopped, size = [], longest + settings.window
     for slot in range(settings.window):
         column = length[:, None] + slot + 1 - size + torch.arange(size, device=ids.device)
         so_far = torch.where(column < 0, settings.mask_token_id, ids.gather(1, column.clamp(min=0)))
-        found.append(settings.stop(so_far))
-    return torch.stack(found, 1)
+        stopped.append(settings.stop(so_far))
+    return torch.stack(stopped, 1)
 
 
 def _columns(needed: int, fixed: bool) -> int:
@@ -162,7 +173,7 @@ def _columns(needed: int, fixed: bool) -> int:
 
 
 def _start(input_ids: Tensor, attention_mask: Tensor | None, columns: int, budget: int, seed: int | None) -> _Rows:
-    """Rows aligned at column 0, whichever side their padding was on, with room for what is to come."""
+    """Rows aligned at column 0, wherever their padding was, with room for the tokens to come."""
     device = input_ids.device
     real = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(device).ne(0).long()
     order = real.argsort(dim=1, descending=True, stable=True)
@@ -216,37 +227,43 @@ def decode(
     fixed_shape: bool | Callable[[Any], Any] = False,
     on_tokens: Callable[[int, list[int]], None] | None = None,
 ) -> Decoded:
-    """Continues each prompt until an end token or exactly `max_new_tokens` tokens; each row as if it were alone.
+    """Continues each prompt up to an end token or exactly `max_new_tokens` tokens.
 
-    One transfer to the host a pass. Finished rows leave the batch. Raises ValueError for a setting out of range, wrong
-    shapes, an attention backend without dense masks.
+    The result of a row does not depend on the other rows of the batch. There is one transfer to the host per pass.
+    Finished rows leave the batch.
 
     Args:
         model: a causal LM of transformers with full, stock attention (Qwen2, Llama), in eval mode, or a Proposer.
         input_ids: int64 (B, P) prompts, padded on either side when their lengths differ.
         mask_token_id: the token that fills the slots 1..n-1.
-        window: n, tokens proposed in one pass; may differ from the block size of training.
+        window: n, tokens proposed per pass; may differ from the block size D of training.
+        max_new_tokens: limit per row.
         alg: one of ALGORITHMS; "ar" is window = 1.
-        threshold: keep a slot that is surer than this; the first is always kept. Unused by self_speculative.
-        product: the product of a prefix's confidences must be above the threshold, not each by itself.
+        threshold: tau; slots with a confidence above it are kept, slot 0 always. Unused by self_speculative.
+        product: compare the product of a prefix's confidences with the threshold instead of each confidence.
         eos_token_ids: tokens that end a row.
-        attention_mask: (B, P), 0 where padding.
+        attention_mask: (B, P), 0 at padding.
         causal_attn: the model was trained with causal attention inside a block.
-        target_shift: False: the model was trained without; n = 1 is then not what it was trained for.
-        warp: draw tokens instead of taking the likeliest, from softmax(warp(logits)); see decode_rules.Warp. How sure
-            a slot is does not depend on it.
-        seed: row b draws with seed + b, a position always with the same number; None: from torch's generator.
-        stop: ends a row early, e.g. at a string; asked about every proposed token. See Stop.
-        use_cache: False feeds the whole row in every pass: the same tokens, slowly.
-        fixed_shape: True keeps every shape the same from the second pass on and finished rows in the batch; a
-            callable (torch.compile) is also given the function of one pass and returns what is run instead.
+        target_shift: False: the model was trained without the shift; it was then never trained for n = 1.
+        warp: sample from softmax(warp(logits)) instead of taking the most likely token; see decode_rules.Warp.
+            Confidences do not depend on it.
+        seed: row b samples with seed + b, a position always with the same random number; None: a seed from torch's
+            generator.
+        stop: ends a row early, e.g. at a string; called for every proposed token. See Stop.
+        use_cache: False feeds the whole row in every pass: the same tokens, slower.
+        fixed_shape: True keeps all shapes constant from the second pass on, and finished rows in the batch. A callable
+            such as torch.compile also replaces the function of one pass by its result.
         on_tokens: called with (row, kept tokens) after each pass.
+
+    Raises:
+        ValueError: a setting out of range, wrong shapes, a prompt without tokens, or an attention backend of the model
+            that does not take dense masks.
     """
     eos = torch.tensor(list(eos_token_ids), dtype=torch.long, device=input_ids.device)
     n = 1 if alg == "ar" else window
     settings = _Settings(alg, n, threshold, product, mask_token_id, eos, warp, stop, use_cache)
     _check(input_ids, attention_mask, settings, max_new_tokens)
-    seed = 0 if warp is None else seed  # nothing is drawn: the caller's generator stays as it is
+    seed = 0 if warp is None else seed  # without sampling, do not advance the caller's generator
     columns = _columns(input_ids.shape[1] + max_new_tokens + 2 * n, bool(fixed_shape))
     now = _start(input_ids, attention_mask, columns, max_new_tokens, seed)
     lengths = now.length.tolist()
@@ -260,7 +277,7 @@ def decode(
 def _proposer(
     model: Any, now: _Rows, settings: _Settings, longest: int, trained: dict[str, bool], fixed: bool
 ) -> tuple[Proposer, bool]:
-    """The model as a Proposer, and whether it has taken all but the last token of each prompt already."""
+    """The model as a Proposer, and whether a prefill pass has cached all but the last token of each prompt."""
     if not isinstance(model, torch.nn.Module):
         return model, False
     from .decode_model import PREFILL_FROM, TransformersProposer
@@ -275,7 +292,7 @@ def _proposer(
 
 
 class _Loop:
-    """What the host keeps of a batch: plain numbers."""
+    """Host side of a batch: the kept tokens as Python integers."""
 
     def __init__(
         self,
@@ -289,26 +306,26 @@ class _Loop:
         self.first = partial(_one_pass, propose, settings)
         self.next = _keeping_outputs(fixed_shape(self.first)) if callable(fixed_shape) else self.first
         self.fixed = bool(fixed_shape)
-        self.rows = list(range(len(lengths)))  # number of each row that is still in the batch
+        self.rows = list(range(len(lengths)))  # original index of each row that is still in the batch
         self.tokens: list[list[int]] = [[] for _ in lengths]
         self.accepted: list[list[int]] = [[] for _ in lengths]
 
     def run(self, now: _Rows, prefilled: bool) -> Decoded:
-        """Passes until every row has ended."""
+        """Runs passes until every row has ended."""
         width, passes = 1 if prefilled else max(self.lengths), 0
         run, kept_rows = self.first, None
         while True:
             longest = now.ids.shape[1] if self.fixed else max(self.lengths) + now.drafts
             now, table = run(now, width if self.settings.use_cache else longest, longest, kept_rows)
             passes, run = passes + 1, self.next
-            counts, left = self._take(table.tolist())  # the one transfer to the host
+            counts, left = self._take(table.tolist())  # the only transfer to the host
             if not any(left):
                 return Decoded(self.tokens, self.accepted, passes, int(prefilled))
             now, kept_rows = self._drop_ended(now, left)
             width = self.settings.window if self.fixed or now.drafts else max(counts)
 
     def _take(self, table: list[list[int]]) -> tuple[list[int], list[int]]:
-        """Notes what a pass kept; returns how many tokens of each row, and its budget left."""
+        """Records the tokens that a pass kept; returns their number and the remaining budget of each row."""
         for i, (*proposed, count, _) in enumerate(table):
             row = self.rows[i]
             self.lengths[i] += count
@@ -320,8 +337,9 @@ class _Loop:
         return [line[-2] for line in table], [line[-1] for line in table]
 
     def _drop_ended(self, now: _Rows, left: list[int]) -> tuple[_Rows, Tensor | None]:
-        """Takes ended rows out when a quarter of the batch is done: each time the cache is copied."""
+        """Removes ended rows from the batch; also returns the indices of those that stay, None if all do."""
         alive = [i for i, budget in enumerate(left) if budget]
+        # removal copies the cache, so it waits until a quarter of the batch has ended
         if self.fixed or 4 * len(alive) > 3 * len(left):
             return now, None
         self.rows, self.lengths = [self.rows[i] for i in alive], [self.lengths[i] for i in alive]
@@ -330,7 +348,7 @@ class _Loop:
 
 
 def _keeping_outputs(one_pass: Any) -> Any:
-    """A compiled pass whose results stay when it runs again: a CUDA graph writes to the same memory every time."""
+    """A compiled pass with results that survive its next run; a CUDA graph writes to the same memory every time."""
 
     def run(*args: Any) -> tuple[_Rows, Tensor]:
         torch.compiler.cudagraph_mark_step_begin()

@@ -1,11 +1,17 @@
-"""One pass of decoding through a model of transformers, with a cache whose column is the token's position.
+"""Forward pass of decoding through a transformers model, with a cache whose columns are token positions.
 
-Rows of a batch keep different numbers of tokens. Here every row writes at its own columns: a clean token at its
-position, the windows behind the row's last token, where the next pass overwrites them. So nothing is padded, cut
-or moved, and with `fixed_shape` no shape changes from pass to pass.
+The rows of a batch keep different numbers of tokens per pass. Each row writes at its own columns: a clean token at
+its position, the windows behind the row's last token, where the next pass overwrites them. So the cache is never
+padded, cut or moved, and with `fixed_shape` no shape changes between passes.
 
-The exporter copies this file into the model folder as it is. Shapes: B rows, C new clean tokens (the longest
-row's; shorter rows are filled on the left), W windows of n slots, K cache columns in use, V vocabulary.
+Example, n = 3, a row of 5 tokens of which 3 are cached; the pass feeds x[3], x[4] and the window of anchor 4:
+
+    input        x[3]  x[4] | x[4]   M    M
+    position       3     4  |   4    5    6
+    cache column   3     4  |   5    6    7     the window sees columns 0..3 (not 4: slot 0 stands for x[4]) and 5..7
+
+The exporter copies this file into the model folder unchanged. Shapes: B rows, C new clean tokens (of the longest
+row; shorter rows are filled on the left), W windows of n slots, K cache columns in use, V vocabulary.
 """
 
 from typing import Any
@@ -17,14 +23,14 @@ from transformers import Cache, DynamicCache
 from .decode_step import Step
 
 PREFILL_FROM = 2048
-"""Prompts longer than this first go through the model causally, so that no P x P mask is made."""
+"""Prompts longer than this first pass through the model causally, which avoids a P x P mask."""
 _GROW = 256
 
 
 class RowCache(Cache):
-    """Keys and values (B, heads, capacity, d) of every layer; each row writes where `write_at` says.
+    """Keys and values (B, heads, capacity, d) of each layer, written at the columns in `write_at`.
 
-    The last column is nobody's: the fill of shorter rows goes there.
+    The last column is a scratch column: the fill of shorter rows is written there and never read.
     """
 
     def __init__(self, capacity: int, *, fixed: bool) -> None:
@@ -41,26 +47,26 @@ class RowCache(Cache):
         if layer_idx == len(self.keys):
             self.keys.append(self._empty(key_states))
             self.values.append(self._empty(value_states))
-        rows, columns = (x.to(key_states.device) for x in self.write_at)  # layers may live on several devices
-        found = []
+        rows, columns = (x.to(key_states.device) for x in self.write_at)  # layers may be on several devices
+        filled = []
         for buffer, new in ((self.keys[layer_idx], key_states), (self.values[layer_idx], value_states)):
             buffer[rows, :, columns] = new.transpose(1, 2)
-            found.append(buffer[:, :, : self.used])
-        return found[0], found[1]
+            filled.append(buffer[:, :, : self.used])
+        return filled[0], filled[1]
 
     def _empty(self, like: Tensor) -> Tensor:
         buffer = like.new_zeros(like.shape[0], like.shape[1], self.capacity, like.shape[3])
         if self.fixed:
-            torch._dynamo.mark_static_address(buffer)  # a CUDA graph may write to it
+            torch._dynamo.mark_static_address(buffer)  # a CUDA graph records the address and writes there again
         return buffer
 
     def get_seq_length(self, *_: Any, **__: Any) -> int:
-        """0: positions and mask are always given."""
+        """Always 0: transformers derives positions and masks from it, and this module passes both explicitly."""
         return 0
 
     def reserve(self, columns: int) -> None:
         """Makes room for `columns` columns in use."""
-        if columns >= self.capacity:
+        if columns >= self.capacity:  # >=, because the scratch column comes on top
             more = columns + 1 + max(_GROW, columns // 4) - self.capacity
             self._replace(lambda x: torch.cat([x, x.new_zeros(*x.shape[:2], more, x.shape[3])], 2))
             self.capacity += more
@@ -70,7 +76,7 @@ class RowCache(Cache):
         self._replace(lambda x: x[rows.to(x.device)])
 
     def fill(self, prefix: Any) -> None:
-        """Takes over the columns of a DynamicCache."""
+        """Copies the columns of a DynamicCache."""
         for layer in prefix.layers:
             for buffers, states in ((self.keys, layer.keys), (self.values, layer.values)):
                 buffers.append(self._empty(states))
@@ -81,12 +87,22 @@ class RowCache(Cache):
 
 
 class TransformersProposer:
-    """Proposals of a stock causal LM (Qwen2, Llama) in eval mode. Raises ValueError for other attention backends."""
+    """Proposer over a causal LM of transformers (Qwen2, Llama) in eval mode.
+
+    Args:
+        model: with attn_implementation "sdpa" or "eager".
+        mask_token_id: token of the slots 1..n-1.
+        causal_attn: the model was trained with causal attention inside a block.
+        target_shift: False: the model was trained without the shift; a window starts behind its anchor.
+        capacity: columns of a cache that never grows; 0: the cache grows with the rows.
+
+    Raises:
+        ValueError: the model's attention backend does not take dense masks.
+    """
 
     def __init__(
         self, model: Any, *, mask_token_id: int, causal_attn: bool, target_shift: bool = True, capacity: int = 0
     ) -> None:
-        """`capacity`: columns of a cache that never grows; 0: it grows as rows do."""
         backend = model.config._attn_implementation
         if backend not in ("sdpa", "eager"):
             raise ValueError(f"decoding needs attn_implementation 'sdpa' or 'eager' (dense masks), not '{backend}'")
@@ -95,14 +111,14 @@ class TransformersProposer:
         self.cache = RowCache(capacity or _GROW, fixed=bool(capacity))
 
     def prefill(self, ids: Tensor) -> None:
-        """Sends tokens (B, P) through the plain causal path, no mask needed: columns align at position 0."""
+        """Feeds tokens (B, P) causally without a mask; all rows start at column 0, so shorter rows overwrite later."""
         prefix = DynamicCache(config=self.model.config)
         self.model(input_ids=ids, past_key_values=prefix, use_cache=True, logits_to_keep=1)
         self.cache.reserve(ids.shape[1])
         self.cache.fill(prefix)
 
     def __call__(self, step: Step) -> Tensor:
-        """Logits (B, W, n, V) of the proposals; the cache then holds the new clean tokens."""
+        """Logits (B, W, n, V) of the proposals; afterwards the cache contains the new clean tokens."""
         if step.kept_rows is not None:
             self.cache.keep_rows(step.kept_rows)
         windows = step.anchors.shape[1] if step.window > 1 else 0
@@ -140,15 +156,15 @@ class TransformersProposer:
 
 
 def _up_to(positions: Tensor, columns: int) -> Tensor:
-    """What clean tokens see, bool (B, C, K): the columns up to their own."""
+    """Visibility of clean tokens, bool (B, C, K): the columns up to their own."""
     return torch.arange(columns, device=positions.device) <= positions[:, :, None]
 
 
 def window_rows(starts: Tensor, place: Tensor, columns: int, causal_attn: bool) -> Tensor:
-    """What the slots of windows see: bool (B, W n, K).
+    """Visibility of the slots of windows, bool (B, W n, K); `diffusion.mask.visible` in terms of cache columns.
 
     Args:
-        starts: int64 (B, W), position of slot 0; the column of that position is hidden, slot 0 stands for it.
+        starts: int64 (B, W), position of slot 0; the clean column of that position is hidden, slot 0 replaces it.
         place: int64 (B, W, n), column of each slot.
         columns: K.
         causal_attn: a slot sees only itself and earlier slots of its window.
@@ -161,6 +177,7 @@ def window_rows(starts: Tensor, place: Tensor, columns: int, causal_attn: bool) 
 
 
 def additive_mask(visible: Tensor, dtype: torch.dtype) -> Tensor:
-    """The mask (B, 1, queries, keys) as eager attention adds it to the scores; sdpa takes the same."""
+    """Mask (B, 1, queries, keys) added to the scores by eager attention; sdpa takes the same."""
+    # the most negative finite number, as in transformers' own masks: -inf - -inf would be NaN in softmax
     mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
     return mask.masked_fill_(~visible, torch.finfo(dtype).min)[:, None]

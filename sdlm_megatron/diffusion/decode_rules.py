@@ -1,7 +1,14 @@
-"""What a pass keeps of its proposals: which token a slot proposes, how sure it is, and where the kept prefix ends.
+"""Rules of decoding: the token a slot proposes, its confidence, and the prefix of a window that is kept.
 
-The exporter copies this file into the model folder as it is, so it imports nothing but torch. Shapes: B rows,
-W windows of n slots, V vocabulary.
+Example of one row, n = 4, threshold 0.9, p = 10 (`confident_prefix`):
+
+    slot          0      1      2      3
+    proposes    x[11]  x[12]  x[13]  x[14]
+    confidence   0.99   0.95   0.91   0.50      keeps x[11], x[12], x[13]
+    cumulative   0.99   0.94   0.86   0.43      with `product`: keeps x[11], x[12]
+
+The exporter copies this file into the model folder unchanged, so it imports nothing but torch and its neighbors.
+Shapes: B rows, W windows of n slots, V vocabulary.
 """
 
 import math
@@ -10,71 +17,81 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .decode_random import mix64, unit_interval
+
 Warp = Callable[[Tensor], Tensor]
-"""(N, V) logits -> (N, V) logits: temperature, top-k, top-p; must not look at the tokens so far."""
+"""Logits (N, V) -> logits (N, V): temperature, top-k, top-p. Must not depend on the tokens so far."""
 
 
 def choose(logits: Tensor, warp: Warp | None, uniform: Tensor | None) -> Tensor:
-    """The token of every slot, int64 (…), from float32 logits (…, V).
+    """The token each slot proposes, int64 (…).
 
-    Greedy without `warp`. With it the token is drawn by inversion: the first whose cumulated probability passes
-    `uniform` (…, float32 in [0, 1)).
+    Args:
+        logits: float32 (…, V).
+        warp: None: the most likely token. Otherwise a token is drawn from softmax(warp(logits)) by inversion: the
+            first one whose cumulative probability exceeds `uniform`.
+        uniform: float32 (…) in [0, 1); required with `warp`.
     """
     if warp is None:
         return logits.argmax(-1)
     assert uniform is not None
-    up_to = warp(logits.flatten(0, -2)).view(logits.shape).softmax(-1).cumsum(-1)
-    # scaled by the total, which rounding keeps from being 1: a token without probability is never drawn
-    tokens = torch.searchsorted(up_to, (uniform * up_to[..., -1])[..., None], right=True)[..., 0]
+    cumulative = warp(logits.flatten(0, -2)).view(logits.shape).softmax(-1).cumsum(-1)
+    # the total differs from 1 by rounding; scaled by it, a token of probability 0 can never be drawn
+    tokens = torch.searchsorted(cumulative, (uniform * cumulative[..., -1])[..., None], right=True)[..., 0]
     return tokens.clamp(max=logits.shape[-1] - 1)
 
 
 def confidence(tokens: Tensor, logits: Tensor, alg: str) -> Tensor:
-    """How sure each slot is, float32 in [0, 1]: its token's probability, or 1 - H / log V for entropy_conf.
+    """Confidence of each slot, float32 (B, n) in [0, 1].
 
-    Of the model's own distribution also where tokens are drawn from a warped one: top-k 1 leaves no doubt about any
-    token, and is to keep what greedy decoding keeps.
+    prob_conf: probability of the proposed token. entropy_conf: 1 - H / log V, with H the entropy of the slot.
 
     Args:
-        tokens: int64 (B, n).
-        logits: float32 (B, n, V).
+        tokens: int64 (B, n), proposed tokens.
+        logits: float32 (B, n, V) of the model, before any warp: under top-k 1 every warped probability is 1, and
+            sampling should keep the same prefixes as greedy decoding.
+        alg: "prob_conf" or "entropy_conf".
     """
     if alg == "entropy_conf":
+        # entr(0) = 0, where -p log p would be NaN
         return 1 - torch.special.entr(logits.softmax(-1)).sum(-1) / math.log(logits.shape[-1])
     return (logits.gather(-1, tokens[..., None])[..., 0] - logits.logsumexp(-1)).exp()
 
 
-def sure_prefix(sure: Tensor, threshold: float, product: bool) -> Tensor:
-    """Slots of the longest prefix that is sure enough, int64 (B,), at least 1: an unsure slot 0 is taken alone.
+def confident_prefix(confidences: Tensor, threshold: float, product: bool) -> Tensor:
+    """Length of the longest prefix of slots above the threshold, int64 (B,), at least 1 (longest prefix decoding).
 
-    Every slot of it is strictly above the threshold, or with `product` the product of all up to it is (the
-    paper's rule).
+    Args:
+        confidences: float (B, n).
+        threshold: tau; each slot of the prefix has to be strictly above it.
+        product: compare the product of all confidences up to a slot instead (the rule of the paper; the reference
+            code compares each slot).
     """
     if product:
-        sure = sure.cumprod(-1)
-    return (sure > threshold).long().cumprod(-1).sum(-1).clamp(min=1)
+        confidences = confidences.cumprod(-1)
+    return (confidences > threshold).long().cumprod(-1).sum(-1).clamp(min=1)
 
 
 def verified_prefix(tokens: Tensor, drafts: Tensor) -> Tensor:
-    """Tokens that self-speculation keeps, int64 (B,), at least 1.
+    """Number of tokens that self-speculation keeps, int64 (B,), at least 1.
 
     Args:
-        tokens: int64 (B, n); token j is slot 0 of the window behind draft j, made as if drafts 0..j were kept.
-        drafts: int64 (B, n); draft 0 is kept already. Token j holds while draft j equals token j-1.
+        tokens: int64 (B, n); token j is slot 0 of the window behind draft j, computed as if drafts 0..j were kept.
+        drafts: int64 (B, n); draft 0 is already kept. Token j is valid while draft j equals token j-1.
     """
     return 1 + (tokens[:, :-1] == drafts[:, 1:]).long().cumprod(-1).sum(-1)
 
 
 def cut(kept: Tensor, ends: Tensor, budget: Tensor) -> tuple[Tensor, Tensor]:
-    """Cuts a kept prefix after the first token that ends its row, and at the budget.
+    """Limits the kept prefix to the first token that ends its row, and to the row's budget.
 
     Args:
-        kept: int64 (B,).
+        kept: int64 (B,), length of the prefix.
         ends: bool (B, n), whether the row ends with this token.
-        budget: int64 (B,), tokens the row may still produce; 0 for an ended row.
+        budget: int64 (B,), tokens the row may still produce; 0 for a row that has ended.
 
     Returns:
-        kept int64 (B,); the budget left int64 (B,), 0 after an end.
+        Length of the prefix, int64 (B,), and the remaining budget, int64 (B,), 0 for rows that end here.
     """
     up_to_end = (ends.long().cumsum(1) - ends.long() == 0).sum(1)
     kept = torch.minimum(torch.minimum(kept, up_to_end), budget)
@@ -86,25 +103,12 @@ def cut(kept: Tensor, ends: Tensor, budget: Tensor) -> tuple[Tensor, Tensor]:
 def uniforms(seeds: Tensor, positions: Tensor) -> Tensor:
     """Random numbers in [0, 1), float32 (B, …), a pure function of a row's seed and a token's position.
 
-    A position keeps its number in every pass: a draw that was not kept does not bias the next one, draft and
-    verification meet, and neither batch, window nor algorithm change what a row draws. (SplitMix64's mixing.)
+    A position has the same number in every pass. So drawing again after a rejected proposal adds no bias, drafts and
+    their verification agree, and neither batch, window nor algorithm changes the text that a seed gives.
 
     Args:
         seeds: int64 (B,).
         positions: int64 (B, …).
     """
     seeds = seeds.view(-1, *[1] * (positions.dim() - 1))
-    z = _mix(_mix(seeds) + positions)
-    return _shift(z, 40).float() * 2.0**-24
-
-
-def _shift(z: Tensor, bits: int) -> Tensor:
-    """Logical shift to the right: torch's repeats the sign."""
-    return (z >> bits) & ((1 << (64 - bits)) - 1)
-
-
-def _mix(z: Tensor) -> Tensor:
-    z = z + -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed number; products wrap around
-    z = (z ^ _shift(z, 30)) * -4658895280553007687
-    z = (z ^ _shift(z, 27)) * -7723592293110705685
-    return z ^ _shift(z, 31)
+    return unit_interval(mix64(mix64(seeds) + positions))

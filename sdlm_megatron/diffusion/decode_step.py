@@ -1,6 +1,6 @@
-"""What a pass of decoding asks of a model.
+"""Interface between the decoding loop and a model: one `Step` in, one tensor of logits out.
 
-The exporter copies this file into the model folder as it is, so it imports nothing but torch. Shapes: B rows, T
+The exporter copies this file into the model folder unchanged, so it imports nothing but torch. Shapes: B rows, T
 columns, W windows of n slots, V vocabulary.
 """
 
@@ -12,28 +12,28 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Step:
-    """What a pass proposes from. `width` and `longest` are known to the host, so that shapes need no sync."""
+    """Input of one forward pass. `width` and `longest` are host integers, so that shapes need no synchronization."""
 
     ids: Tensor
-    """int64 (B, T): each row's tokens at column = position; what stands from `end` on means nothing."""
+    """int64 (B, T): tokens of each row, column = position; columns from `end` on are undefined."""
     end: Tensor
-    """int64 (B,): tokens of the row: prompt, kept tokens, and with self_speculative the drafts."""
+    """int64 (B,): tokens of the row: prompt, kept tokens and, with self_speculative, drafts."""
     cached: Tensor
-    """int64 (B,): how many of these earlier passes have written to the cache."""
+    """int64 (B,): tokens of the row whose keys and values are already in the cache."""
     width: int
-    """The most new tokens, end - cached, of any row."""
+    """Largest end - cached of any row: new tokens of the pass."""
     longest: int
-    """The largest `end`."""
+    """Largest `end` of any row."""
     anchors: Tensor
-    """int64 (B, W): position of the token before each window's first proposal; slot 0 repeats it, see decode."""
+    """int64 (B, W): position of each window's anchor, the token before its first proposal; slot 0 repeats it."""
     window: int
-    """n. 1: no mask tokens: the proposal is the plain causal one of the last token (W = 1)."""
+    """n. With n = 1 there are no mask tokens: the proposal is the causal prediction of the last token (W = 1)."""
     kept_rows: Tensor | None
-    """int64 (B,): which rows of the last pass these are; None: all of them."""
+    """int64 (B,): indices of these rows in the batch of the previous pass; None: all rows are still there."""
 
 
 class Proposer(Protocol):
-    """A model as the loop needs it; a training engine can be one."""
+    """A model as the decoding loop sees it: `decode_model.TransformersProposer`, `parallel.engine.EngineProposer`."""
 
     def __call__(self, step: Step) -> Tensor:
-        """Logits (B, W, n, V) of the windows' proposals, any float dtype."""
+        """Logits (B, W, n, V) of the windows' proposals, any float dtype: slot j of an anchor p proposes x[p+1+j]."""

@@ -1,14 +1,23 @@
-"""Anchors, blocks, positions and targets: the one definition that everything else derives from.
+"""Anchors, blocks, positions and targets: the definition that data preparation, training and tests derive from.
 
-A document is L clean tokens x[0..L-1] and n blocks. The block with start (anchor) p holds D tokens at positions
-p..p+D-1: slot 0 repeats x[p], slots 1..D-1 hold the mask token. Slot j is trained to produce x[p+1+j]
-(shifted targets, paper section 3.2), unless that lies outside the document or the turn has already ended.
+A document is L clean tokens x[0..L-1] and n blocks (paper, section 3.2). The block at anchor p holds D tokens at
+positions p..p+D-1: slot 0 repeats x[p], slots 1..D-1 hold the mask token M. Slot j is trained to predict x[p+1+j]
+(targets shifted by one, as in next-token prediction), unless that token lies outside the document or follows the end
+of the turn.
 
-Without the target shift (an ablation of the paper) every slot produces the token of its own position: the block
-behind the same anchor p starts at p+1, holds mask tokens only, and sees x[p]. Targets, and all that follows from
-starts and positions (who sees whom), stay as they are.
+Example: L = 6, D = 3, anchors 2 and 4, x[5] = 99 ends the turn (`expand_document`):
 
-A row packs several documents: all clean parts, then all block parts, then padding (never stored).
+    index          0   1   2   3   4   5 |  6   7   8 |  9  10  11
+    input_ids     10  11  12  13  14  99 | 12   M   M | 14   M   M
+    position_ids   0   1   2   3   4   5 |  2   3   4 |  4   5   6
+    targets        -   -   -   -   -   - | 13  14  99 | 99   -   -
+
+Without the target shift (an ablation in the paper) each slot predicts the token at its own position: the block of
+anchor p starts at p+1, holds mask tokens only, and sees x[p]. Targets stay the same; positions and visibility follow
+from the block's start as before.
+
+A row packs several documents: all clean parts, then all block parts, then padding (never stored). Arrays are NumPy's;
+this module needs no torch, so that data preparation and the planner start fast.
 """
 
 from collections.abc import Sequence
@@ -16,74 +25,84 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from sdlm_megatron.diffusion import decode_random
+
 IGNORE = -100
-"""Target of a token that is not trained."""
+"""Target of a token without a loss; the value that torch's cross entropy ignores by default."""
 
 
 def block_count(clean_len: int, n_anchors: int, max_len: int, block_size: int, repeat: int) -> int:
-    """Number of blocks a document gets: min(max_len - L, repeat * R) // D, at most one per anchor.
+    """Number of blocks n = min(min(max_len - L, repeat * R) // D, R) of a document, at least 0.
 
-    `repeat` bounds the block tokens to `repeat` times the R response tokens, so that each response token is a
-    target about `repeat` times; `max_len` bounds the expanded length of the document.
+    Args:
+        clean_len: L, clean tokens.
+        n_anchors: R, anchors; equals the number of response tokens.
+        max_len: limit of the expanded length L + n * D.
+        block_size: D.
+        repeat: limits block tokens to repeat * R, so that a response token is a target about `repeat` times.
     """
     return max(0, min(min(max_len - clean_len, repeat * n_anchors) // block_size, n_anchors))
 
 
 def draw_starts(anchors: np.ndarray, n: int, *, seed: int, epoch: int, document: int) -> np.ndarray:
-    """Draws `n` of `anchors` (R,) without replacement: int32 (n,), ascending.
+    """Draws `n` of the `anchors` (R,) without replacement: int32 (n,), ascending.
 
-    A pure function of (seed, epoch, document): neither the number of workers nor the order of processing can change
-    a draw. `draw_many` is the rule.
+    A pure function of (seed, epoch, document); see `draw_many`.
     """
-    one = np.array([[len(anchors)], [n], [document]])
-    return np.asarray(anchors, dtype=np.int32)[draw_many(*one, seed=seed, epoch=epoch)]
+    counts = np.array([[len(anchors)], [n], [document]])
+    return np.asarray(anchors, dtype=np.int32)[draw_many(*counts, seed=seed, epoch=epoch)]
 
 
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_GOLDEN = np.uint64(decode_random.GOLDEN % 2**64)
 _INDEX = np.uint64((1 << 24) - 1)
-"""Low bits of a draw's key: the index of the anchor."""
+"""Low bits of an anchor's key; they hold its index in the document."""
 
 
 def draw_many(
     n_anchors: np.ndarray, n_drawn: np.ndarray, documents: np.ndarray, *, seed: int, epoch: int
 ) -> np.ndarray:
-    """Draws blocks for many documents at once; all arrays are int (n_docs,).
+    """Draws anchors for many documents at once.
 
-    Every anchor of a document gets a key from a counter-based generator (SplitMix64 at a state made of seed, epoch and
-    document number); the `n_drawn` anchors with the smallest keys are drawn. The lowest bits of a key are the anchor's
-    index, so no two are equal.
+    Each anchor gets a 64-bit key, a hash of (seed, epoch, document, index of the anchor); the anchors with the
+    smallest keys are drawn. So a draw depends neither on the number of workers nor on the order of processing.
+
+    Args:
+        n_anchors: int (docs,), anchors of each document, below 2**24.
+        n_drawn: int (docs,), anchors to draw, at most `n_anchors`.
+        documents: int (docs,), number of each document in its dataset.
+        seed: of the dataset.
+        epoch: from 0; each epoch draws anew.
 
     Returns:
-        int64 (sum of n_drawn,): indices into the anchors of all documents, one document after the other, ascending.
+        int64 (sum of n_drawn,): indices into the concatenated anchors of all documents, ascending.
     """
     state = mix64(mix64(mix64(np.uint64(seed)) ^ np.uint64(epoch)) ^ documents.astype(np.uint64))
     first = np.cumsum(n_anchors) - n_anchors
     counter = np.arange(n_anchors.sum(), dtype=np.uint64)
     counter -= np.repeat(first.astype(np.uint64), n_anchors)
     keys = mix64(np.repeat(state + _GOLDEN, n_anchors) + counter * _GOLDEN)
+    # the index in the low bits makes keys distinct, so that exactly n of them are at most the n-th smallest
     keys &= ~_INDEX
     keys |= counter
     limit = np.zeros(len(first), dtype=np.uint64)
     ordered = keys.copy()
+    # partition is O(R) where sorting is O(R log R): this loop dominates the expansion of a dataset
     for i, (at, total, n) in enumerate(zip(first.tolist(), n_anchors.tolist(), n_drawn.tolist(), strict=True)):
         if n:
             of_document = ordered[at : at + total]
             of_document.partition(n - 1)
             limit[i] = of_document[n - 1]
     drawn = keys <= np.repeat(limit, n_anchors)
-    if not n_drawn.all():  # a limit of zero would let a key of zero pass
+    if not n_drawn.all():  # the limit 0 of a document without draws would admit the key 0
         drawn &= np.repeat(n_drawn > 0, n_anchors)
     return np.flatnonzero(drawn)
 
 
 def mix64(value: np.ndarray | np.uint64) -> np.ndarray:
-    """SplitMix64's finaliser on uint64: a bijective hash (Steele et al. 2014)."""
-    value = np.atleast_1d(np.asarray(value, dtype=np.uint64)) + _GOLDEN
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
-        value ^= value >> np.uint64(shift)
-        if factor > 1:
-            value *= np.uint64(factor)
-    return value
+    """`decode_random.mix64` on uint64: same shape, at least one dimension."""
+    # NumPy warns when a product of scalars overflows, but not when one of arrays does
+    value = np.atleast_1d(np.asarray(value, dtype=np.uint64))
+    return decode_random.mix64(value.view(np.int64)).view(np.uint64)
 
 
 @dataclass(frozen=True)
@@ -93,24 +112,27 @@ class ExpandedDocument:
     input_ids: np.ndarray
     position_ids: np.ndarray
     targets: np.ndarray
-    """Unshifted: the token each input token has to produce, or -100."""
+    """Token that each input token has to predict, at the index of the input token; IGNORE where there is none."""
 
 
 @dataclass(frozen=True)
 class RowLayout:
-    """Which documents and blocks a row holds; with the tokens it determines positions, targets and visibility."""
+    """Documents and blocks of a packed row; together with the tokens it determines positions, targets, visibility.
+
+    The clean parts of all documents come first, then their blocks, both in the order of `doc_ids`.
+    """
 
     doc_ids: np.ndarray
-    """int32 (n_docs,): number of each document in its dataset."""
+    """int32 (docs,): number of each document in its dataset."""
     clean_lens: np.ndarray
-    """int32 (n_docs,): clean tokens L of each document."""
+    """int32 (docs,): clean tokens L of each document."""
     n_blocks: np.ndarray
-    """int32 (n_docs,): blocks of each document."""
+    """int32 (docs,): blocks of each document."""
     starts: np.ndarray
-    """int32 (sum of n_blocks,): position of slot 0 of each block, document after document, ascending in each."""
+    """int32 (blocks,): position of slot 0 of each block, by document, ascending in each."""
     block_size: int
     target_shift: bool = True
-    """False: a block starts behind its anchor and repeats nothing."""
+    """False: a block starts one position after its anchor and does not repeat it."""
 
     @property
     def anchors(self) -> np.ndarray:
@@ -123,12 +145,12 @@ class RowLayout:
 
     @property
     def n_clean(self) -> int:
-        """Clean tokens of the row; they are tokens [0, n_clean)."""
+        """Clean tokens of the row; their indices are [0, n_clean)."""
         return int(self.clean_lens.sum())
 
     @property
     def n_block_tokens(self) -> int:
-        """Block tokens of the row; they are tokens [n_clean, used)."""
+        """Block tokens of the row; their indices are [n_clean, used)."""
         return len(self.starts) * self.block_size
 
     @property
@@ -137,13 +159,13 @@ class RowLayout:
         return self.n_clean + self.n_block_tokens
 
     def to_ints(self) -> np.ndarray:
-        """The stored form, int32: [n_docs, doc_ids…, clean_lens…, n_blocks…, starts…]."""
+        """The form on disk, int32: [docs, doc_ids…, clean_lens…, n_blocks…, starts…]."""
         head = np.array([self.n_docs], dtype=np.int32)
         return np.concatenate([head, self.doc_ids, self.clean_lens, self.n_blocks, self.starts]).astype(np.int32)
 
     @classmethod
     def from_ints(cls, ints: np.ndarray, block_size: int, target_shift: bool = True) -> "RowLayout":
-        """Inverse of `to_ints`; ValueError when the numbers contradict each other."""
+        """Inverse of `to_ints`. Raises ValueError when the numbers contradict each other."""
         n_docs = int(ints[0]) if len(ints) else -1
         if n_docs < 0 or len(ints) < 1 + 3 * n_docs:
             raise ValueError(f"a layout of {len(ints)} numbers cannot hold {n_docs} documents")
@@ -154,26 +176,28 @@ class RowLayout:
         return cls(doc_ids, clean_lens, n_blocks, starts, block_size, target_shift)
 
     def block_documents(self) -> np.ndarray:
-        """int (blocks,): index in the row of the document of each block."""
+        """int (blocks,): index in the row of each block's document."""
         return np.repeat(np.arange(self.n_docs), self.n_blocks)
 
     def clean_offsets(self) -> np.ndarray:
-        """int (n_docs,): row index of each document's first clean token."""
+        """int (docs,): index in the row of each document's first clean token."""
         return np.cumsum(self.clean_lens) - self.clean_lens
 
 
 def row_positions(layout: RowLayout) -> np.ndarray:
-    """Position ids of a row, int32 (used,): each document counts from 0, a block at p holds p..p+D-1."""
+    """Position ids of a row, int32 (used,): each document counts from 0, a block with start p holds p..p+D-1."""
     clean = np.arange(layout.n_clean) - np.repeat(layout.clean_offsets(), layout.clean_lens)
     blocks = layout.starts[:, None] + np.arange(layout.block_size)
     return np.concatenate([clean, blocks.reshape(-1)]).astype(np.int32)
 
 
 def row_targets(tokens: np.ndarray, layout: RowLayout, eos_token_id: int) -> np.ndarray:
-    """Targets of a row, int32 (used,), unshifted, -100 where none.
+    """Targets of a row, int32 (used,), at the indices of the input tokens; IGNORE where there is none.
 
-    Slot j of the block at p gets x[p+1+j]; none beyond the document, none after a slot whose target was
-    `eos_token_id` (the token that closes a turn).
+    Args:
+        tokens: int (used,) or longer, the tokens of the row.
+        layout: of the row.
+        eos_token_id: token that closes a turn; the slots after one that predicts it have no target.
     """
     targets = np.full(layout.used, IGNORE, dtype=np.int32)
     targets[layout.n_clean :] = slot_targets(tokens, layout, eos_token_id).T.reshape(-1)
@@ -181,34 +205,35 @@ def row_targets(tokens: np.ndarray, layout: RowLayout, eos_token_id: int) -> np.
 
 
 def slot_targets(tokens: np.ndarray, layout: RowLayout, eos_token_id: int) -> np.ndarray:
-    """Targets of the block tokens of a row, int32 (D, blocks): `row_targets` slot by slot."""
+    """Targets of a row's block tokens by slot, int32 (D, blocks): x[p+1+j] at [j, block]; see `row_targets`."""
     targets = np.full((layout.block_size, len(layout.starts)), IGNORE, dtype=np.int32)
     if not len(layout.starts):
         return targets
     clean = tokens[: layout.n_clean]
     documents = layout.block_documents()
-    wanted = layout.clean_offsets()[documents] + layout.anchors  # index in the row of slot j's target, less j + 1
+    target_index = layout.clean_offsets()[documents] + layout.anchors  # row index of x[p+1+j], less j + 1
     last = np.cumsum(layout.clean_lens)[documents] - 1
-    alive = np.ones(len(wanted), dtype=bool)
+    alive = np.ones(len(target_index), dtype=bool)
     for target in targets:
-        wanted += 1
-        alive &= wanted <= last
-        value = clean.take(wanted, mode="clip")
+        target_index += 1
+        alive &= target_index <= last
+        value = clean.take(target_index, mode="clip")  # clipped indices are not alive, so their value is not copied
         np.copyto(target, value, where=alive)
         alive &= value != eos_token_id
     return targets
 
 
 def next_token_targets(tokens: np.ndarray, layout: RowLayout, eos_token_id: int) -> np.ndarray:
-    """Targets of the clean tokens under diffusion.next_token_weight, int32 (n_clean,), -100 where none.
+    """Targets of clean tokens, for `diffusion.next_token_weight`: int32 (n_clean,), IGNORE where there is none.
 
-    Every x[q] that is a target of a block of its document is the target of clean token q-1, once.
+    Each x[q] that is a target of some block of its document becomes the target of clean token q-1, once, however many
+    blocks predict it. In the module's example: clean tokens 2, 3, 4 get the targets 13, 14, 99.
     """
-    wanted = slot_targets(tokens, layout, eos_token_id)  # (D, blocks)
+    by_slot = slot_targets(tokens, layout, eos_token_id)  # (D, blocks)
     before = (layout.clean_offsets()[layout.block_documents()] + layout.anchors) + np.arange(layout.block_size)[:, None]
     targets = np.full(layout.n_clean, IGNORE, dtype=np.int32)
-    real = wanted != IGNORE
-    targets[before[real]] = wanted[real]
+    real = by_slot != IGNORE
+    targets[before[real]] = by_slot[real]
     return targets
 
 
@@ -219,10 +244,19 @@ def pack_row(
     mask_token_id: int,
     target_shift: bool = True,
 ) -> tuple[np.ndarray, RowLayout]:
-    """Packs (doc_id, clean_ids (L,), anchors (n,)) triples into one row.
+    """Packs documents into one row.
 
-    Returns the tokens, int32 (used,), and their layout. ValueError on an anchor outside its document, or on anchors
-    that do not ascend strictly.
+    Args:
+        documents: (number, clean_ids int (L,), anchors int (n,) ascending) of each.
+        block_size: D.
+        mask_token_id: token of the slots 1..D-1 (of all slots without the target shift).
+        target_shift: see `RowLayout`.
+
+    Returns:
+        The tokens, int32 (used,), and their layout.
+
+    Raises:
+        ValueError: an anchor lies outside its document, or anchors do not ascend strictly.
     """
     ids, cleans, anchors = zip(*documents, strict=True) if documents else ((), (), ())
     empty = np.empty(0, dtype=np.int32)
@@ -238,14 +272,14 @@ def pack_row(
 
 
 def block_starts(anchors: np.ndarray, target_shift: bool) -> np.ndarray:
-    """Position of slot 0 for each anchor, int32."""
+    """Position of slot 0 of each anchor's block, int32 (blocks,)."""
     return anchors if target_shift else anchors + np.int32(1)
 
 
 def add_blocks(clean: np.ndarray, layout: RowLayout, mask_token_id: int) -> np.ndarray:
-    """Tokens of a row, int32 (used,): its clean tokens, int32 (n_clean,), then its blocks.
+    """Tokens of a row, int32 (used,): clean tokens (n_clean,), then the tokens of the blocks.
 
-    ValueError on an anchor outside its document, or on anchors that do not ascend strictly in a document.
+    Raises ValueError when an anchor lies outside its document, or anchors do not ascend strictly in a document.
     """
     documents = layout.block_documents()
     anchors = layout.anchors
@@ -267,7 +301,7 @@ def add_blocks(clean: np.ndarray, layout: RowLayout, mask_token_id: int) -> np.n
 def expand_document(
     clean_ids: np.ndarray, block_starts: np.ndarray, *, block_size: int, mask_token_id: int, eos_token_id: int
 ) -> ExpandedDocument:
-    """Clean tokens (L,) and block starts (n,) to the trained sequence: a row of one document."""
+    """Expands one document, clean tokens (L,) and anchors (n,), to the sequence that is trained (module's example)."""
     tokens, layout = pack_row(
         [(0, np.asarray(clean_ids), np.asarray(block_starts))],
         block_size=block_size,

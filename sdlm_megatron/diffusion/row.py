@@ -1,4 +1,4 @@
-"""One micro-batch: one packed row as tensors, with everything a pipeline stage needs."""
+"""Micro-batch of training: one packed row as tensors, complete for every pipeline stage."""
 
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, Self
@@ -10,7 +10,7 @@ from sdlm_megatron.diffusion.layout import IGNORE, RowLayout, next_token_targets
 
 
 class Movable(Protocol):
-    """What the layers need of a row besides its tensors; see model.attention.RowAttention."""
+    """Attention tables of a row, as far as this module needs to know them; see model.attention.contract."""
 
     def to(self, device: torch.device) -> Self:
         """A copy on `device`."""
@@ -18,29 +18,33 @@ class Movable(Protocol):
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """A packed row of S tokens. Index tensors are int64."""
+    """A packed row of S tokens, N of them with a target (label rows). Index tensors are int64.
+
+    For the example in diffusion.layout, padded to S = 16: label_index = [6, 7, 8, 9], label_targets =
+    [13, 14, 99, 99], label_slots = [0, 1, 2, 0].
+    """
 
     tokens: torch.Tensor
     """(1, S) token ids, padded."""
     positions: torch.Tensor
-    """(1, S) position ids; padding counts as 0."""
+    """(1, S) position ids; 0 at padding."""
     label_index: torch.Tensor
-    """(N,) row indices of the tokens with a target; N >= 1: a row without any names token 0."""
+    """(N,) indices of the label rows in the row. N >= 1: a row without targets has token 0 as a stand-in."""
     label_targets: torch.Tensor
-    """(N,) the targets; IGNORE for the stand-in of a row without any."""
+    """(N,) targets; IGNORE for the stand-in."""
     label_slots: torch.Tensor
-    """(N,) slot 0..D-1 of each of them; D for a clean token."""
+    """(N,) slot 0..D-1 of each label row; D for a clean token."""
     layout: RowLayout
     number: int | None
-    """The row's number in the run, None for an empty row."""
+    """Number of the row in the run; None for an empty row."""
     attention: Movable | None = None
-    """How the layers attend over this row; None: the model builds it from the layout."""
+    """Attention of the layers over this row; None: the model builds it from the layout."""
     label_weights: torch.Tensor | None = None
-    """float32 (N,) what each target's loss counts; None: 1 each."""
+    """float32 (N,) weight of each label row's loss; None: 1."""
     logits: bool = False
-    """Asks the model for the logits of the label rows, not for their losses."""
+    """Requests the logits of the label rows instead of their losses."""
     measure: bool = False
-    """Asks for confidence and correctness beside the losses."""
+    """Requests confidence and correctness in addition to the losses."""
 
     def to(self, device: torch.device | str) -> "MicroBatch":
         """A copy on `device`."""
@@ -50,9 +54,9 @@ class MicroBatch:
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A copy on `device` that does not make the host wait."""
+    """A copy on `device`, without making the host wait."""
     if device.type == "cuda" and tensor.device.type == "cpu":
-        tensor = tensor.pin_memory()  # a copy from pageable memory first waits for all work of the stream
+        tensor = tensor.pin_memory()  # from pageable memory, CUDA would first drain the stream
     return tensor.to(device, non_blocking=True)
 
 
@@ -66,9 +70,16 @@ def make_micro_batch(
     number: int | None,
     next_token_weight: float = 0.0,
 ) -> MicroBatch:
-    """Tokens (used,) and layout of a row to the tensors of a micro-batch of `row_length` tokens.
+    """The tensors of one row.
 
-    With a `next_token_weight` the clean tokens of `layout.next_token_targets` have targets too, which count so much.
+    Args:
+        tokens: int (used,), tokens of the row.
+        layout: of the row.
+        row_length: S; the row is padded to it.
+        pad_token_id: token of the padding; any id will do, since padding has no target and no other token sees it.
+        eos_token_id: token that closes a turn; see `row_targets`.
+        number: number of the row in the run.
+        next_token_weight: above 0, clean tokens get targets with this weight too (`layout.next_token_targets`).
     """
     padded = np.full(row_length, pad_token_id, dtype=np.int64)
     padded[: layout.used] = tokens
@@ -79,17 +90,17 @@ def make_micro_batch(
         targets[: layout.n_clean] = next_token_targets(tokens, layout, eos_token_id)
     index = np.flatnonzero(targets != IGNORE)
     if len(index):
-        wanted, slots = targets[index].astype(np.int64), (index - layout.n_clean) % layout.block_size
+        label_targets, slots = targets[index].astype(np.int64), (index - layout.n_clean) % layout.block_size
         slots[index < layout.n_clean] = layout.block_size
-    else:  # the last stage still has to take part in every collective of the loss
-        index, wanted, slots = np.zeros(1, np.int64), np.full(1, IGNORE, np.int64), np.zeros(1, np.int64)
+    else:  # without label rows, the last stage would skip the collectives of the loss and the other ranks would hang
+        index, label_targets, slots = np.zeros(1, np.int64), np.full(1, IGNORE, np.int64), np.zeros(1, np.int64)
     if next_token_weight:
         weights = torch.from_numpy(np.where(slots < layout.block_size, 1.0, next_token_weight).astype(np.float32))
     return MicroBatch(
         torch.from_numpy(padded[None]),
         torch.from_numpy(positions[None]),
         torch.from_numpy(index),
-        torch.from_numpy(wanted),
+        torch.from_numpy(label_targets),
         torch.from_numpy(slots),
         layout,
         number,
@@ -98,6 +109,6 @@ def make_micro_batch(
 
 
 def empty_layout(block_size: int) -> RowLayout:
-    """A row of padding only."""
+    """Layout of a row that is padding only."""
     none = np.empty(0, dtype=np.int32)
     return RowLayout(none, none, none, none, block_size)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sdlm_megatron.chat.chat_model import ChatModel, DecodingRule
 from sdlm_megatron.diffusion.decode_model import additive_mask
-from sdlm_megatron.diffusion.decode_rules import choose, confidence, sure_prefix, verified_prefix
+from sdlm_megatron.diffusion.decode_rules import choose, confidence, confident_prefix, verified_prefix
 from sdlm_megatron.diffusion.layout import pack_row, row_positions
 from sdlm_megatron.diffusion.mask import visible_row
 
@@ -121,7 +121,7 @@ def follow(text: Sequence[int], probed: Probe, rule: DecodingRule) -> list[int] 
         return _follow_drafts(target, probed)
     confidences = probed.prob if rule.alg == "prob_conf" else probed.entropy
     assert confidences is not None, "probed without the entropy"
-    kept = sure_prefix(confidences, rule.threshold, rule.product).tolist()
+    kept = confident_prefix(confidences, rule.threshold, rule.product).tolist()
     accepted, at = [], 0
     while at < len(target):
         count = min(kept[at], len(target) - at)

@@ -8,8 +8,8 @@ from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWa
 from sdlm_megatron.diffusion.decode_rules import (
     choose,
     confidence,
+    confident_prefix,
     cut,
-    sure_prefix,
     uniforms,
     verified_prefix,
 )
@@ -18,9 +18,9 @@ from sdlm_megatron.diffusion.decode_rules import (
 def test_sure_prefix() -> None:
     """Strictly above; the longest sure prefix; slot 0 alone when unsure."""
     sure = torch.tensor([[0.9, 0.9, 0.4, 0.9], [0.4, 0.9, 0.9, 0.9], [0.9] * 4, [0.5, 0.9, 0.9, 0.9]])
-    assert sure_prefix(sure, 0.5, False).tolist() == [2, 1, 4, 1]
-    assert sure_prefix(sure, 0.8, True).tolist() == [2, 1, 2, 1]  # .9, .81, .729
-    assert sure_prefix(sure, 0.7, True).tolist() == [2, 1, 3, 1]
+    assert confident_prefix(sure, 0.5, False).tolist() == [2, 1, 4, 1]
+    assert confident_prefix(sure, 0.8, True).tolist() == [2, 1, 2, 1]  # .9, .81, .729
+    assert confident_prefix(sure, 0.7, True).tolist() == [2, 1, 3, 1]
 
 
 def test_verified_prefix() -> None:

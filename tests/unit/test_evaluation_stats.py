@@ -105,11 +105,11 @@ def test_precision_recall_against_every_threshold_tried():
 def test_acceptance_follows_the_rule_of_decoding():
     import torch
 
-    from sdlm_megatron.diffusion.decode_rules import sure_prefix
+    from sdlm_megatron.diffusion.decode_rules import confident_prefix
 
     sure = np.random.default_rng(5).random((4, 300)).astype(np.float32)
     kept, given = acceptance(sure.tolist(), 0.3)
-    lengths = sure_prefix(torch.from_numpy(sure.T.copy()), 0.3, False)
+    lengths = confident_prefix(torch.from_numpy(sure.T.copy()), 0.3, False)
     reached = [(lengths > slot).float().mean().item() for slot in range(4)]
     assert kept == pytest.approx(reached)
     assert given == pytest.approx([1.0, *(b / a for a, b in itertools.pairwise(reached))])
