@@ -1,1 +1,1 @@
-"""SDLM's transformer in Megatron-Core: layers, attention by the block mask, head on label rows, Hugging Face names."""
+"""SDLM as a Megatron-Core model: layers, attention by block mask, LM head on label rows."""

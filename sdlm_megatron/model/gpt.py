@@ -1,26 +1,68 @@
-"""Megatron-Core's GPTModel with three differences: RoPE by position id, attention by layout, head on labels."""
+"""GPTModel of Megatron-Core with three changes: RoPE by position id, attention by row layout, head on label rows."""
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
 from megatron.core.models.gpt import GPTModel
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.profiler import record_function
 
 from sdlm_megatron.diffusion.layout import RowLayout
 from sdlm_megatron.diffusion.row import MicroBatch
 from sdlm_megatron.model.attention.contract import RowAttention
-from sdlm_megatron.model.attention.core_attention import SDLMRowParams
 from sdlm_megatron.model.label_loss import LabelLosses, Vocabulary, label_logits, label_losses
 
 
-class SDLMModel(GPTModel):
-    """One pipeline stage.
+@dataclass
+class SDLMRowParams(PackedSeqParams):
+    """Carrier of the row's attention to the core attention of every layer."""
 
-    Args beyond GPTModel's: `real_vocab_size`, the rows of the Hugging Face embedding; rows added for tensor
-    parallelism are kept out of the softmax. `row_attention`: from a row's layout and length to its attention.
-    `logits_mb`: see label_loss.
+    # Megatron-Core passes its PackedSeqParams unchanged to every layer, also under recomputation. The attention mask
+    # argument would not work: recomputation saves tensors only, and a mask tensor would be S x S.
+    attention: RowAttention = field(default=None)  # type: ignore[assignment]  # the base's fields have defaults
+
+    @classmethod
+    def of(cls, attention: RowAttention, row_length: int) -> "SDLMRowParams":
+        return cls(attention=attention, qkv_format="sbhd", max_seqlen_q=row_length, max_seqlen_kv=row_length)
+
+
+class SDLMCoreAttention(torch.nn.Module):
+    """Core attention module of Megatron-Core's layers; it applies the RowAttention in `packed_seq_params`."""
+
+    def __init__(self, config: TransformerConfig, layer_number: int, *args: Any, **kwargs: Any) -> None:
+        super().__init__()
+        assert config.kv_channels is not None
+        self.scale = kwargs.get("softmax_scale") or config.kv_channels**-0.5
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        packed_seq_params: SDLMRowParams,
+        **_: Any,
+    ) -> torch.Tensor:
+        """query [S, 1, heads, d], key and value [S, 1, kv_heads, d] after RoPE -> [S, 1, heads * d]."""
+        assert query.shape[1] == 1, "a micro-batch is one packed row"
+        with record_function("sdlm::attention"):
+            out = packed_seq_params.attention(query[:, 0], key[:, 0], value[:, 0], self.scale)
+        return out.reshape(out.shape[0], 1, -1)
+
+
+class SDLMModel(GPTModel):
+    """One model chunk of a pipeline stage.
+
+    Args:
+        args, kwargs: of GPTModel.
+        real_vocab_size: rows of the Hugging Face embedding; rows added for tensor parallelism stay out of the softmax.
+        row_attention: builds the attention of a row from its layout and length S.
+        logits_mb: memory limit of a chunk of logits, MB; see label_loss.
     """
 
     def __init__(
@@ -34,12 +76,16 @@ class SDLMModel(GPTModel):
         super().__init__(*args, position_embedding_type="rope", **kwargs)
         self.real_vocab_size, self.row_attention, self.logits_mb = real_vocab_size, row_attention, logits_mb
         if self.post_process:
-            # Called as a module, so that its hooks run: an overlapped gather of its weight is waited for in one.
+            # Replacing forward and calling the layer as a module keeps its hooks: with overlap_param_gather, one of
+            # them waits for the gather of this layer's weight.
             self.output_layer.forward = self._label_losses
 
     def forward(self, batch: MicroBatch) -> torch.Tensor | LabelLosses:
-        """Hidden states [S(/TP), 1, hidden] on inner stages; on the last, the losses of the label rows, or where the
-        batch asks for them their logits [N, V].
+        """Forward pass of this chunk over one row.
+
+        Returns:
+            Hidden states [S(/TP), 1, hidden] except on the last chunk; there the losses of the N label rows, or with
+            `batch.logits` their logits [N, V].
         """
         self._batch = batch
         attention = cast("RowAttention | None", batch.attention)
@@ -54,26 +100,27 @@ class SDLMModel(GPTModel):
         )
 
     def _preprocess(self, input_ids: torch.Tensor, position_ids: torch.Tensor, *args: Any, **kwargs: Any) -> tuple:
-        """RoPE angles by position id: blocks repeat positions of the clean part, documents start again at 0."""
-        found = super()._preprocess(input_ids, position_ids, *args, **kwargs)
+        """GPTModel's inputs of the decoder, with RoPE angles by position id instead of by index in the row."""
+        # Blocks repeat positions of the clean part and documents restart at 0, so indices would be wrong.
+        embedded, _, *rest = super()._preprocess(input_ids, position_ids, *args, **kwargs)
         inverse = self.rotary_pos_emb.inv_freq.to(position_ids.device)
-        angles = position_ids[0].float()[:, None] * inverse  # fp32: bf16 cannot count to 32,768
+        angles = position_ids[0].float()[:, None] * inverse  # fp32: bf16 represents integers only up to 256
         freqs = torch.cat([angles, angles], dim=-1)[:, None, None, :]  # [S, 1, 1, d]
-        return (found[0], freqs, *found[2:])
+        return (embedded, freqs, *rest)
 
     def _postprocess(self, hidden_states: torch.Tensor, **_: Any) -> torch.Tensor | LabelLosses:
         """LM head and vocab-parallel cross entropy on the label rows only."""
         if not self.post_process:
             return hidden_states
         if self.config.sequence_parallel:
-            # label_losses sums the gradient over TP, so here it is only split
+            # label_losses already sums the gradient over TP, so the backward pass here only has to split it
             hidden_states = gather_from_sequence_parallel_region(
                 hidden_states, tensor_parallel_output_grad=False, group=self.pg_collection.tp
             )
         return self.output_layer(hidden_states)
 
     def _label_losses(self, hidden_states: torch.Tensor) -> torch.Tensor | LabelLosses:
-        """Hidden states [S, 1, hidden] of the whole row -> the losses of its label rows, or their logits."""
+        """Losses or logits of the label rows, from the hidden states [S, 1, hidden] of the whole row."""
         batch, tp = self._batch, self.pg_collection.tp
         tied = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
@@ -93,6 +140,6 @@ class SDLMModel(GPTModel):
                 batch.label_targets,
                 vocabulary,
                 logits_mb=self.logits_mb,
-                counts=batch.label_weights,
+                loss_weights=batch.label_weights,
                 measure=batch.measure,
             )

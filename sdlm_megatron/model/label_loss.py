@@ -1,9 +1,8 @@
-"""LM head and cross entropy of the label rows, in chunks, with the gradients made in the forward pass.
+"""LM head and cross entropy of the label rows, in chunks, with gradients computed in the forward pass.
 
-Plain autograd keeps the logits of all label rows (and their softmax) from forward to backward: 152k numbers a row.
-Here a chunk's logits live until its part of the gradients is known, and are gone before the next chunk's. That the
-gradients are known so early is a property of this loss: the sum of the rows' losses enters the step's loss with one
-factor, so the backward pass has only to multiply by it.
+Plain autograd would keep the logits of all label rows and their softmax until the backward pass: 152k numbers per row
+for Qwen2.5. Here the logits of a chunk exist only until its share of the gradients is known. That is possible because
+the sum of the losses enters the loss of the step with a single factor, by which the backward pass multiplies.
 """
 
 from dataclasses import dataclass
@@ -15,34 +14,34 @@ import torch.distributed as dist
 from sdlm_megatron.diffusion.layout import IGNORE
 
 CACHED_ROWS = 8
-"""Rows of logits that a CPU turns into gradients at a time: what several passes read stays in its cache."""
+"""Rows of logits processed at a time on a CPU, so that the passes over them hit the cache."""
 BYTES = 8
-"""A logit of a chunk with everything made from it: logit and gradient in the weights' type, log-probability in fp32."""
+"""Memory per logit of a chunk: logit and gradient in bf16, log-probability in fp32."""
 
 
 class LabelLosses(NamedTuple):
-    """What the last pipeline stage gives."""
+    """Output of the last pipeline stage for one row with N label rows."""
 
     total: torch.Tensor
-    """float32 (): sum of `nll` over the real targets, by their weights; differentiable."""
+    """float32 (): weighted sum of `nll` over the real targets; differentiable."""
     nll: torch.Tensor
     """float32 (N,): negative log likelihood of each label row, nats; no gradient."""
-    sure: torch.Tensor | None
-    """float32 (N,): probability of each label row's likeliest token; None unless it was asked for."""
-    right: torch.Tensor | None
-    """bool (N,): that token is the target; None unless it was asked for."""
+    confidence: torch.Tensor | None
+    """float32 (N,): probability of the most likely token; None unless measured."""
+    correct: torch.Tensor | None
+    """bool (N,): whether that token is the target; None unless measured."""
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The part of the vocabulary that this process holds."""
+    """Shard of the vocabulary on this TP rank."""
 
     first: int
-    """Token id of its first row."""
+    """Token id of the shard's first row."""
     real: int
-    """How many of its rows are tokens; those above pad the embedding and take no part in the softmax."""
+    """Number of its rows that are tokens; the rest pads the embedding and takes no part in the softmax."""
     group: dist.ProcessGroup | None
-    """The TP group; None if there is one part only."""
+    """TP group; None without tensor parallelism."""
 
 
 def label_losses(
@@ -52,32 +51,34 @@ def label_losses(
     vocabulary: Vocabulary,
     *,
     logits_mb: float,
-    counts: torch.Tensor | None = None,
+    loss_weights: torch.Tensor | None = None,
     measure: bool = False,
 ) -> LabelLosses:
-    """Losses of label rows.
+    """Losses of the label rows.
 
     Args:
-        hidden: (N, hidden), the same on every TP rank; its gradient is summed over TP here.
-        weight: (V/TP, hidden), rows of the head on this process.
-        targets: int64 (N,); IGNORE counts as nothing.
-        logits_mb: most memory of a chunk, in MB.
-        counts: float32 (N,), what each row's loss counts in the total; None: 1 each.
-        measure: also give `sure` and `right`: one more pass over each chunk's probabilities.
+        hidden: (N, hidden), equal on all TP ranks; its gradient is summed over TP here.
+        weight: (V/TP, hidden), this rank's rows of the head.
+        targets: int64 (N,); IGNORE adds no loss.
+        vocabulary: describes the rows of `weight`.
+        logits_mb: memory limit of a chunk, MB.
+        loss_weights: float32 (N,), weight of each row's loss in `total`; None: 1.
+        measure: also compute `confidence` and `correct`, which costs another pass over the probabilities.
     """
-    # not vocabulary.real, which is less where the padding lies: all TP ranks have to cut the same chunks
+    # len(weight) and not vocabulary.real, which is smaller on the last rank: TP ranks must cut the same chunks,
+    # since each chunk takes part in collectives
     rows = max(1, int(logits_mb * 1e6) // (BYTES * len(weight)))
     gradients = torch.is_grad_enabled()
-    return LabelLosses(*_LabelLoss.apply(hidden, weight, targets, counts, vocabulary, rows, gradients, measure))
+    return LabelLosses(*_LabelLoss.apply(hidden, weight, targets, loss_weights, vocabulary, rows, gradients, measure))
 
 
 def label_logits(hidden: torch.Tensor, weight: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
-    """Logits (N, V) of hidden states (N, hidden) over the whole vocabulary, padding included, on all of `group`."""
-    mine = hidden @ weight.t()
+    """Logits (N, V) of hidden states (N, hidden) over the padded vocabulary, on every rank of `group`."""
+    local = hidden @ weight.t()
     if group is None:
-        return mine
-    parts = [torch.empty_like(mine) for _ in range(group.size())]
-    dist.all_gather(parts, mine, group=group)
+        return local
+    parts = [torch.empty_like(local) for _ in range(group.size())]
+    dist.all_gather(parts, local, group=group)
     return torch.cat(parts, dim=1)
 
 
@@ -88,7 +89,7 @@ class _LabelLoss(torch.autograd.Function):
         hidden: torch.Tensor,
         weight: torch.Tensor,
         targets: torch.Tensor,
-        counts: torch.Tensor | None,
+        loss_weights: torch.Tensor | None,
         vocabulary: Vocabulary,
         rows: int,
         with_gradients: bool,
@@ -96,41 +97,42 @@ class _LabelLoss(torch.autograd.Function):
     ) -> tuple[torch.Tensor | None, ...]:
         real = targets != IGNORE
         used = weight[: vocabulary.real]
-        # one buffer for every chunk: on a CPU, fresh memory costs more than what is computed in it
+        # one buffer for all chunks: on a CPU, touching fresh memory costs more than the arithmetic on it
         buffer = hidden.new_empty(min(rows, len(hidden)), len(used))
-        product = _Product(used) if with_gradients else None
+        product = _WeightGradient(used) if with_gradients else None
         grad_hidden = torch.empty_like(hidden) if with_gradients else None
         parts = []
         for begin in range(0, len(hidden), rows):
             chunk = slice(begin, begin + rows)
             inputs = hidden[chunk]
-            gradient = torch.mm(inputs, used.t(), out=buffer[: len(inputs)])  # the logits, as yet
+            gradient = torch.mm(inputs, used.t(), out=buffer[: len(inputs)])  # the logits, replaced by their gradient
             together = len(inputs) if inputs.is_cuda or vocabulary.group is not None else CACHED_ROWS
-            for logits, some in zip(gradient.split(together), targets[chunk].split(together), strict=True):
-                parts.append(_cross_entropy(logits, some, vocabulary, with_gradients, measure))
+            for logits, part in zip(gradient.split(together), targets[chunk].split(together), strict=True):
+                parts.append(_cross_entropy(logits, part, vocabulary, with_gradients, measure))
             if grad_hidden is not None and product is not None:
-                # rows without a target are zeroed here and not in the gradient, which is 100 times as large
+                # rows without a target are zeroed in inputs and output, not in the gradient, which is 100 times larger
                 inputs = inputs.masked_fill(~real[chunk, None], 0)
                 grad_hidden[chunk] = (gradient @ used).masked_fill_(~real[chunk, None], 0)
-                if counts is not None:  # in fp32: a weight of 0.1 rounded to bf16 would be another weight
-                    grad_hidden[chunk].mul_(counts[chunk, None])
-                    inputs.mul_(counts[chunk, None])
+                if loss_weights is not None:  # multiplied by an fp32 tensor: bf16 would round a weight of 0.1
+                    grad_hidden[chunk].mul_(loss_weights[chunk, None])
+                    inputs.mul_(loss_weights[chunk, None])
                 product.add(gradient, inputs, last=begin + rows >= len(hidden))
         nlls, *measured = zip(*parts, strict=True)
         all_nll = torch.cat(nlls)
-        sure, right = (torch.cat(p) if measure else None for p in measured)
+        confidence, correct = (torch.cat(p) if measure else None for p in measured)
         ctx.group, ctx.weight_rows = vocabulary.group, len(weight)
         ctx.save_for_backward(grad_hidden, product and product.total)
-        ctx.mark_non_differentiable(*(t for t in (all_nll, sure, right) if t is not None))
+        ctx.mark_non_differentiable(*(t for t in (all_nll, confidence, correct) if t is not None))
         losses = torch.where(real, all_nll, 0.0)
-        return (losses if counts is None else losses * counts).sum(), all_nll, sure, right
+        total = (losses if loss_weights is None else losses * loss_weights).sum()
+        return total, all_nll, confidence, correct
 
     @staticmethod
     def backward(ctx: Any, grad_total: torch.Tensor, *_: object) -> tuple[torch.Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
-        # in place: these two are nobody else's, and the second is as large as the head
+        # in place: no other code sees these tensors, and grad_weight is as large as the head
         grad_hidden.mul_(grad_total)
-        if ctx.group is not None:  # each rank's rows of the vocabulary gave a part
+        if ctx.group is not None:  # each rank has the contribution of its shard of the vocabulary
             dist.all_reduce(grad_hidden, group=ctx.group)
         grad_weight.mul_(grad_total)
         if len(grad_weight) < ctx.weight_rows:
@@ -142,50 +144,50 @@ class _LabelLoss(torch.autograd.Function):
 def _cross_entropy(
     logits: torch.Tensor, targets: torch.Tensor, vocabulary: Vocabulary, with_gradient: bool, measure: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """nll float32 (n,) of logits (n, real), whose place the gradient of its sum takes; `sure` and `right`."""
+    """nll, confidence and correct (n,) of logits (n, real), which are overwritten by the gradient of the nll's sum."""
     local = targets - vocabulary.first
     here = (local >= 0) & (local < vocabulary.real)
     index = local.clamp(0, max(0, vocabulary.real - 1))[:, None]
     log_p = torch.log_softmax(logits, -1, dtype=torch.float32)
     if vocabulary.group is not None:
-        log_p += _share_of_this_part(logits[:, :1].float() - log_p[:, :1], vocabulary.group)
+        log_p += _log_share(logits[:, :1].float() - log_p[:, :1], vocabulary.group)
     picked = log_p.gather(1, index)[:, 0] if vocabulary.real else log_p.new_zeros(len(targets))
     nll = -picked.masked_fill(~here, 0)
     if vocabulary.group is not None:
         dist.all_reduce(nll, group=vocabulary.group)
-    sure, right = _likeliest(log_p, targets, vocabulary) if measure else (None, None)
+    confidence, correct = _most_likely(log_p, targets, vocabulary) if measure else (None, None)
     if with_gradient and vocabulary.real:
         if logits.is_cuda:
             torch.exp(log_p, out=logits)
-        else:  # torch's conversion inside exp is four times slower on a CPU than one after it
+        else:  # on a CPU, converting inside exp is four times slower than converting its result
             logits.copy_(log_p.exp_())
-        # p - 1 by expm1, not as a difference of rounded numbers
+        # p - 1 by expm1: the difference of rounded numbers loses all digits when p is close to 1
         at_target = torch.where(here, torch.expm1(picked), picked.exp()).to(logits.dtype)
         logits.index_put_((torch.arange(len(logits), device=logits.device), index[:, 0]), at_target)
-    return nll, sure, right
+    return nll, confidence, correct
 
 
-def _likeliest(log_p: torch.Tensor, targets: torch.Tensor, vocabulary: Vocabulary) -> tuple[torch.Tensor, torch.Tensor]:
-    """Probability of the likeliest token, float32 (n,), and whether it is the target; of several the first id counts,
-    as in decoding.
-    """
+def _most_likely(
+    log_p: torch.Tensor, targets: torch.Tensor, vocabulary: Vocabulary
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Probability of the most likely token, float32 (n,), and whether it is the target; ties go to the lowest id."""
     if vocabulary.real:
         top, token = log_p.max(-1)
         token += vocabulary.first
     else:
         top, token = log_p.new_full((len(targets),), -torch.inf), torch.zeros_like(targets)
     if vocabulary.group is not None:
-        mine = top.clone()
+        local_top = top.clone()
         dist.all_reduce(top, dist.ReduceOp.MAX, group=vocabulary.group)
-        token = token.masked_fill(mine < top, torch.iinfo(token.dtype).max)
+        token = token.masked_fill(local_top < top, torch.iinfo(token.dtype).max)
         dist.all_reduce(token, dist.ReduceOp.MIN, group=vocabulary.group)
     return top.exp(), token == targets
 
 
-def _share_of_this_part(here: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """log of the probability of this process's part of the vocabulary, (n, 1): from log-softmax here to over all.
+def _log_share(here: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """log probability (n, 1) of this rank's shard; added to a log-softmax over the shard it gives one over all shards.
 
-    `here` is the log of the sum of exp(logits), (n, 1), or (n, 0) where the part is padding only.
+    `here` is the logsumexp of the shard's logits, (n, 1), or (n, 0) where the shard is padding only.
     """
     if not here.shape[1]:
         here = torch.full((len(here), 1), -torch.inf, device=here.device)
@@ -196,8 +198,8 @@ def _share_of_this_part(here: torch.Tensor, group: dist.ProcessGroup) -> torch.T
     return here - peak - total.log()
 
 
-class _Product:
-    """Sum over chunks of gradient.T @ inputs, shaped as the weight: float32, or of its type for one chunk alone."""
+class _WeightGradient:
+    """Sum over chunks of gradient.T @ inputs, shaped as the weight: float32, or of its dtype with a single chunk."""
 
     def __init__(self, weight: torch.Tensor) -> None:
         self.weight = weight
@@ -213,7 +215,7 @@ class _Product:
                 self.total = self.total.float()
         elif inputs.dtype is torch.float32:
             self.total.addmm_(left, inputs)
-        elif inputs.is_cuda and hasattr(torch.ops.aten.addmm, "dtype_out"):  # adds bf16 products up in fp32
+        elif inputs.is_cuda and hasattr(torch.ops.aten.addmm, "dtype_out"):  # bf16 product accumulated in fp32
             torch.ops.aten.addmm.dtype_out(self.total, left, inputs, torch.float32, out=self.total)
         else:
             self.part = torch.empty_like(self.weight) if self.part is None else self.part

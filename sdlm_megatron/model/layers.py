@@ -1,4 +1,4 @@
-"""Which layers a run builds, TransformerEngine's or Megatron-Core's own, with which fusions, and why."""
+"""Choice of the transformer layers of a run, TransformerEngine's or Megatron-Core's own, and of their fusions."""
 
 from dataclasses import dataclass
 from importlib import import_module
@@ -16,8 +16,9 @@ if TYPE_CHECKING:
 KEY, FP8_KEY, OVERLAP_KEY = "train.layers", "train.fp8", "parallel.overlap_tensor"
 MEGATRON, TRANSFORMER_ENGINE = "megatron", "transformer_engine"
 OLDEST = "2.8"
-"""TransformerEngine: current scaling together with recomputed norms, buffers of the overlap by kind of number."""
+"""Oldest TransformerEngine with FP8 current scaling under recomputed norms, and quantization modes of user buffers."""
 FP8_CAPABILITY = (8, 9)
+"""Compute capability of the first GPUs with FP8 (Ada); Hopper has 9.0."""
 
 
 @dataclass(frozen=True)
@@ -27,55 +28,56 @@ class Layers:
     kind: str
     """MEGATRON or TRANSFORMER_ENGINE."""
     text: str
-    """What and why, for the console."""
+    """Kind and reason for the choice, for the console."""
     arguments: dict[str, Any]
-    """For Megatron-Core's TransformerConfig."""
+    """Arguments of Megatron-Core's TransformerConfig."""
 
 
 def choose_layers(train: TrainConfig, parallel: ParallelConfig, packages: Packages) -> Layers:
-    """The layers that `train.layers` names; ConfigError where they, or what else is asked of them, cannot run here."""
-    kind, why = _kind(train, packages)
+    """The layers for `train.layers`; raises ConfigError where they, or options that need them, cannot run."""
+    kind, reason = _kind(train, packages)
     if kind == MEGATRON:
-        for key, asked in ((FP8_KEY, train.fp8 != "none"), (OVERLAP_KEY, parallel.overlap_tensor)):
-            if asked:
+        for key, enabled in ((FP8_KEY, train.fp8 != "none"), (OVERLAP_KEY, parallel.overlap_tensor)):
+            if enabled:
                 off = f"--{key}={'none' if key == FP8_KEY else 'false'}"
-                way = off if train.layers == "auto" else f"{off}, or --{KEY}=transformer_engine"
-                raise ConfigError(f"{key} needs TransformerEngine's layers: {why}", key, way)
-        return Layers(kind, f"megatron: {why}", _arguments(kind, train, parallel, packages))
+                fix = off if train.layers == "auto" else f"{off}, or --{KEY}=transformer_engine"
+                raise ConfigError(f"{key} needs TransformerEngine's layers: {reason}", key, fix)
+        return Layers(kind, f"megatron: {reason}", _arguments(kind, train, parallel, packages))
     if train.fp8 != "none":
         _check_fp8(train, packages)
-    parts = [why]
+    parts = [reason]
     if train.precision == "fp32":
-        parts.append("fp32 is multiplied in TF32")
+        parts.append("fp32 products run in TF32")
     if train.fp8 != "none":
         parts.append(f"FP8 with {train.fp8} scaling, head and embedding in bf16")
     if parallel.overlap_tensor:
-        parts.append("communication of tensor parallelism overlapped")
+        parts.append("tensor-parallel communication overlapped")
     name = f"transformer_engine {packages.transformer_engine.version}"
     return Layers(kind, f"{name}: {', '.join(parts)}", _arguments(kind, train, parallel, packages))
 
 
 def _kind(train: TrainConfig, packages: Packages) -> tuple[str, str]:
-    """Kind of layers and why."""
+    """Kind of layers and the reason."""
     problem = _problem(packages)
     if train.layers == TRANSFORMER_ENGINE:
         if problem:
-            way = f"--{KEY}=auto"
+            fix = f"--{KEY}=auto"
             if packages.gpu is not None:
-                way = f"pip install --no-build-isolation 'transformer-engine[pytorch]>={OLDEST}', or {way}"
-            raise ConfigError(f"TransformerEngine's layers cannot be built: {problem}", KEY, way)
-        return TRANSFORMER_ENGINE, f"as {KEY} says"
+                fix = f"pip install --no-build-isolation 'transformer-engine[pytorch]>={OLDEST}', or {fix}"
+            raise ConfigError(f"TransformerEngine's layers cannot be built: {problem}", KEY, fix)
+        return TRANSFORMER_ENGINE, f"set by {KEY}"
     if train.layers == MEGATRON:
-        return MEGATRON, f"as {KEY} says"
+        return MEGATRON, f"set by {KEY}"
     if problem:
         return MEGATRON, problem
     if train.precision == "fp32":
-        return MEGATRON, "TransformerEngine would multiply fp32 in TF32"
+        # TF32 keeps 10 bits of mantissa: a run in fp32 is for exact comparisons
+        return MEGATRON, "TransformerEngine would run fp32 products in TF32"
     return TRANSFORMER_ENGINE, "it is installed"
 
 
 def _problem(packages: Packages) -> str:
-    """Why TransformerEngine's layers cannot be built here, "" if they can."""
+    """Reason why TransformerEngine's layers cannot be built, empty if they can."""
     te = packages.transformer_engine
     if packages.gpu is None:
         return NO_GPU
@@ -88,50 +90,50 @@ def _problem(packages: Packages) -> str:
 
 def _check_fp8(train: TrainConfig, packages: Packages) -> None:
     if train.precision != "bf16":
-        raise ConfigError("FP8 goes with bf16 weights", FP8_KEY, f"--train.precision=bf16, or --{FP8_KEY}=none")
+        raise ConfigError("FP8 needs bf16 weights", FP8_KEY, f"--train.precision=bf16, or --{FP8_KEY}=none")
     assert packages.gpu is not None
     if packages.gpu < FP8_CAPABILITY:
-        found, needed = (".".join(map(str, x)) for x in (packages.gpu, FP8_CAPABILITY))
+        actual, needed = (".".join(map(str, x)) for x in (packages.gpu, FP8_CAPABILITY))
         raise ConfigError(
-            f"this GPU has no FP8 (compute capability {found}, {needed} is needed)", FP8_KEY, f"--{FP8_KEY}=none"
+            f"this GPU has no FP8 (compute capability {actual}, {needed} is needed)", FP8_KEY, f"--{FP8_KEY}=none"
         )
     if train.fp8 == "delayed" and train.recompute == "selective":
         raise ConfigError(
-            "delayed scaling cannot recompute norms: the second forward would change its statistics",
+            "delayed scaling cannot recompute norms: the second forward pass would update its statistics again",
             FP8_KEY,
             f"--{FP8_KEY}=current, or --train.recompute=full or none",
         )
 
 
 def _arguments(kind: str, train: TrainConfig, parallel: ParallelConfig, packages: Packages) -> dict[str, Any]:
-    """What Megatron-Core's TransformerConfig has to say about fused kernels and FP8.
-
-    - RoPE: TransformerEngine's kernel reads one row of angles for each row of the sequence, the same for all
-      micro-batches: ours are by position id, and a micro-batch is one row. It computes in fp32.
-    - SwiGLU: one compiled kernel; on a CPU compiling takes longer than it saves.
-    - bias and dropout: there is neither, what remains is one addition. Masked softmax: the core attention is ours.
-      Persistent norm: LayerNorm only.
-    """
-    te = kind == TRANSFORMER_ENGINE
+    """Arguments of TransformerConfig about fused kernels, overlap and FP8."""
     arguments: dict[str, Any] = {
-        "apply_rope_fusion": te,
+        # TransformerEngine's kernel reads one row of angles per token, the same for all micro-batches. That fits
+        # angles by position id, because a micro-batch is one row. It computes in fp32.
+        "apply_rope_fusion": kind == TRANSFORMER_ENGINE,
+        # SwiGLU in one compiled kernel; on a CPU, compiling takes longer than it saves
         "bias_activation_fusion": packages.gpu is not None,
-        "bias_dropout_fusion": False,
-        "masked_softmax_fusion": False,
-        "persist_layer_norm": False,
+        "bias_dropout_fusion": False,  # there is neither bias nor dropout
+        "masked_softmax_fusion": False,  # unused: the core attention is ours
+        "persist_layer_norm": False,  # LayerNorm only
         "tp_comm_overlap": parallel.overlap_tensor,
     }
     if train.fp8 != "none":
-        # e4m3 forward, e5m2 for gradients; history and rule of delayed scaling are TransformerEngine's own defaults
+        # hybrid: e4m3 forward, e5m2 for gradients; the amax settings are TransformerEngine's defaults
         arguments |= {"fp8": "hybrid", "fp8_recipe": "delayed" if train.fp8 == "delayed" else "tensorwise"}
         arguments |= {"fp8_amax_history_len": 1024, "fp8_amax_compute_algo": "max"}
     return arguments
 
 
 def start_tensor_overlap(config: "TransformerConfig", row_length: int) -> None:
-    """Sets up the buffers through which TransformerEngine's layers overlap communication; before they are built.
+    """Allocates TransformerEngine's user buffers for overlapped communication. Must run before layers are built.
 
-    `row_length`: tokens of a packed row, over all TP ranks. ConfigError where this machine cannot do it.
+    Args:
+        config: of the model.
+        row_length: tokens of a packed row, over all TP ranks.
+
+    Raises:
+        ConfigError: this machine does not support user buffers.
     """
     base: Any = import_module("transformer_engine.pytorch.module.base")
     mode = base.UserBufferQuantizationMode.FP8 if config.fp8 else base.UserBufferQuantizationMode.NONE
@@ -145,14 +147,14 @@ def start_tensor_overlap(config: "TransformerConfig", row_length: int) -> None:
         )
     except RuntimeError as error:
         raise ConfigError(
-            f"TransformerEngine cannot overlap communication here: {first_line(error)}",
+            f"TransformerEngine cannot overlap communication on this machine: {first_line(error)}",
             OVERLAP_KEY,
             f"--{OVERLAP_KEY}=false",
         ) from error
 
 
 def optimizer_text() -> str:
-    """Which Adam, and which kernels for gradient norm and clipping, Megatron-Core has taken."""
+    """Adam implementation and gradient norm kernels that Megatron-Core has chosen, for the console."""
     adam = import_module("megatron.core.optimizer").Adam
     norm = import_module("megatron.core.optimizer.clip_grads").l2_norm_impl
     makers = [(x.__module__ or "other").split(".")[0] for x in (adam, norm)]

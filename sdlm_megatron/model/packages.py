@@ -1,8 +1,8 @@
-"""TransformerEngine and NVIDIA Apex: what is installed, and whether it works here.
+"""Availability of TransformerEngine and NVIDIA Apex, and hiding of installations that do not work.
 
-Megatron-Core imports both wherever it finds them, for its optimizer and gradient norm too, and then takes for granted
-that they work. So what cannot work (no GPU, built for another torch, PyPI's package `apex`, which is a Pyramid
-toolkit) is hidden from every import that follows.
+Megatron-Core imports both wherever they are installed, also for its optimizer and gradient norm, and assumes that they
+work. So an installation that cannot work (no GPU, built for another torch, PyPI's unrelated package `apex`) is hidden
+from every later import.
 """
 
 import os
@@ -15,23 +15,23 @@ from importlib.util import find_spec
 import torch
 
 LIBRARY_ERRORS = (RuntimeError, ValueError, TypeError, KeyError, AttributeError, AssertionError, ImportError, OSError)
-"""How a package says that it was built for something else."""
+"""Errors that packages raise when they were built for another torch, CUDA or driver."""
 NO_GPU = "there is no GPU"
 
 
 @dataclass(frozen=True)
 class Package:
-    """One of them on this machine."""
+    """One of these packages on this machine."""
 
     version: str = ""
-    """"" where it cannot be used."""
+    """Empty where it cannot be used."""
     problem: str = ""
-    """Why it cannot be used."""
+    """Reason why it cannot be used."""
 
 
 @dataclass(frozen=True)
 class Packages:
-    """What this process has to build layers with."""
+    """GPU and optional packages available to this process."""
 
     gpu: tuple[int, int] | None
     """Compute capability; None without a GPU."""
@@ -41,24 +41,24 @@ class Packages:
 
 @cache
 def find_packages() -> Packages:
-    """Looks once, and hides what does not work; call it before anything imports megatron."""
+    """Detects the packages once and hides those that do not work. Must run before megatron is imported."""
     gpu = None
     if torch.cuda.is_available():
         gpu = torch.cuda.get_device_capability(int(os.environ.get("LOCAL_RANK", 0)))
-    found = Packages(
+    packages = Packages(
         gpu,
         _find("transformer_engine", ("transformer_engine.pytorch", "transformer_engine.pytorch.optimizers"), gpu),
         _find("apex", ("apex.optimizers", "apex.multi_tensor_apply", "amp_C"), gpu),
     )
-    for name, others in (("transformer_engine", "transformer_engine_torch"), ("apex", "amp_C")):
-        if not getattr(found, name).version:
+    for name, compiled in (("transformer_engine", "transformer_engine_torch"), ("apex", "amp_C")):
+        if not getattr(packages, name).version:
             _hide(name)
-            _hide(others)  # its compiled part, which Megatron-Core also imports by itself
-    return found
+            _hide(compiled)  # Megatron-Core also imports the compiled part directly
+    return packages
 
 
 def _find(name: str, parts: tuple[str, ...], gpu: tuple[int, int] | None) -> Package:
-    """`name`, if all `parts` that Megatron-Core takes from it can be imported."""
+    """The package `name`, usable if all `parts` that Megatron-Core imports from it can be imported."""
     if find_spec(name) is None:
         return Package(problem="it is not installed")
     if gpu is None:
@@ -73,10 +73,10 @@ def _find(name: str, parts: tuple[str, ...], gpu: tuple[int, int] | None) -> Pac
 
 def _hide(name: str) -> None:
     for module in [m for m in sys.modules if m.startswith(f"{name}.")]:
-        del sys.modules[module]  # a half imported package must not be found by its parts
+        del sys.modules[module]  # otherwise a partly imported package stays importable by its submodules
     sys.modules[name] = None  # type: ignore[assignment]  # `import name` raises ImportError from now on
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, without the trace that some packages put into it."""
+    """First line of an error's message, without the trace that some packages put into it."""
     return (str(error).splitlines() or [type(error).__name__])[0]

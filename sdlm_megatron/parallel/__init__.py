@@ -1,1 +1,1 @@
-"""Running the model on many processes: groups, CPU redirect, one training step."""
+"""Training on many processes: groups, optimizer, one training step, and Megatron-Core on a CPU."""

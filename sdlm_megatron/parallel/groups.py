@@ -1,4 +1,4 @@
-"""Processes and their groups: set up once, then passed around as one frozen object."""
+"""Process groups: created once, then passed on as one frozen object."""
 
 import os
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from sdlm_megatron.config.schema import ParallelConfig
 
 @dataclass(frozen=True)
 class Groups:
-    """Position of this process in every kind of parallelism."""
+    """Rank of this process and size, for each kind of parallelism."""
 
     rank: int
     world_size: int
@@ -27,7 +27,7 @@ class Groups:
     dp_size: int
     device: torch.device
     collection: ProcessGroupCollection
-    """Megatron-Core's groups, for the modules that take them."""
+    """Groups of Megatron-Core, for its modules."""
 
     @property
     def first_stage(self) -> bool:
@@ -39,23 +39,26 @@ class Groups:
 
     @property
     def device_name(self) -> str:
-        """Such as "NVIDIA H100 80GB HBM3", or "cpu"."""
+        """Name of the GPU, such as "NVIDIA H100 80GB HBM3", or "cpu"."""
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
 
     @property
     def main(self) -> bool:
-        """The one process that prints and writes."""
+        """Whether this is rank 0, which prints and writes."""
         return self.rank == 0
 
-    def gather(self, mine: Any) -> list[Any]:
-        """An object of each process, in order of rank; all processes call it."""
-        everyone: list[Any] = [None] * self.world_size
-        dist.all_gather_object(everyone, mine)
-        return everyone
+    def gather(self, local: Any) -> list[Any]:
+        """The `local` objects of all processes, by rank; all processes call it."""
+        gathered: list[Any] = [None] * self.world_size
+        dist.all_gather_object(gathered, local)
+        return gathered
 
 
 def init_groups(config: ParallelConfig, *, seed: int, timeout_minutes: int = 30) -> Groups:
-    """Joins the process group (torchrun / srun environment; alone without one) and builds Megatron-Core's groups."""
+    """Joins the process group and creates Megatron-Core's groups.
+
+    Rank and world size come from the environment (torchrun, srun); without it, the process runs alone.
+    """
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
@@ -64,7 +67,7 @@ def init_groups(config: ParallelConfig, *, seed: int, timeout_minutes: int = 30)
         timeout = timedelta(minutes=timeout_minutes)
         if "WORLD_SIZE" in os.environ:
             dist.init_process_group("nccl" if cuda else "gloo", timeout=timeout)
-        else:  # one process started by hand: no rendezvous, no port
+        else:  # a single process needs neither rendezvous nor port
             dist.init_process_group(
                 "nccl" if cuda else "gloo", store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
             )
@@ -89,7 +92,7 @@ def init_groups(config: ParallelConfig, *, seed: int, timeout_minutes: int = 30)
 
 
 def close_groups() -> None:
-    """Leaves the process group; ranks wait for each other first, so that none is cut off."""
+    """Destroys the process groups."""
     if dist.is_initialized():
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()

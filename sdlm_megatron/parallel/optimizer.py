@@ -1,25 +1,32 @@
-"""Megatron-Core's optimizer and learning rate, set up from our configuration."""
+"""Optimizer, learning rate schedule and gradients: Megatron-Core's, set up from our configuration, without host waits.
 
-from collections.abc import Iterator, Sequence
+Megatron-Core's own functions up to 0.18 (some of them later) read the number of targets, the gradient norm and the
+clipping factor on the host, which drains the device's queue each time. Here they stay tensors; the arithmetic is the
+same.
+"""
+
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as McoreOptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from sdlm_megatron.config.schema import OptimizerConfig, ParallelConfig, ScheduleConfig
 from sdlm_megatron.model.gpt import SDLMModel
 
 BUCKET_PARAMETERS: int | None = None
-"""Parameters whose gradients travel together when the reduction overlaps; None: Megatron-Core's own choice, the larger
-of 40 M and 1 M for each data-parallel rank."""
+"""Parameters per bucket when the reduction overlaps; None: Megatron-Core's default, the larger of 40 M and 1 M per
+data-parallel rank."""
 
 
 def wrap_ddp(chunks: Sequence[SDLMModel], parallel: ParallelConfig) -> list[DistributedDataParallel]:
-    """Gradient buffers in fp32, reduced over data parallelism: one wrapper for each model chunk of this process."""
+    """Wraps each model chunk with fp32 gradient buffers that are reduced over data parallelism."""
     config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=parallel.distributed_optimizer,
@@ -28,39 +35,37 @@ def wrap_ddp(chunks: Sequence[SDLMModel], parallel: ParallelConfig) -> list[Dist
         align_param_gather=_align_param_gather(parallel),
         bucket_size=BUCKET_PARAMETERS,
     )
-    # chunks after the first are reduced behind the backward pass of the ones before them: one bucket is enough
+    # later chunks finish their backward pass first and are reduced under that of the first: one bucket is enough
     return [DistributedDataParallel(m.config, config, m, disable_bucketing=i > 0) for i, m in enumerate(chunks)]
 
 
 def connect_overlap(
     config: TransformerConfig, models: Sequence[DistributedDataParallel], parallel: ParallelConfig
 ) -> None:
-    """Tells the schedule how to hold back, and when to start, the communication that overlaps with its passes.
+    """Registers the functions with which the schedule starts and suppresses overlapped communication."""
 
-    Gradients are reduced with the last micro-batch's backward pass only. In a pipeline all stages start their
-    collectives at the same moments, so that none waits for another's in the middle of a pass.
-    """
-
-    def each(calls: list) -> Any:
+    def per_chunk(calls: list) -> Any:
         return calls if len(calls) > 1 else calls[0]
 
     if parallel.overlap_grad_reduce:
-        config.no_sync_func = each([m.no_sync for m in models])
+        # suppressed for all micro-batches but the last, which has the complete gradients
+        config.no_sync_func = per_chunk([m.no_sync for m in models])
         if parallel.pipeline > 1:
-            config.grad_sync_func = each([m.start_grad_sync for m in models])
+            # all stages start their collectives at the same time, so none waits for another in the middle of a pass
+            config.grad_sync_func = per_chunk([m.start_grad_sync for m in models])
     if _align_param_gather(parallel):
-        config.param_sync_func = each([m.start_param_sync for m in models])
+        config.param_sync_func = per_chunk([m.start_param_sync for m in models])
 
 
 def _align_param_gather(parallel: ParallelConfig) -> bool:
-    """Only the interleaved schedule starts the gathers; elsewhere each module starts the next one's."""
+    """Whether the schedule starts the parameter gathers (interleaved only); otherwise each module starts the next."""
     return parallel.overlap_param_gather and parallel.virtual_pipeline > 1
 
 
 def build_optimizer(
     models: Sequence[DistributedDataParallel], config: OptimizerConfig, parallel: ParallelConfig
 ) -> MegatronOptimizer:
-    """AdamW with fp32 master weights; biases and norms are not decayed."""
+    """AdamW with fp32 master weights; biases and norms have no weight decay."""
     mcore = McoreOptimizerConfig(
         optimizer="adam",
         lr=config.lr,
@@ -76,9 +81,11 @@ def build_optimizer(
         overlap_param_gather=parallel.overlap_param_gather,
     )
     optimizer = get_megatron_optimizer(mcore, list(models), use_gloo_process_groups=False)
-    for inner in _inner(optimizer):
-        if _is_torch_adam(inner):  # neither Apex nor TransformerEngine: torch's one-pass kernel (dev.bench.cpu_choices)
-            for group in inner.param_groups:
+    for part in _parts(optimizer):
+        # Without Apex and TransformerEngine, Megatron-Core uses torch's Adam in its default multi-pass form. The fused
+        # kernel makes one pass over the parameters (dev.bench.cpu_choices).
+        if isinstance(part.optimizer, torch.optim.Adam | torch.optim.AdamW):
+            for group in part.optimizer.param_groups:
                 group["fused"], group["foreach"] = True, False
     return optimizer
 
@@ -86,7 +93,7 @@ def build_optimizer(
 def build_schedule(
     optimizer: MegatronOptimizer, config: ScheduleConfig, peak: float, steps: int
 ) -> OptimizerParamScheduler:
-    """Learning rate as a function of the step: set `.num_steps`, then `.step(0)`."""
+    """Learning rate as a function of the step: set `.num_steps`, then call `.step(0)`."""
     style = {"wsd": "WSD"}.get(config.style, config.style)
     warmup = min(config.warmup_steps, steps - 1)
     return OptimizerParamScheduler(
@@ -107,11 +114,49 @@ def build_schedule(
     )
 
 
-def _inner(optimizer: Any) -> Iterator[torch.optim.Optimizer]:
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        if part.optimizer is not None:
-            yield part.optimizer
+def finalizer(groups: ProcessGroupCollection, before: Callable[[], None]) -> Callable[..., None]:
+    """`finalize_model_grads_func` of the configuration: reduces all gradients and divides them by the target count.
+
+    `before` is called before the reduction (with overlap: before the part of it that is left).
+    """
+
+    def finalize(chunks: Sequence[Any], num_tokens: torch.Tensor | None = None, **keywords: Any) -> None:
+        before()
+        finalize_model_grads(chunks, None, **keywords)
+        if num_tokens is None:
+            return
+        last = dist.get_global_rank(groups.pp, groups.pp.size() - 1)
+        dist.broadcast(num_tokens, src=last, group=groups.pp)  # only the last stage computes the loss and counts
+        dist.all_reduce(num_tokens, group=groups.dp_cp)
+        scale = 1.0 / num_tokens.clamp(min=1)  # a step without targets has zero gradients, not NaN
+        for chunk in chunks:
+            chunk.scale_gradients(scale)
+
+    return finalize
 
 
-def _is_torch_adam(inner: object) -> bool:
-    return isinstance(inner, torch.optim.Adam | torch.optim.AdamW)
+def gradient_norm(optimizer: MegatronOptimizer) -> torch.Tensor:
+    """L2 norm over all parameters and processes, float64 scalar on the device. Call after `prepare_grads`."""
+    gradients: list[torch.Tensor] = []
+    for part in _parts(optimizer):
+        # renamed in Megatron-Core 0.18
+        getter = getattr(part, "get_main_grads_for_grad_norm", None) or part.get_grads_for_grad_norm
+        gradients += getter()
+    square = torch.zeros((), device=torch.cuda.current_device())
+    if gradients:
+        square = torch.nn.utils.get_total_norm(gradients) ** 2
+    dist.all_reduce(square, group=optimizer.get_grad_stats_parallel_group())
+    return square.double().sqrt()
+
+
+def clip(optimizer: MegatronOptimizer, norm: torch.Tensor, limit: float) -> None:
+    """Scales all gradients to the norm `limit` if `norm` exceeds it; otherwise their bits do not change."""
+    gradients = [p.grad for part in _parts(optimizer) for p in part.get_parameters() if p.grad is not None]
+    if gradients:
+        # 1e-6 as in Megatron-Core's clipping, for bitwise agreement
+        torch._foreach_mul_(gradients, (limit / (norm + 1e-6)).clamp(max=1.0).float())
+
+
+def _parts(optimizer: MegatronOptimizer) -> list[Any]:
+    """The optimizers of a chained optimizer that hold parameters on this process."""
+    return [part for part in getattr(optimizer, "chained_optimizers", [optimizer]) if part.optimizer is not None]

@@ -15,8 +15,7 @@ from sdlm_megatron.data.tokenizer_identity import has_tokenizer
 from sdlm_megatron.diffusion.decode import decode
 from sdlm_megatron.errors import ConfigError
 from sdlm_megatron.metrics.sinks import sample_table
-from sdlm_megatron.parallel.engine import Engine
-from sdlm_megatron.parallel.propose import EngineProposer
+from sdlm_megatron.parallel.engine import Engine, EngineProposer
 from sdlm_megatron.weights.checkpoint_folder import TrainState
 
 PROMPTS, NEW_TOKENS, THRESHOLD = 4, 32, 0.9

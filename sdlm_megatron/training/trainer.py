@@ -22,7 +22,8 @@ from sdlm_megatron.metrics.sinks import Sinks
 from sdlm_megatron.ops.rank.monitor import Monitor
 from sdlm_megatron.ops.rank.watchdog import Watch
 from sdlm_megatron.ops.run_facts import run_facts
-from sdlm_megatron.parallel.engine import Engine, device_memory_gb, device_peak_memory_gb
+from sdlm_megatron.parallel.device import device_memory_gb, device_peak_memory_gb
+from sdlm_megatron.parallel.engine import Engine
 from sdlm_megatron.parallel.results import QueuedStep, StepResult
 from sdlm_megatron.planner.flops import ModelShape, model_flops_utilization, training_flops
 from sdlm_megatron.planner.peak_flops import peak_flops

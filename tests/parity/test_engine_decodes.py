@@ -38,7 +38,7 @@ def reference(folder: Path) -> torch.nn.Module:
 def test_tokens_are_those_of_transformers(
     make_engine: Callable, tmp_path: Path, alg: str, window: int, causal_attn: bool
 ) -> None:
-    from sdlm_megatron.parallel.propose import EngineProposer
+    from sdlm_megatron.parallel.engine import EngineProposer
 
     folder = make_hf(tmp_path / "hf", tied=False)
     ids, real = prompts()
@@ -108,7 +108,7 @@ def test_causal_self_speculation_is_plain_greedy(tmp_path: Path) -> None:
 
 def test_training_does_not_notice(make_engine: Callable, tmp_path: Path) -> None:
     """Steps with and without decoding between them: the same bits, the same state of the random generator."""
-    from sdlm_megatron.parallel.propose import EngineProposer
+    from sdlm_megatron.parallel.engine import EngineProposer
 
     folder = make_hf(tmp_path / "hf")
     dataset = PackedDataset(make_dataset(tmp_path / "data", rows=3))

@@ -14,7 +14,13 @@ from sdlm_megatron.data.format import PackedDataset
 from sdlm_megatron.errors import ConfigError
 from sdlm_megatron.model.attention.choice import TOLERANCE, Heads, check_kernel, choose_attention, first_good
 from sdlm_megatron.model.attention.decomposed import Decomposed
-from sdlm_megatron.model.attention.varlen import Sequences, TorchFlash, TorchKernel, TransformerEngineFused
+from sdlm_megatron.model.attention.varlen import (
+    KernelOutput,
+    Sequences,
+    TorchFlash,
+    TorchKernel,
+    TransformerEngineFused,
+)
 
 CPU = torch.device("cpu")
 HEADS = Heads(heads=4, kv_heads=2, dim=16, dtype=torch.float32)
@@ -77,8 +83,9 @@ def te_with(version: str) -> TransformerEngineFused:
         backward_signature.bind(**a)
         lse, rng_state = a["aux_ctx_tensors"]
         assert rng_state.shape == (2,)
+        output = KernelOutput(a["o"], lse[..., 0])
         return *TorchKernel().backward(
-            *(a[name] for name in ("d_o", "q", "k", "v", "o")), lse[..., 0], (), at(a), a["attn_scale"]
+            *(a[name] for name in ("d_o", "q", "k", "v")), output, at(a), a["attn_scale"]
         ), None
 
     fused_attn_fwd.__signature__ = forward_signature
@@ -103,7 +110,7 @@ def test_calls_fit_this_torch() -> None:
     at, kernel = Sequences(cu, cu, 4, 4), TorchFlash()
     out, lse, state = kernel.forward(q, k, k, at, 0.25)
     assert (out.shape, lse.shape, lse.dtype, len(state)) == (q.shape, (6, 4), torch.float32, 2)
-    dq, dk, dv = kernel.backward(q, q, k, k, out, lse, state, at, 0.25)
+    dq, dk, dv = kernel.backward(q, q, k, k, KernelOutput(out, lse, state), at, 0.25)
     assert (dq.shape, dk.shape, dv.shape) == (q.shape, k.shape, k.shape)
 
 
@@ -112,15 +119,15 @@ class Log2(TorchKernel):
 
     def forward(self, *args):
         out, lse, state = super().forward(*args)
-        return out, lse * 1.4427, state
+        return KernelOutput(out, lse * 1.4427, state)
 
 
 class ForgetsTheOutput(TorchKernel):
     """Its backward pass uses the output that its own forward pass saw, not the merged one."""
 
-    def backward(self, do, q, k, v, out, lse, state, at, scale):
-        own, _, _ = self.forward(q, k, v, at, scale)
-        return super().backward(do, q, k, v, own, lse, state, at, scale)
+    def backward(self, grad, q, k, v, output, at, scale):
+        own = self.forward(q, k, v, at, scale).out
+        return super().backward(grad, q, k, v, output._replace(out=own), at, scale)
 
 
 class TopLeft(TorchKernel):
@@ -155,7 +162,7 @@ def test_kernels_that_fail_are_named_and_passed_over() -> None:
     found, failures = first_good(kernels, causal_attn=False, device=CPU, heads=HEADS)
     assert found is good
     assert failures[:2] == ["X cannot be loaded (why)", "A does not run (undefined symbol)"]
-    assert failures[2].startswith("B is wrong by 0.")
+    assert failures[2].startswith("B has a relative error of 0.")
     assert first_good([broken], causal_attn=False, device=CPU, heads=HEADS)[0] is None
 
 
@@ -163,9 +170,9 @@ def test_kernels_that_fail_are_named_and_passed_over() -> None:
     ("name", "text"),
     [
         ("auto", "per_document: the fastest on a CPU"),
-        ("per_document", "per_document, as train.attention says"),
-        ("dense", "dense, as train.attention says"),
-        ("decomposed", "decomposed over plain torch, as train.attention says"),
+        ("per_document", "per_document, set by train.attention"),
+        ("dense", "dense, set by train.attention"),
+        ("decomposed", "decomposed over plain torch, set by train.attention"),
     ],
 )
 def test_the_choice_is_said(name: str, text: str) -> None:

@@ -45,7 +45,7 @@ def ours(
 ) -> list[torch.Tensor]:
     x, weight = (t.clone().requires_grad_() for t in (x, weight))
     size = rows * BYTES * len(weight) * 1.01e-6  # the same on all TP ranks, as a setting is
-    total, nll, *_ = label_losses(x, weight, targets, vocabulary, logits_mb=size, counts=counts)
+    total, nll, *_ = label_losses(x, weight, targets, vocabulary, logits_mb=size, loss_weights=counts)
     torch.testing.assert_close(total, (nll if counts is None else nll * counts).sum(), rtol=1e-5, atol=1e-5)
     return [nll, *torch.autograd.grad(factor * total, (x, weight))]
 
@@ -151,8 +151,8 @@ def _part(rank: int, size: int, results: str) -> None:
     found = ours(x, padded[first : first + 32], targets, 0.5, vocabulary, 7)
     x, padded[:50], targets = ties()
     part = padded[first : first + 32]
-    *_, sure, right = label_losses(x, part, targets, vocabulary, logits_mb=7 * BYTES * 32.1e-6, measure=True)
-    torch.save([*found, sure, right], f"{results}/{rank}.pt")
+    *_, confidence, correct = label_losses(x, part, targets, vocabulary, logits_mb=7 * BYTES * 32.1e-6, measure=True)
+    torch.save([*found, confidence, correct], f"{results}/{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -172,6 +172,6 @@ def test_split_over_processes(tmp_path, size: int) -> None:
     probabilities = (x @ weight.t()).softmax(-1)
     hits = probabilities.argmax(-1) == targets  # of the two equal ones the first, wherever it is
     assert hits[0] and 20 <= hits.sum() < 30
-    for *_, sure, right in parts:
-        torch.testing.assert_close(sure, probabilities.max(-1).values)
-        assert torch.equal(right, hits)
+    for *_, confidence, correct in parts:
+        torch.testing.assert_close(confidence, probabilities.max(-1).values)
+        assert torch.equal(correct, hits)

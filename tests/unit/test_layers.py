@@ -40,12 +40,12 @@ def choose(machine: str, parallel: ParallelConfig | None = None, **train: str):
     [
         ("H100", {}, "transformer_engine 2.20.2: it is installed"),
         ("A100", {}, "transformer_engine 2.20.2: it is installed"),
-        ("H100", {"precision": "fp32"}, "megatron: TransformerEngine would multiply fp32 in TF32"),
-        ("H100", {"layers": "megatron"}, "megatron: as train.layers says"),
+        ("H100", {"precision": "fp32"}, "megatron: TransformerEngine would run fp32 products in TF32"),
+        ("H100", {"layers": "megatron"}, "megatron: set by train.layers"),
         (
             "H100",
             {"layers": "transformer_engine", "precision": "fp32"},
-            "transformer_engine 2.20.2: as train.layers says, fp32 is multiplied in TF32",
+            "transformer_engine 2.20.2: set by train.layers, fp32 products run in TF32",
         ),
         (
             "H100",
@@ -56,7 +56,7 @@ def choose(machine: str, parallel: ParallelConfig | None = None, **train: str):
         ("broken", {}, "megatron: TransformerEngine: it cannot be loaded (undefined symbol)"),
         ("old", {}, "megatron: TransformerEngine 2.7.1 is too old, 2.8 is needed"),
         ("cpu", {}, "megatron: there is no GPU"),
-        ("cpu", {"layers": "megatron"}, "megatron: as train.layers says"),
+        ("cpu", {"layers": "megatron"}, "megatron: set by train.layers"),
     ],
 )
 def test_the_choice_and_its_reason(machine: str, train: dict[str, str], text: str) -> None:
@@ -78,7 +78,7 @@ def test_the_choice_and_its_reason(machine: str, train: dict[str, str], text: st
             "H100",
             {"fp8": "current", "layers": "megatron"},
             "train.fp8",
-            "as train.layers says",
+            "set by train.layers",
             "--train.layers=transformer_engine",
         ),
         ("H100", {"fp8": "current", "precision": "fp32"}, "train.fp8", "TF32", "--train.fp8=none"),
@@ -192,7 +192,7 @@ def test_the_overlap_fits_the_releases_of_transformer_engine(version: str, fp8: 
     config = types.SimpleNamespace(fp8=fp8, hidden_size=64, tensor_model_parallel_size=2, params_dtype=torch.bfloat16)
     start_tensor_overlap(config, 128)  # type: ignore[arg-type]
     assert calls[0]["shape"] == [128, 64] and calls[0]["quantization_modes"] == ["8" if fp8 else "16"]
-    with pytest.raises(ConfigError, match="here: no multicast$|here: no multicast\n"):
+    with pytest.raises(ConfigError, match="on this machine: no multicast$|on this machine: no multicast\n"):
         start_tensor_overlap(config, 128)  # type: ignore[arg-type]
 
 

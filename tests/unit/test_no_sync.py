@@ -109,7 +109,7 @@ def test_a_step_reads_nothing(make_engine: Callable, tmp_path: Path, batches: li
 def test_norm_and_clipping_are_those_of_megatron(make_engine: Callable, tmp_path: Path, batches: list) -> None:
     from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
-    from sdlm_megatron.parallel.gradients import clip, gradient_norm
+    from sdlm_megatron.parallel.optimizer import clip, gradient_norm
 
     engine = make_engine(make_hf(tmp_path / "hf"))
     engine.forward_backward([engine.prepare(b) for b in batches])

@@ -14,7 +14,7 @@ from sdlm_megatron.model.attention.choice import Heads, choose_attention
 
 @pytest.mark.parametrize("name", ["per_document", "decomposed"])
 def test_nothing_changes(make_engine: Callable, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from sdlm_megatron.parallel.warm_up import warm_up
+    from sdlm_megatron.parallel.device import warm_up
 
     engine = make_engine(make_hf(tmp_path / "hf"))
     engine.attention = choose_attention(
@@ -46,7 +46,7 @@ def test_nothing_changes(make_engine: Callable, tmp_path: Path, name: str, monke
 
 def test_memory_layout_is_that_of_the_layers(make_engine: Callable, tmp_path: Path) -> None:
     """A compiled kernel is made for strides: those of warming up are those of a step."""
-    from sdlm_megatron.parallel import warm_up
+    from sdlm_megatron.parallel.device import attend_once
 
     engine = make_engine(make_hf(tmp_path / "hf"))
     dataset = PackedDataset(make_dataset(tmp_path / "data", rows=1))
@@ -62,7 +62,7 @@ def test_memory_layout_is_that_of_the_layers(make_engine: Callable, tmp_path: Pa
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(backend, "__call__", recorded)
-        warm_up.attend(batch.attention, 128, engine.heads, torch.device("cpu"))
+        attend_once(batch.attention, 128, engine.heads, torch.device("cpu"))
         warm = list(strides)
         strides.clear()
         engine.forward_backward([batch])

@@ -1,1 +1,1 @@
-"""Attention of a packed row: one contract, several backends."""
+"""Attention over a packed row: one contract, several backends."""

@@ -1,7 +1,7 @@
-"""Which attention backend a run uses, and why.
+"""Choice of the attention backend of a run.
 
-The varlen kernels are other packages' inner functions, whose conventions change between versions. So before one is
-used it attends once over a small row, forward and backward, and has to agree with the definition in float64.
+The varlen kernels are internal functions of other packages, whose conventions change between versions. So each one is
+checked before use: on a small row, forward and backward, it has to agree with the definition in float64.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -29,22 +29,22 @@ from sdlm_megatron.model.packages import LIBRARY_ERRORS, first_line
 
 KEY = "train.attention"
 TOLERANCE = 0.02
-"""Relative error (of norms) that bf16 may have; a wrong convention gives 0.1 and more, rounding 0.005."""
+"""Accepted relative error (of norms) in bf16: a wrong convention gives at least 0.1, rounding about 0.005."""
 
 
 @dataclass(frozen=True)
-class Attention:
-    """The backend of a run."""
+class AttentionBackend:
+    """Attention backend of a run."""
 
     text: str
-    """Its name and why it was chosen, for the console."""
+    """Name of the backend and reason for the choice, for the console."""
     row: Callable[[RowLayout, int], RowAttention]
-    """From a row's layout and length to its attention, on the host."""
+    """Builds the attention of a row, on the host, from its layout and length."""
 
 
 @dataclass(frozen=True)
 class Heads:
-    """What a kernel has to take: query and KV heads of one process, their dimension, the type of their numbers."""
+    """Attention heads of one process: number of query and KV heads, their dimension, dtype of q, k and v."""
 
     heads: int
     kv_heads: int
@@ -52,43 +52,42 @@ class Heads:
     dtype: torch.dtype
 
 
-def choose_attention(name: str, *, causal_attn: bool, device: torch.device, heads: Heads) -> Attention:
-    """The backend that `train.attention` names; ConfigError where it cannot run here."""
+def choose_attention(name: str, *, causal_attn: bool, device: torch.device, heads: Heads) -> AttentionBackend:
+    """The backend for `train.attention`; raises ConfigError where it cannot run."""
+
+    def decomposed(layout: RowLayout, row_length: int, *, kernel: VarlenKernel) -> Decomposed:
+        return Decomposed(layout, kernel, causal_attn=causal_attn)
+
     masked = {"per_document": PerDocument, "dense": Dense}
     if name in masked:
-        return Attention(f"{name}, as {KEY} says", partial(masked[name], causal_attn=causal_attn))
+        return AttentionBackend(f"{name}, set by {KEY}", partial(masked[name], causal_attn=causal_attn))
     on_gpu = device.type == "cuda"
     if name == "flex":
         if not on_gpu:
             raise ConfigError("FlexAttention needs a GPU to train", KEY, f"--{KEY}=auto")
-        return Attention(f"flex, as {KEY} says", partial(Flex, causal_attn=causal_attn))
+        return AttentionBackend(f"flex, set by {KEY}", partial(Flex, causal_attn=causal_attn))
     per_document = partial(PerDocument, causal_attn=causal_attn)
     if not on_gpu:
         if name == "auto":
-            return Attention("per_document: the fastest on a CPU", per_document)
+            return AttentionBackend("per_document: the fastest on a CPU", per_document)
         kernel: VarlenKernel = TorchKernel()
-        row = partial(_decomposed, kernel=kernel, causal_attn=causal_attn)
-        return Attention(f"decomposed over {kernel.name}, as {KEY} says", row)
+        return AttentionBackend(f"decomposed over {kernel.name}, set by {KEY}", partial(decomposed, kernel=kernel))
     if heads.dtype is torch.float32:
         if name == "auto":
-            return Attention("per_document: fast kernels do not take fp32", per_document)
-        raise ConfigError("no fast kernel takes fp32", KEY, f"--train.precision=bf16, or --{KEY}=auto")
-    found, failures = first_good(gpu_kernels(), causal_attn=causal_attn, device=device, heads=heads)
+            return AttentionBackend("per_document: fast kernels do not support fp32", per_document)
+        raise ConfigError("no fast kernel supports fp32", KEY, f"--train.precision=bf16, or --{KEY}=auto")
+    passed, failures = first_good(gpu_kernels(), causal_attn=causal_attn, device=device, heads=heads)
     notes = "".join(f"; {failure}" for failure in failures)
-    if found is not None:
-        row = partial(_decomposed, kernel=found, causal_attn=causal_attn)
-        return Attention(f"decomposed over {found.name}, which agrees with the definition here{notes}", row)
+    if passed is not None:
+        text = f"decomposed over {passed.name}, which passed the check against the definition{notes}"
+        return AttentionBackend(text, partial(decomposed, kernel=passed))
     if name == "auto":
-        return Attention(f"per_document: no fast kernel works here{notes}", per_document)
-    raise ConfigError(f"no kernel for decomposed attention works here{notes}", KEY, f"--{KEY}=auto, or flex")
-
-
-def _decomposed(layout: RowLayout, row_length: int, *, kernel: VarlenKernel, causal_attn: bool) -> Decomposed:
-    return Decomposed(layout, kernel, causal_attn=causal_attn)
+        return AttentionBackend(f"per_document: no fast kernel works on this machine{notes}", per_document)
+    raise ConfigError(f"no kernel for decomposed attention works on this machine{notes}", KEY, f"--{KEY}=auto, or flex")
 
 
 def gpu_kernels() -> Iterator[VarlenKernel | str]:
-    """The varlen kernels to try on a GPU, fastest first; a text for one that is installed but cannot be loaded."""
+    """Varlen kernels to try on a GPU, fastest first; for one that is installed but cannot be loaded, the reason."""
     if use_flash_attention_3():
         yield TorchFlash("FlashAttention 3 through torch")
         torch.nn.attention.restore_flash_attention_impl()
@@ -103,7 +102,7 @@ def gpu_kernels() -> Iterator[VarlenKernel | str]:
 def first_good(
     kernels: Iterable[VarlenKernel | str], *, causal_attn: bool, device: torch.device, heads: Heads
 ) -> tuple[VarlenKernel | None, list[str]]:
-    """The first kernel that passes its check, None if none does, and what was wrong with those before it."""
+    """The first kernel that passes its check (None if none does), and the failures of those before it."""
     failures = []
     for kernel in kernels:
         if isinstance(kernel, str):
@@ -116,12 +115,14 @@ def first_good(
             continue
         if error < TOLERANCE:
             return kernel, failures
-        failures.append(f"{kernel.name} is wrong by {error:.2g} of the norm")
+        failures.append(f"{kernel.name} has a relative error of {error:.2g}")
     return None, failures
 
 
 def check_kernel(kernel: VarlenKernel, *, causal_attn: bool, device: torch.device, heads: Heads) -> float:
     """Largest relative error (of norms) of output and gradients against the definition in float64, on a small row."""
+    # covers adjacent blocks, a block with a single clean key, a document of one token without blocks, and one longer
+    # than QUERY_CHUNK
     starts: tuple[list[int], ...] = ([1, 2, 9, 38], [], [5], [100, 101, 150, 298])
     lens = (40, 1, 7, 300)
     layout = RowLayout(
@@ -138,7 +139,7 @@ def check_kernel(kernel: VarlenKernel, *, causal_attn: bool, device: torch.devic
     ours = _results(Decomposed(layout, kernel, causal_attn=causal_attn).to(device), values, heads.dim)
     exact = _results(Dense(layout, length, causal_attn=causal_attn).to(device), [x.double() for x in values], heads.dim)
     errors = [float((a.double() - b).norm() / b.norm()) for a, b in zip(ours, exact, strict=True)]
-    return max(x if x == x else float("inf") for x in errors)
+    return max(x if x == x else float("inf") for x in errors)  # NaN compares as smaller than any tolerance
 
 
 def _results(attention: RowAttention, values: list[torch.Tensor], dim: int) -> list[torch.Tensor]:

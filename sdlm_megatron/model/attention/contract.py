@@ -1,21 +1,17 @@
-"""Attention of a packed row: the contract that every backend keeps.
-
-A `RowAttention` is built once for each row from its layout, moved to the device, then called by every layer with that
-layer's q, k, v. The backends are in the modules attention_*; attention_choice picks one, core_attention hands it to
-Megatron-Core.
-"""
+"""Contract of an attention backend over a packed row; `choice` picks a backend, `model.gpt` applies it per layer."""
 
 from abc import ABC, abstractmethod
 from typing import Self
 
 import torch
+from torch import Tensor
 
 
 class RowAttention(ABC):
-    """Attention over one packed row: who sees whom is `diffusion.mask.visible_row`, forward and backward exact.
+    """Attention over one packed row with the visibility of `diffusion.mask.visible_row`, exact forward and backward.
 
-    A backend's constructor takes the row's layout and works on the host only, so it can run in a data loader;
-    nothing after `to` waits for the device.
+    Built once per row from its layout, moved to the device, then called by each layer. The constructor works on the
+    host only, so it can run in a data loader; nothing after `to` waits for the device.
     """
 
     @abstractmethod
@@ -23,8 +19,9 @@ class RowAttention(ABC):
         """A copy whose index tensors are on `device`."""
 
     @abstractmethod
-    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
-        """q (S, heads, d), k and v (S, kv_heads, d) of one dtype -> (S, heads, d); padding gives zeros.
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """q (S, heads, d), k and v (S, kv_heads, d) of one dtype -> (S, heads, d), zero at padding.
 
-        The result depends on q, k and v even in a row of padding only: every rank runs every backward collective.
+        The result depends on q, k and v in the autograd graph even for a row of padding only, because every rank has
+        to take part in every collective of the backward pass.
         """

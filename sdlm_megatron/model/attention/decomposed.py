@@ -1,15 +1,18 @@
-"""Attention of a packed row as three causal or tiny parts that fast kernels know, merged exactly.
+"""Attention of a packed row in three parts that fast kernels support, merged exactly.
 
-    (1) clean tokens among themselves: causal attention over the documents;
-    (2) blocks to the clean tokens before them. All D tokens of a block at p see the same keys [0, p), so they count as
-        D more query heads of one query. Put at row p of their document, these queries form causal attention aligned
-        at the end, over the same keys as (1): row p sees p keys, the last row L sees all L. Rows between a document's
-        first block and its end that have no block hold zeros, and nobody reads them;
-    (3) blocks to themselves: D x D.
+    (1) clean to clean: causal attention over the documents;
+    (2) blocks to clean: all D tokens of a block with start p see the same keys [0, p), so its slots become D times as
+        many query heads of one query. Placed at row p of their document, these queries form causal attention aligned
+        at the bottom right over the keys of (1): row p sees p keys, the last row L sees all L. Rows between a
+        document's first block and its end that have no block are zero and ignored;
+    (3) blocks to themselves: D x D per block.
 
-A softmax over the union of (2) and (3) is their outputs weighted by their log-sum-exp. Backward, each part's gradient
-is that of the probabilities exp(score - merged lse) with the merged output, so each part's own backward kernel gives
-it when it is handed those two.
+A softmax over the union of (2) and (3) equals their outputs weighted by exp(lse of the part - merged lse). In the
+backward pass, the gradient of each part is that of the probabilities exp(score - merged lse) with the merged output,
+so a part's own backward kernel computes it from those two.
+
+Example: L = 6, blocks at 2 and 4. Part (2) has the queries of rows 2..6: row 2 = block 0 (keys 0, 1), row 4 = block 1
+(keys 0..3), rows 3, 5, 6 = zeros.
 """
 
 from dataclasses import dataclass, replace
@@ -17,34 +20,35 @@ from typing import Any, Self
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from sdlm_megatron.diffusion.layout import RowLayout
 from sdlm_megatron.diffusion.row import to_device
 from sdlm_megatron.model.attention.contract import RowAttention
-from sdlm_megatron.model.attention.varlen import Sequences, VarlenKernel
+from sdlm_megatron.model.attention.varlen import Gradients, KernelOutput, Sequences, VarlenKernel
 
 
 @dataclass(frozen=True)
-class _Index:
-    """Where the parts of a row lie."""
+class _RowIndex:
+    """Location of the three parts in a row."""
 
     n_clean: int
     used: int
     block_size: int
     causal: bool
-    """Inside a block a slot sees only itself and earlier ones."""
+    """A slot sees only itself and earlier slots of its block."""
     clean: Sequences
     """Part (1)."""
     prefix: Sequences
     """Part (2)."""
     n_prefix: int
     """Queries of part (2), over all documents."""
-    place: torch.Tensor
-    """int64 (blocks,): the query of part (2) that a block is; n_prefix for a block that has no clean key."""
+    place: Tensor
+    """int64 (blocks,): each block's query in part (2); n_prefix for a block without clean keys."""
     has_orphans: bool
-    """Some block begins at position 0: it has no clean key."""
+    """Whether some block starts at position 0 and so has no clean keys."""
 
-    def to(self, device: torch.device) -> "_Index":
+    def to(self, device: torch.device) -> "_RowIndex":
         def moved(at: Sequences) -> Sequences:
             return replace(at, cu_q=to_device(at.cu_q, device), cu_k=to_device(at.cu_k, device))
 
@@ -52,23 +56,23 @@ class _Index:
         return replace(self, clean=moved(self.clean), prefix=moved(self.prefix), place=place)
 
     @property
-    def orphans(self) -> torch.Tensor:
-        """bool (blocks,)."""
+    def orphans(self) -> Tensor:
+        """bool (blocks,): the block has no clean keys."""
         return self.place == self.n_prefix
 
 
-def _index(layout: RowLayout, causal: bool) -> _Index:
-    """O(documents + blocks)."""
+def _row_index(layout: RowLayout, causal: bool) -> _RowIndex:
+    """The index of a row, in O(documents + blocks)."""
     documents = np.flatnonzero(layout.clean_lens)  # a document without tokens has no blocks either
     lens = layout.clean_lens[documents].astype(np.int64)
     block_document = np.searchsorted(documents, layout.block_documents())
     starts = layout.starts.astype(np.int64)
-    first = lens.copy()  # a document without blocks keeps one query: no kernel meets an empty sequence
+    first = lens.copy()  # a document without blocks keeps one query, since kernels reject empty sequences
     np.minimum.at(first, block_document, np.maximum(starts, 1))
     rows = lens + 1 - first
     offset = np.cumsum(rows) - rows
     place = np.where(starts > 0, (offset - first)[block_document] + starts, rows.sum())
-    return _Index(
+    return _RowIndex(
         n_clean=layout.n_clean,
         used=layout.used,
         block_size=layout.block_size,
@@ -82,113 +86,107 @@ def _index(layout: RowLayout, causal: bool) -> _Index:
 
 
 def _sequences(queries: np.ndarray, keys: np.ndarray) -> Sequences:
-    """From the lengths (documents,) of the sequences."""
+    """Sequences with these numbers of queries and keys, int (documents,)."""
     cu_q, cu_k = (torch.from_numpy(np.concatenate([[0], np.cumsum(x)]).astype(np.int32)) for x in (queries, keys))
     return Sequences(cu_q, cu_k, int(queries.max(initial=0)), int(keys.max(initial=0)))
 
 
 class Decomposed(RowAttention):
-    """Three parts over one varlen kernel, see the module's text."""
+    """The three parts over one varlen kernel."""
 
     def __init__(self, layout: RowLayout, kernel: VarlenKernel, *, causal_attn: bool) -> None:
-        self.kernel, self.index = kernel, _index(layout, causal_attn)
+        self.kernel, self.index = kernel, _row_index(layout, causal_attn)
 
     def to(self, device: torch.device) -> Self:
         moved = object.__new__(type(self))
         moved.kernel, moved.index = self.kernel, self.index.to(device)
         return moved
 
-    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """See RowAttention."""
         return _Attention.apply(q, k, v, self.index, self.kernel, scale)
 
 
 class _Attention(torch.autograd.Function):
-    """The three parts forward and backward."""
+    """Forward and backward pass of all parts."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        index: _Index,
-        kernel: VarlenKernel,
-        scale: float,
-    ) -> torch.Tensor:
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, index: _RowIndex, kernel: VarlenKernel, scale: float
+    ) -> Tensor:
         q, k, v = (x.contiguous() for x in (q, k, v))
         n = index.n_clean
-        out, lse = torch.empty_like(q), q.new_empty(0)
+        out, empty = torch.empty_like(q), q.new_empty(0)
         out[index.used :] = 0
-        states: list[tuple[torch.Tensor, ...]] = [(), ()]
-        lse_clean = lse
+        clean = blocks = KernelOutput(empty, empty)
         if n:
-            out[:n], lse_clean, states[0] = kernel.forward(q[:n], k[:n], v[:n], index.clean, scale)
+            clean = kernel.forward(q[:n], k[:n], v[:n], index.clean, scale)
+            out[:n] = clean.out
         if len(index.place):
-            out[n : index.used], lse, states[1] = _blocks_forward(q, k, v, index, kernel, scale)
-        ctx.save_for_backward(q, k, v, out, lse_clean, lse, *states[0], *states[1])
-        ctx.index, ctx.kernel, ctx.scale, ctx.n_state = index, kernel, scale, len(states[0])
+            blocks = _blocks_forward(q, k, v, index, kernel, scale)
+            out[n : index.used] = blocks.out
+        ctx.save_for_backward(q, k, v, out, clean.lse, blocks.lse, *clean.state, *blocks.state)
+        ctx.index, ctx.kernel, ctx.scale, ctx.n_state = index, kernel, scale, len(clean.state)
         return out
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple:
-        q, k, v, out, lse_clean, lse, *state = ctx.saved_tensors
+    def backward(ctx: Any, *grads: Tensor) -> tuple:
+        q, k, v, out, lse_clean, lse_blocks, *state = ctx.saved_tensors
         index, kernel, scale = ctx.index, ctx.kernel, ctx.scale
-        n, do = index.n_clean, grads[0].contiguous()
+        n, grad = index.n_clean, grads[0].contiguous()
         dq, dk, dv = (torch.zeros_like(x) for x in (q, k, v))
         if n:
-            dq[:n], dk[:n], dv[:n] = kernel.backward(
-                do[:n], q[:n], k[:n], v[:n], out[:n], lse_clean, tuple(state[: ctx.n_state]), index.clean, scale
-            )
+            clean = KernelOutput(out[:n], lse_clean, tuple(state[: ctx.n_state]))
+            dq[:n], dk[:n], dv[:n] = kernel.backward(grad[:n], q[:n], k[:n], v[:n], clean, index.clean, scale)
         if len(index.place):
-            _blocks_backward(do, q, k, v, out, lse, tuple(state[ctx.n_state :]), (dq, dk, dv), index, kernel, scale)
+            blocks = KernelOutput(out[n : index.used], lse_blocks, tuple(state[ctx.n_state :]))
+            _blocks_backward(grad, q, k, v, blocks, (dq, dk, dv), index, kernel, scale)
         return dq, dk, dv, None, None, None
 
 
 def _blocks_forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, index: _Index, kernel: VarlenKernel, scale: float
-) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...]]:
-    """Output (block tokens, heads, d) of parts (2) and (3), merged lse (blocks, kv_heads, groups * D), kernel state."""
+    q: Tensor, k: Tensor, v: Tensor, index: _RowIndex, kernel: VarlenKernel, scale: float
+) -> KernelOutput:
+    """Parts (2) and (3): output (block tokens, heads, d), merged lse (blocks, kv_heads, groups * D), kernel state."""
     n, kv_heads = index.n_clean, k.shape[1]
     folded = _fold(q[n : index.used], kv_heads, index.block_size)
-    queries = _to_prefix(folded, index)
-    prefix_out, prefix_lse, state = kernel.forward(queries, k[:n], v[:n], index.prefix, scale)
-    prefix_out = _from_prefix(prefix_out, index, 0.0).view(folded.shape)
-    prefix_lse = _from_prefix(prefix_lse, index, -torch.inf).view(folded.shape[:-1])
+    prefix = kernel.forward(_to_prefix(folded, index), k[:n], v[:n], index.prefix, scale)
+    # a block without clean keys gets lse = -inf, so that part (2) has weight 0 in the merge
+    prefix_out = _from_prefix(prefix.out, index, 0.0).view(folded.shape)
+    prefix_lse = _from_prefix(prefix.lse, index, -torch.inf).view(folded.shape[:-1])
     scores, _, own_v = _own_scores(folded, k, v, index, scale)
     lse = torch.logaddexp(prefix_lse.to(scores.dtype), scores.logsumexp(-1))
     probabilities = (scores - lse[..., None]).exp()
     share = (prefix_lse - lse).exp()
     merged = prefix_out.to(scores.dtype) * share[..., None] + probabilities @ own_v
-    return _unfold(merged.to(q.dtype), index.block_size), lse, state
+    return KernelOutput(_unfold(merged.to(q.dtype), index.block_size), lse, prefix.state)
 
 
 def _blocks_backward(
-    do: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    state: tuple[torch.Tensor, ...],
-    into: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    index: _Index,
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    output: KernelOutput,
+    into: Gradients,
+    index: _RowIndex,
     kernel: VarlenKernel,
     scale: float,
 ) -> None:
-    """Gradients of parts (2) and (3), written or added to `into` = dq, dk, dv."""
+    """Gradients of parts (2) and (3), written or added to `into`."""
     n, kv_heads, size = index.n_clean, k.shape[1], index.block_size
     dq, dk, dv = into
-    folded, d_out, o = (_fold(x[n : index.used], kv_heads, size) for x in (q, do, out))
-    queries, prefix_do, prefix_out, prefix_lse = (_to_prefix(x, index) for x in (folded, d_out, o, lse[..., None]))
-    prefix_dq, prefix_dk, prefix_dv = kernel.backward(
-        prefix_do, queries, k[:n], v[:n], prefix_out, prefix_lse[..., 0], state, index.prefix, scale
+    folded, d_out, o = (_fold(x, kv_heads, size) for x in (q[n : index.used], grad[n : index.used], output.out))
+    queries, prefix_grad, prefix_out, prefix_lse = (
+        _to_prefix(x, index) for x in (folded, d_out, o, output.lse[..., None])
     )
+    prefix = KernelOutput(prefix_out, prefix_lse[..., 0], output.state)
+    prefix_dq, prefix_dk, prefix_dv = kernel.backward(prefix_grad, queries, k[:n], v[:n], prefix, index.prefix, scale)
     dk[:n] += prefix_dk
     dv[:n] += prefix_dv
     scores, own_k, own_v = _own_scores(folded, k, v, index, scale)
     wide = scores.dtype
-    probabilities = (scores - lse[..., None]).exp()
+    probabilities = (scores - output.lse[..., None]).exp()
     d_out = d_out.to(wide)
     delta = (d_out * o.to(wide)).sum(-1, keepdim=True)
     d_scores = scale * probabilities * (d_out @ own_v.transpose(-1, -2) - delta)
@@ -199,10 +197,8 @@ def _blocks_backward(
     dv[n : index.used] = own_dv.transpose(1, 2).flatten(0, 1).to(v.dtype)
 
 
-def _own_scores(
-    folded: torch.Tensor, k: torch.Tensor, v: torch.Tensor, index: _Index, scale: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Part (3): scores (blocks, kv_heads, groups * D, D), keys and values (blocks, kv_heads, D, d); fp32 or better."""
+def _own_scores(folded: Tensor, k: Tensor, v: Tensor, index: _RowIndex, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Part (3): scores (blocks, kv_heads, groups * D, D), keys and values (blocks, kv_heads, D, d), fp32 or fp64."""
     wide, size = torch.promote_types(k.dtype, torch.float32), index.block_size
     own_k, own_v = (
         x[index.n_clean : index.used]
@@ -219,29 +215,27 @@ def _own_scores(
     return scores, own_k, own_v
 
 
-def _fold(x: torch.Tensor, kv_heads: int, size: int) -> torch.Tensor:
+def _fold(x: Tensor, kv_heads: int, size: int) -> Tensor:
     """Block tokens (blocks * D, heads, d) -> (blocks, kv_heads, groups * D, d): slots become query heads."""
     return x.unflatten(0, (-1, size)).unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)
 
 
-def _unfold(x: torch.Tensor, size: int) -> torch.Tensor:
+def _unfold(x: Tensor, size: int) -> Tensor:
     """Inverse of `_fold`."""
     return x.unflatten(2, (-1, size)).permute(0, 3, 1, 2, 4).flatten(2, 3).flatten(0, 1)
 
 
-def _to_prefix(folded: torch.Tensor, index: _Index) -> torch.Tensor:
-    """(blocks, kv_heads, groups * D, d) -> queries of part (2), (n_prefix, heads * D, d), zero where no block is.
-
-    For the lse a zero there is as good as any: query and gradient of such a row are zero, so it adds zero.
-    """
+def _to_prefix(folded: Tensor, index: _RowIndex) -> Tensor:
+    """(blocks, kv_heads, groups * D, d) -> queries of part (2), (n_prefix, heads * D, d), zero where no block is."""
+    # also right for the lse: the query and gradient of such a row are zero, so any lse contributes zero
     rows = folded.new_zeros(index.n_prefix + 1, folded.shape[1] * folded.shape[2], folded.shape[3])
     rows[index.place] = folded.flatten(1, 2)
     return rows[: index.n_prefix]
 
 
-def _from_prefix(rows: torch.Tensor, index: _Index, orphan: float) -> torch.Tensor:
-    """What part (2) found for each block, (n_prefix, heads * D, …) -> (blocks, heads * D, …); `orphan` without keys."""
+def _from_prefix(rows: Tensor, index: _RowIndex, orphan: float) -> Tensor:
+    """Each block's row of part (2): (n_prefix, heads * D, …) -> (blocks, heads * D, …); `orphan` without clean keys."""
     if not index.has_orphans:
         return rows[index.place]
-    found = rows[index.place.clamp(max=index.n_prefix - 1)]
-    return found.masked_fill(index.orphans.view(-1, *[1] * (rows.ndim - 1)), orphan)
+    of_blocks = rows[index.place.clamp(max=index.n_prefix - 1)]
+    return of_blocks.masked_fill(index.orphans.view(-1, *[1] * (rows.ndim - 1)), orphan)

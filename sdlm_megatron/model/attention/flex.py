@@ -1,8 +1,8 @@
-"""Attention of a packed row through torch's FlexAttention, its tiles counted from the layout.
+"""Attention of a packed row through torch's FlexAttention, with its tiles counted from the layout.
 
-Every query sees at most two ranges of keys: clean ones [lo, hi) and, for a block token, its own block's. So a mask of
-four integers a query says it all, and which 128 x 128 tiles are empty, partly or fully visible follows from counting:
-a range [lo, hi) adds as many visible keys to tile t as [0, hi) less [0, lo) do. No S x S array is ever made.
+Each query sees at most two ranges of keys: clean ones [lo, hi) and, for a block token, those of its own block. So four
+integers per query describe the mask, and counting tells which 128 x 128 tiles are empty, partial or full: a range
+[lo, hi) adds as many visible keys to a tile as [0, hi) minus [0, lo). No S x S array is created.
 """
 
 from collections.abc import Callable
@@ -11,6 +11,7 @@ from typing import Any, Self
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from sdlm_megatron.diffusion.layout import RowLayout
@@ -23,7 +24,7 @@ TILES_BACKWARD = ("q_num_blocks", "q_indices", "full_q_num_blocks", "full_q_indi
 
 
 def key_ranges(layout: RowLayout, row_length: int, *, causal_attn: bool) -> np.ndarray:
-    """What each query sees: int32 (4, row_length), rows lo, hi, own_lo, own_hi; empty ranges where nothing."""
+    """Keys visible to each query: int32 (4, row_length), rows lo, hi, own_lo, own_hi; lo = hi for an empty range."""
     n, size = layout.n_clean, layout.block_size
     ranges = np.zeros((4, row_length), dtype=np.int32)
     first = layout.clean_offsets()
@@ -54,7 +55,7 @@ def tile_counts(ranges: np.ndarray) -> np.ndarray:
 
 
 class Flex(RowAttention):
-    """FlexAttention; on a GPU compiled once, since every row has the same shapes (on a CPU it makes S x S scores)."""
+    """FlexAttention. On a GPU it is compiled once, since all rows have the same shapes; on a CPU it builds S x S."""
 
     def __init__(self, layout: RowLayout, row_length: int, *, causal_attn: bool) -> None:
         ranges = key_ranges(layout, row_length, causal_attn=causal_attn)
@@ -65,8 +66,9 @@ class Flex(RowAttention):
         self.length = row_length
         self._set(torch.from_numpy(ranges), dict(zip(TILES + TILES_BACKWARD, tiles + tiles_backward, strict=True)))
 
-    def _set(self, ranges: torch.Tensor, tiles: dict[str, Any]) -> None:
+    def _set(self, ranges: Tensor, tiles: dict[str, Any]) -> None:
         self.ranges, self.tiles = ranges, tiles
+        # BlockMask's own constructor, because create_block_mask would evaluate the mask for all S x S pairs
         self.mask = BlockMask(
             seq_lengths=(self.length, self.length), BLOCK_SIZE=(TILE, TILE), mask_mod=_mask_mod(ranges), **tiles
         )
@@ -77,32 +79,31 @@ class Flex(RowAttention):
         moved._set(to_device(self.ranges, device), {key: to_device(x, device) for key, x in self.tiles.items()})
         return moved
 
-    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """See RowAttention."""
+        grouped = q.shape[1] != k.shape[1]
         q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
         attend: Any = _compiled() if q.device.type == "cuda" else flex_attention
-        return attend(q, k, v, block_mask=self.mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])[0].transpose(
-            0, 1
-        )
+        return attend(q, k, v, block_mask=self.mask, scale=scale, enable_gqa=grouped)[0].transpose(0, 1)
 
 
-def _mask_mod(ranges: torch.Tensor) -> Callable[..., torch.Tensor]:
+def _mask_mod(ranges: Tensor) -> Callable[..., Tensor]:
     lo, hi, own_lo, own_hi = ranges
 
-    def seen(batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    def seen(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         clean = (key >= lo[query]) & (key < hi[query])
         return clean | ((key >= own_lo[query]) & (key < own_hi[query]))
 
     return seen
 
 
-def _listed(tiles: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-    """bool (rows, columns) in FlexAttention's form: how many are marked in a row, and which, those first."""
+def _listed(tiles: np.ndarray) -> tuple[Tensor, Tensor]:
+    """FlexAttention's form of a bool matrix (rows, columns): number of marked columns per row, and their indices."""
     order = np.argsort(~tiles, axis=1, kind="stable").astype(np.int32)
     return torch.from_numpy(tiles.sum(1).astype(np.int32))[None, None], torch.from_numpy(order)[None, None]
 
 
 @cache
-def _compiled() -> Callable[..., torch.Tensor]:
-    """flex_attention, compiled when a GPU first needs it."""
+def _compiled() -> Callable[..., Tensor]:
+    """flex_attention, compiled on first use on a GPU."""
     return torch.compile(flex_attention, dynamic=False)

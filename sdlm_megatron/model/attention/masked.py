@@ -1,4 +1,9 @@
-"""Attention under boolean masks: the whole row at once (`Dense`), or document by document (`PerDocument`)."""
+"""Attention with explicit masks: over the whole row at once (`Dense`), or in regions of each document (`PerDocument`).
+
+`PerDocument` is the fastest backend on a CPU. Its products put the wide operand in its memory layout and transpose the
+narrow one: on a CPU in fp32, a product with the wide operand transposed takes about 1.5 times as long
+(dev.bench.cpu_choices).
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -6,6 +11,7 @@ from typing import Any, Self
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from sdlm_megatron.diffusion.layout import RowLayout
@@ -14,14 +20,14 @@ from sdlm_megatron.diffusion.row import to_device
 from sdlm_megatron.model.attention.contract import RowAttention
 
 CHUNK_TOKENS = 128
-"""Queries that attend together."""
+"""Queries of a region."""
 KEPT_KEYS = 1024
-"""With more keys than this the probabilities are not kept for the backward pass but computed again: what is kept
-grows with the row, not with its square."""
+"""Regions with more keys recompute their probabilities in the backward pass, so that the memory kept grows with the
+length of the row, not with its square."""
 
 
 class Dense(RowAttention):
-    """The definition itself, an S x S mask and S x S scores: for comparisons at small sizes."""
+    """The definition itself, with an S x S mask and S x S scores; a reference for small sizes."""
 
     def __init__(self, layout: RowLayout, row_length: int, *, causal_attn: bool) -> None:
         self.used = layout.used
@@ -32,167 +38,162 @@ class Dense(RowAttention):
         moved.used, moved.mask = self.used, to_device(self.mask, device)
         return moved
 
-    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """See RowAttention."""
-        out = attend(q, k, v, self.mask, scale)  # padding sees itself, which keeps its softmax finite
-        return torch.cat([out[: self.used], 0 * out[self.used :]])
+        out = attend(q, k, v, self.mask, scale)
+        return torch.cat([out[: self.used], 0 * out[self.used :]])  # 0 * keeps padding in the graph
 
 
 @dataclass(frozen=True)
-class _Piece:
-    """Neighbouring queries, and all keys that any of them sees."""
+class _Region:
+    """Neighboring queries, and all keys that any of them sees."""
 
     queries: slice
-    """Tokens of the row."""
+    """Indices in the row."""
     prefix: slice
-    """Clean tokens of their document that are keys."""
+    """Clean tokens that are keys."""
     own: slice
     """Block tokens that are keys: the queries themselves, or none."""
     shared: int
-    """So many keys at the front are visible to every query."""
-    bias: torch.Tensor
+    """Number of keys at the front that are visible to every query and so need no mask."""
+    bias: Tensor
     """float (queries, 1, other keys): 0 where visible, -inf elsewhere."""
 
-    def keys(self, tokens: torch.Tensor) -> torch.Tensor:
-        """tokens (kv_heads, S, d) -> (kv_heads, keys, d)."""
+    def keys(self, tokens: Tensor) -> Tensor:
+        """The region's keys of tokens (kv_heads, S, d): (kv_heads, keys, d)."""
         prefix = tokens[:, self.prefix]
         return torch.cat([prefix, tokens[:, self.own]], dim=1) if self.own.stop > self.own.start else prefix
 
-    def add_to_keys(self, tokens: torch.Tensor, found: torch.Tensor) -> None:
-        """Inverse of `keys` for gradients: adds found (kv_heads, d, keys) to tokens (kv_heads, S, d)."""
-        found = found.transpose(1, 2)
+    def add_to_keys(self, tokens: Tensor, gradient: Tensor) -> None:
+        """Adds gradient (kv_heads, d, keys) to the region's keys of tokens (kv_heads, S, d)."""
+        gradient = gradient.transpose(1, 2)
         count = self.prefix.stop - self.prefix.start
-        tokens[:, self.prefix] += found[:, :count]
-        tokens[:, self.own] += found[:, count:]
+        tokens[:, self.prefix] += gradient[:, :count]
+        tokens[:, self.own] += gradient[:, count:]
 
-    def rows(self, tokens: torch.Tensor) -> torch.Tensor:
-        """tokens (kv_heads, S, group, d) -> (kv_heads, queries * group, d), a view."""
+    def rows(self, tokens: Tensor) -> Tensor:
+        """The region's queries of tokens (kv_heads, S, group, d): a view (kv_heads, queries * group, d)."""
         return tokens[:, self.queries].flatten(1, 2)
 
-    def probabilities(self, q: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-        """q (kv_heads, S, group, d), scaled, and key (kv_heads, keys, d) -> (kv_heads, queries * group, keys)."""
-        scores = torch.bmm(self.rows(q), _turned(key))
+    def probabilities(self, q: Tensor, key: Tensor) -> Tensor:
+        """Probabilities (kv_heads, queries * group, keys) of scaled q (kv_heads, S, group, d) and key (…, keys, d)."""
+        scores = torch.bmm(self.rows(q), _transposed(key))
         by_query = scores.unflatten(1, (-1, q.shape[2]))
         by_query[..., self.shared :].add_(self.bias.to(q.dtype))
         return scores.softmax(-1)
 
 
 class PerDocument(RowAttention):
-    """Attention over one row, split into pieces with a dense mask each.
+    """Attention over one row, split into regions with a dense mask each.
 
-    A piece is a chunk of a document's clean tokens or of its blocks. Its keys are the clean prefix up to its last
-    query (or anchor) and, for blocks, the chunk itself. The largest mask is CHUNK_TOKENS x document length.
+    A region is a chunk of a document's clean tokens or of its blocks. Its keys are the clean prefix up to its last
+    query (or the start of its last block) and, for blocks, the chunk itself. The largest mask is CHUNK_TOKENS x
+    document length.
     """
 
     def __init__(self, layout: RowLayout, row_length: int, *, causal_attn: bool) -> None:
-        self.pieces: list[_Piece] = []
+        self.regions: list[_Region] = []
         d, first = layout.block_size, np.cumsum(layout.n_blocks) - layout.n_blocks
         for clean_at, clean_len, block, n in zip(
             layout.clean_offsets().tolist(), layout.clean_lens.tolist(), first.tolist(), layout.n_blocks, strict=True
         ):
-            self.pieces += _clean_pieces(clean_at, clean_len)
+            self.regions += _clean_regions(clean_at, clean_len)
             starts = layout.starts[block : block + n]
-            self.pieces += _block_pieces(clean_at, layout.n_clean + block * d, starts, d, causal_attn)
+            self.regions += _block_regions(clean_at, layout.n_clean + block * d, starts, d, causal_attn)
 
     def to(self, device: torch.device) -> Self:
         moved = object.__new__(type(self))
-        moved.pieces = [replace(p, bias=to_device(p.bias, device)) for p in self.pieces]
+        moved.regions = [replace(r, bias=to_device(r.bias, device)) for r in self.regions]
         return moved
 
-    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """See RowAttention."""
-        return _PieceByPiece.apply(q, k, v, self.pieces, scale)
+        return _RegionAttention.apply(q, k, v, self.regions, scale)
 
 
-def _clean_pieces(at: int, length: int) -> Iterator[_Piece]:
-    """Causal attention of `length` clean tokens that stand at `at`."""
+def _clean_regions(at: int, length: int) -> Iterator[_Region]:
+    """Causal attention of the clean tokens [at, at + length)."""
     for i in range(0, length, CHUNK_TOKENS):
         end = min(length, i + CHUNK_TOKENS)
         seen = np.tri(end - i, dtype=bool)
-        yield _Piece(slice(at + i, at + end), slice(at, at + end), slice(0, 0), i, _bias(seen))
+        yield _Region(slice(at + i, at + end), slice(at, at + end), slice(0, 0), i, _bias(seen))
 
 
-def _block_pieces(clean_at: int, block_at: int, starts: np.ndarray, d: int, causal: bool) -> Iterator[_Piece]:
-    """A document's blocks, which stand at `block_at`."""
+def _block_regions(clean_at: int, block_at: int, starts: np.ndarray, d: int, causal: bool) -> Iterator[_Region]:
+    """The blocks of a document whose clean tokens begin at `clean_at`, block tokens at `block_at`."""
     step = max(1, CHUNK_TOKENS // d)
     for i in range(0, len(starts), step):
         part = starts[i : i + step]
-        shared, prefix = int(part[0]), int(part[-1])  # a block never sees its own anchor's clean copy
+        shared, prefix = int(part[0]), int(part[-1])  # exclusive: a block does not see the clean copy of its anchor
         seen = block_rows(prefix, part, block_size=d, causal_attn=causal)[:, shared:]
         own = slice(block_at + i * d, block_at + (i + len(part)) * d)
-        yield _Piece(own, slice(clean_at, clean_at + prefix), own, shared, _bias(seen))
+        yield _Region(own, slice(clean_at, clean_at + prefix), own, shared, _bias(seen))
 
 
-def _bias(seen: np.ndarray) -> torch.Tensor:
+def _bias(seen: np.ndarray) -> Tensor:
     return torch.from_numpy(np.where(seen, np.float32(0), np.float32(-np.inf))[:, None])
 
 
-class _PieceByPiece(torch.autograd.Function):
-    """All pieces of a row. The query heads that share a KV head are more queries of it: keys are never repeated.
-
-    Matrix products take their wide operand as it lies in memory and turn the narrow one: on a CPU in fp32 a product
-    with the wide one turned takes about 1.5 times as long (dev.bench.cpu_choices).
-    """
+class _RegionAttention(torch.autograd.Function):
+    """All regions of a row. Query heads that share a KV head become more queries of it, so keys are never repeated."""
 
     @staticmethod
-    def forward(
-        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pieces: list[_Piece], scale: float
-    ) -> torch.Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, regions: list[_Region], scale: float) -> Tensor:
         kv_heads = k.shape[1]
         q = _by_kv_head(q * scale, kv_heads)
         k, v = k.transpose(0, 1).contiguous(), v.transpose(0, 1).contiguous()
-        out = torch.zeros_like(q)  # padding stays so
+        out = torch.zeros_like(q)  # padding stays zero
         kept = []
-        for piece in pieces:
-            key = piece.keys(k)
-            found = piece.probabilities(q, key)
-            piece.rows(out).copy_(torch.bmm(found, piece.keys(v)))
-            kept.append(found if key.shape[1] <= KEPT_KEYS else None)
+        for region in regions:
+            key = region.keys(k)
+            probabilities = region.probabilities(q, key)
+            region.rows(out).copy_(torch.bmm(probabilities, region.keys(v)))
+            kept.append(probabilities if key.shape[1] <= KEPT_KEYS else None)
         ctx.save_for_backward(q, k, v, *kept)
-        ctx.pieces, ctx.scale = pieces, scale
+        ctx.regions, ctx.scale = regions, scale
         return _by_token(out)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, *kept = ctx.saved_tensors
         grad = _by_kv_head(grad, k.shape[0])
         dq = torch.zeros_like(q)
-        # many pieces add to a key: in bf16 each would round
+        # many regions add to the same key, so sum in fp32: in bf16 each addition would round
         dk, dv = (torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) for x in (k, v))
-        for piece, found in zip(ctx.pieces, kept, strict=True):
-            key, rows, d_out = piece.keys(k), piece.rows(q), piece.rows(grad)
-            if found is None:
-                found = piece.probabilities(q, key)
-            piece.add_to_keys(dv, torch.bmm(_turned(d_out), found))
-            d_found = torch.bmm(d_out, _turned(piece.keys(v)))
-            d_scores = torch._softmax_backward_data(d_found, found, -1, found.dtype)
-            piece.rows(dq).copy_(torch.bmm(d_scores, key))
-            piece.add_to_keys(dk, torch.bmm(_turned(rows), d_scores))
+        for region, probabilities in zip(ctx.regions, kept, strict=True):
+            key, rows, d_out = region.keys(k), region.rows(q), region.rows(grad)
+            if probabilities is None:
+                probabilities = region.probabilities(q, key)
+            region.add_to_keys(dv, torch.bmm(_transposed(d_out), probabilities))
+            d_probabilities = torch.bmm(d_out, _transposed(region.keys(v)))
+            d_scores = torch._softmax_backward_data(d_probabilities, probabilities, -1, probabilities.dtype)
+            region.rows(dq).copy_(torch.bmm(d_scores, key))
+            region.add_to_keys(dk, torch.bmm(_transposed(rows), d_scores))
         dk, dv = (x.transpose(0, 1).to(k.dtype) for x in (dk, dv))
         return _by_token(dq) * ctx.scale, dk, dv, None, None
 
 
-def _turned(x: torch.Tensor) -> torch.Tensor:
+def _transposed(x: Tensor) -> Tensor:
     return x.transpose(1, 2).contiguous()
 
 
-def _by_kv_head(x: torch.Tensor, kv_heads: int) -> torch.Tensor:
+def _by_kv_head(x: Tensor, kv_heads: int) -> Tensor:
     """(S, heads, d) -> (kv_heads, S, group, d)."""
     return x.unflatten(1, (kv_heads, -1)).transpose(0, 1).contiguous()
 
 
-def _by_token(x: torch.Tensor) -> torch.Tensor:
+def _by_token(x: Tensor) -> Tensor:
     """Inverse of `_by_kv_head`."""
     return x.transpose(0, 1).flatten(1, 2)
 
 
-def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float) -> torch.Tensor:
-    """Softmax attention: q (Q, heads, d), k and v (K, kv_heads, d), mask bool (Q, K) or None for causal."""
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """Softmax attention: q (Q, heads, d), k and v (K, kv_heads, d), mask bool (Q, K), None for causal."""
     if not q.shape[0]:
         return q
     groups = q.shape[1] // k.shape[1]
-    if groups > 1:  # the kernels take one key head per query head
+    if groups > 1:  # torch's kernels expect one key head per query head
         k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-    found = scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale)
-    return found[0].transpose(0, 1)
+    out = scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale)
+    return out[0].transpose(0, 1)

@@ -1,8 +1,7 @@
-"""Kernels for causal attention over packed sequences of different lengths, behind one contract.
+"""Kernels for causal attention over packed sequences of different lengths, behind one protocol.
 
-Sequence i has queries [cu_q[i], cu_q[i+1]) and keys [cu_k[i], cu_k[i+1]). Causal is aligned at the end (bottom right):
-the last query sees every key of its sequence, the one before it all but the last key, and so on. The backward pass
-takes `out` and `lse` as arguments, because the caller may have merged more keys into them than this call saw.
+Sequence i has the queries [cu_q[i], cu_q[i+1]) and the keys [cu_k[i], cu_k[i+1]). The causal mask is aligned at the
+bottom right: the last query sees every key of its sequence, the query before it all but the last key, and so on.
 """
 
 import inspect
@@ -10,62 +9,68 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
+from torch import Tensor
 
 MAX_MULTIPLE = 512
-"""cuDNN builds a plan for each longest length it is told, so those are rounded up to a few values."""
+"""The longest sequence is rounded up to a multiple of this: cuDNN builds a plan for each distinct value."""
 QUERY_CHUNK = 256
-"""Queries that `TorchKernel` looks at together: it holds QUERY_CHUNK x keys scores for each head."""
+"""Queries that `TorchKernel` processes together; it allocates QUERY_CHUNK x keys scores per head."""
+
+Gradients = tuple[Tensor, Tensor, Tensor]
+"""dq, dk, dv."""
+
+
+class KernelOutput(NamedTuple):
+    """Result of a forward pass and, possibly with more keys merged in, input of the backward pass."""
+
+    out: Tensor
+    """(Tq, heads, d) in the dtype of q."""
+    lse: Tensor
+    """(Tq, heads): natural log-sum-exp of the scaled scores, fp32 or fp64."""
+    state: tuple[Tensor, ...] = ()
+    """Further tensors that the kernel's backward pass needs."""
 
 
 @dataclass(frozen=True)
 class Sequences:
-    """Where the sequences lie; every one has at least one query and at least as many keys as queries."""
+    """Bounds of the sequences; each has at least one query and at least as many keys as queries."""
 
-    cu_q: torch.Tensor
-    """int32 (sequences + 1,): first query of each, then their total."""
-    cu_k: torch.Tensor
-    """int32 (sequences + 1,), of the keys."""
+    cu_q: Tensor
+    """int32 (sequences + 1,): index of each sequence's first query, then the number of queries."""
+    cu_k: Tensor
+    """int32 (sequences + 1,): the same for keys."""
     max_q: int
     max_k: int
-    """Longest sequence."""
+    """Longest sequence, in queries (max_q) and keys (max_k)."""
 
 
 class VarlenKernel(Protocol):
-    """The contract. q (Tq, heads, d), k and v (Tk, kv_heads, d); heads a multiple of kv_heads, grouped by KV head."""
+    """Protocol. q (Tq, heads, d), k and v (Tk, kv_heads, d); heads is a multiple of kv_heads, grouped by KV head."""
 
     name: str
 
-    def forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, at: Sequences, scale: float
-    ) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...]]:
-        """out (Tq, heads, d) in q's dtype; lse (Tq, heads), natural logarithm, fp32 or better; state for `backward`."""
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, at: Sequences, scale: float) -> KernelOutput:
+        """Causal attention over each sequence."""
 
     def backward(
-        self,
-        do: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-        state: tuple[torch.Tensor, ...],
-        at: Sequences,
-        scale: float,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """dq, dk and dv of the probabilities exp(scale * q·k - lse), for an output whose value is `out`."""
+        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, output: KernelOutput, at: Sequences, scale: float
+    ) -> Gradients:
+        """Gradients of attention with the probabilities exp(scale * q·k - lse), for the output gradient `grad`.
+
+        `output` is an argument and not saved state, because the caller may have merged more keys into its `out` and
+        `lse` than `forward` saw.
+        """
 
 
 class TorchKernel:
-    """Plain torch on any device and dtype, exact in float64: for CPUs and for comparison."""
+    """Plain torch on any device and dtype, exact in float64; for CPUs and as a reference."""
 
     name = "plain torch"
 
-    def forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, at: Sequences, scale: float
-    ) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...]]:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, at: Sequences, scale: float) -> KernelOutput:
         """See VarlenKernel."""
         wide = torch.promote_types(q.dtype, torch.float32)
         out, lse = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=wide)
@@ -75,30 +80,21 @@ class TorchKernel:
             probabilities = (scores - part[..., None]).exp()
             out[queries] = self._ungroup(torch.einsum("hgqk,khd->hgqd", probabilities, v[keys].to(wide))).to(q.dtype)
             lse[queries] = part.flatten(0, 1).T
-        return out, lse, ()
+        return KernelOutput(out, lse)
 
     def backward(
-        self,
-        do: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-        state: tuple[torch.Tensor, ...],
-        at: Sequences,
-        scale: float,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, output: KernelOutput, at: Sequences, scale: float
+    ) -> Gradients:
         """See VarlenKernel."""
         wide = torch.promote_types(q.dtype, torch.float32)
         dq = torch.empty_like(q)
         dk, dv = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (k, v))
-        delta = (do.to(wide) * out.to(wide)).sum(-1)
+        delta = (grad.to(wide) * output.out.to(wide)).sum(-1)
         kv_heads = k.shape[1]
         for queries, keys, seen in _chunks(at):
             scores = self._scores(q[queries], k[keys], seen, scale, wide)
-            probabilities = (scores - _group(lse[queries, :, None], kv_heads)).exp()
-            d_out = _group(do[queries].to(wide), kv_heads)
+            probabilities = (scores - _group(output.lse[queries, :, None], kv_heads)).exp()
+            d_out = _group(grad[queries].to(wide), kv_heads)
             d_scores = torch.einsum("hgqd,khd->hgqk", d_out, v[keys].to(wide)) - _group(
                 delta[queries, :, None], kv_heads
             )
@@ -109,24 +105,24 @@ class TorchKernel:
         return dq, dk.to(k.dtype), dv.to(v.dtype)
 
     @staticmethod
-    def _scores(q: torch.Tensor, k: torch.Tensor, seen: torch.Tensor, scale: float, wide: torch.dtype) -> torch.Tensor:
-        """(kv_heads, groups, Q, K), minus infinity where not `seen` (Q, K)."""
+    def _scores(q: Tensor, k: Tensor, seen: Tensor, scale: float, wide: torch.dtype) -> Tensor:
+        """Scores (kv_heads, groups, Q, K), -inf where `seen` (Q, K) is False."""
         scores = scale * torch.einsum("hgqd,khd->hgqk", _group(q.to(wide), k.shape[1]), k.to(wide))
         return scores.masked_fill_(~seen, -torch.inf)
 
     @staticmethod
-    def _ungroup(x: torch.Tensor) -> torch.Tensor:
+    def _ungroup(x: Tensor) -> Tensor:
         """(kv_heads, groups, Q, d) -> (Q, heads, d)."""
         return x.flatten(0, 1).transpose(0, 1)
 
 
-def _group(x: torch.Tensor, kv_heads: int) -> torch.Tensor:
+def _group(x: Tensor, kv_heads: int) -> Tensor:
     """(Q, heads, d) -> (kv_heads, groups, Q, d)."""
     return x.unflatten(1, (kv_heads, -1)).permute(1, 2, 0, 3)
 
 
-def _chunks(at: Sequences) -> Iterator[tuple[slice, slice, torch.Tensor]]:
-    """Queries, the keys they see together, and which of those each sees: bool (Q, K)."""
+def _chunks(at: Sequences) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Chunks of queries, the range of keys that they see, and visibility in that range: bool (Q, K)."""
     cu_q, cu_k = at.cu_q.tolist(), at.cu_k.tolist()
     for first_q, end_q, first_k, end_k in zip(cu_q, cu_q[1:], cu_k, cu_k[1:], strict=False):
         for start in range(first_q, end_q, QUERY_CHUNK):
@@ -138,43 +134,37 @@ def _chunks(at: Sequences) -> Iterator[tuple[slice, slice, torch.Tensor]]:
 
 
 class TorchFlash:
-    """The flash attention inside torch: FlashAttention 2, or 3 after `use_flash_attention_3`. CUDA, bf16 or fp16."""
+    """Flash attention of torch: FlashAttention 2, or 3 after `use_flash_attention_3`. CUDA, bf16 or fp16."""
 
     def __init__(self, name: str = "torch's flash attention") -> None:
         self.name = name
 
-    def forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, at: Sequences, scale: float
-    ) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...]]:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, at: Sequences, scale: float) -> KernelOutput:
         """See VarlenKernel."""
         out, lse, seed, unused, _ = torch.ops.aten._flash_attention_forward(
             q, k, v, at.cu_q, at.cu_k, at.max_q, at.max_k, 0.0, True, False, scale=scale
         )
+        # an internal operator: its conventions may change with torch, and a wrong lse would train wrongly in silence
         if lse.shape != (q.shape[1], q.shape[0]):
             raise RuntimeError(f"torch {torch.__version__}: flash attention's log-sum-exp has shape {tuple(lse.shape)}")
-        return out, lse.T, (seed, unused)
+        return KernelOutput(out, lse.T, (seed, unused))
 
     def backward(
-        self,
-        do: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-        state: tuple[torch.Tensor, ...],
-        at: Sequences,
-        scale: float,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, output: KernelOutput, at: Sequences, scale: float
+    ) -> Gradients:
         """See VarlenKernel."""
         return torch.ops.aten._flash_attention_backward(
-            *(do, q, k, v, out, lse.T.contiguous(), at.cu_q, at.cu_k, at.max_q, at.max_k, 0.0, True, *state),
+            *(grad, q, k, v, output.out, output.lse.T.contiguous(), at.cu_q, at.cu_k, at.max_q, at.max_k, 0.0, True),
+            *output.state,
             scale=scale,
         )
 
 
 def use_flash_attention_3() -> bool:
-    """Has torch's flash attention run FlashAttention 3 (Hopper, package `flash_attn_interface`); False: not there."""
+    """Makes torch's flash attention use FlashAttention 3; False where that is not possible.
+
+    FlashAttention 3 needs a Hopper GPU and the package `flash_attn_interface`.
+    """
     activate = getattr(torch.nn.attention, "activate_flash_attention_impl", None)
     if activate is None or torch.cuda.get_device_capability()[0] != 9:
         return False
@@ -186,7 +176,7 @@ def use_flash_attention_3() -> bool:
 
 
 class TransformerEngineFused:
-    """cuDNN's fused attention through TransformerEngine (2.4 or newer). CUDA only, bf16 or fp16."""
+    """Fused attention of cuDNN through TransformerEngine 2.4 or newer. CUDA, bf16 or fp16."""
 
     name = "TransformerEngine's fused attention"
 
@@ -194,9 +184,7 @@ class TransformerEngineFused:
         self._module: Any = import_module("transformer_engine.pytorch.cpp_extensions.fused_attn")
         self._dtypes: Any = import_module("transformer_engine.pytorch.constants").TE_DType
 
-    def forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, at: Sequences, scale: float
-    ) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...]]:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, at: Sequences, scale: float) -> KernelOutput:
         """See VarlenKernel."""
         function = self._module.fused_attn_fwd
         arguments = te_arguments(inspect.signature(function), q, k, v, at, scale)
@@ -206,29 +194,22 @@ class TransformerEngineFused:
             raise RuntimeError(
                 f"cuDNN is too old: its log-sum-exp has shape {tuple(lse.shape)}, 9.7 or newer is needed"
             )
-        return out, lse[..., 0], tuple(state)
+        return KernelOutput(out, lse[..., 0], tuple(state))
 
     def backward(
-        self,
-        do: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-        state: tuple[torch.Tensor, ...],
-        at: Sequences,
-        scale: float,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, output: KernelOutput, at: Sequences, scale: float
+    ) -> Gradients:
         """See VarlenKernel."""
         function = self._module.fused_attn_bwd
         signature = inspect.signature(function)
         arguments = te_arguments(signature, q, k, v, at, scale)
-        if "dqkv_dtype" in signature.parameters:  # before 2.15
+        if "dqkv_dtype" in signature.parameters:  # TransformerEngine before 2.15
             arguments["dqkv_dtype"] = self._dtypes[q.dtype]
-        aux = [lse[..., None].contiguous(), *state]
-        found = function(o=out, d_o=do, aux_ctx_tensors=aux, fused_attention_backend=self._backend, **arguments)
-        return found[0], found[1], found[2]
+        aux = [output.lse[..., None].contiguous(), *output.state]
+        dq, dk, dv, *_ = function(
+            o=output.out, d_o=grad, aux_ctx_tensors=aux, fused_attention_backend=self._backend, **arguments
+        )
+        return dq, dk, dv
 
     @property
     def _backend(self) -> Any:
@@ -236,9 +217,9 @@ class TransformerEngineFused:
 
 
 def te_arguments(
-    signature: inspect.Signature, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, at: Sequences, scale: float
+    signature: inspect.Signature, q: Tensor, k: Tensor, v: Tensor, at: Sequences, scale: float
 ) -> dict[str, Any]:
-    """Arguments that TransformerEngine's forward and backward share, by name; layout names only where they exist."""
+    """Arguments common to TransformerEngine's forward and backward functions, as its installed release names them."""
     arguments = {
         "max_seqlen_q": math.ceil(at.max_q / MAX_MULTIPLE) * MAX_MULTIPLE,
         "max_seqlen_kv": math.ceil(at.max_k / MAX_MULTIPLE) * MAX_MULTIPLE,

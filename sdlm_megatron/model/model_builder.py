@@ -1,4 +1,4 @@
-"""From a shape to a Megatron-Core model on this process."""
+"""Construction of this process's model chunks in Megatron-Core from our configuration."""
 
 import importlib.util
 from collections.abc import Callable
@@ -19,19 +19,19 @@ from torch.nn.functional import silu
 from sdlm_megatron.config.schema import ModelConfig, ParallelConfig, TrainConfig
 from sdlm_megatron.diffusion.layout import RowLayout
 from sdlm_megatron.model.attention.contract import RowAttention
-from sdlm_megatron.model.attention.core_attention import SDLMCoreAttention
-from sdlm_megatron.model.gpt import SDLMModel
+from sdlm_megatron.model.gpt import SDLMCoreAttention, SDLMModel
 from sdlm_megatron.model.layers import TRANSFORMER_ENGINE, Layers
 from sdlm_megatron.weights.names import partition_dim
 from sdlm_megatron.weights.vocabulary import padded_vocab
 
 
 class RMSNorm(torch.nn.RMSNorm):
-    """torch's RMSNorm with the mark Megatron-Core needs to sum its gradient under sequence parallelism."""
+    """RMSNorm of torch, marked for Megatron-Core's sequence parallelism."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: object) -> None:
         device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype, device=device)
+        # each TP rank sees its share of the tokens; Megatron-Core sums the gradients of marked parameters over TP
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
@@ -44,7 +44,7 @@ def transformer_config(
     dtype: torch.dtype,
     initialize: bool,
 ) -> TransformerConfig:
-    """Megatron-Core's configuration of a Qwen2.5 / Llama shape."""
+    """Megatron-Core's configuration for a model of Qwen2.5 or Llama architecture."""
     cuda = torch.cuda.is_available()
     interleaved = parallel.virtual_pipeline > 1
     return TransformerConfig(
@@ -68,23 +68,24 @@ def transformer_config(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if interleaved else None,
-        # between two stages the interleaved schedule sends both ways at once, which one batched call cannot keep apart
+        # the interleaved schedule sends in both directions between two stages at the same time; batched calls of
+        # several chunks could not be matched
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
         sequence_parallel=parallel.sequence,
         **_recompute(train),
-        calculate_per_token_loss=True,
+        calculate_per_token_loss=True,  # numerators and denominators are summed, so empty rows weigh nothing
         use_cpu_initialization=not cuda,
         perform_initialization=initialize,
         init_method_std=0.02,
         gradient_accumulation_fusion=fuses_gradient_accumulation(),
-        batch_p2p_sync=False,  # a guard for old versions of torch: the host would wait at every hand-over of a stage
+        batch_p2p_sync=False,  # a workaround for old versions of torch that makes the host wait at each transfer
         **layers.arguments,
     )
 
 
 def _recompute(train: TrainConfig) -> dict[str, Any]:
-    """What the backward pass computes again, in Megatron-Core's terms."""
+    """Arguments of TransformerConfig for `train.recompute`."""
     if train.recompute == "selective":
         return {"recompute_granularity": "selective", "recompute_modules": ["layernorm"]}
     if train.recompute == "full" and train.recompute_layers:
@@ -99,17 +100,16 @@ def _recompute(train: TrainConfig) -> dict[str, Any]:
 
 
 def fuses_gradient_accumulation() -> bool:
-    """Whether Megatron-Core's linear layers can add a weight's gradient straight into the fp32 gradient buffer.
+    """Whether Megatron-Core's linear layers can add weight gradients directly to the fp32 gradient buffer.
 
-    They can on a GPU where Apex was built with its CUDA extensions, and refuse to be built with the setting elsewhere:
-    there the gradient is made first, in the weight's precision, and then added. TransformerEngine's layers need no
-    Apex: `build_model` tells them.
+    That needs a GPU and Apex with its CUDA extensions; without them the layers refuse the setting. TransformerEngine's
+    layers need no Apex, see `build_model`.
     """
     return torch.cuda.is_available() and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
 
 
 def block_spec(config: TransformerConfig, kind: str) -> TransformerBlockSubmodules:
-    """This stage's layers of the kind that `choose_layers` names, with our core attention."""
+    """Specification of this stage's layers, of the kind chosen by `choose_layers`, with our core attention."""
     if kind == TRANSFORMER_ENGINE:
         spec, norm = _transformer_engine_spec(config)
     else:
@@ -120,9 +120,10 @@ def block_spec(config: TransformerConfig, kind: str) -> TransformerBlockSubmodul
 
 
 def _transformer_engine_spec(config: TransformerConfig) -> tuple[ModuleSpec, type]:
-    """Norm and linear layer in one module; apart where the norm's output is to be recomputed.
+    """Specification of TransformerEngine's layers, and their norm.
 
-    Checkpoints name the norms as the fused modules do, as those of Megatron-Core's own layers also do.
+    Norm and linear layer are one module, except where the output of the norm is to be recomputed. Parameter names in
+    checkpoints are the same either way.
     """
     from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TENorm
 
@@ -131,7 +132,7 @@ def _transformer_engine_spec(config: TransformerConfig) -> tuple[ModuleSpec, typ
         layer, mlp = spec.submodules, spec.submodules.mlp
         layer.input_layernorm = layer.pre_mlp_layernorm = TENorm
         layer.self_attention.submodules.linear_qkv = TEColumnParallelLinear
-        # a partial in 0.19, a ModuleSpec in 0.16
+        # Megatron-Core 0.19 has a partial here, 0.16 a ModuleSpec
         parts: Any = mlp.keywords["submodules"] if isinstance(mlp, partial) else mlp.submodules
         parts.linear_fc1 = TEColumnParallelLinear
         layer.sharded_state_dict_keys_map = get_gpt_layer_local_spec().submodules.sharded_state_dict_keys_map
@@ -150,10 +151,19 @@ def build_model(
     logits_mb: float,
     chunk: int = 0,
 ) -> SDLMModel:
-    """One of this process's model chunks: a pipeline stage has one, under the interleaved schedule several.
+    """Builds one of this process's model chunks.
 
-    `first_stage`, `last_stage`: the process is the first or last of the pipeline. Stage p of P holds the chunks p,
-    p + P, p + 2 P, … of the model; `chunk` counts them.
+    A pipeline stage has one chunk, under the interleaved schedule several: stage p of P holds the chunks p, p + P,
+    p + 2 P, … of the model.
+
+    Args:
+        shape: of the model.
+        config: from `transformer_config`.
+        layers: from `choose_layers`.
+        first_stage, last_stage: whether this process is the first or last stage of the pipeline.
+        max_positions: longest position id + 1.
+        row_attention, logits_mb: see SDLMModel.
+        chunk: index of the chunk on this stage.
     """
     chunks = config.virtual_pipeline_model_parallel_size or 1
     model = SDLMModel(
@@ -171,11 +181,11 @@ def build_model(
         logits_mb=logits_mb,
     )
     for module in model.modules():
-        if hasattr(module, "fuse_wgrad_accumulation"):  # TransformerEngine's; asked in each forward pass
+        if hasattr(module, "fuse_wgrad_accumulation"):  # TransformerEngine's layers read it in each forward pass
             module.fuse_wgrad_accumulation = True
     for name, parameter in model.named_parameters():
-        # Megatron-Core marks split tensors while it fills them; without the mark the gradient norm would count
-        # TP rank 0's part only. Where the weights come from a file nothing is filled, so the mark is set here.
+        # Megatron-Core marks sharded parameters while it initializes them. When weights are loaded instead, nothing
+        # is initialized, and without the mark the gradient norm would count the shard of TP rank 0 only.
         dim = partition_dim(name)
         if dim is not None and not hasattr(parameter, "tensor_model_parallel"):
             set_tensor_model_parallel_attributes(parameter, True, dim, 1)
