@@ -160,7 +160,7 @@ def _observers(config: RunConfig, plan: "Plan", watch: Watch, layout: str, group
 
     from sdlm_megatron.metrics.console import Console
     from sdlm_megatron.metrics.sinks import Sinks
-    from sdlm_megatron.planner.peak_flops import peak_flops
+    from sdlm_megatron.planner.flops import peak_flops
 
     run_dir = Path(config.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,7 @@ from dev.bench.measure import LiveTensors
 from sdlm_megatron.config.schema import ModelConfig, RunConfig
 from sdlm_megatron.diffusion.layout import RowLayout, draw_starts, pack_row
 from sdlm_megatron.diffusion.row import make_micro_batch
-from sdlm_megatron.planner.memory import Row
+from sdlm_megatron.planner.memory import RowTokens
 
 LENGTH, D, REPEAT = 512, 4, 3
 BASE = {
@@ -74,10 +74,10 @@ def packed_row(seed: int) -> tuple[np.ndarray, RowLayout]:
     return pack_row(documents, block_size=D, mask_token_id=3)
 
 
-def row_of(layout: RowLayout, targets: int) -> Row:
+def row_of(layout: RowLayout, targets: int) -> RowTokens:
     """The row as the planner describes it."""
     block = layout.n_block_tokens
-    return Row(LENGTH, layout.n_clean, block, block / REPEAT, targets, D)
+    return RowTokens(LENGTH, layout.n_clean, block, block / REPEAT, targets, D)
 
 
 @dataclass
@@ -92,7 +92,7 @@ class Measured:
     """Of a forward and backward pass, on top of the rest."""
 
 
-def measure(name: str) -> tuple[Measured, Row]:
+def measure(name: str) -> tuple[Measured, RowTokens]:
     """Builds the case's model on this process and counts."""
     from sdlm_megatron.parallel.engine import Engine
     from sdlm_megatron.parallel.groups import init_groups

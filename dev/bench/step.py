@@ -54,8 +54,7 @@ from sdlm_megatron.diffusion.row import MicroBatch  # noqa: E402
 from sdlm_megatron.errors import TrainingError, run_cli  # noqa: E402
 from sdlm_megatron.parallel.engine import DTYPES, Engine  # noqa: E402
 from sdlm_megatron.parallel.groups import Groups, close_groups, init_groups  # noqa: E402
-from sdlm_megatron.planner.flops import ModelShape, step_flops  # noqa: E402
-from sdlm_megatron.planner.peak_flops import peak_flops  # noqa: E402
+from sdlm_megatron.planner.flops import peak_flops, step_flops  # noqa: E402
 
 SAME = {"fp32": 1e-4, "bf16": 1e-2}
 """Largest relative difference of loss and gradient norm from the reference."""
@@ -142,7 +141,7 @@ class Case:
     @property
     def flops(self) -> int:
         labels = sum(len(b.label_index) for b in self.rows)
-        return step_flops(ModelShape.of(self.engine.shape), [b.layout for b in self.rows], labels)
+        return step_flops(self.engine.shape, [b.layout for b in self.rows], labels)
 
 
 def make_case(args: argparse.Namespace, shape: ModelConfig, groups: Groups, *, tokens: int, attention: str) -> Case:

@@ -30,6 +30,11 @@ class ModelConfig:
     qkv_bias: bool = True
     """Biases on the query, key and value projections: Qwen2.5 has them, Llama shapes do not."""
 
+    @property
+    def head_size(self) -> int:
+        """Dimension of an attention head: head_dim, or where that is 0 hidden_size / num_attention_heads."""
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
 
 @dataclass
 class DiffusionConfig:

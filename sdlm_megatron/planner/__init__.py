@@ -1,1 +1,1 @@
-"""What a layout needs in memory and time, without building anything: `python -m sdlm_megatron.planner.plan`."""
+"""Planner: memory, time and cost of a layout without building anything. The command is `sdlm plan`."""

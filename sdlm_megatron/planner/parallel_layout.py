@@ -1,8 +1,9 @@
-"""A layout: how the model and a step are spread over the GPUs, and the sizes one GPU then holds."""
+"""Parallel layout of a run: how model and step are spread over the GPUs, and the sizes on one GPU."""
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
-from sdlm_megatron.config.schema import ModelConfig, RunConfig
+from sdlm_megatron.config.schema import ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from sdlm_megatron.data.order import micro_batches
 from sdlm_megatron.weights.vocabulary import padded_vocab
 
@@ -11,51 +12,55 @@ BYTES = {"bf16": 2, "fp32": 4}
 
 @dataclass(frozen=True)
 class Kernels:
-    """What decides which tensors a layer keeps for the backward pass."""
+    """Properties of a kind of layers that decide which tensors it keeps for the backward pass."""
 
     name: str
+    """As in train.layers."""
     fused_norm: bool
-    """The norm keeps its input and one number a row; otherwise (torch's RMSNorm on a CPU) fp32 copies too."""
+    """The norm keeps its input and one number per token; torch's RMSNorm on a CPU also keeps fp32 copies."""
     fused_swiglu: bool
-    """SwiGLU keeps its input only; otherwise every step of it."""
+    """SwiGLU keeps only its input; otherwise every intermediate."""
     fused_rope: bool
-    """RoPE keeps nothing; otherwise a cosine and a sine in the weights' type, for queries and for keys."""
+    """RoPE keeps nothing; otherwise cosines and sines in the weights' dtype, for queries and for keys."""
     fused_accumulation: bool
-    """Weight gradients are added to the fp32 buffer by the matrix product itself."""
+    """The matrix product adds weight gradients to the fp32 buffer; otherwise they are separate tensors first."""
     logit_bytes: int
-    """What the head allocates for a logit of a chunk, in bf16."""
+    """Bytes that the head allocates per logit of a chunk, in bf16."""
     logit_fp32: int
     """The same in fp32."""
 
 
+# Megatron-Core's own layers on a CPU, which is what the tests can measure. There the head processes a few rows at a
+# time in fp32, on a GPU all rows of a chunk.
 CPU = Kernels("megatron", False, False, False, False, 3, 4)
-"""Megatron-Core's own layers as they run on a CPU: what the tests measure. The head there has a few rows at a time in
-fp32, on a GPU all rows of a chunk."""
 MEGATRON = Kernels("megatron", True, True, False, False, 6, 8)
 TRANSFORMER_ENGINE = Kernels("transformer_engine", True, True, True, True, 6, 8)
 ON_GPU = {k.name: k for k in (MEGATRON, TRANSFORMER_ENGINE)}
 
 
 @dataclass(frozen=True)
-class Layout:
-    """Everything of a run that decides memory and time, apart from the rows."""
+class ParallelLayout:
+    """Number of GPUs and the settings of a run that decide memory and time per row."""
 
     gpus: int
-    tensor: int
-    pipeline: int
-    virtual: int
-    sequence: bool
-    distributed_optimizer: bool
-    overlap_grad_reduce: bool
-    overlap_param_gather: bool
-    overlap_tensor: bool
-    recompute: str
-    recompute_layers: int
-    """With recompute full: layers of each model chunk, all of them if 0."""
+    parallel: ParallelConfig
+    train: TrainConfig
     kernels: Kernels
-    precision: str
-    fp8: str
-    logits_mb: float
+
+    @property
+    def tensor(self) -> int:
+        """Tensor-parallel size."""
+        return self.parallel.tensor
+
+    @property
+    def pipeline(self) -> int:
+        """Pipeline stages."""
+        return self.parallel.pipeline
+
+    @property
+    def virtual(self) -> int:
+        """Model chunks per stage."""
+        return self.parallel.virtual_pipeline
 
     @property
     def data(self) -> int:
@@ -64,61 +69,49 @@ class Layout:
 
     @property
     def bytes(self) -> int:
-        """Of a weight or activation."""
-        return BYTES[self.precision]
+        """Bytes of a weight or activation."""
+        return BYTES[self.train.precision]
 
     def micro_batches(self, rows: int) -> int:
-        """Of a data-parallel rank for a step of `rows` rows; the interleaved schedule takes them in turns of PP."""
+        """Micro-batches per data-parallel rank of a step of `rows` rows."""
+        # the interleaved schedule processes them in groups of PP
         multiple = self.pipeline if self.virtual > 1 else 1
         return micro_batches(rows, self.data, multiple)
 
-    def with_recompute(self, kind: str, layers: int = 0) -> "Layout":
-        return replace(self, recompute=kind, recompute_layers=layers)
+    def recomputed_layers(self, layers: int) -> int:
+        """Layers of a model chunk of `layers` layers that full recomputation runs again."""
+        if self.train.recompute != "full":
+            return 0
+        return min(self.train.recompute_layers or layers, layers)
+
+    def change(self, **settings: Any) -> "ParallelLayout":
+        """A copy with other settings, by their names in the sections `parallel` and `train`."""
+        of_parallel = {key: value for key, value in settings.items() if hasattr(self.parallel, key)}
+        of_train = {key: value for key, value in settings.items() if key not in of_parallel}
+        return replace(self, parallel=replace(self.parallel, **of_parallel), train=replace(self.train, **of_train))
+
+    def with_recompute(self, kind: str, layers: int = 0) -> "ParallelLayout":
+        """A copy with other recomputation."""
+        return self.change(recompute=kind, recompute_layers=layers)
 
     def settings(self) -> dict[str, object]:
-        """The settings of a run with this layout."""
-        return {
-            "parallel.tensor": self.tensor,
-            "parallel.pipeline": self.pipeline,
-            "parallel.virtual_pipeline": self.virtual,
-            "parallel.sequence": self.sequence,
-            "parallel.distributed_optimizer": self.distributed_optimizer,
-            "parallel.overlap_grad_reduce": self.overlap_grad_reduce,
-            "parallel.overlap_param_gather": self.overlap_param_gather,
-            "parallel.overlap_tensor": self.overlap_tensor,
-            "train.layers": self.kernels.name,
-            "train.fp8": self.fp8,
-            "train.recompute": self.recompute,
-            "train.recompute_layers": self.recompute_layers,
+        """Settings of a run with this layout."""
+        train = {"layers": self.kernels.name}
+        train |= {key: getattr(self.train, key) for key in ("fp8", "recompute", "recompute_layers")}
+        return {f"parallel.{key}": value for key, value in asdict(self.parallel).items()} | {
+            f"train.{key}": value for key, value in train.items()
         }
 
 
-def layout_of(config: RunConfig, gpus: int, kernels: Kernels | None = None) -> Layout:
-    """The layout of a configuration on so many GPUs; `train.layers=auto` means TransformerEngine, as on a GPU."""
-    parallel, train = config.parallel, config.train
-    name = "transformer_engine" if train.layers == "auto" else train.layers
-    return Layout(
-        gpus=gpus,
-        tensor=parallel.tensor,
-        pipeline=parallel.pipeline,
-        virtual=parallel.virtual_pipeline,
-        sequence=parallel.sequence,
-        distributed_optimizer=parallel.distributed_optimizer,
-        overlap_grad_reduce=parallel.overlap_grad_reduce,
-        overlap_param_gather=parallel.overlap_param_gather,
-        overlap_tensor=parallel.overlap_tensor,
-        recompute=train.recompute,
-        recompute_layers=train.recompute_layers,
-        kernels=kernels or ON_GPU[name],
-        precision=train.precision,
-        fp8=train.fp8,
-        logits_mb=train.logits_mb,
-    )
+def layout_of(config: RunConfig, gpus: int, kernels: Kernels | None = None) -> ParallelLayout:
+    """The layout of a configuration; `train.layers=auto` means TransformerEngine, as on a GPU."""
+    name = "transformer_engine" if config.train.layers == "auto" else config.train.layers
+    return ParallelLayout(gpus, config.parallel, config.train, kernels or ON_GPU[name])
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """Sizes on one GPU, in elements."""
+class ShardSizes:
+    """Sizes of a model's tensors on one GPU, in elements."""
 
     hidden: int
     attention: int
@@ -129,16 +122,16 @@ class Sizes:
     head_dim: int
     ffn: int
     vocab: int
-    """Rows of embedding and head, padding included."""
+    """Rows of embedding and head, with padding."""
     qkv: int
-    """Rows of the QKV weight: a share of q, k and v, also where KV heads are fewer than TP (then the product is
-    gathered, and every GPU takes the KV head it needs)."""
+    """Rows of the QKV weight. It is divided evenly even where KV heads are fewer than TP ranks: then its output is
+    gathered, and each rank takes the KV head it needs."""
 
 
-def sizes_of(model: ModelConfig, tensor: int) -> Sizes:
+def sizes_of(model: ModelConfig, tensor: int) -> ShardSizes:
     """Sizes of a model that is split over `tensor` GPUs."""
-    dim = model.head_dim or model.hidden_size // model.num_attention_heads
-    return Sizes(
+    dim = model.head_size
+    return ShardSizes(
         hidden=model.hidden_size,
         attention=model.num_attention_heads * dim // tensor,
         kv=max(1, model.num_query_groups // tensor) * dim,

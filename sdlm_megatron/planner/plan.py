@@ -1,7 +1,6 @@
-"""Memory, time and cost of a training run, and the best layouts for a number of GPUs; nothing is built or started.
+"""Plan a run: memory of a GPU, time of a step, cost, and the fastest layouts for a number of GPUs.
 
-The numbers are a model's: docs/planning.md says which, how it was checked, and what was not. Every assumption is
-printed and can be set.
+Nothing is built or started; the numbers come from a model of training, see docs/planning.md.
 """
 
 import argparse
@@ -15,10 +14,10 @@ from sdlm_megatron.config.load import PRESETS, load_config, preset_names
 from sdlm_megatron.config.schema import RunConfig
 from sdlm_megatron.config.validate import check_model
 from sdlm_megatron.errors import ConfigError, run_cli
-from sdlm_megatron.planner import plan_text as report
-from sdlm_megatron.planner.assumptions import DEVICES, assume, device_of, explain
+from sdlm_megatron.planner import plan_text
+from sdlm_megatron.planner.assumptions import DEVICES, Assumptions, assume, device_of, explain
 from sdlm_megatron.planner.parallel_layout import layout_of
-from sdlm_megatron.planner.search import CLOSE, Plan, Planner, recommended
+from sdlm_megatron.planner.search import CLOSE, LayoutPlan, Planner, recommended
 from sdlm_megatron.planner.workload import workload
 
 EXAMPLES = """sdlm plan sdlm_32b_d4 --gpus 64
@@ -30,16 +29,19 @@ MOST_GPUS = 4096
 def build_parser() -> argparse.ArgumentParser:
     """Options of the command."""
     notes = "Any setting of training may follow as --section.key=value; `sdlm train --help` lists them."
+    notes += f"\n\n{plan_text.assumptions_text(Assumptions())}"
     parser = make_parser("sdlm plan", __doc__, example=EXAMPLES, notes=notes, settings=RunConfig)
     parser.add_argument("preset", help=f"YAML file or preset: {', '.join(preset_names(PRESETS))}")
-    parser.add_argument("--gpus", type=int, required=True, metavar="N", help=f"1 to {MOST_GPUS}")
+    parser.add_argument("--gpus", type=int, required=True, metavar="N", help=f"number of GPUs, 1 to {MOST_GPUS}")
     parser.add_argument("--gpu", choices=DEVICES, default="h100", help="kind of GPU")
     parser.add_argument("--data", default="", metavar="DIR", help="a packed dataset; default: the published mixture")
-    parser.add_argument("--price", type=float, default=0.0, metavar="USD", help="of a GPU-hour")
-    parser.add_argument("--top", type=int, default=5, metavar="K", help="layouts to show; 0: only the preset's")
-    parser.add_argument("--fp8", action="store_true", help="the same as --train.fp8=current")
-    parser.add_argument("--assume", action="append", default=[], metavar="NAME=VALUE", help="may be given many times")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    parser.add_argument("--price", type=float, default=0.0, metavar="USD", help="price of a GPU-hour")
+    parser.add_argument("--top", type=int, default=5, metavar="K", help="layouts to show; 0: only that of the preset")
+    parser.add_argument("--fp8", action="store_true", help="same as --train.fp8=current")
+    parser.add_argument(
+        "--assume", action="append", default=[], metavar="NAME=VALUE", help="set an assumption (below); repeatable"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
     return parser
 
 
@@ -51,10 +53,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.fp8:
         overrides = [*overrides, "--train.fp8=current"]
     config = load_config(RunConfig, args.preset, overrides, PRESETS)
-    given = assume(args.assume)
-    work = workload(config, args.data or config.data.path, given)
-    planner = Planner(config, work, device_of(args.gpu, given), given)
-    check_model(config.model, RunConfig(), work.row.length)  # the sizes; the layout is checked below
+    assumed = assume(args.assume)
+    work = workload(config, args.data or config.data.path, assumed)
+    planner = Planner(config, work, device_of(args.gpu, assumed), assumed)
+    check_model(config.model, RunConfig(), work.row.length)  # only the sizes: the layout is checked below
     own, problem = _preset_plan(planner, args.gpus)
     best = planner.best(args.gpus) if args.top > 0 else []
     if args.json:
@@ -63,8 +65,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(_text(args, planner, own, problem, best))
 
 
-def _preset_plan(planner: Planner, gpus: int) -> tuple[Plan | None, str]:
-    """Of the preset's own layout; None and the reason where training would refuse it on so many GPUs."""
+def _preset_plan(planner: Planner, gpus: int) -> tuple[LayoutPlan | None, str]:
+    """Plan of the preset's layout, or None and the reason where training would refuse it on `gpus` GPUs."""
     size = planner.config.parallel.tensor * planner.config.parallel.pipeline
     try:
         if gpus < size:
@@ -76,43 +78,63 @@ def _preset_plan(planner: Planner, gpus: int) -> tuple[Plan | None, str]:
     return planner.plan(layout), ""
 
 
-def _text(args: argparse.Namespace, planner: Planner, own: Plan | None, problem: str, best: list[Plan]) -> str:
-    parts = [report.header(planner, args.preset, args.gpus)]
-    if own is None:
-        parts.append(f"the preset's layout cannot run here: {problem}")
-    else:
-        parts.append(f"the preset's layout: {report.details(own, args.price)}")
+def _text(
+    args: argparse.Namespace, planner: Planner, own: LayoutPlan | None, problem: str, best: list[LayoutPlan]
+) -> str:
+    """Header, the preset's layout in detail, the fastest layouts, the recommended one, notes."""
+    parts = [plan_text.header(planner, args.preset, args.gpus)]
     choice = recommended(best)
-    if args.top > 0:
-        if choice is None:
-            parts.append("no layout fits: more GPUs, or GPUs with more memory")
-        else:
-            parts.append(f"fastest layouts of {len(best)} that fit:\n{report.table(best[: args.top])}")
-            settings = " ".join(f"--{k}={str(v).lower()}" for k, v in choice.layout.settings().items())
-            text = report.details(choice, args.price)
-            parts.append(f"recommended, the simplest within {CLOSE:.0%} of the fastest: {text}\n  {settings}")
+    if own is None:
+        parts.append(f"layout of the preset: cannot run on {args.gpus} GPUs: {problem}")
+    else:
+        parts.append(f"layout of the preset: {plan_text.layout_text(own)}\n{plan_text.details(own, args.price)}")
+    if args.top > 0 and choice is None:
+        parts.append("no layout fits: use more GPUs, or GPUs with more memory")
+    elif choice is not None:
+        parts += _recommendation(args, planner, own, best, choice)
     subject = choice or own
     if subject is not None:
-        parts.append(report.batch_note(subject))
-    parts.append(report.assumptions_text(planner))
+        parts.append(plan_text.batch_note(subject))
+    parts.append(plan_text.changed_assumptions(planner.assumed))
     return "\n\n".join(parts)
 
 
+def _recommendation(
+    args: argparse.Namespace, planner: Planner, own: LayoutPlan | None, best: list[LayoutPlan], choice: LayoutPlan
+) -> list[str]:
+    """Table of the fastest layouts; details of the recommended one where it is not the preset's, and its settings."""
+    shown = best[: args.top]
+    shown += [plan for plan in (own, choice) if plan is not None and plan not in shown]
+    labels = [", ".join(n for n, p in (("preset", own), ("recommended", choice)) if plan == p) for plan in shown]
+    parts = [
+        f"fastest layouts ({len(best)} fit); recommended is the simplest within {CLOSE:.0%} of the fastest:\n"
+        f"{plan_text.table(shown, labels)}"
+    ]
+    if choice != own:
+        preset = layout_of(planner.config, args.gpus).settings()
+        changed = {key: value for key, value in choice.layout.settings().items() if value != preset[key]}
+        settings = " ".join(f"--{key}={str(value).lower()}" for key, value in changed.items())
+        details = plan_text.details(choice, args.price)
+        parts.append(f"recommended layout: {plan_text.layout_text(choice)}\n{details}\n  use it with: {settings}")
+    return parts
+
+
 def _document(
-    args: argparse.Namespace, planner: Planner, own: Plan | None, problem: str, best: list[Plan]
+    args: argparse.Namespace, planner: Planner, own: LayoutPlan | None, problem: str, best: list[LayoutPlan]
 ) -> dict[str, Any]:
+    """The plan for programs, as printed with --json."""
     choice = recommended(best)
     subject = choice or own
     return {
         "preset": args.preset,
         "gpus": args.gpus,
         "gpu": args.gpu,
-        "workload": report.work_dict(planner.work),
-        "preset_layout": report.as_dict(own, args.price) if own else {"problem": problem},
-        "best": [report.as_dict(plan, args.price) for plan in best[: args.top]],
-        "recommended": report.as_dict(choice, args.price) if choice else None,
-        "notes": report.batch_note(subject).splitlines() if subject else [],
-        "assumptions": {name: value for name, value, _ in explain(planner.given)},
+        "workload": plan_text.work_dict(planner.work),
+        "preset_layout": plan_text.as_dict(own, args.price) if own else {"problem": problem},
+        "best": [plan_text.as_dict(plan, args.price) for plan in best[: args.top]],
+        "recommended": plan_text.as_dict(choice, args.price) if choice else None,
+        "notes": plan_text.batch_note(subject).splitlines() if subject else [],
+        "assumptions": {name: value for name, value, _ in explain(planner.assumed)},
     }
 
 

@@ -1,27 +1,28 @@
-"""What the planner prints: tables for people, the same as a dictionary for programs."""
+"""Output of the planner: one screen of text for people, a dictionary for programs."""
 
 import math
 from collections.abc import Sequence
+from itertools import zip_longest
 from typing import Any
 
-from sdlm_megatron.planner.assumptions import explain
-from sdlm_megatron.planner.search import Plan, Planner
+from sdlm_megatron.planner.assumptions import Assumptions, explain
+from sdlm_megatron.planner.search import LayoutPlan, Planner
 from sdlm_megatron.planner.workload import Workload
 
 MEMORY = {
     "weights": "weights",
     "gradients": "gradients, fp32",
-    "optimizer": "optimizer: fp32 masters, Adam's moments",
-    "activations": "activations kept for the backward pass",
-    "working": "largest moment of a backward pass on top",
-    "logits": "logits of a chunk, if that is the moment",
-    "buffers": "buffers: gathered sequence, FP8 weights",
+    "optimizer": "optimizer state",
+    "activations": "activations",
+    "working": "peak of a backward pass",
+    "logits": "logits",
+    "buffers": "buffers",
 }
 TIME = {
     "gemm": "matrix products of the layers",
     "attention": "attention",
     "head": "LM head and cross entropy",
-    "elementwise": "norms, RoPE, SwiGLU, sums",
+    "elementwise": "norms, RoPE, SwiGLU, residuals",
     "recompute": "recomputation",
     "empty_rows": "empty rows",
     "tensor_communication": "tensor-parallel communication",
@@ -29,91 +30,104 @@ TIME = {
     "pipeline_communication": "pipeline communication",
     "data_communication": "data-parallel communication, not hidden",
     "optimizer": "optimizer",
-    "overhead": "between steps, stragglers",
+    "overhead": "host work, waiting for the slowest GPU",
 }
-COLUMNS = ("TP", "PP", "VPP", "DP", "SP", "dist. opt.", "recompute", "layers", "GB", "step s", "hours", "GPU-h", "MFU")
-
-
-def layout_text(plan: Plan) -> str:
-    """A layout in one line."""
-    at = plan.layout
-    parts = [f"TP {at.tensor}", f"PP {at.pipeline}", f"DP {at.data}"]
-    if at.virtual > 1:
-        parts.insert(2, f"VPP {at.virtual}")
-    words = ["sequence parallel"] if at.sequence else []
-    words += ["distributed optimizer" if at.distributed_optimizer else "optimizer on every rank"]
-    words += [f"recompute {_recompute(plan)}", f"{at.kernels.name} layers"]
-    if at.fp8 != "none":
-        words.append(f"FP8 {at.fp8}")
-    return " x ".join(parts) + "; " + ", ".join(words)
-
-
-def _recompute(plan: Plan) -> str:
-    at = plan.layout
-    if at.recompute != "full" or not at.recompute_layers:
-        return at.recompute
-    return f"full, {at.recompute_layers} layers{' a chunk' if at.virtual > 1 else ''}"
+COLUMNS = (
+    "",
+    "TP",
+    "PP",
+    "VPP",
+    "DP",
+    "SP",
+    "dist. opt.",
+    "recompute",
+    "layers",
+    "GB",
+    "step s",
+    "hours",
+    "GPU-h",
+    "MFU",
+)
 
 
 def header(planner: Planner, name: str, gpus: int) -> str:
-    """What is planned."""
-    work, device, row = planner.work, planner.device, planner.work.row
-    flops = planner.work.row_flops(planner.shape)
-    more = f" (+ {row.next_token_targets:,.0f} of clean tokens)" if row.next_token_targets else ""
+    """Subject of the plan: GPUs, data, size of a step."""
+    work, device, row, train = planner.work, planner.device, planner.work.row, planner.config.train
+    clean = f" and {row.next_token_targets:,.0f} clean targets" if row.next_token_targets else ""
+    rows = f" = {planner.rows} rows" if train.global_batch_unit != "rows" else ""
+    flops = work.row_flops(planner.model) * work.rows
     return "\n".join(
         [
-            f"{name} on {gpus} {device.name.upper()} of {device.memory / 1e9:.0f} GB, "
-            f"{device.peak / 1e12:.0f} TFLOP/s bf16 peak",
-            f"  {work.source}",
-            f"  {work.rows:,.0f} rows of {row.length} with {work.documents_per_row:.2f} documents, "
-            f"{row.clean:,.0f} clean + {row.block:,.0f} block tokens, {row.targets:,.0f} targets{more}, "
-            f"{work.pairs / 1e6:.2f} M visible pairs each; {work.useful_tokens / 1e9:.2f} G tokens, "
-            f"{flops * work.rows:.3g} FLOPs an epoch",
-            f"  a step is {planner.config.train.global_batch} {planner.config.train.global_batch_unit}"
-            f"{f' = {planner.rows} rows' if planner.config.train.global_batch_unit != 'rows' else ''}",
+            f"{name} on {gpus} x {device.name.upper()} ({device.memory / 1e9:.0f} GB, "
+            f"{device.peak / 1e12:.0f} TFLOP/s bf16 peak)",
+            f"  data   {work.source}",
+            f"  epoch  {work.rows:,.0f} rows of {row.length:,} tokens, {work.useful_tokens / 1e9:.2f} G tokens without "
+            f"padding, {flops:.3g} FLOPs",
+            f"  row    {work.documents_per_row:.2f} documents: {row.clean:,.0f} clean + {row.block:,.0f} block tokens, "
+            f"{row.targets:,.0f} targets{clean}, {work.pairs / 1e6:.2f} M visible pairs",
+            f"  step   {train.global_batch} {train.global_batch_unit}{rows}",
         ]
     )
 
 
-def details(plan: Plan, price: float) -> str:
-    """Memory and time of a layout, item by item."""
+def layout_text(plan: LayoutPlan) -> str:
+    """A layout in one line."""
+    at = plan.layout
+    degrees = [f"TP {at.tensor}", f"PP {at.pipeline}", f"DP {at.data}"]
+    if at.virtual > 1:
+        degrees.insert(2, f"VPP {at.virtual}")
+    parts = [" x ".join(degrees)]
+    parts += ["sequence parallelism"] if at.parallel.sequence else []
+    parts += ["distributed optimizer" if at.parallel.distributed_optimizer else "replicated optimizer"]
+    parts += ["no recomputation" if at.train.recompute == "none" else f"recompute {_recompute(plan)}"]
+    parts += [f"{at.kernels.name} layers"]
+    parts += [f"FP8 {at.train.fp8}"] if at.train.fp8 != "none" else []
+    return ", ".join(parts)
+
+
+def _recompute(plan: LayoutPlan) -> str:
+    at = plan.layout
+    if at.train.recompute != "full" or not at.train.recompute_layers:
+        return at.train.recompute
+    return f"full, {at.train.recompute_layers} layers{' per chunk' if at.virtual > 1 else ''}"
+
+
+def details(plan: LayoutPlan, price: float) -> str:
+    """Memory of a GPU and time of a step, item by item and side by side, and the cost of the run."""
     memory, time = plan.memory, plan.time
-    lines = [layout_text(plan), f"  memory of a GPU of stage {memory.stage}:"]
-    lines += [f"    {value / 1e9:7.2f} GB  {MEMORY[key]}" for key, value in memory.items().items()]
-    verdict = "fits" if plan.fits else "DOES NOT FIT"
-    lines.append(f"    {memory.total / 1e9:7.2f} GB  of {plan.room / 1e9:.1f} GB that tensors may take: {verdict}")
-    lines.append(
-        f"  a step of {plan.rows} rows, {plan.micro_batches} micro-batches a rank, {plan.empty_rows} empty rows:"
-    )
-    lines += [
-        f"    {value * 1e3:8.1f} ms {value / time.total:6.1%}  {TIME[key]}"
-        for key, value in vars(time).items()
-        if value > 0
-    ]
+    left = [f"memory per GPU (stage {memory.stage})"]
+    left += [f"{value / 1e9:8.2f} GB  {MEMORY[key]}" for key, value in memory.items().items() if value > 0]
+    left += [f"{memory.total / 1e9:8.2f} GB  total", f"{plan.room / 1e9:8.2f} GB  available to tensors"]
+    left += [" " * 13 + ("fits" if plan.fits else "DOES NOT FIT")]
+    right = ["time per step"]
+    right += [f"{s * 1e3:8.1f} ms {s / time.total:6.1%}  {TIME[key]}" for key, s in vars(time).items() if s > 0]
+    right += [f"{time.total * 1e3:8.1f} ms         total"]
+    width = max(map(len, left)) + 3
+    lines = [f"  {a:{width}}{b}".rstrip() for a, b in zip_longest(left, right, fillvalue="")]
     cost = f", ${plan.gpu_hours * price:,.0f}" if price else ""
-    lines.append(f"    {time.total * 1e3:8.1f} ms")
-    lines.append(
-        f"  the run: {plan.steps:,} steps, {plan.flops:.3g} FLOPs, {plan.seconds / 3600:.1f} hours, "
-        f"{plan.gpu_hours:,.0f} GPU-hours{cost}; MFU {plan.mfu:.1%}"
+    run = (
+        f"run: {plan.steps:,} steps, {plan.seconds / 3600:.1f} hours, {plan.gpu_hours:,.0f} GPU-hours{cost}; "
+        f"{plan.flops:.3g} model FLOPs, MFU {plan.mfu:.1%}"
     )
-    return "\n".join(lines)
+    return "\n".join([*lines, f"  {run}"])
 
 
-def table(plans: Sequence[Plan]) -> str:
-    """Layouts side by side."""
+def table(plans: Sequence[LayoutPlan], labels: Sequence[str]) -> str:
+    """Layouts side by side, each with a label."""
     rows: list[tuple[str, ...]] = [COLUMNS]
-    for plan in plans:
+    for plan, label in zip(plans, labels, strict=True):
         at = plan.layout
         rows.append(
             (
+                label,
                 str(at.tensor),
                 str(at.pipeline),
                 str(at.virtual),
                 str(at.data),
-                "yes" if at.sequence else "no",
-                "yes" if at.distributed_optimizer else "no",
+                "yes" if at.parallel.sequence else "no",
+                "yes" if at.parallel.distributed_optimizer else "no",
                 _recompute(plan),
-                at.kernels.name,
+                {"transformer_engine": "TE"}.get(at.kernels.name, at.kernels.name),
                 f"{plan.memory.total / 1e9:.1f}",
                 f"{plan.time.total:.3f}",
                 f"{plan.seconds / 3600:.1f}",
@@ -122,50 +136,59 @@ def table(plans: Sequence[Plan]) -> str:
             )
         )
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  " + "  ".join(x.rjust(w) for x, w in zip(row, widths, strict=True)) for row in rows)
+    return "\n".join(
+        "  " + "  ".join([row[0].ljust(widths[0]), *(x.rjust(w) for x, w in zip(row[1:], widths[1:], strict=True))])
+        for row in rows
+    )
 
 
-def batch_note(plan: Plan) -> str:
-    """What the size of the global batch does to this many GPUs."""
+def batch_note(plan: LayoutPlan) -> str:
+    """Effect of the size of the global batch on this number of GPUs."""
     at, size = plan.layout, plan.layout.tensor * plan.layout.pipeline
     slots = plan.micro_batches * at.data
     lines = [
-        f"global batch: {plan.rows} rows a step are {plan.rows / at.gpus:.2f} a GPU; {at.data} data-parallel ranks of "
-        f"{size} GPU{'s' if size > 1 else ''} take {plan.micro_batches} each, {plan.empty_rows} of {slots} are empty "
-        f"({plan.empty_rows / slots:.1%})."
+        f"global batch: {plan.rows} rows per step, {plan.rows / at.gpus:.2f} per GPU. Each of {at.data} data-parallel "
+        f"ranks ({size} GPU{'s' if size > 1 else ''}) runs {plan.micro_batches} micro-batches; {plan.empty_rows} of "
+        f"{slots} are empty ({plan.empty_rows / slots:.1%})."
     ]
     needed = math.ceil(plan.rows / plan.micro_batches) * size
     if needed < at.gpus:
         lines.append(
-            f"  {needed} GPUs would take the same {plan.micro_batches} micro-batches: {at.gpus} are no faster, and "
-            f"{at.gpus - needed} of them only work on padding."
+            f"  {needed} GPUs would be as fast as {at.gpus}: they need the same {plan.micro_batches} micro-batches per "
+            "rank."
         )
     if at.gpus > plan.rows:
         lines.append(
-            "  There are more GPUs than rows, so model parallelism is not a choice: TP x PP has to be "
-            f"{-(-at.gpus // plan.rows)} or more, or GPUs are idle. Its communication and its bubble are the price of "
-            "the small global batch."
+            f"  There are more GPUs than rows per step, so TP x PP must be at least {-(-at.gpus // plan.rows)}, or "
+            "GPUs stay idle."
         )
     time = plan.time
     once = time.pipeline_bubble + time.data_communication + time.optimizer
     lines.append(
-        f"  Bubble, gradients, weights and optimizer come once a step: {once / time.total:.1%} of it with "
-        f"{plan.micro_batches} micro-batches; a larger train.global_batch would spread them (and change the recipe)."
+        f"  Bubble, gradient reduction, weight gather and optimizer come once per step: {once / time.total:.1%} of its "
+        "time. A larger train.global_batch would reduce that share, but change the recipe."
     )
     return "\n".join(lines)
 
 
-def assumptions_text(planner: Planner) -> str:
-    """Every assumption."""
-    rows = [f"  {name:22} {value:>14,.6g}  {why}" for name, value, why in explain(planner.given)]
-    head = "assumptions (--assume NAME=VALUE); no time here was measured on a GPU:"
-    kernels = (
-        f"  {'(kernels of a layer)':22} {'60 or 110':>14}  with TransformerEngine or without; kernel_overhead_us each"
+def assumptions_text(assumed: Assumptions) -> str:
+    """A table of the assumptions, for --help."""
+    rows = [f"  {name:22} {value:>14,.6g}  {meaning}" for name, value, meaning in explain(assumed)]
+    kernels = f"  {'(kernels per layer)':22} {'60 or 110':>14}  with or without TransformerEngine"
+    return "\n".join(["assumptions (--assume NAME=VALUE):", *rows, kernels])
+
+
+def changed_assumptions(assumed: Assumptions) -> str:
+    """The assumptions that differ from their defaults, in one line."""
+    defaults = dict(vars(Assumptions()))
+    changed = [f"{name}={value:g}" for name, value, _ in explain(assumed) if value != defaults[name]]
+    return (
+        f"assumptions: {', '.join([*changed, 'otherwise defaults']) if changed else 'defaults'} (listed by "
+        "`sdlm plan --help`). No time was measured on a GPU."
     )
-    return "\n".join([head, *rows, kernels])
 
 
-def as_dict(plan: Plan, price: float) -> dict[str, Any]:
+def as_dict(plan: LayoutPlan, price: float) -> dict[str, Any]:
     """A plan for programs: bytes, seconds, FLOPs."""
     return {
         "settings": plan.layout.settings(),
@@ -186,7 +209,7 @@ def as_dict(plan: Plan, price: float) -> dict[str, Any]:
 
 
 def work_dict(work: Workload) -> dict[str, Any]:
-    """The rows for programs."""
+    """The workload for programs."""
     return {
         "source": work.source,
         "rows": work.rows,

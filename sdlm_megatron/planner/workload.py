@@ -1,4 +1,4 @@
-"""What there is to train: rows, tokens, targets and visible pairs, of a dataset or of the published mixture."""
+"""Workload of a run: rows, tokens, targets and visible pairs of a dataset or of the published mixture."""
 
 import math
 from dataclasses import dataclass
@@ -7,30 +7,31 @@ from statistics import NormalDist
 
 import numpy as np
 
-from sdlm_megatron.config.schema import RunConfig
+from sdlm_megatron.config.schema import ModelConfig, RunConfig
 from sdlm_megatron.data.format import PackedDataset
 from sdlm_megatron.diffusion.layout import IGNORE, next_token_targets
 from sdlm_megatron.diffusion.mask import visible_pairs
 from sdlm_megatron.errors import DataError
 from sdlm_megatron.planner.assumptions import Assumptions
-from sdlm_megatron.planner.flops import ModelShape, training_flops
-from sdlm_megatron.planner.memory import Row
+from sdlm_megatron.planner.flops import training_flops
+from sdlm_megatron.planner.memory import RowTokens
 
 POINTS = 20_000
-"""Document lengths, at even quantiles, that the mixture is made of."""
+"""Document lengths, at even quantiles, that represent the mixture."""
 SAMPLED_ROWS = 200
+"""Rows of a dataset that are read to count visible pairs."""
 
 
 @dataclass(frozen=True)
 class Workload:
-    """One epoch, and the row that is typical of it."""
+    """One epoch of data, and its mean row."""
 
     source: str
     rows: float
     documents: float
-    row: Row
+    row: RowTokens
     pairs: float
-    """Visible (query, key) pairs of a row."""
+    """Visible (query, key) pairs per row."""
 
     @property
     def documents_per_row(self) -> float:
@@ -45,40 +46,41 @@ class Workload:
         """Clean and block tokens."""
         return (self.row.clean + self.row.block) * self.rows
 
-    def row_flops(self, shape: ModelShape) -> float:
-        """Model FLOPs of a row, forward and backward."""
+    def row_flops(self, model: ModelConfig) -> float:
+        """Model FLOPs per row, forward and backward."""
         tokens = round(self.row.clean + self.row.block)
-        return training_flops(shape, tokens=tokens, pairs=round(self.pairs), label_rows=round(self.row.label_rows))
+        return training_flops(model, tokens=tokens, pairs=round(self.pairs), label_rows=round(self.row.label_rows))
 
 
-def mixture(block_size: int, causal_attn: bool, given: Assumptions, *, next_token: bool = False) -> Workload:
-    """The published mixture: its number of documents and tokens, lengths lognormal around their mean.
+def mixture(block_size: int, causal_attn: bool, assumed: Assumptions, *, next_token: bool = False) -> Workload:
+    """The published mixture: its numbers of documents and tokens, with lognormal document lengths.
 
-    A document of L clean tokens has R = response_share * L anchors and min(row_length - L, r * R) // D blocks.
-    With `next_token` each answer token that one of the D anchors before it covers is a target of a clean token too.
+    A document of L clean tokens has R = response_share * L anchors and min(row_length - L, r * R) // D blocks. With
+    `next_token`, each response token that is a target of some block is also a target of a clean token.
     """
-    length = given.row_length
-    mean = given.clean_tokens / given.documents
-    normal = NormalDist(0, given.length_spread) if given.length_spread else None
+    length = assumed.row_length
+    mean = assumed.clean_tokens / assumed.documents
+    normal = NormalDist(0, assumed.length_spread) if assumed.length_spread else None
     quantiles = (np.arange(POINTS) + 0.5) / POINTS
     clean = np.exp([normal.inv_cdf(q) for q in quantiles]) if normal else np.ones(POINTS)
     clean = np.minimum(clean * mean / clean.mean(), length - block_size)
-    response = given.response_share * clean
-    room = np.minimum(length - clean, given.repeat * response)
+    response = assumed.response_share * clean
+    room = np.minimum(length - clean, assumed.repeat * response)
     blocks = np.minimum(np.floor(room / block_size), response)
     own = block_size * (block_size + 1) / 2 if causal_attn else block_size**2
     pairs = clean * (clean + 1) / 2 + blocks * (block_size * (clean - response / 2) + own)
     targets = blocks * (block_size - np.minimum(block_size * (block_size - 1) / 2 / response, block_size - 1))
+    # probability that at least one of the D anchors before a token is drawn, if draws were independent
     covered = response * (1 - (1 - blocks / response) ** block_size) if next_token else np.zeros(1)
-    a_row = float(length * given.fill / (clean + blocks * block_size).mean())  # documents
-    means = [float(a_row * x.mean()) for x in (clean, blocks * block_size, response, targets, covered)]
-    row = Row(int(length), means[0], means[1], means[2], means[3], block_size, means[4])
-    source = f"the published mixture: {given.documents:,.0f} documents, {given.clean_tokens:,.0f} clean tokens"
-    return Workload(source, given.documents / a_row, given.documents, row, float(a_row * pairs.mean()))
+    per_row = float(length * assumed.fill / (clean + blocks * block_size).mean())  # documents
+    means = [float(per_row * x.mean()) for x in (clean, blocks * block_size, response, targets, covered)]
+    row = RowTokens(int(length), means[0], means[1], means[2], means[3], block_size, means[4])
+    source = f"published mixture: {assumed.documents:,.0f} documents, {assumed.clean_tokens:,.0f} clean tokens"
+    return Workload(source, assumed.documents / per_row, assumed.documents, row, float(per_row * pairs.mean()))
 
 
 def dataset(path: str, causal_attn: bool, *, next_token: bool = False) -> Workload:
-    """A packed dataset: counts of its manifest; visible pairs, and targets of clean tokens, of some of its rows."""
+    """A packed dataset: counts from its manifest; visible pairs and clean targets from a sample of its rows."""
     data = PackedDataset(Path(path))
     counts = data.manifest["counts"][0]
     rows = counts["rows"]
@@ -89,7 +91,7 @@ def dataset(path: str, causal_attn: bool, *, next_token: bool = False) -> Worklo
     eos = data.manifest["eos_token_id"]
     clean = [int((next_token_targets(*x, eos) != IGNORE).sum()) for x in sample] if next_token else [0]
     d, repeat = data.block_size, data.manifest["repeat"]
-    row = Row(
+    row = RowTokens(
         data.row_length,
         counts["clean"] / rows,
         counts["block"] / rows,
@@ -98,26 +100,26 @@ def dataset(path: str, causal_attn: bool, *, next_token: bool = False) -> Worklo
         d,
         sum(clean) / len(clean),
     )
-    return Workload(f"the dataset {path}", rows, counts["documents"], row, sum(seen) / len(seen))
+    return Workload(f"dataset {path}", rows, counts["documents"], row, sum(seen) / len(seen))
 
 
-def workload(config: RunConfig, path: str, given: Assumptions) -> Workload:
-    """Of the dataset at `path`, of the published mixture if that is empty."""
+def workload(config: RunConfig, path: str, assumed: Assumptions) -> Workload:
+    """Workload of the dataset at `path`, or of the published mixture if `path` is empty."""
     diffusion = config.diffusion
     next_token = diffusion.next_token_weight > 0
     if path:
         return dataset(path, diffusion.causal_attn, next_token=next_token)
-    # without a dataset to read it from: the published models' block size
-    return mixture(diffusion.block_size or 4, diffusion.causal_attn, given, next_token=next_token)
+    # block size 0 means "as the dataset"; without one, assume that of the published models
+    return mixture(diffusion.block_size or 4, diffusion.causal_attn, assumed, next_token=next_token)
 
 
 def rows_per_step(config: RunConfig, work: Workload) -> int:
-    """Rows of the global batch, as training counts them."""
+    """Rows of the global batch, converted from documents as training does."""
     if config.train.global_batch_unit == "rows":
         return config.train.global_batch
     return max(1, round(config.train.global_batch / work.documents_per_row))
 
 
 def steps(config: RunConfig, work: Workload, rows: int) -> int:
-    """Steps of the run."""
+    """Number of steps of the run."""
     return config.train.steps or math.ceil(config.train.epochs * work.rows / rows)

@@ -25,8 +25,7 @@ from sdlm_megatron.ops.run_facts import run_facts
 from sdlm_megatron.parallel.device import device_memory_gb, device_peak_memory_gb
 from sdlm_megatron.parallel.engine import Engine
 from sdlm_megatron.parallel.results import QueuedStep, StepResult
-from sdlm_megatron.planner.flops import ModelShape, model_flops_utilization, training_flops
-from sdlm_megatron.planner.peak_flops import peak_flops
+from sdlm_megatron.planner.flops import model_flops_utilization, peak_flops, training_flops
 from sdlm_megatron.training.profile import StepProfiler
 from sdlm_megatron.training.run_plan import Plan, micro_batch_multiple
 from sdlm_megatron.training.samples import Sampler, lines_of
@@ -259,7 +258,7 @@ class Trainer:
 
     def _mfu(self, steps: Sequence[StepResult], seconds: float) -> float | None:
         flops = training_flops(
-            ModelShape.of(self.state.shape),
+            self.state.shape,
             tokens=sum(r.useful_tokens for r in steps),
             pairs=sum(r.visible_pairs for r in steps),
             label_rows=sum(r.targets + r.next_token_targets for r in steps),

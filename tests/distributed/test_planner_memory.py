@@ -10,7 +10,7 @@ from helpers import run_python
 from measure_memory import CASES, config_of
 
 from sdlm_megatron.model.label_loss import BYTES
-from sdlm_megatron.planner.memory import LABEL_LOSS_BYTES, Row, stage_memory
+from sdlm_megatron.planner.memory import LABEL_LOSS_BYTES, RowTokens, stage_memory
 from sdlm_megatron.planner.parallel_layout import CPU, layout_of
 
 PEAK = 0.08  # the aim is 0.10; the worst case is at 0.065
@@ -38,7 +38,7 @@ def test_memory_of_a_real_step(name: str) -> None:
     assert len(found) == processes, done.stderr[-3000:]
     layout = layout_of(config, processes, CPU)
     for one in found:
-        memory = stage_memory(config.model, layout, Row(**one["row"]), micro_batches, one["stage"])
+        memory = stage_memory(config.model, layout, RowTokens(**one["row"]), micro_batches, one["stage"])
         assert (memory.weights, memory.gradients) == (one["weights"], one["gradients"])
         assert memory.optimizer == pytest.approx(one["optimizer"], rel=1e-3 if layout.data > 1 else 0)
         peak = memory.activations + memory.working + memory.logits + memory.buffers

@@ -165,7 +165,7 @@ def test_packing_does_not_change_a_document(make_engine: Callable, causal_attn: 
 
 def test_long_documents_go_in_chunks(make_engine: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     """The chunked path of the attention gives the losses of the single-call path."""
-    from sdlm_megatron.model.attention.contract import masked as attention_masked
+    from sdlm_megatron.model.attention import masked as attention_masked
 
     golden = load_golden("trained_d4", 4, "b1_multi")
     engine = make_engine(oracle() / "tiny" / "trained_d4")

@@ -14,13 +14,16 @@ from helpers import make_hf
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from sdlm_megatron.config.schema import ModelConfig
 from sdlm_megatron.diffusion.layout import RowLayout, draw_starts, pack_row
 from sdlm_megatron.diffusion.row import MicroBatch, make_micro_batch
 from sdlm_megatron.model.attention.masked import Dense, PerDocument
-from sdlm_megatron.planner.flops import ModelShape, training_flops
+from sdlm_megatron.planner.flops import training_flops
 
 LENGTH, D = 128, 4
-SHAPE = ModelShape(layers=2, hidden=64, heads=4, kv_heads=2, head_dim=16, ffn=96, vocab=256)
+SHAPE = ModelConfig(
+    num_layers=2, hidden_size=64, num_attention_heads=4, num_query_groups=2, ffn_hidden_size=96, vocab_size=256
+)
 
 
 def packed_row() -> tuple[np.ndarray, RowLayout]:
@@ -33,7 +36,7 @@ def packed_row() -> tuple[np.ndarray, RowLayout]:
 
 def counted(make_engine: Callable, folder: Path, attention: type, recompute: str = "none") -> tuple[int, MicroBatch]:
     """FLOPs of a forward and backward pass, and the row it was of."""
-    engine = make_engine(make_hf(folder, vocab=SHAPE.vocab, ffn=SHAPE.ffn, tied=False))
+    engine = make_engine(make_hf(folder, vocab=SHAPE.vocab_size, ffn=SHAPE.ffn_hidden_size, tied=False))
     if recompute == "full":
         config = engine.module.config
         config.recompute_granularity, config.recompute_method, config.recompute_num_layers = "full", "uniform", 1

@@ -7,19 +7,28 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
+from sdlm_megatron.config.schema import ModelConfig
 from sdlm_megatron.diffusion.layout import pack_row
 from sdlm_megatron.diffusion.mask import visible_row
 from sdlm_megatron.planner.flops import (
-    ModelShape,
     forward_flops,
+    linear_params,
     model_flops_utilization,
+    peak_flops,
     step_flops,
     training_flops,
     visible_pairs,
 )
-from sdlm_megatron.planner.peak_flops import peak_flops
 
-SHAPE = ModelShape(layers=2, hidden=8, heads=4, kv_heads=2, head_dim=3, ffn=16, vocab=50)
+SHAPE = ModelConfig(
+    num_layers=2,
+    hidden_size=8,
+    num_attention_heads=4,
+    num_query_groups=2,
+    head_dim=3,
+    ffn_hidden_size=16,
+    vocab_size=50,
+)
 
 
 def layout_of(documents, block_size):
@@ -51,7 +60,7 @@ def test_pairs_equal_the_dense_mask(layout, causal_attn):
 
 def test_count_by_hand():
     # a layer: q and o 8x12 each, k and v 8x6 each, three 8x16 matrices
-    assert SHAPE.linear_params == 2 * (2 * 96 + 2 * 48 + 3 * 128)
+    assert linear_params(SHAPE) == 2 * (2 * 96 + 2 * 48 + 3 * 128)
     # 10 tokens, 33 pairs in 2 layers of 4 heads of size 3, 5 labels
     assert forward_flops(SHAPE, tokens=10, pairs=33, label_rows=5) == 2 * 1344 * 10 + 4 * 33 * 12 * 2 + 2 * 8 * 50 * 5
     assert training_flops(SHAPE, tokens=10, pairs=33, label_rows=5) == 3 * (26880 + 3168 + 4000)
@@ -59,21 +68,22 @@ def test_count_by_hand():
 
 def test_agrees_with_pytorchs_counter_where_every_pair_is_visible():
     s, tokens = SHAPE, 7
-    x = torch.randn(tokens, s.hidden)
+    heads, kv_heads = s.num_attention_heads, s.num_query_groups
+    x = torch.randn(tokens, s.hidden_size)
     with FlopCounterMode(display=False) as counter:
-        for _ in range(s.layers):
-            q = x @ torch.randn(s.hidden, s.heads * s.head_dim)
-            k, v = (x @ torch.randn(s.hidden, s.kv_heads * s.head_dim) for _ in range(2))
-            grouped = s.heads // s.kv_heads
-            q3 = q.view(tokens, s.heads, s.head_dim).transpose(0, 1)
+        for _ in range(s.num_layers):
+            q = x @ torch.randn(s.hidden_size, heads * s.head_dim)
+            k, v = (x @ torch.randn(s.hidden_size, kv_heads * s.head_dim) for _ in range(2))
+            grouped = heads // kv_heads
+            q3 = q.view(tokens, heads, s.head_dim).transpose(0, 1)
             k3, v3 = (
-                t.view(tokens, s.kv_heads, s.head_dim).transpose(0, 1).repeat_interleave(grouped, 0) for t in (k, v)
+                t.view(tokens, kv_heads, s.head_dim).transpose(0, 1).repeat_interleave(grouped, 0) for t in (k, v)
             )
             out = (q3 @ k3.transpose(1, 2)) @ v3
-            x = out.transpose(0, 1).reshape(tokens, -1) @ torch.randn(s.heads * s.head_dim, s.hidden)
-            gate, up = (x @ torch.randn(s.hidden, s.ffn) for _ in range(2))
-            x = (gate * up) @ torch.randn(s.ffn, s.hidden)
-        x[:3] @ torch.randn(s.hidden, s.vocab)
+            x = out.transpose(0, 1).reshape(tokens, -1) @ torch.randn(heads * s.head_dim, s.hidden_size)
+            gate, up = (x @ torch.randn(s.hidden_size, s.ffn_hidden_size) for _ in range(2))
+            x = (gate * up) @ torch.randn(s.ffn_hidden_size, s.hidden_size)
+        x[:3] @ torch.randn(s.hidden_size, s.vocab_size)
     assert counter.get_total_flops() == forward_flops(s, tokens=tokens, pairs=tokens * tokens, label_rows=3)
 
 
