@@ -17,6 +17,7 @@ from sdlm_megatron.diffusion.layout import (
     row_targets,
 )
 from sdlm_megatron.diffusion.mask import block_rows, visible, visible_pairs, visible_row
+from sdlm_megatron.diffusion.row import make_micro_batch
 
 MASK, EOS = 99, 7
 N = IGNORE
@@ -38,6 +39,30 @@ def test_a_document_by_hand() -> None:
     assert found.position_ids.tolist() == [0, 1, 2, 3, 4, 5, 1, 2, 3, 4, 5, 6]
     # block at 1: 12, then the end of the turn, then nothing; block at 4: 14, then the document ends
     assert found.targets.tolist() == [N] * 6 + [12, EOS, N, 14, N, N]
+
+
+def test_the_worked_examples_of_the_documentation() -> None:
+    """The examples in layout.py, mask.py, row.py and docs/method.md."""
+    clean, anchors = np.array([10, 11, 12, 13, 14, 99], dtype=np.int32), np.array([2, 4])
+    document = expand_document(clean, anchors, block_size=3, mask_token_id=0, eos_token_id=99)
+    assert document.input_ids.tolist() == [*clean, 12, 0, 0, 14, 0, 0]
+    assert document.position_ids.tolist() == [0, 1, 2, 3, 4, 5, 2, 3, 4, 4, 5, 6]
+    assert document.targets.tolist() == [N] * 6 + [13, 14, 99, 99, N, N]
+    assert np.flatnonzero(visible(6, anchors, block_size=3)[7]).tolist() == [0, 1, 6, 7, 8]
+    tokens, layout = pack_row([(0, clean, anchors)], block_size=3, mask_token_id=0)
+    assert next_token_targets(tokens, layout, 99).tolist() == [N, N, 13, 14, 99, N]
+    row = make_micro_batch(tokens, layout, row_length=16, pad_token_id=0, eos_token_id=99, number=0)
+    labels = (row.label_index, row.label_targets, row.label_slots)
+    assert [x.tolist() for x in labels] == [[6, 7, 8, 9], [13, 14, 99, 99], [0, 1, 2, 0]]
+    seen = visible(4, np.array([2]), block_size=2)
+    assert ["".join("1" if x else "." for x in line) for line in seen] == [
+        "1.....",
+        "11....",
+        "111...",
+        "1111..",
+        "11..11",
+        "11..11",
+    ]
 
 
 def test_visibility_by_hand() -> None:
