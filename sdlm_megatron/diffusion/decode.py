@@ -229,13 +229,12 @@ def decode(
 ) -> Decoded:
     """Continues each prompt up to an end token or exactly `max_new_tokens` tokens.
 
-    The result of a row does not depend on the other rows of the batch. There is one transfer to the host per pass.
-    Finished rows leave the batch.
+    A row's result does not depend on the other rows. There is one transfer to the host per pass.
 
     Args:
         model: a causal LM of transformers with full, stock attention (Qwen2, Llama), in eval mode, or a Proposer.
         input_ids: int64 (B, P) prompts, padded on either side when their lengths differ.
-        mask_token_id: the token that fills the slots 1..n-1.
+        mask_token_id: token of the slots 1..n-1.
         window: n, tokens proposed per pass; may differ from the block size D of training.
         max_new_tokens: limit per row.
         alg: one of ALGORITHMS; "ar" is window = 1.
@@ -244,11 +243,9 @@ def decode(
         eos_token_ids: tokens that end a row.
         attention_mask: (B, P), 0 at padding.
         causal_attn: the model was trained with causal attention inside a block.
-        target_shift: False: the model was trained without the shift; it was then never trained for n = 1.
+        target_shift: False: the model was trained without the shift, so never for n = 1.
         warp: sample from softmax(warp(logits)) instead of taking the most likely token; see decode_rules.Warp.
-            Confidences do not depend on it.
-        seed: row b samples with seed + b, a position always with the same random number; None: a seed from torch's
-            generator.
+        seed: row b samples with seed + b, see decode_rules.uniforms; None: a seed from torch's generator.
         stop: ends a row early, e.g. at a string; called for every proposed token. See Stop.
         use_cache: False feeds the whole row in every pass: the same tokens, slower.
         fixed_shape: True keeps all shapes constant from the second pass on, and finished rows in the batch. A callable
@@ -256,8 +253,7 @@ def decode(
         on_tokens: called with (row, kept tokens) after each pass.
 
     Raises:
-        ValueError: a setting out of range, wrong shapes, a prompt without tokens, or an attention backend of the model
-            that does not take dense masks.
+        ValueError: a setting out of range, wrong shapes, an empty prompt, or a model without dense attention masks.
     """
     eos = torch.tensor(list(eos_token_ids), dtype=torch.long, device=input_ids.device)
     n = 1 if alg == "ar" else window

@@ -34,7 +34,9 @@ def imports() -> dict[str, set[str]]:
     for name, file in names.items():
         for node in ast.walk(sources()[file][1]):
             if isinstance(node, ast.ImportFrom) and node.module:
-                candidates = [(f"{node.module}.{alias.name}", node.module) for alias in node.names]
+                package = ".".join(name.split(".")[: -node.level]) + "." if node.level else ""
+                module = f"{package}{node.module}"
+                candidates = [(f"{module}.{alias.name}", module) for alias in node.names]
             elif isinstance(node, ast.Import):
                 candidates = [(alias.name,) for alias in node.names]
             else:

@@ -130,27 +130,6 @@ def test_an_index_that_lies_is_found(tmp_path: Path) -> None:
         PackedDataset(folder).read(0, 0)
 
 
-def _mix(value: int) -> int:
-    """SplitMix64 in Python integers: a reference for the one on arrays."""
-    value = (value + 0x9E3779B97F4A7C15) % 2**64
-    value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
-    value = (value ^ (value >> 27)) * 0x94D049BB133111EB % 2**64
-    return value ^ (value >> 31)
-
-
-def _reference(index: int, n: int, *, seed: int, epoch: int) -> int:
-    """The Feistel network of `shuffled_many`, one index at a time."""
-    half = max(1, ((n - 1).bit_length() + 1) // 2)
-    keys = [_mix(_mix(_mix(seed) ^ epoch) ^ r) for r in range(6)]
-    while True:
-        left, right = index >> half, index % 2**half
-        for key in keys:
-            left, right = right, left ^ (_mix(key ^ right) % 2**half)
-        index = (left << half) | right
-        if index < n:
-            return index
-
-
 @pytest.mark.parametrize("n", [1, 2, 3, 10, 97, 1000])
 def test_the_order_is_a_permutation(n: int) -> None:
     orders = {tuple(shuffled(i, n, seed=seed, epoch=epoch) for i in range(n)) for seed in (0, 42) for epoch in (0, 1)}
@@ -162,15 +141,9 @@ def test_the_order_is_a_permutation(n: int) -> None:
 @pytest.mark.parametrize("n", [1, 2, 3, 97, 1000, 4097])
 def test_the_order_of_many_is_the_order_of_each(n: int) -> None:
     for seed, epoch in ((0, 0), (42, 3), (2**40, 1)):
-<<<<<<< HEAD
         order = shuffled_many(np.arange(n), n, seed=seed, epoch=epoch).tolist()
         assert sorted(order) == list(range(n))
         assert [shuffled(i, n, seed=seed, epoch=epoch) for i in range(0, n, 97)] == order[::97]
-=======
-        wanted = [_reference(i, n, seed=seed, epoch=epoch) for i in range(n)]
-        assert [shuffled(i, n, seed=seed, epoch=epoch) for i in range(min(n, 100))] == wanted[:100]
-        assert shuffled_many(np.arange(n), n, seed=seed, epoch=epoch).tolist() == wanted
->>>>>>> 005d6eb (One SplitMix64 for draws, order and sampling; diffusion documented with shapes and worked examples)
     others = [shuffled_many(np.arange(n), n, seed=1, epoch=0, purpose=p).tolist() for p in ("rows", "documents")]
     assert [sorted(order) for order in others] == [list(range(n))] * 2
     assert n < 10 or others[0] != others[1]

@@ -15,8 +15,8 @@ from sdlm_megatron.diffusion.decode_rules import (
 )
 
 
-def test_sure_prefix() -> None:
-    """Strictly above; the longest sure prefix; slot 0 alone when unsure."""
+def test_confident_prefix() -> None:
+    """Strictly above; the longest confident prefix; slot 0 alone if it is not confident."""
     sure = torch.tensor([[0.9, 0.9, 0.4, 0.9], [0.4, 0.9, 0.9, 0.9], [0.9] * 4, [0.5, 0.9, 0.9, 0.9]])
     assert confident_prefix(sure, 0.5, False).tolist() == [2, 1, 4, 1]
     assert confident_prefix(sure, 0.8, True).tolist() == [2, 1, 2, 1]  # .9, .81, .729
