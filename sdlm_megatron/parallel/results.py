@@ -41,7 +41,7 @@ class StepResult:
     """Of steps that were asked to measure."""
     rank_seconds: list[float] = field(default_factory=list, compare=False)
     """Of the newest result: seconds that each rank computed before the reduction of gradients, mean of all steps read
-    together; see step_clock."""
+    together; see device.StepClock."""
 
     def learned(self) -> dict[str, float]:
         """Losses and measures as fields of a log record; slots without a target are left out, not written as 0."""
@@ -100,7 +100,7 @@ class QueuedStep:
     numbers: list[int | None]
     """The rows of the run, in micro-batch order."""
     seconds: Callable[[], float]
-    """Computing time before the reduction of gradients; see step_clock."""
+    """Computing time before the reduction of gradients; see device.StepClock."""
 
 
 def joined(parts: Sequence[QueuedStep]) -> QueuedStep:

@@ -130,7 +130,7 @@ class Monitor:
 class Stragglers:
     """Compares the compute times of hosts (of ranks, if there is one host) at each log step.
 
-    A rank's compute time is that before the reduction of gradients (parallel/step_clock.py).
+    A rank's compute time is that before the reduction of gradients (parallel/device.py).
 
     Args:
         hosts: host name of each rank.
