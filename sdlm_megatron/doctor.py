@@ -45,12 +45,18 @@ class Diagnosis:
     fix: str = ""
 
 
+def _result(name: str, detail: str, problem: str = "", fix: str = "", *, needed: bool = False) -> Diagnosis:
+    """`detail` if there is no problem, else the problem and its fix."""
+    if not problem:
+        return Diagnosis(name, "ok", detail)
+    return Diagnosis(name, "broken" if needed else "limited", problem, fix)
+
+
 def _python() -> Iterator[Diagnosis]:
-    wanted = ".".join(map(str, OLDEST_PYTHON))
-    state = "ok" if sys.version_info >= OLDEST_PYTHON else "broken"
-    yield Diagnosis("python", state, f"{platform.python_version()}, {sys.executable}", f"install Python {wanted}")
-    where = Path(sdlm_megatron.__file__).parent
-    yield Diagnosis("sdlm_megatron", "ok", f"{sdlm_megatron.__version__}, {where}")
+    version, wanted = platform.python_version(), ".".join(map(str, OLDEST_PYTHON))
+    problem = "" if sys.version_info >= OLDEST_PYTHON else f"{version}, older than {wanted}"
+    yield _result("python", f"{version}, {sys.executable}", problem, f"install Python {wanted}", needed=True)
+    yield _result("sdlm_megatron", f"{sdlm_megatron.__version__}, {Path(sdlm_megatron.__file__).parent}")
 
 
 def _requirements() -> Iterator[Diagnosis]:
@@ -58,27 +64,24 @@ def _requirements() -> Iterator[Diagnosis]:
     try:
         listed = importlib.metadata.requires(DISTRIBUTION) or []
     except importlib.metadata.PackageNotFoundError:
-        detail = f"{DISTRIBUTION} is not installed: the packages' versions were not checked"
-        yield Diagnosis("packages", "limited", detail, "pip install .   in the checkout")
+        problem = f"{DISTRIBUTION} is not installed, so the versions of its packages were not checked"
+        yield _result("packages", "", problem, "pip install .   in the checkout")
         return
-    requirements = [Requirement(line) for line in listed if "extra ==" not in line]
-    wrong = []
-    for requirement in requirements:
-        try:
-            version = importlib.metadata.version(requirement.name)
-        except importlib.metadata.PackageNotFoundError:
-            version = ""
-        fits = bool(version) and requirement.specifier.contains(version, prereleases=True)
-        if requirement.name == "megatron-core":
-            detail = f"{version or 'not installed'}, supported: {requirement.specifier}"
-            yield Diagnosis("megatron-core", "ok" if fits else "broken", detail, f"pip install '{requirement}'")
-        elif not fits:
-            wrong.append((requirement, version or "not installed"))
-    for requirement, version in wrong:
-        detail = f"{version}, supported: {requirement.specifier}"
-        yield Diagnosis(requirement.name, "broken", detail, f"pip install '{requirement}'")
-    if not wrong:
-        yield Diagnosis("packages", "ok", f"{len(requirements)} required packages in their supported ranges")
+    results = [_version(Requirement(line)) for line in listed if "extra ==" not in line]
+    yield from (result for result in results if result.state != "ok" or result.name == "megatron-core")
+    if all(result.state == "ok" for result in results):
+        yield _result("packages", f"{len(results)} required packages in their supported ranges")
+
+
+def _version(requirement: Requirement) -> Diagnosis:
+    try:
+        version = importlib.metadata.version(requirement.name)
+    except importlib.metadata.PackageNotFoundError:
+        version = "not installed"
+    fits = version[0].isdigit() and requirement.specifier.contains(version, prereleases=True)
+    detail = f"{version}, supported: {requirement.specifier}"
+    fix = f"pip install '{requirement}'"
+    return _result(requirement.name, detail, "" if fits else detail, fix, needed=True)
 
 
 def _gpus() -> Iterator[Diagnosis]:
@@ -86,113 +89,95 @@ def _gpus() -> Iterator[Diagnosis]:
     try:
         import torch
     except (ImportError, OSError) as error:
-        yield Diagnosis("torch", "broken", f"cannot be imported: {error}", "pip install --force-reinstall torch")
+        fix = "pip install --force-reinstall torch"
+        yield _result("torch", "", f"cannot be imported: {error}", fix, needed=True)
         return
     cuda = torch.version.cuda
-    yield Diagnosis("torch", "ok", f"{torch.__version__}, {f'built for CUDA {cuda}' if cuda else 'built without CUDA'}")
+    yield _result("torch", f"{torch.__version__}, {f'built for CUDA {cuda}' if cuda else 'built without CUDA'}")
     driver = _driver()
     yield driver
     if torch.cuda.is_available():
         names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         memory = min(torch.cuda.get_device_properties(i).total_memory for i in range(len(names)))
         kinds = ", ".join(f"{names.count(name)} x {name}" for name in sorted(set(names)))
-        yield Diagnosis("GPUs", "ok", f"{kinds}, {memory / 2**30:.0f} GiB each")
+        yield _result("GPUs", f"{kinds}, {memory / 2**30:.0f} GiB each")
     elif driver.state == "ok":
-        detail = "there is a driver, but torch cannot use a GPU"
-        yield Diagnosis("GPUs", "limited", detail, "install a torch build for a CUDA version that the driver supports")
+        fix = "install a torch build for a CUDA version that the driver supports"
+        yield _result("GPUs", "", "there is a driver, but torch cannot use a GPU", fix)
     else:
-        yield Diagnosis("GPUs", "limited", "none; training runs on the CPU", "use a machine with an NVIDIA GPU")
+        yield _result("GPUs", "", "none; training runs on the CPU", "use a machine with an NVIDIA GPU")
     yield from _gpu_libraries()
     yield from _bf16()
 
 
 def _driver() -> Diagnosis:
-    fix = "install NVIDIA's driver to train on GPUs"
+    name, fix = "NVIDIA driver", "install NVIDIA's driver to train on GPUs"
     if not shutil.which("nvidia-smi"):
-        return Diagnosis("NVIDIA driver", "limited", "nvidia-smi is not installed", fix)
+        return _result(name, "", "nvidia-smi is not installed", fix)
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=SMI_SECONDS, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
-        return Diagnosis("NVIDIA driver", "limited", f"nvidia-smi failed: {error}", "check `dmesg` for GPU errors")
-    if done.returncode or not done.stdout.strip():
-        return Diagnosis("NVIDIA driver", "limited", (done.stdout + done.stderr).strip() or "no GPU", fix)
-    return Diagnosis("NVIDIA driver", "ok", done.stdout.split()[0])
+        return _result(name, "", f"nvidia-smi failed: {error}", "search the output of `dmesg` for GPU errors")
+    output = (done.stdout + done.stderr).split("\n")[0].strip()
+    return _result(name, output, (output or "no output of nvidia-smi") if done.returncode or not output else "", fix)
 
 
 def _gpu_libraries() -> Iterator[Diagnosis]:
+    # It hides packages that do not work, as in training, so the check must not run in a process that trains later.
     from sdlm_megatron.model.packages import find_packages
 
     packages = find_packages()
-    for name, package, fix in (
-        ("TransformerEngine", packages.transformer_engine, f"pip install '{DISTRIBUTION}[gpu]' on a GPU machine"),
-        ("Apex", packages.apex, "optional; build it from github.com/NVIDIA/apex against this torch"),
-    ):
-        if package.version:
-            yield Diagnosis(name, "ok", package.version)
-        else:
-            yield Diagnosis(name, "limited", f"not used: {package.problem}", fix)
+    te, apex = packages.transformer_engine, packages.apex
+    fix = f"pip install '{DISTRIBUTION}[gpu]' on a GPU machine"
+    yield _result("TransformerEngine", te.version, te.problem and f"not used: {te.problem}", fix)
+    fix = "optional; build it from github.com/NVIDIA/apex against this torch"
+    yield _result("Apex", apex.version, apex.problem and f"not used: {apex.problem}", fix)
 
 
 def _bf16() -> Iterator[Diagnosis]:
     from sdlm_megatron.bf16 import bf16_cost, slow_bf16
 
-    slow = slow_bf16()
-    if slow:
-        yield Diagnosis("bf16", "limited", slow, "train with --train.precision=fp32 on this CPU")
-    else:
-        cost = bf16_cost()
-        yield Diagnosis("bf16", "ok", f"{cost:.2f} times the CPU time of fp32" if cost else "computed on the GPU")
+    cost = bf16_cost()
+    detail = f"{cost:.2f} times the CPU time of fp32" if cost else "computed on the GPU"
+    yield _result("bf16", detail, slow_bf16() or "", "train with --train.precision=fp32 on this CPU")
 
 
 def _compiler() -> Iterator[Diagnosis]:
-    """Triton and torch.compile build C sources at run time; on a CPU nothing of a training run does."""
-    missing = [f"no {name}" for name in ("gcc", "g++") if not shutil.which(name)]
+    # Triton and torch.compile build C sources for GPU kernels. A training run on the CPU compiles nothing.
     header = Path(sysconfig.get_path("include")) / "Python.h"
-    if not header.exists():
-        missing.append(f"no {header}")
-    if missing:
-        fix = "apt install gcc g++ python3-dev"
-        yield Diagnosis("compiler", "limited", f"{', '.join(missing)}: kernels for GPUs cannot be compiled", fix)
-    else:
-        yield Diagnosis("compiler", "ok", f"{shutil.which('gcc')}, {shutil.which('g++')}, Python.h")
+    missing = [name for name in ("gcc", "g++") if not shutil.which(name)] + [str(header)] * (not header.exists())
+    problem = f"missing: {', '.join(missing)}; GPU kernels cannot be compiled" if missing else ""
+    detail = f"{shutil.which('gcc')}, {shutil.which('g++')}, Python.h"
+    yield _result("compiler", detail, problem, "apt install gcc g++ python3-dev")
 
 
 def _folders() -> Iterator[Diagnosis]:
     """Write access and free space of the folders that the commands use when nothing else is configured."""
     cache = Path(os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface")
     for name, folder, needed, fix in (
+        # multiprocessing keeps its sockets here: data preparation and background saves need it.
         ("temporary files", Path(tempfile.gettempdir()), True, "set TMPDIR to a folder that can be written"),
-        ("current folder", Path.cwd(), False, "change to another folder, or give absolute output paths"),
+        ("current folder", Path.cwd(), False, "change to another folder, or use absolute output paths"),
         ("cache", cache.expanduser(), False, "set HF_HOME to a folder that can be written"),
     ):
-        error = _write_error(folder)
-        if error:
-            yield Diagnosis(name, "broken" if needed else "limited", f"{folder} cannot be written: {error}", fix)
+        # A folder that a command will create is judged by the one that it will be created in.
+        existing = next(path for path in (folder, *folder.parents) if path.exists())
+        try:
+            with tempfile.TemporaryFile(dir=existing) as file:
+                file.write(b"x")
+        except OSError as error:
+            yield _result(name, "", f"{folder} cannot be written: {error.strerror}", fix, needed=needed)
             continue
-        free = shutil.disk_usage(_existing(folder)).free / 1e9
-        state, hint = ("ok", "") if free >= LOW_DISK_GB else ("limited", "free space before training")
-        yield Diagnosis(name, state, f"{folder}: writable, {free:,.0f} GB free", hint)
-
-
-def _existing(folder: Path) -> Path:
-    return next(path for path in (folder, *folder.parents) if path.exists())
-
-
-def _write_error(folder: Path) -> str:
-    """Why no file can be created in `folder`, or in the nearest existing folder above it; "" if one can."""
-    try:
-        with tempfile.TemporaryFile(dir=_existing(folder)) as file:
-            file.write(b"x")
-    except OSError as error:
-        return error.strerror or str(error)
-    return ""
+        free = shutil.disk_usage(existing).free / 1e9
+        detail = f"{folder}: writable, {free:,.0f} GB free"
+        yield _result(name, detail, detail if free < LOW_DISK_GB else "", "free space before training")
 
 
 def _slurm() -> Iterator[Diagnosis]:
     sbatch = shutil.which("sbatch")
-    detail = sbatch or "sbatch is not installed; needed only by `sdlm submit`"
-    yield Diagnosis("Slurm", "ok" if sbatch else "limited", detail, "" if sbatch else "run it on a login node")
+    problem = "" if sbatch else "sbatch is not installed; needed only by `sdlm submit`"
+    yield _result("Slurm", sbatch or "", problem, "use a login node of a Slurm cluster")
 
 
 CHECKS: tuple[Callable[[], Iterator[Diagnosis]], ...] = (_python, _requirements, _gpus, _compiler, _folders, _slurm)

@@ -235,22 +235,12 @@ class RunConfig:
     run_dir: str = "runs/default"
     """Folder of the run. Training resumes from its newest complete checkpoint."""
     model: ModelConfig = field(default_factory=ModelConfig)
-    """Shape of the model."""
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
-    """SDLM's settings."""
     data: DataConfig = field(default_factory=DataConfig)
-    """Packed datasets."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    """Degrees of parallelism."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    """AdamW."""
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
-    """Learning rate schedule."""
     train: TrainConfig = field(default_factory=TrainConfig)
-    """Training loop."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    """Initial weights and checkpoints."""
     observe: ObserveConfig = field(default_factory=ObserveConfig)
-    """Logging, samples and validation."""
     fault: FaultConfig = field(default_factory=FaultConfig)
-    """Fault detection."""

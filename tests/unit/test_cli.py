@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -101,13 +102,13 @@ def test_doctor_says_what_is_broken(
     assert raised.value.code == 1
     shown = capsys.readouterr().out
     for line in (
-        "FAIL  python ",
+        "FAIL  python             3.",
         "FAIL  megatron-core ",
         "FAIL  numpy ",
         "FAIL  no-such            not installed, supported: >=1\n",
         "fix: pip install 'no-such>=1'",
         "FAIL  temporary files    /proc cannot be written",
-        "--    compiler           no gcc, no g++",
+        "--    compiler           missing: gcc, g++",
         "--    Slurm ",
         "training is not possible",
     ):
@@ -118,3 +119,26 @@ def test_doctor_survives_a_torch_that_cannot_be_imported(monkeypatch: pytest.Mon
     monkeypatch.setitem(sys.modules, "torch", None)
     (result,) = doctor._gpus()
     assert result.state == "broken" and "pip install" in result.fix
+
+
+def test_doctor_lists_gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text("#!/bin/sh\necho 570.1\necho 570.1\n")
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(doctor, "_gpu_libraries", lambda: iter(()))
+    monkeypatch.setattr(doctor, "_bf16", lambda: iter(()))
+    states = {result.name: result for result in doctor._gpus()}
+    assert states["NVIDIA driver"].detail == "570.1"
+    assert "torch cannot use a GPU" in states["GPUs"].detail and states["GPUs"].state == "limited"
+    for name, value in (("is_available", True), ("device_count", 2)):
+        monkeypatch.setattr(f"torch.cuda.{name}", lambda value=value: value)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda index: "NVIDIA H100")
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda index: SimpleNamespace(total_memory=80 * 2**30))
+    states = {result.name: result for result in doctor._gpus()}
+    assert states["GPUs"].detail == "2 x NVIDIA H100, 80 GiB each"
+    smi.write_text("#!/bin/sh\necho 'no devices were found'\nexit 6\n")
+    assert doctor._driver().detail == "no devices were found"
+    smi.write_text("#!/bin/sh\nexec sleep 60\n")
+    monkeypatch.setattr(doctor, "SMI_SECONDS", 0.1)
+    assert "timed out" in doctor._driver().detail

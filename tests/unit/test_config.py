@@ -108,6 +108,7 @@ def test_mistakes_in_a_file_name_the_file(tmp_path: Path) -> None:
         (["--optimizer.lr=0"], 1, "optimizer.lr"),
         (["--optimizer.lr=.nan"], 1, "optimizer.lr"),
         (["--diffusion.next_token_weight=-0.1"], 1, "diffusion.next_token_weight is -0.1"),
+        (["--train.seed=-1"], 1, "train.seed is -1"),
         (["--train.epochs=0"], 1, "train.steps and train.epochs are both 0"),
         (["--data.path="], 1, "no dataset"),
         (["--checkpoint.keep_last=-1"], 1, "checkpoint.keep_last"),
