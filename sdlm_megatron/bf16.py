@@ -35,7 +35,7 @@ def _seconds(dtype: torch.dtype) -> float:
     rows = torch.ones(_ROWS, _SIZE, dtype=dtype, requires_grad=True)
     weight = torch.ones(_SIZE, _SIZE, dtype=dtype, requires_grad=True)
     gradient = torch.ones(_ROWS, _SIZE, dtype=dtype)
-    started = time.process_time()
+    started = time.process_time()  # CPU time: other processes of a busy machine do not count
     torch.nn.functional.linear(rows, weight).backward(gradient)
     return time.process_time() - started
 

@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"sdlm {__version__}")
         return
     if command not in COMMANDS:
-        near = difflib.get_close_matches(command, COMMANDS, 1, 0.5)
+        near = difflib.get_close_matches(command, COMMANDS, 1)
         fix = f"did you mean `sdlm {near[0]}`?" if near else f"one of: {', '.join(COMMANDS)}"
         raise UserError(f"unknown command {command}", "the command line", fix)
     importlib.import_module(COMMANDS[command].module).main(rest)
@@ -77,10 +77,17 @@ def complete() -> None:
     line, point = os.environ["COMP_LINE"], int(os.environ["COMP_POINT"])
     _, prefix, _, words, _ = argcomplete.split_line(line, point)
     if len(words) > 1 and words[1] in COMMANDS:
-        parser = importlib.import_module(COMMANDS[words[1]].module).build_parser()
+        module, name = importlib.import_module(COMMANDS[words[1]].module), 2
+        kinds = getattr(module, "KINDS", ())  # of evaluate, each of which is a module with options of its own
+        if len(words) > 2 and words[2] in kinds:
+            kind, name = words[2], 3
+            module = module if kind == "report" else importlib.import_module(f"{module.__package__}.{kind}")
+        parser = module.build_parser()
+        if kinds and name == 2:
+            parser.add_argument("kind", choices=list(kinds))
         add_setting_options(parser, names=prefix.startswith("-") and "=" not in prefix)
         # argcomplete takes the word with this number, from 1, for the name of the program.
-        os.environ["_ARGCOMPLETE"] = "2"
+        os.environ["_ARGCOMPLETE"] = str(name)
     else:
         parser = make_parser("sdlm", None, example="sdlm train")
         parser.add_argument("--version", action="store_true", help="print the version")

@@ -119,6 +119,7 @@ def _driver() -> Diagnosis:
         done = subprocess.run(command, capture_output=True, text=True, timeout=SMI_SECONDS, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
         return _result(name, "", f"nvidia-smi failed: {error}", "search the output of `dmesg` for GPU errors")
+    # One line per GPU, all with the same version; errors go to either stream.
     output = (done.stdout + done.stderr).split("\n")[0].strip()
     return _result(name, output, (output or "no output of nvidia-smi") if done.returncode or not output else "", fix)
 

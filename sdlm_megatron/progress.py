@@ -35,7 +35,7 @@ class _Meter:
         self.total += 0 if expected is None else n - expected
 
     def __str__(self) -> str:
-        seconds = max(time.monotonic() - self.start, 1e-9)
+        seconds = max(time.monotonic() - self.start, 1e-9)  # the first call may come within the clock's resolution
         rate = self.done / seconds
         speed = f"{rate:,.0f} {self.unit}/s" if rate >= 10 else f"{rate:.2g} {self.unit}/s"
         if self.tokens:
@@ -70,6 +70,7 @@ def _lines(meter: _Meter, console: Console) -> Advance:
         nonlocal shown
         meter.advance(n, tokens, expected)
         now = time.monotonic()
+        # `n`: a call that only corrects the total must not print the last line a second time
         if now - shown >= LINE_EVERY or (meter.done >= meter.total and n):
             shown = now
             console.print(f"{meter.title} {meter}", highlight=False)

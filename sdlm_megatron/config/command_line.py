@@ -31,6 +31,7 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """Keeps line breaks of descriptions and examples, and appends the default of every option that has one."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
+        # argparse's own formatter for defaults would print "(default: None)" and "(default: False)" too.
         text = action.help or ""
         shown = action.default not in (None, False, True, argparse.SUPPRESS, "", [], ())
         return f"{text} (default: %(default)s)" if shown and action.option_strings and "default" not in text else text
@@ -88,6 +89,7 @@ def parse_config(
     """
     from sdlm_megatron.config.load import load_config, to_yaml
 
+    # Settings are no options of argparse: the usage line would list all of them, and list entries have no fixed names.
     args, rest = parser.parse_known_args(argv)
     config = load_config(schema, args.config or "", join_values(rest), presets)
     if args.print_config:
@@ -100,6 +102,7 @@ def join_values(arguments: Sequence[str]) -> list[str]:
     """`--key VALUE` written as `--key=VALUE`, the only form that `load_config` reads."""
     joined: list[str] = []
     for argument in arguments:
+        # A value may start with one dash, as negative numbers do; a key starts with two.
         if joined and not argument.startswith("--") and joined[-1].startswith("--") and "=" not in joined[-1]:
             joined[-1] += f"={argument}"
         else:

@@ -36,6 +36,7 @@ def settings_of(schema: type, head: str = "") -> Iterator[Setting]:
             continue
         default = field.default if field.default_factory is MISSING else field.default_factory()
         yield Setting(key, _type_name(kind), _yaml(default), texts.get(field.name, ""))
+        # list[SourceConfig]: the settings of one entry follow the list itself
         for part in typing.get_args(kind):
             if is_dataclass(part):
                 yield from settings_of(typing.cast(type, part), f"{key}.NAME.")
@@ -62,6 +63,7 @@ def _type_name(kind: Any) -> str:
 
 
 def _yaml(value: Any) -> str:
+    # A YAML library would add document ends and quotes that are not typed on a command line.
     if isinstance(value, bool) or value is None:
         return {True: "true", False: "false", None: "null"}[value]
     return f'"{value}"' if value == "" else str(value)

@@ -26,6 +26,7 @@ def load_config(schema: type[T], source: str, overrides: Sequence[str] = (), pre
     A file may start from another one with `extends: NAME`, a preset or a path relative to the file. An empty `source`
     starts from the schema's defaults. Raises ConfigError on unknown keys, wrong types and unreadable files.
     """
+    # OmegaConf knows the types of the fields and checks every value that is merged.
     merged = OmegaConf.structured(schema)
     for file, content in _chain(source, presets):
         _check_keys(schema, content, file)
@@ -130,6 +131,7 @@ def _nearest(schema: Any, key: str, head: str) -> str:
     """The setting that was probably meant: the same name in another section, or a similar spelling."""
     settings = [setting.key for setting in settings_of(schema, head)]
     sections = [f"{head}{f.name}" for f in fields(schema)]
+    # `--lr=1e-4` means optimizer.lr: a name without its section is the most frequent mistake.
     same = [k for k in settings if k.rsplit(".", 1)[-1] == key]
     return (same or difflib.get_close_matches(f"{head}{key}", [*settings, *sections], 1, 0.4) or [""])[0]
 

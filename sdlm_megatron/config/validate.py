@@ -74,6 +74,7 @@ def _check_parallel(parallel: ParallelConfig, world_size: int) -> None:
         "parallel.sequence",
         "set parallel.tensor > 1 or sequence=false",
     )
+    # Megatron-Core gathers the weights in the buckets of the distributed optimizer's overlapped reduction.
     for key in ("distributed_optimizer", "overlap_grad_reduce"):
         _require(
             getattr(parallel, key) or not parallel.overlap_param_gather,
@@ -177,6 +178,7 @@ def check_model(model: ModelConfig, config: RunConfig, row_length: int) -> None:
 
 def _check_fp8(model: ModelConfig, tp: int, tokens: int) -> None:
     """Checks the dimensions of the FP8 matrix products on each GPU; `tokens`: of a row, on one rank."""
+    # cuBLASLt has FP8 kernels for such sizes only; without this check the first forward pass fails inside a layer.
     head = model.head_dim or model.hidden_size // model.num_attention_heads
     qkv_heads = model.num_attention_heads + 2 * model.num_query_groups
     for name, size, setting in (

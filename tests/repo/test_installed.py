@@ -78,6 +78,17 @@ def test_commands_that_need_no_data(installed: Installation) -> None:
     assert "block_size: 8" in installed.run("sdlm", "train", "--config", "sdlm_3b_d8", "--print-config").stdout
 
 
+def test_submit_finds_its_scripts(installed: Installation) -> None:
+    """Without sbatch the last step fails; everything before it is shown."""
+    (installed.folder / "clusters").mkdir()
+    (installed.folder / "clusters" / "mine.yaml").write_text("gpus_per_node: 4\npartition: mine\n")
+    for cluster, text in (("example", "8 = 232 processes"), ("mine", "--partition=mine")):
+        command = ("sdlm", "submit", "train_32b_d4", "--cluster", cluster, "--dry-run")
+        done = installed.run(*command, check=False, DATA="data", BASE="base")
+        assert text in done.stdout, done.stdout + done.stderr
+        assert "ops/slurm/train_32b_d4.sh" in done.stdout and "Traceback" not in done.stderr
+
+
 def test_conversations_to_answers(installed: Installation) -> None:
     """prepare -> verify -> train on two processes -> export -> compare -> generate."""
     folder = installed.folder

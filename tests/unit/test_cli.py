@@ -71,6 +71,8 @@ def test_completion(complete: Callable[..., list[str]]) -> None:
     assert complete("sdlm train --train.recompute_", without="torch") == ["--train.recompute_layers="]
     assert complete("sdlm prepare --row") == ["--row_length="]
     assert complete("sdlm export --max") == ["--max-shard-gb "]
+    assert complete("sdlm evaluate sp") == ["speed "]
+    assert complete("sdlm evaluate speed --cont") == ["--contexts "]
 
 
 def test_completion_of_values(complete: Callable[..., list[str]]) -> None:
