@@ -1,8 +1,8 @@
-"""Says which tensors of two models differ, and by how much. A and B are Hugging Face folders, checkpoints or runs.
+"""Compares the tensors of two models. A and B are Hugging Face folders, checkpoints or runs.
 
-Tensors are compared under their Hugging Face names, in blocks: nothing is loaded whole. Biases of q, k and v that are
-zero equal none. --logits also runs both (Hugging Face folders only) on a prompt with transformers, as plain causal
-models in fp32. Exit code 0: equal, 1: different.
+Tensors are compared under their Hugging Face names, in blocks, so that neither model is loaded whole. Biases of q, k and
+v that are zero equal missing ones. --logits also runs both (Hugging Face folders only) on a prompt with transformers, as
+plain causal models in fp32. Exit code 0: equal, 1: different.
 """
 
 import argparse
@@ -18,15 +18,16 @@ import torch
 from sdlm_megatron.config.command_line import make_parser
 from sdlm_megatron.data.tokenizer_identity import has_tokenizer
 from sdlm_megatron.errors import CheckpointError, run_cli
-from sdlm_megatron.weights.checkpoint_folder import newest, read_state
-from sdlm_megatron.weights.hf_reader import open_tensors
-from sdlm_megatron.weights.resumable_folder import BLOCK, Progress
-from sdlm_megatron.weights.tensor_sources import CheckpointTensors, Tensors
+from sdlm_megatron.weights.checkpoint_folder import find_checkpoint, read_state
+from sdlm_megatron.weights.hf_weights import HFWeights
+from sdlm_megatron.weights.resumable_folder import BLOCK, ByteProgress
+from sdlm_megatron.weights.tensors import CheckpointAsHF, TensorReader, read_rows, tensor_bytes
+from sdlm_megatron.weights.torch_dist import TorchDist
 
 
 @dataclass(frozen=True)
 class Difference:
-    """What is not the same about a tensor; numbers only where the values were compared."""
+    """How a tensor differs; numbers only where the values were compared."""
 
     name: str
     kind: str
@@ -35,8 +36,9 @@ class Difference:
     """Shape or dtype in A."""
     b: str = ""
     count: int = 0
-    """Elements that differ; not-a-numbers on both sides are equal."""
+    """Elements that differ; NaN on both sides counts as equal."""
     of: int = 0
+    """Elements of the tensor."""
     max_abs: float = 0.0
     max_relative: float = 0.0
     """Of |a - b| / |a|, over elements of A that are not 0."""
@@ -51,74 +53,66 @@ class Difference:
         )
 
 
-def open_any(path: Path) -> Tensors:
-    """The tensors of a Hugging Face folder, a checkpoint, or a run's newest checkpoint. CheckpointError for others."""
-    if (path / "ckpt").is_dir():
-        found = newest(path / "ckpt", print)
-        if found is None:
-            raise CheckpointError("the run has no complete checkpoint", str(path), "train it first")
-        path = found
+def open_any(path: Path) -> TensorReader:
+    """The tensors of a Hugging Face folder, a checkpoint, or a run's newest checkpoint; CheckpointError for others."""
+    path = find_checkpoint(path)
     if (path / "complete.json").exists():
-        return CheckpointTensors(path, read_state(path))
-    return open_tensors(path)
+        return CheckpointAsHF(TorchDist(path / "weights"), read_state(path).shape, path)
+    return HFWeights(path)
 
 
-def differences(a: Tensors, b: Tensors) -> list[Difference]:
-    """Every tensor that is not the same in both, in the order of names."""
+def differences(a: TensorReader, b: TensorReader) -> list[Difference]:
+    """Every tensor that differs, in the order of names."""
     in_a, in_b = set(a.names()), set(b.names())
-    found, progress = [], Progress(sum(_bytes(a, name) for name in in_a & in_b), 0)
+    result, progress = [], ByteProgress(sum(tensor_bytes(a, name) for name in in_a & in_b), 0)
     for name in sorted(in_a | in_b):
         if name not in in_b or name not in in_a:
-            if not _no_bias(a if name in in_a else b, name):
-                found.append(Difference(name, "only in A" if name in in_a else "only in B"))
-        elif a.shape(name) != b.shape(name):
-            found.append(Difference(name, "shape", str(a.shape(name)), str(b.shape(name))))
+            if not _is_zero_bias(a if name in in_a else b, name):
+                result.append(Difference(name, "only in A" if name in in_a else "only in B"))
+            continue
+        if a.shape(name) != b.shape(name):
+            result.append(Difference(name, "shape", str(a.shape(name)), str(b.shape(name))))
         elif (difference := _compare(a, b, name)) is not None:
-            found.append(difference)
-        progress.add(_bytes(a, name) if name in in_a & in_b else 0)
-    return found
+            result.append(difference)
+        progress.add(tensor_bytes(a, name))
+    return result
 
 
-def _no_bias(tensors: Tensors, name: str) -> bool:
-    """A bias of q, k or v that is zero everywhere: what a llama model, which has none, is exported with."""
+def _is_zero_bias(tensors: TensorReader, name: str) -> bool:
+    """A bias of q, k or v that is zero everywhere: the export of a Llama model, which has none, adds these."""
     if not name.endswith(tuple(f"self_attn.{x}_proj.bias" for x in "qkv")):
         return False
-    return not tensors.rows(name, 0, tensors.shape(name)[0]).any()
+    return not read_rows(tensors, name, 0, tensors.shape(name)[0]).any()
 
 
-def _bytes(tensors: Tensors, name: str) -> int:
-    return torch.Size(tensors.shape(name)).numel() * tensors.dtype(name).itemsize
-
-
-def _compare(a: Tensors, b: Tensors, name: str) -> Difference | None:
-    dtypes = [str(x.dtype(name)).removeprefix("torch.") for x in (a, b)]
-    words: dict[str, Any] = {} if dtypes[0] == dtypes[1] else dict(zip("ab", dtypes, strict=True))
+def _compare(a: TensorReader, b: TensorReader, name: str) -> Difference | None:
+    names = [str(x.dtype(name)).removeprefix("torch.") for x in (a, b)]
+    dtypes: dict[str, Any] = {} if names[0] == names[1] else dict(zip("ab", names, strict=True))
     shape = torch.Size(a.shape(name))
     step = max(1, BLOCK // max(1, shape[1:].numel() * 4))
     count, largest, relative = 0, 0.0, 0.0
     for start in range(0, shape[0], step):
         stop = min(shape[0], start + step)
-        left, right = a.rows(name, start, stop), b.rows(name, start, stop)
+        left, right = read_rows(a, name, start, stop), read_rows(b, name, start, stop)
         if left.dtype == right.dtype and torch.equal(left, right):
             continue
         left, right = left.float(), right.float()
-        unlike = (left != right) & ~(left.isnan() & right.isnan())
-        if not (n := int(unlike.sum())):
+        differs = (left != right) & ~(left.isnan() & right.isnan())
+        if not (n := int(differs.sum())):
             continue
-        left, gap = left[unlike].abs(), (left - right)[unlike].abs().nan_to_num(nan=float("inf"))
+        left, gap = left[differs].abs(), (left - right)[differs].abs().nan_to_num(nan=float("inf"))
         count, largest = count + n, max(largest, gap.max().item())
         relative = max(relative, (gap / left)[left != 0].max().item() if left.any() else 0.0)
     if count:
-        return Difference(
-            name, "values", **words, count=count, of=shape.numel(), max_abs=largest, max_relative=relative
-        )
-    return Difference(name, "dtype", **words) if words else None
+        numbers = {"count": count, "of": shape.numel(), "max_abs": largest, "max_relative": relative}
+        return Difference(name, "values", **dtypes, **numbers)
+    return Difference(name, "dtype", **dtypes) if dtypes else None
 
 
 def compare_logits(a: Path, b: Path, prompt: str) -> dict[str, Any]:
-    """Largest difference of the logits on `prompt`, and the share of positions with the same best token."""
+    """Largest difference of the logits on `prompt`, and the share of positions with the same top token."""
     logits = [_logits(folder, a, prompt) for folder in (a, b)]
-    width = min(x.shape[-1] for x in logits)  # padding rows of the vocabulary
+    width = min(x.shape[-1] for x in logits)  # the vocabularies may be padded differently
     left, right = (x[:, :width] for x in logits)
     same = (left.argmax(-1) == right.argmax(-1)).float().mean().item()
     return {"tokens": len(left), "max_abs": (left - right).abs().max().item(), "same_top_1": same}
@@ -130,20 +124,22 @@ def _logits(folder: Path, tokenizer_of: Path, prompt: str) -> torch.Tensor:
         raise CheckpointError("logits need a Hugging Face folder", str(folder), "export the checkpoint first")
     if not has_tokenizer(tokenizer_of):
         raise CheckpointError("no tokenizer for the prompt", str(tokenizer_of), "copy the tokenizer's files into it")
+    # Here and not at the top: importing transformers takes seconds, and only --logits needs it.
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     ids = AutoTokenizer.from_pretrained(tokenizer_of)(prompt, return_tensors="pt").input_ids
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False).eval()
     with torch.no_grad():
-        found: torch.Tensor = model(ids).logits[0]
-    return found
+        logits: torch.Tensor = model(ids).logits[0]
+    return logits
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Options of the command."""
     parser = make_parser("sdlm compare", __doc__, example="sdlm compare Qwen2.5-3B runs/sdlm_3b_d4 --json")
-    parser.add_argument("a", type=Path, metavar="A", help="first Hugging Face folder, checkpoint or run")
-    parser.add_argument("b", type=Path, metavar="B", help="second Hugging Face folder, checkpoint or run")
+    for name in ("a", "b"):
+        help_text = f"model {name.upper()}: a Hugging Face folder, a checkpoint or a run"
+        parser.add_argument(name, type=Path, metavar=name.upper(), help=help_text)
     parser.add_argument("--logits", metavar="PROMPT", help="also compare the logits on this prompt (A's tokenizer)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
@@ -153,16 +149,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     args = build_parser().parse_args(argv)
     a, b = open_any(args.a), open_any(args.b)
-    found = differences(a, b)
+    result = differences(a, b)
     logits = compare_logits(args.a, args.b, args.logits) if args.logits is not None else None
     if args.json:
-        print(json.dumps({"equal": not found, "differences": [asdict(d) for d in found], "logits": logits}))
+        print(json.dumps({"equal": not result, "differences": [asdict(d) for d in result], "logits": logits}))
     else:
-        print("\n".join([*map(str, found), f"{len(found)} of {len({*a.names(), *b.names()})} tensors differ"]))
+        print("\n".join([*map(str, result), f"{len(result)} of {len({*a.names(), *b.names()})} tensors differ"]))
         if logits is not None:
-            text = "logits: {tokens} tokens, largest difference {max_abs:.3g}, same best token {same_top_1:.1%}"
+            text = "logits: {tokens} tokens, largest difference {max_abs:.3g}, same top token {same_top_1:.1%}"
             print(text.format(**logits))
-    if found:
+    if result:
         raise SystemExit(1)
 
 

@@ -1,29 +1,30 @@
-"""README.md of an export: how to use the model, and what the run says about how it was made."""
+"""README.md of an export (the model card): how to use the model and how it was trained."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from sdlm_megatron.weights.hf_reader import HFConfig
+from sdlm_megatron.diffusion.settings import SDLMSettings
+from sdlm_megatron.weights.hf_config import HFConfig
 
 
-def model_card(config: HFConfig, dtype: str, run: Mapping[str, Any], name: str, remarks: Sequence[str] = ()) -> str:
+def model_card(config: HFConfig, dtype: str, run: Mapping[str, Any], name: str, remark: str = "") -> str:
     """The card as Markdown.
 
     Args:
         dtype: of the weights.
-        run: run.json of the checkpoint (sdlm_megatron.ops.run_facts) and its step; {} where nothing is known.
+        run: run.json of the checkpoint (ops/run_facts.py) and its step; {} where it has none.
         name: of the model.
-        remarks: sentences for the limits.
+        remark: a limitation of this export, as a sentence without its full stop.
     """
-    if not config.is_sdlm:
+    if config.sdlm is None:
         return f"# {name}\n\nA Qwen2-shaped language model in {dtype}, exported from Megatron-Core.\n"
-    parts = [_head(config, dtype, run, name), _usage(config)]
+    parts = [_head(config, config.sdlm, dtype, run, name), _usage(config.sdlm)]
     if run:
         parts += [_recipe(run), _data(run.get("data", {})), _losses(run.get("losses", {})), _versions(run)]
-    return "\n".join(filter(None, [*parts, _limits(remarks)]))
+    return "\n".join(filter(None, [*parts, _limits(remark)]))
 
 
-def _head(config: HFConfig, dtype: str, run: Mapping[str, Any], name: str) -> str:
+def _head(config: HFConfig, sdlm: SDLMSettings, dtype: str, run: Mapping[str, Any], name: str) -> str:
     base = f" Trained from {run['base']}." if run.get("base") else ""
     return f"""---
 library_name: transformers
@@ -34,13 +35,13 @@ tags:
 ---
 # {name}
 
-A Sequential Diffusion Language Model (arXiv 2509.24007), block size {config.block_size}: it proposes several tokens in
-one forward pass and keeps those it is sure of.{base} {config.num_layers} layers, hidden size {config.hidden_size},
-vocabulary {config.vocab_size}, weights in {dtype}.
+A Sequential Diffusion Language Model (arXiv 2509.24007) with block size {sdlm.block_size}: each forward pass proposes
+several tokens and accepts the first ones whose confidence is high enough.{base} {config.shape.num_layers} layers, hidden
+size {config.shape.hidden_size}, vocabulary {config.shape.vocab_size}, weights in {dtype}.
 """
 
 
-def _usage(config: HFConfig) -> str:
+def _usage(sdlm: SDLMSettings) -> str:
     return f"""## Use
 
 ```python
@@ -53,14 +54,15 @@ inputs = tokenizer.apply_chat_template(
     add_generation_prompt=True, return_tensors="pt", return_dict=True,
 )
 answer = model.generate(
-    **inputs, max_new_tokens=256, sdlm_alg="prob_conf", sdlm_n={config.block_size}, sdlm_threshold=0.9
+    **inputs, max_new_tokens=256, sdlm_alg="{sdlm.alg}", sdlm_n={sdlm.window}, sdlm_threshold={sdlm.threshold:g}
 )
 print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
 ```
 
-`sdlm_alg` is `prob_conf`, `entropy_conf`, `self_speculative` or `ar` (one token a pass). A higher `sdlm_threshold`
-keeps fewer tokens a pass; `sdlm_n` is the size of the window. Needs transformers 4.57 or newer. The folder also loads
-as plain `Qwen2ForCausalLM`. `sha256sum -c SHA256SUMS` checks the files.
+`sdlm_alg` is one of `prob_conf` and `entropy_conf` (accept tokens by confidence), `self_speculative` (draft and verify:
+the same text as one token per pass) and `ar` (one token per pass). `sdlm_n` is the number of tokens proposed per pass. A
+higher `sdlm_threshold` accepts fewer tokens per pass. The model needs transformers 4.57 or newer; the folder also loads
+as plain `Qwen2ForCausalLM`. `sha256sum -c SHA256SUMS` verifies the files.
 """
 
 
@@ -68,19 +70,20 @@ def _recipe(run: Mapping[str, Any]) -> str:
     settings = run["settings"]
     train, optimizer, schedule, diffusion = (settings[k] for k in ("train", "optimizer", "schedule", "diffusion"))
     rows = {
-        "steps made": run.get("step"),
-        "rows a step": run.get("rows_per_step"),
+        "steps": run.get("step"),
+        "rows per step": run.get("rows_per_step"),
         "rows trained on": run.get("consumed_rows"),
         "block size D": diffusion["block_size"],
-        "attention inside a block": "causal" if diffusion["causal_attn"] else "both ways",
+        "attention inside a block": "causal" if diffusion["causal_attn"] else "bidirectional",
+        "target of a slot": "the next token" if diffusion.get("target_shift", True) else "the token at its position",
         "loss": f"mean over {train['loss_normalization']} of the global batch",
         "weight of the next-token loss on clean tokens": diffusion.get("next_token_weight", 0.0),
         "optimizer": f"AdamW, betas {optimizer['beta1']:g} and {optimizer['beta2']:g}, eps {optimizer['eps']:g}, "
-        f"weight decay {optimizer['weight_decay']:g}, gradient norm at most {optimizer['clip_grad']:g}",
-        "learning rate": f"{optimizer['lr']:g} {schedule['style']}, {schedule['warmup_steps']} steps of warm-up",
+        f"weight decay {optimizer['weight_decay']:g}, gradient norm clipped at {optimizer['clip_grad']:g}",
+        "learning rate": f"{optimizer['lr']:g} {schedule['style']}, {schedule['warmup_steps']} warm-up steps",
         "precision": train["precision"] + ("" if train["fp8"] == "none" else f", FP8 {train['fp8']}"),
         "seed": train["seed"],
-        "layout of the last run": f"TP {settings['parallel']['tensor']} x PP {settings['parallel']['pipeline']} x "
+        "parallel layout": f"TP {settings['parallel']['tensor']} x PP {settings['parallel']['pipeline']} x "
         f"DP {run['data_parallel']}",
     }
     return "## Recipe\n\n" + _table(("setting", "value"), ((k, v) for k, v in rows.items() if v is not None))
@@ -96,16 +99,16 @@ def _data(data: Mapping[str, Any]) -> str:
         "fingerprint of its manifest": data.get("checksum"),
         "tokenizer": tokenizer.get("name"),
         "fingerprint of the tokenizer": tokenizer.get("fingerprint"),
-        "rows of the first epoch": f"{epochs[0]['rows']} of {data['row_length']} tokens" if epochs else None,
+        "rows in the first epoch": f"{epochs[0]['rows']} of {data['row_length']} tokens" if epochs else None,
         "documents": epochs[0]["documents"] if epochs else None,
         "clean tokens": epochs[0]["clean"] if epochs else None,
         "block tokens": epochs[0]["block"] if epochs else None,
         "targets": epochs[0]["targets"] if epochs else None,
         "epochs packed": len(epochs) or None,
-        "seed of the blocks": data.get("seed"),
-        "system turn where there was none": data.get("system_prompt"),
+        "seed of the block positions": data.get("seed"),
+        "default system turn": data.get("system_prompt"),
     }
-    text = "## Data\n\n" + _table(("", ""), ((k, v) for k, v in facts.items() if v is not None))
+    text = "## Data\n\n" + _table(("property", "value"), ((k, v) for k, v in facts.items() if v is not None))
     sources = [
         (
             " ".join(str(s[k]) for k in ("name", "hub", "subset", "revision") if s.get(k)),
@@ -126,7 +129,7 @@ def _losses(losses: Mapping[str, Any]) -> str:
     if "loss" not in losses:
         return ""
     rows = [("all", losses["loss"]), *((k.removeprefix("loss_pos_"), losses[k]) for k in slots)]
-    return f"## Training loss at step {losses['step']}\n\nOf one step's rows, in nats a token.\n\n" + _table(
+    return f"## Training loss at step {losses['step']}\n\nOver the rows of one step, in nats per token.\n\n" + _table(
         ("slot", "loss"), ((slot, f"{loss:.4f}") for slot, loss in rows)
     )
 
@@ -135,12 +138,12 @@ def _versions(run: Mapping[str, Any]) -> str:
     return "## Versions\n\n" + _table(("package", "version"), run.get("versions", {}).items())
 
 
-def _limits(remarks: Sequence[str]) -> str:
-    own = "".join(f"- {remark[0].upper()}{remark[1:]}.\n" for remark in remarks)
-    return f"""## Limits
+def _limits(remark: str) -> str:
+    own = f"- {remark[0].upper()}{remark[1:]}.\n" if remark else ""
+    return f"""## Limitations
 
-- The run measured training losses only: quality and speed need an evaluation of their own.
-- Tokens a pass depend on the text and on `sdlm_threshold`; a low threshold costs quality.
+- Only training losses were measured during the run: evaluate quality and speed before relying on them.
+- The number of tokens accepted per pass depends on the text and on `sdlm_threshold`; a low threshold costs quality.
 {own}"""
 
 

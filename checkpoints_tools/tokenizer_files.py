@@ -1,4 +1,4 @@
-"""The tokenizer's files of an export: the base's, the mask token, and a chat template."""
+"""Tokenizer files of an export: the base's, with the mask token and a chat template added."""
 
 import json
 import logging
@@ -13,7 +13,7 @@ from sdlm_megatron.data.chatml import IM_END, IM_START
 from sdlm_megatron.errors import CheckpointError
 from sdlm_megatron.files import write_json
 from sdlm_megatron.weights.checkpoint_folder import TOKENIZER_FILES
-from sdlm_megatron.weights.hf_reader import HFConfig, read_json
+from sdlm_megatron.weights.hf_config import HFConfig, read_json
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ _SAMPLES: list[list[dict[str, str]]] = [
 
 
 def copy_tokenizer(folder: Path, assets: Path | None) -> bool:
-    """Copies the tokenizer's files and makes loaders obey them; False, with a warning, without any."""
+    """Copies the tokenizer's files; False, with a warning, if there are none."""
     present = [] if assets is None else [name for name in TOKENIZER_FILES if (assets / name).is_file()]
     for name in present:
         assert assets is not None
@@ -43,10 +43,10 @@ def copy_tokenizer(folder: Path, assets: Path | None) -> bool:
 
 
 def _keep_own_splitting(folder: Path) -> None:
-    """Stops transformers 5 from giving a tokenizer that is not Qwen2's the splitting rules of Qwen2's.
+    """Makes transformers 5 use a tokenizer.json that is not Qwen2's as it is.
 
-    It does so for every folder of model_type qwen2 whose tokenizer_config.json has no auto_map. With one, the
-    folder's tokenizer.json is used as it is, whether remote code is trusted or not.
+    For a folder of model_type qwen2 without auto_map in its tokenizer_config.json, transformers 5 replaces the splitting
+    rules by Qwen2's. An auto_map switches that off, also where remote code is not trusted.
     """
     path = folder / "tokenizer_config.json"
     settings = read_json(path) if path.is_file() else {}
@@ -70,7 +70,7 @@ def _vocabulary(folder: Path) -> dict[str, int]:
 
 
 def end_tokens(folder: Path, config: HFConfig) -> tuple[int, ...]:
-    """The token that ends a turn first: SDLM is trained on chats, also when its base was not."""
+    """End tokens of the export: an SDLM, which is trained on chats, ends first of all with the token that ends a turn."""
     turn_end = _vocabulary(folder).get(IM_END) if config.is_sdlm else None
     if turn_end is None:
         return config.eos_token_ids
@@ -78,10 +78,10 @@ def end_tokens(folder: Path, config: HFConfig) -> tuple[int, ...]:
 
 
 def add_token(folder: Path, token: str, token_id: int) -> None:
-    """Gives a tokenizer's files the special token `token` with id `token_id`, unless they have it.
+    """Adds the special token `token` with id `token_id` to a tokenizer's files, unless they have it.
 
     Raises:
-        CheckpointError: the text or the id is taken by another.
+        CheckpointError: the text has another id, or the id another text.
     """
     path = folder / "tokenizer.json"
     has_json, known = path.is_file(), _vocabulary(folder)
@@ -90,7 +90,7 @@ def add_token(folder: Path, token: str, token_id: int) -> None:
     existing = known.get(token, plain.get(token) if isinstance(plain, dict) else None)
     if existing not in (None, token_id) or (existing is None and token_id in taken):
         raise CheckpointError(
-            f"the mask token '{token}' should be {token_id}, but the tokenizer has "
+            f"the mask token '{token}' should have id {token_id}, but the tokenizer has "
             + (f"it as {existing}" if existing is not None else f"'{taken[token_id]}' there"),
             str(path),
             "export with the tokenizer the dataset was made with",
@@ -109,34 +109,38 @@ def add_token(folder: Path, token: str, token_id: int) -> None:
         settings = read_json(path)
         added = read_json(folder / "tokenizer.json").get("added_tokens", []) if has_json else []
         listed = {str(t["id"]): {k: v for k, v in t.items() if k != "id"} for t in added}
-        listed |= settings.get("added_tokens_decoder", {})  # a list that is not whole would renumber the rest
+        # The whole list: transformers gives new ids to added tokens that a partial list leaves out.
+        listed |= settings.get("added_tokens_decoder", {})
         settings["added_tokens_decoder"] = listed | {str(token_id): entry}
-        settings["padding_side"] = "left"  # decoding in batches needs the prompts' ends aligned
+        settings["padding_side"] = "left"  # batched decoding needs the ends of the prompts aligned
         write_json(path, settings)
 
 
 def add_chat_template(folder: Path, system: str | None) -> str:
-    """Makes sure that the tokenizer in `folder` has a chat template; returns a remark for the user, "" for none.
+    """Ensures that the tokenizer in `folder` has a chat template; returns a remark for the user, or "".
 
-    A base without one gets that of training: the turns of data_prep, with its `system` turn (None: none) in front of
-    a conversation that has none. A base's own is kept; the remark says so where it renders otherwise.
+    A base without one gets the template of the training data. A base's own template is kept; the remark says so where
+    it renders conversations differently.
+
+    Args:
+        system: system turn put before a conversation without one in the training data; None: no such turn.
     """
     known = _vocabulary(folder)
     if IM_START not in known or IM_END not in known:
         return f"the tokenizer has no {IM_START}: no chat template was written"
     path, own = folder / "tokenizer_config.json", folder / "chat_template.jinja"
     settings = read_json(path) if path.is_file() else {}
-    found = own.read_text(encoding="utf-8") if own.is_file() else settings.get("chat_template")
-    if not found:
+    template = own.read_text(encoding="utf-8") if own.is_file() else settings.get("chat_template")
+    if not template:
         write_json(path, settings | {"chat_template": chat_template(system)})
         return ""
-    if isinstance(found, str) and _render(found, settings) == _render(chat_template(system), settings):
+    if isinstance(template, str) and _render(template, settings) == _render(chat_template(system), settings):
         return ""
-    return "the base's chat template is kept; it does not render every conversation as the training data was rendered"
+    return "the base's chat template is kept; it renders some conversations differently from the training data"
 
 
 def chat_template(system: str | None) -> str:
-    """Jinja text that renders a conversation as training saw it, up to where the answer begins."""
+    """Jinja template that renders a conversation as the training data was, up to the start of the answer."""
     turn = "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
     default = "" if system is None else f"<|im_start|>system\n{system}<|im_end|>\n"
     return (
@@ -148,10 +152,10 @@ def chat_template(system: str | None) -> str:
 
 
 def _render(template: str, settings: dict[str, Any]) -> list[str] | None:
-    """What it makes of a few conversations; None when it cannot."""
-    words = {k: v for k, v in settings.items() if k.endswith("_token") and isinstance(v, str)}
+    """Renderings of the sample conversations; None where the template fails."""
+    special = {k: v for k, v in settings.items() if k.endswith("_token") and isinstance(v, str)}
     try:
         compiled = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(template)
-        return [compiled.render(messages=m, add_generation_prompt=True, **words) for m in _SAMPLES]
+        return [compiled.render(messages=m, add_generation_prompt=True, **special) for m in _SAMPLES]
     except (TemplateError, TypeError):
         return None

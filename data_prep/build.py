@@ -224,7 +224,7 @@ def _meta(config: BuildConfig) -> dict[str, Any]:
         "eos_token_id": ids[IM_END],
         "pad_token_id": ids[config.pad_token],
         "vocab_size": max(size, mask + 1),
-        "tokenizer": {"fingerprint": fingerprint(folder), "name": Path(folder).name},
+        "tokenizer": {"fingerprint": fingerprint(folder, config.mask_token), "name": Path(folder).name},
     }
 
 

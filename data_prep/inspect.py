@@ -25,9 +25,9 @@ from sdlm_megatron.data.format import REBUILD, PackedDataset, origin, prefix
 from sdlm_megatron.data.indexed import IndexedReader
 from sdlm_megatron.data.tokenizer_identity import (
     added_tokens,
-    fingerprint,
     has_tokenizer,
     parse_sentencepiece,
+    same_tokenizer,
     sentencepiece_file,
 )
 from sdlm_megatron.diffusion.layout import IGNORE, RowLayout, slot_targets
@@ -225,7 +225,7 @@ def _text_of(manifest: dict[str, Any], folder: str, console: Console) -> TokenTe
         reason = f"there is no tokenizer in {folder}" if folder else "the manifest names no tokenizer"
         _print(console, Text(f"showing token ids instead of text: {reason}; set --tokenizer=FOLDER"))
         return show_ids
-    if fingerprint(folder) != manifest["tokenizer"]["fingerprint"]:
+    if same_tokenizer(folder, manifest) is False:
         _print(console, Text(f"{folder} is not the tokenizer of this dataset", style="red"))
     return open_text(folder)
 

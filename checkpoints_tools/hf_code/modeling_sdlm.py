@@ -42,6 +42,7 @@ from .decode_model import TransformersProposer  # type: ignore[import-not-found]
 from .decode_random import mix64  # type: ignore[import-not-found]  # noqa: F401
 from .decode_rules import Warp  # type: ignore[import-not-found]
 from .decode_step import Step  # type: ignore[import-not-found]  # noqa: F401
+from .settings import SDLMSettings  # type: ignore[import-not-found]
 
 WARPERS = (
     "TemperatureLogitsWarper",
@@ -76,8 +77,8 @@ class SDLMOutput(ModelOutput):
 
 
 @dataclass(frozen=True)
-class SDLMSettings:
-    """How to decode; the keys of generation_config.json are these names with `sdlm_` in front."""
+class DecodeOptions:
+    """Options of one call of `generate`; their keys in generation_config.json have the prefix `sdlm_`."""
 
     alg: str
     n: int
@@ -138,11 +139,12 @@ class SDLMForCausalLM(Qwen2ForCausalLM):
         assistants and output_scores raise ValueError; `sdlm_alg="ar"` has them.
         """
         stored = (generation_config, self.generation_config)
-        settings = SDLMSettings(
-            _first(sdlm_alg, stored, "sdlm_alg", "prob_conf"),
-            _first(sdlm_n, stored, "sdlm_n", self.config.block_size),
-            _first(sdlm_threshold, stored, "sdlm_threshold", 0.9),
-            _first(sdlm_product, stored, "sdlm_product", False),
+        defaults = SDLMSettings.from_config_json(self.config.to_dict())
+        settings = DecodeOptions(
+            _first(sdlm_alg, stored, "sdlm_alg", defaults.alg),
+            _first(sdlm_n, stored, "sdlm_n", defaults.window),
+            _first(sdlm_threshold, stored, "sdlm_threshold", defaults.threshold),
+            _first(sdlm_product, stored, "sdlm_product", defaults.product),
             _first(sdlm_seed, stored, "sdlm_seed", None),
             _first(kwargs.get("cache_implementation"), stored, "cache_implementation", None),
             streamer,
@@ -245,7 +247,6 @@ def _sdlm(  # called by transformers' generate; a parameter named attention_mask
     result = decode(
         model,
         input_ids,
-        mask_token_id=model.config.text_mask_token_id,
         window=settings.n,
         max_new_tokens=min(generation_config.max_length, *lengths) - input_ids.shape[1],
         alg=settings.alg,
@@ -253,8 +254,7 @@ def _sdlm(  # called by transformers' generate; a parameter named attention_mask
         product=settings.product,
         eos_token_ids=ends,
         attention_mask=model_kwargs.get("attention_mask"),
-        causal_attn=bool(model.config.causal_attn),
-        target_shift=bool(getattr(model.config, "target_shift", True)),
+        **SDLMSettings.from_config_json(model.config.to_dict()).decode_options,
         warp=_warp(processors) if generation_config.do_sample else None,
         seed=settings.seed,
         stop=_stop([c for c in criteria if not isinstance(c, EosTokenCriteria | MaxLengthCriteria)]),
@@ -268,7 +268,7 @@ def _sdlm(  # called by transformers' generate; a parameter named attention_mask
     return _output(input_ids, result, pad if pad is not None else (ends or [0])[0], generation_config)
 
 
-def _fixed_shape(settings: SDLMSettings, config: Any, device: torch.device) -> bool | Callable[[Any], Any]:
+def _fixed_shape(settings: DecodeOptions, config: Any, device: torch.device) -> bool | Callable[[Any], Any]:
     """On a GPU a pass becomes a CUDA graph, compiled once for each shape, as transformers does with a static cache."""
     if settings.cache_implementation != "static" or device.type != "cuda" or config.disable_compile:
         return settings.cache_implementation == "static"

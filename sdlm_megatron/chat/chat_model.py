@@ -20,11 +20,10 @@ from sdlm_megatron.data.tokenizer_identity import has_tokenizer, vocabulary_size
 from sdlm_megatron.diffusion.decode import ALGORITHMS, Decoded, Stop, decode
 from sdlm_megatron.diffusion.decode_rules import Warp
 from sdlm_megatron.errors import CheckpointError, ConfigError, DataError
-from sdlm_megatron.weights.hf_reader import HFConfig, open_tensors, read_hf_config, read_json
+from sdlm_megatron.weights.dtypes import PRECISIONS
+from sdlm_megatron.weights.hf_config import HFConfig, read_hf_config
+from sdlm_megatron.weights.hf_weights import HFWeights
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-DEFAULT_THRESHOLD = 0.9
-"""Threshold of a folder whose generation_config.json sets none, as in the exported code."""
 Message = Mapping[str, str]
 OnPass = Callable[[list[int]], None]
 """Called after each pass with the tokens that the pass kept."""
@@ -130,15 +129,13 @@ class ChatModel:
     config: HFConfig
     model: Any
     tokenizer: Any
-    defaults: Mapping[str, Any]
-    """generation_config.json, with sdlm_alg, sdlm_n, sdlm_threshold and sdlm_product where the folder sets them."""
     end_tokens: tuple[int, ...]
 
     def describe(self) -> str:
         """Folder, size, dtype and device in one line, with a hint where another dtype would be much faster."""
         count = sum(p.numel() for p in self.model.parameters())
         size = f"{count / 1e9:.1f}B" if count >= 1e9 else f"{count / 1e6:.3g}M"
-        kind = f"SDLM, D = {self.config.block_size}" if self.config.is_sdlm else self.config.model_type
+        kind = f"SDLM, D = {self.config.sdlm.block_size}" if self.config.sdlm else self.config.model_type
         dtype = str(self.model.dtype).removeprefix("torch.")
         slow = slow_bf16() if self.model.dtype == torch.bfloat16 and self.model.device.type == "cpu" else None
         hint = f"; {slow}, fp32 is the faster dtype here" if slow else ""
@@ -154,19 +151,15 @@ class ChatModel:
         Raises:
             ConfigError: an invalid value, or an algorithm that a plain model does not support.
         """
-        stored = self.defaults if self.config.is_sdlm else {"sdlm_alg": "ar"}
-        defaults = {"alg": "prob_conf", "n": self.config.block_size or 1, "threshold": DEFAULT_THRESHOLD}
+        folder = self.config.decoding
+        stored = {"alg": folder.alg, "n": folder.window, "threshold": folder.threshold, "product": folder.product}
         values: dict[str, Any] = {}
-        for name in ("alg", "n", "threshold", "product"):
+        for name in stored:
             label, value, source = name, requested.get(name), where
             if value is None:
-                label, value, source = (
-                    f"sdlm_{name}",
-                    stored.get(f"sdlm_{name}"),
-                    f"{self.folder}/generation_config.json",
-                )
-            values[name] = defaults.get(name, False) if value is None else value
-            _check_rule(name, values[name], label, source)
+                label, value, source = f"sdlm_{name}", stored[name], f"{self.folder}/generation_config.json"
+            values[name] = value
+            _check_rule(name, value, label, source)
         if values["alg"] != "ar" and not self.config.is_sdlm:
             raise ConfigError(
                 f"alg {values['alg']} needs an SDLM folder, this is a plain {self.config.model_type}: "
@@ -238,9 +231,8 @@ class ChatModel:
     def decode(self, input_ids: torch.Tensor, **options: Any) -> Decoded:
         """`diffusion.decode` with the folder's mask token, end tokens and attention of windows; `options` override."""
         folder = {
-            "mask_token_id": self.config.text_mask_token_id or 0,  # unused where the window is 1
             "eos_token_ids": self.end_tokens,
-            **self.config.window_options,
+            **self.config.decoding.decode_options,
         }
         with torch.inference_mode():
             return decode(self.model, input_ids, **folder | options)
@@ -360,7 +352,7 @@ def load(folder: Path, *, dtype: str | None, device: str | None) -> ChatModel:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             attn_implementation="sdpa",
-            dtype=DTYPES[dtype] if dtype else "auto",
+            dtype=PRECISIONS[dtype] if dtype else "auto",
             output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError) as error:
@@ -371,11 +363,9 @@ def load(folder: Path, *, dtype: str | None, device: str | None) -> ChatModel:
         raise CheckpointError(f"{len(missing)} weights are missing, e.g. {min(missing)}", str(folder), fix)
     # transformers would merge the folder's sampling settings into every call of `generate`
     network.generation_config = GenerationConfig()
-    path = folder / "generation_config.json"
     im_end = tokenizer.get_vocab().get(IM_END)
     ends = dict.fromkeys([*config.eos_token_ids, *([] if im_end is None else [im_end])])
-    defaults = read_json(path) if path.is_file() else {}
-    return ChatModel(folder, config, network.eval().to(where), tokenizer, defaults, tuple(ends))
+    return ChatModel(folder, config, network.eval().to(where), tokenizer, tuple(ends))
 
 
 def _check_folder(folder: Path) -> HFConfig:
@@ -387,16 +377,16 @@ def _check_folder(folder: Path) -> HFConfig:
             "sdlm export --ckpt RUN --out FOLDER",
         )
     config = read_hf_config(folder)
-    open_tensors(folder)
+    HFWeights(folder)  # opening checks that every file is there and readable
     if not has_tokenizer(folder):
         raise CheckpointError(
             "the folder holds no tokenizer",
             str(folder),
             "copy tokenizer.json and tokenizer_config.json of its base model into it",
         )
-    if vocabulary_size(folder) > config.vocab_size:
+    if vocabulary_size(folder) > config.shape.vocab_size:
         raise CheckpointError(
-            f"the tokenizer has {vocabulary_size(folder)} tokens, the model {config.vocab_size}",
+            f"the tokenizer has {vocabulary_size(folder)} tokens, the model {config.shape.vocab_size}",
             str(folder),
             "put the tokenizer of this model into the folder",
         )

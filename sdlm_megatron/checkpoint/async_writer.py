@@ -1,8 +1,9 @@
-"""Writes checkpoints while training goes on.
+"""Saves checkpoints while training continues.
 
-What blocks a step is the copy of this process's part to host memory. A thread then writes it to a file of its own; the
-processes meet over a group of theirs (gloo), so that a checkpoint appears only when all parts are on the disk. A save
-that the disk refuses is given up on all processes, loudly, and training goes on; the one that ends a run must succeed.
+Only the copy of this process's shards to host memory blocks a step. A thread then writes the copy to a file of its own;
+the processes synchronize over their own gloo group, so that a checkpoint appears only when every file is on the disk.
+If a file cannot be written, all processes give up that checkpoint, log why, and training continues; the checkpoint at
+the end of a run must succeed.
 """
 
 import errno
@@ -22,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 from sdlm_megatron.checkpoint.local_disk import copy_file, keep_only, local_root
-from sdlm_megatron.checkpoint.sharding import held
+from sdlm_megatron.checkpoint.sharding import local_shards
 from sdlm_megatron.config.schema import CheckpointConfig
 from sdlm_megatron.errors import CheckpointError, UserError
 from sdlm_megatron.files import HashedFile, rename_whole, write_json
@@ -32,19 +33,20 @@ from sdlm_megatron.weights.checkpoint_folder import TrainState, checksums, copy_
 from sdlm_megatron.weights.torch_dist import Entry, write_index, write_tensor
 
 RETRY_SECONDS = (10, 60)
-"""Pauses before the save that ends a run is tried again."""
-MOST_REFUSED = 5
-"""Saves in a row that may fail before training ends: it would go on for nothing."""
-_LONGEST = timedelta(hours=3)
-"""A process that waits so long for the others' files takes the save for lost."""
+"""Pauses before the attempts to repeat a failed save at the end of a run."""
+MAX_FAILED_SAVES = 5
+"""Consecutive failed saves after which training ends, because its progress could not be kept."""
+_TIMEOUT = timedelta(hours=3)
+"""For the slowest process to write its file."""
 _ALIGN = 64
+"""Bytes; torch.frombuffer needs each tensor aligned to its element size."""
 _SMALL_FILES = 64 * 1024**2
-"""Room for what is not weights: index, tokenizer."""
+"""Disk space reserved for the index, the tokenizer and other small files."""
 
 
 @dataclass(frozen=True)
 class _Part:
-    """A box in the host's copy."""
+    """A region of a tensor in the host copy."""
 
     key: str
     shape: tuple[int, ...]
@@ -52,6 +54,7 @@ class _Part:
     size: tuple[int, ...]
     dtype: torch.dtype
     offset: int
+    """First byte in the host copy."""
 
     @property
     def nbytes(self) -> int:
@@ -59,8 +62,8 @@ class _Part:
 
 
 @dataclass(frozen=True)
-class _Written:
-    """A file of weights."""
+class _WrittenFile:
+    """A file of weights on the disk."""
 
     entries: list[Entry]
     checksum: dict[str, Any]
@@ -68,7 +71,7 @@ class _Written:
 
 @dataclass
 class _Save:
-    """One checkpoint on its way."""
+    """One checkpoint being saved."""
 
     folder: Path
     parts: list[_Part]
@@ -77,56 +80,56 @@ class _Save:
     facts: dict[str, Any] | None
     final: bool
     blocked: float
-    """Seconds that training has waited for it, all told."""
+    """Seconds that training waited for it."""
     started: float = field(default_factory=time.perf_counter)
     size: int = 0
-    """Bytes of all processes."""
-    refused: str = ""
-    """Why it was given up, the same on all processes; "" for a checkpoint that is there."""
+    """Bytes over all processes."""
+    failure: str = ""
+    """Why it was given up, the same on all processes; "" for a checkpoint that exists."""
 
 
 class CheckpointWriter:
-    """Owns the copy in host memory and the thread that writes it; all processes call its methods for the same steps.
+    """Owns the host copy and the thread that writes it; all processes call its methods for the same steps.
 
     Args:
-        engine: what is saved.
+        engine: source of the weights and the optimizer state.
         run_dir: checkpoints go to RUN/ckpt.
-        config: what to keep, and whether to write in the background.
+        config: retention, and whether to write in the background.
     """
 
     def __init__(self, engine: Engine, run_dir: Path, config: CheckpointConfig) -> None:
         self.engine, self.run_dir, self.config = engine, run_dir, config
         self._local = local_root(config, run_dir)
-        self._group = dist.new_group(backend="gloo", timeout=_LONGEST)
+        self._group = dist.new_group(backend="gloo", timeout=_TIMEOUT)
         self._host = torch.empty(0, dtype=torch.uint8)
         self._thread: threading.Thread | None = None
         self._save: _Save | None = None
         self._error: BaseException | None = None
-        self._refused = 0
-        """Saves in a row that were given up."""
+        self._failed_saves = 0
+        """Consecutive."""
 
     def __enter__(self) -> "CheckpointWriter":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        """A save under way is of good weights, also where training found a later step not to be finite."""
+        # A save in progress holds weights of a checked step, also where a later step turned out not to be finite.
         if kind is None or isinstance(error, UserError):
             self.wait()
 
     def save(
         self, state: TrainState, assets: Path | None, facts: dict[str, Any] | None = None, *, final: bool = False
     ) -> None:
-        """Saves the engine as it is now. Returns when that is copied; with `final`, or synchronous, when it is there.
+        """Saves the engine's current state. Returns once it is copied; if `final` or synchronous, once it is written.
 
         Args:
             state: becomes state.json; its step names the folder.
             assets: folder of the base's config and tokenizer files.
-            facts: becomes run.json; only the main process's counts.
-            final: nothing follows: if the disk refuses, it is tried again, then CheckpointError is raised on all.
+            facts: becomes run.json; the main process's are used.
+            final: last save of the run: retried on failure, then raises CheckpointError on all processes.
         """
         began = time.perf_counter()
         if self.busy and self._main:
-            print("the last checkpoint is still being written: waiting for it", flush=True)
+            print("waiting for the previous checkpoint, which is still being written", flush=True)
         self.wait()
         folder = step_folder(self.run_dir, state.step)
         save = _Save(folder, self._copy(), state, assets, facts, final, 0.0, began)
@@ -135,30 +138,30 @@ class CheckpointWriter:
         if final or not self.config.async_save:
             self.wait()
         for pause in RETRY_SECONDS if final else ():
-            if not save.refused:
+            if not save.failure:
                 break
             if self._main:
                 print(f"trying again in {pause} s", flush=True)
             time.sleep(pause)
-            save.refused = ""
+            save.failure = ""
             self._begin(save)
             self.wait()
-        if final and save.refused:
+        if final and save.failure:
             raise _not_written(save, "the last checkpoint could not be written")
 
     @property
     def busy(self) -> bool:
-        """Whether a save is under way."""
+        """Whether a save is in progress."""
         return self._thread is not None and self._thread.is_alive()
 
     def check(self) -> None:
-        """Raises what went wrong in the thread; does not wait."""
+        """Raises the error of the writing thread, if any; does not wait."""
         if self._error is not None:
             error, self._error = self._error, None
             raise error
 
     def wait(self) -> None:
-        """Returns when no save is under way."""
+        """Waits for the save in progress, and raises its error."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -173,16 +176,17 @@ class CheckpointWriter:
         self._thread.start()
 
     def _copy(self) -> list[_Part]:
-        """Copies what this process saves to the host: memory that is taken once, pinned where there is a GPU."""
+        """Copies the elements this process saves to host memory, allocated once and pinned where there is a GPU."""
         parts, moves, offset = [], [], 0
-        for one in held(self.engine, with_optimizer=True):
-            low, high = one.saved
+        for shard in local_shards(self.engine, with_optimizer=True):
+            low, high = shard.saved
+            itemsize, dtype = shard.flat.itemsize, shard.flat.dtype
             offset = -(-offset // _ALIGN) * _ALIGN
-            moves.append((one.flat[low - one.low : high - one.low], offset))
-            for piece, box in one.boxes(low, high):
-                at = offset + (box.at - low) * one.flat.itemsize
-                parts.append(_Part(one.prefix + piece.key, piece.shape, box.start, box.size, one.flat.dtype, at))
-            offset += (high - low) * one.flat.itemsize
+            moves.append((shard.flat[low - shard.low : high - shard.low], offset))
+            for placed, region in shard.regions(low, high):
+                at = offset + (region.offset - low) * itemsize
+                parts.append(_Part(shard.prefix + placed.key, placed.shape, region.start, region.size, dtype, at))
+            offset += (high - low) * itemsize
         cuda = self.engine.groups.device.type == "cuda"
         if self._host.numel() < offset:
             self._host = torch.empty(offset, dtype=torch.uint8, pin_memory=cuda)
@@ -201,26 +205,27 @@ class CheckpointWriter:
             self._error = error
 
     def _write(self, save: _Save) -> None:
-        """All processes' threads go through this together; what one cannot write, all give up."""
+        """Runs in step on all processes' threads; a failure of one makes all give up this checkpoint."""
         partial = save.folder.with_name(save.folder.name + ".partial")
         place = partial if self._local is None else self._local / save.folder.name
         name, written = _file(self.engine.groups.rank), []
+        # Every phase ends with a broadcast of its failure, so that no process enters a collective the others skip.
         save.size = sum(self._gather(sum(p.nbytes for p in save.parts)))
-        save.refused = self._on_main(lambda: self._prepare(save, partial), partial)
-        if not save.refused:
-            refused = self._attempt(lambda: written.append(self._write_parts(save.parts, place / name)))
-            everyone = self._gather((refused, written, {p.key: (p.shape, p.dtype) for p in save.parts}))
-            save.refused = self._on_main(lambda: self._describe(save, place, everyone), partial)
-        if not save.refused and self._local is not None:
+        save.failure = self._on_main(lambda: self._prepare(save, partial), partial)
+        if not save.failure:
+            failure = self._attempt(lambda: written.append(self._write_parts(save.parts, place / name)))
+            everyone = self._gather((failure, written, {p.key: (p.shape, p.dtype) for p in save.parts}))
+            save.failure = self._on_main(lambda: self._describe(save, place, everyone), partial)
+        if not save.failure and self._local is not None:
             everyone = self._gather(self._attempt(lambda: self._copy_home(place, partial, {name: written[0].checksum})))
-            save.refused = self._on_main(lambda: _raise(everyone), partial)
-        if not save.refused:
-            save.refused = self._on_main(lambda: self._appear(save.folder, partial), partial)
-        if not save.refused and self._local is not None:
+            save.failure = self._on_main(lambda: _raise(everyone), partial)
+        if not save.failure:
+            save.failure = self._on_main(lambda: self._appear(save.folder, partial), partial)
+        if not save.failure and self._local is not None:
             keep_only(self._local, place)
-        self._refused = self._refused + 1 if save.refused else 0
-        if self._refused >= MOST_REFUSED and not save.final:
-            self._error = _not_written(save, f"{self._refused} checkpoints in a row could not be written")
+        self._failed_saves = self._failed_saves + 1 if save.failure else 0
+        if self._failed_saves >= MAX_FAILED_SAVES and not save.final:
+            self._error = _not_written(save, f"{self._failed_saves} checkpoints in a row could not be written")
         if self._main:
             self._report(save)
 
@@ -231,47 +236,47 @@ class CheckpointWriter:
         if needed > free:
             raise OSError(errno.ENOSPC, f"{needed / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free", str(partial))
 
-    def _write_parts(self, parts: Sequence[_Part], path: Path) -> _Written:
+    def _write_parts(self, parts: Sequence[_Part], path: Path) -> _WrittenFile:
         memory, entries = self._host.numpy(), []
         path.parent.mkdir(parents=True, exist_ok=True)
         file = HashedFile(path)
         for part in parts:
             numel = torch.Size(part.size).numel()
-            # a tensor with a storage of its own: torch.save would write all of the host's copy
+            # A tensor with its own storage: torch.save of a view would write the whole host copy.
             tensor = torch.frombuffer(memory, dtype=part.dtype, count=numel, offset=part.offset).view(part.size)
             entries.append(write_tensor(file, part.key, part.start, tensor))
             file.check()
-        return _Written(entries, file.close())
+        return _WrittenFile(entries, file.close())
 
-    def _describe(self, save: _Save, place: Path, everyone: Sequence[tuple[str, list[_Written], dict]]) -> None:
-        """Writes everything but the weights, complete.json last; the main process does it when all are written."""
-        _raise([refused for refused, _, _ in everyone])
-        files = {_file(rank): written for rank, (_, mine, _) in enumerate(everyone) for written in mine}
-        tensors = {key: tensor for _, _, mine in everyone for key, tensor in mine.items()}
+    def _describe(self, save: _Save, place: Path, everyone: Sequence[tuple[str, list[_WrittenFile], dict]]) -> None:
+        """Writes all other files, complete.json last; on the main process, once all weights are written."""
+        _raise([failure for failure, _, _ in everyone])
+        files = {_file(rank): file for rank, (_, written, _) in enumerate(everyone) for file in written}
+        tensors = {key: tensor for _, _, local in everyone for key, tensor in local.items()}
         write_index(place / "weights", {Path(name).name: w.entries for name, w in files.items()}, tensors)
         copy_assets(save.assets, place / "hf")
         write_json(place / "state.json", asdict(save.state))
         if save.facts:
             write_json(place / "run.json", save.facts)
-        (place / "complete.json").unlink(missing_ok=True)  # of another attempt, on a local disk
+        (place / "complete.json").unlink(missing_ok=True)  # a local disk may hold one of an earlier attempt
         known = {name: written.checksum for name, written in files.items()}
-        found = checksums(place, known)
-        others = {name: entry for name, entry in found.items() if not name.endswith(".distcp")}
+        # With a local disk per node the main process does not see the other nodes' weight files.
+        others = {n: entry for n, entry in checksums(place, known).items() if not n.endswith(".distcp")}
         write_json(place / "complete.json", known | others)
 
-    def _copy_home(self, place: Path, partial: Path, mine: dict[str, dict[str, Any]]) -> None:
-        """From the local disk to the run folder: this process's weights, and of the main process the rest."""
+    def _copy_home(self, place: Path, partial: Path, files: dict[str, dict[str, Any]]) -> None:
+        """Copies from the local disk to the run folder: this process's weights; on the main process also the rest."""
         if self._main:
             listed = json.loads((place / "complete.json").read_text())
-            mine = mine | {name: entry for name, entry in listed.items() if not name.endswith(".distcp")}
-        for name, wanted in mine.items():
-            copy_file(place / name, partial / name, wanted)
+            files = files | {name: entry for name, entry in listed.items() if not name.endswith(".distcp")}
+        for name, expected in files.items():
+            copy_file(place / name, partial / name, expected)
         if self._main:
             shutil.copyfile(place / "complete.json", partial / "complete.json")
 
     def _appear(self, folder: Path, partial: Path) -> None:
         replaced = folder.with_name(folder.name + ".replaced.partial")
-        if folder.exists():  # of this step, but not what the run resumed from: cut short
+        if folder.exists():  # a truncated checkpoint of the same step, which the run did not resume from
             os.rename(folder, replaced)
         rename_whole(partial, folder)
         shutil.rmtree(replaced, ignore_errors=True)
@@ -279,35 +284,37 @@ class CheckpointWriter:
     def _report(self, save: _Save) -> None:
         total = time.perf_counter() - save.started
         blocked = total if save.final or not self.config.async_save else save.blocked
-        if not save.refused:
+        if not save.failure:
             print(f"saved {save.folder}", flush=True)
             record_event(self.run_dir, "saved", step=save.state.step, blocked_s=blocked, total_s=total, bytes=save.size)
-            if said := self._attempt(lambda: prune(save.folder.parent, self.config.keep_last, self.config.keep_every)):
-                print(f"old checkpoints cannot be removed: {said}", flush=True)
+            keep_last, keep_every = self.config.keep_last, self.config.keep_every
+            if failure := self._attempt(lambda: prune(save.folder.parent, keep_last, keep_every)):
+                print(f"old checkpoints cannot be removed: {failure}", flush=True)
             return
-        print(f"NO CHECKPOINT of step {save.state.step}: {save.refused}", flush=True)
+        print(f"NO CHECKPOINT of step {save.state.step}: {save.failure}", flush=True)
         if not save.final:
-            print("  training goes on; the next save tries again", flush=True)
-        record_event(self.run_dir, "save_failed", step=save.state.step, reason=save.refused)
+            print("  training continues; the next save tries again", flush=True)
+        record_event(self.run_dir, "save_failed", step=save.state.step, reason=save.failure)
 
     def _on_main(self, action: Callable[[], None], partial: Path) -> str:
-        """Runs `action` on the main process; why it failed, "" if it did not, on all. Then `partial` is removed."""
-        said = [self._attempt(action) if self._main else ""]
-        if said[0]:
+        """Runs `action` on the main process; returns its failure ("" for none) on all. A failure removes `partial`."""
+        failure = [self._attempt(action) if self._main else ""]
+        if failure[0]:
             shutil.rmtree(partial, ignore_errors=True)
-        dist.broadcast_object_list(said, src=0, group=self._group)
-        return said[0]
+        dist.broadcast_object_list(failure, src=0, group=self._group)
+        return failure[0]
 
-    def _gather(self, mine: Any) -> list[Any]:
-        """An object of each process, on the main one."""
+    def _gather(self, local: Any) -> list[Any]:
+        """The objects of all processes in order of rank, on the main process; [] on the others."""
         everyone: list[Any] | None = [None] * self.engine.groups.world_size if self._main else None
-        dist.gather_object(mine, everyone, dst=0, group=self._group)
+        dist.gather_object(local, everyone, dst=0, group=self._group)
         return everyone or []
 
     def _attempt(self, action: Callable[[], None]) -> str:
+        """Runs `action`; returns why it failed, "" for success."""
         try:
             action()
-        except _RefusedError as error:
+        except _SaveError as error:
             return str(error)
         except OSError as error:
             return f"process {self.engine.groups.rank} on {socket.gethostname()}: {error}"
@@ -316,10 +323,10 @@ class CheckpointWriter:
 
 def _not_written(save: _Save, what: str) -> CheckpointError:
     return CheckpointError(
-        f"{what}: {save.refused}",
+        f"{what}: {save.failure}",
         str(save.folder),
-        "make room (checkpoint.keep_last says how many are kept) and start again: training goes on from the "
-        "checkpoint before",
+        "free some space (checkpoint.keep_last is the number of checkpoints kept) and start again: training "
+        "resumes from the previous checkpoint",
     )
 
 
@@ -327,10 +334,10 @@ def _file(rank: int) -> str:
     return f"weights/__{rank}_0.distcp"
 
 
-class _RefusedError(Exception):
-    """What some processes could not do, in their words."""
+class _SaveError(Exception):
+    """Failures of one or several processes."""
 
 
-def _raise(refused: Sequence[str]) -> None:
-    if texts := [text for text in refused if text]:
-        raise _RefusedError("; ".join(texts[:3]) + (f" and {len(texts) - 3} more" if len(texts) > 3 else ""))
+def _raise(failures: Sequence[str]) -> None:
+    if texts := [text for text in failures if text]:
+        raise _SaveError("; ".join(texts[:3]) + (f" and {len(texts) - 3} more" if len(texts) > 3 else ""))

@@ -1,9 +1,9 @@
 """Checkpoints on the nodes' own disks: written there first, then copied to the run folder.
 
-    LOCAL_DIR/RUN-1a2b3c4d/step-0000500/     what this node's processes wrote, of the newest checkpoint only
+    LOCAL_DIR/RUN-1a2b3c4d/step-0000500/     the files this node's processes wrote, of the newest checkpoint only
 
-A job that ends between the two leaves a checkpoint that is whole only as the sum of the nodes' disks; the next start on
-the same nodes copies it to the run folder.
+A job that ends between the two steps leaves a checkpoint that is complete only as the union of the nodes' disks; the
+next start on the same nodes copies it to the run folder.
 """
 
 import errno
@@ -26,53 +26,54 @@ _MARKER = "complete.json"
 
 
 def local_root(config: CheckpointConfig, run_dir: Path) -> Path | None:
-    """This run's folder on this node's disk; None where none is configured."""
+    """This run's folder on this node's disk; None if checkpoint.local_dir is empty."""
     if not config.local_dir:
         return None
+    # The hash keeps runs of the same name in different folders apart.
     name = hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:8]
     return Path(os.path.expandvars(config.local_dir)) / f"{run_dir.resolve().name}-{name}"
 
 
-def copy_file(source: Path, target: Path, wanted: Mapping[str, Any]) -> None:
-    """Copies a file to the disk; OSError, also where the copy has not the size and sha256 of `wanted`."""
+def copy_file(source: Path, target: Path, expected: Mapping[str, Any]) -> None:
+    """Copies a file to the disk; OSError also where size or sha256 of the copy are not those of `expected`."""
     target.parent.mkdir(parents=True, exist_ok=True)
     out = HashedFile(target)
     with open(source, "rb") as file:
         while block := file.read(_BLOCK):
             out.write(block)
             out.check()
-    if out.close() != wanted:
-        raise OSError(errno.EIO, "the local disk gave back other bytes than were written", str(source))
+    if out.close() != expected:
+        raise OSError(errno.EIO, "the local disk returned other bytes than were written", str(source))
 
 
 def keep_only(root: Path, folder: Path) -> None:
-    """Removes the other checkpoints of this node."""
+    """Removes all checkpoints of this node but `folder`."""
     for old in root.glob("step-*"):
         if old != folder:
-            shutil.rmtree(old, ignore_errors=True)  # the other processes of the node do the same
+            shutil.rmtree(old, ignore_errors=True)  # races with the node's other processes
 
 
-def carry_over(config: CheckpointConfig, run_dir: Path, groups: Groups, say: Callable[[str], None]) -> bool:
-    """Copies a checkpoint that is whole on the nodes, and newer than the run folder's, there. All processes call it.
+def carry_over(config: CheckpointConfig, run_dir: Path, groups: Groups, log: Callable[[str], None]) -> bool:
+    """Copies the newest checkpoint that is complete on the nodes to the run folder, if it is newer than those there.
 
-    Returns whether there is a new one.
+    All processes call it. Returns whether a checkpoint was copied.
     """
     root = local_root(config, run_dir)
     if root is None:
         return False
-    found = newest(run_dir / "ckpt", lambda text: None)
-    everyone = groups.gather((step_of(found) if found else 0, _listing(root)))
+    latest = newest(run_dir / "ckpt", lambda text: None)
+    everyone = groups.gather((step_of(latest) if latest else 0, _listing(root)))
     newer = {step for _, listing in everyone for step in listing if step > everyone[0][0]}
     for step in sorted(newer, reverse=True):
         holders = [listing.get(step, ({}, None)) for _, listing in everyone]
         marker = next((text for _, text in holders if text), None)
         files = json.loads(marker) if marker else {}
-        who = {name: _holder(holders, name, entry["size"]) for name, entry in files.items()}
-        if not files or None in who.values():
-            say(f"local checkpoint of step {step}: not whole on these nodes, ignored")
+        rank_of = {name: _holder(holders, name, entry["size"]) for name, entry in files.items()}
+        if not files or None in rank_of.values():
+            log(f"local checkpoint of step {step}: incomplete on these nodes, ignored")
             continue
-        mine = {name: files[name] for name, rank in who.items() if rank == groups.rank}
-        if _copy(root, run_dir / "ckpt", step, mine, marker or "", groups, say):
+        local = {name: files[name] for name, rank in rank_of.items() if rank == groups.rank}
+        if _copy(root, run_dir / "ckpt", step, local, marker or "", groups, log):
             if groups.main:
                 record_event(run_dir, "carried_over", step=step)
             return True
@@ -80,16 +81,17 @@ def carry_over(config: CheckpointConfig, run_dir: Path, groups: Groups, say: Cal
 
 
 def _listing(root: Path) -> dict[int, tuple[dict[str, int], str | None]]:
-    """By step: the files of this node with their sizes, and the text of complete.json where it is here."""
-    found = {}
+    """By step: sizes of this node's files by name, and the text of complete.json if it is on this node."""
+    listing = {}
     for folder in root.glob("step-*"):
         files = {str(p.relative_to(folder)): p.stat().st_size for p in folder.rglob("*") if p.is_file()}
         text = (folder / _MARKER).read_text() if _MARKER in files else None
-        found[step_of(folder)] = (files, text)
-    return found
+        listing[step_of(folder)] = (files, text)
+    return listing
 
 
 def _holder(holders: list[tuple[dict[str, int], str | None]], name: str, size: int) -> int | None:
+    """First rank whose node has the file in full."""
     return next((rank for rank, (files, _) in enumerate(holders) if files.get(name) == size), None)
 
 
@@ -97,19 +99,20 @@ def _copy(
     root: Path,
     ckpt: Path,
     step: int,
-    mine: Mapping[str, Mapping[str, Any]],
+    files: Mapping[str, Mapping[str, Any]],
     marker: str,
     groups: Groups,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> bool:
+    """Copies this process's `files` of a checkpoint; the main process completes the folder and renames it."""
     folder = ckpt / f"step-{step:07d}"
     partial, problem = folder.with_name(folder.name + ".partial"), ""
     if groups.main:
         shutil.rmtree(partial, ignore_errors=True)
-    groups.gather(None)
+    groups.gather(None)  # a barrier: no process copies into the folder before it is cleared
     try:
-        for name, wanted in mine.items():
-            copy_file(root / folder.name / name, partial / name, wanted)
+        for name, expected in files.items():
+            copy_file(root / folder.name / name, partial / name, expected)
     except OSError as error:
         problem = str(error)
     problem = next((text for text in groups.gather(problem) if text), "")
@@ -123,5 +126,5 @@ def _copy(
         shutil.rmtree(partial, ignore_errors=True)
     problem = groups.gather(problem)[0]
     what = f"could not be copied: {problem}" if problem else f"copied to {folder}"
-    say(f"local checkpoint of step {step}: {what}")
+    log(f"local checkpoint of step {step}: {what}")
     return not problem

@@ -1,63 +1,113 @@
-"""Loads weights and optimizer from a checkpoint of any TP / PP / DP, and says whether its files are what was written.
+"""Fills an engine's weights and optimizer, under any TP / PP / DP, from a checkpoint or a Hugging Face folder."""
 
-How a checkpoint is written is in checkpoint/async_writer.py; its other files, and when it counts as complete, are in
-weights/checkpoint_folder.py.
-"""
-
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
-from sdlm_megatron.checkpoint.sharding import Box, Held, Piece, held, start_state
+from sdlm_megatron.checkpoint.sharding import LocalShard, local_shards, start_state
 from sdlm_megatron.errors import CheckpointError
 from sdlm_megatron.parallel.engine import Engine
 from sdlm_megatron.parallel.groups import Groups
 from sdlm_megatron.weights.checkpoint_folder import check_files
+from sdlm_megatron.weights.hf_config import read_hf_config
+from sdlm_megatron.weights.hf_weights import HFWeights
+from sdlm_megatron.weights.shape import NewMaskToken
+from sdlm_megatron.weights.tensors import HFAsCheckpoint, TensorReader
 from sdlm_megatron.weights.torch_dist import TorchDist
 
 
+def load_base(folder: Path, engine: Engine, *, new_mask: NewMaskToken | None) -> None:
+    """Takes the weights from a Hugging Face folder; all processes call it.
+
+    Args:
+        new_mask: a mask token whose row the folder lacks; None keeps every row as it is.
+
+    Raises CheckpointError where a tensor is missing or has another shape.
+    """
+    source = HFAsCheckpoint(HFWeights(folder), read_hf_config(folder).shape, new_mask)
+    fill(engine, source, where=folder)
+
+
 def load(folder: Path, engine: Engine, *, step: int | None) -> None:
-    """Fills the model from a complete checkpoint made under any layout; the optimizer too where `step` is given.
+    """Takes the weights, and with `step` the optimizer, from a complete checkpoint saved under any layout.
 
     Args:
         step: updates that the checkpoint's optimizer has made; None: the weights alone.
 
-    Raises CheckpointError where a tensor is missing, damaged or of another shape.
+    Raises CheckpointError where a tensor is missing, damaged or has another shape.
     """
-    files = TorchDist(folder / "weights")
+    fill(engine, TorchDist(folder / "weights"), where=folder, step=step)
+
+
+def fill(engine: Engine, source: TensorReader, *, where: Path, step: int | None = None) -> None:
+    """Copies each region of this process from `source`; see `load`.
+
+    What all data-parallel ranks have is read by the first one and broadcast, so that a shared file system delivers each
+    byte once per copy of the model and not once per replica.
+    """
     optimizer = engine.optimizer if step is not None else None
+    shards = local_shards(engine, with_optimizer=optimizer is not None)
+    _check(shards, source, where)
+    group = engine.groups.collection.dp_cp
+    first, problem = dist.get_global_rank(group, 0), None
     with torch.no_grad():
-        for part in held(engine, with_optimizer=optimizer is not None):
-            for piece, box in part.boxes(part.low, part.low + part.flat.numel()):
-                _fill(part, piece, box, files)
+        for shard in shards:
+            shared = shard.replicated and engine.groups.dp_size > 1
+            if problem is None and not (shared and engine.groups.dp_rank):
+                try:
+                    _read(shard, source)
+                except CheckpointError as error:
+                    problem = error  # raised below: the other ranks already wait in the next broadcast
+            if shared:
+                dist.broadcast(shard.flat.view(torch.uint8), src=first, group=group)  # as bytes: any dtype, any backend
+    if engine.groups.dp_size > 1:
+        problems: list[CheckpointError | None] = [None] * engine.groups.dp_size
+        dist.all_gather_object(problems, problem, group=group)
+        problem = next(filter(None, problems), None)
+    if problem is not None:
+        raise problem
     if optimizer is not None:
         start_state(optimizer, step)
     else:
         engine.weights_changed()
 
 
-def _fill(part: Held, piece: Piece, box: Box, files: TorchDist) -> None:
-    key = part.prefix + piece.key
-    if key not in files:
-        raise CheckpointError(f"it has no '{key}'", str(files.weights), "use another checkpoint; this is another model")
-    found, wanted = files.shape(key), piece.shape
-    if found != wanted and not (piece.padded and found[1:] == wanted[1:]):
-        raise CheckpointError(
-            f"'{key}' is {found}, the model's {wanted}", str(files.weights), "use a checkpoint of this model"
-        )
-    target, rows = part.elements(box).view(box.size), box.size[0]
-    if piece.padded:
-        rows = max(0, min(rows, found[0] - box.start[0]))
-        target[rows:] = 0
-    if rows:
-        target[:rows] = files.read(key, box.start, (rows, *box.size[1:]))
+def _check(shards: Sequence[LocalShard], source: TensorReader, where: Path) -> None:
+    """CheckpointError where a tensor is missing or has another shape; reads no weights."""
+    present = set(source.names())
+    for shard in shards:
+        for placed in shard.placed:
+            key = shard.prefix + placed.key
+            if key not in present:
+                raise CheckpointError(f"it has no '{key}'", str(where), "use another checkpoint; this is another model")
+            stored, expected = source.shape(key), placed.shape
+            if stored != expected and not (placed.padded and stored[1:] == expected[1:]):
+                raise CheckpointError(
+                    f"'{key}' is {stored}, the model's {expected}", str(where), "use a checkpoint of this model"
+                )
+
+
+def _read(shard: LocalShard, source: TensorReader) -> None:
+    for placed, region in shard.regions(shard.low, shard.low + shard.flat.numel()):
+        key = shard.prefix + placed.key
+        target, rows = shard.elements(region).view(region.size), region.size[0]
+        if placed.padded:
+            rows = max(0, min(rows, source.shape(key)[0] - region.start[0]))
+            target[rows:] = 0
+        if rows:
+            target[:rows] = source.read(key, region.start, (rows, *region.size[1:]))
 
 
 def damage(folder: Path, groups: Groups) -> str:
-    """What is wrong with the files of a checkpoint, "" if nothing is; all processes call it and share the reading."""
-    mine = ""
+    """Description of the first damaged file of a checkpoint, "" if there is none.
+
+    All processes call it and share the reading.
+    """
+    problem = ""
     try:
         check_files(folder, share=(groups.rank, groups.world_size))
     except CheckpointError as error:
-        mine = error.what
-    return next((text for text in groups.gather(mine) if text), "")
+        problem = error.what
+    return next((text for text in groups.gather(problem) if text), "")

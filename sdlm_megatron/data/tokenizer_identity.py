@@ -7,6 +7,7 @@ A tokenizer is a folder with tokenizer.json, with a SentencePiece tokenizer.mode
 
 import hashlib
 import json
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -14,23 +15,36 @@ from typing import Any
 from sdlm_megatron.errors import DataError
 
 TEXT_MASK = "<text_mask>"
-"""Mask token that SDLM folders add to the tokenizer of their base; excluded from the fingerprint."""
+"""Mask token of the SDLM paper's authors, and the default; SDLM folders add it to the tokenizer of their base."""
 
 
-def fingerprint(folder: str | Path) -> str | None:
+def fingerprint(folder: str | Path, mask_token: str = TEXT_MASK) -> str | None:
     """sha256 (hex) over vocabulary, merges and added tokens of a tokenizer; None if there are no tokenizer files.
 
-    An added `<text_mask>` is excluded, so a base and the SDLM folder made from it have the same fingerprint; so are
-    added tokens that a SentencePiece model already contains. Depends on content only, not on formatting.
+    Depends on content only, not on formatting. Added tokens that a SentencePiece model already contains are excluded.
+
+    Args:
+        mask_token: excluded too if it is an added token, so a base and the SDLM folder made from it have the same
+            fingerprint.
 
     Raises:
         DataError: a tokenizer file cannot be read.
     """
-    return _fingerprint(Path(folder), _stamps(Path(folder)))
+    return _fingerprint(Path(folder), mask_token, _stamps(Path(folder)))
 
 
-@lru_cache(maxsize=2)
-def _fingerprint(folder: Path, stamps: tuple) -> str | None:
+def same_tokenizer(folder: str | Path, manifest: Mapping[str, Any]) -> bool | None:
+    """Whether a dataset was made with the tokenizer in `folder`; None if one of the fingerprints is missing."""
+    recorded = manifest["tokenizer"].get("fingerprint")
+    current = fingerprint(folder, manifest.get("mask_token", TEXT_MASK))
+    if current is None or recorded is None:
+        return None
+    # Datasets built before the mask token was configurable left out <text_mask> only.
+    return recorded in (current, fingerprint(folder))
+
+
+@lru_cache(maxsize=4)
+def _fingerprint(folder: Path, mask_token: str, stamps: tuple) -> str | None:
     tokenizer = _parse(folder, stamps)
     if tokenizer is None:
         return None
@@ -38,7 +52,7 @@ def _fingerprint(folder: Path, stamps: tuple) -> str | None:
     content = {
         "vocab": vocab,
         "merges": [m if isinstance(m, list) else m.split(" ", 1) for m in merges],
-        "added": sorted([token, i] for token, i in added.items() if token != TEXT_MASK),
+        "added": sorted([token, i] for token, i in added.items() if token != mask_token),
     }
     text = json.dumps(content, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,7 +26,6 @@ from sdlm_megatron.diffusion.loss import loss_terms, slot_measures, slot_sums
 from sdlm_megatron.diffusion.row import MicroBatch, make_micro_batch
 from sdlm_megatron.model.attention.choice import Heads, choose_attention
 from sdlm_megatron.model.gpt import SDLMModel
-from sdlm_megatron.model.hf_load import load_hf
 from sdlm_megatron.model.label_loss import LabelLosses
 from sdlm_megatron.model.layers import choose_layers, start_tensor_overlap
 from sdlm_megatron.model.model_builder import build_model, transformer_config
@@ -46,10 +44,7 @@ from sdlm_megatron.parallel.optimizer import (
     wrap_ddp,
 )
 from sdlm_megatron.parallel.results import QueuedStep, StepResult, joined, queued_step, read
-from sdlm_megatron.weights.shape import NewMaskToken
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-"""fp16 is for converting weights only."""
+from sdlm_megatron.weights.dtypes import PRECISIONS
 
 
 class Engine:
@@ -79,7 +74,7 @@ class Engine:
         self.config, self.shape, self.groups = config, shape, groups
         # a conversion only stores weights: it needs neither TransformerEngine nor a checked attention kernel
         train = config.train if steps else replace(config.train, layers="megatron", attention="per_document")
-        self.dtype = DTYPES[train.precision]
+        self.dtype = PRECISIONS[train.precision]
         self.layers = choose_layers(train, config.parallel, find_packages())
         self.heads = Heads(
             heads=shape.num_attention_heads // groups.tp_size,
@@ -251,12 +246,6 @@ class Engine:
         """The model, on a process with a single chunk."""
         (module,) = self.modules
         return module
-
-    def load_base(self, folder: Path, base: ModelConfig, *, new_mask: NewMaskToken | None) -> None:
-        """Loads the weights of a Hugging Face folder whose model has the shape `base`."""
-        for module in self.modules:
-            load_hf(module, folder, base, new_mask=new_mask)
-        self.weights_changed()
 
     def weights_changed(self) -> None:
         """Copies weights that were set from outside to the optimizer's fp32 masters."""

@@ -10,17 +10,11 @@ from sdlm_megatron.config.schema import DiffusionConfig, ModelConfig, ParallelCo
 from sdlm_megatron.config.validate import check_model
 from sdlm_megatron.data.format import PackedDataset
 from sdlm_megatron.data.order import micro_batches
-from sdlm_megatron.data.tokenizer_identity import (
-    TEXT_MASK,
-    fingerprint,
-    has_tokenizer,
-    special_token_id,
-    vocabulary_size,
-)
+from sdlm_megatron.data.tokenizer_identity import TEXT_MASK, same_tokenizer
 from sdlm_megatron.errors import CheckpointError, ConfigError, DataError
 from sdlm_megatron.weights.checkpoint_folder import TrainState, newest, read_state
-from sdlm_megatron.weights.hf_reader import HFConfig, read_hf_config
-from sdlm_megatron.weights.shape import NewMaskToken, resolve_shape, shape_of
+from sdlm_megatron.weights.hf_config import read_hf_config
+from sdlm_megatron.weights.shape import NewMaskToken, find_mask_token, resolve_shape
 
 Notice = Callable[[str], None]
 
@@ -176,8 +170,8 @@ def _from_base(config: RunConfig, dataset: PackedDataset, base: Path, notice: No
         assets, kind, new_mask = base / "hf", "checkpoint", None
     else:
         hf = read_hf_config(base)
-        shape = resolve_shape(config.model, shape_of(hf), str(base))
-        mask_id, new_mask = mask_token(hf, base, config.diffusion.mask_token, dataset.manifest["mask_token_id"])
+        shape = resolve_shape(config.model, hf.shape, str(base))
+        mask_id, new_mask = find_mask_token(hf, base, config.diffusion.mask_token, dataset.manifest["mask_token_id"])
         if new_mask:
             shape = replace(shape, vocab_size=max(shape.vocab_size, new_mask.row + 1))
             notice(
@@ -188,21 +182,6 @@ def _from_base(config: RunConfig, dataset: PackedDataset, base: Path, notice: No
     return _plan(config, dataset, shape, mask_id, base, kind, assets=assets, new_mask=new_mask)
 
 
-def mask_token(hf: HFConfig, folder: Path, token: str, fallback_id: int) -> tuple[int, NewMaskToken | None]:
-    """Id of the mask token, and how to start its row if the folder is no SDLM model yet.
-
-    Args:
-        token: the configured token.
-        fallback_id: its id if the folder has no tokenizer to look it up in.
-    """
-    if hf.text_mask_token_id is not None:
-        return hf.text_mask_token_id, None
-    if not has_tokenizer(folder):
-        return fallback_id, NewMaskToken(fallback_id, min(fallback_id, hf.vocab_size))
-    row, tokens = special_token_id(folder, token), vocabulary_size(folder)
-    return row, NewMaskToken(row, min(max(tokens, row), hf.vocab_size))
-
-
 def _check_tokenizer(dataset: PackedDataset, assets: Path, mask_id: int, notice: Notice) -> None:
     manifest = dataset.manifest
     if manifest["mask_token_id"] != mask_id:
@@ -211,10 +190,10 @@ def _check_tokenizer(dataset: PackedDataset, assets: Path, mask_id: int, notice:
             str(dataset.path / "manifest.json"),
             "build the dataset with this model's tokenizer and the same mask_token",
         )
-    ours, theirs = fingerprint(assets), manifest["tokenizer"].get("fingerprint")
-    if ours is None or theirs is None:
+    same = same_tokenizer(assets, manifest)
+    if same is None:
         notice("no tokenizer to compare: the dataset is taken to be made with the model's")
-    elif ours != theirs:
+    elif not same:
         raise DataError(
             f"the dataset was made with another tokenizer ({manifest['tokenizer'].get('name')}) than the model's",
             f"{dataset.path / 'manifest.json'} and {assets}",

@@ -157,7 +157,7 @@ class Trainer:
         plan = self.plan
         if plan.kind == "huggingface":
             assert plan.source is not None
-            self.engine.load_base(plan.source, self.state.shape, new_mask=plan.new_mask)
+            checkpointing.load_base(plan.source, self.engine, new_mask=plan.new_mask)
         elif plan.kind in ("checkpoint", "resume"):
             assert plan.source is not None
             step = self.state.step if plan.kind == "resume" else None

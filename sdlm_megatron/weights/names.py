@@ -1,18 +1,16 @@
-"""Hugging Face names and Megatron-Core names: one table, used in both directions.
+"""Hugging Face tensors and Megatron-Core tensors: one table of names and rows, used in both directions.
 
-Three tensors change form on the way: q, k and v become one `linear_qkv`, interleaved by KV head
-([q of the group…, k, v] for each); gate and up become one `linear_fc1` ([gate; up]); the embedding is padded.
-TransformerEngine's layers keep a norm in the module of the linear layer that follows it: both names are understood.
+q, k and v become one `linear_qkv`, interleaved by KV head ([q of the group, k, v] for each); gate and up become one
+`linear_fc1` ([gate; up]). TransformerEngine's fused layers keep a norm in the module of the linear layer that follows
+it; both names of a norm are understood. Layer numbers are those of the whole model.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 
 from sdlm_megatron.config.schema import ModelConfig
-from sdlm_megatron.errors import CheckpointError
 
-Getter = Callable[[str], torch.Tensor]
 Rows = tuple[str, int, int]
 """Rows [start, stop) of the tensor of this name."""
 
@@ -42,13 +40,16 @@ def layer_of(name: str) -> tuple[int, str] | None:
 
 
 def checkpoint_key(name: str) -> tuple[str, int | None]:
-    """Megatron-Core stacks the layers in its files: "decoder.layers.3.mlp.x" is row 3 of "decoder.layers.mlp.x"."""
+    """Key and row of a tensor in a checkpoint, where Megatron-Core stacks the layers.
+
+    "decoder.layers.3.mlp.x" is row 3 of "decoder.layers.mlp.x"; tensors outside the layers have no row (None).
+    """
     inner = layer_of(name)
     return (name, None) if inner is None else (f"decoder.layers.{inner[1]}", inner[0])
 
 
 def checkpoint_names(shape: ModelConfig) -> list[str]:
-    """Every tensor of a whole model (global layer numbers), norms named as a checkpoint names them."""
+    """Every tensor of a whole model, norms named as a checkpoint names them."""
     inner = [name for name in _LAYER if "layernorm." not in name]
     inner += [_FC1, *(_QKV + kind for kind in ("weight", "bias")[: 2 if shape.qkv_bias else 1])]
     layers = [f"decoder.layers.{i}.{name}" for i in range(shape.num_layers) for name in inner]
@@ -57,7 +58,10 @@ def checkpoint_names(shape: ModelConfig) -> list[str]:
 
 
 def hf_rows(name: str, shape: ModelConfig) -> list[Rows]:
-    """The whole Megatron-Core tensor `name` (vocabulary not padded): these rows, one after another."""
+    """The Hugging Face rows that, one after another, make the whole Megatron-Core tensor `name` without padding.
+
+    Raises KeyError for a name that is not in the table.
+    """
     heads, groups, hidden = shape.num_attention_heads, shape.num_query_groups, shape.hidden_size
     dim = shape.head_dim or hidden // heads
     inner = layer_of(name)
@@ -75,58 +79,39 @@ def hf_rows(name: str, shape: ModelConfig) -> list[Rows]:
     raise KeyError(name)
 
 
+def columns(name: str, shape: ModelConfig) -> tuple[int, ...]:
+    """Size of the Megatron-Core tensor `name` beyond its rows: () for a vector."""
+    if name.endswith((".bias", "norm.weight", "norm_weight")):
+        return ()
+    if name.endswith("linear_proj.weight"):
+        return (shape.num_attention_heads * (shape.head_dim or shape.hidden_size // shape.num_attention_heads),)
+    return (shape.ffn_hidden_size if name.endswith("linear_fc2.weight") else shape.hidden_size,)
+
+
 def checkpoint_rows(shape: ModelConfig) -> dict[str, list[Rows]]:
     """The inverse of `hf_rows`: each tensor of a Hugging Face folder, as rows of Megatron-Core tensors."""
-    found: dict[str, list[tuple[int, Rows]]] = {}
+    segments: dict[str, list[tuple[int, Rows]]] = {}
     for name in checkpoint_names(shape):
-        at = 0
+        offset = 0
         for hf, start, stop in hf_rows(name, shape):
-            found.setdefault(hf, []).append((start, (name, at, at + stop - start)))
-            at += stop - start
-    return {hf: [rows for _, rows in sorted(parts)] for hf, parts in found.items()}
-
-
-def from_hf(name: str, shape: ModelConfig, get: Getter) -> torch.Tensor:
-    """The whole Megatron-Core tensor `name` (global layer number, vocabulary not padded) from Hugging Face tensors."""
-    if layer_of(name) is None:
-        if name == "output_layer.weight" and shape.tied_embeddings:
-            name = "embedding.word_embeddings.weight"  # the last pipeline stage's copy
-        return get(_OUTER[name])
-    rows = hf_rows(name, shape)
-    parts = {hf: get(hf) for hf, _, _ in rows}
-    for hf, length in {hf: stop for hf, _, stop in rows}.items():  # ascending: the last of a tensor counts
-        if len(parts[hf]) != length:
-            raise CheckpointError(
-                f"'{hf}' has {len(parts[hf])} rows, the shape of the model says {length}",
-                hf,
-                "the config.json does not describe these weights",
-            )
-    return torch.cat([parts[hf][start:stop] for hf, start, stop in rows])
+            segments.setdefault(hf, []).append((start, (name, offset, offset + stop - start)))
+            offset += stop - start
+    return {hf: [rows for _, rows in sorted(parts)] for hf, parts in segments.items()}
 
 
 def to_hf(name: str, tensor: torch.Tensor, shape: ModelConfig) -> Iterator[tuple[str, torch.Tensor]]:
-    """Hugging Face (name, tensor) pairs of one whole Megatron-Core tensor; inverse of `from_hf`."""
-    at = 0
+    """Hugging Face (name, tensor) pairs of one whole Megatron-Core tensor."""
+    offset = 0
     parts: dict[str, list[torch.Tensor]] = {}
     for hf, start, stop in hf_rows(name, shape):
-        parts.setdefault(hf, []).append(tensor[at : at + stop - start])
-        at += stop - start
-    for hf, pieces in parts.items():
-        yield hf, pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        parts.setdefault(hf, []).append(tensor[offset : offset + stop - start])
+        offset += stop - start
+    for hf, rows in parts.items():
+        yield hf, rows[0] if len(rows) == 1 else torch.cat(rows)
 
 
 def partition_dim(name: str) -> int | None:
-    """Dimension of a tensor that is split over TP; None: every rank holds it whole."""
+    """Dimension of a tensor that is split over TP; None: every rank holds all of it."""
     if name.endswith(("layernorm.weight", "layer_norm_weight")):
         return None
     return 1 if name.endswith(("linear_proj.weight", "linear_fc2.weight")) else 0
-
-
-def shard(name: str, whole: torch.Tensor, rank: int, size: int) -> torch.Tensor:
-    """TP rank's part of a whole tensor (vocabulary already padded)."""
-    dim = partition_dim(name)
-    if dim is None:
-        return whole
-    if name.endswith(_FC1):  # each rank holds its part of gate and of up
-        return torch.cat([part.chunk(size)[rank] for part in whole.chunk(2)])
-    return whole.chunk(size, dim=dim)[rank]

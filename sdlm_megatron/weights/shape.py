@@ -1,25 +1,67 @@
-"""What to build from a Hugging Face folder: its shape, and the row of a mask token that it does not know yet."""
+"""Shape of the model to build: the base's, the padded vocabulary, and the row of a mask token the base lacks."""
 
+import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from sdlm_megatron.config.schema import ModelConfig
-from sdlm_megatron.errors import ConfigError
-from sdlm_megatron.weights.hf_reader import HFConfig
+from sdlm_megatron.data.tokenizer_identity import has_tokenizer, special_token_id, vocabulary_size
+from sdlm_megatron.errors import CheckpointError, ConfigError
+from sdlm_megatron.weights.hf_config import HFConfig
+
+VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
+"""Tensors with a row per token, padded with zero rows."""
+VOCAB_MULTIPLE = 128
+"""The vocabulary is padded to a multiple of this for any TP degree: Qwen2.5's 151,936 and 152,064 already are."""
+
+
+def padded_vocab(vocab_size: int, tensor: int) -> int:
+    """Rows of the embedding over all TP ranks."""
+    multiple = math.lcm(VOCAB_MULTIPLE, tensor)
+    return -(-vocab_size // multiple) * multiple
 
 
 @dataclass(frozen=True)
 class NewMaskToken:
-    """A mask token that the base does not know yet: its row becomes the mean of the other tokens' rows."""
+    """A mask token whose row the base's weights do not hold yet; it starts as the mean of the other tokens' rows."""
 
     row: int
     n_tokens: int
-    """Rows [0, n_tokens) belong to tokens; those above are the base's padding and do not count for the mean."""
+    """Rows [0, n_tokens) belong to tokens; the rows above are the base's padding and do not enter the mean."""
+
+
+def find_mask_token(
+    hf: HFConfig, folder: Path, token: str, fallback_id: int | None = None
+) -> tuple[int, NewMaskToken | None]:
+    """Id of the mask token, and how to initialize its row if the folder is no SDLM model yet.
+
+    Args:
+        token: text of the mask token.
+        fallback_id: its id if the folder has no tokenizer; None: CheckpointError in that case.
+
+    Raises CheckpointError where the folder is an SDLM model with another mask token.
+    """
+    if hf.sdlm is not None:
+        if hf.sdlm.mask_token not in (None, token):
+            raise CheckpointError(
+                f"the base was trained with mask token '{hf.sdlm.mask_token}', not '{token}'",
+                str(folder / "config.json"),
+                f"use the mask token '{hf.sdlm.mask_token}'",
+            )
+        return hf.sdlm.mask_token_id, None
+    rows = hf.shape.vocab_size
+    if has_tokenizer(folder):
+        row, n_tokens = special_token_id(folder, token), vocabulary_size(folder)
+        return row, NewMaskToken(row, min(max(n_tokens, row), rows))
+    if fallback_id is None:
+        raise CheckpointError("no tokenizer to look up the mask token's id", str(folder), "add the tokenizer files")
+    return fallback_id, NewMaskToken(fallback_id, min(fallback_id, rows))
 
 
 def mean_row(embedding: torch.Tensor, new_mask: NewMaskToken) -> torch.Tensor:
-    """Mean in fp32 of the other tokens' rows, (hidden,): how the reference starts the mask token's output row."""
+    """Mean in fp32 of the other tokens' rows, (hidden,): how the authors' code starts the mask token's output row."""
     tokens = embedding[: new_mask.n_tokens]
     total = tokens.sum(0, dtype=torch.float32)
     count = tokens.shape[0]
@@ -28,35 +70,18 @@ def mean_row(embedding: torch.Tensor, new_mask: NewMaskToken) -> torch.Tensor:
     return total / count
 
 
-def shape_of(hf: HFConfig) -> ModelConfig:
-    """The model section that describes a Hugging Face folder."""
-    return ModelConfig(
-        num_layers=hf.num_layers,
-        hidden_size=hf.hidden_size,
-        ffn_hidden_size=hf.ffn_hidden_size,
-        num_attention_heads=hf.num_heads,
-        num_query_groups=hf.num_kv_heads,
-        head_dim=hf.head_dim,
-        vocab_size=hf.vocab_size,
-        rope_theta=hf.rope_theta,
-        rms_norm_eps=hf.rms_norm_eps,
-        tied_embeddings=hf.tied,
-        qkv_bias=hf.qkv_bias,
-    )
-
-
-def resolve_shape(asked: ModelConfig, base: ModelConfig | None, where: str) -> ModelConfig:
-    """The shape to build: the base's where there is one; ConfigError where the config says otherwise."""
+def resolve_shape(configured: ModelConfig, base: ModelConfig | None, where: str) -> ModelConfig:
+    """The shape to build: the base's if there is one; ConfigError where the config contradicts it."""
     if base is None:
-        head_dim = asked.head_dim or asked.hidden_size // max(1, asked.num_attention_heads)
-        return ModelConfig(**{**vars(asked), "head_dim": head_dim})
-    if asked.num_layers:
-        for key, value in vars(asked).items():
-            found = getattr(base, key)
-            if value != found and not (key == "head_dim" and value == 0):
+        head_dim = configured.head_dim or configured.hidden_size // max(1, configured.num_attention_heads)
+        return ModelConfig(**{**vars(configured), "head_dim": head_dim})
+    if configured.num_layers:
+        for key, value in vars(configured).items():
+            actual = getattr(base, key)
+            if value != actual and not (key == "head_dim" and value == 0):
                 raise ConfigError(
-                    f"model.{key} is {value}, the base has {found}",
+                    f"model.{key} is {value}, the base has {actual}",
                     where,
-                    f"--model.{key}={found}, or leave the model section out to read it from the base",
+                    f"--model.{key}={actual}, or leave the model section out to read it from the base",
                 )
     return base

@@ -1,8 +1,8 @@
-"""Megatron-Core's torch_dist weights without Megatron-Core: tensors read by byte range, files written one by one.
+"""Weights in Megatron-Core's torch_dist format without Megatron-Core: read by region, written tensor by tensor.
 
-A folder holds `*.distcp` files, each a run of `torch.save` archives, and `.metadata`: a pickle that says which rows of
-which tensor stand where. It is read by an unpickler that knows only the classes it is made of. Nothing is loaded whole:
-an archive stores its tensor uncompressed, so a part of it is a range of bytes of the file.
+A folder holds `*.distcp` files, each a sequence of `torch.save` archives, and `.metadata`: a pickle that says which
+region of which tensor lies at which byte. Both are read by unpicklers that know only the classes these files consist
+of. An archive stores its tensor uncompressed, so any region is a range of bytes of a memory-mapped file.
 """
 
 import io
@@ -13,8 +13,9 @@ import struct
 import warnings
 import zipfile
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import astuple, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,11 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, Tenso
 
 from sdlm_megatron.errors import CheckpointError
 from sdlm_megatron.files import write_json
+from sdlm_megatron.weights.dtypes import STORAGE_DTYPES
+from sdlm_megatron.weights.resumable_folder import OutputFile, PlannedFile
+from sdlm_megatron.weights.tensors import Index, TensorReader, file_stamps
 
-warnings.filterwarnings("ignore", message="The given buffer is not writable")  # nobody writes to it
+warnings.filterwarnings("ignore", message="The given buffer is not writable")  # the views are only read
 
 _CLASSES = {
     ("torch", "Size"): torch.Size,
@@ -46,12 +50,11 @@ _CLASSES = {
     },
 }
 _PLANS = ("SavePlan", "TensorWriteData", "WriteItem", "WriteItemType", "BytesIOWriteData", "MCoreSavePlan")
-"""How the save was planned: kept in the file for the next save, of no use here."""
-_DTYPES = {"BFloat16Storage": torch.bfloat16, "HalfStorage": torch.float16, "FloatStorage": torch.float32}
+"""Classes of the save plan, which Megatron-Core caches in the file for its next save; not used here."""
 
 
 class _Ignored:
-    """Stands for an object nobody reads: takes any arguments and state."""
+    """Placeholder for an object that is not used: accepts any arguments and state."""
 
     def __init__(self, *_: object, **__: object) -> None:
         pass
@@ -60,30 +63,30 @@ class _Ignored:
         pass
 
 
-class _Metadata(pickle.Unpickler):
+class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _CLASSES:
             return _CLASSES[module, name]
         if name in _PLANS:
             return _Ignored
-        if name == "MCoreMetadata":  # Megatron-Core's own kind of it
+        if name == "MCoreMetadata":  # Megatron-Core's subclass
             return Metadata
-        found = getattr(torch, name, None) if module == "torch" else None
-        if isinstance(found, torch.dtype):
-            return found
-        raise pickle.UnpicklingError(f"it names {module}.{name}, which has no place there")
+        dtype = getattr(torch, name, None) if module == "torch" else None
+        if isinstance(dtype, torch.dtype):
+            return dtype
+        raise pickle.UnpicklingError(f"it names {module}.{name}, which does not belong there")
 
 
-class _Tensor(pickle.Unpickler):
-    """data.pkl of an archive: what the tensor in it looks like, as (dtype, offset in elements, size, stride)."""
+class _TensorUnpickler(pickle.Unpickler):
+    """Reads data.pkl of an archive, the description of its tensor: (dtype, offset in elements, size, stride)."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
             return lambda dtype, offset, size, stride, *_: (dtype, offset, tuple(size), tuple(stride))
         if (module, name) == ("collections", "OrderedDict"):
             return OrderedDict
-        if module == "torch" and name in _DTYPES:
-            return _DTYPES[name]
+        if module == "torch" and name in STORAGE_DTYPES:
+            return STORAGE_DTYPES[name]
         raise pickle.UnpicklingError(f"it names {module}.{name}: not a plain tensor")
 
     def persistent_load(self, key: Any) -> Any:
@@ -103,14 +106,14 @@ _UNREADABLE = (
 
 
 def read_metadata(weights: Path) -> Metadata:
-    """`.metadata` of a weights folder; CheckpointError when it is missing, damaged or names any foreign class."""
+    """`.metadata` of a weights folder; CheckpointError when it is missing, damaged or names an unknown class."""
     path = weights / ".metadata"
     try:
         with open(path, "rb") as file:
-            found = _Metadata(file).load()
-        if not isinstance(found, Metadata) or not isinstance(found.storage_data, dict):
+            content = _MetadataUnpickler(file).load()
+        if not isinstance(content, Metadata) or not isinstance(content.storage_data, dict):
             raise TypeError("it holds something else")
-        return found
+        return content
     except FileNotFoundError:
         raise CheckpointError("the weights have no .metadata", str(path), "use another checkpoint") from None
     except _UNREADABLE as error:
@@ -121,63 +124,67 @@ def read_metadata(weights: Path) -> Metadata:
 
 @dataclass(frozen=True)
 class _Chunk:
-    """A box of a tensor, and its place in a file."""
+    """A region of a tensor, stored as one archive."""
 
-    start: tuple[int, ...]
-    size: tuple[int, ...]
+    start: Index
+    size: Index
     file: str
     offset: int
-    """Of the archive, in bytes."""
+    """First byte of the archive in the file."""
     length: int
+    """Bytes of the archive."""
 
 
 class TorchDist:
-    """The tensors of a weights folder by Megatron-Core's key; to be used from several threads.
+    """The tensors of a weights folder by checkpoint key (a `tensors.TensorReader`).
 
-    Raises CheckpointError, also later, when a file is damaged or cut short; the file is named.
+    Raises CheckpointError, also when reading later, where a file is damaged or truncated; the file is named.
     """
 
     def __init__(self, weights: Path) -> None:
         self.weights = weights
         self._tensors: dict[str, TensorStorageMetadata] = {}
         self._chunks: dict[str, dict[int, list[_Chunk]]] = {}
-        """By key, then by the layer (first axis) of a box that is of one layer, else -1: there are very many."""
+        """By key, then by the layer (first axis) of a chunk of one layer, else -1: a linear search over all chunks of
+        a large model would dominate loading."""
         self._maps: dict[str, mmap.mmap] = {}
-        self._at: dict[_Chunk, int] = {}
-        found = read_metadata(weights)
-        for key, entry in found.state_dict_metadata.items():
+        self._data_offset: dict[_Chunk, int] = {}
+        content = read_metadata(weights)
+        for key, entry in content.state_dict_metadata.items():
             if isinstance(entry, TensorStorageMetadata):
                 self._tensors[key] = entry
                 layers = self._chunks[key] = {}
-                for box in entry.chunks:
-                    chunk = self._chunk(key, found.storage_data, box)
+                for region in entry.chunks:
+                    chunk = self._chunk(key, content.storage_data, region)
                     layers.setdefault(chunk.start[0] if chunk.size[:1] == (1,) else -1, []).append(chunk)
         for file in sorted({c.file for key in self._chunks.values() for chunks in key.values() for c in chunks}):
             self._maps[file] = _map(weights / file)
 
-    def _chunk(self, key: str, places: dict, box: Any) -> _Chunk:
-        place = places.get(MetadataIndex(key, box.offsets))
+    def _chunk(self, key: str, places: dict, region: Any) -> _Chunk:
+        place = places.get(MetadataIndex(key, region.offsets))
+        # A path with "/" could lead outside the folder.
         if place is None or "/" in place.relative_path:
             raise CheckpointError(f"'{key}' is listed but not stored", str(self.weights / ".metadata"), "use another")
-        return _Chunk(tuple(box.offsets), tuple(box.sizes), place.relative_path, place.offset, place.length)
+        return _Chunk(tuple(region.offsets), tuple(region.sizes), place.relative_path, place.offset, place.length)
 
-    def keys(self) -> list[str]:
+    def names(self) -> list[str]:
         return sorted(self._tensors)
 
-    def __contains__(self, key: str) -> bool:
-        return key in self._tensors
+    def shape(self, name: str) -> Index:
+        return tuple(self._tensors[name].size)
 
-    def shape(self, key: str) -> tuple[int, ...]:
-        return tuple(self._tensors[key].size)
-
-    def dtype(self, key: str) -> torch.dtype:
-        dtype: torch.dtype = self._tensors[key].properties.dtype
+    def dtype(self, name: str) -> torch.dtype:
+        dtype: torch.dtype = self._tensors[name].properties.dtype
         return dtype
 
-    def read(self, key: str, start: tuple[int, ...], size: tuple[int, ...]) -> torch.Tensor:
-        """The box of `size` from `start`, not to be written to: a view of the file where one archive holds it all."""
-        dtype, missing = self.dtype(key), math.prod(size)
-        whole, layers = None, self._chunks[key]
+    def identity(self) -> dict[str, Any]:
+        # A checkpoint's state.json belongs to it: the same weights under another state are another input.
+        return file_stamps([*self.weights.parent.glob("state.json"), *self.weights.iterdir()])
+
+    def read(self, name: str, start: Index, size: Index) -> torch.Tensor:
+        """The region of `size` from `start`: a read-only view of the file where one archive holds all of it."""
+        dtype, missing = self.dtype(name), math.prod(size)
+        whole, layers = None, self._chunks[name]
         wanted = [-1, *(range(start[0], start[0] + size[0]) if len(layers) > 1 or -1 not in layers else ())]
         for chunk in (chunk for layer in wanted for chunk in layers.get(layer, ())):
             low = [max(a, b) for a, b in zip(start, chunk.start, strict=True)]
@@ -185,35 +192,36 @@ class TorchDist:
             high = [min(a + n, b + m) for a, n, b, m in ends]
             if any(a >= b for a, b in zip(low, high, strict=True)):
                 continue
-            part = self._bytes(chunk, dtype)[_box(low, high, chunk.start, dtype.itemsize)]
+            part = self._bytes(chunk, dtype)[_byte_index(low, high, chunk.start, dtype.itemsize)]
             missing -= part.numel() // dtype.itemsize
             if not missing and whole is None:
                 aligned = part.is_contiguous() and part.data_ptr() % dtype.itemsize == 0
                 return (part if aligned else part.clone(memory_format=torch.contiguous_format)).view(dtype)
             if whole is None:
                 whole = torch.empty(*size[:-1], size[-1] * dtype.itemsize, dtype=torch.uint8)
-            whole[_box(low, high, start, dtype.itemsize)] = part
+            whole[_byte_index(low, high, start, dtype.itemsize)] = part
         if whole is None or missing:
-            raise CheckpointError(f"parts of '{key}' are not in the checkpoint", str(self.weights), "use another one")
+            raise CheckpointError(f"parts of '{name}' are not in the checkpoint", str(self.weights), "use another one")
         return whole.view(dtype)
 
     def _bytes(self, chunk: _Chunk, dtype: torch.dtype) -> torch.Tensor:
-        """A chunk as bytes, uint8 (…, n * itemsize): in the file it need not be aligned."""
-        if chunk not in self._at:
-            self._at[chunk] = self._find(chunk, dtype)
+        """A chunk as uint8 (…, n * itemsize): as bytes, because its offset in the file need not be aligned to dtype."""
+        if chunk not in self._data_offset:
+            self._data_offset[chunk] = self._locate(chunk, dtype)
         size = (*chunk.size[:-1], chunk.size[-1] * dtype.itemsize)
-        at, source = self._at[chunk], self._maps[chunk.file]
-        return torch.frombuffer(source, dtype=torch.uint8, count=math.prod(size), offset=at).view(size)
+        offset, source = self._data_offset[chunk], self._maps[chunk.file]
+        return torch.frombuffer(source, dtype=torch.uint8, count=math.prod(size), offset=offset).view(size)
 
-    def _find(self, chunk: _Chunk, dtype: torch.dtype) -> int:
-        """Where the elements of a chunk begin in its file."""
+    def _locate(self, chunk: _Chunk, dtype: torch.dtype) -> int:
+        """Offset of a chunk's first element in its file; CheckpointError where the archive is not what is expected."""
         view = _Range(self._maps[chunk.file], chunk.offset, chunk.length)
         try:
             with zipfile.ZipFile(view) as archive:
                 names = {name.split("/", 1)[1]: name for name in archive.namelist()}
-                stored, first, size, stride = _Tensor(io.BytesIO(archive.read(names["data.pkl"]))).load()
+                stored, first, size, stride = _TensorUnpickler(io.BytesIO(archive.read(names["data.pkl"]))).load()
                 record = archive.getinfo(names["data/0"])
-            view.seek(record.header_offset + 26)  # lengths of name and padding in the record's own header
+            # The record's own header (ZIP, local file header) ends with the lengths of name and padding at byte 26.
+            view.seek(record.header_offset + 26)
             at = record.header_offset + 30 + sum(struct.unpack("<2H", view.read(4)))
             plain = torch.empty(chunk.size, device="meta").stride()
             if (stored, size) != (dtype, chunk.size) or stride != plain or record.compress_type != zipfile.ZIP_STORED:
@@ -229,8 +237,8 @@ class TorchDist:
         return chunk.offset + at + first * dtype.itemsize
 
 
-def _box(low: Sequence[int], high: Sequence[int], origin: Sequence[int], itemsize: int) -> tuple[slice, ...]:
-    """Index of a box in a tensor of bytes that begins at `origin`."""
+def _byte_index(low: Sequence[int], high: Sequence[int], origin: Sequence[int], itemsize: int) -> tuple[slice, ...]:
+    """Index of the region [low, high) in a tensor of bytes that begins at `origin`."""
     scale = [1] * (len(low) - 1) + [itemsize]
     return tuple(slice((a - o) * n, (b - o) * n) for a, b, o, n in zip(low, high, origin, scale, strict=True))
 
@@ -244,7 +252,7 @@ def _map(path: Path) -> mmap.mmap:
 
 
 class _Range(io.RawIOBase):
-    """Bytes [start, start + length) of a mapped file, as a file."""
+    """Bytes [start, start + length) of a mapped file, as a file object for zipfile."""
 
     def __init__(self, source: mmap.mmap, start: int, length: int) -> None:
         self.source, self.start, self.length, self.at = source, start, length, 0
@@ -265,30 +273,90 @@ class _Range(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         stop = min(self.length, self.at + len(buffer))
-        found = self.source[self.start + self.at : self.start + stop]
-        buffer[: len(found)] = found
-        self.at += len(found)
-        return len(found)
+        data = self.source[self.start + self.at : self.start + stop]
+        buffer[: len(data)] = data
+        self.at += len(data)
+        return len(data)
 
 
 # --- writing
 
+Regions = list[tuple[str, Index, Index]]
+"""(key, start, size) of the regions of a file, in the order of their bytes."""
+
+
+def plan_torch_dist(reader: TensorReader, itemsize: int, limit: int, most: int) -> dict[str, Regions]:
+    """Divides tensors into files of at most `limit` bytes, and large tensors into regions of at most `most` bytes.
+
+    A layer of a stacked tensor is a region of its own, as in a checkpoint of a run.
+    """
+    groups: list[Regions] = [[]]
+    filled = 0
+    for key, start, size in _regions(reader, itemsize, min(most, limit)):
+        count = math.prod(size) * itemsize
+        if groups[-1] and filled + count > limit:
+            groups.append([])
+            filled = 0
+        groups[-1].append((key, start, size))
+        filled += count
+    return {f"__0_{i}.distcp": group for i, group in enumerate(groups)}
+
+
+def _regions(reader: TensorReader, itemsize: int, most: int) -> Iterator[tuple[str, Index, Index]]:
+    for key in reader.names():
+        stacked = key.startswith("decoder.layers.")
+        layers, (rows, *rest) = (reader.shape(key)[0], reader.shape(key)[1:]) if stacked else (1, reader.shape(key))
+        step = max(1, most // (math.prod(rest) * itemsize))
+        for layer in range(layers):
+            for row in range(0, rows, step):
+                start, size = (row, *(0 for _ in rest)), (min(step, rows - row), *rest)
+                yield (key, (layer, *start), (1, *size)) if stacked else (key, start, size)
+
+
+def torch_dist_files(reader: TensorReader, plan: Mapping[str, Regions], dtype: torch.dtype) -> list[PlannedFile]:
+    """The files of `plan`, ready to be written from `reader`; their records' notes are for `entries_of`."""
+    return [
+        PlannedFile(f"weights/{file}", regions_size(regions, dtype), partial(_write, reader, regions, dtype))
+        for file, regions in plan.items()
+    ]
+
+
+def regions_size(regions: Regions, dtype: torch.dtype) -> int:
+    """Bytes of the tensors of a file."""
+    return sum(math.prod(size) for _, _, size in regions) * dtype.itemsize
+
+
+def _write(reader: TensorReader, regions: Regions, dtype: torch.dtype, out: OutputFile) -> list[tuple]:
+    entries = []
+    for key, start, size in regions:
+        tensor = reader.read(key, start, size)
+        if tensor.dtype is not dtype or tensor.untyped_storage().nbytes() != tensor.nbytes:
+            tensor = torch.empty(size, dtype=dtype).copy_(tensor)  # not a view: see write_tensor
+        entries.append(astuple(write_tensor(out, key, start, tensor)))
+        out.check()
+    return entries
+
+
+def entries_of(notes: Sequence[Sequence[Any]]) -> list[Entry]:
+    """The entries of a written file from its record's notes, which JSON has turned into lists."""
+    return [Entry(key, tuple(start), tuple(size), offset, length) for key, start, size, offset, length in notes]
+
 
 @dataclass(frozen=True)
 class Entry:
-    """A box of a tensor that was written: plain numbers, so that it can wait in a JSON file."""
+    """A region that was written, and the bytes [offset, offset + length) of its archive."""
 
     key: str
-    start: tuple[int, ...]
-    size: tuple[int, ...]
+    start: Index
+    size: Index
     offset: int
     length: int
 
 
-def write_tensor(file: Any, key: str, start: tuple[int, ...], tensor: torch.Tensor) -> Entry:
+def write_tensor(file: Any, key: str, start: Index, tensor: torch.Tensor) -> Entry:
     """Appends one archive to an open file, of which write, tell and flush are used.
 
-    `tensor` must own its bytes: `torch.save` writes all of its storage.
+    `tensor` must own its storage: `torch.save` writes the whole storage, also of a view.
     """
     offset = file.tell()
     torch.save(tensor, file)
@@ -296,26 +364,30 @@ def write_tensor(file: Any, key: str, start: tuple[int, ...], tensor: torch.Tens
 
 
 def write_index(
-    weights: Path, files: Mapping[str, Iterable[Entry]], tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+    weights: Path, files: Mapping[str, Iterable[Entry]], tensors: Mapping[str, tuple[Index, torch.dtype]]
 ) -> None:
-    """Writes what makes the files of `weights` a checkpoint that Megatron-Core loads: `tensors` by key, with shape."""
-    boxes: dict[str, list[metadata.ChunkStorageMetadata]] = {key: [] for key in tensors}
-    places, same = (
-        {},
-        {key: key for key in tensors},
-    )  # one object a name: a pickle tells equal strings from the same one
+    """Writes the metadata that make the files of `weights` a checkpoint that Megatron-Core loads.
+
+    Args:
+        files: the regions in each file.
+        tensors: shape and dtype of each tensor, by key.
+    """
+    regions: dict[str, list[metadata.ChunkStorageMetadata]] = {key: [] for key in tensors}
+    places: dict[MetadataIndex, Any] = {}
+    # One string object per key: pickle stores equal but distinct strings twice, and the bytes would depend on that.
+    same = {key: key for key in tensors}
     for file, entries in files.items():
         for entry in entries:
             start = torch.Size(entry.start)
-            boxes[entry.key].append(metadata.ChunkStorageMetadata(start, torch.Size(entry.size)))
+            regions[entry.key].append(metadata.ChunkStorageMetadata(start, torch.Size(entry.size)))
             places[MetadataIndex(same[entry.key], start)] = filesystem._StorageInfo(file, entry.offset, entry.length)
     listed: dict[str, Any] = {
-        key: TensorStorageMetadata(metadata.TensorProperties(dtype=dtype), torch.Size(shape), boxes[key])
+        key: TensorStorageMetadata(metadata.TensorProperties(dtype=dtype), torch.Size(shape), regions[key])
         for key, (shape, dtype) in tensors.items()
     }
     with open(weights / ".metadata", "wb") as out:
         pickle.dump(Metadata(state_dict_metadata=listed, storage_data=places), out)
-    common = io.BytesIO()  # torch.save itself hides what the disk says
+    common = io.BytesIO()  # torch.save into a file would hide an error of the disk behind one of its own
     torch.save({"content_metadata": {}}, common)
     (weights / "common.pt").write_bytes(common.getvalue())
     backends = {"sharded_backend": "torch_dist", "common_backend": "torch"}

@@ -1,0 +1,125 @@
+"""SDLM's settings in a Hugging Face folder: the one mapping between them and config.json / generation_config.json.
+
+Ships with every export next to `modeling_sdlm.py`, so it may import nothing else of this project.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+class SettingError(ValueError):
+    """A setting that cannot be read.
+
+    Args:
+        what: description of the problem.
+        file: name of the JSON file that holds the setting.
+        field: its key there.
+    """
+
+    def __init__(self, what: str, file: str, field: str) -> None:
+        super().__init__(f"{what} ({file}, field '{field}')")
+        self.what, self.file, self.field = what, file, field
+
+
+@dataclass(frozen=True)
+class SDLMSettings:
+    """How a model was trained to propose blocks of tokens, and how it decodes unless the caller says otherwise."""
+
+    block_size: int
+    """Tokens D of a training block; the default window when decoding."""
+    mask_token_id: int
+    mask_token: str | None = None
+    """Text of the mask token; None in a folder that records only the id."""
+    causal_attn: bool = False
+    """Attention inside a block is causal instead of bidirectional."""
+    target_shift: bool = True
+    """Each slot predicts the token after its position; False: the token at its position."""
+    next_token_weight: float = 0.0
+    """Weight of the next-token loss on clean tokens during training."""
+    alg: str = "prob_conf"
+    """Default decoding algorithm, one of `decode.ALGORITHMS` or "ar"."""
+    n: int | None = None
+    """Tokens proposed per pass; None: block_size."""
+    threshold: float = 0.9
+    """Confidence, 0 to 1, that an accepted token must exceed."""
+    product: bool = False
+    """The threshold applies to the product of the confidences of all accepted tokens."""
+
+    @property
+    def window(self) -> int:
+        """Tokens proposed per pass."""
+        return self.block_size if self.n is None else self.n
+
+    @property
+    def decode_options(self) -> dict[str, Any]:
+        """Arguments of `diffusion.decode.decode` that follow from how the model was trained."""
+        return {
+            "mask_token_id": self.mask_token_id,
+            "causal_attn": self.causal_attn,
+            "target_shift": self.target_shift,
+        }
+
+    @classmethod
+    def from_config_json(
+        cls, config: Mapping[str, Any], generation: Mapping[str, Any] | None = None
+    ) -> "SDLMSettings | None":
+        """Reads the content of config.json and generation_config.json.
+
+        Returns None for a folder without `block_size`: a plain next-token model. Raises SettingError on a missing
+        mask token id or a value of the wrong type.
+        """
+        if config.get("block_size") is None:
+            return None
+        mask_token_id, mask_token = config.get("text_mask_token_id"), config.get("text_mask_token")
+        if mask_token_id is None:
+            what = "an SDLM folder (its config.json has block_size) lacks the mask token's id"
+            raise SettingError(what, "config.json", "text_mask_token_id")
+        block_size = _whole(config["block_size"], "config.json", "block_size")
+        defaults = generation or {}
+        n = defaults.get("sdlm_n")
+        n = None if n is None else _whole(n, "generation_config.json", "sdlm_n")
+        threshold = defaults.get("sdlm_threshold")
+        if not isinstance(threshold, int | float | None) or isinstance(threshold, bool):
+            what = f"sdlm_threshold is {threshold!r}, expected a number from 0 to 1"
+            raise SettingError(what, "generation_config.json", "sdlm_threshold")
+        return cls(
+            block_size=block_size,
+            mask_token_id=int(mask_token_id),
+            mask_token=mask_token if isinstance(mask_token, str) else None,
+            # The folders published by the paper's authors spell the key `casual_attn`.
+            causal_attn=bool(config.get("causal_attn", config.get("casual_attn", False))),
+            target_shift=bool(config.get("target_shift", True)),
+            next_token_weight=float(config.get("next_token_weight") or 0.0),
+            alg=str(defaults.get("sdlm_alg") or cls.alg),
+            # A window equal to the block size follows the block size when the model is trained on with another one.
+            n=None if n == block_size else n,
+            threshold=cls.threshold if threshold is None else threshold,
+            product=bool(defaults.get("sdlm_product") or False),
+        )
+
+    def to_config_json(self) -> dict[str, Any]:
+        """The keys of config.json. Keys that published folders lack are written only where they differ from the
+        default, so that the other folders stay as the authors' code writes them."""
+        values: dict[str, Any] = {
+            "block_size": self.block_size,
+            "causal_attn": self.causal_attn,
+            "text_mask_token": self.mask_token,
+            "text_mask_token_id": self.mask_token_id,
+        }
+        if not self.target_shift:
+            values["target_shift"] = False
+        if self.next_token_weight:
+            values["next_token_weight"] = self.next_token_weight
+        return values
+
+    def to_generation_json(self) -> dict[str, Any]:
+        """The keys of generation_config.json."""
+        values = {"sdlm_alg": self.alg, "sdlm_n": self.window, "sdlm_threshold": self.threshold}
+        return values | ({"sdlm_product": True} if self.product else {})
+
+
+def _whole(value: Any, file: str, field: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise SettingError(f"{field} is {value!r}, expected a whole number of at least 1", file, field)
+    return value

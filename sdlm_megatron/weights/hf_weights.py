@@ -1,0 +1,194 @@
+"""The safetensors files of a Hugging Face folder: read by region, planned from shapes, written block by block."""
+
+import json
+import struct
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+
+from sdlm_megatron.errors import CheckpointError
+from sdlm_megatron.weights.dtypes import SAFETENSORS_DTYPES, safetensors_name
+from sdlm_megatron.weights.hf_config import read_json
+from sdlm_megatron.weights.resumable_folder import BLOCK, OutputFile, PlannedFile
+from sdlm_megatron.weights.tensors import Index, TensorReader, file_stamps, row_blocks
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+Contents = dict[str, tuple[torch.dtype, Index]]
+"""dtype and shape of the tensors of a file, in the order of their bytes."""
+
+
+class HFWeights:
+    """The tensors of a folder, one file or many with their index (a `tensors.TensorReader`).
+
+    Opening checks that every file of the index exists, is readable and holds the tensors the index says.
+
+    Raises:
+        CheckpointError: no weights, or a missing, truncated or wrong file, which is named.
+    """
+
+    def __init__(self, folder: Path | str) -> None:
+        self.folder = Path(folder)
+        self._file_of = _locate(self.folder)
+        self._open = {file: _open(self.folder / file) for file in sorted(set(self._file_of.values()))}
+        present = {file: set(handle.keys()) for file, handle in self._open.items()}
+        for name, file in self._file_of.items():
+            if name not in present[file]:
+                raise CheckpointError(
+                    f"the index says that '{name}' is in {file}, but it is not",
+                    str(self.folder / file),
+                    "copy or download the file and the index again",
+                )
+
+    def names(self) -> list[str]:
+        return sorted(self._file_of)
+
+    def _slice(self, name: str) -> Any:
+        if name not in self._file_of:
+            raise CheckpointError(
+                f"the model folder has no tensor '{name}'",
+                str(self.folder),
+                "its weights and its config.json do not belong together; copy the folder again",
+            )
+        return self._open[self._file_of[name]].get_slice(name)
+
+    def shape(self, name: str) -> Index:
+        return tuple(self._slice(name).get_shape())
+
+    def dtype(self, name: str) -> torch.dtype:
+        """CheckpointError for a dtype other than bf16, fp16 and fp32."""
+        stored = self._slice(name).get_dtype()
+        if stored not in SAFETENSORS_DTYPES:
+            raise CheckpointError(
+                f"'{name}' is stored as {stored}",
+                str(self.folder / self._file_of[name]),
+                "use bf16, fp16 or fp32 weights",
+            )
+        return SAFETENSORS_DTYPES[stored]
+
+    def read(self, name: str, start: Index, size: Index) -> torch.Tensor:
+        """A region, in the stored dtype, on the CPU; only its own bytes are read."""
+        tensor: torch.Tensor = self._slice(name)[tuple(slice(a, a + n) for a, n in zip(start, size, strict=True))]
+        return tensor
+
+    def identity(self) -> dict[str, Any]:
+        return file_stamps([self.folder / file for file in self._open])
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"a weight file cannot be read: {error}", str(path), "copy or download it again"
+        ) from None
+
+
+def _locate(folder: Path) -> dict[str, str]:
+    """File of each tensor, from the index or from the only file."""
+    index, single = folder / INDEX_NAME, folder / SINGLE_NAME
+    if not index.is_file():
+        if not single.is_file():
+            raise CheckpointError(
+                f"a model folder has neither {SINGLE_NAME} nor {INDEX_NAME}",
+                str(folder),
+                "weights must be safetensors; convert older *.bin files first",
+            )
+        return dict.fromkeys(_open(single).keys(), SINGLE_NAME)
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError("the index names no weights", f"{index}, field 'weight_map'", "copy it again")
+    for file in sorted(set(weight_map.values())):
+        if not (folder / file).is_file():
+            raise CheckpointError(
+                f"the weight file {file}, named in {INDEX_NAME}, is missing", str(folder / file), "copy it again"
+            )
+    return dict(weight_map)
+
+
+# --- writing
+
+
+def plan_safetensors(reader: TensorReader, dtype: torch.dtype | None, limit: int) -> dict[str, Contents]:
+    """Divides tensors into files of at most `limit` bytes (a larger tensor gets a file of its own).
+
+    Args:
+        dtype: of every tensor in the files; None keeps each tensor's own.
+    """
+    groups: list[Contents] = [{}]
+    filled = 0
+    for name in reader.names():
+        entry = (dtype or reader.dtype(name), reader.shape(name))
+        if groups[-1] and filled + _size(entry) > limit:
+            groups.append({})
+            filled = 0
+        groups[-1][name] = entry
+        filled += _size(entry)
+    count = len(groups)
+    files = [SINGLE_NAME if count == 1 else f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+    # Wide elements first: safetensors wants each tensor aligned to its element size.
+    ordered = [dict(sorted(group.items(), key=lambda item: -item[1][0].itemsize)) for group in groups]
+    return dict(zip(files, ordered, strict=True))
+
+
+def safetensors_files(reader: TensorReader, plan: dict[str, Contents]) -> list[PlannedFile]:
+    """The files of `plan`, ready to be written from `reader`."""
+    return [PlannedFile(file, contents_size(c), partial(_write, reader, c)) for file, c in plan.items()]
+
+
+def contents_size(contents: Contents) -> int:
+    """Bytes of the tensors of a file."""
+    return sum(map(_size, contents.values()))
+
+
+def index_json(plan: dict[str, Contents]) -> dict[str, Any]:
+    """Content of the index, which names the file of each tensor."""
+    files = {name: file for file, contents in plan.items() for name in contents}
+    total = sum(map(contents_size, plan.values()))
+    return {"metadata": {"total_size": total}, "weight_map": dict(sorted(files.items()))}
+
+
+def _size(tensor: tuple[torch.dtype, Index]) -> int:
+    dtype, shape = tensor
+    return torch.Size(shape).numel() * dtype.itemsize
+
+
+def _header(contents: Contents) -> bytes:
+    """Start of a safetensors file: its length, then names, dtypes, shapes and byte ranges of the tensors."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, (dtype, shape) in contents.items():
+        end = offset + _size((dtype, shape))
+        entries[name] = {"dtype": safetensors_name(dtype), "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def _write(reader: TensorReader, contents: Contents, out: OutputFile) -> None:
+    # safetensors' own save_file wants whole tensors in memory; blocks keep a worker at a few MiB for any model size.
+    out.write(_header(contents))
+    for name, (dtype, _) in contents.items():
+        for block in row_blocks(reader, name, BLOCK):
+            out.write(_bytes(_cast(block, dtype, name)))
+            out.check()
+
+
+def _cast(block: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
+    cast = block.to(dtype)
+    if dtype is torch.float16 and block.dtype is not dtype and not cast.isfinite().all() and block.isfinite().all():
+        raise CheckpointError(
+            f"'{name}' has values that float16 cannot hold (largest {block.abs().max().item():g})",
+            name,
+            "use bfloat16 or float32",
+        )
+    return cast
+
+
+def _bytes(tensor: torch.Tensor) -> np.ndarray:
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy()

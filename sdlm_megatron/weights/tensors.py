@@ -1,0 +1,229 @@
+"""The interface of both kinds of weight files, and views that present one kind in the form of the other.
+
+A Hugging Face folder (`hf_weights.HFWeights`) and a training checkpoint (`torch_dist.TorchDist`) are read through
+`TensorReader`. `HFAsCheckpoint` presents the former under a checkpoint's keys, `CheckpointAsHF` the latter under
+Hugging Face names. Import, export, loading a base and resuming are copies from one of these four readers.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from sdlm_megatron.config.schema import ModelConfig
+from sdlm_megatron.errors import CheckpointError
+from sdlm_megatron.weights.names import Rows, checkpoint_key, checkpoint_names, checkpoint_rows, columns, hf_rows
+from sdlm_megatron.weights.shape import VOCABULARY, NewMaskToken, mean_row, padded_vocab
+
+Index = tuple[int, ...]
+_MEAN_COLUMNS = 256
+"""Columns of the embedding averaged at a time: bounds the fp32 copy without changing a bit of the sums."""
+
+
+class TensorReader(Protocol):
+    """Named tensors in files, read on demand, from several threads."""
+
+    def names(self) -> list[str]: ...
+
+    def shape(self, name: str) -> Index: ...
+
+    def dtype(self, name: str) -> torch.dtype: ...
+
+    def read(self, name: str, start: Index, size: Index) -> torch.Tensor:
+        """The region of `size` elements from `start`, on the CPU; read-only, possibly a view of the file."""
+
+    def identity(self) -> dict[str, Any]:
+        """Plain JSON that changes when the weights do, taken from sizes and times of the files."""
+
+
+def file_stamps(files: Sequence[Path]) -> dict[str, Any]:
+    """Size in bytes and modification time in ns of files, by name."""
+    return {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in sorted(files)}
+
+
+def read_rows(reader: TensorReader, name: str, start: int, stop: int) -> torch.Tensor:
+    """Rows [start, stop) of a tensor."""
+    rest = reader.shape(name)[1:]
+    return reader.read(name, (start, *(0 for _ in rest)), (stop - start, *rest))
+
+
+def row_blocks(reader: TensorReader, name: str, size: int) -> Iterator[torch.Tensor]:
+    """A whole tensor in blocks of at most `size` bytes, but at least one row."""
+    rows, *rest = reader.shape(name)
+    step = max(1, size // max(1, torch.Size(rest).numel() * reader.dtype(name).itemsize))
+    for start in range(0, rows, step):
+        yield read_rows(reader, name, start, min(rows, start + step))
+
+
+def tensor_bytes(reader: TensorReader, name: str) -> int:
+    """Size of a whole tensor in bytes."""
+    return torch.Size(reader.shape(name)).numel() * reader.dtype(name).itemsize
+
+
+def _gather(
+    read: Callable[[str, Index, Index], torch.Tensor], segments: Sequence[Rows], start: Index, size: Index
+) -> list[torch.Tensor]:
+    """The region (start, size) of a tensor whose rows are `segments` one after another; a part for each segment."""
+    parts, offset = [], 0
+    for name, first, last in segments:
+        low, high = max(start[0], offset), min(start[0] + size[0], offset + last - first)
+        if low < high:
+            parts.append(read(name, (first + low - offset, *start[1:]), (high - low, *size[1:])))
+        offset += last - first
+    return parts
+
+
+class CheckpointAsHF:
+    """A checkpoint's model under Hugging Face names: layers apart, q/k/v and gate/up apart, no padding rows.
+
+    Args:
+        checkpoint: tensors of the checkpoint, saved under any parallel layout.
+        shape: of the model.
+        where: the checkpoint's folder, for errors.
+
+    Raises CheckpointError when a tensor is missing or smaller than `shape` says.
+    """
+
+    def __init__(self, checkpoint: TensorReader, shape: ModelConfig, where: Path) -> None:
+        self._checkpoint = checkpoint
+        self._segments = checkpoint_rows(shape)
+        present = set(checkpoint.names())
+        for name, segments in self._segments.items():
+            for inner, _, stop in segments:
+                key, layer = checkpoint_key(inner)
+                if key not in present:
+                    raise CheckpointError(f"the checkpoint has no '{key}'", str(where), "use another checkpoint")
+                stored = checkpoint.shape(key)
+                rows = stored[0] if layer is None else stored[1]
+                if rows < stop or (layer is not None and stored[0] != shape.num_layers):
+                    raise CheckpointError(
+                        f"'{key}' is {stored}, too small for '{name}'", str(where), "use another checkpoint"
+                    )
+
+    def names(self) -> list[str]:
+        return list(self._segments)
+
+    def shape(self, name: str) -> Index:
+        key, layer = checkpoint_key(self._segments[name][0][0])
+        rows = sum(stop - start for _, start, stop in self._segments[name])
+        return (rows, *self._checkpoint.shape(key)[1 if layer is None else 2 :])
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._checkpoint.dtype(checkpoint_key(self._segments[name][0][0])[0])
+
+    def read(self, name: str, start: Index, size: Index) -> torch.Tensor:
+        parts = _gather(self._read_layer, self._segments[name], start, size)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _read_layer(self, inner: str, start: Index, size: Index) -> torch.Tensor:
+        key, layer = checkpoint_key(inner)
+        if layer is None:
+            return self._checkpoint.read(key, start, size)
+        return self._checkpoint.read(key, (layer, *start), (1, *size))[0]
+
+    def identity(self) -> dict[str, Any]:
+        return self._checkpoint.identity()
+
+
+class HFAsCheckpoint:
+    """A Hugging Face folder's model under a checkpoint's keys: layers stacked, q/k/v and gate/up fused, vocabulary
+    padded with zero rows, and the row of a new mask token filled with the mean of the other tokens' rows.
+
+    Args:
+        folder: tensors of the Hugging Face folder.
+        shape: of the model according to its config.json.
+        new_mask: a mask token the folder does not know yet; may lie beyond the folder's vocabulary.
+
+    Raises CheckpointError when a tensor is missing or has another shape than `shape` says.
+    """
+
+    def __init__(self, folder: TensorReader, shape: ModelConfig, new_mask: NewMaskToken | None = None) -> None:
+        self._folder, self._shape, self._new_mask = folder, shape, new_mask
+        vocabulary = max(shape.vocab_size, new_mask.row + 1 if new_mask else 0)
+        self._padded = padded_vocab(vocabulary, 1)
+        self._keys: dict[str, Index] = {}
+        for name in checkpoint_names(shape):
+            key, layer = checkpoint_key(name)
+            segments, rest = hf_rows(name, shape), columns(name, shape)
+            for hf, rows in {hf: stop for hf, _, stop in segments}.items():  # ascending: the last stop counts
+                if folder.shape(hf) != (rows, *rest):
+                    raise CheckpointError(
+                        f"'{hf}' is {folder.shape(hf)}, the config.json says {(rows, *rest)}",
+                        hf,
+                        "the config.json does not describe these weights; copy the folder again",
+                    )
+            count = self._padded if name in VOCABULARY else sum(stop - first for _, first, stop in segments)
+            self._keys[key] = (*(() if layer is None else (shape.num_layers,)), count, *rest)
+
+    def names(self) -> list[str]:
+        return list(self._keys)
+
+    def shape(self, name: str) -> Index:
+        return self._keys[name]
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._folder.dtype(self._rows(name, 0)[0][0])
+
+    def _rows(self, key: str, layer: int) -> list[Rows]:
+        stacked = key.startswith("decoder.layers.")
+        return hf_rows(key.replace("layers.", f"layers.{layer}.", 1) if stacked else key, self._shape)
+
+    def read(self, name: str, start: Index, size: Index) -> torch.Tensor:
+        if name in VOCABULARY:
+            return self._read_vocabulary(name, start, size)
+        if not name.startswith("decoder.layers."):
+            return torch.cat(_gather(self._folder.read, self._rows(name, 0), start, size))
+        layers = [
+            torch.cat(_gather(self._folder.read, self._rows(name, layer), start[1:], size[1:]))
+            for layer in range(start[0], start[0] + size[0])
+        ]
+        return layers[0][None] if len(layers) == 1 else torch.stack(layers)
+
+    def _read_vocabulary(self, name: str, start: Index, size: Index) -> torch.Tensor:
+        parts = _gather(self._folder.read, self._rows(name, 0), start, size)
+        missing = size[0] - sum(len(part) for part in parts)
+        rows = torch.cat([*parts, torch.zeros(missing, *size[1:], dtype=self.dtype(name))])
+        mask = self._new_mask
+        if mask is not None and start[0] <= mask.row < start[0] + size[0]:
+            rows[mask.row - start[0]] = self._mean(name, mask, start[1], size[1]).to(rows.dtype)
+        return rows
+
+    def _mean(self, name: str, mask: NewMaskToken, first: int, count: int) -> torch.Tensor:
+        ((hf, _, _),) = self._rows(name, 0)
+        rows = min(self._shape.vocab_size, mask.n_tokens)
+        widths = [
+            (at, min(_MEAN_COLUMNS, first + count - at)) for at in range(first, first + count, _MEAN_COLUMNS)
+        ]
+        return torch.cat([mean_row(self._folder.read(hf, (0, at), (rows, width)), mask) for at, width in widths])
+
+    def identity(self) -> dict[str, Any]:
+        return self._folder.identity()
+
+
+class WithZeroBiases:
+    """A Llama model as Qwen2, which always has biases of q, k and v: zero ones compute the same function."""
+
+    def __init__(self, reader: TensorReader) -> None:
+        self._reader = reader
+        present = set(reader.names())
+        projections = tuple(f"self_attn.{x}_proj.weight" for x in "qkv")
+        biases = {n.removesuffix("weight") + "bias": n for n in reader.names() if n.endswith(projections)}
+        self._weight_of = {bias: weight for bias, weight in biases.items() if bias not in present}
+
+    def names(self) -> list[str]:
+        return [*self._reader.names(), *self._weight_of]
+
+    def shape(self, name: str) -> Index:
+        return self._reader.shape(self._weight_of[name])[:1] if name in self._weight_of else self._reader.shape(name)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._reader.dtype(self._weight_of.get(name, name))
+
+    def read(self, name: str, start: Index, size: Index) -> torch.Tensor:
+        if name in self._weight_of:
+            return torch.zeros(size, dtype=self.dtype(name))
+        return self._reader.read(name, start, size)
+
+    def identity(self) -> dict[str, Any]:
+        return self._reader.identity()
