@@ -1,8 +1,8 @@
 """Compares the tensors of two models. A and B are Hugging Face folders, checkpoints or runs.
 
-Tensors are compared under their Hugging Face names, in blocks, so that neither model is loaded whole. Biases of q, k and
-v that are zero equal missing ones. --logits also runs both (Hugging Face folders only) on a prompt with transformers, as
-plain causal models in fp32. Exit code 0: equal, 1: different.
+Tensors are compared under their Hugging Face names, in blocks, so that neither model is loaded whole. Biases of q, k
+and v that are zero equal missing ones. --logits also runs both (Hugging Face folders only) on a prompt with
+transformers, as plain causal models in fp32. Exit code 0: equal, 1: different.
 """
 
 import argparse
@@ -104,7 +104,7 @@ def _compare(a: TensorReader, b: TensorReader, name: str) -> Difference | None:
         count, largest = count + n, max(largest, gap.max().item())
         relative = max(relative, (gap / left)[left != 0].max().item() if left.any() else 0.0)
     if count:
-        numbers = {"count": count, "of": shape.numel(), "max_abs": largest, "max_relative": relative}
+        numbers: dict[str, Any] = {"count": count, "of": shape.numel(), "max_abs": largest, "max_relative": relative}
         return Difference(name, "values", **dtypes, **numbers)
     return Difference(name, "dtype", **dtypes) if dtypes else None
 

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from checkpoints_tools.export_folder import plan_export, write_hf_folder
 from sdlm_megatron.config.command_line import make_parser
@@ -49,9 +50,8 @@ def convert(
     run = read_run(ckpt)
     if run:
         run |= {key: getattr(state, key) for key in ("step", "rows_per_step", "consumed_rows")}
-    assets = ckpt / "hf"
-    options = {"dtype": dtype, "max_shard_bytes": max_shard_bytes, "workers": workers}
-    write_hf_folder(out, tensors, config, assets=assets, run=run, **options)
+    options: dict[str, Any] = {"dtype": dtype, "max_shard_bytes": max_shard_bytes, "workers": workers}
+    write_hf_folder(out, tensors, config, assets=ckpt / "hf", run=run, **options)
     return ckpt
 
 
@@ -69,9 +69,7 @@ def _config(ckpt: Path, state: TrainState) -> HFConfig:
 
 def build_parser() -> argparse.ArgumentParser:
     """Options of the command."""
-    parser = make_parser(
-        "sdlm export", __doc__, example="sdlm export --ckpt runs/sdlm_3b_d4 --out models/SDLM-3B-D4"
-    )
+    parser = make_parser("sdlm export", __doc__, example="sdlm export --ckpt runs/sdlm_3b_d4 --out models/SDLM-3B-D4")
     parser.add_argument("--ckpt", type=Path, required=True, metavar="DIR", help="step folder, or a run folder")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="Hugging Face folder to write")
     parser.add_argument("--dtype", choices=sorted(HF_DTYPES), help="dtype of the weights; default: as trained")

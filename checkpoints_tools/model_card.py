@@ -36,8 +36,8 @@ tags:
 # {name}
 
 A Sequential Diffusion Language Model (arXiv 2509.24007) with block size {sdlm.block_size}: each forward pass proposes
-several tokens and accepts the first ones whose confidence is high enough.{base} {config.shape.num_layers} layers, hidden
-size {config.shape.hidden_size}, vocabulary {config.shape.vocab_size}, weights in {dtype}.
+several tokens and accepts the first ones whose confidence is high enough.{base} {config.shape.num_layers} layers,
+hidden size {config.shape.hidden_size}, vocabulary {config.shape.vocab_size}, weights in {dtype}.
 """
 
 
@@ -60,9 +60,9 @@ print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1]:], skip_special_to
 ```
 
 `sdlm_alg` is one of `prob_conf` and `entropy_conf` (accept tokens by confidence), `self_speculative` (draft and verify:
-the same text as one token per pass) and `ar` (one token per pass). `sdlm_n` is the number of tokens proposed per pass. A
-higher `sdlm_threshold` accepts fewer tokens per pass. The model needs transformers 4.57 or newer; the folder also loads
-as plain `Qwen2ForCausalLM`. `sha256sum -c SHA256SUMS` verifies the files.
+the same text as one token per pass) and `ar` (one token per pass). `sdlm_n` is the number of tokens proposed per pass.
+A higher `sdlm_threshold` accepts fewer tokens per pass. The model needs transformers 4.57 or newer; the folder also
+loads as plain `Qwen2ForCausalLM`. `sha256sum -c SHA256SUMS` verifies the files.
 """
 
 

@@ -45,8 +45,8 @@ def copy_tokenizer(folder: Path, assets: Path | None) -> bool:
 def _keep_own_splitting(folder: Path) -> None:
     """Makes transformers 5 use a tokenizer.json that is not Qwen2's as it is.
 
-    For a folder of model_type qwen2 without auto_map in its tokenizer_config.json, transformers 5 replaces the splitting
-    rules by Qwen2's. An auto_map switches that off, also where remote code is not trusted.
+    For a folder of model_type qwen2 without auto_map in its tokenizer_config.json, transformers 5 replaces the
+    splitting rules by Qwen2's. An auto_map switches that off, also where remote code is not trusted.
     """
     path = folder / "tokenizer_config.json"
     settings = read_json(path) if path.is_file() else {}
@@ -70,7 +70,7 @@ def _vocabulary(folder: Path) -> dict[str, int]:
 
 
 def end_tokens(folder: Path, config: HFConfig) -> tuple[int, ...]:
-    """End tokens of the export: an SDLM, which is trained on chats, ends first of all with the token that ends a turn."""
+    """End tokens of the export. The one that ends a turn comes first for an SDLM, which is trained on chats."""
     turn_end = _vocabulary(folder).get(IM_END) if config.is_sdlm else None
     if turn_end is None:
         return config.eos_token_ids

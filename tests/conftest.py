@@ -30,19 +30,19 @@ def groups() -> Any:
 @pytest.fixture(scope="session")
 def make_engine(groups: Any) -> Callable:
     """Builds single-process engines inside pytest: Megatron-Core for real, over gloo."""
+    from sdlm_megatron.checkpoint.restore import load_base
     from sdlm_megatron.config.schema import RunConfig
     from sdlm_megatron.parallel.engine import Engine
-    from sdlm_megatron.weights.hf_reader import read_hf_config
-    from sdlm_megatron.weights.shape import shape_of
+    from sdlm_megatron.weights.hf_config import read_hf_config
 
     def build(folder: Path, *, block_size: int = 4, causal_attn: bool = False, rows: bool = False) -> Engine:
         config = RunConfig()
         config.train.precision = "fp32"
         config.train.loss_normalization = "rows" if rows else "targets"
         config.diffusion.block_size, config.diffusion.causal_attn = block_size, causal_attn
-        shape = shape_of(read_hf_config(folder))
+        shape = read_hf_config(folder).shape
         engine = Engine(config, shape, groups, max_positions=4096, steps=10, initialize=False)
-        engine.load_base(folder, shape, new_mask=None)
+        load_base(folder, engine, new_mask=None)
         return engine
 
     return build

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from sdlm_megatron.data.format import PartWriter, seal
 from sdlm_megatron.diffusion.layout import RowLayout, block_count, draw_starts, pack_row
+from sdlm_megatron.weights.tensors import TensorReader, read_rows
 
 REPO = Path(__file__).resolve().parent.parent
 MASK, EOS, PAD = 259, 258, 256
@@ -206,6 +207,11 @@ def read_metrics(run: Path) -> list[dict]:
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
     """Every tensor of a Hugging Face folder."""
     return {k: v for file in sorted(folder.glob("*.safetensors")) for k, v in load_file(file).items()}
+
+
+def whole(reader: TensorReader, name: str) -> torch.Tensor:
+    """A whole tensor of a reader."""
+    return read_rows(reader, name, 0, reader.shape(name)[0])
 
 
 def assert_bitwise(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:

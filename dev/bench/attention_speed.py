@@ -26,9 +26,9 @@ from sdlm_megatron.model.attention.decomposed import Decomposed
 from sdlm_megatron.model.attention.flex import Flex
 from sdlm_megatron.model.attention.masked import Dense, PerDocument
 from sdlm_megatron.model.attention.varlen import TorchKernel, VarlenKernel
+from sdlm_megatron.weights.dtypes import PRECISIONS
 
 MEAN_CLEAN, SPREAD, RESPONSE_SHARE, REPEAT = 663, 0.8, 0.68, 3
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 Backend = tuple[str, Callable[[RowLayout, int], RowAttention]]
 
 
@@ -104,7 +104,7 @@ def measure(row: RowAttention, values: list[torch.Tensor], runs: int, device: to
 
 def table(layout: RowLayout, heads: int, kv_heads: int, args: argparse.Namespace, device: torch.device) -> None:
     """Measures every backend at one head shape and prints."""
-    dtype = DTYPES[args.dtype]
+    dtype = PRECISIONS[args.dtype]
     pairs = visible_pairs(layout)
     flops = 4 * heads * args.dim * pairs
     shape = f"{heads} heads, {kv_heads} KV heads of {args.dim}, {args.dtype}"
@@ -144,7 +144,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--heads", nargs="+", default=["40/8", "16/2"], metavar="HEADS/KV", help="query heads and KV heads of each case"
     )
     parser.add_argument("--dim", type=int, default=128, help="width of a head")
-    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="dtype of queries, keys and values")
+    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="dtype of queries, keys and values")
     parser.add_argument("--dense", action="store_true", help="also the S x S definition")
     parser.add_argument("--runs", type=int, default=20, help="runs of which the median is reported")
     parser.add_argument("--seed", type=int, default=0, help="of the row's documents")

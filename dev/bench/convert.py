@@ -15,45 +15,39 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from checkpoints_tools.compare import differences, open_any
 from checkpoints_tools.export_folder import write_hf_folder
 from sdlm_megatron.config.command_line import make_parser
+from sdlm_megatron.config.schema import ModelConfig
 from sdlm_megatron.errors import ConfigError, run_cli
 from sdlm_megatron.files import fsync_tree
-from sdlm_megatron.weights.hf_reader import HFConfig
+from sdlm_megatron.weights.hf_config import HFConfig
 from sdlm_megatron.weights.names import checkpoint_rows
-from sdlm_megatron.weights.shape import shape_of
 
 
 def wide(layers: int, narrow: int = 1) -> HFConfig:
     """Shape of Qwen2.5-32B with fewer layers; `narrow` divides its widths, for a trial of the program itself."""
-    return HFConfig(
-        model_type="qwen2",
+    shape = ModelConfig(
         num_layers=layers,
         hidden_size=5120 // narrow,
         ffn_hidden_size=27648 // narrow,
-        num_heads=40 // narrow,
-        num_kv_heads=8 // narrow,
+        num_attention_heads=40 // narrow,
+        num_query_groups=8 // narrow,
         head_dim=128,
         vocab_size=152064 // narrow,
-        rope_theta=1e6,
-        rms_norm_eps=1e-6,
-        tied=False,
-        qkv_bias=True,
-        dtype="bfloat16",
-        max_position_embeddings=32768,
-        eos_token_ids=(151645,),
     )
+    return HFConfig("qwen2", shape, "bfloat16", eos_token_ids=(151645,))
 
 
 class RandomTensors:
     """Random bf16 weights that are never all in memory: each row is the same whenever it is read."""
 
     def __init__(self, config: HFConfig) -> None:
-        shape = shape_of(config)
+        shape = config.shape
         self._columns = {"o_proj": shape.num_attention_heads * shape.head_dim, "down_proj": shape.ffn_hidden_size}
         self._hidden = shape.hidden_size
         self._rows = {name: sum(b - a for _, a, b in parts) for name, parts in checkpoint_rows(shape).items()}
@@ -71,13 +65,13 @@ class RandomTensors:
     def dtype(self, name: str) -> torch.dtype:
         return torch.bfloat16
 
-    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        shape = torch.Size([stop - start, *self.shape(name)[1:]])
-        first = (self.names().index(name) * 7919 + start * 104729) % (len(self._noise) // 2)
+    def read(self, name: str, start: tuple[int, ...], size: tuple[int, ...]) -> torch.Tensor:
+        shape = torch.Size(size)
+        first = (self.names().index(name) * 7919 + start[0] * 104729) % (len(self._noise) // 2)
         found = self._noise[first:]
         return found.repeat(shape.numel() // len(found) + 1)[: shape.numel()].view(shape)
 
-    def identity(self) -> dict[str, int]:
+    def identity(self) -> dict[str, Any]:
         return {"random": 0}
 
 

@@ -52,9 +52,10 @@ from sdlm_megatron.config.command_line import make_parser  # noqa: E402
 from sdlm_megatron.config.schema import ModelConfig, ParallelConfig  # noqa: E402
 from sdlm_megatron.diffusion.row import MicroBatch  # noqa: E402
 from sdlm_megatron.errors import TrainingError, run_cli  # noqa: E402
-from sdlm_megatron.parallel.engine import DTYPES, Engine  # noqa: E402
+from sdlm_megatron.parallel.engine import Engine  # noqa: E402
 from sdlm_megatron.parallel.groups import Groups, close_groups, init_groups  # noqa: E402
 from sdlm_megatron.planner.flops import peak_flops, step_flops  # noqa: E402
+from sdlm_megatron.weights.dtypes import PRECISIONS  # noqa: E402
 
 SAME = {"fp32": 1e-4, "bf16": 1e-2}
 """Largest relative difference of loss and gradient norm from the reference."""
@@ -161,7 +162,7 @@ def start_reference(args: argparse.Namespace, case: Case, folder: Path) -> Refer
     return Reference(
         args.reference_python,
         *("--checkout", args.reference, "--model", model, "--documents", documents, "--threads", args.threads),
-        *("--dtype", str(DTYPES[args.dtype]).removeprefix("torch."), "--batch", args.reference_batch),
+        *("--dtype", str(PRECISIONS[args.dtype]).removeprefix("torch."), "--batch", args.reference_batch),
     )
 
 
@@ -206,7 +207,7 @@ def print_ours(case: Case, whole: Times, inner: Times, dtype: str) -> None:
     """Speed and memory."""
     device, seconds = case.engine.groups.device, whole.median
     known = peak_flops(case.engine.groups.device_name) if dtype == "bf16" else None
-    peak = known or matmul_flops(DTYPES[dtype], device)
+    peak = known or matmul_flops(PRECISIONS[dtype], device)
     memory = peak_bytes(lambda: case.engine.train_step(case.batches, 2), device)
     data = timed(lambda: [case.engine.prepare(b) for b in case.rows], torch.device("cpu"))[0]
     print(f"\nwhole step            {whole}")

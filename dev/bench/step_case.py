@@ -10,13 +10,14 @@ import torch
 from safetensors.torch import save_file
 
 from dev.bench.attention_speed import MEAN_CLEAN, REPEAT, RESPONSE_SHARE, SPREAD
+from sdlm_megatron.checkpoint.sharding import hf_tensors
 from sdlm_megatron.config.load import PRESETS, load_config
 from sdlm_megatron.config.schema import DiffusionConfig, ModelConfig, RunConfig
 from sdlm_megatron.diffusion.layout import block_count, draw_starts, pack_row
 from sdlm_megatron.diffusion.row import MicroBatch, make_micro_batch
-from sdlm_megatron.model.hf_load import hf_tensors
-from sdlm_megatron.parallel.engine import DTYPES, Engine
+from sdlm_megatron.parallel.engine import Engine
 from sdlm_megatron.parallel.groups import Groups
+from sdlm_megatron.weights.dtypes import PRECISIONS, hf_name
 
 SHAPES = {
     "vocab": ModelConfig(
@@ -168,7 +169,7 @@ def write_hf(folder: Path, engine: Engine) -> None:
     """The engine's weights as a Hugging Face folder that the reference's model class opens."""
     shape, special = engine.shape, special_tokens(engine.shape)
     folder.mkdir(parents=True)
-    tensors = {name: tensor.contiguous() for name, tensor in hf_tensors(engine.module, shape)}
+    tensors = {name: tensor.contiguous() for name, tensor in hf_tensors(engine)}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     config = {
         "architectures": ["Qwen2ForCausalLM"],
@@ -182,7 +183,7 @@ def write_hf(folder: Path, engine: Engine) -> None:
         "rope_theta": shape.rope_theta,
         "rms_norm_eps": shape.rms_norm_eps,
         "tie_word_embeddings": shape.tied_embeddings,
-        "torch_dtype": str(DTYPES[engine.config.train.precision]).removeprefix("torch."),
+        "torch_dtype": hf_name(PRECISIONS[engine.config.train.precision]),
         "max_position_embeddings": 32768,
         "hidden_act": "silu",
         "attention_dropout": 0.0,

@@ -14,11 +14,12 @@ from pathlib import Path
 
 from rich.console import Console
 
-from sdlm_megatron.chat.chat_model import DTYPES, Answer, AnswerSettings, ChatModel, load
+from sdlm_megatron.chat.chat_model import Answer, AnswerSettings, ChatModel, load
 from sdlm_megatron.chat.terminal_view import LiveAnswer, note, show_pair, statistics
 from sdlm_megatron.config.command_line import at_least, make_parser, threshold
 from sdlm_megatron.diffusion.decode import ALGORITHMS
 from sdlm_megatron.errors import ConfigError, UserError, run_cli
+from sdlm_megatron.weights.dtypes import PRECISIONS
 
 EXAMPLES = """sdlm generate --model runs/quickstart/hf
 sdlm generate --model SDLM-3B-D4 --threshold 0.98 --prompt "Why is the sky blue?"
@@ -48,7 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--top-p", type=threshold, metavar="P", help="sample from the most likely tokens with this total probability")
     add("--seed", type=int, default=0, help="seed of sampling; default: 0")
     add("--stop", action="append", default=[], metavar="TEXT", help="end an answer after this text; can be repeated")
-    add("--dtype", choices=sorted(DTYPES), help="dtype of the weights; default: the folder's own")
+    add("--dtype", choices=sorted(PRECISIONS), help="dtype of the weights; default: the folder's own")
     add("--device", help="torch device; default: a GPU if there is one, else cpu")
     return parser
 

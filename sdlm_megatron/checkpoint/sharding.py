@@ -1,9 +1,9 @@
 """This process's shards of the model and its optimizer, each with its region in the whole model's tensors.
 
 A parameter of this process is one or two regions of a tensor of the whole model (Megatron-Core's sharded_state_dict
-says which: tensor parallelism cuts it, layers are stacked, gate and up projection of the MLP are apart). The distributed
-optimizer owns a flat range of a parameter, which cuts a region into at most three: the end of a row, whole rows, the
-start of a row. Only regions are saved and loaded, so every layout reads what any other has written.
+says which: tensor parallelism cuts it, layers are stacked, gate and up projection of the MLP are apart). The
+distributed optimizer owns a flat range of a parameter, which cuts a region into at most three: the end of a row, whole
+rows, the start of a row. Only regions are saved and loaded, so every layout reads what any other has written.
 """
 
 from collections.abc import Callable, Iterator, Sequence

@@ -40,7 +40,7 @@ MOST_ROWS = 32
 
 def rules_of(chat: ChatModel, thresholds: Sequence[float]) -> list[DecodingRule]:
     """n = 1 and, for an SDLM, the probability rule at each threshold."""
-    n = chat.config.block_size or 1
+    n = chat.config.decoding.block_size
     return [DecodingRule(), *(DecodingRule("prob_conf", n, tau) for tau in thresholds if n > 1)]
 
 
@@ -127,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for shots in sorted(set(args.shots))
     }
     longest = max(len(ids) for rows in encoded.values() for ids in rows)
-    check_positions(chat, longest + longest_answer(chat, measured) + (chat.config.block_size or 1), "--shots")
+    check_positions(chat, longest + longest_answer(chat, measured) + chat.config.decoding.block_size, "--shots")
     rules = rules_of(chat, args.thresholds)
     tokens = len(rules) * sum(len(ids) for rows in encoded.values() for ids in rows)
     with track("decode", tokens, "prompt tokens", Console()) as advance:

@@ -52,7 +52,7 @@ def run_kind(kind: str, argv: Sequence[str]) -> None:
 
 def report(argv: Sequence[str]) -> None:
     """All measurements of one model, and their page."""
-    from sdlm_megatron.weights.hf_reader import read_hf_config
+    from sdlm_megatron.weights.hf_config import read_hf_config
 
     args = build_parser().parse_args(argv)
     model = ["--model", str(args.model), "--out", str(args.out)]
@@ -69,7 +69,7 @@ def report(argv: Sequence[str]) -> None:
         "context": [*timed, "--shots", *map(str, args.shots)],
         "perplexity": model,
     }
-    if (read_hf_config(args.model).block_size or 1) == 1:
+    if read_hf_config(args.model).decoding.block_size == 1:
         del kinds["calibration"]  # a window of one slot proposes what n = 1 does
     steps = len(kinds) + 1
     for number, (kind, options) in enumerate(kinds.items(), 1):

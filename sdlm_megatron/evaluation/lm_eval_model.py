@@ -19,9 +19,10 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 
-from sdlm_megatron.chat.chat_model import DTYPES, AnswerSettings, load
+from sdlm_megatron.chat.chat_model import AnswerSettings, load
 from sdlm_megatron.diffusion.decode import Decoded
 from sdlm_megatron.errors import ConfigError
+from sdlm_megatron.weights.dtypes import HF_DTYPES, PRECISIONS, precision_name
 
 HARNESS_ARGS = (
     *("batch_size", "max_batch_size", "max_length", "truncation", "add_bos_token", "prefix_token_id"),
@@ -30,7 +31,7 @@ HARNESS_ARGS = (
 """Model arguments with the meaning they have for the harness' `hf`."""
 MODEL_ARGS = ("pretrained", "alg", "n", "threshold", "product", "dtype", "device", *HARNESS_ARGS)
 GENERATION_ARGS = ("until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p", "seed")
-LONG_NAMES = {"auto": None, "bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+LONG_NAMES = {"auto": None, **{name: precision_name(dtype) for name, dtype in HF_DTYPES.items()}}
 
 log = logging.getLogger("lm_eval.sdlm")  # a child of the harness' logger: shown by its handler at its level
 
@@ -79,7 +80,7 @@ class SDLMForLMEval(HFLM):
     ) -> None:
         for name in options:
             _check_known(name, HARNESS_ARGS, MODEL_ARGS, "--model_args")
-        dtypes = (*LONG_NAMES, *DTYPES)
+        dtypes = (*LONG_NAMES, *PRECISIONS)
         _check_known(dtype, dtypes, dtypes, "--model_args dtype")
         if device == "cuda:0" and not torch.cuda.is_available():
             device = None

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 import transformers
 
-from sdlm_megatron.chat.chat_model import DTYPES, ChatModel, load
+from sdlm_megatron.chat.chat_model import ChatModel, load
 from sdlm_megatron.config.command_line import CommandParser, at_least, make_parser
 from sdlm_megatron.errors import CheckpointError, ConfigError
 from sdlm_megatron.files import write_json
+from sdlm_megatron.weights.dtypes import PRECISIONS
 
 EXAMPLE = "--model runs/quickstart/hf --prompts runs/quickstart/task/heldout.jsonl --out results"
 OUT_FOLDER = "folder of the result file"
@@ -29,7 +30,7 @@ def measurement_parser(
     add = parser.add_argument
     add("--model", type=Path, required=True, metavar="DIR", help="exported SDLM folder, or a plain Qwen2 or Llama")
     add("--out", type=Path, required=True, metavar="PATH", help=out)
-    add("--dtype", choices=sorted(DTYPES), help="dtype of the weights; default: the folder's own")
+    add("--dtype", choices=sorted(PRECISIONS), help="dtype of the weights; default: the folder's own")
     add("--device", help="torch device; default: a GPU if there is one, else cpu")
     add("--threads", type=at_least(1), metavar="N", help="CPU threads; default: torch's choice")
     return parser
@@ -65,9 +66,9 @@ def load_model(args: argparse.Namespace) -> ChatModel:
 
 def trained_block_size(chat: ChatModel, fix: str) -> int:
     """The block size of an SDLM; CheckpointError with this fix for a plain model."""
-    if chat.config.block_size is None:
+    if not chat.config.is_sdlm:
         raise CheckpointError("the model is not an SDLM: its config.json has no block_size", str(chat.folder), fix)
-    return chat.config.block_size
+    return chat.config.decoding.block_size
 
 
 def check_positions(chat: ChatModel, needed: int, option: str) -> None:
@@ -89,8 +90,8 @@ def facts_of(chat: ChatModel, prog: str, argv: Sequence[str] | None, **more: Any
     return {
         "command": f"{prog} {shlex.join(sys.argv[1:] if argv is None else argv)}".rstrip(),
         **more,
-        "block_size": chat.config.block_size or 1,
-        "causal_attn": chat.config.causal_attn,
+        "block_size": chat.config.decoding.block_size,
+        "causal_attn": chat.config.decoding.causal_attn,
         "parameters": sum(p.numel() for p in chat.model.parameters()),
         "dtype": str(chat.model.dtype).removeprefix("torch."),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),

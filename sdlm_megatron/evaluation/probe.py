@@ -75,8 +75,8 @@ def _probe_batch(
             pack_row(
                 [(0, clean, np.arange(len(prompt) - 1, len(clean)))],
                 block_size=window,
-                mask_token_id=chat.config.text_mask_token_id or 0,
-                target_shift=chat.config.target_shift,
+                mask_token_id=chat.config.decoding.mask_token_id,
+                target_shift=chat.config.decoding.target_shift,
             )
         )
     size = max(layout.used for _, layout in rows)
@@ -84,7 +84,7 @@ def _probe_batch(
     visible = np.zeros((len(rows), size, size), bool)
     for b, (tokens, layout) in enumerate(rows):
         ids[b, : layout.used], positions[b, : layout.used] = tokens, row_positions(layout)
-        visible[b] = visible_row(layout, size, causal_attn=chat.config.causal_attn)
+        visible[b] = visible_row(layout, size, causal_attn=chat.config.decoding.causal_attn)
     model, device = chat.model, chat.model.device
     hidden = model.base_model(
         input_ids=torch.from_numpy(ids).to(device),

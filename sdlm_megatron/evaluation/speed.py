@@ -90,7 +90,7 @@ class PrefilledProposer:
         device = chat.model.device
         self.prompt = torch.tensor([ids], device=device).expand(batch, -1)
         self._propose = TransformersProposer(
-            chat.model, mask_token_id=chat.config.text_mask_token_id or 0, **chat.config.window_options
+            chat.model, **chat.config.decoding.decode_options
         )
         # one row is prefilled and then repeated, as `decode` does with long prompts
         self._propose.prefill(self.prompt[:1, :-1])
@@ -204,7 +204,7 @@ def break_even(timed: Sequence[PassTiming]) -> list[dict[str, Any]]:
 
 def rules_of(chat: ChatModel) -> list[DecodingRule]:
     """n = 1 and, for an SDLM, two thresholds of the probability, one of the entropy, and self-speculation."""
-    n = chat.config.block_size or 1
+    n = chat.config.decoding.block_size
     if n == 1:
         return [DecodingRule()]
     return [
@@ -253,7 +253,7 @@ def time_decodes(
 def measure(chat: ChatModel, prompts: Sequence[HeldOutPrompt], args: argparse.Namespace) -> dict[str, Any]:
     """The measured part of speed.json."""
     encoded = [encode(chat, prompt) for prompt in prompts]
-    windows = list(dict.fromkeys([chat.config.block_size or 1, *args.n]))
+    windows = list(dict.fromkeys([chat.config.decoding.block_size, *args.n]))
     points = [(batch, context) for context in args.contexts for batch in args.batches]
     answered = prompts[: args.most]
     passes: list[dict[str, Any]] = []
@@ -312,7 +312,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     args = build_parser().parse_args(argv)
     chat = load_model(args)
-    largest = max([1, *args.n, chat.config.block_size or 1])
+    largest = max([1, *args.n, chat.config.decoding.block_size])
     check_positions(chat, max(args.contexts, default=0) + largest * (PASSES + 3), "--contexts")
     prompts = read_prompts(args.prompts)
     clock, cpu = time.perf_counter(), time.process_time()

@@ -112,8 +112,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         trained_block_size(chat, "leave out --windows")
     sweep = Sweep(chat, prompts, batch=args.batch)
     # without the target shift a model was not trained to predict the next token, so n = 1 says nothing about it
-    rows = [sweep.plain()] if chat.config.target_shift else []
-    for window in args.windows or [chat.config.block_size or 1]:
+    rows = [sweep.plain()] if chat.config.decoding.target_shift else []
+    for window in args.windows or [chat.config.decoding.block_size]:
         if window > 1:
             rows += sweep.window(window, args.prob, args.entropy)
     write_result(chat, args, argv, "sweep", {"rows": rows}, n_prompts=len(prompts))

@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         base = load_folder(args, args.base)
         baseline, _ = measure(base, prompts, [("untouched model, n = 1", DecodingRule())])
     chat = load_folder(args, args.model)
-    window = chat.config.block_size or 1
+    window = chat.config.decoding.block_size
     blocks = [(f"tau {t:.2f}", DecodingRule("prob_conf", window, t)) for t in args.thresholds if window > 1]
     rows, sample = measure(chat, prompts, [*blocks, ("n = 1 (one token a pass)", DecodingRule())])
     baseline.append(rows.pop())

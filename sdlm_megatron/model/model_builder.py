@@ -21,8 +21,7 @@ from sdlm_megatron.diffusion.layout import RowLayout
 from sdlm_megatron.model.attention.contract import RowAttention
 from sdlm_megatron.model.gpt import SDLMCoreAttention, SDLMModel
 from sdlm_megatron.model.layers import TRANSFORMER_ENGINE, Layers
-from sdlm_megatron.weights.names import partition_dim
-from sdlm_megatron.weights.shape import padded_vocab
+from sdlm_megatron.weights.names import padded_vocab, partition_dim
 
 
 class RMSNorm(torch.nn.RMSNorm):

@@ -5,7 +5,7 @@ from typing import Any
 
 from sdlm_megatron.config.schema import ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from sdlm_megatron.data.order import micro_batches
-from sdlm_megatron.weights.shape import padded_vocab
+from sdlm_megatron.weights.names import padded_vocab
 
 BYTES = {"bf16": 2, "fp32": 4}
 

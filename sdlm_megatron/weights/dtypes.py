@@ -1,4 +1,4 @@
-"""The dtypes weights may have, and their names: in our configs, in config.json, in safetensors and in torch's pickles."""
+"""Dtypes of weights and their names in our configs, in config.json, in safetensors and in torch's pickles."""
 
 import torch
 

@@ -5,6 +5,7 @@ q, k and v become one `linear_qkv`, interleaved by KV head ([q of the group, k, 
 it; both names of a norm are understood. Layer numbers are those of the whole model.
 """
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -29,6 +30,16 @@ _OUTER = {
 }
 _QKV = "self_attention.linear_qkv."
 _FC1 = "mlp.linear_fc1.weight"
+VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
+"""Tensors with a row per token, padded with zero rows."""
+VOCAB_MULTIPLE = 128
+"""The vocabulary is padded to a multiple of this for any TP degree: Qwen2.5's 151,936 and 152,064 already are."""
+
+
+def padded_vocab(vocab_size: int, tensor: int) -> int:
+    """Rows of the embedding over all TP ranks."""
+    multiple = math.lcm(VOCAB_MULTIPLE, tensor)
+    return -(-vocab_size // multiple) * multiple
 
 
 def layer_of(name: str) -> tuple[int, str] | None:

@@ -60,7 +60,7 @@ class PlannedFile:
     size: int
     """Bytes of its tensors."""
     write: Callable[["OutputFile"], Any]
-    """Writes the content and calls `check` between tensors; the return value, plain JSON, becomes the record's notes."""
+    """Writes the content, with `check` after each tensor; the return value, plain JSON, becomes the record's notes."""
 
 
 class OutputFile(HashedFile):

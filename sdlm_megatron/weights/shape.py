@@ -1,6 +1,5 @@
-"""Shape of the model to build: the base's, the padded vocabulary, and the row of a mask token the base lacks."""
+"""Shape of the model to build, and the row of a mask token that the base lacks."""
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,17 +9,6 @@ from sdlm_megatron.config.schema import ModelConfig
 from sdlm_megatron.data.tokenizer_identity import has_tokenizer, special_token_id, vocabulary_size
 from sdlm_megatron.errors import CheckpointError, ConfigError
 from sdlm_megatron.weights.hf_config import HFConfig
-
-VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
-"""Tensors with a row per token, padded with zero rows."""
-VOCAB_MULTIPLE = 128
-"""The vocabulary is padded to a multiple of this for any TP degree: Qwen2.5's 151,936 and 152,064 already are."""
-
-
-def padded_vocab(vocab_size: int, tensor: int) -> int:
-    """Rows of the embedding over all TP ranks."""
-    multiple = math.lcm(VOCAB_MULTIPLE, tensor)
-    return -(-vocab_size // multiple) * multiple
 
 
 @dataclass(frozen=True)

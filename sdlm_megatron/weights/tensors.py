@@ -13,11 +13,20 @@ import torch
 
 from sdlm_megatron.config.schema import ModelConfig
 from sdlm_megatron.errors import CheckpointError
-from sdlm_megatron.weights.names import Rows, checkpoint_key, checkpoint_names, checkpoint_rows, columns, hf_rows
-from sdlm_megatron.weights.shape import VOCABULARY, NewMaskToken, mean_row, padded_vocab
+from sdlm_megatron.weights.names import (
+    VOCABULARY,
+    Rows,
+    checkpoint_key,
+    checkpoint_names,
+    checkpoint_rows,
+    columns,
+    hf_rows,
+    padded_vocab,
+)
+from sdlm_megatron.weights.shape import NewMaskToken, mean_row
 
 Index = tuple[int, ...]
-_MEAN_COLUMNS = 256
+MEAN_COLUMNS = 256
 """Columns of the embedding averaged at a time: bounds the fp32 copy without changing a bit of the sums."""
 
 
@@ -192,9 +201,7 @@ class HFAsCheckpoint:
     def _mean(self, name: str, mask: NewMaskToken, first: int, count: int) -> torch.Tensor:
         ((hf, _, _),) = self._rows(name, 0)
         rows = min(self._shape.vocab_size, mask.n_tokens)
-        widths = [
-            (at, min(_MEAN_COLUMNS, first + count - at)) for at in range(first, first + count, _MEAN_COLUMNS)
-        ]
+        widths = [(at, min(MEAN_COLUMNS, first + count - at)) for at in range(first, first + count, MEAN_COLUMNS)]
         return torch.cat([mean_row(self._folder.read(hf, (0, at), (rows, width)), mask) for at, width in widths])
 
     def identity(self) -> dict[str, Any]:

@@ -281,6 +281,18 @@ class _Range(io.RawIOBase):
 
 # --- writing
 
+
+@dataclass(frozen=True)
+class Entry:
+    """A region that was written, and the bytes [offset, offset + length) of its archive."""
+
+    key: str
+    start: Index
+    size: Index
+    offset: int
+    length: int
+
+
 Regions = list[tuple[str, Index, Index]]
 """(key, start, size) of the regions of a file, in the order of their bytes."""
 
@@ -340,17 +352,6 @@ def _write(reader: TensorReader, regions: Regions, dtype: torch.dtype, out: Outp
 def entries_of(notes: Sequence[Sequence[Any]]) -> list[Entry]:
     """The entries of a written file from its record's notes, which JSON has turned into lists."""
     return [Entry(key, tuple(start), tuple(size), offset, length) for key, start, size, offset, length in notes]
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A region that was written, and the bytes [offset, offset + length) of its archive."""
-
-    key: str
-    start: Index
-    size: Index
-    offset: int
-    length: int
 
 
 def write_tensor(file: Any, key: str, start: Index, tensor: torch.Tensor) -> Entry:

@@ -32,8 +32,7 @@ from sdlm_megatron.parallel import optimizer  # noqa: E402
 from sdlm_megatron.parallel.engine import Engine  # noqa: E402
 from sdlm_megatron.parallel.groups import init_groups  # noqa: E402
 from sdlm_megatron.weights.checkpoint_folder import TrainState, newest, read_state, step_folder  # noqa: E402
-from sdlm_megatron.weights.hf_reader import read_hf_config  # noqa: E402
-from sdlm_megatron.weights.shape import shape_of  # noqa: E402
+from sdlm_megatron.weights.hf_config import read_hf_config  # noqa: E402
 
 ROWS = 4
 ALL = {"overlap_grad_reduce": True, "overlap_param_gather": True}
@@ -105,10 +104,10 @@ class Run:
         config.train.precision, optimizer.BUCKET_PARAMETERS = self.precision, layout.buckets
         config.optimizer.lr = 1e-3
         groups = init_groups(config.parallel, seed=1)
-        shape, dataset = shape_of(read_hf_config(self.base)), PackedDataset(self.data)
+        shape, dataset = read_hf_config(self.base).shape, PackedDataset(self.data)
         engine = Engine(config, shape, groups, max_positions=4096, row_length=128, steps=9, initialize=initialize)
         if initialize:
-            engine.load_base(self.base, shape, new_mask=None)
+            checkpointing.load_base(self.base, engine, new_mask=None)
         state = TrainState(
             0, 0, ROWS, shape, config.diffusion, dataset.manifest["mask_token_id"], self.precision, "distributed", {}
         )

@@ -14,7 +14,7 @@ import torch
 from checkpoint_chain import Layout, Run, forked
 
 from sdlm_megatron.checkpoint import async_writer as checkpoint_writer
-from sdlm_megatron.checkpoint.async_writer import MOST_REFUSED, CheckpointWriter
+from sdlm_megatron.checkpoint.async_writer import MAX_FAILED_SAVES, CheckpointWriter
 from sdlm_megatron.checkpoint.local_disk import carry_over
 from sdlm_megatron.config.schema import CheckpointConfig
 from sdlm_megatron.errors import CheckpointError
@@ -62,7 +62,7 @@ def kill(run: Run, out: Path) -> None:
         last = step_of(found)
         assert last >= said[-1] > 1, "what was called saved is there"
         files = TorchDist(found / "weights")
-        for key in files.keys():  # noqa: SIM118  no dictionary
+        for key in files.names():
             tensor, adam = files.read(key, (0,) * len(files.shape(key)), files.shape(key)), ".exp_avg" in key
             assert (tensor == (0 if adam else torch.tensor(last, dtype=tensor.dtype))).all(), key
     print(f"killed {KILLS} times, {last} checkpoints")
@@ -106,12 +106,12 @@ def no_room(run: Run, out: Path) -> None:
     """OUT/ckpt is too small, or takes no more files: training goes on, but not for ever."""
     engine, state = run.engine(DP2)
     with CheckpointWriter(engine, out, CheckpointConfig()) as writer:
-        for step in range(1, MOST_REFUSED + 1):
+        for step in range(1, MAX_FAILED_SAVES + 1):
             writer.save(replace(state, step=step), None)  # waits for the one before, which raises nothing
         try:
             writer.wait()
         except CheckpointError as error:
-            assert f"{MOST_REFUSED} checkpoints in a row" in error.what, error.what
+            assert f"{MAX_FAILED_SAVES} checkpoints in a row" in error.what, error.what
         else:
             raise AssertionError("no save went well and nobody was told")
     assert newest(out / "ckpt", print) is None

@@ -27,7 +27,7 @@ def test_kills_at_20_random_moments_disks_that_refuse_and_local_disks(tmp_path: 
     assert "NO CHECKPOINT of step 1: process 1 on " in output and "File too large" in output
     assert "training goes on; the next save tries again" in output
     assert output.count("local checkpoint of step 2: copied to") == 2, "said by both"
-    assert "could not be copied: [Errno 5] the local disk gave back other bytes than were written" in output
+    assert "could not be copied: [Errno 5] the local disk returned other bytes than were written" in output
     assert "local checkpoint of step 2: not whole on these nodes, ignored" in output
 
 
@@ -75,7 +75,7 @@ def test_damaged_checkpoints_give_way_to_the_one_before(tmp_path: Path) -> None:
     (run / "ckpt" / "step-0000004" / "weights" / "__0_0.distcp").unlink()
     done = train({**common, "run_dir": run, "checkpoint.save_every": 0})
     assert f"ignored {run}/ckpt/step-0000004: weights/__0_0.distcp is missing" in done.stdout
-    assert "DAMAGED CHECKPOINT: weights/__0_0.distcp has other bytes than were written" in done.stdout
+    assert "DAMAGED CHECKPOINT: weights/__0_0.distcp is damaged" in done.stdout
     names = {p.name for p in (run / "ckpt").iterdir()}
     assert names == {"step-0000002", "step-0000003.damaged", "step-0000004.damaged", "step-0000005"}
     assert [e["step"] for e in read_events(run) if e["kind"] == "checkpoint_damaged"] == [3]

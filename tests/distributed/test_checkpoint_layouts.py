@@ -13,7 +13,7 @@ pytestmark = pytest.mark.distributed
 
 def content(folder: Path) -> dict[str, torch.Tensor]:
     files = TorchDist(folder / "weights")
-    return {k: files.read(k, (0,) * len(files.shape(k)), files.shape(k)).clone() for k in files.keys()}  # noqa: SIM118
+    return {k: files.read(k, (0,) * len(files.shape(k)), files.shape(k)).clone() for k in files.names()}
 
 
 def assert_same(found: Path, wanted: Path) -> None:

@@ -9,7 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from checkpoints_tools.export_folder import write_hf_folder
-from sdlm_megatron.weights.hf_reader import open_tensors, read_hf_config
+from sdlm_megatron.weights.hf_config import read_hf_config
+from sdlm_megatron.weights.hf_weights import HFWeights
 from tests.helpers import oracle
 
 MODELS = ("random", "trained_d4")
@@ -21,7 +22,7 @@ NEAR_TIE = 1e-4
 def export(model: str, out: Path, **options: Any) -> Path:
     """Exports an oracle model the way a trained checkpoint is exported."""
     source = oracle() / "tiny" / model
-    write_hf_folder(out, open_tensors(source), read_hf_config(source), **options)
+    write_hf_folder(out, HFWeights(source), read_hf_config(source), **options)
     return out
 
 

@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 
 from checkpoints_tools.export_folder import write_hf_folder
-from sdlm_megatron.weights.hf_reader import open_tensors, read_hf_config
+from sdlm_megatron.weights.hf_config import read_hf_config
+from sdlm_megatron.weights.hf_weights import HFWeights
 from tests import byte_tokenizer
 from tests.parity import decode_oracle as o
 
@@ -23,7 +24,7 @@ def export(model: str, out: Path) -> Path:
     (assets / "tokenizer.json").write_text(json.dumps(definition))
     settings = json.loads((assets / "tokenizer_config.json").read_text())
     (assets / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": CHAT}))
-    write_hf_folder(out, open_tensors(source), read_hf_config(source), assets=assets)
+    write_hf_folder(out, HFWeights(source), read_hf_config(source), assets=assets)
     return out
 
 

@@ -13,7 +13,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from dev.quickstart import base_model
 from sdlm_megatron.errors import CheckpointError, UserError
-from sdlm_megatron.weights.hf_reader import open_tensors, read_hf_config
+from sdlm_megatron.weights.hf_config import read_hf_config
+from sdlm_megatron.weights.hf_weights import HFWeights
+from tests.helpers import whole
 
 WORDS = [*"abcdefghijklmnopqrstuvwxyz0123456789", "Ġ", "ab"]
 TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *WORDS]
@@ -98,8 +100,10 @@ def cached(tmp_path: Path, llama: LlamaForCausalLM, monkeypatch: pytest.MonkeyPa
 def test_gguf_to_hugging_face(tmp_path: Path, cached: Path, llama: LlamaForCausalLM) -> None:
     folder = base_model.make_smollm2(tmp_path / "base", cached)
     config = read_hf_config(folder)
-    assert (config.model_type, config.num_heads, config.num_kv_heads, config.tied) == ("llama", 6, 3, True)
-    assert (config.rope_theta, config.rms_norm_eps, config.eos_token_ids) == (1e5, 1e-5, (2,))
+    shape = config.shape
+    assert (config.model_type, shape.num_attention_heads, shape.num_query_groups) == ("llama", 6, 3)
+    assert shape.tied_embeddings
+    assert (shape.rope_theta, shape.rms_norm_eps, config.eos_token_ids) == (1e5, 1e-5, (2,))
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     ids = torch.arange(len(TOKENS))[None]
     with torch.no_grad():
@@ -151,13 +155,13 @@ def test_tiny_qwen(tmp_path: Path, tied: bool) -> None:
     folder = base_model.make_tiny_qwen(tmp_path / "a", assets, 5, vocab=200, hidden=32, tied=tied)
     assert (folder / "tokenizer.json").is_file()
     assert json.loads((folder / "config.json").read_text())["model_type"] == "qwen2"
-    tensors = open_tensors(folder)
-    assert tensors.get("model.layers.1.self_attn.k_proj.bias").abs().min() > 0
-    again = open_tensors(base_model.make_tiny_qwen(tmp_path / "b", None, 5, vocab=200, hidden=32, tied=tied))
-    other = open_tensors(base_model.make_tiny_qwen(tmp_path / "c", None, 6, vocab=200, hidden=32, tied=tied))
+    tensors = HFWeights(folder)
+    assert whole(tensors, "model.layers.1.self_attn.k_proj.bias").abs().min() > 0
+    again = HFWeights(base_model.make_tiny_qwen(tmp_path / "b", None, 5, vocab=200, hidden=32, tied=tied))
+    other = HFWeights(base_model.make_tiny_qwen(tmp_path / "c", None, 6, vocab=200, hidden=32, tied=tied))
     name = "model.layers.0.mlp.up_proj.weight"
-    assert tensors.get(name).equal(again.get(name))
-    assert not tensors.get(name).equal(other.get(name))
+    assert whole(tensors, name).equal(whole(again, name))
+    assert not whole(tensors, name).equal(whole(other, name))
     model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert model.config.tie_word_embeddings is tied

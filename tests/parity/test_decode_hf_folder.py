@@ -14,8 +14,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from checkpoints_tools.export_folder import write_hf_folder
 from checkpoints_tools.tokenizer_files import add_token
 from dev.quickstart.base_model import make_tiny_qwen
+from sdlm_megatron.diffusion.settings import SDLMSettings
 from sdlm_megatron.errors import CheckpointError
-from sdlm_megatron.weights.hf_reader import INDEX_NAME, HFConfig, open_tensors, read_hf_config
+from sdlm_megatron.weights.hf_config import HFConfig, read_hf_config
+from sdlm_megatron.weights.hf_weights import INDEX_NAME, HFWeights
+from tests.helpers import whole
 from tests.parity import decode_oracle as o
 
 
@@ -53,11 +56,11 @@ def tiny(folder: Path, **shape: Any) -> Path:
 
 
 def sdlm(config: HFConfig) -> HFConfig:
-    return replace(config, block_size=4, text_mask_token="<text_mask>", text_mask_token_id=259)
+    return replace(config, sdlm=SDLMSettings(block_size=4, mask_token="<text_mask>", mask_token_id=259))
 
 
 def copy(source: Path, out: Path, config: HFConfig | None = None, **options: Any) -> Path:
-    write_hf_folder(out, open_tensors(source), config or read_hf_config(source), **options)
+    write_hf_folder(out, HFWeights(source), config or read_hf_config(source), **options)
     return out
 
 
@@ -66,11 +69,11 @@ def copy(source: Path, out: Path, config: HFConfig | None = None, **options: Any
 def test_round_trip_is_bitwise(tmp_path: Path, tied: bool, shard: int) -> None:
     source = tiny(tmp_path / "base", tied=tied)
     out = copy(source, tmp_path / "out", max_shard_bytes=shard)
-    before, after = open_tensors(source), open_tensors(out)
+    before, after = HFWeights(source), HFWeights(out)
     assert before.names() == after.names()
     assert ("lm_head.weight" in after.names()) is not tied
     for name in before.names():
-        assert before.get(name).equal(after.get(name))
+        assert whole(before, name).equal(whole(after, name))
         assert before.shape(name) == after.shape(name)
     files = sorted(p.name for p in out.glob("*.safetensors"))
     assert (len(files) > 2 and (out / INDEX_NAME).is_file()) if shard < 10**9 else files == ["model.safetensors"]
@@ -103,15 +106,16 @@ def test_logits_of_the_export_equal(tmp_path: Path, model: str) -> None:
 def test_config_in_both_spellings(tmp_path: Path) -> None:
     source = o.oracle() / "tiny" / "random"
     config = read_hf_config(source)
-    assert (config.rope_theta, config.tied, config.qkv_bias, config.dtype) == (1e6, False, True, "float32")
-    assert (config.block_size, config.text_mask_token_id, config.eos_token_ids) == (4, 259, (258,))
+    assert (config.shape.rope_theta, config.shape.tied_embeddings, config.shape.qkv_bias) == (1e6, False, True)
+    assert (config.dtype, config.eos_token_ids) == ("float32", (258,))
+    assert config.sdlm == SDLMSettings(block_size=4, mask_token="<text_mask>", mask_token_id=259)
     model = Qwen2ForCausalLM.from_pretrained(source)
     model.save_pretrained(tmp_path / "v5")  # rope_parameters, dtype
     assert "rope_theta" not in json.loads((tmp_path / "v5" / "config.json").read_text())
     assert read_hf_config(tmp_path / "v5") == config
     misspelt = tmp_path / "misspelt"
     shutil.copytree(source, misspelt)
-    assert read_hf_config(rewrite(misspelt, casual_attn=True, causal_attn=None)).causal_attn is True
+    assert read_hf_config(rewrite(misspelt, casual_attn=True, causal_attn=None)).decoding.causal_attn is True
 
 
 def test_written_config_is_what_old_loaders_read(tmp_path: Path) -> None:
@@ -119,7 +123,7 @@ def test_written_config_is_what_old_loaders_read(tmp_path: Path) -> None:
     values = json.loads((out / "config.json").read_text())
     assert (values["rope_theta"], values["torch_dtype"], values["model_type"]) == (1e6, "float32", "qwen2")
     assert values["architectures"] == ["Qwen2ForCausalLM"]
-    assert values["vocab_size"] == open_tensors(out).shape("model.embed_tokens.weight")[0] == 264
+    assert values["vocab_size"] == HFWeights(out).shape("model.embed_tokens.weight")[0] == 264
     assert "casual_attn" not in values
     assert "rope_parameters" not in values
     generation = json.loads((out / "generation_config.json").read_text())
@@ -137,24 +141,24 @@ def test_llama_is_exported_as_qwen2(tmp_path: Path) -> None:
     base = LlamaForCausalLM(LlamaConfig(hidden_size=32, intermediate_size=48, rope_theta=5e4, **shape)).eval()
     base.save_pretrained(tmp_path / "llama")
     config = read_hf_config(tmp_path / "llama")
-    assert (config.model_type, config.qkv_bias, config.rope_theta) == ("llama", False, 5e4)
+    assert (config.model_type, config.shape.qkv_bias, config.shape.rope_theta) == ("llama", False, 5e4)
     out = copy(tmp_path / "llama", tmp_path / "out", dtype="float32")
     ids = torch.arange(20)[None]
     with torch.no_grad():
         torch.testing.assert_close(
             Qwen2ForCausalLM.from_pretrained(out)(ids).logits, base(ids).logits, atol=1e-6, rtol=1e-5
         )
-    before, after = open_tensors(tmp_path / "llama"), open_tensors(out)
+    before, after = HFWeights(tmp_path / "llama"), HFWeights(out)
     extra = set(after.names()) - set(before.names())
-    assert len(extra) == 6 and all(name.endswith("_proj.bias") and not after.get(name).any() for name in extra)
-    assert all(before.get(name).equal(after.get(name)) for name in before.names())
+    assert len(extra) == 6 and all(name.endswith("_proj.bias") and not whole(after, name).any() for name in extra)
+    assert all(whole(before, name).equal(whole(after, name)) for name in before.names())
 
 
 def test_dtype_of_the_export(tmp_path: Path) -> None:
     source = tiny(tmp_path / "base")
     out = copy(source, tmp_path / "out", dtype="bfloat16")
     assert read_hf_config(out).dtype == "bfloat16"
-    assert open_tensors(out).slice("model.norm.weight").get_dtype() == "BF16"
+    assert HFWeights(out).dtype("model.norm.weight") is torch.bfloat16
 
 
 def test_tokenizer_travels_and_gets_the_mask_token(tmp_path: Path) -> None:
@@ -202,16 +206,18 @@ def test_wrong_tensors_are_refused(tmp_path: Path) -> None:
     def folder(name: str, held: dict[str, torch.Tensor]) -> Any:
         (tmp_path / name).mkdir()
         save_file(held, tmp_path / name / "model.safetensors")
-        return open_tensors(tmp_path / name)
+        return HFWeights(tmp_path / name)
 
     with pytest.raises(CheckpointError, match="vocab_size"):
-        write_hf_folder(tmp_path / "out", open_tensors(source), replace(config, vocab_size=301))
+        write_hf_folder(
+            tmp_path / "out", HFWeights(source), replace(config, shape=replace(config.shape, vocab_size=301))
+        )
     with pytest.raises(CheckpointError, match="tied"):
         write_hf_folder(tmp_path / "out", folder("b", {**tensors, "lm_head.weight": torch.ones(2, 2)}), config)
     with pytest.raises(CheckpointError, match="no embedding"):
         write_hf_folder(tmp_path / "out", folder("c", {"model.norm.weight": torch.ones(2)}), config)
     with pytest.raises(CheckpointError, match="unknown dtype 'int8'"):
-        write_hf_folder(tmp_path / "out", open_tensors(source), config, dtype="int8")
+        write_hf_folder(tmp_path / "out", HFWeights(source), config, dtype="int8")
     with pytest.raises(CheckpointError, match="stored as I64"):
         write_hf_folder(tmp_path / "out", folder("d", {**tensors, "x": torch.ones(2, dtype=torch.int64)}), config)
     large = {**tensors, "model.norm.weight": torch.full((32,), 1e5)}
@@ -243,7 +249,7 @@ def test_folders_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"config\.json"):
         read_hf_config(tmp_path)
     with pytest.raises(CheckpointError, match="neither"):
-        open_tensors(tmp_path)
+        HFWeights(tmp_path)
     whole = tiny(tmp_path / "base")
     (whole / "config.json").write_text("{")
     with pytest.raises(CheckpointError, match="cannot read JSON"):
@@ -251,29 +257,28 @@ def test_folders_that_cannot_be_read(tmp_path: Path) -> None:
     weights = whole / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(CheckpointError, match=r"cannot be read[\s\S]*model\.safetensors"):
-        open_tensors(whole)
+        HFWeights(whole)
 
 
 def test_shards_that_cannot_be_read(tmp_path: Path) -> None:
     sharded = copy(tiny(tmp_path / "base"), tmp_path / "out", max_shard_bytes=20_000)
     with pytest.raises(CheckpointError, match=r"no tensor 'model\.nothing'"):
-        open_tensors(sharded).get("model.nothing")
+        HFWeights(sharded).shape("model.nothing")
     shard = sorted(sharded.glob("model-*"))[1]
     tensors, bytes_before = load_file(shard), shard.read_bytes()
     name = sorted(tensors)[0]
     save_file({"other": tensors[name]} | {k: v for k, v in tensors.items() if k != name}, shard)
     with pytest.raises(CheckpointError, match=f"(?s){name}.*{shard.name}"):
-        open_tensors(sharded)
+        HFWeights(sharded)
     shard.write_bytes(bytes_before[:50])
     with pytest.raises(CheckpointError, match=shard.name):
-        open_tensors(sharded)
+        HFWeights(sharded)
     shard.unlink()
     with pytest.raises(CheckpointError, match=f"{shard.name}.*missing"):
-        open_tensors(sharded)
+        HFWeights(sharded)
 
 
 def test_slices_read_parts(tmp_path: Path) -> None:
-    tensors = open_tensors(tiny(tmp_path / "base"))
+    tensors = HFWeights(tiny(tmp_path / "base"))
     name = "model.layers.1.mlp.down_proj.weight"
-    assert tensors.slice(name)[4:8, :16].equal(tensors.get(name)[4:8, :16])
-    assert tensors.file_of(name).name == "model.safetensors"
+    assert tensors.read(name, (4, 2), (4, 16)).equal(whole(tensors, name)[4:8, 2:18])

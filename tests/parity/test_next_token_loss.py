@@ -71,8 +71,7 @@ def micro_batch(seed: int, weight: float = WEIGHT) -> MicroBatch:
 def test_loss_and_every_gradient(make_engine: Callable, tmp_path: Path, rows: bool, causal_attn: bool) -> None:
     from transformers import AutoModelForCausalLM
 
-    from sdlm_megatron.model.hf_load import global_name
-    from sdlm_megatron.weights.names import to_hf
+    from sdlm_megatron.checkpoint.sharding import hf_tensors
 
     folder = make_hf(tmp_path / "hf", tied=False)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
@@ -103,10 +102,9 @@ def test_loss_and_every_gradient(make_engine: Callable, tmp_path: Path, rows: bo
     )  # fmt: skip
     batches = [micro_batch(0), empty, micro_batch(1)]
     engine.forward_backward(batches)
-    for name, parameter in engine.module.named_parameters():
-        for key, part in to_hf(global_name(engine.module, name), parameter.main_grad, engine.shape):
-            error = (part - wanted.pop(key)).abs().max() / part.abs().max()
-            assert error < 1e-4, f"{key}: {error}"
+    for key, part in hf_tensors(engine, lambda p: p.main_grad):
+        error = (part - wanted.pop(key)).abs().max() / part.abs().max()
+        assert error < 1e-4, f"{key}: {error}"
     assert not wanted
     (result,) = engine.results([engine.train_step(batches, 1)])
     assert result.loss == pytest.approx(float(loss), rel=1e-5)

@@ -133,8 +133,7 @@ def test_every_parameter_gradient(make_engine: Callable, model: str, block_size:
 
 def gradients(engine: object, golden: Golden) -> dict[str, np.ndarray]:
     """Gradients of the step's loss by Hugging Face name, as the optimizer would see them."""
-    from sdlm_megatron.model.hf_load import global_name
-    from sdlm_megatron.weights.names import to_hf
+    from sdlm_megatron.checkpoint.sharding import hf_tensors
 
     length = golden.data["input_ids"].shape[1]
     batches = [
@@ -142,11 +141,7 @@ def gradients(engine: object, golden: Golden) -> dict[str, np.ndarray]:
         for i, d in enumerate(golden.documents)
     ]
     engine.forward_backward(batches)
-    found = {}
-    for name, parameter in engine.module.named_parameters():
-        for key, part in to_hf(global_name(engine.module, name), parameter.main_grad, engine.shape):
-            found[key] = part.numpy()
-    return found
+    return {name: gradient.numpy() for name, gradient in hf_tensors(engine, lambda p: p.main_grad)}
 
 
 @pytest.mark.parametrize("causal_attn", [False, True])

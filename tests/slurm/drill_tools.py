@@ -96,8 +96,8 @@ class Run:
 def differences(one: Path, other: Path) -> list[str]:
     """Names of the tensors, of weights and optimizer, that are not bitwise equal in two checkpoints."""
     a, b = TorchDist(one / "weights"), TorchDist(other / "weights")
-    found = sorted(set(a.keys()) ^ set(b.keys()))
-    for key in sorted(set(a.keys()) & set(b.keys())):
+    found = sorted(set(a.names()) ^ set(b.names()))
+    for key in sorted(set(a.names()) & set(b.names())):
         shape = a.shape(key)
         zero = (0,) * len(shape)
         if shape != b.shape(key) or not torch.equal(_bits(a.read(key, zero, shape)), _bits(b.read(key, zero, shape))):

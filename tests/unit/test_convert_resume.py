@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from checkpoints_tools import hf_to_mcore, mcore_to_hf
 from sdlm_megatron.errors import CheckpointError
-from sdlm_megatron.weights.resumable_folder import Output, Unit, open_partial
+from sdlm_megatron.weights.resumable_folder import OutputFile, PlannedFile, open_partial
 from tests.byte_tokenizer import write_folder
 
 HIDDEN = 16
@@ -69,7 +69,7 @@ def killed_at(moment: int, action: Callable[[], Any], *, writes: bool = False) -
 
         os.fsync, os.replace, os.rename = counted(os.fsync), counted(os.replace), counted(os.rename)
         if writes:
-            Output.write = counted(Output.write)  # type: ignore[method-assign]
+            OutputFile.write = counted(OutputFile.write)  # type: ignore[method-assign]
         shutil.rmtree = counted(shutil.rmtree)  # type: ignore[assignment]
         os.unlink = counted(os.unlink)
         action()
@@ -151,8 +151,8 @@ def test_two_processes_do_not_write_one_folder(tmp_path: Path) -> None:
 
 
 def test_an_error_in_one_file_is_the_one_that_is_told(tmp_path: Path) -> None:
-    def write(name: str) -> Callable[[Output], None]:
-        def fill(out: Output) -> None:
+    def write(name: str) -> Callable[[OutputFile], None]:
+        def fill(out: OutputFile) -> None:
             if name == "b":
                 raise CheckpointError("b is broken", "b")
             while True:
@@ -160,17 +160,17 @@ def test_an_error_in_one_file_is_the_one_that_is_told(tmp_path: Path) -> None:
 
         return fill
 
-    units = [Unit(name, 1000, write(name)) for name in "abc"]
+    units = [PlannedFile(name, 1000, write(name)) for name in "abc"]
     with (
         pytest.raises(CheckpointError, match="b is broken"),
         open_partial(tmp_path / "out", {}, workers=2) as work,
     ):
         assert work is not None
-        work.write(units, workers=2, checksum=False)
+        work.write(units, workers=2)
     assert not (tmp_path / "out").exists()
     with (
         pytest.raises(CheckpointError, match="GB are needed"),
         open_partial(tmp_path / "big", {}, workers=1) as work,
     ):
         assert work is not None
-        work.write([Unit("a", 1 << 60, write("a"))], workers=1, checksum=False)
+        work.write([PlannedFile("a", 1 << 60, write("a"))], workers=1)

@@ -17,7 +17,7 @@ from sdlm_megatron.config.validate import check_model, check_run
 from sdlm_megatron.errors import ConfigError
 from sdlm_megatron.model.layers import choose_layers, start_tensor_overlap
 from sdlm_megatron.model.packages import Package, Packages
-from sdlm_megatron.weights.names import from_hf, partition_dim, to_hf
+from sdlm_megatron.weights.names import hf_rows, partition_dim, to_hf
 
 NOTHING = Package(problem="it is not installed")
 BROKEN = Package(problem="it cannot be loaded (undefined symbol)")
@@ -272,12 +272,13 @@ def test_names_of_both_kinds_of_layers(fused: bool) -> None:
     for name, theirs in LAYER.items():
         ours = f"decoder.layers.1.{NORMS.get(name, name) if fused else name}"
         hf = {f"model.layers.1.{t}": torch.randn(heads.get(t.split(".")[1].split("_")[0], 8), 3) for t in theirs}
-        back = dict(to_hf(ours, from_hf(ours, SHAPE, hf.__getitem__), SHAPE))
+        whole = torch.cat([hf[name][start:stop] for name, start, stop in hf_rows(ours, SHAPE)])
+        back = dict(to_hf(ours, whole, SHAPE))
         assert set(back) == set(hf)
         assert all(torch.equal(back[k], hf[k]) for k in hf)
     for wrong in ("mlp.linear_fc1.layer_norm_bias", "mlp.linear_fc1.bias", "self_attention.q_layernorm.weight"):
         with pytest.raises(KeyError):
-            from_hf(f"decoder.layers.0.{wrong}", SHAPE, {}.__getitem__)
+            hf_rows(f"decoder.layers.0.{wrong}", SHAPE)
         with pytest.raises(KeyError):
             list(to_hf(f"decoder.layers.0.{wrong}", torch.zeros(4), SHAPE))
 
