@@ -292,7 +292,8 @@ def test_a_published_folder_is_loaded_as_stock_qwen2(folder: Path, tmp_path: Pat
     published = edit(copy(folder, tmp_path), auto_map=auto_map, causal_attn=None, casual_attn=True)
     chat = load(published, dtype="bf16", device="cpu")
     assert type(chat.model) is Qwen2ForCausalLM
-    assert (chat.model.dtype, chat.config.causal_attn, chat.config.block_size) == (torch.bfloat16, True, 4)
+    decoding = chat.config.decoding
+    assert (chat.model.dtype, decoding.causal_attn, decoding.block_size) == (torch.bfloat16, True, 4)
 
 
 # --- what is refused
