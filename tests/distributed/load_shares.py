@@ -1,4 +1,4 @@
-"""`torchrun load_shares.py BASE TP MASK OUT`: loads a base, compares every parameter, counts the bytes each rank read."""
+"""`torchrun load_shares.py BASE TP MASK OUT`: loads a base, checks each parameter, counts the bytes each rank read."""
 
 import json
 import sys
