@@ -24,7 +24,7 @@ cpu.install()
 
 from sdlm_megatron.checkpoint import restore as checkpointing  # noqa: E402
 from sdlm_megatron.checkpoint.async_writer import CheckpointWriter  # noqa: E402
-from sdlm_megatron.config.schema import CheckpointConfig, ParallelConfig, RunConfig  # noqa: E402
+from sdlm_megatron.config.schema import CheckpointConfig, DiffusionConfig, ParallelConfig, RunConfig  # noqa: E402
 from sdlm_megatron.data.batch import load_micro_batch  # noqa: E402
 from sdlm_megatron.data.format import PackedDataset  # noqa: E402
 from sdlm_megatron.data.order import step_rows  # noqa: E402
@@ -100,7 +100,8 @@ class Run:
     precision: str
 
     def engine(self, layout: Layout, *, initialize: bool = False) -> tuple[Engine, TrainState]:
-        config = RunConfig(parallel=ParallelConfig(**layout.parallel))
+        diffusion = DiffusionConfig(block_size=4, target_shift=True, mask_token="<text_mask>")
+        config = RunConfig(parallel=ParallelConfig(**layout.parallel), diffusion=diffusion)
         config.train.precision, optimizer.BUCKET_PARAMETERS = self.precision, layout.buckets
         config.optimizer.lr = 1e-3
         groups = init_groups(config.parallel, seed=1)

@@ -25,10 +25,10 @@ def test_kills_at_20_random_moments_disks_that_refuse_and_local_disks(tmp_path: 
     assert "killed 20 times" in output
     assert output.count("NO CHECKPOINT of step 3") == 3
     assert "NO CHECKPOINT of step 1: process 1 on " in output and "File too large" in output
-    assert "training goes on; the next save tries again" in output
+    assert "training continues; the next save tries again" in output
     assert output.count("local checkpoint of step 2: copied to") == 2, "said by both"
     assert "could not be copied: [Errno 5] the local disk returned other bytes than were written" in output
-    assert "local checkpoint of step 2: not whole on these nodes, ignored" in output
+    assert "local checkpoint of step 2: incomplete on these nodes, ignored" in output
 
 
 def test_full_disks(tmp_path: Path) -> None:

@@ -75,7 +75,7 @@ def assert_card(folder: Path, out: Path, layout: dict[str, object]) -> None:
     degrees = {"parallel.tensor": 1, "parallel.pipeline": 1, **layout}
     record = read_metrics(folder / "run")[-1]
     for wanted in (
-        "| steps made | 1 |",
+        "| steps | 1 |",
         "| learning rate | 1e-30 constant",
         f"TP {degrees['parallel.tensor']} x PP {degrees['parallel.pipeline']} x DP 1",
         f"| 4 | {record['loss_pos_4']:.4f} |",
