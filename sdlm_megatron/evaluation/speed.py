@@ -89,9 +89,7 @@ class PrefilledProposer:
     def __init__(self, chat: ChatModel, ids: Sequence[int], batch: int) -> None:
         device = chat.model.device
         self.prompt = torch.tensor([ids], device=device).expand(batch, -1)
-        self._propose = TransformersProposer(
-            chat.model, **chat.config.decoding.decode_options
-        )
+        self._propose = TransformersProposer(chat.model, **chat.config.decoding.decode_options)
         # one row is prefilled and then repeated, as `decode` does with long prompts
         self._propose.prefill(self.prompt[:1, :-1])
         self._propose.cache.keep_rows(torch.zeros(batch, dtype=torch.long, device=device))
