@@ -379,5 +379,5 @@ def test_no_prompt(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(("name", "value"), [("sdlm_n", "four"), ("sdlm_threshold", "0.9"), ("sdlm_n", 2.5)])
 def test_settings_of_the_folder_that_are_no_numbers(folder: Path, tmp_path: Path, name: str, value: object) -> None:
     broken = edit(copy(folder, tmp_path), "generation_config.json", **{name: value})
-    with pytest.raises(ConfigError, match=rf"{name} is {value!r}"):
+    with pytest.raises(CheckpointError, match=rf"{name} is {value!r}"):
         main(["--model", str(broken), "--prompt", "x"])
