@@ -28,7 +28,7 @@ COMMANDS = {
     "train": Command("sdlm_megatron.train", "train on this machine (start several processes with torchrun)"),
     "submit": Command("sdlm_megatron.ops.driver.submit", "submit a job to Slurm with the settings of a cluster"),
     "preflight": Command("sdlm_megatron.ops.driver.preflight", "check the nodes of a Slurm job"),
-    "report": Command("sdlm_megatron.report.command", "HTML page about a training run"),
+    "report": Command("sdlm_megatron.report.run_page", "HTML page about a training run"),
     "import": Command("checkpoints_tools.hf_to_mcore", "Hugging Face folder to training checkpoint"),
     "export": Command("checkpoints_tools.mcore_to_hf", "training checkpoint to Hugging Face folder"),
     "compare": Command("checkpoints_tools.compare", "compare the tensors of two models"),

@@ -3,15 +3,14 @@
 import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from dataclasses import asdict, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sdlm_megatron.config.command_line import make_config_parser, parse_config
-from sdlm_megatron.config.load import PRESETS, save_config
-from sdlm_megatron.config.schema import RunConfig
+from sdlm_megatron.config.load import PRESETS
+from sdlm_megatron.config.schema import ModelConfig, ParallelConfig, RunConfig
 from sdlm_megatron.config.validate import check_run
 from sdlm_megatron.errors import run_cli
 from sdlm_megatron.ops.attempt import adopt_slurm_ranks
@@ -20,10 +19,7 @@ from sdlm_megatron.ops.rank.watchdog import Watch
 
 if TYPE_CHECKING:
     from sdlm_megatron.data.format import PackedDataset
-    from sdlm_megatron.metrics.console import Console
-    from sdlm_megatron.metrics.sinks import Sinks
-    from sdlm_megatron.parallel.groups import Groups
-    from sdlm_megatron.training.run_plan import Plan
+    from sdlm_megatron.training.run_plan import RunPlan
 
 EXAMPLE = "torchrun --nproc-per-node 2 -m sdlm_megatron.train --config sdlm_3b_d4 --data.path=DIR --checkpoint.base=DIR"
 
@@ -31,154 +27,133 @@ EXAMPLE = "torchrun --nproc-per-node 2 -m sdlm_megatron.train --config sdlm_3b_d
 def build_parser() -> argparse.ArgumentParser:
     """Options of the command."""
     parser = make_config_parser("sdlm train", __doc__, example=EXAMPLE, schema=RunConfig, presets=PRESETS)
-    parser.add_argument("--dry-run", action="store_true", help="check everything, say what would be trained, and exit")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check everything, print what would be trained, and exit"
+    )
     parser.add_argument(
         "--profile",
         metavar="STEPS",
-        help="profile these steps, such as 10:12 or 10: a trace for Perfetto or chrome://tracing and a page of what "
-        "it says, in RUN_DIR/profile; without it nothing is slower",
+        help="profile these steps, such as 10:12 or 10: writes a trace for Perfetto or chrome://tracing and a summary "
+        "to RUN_DIR/profile",
     )
     parser.add_argument(
         "--find-nan",
         type=int,
         default=0,
         metavar="STEP",
-        help="in this step look at every module and gradient, slowly, and say where numbers stop being finite",
+        help="in this step check every module and gradient (slow), and report where numbers stop being finite",
     )
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Loads the configuration, builds, trains."""
+    """Loads the configuration, builds the model and trains."""
     requests = StopRequests()
     config, args = parse_config(build_parser(), RunConfig, PRESETS, argv)
     check_run(config, int(os.environ.get("WORLD_SIZE", 1)))
-    steps = None
-    if args.profile is not None:
-        from sdlm_megatron.training.profile import parse_steps
-
-        steps = parse_steps(args.profile)
     if args.dry_run:
-        train(config, None, profile_steps=steps)
+        train(config, None, profile=args.profile)
         return
     with Watch(config.run_dir, config.fault, requests) as watch:
         refuse_to_start(Path(config.run_dir))
-        train(config, watch, profile_steps=steps, find_nan=args.find_nan)
+        train(config, watch, profile=args.profile, find_nan=args.find_nan)
 
 
-def train(
-    config: RunConfig, watch: Watch | None, *, profile_steps: tuple[int, int] | None = None, find_nan: int = 0
-) -> None:
-    """Runs a checked configuration on this process, together with the others of the job; without a `watch` it only
-    says what would be trained."""
-    # Imports stand where they are needed: mistakes are found before Megatron's ten seconds, and the helper processes
-    # of a checkpoint save, which import this module again, start at once.
+def train(config: RunConfig, watch: Watch | None, *, profile: str | None = None, find_nan: int = 0) -> None:
+    """Runs a checked configuration on this process, together with the others of the job.
+
+    Args:
+        watch: None: only print what would be trained.
+        profile: steps to profile, as in `--profile`.
+        find_nan: step in which to search for numbers that are not finite; 0: none.
+    """
+    # Imported here, so that errors are reported before Megatron's ten seconds of imports, and so that the helper
+    # processes of a checkpoint save, which import this module again, start at once.
     from sdlm_megatron.bf16 import slow_bf16
     from sdlm_megatron.data.format import PackedDataset
-    from sdlm_megatron.training.run_plan import describe, make_plan, open_validation
+    from sdlm_megatron.training import run_plan
 
     main_process = os.environ.get("RANK", "0") == "0"
-    say = (lambda text: print(text, flush=True)) if main_process else (lambda text: None)
+    log = (lambda text: print(text, flush=True)) if main_process else (lambda text: None)
+    profile_steps = run_plan.parse_profile_steps(profile) if profile is not None else None
     dataset = PackedDataset(config.data.path)
-    plan = make_plan(config, dataset, say)
+    plan = run_plan.make_run_plan(config, dataset, log)
     config = replace(config, diffusion=plan.state.diffusion)  # completed by the dataset's manifest
     dp_size = int(os.environ.get("WORLD_SIZE", 1)) // (config.parallel.tensor * config.parallel.pipeline)
-    say(describe(config, plan, dataset, dp_size))
+    log(describe(config, plan, dataset, dp_size))
     if main_process and config.train.precision == "bf16" and (reason := slow_bf16()):
-        say(f"note     {reason}: --train.precision=fp32 is the faster one here")
-    validation = open_validation(config, dataset)
+        log(f"note     {reason}: --train.precision=fp32 is faster here")
+    validation = run_plan.open_validation(config, dataset)
     if profile_steps is not None:
-        from sdlm_megatron.training.profile import steps_to_profile
-
-        profile_steps = steps_to_profile(profile_steps, plan.state.step, plan.last_step(config))
-    if watch is not None:
-        _run(config, plan, dataset, validation, watch, profile_steps, find_nan, say)
-
-
-def _run(
-    config: RunConfig,
-    plan: "Plan",
-    dataset: "PackedDataset",
-    validation: "PackedDataset | None",
-    watch: Watch,
-    profile_steps: tuple[int, int] | None,
-    find_nan: int,
-    say: Callable[[str], None],
-) -> None:
-    """Joins the other processes, builds, and trains."""
+        profile_steps = run_plan.steps_to_profile(profile_steps, plan.state.step, plan.last_step(config))
+    if watch is None:
+        return
     from sdlm_megatron.parallel import compat, cpu
 
     compat.silence_known_notices()
     cpu.install()  # before anything imports megatron
-    from sdlm_megatron.model.layers import optimizer_text
-    from sdlm_megatron.ops.rank.monitor import Monitor
-    from sdlm_megatron.parallel.engine import Engine
-    from sdlm_megatron.parallel.groups import close_groups, init_groups
-    from sdlm_megatron.training.profile import StepProfiler
-    from sdlm_megatron.training.resume import agree
-    from sdlm_megatron.training.samples import Sampler
-    from sdlm_megatron.training.trainer import Trainer
-    from sdlm_megatron.training.validation import Validator
+    from sdlm_megatron.training.start import start_training
 
-    groups = init_groups(config.parallel, seed=config.train.seed)
-    plan = agree(config, plan, dataset, groups, say)
-    engine = Engine(
-        config,
-        plan.state.shape,
-        groups,
-        max_positions=dataset.row_length + config.diffusion.block_size,
-        row_length=dataset.row_length,
-        steps=plan.steps,
-        initialize=plan.kind == "random",
+    start_training(config, plan, dataset, validation, watch, profile_steps=profile_steps, find_nan=find_nan, log=log)
+
+
+def _interleaved(parallel: ParallelConfig, shape: ModelConfig) -> str:
+    if parallel.virtual_pipeline == 1:
+        return ""
+    layers = shape.num_layers // (parallel.pipeline * parallel.virtual_pipeline)
+    return f" (interleaved, {parallel.virtual_pipeline} chunks of {layers} layers per stage)"
+
+
+def _settings(config: RunConfig) -> list[str]:
+    """Precision, recomputation and overlap."""
+    train, parallel = config.train, config.parallel
+    words = [train.precision]
+    if train.recompute == "selective":
+        words.append("selective recompute (norms)")
+    elif train.recompute == "full":
+        layers = f"first {train.recompute_layers} layers of each chunk" if train.recompute_layers else "all layers"
+        words.append(f"full recompute ({layers})")
+    overlapped = {
+        "gradient reduction": parallel.overlap_grad_reduce,
+        "weight gathering": parallel.overlap_param_gather,
+        "tensor parallelism": parallel.overlap_tensor,
+    }
+    if any(overlapped.values()):
+        words.append(f"overlapped: {', '.join(k for k, on in overlapped.items() if on)}")
+    if not parallel.distributed_optimizer:
+        words.append("replicated optimizer")
+    return words
+
+
+def describe(config: RunConfig, plan: "RunPlan", dataset: "PackedDataset", dp_size: int) -> str:
+    """The run in five lines for the console: model, data, layout, step and length."""
+    from sdlm_megatron.data.order import micro_batches
+    from sdlm_megatron.training.run_plan import micro_batch_multiple
+
+    shape, state, parallel = plan.state.shape, plan.state, config.parallel
+    multiple = micro_batch_multiple(parallel)
+    count = micro_batches(state.rows_per_step, dp_size, multiple)
+    idle = count * dp_size - state.rows_per_step
+    divisor = f"{dp_size}" + (
+        f" x {multiple}, data-parallel ranks x pipeline stages" if multiple > 1 else " data-parallel ranks"
     )
-    layout = f"TP {groups.tp_size}, PP {groups.pp_size}, DP {groups.dp_size}"
-    sinks, console, profiler = None, None, None
-    if profile_steps is not None:
-        profiler = StepProfiler(
-            *profile_steps,
-            Path(config.run_dir) / "profile",
-            rank=groups.rank if groups.tp_rank == groups.dp_rank == 0 else None,  # one process of each stage
-            gather=groups.gather,
-            heading=f"{layout} on {groups.device_name}",
-        )
-    if groups.main:
-        print(f"attention {engine.attention.text}", flush=True)
-        print(f"layers {engine.layers.text}; {optimizer_text()}", flush=True)
-        sinks, console = _observers(config, plan, watch, layout, groups)
-    sampler = Sampler(engine, plan.state, dataset, plan.assets) if config.observe.sample_every else None
-    validator = Validator(engine, plan.state, validation) if validation is not None else None
-    monitor = Monitor(config, engine, dataset, watch, find_nan=find_nan)
-    with sinks or nullcontext():
-        Trainer(config, plan, engine, dataset, watch, monitor, sinks, console, profiler, sampler, validator).fit()
-    watch.at("end")
-    close_groups()
-
-
-def _observers(config: RunConfig, plan: "Plan", watch: Watch, layout: str, groups: "Groups") -> "tuple[Sinks, Console]":
-    """Begins the run's folder: its configuration, the event `start`, and the files and lines that steps write."""
-    import psutil
-
-    from sdlm_megatron.metrics.console import Console
-    from sdlm_megatron.metrics.sinks import Sinks
-    from sdlm_megatron.planner.flops import peak_flops
-
-    run_dir = Path(config.run_dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    save_config(config, run_dir / "config.yaml")
-    watch.event(
-        "start",
-        step=plan.state.step,
-        world_size=groups.world_size,
-        layout=layout,
-        process_start=psutil.Process().create_time(),
+    source = {"resume": f"resumes from {plan.source} at step {state.step}", "random": "random weights"}.get(
+        plan.kind, f"starts from {plan.source}"
     )
-    console = Console(
-        steps=plan.steps,
-        block_size=config.diffusion.block_size,
-        show_next_token=config.diffusion.next_token_weight > 0,
-        show_mfu=peak_flops(groups.device_name) is not None,
-    )
-    return Sinks.open(run_dir, config.observe, plan.state.step, run_config=asdict(config), resume_note=layout), console
+    lines = [
+        f"model    {shape.num_layers} layers, hidden {shape.hidden_size}, {shape.num_attention_heads} heads / "
+        f"{shape.num_query_groups} KV, FFN {shape.ffn_hidden_size}, vocabulary {shape.vocab_size}"
+        f"{', tied embeddings' if shape.tied_embeddings else ''}; {source}",
+        f"data     {dataset.path}: {dataset.rows(0)} rows of {dataset.row_length} tokens, "
+        f"{dataset.manifest['mean_documents_per_row']:.2f} documents per row, block size {dataset.block_size}",
+        f"layout   TP {parallel.tensor} (sequence parallel {'on' if parallel.sequence else 'off'}) x PP "
+        f"{parallel.pipeline}{_interleaved(parallel, shape)} x DP {dp_size}, {', '.join(_settings(config))}",
+        f"step     {state.rows_per_step} rows = {count} micro-batches per data-parallel rank"
+        + (f" ({idle} empty in total: rows per step is not a multiple of {divisor})" if idle else ""),
+        f"length   {plan.steps} steps, {plan.total_rows} rows, learning rate {config.optimizer.lr:g} "
+        f"{config.schedule.style}",
+    ]
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
-"""Loss and measures of a micro-batch, as sums on the device that the engine adds up over micro-batches and ranks."""
+"""Loss and metrics of a micro-batch, as sums on the device that the engine adds up over micro-batches and ranks."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
 from sdlm_megatron.diffusion.decode_rules import confident_prefix
 from sdlm_megatron.diffusion.layout import IGNORE
-
-TAUS = (0.9, 0.98)
-"""Thresholds at which the accepted length is reported."""
+from sdlm_megatron.diffusion.row import MicroBatch
 
 
 def slot_sums(nll: torch.Tensor, targets: torch.Tensor, slots: torch.Tensor, n_slots: int) -> torch.Tensor:
@@ -50,46 +51,46 @@ def loss_terms(
     return total, count.int()
 
 
-def slot_measures(
-    confidence: torch.Tensor,
-    correct: torch.Tensor,
-    targets: torch.Tensor,
-    slots: torch.Tensor,
-    blocks: torch.Tensor,
-    *,
-    n_blocks: int,
-    block_size: int,
-) -> torch.Tensor:
-    """Accuracy, confidence and accepted length of a row's blocks: float32 (3, D + 2). No host synchronization.
+@dataclass(frozen=True)
+class LabelRows:
+    """Per-target results of one micro-batch on the last pipeline stage, on the device: the input of device metrics.
 
-    A block in training equals a window of decoding whose past is correct, so its confidences are those of a decoding
-    pass and give the prefix that prob_conf would keep. That prefix ends with the block's targets at the latest:
-    decoding drops tokens after the end of a turn.
-
-    Args:
-        confidence: float32 (N,), probability of the most likely token of each label row.
-        correct: bool (N,), whether that token is the target.
-        targets: int64 (N,), IGNORE where there is none.
-        slots: int64 (N,), slot of each label row, D for a clean token.
-        blocks: int64 (N,), block of each label row; ignored for clean tokens.
-        n_blocks: blocks of the row.
-        block_size: D.
-
-    Returns:
-        Row 0: number of correct targets by slot, clean tokens in column D. Row 1: sum of confidences, likewise.
-        Row 2: sum of the accepted lengths at each threshold in TAUS, then the number of blocks with a target.
+    Its methods return float32 (2, fields): sums in row 0, counts in row 1. The host does not wait for the device.
     """
-    real = targets != IGNORE
-    both = torch.stack([(correct & real).float(), confidence * real])
-    sums = torch.zeros(3, block_size + 2, dtype=torch.float32, device=confidence.device)
-    sums[:2].index_add_(1, slots, both)
-    # label rows that are no block targets go to a row and a column of their own: boolean indexing would synchronize
-    block = torch.where(real & (slots < block_size), blocks, n_blocks)
-    table = torch.zeros(n_blocks + 1, block_size + 1, dtype=torch.float32, device=confidence.device)
-    table.index_put_((block, slots), confidence)
-    table = table[:n_blocks, :block_size]
-    has_target = table[:, :1] > 0  # a probability is above 0, slots without a target stay 0
-    for i, tau in enumerate(TAUS):
-        sums[2, i] = (confident_prefix(table, tau, product=False) * has_target[:, 0]).sum()
-    sums[2, len(TAUS)] = has_target.sum()
-    return sums
+
+    batch: MicroBatch
+    nll: torch.Tensor
+    """float32 (N,): negative log-likelihood of each target, in nats."""
+    confidence: torch.Tensor
+    """float32 (N,): probability of the most likely token."""
+    correct: torch.Tensor
+    """bool (N,): that token is the target."""
+    block_size: int
+
+    def by_slot(self, values: torch.Tensor) -> torch.Tensor:
+        """Sums of `values` float32 (N,) over the targets of each slot, clean tokens last: fields = D + 1."""
+        return slot_sums(values, self.batch.label_targets, self.batch.label_slots, self.block_size + 1)
+
+    def host_value(self, total: float, count: float = 1.0) -> torch.Tensor:
+        """A value that the host knows, such as a size: fields = 1."""
+        # filled on the device: a tensor made from host numbers would make the host wait for the copy
+        return torch.stack([self.nll.new_full((1,), total), self.nll.new_full((1,), count)])
+
+    def accepted_length(self, thresholds: Sequence[float]) -> torch.Tensor:
+        """Tokens that decoding would accept of each block, by threshold, and the number of blocks with a target.
+
+        A block in training is a decoding window with a correct context, so its confidences are those of a decoding
+        pass. Decoding accepts the longest prefix of slots with a confidence above the threshold, at least the first
+        slot. The prefix ends where the targets end, because decoding drops tokens after the end of a turn.
+        """
+        targets, slots, layout = self.batch.label_targets, self.batch.label_slots, self.batch.layout
+        n_blocks, size = len(layout.starts), self.block_size
+        in_block = (targets != IGNORE) & (slots < size)
+        # label rows outside of blocks go to an extra row and column, which are cut off: no mask, so no host wait
+        block = torch.where(in_block, (self.batch.label_index - layout.n_clean) // size, n_blocks)
+        table = torch.zeros(n_blocks + 1, size + 1, dtype=torch.float32, device=self.confidence.device)
+        table.index_put_((block, slots), self.confidence)
+        table = table[:n_blocks, :size]
+        counts = table[:, :1] > 0  # a probability is above 0, slots without a target stay 0
+        lengths = [(confident_prefix(table, tau, product=False) * counts[:, 0]).sum() for tau in thresholds]
+        return torch.stack([torch.stack(lengths).float(), counts.sum().float().expand(len(thresholds))])

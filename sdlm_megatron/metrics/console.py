@@ -1,55 +1,43 @@
-"""One line a step on the console, at most 120 columns for block sizes up to 8.
+"""Console output of a run: one line per log record, with the columns of metrics/table.py.
+
+Lines are at most 120 characters wide for block sizes up to 8:
 
  step    loss   slot1  slot2  slot3  slot4    grad       lr  useful/s    all/s  memory     eta
 12/58  1.2346   0.513  1.002  1.410  1.780    1.21  3.0e-04     1.20k    1.51k    3.2G   2m41s
 """
 
-import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import TextIO
 
-_REPEAT_NAMES = 50
-_MOST_SLOTS = 8
+from sdlm_megatron.metrics.table import METRICS, Column, Metric
+
+_HEADER_EVERY = 50
+"""Lines between repetitions of the column headings."""
+_MAX_SLOTS = 8
+"""Slots shown; more do not fit into 120 characters."""
 Record = Mapping[str, float | int | str]
 
 
-def format_count(value: float) -> str:
-    """At most 5 characters: 12345 -> "12.3k", 1.5e6 -> "1.50M"."""
-    for limit, divisor, unit in ((1e3, 1, ""), (1e6, 1e3, "k"), (1e9, 1e6, "M"), (1e12, 1e9, "G")):
-        if value < limit * 0.9995:
-            scaled = value / divisor
-            if not unit:
-                return f"{scaled:.0f}"
-            digits = 2 if scaled < 9.995 else 1 if scaled < 99.95 else 0
-            return f"{scaled:.{digits}f}{unit}"
-    return f"{value:.0e}"
-
-
-def format_duration(seconds: float) -> str:
-    """Seconds to "41s", "2m41s", "12h03m", "3d04h"; "?" when it is not known."""
-    if not math.isfinite(seconds) or seconds < 0:
-        return "?"
-    total = round(seconds)
-    if total < 60:
-        return f"{total}s"
-    if total < 3600:
-        return f"{total // 60}m{total % 60:02d}s"
-    minutes = round(seconds / 60)
-    if minutes < 24 * 60:
-        return f"{minutes // 60}h{minutes % 60:02d}m"
-    hours = round(seconds / 3600)
-    return f"{hours // 24}d{hours % 24:02d}h"
+@dataclass(frozen=True)
+class _Cell:
+    field: str
+    heading: str
+    width: int
+    text: Callable[[float], str]
+    gap: str
+    """What separates it from the cell on its left."""
 
 
 class Console:
-    """Prints the log records of a run: a legend once, the column names every 50 lines, one line a record.
+    """Prints the log records of a run: a legend once, the column headings every 50 lines, one line per record.
 
     Args:
         steps: steps of the whole run.
         block_size: D, the number of slots.
         show_next_token: whether clean tokens are trained too (diffusion.next_token_weight).
-        show_mfu: whether the device's peak is known; without it the column is left out.
+        show_mfu: whether the device's peak FLOPs are known; without them the column is left out.
         stream: where to print; default stdout.
     """
 
@@ -63,72 +51,57 @@ class Console:
         stream: TextIO | None = None,
     ) -> None:
         self._stream = stream or sys.stdout
-        self._show_next_token, self._show_mfu = show_next_token, show_mfu
         self._lines = 0
-        shown = min(block_size, _MOST_SLOTS - show_next_token)
-        # more slots than fit: the first ones and the last, which is the hardest
-        self._slots = [*range(1, shown), block_size]
-        self._slot_digits, self._gap = (3, "  ") if shown <= 4 else (2, " ")
-        self._step_width = max(2 * len(str(steps)) + 1, 5)
         self._steps = steps
+        self._step_width = max(2 * len(str(steps)) + 1, 5)
+        slots = min(block_size, _MAX_SLOTS - show_next_token)
+        # if not all slots fit: the first ones and the last, which is the hardest
+        self._slots = [*range(1, slots), block_size]
+        self._digits, self._gap = (3, "  ") if slots <= 4 else (2, " ")
+        hidden = {name for name, shown in (("mfu", show_mfu), ("loss_next_token", show_next_token)) if not shown}
+        self._columns = [(m, m.column) for m in METRICS if m.column is not None and m.name not in hidden]
+        self._cells = [cell for metric, column in self._columns for cell in self._cells_of(metric, column)]
 
-    def _slot_width(self, slot: int) -> int:
-        return max(self._slot_digits + 3, len(f"slot{slot}"))
+    def _cells_of(self, metric: Metric, column: Column) -> list[_Cell]:
+        if not metric.by_slot:
+            return [_Cell(metric.name, column.heading, column.width, column.text, self._gap)]
+        cells = []
+        for slot in self._slots:
+            field, heading = metric.name.replace("{slot}", str(slot)), f"{column.heading}{slot}"
+            width = max(self._digits + 3, len(heading))
+            gap = self._gap if slot == self._slots[0] else " "
+            cells.append(_Cell(field, heading, width, f"{{:.{self._digits}f}}".format, gap))
+        return cells
 
     def legend(self) -> str:
-        """What the columns mean; printed once before the first line."""
-        last = self._slots[-1]
-        text = [
-            "loss: mean over all targets of the step; "
-            f"slot1 is next-token prediction, slot{last} looks {last} tokens ahead (- = no target)",
-            "grad: norm before clipping; useful/s: tokens of documents and blocks a second; all/s: with padding",
-        ]
-        if self._show_next_token:
-            text.append("clean: plain next-token loss of clean tokens, unweighted; loss has it with its weight")
-        if self._show_mfu:
-            text.append("mfu: share of the devices' bf16 peak that the step's model FLOPs used")
-        return "\n".join(text)
+        """The meaning of the columns; printed once before the first line."""
+        entries = [("step", "Step and last step of the run. '-' in a column: not measured in this step.")]
+        for metric, column in self._columns:
+            many = f"1-{self._slots[-1]}" if metric.by_slot else ""
+            entries.append((column.heading + many, metric.explanation))
+        width = max(len(heading) for heading, _ in entries)
+        return "\n".join(f"  {heading.ljust(width)}  {text}" for heading, text in entries)
 
     def names(self) -> str:
-        """The column names, aligned with `line`."""
-        cells = ["step".rjust(self._step_width), "loss".rjust(7)]
-        cells.append(" ".join(f"slot{j}".rjust(self._slot_width(j)) for j in self._slots))
-        cells += ["clean".rjust(self._slot_digits + 3)] * self._show_next_token
-        cells += ["grad".rjust(6), "lr".rjust(7), "useful/s", "all/s".rjust(6)]
-        cells += ["mfu".rjust(5)] * self._show_mfu + ["memory", "eta".rjust(6)]
-        return self._gap.join(cells)
+        """The column headings, aligned with `line`."""
+        cells = [cell.gap + cell.heading.rjust(cell.width) for cell in self._cells]
+        return "step".rjust(self._step_width) + "".join(cells)
 
     def line(self, record: Record) -> str:
         """One record as one line; fields that are absent show as "-"."""
-
-        def cell(key: str, spec: str, width: int) -> str:
-            value = record.get(key)
-            text = "-" if not isinstance(value, (int, float)) else format(value, spec)
-            return text.rjust(width)
-
-        digits = self._slot_digits
-        cells = [
-            f"{record['step']}/{record.get('steps', self._steps)}".rjust(self._step_width),
-            cell("loss", ".4f", 7),
-            " ".join(cell(f"loss_pos_{j}", f".{digits}f", self._slot_width(j)) for j in self._slots),
-            *[cell("loss_next_token", f".{digits}f", digits + 3)] * self._show_next_token,
-            cell("grad_norm", ".2f", 6) if float(record.get("grad_norm", 0)) < 1000 else cell("grad_norm", ".0e", 6),
-            cell("lr", ".1e", 7),
-            format_count(float(record.get("useful_tokens_per_s", 0))).rjust(8),
-            format_count(float(record.get("tokens_per_s", 0))).rjust(6),
-        ]
-        if self._show_mfu:
-            cells.append(cell("mfu", ".1%", 5))
-        memory, eta = record.get("memory_gb"), record.get("eta_s")
-        cells.append(("-" if memory is None else f"{float(memory):.1f}G").rjust(6))
-        cells.append(("-" if eta is None else format_duration(float(eta))).rjust(6))
-        return self._gap.join(cells)
+        step = f"{record['step']}/{record.get('steps', self._steps)}".rjust(self._step_width)
+        return step + "".join(cell.gap + _text(record.get(cell.field), cell) for cell in self._cells)
 
     def log(self, step: int, record: Record) -> None:
-        """Prints the line of a record, with legend and column names where they are due."""
+        """Prints the line of a record, preceded by legend and column headings where they are due."""
         if self._lines == 0:
-            print(self.legend(), file=self._stream)
-        if self._lines % _REPEAT_NAMES == 0:
+            print(f"columns:\n{self.legend()}", file=self._stream)
+        if self._lines % _HEADER_EVERY == 0:
             print(self.names(), file=self._stream)
         self._lines += 1
         print(self.line({"step": step, **record}), file=self._stream, flush=True)
+
+
+def _text(value: float | str | None, cell: _Cell) -> str:
+    shown = cell.text(value) if isinstance(value, (int, float)) else "-"
+    return shown.rjust(cell.width)

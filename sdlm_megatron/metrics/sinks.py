@@ -22,6 +22,7 @@ from typing import Any, Protocol
 
 from sdlm_megatron.errors import DataError
 from sdlm_megatron.files import write_text
+from sdlm_megatron.metrics.table import tab_of
 from sdlm_megatron.metrics.wandb_sink import WandbSink, open_wandb
 
 Record = Mapping[str, float | int | str]
@@ -123,7 +124,7 @@ class TensorBoardSink:
         try:
             for key, value in record.items():
                 if key not in ("step", "time") and isinstance(value, (int, float)):
-                    self._writer.add_scalar(_group(key), value, step)
+                    self._writer.add_scalar(f"{tab_of(key)}/{key}", value, step)
         except OSError as problem:
             print(f"TensorBoard's files cannot be written, from step {step} on: {problem}", file=sys.stderr, flush=True)
             self._writer = None
@@ -256,22 +257,3 @@ def _lines(path: Path) -> list[tuple[dict[str, Any], str]]:
             ) from None
         found.append((record, line))
     return found
-
-
-def _group(key: str) -> str:
-    """TensorBoard tag of a field: related fields share a tab."""
-    if key == "loss" or key.startswith("loss_"):
-        return f"loss/{key}"
-    if key.startswith("val_"):
-        return f"validation/{key}"
-    if key.startswith(("accuracy_", "confidence_", "accepted_")):
-        return f"decoding/{key}"
-    if key.startswith("sample_"):
-        return f"samples/{key}"
-    if key in ("grad_norm", "lr"):
-        return f"optimizer/{key}"
-    if key.startswith(("time_", "gpu_", "memory_")):
-        return f"time and memory/{key}"
-    if key.endswith("_per_s") or key in ("mfu", "step_time", "data_wait", "eta_s"):
-        return f"speed/{key}"
-    return f"data/{key}"

@@ -22,7 +22,7 @@ from torch.profiler import record_function
 from sdlm_megatron.config.schema import ModelConfig, RunConfig
 from sdlm_megatron.diffusion.decode_step import Step
 from sdlm_megatron.diffusion.layout import pack_row
-from sdlm_megatron.diffusion.loss import loss_terms, slot_measures, slot_sums
+from sdlm_megatron.diffusion.loss import LabelRows, loss_terms, slot_sums
 from sdlm_megatron.diffusion.row import MicroBatch, make_micro_batch
 from sdlm_megatron.model.attention.choice import Heads, choose_attention
 from sdlm_megatron.model.gpt import SDLMModel
@@ -43,7 +43,7 @@ from sdlm_megatron.parallel.optimizer import (
     gradient_norm,
     wrap_ddp,
 )
-from sdlm_megatron.parallel.results import QueuedStep, StepResult, joined, queued_step, read
+from sdlm_megatron.parallel.results import QueuedStep, StepResult, joined, measure, queued_step, read
 from sdlm_megatron.weights.dtypes import PRECISIONS
 
 
@@ -144,7 +144,7 @@ class Engine:
         Args:
             batches: this rank's micro-batches.
             step: number of the step, from 1.
-            measure: also compute accuracy, confidence and accepted length; see `StepResult`.
+            measure: also compute the device metrics of metrics/table.py.
 
         Returns:
             Metrics on the device; `results` reads and checks them.
@@ -205,15 +205,7 @@ class Engine:
         slots = slot_sums(losses.nll, batch.label_targets, batch.label_slots, size + 1)
         sums = {"sums": torch.stack([total.detach().float(), count.float()]), "slots": slots}
         if losses.confidence is not None and losses.correct is not None:
-            sums["measured"] = slot_measures(
-                losses.confidence,
-                losses.correct,
-                batch.label_targets,
-                batch.label_slots,
-                (batch.label_index - batch.layout.n_clean) // size,
-                n_blocks=len(batch.layout.starts),
-                block_size=size,
-            )
+            sums["metrics"] = measure(LabelRows(batch, losses.nll, losses.confidence, losses.correct, size))
         return total, count, sums
 
     def _update(self) -> torch.Tensor:
@@ -275,7 +267,7 @@ class Engine:
                 module.train()
 
     def evaluate(self, steps: Iterable[Sequence[MicroBatch]]) -> StepResult:
-        """Losses and measures of rows with the current weights, inside `inference`.
+        """Losses and device metrics of rows with the current weights, inside `inference`.
 
         Args:
             steps: this rank's micro-batches in groups of the same number on all ranks, as in training steps.
@@ -287,7 +279,8 @@ class Engine:
             batches = [replace(self.prepare(b), measure=True) for b in batches]
             outputs = self._run_schedule(batches, self._forward_step, forward_only=True)
             parts.append(queued_step(0, 0.0, outputs, no_norm, batches, self.groups, causal_attn=causal_attn))
-        (result,) = read([joined(parts)], self.groups, self.config.diffusion.block_size, check=False)
+        size = self.config.diffusion.block_size
+        (result,) = read([joined(parts, size)], self.groups, size, check=False)
         return result
 
     def logits(self, batch: MicroBatch) -> torch.Tensor:

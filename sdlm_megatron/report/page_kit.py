@@ -16,12 +16,10 @@ import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from html import escape
 from pathlib import Path
 from typing import Any, Literal
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
-from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from sdlm_megatron.files import write_text
@@ -171,32 +169,3 @@ def _template(name: str) -> Template:
         lstrip_blocks=True,
     )
     return environment.get_template(name)
-
-
-# ---------------------------------------------------------------- strings of HTML: until all pages use Page
-def page(heading: str, sections: Sequence[str]) -> str:
-    """A whole page of finished sections."""
-    return _template("page.html.jinja").render(title=heading, sections=[{"html": Markup(s)} for s in sections])
-
-
-def section(name: str, heading: str, body: str) -> str:
-    """One box of the page."""
-    return f'<section id="{name}"><h2>{escape(heading)}</h2>{body}</section>'
-
-
-def image(figure: Figure, alt: str) -> str:
-    """A figure as an inline picture."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=200, metadata={"Software": None})
-    data = base64.b64encode(buffer.getvalue()).decode("ascii")
-    return f'<figure><img alt="{escape(alt)}" src="data:image/png;base64,{data}"></figure>'
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A table whose first column names the rows."""
-    names = "".join(f"<th>{escape(text)}</th>" for text in head)
-    lines = "".join(
-        f"<tr><th>{escape(str(first))}</th>{''.join(f'<td>{escape(str(cell))}</td>' for cell in cells)}</tr>"
-        for first, *cells in rows
-    )
-    return f'<div class="wide"><table class="left"><thead><tr>{names}</tr></thead><tbody>{lines}</tbody></table></div>'

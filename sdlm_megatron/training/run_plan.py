@@ -9,7 +9,6 @@ from typing import Any
 from sdlm_megatron.config.schema import DiffusionConfig, ModelConfig, ParallelConfig, RunConfig
 from sdlm_megatron.config.validate import check_model
 from sdlm_megatron.data.format import PackedDataset
-from sdlm_megatron.data.order import micro_batches
 from sdlm_megatron.data.tokenizer_identity import TEXT_MASK, same_tokenizer
 from sdlm_megatron.errors import CheckpointError, ConfigError, DataError
 from sdlm_megatron.weights.checkpoint_folder import TrainState, newest, read_state
@@ -18,9 +17,12 @@ from sdlm_megatron.weights.shape import NewMaskToken, find_mask_token, resolve_s
 
 Notice = Callable[[str], None]
 
+_SAME = ("row_length", "block_size", "target_shift", "mask_token_id", "eos_token_id")
+"""Fields of the manifest that held-out rows must share with the training data."""
+
 
 @dataclass(frozen=True)
-class Plan:
+class RunPlan:
     """What a run will do; the same on every process."""
 
     state: TrainState
@@ -41,7 +43,7 @@ class Plan:
         return min(self.steps, config.train.stop_after or self.steps)
 
 
-def make_plan(config: RunConfig, dataset: PackedDataset, notice: Notice) -> Plan:
+def make_run_plan(config: RunConfig, dataset: PackedDataset, notice: Notice) -> RunPlan:
     """Looks at run folder, base and dataset; raises a UserError where they do not fit together."""
     config = resolve_diffusion(config, dataset)
     resume = newest(Path(config.run_dir) / "ckpt", notice)
@@ -85,25 +87,30 @@ def resolve_diffusion(config: RunConfig, dataset: PackedDataset) -> RunConfig:
 
 
 def open_validation(config: RunConfig, dataset: PackedDataset) -> PackedDataset | None:
-    """The held-out rows, or None where none are wanted; DataError where they are not made like the dataset."""
+    """The held-out rows, or None if validation is off.
+
+    Raises:
+        DataError: they were built with other settings or another tokenizer than the training data.
+    """
     if not config.data.validation or not config.observe.validate_every:
         return None
-    found = PackedDataset(config.data.validation)
-    for key in ("row_length", "block_size", "target_shift", "mask_token_id", "eos_token_id"):
-        if found.manifest[key] != dataset.manifest[key]:
+    held_out = PackedDataset(config.data.validation)
+    where = f"data.validation: {held_out.path / 'manifest.json'}"
+    for key in _SAME:
+        if held_out.manifest[key] != dataset.manifest[key]:
             raise DataError(
-                f"{key} is {found.manifest[key]}, that of the training data {dataset.manifest[key]}",
-                f"data.validation: {found.path / 'manifest.json'}",
+                f"{key} is {held_out.manifest[key]}, that of the training data {dataset.manifest[key]}",
+                where,
                 "build it with the tokenizer and the settings of the training data",
             )
-    ours, theirs = (d.manifest["tokenizer"].get("fingerprint") for d in (found, dataset))
-    if None not in (ours, theirs) and ours != theirs:
+    fingerprints = {d.manifest["tokenizer"].get("fingerprint") for d in (held_out, dataset)} - {None}
+    if len(fingerprints) > 1:
         raise DataError(
-            "the validation data was made with another tokenizer than the training data",
-            f"data.validation: {found.path / 'manifest.json'}",
+            "the validation data was built with another tokenizer than the training data",
+            where,
             "build it with the tokenizer of the training data",
         )
-    return found
+    return held_out
 
 
 def _rows_per_step(config: RunConfig, dataset: PackedDataset) -> int:
@@ -137,7 +144,7 @@ def _plan(
     *,
     assets: Path | None = None,
     new_mask: NewMaskToken | None = None,
-) -> Plan:
+) -> RunPlan:
     rows_per_step = _rows_per_step(config, dataset)
     total = _total_rows(config, dataset, rows_per_step)
     state = TrainState(
@@ -152,10 +159,10 @@ def _plan(
         with_optimizer=True,
         dataset=_identity(dataset),
     )
-    return Plan(state, source, kind, assets, new_mask, total, math.ceil(total / rows_per_step))
+    return RunPlan(state, source, kind, assets, new_mask, total, math.ceil(total / rows_per_step))
 
 
-def _from_base(config: RunConfig, dataset: PackedDataset, base: Path, notice: Notice) -> Plan:
+def _from_base(config: RunConfig, dataset: PackedDataset, base: Path, notice: Notice) -> RunPlan:
     """A Hugging Face folder or a converted one."""
     if (base / "complete.json").exists():
         state = read_state(base)
@@ -201,7 +208,7 @@ def _check_tokenizer(dataset: PackedDataset, assets: Path, mask_id: int, notice:
         )
 
 
-def _resume(config: RunConfig, dataset: PackedDataset, folder: Path) -> Plan:
+def _resume(config: RunConfig, dataset: PackedDataset, folder: Path) -> RunPlan:
     """Goes on from a checkpoint of this run, under whatever layout."""
     state = read_state(folder)
     shape = resolve_shape(config.model, state.shape, str(folder))
@@ -232,7 +239,7 @@ def _resume(config: RunConfig, dataset: PackedDataset, folder: Path) -> Plan:
     _check_tokenizer(dataset, folder / "hf", state.mask_token_id, lambda text: None)
     total = _total_rows(config, dataset, state.rows_per_step)
     steps = math.ceil(total / state.rows_per_step)
-    return Plan(replace(state, shape=shape), folder, "resume", folder / "hf", None, total, steps)
+    return RunPlan(replace(state, shape=shape), folder, "resume", folder / "hf", None, total, steps)
 
 
 def micro_batch_multiple(parallel: ParallelConfig) -> int:
@@ -240,55 +247,28 @@ def micro_batch_multiple(parallel: ParallelConfig) -> int:
     return parallel.pipeline if parallel.virtual_pipeline > 1 else 1
 
 
-def _interleaved(parallel: ParallelConfig, shape: ModelConfig) -> str:
-    if parallel.virtual_pipeline == 1:
-        return ""
-    layers = shape.num_layers // (parallel.pipeline * parallel.virtual_pipeline)
-    return f" (interleaved, {parallel.virtual_pipeline} chunks of {layers} layers a stage)"
+def parse_profile_steps(text: str) -> tuple[int, int]:
+    """ "10:12" to (10, 12), "10" to (10, 10); ConfigError for anything else."""
+    first, colon, last = text.partition(":")
+    last = last if colon else first
+    if not (first.isdigit() and last.isdigit() and 1 <= int(first) <= int(last)):
+        raise ConfigError(
+            f"--profile {text} names no steps",
+            "the command line",
+            "--profile 10:12 for steps 10 to 12, or --profile 10",
+        )
+    return int(first), int(last)
 
 
-def _settings(config: RunConfig) -> list[str]:
-    """Precision and what is recomputed and overlapped, in words."""
-    train, parallel = config.train, config.parallel
-    words = [train.precision]
-    if train.recompute == "selective":
-        words.append("selective recompute (norms)")
-    elif train.recompute == "full":
-        layers = f"first {train.recompute_layers} layers of each chunk" if train.recompute_layers else "all layers"
-        words.append(f"full recompute ({layers})")
-    overlapped = {
-        "gradient reduction": parallel.overlap_grad_reduce,
-        "weight gathering": parallel.overlap_param_gather,
-        "tensor parallelism": parallel.overlap_tensor,
-    }
-    if any(overlapped.values()):
-        words.append(f"overlapped: {', '.join(k for k, on in overlapped.items() if on)}")
-    if not parallel.distributed_optimizer:
-        words.append("replicated optimizer")
-    return words
+def steps_to_profile(steps: tuple[int, int], start: int, stop: int) -> tuple[int, int] | None:
+    """`steps` for a run that trains steps start + 1 to stop; None if it resumes after them.
 
-
-def describe(config: RunConfig, plan: Plan, dataset: PackedDataset, dp_size: int) -> str:
-    """What is about to happen, for the console."""
-    shape, state, parallel = plan.state.shape, plan.state, config.parallel
-    multiple = micro_batch_multiple(parallel)
-    count = micro_batches(state.rows_per_step, dp_size, multiple)
-    idle = count * dp_size - state.rows_per_step
-    divisor = f"{dp_size}" + (f" x {multiple}, data-parallel ranks x stages" if multiple > 1 else " ranks")
-    source = {"resume": f"resumes {plan.source} at step {state.step}", "random": "random weights"}.get(
-        plan.kind, f"starts from {plan.source}"
-    )
-    lines = [
-        f"model    {shape.num_layers} layers, hidden {shape.hidden_size}, {shape.num_attention_heads} heads / "
-        f"{shape.num_query_groups} KV, ffn {shape.ffn_hidden_size}, vocabulary {shape.vocab_size}"
-        f"{', tied' if shape.tied_embeddings else ''}; {source}",
-        f"data     {dataset.path}: {dataset.rows(0)} rows of {dataset.row_length} tokens, "
-        f"{dataset.manifest['mean_documents_per_row']:.2f} documents a row, block size {dataset.block_size}",
-        f"layout   TP {parallel.tensor} (sequence parallel {'on' if parallel.sequence else 'off'}) x PP "
-        f"{parallel.pipeline}{_interleaved(parallel, shape)} x DP {dp_size}, {', '.join(_settings(config))}",
-        f"step     {state.rows_per_step} rows = {count} micro-batches on each data-parallel rank"
-        + (f" ({idle} empty in all: rows a step is no multiple of {divisor})" if idle else ""),
-        f"length   {plan.steps} steps, {plan.total_rows} rows, learning rate {config.optimizer.lr:g} "
-        f"{config.schedule.style}",
-    ]
-    return "\n".join(lines)
+    A job that is started again with the same command therefore continues. Raises ConfigError for steps after `stop`.
+    """
+    if steps[1] > stop:
+        raise ConfigError(
+            f"--profile {steps[0]}:{steps[1]}, but this run ends with step {stop}",
+            "the command line",
+            f"--profile with some of steps {start + 1} to {stop}",
+        )
+    return steps if steps[0] > start else None

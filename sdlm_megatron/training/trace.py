@@ -36,7 +36,7 @@ Interval = tuple[float, float]
 
 
 @dataclass(frozen=True)
-class Summary:
+class TraceSummary:
     """Times in milliseconds over all profiled steps of one process."""
 
     steps: int
@@ -76,7 +76,7 @@ class _Host:
         return None
 
 
-def summarize(events: Iterable[dict[str, Any]]) -> Summary:
+def summarize(events: Iterable[dict[str, Any]]) -> TraceSummary:
     """The summary of a Chrome trace's `traceEvents`."""
     complete, links = [], []
     for event in events:
@@ -104,7 +104,7 @@ def _summary(
     work: list[tuple[str, str, float, float]],
     talk: list[tuple[str, str, float, float]],
     waits: dict[str, int],
-) -> Summary:
+) -> TraceSummary:
     """From work (name, part, start, end) and communication (kind, group, start, end)."""
     inside = _Inside(window)
     busy, talking = _union(inside.cut(work)), _union(inside.cut(talk))
@@ -125,7 +125,7 @@ def _summary(
         exposed = _length(_union([*busy, *spans])) - _length(busy)
         communication[key] = (len(spans), sum(e - s for s, e in spans) / 1e3, exposed / 1e3)
     longest = sorted(top.items(), key=lambda item: -item[1][1])[:15]
-    return Summary(
+    return TraceSummary(
         steps=steps,
         wall=wall / 1e3,
         parts=parts,

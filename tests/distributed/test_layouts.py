@@ -224,7 +224,7 @@ def decoded(folder: Path, prompt: list[int]) -> list[int]:
     from transformers import AutoModelForCausalLM
 
     from sdlm_megatron.diffusion.decode import decode
-    from sdlm_megatron.training.samples import NEW_TOKENS, THRESHOLD
+    from sdlm_megatron.training.evaluation_hooks import NEW_TOKENS, THRESHOLD
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=True).eval()
     done = decode(

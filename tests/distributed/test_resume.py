@@ -67,7 +67,7 @@ def test_the_next_losses(stopped: dict[str, Path], tmp_path: Path, processes: in
 
 def assert_goes_on(run: Path, output: str, whole: Path, rel: float) -> None:
     """`rel` 0: bitwise."""
-    assert f"resumes {run}/ckpt/step-{FIRST:07d} at step {FIRST}" in output
+    assert f"resumes from {run}/ckpt/step-{FIRST:07d} at step {FIRST}" in output
     wanted, found = read_metrics(whole), read_metrics(run)
     assert [r["step"] for r in found] == list(range(1, LAST + 1))
     for mine, other in zip(found, wanted, strict=True):
@@ -125,7 +125,7 @@ def test_an_interrupted_save_is_ignored(stopped: dict[str, Path], tmp_path: Path
     done = train(settings(stopped, run, **{"train.stop_after": FIRST + 1}))
     for name in ("step-0000005", "step-0000006", "step-0000007.partial"):
         assert f"ignored {run}/ckpt/{name}" in done.stdout
-    assert f"resumes {good}" in done.stdout
+    assert f"resumes from {good}" in done.stdout
 
 
 def test_another_dataset_is_refused(stopped: dict[str, Path], tmp_path: Path) -> None:

@@ -314,7 +314,7 @@ def all_faults(cluster: Cluster, work: Path, nodes: Sequence[str], names: Sequen
     for line in check_end(job, reference, drill.settings.steps):
         say(line)
     subprocess.run(
-        [sys.executable, "-m", "sdlm_megatron.report.command", job.run.folder], check=True, capture_output=True
+        [sys.executable, "-m", "sdlm_megatron.report.run_page", job.run.folder], check=True, capture_output=True
     )
     return outcomes
 

@@ -4,7 +4,8 @@ import io
 
 import pytest
 
-from sdlm_megatron.metrics.console import Console, format_count, format_duration
+from sdlm_megatron.metrics.console import Console
+from sdlm_megatron.metrics.formats import format_count, format_duration
 
 
 def record(step, block_size, **more):
@@ -63,8 +64,8 @@ def test_legend_once_and_names_again_every_50_lines():
     for step in range(1, 102):
         console.log(step, record(step, 4))
     lines = stream.getvalue().splitlines()
-    assert sum(line.startswith("loss:") for line in lines) == 1
-    assert sum("slot1" in line and line.lstrip().startswith("step") for line in lines) == 3
+    assert lines.count("columns:") == 1
+    assert sum("slot1 " in line and line.lstrip().startswith("step") for line in lines) == 3
     assert sum("/13699" in line for line in lines) == 101
 
 

@@ -10,9 +10,9 @@ import pytest
 
 from sdlm_megatron.diffusion.layout import pack_row
 from sdlm_megatron.errors import DataError
-from sdlm_megatron.report import plots
 from sdlm_megatron.report.evaluation_record import load_evaluation
-from sdlm_megatron.report.run_page import MOST_ROWS, read_fill, write_report
+from sdlm_megatron.report.row_plots import MAX_ROWS, crop_layout, read_fill
+from sdlm_megatron.report.run_page import write_report
 
 ROW_LENGTH = 256
 
@@ -120,8 +120,8 @@ def test_report_holds_every_section_and_fetches_nothing(run_dir):
     text = out.read_text(encoding="utf-8")
     page = Page(text)
     assert out == run_dir / "report.html"
-    assert page.headings == ["The run", "Losses per slot", "Speed and exactness", "One answer, pass by pass",
-                             "Who sees whom", "How rows are filled", "Configuration"]  # fmt: skip
+    assert page.headings == ["Run", "Loss per slot", "Speed and exactness", "One answer, pass by pass",
+                             "Visibility mask", "Fill of the rows", "All metrics", "Configuration"]  # fmt: skip
     assert len(page.images) == 5 and all(image["alt"] for image in page.images)
     assert all(link.startswith("data:image/png;base64,") for link in page.links)
     assert not re.search(r"https?:|//[a-z]+\.|@import|url\(", re.sub(r'src="data:[^"]*"', "", text))
@@ -133,7 +133,7 @@ def test_report_holds_every_section_and_fetches_nothing(run_dir):
 def test_report_shows_the_figures_it_was_given(run_dir):
     words = Page(write_report(run_dir, MemoryRows(), make_evaluation()).read_text()).words
     for expected in ("40 of 40", "step 20", "3.13", "100.0%", "22.0%", "untouched model", "30 rows of 256 tokens",
-                     "6 tokens in 2 passes: 3.00 tokens a pass", "exactly the expected", "<b> & co", "megatron-core",
+                     "6 tokens in 2 passes: 3.00 tokens per pass", "equals the expected", "<b> & co", "megatron-core",
                      "<script>alert(1)</script>"):  # fmt: skip
         assert expected in words, expected
 
@@ -142,12 +142,12 @@ def test_a_wrong_sample_shows_what_was_expected(run_dir):
     evaluation = make_evaluation()
     evaluation["sample"]["expected"] = "something else"
     words = Page(write_report(run_dir, None, evaluation).read_text()).words
-    assert "Expected was:" in words and "something else" in words and "exactly the expected" not in words
+    assert "Expected text:" in words and "something else" in words and "answer equals" not in words
 
 
 def test_only_metrics_are_needed_and_evaluation_json_is_found(run_dir):
     assert Page(write_report(run_dir, out=run_dir / "a" / "b.html").read_text()).headings == [
-        "The run", "Losses per slot", "Configuration"]  # fmt: skip
+        "Run", "Loss per slot", "All metrics", "Configuration"]  # fmt: skip
     (run_dir / "evaluation.json").write_text(json.dumps(make_evaluation()))
     assert "Speed and exactness" in Page(write_report(run_dir).read_text()).headings
 
@@ -161,7 +161,7 @@ def test_a_record_stands_for_the_steps_since_the_one_before(run_dir):
         texts.append(write_report(run_dir).read_text(encoding="utf-8"))
     for text in texts:
         assert "<th>time in steps</th><td>20s</td>" in text
-        assert "36.0k without padding, 28.0k targets; 1.80k tokens a second" in text
+        assert "36.0k without padding, 28.0k targets; 1.80k tokens per second" in text
 
 
 def test_a_folder_without_metrics_is_named(tmp_path):
@@ -183,7 +183,7 @@ def test_a_report_that_fails_leaves_the_old_one(run_dir):
         (lambda e: e["rows"][1].pop("exact"), r"rows\[1\]"),
         (lambda e: e["rows"][1].update(exact=95), "between 0 and 1"),
         (lambda e: e["baseline"][0].update(n="one"), r"baseline\[0\]"),
-        (lambda e: e.update(rows=None), "rows is no list"),
+        (lambda e: e.update(rows=None), "rows is not a list"),
         (lambda e: e["sample"]["answer_tokens"][3].pop("pass"), r"answer_tokens\[3\]"),
         (lambda e: e["sample"].pop("prompt"), "sample"),
     ],
@@ -196,10 +196,10 @@ def test_a_wrong_evaluation_names_its_field(change, named):
 
 
 def test_fill_counts_every_token_once_and_samples_large_datasets():
-    rows = MemoryRows(count=MOST_ROWS + 100)
+    rows = MemoryRows(count=MAX_ROWS + 100)
     fill = read_fill(rows)
-    assert len(fill.clean) == MOST_ROWS
-    assert np.array_equal(fill.clean + fill.block + fill.padding, np.full(MOST_ROWS, ROW_LENGTH))
+    assert len(fill.clean) == MAX_ROWS
+    assert np.array_equal(fill.clean + fill.block + fill.padding, np.full(MAX_ROWS, ROW_LENGTH))
     small = read_fill(MemoryRows(count=3))
     assert small.clean.tolist() == [MemoryRows(count=3).read(0, i)[1].n_clean for i in range(3)]
 
@@ -210,10 +210,10 @@ def test_long_rows_are_cropped_to_whole_documents_or_to_blocks_that_fit():
         return pack_row(triples, block_size=4, mask_token_id=0)[1]
 
     several = layout(enumerate([(100, range(0, 50, 2)), (300, range(20)), (400, range(90))]))
-    kept = plots.crop_layout(several, most=640)
+    kept = crop_layout(several, most=640)
     assert kept.n_docs == 2 and kept.used == 100 + 25 * 4 + 300 + 20 * 4
     one = layout(enumerate([(5000, range(0, 4000, 5))]))
-    cut = plots.crop_layout(one, most=640)
+    cut = crop_layout(one, most=640)
     assert cut.n_docs == 1 and cut.used <= 640 and cut.clean_lens[0] == 320
     assert len(cut.starts) == int(cut.n_blocks[0]) == 64 and cut.starts.max() < 320
 

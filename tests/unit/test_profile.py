@@ -8,7 +8,7 @@ import pytest
 from helpers import make_dataset, read_metrics, run_python
 
 from sdlm_megatron.errors import ConfigError
-from sdlm_megatron.training.profile import page, parse_steps, steps_to_profile
+from sdlm_megatron.training.run_plan import parse_profile_steps, steps_to_profile
 from sdlm_megatron.training.trace import summarize
 
 
@@ -63,23 +63,25 @@ def test_the_parts_of_a_step_on_a_gpu() -> None:
     assert found.top[0] == ("flash_bwd", "attention", 1, 3.0)
 
 
-def test_the_page_has_a_column_for_each_process() -> None:
+def test_the_page_has_a_column_for_each_process(groups: object) -> None:
+    from sdlm_megatron.training.profile import summary_page
+
     summary = summarize(gpu_trace())
-    text = page("Steps 10 to 10", [(0, summary, "61.2 GB"), (8, summary, "59.0 GB")])
+    text = summary_page("Steps 10 to 10", [(0, summary, "61.2 GB"), (8, summary, "59.0 GB")]).markdown()
     assert "| attention                | 4.0 (44%) | 4.0 (44%) |" in text
-    assert "1 x, 2.0, 1.0 alone" in text
+    assert "1 x, 2.0, 1.0 exposed" in text
     assert "61.2 GB" in text and "rank 8" in text
 
 
 def test_steps_are_read() -> None:
-    assert parse_steps("10:12") == (10, 12)
-    assert parse_steps("7") == (7, 7)
+    assert parse_profile_steps("10:12") == (10, 12)
+    assert parse_profile_steps("7") == (7, 7)
 
 
 @pytest.mark.parametrize("text", ["", "0", "0:3", "5:4", "a:b", "3:", ":3", "1:2:3", "-1"])
 def test_what_is_no_step_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="names no steps"):
-        parse_steps(text)
+        parse_profile_steps(text)
 
 
 def test_steps_that_the_run_does_not_train() -> None:

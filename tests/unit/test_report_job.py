@@ -10,8 +10,7 @@ from helpers import run_python
 from job_history import write_job
 
 from sdlm_megatron.errors import DataError
-from sdlm_megatron.report.command import main
-from sdlm_megatron.report.run_page import write_report
+from sdlm_megatron.report.run_page import main, write_report
 
 SLOTS = {f"{name}_pos_{j}": j / 8 for name in ("loss", "accuracy", "confidence") for j in (1, 2)}
 LEARNED = {"loss": 1.0, **SLOTS, "accepted_0.9": 1.5, "accepted_0.98": 1.25}
@@ -37,20 +36,21 @@ def job(tmp_path: Path) -> Path:
 def test_every_section(job: Path) -> None:
     page = write_report(job)
     assert headings(page) == [
-        "The run",
-        "Losses per slot",
+        "Run",
+        "Loss per slot",
         "Accuracy and accepted length",
-        "Held-out rows",
+        "Validation",
         "Speed",
-        "Where a step's time goes",
-        "Where the whole time went",
+        "Step time by part",
+        "Job time by cause",
         "Spikes",
         "Events",
+        "All metrics",
         "Configuration",
     ]
     text = page.read_text(encoding="utf-8")
     for words in (
-        "6.6% of 4m02s went to steps that count",
+        "6.6% of 4m02s was spent in useful steps",
         "<td>1m41s</td><td>41.7%</td>",  # the queue
         "--data.skip_rows=[31]",
         "3 of the processes",
@@ -81,17 +81,17 @@ def test_a_run_in_any_state(job: Path, state: str) -> None:
         with open(job / "metrics.jsonl", "a") as file:
             file.write('{"step": 9, "lo')
     found = headings(write_report(job))
-    assert found[:2] == ["The run", "Losses" if state != "logged" else "Losses per slot"]
-    assert ("Where the whole time went" in found) == (state == "started")
+    assert found[:2] == ["Run", "Loss per slot"]
+    assert ("Job time by cause" in found) == (state == "started")
 
 
 def test_the_command(job: Path, capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
     main([str(job), "--out", str(tmp_path / "page.html")])
     printed = capsys.readouterr().out
-    assert "6.6% of 4m02s went to steps that count" in printed and "41.7%    1m41s  queue" in printed
+    assert "6.6% of 4m02s was spent in useful steps" in printed and "41.7%    1m41s  queue" in printed
     assert headings(tmp_path / "page.html")
-    with pytest.raises(DataError, match="no such folder"):
+    with pytest.raises(DataError, match="does not exist"):
         main([str(tmp_path / "nothing")])
     (tmp_path / "empty").mkdir()
-    done = run_python("-m", "sdlm_megatron.report.command", str(tmp_path / "empty"), check=False)
+    done = run_python("-m", "sdlm_megatron.report.run_page", str(tmp_path / "empty"), check=False)
     assert done.returncode == 2 and "no metrics.jsonl" in done.stderr and "Traceback" not in done.stderr

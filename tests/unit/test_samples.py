@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -16,6 +17,11 @@ from sdlm_megatron.diffusion.layout import pack_row
 from sdlm_megatron.errors import ConfigError
 from sdlm_megatron.metrics.sinks import Sinks, read_metrics
 from sdlm_megatron.report.run_page import write_report
+
+if TYPE_CHECKING:
+    from sdlm_megatron.parallel.engine import Engine
+    from sdlm_megatron.training.hooks import TrainingRun
+    from sdlm_megatron.weights.checkpoint_folder import TrainState
 
 META = {
     "row_length": 128, "max_document_length": 128, "block_size": 4, "repeat": 3, "mask_token_id": MASK,
@@ -37,12 +43,12 @@ def dataset(path: Path, documents: list[tuple[int, list[int]]]) -> PackedDataset
 
 
 def test_prompts_end_with_the_first_block_and_fit_a_row(groups: object, tmp_path: Path) -> None:
-    from sdlm_megatron.training.samples import choose_prompts
+    from sdlm_megatron.training.evaluation_hooks import choose_prompts
 
     found = choose_prompts(dataset(tmp_path / "a", [(20, []), (95, [92]), (30, [9, 12]), (60, [5]), (10, [4])]))
     assert [p.ids for p in found] == [list(range(10)), list(range(6))]  # 46 + 42 of 128 tokens, and no room for more
     assert [p.answer for p in found] == [[*range(10, 28), EOS], list(range(6, 38))]
-    with pytest.raises(ConfigError, match="no document of the first 64 rows") as caught:
+    with pytest.raises(ConfigError, match="no document in the first 64 rows") as caught:
         choose_prompts(dataset(tmp_path / "b", [(100, [97]), (20, [])]))
     assert caught.value.fix == "--observe.sample_every=0"
 
@@ -55,7 +61,7 @@ def record(step: int) -> dict:
 
 def test_they_are_written_and_shown(groups: object, tmp_path: Path) -> None:
     """samples.jsonl over a resume; the report: the first prompt at five steps, all of them at the last."""
-    from sdlm_megatron.training.samples import lines_of
+    from sdlm_megatron.training.evaluation_hooks import sample_lines
 
     for first, last, resume in ((1, 9, 0), (6, 12, 5)):
         with Sinks.open(tmp_path, ObserveConfig(tensorboard=False), resume) as sinks:
@@ -70,22 +76,30 @@ def test_they_are_written_and_shown(groups: object, tmp_path: Path) -> None:
     assert [f"<h3>Step {s}, " in page for s in range(1, 13)] == [s in (1, 4, 7, 9, 12) for s in range(1, 13)]
     assert page.count("question &amp; answer") == 5 and page.count(">another<") == 1
     assert '<span class="pass p0" title="pass 1: 2 tokens"><i>&lt;b&gt;</i><i>two⏎</i>' in page
-    assert lines_of(record(1)).splitlines()[1:] == ["  <b>two⏎|three"] * 2
-    assert lines_of(record(1), width=9).splitlines()[1] == "  <b>two⏎|…"
+    assert sample_lines(record(1)).splitlines()[1:] == ["  <b>two⏎|three"] * 2
+    assert sample_lines(record(1), width=9).splitlines()[1] == "  <b>two⏎|…"
+
+
+def training_run(engine: "Engine", data: PackedDataset, state: "TrainState", assets: Path | None) -> "TrainingRun":
+    from sdlm_megatron.training.hooks import TrainingRun
+    from sdlm_megatron.training.run_plan import RunPlan
+
+    plan = RunPlan(state, None, "random", assets, None, total_rows=2, steps=2)
+    return TrainingRun(engine.config, plan, engine, data, None, None, state)
 
 
 def test_a_sampler_has_text_where_there_is_a_tokenizer(make_engine: Callable, tmp_path: Path) -> None:
-    from sdlm_megatron.training.samples import Sampler
+    from sdlm_megatron.training.evaluation_hooks import SampleHook
     from sdlm_megatron.weights.checkpoint_folder import TrainState
 
     folder = make_hf(tmp_path / "hf")
     engine = make_engine(folder)
     state = TrainState(0, 0, 1, engine.shape, engine.config.diffusion, MASK, "fp32", "none", {}, EOS)
     data = PackedDataset(make_dataset(tmp_path / "data", rows=2))
-    as_ids = Sampler(engine, state, data, None)()
+    as_ids = SampleHook(training_run(engine, data, state, None)).decode()
     (folder / "tokenizer.json").write_text(json.dumps(definition()))
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    as_text = Sampler(engine, state, data, folder)()
+    as_text = SampleHook(training_run(engine, data, state, folder)).decode()
     assert [s["tokens"] for s in as_ids["samples"]] == [s["tokens"] for s in as_text["samples"]]
     for plain, sample in zip(as_ids["samples"], as_text["samples"], strict=True):
         assert plain["prompt"].split() == [str(i) for i in sample["prompt_ids"]]

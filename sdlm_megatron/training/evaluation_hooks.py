@@ -1,0 +1,225 @@
+"""Hooks that evaluate the current weights during training: on held-out rows, and on a few prompts of the dataset."""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from sdlm_megatron.chat.passes import token_texts
+from sdlm_megatron.data.batch import load_micro_batch
+from sdlm_megatron.data.format import PackedDataset
+from sdlm_megatron.data.order import step_rows
+from sdlm_megatron.data.tokenizer_identity import has_tokenizer
+from sdlm_megatron.diffusion.decode import decode
+from sdlm_megatron.diffusion.row import MicroBatch
+from sdlm_megatron.errors import ConfigError
+from sdlm_megatron.metrics.formats import format_duration
+from sdlm_megatron.metrics.sinks import sample_table
+from sdlm_megatron.metrics.table import VALIDATION
+from sdlm_megatron.parallel.engine import EngineProposer
+from sdlm_megatron.training.hooks import Hook, TrainingRun
+from sdlm_megatron.training.run_plan import micro_batch_multiple
+
+PROMPTS, NEW_TOKENS, THRESHOLD = 4, 32, 0.9
+"""Samples: prompts, new tokens per prompt at most, confidence threshold of the decoding."""
+SEARCHED_ROWS = 64
+"""Rows of the dataset in which prompts are searched."""
+
+
+class ValidationHook(Hook):
+    """Measures the same held-out rows every observe.validate_every steps and at the last step.
+
+    Args:
+        dataset: from `open_validation`. All processes measure together, each its share of the rows.
+    """
+
+    def __init__(self, run: TrainingRun, dataset: PackedDataset) -> None:
+        super().__init__(run)
+        self.dataset = dataset
+        wanted, available = run.config.observe.validation_rows, dataset.rows(0)
+        self.rows = min(wanted, available) if wanted else available
+
+    def due(self, step: int) -> bool:
+        return self.run.every(self.run.config.observe.validate_every, step)
+
+    def after_due_step(self, step: int) -> None:
+        run, started = self.run, time.perf_counter()
+        run.watch.at("validate")
+        with run.pause("validate"):
+            record = self.measure()
+            if run.sinks is not None:
+                run.sinks.log_validation(step, record)
+                seconds = time.perf_counter() - started
+                print(summary_line(record, seconds), flush=True)
+                run.watch.event("validated", step=step, seconds=seconds)
+
+    def measure(self) -> dict[str, Any]:
+        """A record for validation.jsonl: the fields of a log record's losses and device metrics, prefixed by val_."""
+        with self.run.engine.inference():
+            result = self.run.engine.evaluate(self._steps())
+        fields: dict[str, Any] = {f"{VALIDATION}{name}": value for name, value in result.fields().items()}
+        return {**fields, "val_targets": result.targets, "val_rows": self.rows}
+
+    def _steps(self) -> Iterator[list[MicroBatch]]:
+        """This rank's rows, as many at a time as a training step has.
+
+        They are the first rows of the training order with a fixed seed: a random sample of all held-out rows, and the
+        same in every validation and every run.
+        """
+        run, groups = self.run, self.run.engine.groups
+        together = run.state.rows_per_step
+        for begin in range(0, self.rows, together):
+            numbers = step_rows(
+                begin,
+                together,
+                self.rows,
+                dp_rank=groups.dp_rank,
+                dp_size=groups.dp_size,
+                multiple=micro_batch_multiple(run.config.parallel),
+            )
+            weight = run.config.diffusion.next_token_weight
+            yield [load_micro_batch(self.dataset, n, seed=0, next_token_weight=weight) for n in numbers]
+
+
+def summary_line(record: dict[str, Any], seconds: float) -> str:
+    """A validation record as one line for the console."""
+
+    def slots(name: str) -> str:
+        return " ".join(f"{x:.3f}" for key, x in record.items() if key.startswith(f"val_{name}_pos_"))
+
+    accepted = [f"{x:.2f} at {key.rpartition('_')[2]}" for key, x in record.items() if key.startswith("val_accepted_")]
+    return (
+        f"validation on {record['val_rows']} rows, {format_duration(seconds)}: loss {record['val_loss']:.4f}, by slot "
+        f"{slots('loss')}; accuracy by slot {slots('accuracy')}; tokens per pass by threshold: {', '.join(accepted)}"
+    )
+
+
+@dataclass(frozen=True)
+class SamplePrompt:
+    """A document up to the anchor of its first block."""
+
+    ids: list[int]
+    answer: list[int]
+    """The document's tokens that follow: to the end of the turn, at most NEW_TOKENS."""
+
+
+def choose_prompts(dataset: PackedDataset) -> list[SamplePrompt]:
+    """The first documents of the dataset that fit into one row together once they are decoded.
+
+    Raises:
+        ConfigError: not a single document fits.
+    """
+    eos, room = dataset.manifest["eos_token_id"], dataset.row_length
+    prompts: list[SamplePrompt] = []
+    for number in range(min(dataset.rows(0), SEARCHED_ROWS)):
+        tokens, layout = dataset.read(0, number)
+        cleans = np.split(tokens[: layout.n_clean], np.cumsum(layout.clean_lens)[:-1])
+        starts = np.split(layout.starts, np.cumsum(layout.n_blocks)[:-1])
+        for clean, block_starts in zip(cleans, starts, strict=True):
+            if not len(block_starts) or len(prompts) == PROMPTS:
+                continue
+            cut = int(block_starts[0]) + 1
+            needed = cut + NEW_TOKENS + dataset.block_size
+            if needed <= room:
+                room -= needed
+                answer = clean[cut : cut + NEW_TOKENS].tolist()
+                end = answer.index(eos) + 1 if eos in answer else len(answer)
+                prompts.append(SamplePrompt(clean[:cut].tolist(), answer[:end]))
+    if not prompts:
+        raise ConfigError(
+            f"no document in the first {SEARCHED_ROWS} rows leaves room for {NEW_TOKENS} new tokens in a row of "
+            f"{dataset.row_length}",
+            "observe.sample_every",
+            "--observe.sample_every=0",
+        )
+    return prompts
+
+
+class SampleHook(Hook):
+    """Decodes the same prompts every observe.sample_every steps and at the last step; all processes do so together.
+
+    Without a tokenizer among the plan's assets, samples are written as token ids.
+    """
+
+    def __init__(self, run: TrainingRun) -> None:
+        super().__init__(run)
+        self.prompts = choose_prompts(run.dataset)
+        self._propose = EngineProposer(
+            run.engine, mask_token_id=run.state.mask_token_id, row_length=run.dataset.row_length
+        )
+        self._tokenizer = _tokenizer(run.plan.assets) if run.main else _TokenIds()
+
+    def due(self, step: int) -> bool:
+        return self.run.every(self.run.config.observe.sample_every, step)
+
+    def after_due_step(self, step: int) -> None:
+        run, started = self.run, time.perf_counter()
+        run.watch.at("sample")
+        with run.pause("samples"):
+            record = self.decode()
+            if run.sinks is not None:
+                run.sinks.log_samples(step, record)
+                print(sample_lines(record), flush=True)
+                run.watch.event("sampled", step=step, seconds=time.perf_counter() - started)
+
+    def decode(self) -> dict[str, Any]:
+        """A record for samples.jsonl: `tokens_per_pass`, and `samples` as in report/evaluation_record.py."""
+        rows, state, engine = [torch.tensor(p.ids) for p in self.prompts], self.run.state, self.run.engine
+        ids = pad_sequence(rows, batch_first=True)
+        real = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+        with engine.inference():
+            done = decode(
+                self._propose,
+                ids.to(engine.groups.device),
+                mask_token_id=state.mask_token_id,
+                window=state.diffusion.block_size,
+                threshold=THRESHOLD,
+                max_new_tokens=NEW_TOKENS,
+                eos_token_ids=[state.eos_token_id],
+                attention_mask=real,
+            )
+        answers = zip(self.prompts, done.tokens, done.accepted, strict=True)
+        return {"tokens_per_pass": done.tokens_per_pass, "samples": [self._sample(*answer) for answer in answers]}
+
+    def _sample(self, prompt: SamplePrompt, tokens: list[int], accepted: list[int]) -> dict[str, Any]:
+        return {
+            "prompt": self._tokenizer.decode(prompt.ids),
+            "answer_tokens": token_texts(self._tokenizer, tokens, accepted),
+            "expected": self._tokenizer.decode(prompt.answer, skip_special_tokens=True),
+            "prompt_ids": prompt.ids,
+            "tokens": tokens,
+            "accepted": accepted,
+        }
+
+
+def sample_lines(record: dict[str, Any], width: int = 100) -> str:
+    """A record for the console: one line per answer, with a bar between tokens of different passes."""
+    lines = [f"samples, {record['tokens_per_pass']:.2f} tokens per pass (a bar separates passes):"]
+    for sample in sample_table(record):
+        answer = sample["answer"].replace("\n", "⏎")
+        lines.append(f"  {answer if len(answer) <= width else answer[: width - 1] + '…'}")
+    return "\n".join(lines)
+
+
+class _TokenIds:
+    """Replaces a missing tokenizer: shows token ids as text."""
+
+    def decode(self, tokens: Sequence[int], **_: object) -> str:
+        return "".join(f"{t} " for t in tokens)
+
+
+def _tokenizer(assets: Path | None) -> Any:
+    if assets is None or not has_tokenizer(assets):
+        return _TokenIds()
+    from transformers import AutoTokenizer  # slow to import, and only runs with samples need it
+
+    try:
+        return AutoTokenizer.from_pretrained(assets, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        print(f"samples are shown as token ids: the tokenizer in {assets} cannot be loaded: {error}", flush=True)
+        return _TokenIds()
