@@ -68,14 +68,10 @@ class Claim(NamedTuple):
 class Goodput:
     """Times of a job, in seconds."""
 
-    start: float
-    """Time of the first event or record, since 1970."""
-    wall: float
-    """Time from the first to the last event or record."""
-    seconds: dict[str, float]
-    """Time per cause, in the order of CAUSES, without zeros; the sum is `wall`."""
-    spans: list[Claim]
-    """The same in the order of time, without gaps or overlaps."""
+    start: float  # time of the first event or record, since 1970
+    wall: float  # time from the first to the last event or record
+    seconds: dict[str, float]  # time per cause, in the order of CAUSES, without zeros; the sum is `wall`
+    spans: list[Claim]  # the same in the order of time, without gaps or overlaps
 
     @property
     def share(self) -> float:

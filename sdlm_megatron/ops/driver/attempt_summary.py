@@ -16,16 +16,14 @@ from sdlm_megatron.files import write_json, write_text
 from sdlm_megatron.ops.attempt import attempt_dir, rank_file
 
 LOG_LINES = 20
-LATE_HEARTBEATS = 2.5
-"""A heartbeat is late when it is this many intervals older than the newest of the attempt."""
+LATE_HEARTBEATS = 2.5  # a heartbeat is late when it is this many intervals older than the newest of the attempt
 CONNECTION = re.compile(
     r"connection (closed|reset|refused|lost|was)|\bpeer\b|socket|broken pipe|timed? ?out|gloo/transport"
     r"|NCCL (error|comm)|ncclRemoteError|TCPStore|Dist(Network|Store|Backend)Error|recvbytes|sendbytes",
     re.I,
 )
 """Errors of a process that lost its connection to another one: a consequence, not a cause."""
-SRUN_LOG = "srun.log"
-"""Output of srun itself, written by the job's driver."""
+SRUN_LOG = "srun.log"  # output of srun itself, written by the job's driver
 SRUN_TASKS = re.compile(r"^srun: error: \S+: tasks? ([\d,-]+): (.+)$", re.M)
 WAITING = re.compile(r"/torch/distributed/|/p2p_communication\.py|/megatron/core/distributed/")
 """Stack frames of a process that waits for others."""
@@ -36,32 +34,23 @@ class Culprit:
     """A process that failed by itself, not because others did."""
 
     rank: int
-    host: str
-    """"" if it left neither a record nor a heartbeat."""
-    step: int | None
-    """The step that failed or was in progress."""
-    rows: list[int]
-    """Rows of the run that were in progress; [] if unknown."""
+    host: str  # "" if it left neither a record nor a heartbeat
+    step: int | None  # the step that failed or was in progress
+    rows: list[int]  # rows of the run that were in progress; [] if unknown
     why: str
-    log: list[str] = field(default_factory=list)
-    """The last lines of its output."""
+    log: list[str] = field(default_factory=list)  # the last lines of its output
 
 
 @dataclass
 class AttemptSummary:
     """The end of an attempt."""
 
-    outcome: str
-    """finished | stopped | user_error | not_finite | hang | crash."""
-    why: str
-    """One line: the reason of a stop, or the first line of an error."""
-    step: int | None
-    """The last step that is known to be done; of not_finite the step with the value that is not finite."""
+    outcome: str  # finished | stopped | user_error | not_finite | hang | crash
+    why: str  # one line: the reason of a stop, or the first line of an error
+    step: int | None  # the last step that is known to be done; of not_finite the step with the value that is not finite
     culprits: list[Culprit]
-    hosts: list[str] = field(default_factory=list)
-    """Hosts of the culprits of a crash or hang; empty if every one of several hosts has culprits."""
-    text: str = ""
-    """The whole summary for an operator."""
+    hosts: list[str] = field(default_factory=list)  # of the culprits; empty if every one of several hosts has some
+    text: str = ""  # the whole summary for an operator
 
 
 class _AttemptFiles:
@@ -74,8 +63,7 @@ class _AttemptFiles:
         self.newest = max((b["time"] for b in self.beats.values()), default=0.0)
         limit = self.newest - LATE_HEARTBEATS * heartbeat_seconds
         self.late = {rank for rank, beat in self.beats.items() if beat["time"] < limit}
-        self.silent = [rank for rank in self.ranks if rank not in self.records]
-        """Ranks without an exit record."""
+        self.silent = [rank for rank in self.ranks if rank not in self.records]  # ranks without an exit record
 
     def _read(self, kind: str) -> dict[int, dict[str, Any]]:
         contents = {}

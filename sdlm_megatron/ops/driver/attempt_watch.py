@@ -12,19 +12,14 @@ from sdlm_megatron.ops.driver.decision import AttemptEnd
 from sdlm_megatron.ops.driver.slurm_commands import SlurmJob, lost_nodes
 
 POLL_SECONDS = 0.5
-NODES_SECONDS = 10
-"""Interval between questions to the controller about lost nodes."""
-AFTER_FAILURE = 60
-"""Seconds for the other ranks after the first failure record: in a hang they write their stacks."""
-AFTER_SUCCESS = 600
-"""Seconds for the other ranks after the first has ended well."""
-STACKS_SECONDS = 3
-"""Seconds from SIGTERM to SIGKILL, in which the ranks write their stacks."""
+NODES_SECONDS = 10  # interval between questions to the controller about lost nodes
+AFTER_FAILURE = 60  # seconds for the other ranks after the first failure record: in a hang they write their stacks
+AFTER_SUCCESS = 600  # seconds for the other ranks after the first has ended well
+STACKS_SECONDS = 3  # seconds from SIGTERM to SIGKILL, in which the ranks write their stacks
 SILENT_HEARTBEATS = 12
 SILENT_SECONDS = 120
 """A rank is silent when its heartbeat is this many intervals, and this many seconds, behind the newest one."""
-LAST_SECONDS = 45
-"""Seconds before the time limit that the driver keeps for requeueing the job."""
+LAST_SECONDS = 45  # seconds before the time limit that the driver keeps for requeueing the job
 
 
 def watch_attempt(

@@ -4,63 +4,44 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-REQUEUES = 3
-"""Maximum number of requeues in a row without a newer checkpoint."""
+REQUEUES = 3  # maximum number of requeues in a row without a newer checkpoint
 
 
 @dataclass(frozen=True)
 class AttemptEnd:
-    """How an attempt ended."""
+    """End of an attempt."""
 
-    outcome: str
-    """finished | stopped | user_error | not_finite | hang | crash | lost_node | too_few_nodes."""
-    text: str = ""
-    """Reason in one line."""
-    step: int | None = None
-    """Of not_finite: the step with the value that is not finite."""
-    hosts: list[str] = field(default_factory=list)
-    """Hosts that caused it."""
-    bad: dict[str, str] = field(default_factory=dict)
-    """Hosts that cannot be used, with the reason: lost, or failed their checks."""
+    outcome: str  # finished | stopped | user_error | not_finite | hang | crash | lost_node | too_few_nodes
+    text: str = ""  # reason in one line
+    step: int | None = None  # of not_finite: the step with the value that is not finite
+    hosts: list[str] = field(default_factory=list)  # those that caused it
+    bad: dict[str, str] = field(default_factory=dict)  # hosts that were lost or failed their checks, with the reason
 
 
 @dataclass(frozen=True)
 class Situation:
     """State of the job when an attempt has ended."""
 
-    nodes: Sequence[str]
-    """Usable nodes of the allocation."""
-    needed: int
-    """Number of nodes that training takes."""
-    retries: int
-    """Maximum number of retries without a newer checkpoint."""
-    failures: int
-    """Failed attempts since the newest checkpoint, including this one, over all restarts of the job."""
-    requeues: int
-    """Requeues since the newest checkpoint."""
-    blamed: dict[str, int]
-    """Number of these failures per host, where a single host caused one."""
-    progressed: bool
-    """Whether there is a newer checkpoint than when Slurm last started the job."""
-    not_finite: int
-    """Attempts since the newest checkpoint that ended with values that are not finite, including this one."""
-    stop: str = ""
-    """Reason why the job must stop: "time limit", "preemption", "operator", or ""."""
-    stop_file: bool = False
-    """Whether RUN/STOP exists."""
+    nodes: Sequence[str]  # usable nodes of the allocation
+    needed: int  # number of nodes that training takes
+    retries: int  # maximum number of retries without a newer checkpoint
+    failures: int  # failed attempts since the newest checkpoint, including this one, over all restarts of the job
+    requeues: int  # requeues since the newest checkpoint
+    blamed: dict[str, int]  # number of these failures per host, where a single host caused one
+    progressed: bool  # whether there is a newer checkpoint than when Slurm last started the job
+    not_finite: int  # attempts since the newest checkpoint that ended as not_finite, including this one
+    stop: str = ""  # reason why the job must stop: "time limit", "preemption", "operator", or ""
+    stop_file: bool = False  # whether RUN/STOP exists
 
 
 @dataclass(frozen=True)
 class Action:
     """Next action of the job."""
 
-    kind: str
-    """done | stop | end | retry | requeue."""
+    kind: str  # done | stop | end | retry | requeue
     reason: str
-    exclude: tuple[str, ...] = ()
-    """Nodes to leave out from now on."""
-    find_nan: bool = False
-    """The next attempt searches for the place where values stop being finite."""
+    exclude: tuple[str, ...] = ()  # nodes to leave out from now on
+    find_nan: bool = False  # the next attempt searches for the place where values stop being finite
 
 
 def decide(end: AttemptEnd, now: Situation) -> Action:

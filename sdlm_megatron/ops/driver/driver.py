@@ -44,8 +44,7 @@ from sdlm_megatron.weights.checkpoint_folder import newest_step
 
 EXAMPLE = "DATA=DIR BASE=DIR sbatch slurm/train_32b_d4.sh -- --train.steps=1000"
 SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)
-CONTROLLER_TRIES = 20
-"""Questions to a controller that does not answer, at least 10 s apart."""
+CONTROLLER_TRIES = 20  # questions to a controller that does not answer, at least 10 s apart
 EXIT_CODES = {"done": 0, "stop": 3}
 
 

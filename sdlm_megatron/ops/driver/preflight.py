@@ -13,6 +13,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import cycle
@@ -97,15 +98,11 @@ def run_preflight(
     *,
     quick: bool = False,
 ) -> dict[str, Any]:
-    """Checks nodes and writes the report.
+    """Checks the nodes `names` and writes the report into `logs` (RUN/logs/JOB-RESTART).
 
     Args:
-        run_dir: folder of the run.
-        logs: folder for the report, RUN/logs/JOB-RESTART.
-        names: nodes to check.
-        needed: nodes that the training takes.
-        cluster: holds the limits and how programs are started.
-        config: file or preset of the training; "": none is compared.
+        needed: number of nodes that the training takes.
+        config: file or preset of the training; "": no configuration is compared.
         overrides: settings of the training, `--a.b=c`.
         notify: receives a line when a stage begins.
         quick: skip the measurements of speed.
@@ -116,30 +113,32 @@ def run_preflight(
         "nodes": {node: checks}, "table": text}.
     """
     start = time.monotonic()
-    folder = _new_folder(logs)
     whole_node = replace(cluster, cpus_per_task=0)  # one task, which shares all CPUs of the node among its processes
     stages = NodeStages(
         limits=replace(cluster.preflight, gpus=cluster.expected_gpus),
         task={"run_dir": str(run_dir.resolve()), "config": config, "overrides": list(overrides)},
-        folder=folder,
+        folder=_new_folder(logs),
         command=lambda node, arguments: with_setup(whole_node, on_nodes(whole_node, [node], 1, arguments)),
         environment=training_environment(cluster),
         notify=notify,
     )
-    nodes = stages.run(names, quick=quick)
+    report = _report(stages.run(names, quick=quick), needed, time.monotonic() - start)
+    add_bad_nodes(run_dir, report["blamed"])
+    write_json(logs / "preflight.json", report)
+    write_text(logs / "preflight.txt", report["table"] + "\n")
+    return report
+
+
+def _report(nodes: Sequence[NodeReport], needed: int, seconds: float) -> dict[str, Any]:
     healthy = [node.name for node in nodes if not node.failed]
     blamed, everywhere = nodes_to_replace(nodes), common_failures(nodes)
-    add_bad_nodes(run_dir, blamed)
-    seconds = time.monotonic() - start
-    lines = [
-        format_table(nodes),
-        f"{len(healthy)} of {len(nodes)} nodes are healthy, {needed} are needed; {seconds:.0f} s",
-    ]
+    count = f"{len(healthy)} of {len(nodes)} nodes are healthy, {needed} are needed; {seconds:.0f} s"
+    lines = [format_table(nodes), count]
     if blamed:
         lines.append(f"excluded from now on (bad-nodes.txt of the run): {', '.join(blamed)}")
     if everywhere:
         lines.append(f"failed on every node, so not a fault of single nodes: {everywhere}")
-    report: dict[str, Any] = {
+    return {
         "ok": len(healthy) >= needed,
         "needed": needed,
         "seconds": round(seconds, 1),
@@ -150,9 +149,6 @@ def run_preflight(
         "nodes": {node.name: [vars(check) for check in node.checks] for node in nodes},
         "table": "\n".join(lines),
     }
-    write_json(logs / "preflight.json", report)
-    write_text(logs / "preflight.txt", report["table"] + "\n")
-    return report
 
 
 def _new_folder(logs: Path) -> Path:
@@ -168,9 +164,8 @@ class NodeRun:
     """The node program on one node, started by srun; its output is in a log, its result in a file."""
 
     def __init__(self, command: Sequence[str], environment: Mapping[str, str], log: Path, result: Path) -> None:
-        self.log, self._result_file, self.started = log, result, time.time()
-        self.clock: tuple[float, float] | None = None
-        """The node's time, and this node's when it arrived."""
+        self.log, self.result_file, self.started = log, result, time.time()
+        self.clock: tuple[float, float] | None = None  # the node's time, and this node's when it arrived
         with open(log, "w", encoding="utf-8") as output:
             self.process = subprocess.Popen(
                 command,
@@ -184,7 +179,7 @@ class NodeRun:
     def ended(self) -> bool:
         """Whether the program has ended; also looks for its clock line."""
         code = self.process.poll()
-        # The log is written by srun on this node: a line shows here at once, without a shared file system's delay.
+        # srun writes the log on this node, so a line shows here without the delay of a shared file system.
         if self.clock is None:
             for line in self.log.read_text(errors="replace").splitlines(keepends=True):
                 if line.startswith(CLOCK) and line.endswith("\n"):
@@ -197,10 +192,8 @@ class NodeRun:
         for end in (self.process.terminate, self.process.kill):
             if self.process.poll() is None:
                 end()
-                try:
+                with suppress(subprocess.TimeoutExpired):
                     self.process.wait(timeout=2)
-                except subprocess.TimeoutExpired:
-                    continue
 
     def result(self) -> dict[str, Any] | str:
         """The result, or the reason why there is none."""
@@ -211,7 +204,7 @@ class NodeRun:
             return f"no result in time{last}"
         for _ in range(50 if code == 0 else 1):
             try:
-                return dict(json.loads(self._result_file.read_text(encoding="utf-8")))
+                return dict(json.loads(self.result_file.read_text(encoding="utf-8")))
             except FileNotFoundError:
                 time.sleep(0.1)  # a shared file system may show another node's new file late
         return f"the program on the node ended with code {code}{last}"
@@ -225,17 +218,14 @@ class NodeStages:
     """
 
     limits: Limits
-    task: dict[str, Any]
-    """Arguments of the stage "checks" besides the limits."""
+    task: dict[str, Any]  # arguments of the stage "checks" besides the limits
     folder: Path
-    command: Callable[[str, list[str]], list[str]]
-    """Builds the command that runs Python with some arguments on a node."""
+    command: Callable[[str, list[str]], list[str]]  # builds the command that runs Python with arguments on a node
     environment: Mapping[str, str]
     notify: Callable[[str], None]
     reports: dict[str, NodeReport] = field(default_factory=dict)
     backend: str = "gloo"
-    ports: dict[str, int] = field(default_factory=dict)
-    """A free port of each node."""
+    ports: dict[str, int] = field(default_factory=dict)  # a free port of each node
 
     def run(self, names: Sequence[str], *, quick: bool = False) -> list[NodeReport]:
         """Runs the stages; `quick` skips the measurements of speed."""
@@ -259,66 +249,56 @@ class NodeStages:
         Returns:
             results of the nodes that wrote one, and all runs. A node without a result gets a failed check.
         """
-        # The token proves that both sides see the same folder; a new one for each stage also rules out old files.
+        # The token proves that both sides see the same folder.
         token = uuid.uuid4().hex
         write_text(self.folder / "token", token)
         runs: dict[str, NodeRun] = {}
         try:
             for name, task in tasks.items():
-                file = f"{stage}-{name}"
-                kind, text = stage.split("-")[0], json.dumps({**task, "token": token})
-                program = ["-u", "-m", PROGRAM, str(self.folder.resolve()), f"{file}.json", kind, text]
-                runs[name] = NodeRun(
-                    self.command(name, program),
-                    self.environment,
-                    self.folder / f"{file}.log",
-                    self.folder / f"{file}.json",
-                )
+                log, result = self.folder / f"{stage}-{name}.log", self.folder / f"{stage}-{name}.json"
+                text = json.dumps({**task, "token": token})
+                program = ["-u", "-m", PROGRAM, str(self.folder.resolve()), result.name, stage.split("-")[0], text]
+                runs[name] = NodeRun(self.command(name, program), self.environment, log, result)
             deadline, waiting = time.monotonic() + seconds, list(runs.values())
             while waiting and time.monotonic() < deadline:
                 time.sleep(POLL_SECONDS)
                 waiting = [run for run in waiting if not run.ended()]
             results = {}
             for name, run in runs.items():
-                result = run.result()
-                if isinstance(result, dict):
-                    results[name] = result
+                result_or_reason = run.result()
+                if isinstance(result_or_reason, dict):
+                    results[name] = result_or_reason
                 elif run.process.returncode == NOT_SHARED:
-                    self.reports[name].add(
-                        "run disk", False, "not shared", "the run folder on this node is not the batch node's"
-                    )
+                    why = "the run folder on this node is not the batch node's"
+                    self.reports[name].add("run disk", False, "not shared", why)
                 else:
-                    self.reports[name].add("answers", False, "no", result)
+                    self.reports[name].add("answers", False, "no", result_or_reason)
         finally:
             for run in runs.values():
                 run.stop()
         return results, runs
 
     def _check_each(self, *, measure_speed: bool) -> dict[str, dict[str, Any]]:
-        """Runs the stage "checks", and compares what must be equal; returns the in-node speeds that were measured."""
+        """Runs the stage "checks", and compares what must be equal; returns the in-node speeds."""
         seconds = self.limits.answer_seconds + (MEASURE_SECONDS if measure_speed else 0)
         task = {**self.task, "limits": asdict(self.limits), "measure_speed": measure_speed}
         results, runs = self._run_programs("checks", dict.fromkeys(self.reports, task), seconds)
-        batch_values = hash_environment(self.task["config"], self.task["overrides"])
         compared: dict[str, dict[str, str]] = {}
-        speeds = {}
         for name, result in results.items():
             self.ports[name] = result["port"]
-            if result["speed"]:
-                speeds[name] = result["speed"]
             checks = [Check(**check) for check in result["checks"]]
             clock = clock_check(runs[name], self.limits.clock_seconds)
             self.reports[name].checks += [Check("answers", True, "yes"), clock, *checks]
             for key, value in result["shared_values"].items():
                 compared.setdefault(key, {})[name] = value
+        batch_values = hash_environment(self.task["config"], self.task["overrides"])
         for key, values in compared.items():
             for name, check in compare_values(key, values, batch_values.get(key, "")).items():
                 self.reports[name].checks.append(check)
-        return speeds
+        return {name: results[name]["speed"] for name in self._healthy() if results[name]["speed"]}
 
-    def _judge_speeds(self, measured: Mapping[str, dict[str, Any]]) -> None:
-        """Compares the in-node all-reduces and the GPUs' speeds of healthy nodes with the limits and the medians."""
-        speeds = {name: measured[name] for name in self._healthy() if name in measured}
+    def _judge_speeds(self, speeds: Mapping[str, dict[str, Any]]) -> None:
+        """Compares the in-node all-reduces and the GPUs' speeds with the limits and the medians."""
         self.backend = next((speed["backend"] for speed in speeds.values() if "backend" in speed), "gloo")
         minimum, factor = self._limits_of(self.limits.node_gbs, 0)
         floor = speed_floor([speed["gbs"] for speed in speeds.values() if speed.get("gbs")], minimum, factor)
@@ -357,8 +337,8 @@ class NodeStages:
         # between two slow ones is not: each node that is slow in all its pairs is measured again with a good one.
         good = [name for name, speed in best_speeds(speeds).items() if speed >= floor]
         suspects = [name for name, speed in best_speeds(speeds).items() if speed < floor]
-        if good and suspects:
-            pairs = list(zip(suspects, cycle(good), strict=False))
+        pairs = list(zip(suspects, cycle(good), strict=False))
+        if pairs:
             for name, partner in pairs:
                 self.notify(f"pre-flight: {name} is slow; measuring it again with {partner}")
             rounds = [pairs[at : at + len(good)] for at in range(0, len(pairs), len(good))]
@@ -374,12 +354,10 @@ class NodeStages:
         tasks: dict[str, dict[str, Any]] = {}
         for number, pairs in enumerate(rounds):
             for pair in pairs:
-                meeting = {"host": pair[0], "port": self.ports[pair[0]]}
                 for name in pair:
                     task = tasks.setdefault(name, {"ranks": ranks, "rounds": [None] * len(rounds)})
-                    task["rounds"][number] = {**meeting, "first": name == pair[0]}
-        seconds = len(rounds) * MEASURE_SECONDS + self.limits.answer_seconds
-        results, _ = self._run_programs(stage, tasks, seconds)
+                    task["rounds"][number] = {"host": pair[0], "port": self.ports[pair[0]], "first": name == pair[0]}
+        results, _ = self._run_programs(stage, tasks, len(rounds) * MEASURE_SECONDS + self.limits.answer_seconds)
         for number, pairs in enumerate(rounds):
             for pair in pairs:
                 sides = [results[name]["speeds"][number] for name in pair if name in results]

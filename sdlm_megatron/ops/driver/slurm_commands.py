@@ -10,8 +10,7 @@ from datetime import datetime
 
 from sdlm_megatron.errors import UserError
 
-GUARDIAN = "guardian"
-"""Name of the job step that outlives the driver (guardian.py)."""
+GUARDIAN = "guardian"  # name of the job step that outlives the driver (guardian.py)
 COMMAND_SECONDS = 60
 """Time limit of a command. A controller that is busy or down may not answer; that counts as a failure."""
 
@@ -42,8 +41,7 @@ class SlurmJob:
     """The job that this process is part of."""
 
     id: str
-    restart: int
-    """Number of times that Slurm has requeued the job."""
+    restart: int  # number of times that Slurm has requeued the job
     nodes: list[str] = field(hash=False)
 
     @classmethod

@@ -25,8 +25,7 @@ from sdlm_megatron.ops.driver.cluster_file import CLUSTER_HELP, CLUSTERS, SCRIPT
 from sdlm_megatron.ops.driver.launch import LAUNCHERS, VARIABLES, variable_overrides
 from sdlm_megatron.ops.driver.verdict import read_bad_nodes
 
-MINIMUM_SECONDS = 600
-"""Time for the pre-flight, the start and some training steps."""
+MINIMUM_SECONDS = 600  # time for the pre-flight, the start and some training steps
 KEPT_VARIABLES = (*VARIABLES, "PYTHON", "CONFIG", "OUT", "MODEL", "HELDOUT")
 EXAMPLE = """DATA=DIR BASE=DIR sdlm submit train_32b_d4 --cluster mine --spares 1 --dry-run
 DATA=DIR BASE=DIR sdlm submit train_3b_d4 --cluster mine --nodes 2 -- --train.global_batch=128
@@ -77,8 +76,7 @@ class BatchScript:
         self.needs: list[tuple[str, str]] = re.findall(r'^need (\w+) "(.*)"', text, re.MULTILINE)
         """Variables that must be set, with their meaning."""
         preset = re.search(r"^train (\S+)", text, re.MULTILINE)
-        self.preset = preset[1] if preset else ""
-        """Preset of a training script; "" of the others."""
+        self.preset = preset[1] if preset else ""  # preset of a training script; "" of the others
 
 
 class Submission:

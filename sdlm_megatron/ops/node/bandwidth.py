@@ -18,10 +18,8 @@ if TYPE_CHECKING:
 
 BYTES = {"nccl": 256 << 20, "gloo": 1 << 20}
 REPEAT_SECONDS = 0.3
-REPEATS = (4, 50)
-"""Minimum and maximum number of timed all-reduces."""
-MATMUL_SIZE = 8192
-"""Side length of the square matrices that measure a GPU's speed."""
+REPEATS = (4, 50)  # minimum and maximum number of timed all-reduces
+MATMUL_SIZE = 8192  # side length of the square matrices that measure a GPU's speed
 PORTS = range(20000, 32000)
 """Below Linux's ephemeral range (from 32768), so that no outgoing connection takes a port that was just free."""
 
@@ -33,11 +31,9 @@ class RankGroup:
     host: str
     port: int
     first_rank: int
-    ranks: int
-    """Number of ranks on this node."""
+    ranks: int  # number of ranks on this node
     world: int
-    matmul: bool
-    """Also measure the speed of each GPU."""
+    matmul: bool  # also measure the speed of each GPU
 
 
 def free_port() -> int:

@@ -35,8 +35,7 @@ class GpuState:
     power_watts: float | None
     throttle: int
     ecc_errors: int | None
-    remapping: str
-    """Problem with remapped memory rows; "" if there is none."""
+    remapping: str  # problem with remapped memory rows; "" if there is none
 
 
 class NvmlUnavailable(Exception):

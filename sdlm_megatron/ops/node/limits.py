@@ -3,14 +3,10 @@ the batch node and the node program share. Nothing here needs torch."""
 
 from dataclasses import dataclass
 
-NOT_SHARED = 4
-"""Exit code of the node program where the run folder is not the one that the batch node sees."""
-CLOCK = "clock: "
-"""Begins the line of the node program that holds the node's time, in seconds since 1970."""
-CPU_RANKS = 2
-"""Ranks of a node without GPUs in an all-reduce."""
-MEASURE_SECONDS = 120.0
-"""Time limit of one all-reduce measurement, including the start of its processes."""
+NOT_SHARED = 4  # exit code of the node program where the run folder is not the one that the batch node sees
+CLOCK = "clock: "  # begins the line of the node program that holds the node's time, in seconds since 1970
+CPU_RANKS = 2  # ranks of a node without GPUs in an all-reduce
+MEASURE_SECONDS = 120.0  # time limit of one all-reduce measurement, including the start of its processes
 MINIMUM_SPEEDS = {"nccl": (100.0, 20.0, 0.7), "gloo": (0.02, 0.02, 0.1)}
 """Defaults of node_gbs, network_gbs and slow_factor. Those of gloo are low: it is for machines without GPUs, where
 whatever else runs there decides the speed."""
@@ -53,9 +49,6 @@ class Check:
     """Result of one check on one node."""
 
     name: str
-    ok: bool | None
-    """None: skipped, for the reason in `why`."""
-    value: str
-    """Short text for the table."""
-    why: str = ""
-    """Reason of a failure, or of a skipped check."""
+    ok: bool | None  # none: skipped, for the reason in `why`
+    value: str  # short text for the table
+    why: str = ""  # reason of a failure, or of a skipped check

@@ -21,19 +21,15 @@ KINDS = ("the weights before the step", "the forward pass", "the backward pass",
 class NonFiniteTensor:
     """The first tensor of a process that is not finite. The smallest of all processes, in this order, is the origin."""
 
-    kind: int
-    """Index into KINDS."""
+    kind: int  # index into KINDS
     micro_batch: int
     stage: int
     """Counted from where the pass begins: the first stage in the forward pass, the last one in the backward pass."""
-    order: int
-    """Number of modules and gradients checked before it."""
+    order: int  # number of modules and gradients checked before it
     rank: int
     host: str
-    place: str
-    """Module or parameter, with the layer's number in the whole model."""
-    row: int | None
-    """Row of the run in the micro-batch; None: an empty row, or a tensor that belongs to no row."""
+    place: str  # module or parameter, with the layer's number in the whole model
+    row: int | None  # row of the run in the micro-batch; None: an empty row, or a tensor that belongs to no row
 
     def text(self) -> str:
         row = f", row {self.row} of the run" if self.row is not None else ""
@@ -75,8 +71,7 @@ class _Search:
         self.engine, self.batches, self.host = engine, batches, host
         self._first: dict[int, NonFiniteTensor] = {}
         self._checked = 0
-        self._forward = [0] * len(engine.modules)
-        """Number of micro-batches that each model chunk has begun."""
+        self._forward = [0] * len(engine.modules)  # number of micro-batches that each model chunk has begun
         self._handles: list[Any] = []
         self._layers = {
             (chunk, name): int(part.layer_number)

@@ -28,14 +28,11 @@ from sdlm_megatron.parallel.engine import Engine
 from sdlm_megatron.parallel.results import QueuedStep, StepResult, row_losses
 
 SPIKES_FILE = "spikes.jsonl"
-SLOW_STEPS = 3
-"""Consecutive log steps in which a host must be slow to be reported."""
+SLOW_STEPS = 3  # consecutive log steps in which a host must be slow to be reported
 WINDOW, WINDOW_MINIMUM = 100, 20
 """Number of steps that define the usual value, and how many of them are needed."""
-SPREAD_FLOOR = 0.02
-"""Minimum spread as a fraction of the median: a converged run still varies a little."""
-MAX_ROWS = 4
-"""Maximum number of rows reported for a spike."""
+SPREAD_FLOOR = 0.02  # minimum spread as a fraction of the median: a converged run still varies a little
+MAX_ROWS = 4  # maximum number of rows reported for a spike
 
 
 class Monitor:
@@ -51,8 +48,7 @@ class Monitor:
         self.config, self.engine, self.dataset, self.watch = config, engine, dataset, watch
         self.find_nan, self.run_dir, fault = find_nan, Path(config.run_dir), config.fault
         self.hosts: list[str] = engine.groups.gather(watch.host)
-        self.fields: dict[str, float | str] = {}
-        """Compute times for the log record of the steps read last."""
+        self.fields: dict[str, float | str] = {}  # compute times for the log record of the steps read last
         self._stragglers = Stragglers(self.hosts, fault.straggler_factor)
         self._outliers = {"loss": Outliers(fault.spike_factor), "grad_norm": Outliers(fault.spike_factor)}
         self._rows: TextIO | None = None

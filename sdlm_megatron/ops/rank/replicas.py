@@ -10,8 +10,7 @@ from sdlm_megatron.errors import ReplicaError
 from sdlm_megatron.parallel.engine import Engine
 from sdlm_megatron.parallel.groups import Groups
 
-CHUNK = 1 << 24
-"""Elements per chunk: int64 takes four times the memory of bf16."""
+CHUNK = 1 << 24  # elements per chunk: int64 takes four times the memory of bf16
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 

@@ -25,8 +25,7 @@ class StopRequests:
     """
 
     def __init__(self) -> None:
-        self.why: str | None = None
-        """Reason of the first request; None if there was none."""
+        self.why: str | None = None  # reason of the first request; None if there was none
         for number in SIGNALS:
             signal.signal(number, self._note)
 

@@ -36,16 +36,13 @@ from sdlm_megatron.files import write_json
 from sdlm_megatron.ops.attempt import rank_file, record_event
 from sdlm_megatron.ops.rank.stop import StopRequests
 
-HANG = 75
-"""Exit code of a process that hung."""
+HANG = 75  # exit code of a process that hung
 GRACE = 5.0
 """Seconds from the detection of a hang to the end of the process, in which the other ranks write their stacks too."""
 BEHIND = 60.0
 """Seconds after the deadline at which the interpreter's timer ends a process whose watchdog thread cannot run."""
-STILL = 5.0
-"""Seconds without the watchdog thread running that mean the process was stopped or its interpreter blocked."""
-STEP_TIMES = 100
-"""Number of steps that define the usual step time."""
+STILL = 5.0  # seconds without the watchdog thread running that mean the process was stopped or its interpreter blocked
+STEP_TIMES = 100  # number of steps that define the usual step time
 
 
 class Watch:
@@ -64,12 +61,9 @@ class Watch:
         self.run_dir, self.settings, self.requests = Path(run_dir), settings, requests
         self.rank = int(os.environ.get("RANK", 0))
         self.host = host_name()
-        self.step, self.done = 0, 0
-        """The step in progress, and the last one whose results were read."""
-        self.rows: list[int] = []
-        """Rows of the run in progress."""
-        self.reason, self.why = "finished", ""
-        """Reason for the exit record if no error occurs."""
+        self.step, self.done = 0, 0  # the step in progress, and the last one whose results were read
+        self.rows: list[int] = []  # rows of the run in progress
+        self.reason, self.why = "finished", ""  # reason for the exit record if no error occurs
         self._phase, self._phase_since = "start", time.time()
         # Start of the current activity and its time limit. One tuple, so that the thread never sees half of a change.
         self._clock = (time.monotonic(), settings.start_seconds)
