@@ -1,0 +1,118 @@
+"""`sdlm submit` with a fake sbatch that prints its arguments: from a checkout, and from an installation without one."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import REPO
+
+from sdlm_megatron.errors import ConfigError
+from sdlm_megatron.ops.driver.submit import BatchScript, Submission
+
+SBATCH = '#!/bin/sh\necho "PYTHON=$PYTHON"\nfor a; do echo "$a"; done\necho 4711\n'
+
+
+@pytest.fixture
+def user(tmp_path: Path) -> dict[str, str]:
+    """Environment of a user whose working folder is tmp_path, with sbatch on PATH and a cluster file of his own."""
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    (tools / "sbatch").write_text(SBATCH)
+    (tools / "sbatch").chmod(0o755)
+    (tmp_path / "clusters").mkdir()
+    (tmp_path / "clusters" / "mine.yaml").write_text("gpus_per_node: 4\npartition: own\nspares: 1\n")
+    keep = {k: v for k, v in os.environ.items() if k not in ("PYTHON", "PYTHONPATH", "DATA", "BASE", "RUN_DIR", "OUT")}
+    return {
+        **keep,
+        "PATH": f"{tools}:{os.environ['PATH']}",
+        "DATA": str(tmp_path / "data"),
+        "BASE": str(tmp_path / "base"),
+        "RUN_DIR": str(tmp_path / "run"),
+    }
+
+
+def run(*command: object, cwd: Path, env: dict[str, str]) -> subprocess.CompletedProcess:
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=cwd, env=env)
+
+
+def submitted_lines(run_dir: Path) -> list[str]:
+    """Arguments in the kept submission."""
+    return (run_dir / "submit.sbatch").read_text().replace(" \\\n", "\n").split()
+
+
+def test_a_training_script_is_submitted_by_its_name(user: dict[str, str], tmp_path: Path) -> None:
+    line = (sys.executable, "-m", "sdlm_megatron.cli", "submit", "train_32b_d4", "--cluster", "mine", "--nodes", "2")
+    done = run(*line, "--", "--train.steps=7", cwd=tmp_path, env={**user, "PYTHONPATH": str(REPO)})
+    assert (done.returncode, done.stdout) == (0, "submitted job 4711\n"), done.stderr
+    submitted = submitted_lines(tmp_path / "run")
+    assert {"--nodes=3", "--gpus-per-node=4", "--partition=own", f"PYTHON={sys.executable}"} <= set(submitted)
+    script = submitted.index(str(REPO / "sdlm_megatron" / "ops" / "slurm" / "train_32b_d4.sh"))
+    cluster = str(tmp_path / "clusters" / "mine.yaml")
+    assert submitted[script + 1 :] == ["--cluster", cluster, "--spares", "1", "--", "--train.steps=7"]
+
+
+def test_a_script_of_the_checkout_submits_itself(user: dict[str, str], tmp_path: Path) -> None:
+    script = REPO / "slurm" / "train_3b_d4.sh"
+    done = run(script, "--cluster", "mine", "--parsable", cwd=tmp_path, env={**user, "PYTHON": sys.executable})
+    assert (done.returncode, done.stdout) == (0, "4711\n"), done.stderr
+    assert str(script) in submitted_lines(tmp_path / "run")
+
+
+def test_an_installation_needs_no_checkout(user: dict[str, str], tmp_path: Path) -> None:
+    """The package copied to PREFIX/lib/python/site-packages, as pip lays it out, and used from elsewhere."""
+    site = tmp_path / "prefix" / "lib" / "python3" / "site-packages"
+    for package in ("sdlm_megatron", "data_prep", "checkpoints_tools"):
+        shutil.copytree(REPO / package, site / package, ignore=shutil.ignore_patterns("__pycache__"))
+    python = tmp_path / "prefix" / "bin" / "python3"
+    python.parent.mkdir()
+    python.write_text(f'#!/bin/sh\nPYTHONPATH={site} exec {sys.executable} "$@"\n')  # a virtual environment of sorts
+    python.chmod(0o755)
+    before = sorted(site.rglob("*"))
+    env = {**user, "PYTHONDONTWRITEBYTECODE": "1"}
+    by_name = run(python, "-m", "sdlm_megatron.cli", "submit", "train_3b_d8", cwd=tmp_path, env=env)
+    assert (by_name.returncode, by_name.stdout) == (0, "submitted job 4711\n"), by_name.stderr
+    installed = site / "sdlm_megatron" / "ops" / "slurm"
+    submitted = submitted_lines(tmp_path / "run")
+    assert str(installed / "train_3b_d8.sh") in submitted and submitted[-4:] == [
+        "--cluster",
+        "default",
+        "--spares",
+        "0",
+    ]
+    env["OUT"] = str(tmp_path / "hf")
+    by_path = run("bash", installed / "export.sh", "--parsable", cwd=tmp_path, env=env)
+    assert (by_path.returncode, by_path.stdout) == (0, "4711\n"), by_path.stderr
+    pipeline = run(python, "-m", "sdlm_megatron.cli", "submit", "pipeline", "train_3b_d8", cwd=tmp_path, env=env)
+    assert pipeline.stdout.splitlines() == ["train_3b_d8: job 4711", "export: job 4711"], pipeline.stderr
+    assert sorted(site.rglob("*")) == before
+
+
+def test_a_script_describes_itself() -> None:
+    assert BatchScript("train_32b_d4").preset == BatchScript("slurm/train_32b_d4.sh").preset == "sdlm_32b_d4"
+    export = BatchScript("export")
+    assert export.preset == "" and export.options["nodes"] == "1" and "exclusive" in export.options
+    assert [variable for variable, _ in export.needs] == ["RUN_DIR", "OUT"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variables", "message"),
+    [
+        (["train_33b"], {}, "no batch script train_33b"),
+        (["export"], {"RUN_DIR": "run"}, "OUT is not set: the Hugging Face folder to write"),
+        (["export", "--spares", "1"], {"RUN_DIR": "run", "OUT": "hf"}, "are for training scripts"),
+        (["train_3b_d4"], {"BASE": "base"}, "DATA is not set"),
+        (["train_3b_d4", "--cluster", "none"], {}, "no config file or preset named none"),
+    ],
+)
+def test_errors_are_named_before_anything_is_submitted(
+    arguments: list[str], variables: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("DATA", "BASE", "RUN_DIR", "OUT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=message):
+        Submission(arguments)
