@@ -15,7 +15,7 @@ from sdlm_megatron.config.command_line import make_parser
 from sdlm_megatron.errors import run_cli
 from sdlm_megatron.ops.attempt import read_events, record_event
 from sdlm_megatron.ops.driver.decision import REQUEUES, since_checkpoint
-from sdlm_megatron.ops.driver.slurm_commands import GUARDIAN, SlurmJob, lost_nodes
+from sdlm_megatron.ops.driver.slurm_commands import GUARDIAN, SlurmJob, command, lost_nodes
 from sdlm_megatron.weights.checkpoint_folder import newest_step
 
 POLL_SECONDS = 5
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     why = f"the driver's node {args.driver_node} was lost"
     if since_checkpoint(read_events(args.run_dir), job.id, step)["requeues"] >= REQUEUES:
         record_event(args.run_dir, "job_end", reason=f"end: {why}, after {REQUEUES} requeues without progress")
-        job.cancel()
+        command("scancel", job.id)
         return
     record_event(args.run_dir, "job_end", reason=f"requeue: {why}")
     record_event(args.run_dir, "requeue", reason=why, checkpoint=step)

@@ -89,10 +89,6 @@ class SlurmJob:
                     command("scancel", f"--signal={signal}", step)
             time.sleep(seconds if signal == "TERM" else 0)
 
-    def cancel(self) -> None:
-        """Ends the job."""
-        command("scancel", self.id)
-
     def requeue(self, exclude: Sequence[str]) -> str:
         """Puts the job back into the queue, without the nodes of `exclude`; returns "" or why Slurm refused.
 

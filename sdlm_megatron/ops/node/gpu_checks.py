@@ -31,33 +31,28 @@ class GpuState:
     driver: str
     temperature: float | None
     memory_mib: float | None
-    clock_mhz: float | None
-    power_watts: float | None
+    clock_mhz: int | None
+    power_watts: int | None
     throttle: int
     ecc_errors: int | None
     remapping: str  # problem with remapped memory rows; "" if there is none
 
 
-class NvmlUnavailable(Exception):
-    """NVIDIA's management library cannot be used on this node; the text says why."""
-
-
-def open_nvml() -> Any:
-    """The module pynvml, initialized.
+def open_nvml() -> tuple[Any, str]:
+    """The initialized module pynvml and "", or None and the reason why this node has none.
 
     Raises:
-        NvmlUnavailable: nvidia-ml-py or the driver's library is not installed.
         pynvml.NVMLError: the driver is installed but does not work.
     """
     try:
         import pynvml
     except ImportError:
-        raise NvmlUnavailable("the Python package nvidia-ml-py is not installed on this node") from None
+        return None, "the Python package nvidia-ml-py is not installed on this node"
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError_LibraryNotFound:
-        raise NvmlUnavailable("this node has no NVIDIA driver") from None
-    return pynvml
+        return None, "this node has no NVIDIA driver"
+    return pynvml, ""
 
 
 def read_gpus(nvml: Any) -> tuple[list[GpuState], list[str]]:
@@ -82,7 +77,7 @@ def _read_gpu(nvml: Any, index: int, driver: str) -> GpuState:
         except (nvml.NVMLError_NotSupported, nvml.NVMLError_FunctionNotFound, nvml.NVMLError_NoPermission):
             return None
 
-    memory, power = read(nvml.nvmlDeviceGetMemoryInfo), read(nvml.nvmlDeviceGetPowerManagementLimit)
+    memory, milliwatts = read(nvml.nvmlDeviceGetMemoryInfo), read(nvml.nvmlDeviceGetPowerManagementLimit)
     rows = read(nvml.nvmlDeviceGetRemappedRows)  # (correctable, uncorrectable, pending, failed)
     remapping = ""
     if rows:
@@ -96,7 +91,7 @@ def _read_gpu(nvml: Any, index: int, driver: str) -> GpuState:
         temperature=read(nvml.nvmlDeviceGetTemperature, nvml.NVML_TEMPERATURE_GPU),
         memory_mib=None if memory is None else memory.used / 2**20,  # includes what the driver itself reserves
         clock_mhz=read(nvml.nvmlDeviceGetMaxClockInfo, nvml.NVML_CLOCK_SM),
-        power_watts=None if power is None else power / 1000,
+        power_watts=None if milliwatts is None else milliwatts // 1000,
         throttle=read(nvml.nvmlDeviceGetCurrentClocksThrottleReasons) or 0,
         ecc_errors=read(
             nvml.nvmlDeviceGetTotalEccErrors, nvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED, nvml.NVML_VOLATILE_ECC
@@ -111,16 +106,16 @@ def gpu_checks(limits: Limits) -> tuple[list[Check], str]:
         return [Check("gpus", None, "skipped", "the cluster file expects no GPUs")], ""
     expected = limits.gpus or 0
     try:
-        nvml = open_nvml()
-    except NvmlUnavailable as error:
-        count = len(glob.glob("/dev/nvidia[0-9]*"))
-        return [_count(count, expected, "/dev/nvidia*"), Check("gpu state", None, "skipped", str(error))], ""
-    except Exception as error:  # noqa: BLE001 - any NVMLError: the driver is there and does not work
+        nvml, missing = open_nvml()
+    except Exception as error:  # noqa: BLE001 - NVMLError, whose module may not be imported at the top
         return [_count(0, expected, f"NVML: {error}")], ""
+    if missing:
+        count = len(glob.glob("/dev/nvidia[0-9]*"))
+        return [_count(count, expected, "/dev/nvidia*"), Check("gpu state", None, "skipped", missing)], ""
     gpus, errors = read_gpus(nvml)
     checks = [_count(len(gpus), expected, "; ".join(["NVML", *errors]))]
     checks += [*state_checks(gpus, limits), xid_check(limits.xid_hours)]
-    kinds = {f"{g.name}, {g.clock_mhz:g} MHz, {g.power_watts:g} W, driver {g.driver}" for g in gpus if _complete(g)}
+    kinds = {f"{g.name}, {g.clock_mhz} MHz, {g.power_watts} W, driver {g.driver}" for g in gpus}
     return checks, "; ".join(sorted(kinds))
 
 
@@ -164,10 +159,6 @@ def xid_check(hours: float) -> Check:
 def _count(count: int, expected: int, source: str) -> Check:
     why = "" if count == expected else f"{count} of {expected} GPUs ({source})"
     return Check("gpus", count == expected, f"{count}/{expected}", why)
-
-
-def _complete(gpu: GpuState) -> bool:
-    return gpu.clock_mhz is not None and gpu.power_watts is not None
 
 
 def _run(*command: str) -> tuple[str, str]:

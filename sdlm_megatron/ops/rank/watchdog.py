@@ -167,21 +167,15 @@ class Watch:
 
     def _beat(self) -> None:
         file = rank_file(self.run_dir, "heartbeat", self.rank)
-        beat = {
-            "rank": self.rank,
-            "host": self.host,
-            "pid": os.getpid(),
-            "step": self.step,
-            "phase": self._phase,
-            "since": self._phase_since,
-            "time": time.time(),
-            "rows": self.rows,
-        }
+        beat = {**self._state(), "step": self.step, "phase": self._phase, "since": self._phase_since}
         partial = file.with_name(file.name + ".partial")
         # Without fsync: a heartbeat that is lost with its node is no loss. A full disk must not end the run.
         with suppress(OSError):
             partial.write_text(json.dumps(beat))
             os.replace(partial, file)
+
+    def _state(self) -> dict[str, Any]:
+        return {"rank": self.rank, "host": self.host, "pid": os.getpid(), "rows": self.rows, "time": time.time()}
 
     def _hang(self, allowed: float) -> None:
         place = f"phase {self._phase}, step {self.step}"
@@ -225,21 +219,15 @@ class Watch:
             if self._recorded:
                 return
             self._recorded = True
+            defaults = {"failed_step": None, "error": None, "ranks": None, "stood_still": 0.0}
             record = {
-                "rank": self.rank,
-                "host": self.host,
+                **self._state(),
                 "local_rank": int(os.environ.get("LOCAL_RANK", 0)),
-                "pid": os.getpid(),
                 "reason": reason,
                 "why": why,
                 "step": self.done,
-                "failed_step": None,
-                "rows": self.rows,
-                "error": None,
-                "ranks": None,
-                "stood_still": 0.0,
                 "code": code,
-                "time": time.time(),
+                **defaults,
                 **details,
             }
             try:
