@@ -30,11 +30,11 @@ PAPER_NODES = 64  # of partition "paper": full-size nodes that exist for --test-
 
 
 def missing() -> str:
-    """Why no cluster can be started here; "" if one can."""
+    """Reason why no cluster can be started here; "" if one can."""
     if os.geteuid() != 0:
         return "Slurm's daemons and network namespaces need root"
     if not shutil.which("apt-get") and not shutil.which("slurmctld"):
-        return "neither Slurm nor apt-get to install it is here"
+        return "neither Slurm nor apt-get to install it is available"
     tried = subprocess.run(["unshare", "--net", "--uts", "--mount", "true"], capture_output=True, text=True)
     return f"no namespaces: {tried.stderr.strip()}" if tried.returncode else ""
 
@@ -83,7 +83,7 @@ def _no_daemons() -> Iterator[None]:
 
 
 def run(*command: str | Path, check: bool = True, **kwargs) -> str:
-    """Output of a command; an error with all it said."""
+    """Output of a command; RuntimeError with its whole output if it fails."""
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, **kwargs)
     if check and done.returncode:
         raise RuntimeError(f"{shlex.join(map(str, command))} ended with {done.returncode}:\n{done.stdout}{done.stderr}")
@@ -91,7 +91,7 @@ def run(*command: str | Path, check: bool = True, **kwargs) -> str:
 
 
 def wait_for(what: str, test: Callable[[], object], seconds: float) -> None:
-    """Until `test()` is true; TimeoutError names `what`."""
+    """Waits until `test()` is true; TimeoutError names `what`."""
     end = time.monotonic() + seconds
     while not test():
         if time.monotonic() > end:
@@ -100,7 +100,7 @@ def wait_for(what: str, test: Callable[[], object], seconds: float) -> None:
 
 
 def alive(pid_file: Path) -> int:
-    """Process id of a daemon that runs, 0 of one that does not."""
+    """Process id of a running daemon; 0 if it does not run."""
     try:
         pid = int(pid_file.read_text())
         os.kill(pid, 0)
@@ -141,13 +141,13 @@ class Cluster:
 
     @property
     def env(self) -> dict[str, str]:
-        """Environment of programs that use this cluster, free of any job this process may run in."""
+        """Environment of programs that use this cluster, without that of any job this process may run in."""
         outside = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SBATCH_", "SDLM_"))}
         return {**outside, "SLURM_CONF": str(self.conf)}
 
     # ------------------------------------------------------------------------------------------------ up and down
     def up(self) -> "Cluster":
-        """Starts what does not run; ready when all nodes are idle."""
+        """Starts everything that does not run yet, and waits until all nodes are idle."""
         install()
         for folder in (self.lab, self.lab / "log", self.lab / "state", self.local):
             folder.mkdir(parents=True, exist_ok=True)
@@ -173,7 +173,7 @@ class Cluster:
             try:
                 wait_for("jobs end", lambda: not with_jobs(), 15)
             except TimeoutError as error:
-                print(f"{error}; going on", file=sys.stderr)
+                print(f"{error}; continuing", file=sys.stderr)
         for daemon in ("slurmctld.pid", "munge/pid"):
             kill(alive(self.lab / daemon))
         for space in Path("/run/netns").glob(f"{self.name}[0-9]*"):
@@ -204,7 +204,7 @@ class Cluster:
         wait_for("munge's socket", (folder / "socket").exists, 5)
 
     def _network(self) -> None:
-        """A bridge, a subnet of its own, and a network namespace for each node."""
+        """Creates a bridge, its own subnet, and a network namespace for each node."""
         number = self._number()
         if not Path(f"/sys/class/net/br-{self.name}").exists():
             run("ip", "link", "add", f"br-{self.name}", "type", "bridge")
@@ -224,19 +224,19 @@ class Cluster:
         (self.lab / "hosts").write_text("\n".join(lines) + "\n")
 
     def _number(self) -> int:
-        """1 to 200, another one for every cluster of this machine."""
-        mine = self.lab / "number"
+        """Number of this cluster, 1 to 199, unique on this machine."""
+        file = self.lab / "number"
         with open("/run/slurm-numbers.lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            if not mine.exists():
-                taken = {int(file.read_text()) for file in Path("/run").glob("slurm-*/number")}
-                mine.write_text(str(next(n for n in range(1, 200) if n not in taken)))
-        return int(mine.read_text())
+            if not file.exists():
+                taken = {int(other.read_text()) for other in Path("/run").glob("slurm-*/number")}
+                file.write_text(str(next(n for n in range(1, 200) if n not in taken)))
+        return int(file.read_text())
 
     def _configure(self) -> None:
         number, host = self._number(), socket.gethostname()
-        # What clusters run: a signal reaches only the first process of a task, and its others end with it. With
-        # linuxproc every process gets the signal.
+        # As on real clusters: with cgroup a signal reaches only the first process of a task, and the others end with
+        # it. With linuxproc every process gets the signal.
         track = "cgroup" if os.access(FREEZER / "tasks", os.W_OK) else "linuxproc"
         shape = "CPUs=64 Boards=1 SocketsPerBoard=2 CoresPerSocket=32 ThreadsPerCore=1 RealMemory=1000000"
         gres = f"Gres=gpu:{self.gpus}" if self.gpus else ""
@@ -260,8 +260,8 @@ class Cluster:
             address = f"NodeAddr=10.77.{number}.{11 + i} NodeHostname={node}"
             lines.append(f"NodeName={node} {address} {shape} {gres} State=UNKNOWN")
         lines.append(f"PartitionName=batch Nodes={','.join(self.nodes)} Default=YES DefaultTime=60 DefMemPerCPU=1000")
-        # Nodes in the cloud that nobody has started yet: the scheduler plans with them, so that --test-only judges jobs
-        # of full size. "paper" must not be used for more: nothing ever starts there.
+        # Cloud nodes that were never started: the scheduler plans with them, so --test-only checks jobs of full size.
+        # Only --test-only may use "paper", as nothing ever starts there.
         lines.append(f"NodeName=paper[1-{PAPER_NODES}] {shape} Gres=gpu:8 State=CLOUD")
         lines.append(f"PartitionName=paper Nodes=paper[1-{PAPER_NODES}] MaxTime=7-0 DefMemPerCPU=1000")
         lines += ["SuspendProgram=/bin/true", "ResumeProgram=/bin/true", "SuspendTime=60000", "ResumeTimeout=60000"]
@@ -279,12 +279,12 @@ class Cluster:
         return int(self.run("sbatch", "--parsable", *command, **kwargs).strip())
 
     def job(self, job: int) -> dict[str, str]:
-        """What `scontrol show job` says, by field; {} of an unknown job."""
+        """Fields of `scontrol show job`; {} for an unknown job."""
         text = self.run("scontrol", "--oneliner", "show", "job", str(job), check=False)
         return dict(part.split("=", 1) for part in text.split() if "=" in part)
 
     def wait(self, job: int, seconds: float, states: Sequence[str] = ()) -> str:
-        """State of a job as soon as it is one of `states`; without them, as soon as the job is over."""
+        """Waits until a job is in one of `states` (default: until it is over), and returns its state."""
         over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL", "OUT_OF_MEMORY")
         state = lambda: self.job(job).get("JobState", "")  # noqa: E731
         wait_for(f"job {job} is {'/'.join(states) or 'over'}", lambda: state() in (states or over), seconds)
@@ -308,11 +308,11 @@ class Cluster:
         run(*spaces, *script, env=self.env)
 
     def cut(self, node: str) -> None:
-        """Pulls a node's network cable: no packet gets in or out, no connection is closed."""
+        """Disconnects a node: no packet gets in or out, no connection is closed."""
         run("ip", "link", "set", f"v-{node}", "down")
 
     def heal(self, node: str) -> None:
-        """Puts the cable back."""
+        """Reconnects a node."""
         run("ip", "link", "set", f"v-{node}", "up")
 
     def slow(self, node: str, rate: str = "") -> None:
@@ -332,7 +332,7 @@ def kill(pid: int) -> None:
 
 
 def main() -> None:
-    """Command line, for work by hand."""
+    """Command line, for manual use."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", choices=["up", "down", "status", "cut", "heal", "sh"])
     parser.add_argument("name", help="of the cluster, or for cut, heal and sh of the node")

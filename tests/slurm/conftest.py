@@ -16,7 +16,7 @@ _spec.loader.exec_module(slurm_cluster)
 
 
 def _sweep() -> None:
-    """Takes down what killed test sessions left."""
+    """Removes the clusters of test sessions that were killed."""
     for owner in Path("/run").glob("slurm-t???/owner"):
         if not slurm_cluster.alive(owner):
             slurm_cluster.Cluster(owner.parent.name.removeprefix("slurm-"), 0).down()

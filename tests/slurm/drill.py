@@ -1,9 +1,9 @@
-"""The fault drill, `make drill`: real jobs on a real Slurm are disturbed in every way that a run has to survive.
+"""The fault drill, `make drill`: real jobs on a real Slurm, disturbed in every way that a run must survive.
 
 Nodes with 8 fake GPUs each, a small model over gloo. An undisturbed run keeps all of its checkpoints. A second run of
-the same layout, submitted with the real slurm/train_32b_d4.sh, meets one fault after the other: after each, the first
-checkpoint it saves must equal the undisturbed run's of the same step, bit for bit, and so must the last. What is
-printed as lost is the time from the fault to the first step the run had not made before.
+the same layout, submitted with the real slurm/train_32b_d4.sh, meets one fault after the other. After each fault the
+first checkpoint must equal the undisturbed run's of the same step, bit for bit, and so must the last one. The time
+printed as lost is from the fault to the first step that the run had not made before.
 """
 
 import argparse
@@ -37,7 +37,7 @@ DISK_STEPS, DISK_SAVES = 100, 10
 
 @dataclass
 class Outcome:
-    """Of one fault."""
+    """Result of one fault."""
 
     name: str
     lost_s: float
@@ -49,9 +49,9 @@ class Outcome:
 
 
 def disturb(job: Job, reference: Run, name: str, fault: Callable[[Job], str | None]) -> Outcome:
-    """Makes a fault in the middle of a step; the run must come back and save what the undisturbed run saved."""
+    """Injects a fault in the middle of a step; the run must recover and save what the undisturbed run saved."""
     job.advance(1 + random.randrange(job.drill.settings.save_every))
-    known = job.run.saved()  # a fault that comes before any progress is another fault of the same kind for the driver
+    known = job.run.saved()  # without progress between two faults the driver would count them together
     job.until("a checkpoint of this attempt", lambda: job.run.saved() != known)
     attempts, step, began = len(job.run.attempts()), job.run.step(), time.time()
     note = fault(job) or ""
@@ -91,17 +91,17 @@ def check_next(job: Job, reference: Run, name: str, after: int) -> None:
 
 # --------------------------------------------------------------------------------------------------- the faults
 def signal_before_limit(job: Job) -> None:
-    """What Slurm sends to the batch script before the time limit (#SBATCH --signal=B:USR1)."""
+    """Slurm's signal to the batch script before the time limit (#SBATCH --signal=B:USR1)."""
     job.drill.cluster.run("scancel", "-b", "-s", "USR1", str(job.number))
 
 
 def signal_to_all(job: Job) -> None:
-    """What a careless operator sends: to every task of every step."""
+    """A signal of a careless operator, to every task of every step."""
     job.drill.cluster.run("scancel", "-s", "USR1", str(job.number))
 
 
 def preempted(job: Job) -> None:
-    """What preemption with a grace time sends first."""
+    """The first signal of a preemption with a grace time."""
     job.drill.cluster.run("scancel", "-b", "-s", "TERM", str(job.number))
 
 
@@ -110,7 +110,7 @@ def killed(job: Job) -> str:
 
 
 def frozen(job: Job) -> str:
-    """A process that does not run any more but lives: a GPU that hangs in the driver."""
+    """A process that is alive but does not run, as with a GPU that hangs in the driver."""
     return _signal_one(job, signal.SIGSTOP)
 
 
@@ -129,11 +129,11 @@ def sleeps(job: Job) -> str:
 
 
 def makes_nan(job: Job) -> str:
-    """A device that computes nonsense once: the search on the retry finds nothing, and the run goes on."""
-    said = _order_one(job, "nan")
+    """A device that computes a wrong value once: the search on the retry finds nothing, and the run continues."""
+    rank = _order_one(job, "nan")
     job.until("a step that is not finite", lambda: any(e.get("outcome") == "not_finite" for e in _ends(job)))
     job.until("the search", lambda: list(job.run.folder.glob("logs/*/find-nan.json")))
-    return said
+    return rank
 
 
 def _ends(job: Job) -> list[dict]:
@@ -148,7 +148,7 @@ def _order_one(job: Job, order: str) -> str:
 
 
 def node_cut(job: Job) -> str:
-    """The cable of a node that is not the batch script's."""
+    """Disconnects a node other than the batch script's."""
     cluster, fields = job.drill.cluster, job.drill.cluster.job(job.number)
     started = [e for e in read_events(job.run.folder) if e["kind"] == "train_start"][-1]
     node = next(n for n in started["nodes"] if n != fields["BatchHost"])
@@ -157,7 +157,7 @@ def node_cut(job: Job) -> str:
 
 
 def flipped(job: Job) -> str:
-    """A bit of the newest checkpoint turns over while the job is down."""
+    """Flips a bit of the newest checkpoint while the job is down."""
     newest = job.run.checkpoint(job.run.saved()[-1])
     killed(job)
     file = random.choice(sorted((newest / "weights").glob("*.distcp")))
@@ -179,18 +179,18 @@ FAULTS: list[tuple[str, Callable[[Job], str | None]]] = [
     ("a rank that is frozen", frozen),
     ("a rank that sleeps in a step", sleeps),
     ("a rank whose weights turn into NaN once", makes_nan),
-    ("a bit of the newest checkpoint turned over", flipped),
+    ("a bit of the newest checkpoint flipped", flipped),
     ("a node cut off the network", node_cut),
 ]
 
 
-# ------------------------------------------------------------------------------------------ longer stories
+# ------------------------------------------------------------------------------------------ longer parts
 def kills_during_writes(job: Job, reference: Run, times: int) -> Outcome:
     """kill -9 of all ranks at random moments of a checkpoint being written."""
     began, hits, step = time.time(), 0, 0
     for n in range(times):
-        told = job.run.saved()
-        job.until(f"kill {n + 1}: a checkpoint before it", lambda told=told: job.run.saved() != told)
+        before = job.run.saved()
+        job.until(f"kill {n + 1}: a checkpoint before it", lambda before=before: job.run.saved() != before)
         known, attempts = job.run.saved(), len(job.run.attempts())
         now = time.time()
         job.until(f"write {n + 1}", lambda known=known, now=now: job.run.saved() != known or job.run.writing(now))
@@ -222,13 +222,13 @@ def disk_full(drill: Drill, reference: Run) -> Outcome:
     subprocess.run(["fallocate", "-l", str(free - 300_000), str(filler)], check=True)
     step = job.run.step()
     job.advance(DISK_SAVES)
-    job.until("the save that failed is told", lambda: "NO CHECKPOINT" in job_log(job))
+    job.until("the failed save is reported", lambda: "NO CHECKPOINT" in job_log(job))
     newest = job.run.saved()[-1]
     assert newest <= step, f"step {newest} was saved in a full disk"
     seen = job.run.step()
     filler.unlink()
     job.end()
-    assert len(job.run.attempts()) == 1, "training did not go on"
+    assert len(job.run.attempts()) == 1, "training did not continue"
     wrong = differences(job.run.checkpoint(DISK_STEPS), reference.checkpoint(DISK_STEPS))
     assert not wrong, f"disk full: the last checkpoint differs in {wrong[:5]}"
     outcome = Outcome("disk full during saves", 0.0, step, f"trained on to step {seen}, saved when there was room")
@@ -237,23 +237,23 @@ def disk_full(drill: Drill, reference: Run) -> Outcome:
 
 
 def job_log(job: Job) -> str:
-    """What rank 0 printed, over all attempts."""
+    """Output of rank 0 over all attempts."""
     return "\n".join(f.read_text(errors="replace") for f in job.run.folder.glob("logs/*/rank-00000.log"))
 
 
 def check_end(job: Job, reference: Run, steps: int, *, wandb: bool = True) -> list[str]:
-    """One loss curve, one W&B run, every row once, the weights of the undisturbed run."""
+    """Checks the whole run: one loss curve, one W&B run, every row once, the weights of the undisturbed run."""
     assert len(job.run.saved()) == 3, f"checkpoints {job.run.saved()} are there, 3 were to be kept"
     wrong = differences(job.run.checkpoint(steps), reference.checkpoint(steps))
     assert not wrong, f"the last checkpoint differs from the undisturbed run in {wrong[:5]}"
-    mine, other = (read_metrics(r.folder) for r in (job.run, reference))
-    assert [m["step"] for m in mine] == list(range(1, steps + 1)), "metrics.jsonl is not one line a step"
-    curves = [[(m["loss"], m["grad_norm"], m["consumed_rows"]) for m in run] for run in (mine, other)]
+    metrics, expected = (read_metrics(r.folder) for r in (job.run, reference))
+    assert [m["step"] for m in metrics] == list(range(1, steps + 1)), "metrics.jsonl is not one line a step"
+    curves = [[(m["loss"], m["grad_norm"], m["consumed_rows"]) for m in run] for run in (metrics, expected)]
     assert curves[0] == curves[1], "the losses differ from the undisturbed run's"
     parts = [p.name.rsplit("-", 1)[1] for p in (job.run.folder / "wandb").glob("offline-run-*")]
     assert len(set(parts)) == 1 or not wandb, f"W&B runs {set(parts)}, wanted one"
     rows = [row for numbers in rows_of_run(job.run.folder).values() for row in numbers]
-    wanted = list(range(mine[-1]["consumed_rows"]))
+    wanted = list(range(metrics[-1]["consumed_rows"]))
     assert rows == wanted, "rows that were trained twice or never"
     return [
         f"final weights and optimizer equal, bit for bit, over {len(job.run.attempts())} starts",
@@ -264,7 +264,7 @@ def check_end(job: Job, reference: Run, steps: int, *, wandb: bool = True) -> li
 
 
 def bad_nodes(drill: Drill) -> list[Outcome]:
-    """Four of six nodes are bad, each in its own way; the job must find all of them and train on the other two."""
+    """Four of six nodes are bad, each in another way; the job must detect all of them and train on the other two."""
     cluster, began = drill.cluster, time.time()
     lost, full, other, slow, *good = drill.nodes
     preset = REPO / "sdlm_megatron" / "config" / "presets" / "sdlm_32b_d4.yaml"
@@ -294,25 +294,25 @@ def bad_nodes(drill: Drill) -> list[Outcome]:
         assert word in bad.get(node, ""), f"{node}: {word!r} is not in {bad.get(node)!r}"
     started = [e for e in read_events(job.run.folder) if e["kind"] == "train_start"]
     assert started[-1]["nodes"] == good, f"trained on {started[-1]['nodes']}, not on {good}"
-    outcome = Outcome("4 bad nodes: GPU, disk, config, slow link", 0.0, 0, f"{time.time() - began:.0f} s, all found")
+    outcome = Outcome("4 bad nodes: GPU, disk, config, slow link", 0.0, 0, f"{time.time() - began:.0f} s, all detected")
     print(outcome.line(), flush=True)
     return [outcome]
 
 
 # --------------------------------------------------------------------------------------------------- the whole
 def all_faults(cluster: Cluster, work: Path, nodes: Sequence[str], names: Sequence[str] = ()) -> list[Outcome]:
-    """The undisturbed run, then the same run with one fault after the other; `names`: of FAULTS, empty for all."""
+    """The undisturbed run, then the same run with the faults `names` (empty: all of FAULTS) one after the other."""
     faults = [(name, fault) for name, fault in FAULTS if not names or name in names]
     drill = Drill(cluster, work, Settings(steps=15 * len(faults) + 10), nodes)
     job = drill.submit("undisturbed", keep=0)
     job.end()
     reference = job.run
-    say(f"undisturbed run of {drill.settings.steps} steps is done; the same again, with faults")
+    log(f"undisturbed run of {drill.settings.steps} steps is done; the same again, with faults")
     job = drill.submit("disturbed")
     outcomes = [disturb(job, reference, name, fault) for name, fault in faults]
     job.end()
     for line in check_end(job, reference, drill.settings.steps):
-        say(line)
+        log(line)
     subprocess.run(
         [sys.executable, "-m", "sdlm_megatron.report.run_page", job.run.folder], check=True, capture_output=True
     )
@@ -320,7 +320,7 @@ def all_faults(cluster: Cluster, work: Path, nodes: Sequence[str], names: Sequen
 
 
 def all_writes(cluster: Cluster, work: Path, nodes: Sequence[str], kills: int) -> list[Outcome]:
-    """Checkpoints that are killed while they are written, and a disk that is full."""
+    """Kills during the writing of checkpoints, and a full disk."""
     steps = max(DISK_STEPS, 7 * kills + 20)
     drill = Drill(cluster, work, Settings(nodes=1, ranks=2, steps=steps, save_every=2, layout=TWO_STAGES), nodes)
     quick = ("--observe.wandb=disabled", "--observe.tensorboard=false")
@@ -336,8 +336,7 @@ def all_writes(cluster: Cluster, work: Path, nodes: Sequence[str], kills: int) -
 
 
 def published_layout(cluster: Cluster, work: Path, nodes: Sequence[str]) -> list[Outcome]:
-    """TP4 x PP2 x VPP4 on 2 nodes of 8, from train_32b_d4.sh as it stands with the model shrunk; pipeline.sh then
-    exports it and lets the exported folder decode."""
+    """TP4 x PP2 x VPP4 on 2 nodes of 8, by train_32b_d4.sh with a small model; pipeline.sh exports and evaluates it."""
     began = time.time()
     drill = Drill(cluster, work, Settings(ranks=8, steps=3, rows=4, layers=8, layout={}), nodes)
     environment = {
@@ -347,8 +346,8 @@ def published_layout(cluster: Cluster, work: Path, nodes: Sequence[str]) -> list
         "SBATCH_OUTPUT": str(work / "%x.out"),
     }
     command = [REPO / "slurm" / "pipeline.sh", "train_32b_d4", "--cluster", drill.cluster_file, "--nodes", "2"]
-    said = cluster.run(*command, "--", *drill.overrides(0), env=environment, cwd=REPO)
-    jobs = dict(line.split(": job ") for line in said.splitlines())
+    output = cluster.run(*command, "--", *drill.overrides(0), env=environment, cwd=REPO)
+    jobs = dict(line.split(": job ") for line in output.splitlines())
     state = cluster.wait(int(jobs["evaluate"]), 900)
     assert state == "COMPLETED", "\n".join(f"== {f}\n{f.read_text()[-3000:]}" for f in sorted(work.glob("*.out")))
     rows = json.loads((work / "job" / "run" / "evaluation.json").read_text())["rows"]
@@ -359,25 +358,25 @@ def published_layout(cluster: Cluster, work: Path, nodes: Sequence[str]) -> list
 
 
 def whole(cluster: Cluster, work: Path, kills: int) -> list[Outcome]:
-    """Two stories side by side, on nodes of their own, as they wait for Slurm much of the time; then the others."""
+    """Two parts at the same time on separate nodes, as they wait for Slurm much of the time; then the others."""
     nodes = cluster.nodes
 
-    def told(story: Callable[..., list[Outcome]], *args: object) -> list[Outcome]:
+    def reported(part: Callable[..., list[Outcome]], *args: object) -> list[Outcome]:
         try:
-            return story(*args)
+            return part(*args)
         except Exception:
-            traceback.print_exc()  # now, not when the other story is over
+            traceback.print_exc()  # now, not when the other part is over
             raise
 
     with ThreadPoolExecutor() as pool:
-        faults = pool.submit(told, all_faults, cluster, work / "faults", nodes[:3])
-        writes = pool.submit(told, all_writes, cluster, work / "writes", nodes[3:4], kills)
+        faults = pool.submit(reported, all_faults, cluster, work / "faults", nodes[:3])
+        writes = pool.submit(reported, all_writes, cluster, work / "writes", nodes[3:4], kills)
         outcomes = faults.result() + writes.result()
     outcomes += bad_nodes(Drill(cluster, work / "nodes", Settings(), nodes[4:10]))
     return outcomes + published_layout(cluster, work / "published", nodes[4:6])
 
 
-def say(text: str) -> None:
+def log(text: str) -> None:
     print(f"[drill {time.strftime('%H:%M:%S')}] {text}", flush=True)
 
 
@@ -399,7 +398,7 @@ def main() -> None:
     finally:
         cluster.down()
         subprocess.run(["umount", "--lazy", small], check=True)
-    print(f"\nall of it survived, {time.time() - began:.0f} s in all:")
+    print(f"\nall faults survived, {time.time() - began:.0f} s in all:")
     print("\n".join(outcome.line() for outcome in outcomes))
     if args.work is None:
         shutil.rmtree(work)

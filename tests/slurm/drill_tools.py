@@ -1,4 +1,4 @@
-"""What the fault drill works with: a shrunk model and its data, jobs, and run folders watched from outside."""
+"""Tools of the fault drill: a small model and its data, jobs, and run folders watched from outside."""
 
 import json
 import os
@@ -21,7 +21,7 @@ from sdlm_megatron.weights.torch_dist import TorchDist  # noqa: E402
 
 PATIENCE = 240.0
 SHRUNK = {"model.num_layers": 0}
-"""The model as the base has it, in place of the preset's 32B."""
+"""The shape of the base model instead of the preset's 32B."""
 TWO_COPIES = {
     "parallel.tensor": 1,
     "parallel.pipeline": 1,
@@ -30,7 +30,7 @@ TWO_COPIES = {
 }
 TWO_STAGES = {**TWO_COPIES, "parallel.pipeline": 2}
 NO_WANDB = {"WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9"}
-"""A service that cannot be reached: nothing listens there."""
+"""An unreachable server: nothing listens on that port."""
 
 
 @dataclass
@@ -38,19 +38,19 @@ class Settings:
     """Size of a drill."""
 
     nodes: int = 2
-    """That train; the others of the drill's nodes are spares."""
+    """Nodes that train; the others of the drill's nodes are spares."""
     ranks: int = 1
-    """Of a node."""
+    """Per node."""
     steps: int = 20
     rows: int = 4
-    """Of a step."""
+    """Per step."""
     save_every: int = 5
     layers: int = 4
     layout: Mapping[str, object] = field(default_factory=lambda: TWO_COPIES)
 
 
 class Run:
-    """A run folder that is watched from outside, as an operator sees it."""
+    """A run folder, watched from outside as by an operator."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -74,11 +74,11 @@ class Run:
 
     def saved(self) -> list[int]:
         """Steps of the complete checkpoints, ascending."""
-        found = (p.parent for p in self.folder.glob("ckpt/step-*/complete.json"))
-        return sorted(step_of(p) for p in found if not p.suffix)
+        folders = (p.parent for p in self.folder.glob("ckpt/step-*/complete.json"))
+        return sorted(step_of(p) for p in folders if not p.suffix)
 
     def writing(self, since: float) -> bool:
-        """Whether a save that began after that time is under way."""
+        """Whether a save that began after `since` is in progress."""
         return any(p.stat().st_mtime >= since for p in self.folder.glob("ckpt/step-*.partial"))
 
     def checkpoint(self, step: int) -> Path:
@@ -86,23 +86,23 @@ class Run:
 
     def pids(self) -> dict[int, int]:
         """Process id of each rank of the newest attempt, from its heartbeat."""
-        found = {}
+        pids = {}
         for file in (self.folder / "logs" / self.attempts()[-1] / "heartbeat").glob("rank-*.json"):
             beat = json.loads(file.read_text())
-            found[int(beat["rank"])] = int(beat["pid"])
-        return found
+            pids[int(beat["rank"])] = int(beat["pid"])
+        return pids
 
 
-def differences(one: Path, other: Path) -> list[str]:
+def differences(checkpoint: Path, other: Path) -> list[str]:
     """Names of the tensors, of weights and optimizer, that are not bitwise equal in two checkpoints."""
-    a, b = TorchDist(one / "weights"), TorchDist(other / "weights")
-    found = sorted(set(a.names()) ^ set(b.names()))
+    a, b = TorchDist(checkpoint / "weights"), TorchDist(other / "weights")
+    names = sorted(set(a.names()) ^ set(b.names()))
     for key in sorted(set(a.names()) & set(b.names())):
         shape = a.shape(key)
         zero = (0,) * len(shape)
         if shape != b.shape(key) or not torch.equal(_bits(a.read(key, zero, shape)), _bits(b.read(key, zero, shape))):
-            found.append(key)
-    return found
+            names.append(key)
+    return names
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
@@ -128,13 +128,13 @@ class Drill:
     def overrides(self, keep: int) -> list[str]:
         """Settings of the training."""
         s = self.settings
-        given = {
+        settings = {
             **SHRUNK,
             **s.layout,
             "train.steps": s.steps,
             "train.global_batch": s.rows,
             "train.global_batch_unit": "rows",
-            "optimizer.lr": 1e-3,  # so that a wrong step shows
+            "optimizer.lr": 1e-3,  # high enough that a wrong step changes the weights visibly
             "checkpoint.save_every": s.save_every,
             "checkpoint.keep_last": keep,
             "checkpoint.keep_every": 0,
@@ -146,10 +146,10 @@ class Drill:
             "fault.straggler_factor": 0,
             "fault.hang_min_seconds": 10,
         }
-        return [f"--{k}={v}" for k, v in given.items()]
+        return [f"--{k}={v}" for k, v in settings.items()]
 
     def environment(self, run_dir: Path) -> dict[str, str]:
-        """Of whoever submits."""
+        """Environment of the submitting user."""
         return {
             **self.cluster.env,
             "DATA": str(self.data),
@@ -163,7 +163,7 @@ class Drill:
         }
 
     def submit(self, name: str, *overrides: str, keep: int = 3) -> "Job":
-        """`sbatch slurm/train_32b_d4.sh` with the model shrunk; `keep` checkpoints are kept, 0: all."""
+        """`sbatch slurm/train_32b_d4.sh` with a small model; `keep` is the number of checkpoints to keep, 0: all."""
         run_dir, s, nodes = self.work / name, self.settings, self.nodes
         size = [f"--nodes={len(nodes)}", f"--nodelist={','.join(nodes)}", f"--gpus-per-node={s.ranks}"]
         size += [f"--output={self.work}/{run_dir.name}.out", "--time=60", "--mem=10000"]
@@ -181,7 +181,7 @@ class Job:
     number: int
 
     def until(self, what: str, test: Callable[[], object], seconds: float = PATIENCE) -> None:
-        """Waits; a job that ended instead is an error with the end of its output."""
+        """Waits for `test()`; fails with the end of the job's output if the job ends first."""
 
         def checked() -> object:
             if test():
@@ -204,11 +204,11 @@ class Job:
         return output.read_text(errors="replace")[-6000:] if output.exists() else "(no output)"
 
     def advance(self, steps: int) -> int:
-        """Waits until so many more steps are made; the step then."""
+        """Waits until `steps` more steps are made; returns the step reached."""
         goal = self.run.step() + steps
         self.until(f"step {goal}", lambda: self.run.step() >= goal)
         return self.run.step()
 
     def end(self, seconds: float = 400.0) -> None:
-        """Waits for the end, which must be a good one."""
+        """Waits until the job has completed successfully."""
         self.until("the end", lambda: self.drill.cluster.job(self.number).get("JobState") == "COMPLETED", seconds)

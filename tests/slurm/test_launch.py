@@ -1,4 +1,4 @@
-"""The scripts of slurm/ on a real Slurm: a whole job by pipeline.sh on a tiny model, and every script at full size."""
+"""The scripts of slurm/ on a real Slurm: all stages by pipeline.sh on a tiny model, and every script at full size."""
 
 import json
 import subprocess
@@ -25,7 +25,7 @@ SETTINGS = [
 
 
 def environment(cluster, **variables: object) -> dict[str, str]:
-    """Of somebody who submits jobs."""
+    """Environment of a user who submits jobs."""
     return {**cluster.env, **ENV, "PYTHON": sys.executable, **{k: str(v) for k, v in variables.items()}}
 
 
@@ -55,8 +55,8 @@ def test_from_conversations_to_decoding_by_one_command(cluster, job, tmp_path: P
     jobs = dict(line.split(": job ") for line in done.stdout.splitlines())
     assert list(jobs) == ["prepare_data", "merge_data", "train_32b_d4", "export", "evaluate"]
     state = cluster.wait(int(jobs["evaluate"]), 270)
-    said = "\n".join(f"== {file}\n{file.read_text()}" for file in sorted(tmp_path.rglob("*.out")))
-    assert state == "COMPLETED", said
+    output = "\n".join(f"== {file}\n{file.read_text()}" for file in sorted(tmp_path.rglob("*.out")))
+    assert state == "COMPLETED", output
 
     run = Path(str(job["RUN_DIR"]))
     kinds = [event["kind"] for event in read_events(run)]

@@ -1,4 +1,4 @@
-"""The pre-flight on a real Slurm: what is wrong with a node is found, the node is written down, the others go on."""
+"""The pre-flight on a real Slurm: faults of nodes are detected and recorded, and the other nodes train."""
 
 import json
 import sys
@@ -65,7 +65,7 @@ def test_the_job_runs_on_the_spare_of_a_node_with_a_slow_link(cluster, tmp_path:
     assert list(read_bad_nodes(run)) == [slow]
 
 
-def test_lost_gpu_full_disk_and_other_config_are_found(cluster, tmp_path: Path) -> None:
+def test_lost_gpu_full_disk_and_other_config_are_detected(cluster, tmp_path: Path) -> None:
     lost, full, other = cluster.nodes
     config = tmp_path / "own.yaml"
     config.write_text("extends: sdlm_3b_d4\n")

@@ -1,11 +1,11 @@
-"""Python imports this by itself where the fault drill puts this folder on PYTHONPATH: a rank does what a file says.
+"""Fault injection: Python imports this module where the drill puts this folder on PYTHONPATH; a rank obeys a file.
 
-    FAULTS/RANK  holding "exit 42"   the process ends at once with that code, as a library that calls _exit would
-                 holding "nan"       weights that it has are not finite after the next step
-                 holding "sleep"     the main thread sleeps in its next row that is loaded: a hang that Python can see
+    FAULTS/RANK  with "exit 42"   the process exits at once with that code, like a library that calls _exit
+                 with "nan"       some weights of the process become NaN before its next step
+                 with "sleep"     the main thread sleeps in its next step: a hang whose stack Python can show
 
-The training code knows nothing of it, and a process that is no rank is left alone. FAULTS is the environment variable
-SDLM_FAULTS.
+The training code does not know of it, and processes that are no ranks are not affected. FAULTS is the environment
+variable SDLM_FAULTS.
 """
 
 import os
@@ -20,7 +20,7 @@ def _watch(folder: str, rank: str) -> None:
         try:
             with open(file, encoding="utf-8") as opened:
                 words = opened.read().split()
-            if not words:  # still being written
+            if not words:  # the file is still being written
                 continue
             os.unlink(file)
         except OSError:
