@@ -65,16 +65,7 @@ class Tally:
 
 @dataclass(frozen=True)
 class Accounting:
-    """Outcomes of the rows of a build whose plan is complete.
-
-    Attributes:
-        work: work folder.
-        sources: expanded sources.
-        units: units of input rows.
-        results: result of each unit.
-        numbering: document numbers.
-        drop_duplicates: whether duplicates were removed from the plan.
-    """
+    """Outcomes of the rows of a build whose plan is complete."""
 
     work: Path
     sources: Sequence[SourceConfig]
@@ -82,6 +73,7 @@ class Accounting:
     results: Sequence[UnitResult]
     numbering: Numbering
     drop_duplicates: bool
+    """Whether duplicates were removed from the plan."""
 
     def summarize(self) -> dict[str, Any]:
         """The `accounting` entry of the manifest: totals, and per source its tally and its first document number."""
@@ -90,7 +82,7 @@ class Accounting:
         at = 0
         for number, (unit, result) in enumerate(zip(self.units, self.results, strict=True)):
             documents, tally = np.fromfile(unit_file(self.work, number, "docs"), DOCUMENT), tallies[unit.source]
-            if first is not None:
+            if first is not None:  # `first` has one entry per document, over the units in order
                 kept = np.asarray(first[at : at + len(documents)]) < 0
                 at += len(documents)
                 if duplicates := int((~kept).sum()):
@@ -118,6 +110,7 @@ class Accounting:
                 file.write(json.dumps(line, ensure_ascii=True) + "\n")
             for line in self._duplicates() if self.drop_duplicates else ():
                 file.write(json.dumps(line, ensure_ascii=True) + "\n")
+            # The manifest will contain the checksum of this file: it must not be lost after the manifest is written.
             file.flush()
             os.fsync(file.fileno())
         fsync(path.parent)
@@ -137,7 +130,7 @@ class Accounting:
             lines[unit.source] += result.lines
 
     def _duplicates(self) -> Iterator[dict[str, Any]]:
-        index = load(self.work, "index.all", INDEX)
+        index = load(self.work, "index.all", INDEX)  # `index` no longer has the duplicates
         first_number = np.array(self.numbering.first_number)
         names = [source.name for source in self.sources]
         for duplicates, first in iterate_duplicates(self.work, len(index)):

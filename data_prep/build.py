@@ -29,7 +29,8 @@ from data_prep.build_config import PRESETS, BuildConfig, SourceConfig, check
 from data_prep.build_report import dry_run, report
 from data_prep.chat import frame_of
 from data_prep.documents import UnitResult, load_result, tokenize_unit
-from data_prep.encoders import BulkEncoder, TextTokenizer, TokenizerMismatch, open_encoder
+from data_prep.encoders import TextTokenizer, TokenizerMismatch, open_encoder
+from data_prep.encoding import TextEncoder
 from data_prep.planning import PackingPlan, make_plan
 from data_prep.pool import cpus, work_on
 from data_prep.readers import LINES, InputUnit, detect_source_format, plan_units
@@ -45,8 +46,8 @@ from sdlm_megatron.errors import ConfigError, DataError, run_cli
 from sdlm_megatron.files import sha256, write_json, write_text
 from sdlm_megatron.progress import track
 
+# Typical bytes per line, for the progress bar: counting the lines of a file would mean reading it twice.
 ROW_BYTES = 2500
-"""Typical bytes per line; the rows of a file of lines are not counted before they are read."""
 
 
 @dataclass(frozen=True)
@@ -58,18 +59,14 @@ class TokenizeShard:
 
 
 def build(config: BuildConfig, console: Console | None = None, *, workers: int = 1) -> dict[str, Any]:
-    """Builds a dataset, or completes an interrupted build, and returns its manifest.
-
-    Args:
-        config: settings.
-        console: destination of progress and report.
-        workers: number of processes; does not affect the result.
+    """Builds a dataset, or completes an interrupted build, and returns its manifest. The number of `workers` does not
+    affect the result.
 
     Raises:
         ConfigError: a setting is invalid, or an interrupted build used other settings.
         DataError: a source or the tokenizer cannot be used, or no row remains.
     """
-    console = console or Console()
+    console = console or Console(highlight=False, markup=False)
     check(config)
     return _existing_manifest(config, console) or _complete(_begin(config), console, workers)
 
@@ -77,22 +74,20 @@ def build(config: BuildConfig, console: Console | None = None, *, workers: int =
 def build_shard(config: BuildConfig, shard: TokenizeShard, console: Console | None = None, *, workers: int = 1) -> None:
     """Tokenizes one share of the units; `merge` completes the dataset once all shards are done. Arguments and errors
     as for `build`."""
-    console = console or Console()
+    console = console or Console(highlight=False, markup=False)
     check(config)
     if _existing_manifest(config, console):
         return
     state = _begin(config)
     numbers = range(shard.number, len(state.units), shard.count)
     _tokenize(state, numbers, console, workers)
-    console.print(
-        f"shard {shard.number}/{shard.count} is done: {len(numbers)} of {len(state.units)} units", highlight=False
-    )
+    console.print(f"shard {shard.number}/{shard.count} is done: {len(numbers)} of {len(state.units)} units")
 
 
 def merge(config: BuildConfig, console: Console | None = None, *, workers: int = 1) -> dict[str, Any]:
     """Completes the dataset from the work of all shards. Arguments and errors as for `build`; also DataError if the
     work of a shard is missing."""
-    console = console or Console()
+    console = console or Console(highlight=False, markup=False)
     check(config)
     if manifest := _existing_manifest(config, console):
         return manifest
@@ -134,6 +129,7 @@ class _BuildState:
 
 def _complete(state: _BuildState, console: Console, workers: int) -> dict[str, Any]:
     """Performs all remaining stages."""
+    # Shards need no lock, because they write distinct units; packing and sealing happen in one process only.
     with _locked(state.work):
         _tokenize(state, range(len(state.units)), console, workers)
         manifest = _finish(state, console, workers)
@@ -154,7 +150,7 @@ def _existing_manifest(config: BuildConfig, console: Console) -> dict[str, Any] 
     if not same:
         raise DataError("the output folder already exists", config.out, "set another --out, or remove the folder")
     shutil.rmtree(out / "work", ignore_errors=True)  # remains if a build was killed right after the rename
-    console.print(f"{config.out} already exists, built with these settings", highlight=False)
+    console.print(f"{config.out} already exists, built with these settings")
     return manifest
 
 
@@ -172,7 +168,7 @@ def _begin(config: BuildConfig) -> _BuildState:
     meta["sources"] = [asdict(source) for source in sources]
     state = _BuildState(config, sources, units, meta, out.with_name(out.name + ".partial"))
     settings = {"config": _settings(config), "tokenizer": meta["tokenizer"], "units": [asdict(unit) for unit in units]}
-    settings = json.loads(json.dumps(settings))
+    settings = json.loads(json.dumps(settings))  # comparable with the stored file: tuples become lists
     file = state.work / "build.json"
     if not file.exists():
         state.work.mkdir(parents=True, exist_ok=True)
@@ -223,19 +219,19 @@ def _meta(config: BuildConfig) -> dict[str, Any]:
         "mask_token_id": mask,
         "eos_token_id": ids[IM_END],
         "pad_token_id": ids[config.pad_token],
-        "vocab_size": max(size, mask + 1),
+        "vocab_size": max(size, mask + 1),  # the mask token may extend the vocabulary of the base
         "tokenizer": {"fingerprint": fingerprint(folder, config.mask_token), "name": Path(folder).name},
     }
 
 
 @lru_cache(maxsize=1)
-def _encoder(folder: str, mask_token: str) -> BulkEncoder:
+def _encoder(folder: str, mask_token: str) -> TextEncoder:
     """Encoder of this process; opening one takes seconds."""
     return open_encoder(folder, mask_token)
 
 
 @lru_cache(maxsize=1)
-def _slow_encoder(folder: str, mask_token: str) -> BulkEncoder:
+def _slow_encoder(folder: str, mask_token: str) -> TextEncoder:
     encoder = TextTokenizer.from_folder(folder, mask_token)
     encoder.reason = "fastokens returned other ids"
     return encoder
@@ -251,7 +247,7 @@ class _TokenizeWorker:
     def __call__(self, number: int) -> UnitResult | None:
         state = self._state
         unit = state.units[number]
-        if state.mismatch.exists():
+        if state.mismatch.exists():  # another process may have detected the mismatch
             self._encoder = _slow_encoder(state.config.tokenizer, state.config.mask_token)
         try:
             return tokenize_unit(state.config, state.sources[unit.source], unit, number, self._encoder, state.work)
@@ -268,7 +264,7 @@ def _tokenize(state: _BuildState, numbers: Sequence[int], console: Console, work
     """
     todo = [number for number in numbers if state.result(number) is None]
     if len(todo) < len(numbers):
-        console.print(f"{len(numbers) - len(todo)} of {len(numbers)} units are already tokenized", highlight=False)
+        console.print(f"{len(numbers) - len(todo)} of {len(numbers)} units are already tokenized")
     if not todo:
         return
     encoders: set[str] = set()
@@ -276,14 +272,13 @@ def _tokenize(state: _BuildState, numbers: Sequence[int], console: Console, work
         for number, result in work_on(todo, _TokenizeWorker, (state,), workers):
             if result is not None:
                 if result.encoder not in encoders:
-                    console.print(f"tokenizer: {result.encoder}", highlight=False)
+                    console.print(f"tokenizer: {result.encoder}")
                     encoders.add(result.encoder)
                 advance(result.rows, result.tokens, _rows(state.units[number]))
     if any(state.result(number) is None for number in todo):
         console.print(
             f"fastokens returned other ids than tokenizers {state.mismatch.read_text()}\n"
-            "its units are tokenized again without it",
-            highlight=False,
+            "its units are tokenized again without it"
         )
         _tokenize(state, numbers, console, workers)
 
@@ -292,16 +287,6 @@ def _rows(unit: InputUnit) -> int:
     """Rows of a unit; an estimate for lines."""
     size = unit.stop - unit.start
     return max(1, size // ROW_BYTES) if unit.kind == LINES else size
-
-
-class _WriteWorker:
-    """Worker of stage three: part -> its counts and files."""
-
-    def __init__(self, state: _BuildState, plan: PackingPlan) -> None:
-        self._writer = RowWriter(state.config, state.sources, plan, state.partial, state.meta)
-
-    def __call__(self, part: EpochPart) -> PartInfo:
-        return self._writer.write(part)
 
 
 def _finish(state: _BuildState, console: Console, workers: int) -> dict[str, Any]:
@@ -316,11 +301,13 @@ def _finish(state: _BuildState, console: Console, workers: int) -> dict[str, Any
     if not all(plan.rows):
         raise _no_rows(state, accounting)
     parts = cut_parts(state.config, plan)
+    # Parts of an earlier attempt are complete if their marker exists.
     done = {part: info for part in parts if (info := load_part(state.work, state.partial, part))}
     with track("write", sum(plan.rows), "rows", console) as advance:
         advance(sum(part.stop - part.start for part in done))
         todo = [part for part in parts if part not in done]
-        for part, info in work_on(todo, _WriteWorker, (state, plan), workers):
+        arguments = (state.config, state.sources, plan, state.partial, state.meta)
+        for part, info in work_on(todo, RowWriter, arguments, workers):
             done[part] = info
             advance(info.counts.rows, info.counts.clean + info.counts.block)
     return _seal(state, plan, accounting, {part: done[part] for part in parts})
@@ -424,6 +411,7 @@ def read_command_line(argv: Sequence[str] | None) -> tuple[BuildConfig, argparse
         overrides = [f"--sources={json.dumps([{'name': name, **location}])}", *overrides]
     elif args.format:
         raise ConfigError("--format needs --input", "the command line", "set `format` of each source in the config")
+    # Later overrides win: --sources comes first, so that --sources.NAME.key can change it.
     config = load_config(BuildConfig, args.config or "", [*overrides, *options], PRESETS)
     if args.input is not None:
         source = config.sources[0]
@@ -444,7 +432,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"{args.input}: source format {config.sources[0].format} ({form.description})")
     try:
         if args.dry_run:
-            dry_run(config, Console())
+            dry_run(config, Console(highlight=False, markup=False))
         elif args.shard:
             build_shard(config, args.shard, workers=args.workers)
         else:

@@ -87,6 +87,7 @@ class BuildConfig:
 
 def check(config: BuildConfig) -> None:
     """Raises ConfigError on the first invalid setting. Changes nothing."""
+    # Everything that can be checked without reading data is checked here, before the first unit is tokenized.
     for key in ("out", "tokenizer"):
         if not getattr(config, key):
             raise ConfigError(f"`{key}` is not set", key, f"--{key}=FOLDER")
@@ -105,6 +106,7 @@ def check(config: BuildConfig) -> None:
         raise ConfigError("no sources", "sources", "sources: [{name: mine, format: messages, path: FILE.jsonl}]")
     for i, source in enumerate(config.sources):
         _check_source(source, f"sources[{i}]")
+    # Reports and --sources.NAME.key address a source by its name.
     names = [source.name for source in config.sources]
     if duplicates := sorted({name for name in names if names.count(name) > 1}):
         raise ConfigError(f"two sources are named {duplicates[0]!r}", "sources", "give each source its own name")

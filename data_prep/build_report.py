@@ -14,15 +14,16 @@ from rich.table import Column, Table
 
 from data_prep.build_config import BuildConfig, SourceConfig, check
 from data_prep.chat import render_batch
-from data_prep.encoders import BulkEncoder, describe, open_encoder
+from data_prep.encoders import describe, open_encoder
+from data_prep.encoding import TextEncoder
 from data_prep.readers import LINES, InputUnit, plan_units, read_unit
 from data_prep.sources import conversation, expand
 from data_prep.truncate import fit_batch
 from sdlm_megatron.data.tokenizer_identity import special_token_id
 from sdlm_megatron.errors import DataError
 
+# Rows per source that a dry run reads: a few seconds for all sources of the published mixture.
 SAMPLE = 200
-"""Rows per source that a dry run reads."""
 
 
 def report(manifest: dict[str, Any], config: BuildConfig, console: Console) -> None:
@@ -37,13 +38,12 @@ def report(manifest: dict[str, Any], config: BuildConfig, console: Console) -> N
         table.add_row(entry["name"], *cells, short(entry["clean_tokens"]), short(entry["blocks"]))
     console.print(table)
     for line in _remarks(manifest):
-        console.print(line, highlight=False)
+        console.print(line)
     rows, clean, block = (sum(epoch[key] for epoch in manifest["counts"]) for key in ("rows", "clean", "block"))
     console.print(
         f"{config.out}: {config.epochs} epoch(s), {rows:,} rows of {config.row_length} tokens, "
         f"{(clean + block) / (rows * config.row_length):.2%} filled, "
-        f"{manifest['mean_documents_per_row']:.1f} documents per row",
-        highlight=False,
+        f"{manifest['mean_documents_per_row']:.1f} documents per row"
     )
 
 
@@ -95,9 +95,8 @@ class _Estimate:
     read: int
     """Bytes of its files; 0 if unknown."""
     clean: float
-    """Mean clean tokens per row."""
     expanded: float
-    """Mean tokens per row including blocks."""
+    """Mean tokens per row without (`clean`) and with blocks."""
     unusable: float
     """Share of the sampled rows that are dropped or rejected."""
 
@@ -125,38 +124,37 @@ def dry_run(config: BuildConfig, console: Console) -> None:
     console.print(table)
     console.print(
         f"tokens: mean per row over the first {SAMPLE} rows of each source; ~: the number of rows is estimated; "
-        f"{len(units)} units of work",
-        highlight=False,
+        f"{len(units)} units of work"
     )
-    console.print(f"tokenizer: {describe(encoder)}; mask token {config.mask_token} = {mask}", highlight=False)
+    console.print(f"tokenizer: {describe(encoder)}; mask token {config.mask_token} = {mask}")
     console.print(
         f"disk: {work / 1e9:.2f} GB during the build and {final / 1e9:.2f} GB for the dataset "
-        f"({config.epochs} epoch(s)); {_free(config.out) / 1e9:.0f} GB are free",
-        highlight=False,
+        f"({config.epochs} epoch(s)); {_free(config.out) / 1e9:.0f} GB are free"
     )
     state = "would be created"
     if Path(config.out).exists():
         state = "already exists: the build would fail unless it has the same settings"
     elif Path(config.out).with_name(Path(config.out).name + ".partial").exists():
         state = "is incomplete: the build would resume"
-    console.print(f"{config.out} {state}", highlight=False)
+    console.print(f"{config.out} {state}")
 
 
 def _free(out: str) -> int:
+    # `out` and its parents may not exist yet.
     folder = Path(out).absolute().parent
     while not folder.exists():
         folder = folder.parent
     return shutil.disk_usage(folder).free
 
 
-def _estimate(config: BuildConfig, source: SourceConfig, units: Sequence[InputUnit], encoder: BulkEncoder) -> _Estimate:
+def _estimate(config: BuildConfig, source: SourceConfig, units: Sequence[InputUnit], encoder: TextEncoder) -> _Estimate:
     rows = list(islice(read_unit(units[0], source), SAMPLE)) if units else []
     conversations = []
     for row in rows:
         try:
             conversations.append(conversation(row, source.format))
         except DataError:
-            continue
+            continue  # counted as unusable
     batch = render_batch(conversations, encoder, default_system=config.system_prompt)
     size = {"block_size": config.block_size, "repeat": config.repeat}
     fitted = fit_batch(batch, config.overlong, max_len=config.max_document_length, **size)

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.encoders import TextEncoder, as_text_encoder, flat
+from data_prep.encoders import as_text_encoder
+from data_prep.encoding import TextEncoder
 from sdlm_megatron.data.chatml import DEFAULT_SYSTEM, IM_END, IM_START
 from sdlm_megatron.errors import DataError
 
@@ -135,13 +136,10 @@ class RenderedBatch:
     roles: list[str]
     """ChatML role of each turn."""
     starts: np.ndarray
-    """int64 (turns,): index of each turn's `<|im_start|>` in its document."""
     ends: np.ndarray
-    """int64 (turns,): index after each turn's last token, as `Turn.end`."""
     first_anchors: np.ndarray
-    """int64 (turns,): index of the last header token, as `Turn.first_anchor`."""
     n_anchors: np.ndarray
-    """int64 (turns,): as `Turn.n_anchors`."""
+    """int64 (turns,) each: the fields of `Turn`, indices relative to the document."""
 
     def __len__(self) -> int:
         return len(self.doc_edges) - 1
@@ -175,13 +173,14 @@ def render_batch(
     whole = [_with_system(turns, default_system) for turns in conversations]
     roles = [role for turns in whole for role, _ in turns]
     # ROLE\nTEXT is encoded as one text: leading white space may merge with the newline, as in the reference code.
-    pieces, edges = flat(encoder, [f"{role}\n{text}" for turns in whole for role, text in turns])
+    pieces, edges = encoder.encode_flat([f"{role}\n{text}" for turns in whole for role, text in turns])
     frame = frame_of(encoder)
     after = len(frame.newline) + 1  # <|im_end|> and the newline
     sizes = np.diff(edges)
     lengths = 1 + sizes + after
     ends = np.cumsum(lengths)
     starts = ends - lengths
+    # Vectorized over all turns: a Python loop over tokens or turns would take longer than tokenizing.
     ids = np.empty(int(ends[-1]) if len(ends) else 0, dtype=np.int32)
     ids[np.arange(len(pieces)) + np.repeat(starts + 1 - edges[:-1], sizes)] = pieces
     ids[starts] = frame.im_start
@@ -192,6 +191,7 @@ def render_batch(
     origin = np.repeat(doc_edges[:-1], np.diff(turn_edges))
     closing = ends - after - origin  # index of <|im_end|>
     header = np.array([frame.header[role] for role in roles], dtype=np.int64)
+    # If the newline merged with the text, the turn is shorter than its nominal header: clip at <|im_end|>.
     first = np.minimum(starts - origin + header, closing) - 1
     answers = np.where([role in answer_roles for role in roles], closing - first, 0) if roles else first
     return RenderedBatch(ids, doc_edges, turn_edges, roles, starts - origin, ends - origin, first, answers)
@@ -217,8 +217,9 @@ class ChatFrame:
 
 def frame_of(encoder: TextEncoder) -> ChatFrame:
     """The chat structure of a tokenizer; raises DataError if it lacks ChatML's tokens."""
+    # Encoded with the newline, as in a turn: some tokenizers merge it with the role's last character.
     roles = sorted(set(ROLES.values()))
-    ids, edges = flat(encoder, ["\n", *(f"{role}\n" for role in roles)])
+    ids, edges = encoder.encode_flat(["\n", *(f"{role}\n" for role in roles)])
     newline, *headers = (ids[a:b].tolist() for a, b in pairwise(edges))
     return ChatFrame(
         encoder.token_id(IM_START),

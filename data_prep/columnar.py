@@ -11,8 +11,8 @@ from typing import Any
 
 from sdlm_megatron.errors import DataError
 
+# Maximum rows per batch. Rows may be a megabyte each, so larger batches would need too much memory.
 BATCH = 256
-"""Maximum rows per batch."""
 _STREAM_END = b"\xff\xff\xff\xff\x00\x00\x00\x00"  # end-of-stream marker of Arrow's stream format
 
 
@@ -141,6 +141,7 @@ def as_bytes(kind: Any) -> Any:
         return pyarrow.list_(as_bytes(kind.value_type))
     if types.is_large_list(kind):
         return pyarrow.large_list(as_bytes(kind.value_type))
+    # Dates out of Python's range cannot be converted; their integers can.
     if types.is_timestamp(kind) or types.is_date64(kind):
         return pyarrow.int64()
     if types.is_large_string(kind):
@@ -150,17 +151,8 @@ def as_bytes(kind: Any) -> Any:
 
 @cache
 def open_hub(hub: str, subset: str, split: str, revision: str) -> ColumnarTable:
-    """A dataset loaded with `datasets.load_dataset`, kept open in this process.
-
-    Args:
-        hub: name of the dataset.
-        subset: configuration; "" for the default.
-        split: name of the split.
-        revision: commit, tag or branch; "" for the newest.
-
-    Raises:
-        DataError: the dataset cannot be loaded.
-    """
+    """A dataset loaded with `datasets.load_dataset`, kept open in this process; raises DataError if that fails. An
+    empty `subset` or `revision` selects the default."""
     import datasets
 
     try:
@@ -177,6 +169,7 @@ def open_hub(hub: str, subset: str, split: str, revision: str) -> ColumnarTable:
         for i in range(start, stop, BATCH):
             yield from arrow[i : min(i + BATCH, stop)].to_batches()
 
+    # Without its own files (a part of a split), the dataset is read through its index, from any row.
     cuts = list(range(0, len(dataset), BATCH)) or [0]
     files = tuple(Path(entry["filename"]) for entry in dataset.cache_files)
     if sum(open_table(file).rows for file in files) != len(dataset):  # a part of a split, such as train[:10%]

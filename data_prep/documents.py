@@ -23,15 +23,16 @@ import xxhash
 
 from data_prep.build_config import BuildConfig, SourceConfig
 from data_prep.chat import RenderedBatch, render_batch
-from data_prep.encoders import BulkEncoder, describe
+from data_prep.encoders import describe
+from data_prep.encoding import TextEncoder
 from data_prep.readers import LINES, InputUnit, count_lines, read_unit
 from data_prep.sources import InputRow, Unreadable, conversation
 from data_prep.truncate import FittedBatch, fit_batch
 from sdlm_megatron.errors import DataError
 from sdlm_megatron.files import write_json
 
+# Rows tokenized per call: enough to amortize the call, few enough to bound memory if rows are a megabyte each.
 CHUNK = 512
-"""Rows tokenized per call."""
 
 DOCUMENT = np.dtype(
     [
@@ -87,7 +88,7 @@ def load_result(work: Path, number: int) -> UnitResult | None:
 
 
 def tokenize_unit(
-    config: BuildConfig, source: SourceConfig, unit: InputUnit, number: int, encoder: BulkEncoder, work: Path
+    config: BuildConfig, source: SourceConfig, unit: InputUnit, number: int, encoder: TextEncoder, work: Path
 ) -> UnitResult:
     """Reads, renders, tokenizes and fits one unit, and writes its files.
 
@@ -105,7 +106,7 @@ def tokenize_unit(
 
 
 def _tokenize_chunk(
-    config: BuildConfig, form: str, rows: Sequence[InputRow], encoder: BulkEncoder, writer: "_UnitWriter"
+    config: BuildConfig, form: str, rows: Sequence[InputRow], encoder: TextEncoder, writer: "_UnitWriter"
 ) -> None:
     first = writer.result.rows
     writer.result.rows += len(rows)
@@ -118,6 +119,7 @@ def _tokenize_chunk(
             writer.reject(first + i, row, "rejected", error.what, error.where)
     if not valid:
         return
+    # The text stays as it is, but many matches hint at data that was rendered before.
     writer.result.spelled += encoder.spelled([text for turns in conversations for _, text in turns])
     batch = render_batch(conversations, encoder, default_system=config.system_prompt)
     size = {"block_size": config.block_size, "repeat": config.repeat}
@@ -139,6 +141,7 @@ class _UnitWriter:
     def __enter__(self) -> "_UnitWriter":
         for kind in UNIT_FILES:
             name = unit_file(self._work, self._number, kind)
+            # Host and process in the name: two shards may tokenize the same unit after a requeue.
             self._files[kind] = open(f"{name}.{os.uname().nodename}-{os.getpid()}.partial", "wb")
         return self
 
@@ -170,7 +173,7 @@ class _UnitWriter:
         clean = np.where(kept, fitted.clean_lens, 0)
         whole = np.diff(batch.doc_edges)
         tokens = batch.input_ids
-        if (clean < whole).any():
+        if (clean < whole).any():  # rare: most chunks are written without a copy
             inside = np.arange(len(tokens)) - np.repeat(batch.doc_edges[:-1], whole)
             tokens = tokens[inside < np.repeat(clean, whole)]
         pairs, n_pairs = _answer_turns(batch, np.where(kept, fitted.n_anchors, 0))
@@ -190,6 +193,7 @@ class _UnitWriter:
 
     def finish(self) -> UnitResult:
         """Renames the files to their final names, the summary last."""
+        # Renamed only after the data is on disk: a unit whose summary exists is never tokenized again.
         for kind, file in self._files.items():
             file.flush()
             os.fsync(file.fileno())
@@ -223,11 +227,7 @@ def _digests(batch: RenderedBatch) -> np.ndarray:
 
 
 class DocumentStore:
-    """Memory-mapped random access to tokens and anchors of the documents of all units.
-
-    Args:
-        work: work folder in which all units are complete.
-    """
+    """Memory-mapped random access to tokens and anchors of the documents of all units, which must be complete."""
 
     def __init__(self, work: Path) -> None:
         self._work = work

@@ -13,73 +13,30 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import tokenizers
 from tokenizers import Tokenizer
 
-from data_prep.encoding import SpelledTokens, flatten, probe_texts, require_id
+from data_prep.encoding import SpelledTokens, TextEncoder, probe_texts, require_id
 from data_prep.piece_tokenizer import PieceTokenizer
 from sdlm_megatron.data.chatml import IM_END, IM_START
 from sdlm_megatron.data.tokenizer_identity import TEXT_MASK, sentencepiece_file
 from sdlm_megatron.errors import DataError
 
+# Interval of the texts that are verified; prime, so that it cannot align with the turns of regular conversations.
 CHECK_EVERY = 509
-"""Interval of the texts that are verified; prime, so that it cannot align with the turns of regular conversations."""
-
+# Number of texts compared when an encoder is opened; more would delay the start of every process.
 N_PROBES = 400
-"""Number of texts compared when an encoder is opened."""
-
-
-@runtime_checkable
-class TextEncoder(Protocol):
-    """Interface of a tokenizer for rendering."""
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text; a special token spelled in a text is encoded as plain characters."""
-
-    def token_id(self, token: str) -> int:
-        """Id of a token of the vocabulary; raises DataError if it does not exist."""
-
-
-class BulkEncoder(TextEncoder, Protocol):
-    """Interface of a tokenizer for a build. Not thread-safe; open it in the process that uses it."""
-
-    @property
-    def backend(self) -> str:
-        """Name and version of the library, such as "fastokens 0.3.5"."""
-
-    @property
-    def reason(self) -> str:
-        """Reason why the fast library is not used; empty if it is."""
-
-    def encode_flat(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Concatenated ids, int32 (n,), and the offset of each text, int64 (len(texts) + 1,); may be read-only.
-
-        The texts must be valid Unicode (see `chat.check_text`).
-
-        Raises:
-            TokenizerMismatch: the fast library differs from `tokenizers` on a verified text.
-        """
-
-    def spelled(self, texts: Sequence[str]) -> int:
-        """Number of texts that spell a special token or the mask token."""
-
-
-def flat(encoder: TextEncoder, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """`encode_flat` for any `TextEncoder`: ids int32 (n,), offsets int64 (len(texts) + 1,)."""
-    if hasattr(encoder, "encode_flat"):
-        return encoder.encode_flat(texts)
-    return flatten(encoder.encode_batch(texts))
 
 
 def _pieces(ids: np.ndarray, offsets: np.ndarray) -> list[list[int]]:
     return [ids[start:stop].tolist() for start, stop in pairwise(offsets.tolist())]
 
 
-def open_encoder(folder: str | Path, mask_token: str = TEXT_MASK) -> BulkEncoder:
+def open_encoder(folder: str | Path, mask_token: str = TEXT_MASK) -> TextEncoder:
     """The fastest verified encoder for a tokenizer, which is a folder or a SentencePiece `.model` file.
 
     Sets the libraries' thread counts to one unless the environment sets them: a build runs one process per core.
@@ -94,12 +51,12 @@ def open_encoder(folder: str | Path, mask_token: str = TEXT_MASK) -> BulkEncoder
     return encoder
 
 
-def describe(encoder: BulkEncoder) -> str:
+def describe(encoder: TextEncoder) -> str:
     """The library of an encoder, and the reason if it is not the fast one."""
     return encoder.backend + (f" ({encoder.reason})" if encoder.reason else "")
 
 
-def _open(folder: str | Path, mask_token: str) -> BulkEncoder:
+def _open(folder: str | Path, mask_token: str) -> TextEncoder:
     if sentencepiece_file(folder):
         return PieceTokenizer(folder, mask_token)
     baseline = TextTokenizer.from_folder(folder, mask_token)
@@ -110,20 +67,17 @@ def _open(folder: str | Path, mask_token: str) -> BulkEncoder:
         return baseline
 
 
-class TextTokenizer:
-    """`BulkEncoder` for Hugging Face `tokenizers`.
+class TextTokenizer(TextEncoder):
+    """Encoder for Hugging Face `tokenizers`.
 
     Special tokens in text are encoded as plain characters. Added tokens that the tokenizer does not flag as special
     (Qwen2.5: `<tool_call>`…) remain ordinary words of its vocabulary.
-
-    Args:
-        definition: content of a `tokenizer.json`.
-        name: name in messages.
-        mask_token: treated as special, like ChatML's tokens, even if the tokenizer does not flag it as such.
+    `definition` is the content of a `tokenizer.json`. `mask_token` and ChatML's tokens are treated as special even if
+    it does not flag them.
     """
 
     def __init__(self, definition: dict[str, Any], name: str, mask_token: str = TEXT_MASK) -> None:
-        self.name, self.backend, self.reason = name, f"tokenizers {tokenizers.__version__}", ""
+        self.name, self.backend = name, f"tokenizers {tokenizers.__version__}"
         always = {mask_token, IM_START, IM_END}
         # All added tokens remain in the definition because `tokenizers` numbers them by their order.
         added = [
@@ -162,12 +116,6 @@ class TextTokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
-    def encode_flat(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        return flatten(self.encode_batch(texts))
-
-    def spelled(self, texts: Sequence[str]) -> int:
-        return self._spelled.count(texts)
-
     def token_id(self, token: str) -> int:
         return require_id(self._backend.token_to_id(token), token, self.name)
 
@@ -180,7 +128,7 @@ def _converted(folder: Path) -> dict[str, Any]:
 
 
 class FastokensError(Exception):
-    """`fastokens` cannot be used for a tokenizer; the message is the reason."""
+    """`fastokens` cannot be used for a tokenizer."""
 
 
 class TokenizerMismatch(Exception):
@@ -201,17 +149,16 @@ class TokenizerMismatch(Exception):
         return f"at token {at}: {self.fast[at : at + 8]} instead of {self.slow[at : at + 8]} for {text!r}"
 
 
-class FastTokenizer:
-    """`BulkEncoder` for `fastokens`, verified against a `TextTokenizer`.
+class FastTokenizer(TextEncoder):
+    """Encoder for `fastokens`, verified against a `TextTokenizer`.
 
     Raises:
         FastokensError: the library is missing, does not support the tokenizer, or differs on a probe.
     """
 
     def __init__(self, baseline: TextTokenizer) -> None:
-        self._baseline = baseline
+        self._baseline, self._spelled = baseline, baseline._spelled
         self._seen = 0
-        self.reason = ""
         for name in ("RAYON_NUM_THREADS", "FASTOKENS_BPE_THREADS"):  # read when the library first needs threads
             os.environ.setdefault(name, "1")
         try:
@@ -236,15 +183,12 @@ class FastTokenizer:
             self._give_up(str(error))
             return self._baseline.encode_flat(texts)
         sample = range(-self._seen % CHECK_EVERY, len(texts), CHECK_EVERY)
-        self._seen += len(texts)
+        self._seen += len(texts)  # continues over calls: small batches are verified as often as large ones
         pieces = [ids[offsets[i] : offsets[i + 1]].tolist() for i in sample]
         if difference := self._difference([texts[i] for i in sample], pieces):
             self._give_up(f"it returned other ids {difference}")
             raise difference
         return ids, offsets
-
-    def spelled(self, texts: Sequence[str]) -> int:
-        return self._baseline.spelled(texts)
 
     def token_id(self, token: str) -> int:
         return self._baseline.token_id(token)
@@ -277,8 +221,8 @@ def _native(call: Callable[..., Any], *args: Any, **options: Any) -> Any:
         raise
 
 
-class _SlowTokenizer:
-    """`TextEncoder` for a pure-Python transformers tokenizer, which has no `tokenizers` backend."""
+class _SlowTokenizer(TextEncoder):
+    """Encoder for a pure-Python transformers tokenizer, which has no `tokenizers` backend."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
@@ -293,12 +237,12 @@ class _SlowTokenizer:
         return require_id(None if missing else token_id, token, type(self._tokenizer).__name__)
 
 
+# Cache of encoders, with the vocabulary size for which each was made; building one takes a second.
 _encoders: WeakKeyDictionary[Any, tuple[int, TextEncoder]] = WeakKeyDictionary()
-"""Cache of encoders, with the vocabulary size for which each was made; building one takes a second."""
 
 
 def as_text_encoder(tokenizer: Any) -> TextEncoder:
-    """The `TextEncoder` of a transformers tokenizer or a `tokenizers.Tokenizer`; a `TextEncoder` is returned as is."""
+    """The encoder of a transformers tokenizer or a `tokenizers.Tokenizer`; an encoder is returned as is."""
     if isinstance(tokenizer, TextEncoder):
         return tokenizer
     backend = tokenizer if isinstance(tokenizer, Tokenizer) else getattr(tokenizer, "backend_tokenizer", None)

@@ -1,4 +1,4 @@
-"""Helpers shared by all encoders: layout of ids, detection of spelled special tokens, probe texts."""
+"""Interface of text encoders and their shared parts: detection of spelled special tokens, probe texts."""
 
 import random
 from collections.abc import Sequence
@@ -14,6 +14,38 @@ def flatten(pieces: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
     offsets = np.zeros(len(pieces) + 1, dtype=np.int64)
     np.cumsum([len(piece) for piece in pieces], out=offsets[1:])
     return np.fromiter(chain.from_iterable(pieces), dtype=np.int32, count=offsets[-1]), offsets
+
+
+class TextEncoder:
+    """Tokenizer in which text never produces a special token. Not thread-safe; open it in the process that uses it."""
+
+    backend = ""
+    """Name and version of the library, such as "fastokens 0.3.5"."""
+    reason = ""
+    """Reason why the fast library is not used; empty if it is."""
+    _spelled: "SpelledTokens"
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text; a special token spelled in a text is encoded as plain characters."""
+        raise NotImplementedError
+
+    def encode_flat(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Concatenated ids, int32 (n,), and the offset of each text, int64 (len(texts) + 1,); may be read-only.
+
+        The texts must be valid Unicode (see `chat.check_text`).
+
+        Raises:
+            TokenizerMismatch: the fast library differs from `tokenizers` on a verified text.
+        """
+        return flatten(self.encode_batch(texts))
+
+    def spelled(self, texts: Sequence[str]) -> int:
+        """Number of texts that spell a special token or the mask token."""
+        return self._spelled.count(texts)
+
+    def token_id(self, token: str) -> int:
+        """Id of a token of the vocabulary; raises DataError if it does not exist."""
+        raise NotImplementedError
 
 
 class SpelledTokens:
@@ -34,7 +66,7 @@ class SpelledTokens:
         """Number of texts that spell at least one of the tokens."""
         matches: set[int] = set()
         for filters, tokens in self._groups:
-            left = list(range(len(texts)))
+            left = list(range(len(texts)))  # indices of the texts that have passed all filters so far
             for text_filter in filters:
                 left = [i for i in left if text_filter in texts[i]]
             matches.update(i for i in left if any(token in texts[i] for token in tokens))
@@ -77,6 +109,7 @@ _PIECES = (
 def probe_texts(tokens: Sequence[str], n: int, seed: int) -> list[str]:
     """`n` texts, deterministic in `seed`, on which tokenizers tend to differ: normalization forms, scripts, white
     space, and the tokens in `tokens` spelled out, whole or in part, next to these."""
+    # Random concatenations exercise the boundaries between the parts, where pre-tokenizers differ.
     draw = random.Random(seed)
     spelled = sorted(set(filter(None, tokens))) or ["<|im_end|>"]
     texts = [*_PIECES, *spelled[: n // 4]]
@@ -97,4 +130,5 @@ def probe_texts(tokens: Sequence[str], n: int, seed: int) -> list[str]:
 
 def _any_character(draw: random.Random) -> str:
     code = draw.randrange(0x110000) if draw.random() < 0.3 else draw.randrange(0x3000)
+    # surrogates are not valid text
     return chr(code) if not 0xD800 <= code < 0xE000 else " "

@@ -18,7 +18,6 @@ from rich.text import Text
 from tokenizers import Tokenizer, decoders, models
 
 from data_prep.encoders import TextTokenizer
-from data_prep.mask_picture import excerpt_of, excerpt_text, save_png
 from data_prep.row_rules import ParsedRow, RuleSettings, read_row
 from sdlm_megatron.config.command_line import make_parser
 from sdlm_megatron.data.format import REBUILD, PackedDataset, origin, prefix
@@ -31,6 +30,7 @@ from sdlm_megatron.data.tokenizer_identity import (
     sentencepiece_file,
 )
 from sdlm_megatron.diffusion.layout import IGNORE, RowLayout, slot_targets
+from sdlm_megatron.diffusion.mask import visible
 from sdlm_megatron.errors import DataError, run_cli
 
 # Shown without --all: documents per row; per document its first blocks, this many clean tokens at both ends, and this
@@ -44,6 +44,13 @@ MASK, PART, NONE = "▢", "◌", "–"
 
 ROLES = {"system": "magenta", "user": "cyan", "assistant": "green", "function": "yellow"}
 FRAME, ANCHOR = "bright_black", "bold underline"
+
+EXCERPT, EXCERPT_BLOCKS = 32, 3
+"""Maximum number of clean tokens and of blocks in an excerpt of the mask."""
+PICTURE = 6144
+"""Maximum number of tokens in the image of a row; drawing it needs about 20 bytes per pair of tokens."""
+KINDS = ("clean sees clean, up to itself", "block sees clean, before its start", "block sees its own tokens")
+_LETTERS, _STYLES = "·█░▓", ("dim", "#3b6fb6", "#9cc3e6", "#e2803a")  # not visible, and KINDS in the colors of reports
 
 # Control characters that would change the state of the terminal, or the direction of its text, are replaced.
 _REPLACEMENTS = {code: 0x2400 + code for code in range(32) if code not in (9, 10)} | {127: 0x2421}
@@ -138,10 +145,8 @@ def view_documents(row: ParsedRow, settings: RuleSettings, text_of: TokenText) -
 def clean_text(document: DocumentView, header: dict[str, int], *, whole: bool) -> Text:
     """The clean tokens, colored by role, with a mark at each block start.
 
-    Args:
-        document: the document.
-        header: role -> number of tokens of its header.
-        whole: show all tokens, not only both ends and the region of the first block start.
+    `header` is role -> number of tokens of its header; without `whole`, tokens far from both ends and from the first
+    block start are omitted.
     """
     result, shown = Text(), _shown(document, whole)
     starts = set(document.starts.tolist())
@@ -197,6 +202,63 @@ def _printable(text: str) -> str:
     return text.translate(_REPLACEMENTS)
 
 
+@dataclass(frozen=True)
+class MaskExcerpt:
+    """A few neighboring blocks of a document with the clean tokens around them."""
+
+    low: int
+    """First clean token."""
+    high: int
+    """Index after the last clean token."""
+    starts: np.ndarray
+    """int (blocks,): block starts."""
+    kinds: np.ndarray
+    """int8 (queries, keys) over clean tokens low..high-1, then block tokens. 0: not visible, k + 1: KINDS[k]."""
+
+
+def excerpt_of(clean_len: int, starts: np.ndarray, block_size: int) -> MaskExcerpt:
+    """The neighboring blocks of a document that are closest to each other; `starts`, int (blocks,), must ascend."""
+    n = min(EXCERPT_BLOCKS, len(starts))
+    first = int(np.argmin(starts[n - 1 :] - starts[: len(starts) - n + 1]))
+    shown = starts[first : first + n]
+    low = max(0, int(shown[0]) - 3)
+    shown = shown[shown < low + EXCERPT - block_size]
+    high = min(clean_len, int(shown[-1]) + block_size + 1)
+    kinds = visible(high, shown, block_size=block_size)[low:, low:].astype(np.int8)
+    width = high - low
+    kinds[width:, :width] *= 2
+    kinds[width:, width:] *= 3
+    return MaskExcerpt(low, high, shown, kinds)
+
+
+def excerpt_text(excerpt: MaskExcerpt, block_size: int, texts: Sequence[str]) -> Text:
+    """An excerpt as text, one line per query; `texts` are those of the document's clean tokens."""
+    width = excerpt.high - excerpt.low
+    names = [f"{place} {_short(texts[place])}" for place in range(excerpt.low, excerpt.high)]
+    for start in excerpt.starts.tolist():
+        names += [f"block {start}, slot {j}" for j in range(block_size)]
+    margin = max(map(len, names)) + 2
+    picture = Text(f"{'query':<{margin}}keys: clean {excerpt.low} to {excerpt.high - 1}", style="dim")
+    picture.append(f"{'':<{max(1, width - len(picture) + margin + 2)}}blocks\n")
+    for name, row in zip(names, excerpt.kinds, strict=True):
+        picture.append(f"{name:<{margin}}", style="dim")
+        for key, kind in enumerate(row.tolist()):
+            if key >= width and (key - width) % block_size == 0:
+                picture.append("  " if key == width else " ")
+            picture.append(_LETTERS[kind], style=_STYLES[kind])
+        picture.append("\n")
+    for kind, name in enumerate(KINDS, 1):
+        picture.append(_LETTERS[kind], style=_STYLES[kind])
+        picture.append(f" {name}   ")
+    return picture
+
+
+def _short(text: str) -> str:
+    """A token as one short word."""
+    shown = text.strip(" ").replace("\n", "⏎").replace("\t", "⇥")
+    return shown if len(shown) <= 12 else shown[:11] + "…"
+
+
 def find_document(dataset: PackedDataset, epoch: int, number: int) -> int:
     """The row of an epoch that contains document `number`; raises DataError if there is none. Scans the layouts."""
     before = 0
@@ -244,14 +306,10 @@ def show(
     """Prints one row.
 
     Args:
-        dataset: the dataset.
-        epoch: epoch of the row.
         number: number of the row in the epoch's files.
-        text_of: decoder of its tokens.
-        console: destination.
         document: show only the document with this number.
         whole: omit nothing.
-        save: PNG file of the mask to write.
+        save: PNG file of the mask to write; a second one, with -blocks in its name, shows a few blocks enlarged.
 
     Raises:
         DataError: the row is damaged or does not contain the document.
@@ -282,9 +340,13 @@ def show(
     words = [_printable(text) for text in pictured.texts]
     _print(console, excerpt_text(excerpt, layout.block_size, words))
     if save:
-        title = f"{dataset.path.name}, epoch {epoch}, row {number}: attention mask"
-        save_png(save, layout, pictured.index, words, title)
-        _print(console, Text(f"wrote the mask of the row to {save}"))
+        # not at the top: importing matplotlib takes a second
+        from sdlm_megatron.report.plots import crop_layout, mask_figure, zoom_figure
+
+        picture, blocks = crop_layout(layout, PICTURE), save.with_stem(f"{save.stem}-blocks")
+        mask_figure(picture, picture.used).savefig(save, dpi=200)
+        zoom_figure(layout, pictured.index).savefig(blocks, dpi=200)
+        _print(console, Text(f"wrote the mask of the row to {save}, some of its blocks enlarged to {blocks}"))
 
 
 def _head(
@@ -324,7 +386,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--document", type=int, metavar="NUMBER", help="show only this document; finds its row")
     parser.add_argument("--tokenizer", default="", metavar="FOLDER", help="default: the tokenizer of the build")
     parser.add_argument("--all", action="store_true", help="omit nothing")
-    parser.add_argument("--save", type=Path, metavar="PNG", help="write an image of the row's attention mask")
+    parser.add_argument("--save", type=Path, metavar="PNG", help="write images of the row's attention mask")
     return parser
 
 

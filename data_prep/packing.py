@@ -28,9 +28,6 @@ class BestFit:
     The documents of a window are placed longest first, each into the row where it leaves the least room. Equal lengths
     are placed together, so the cost grows with the number of distinct lengths. Memory: one window and the documents of
     the open rows.
-
-    Args:
-        row_length: row length S in tokens.
     """
 
     def __init__(self, row_length: int) -> None:
@@ -52,6 +49,7 @@ class BestFit:
             return self._emit(np.empty((3, 0), dtype=np.int64), [])
         if not (lengths.min() >= 1 and lengths.max() <= self.row_length):
             raise ValueError(f"lengths {lengths.min()}..{lengths.max()} do not fit into rows of {self.row_length}")
+        # Longest first, as in best-fit decreasing; stable, so that the result depends on the input alone.
         order = np.argsort(-lengths, kind="stable")
         placed = np.zeros((3, len(lengths)), dtype=np.int64)
         placed[0] = np.arange(self._n_documents, self._n_documents + len(lengths))
@@ -74,6 +72,7 @@ class BestFit:
         for size, left in zip(sizes[starts].tolist(), counts, strict=True):
             while left:
                 at = bisect_left(rooms, size)
+                # Only a document that would open a new row is cut, and only to fit the emptiest open row.
                 cuts = spare is not None and at == len(rooms) - 1 > 0 and rooms[-2] >= size - spare[len(placed)]
                 if cuts:
                     at -= 1
@@ -93,7 +92,7 @@ class BestFit:
                 placed += taken * each
                 left -= len(taken) * each
                 after = room - each * size
-                if after >= least:
+                if after >= least:  # otherwise the row is full and no longer tracked
                     if not rows[after]:
                         insort(rooms, after)
                     rows[after] += taken

@@ -1,14 +1,13 @@
-"""`BulkEncoder` for SentencePiece `.model` files."""
+"""Encoder for SentencePiece `.model` files."""
 
 import json
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import sentencepiece
 
-from data_prep.encoding import SpelledTokens, flatten, require_id
+from data_prep.encoding import SpelledTokens, TextEncoder, require_id
 from sdlm_megatron.data.chatml import IM_END, IM_START
 from sdlm_megatron.data.tokenizer_identity import TEXT_MASK, added_tokens, parse_sentencepiece, sentencepiece_file
 from sdlm_megatron.errors import DataError
@@ -24,7 +23,7 @@ class VocabularyPiece(NamedTuple):
     kind: int
 
 
-class PieceTokenizer:
+class PieceTokenizer(TextEncoder):
     """Encodes with the sentencepiece package, after completing the vocabulary of the model.
 
     SentencePiece never produces a control piece from text, and always produces a user-defined piece where it is
@@ -37,12 +36,7 @@ class PieceTokenizer:
     transformers 5 adds no space; neither does this class, unless tokenizer_config.json has `"legacy": true`. In that
     case every text gets the space, including role names and newlines.
 
-    Args:
-        source: a `.model` file, or a folder with tokenizer.model.
-        mask_token: encoded as plain text where it is spelled, like any special token.
-
-    Raises:
-        DataError: the model is missing or cannot be read.
+    `source` is a `.model` file or a folder with tokenizer.model; raises DataError if it is missing or cannot be read.
     """
 
     backend = f"sentencepiece {sentencepiece.__version__}"
@@ -57,6 +51,7 @@ class PieceTokenizer:
         special = {mask_token, IM_START, IM_END}
         special |= set(_declared_special(config))
         special |= set(_declared_special(_read_json(path.parent / "special_tokens_map.json")))
+        # Tokens of the form <|…|> that the config explicitly declares as ordinary words.
         words = {entry["content"] for entry in _entries(config) if not entry.get("special")}
         added = added_tokens(source)
         try:
@@ -73,12 +68,6 @@ class PieceTokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return self._model.encode(list(texts), out_type=int, num_threads=1)
-
-    def encode_flat(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        return flatten(self.encode_batch(texts))
-
-    def spelled(self, texts: Sequence[str]) -> int:
-        return self._spelled.count(texts)
 
     def token_id(self, token: str) -> int:
         alternative = "assign the token an id in an added_tokens.json beside the model"
@@ -114,6 +103,7 @@ def complete_vocabulary(
 
     An added token may replace the piece at its id, and ids may be skipped.
     """
+    # A piece whose text is an added token with another id is dropped: two pieces of one text are invalid.
     by_id = {i: piece for i, piece in enumerate(pieces) if added.get(piece.text, i) == i}
     for token, i in added.items():
         kind = UNKNOWN if i < len(pieces) and pieces[i].kind == UNKNOWN else USER_DEFINED

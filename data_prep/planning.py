@@ -27,34 +27,23 @@ from sdlm_megatron.errors import DataError
 from sdlm_megatron.files import fsync, write_json
 from sdlm_megatron.progress import Advance
 
-INDEX = np.dtype(
-    [
-        ("number", "i8"),  # document number of its first copy
-        ("unit", "i4"),
-        ("source", "i4"),
-        ("token", "i8"),
-        ("turn", "i8"),
-        ("clean", "i4"),
-        ("turns", "i4"),
-        ("blocks", "i4"),
-    ]
-)
+_COPIED = ("token", "turn", "clean", "turns", "blocks")  # fields of DOCUMENT
+# number: document number of the first copy
+INDEX = np.dtype([("number", "i8"), ("unit", "i4"), ("source", "i4"), *((name, DOCUMENT[name]) for name in _COPIED)])
+# Approximate number of documents whose digests are compared at once: about 200 MB.
 BUCKET = 1 << 22
-"""Approximate number of documents whose digests are compared at once."""
 
 
 @dataclass
 class EpochSegment:
-    """Documents of one source that an epoch uses once."""
+    """Documents of one source that an epoch uses once: all of them, or the next `taken` of a shuffled order."""
 
     source: int
     copy: int
     first: int
-    """Index of the source's first document."""
     documents: int
-    """Number of documents of the source."""
+    """Index of the source's first document, and their number."""
     taken: int
-    """Number of documents the epoch uses: all, or a range of a shuffled order that advances from epoch to epoch."""
 
 
 @dataclass
@@ -76,6 +65,7 @@ def number_sources(
     for unit, result in zip(units, results, strict=True):
         rows[unit.source] += result.rows
         documents[unit.source] += result.documents
+    # Every copy has its own numbers, and thereby its own block draws.
     copies = [int(np.ceil(source.weight)) for source in sources]
     first = np.concatenate([[0], np.cumsum([n * c for n, c in zip(rows, copies, strict=True)])]).tolist()
     if first[-1] >= 2**31:
@@ -90,7 +80,7 @@ def build_index(work: Path, units: Sequence[InputUnit], results: Sequence[UnitRe
         for i, (unit, result) in enumerate(zip(units, results, strict=True)):
             documents = np.fromfile(unit_file(work, i, "docs"), DOCUMENT)
             records = np.zeros(len(documents), INDEX)
-            for name in ("token", "turn", "clean", "turns", "blocks"):
+            for name in _COPIED:
                 records[name] = documents[name]
             records["number"] = documents["row"] + before[unit.source]
             records["unit"], records["source"] = i, unit.source
@@ -155,14 +145,7 @@ def drop_duplicates(work: Path, numbering: Numbering) -> Numbering:
 
 
 class EpochOrder:
-    """Shuffled order of the documents of one epoch, computed on demand instead of stored.
-
-    Args:
-        config: settings; `seed` is used.
-        sources: sources with their weights.
-        numbering: numbering of the packed documents.
-        epoch: epoch, from 0.
-    """
+    """Shuffled order of the packed documents of one epoch, computed on demand instead of stored."""
 
     def __init__(self, config: BuildConfig, sources: Sequence[SourceConfig], numbering: Numbering, epoch: int) -> None:
         self._seed, self._epoch = config.seed, epoch
@@ -182,6 +165,7 @@ class EpochOrder:
     def documents(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Index of the document at each place of the order, and the offset of its copy's document number; both int64
         (places,)."""
+        # place -> index into the concatenated segments -> segment and document
         drawn = shuffled_many(places, len(self), seed=self._seed, epoch=self._epoch, purpose="documents")
         segment = np.searchsorted(self._edges, drawn, side="right") - 1
         within = drawn - self._edges[segment]
@@ -213,6 +197,7 @@ def plan_epoch(config: BuildConfig, order: EpochOrder, work: Path, epoch: int, a
     def write(packed: PackedRows) -> None:
         nonlocal written
         files[0].write(packed.documents.astype(np.int64).tobytes())
+        # Whole blocks are removed, so the cut in tokens is rounded up.
         files[1].write((-(-packed.cut // size)).astype(np.int32).tobytes())
         files[2].write((written + np.cumsum(packed.counts)).astype(np.int64).tobytes())
         written += len(packed.documents)
@@ -269,6 +254,7 @@ def make_plan(
         plan_epoch(config, EpochOrder(config, sources, numbering, epoch), work, epoch, advance)
         rows.append(len(load(work, f"epoch{epoch}.rows", np.int64)) - 1)
         trimmed.append(int(load(work, f"epoch{epoch}.cut", np.int32).sum()))
+    # Written last: without plan.json, stage two starts over.
     plan = PackingPlan(numbering, sum(int(pair["documents"]) for pair in pairs), pairs, rows, trimmed)
     write_json(file, asdict(plan))
     return plan

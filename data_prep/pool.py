@@ -31,9 +31,7 @@ def work_on(
     """Yields (task, result) as tasks finish.
 
     Args:
-        tasks: picklable tasks.
-        make: picklable function, called once per process with `arguments`; returns the worker.
-        arguments: picklable arguments of `make`.
+        make: function called once per process with `arguments`; returns the worker. All must be picklable.
         workers: number of processes; 1 runs the tasks in this process.
 
     Raises:
@@ -41,6 +39,7 @@ def work_on(
     """
     workers = min(workers, len(tasks))
     if workers <= 1:
+        # In this process: no pickling, and a debugger or profiler sees the work.
         here = make(*arguments) if tasks else None
         for task in tasks:
             assert here is not None
@@ -55,7 +54,7 @@ def work_on(
         try:
             for task in waiting:
                 running[pool.submit(_do, task)] = task
-                if len(running) < 2 * workers:
+                if len(running) < 2 * workers:  # two tasks per process: none waits for the next one
                     continue
                 yield from _done(running)
             while running:

@@ -41,7 +41,6 @@ def plan_units(sources: list[SourceConfig], *, unit_rows: int = 8192, unit_bytes
     contains one list is read completely.
 
     Args:
-        sources: as returned by `sources.expand`.
         unit_rows: approximate rows per unit of a columnar file: at most twice as many, split at row groups where
             possible; a larger row group is split into at most 16 units.
         unit_bytes: bytes per unit of lines.
@@ -73,11 +72,8 @@ def plan_units(sources: list[SourceConfig], *, unit_rows: int = 8192, unit_bytes
 
 
 def detect_source_format(source: SourceConfig) -> str:
-    """The format of a source, from the columns of its first file or the fields of its first readable row.
-
-    Raises:
-        DataError: the source cannot be used, or not exactly one format matches.
-    """
+    """The format of a source, from the columns of its first file or the fields of its first readable row; raises
+    DataError if the source cannot be used or not exactly one format matches."""
     if source.hub:
         return detect_format(_open_hub(source).schema.names, f"{source.hub}, split {source.split}")
     paths = files(source)
@@ -94,6 +90,7 @@ def detect_source_format(source: SourceConfig) -> str:
         if isinstance(content, dict):  # ShareGPT meta JSON: its entries name the files
             return "sharegpt"
         rows = [(f"{file}, row {i}", row) for i, row in enumerate(read_json_list(file)[:100])]
+    # Invalid rows are rejected one by one later: any of the first rows may show the format.
     for place, row in rows:
         if isinstance(row, dict):
             return detect_format(row, place)
@@ -186,7 +183,7 @@ def _check_stamp(unit: InputUnit, stamp: str) -> None:
 def _line_rows(unit: InputUnit) -> Iterator[InputRow]:
     # Not through `datasets`: its reader requires one schema for all lines and fails completely on an invalid line.
     with open(unit.file, "rb", buffering=1 << 20) as lines:
-        at = max(unit.start - 1, 0)
+        at = max(unit.start - 1, 0)  # one byte earlier: if it is a line break, a line begins at unit.start
         lines.seek(at)
         if unit.start:
             at += len(lines.readline())  # the rest of a line of the previous unit, or its line break
@@ -253,9 +250,6 @@ def _raw(column: Any) -> Any:
 def where(unit: InputUnit, place: int, lines_before: int) -> str:
     """Position of a row for messages: "FILE, line N" (from 1) or "FILE, row N" (from 0).
 
-    Args:
-        unit: unit of the row.
-        place: `InputRow.place`.
-        lines_before: lines of the file before a unit of lines: sum of `count_lines` over its earlier units.
+    `place` is `InputRow.place`; `lines_before` is the number of lines of the file in the units before this one.
     """
     return f"{unit.file}, line {lines_before + place}" if unit.kind == LINES else f"{unit.file}, row {place}"

@@ -99,6 +99,7 @@ def read_row(tokens: np.ndarray, layout: RowLayout, settings: RuleSettings, epoc
     closing = eos[np.searchsorted(eos, starts)]
     closed = closing < reach
     closing = np.where(closed, closing, reach - 1)
+    # An assistant turn is recognized by the ids of its header, without decoding.
     name = np.ones(len(starts), dtype=bool)
     for offset, token in enumerate(settings.assistant, 1):
         name &= clean.take(starts + offset, mode="clip") == token
@@ -116,6 +117,7 @@ def check_row(tokens: np.ndarray, layout: RowLayout, settings: RuleSettings, epo
     if not layout.n_docs:
         yield "documents", None, "the row has no documents"
         return
+    # The other rules assume documents with tokens and blocks.
     if (layout.clean_lens < 1).any() or (layout.n_blocks < 1).any():
         for i in np.flatnonzero((layout.clean_lens < 1) | (layout.n_blocks < 1)).tolist():
             yield "documents", _number(layout, i), f"{layout.clean_lens[i]} clean tokens, {layout.n_blocks[i]} blocks"
@@ -205,6 +207,7 @@ def _starts(row: ParsedRow, settings: RuleSettings) -> Iterator[Violation]:
     illegal, at = np.unique(documents[wrong], return_index=True)
     for i, start in zip(illegal.tolist(), anchors[wrong][at].tolist(), strict=True):
         yield "anchors", _number(layout, i), f"a block starts at {start}, which is not an anchor"
+    # A document with more blocks than anchors has no draw; the rule "blocks" reports it.
     drawable = layout.n_blocks <= row.n_anchors
     n_drawn, numbers = np.where(drawable, layout.n_blocks, 0), layout.doc_ids.astype(np.int64)
     drawn = row.anchors[draw_many(row.n_anchors, n_drawn, numbers, seed=settings.seed, epoch=row.epoch)]

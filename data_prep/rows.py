@@ -18,10 +18,10 @@ from sdlm_megatron.data.order import shuffled_many
 from sdlm_megatron.diffusion.layout import RowLayout, add_blocks, block_starts, draw_many
 from sdlm_megatron.files import write_json
 
+# Tokens per part: about 130 MB, a few seconds of work that an interruption can lose.
 PART_TOKENS = 1 << 25
-"""Tokens per part: about 130 MB, a few seconds of work."""
+# Tokens of the rows that are built together: numpy calls on single rows would dominate the run time.
 BATCH_TOKENS = 1 << 18
-"""Tokens of the rows that are built together."""
 
 
 @dataclass(frozen=True)
@@ -59,15 +59,8 @@ def _marker(work: Path, part: EpochPart) -> Path:
 
 
 class RowWriter:
-    """Writes parts of a planned build.
-
-    Args:
-        config: settings.
-        sources: expanded sources.
-        plan: packing plan.
-        folder: folder of the dataset's files; its subfolder `work` contains documents and plan.
-        meta: manifest fields of the dataset.
-    """
+    """Worker of stage three: writes a part of a planned build into `folder`, whose subfolder `work` contains documents
+    and plan, and returns its counts and files. `meta` are manifest fields."""
 
     def __init__(
         self,
@@ -82,8 +75,12 @@ class RowWriter:
         self._store = DocumentStore(self._work)
         self._index = load(self._work, "index", INDEX)
 
+    def __call__(self, part: EpochPart) -> PartInfo:
+        return self.write(part)
+
     def write(self, part: EpochPart) -> PartInfo:
         """Writes one part. Its files appear complete, followed by a marker with their checksums."""
+        # Host and process in the name: after a requeue, two processes may write the same part.
         scratch = self._work / f"part-{os.uname().nodename}-{os.getpid()}"
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir()
@@ -105,6 +102,7 @@ class RowWriter:
         names = {"documents": np.int64, "cut": np.int32, "rows": np.int64}
         planned = {name: load(self._work, f"epoch{part.epoch}.{name}", dtype) for name, dtype in names.items()}
         order = EpochOrder(self._config, self._sources, self._plan.numbering, part.epoch)
+        # Packing orders rows by fill and length: they are shuffled once more.
         rows = shuffled_many(
             np.arange(part.start, part.stop),
             self._plan.rows[part.epoch],

@@ -39,6 +39,7 @@ class SourceFormat:
         return f"`{self.turns}`: list of {{{', '.join(self.keys)}}}{self.alternative}"
 
 
+# A new row format is one entry here: reading, validation, --help and the table in docs/data.md follow.
 FORMATS = {
     "messages": SourceFormat("smoltalk, tulu-3-sft-mixture, Table-GPT", turns="messages"),
     "sharegpt": SourceFormat(

@@ -1,20 +1,6 @@
 """Sources: conversations of rows in the supported formats, and the files in which a source's rows are stored.
 
-Treatment of unusual rows, for every format and file type:
-
-=================================================  ==================================================
-line that is not JSON or not UTF-8                 rejected; the line is kept
-row that is not an object; missing column          rejected
-null column, turn, role or text                    rejected
-empty list of turns                                rejected
-role that is not one of `chat.ROLES`               rejected
-text with a lone surrogate or invalid UTF-8        rejected
-empty or blank text                                valid: the turn is just `<|im_end|>`
-NUL and other control characters, 1 MB of text     valid
-no assistant turn, only a system turn              valid here; dropped later because there is no target
-two equal rows, or two rows with the same id       valid here; duplicates are detected later, by content
-additional fields                                  ignored
-=================================================  ==================================================
+docs/data.md has a table of unusual rows, which are treated alike in every format and file type.
 """
 
 import json
@@ -55,11 +41,7 @@ class Unreadable:
 
 
 def conversation(row: InputRow, format_name: str) -> Conversation:
-    """The checked conversation of a row.
-
-    Raises:
-        DataError: names the invalid field.
-    """
+    """The checked conversation of a row; raises DataError, which names the invalid field."""
     form, content = FORMATS[format_name], row.content
     # Valid rows, nearly all, take the fast path, which raises anything on others; the slow path finds the message.
     try:
@@ -109,15 +91,8 @@ def _column(row: Mapping[str, Any], field: str) -> Any:
 
 
 def detect_format(columns: Iterable[str], where: str) -> str:
-    """The format whose columns are all present.
-
-    Args:
-        columns: columns of the source or fields of its first row.
-        where: file and row, for the message.
-
-    Raises:
-        DataError: no format or more than one matches.
-    """
+    """The format whose columns are all among `columns`; raises DataError, which names `where` (file and row), if not
+    exactly one matches."""
     names = list(map(str, columns))
     matches = formats_with_columns(names)
     if len(matches) == 1:
@@ -129,15 +104,12 @@ def detect_format(columns: Iterable[str], where: str) -> str:
 
 
 def check_schema(schema: Any, format_name: str, where: str) -> None:
-    """Checks that a columnar file has the columns of a format.
+    """Raises DataError, which names column, type and required type, unless a file has the columns of a format.
 
     Args:
         schema: pyarrow.Schema of the file.
         format_name: key of FORMATS.
         where: the file, for the message.
-
-    Raises:
-        DataError: names the column, its type and the required type.
     """
     import pyarrow.types as types
 
@@ -222,12 +194,9 @@ def _count_file(file: Path) -> int:
 
 
 def is_lines(file: Path) -> bool:
-    """Whether a .jsonl or .json file has one row per line.
+    """Whether a .jsonl or .json file has one row per line; raises DataError if it cannot be read.
 
     A .json file may also be one list of rows, or a meta JSON (an object whose values are objects).
-
-    Raises:
-        DataError: the file does not exist or cannot be read.
     """
     if file.suffix == ".jsonl":
         return True
@@ -304,6 +273,7 @@ def _check_file(file: Path, source: SourceConfig) -> None:
             start = content.read(40)
     except OSError as error:
         raise DataError(f"the file cannot be read: {error.strerror}", str(file), "check `path`") from None
+    # A clone without `git lfs` has pointer files, which would be rejected row by row.
     if start.startswith(b"version https://git-lfs"):
         fix = "run `git lfs pull` in the copy"
         raise DataError(f"source {source.name!r}: the file is a Git LFS pointer without data", str(file), fix)

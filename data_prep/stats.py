@@ -25,10 +25,9 @@ from sdlm_megatron.progress import track
 from sdlm_megatron.report.page_kit import Page, PageSection
 from sdlm_megatron.report.plots import BLOCK, CLEAN, INK, SERIES, figure_of, legend
 
+# Default number of rows read: the histograms do not change visibly beyond it.
 SAMPLE = 20_000
-"""Default number of rows read."""
-WIDTH = 7.6
-"""Width of the figures in inches."""
+WIDTH = 7.6  # of the figures, in inches
 
 
 @dataclass(frozen=True)
@@ -38,15 +37,12 @@ class RowSample:
     rows: int
     """Rows of the epoch."""
     used: np.ndarray
-    """int64 (sampled rows,): tokens without padding."""
     documents: np.ndarray
-    """int64 (sampled rows,): documents per row."""
+    """int64 (sampled rows,): tokens without padding (`used`) and documents of each row."""
     clean: np.ndarray
-    """int64 (documents of these rows,): clean tokens of each document."""
     blocks: np.ndarray
-    """int64 (documents,): blocks of each document."""
     anchors: np.ndarray
-    """int64 (documents,): anchors of each document."""
+    """int64 (documents of these rows,): clean tokens, blocks and anchors of each document."""
 
 
 def take_sample(dataset: PackedDataset, rows: int, console: Console) -> RowSample:
@@ -67,13 +63,7 @@ def take_sample(dataset: PackedDataset, rows: int, console: Console) -> RowSampl
 
 
 def write_stats(path: str | Path, out: Path, console: Console | None = None, *, rows: int = SAMPLE) -> RowSample:
-    """Writes the page.
-
-    Args:
-        path: dataset folder.
-        out: HTML file to write; self-contained.
-        console: destination of progress.
-        rows: number of rows to read.
+    """Writes the page about the dataset in `path` to the HTML file `out`, from at most `rows` rows.
 
     Raises:
         DataError: the folder is not a dataset built by `sdlm prepare`, or a row is damaged.
@@ -81,19 +71,13 @@ def write_stats(path: str | Path, out: Path, console: Console | None = None, *, 
     dataset = PackedDataset(path)
     if "accounting" not in dataset.manifest:
         raise DataError("the manifest has no accounting of the input rows", str(path), "build it with `sdlm prepare`")
-    sample = take_sample(dataset, rows, console or Console())
+    sample = take_sample(dataset, rows, console or Console(highlight=False, markup=False))
     make_page(dataset.path.name, dataset.manifest, sample).write(out)
     return sample
 
 
 def make_page(name: str, manifest: Mapping[str, Any], sample: RowSample) -> Page:
-    """The page about a dataset.
-
-    Args:
-        name: name of the dataset.
-        manifest: its manifest, with accounting and duplicates.
-        sample: measurements of its rows.
-    """
+    """The page about a dataset `name`."""
     page = Page(name)
     _add_totals(page.section("totals"), manifest)
     _add_outcomes(page.section("outcomes", "Outcome of the input rows"), manifest)
@@ -300,12 +284,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.rows < 1:
         parser.error(f"--rows is {args.rows}: use a number above 0")
-    console = Console()
+    console = Console(highlight=False, markup=False)
     sample = write_stats(args.dataset, args.out, console, rows=args.rows)
     console.print(
-        f"{args.out}: lengths, anchors and fill from {len(sample.used):,} of {sample.rows:,} rows, the rest exact",
-        highlight=False,
-        markup=False,
+        f"{args.out}: lengths, anchors and fill from {len(sample.used):,} of {sample.rows:,} rows, the rest exact"
     )
 
 

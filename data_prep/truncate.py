@@ -41,14 +41,11 @@ Fit = Callable[..., FittedDocument]
 def keep_whole_turns(document: RenderedDocument, *, max_len: int, block_size: int, repeat: int) -> FittedDocument:
     """Keeps as many whole turns as leave room for at least one block; blocks fill the remaining room.
 
-    Args:
-        document: the rendered document.
-        max_len: maximum length of the expanded document, in tokens.
-        block_size: block size D.
-        repeat: r; a document has r * R // D blocks if they fit.
+    `max_len` limits the expanded document, in tokens; it has `repeat` * R // `block_size` blocks if they fit.
     """
     size = {"block_size": block_size, "repeat": repeat}
     wanted = _wanted(len(document.anchors), **size)
+    # From the end: the largest number of turns that fits wins.
     for kept in range(len(document.turns), 0, -1):
         turns = document.turns[:kept]
         if kept < len(document.turns) and not turns[-1].n_anchors:

@@ -40,12 +40,12 @@ RULES = {
 }
 """Rule -> description."""
 
+# Findings printed per rule.
 SHOWN = 20
-"""Findings printed per rule."""
+# Findings kept per part: a completely damaged dataset would otherwise produce one or more per row.
 KEPT = 500
-"""Findings kept per part; a completely damaged dataset would otherwise produce one per row."""
+# Interval of the rows whose targets are derived a second time, token by token, which is slow.
 TARGETS_EVERY = 64
-"""Interval of the rows whose targets are derived a second time, token by token, which is slow."""
 
 
 @dataclass(frozen=True)
@@ -77,10 +77,11 @@ class PartReport:
 
 def verify(path: str | Path, console: Console | None = None, *, workers: int = 1) -> list[DatasetFinding]:
     """Checks a dataset and returns the findings; raises DataError if the folder is not a dataset."""
-    path, console = Path(path), console or Console()
+    path, console = Path(path), console or Console(highlight=False, markup=False)
     manifest = read_manifest(path)
     RuleSettings.of(manifest)
     tasks = [(e, p, rows) for e, parts in enumerate(manifest["part_rows"]) for p, rows in enumerate(parts)]
+    # The fast checks first: they need no row.
     findings = [*_accounting(manifest), *_rejects(path, manifest), *_other_files(path, manifest)]
     epochs: list[list[PartReport]] = [[] for _ in manifest["part_rows"]]
     with track("verify", sum(rows for _, _, rows in tasks), "rows", console) as advance:
@@ -105,22 +106,15 @@ class PartChecker:
 
     def __call__(self, task: tuple[int, int, int]) -> PartReport:
         epoch, part, rows = task
-        settings = self._settings
-        report = PartReport(counts=RowCounts(slots=[0] * settings.block_size))
+        report = PartReport(counts=RowCounts(slots=[0] * self._settings.block_size))
         for name in _part_files(epoch, part):
             report.findings += _file(self._path, name, self._manifest)
         try:
-            reader = PartReader(
-                self._path,
-                epoch,
-                part,
-                rows=rows,
-                block_size=settings.block_size,
-                target_shift=settings.target_shift,
-            )
+            reader = PartReader(self._path, epoch, part, self._manifest)
         except DataError as error:
             report.add(DatasetFinding("parts", f"epoch {epoch}, part {part}", error.what))
             return report
+        # Training numbers the rows of an epoch over its parts.
         numbers, first = [], sum(self._manifest["part_rows"][epoch][:part])
         for row in range(rows):
             where = f"epoch {epoch}, row {first + row} (row {row} of part {part})"
@@ -280,11 +274,11 @@ def show(findings: Sequence[DatasetFinding], console: Console) -> None:
         grouped[finding.rule].append(finding)
     for rule, group in grouped.items():
         title = f"{rule}: {len(group):,} findings ({RULES.get(rule, 'not listed')})"
-        console.print(title, highlight=False, markup=False)
+        console.print(title)
         for finding in group[:SHOWN]:
-            console.print(f"  {finding.where}: {finding.what}", highlight=False, markup=False)
+            console.print(f"  {finding.where}: {finding.what}")
         if len(group) > SHOWN:
-            console.print(f"  and {len(group) - SHOWN:,} more", highlight=False)
+            console.print(f"  and {len(group) - SHOWN:,} more")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -299,7 +293,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     args = build_parser().parse_args(argv)
-    console = Console()
+    console = Console(highlight=False, markup=False)
     findings = verify(args.dataset, console, workers=max(1, args.workers))
     show(findings, console)
     console.print("clean: every rule holds on every row" if not findings else f"{len(findings):,} findings")

@@ -139,7 +139,7 @@ def watched(spent: dict[str, float]) -> Iterator[None]:
         for owner, attribute, name in (
             (FastTokenizer, "encode_flat", "tokenizing"),
             (FastTokenizer, "spelled", "tokenizing"),
-            (IndexedWriter, "add_many", "disk"),
+            (IndexedWriter, "add", "disk"),
             (IndexedWriter, "finish", "disk"),
             (data_format, "_checksum", "disk"),
         ):

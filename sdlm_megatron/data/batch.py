@@ -52,6 +52,7 @@ class Prefetch:
         self.waited = 0.0
         """Total seconds that `next_step` has blocked."""
         self._stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None
+        # One thread, because the steps must be read in order.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
         self._in_use: list[MicroBatch] = []
         self._next: Future | None = None

@@ -30,20 +30,9 @@ from sdlm_megatron.files import rename_whole, write_json
 
 FORMAT = "sdlm-packed"
 VERSION = 2
-REQUIRED = (
-    "row_length",
-    "max_document_length",
-    "block_size",
-    "repeat",
-    "target_shift",
-    "mask_token_id",
-    "eos_token_id",
-    "pad_token_id",
-    "vocab_size",
-    "tokenizer",
-    "seed",
-    "sources",
-)
+_TOKENS = ("mask_token_id", "eos_token_id", "pad_token_id", "vocab_size", "tokenizer")
+REQUIRED = ("row_length", "max_document_length", "block_size", "repeat", "target_shift", *_TOKENS, "seed", "sources")
+"""Manifest fields of every dataset. `mask_token`, the text, was added later and is optional."""
 KINDS = ("rows", "layout")
 # A corpus may have more parts than a process may have open files.
 _OPEN_PARTS = 64
@@ -85,11 +74,8 @@ class PartInfo:
 
 
 class PartWriter:
-    """Writes one part of an epoch into `folder`. Its files are complete and on disk once `finish` returns.
-
-    Args:
-        meta: manifest fields; row_length, block_size and eos_token_id are used.
-    """
+    """Writes one part of an epoch into `folder`. Its files are complete and on disk once `finish` returns. `meta` are
+    manifest fields, of which row_length, block_size and eos_token_id are used."""
 
     def __init__(self, folder: Path, epoch: int, part: int, meta: dict[str, Any]) -> None:
         self.meta = meta
@@ -134,7 +120,7 @@ class PartWriter:
             layouts.append(ints)
         for kind, sequences in (("rows", rows), ("layout", layouts)):
             whole = np.concatenate([np.empty(0, np.int32), *sequences])
-            self._writers[kind].add_many(whole, [len(ints) for ints in sequences])
+            self._writers[kind].add(whole, [len(ints) for ints in sequences])
         self._counts.add(
             RowCounts(len(docs_per_row), layout.n_docs, layout.n_clean, layout.n_block_tokens, sum(slots), slots)
         )
@@ -170,8 +156,6 @@ def seal(
     """Writes the manifest of a folder whose parts are finished, renames the folder, and returns the manifest.
 
     Args:
-        partial: folder with all files.
-        path: final name of the folder.
         meta: manifest fields; must contain REQUIRED.
         parts: the parts of each epoch.
         files: other files of the folder, {name: {bytes, sha256}}.
@@ -194,6 +178,7 @@ def seal(
         "files": {name: files[name] for name in sorted(files)}
         | {name: entry for epoch in parts for part in epoch for name, entry in sorted(part.files.items())},
     }
+    # The rename is the last step: a folder with the final name is complete.
     manifest["checksum"] = manifest_checksum(manifest)
     write_json(partial / "manifest.json", manifest)
     rename_whole(partial, path)
@@ -210,12 +195,12 @@ class PartReader:
     """One part of an epoch, memory-mapped.
 
     Raises:
-        DataError: the files are not a complete indexed dataset of `rows` rows.
+        DataError: the files are not a complete indexed dataset with the manifest's number of rows.
     """
 
-    def __init__(self, folder: Path, epoch: int, part: int, *, rows: int, block_size: int, target_shift: bool) -> None:
-        self._where = f"{folder}, epoch {epoch}, part {part}"
-        self._block_size, self._target_shift = block_size, target_shift
+    def __init__(self, folder: Path, epoch: int, part: int, manifest: dict[str, Any]) -> None:
+        self._where, rows = f"{folder}, epoch {epoch}, part {part}", manifest["part_rows"][epoch][part]
+        self._block_size, self._target_shift = manifest["block_size"], manifest["target_shift"]
         self._readers = {}
         for kind in KINDS:
             where = prefix(folder, epoch, part, kind)
@@ -266,6 +251,7 @@ class PackedDataset:
         self.row_length: int = self.manifest["row_length"]
         self.epochs: int = self.manifest["epochs"]
         self._edges = [np.cumsum([0, *self.part_rows(epoch)]) for epoch in range(self.epochs)]
+        # All files are checked, but none is opened before a row of it is read.
         for epoch in range(self.epochs):
             for part in range(len(self.part_rows(epoch))):
                 self._check_sizes(epoch, part)
@@ -294,8 +280,7 @@ class PackedDataset:
         return tokens, layout
 
     def _open(self, epoch: int, part: int) -> PartReader:
-        rows, shift = self.part_rows(epoch)[part], self.target_shift
-        return PartReader(self.path, epoch, part, rows=rows, block_size=self.block_size, target_shift=shift)
+        return PartReader(self.path, epoch, part, self.manifest)
 
     def _check_sizes(self, epoch: int, part: int) -> None:
         """Compares file sizes with the manifest, so that a truncated copy fails at start and not hours later."""
@@ -342,6 +327,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise DataError(f"this is {actual}, not {FORMAT} version {VERSION}", str(file), rebuild)
     if missing := [k for k in (*REQUIRED, "epochs", "counts", "part_rows", "files") if k not in manifest]:
         raise DataError(f"the manifest lacks {missing}", str(file), rebuild)
+    # Last, because a manifest of another version may be checksummed differently.
     if manifest.get("checksum") != manifest_checksum(manifest):
         raise DataError("the manifest was changed after it was written", str(file), REBUILD)
     return manifest

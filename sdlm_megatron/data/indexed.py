@@ -30,13 +30,9 @@ class IndexedWriter:
         self._prefix = prefix
         self._bin = open(prefix + ".bin", "wb")  # noqa: SIM115 - closed by finish
         self._hash = hashlib.sha256()
-        self._lengths = array("i")
+        self._lengths = array("i")  # 4 bytes per sequence, where a list of int would need 36
 
-    def add(self, ints: np.ndarray) -> None:
-        """Appends one sequence."""
-        self.add_many(ints, [len(ints)])
-
-    def add_many(self, ints: np.ndarray, lengths: Sequence[int]) -> None:
+    def add(self, ints: np.ndarray, lengths: Sequence[int]) -> None:
         """Appends consecutive sequences of the given lengths, concatenated in `ints`."""
         data = np.ascontiguousarray(ints, dtype=np.int32).data.cast("B") if len(ints) else b""
         self._bin.write(data)
@@ -94,6 +90,7 @@ class IndexedReader:
         bytes_map = np.memmap(index, dtype=np.uint8, mode="r", offset=_HEADER.size)
         self._lengths = bytes_map[: 4 * sequences].view(np.int32)
         self._offsets = bytes_map[4 * sequences : 12 * sequences].view(np.int64)
+        # A truncated data file would otherwise fail only when its last rows are read.
         size = os.path.getsize(prefix + ".bin")
         if sequences and size != int(self._offsets[-1]) + 4 * int(self._lengths[-1]):
             raise ValueError(f"the data file has {size} bytes, which does not match its index")

@@ -24,15 +24,10 @@ def shuffled_many(indices: np.ndarray, n: int, *, seed: int, epoch: int, purpose
     """Images of `indices` under a pseudo-random permutation of range(n): int64 (len(indices),).
 
     A six-round Feistel network over the next even power of two at least n, applied repeatedly until the value is below
-    n (cycle walking). O(1) memory: a stored permutation would cost 8 bytes per row on every rank.
-
-    Args:
-        indices: int (k,), each in range(n).
-        n: size of the permuted range.
-        seed: seed of the run or dataset.
-        epoch: epoch, from 0.
-        purpose: selects an independent permutation for the same (seed, epoch).
+    n (cycle walking). O(1) memory: a stored permutation would cost 8 bytes per row on every rank. `purpose` selects an
+    independent permutation for the same (seed, epoch).
     """
+    # Two halves of equal width, as a balanced Feistel network requires.
     half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
     low = (np.uint64(1) << half) - np.uint64(1)
     state = mix64(mix64(np.uint64(seed & _MASK64)) ^ np.uint64(epoch))
@@ -41,6 +36,7 @@ def shuffled_many(indices: np.ndarray, n: int, *, seed: int, epoch: int, purpose
     keys = [mix64(state ^ np.uint64(r)) for r in range(6)]
     result = np.asarray(indices).astype(np.uint64)
     walking = np.arange(len(result))
+    # The domain is at most four times n, so four rounds are enough on average.
     while len(walking):
         value = result[walking]
         left, right = value >> half, value & low

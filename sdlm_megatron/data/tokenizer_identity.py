@@ -118,6 +118,7 @@ def has_tokenizer(folder: str | Path) -> bool:
 
 def _ids(folder: Path) -> dict[str, int]:
     vocab, _, added = _required(folder)
+    # A Unigram vocabulary is a list of [text, score, …]; ids are positions.
     ids = dict(vocab) if isinstance(vocab, dict) else {entry[0]: i for i, entry in enumerate(vocab)}
     return {**ids, **added}
 

@@ -15,11 +15,10 @@ from rich.console import Console
 from data_prep.build import build
 from data_prep.build_config import BuildConfig, SourceConfig
 from data_prep.encoders import open_encoder
-from data_prep.inspect import BLOCKS, EDGE, MARK, find_document, main, open_text, origin
-from data_prep.mask_picture import excerpt_of, row_image
+from data_prep.inspect import BLOCKS, EDGE, MARK, excerpt_of, find_document, main, open_text, origin
 from sdlm_megatron.data.format import PackedDataset
-from sdlm_megatron.diffusion.layout import IGNORE, RowLayout, row_targets
-from sdlm_megatron.diffusion.mask import visible, visible_row
+from sdlm_megatron.diffusion.layout import IGNORE, row_targets
+from sdlm_megatron.diffusion.mask import visible
 from sdlm_megatron.errors import DataError, run_cli
 from tests.byte_tokenizer import IM_END, write_folder
 
@@ -168,49 +167,12 @@ def test_the_mask_in_letters_is_the_mask(config: BuildConfig, capsys: pytest.Cap
     assert letters == ["".join("·█░▓"[kind] for kind in row) for row in excerpt.kinds.tolist()]
 
 
-def layout_of(lengths: list[int], starts: list[list[int]]) -> RowLayout:
-    return RowLayout(
-        np.arange(len(lengths), dtype=np.int32),
-        np.array(lengths, dtype=np.int32),
-        np.array([len(s) for s in starts], dtype=np.int32),
-        np.array([start for own in starts for start in own], dtype=np.int32),
-        4,
-    )
-
-
-def test_the_picture_shows_the_mask() -> None:
-    layout = layout_of([9, 12], [[2, 3, 6], [5, 8]])
-    image = row_image(layout, 100)
-    colours, kinds = np.unique(image.reshape(-1, 3).round(6), axis=0, return_inverse=True)
-    assert image.shape == (layout.used, layout.used, 3) and len(colours) == 4
-    kinds = kinds.reshape(image.shape[:2])
-    unseen = kinds[0, -1]
-    np.testing.assert_array_equal(kinds != unseen, visible_row(layout, layout.used))
-    n = layout.n_clean
-    assert len({int(part[part != unseen][0]) for part in (kinds[:n, :n], kinds[n:, :n], kinds[n:, n:])}) == 3
-
-
-def test_a_shrunk_picture_has_the_mean_of_the_mask() -> None:
-    layout = layout_of([40, 24], [[], []])
-    small, large = row_image(layout, 16), row_image(layout, 64)
-    np.testing.assert_allclose(small, large.reshape(16, 4, 16, 4, 3).mean(axis=(1, 3)))
-
-
 def test_a_picture_is_written(config: BuildConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     build(replace(config, trim=0.2), QUIET)
     out = printed(capsys, config.out, f"--save={tmp_path / 'mask.png'}")
     assert f"wrote the mask of the row to {tmp_path / 'mask.png'}" in out
-    assert (tmp_path / "mask.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-
-
-@pytest.mark.filterwarnings("error")
-def test_text_that_would_upset_the_picture(config: BuildConfig, tmp_path: Path) -> None:
-    path = tmp_path / "odd.jsonl"
-    turns = [{"role": "user", "content": "$x^2$ $\\frac{"}, {"role": "assistant", "content": "漢$\x00\\bad{$🙂 $$" * 3}]
-    path.write_text(json.dumps({"messages": turns}) + "\n")
-    build(replace(config, sources=[SourceConfig(name="odd", path=str(path))]), QUIET)
-    main([config.out, f"--save={tmp_path / 'mask.png'}"])
-    assert (tmp_path / "mask.png").stat().st_size > 10_000
+    for name in ("mask.png", "mask-blocks.png"):
+        assert (tmp_path / name).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
 def test_texts_of_tokens(tmp_path: Path) -> None:

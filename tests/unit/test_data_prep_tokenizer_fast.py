@@ -18,10 +18,10 @@ from tokenizers import normalizers as norm
 from tokenizers import pre_tokenizers as pre
 
 from data_prep import encoders as module
-from data_prep.encoders import FastTokenizer, TextTokenizer, TokenizerMismatch, flat, open_encoder
-from data_prep.encoding import SpelledTokens, probe_texts
+from data_prep.encoders import FastTokenizer, TextTokenizer, TokenizerMismatch, open_encoder
+from data_prep.encoding import SpelledTokens, TextEncoder, probe_texts
 from sdlm_megatron.errors import DataError
-from tests.byte_tokenizer import IM_END, TOOL, definition, write_folder
+from tests.byte_tokenizer import TOOL, definition, write_folder
 from tests.qwen_vocab import ROOT, qwen_tokenizer_folder
 
 ORACLE = ROOT / "tests" / "golden" / "data"
@@ -254,7 +254,7 @@ def test_missing_library_falls_back_with_the_reason(tmp_path: Path, monkeypatch:
     encoder = open_encoder(write_folder(tmp_path))
     assert encoder.backend.startswith("tokenizers ")
     assert "cannot be imported" in encoder.reason
-    assert flat(encoder, ["é"])[0].tolist() == list("é".encode())
+    assert encoder.encode_flat(["é"])[0].tolist() == list("é".encode())
 
 
 def other_vocabulary(tmp_path: Path) -> Any:
@@ -334,14 +334,11 @@ def test_an_encoder_works_after_fork_and_starts_no_more_than_one_thread(tmp_path
 
 
 def test_flat_of_an_encoder_with_encode_batch_only() -> None:
-    class Bytes:
+    class Bytes(TextEncoder):
         def encode_batch(self, texts: list[str]) -> list[list[int]]:
             return [list(text.encode()) for text in texts]
 
-        def token_id(self, token: str) -> int:
-            return IM_END
-
-    ids, offsets = flat(Bytes(), ["ab", "", "c"])
+    ids, offsets = Bytes().encode_flat(["ab", "", "c"])
     assert (ids.dtype, offsets.dtype) == (np.int32, np.int64)
     assert (ids.tolist(), offsets.tolist()) == ([*b"abc"], [0, 2, 2, 3])
 

@@ -23,7 +23,7 @@ def test_files_are_megatrons(tmp_path: Path) -> None:
     rows = [rng.integers(-(2**31), 2**31, n).astype(np.int32) for n in (5, 1, 0, 700)]
     ours, theirs = IndexedWriter(str(tmp_path / "ours")), IndexedDatasetBuilder(str(tmp_path / "theirs.bin"), np.int32)
     for row in rows:
-        ours.add(row)
+        ours.add(row, [len(row)])
         theirs.add_document(torch.from_numpy(row), [len(row)])
     ours.finish()
     theirs.finalize(str(tmp_path / "theirs.idx"))
