@@ -1,8 +1,8 @@
 """Build a packed dataset from conversations.
 
-    tokenize   each unit of input rows -> documents on disk               (documents.py; any process, any machine)
-    pack       numbering, duplicates, order, best-fit packing per epoch   (planning.py; one process)
-    write      each part of an epoch: draw the blocks, write the rows     (rows.py; any process)
+    tokenize   each unit of input rows -> documents on disk               (any process, any machine)
+    pack       numbering, duplicates, order, best-fit packing per epoch   (one process)
+    write      each part of an epoch: draw the blocks, write the rows     (any process)
 
 All work happens in OUT.partial, which is renamed to OUT at the end. Completed work is kept: after an interruption the
 same command resumes. The result depends only on the settings and the input, not on the number of processes or shards.

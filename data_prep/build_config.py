@@ -19,7 +19,7 @@ class SourceConfig:
     name: str = ""
     """Name of the source in reports; unique."""
     format: str = "messages"
-    """Row format: one of the source formats listed at the end of --help and in docs/data.md."""
+    """Row format: one of the source formats that --help and docs/data.md list."""
     path: str = ""
     """A .jsonl, .json, .parquet or .arrow file, a folder of such files (read in order of their names), or a local
     copy of a hub dataset."""

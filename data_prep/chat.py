@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from data_prep.encoders import as_text_encoder
-from data_prep.encoding import TextEncoder
+from data_prep.encoding import TextEncoder, encode_flat
 from sdlm_megatron.data.chatml import DEFAULT_SYSTEM, IM_END, IM_START
 from sdlm_megatron.errors import DataError
 
@@ -173,7 +173,7 @@ def render_batch(
     whole = [_with_system(turns, default_system) for turns in conversations]
     roles = [role for turns in whole for role, _ in turns]
     # ROLE\nTEXT is encoded as one text: leading white space may merge with the newline, as in the reference code.
-    pieces, edges = encoder.encode_flat([f"{role}\n{text}" for turns in whole for role, text in turns])
+    pieces, edges = encode_flat(encoder, [f"{role}\n{text}" for turns in whole for role, text in turns])
     frame = frame_of(encoder)
     after = len(frame.newline) + 1  # <|im_end|> and the newline
     sizes = np.diff(edges)
@@ -219,7 +219,7 @@ def frame_of(encoder: TextEncoder) -> ChatFrame:
     """The chat structure of a tokenizer; raises DataError if it lacks ChatML's tokens."""
     # Encoded with the newline, as in a turn: some tokenizers merge it with the role's last character.
     roles = sorted(set(ROLES.values()))
-    ids, edges = encoder.encode_flat(["\n", *(f"{role}\n" for role in roles)])
+    ids, edges = encode_flat(encoder, ["\n", *(f"{role}\n" for role in roles)])
     newline, *headers = (ids[a:b].tolist() for a, b in pairwise(edges))
     return ChatFrame(
         encoder.token_id(IM_START),

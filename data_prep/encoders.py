@@ -242,8 +242,9 @@ _encoders: WeakKeyDictionary[Any, tuple[int, TextEncoder]] = WeakKeyDictionary()
 
 
 def as_text_encoder(tokenizer: Any) -> TextEncoder:
-    """The encoder of a transformers tokenizer or a `tokenizers.Tokenizer`; an encoder is returned as is."""
-    if isinstance(tokenizer, TextEncoder):
+    """The encoder of a transformers tokenizer or a `tokenizers.Tokenizer`. A TextEncoder, or any object with its
+    `encode_batch` and `token_id`, is returned as is."""
+    if hasattr(tokenizer, "encode_batch") and hasattr(tokenizer, "token_id"):
         return tokenizer
     backend = tokenizer if isinstance(tokenizer, Tokenizer) else getattr(tokenizer, "backend_tokenizer", None)
     if not isinstance(backend, Tokenizer):

@@ -48,6 +48,11 @@ class TextEncoder:
         raise NotImplementedError
 
 
+def encode_flat(encoder: TextEncoder, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """`TextEncoder.encode_flat`, also for an object that has only `encode_batch`."""
+    return encoder.encode_flat(texts) if hasattr(encoder, "encode_flat") else flatten(encoder.encode_batch(texts))
+
+
 class SpelledTokens:
     """Counts texts that spell at least one of a set of tokens.
 

@@ -57,6 +57,14 @@ class DatasetFinding:
     what: str
 
 
+Places = Iterator[tuple[str, str]]
+"""(position, description) of the violations of one rule."""
+
+
+def _findings(rule: str, places: Places) -> list[DatasetFinding]:
+    return [DatasetFinding(rule, where, what) for where, what in places]
+
+
 @dataclass
 class PartReport:
     """Findings and counts of a part."""
@@ -82,7 +90,8 @@ def verify(path: str | Path, console: Console | None = None, *, workers: int = 1
     RuleSettings.of(manifest)
     tasks = [(e, p, rows) for e, parts in enumerate(manifest["part_rows"]) for p, rows in enumerate(parts)]
     # The fast checks first: they need no row.
-    findings = [*_accounting(manifest), *_rejects(path, manifest), *_other_files(path, manifest)]
+    findings = _findings("accounting", _accounting(manifest))
+    findings += _findings("rejects", _rejects(path, manifest)) + _findings("files", _other_files(path, manifest))
     epochs: list[list[PartReport]] = [[] for _ in manifest["part_rows"]]
     with track("verify", sum(rows for _, _, rows in tasks), "rows", console) as advance:
         for (epoch, _, rows), report in work_on(tasks, PartChecker, (path, manifest), workers):
@@ -90,8 +99,8 @@ def verify(path: str | Path, console: Console | None = None, *, workers: int = 1
             findings += report.findings
             advance(rows, report.counts.clean + report.counts.block)
     for epoch, reports in enumerate(epochs):
-        findings += _numbers(manifest, epoch, [report.numbers for report in reports])
-        findings += _counts(manifest, epoch, [report.counts for report in reports])
+        findings += _findings("numbers", _numbers(manifest, epoch, [report.numbers for report in reports]))
+        findings += _findings("counts", _counts(manifest, epoch, [report.counts for report in reports]))
         if more := sum(report.more for report in reports):
             findings.append(DatasetFinding("more", f"epoch {epoch}", f"{more:,} more findings are not listed"))
     return findings
@@ -108,7 +117,7 @@ class PartChecker:
         epoch, part, rows = task
         report = PartReport(counts=RowCounts(slots=[0] * self._settings.block_size))
         for name in _part_files(epoch, part):
-            report.findings += _file(self._path, name, self._manifest)
+            report.findings += _findings("files", _file(self._path, name, self._manifest))
         try:
             reader = PartReader(self._path, epoch, part, self._manifest)
         except DataError as error:
@@ -144,21 +153,21 @@ def _part_files(epoch: int, part: int) -> list[str]:
     return [prefix(Path(), epoch, part, kind) + suffix for kind in KINDS for suffix in (".bin", ".idx")]
 
 
-def _file(path: Path, name: str, manifest: dict[str, Any]) -> Iterator[DatasetFinding]:
+def _file(path: Path, name: str, manifest: dict[str, Any]) -> Places:
     entry, file = manifest["files"].get(name), path / name
     if entry is None:
-        yield DatasetFinding("files", name, "the manifest does not list the file")
+        yield name, "the manifest does not list the file"
         return
     if not file.is_file():
-        yield DatasetFinding("files", name, "the file is missing")
+        yield name, "the file is missing"
         return
     if (size := file.stat().st_size) != entry["bytes"]:
-        yield DatasetFinding("files", name, f"the file has {size:,} bytes, the manifest says {entry['bytes']:,}")
+        yield name, f"the file has {size:,} bytes, the manifest says {entry['bytes']:,}"
     if sha256(file) != entry["sha256"]:
-        yield DatasetFinding("files", name, "the sha256 differs from the manifest")
+        yield name, "the sha256 differs from the manifest"
 
 
-def _other_files(path: Path, manifest: dict[str, Any]) -> Iterator[DatasetFinding]:
+def _other_files(path: Path, manifest: dict[str, Any]) -> Places:
     parts = {
         name
         for epoch, rows in enumerate(manifest["part_rows"])
@@ -169,35 +178,34 @@ def _other_files(path: Path, manifest: dict[str, Any]) -> Iterator[DatasetFindin
         yield from _file(path, name, manifest)
     for file in sorted(path.iterdir()):
         if file.name not in manifest["files"] and file.name != "manifest.json":
-            yield DatasetFinding("files", file.name, "the file is not part of the dataset")
+            yield file.name, "the file is not part of the dataset"
 
 
-def _accounting(manifest: dict[str, Any]) -> Iterator[DatasetFinding]:
+def _accounting(manifest: dict[str, Any]) -> Places:
     accounting = manifest["accounting"]
     by_source = accounting["by_source"]
     for entry in [accounting, *by_source]:
         parts = entry["packed"] + entry["truncated"] + sum(entry["dropped"].values()) + entry["rejected"]
         if parts != entry["rows"]:
             name = entry.get("name", "all sources")
-            yield DatasetFinding("accounting", name, f"{entry['rows']:,} rows were read, {parts:,} are accounted for")
+            yield name, f"{entry['rows']:,} rows were read, {parts:,} are accounted for"
     for key, whole in accounting.items():
         if isinstance(whole, int) and (total := sum(entry[key] for entry in by_source)) != whole:
-            yield DatasetFinding("accounting", key, f"the total is {whole:,}, the sum over sources {total:,}")
+            yield key, f"the total is {whole:,}, the sum over sources {total:,}"
     reasons = Counter[str]()
     for entry in by_source:
         reasons.update(entry["dropped"])
     if reasons != accounting["dropped"]:
-        what = f"the total is {accounting['dropped']}, the sum over sources {dict(reasons)}"
-        yield DatasetFinding("accounting", "dropped", what)
+        yield "dropped", f"the total is {accounting['dropped']}, the sum over sources {dict(reasons)}"
     pairs = sum(pair["documents"] for pair in manifest["duplicates"]["pairs"])
     if pairs != manifest["duplicates"]["documents"]:
         what = f"the total is {manifest['duplicates']['documents']:,}, the sum over pairs of sources {pairs:,}"
-        yield DatasetFinding("accounting", "duplicates", what)
+        yield "duplicates", what
     if all(float(entry["weight"]).is_integer() for entry in by_source):
         yield from _epoch_totals(manifest)
 
 
-def _epoch_totals(manifest: dict[str, Any]) -> Iterator[DatasetFinding]:
+def _epoch_totals(manifest: dict[str, Any]) -> Places:
     """Compares epochs with sources, which determine them if every weight is a whole number."""
     clean, blocks = (
         int(sum(entry[key] * entry["weight"] for entry in manifest["accounting"]["by_source"]))
@@ -207,11 +215,10 @@ def _epoch_totals(manifest: dict[str, Any]) -> Iterator[DatasetFinding]:
         block = (blocks - manifest["blocks_trimmed"][epoch]) * manifest["block_size"]
         for name, actual, expected in (("clean", counts["clean"], clean), ("block", counts["block"], block)):
             if actual != expected:
-                what = f"{actual:,} {name} tokens, the sources have {expected:,}"
-                yield DatasetFinding("accounting", f"epoch {epoch}", what)
+                yield f"epoch {epoch}", f"{actual:,} {name} tokens, the sources have {expected:,}"
 
 
-def _rejects(path: Path, manifest: dict[str, Any]) -> Iterator[DatasetFinding]:
+def _rejects(path: Path, manifest: dict[str, Any]) -> Places:
     file = path / "rejects.jsonl"
     if not file.is_file():  # reported by the rule `files`
         return
@@ -223,24 +230,21 @@ def _rejects(path: Path, manifest: dict[str, Any]) -> Iterator[DatasetFinding]:
                 outcome = "rejected" if row["outcome"] == "rejected" else "dropped"
                 lines_of[row["source"], outcome] += bool(row["reason"])
             except (ValueError, KeyError, TypeError, RecursionError):
-                what = "the line is not a row with source, outcome and reason"
-                yield DatasetFinding("rejects", f"rejects.jsonl, line {number}", what)
+                yield f"rejects.jsonl, line {number}", "the line is not a row with source, outcome and reason"
     for entry in manifest["accounting"]["by_source"]:
         for outcome, expected in (("rejected", entry["rejected"]), ("dropped", sum(entry["dropped"].values()))):
             n = lines_of.pop((entry["name"], outcome), 0)
             if n != expected:
-                what = f"{n:,} lines with a reason for {expected:,} {outcome} rows of {entry['name']}"
-                yield DatasetFinding("rejects", "rejects.jsonl", what)
+                yield file.name, f"{n:,} lines with a reason for {expected:,} {outcome} rows of {entry['name']}"
     for (name, outcome), n in lines_of.items():
-        what = f"{n:,} {outcome} rows of {name}, which is not a source in the manifest"
-        yield DatasetFinding("rejects", "rejects.jsonl", what)
+        yield file.name, f"{n:,} {outcome} rows of {name}, which is not a source in the manifest"
 
 
-def _numbers(manifest: dict[str, Any], epoch: int, parts: Sequence[np.ndarray]) -> Iterator[DatasetFinding]:
+def _numbers(manifest: dict[str, Any], epoch: int, parts: Sequence[np.ndarray]) -> Places:
     """Checks the document numbers of an epoch. Memory: four bytes per document, twice."""
     numbers = np.sort(np.concatenate([np.empty(0, dtype=np.int32), *parts]))
     for number in islice(np.unique(numbers[1:][numbers[1:] == numbers[:-1]]).tolist(), SHOWN):
-        yield DatasetFinding("numbers", f"epoch {epoch}, document {number}", "the document occurs more than once")
+        yield f"epoch {epoch}, document {number}", "the document occurs more than once"
     last = 0
     for entry in manifest["accounting"]["by_source"]:
         usable, copies = entry["packed"] + entry["truncated"], int(np.ceil(entry["weight"]))
@@ -251,20 +255,18 @@ def _numbers(manifest: dict[str, Any], epoch: int, parts: Sequence[np.ndarray]) 
             expected = round(usable * min(1.0, entry["weight"] - copy))
             if n != expected:
                 where = f"epoch {epoch}, source {entry['name']}, copy {copy + 1} of {copies}"
-                yield DatasetFinding("numbers", where, f"{n:,} documents, expected {expected:,}")
+                yield where, f"{n:,} documents, expected {expected:,}"
     for number in islice(numbers[(numbers < 0) | (numbers >= last)].tolist(), SHOWN):
-        what = f"the document number is outside of 0 to {last - 1:,}"
-        yield DatasetFinding("numbers", f"epoch {epoch}, document {number}", what)
+        yield f"epoch {epoch}, document {number}", f"the document number is outside of 0 to {last - 1:,}"
 
 
-def _counts(manifest: dict[str, Any], epoch: int, parts: Sequence[RowCounts]) -> Iterator[DatasetFinding]:
+def _counts(manifest: dict[str, Any], epoch: int, parts: Sequence[RowCounts]) -> Places:
     total = RowCounts(slots=[0] * manifest["block_size"])
     for part in parts:
         total.add(part)
     for key, expected in manifest["counts"][epoch].items():
         if (actual := getattr(total, key)) != expected:
-            what = f"the rows have {actual}, the manifest says {expected}"
-            yield DatasetFinding("counts", f"epoch {epoch}, {key}", what)
+            yield f"epoch {epoch}, {key}", f"the rows have {actual}, the manifest says {expected}"
 
 
 def show(findings: Sequence[DatasetFinding], console: Console) -> None:

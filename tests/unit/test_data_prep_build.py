@@ -1,5 +1,4 @@
-"""The build as a whole: what comes out is what went in, every row is accounted for, and it is
-reproducible."""
+"""The whole build: documents, accounting, manifest, reproducibility, errors and command line."""
 
 import errno
 import json
@@ -39,7 +38,7 @@ def question(i: int) -> dict[str, Any]:
 
 
 def rows_of(kind: str) -> list[Any]:
-    """Rows of the three forms; `mixed` also has every bad kind."""
+    """Rows of the three forms; `mixed` also has every invalid kind."""
     if kind == "query":
         return [question(i) for i in range(40)]
     if kind == "messages":
@@ -100,7 +99,7 @@ def test_every_input_row_is_accounted_for(config: BuildConfig) -> None:
         assert epoch["targets"] == sum(epoch["slots"])
 
 
-def test_rejects_tell_source_row_and_reason(config: BuildConfig) -> None:
+def test_rejects_name_source_row_and_reason(config: BuildConfig) -> None:
     build(config, QUIET)
     lines = [json.loads(line) for line in (Path(config.out) / "rejects.jsonl").read_text().splitlines()]
     outcomes = [(line["source"], line["row"], line["outcome"]) for line in lines]
@@ -150,7 +149,7 @@ def test_rows_hold_exactly_the_rendered_documents_and_their_draws(config: BuildC
         assert set(seen.values()) == {1}, "no document twice in an epoch"
 
 
-def test_manifest_says_what_training_must_know(config: BuildConfig) -> None:
+def test_manifest_has_the_fields_that_training_reads(config: BuildConfig) -> None:
     manifest = build(config, QUIET)
     assert manifest["mask_token_id"] == MASK
     assert (manifest["eos_token_id"], manifest["pad_token_id"], manifest["vocab_size"]) == (IM_END, PAD, 261)
@@ -163,7 +162,7 @@ def test_manifest_says_what_training_must_know(config: BuildConfig) -> None:
     assert "rejects.jsonl" in manifest["files"]
 
 
-def test_building_again_gives_the_same_files_and_another_seed_does_not(config: BuildConfig) -> None:
+def test_builds_are_reproducible_and_depend_on_the_seed(config: BuildConfig) -> None:
     first = build(config, QUIET)
     again = build(replace(config, out=config.out + "2"), QUIET)
     assert first["files"] == again["files"]
@@ -171,7 +170,7 @@ def test_building_again_gives_the_same_files_and_another_seed_does_not(config: B
     assert first["files"]["epoch0.00000.rows.bin"] != other["files"]["epoch0.00000.rows.bin"]
 
 
-def test_epochs_hold_the_same_documents_with_other_blocks(config: BuildConfig) -> None:
+def test_epochs_have_the_same_documents_with_different_blocks(config: BuildConfig) -> None:
     build(config, QUIET)
     by_epoch = []
     for epoch in range(2):
@@ -198,7 +197,7 @@ def test_draws_do_not_depend_on_packing(config: BuildConfig) -> None:
     assert starts[0] == starts[1]
 
 
-def test_an_existing_folder_is_left_alone_and_a_failure_leaves_nothing(config: BuildConfig) -> None:
+def test_an_existing_folder_is_kept_and_a_failure_leaves_no_files(config: BuildConfig) -> None:
     build(config, QUIET)
     before = (Path(config.out) / "manifest.json").stat().st_mtime_ns
     assert build(config, QUIET) == json.loads(
@@ -342,7 +341,7 @@ def test_help_lists_the_source_formats() -> None:
     assert all(f"  {name} " in text for name in FORMATS)
 
 
-def test_a_full_disk_is_said_and_the_same_command_goes_on(
+def test_a_full_disk_is_reported_and_the_same_command_resumes(
     config: BuildConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "build.yaml"
@@ -360,7 +359,7 @@ def test_a_full_disk_is_said_and_the_same_command_goes_on(
     assert PackedDataset(config.out).rows(0) > 0
 
 
-def test_one_source_is_set_on_the_command_line() -> None:
+def test_a_source_is_changed_on_the_command_line() -> None:
     base = ["--out=o", "--tokenizer=t"]
     given = ["--sources.smoltalk.path=copies/smoltalk", "--sources.smoltalk.hub=", "--sources.0.weight=0.5"]
     config = load_config(BuildConfig, "mixture_3p5m", [*base, *given], PRESETS)
@@ -387,13 +386,13 @@ def test_counts_are_shown_short() -> None:
     assert shown == ["0", "950", "12.3k", "999k", "1000k", "2.93M", "2.32G"]
 
 
-def test_a_lost_row_is_noticed() -> None:
+def test_a_lost_row_is_an_error() -> None:
     with pytest.raises(AssertionError, match="1 rows were read, 0 are accounted for"):
         Tally(rows=1).check()
 
 
 @pytest.mark.parametrize("terminal", [True, False])
-def test_progress_shows_how_far_it_is_and_an_eta(terminal: bool, capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_shows_counts_and_an_eta(terminal: bool, capsys: pytest.CaptureFixture[str]) -> None:
     console = Console(force_terminal=terminal, width=120)
     with track("tokenize", 10, "rows", console) as advance:
         advance(4, 100)

@@ -1,4 +1,4 @@
-"""Rendering of conversations, counted by hand on a byte tokenizer and checked on Qwen2.5's."""
+"""Rendering of conversations, computed by hand with a byte tokenizer and checked with Qwen2.5's tokenizer."""
 
 import json
 from pathlib import Path

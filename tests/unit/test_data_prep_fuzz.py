@@ -1,4 +1,4 @@
-"""A thousand mutated inputs: rows, files of rows, and files of a dataset. Never a crash, never a silent loss."""
+"""A thousand mutated inputs (rows, files of rows, files of a dataset) cause neither a crash nor a silent loss."""
 
 import json
 import random
@@ -30,7 +30,7 @@ def good(i: int) -> dict[str, Any]:
 
 
 def mutated_value(value: Any, chance: random.Random) -> Any:
-    """One place somewhere in a JSON value replaced, removed, doubled or moved."""
+    """Replaces, removes, duplicates or moves a random part of a JSON value."""
     if isinstance(value, dict) and value and chance.random() < 0.8:
         key = chance.choice(sorted(value))
         found = {k: mutated_value(v, chance) if k == key else v for k, v in value.items()}
@@ -45,7 +45,7 @@ def mutated_value(value: Any, chance: random.Random) -> Any:
 
 
 def mutated_line(line: bytes, chance: random.Random) -> bytes:
-    """Bytes flipped, cut out or put in; the line stays one line."""
+    """Flips, removes or inserts bytes; the line stays one line."""
     data = bytearray(line)
     for _ in range(chance.randint(1, 3)):
         at = chance.randrange(len(data))
@@ -117,7 +117,7 @@ def contents(path: Path) -> list[tuple[bytes, bytes]]:
 
 
 def test_mutated_datasets_are_refused_or_read_the_same(config: BuildConfig) -> None:
-    """Every file of a dataset, damaged 400 times: what is read is what was written, or an error names the place."""
+    """After each of 400 damages to files, rows are either read as written or an error names the position."""
     Path(config.sources[0].path).write_text("".join(json.dumps(good(i)) + "\n" for i in range(40)))
     build(replace(config, epochs=2), QUIET)
     folder, chance = Path(config.out), random.Random(0)
@@ -141,7 +141,7 @@ def test_mutated_datasets_are_refused_or_read_the_same(config: BuildConfig) -> N
 
 
 def test_a_dataset_is_read_lazily(config: BuildConfig) -> None:
-    """A damaged row hurts no other row: only its own bytes are looked at."""
+    """A damaged row does not affect other rows, because only its own bytes are read."""
     Path(config.sources[0].path).write_text("".join(json.dumps(good(i)) + "\n" for i in range(40)))
     build(config, QUIET)
     file = Path(config.out) / "epoch0.00000.rows.bin"

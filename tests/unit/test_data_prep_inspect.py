@@ -1,4 +1,4 @@
-"""`inspect` shows what a row holds, and nothing else."""
+"""`inspect` shows the exact content of a row."""
 
 import io
 import json
@@ -57,7 +57,7 @@ def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return capsys.readouterr().out
 
 
-def test_a_row_is_shown_whole(config: BuildConfig, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_row_is_shown_completely(config: BuildConfig, capsys: pytest.CaptureFixture[str]) -> None:
     build(config, QUIET)
     dataset = PackedDataset(config.out)
     fullest = max(range(dataset.rows(1)), key=lambda row: dataset.read(1, row)[1].n_docs)
@@ -127,7 +127,9 @@ def test_origin_of_documents(config: BuildConfig) -> None:
     assert origin(13, manifest) == "from an unknown source"
 
 
-def test_what_is_not_there_is_said(config: BuildConfig, capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_rows_documents_and_tokenizers_are_reported(
+    config: BuildConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
     build(config, QUIET)
     for arguments, message in (
         (["--row=99"], "no row 99"),
@@ -152,7 +154,7 @@ def test_what_is_not_there_is_said(config: BuildConfig, capsys: pytest.CaptureFi
         main([config.out + "x"])
 
 
-def test_the_mask_in_letters_is_the_mask(config: BuildConfig, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_text_excerpt_matches_the_mask(config: BuildConfig, capsys: pytest.CaptureFixture[str]) -> None:
     build(config, QUIET)
     out = printed(capsys, config.out, "--row=0")
     layout = PackedDataset(config.out).read(0, 0)[1]
@@ -167,7 +169,7 @@ def test_the_mask_in_letters_is_the_mask(config: BuildConfig, capsys: pytest.Cap
     assert letters == ["".join("·█░▓"[kind] for kind in row) for row in excerpt.kinds.tolist()]
 
 
-def test_a_picture_is_written(config: BuildConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mask_images_are_written(config: BuildConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     build(replace(config, trim=0.2), QUIET)
     out = printed(capsys, config.out, f"--save={tmp_path / 'mask.png'}")
     assert f"wrote the mask of the row to {tmp_path / 'mask.png'}" in out

@@ -1,4 +1,4 @@
-"""Packing: nothing is lost, nothing is split, rows are full, and the result depends on the input alone."""
+"""Packing: no document is lost or split, rows are full, and the result depends on the input alone."""
 
 from typing import Any
 
@@ -48,7 +48,7 @@ def test_by_hand() -> None:
 
 
 def test_a_document_is_cut_only_to_fill_a_row() -> None:
-    """7 and 6 open rows; 5 is cut by one to fit beside the 6; 4 may not be cut to fit beside the 7: it opens a row."""
+    """7 and 6 open rows; 5 is cut by one to fit next to 6; 4 may not be cut, so it opens a third row."""
     packer = BestFit(10)
     lengths, spare = np.array([7, 6, 5, 4]), np.array([0, 0, 1, 0])
     parts = [packer.add(lengths, spare), packer.finish()]

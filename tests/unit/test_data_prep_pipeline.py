@@ -1,5 +1,4 @@
-"""A build as a job: many processes and machines, killed anywhere, gives the same files. Weights, duplicates,
-trimming."""
+"""Builds with several processes, shards and kills produce identical files; weights, duplicates and trimming."""
 
 import json
 import os
@@ -40,7 +39,7 @@ def row(i: int, words: int) -> dict[str, Any]:
 
 @pytest.fixture
 def config(tmp_path: Path) -> BuildConfig:
-    """Two sources of 150 and 60 rows, a few of them bad or twice there."""
+    """Two sources of 150 and 60 rows, some of them invalid or duplicated."""
     rng = np.random.default_rng(0)
     rows: list[Any] = [row(i, int(rng.integers(1, 40))) for i in range(150)]
     rows[10], rows[40], rows[41] = {"query": "x"}, row(3, 9), row(3, 9)
@@ -64,7 +63,7 @@ def config(tmp_path: Path) -> BuildConfig:
 
 @pytest.fixture(autouse=True)
 def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Units of a few rows, so that there are some."""
+    """Small units, so that each source has several."""
     monkeypatch.setattr(build_module, "plan_units", partial(plan_units, unit_rows=16, unit_bytes=2000))
 
 
@@ -79,14 +78,14 @@ def documents(path: str, epoch: int) -> Counter[int]:
 
 
 def list_files(folder: Path) -> list[Path]:
-    """What is in a folder that changes meanwhile."""
+    """Files of a folder that changes concurrently."""
     try:
         return list(folder.rglob("*"))
     except FileNotFoundError:
         return []
 
 
-def test_workers_and_units_do_not_show(config: BuildConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_and_units_do_not_affect_the_result(config: BuildConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     first = build(config, QUIET)
     again = build(other(config, "2"), QUIET, workers=2)
     monkeypatch.setattr(build_module, "plan_units", plan_units)  # one unit a source
@@ -96,7 +95,7 @@ def test_workers_and_units_do_not_show(config: BuildConfig, monkeypatch: pytest.
     assert {file.name for file in Path(config.out).iterdir()} == {*first["files"], "manifest.json"}
 
 
-def test_shards_do_not_show_and_a_missing_one_is_named(config: BuildConfig) -> None:
+def test_shards_do_not_affect_the_result_and_a_missing_one_is_named(config: BuildConfig) -> None:
     first = build(config, QUIET)
     parts = other(config, "2")
     for number in (2, 0):
@@ -112,8 +111,8 @@ def test_shards_do_not_show_and_a_missing_one_is_named(config: BuildConfig) -> N
     assert not Path(parts.out + ".partial").exists()
 
 
-def test_killed_anywhere_it_goes_on_and_ends_the_same(config: BuildConfig, tmp_path: Path) -> None:
-    """Up to ten kills, each when a random number of new files has come."""
+def test_a_build_killed_at_random_resumes_with_the_same_result(config: BuildConfig, tmp_path: Path) -> None:
+    """Up to ten kills, each after a random number of new files."""
     first = build(config, QUIET)
     killed = other(config, "2")
     file = tmp_path / "killed.yaml"
@@ -151,8 +150,8 @@ def test_killed_anywhere_it_goes_on_and_ends_the_same(config: BuildConfig, tmp_p
     assert not (Path(killed.out) / "work").exists()
 
 
-def test_what_is_done_is_not_done_again(config: BuildConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A build that fails while it writes the second part goes on there: nothing is tokenized or planned twice."""
+def test_completed_work_is_not_repeated(config: BuildConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A build that fails while writing the second part resumes there; nothing is tokenized or planned twice."""
     monkeypatch.setattr("data_prep.rows.PART_TOKENS", 16 * 512)
     first = build(other(config, "whole"), QUIET)
     real, calls = build_module.RowWriter.write, []
@@ -174,7 +173,7 @@ def test_what_is_done_is_not_done_again(config: BuildConfig, monkeypatch: pytest
     assert len(set(calls)) == sum(map(len, first["part_rows"])) > 4
 
 
-def test_a_damaged_intermediate_file_is_made_again(config: BuildConfig) -> None:
+def test_a_damaged_intermediate_file_is_rebuilt(config: BuildConfig) -> None:
     first = build(config, QUIET)
     again = other(config, "2")
     build_shard(again, TokenizeShard(0, 1), QUIET)
@@ -185,7 +184,7 @@ def test_a_damaged_intermediate_file_is_made_again(config: BuildConfig) -> None:
     assert build(again, QUIET) == first
 
 
-def test_other_settings_or_inputs_do_not_go_on(config: BuildConfig) -> None:
+def test_resuming_with_other_settings_or_inputs_is_an_error(config: BuildConfig) -> None:
     build_shard(config, TokenizeShard(0, 2), QUIET)
     with pytest.raises(ConfigError, match="other settings: block_size, seed") as caught:
         build(replace(config, block_size=2, seed=9), QUIET)
@@ -279,7 +278,7 @@ def test_many_buckets_find_the_same_duplicates(config: BuildConfig, monkeypatch:
     assert build(other(config, "2"), QUIET)["duplicates"] == first
 
 
-def test_trimming_fills_rows_and_says_what_it_cost(config: BuildConfig) -> None:
+def test_trimming_fills_rows_and_reports_the_lost_blocks(config: BuildConfig) -> None:
     whole = build(config, QUIET)
     trimmed = build(replace(other(config, "2"), trim=0.3), QUIET)
     assert whole["blocks_trimmed"] == [0, 0]
@@ -309,10 +308,10 @@ def test_text_that_spells_special_tokens_is_counted(config: BuildConfig) -> None
         assert mask not in tokens[: layout.n_clean]
 
 
-def test_one_wrong_id_of_the_fast_encoder_and_all_it_did_is_done_again(
+def test_after_one_wrong_id_all_results_of_the_fast_encoder_are_replaced(
     config: BuildConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The fast library is made to give one wrong id for the word w700, from then on its work is not used."""
+    """The fast library returns a wrong id for the word w700; none of its results may remain."""
     wanted = build(config, QUIET)
     honest = FastTokenizer._encode
 

@@ -1,4 +1,4 @@
-"""Readers: units of any size give the same rows, lines are counted, and damaged files are named."""
+"""Readers: the rows do not depend on the unit size, lines are counted, and damaged files are named."""
 
 import json
 import os
@@ -25,7 +25,7 @@ from tests.fixtures.hub_sets import sciriff, tulu
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What `datasets` prepares goes to a folder of the test."""
+    """Redirects the cache of `datasets` to a temporary folder."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
 
 
@@ -223,7 +223,7 @@ def test_null_columns_are_rows_that_are_rejected(tmp_path: Path) -> None:
         assert error.value.where == field
 
 
-def test_a_row_that_cannot_be_decoded_is_kept_and_its_neighbours_are_read(tmp_path: Path) -> None:
+def test_a_row_that_cannot_be_decoded_does_not_affect_others(tmp_path: Path) -> None:
     good, bad = b"fine \xc3\xa9", b"bro\xffken"
     turns = [[{"role": b"user", "content": text}] for text in (good, bad, good)]
     kind = pyarrow.list_(pyarrow.struct([("role", pyarrow.binary()), ("content", pyarrow.binary())]))
@@ -340,7 +340,7 @@ DAMAGED: dict[str, Callable[[Path, list[Any]], Path]] = {
 
 
 @pytest.mark.parametrize("kind", DAMAGED)
-def test_damaged_files_lose_no_row_in_silence(kind: str, tmp_path: Path) -> None:
+def test_damaged_files_do_not_lose_rows_silently(kind: str, tmp_path: Path) -> None:
     path = tmp_path / kind
     rows = [row(i) for i in range(40)]
     whole = DAMAGED[kind](path, rows).read_bytes()
@@ -365,7 +365,7 @@ def test_damaged_files_lose_no_row_in_silence(kind: str, tmp_path: Path) -> None
     assert set(outcomes) == expected, "the trial is worth its name"
 
 
-def test_a_parquet_footer_that_contradicts_itself_is_noticed(tmp_path: Path) -> None:
+def test_a_contradictory_parquet_footer_is_an_error(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "rows.parquet", [row(i) for i in range(40)])
     whole, found = path.read_bytes(), []
     footer = len(whole) - 8 - int.from_bytes(whole[-8:-4], "little")
@@ -380,7 +380,7 @@ def test_a_parquet_footer_that_contradicts_itself_is_noticed(tmp_path: Path) -> 
     assert any("row groups have 39 rows, its footer says 40" in what for what in found)
 
 
-def test_a_stream_cut_between_two_batches_is_noticed(tmp_path: Path) -> None:
+def test_a_stream_truncated_between_batches_is_an_error(tmp_path: Path) -> None:
     path = write_arrow(tmp_path / "rows.arrow", [row(i) for i in range(40)])
     content = path.read_bytes()
     marks = [i for i in range(len(content)) if content.startswith(b"\xff\xff\xff\xff", i)]

@@ -1,4 +1,4 @@
-"""Sources: the row forms, the schema of each, and which files a source is."""
+"""Sources: row formats, their schemas, and the files of a source."""
 
 import json
 from pathlib import Path
@@ -40,7 +40,7 @@ ROWS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What `datasets` prepares goes to a folder of the test."""
+    """Redirects the cache of `datasets` to a temporary folder."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
 
 
@@ -81,7 +81,7 @@ WRITERS = {
 
 @pytest.mark.parametrize("form", ROWS)
 @pytest.mark.parametrize("kind", WRITERS)
-def test_every_form_from_every_kind_of_file(form: str, kind: str, tmp_path: Path) -> None:
+def test_every_format_in_every_file_type(form: str, kind: str, tmp_path: Path) -> None:
     rows = [{**ROWS[form], "n": i} for i in range(5)]
     path = tmp_path / f"rows.{kind}"
     WRITERS[kind](path, rows)
@@ -113,7 +113,7 @@ def test_the_configurations_of_one_set_have_their_own_columns(tmp_path: Path) ->
         assert {row["tag"] for row in contents(source)} == {subset}
 
 
-def test_a_copy_without_the_subset_or_split_says_what_there_is(tmp_path: Path) -> None:
+def test_a_missing_subset_or_split_lists_the_available_ones(tmp_path: Path) -> None:
     folder = opc(tmp_path).folder
     with pytest.raises(DataError, match="mceval_instruct"):
         files(SourceConfig(name="s", path=str(folder), subset="python"))
@@ -147,7 +147,7 @@ def test_files_named_after_splits_are_not_mixed(tmp_path: Path) -> None:
         files(source)
 
 
-def test_what_datasets_left_in_its_cache_can_be_read(tmp_path: Path) -> None:
+def test_the_cache_of_datasets_can_be_read(tmp_path: Path) -> None:
     a_set = SETS[1](tmp_path)
     prepared = datasets.load_dataset(str(a_set.folder), "all", cache_dir=str(tmp_path / "cache"))
     folder = Path(prepared["train"].cache_files[0]["filename"]).parent
@@ -197,7 +197,7 @@ BAD_ROWS: list[tuple[str, Any, str, str]] = [
 
 
 @pytest.mark.parametrize(("form", "row", "where", "what"), BAD_ROWS)
-def test_bad_rows_name_the_field(form: str, row: Any, where: str, what: str) -> None:
+def test_invalid_rows_name_the_field(form: str, row: Any, where: str, what: str) -> None:
     with pytest.raises(DataError) as error:
         conversation(InputRow(1, row), form)
     assert error.value.where == where
@@ -239,7 +239,7 @@ SCHEMAS: list[tuple[str, dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("form", "columns", "what"), SCHEMAS)
-def test_columns_are_checked_against_the_form(form: str, columns: dict[str, Any], what: str) -> None:
+def test_columns_are_checked_against_the_format(form: str, columns: dict[str, Any], what: str) -> None:
     schema = pyarrow.schema(list(columns.items()))
     if not what:
         check_schema(schema, form, "FILE")

@@ -1,4 +1,4 @@
-"""The page of `stats`: its numbers are those of the dataset, its figures are in it."""
+"""The page of `stats`: its numbers match the dataset, and its figures are embedded."""
 
 import base64
 import html
@@ -55,7 +55,7 @@ def config(tmp_path: Path) -> BuildConfig:
 
 
 def sections(page: str) -> dict[str, str]:
-    """Title -> text of each section, cells parted by single spaces."""
+    """Title -> text of each section, cells separated by single spaces."""
     found = {}
     for part in page.split("<section id=")[1:]:
         title = re.search(r"<h2>(.*?)</h2>", part)
@@ -64,7 +64,7 @@ def sections(page: str) -> dict[str, str]:
     return found
 
 
-def test_the_page_says_what_the_dataset_holds(config: BuildConfig, tmp_path: Path) -> None:
+def test_the_page_matches_the_dataset(config: BuildConfig, tmp_path: Path) -> None:
     manifest = build(config, QUIET)
     sample = write_stats(config.out, tmp_path / "stats.html", QUIET)
     page = (tmp_path / "stats.html").read_text()

@@ -1,4 +1,4 @@
-"""What training reads of a tokenizer folder: fingerprint, ids, size."""
+"""Tokenizer identity: fingerprint, token ids and vocabulary size."""
 
 import json
 from pathlib import Path

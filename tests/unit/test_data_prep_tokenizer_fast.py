@@ -1,4 +1,4 @@
-"""The fast encoder gives the ids of Hugging Face `tokenizers`, or steps aside and says why."""
+"""The fast encoder returns the ids of Hugging Face `tokenizers`, or is disabled and reports the reason."""
 
 import json
 import os
@@ -49,7 +49,7 @@ BLOCKS = {
 
 
 def fuzz(tokens: list[str], n: int, seed: int) -> list[str]:
-    """Texts of our own making: single blocks of Unicode, all of them mixed, runs of white space, and mutated text."""
+    """Generated texts: single Unicode blocks, mixtures, runs of white space, and mutated text."""
     draw = random.Random(seed)
     real = (ROOT / "docs" / "method.md").read_text(encoding="utf-8") + (ROOT / "setup.py").read_text(encoding="utf-8")
 
@@ -258,7 +258,7 @@ def test_missing_library_falls_back_with_the_reason(tmp_path: Path, monkeypatch:
 
 
 def other_vocabulary(tmp_path: Path) -> Any:
-    """A `fastokens` tokenizer that swaps `a` and `b`: what a faulty one would look like."""
+    """A faulty `fastokens` tokenizer that swaps `a` and `b`."""
     import fastokens
 
     content = definition()
@@ -267,7 +267,7 @@ def other_vocabulary(tmp_path: Path) -> Any:
     return fastokens.Tokenizer.from_json_str(json.dumps(content))
 
 
-def test_a_difference_on_a_probe_is_found_when_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_difference_on_a_probe_is_detected_on_opening(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import fastokens
 
     faulty = other_vocabulary(tmp_path)
@@ -277,7 +277,7 @@ def test_a_difference_on_a_probe_is_found_when_opened(tmp_path: Path, monkeypatc
     assert "other ids at token" in encoder.reason
 
 
-def test_a_difference_while_working_is_found_and_the_encoder_falls_back(tmp_path: Path) -> None:
+def test_a_difference_during_encoding_is_detected_and_the_encoder_falls_back(tmp_path: Path) -> None:
     encoder = open_encoder(write_folder(tmp_path))
     assert isinstance(encoder, FastTokenizer)
     encoder._fast = other_vocabulary(tmp_path)
@@ -293,7 +293,7 @@ def test_a_difference_while_working_is_found_and_the_encoder_falls_back(tmp_path
 
 
 @pytest.mark.parametrize("batch", [1, 7, 400, 509, 1500])
-def test_one_text_in_so_many_is_compared_whatever_the_batches(batch: int, tmp_path: Path) -> None:
+def test_the_interval_of_verified_texts_does_not_depend_on_batches(batch: int, tmp_path: Path) -> None:
     encoder = open_encoder(write_folder(tmp_path))
     assert isinstance(encoder, FastTokenizer)
     judged = []

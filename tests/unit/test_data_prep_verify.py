@@ -1,4 +1,4 @@
-"""`verify` finds each planted corruption by the rule that names it, and nothing in a clean dataset."""
+"""`verify` reports each planted corruption by its rule, and nothing for a clean dataset."""
 
 import json
 from collections.abc import Callable
@@ -72,7 +72,7 @@ def test_a_clean_dataset_has_no_findings(config: BuildConfig, change: dict[str, 
 
 
 def rewrite(folder: Path, edit: Callable[[Rows], Rows], *, counts: bool = True) -> None:
-    """Writes epoch 0 anew after `edit`, with right checksums everywhere: only the rules can find it."""
+    """Rewrites epoch 0 after `edit` with valid checksums, so that only the rules can detect the change."""
     dataset = PackedDataset(folder)
     rows = edit([dataset.read(0, i) for i in range(dataset.rows(0))])
     manifest = dataset.manifest
@@ -259,7 +259,7 @@ def empty_row() -> tuple[np.ndarray, RowLayout]:
 
 
 @pytest.mark.parametrize(("what", "rule", "plant"), PLANTED, ids=[p[0] for p in PLANTED])
-def test_each_planted_corruption_is_found(
+def test_each_planted_corruption_is_reported(
     config: BuildConfig, what: str, rule: str, plant: Callable[[Path], None]
 ) -> None:
     build(config, QUIET)
@@ -289,8 +289,8 @@ def test_derived_targets_are_checked(config: BuildConfig) -> None:
         ]
 
 
-def test_every_flipped_byte_is_found(config: BuildConfig) -> None:
-    """Of any file: a finding, or no dataset; never another error."""
+def test_every_flipped_byte_is_detected(config: BuildConfig) -> None:
+    """A flipped byte in any file causes a finding or a DataError, never another exception."""
     build(config, QUIET)
     rng = np.random.default_rng(0)
     files = sorted(Path(config.out).iterdir())
@@ -310,7 +310,7 @@ def test_every_flipped_byte_is_found(config: BuildConfig) -> None:
 
 
 def test_layouts_of_random_numbers_are_findings(config: BuildConfig) -> None:
-    """With right checksums, so that the rules meet them."""
+    """With valid checksums, so that the rules see them."""
     build(config, QUIET)
     rng = np.random.default_rng(1)
     tokens, layout = PackedDataset(config.out).read(0, 0)
@@ -329,7 +329,7 @@ def test_layouts_of_random_numbers_are_findings(config: BuildConfig) -> None:
             assert list(check_row(found, changed, facts, 0))
 
 
-def test_a_dataset_of_another_maker_is_refused(tmp_path: Path) -> None:
+def test_a_dataset_without_build_settings_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="manifest lacks"):
         verify(make_dataset(tmp_path / "other", rows=2), QUIET)
 
@@ -342,7 +342,7 @@ def test_findings_are_the_same_with_two_workers(config: BuildConfig) -> None:
 
 
 def test_anchors_are_those_of_rendering(config: BuildConfig) -> None:
-    """What is read from the tokens alone equals what rendering said, merged newlines of the header included."""
+    """Anchors derived from the tokens alone equal those of rendering, including merged newlines of headers."""
     manifest = build(config, QUIET)
     encoder = TextTokenizer.from_folder(config.tokenizer)
     dataset, facts = PackedDataset(config.out), RuleSettings.of(manifest)

@@ -1,4 +1,4 @@
-"""The files of a packed dataset, the order of rows, and what is said of files that are not whole."""
+"""Files of a packed dataset, order of the rows, and errors for damaged files."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ from sdlm_megatron.errors import DataError
 
 
 def test_files_are_megatrons(tmp_path: Path) -> None:
-    """Ours are read by Megatron-Core, Megatron-Core's are read by ours, byte for byte the same."""
+    """Files of both implementations are byte-identical and readable by the other."""
     from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
     rng = np.random.default_rng(0)
@@ -36,7 +36,7 @@ def test_files_are_megatrons(tmp_path: Path) -> None:
         np.testing.assert_array_equal(reference[i], row)
 
 
-def test_rows_come_back(tmp_path: Path) -> None:
+def test_rows_are_read_as_written(tmp_path: Path) -> None:
     meta = json.loads((make_dataset(tmp_path / "a") / "manifest.json").read_text())
     documents = [
         (3, np.arange(20, dtype=np.int32), np.array([4, 9])),
@@ -85,7 +85,7 @@ def test_damaged_files_are_named(tmp_path: Path, damage, message: str) -> None:
     assert str(folder) in caught.value.where
 
 
-def test_every_flipped_bit_of_a_row_is_found(tmp_path: Path) -> None:
+def test_every_flipped_bit_of_a_row_is_detected(tmp_path: Path) -> None:
     """Each byte of a row's tokens and layout is flipped once: reading the row fails, reading the others does not."""
     folder = make_dataset(tmp_path / "data", rows=2, row_length=48)
     for name in ("rows", "layout"):
@@ -120,7 +120,7 @@ def test_a_batch_of_rows_is_cut_from_one_long_row(tmp_path: Path) -> None:
     assert one == other
 
 
-def test_an_index_that_lies_is_found(tmp_path: Path) -> None:
+def test_a_wrong_index_is_detected(tmp_path: Path) -> None:
     folder = make_dataset(tmp_path / "data")
     index = folder / "epoch0.00000.rows.idx"
     content = bytearray(index.read_bytes())
@@ -157,7 +157,7 @@ def test_the_order_never_changes() -> None:
 
 
 def test_the_order_looks_random() -> None:
-    """Rank correlation of place and row, and neighbours that stay neighbours, are those of chance."""
+    """Rank correlation and the number of preserved neighbors are as expected by chance."""
     n = 20000
     order = shuffled_many(np.arange(n), n, seed=7, epoch=3)
     assert abs(np.corrcoef(np.arange(n), order)[0, 1]) < 4 / np.sqrt(n)

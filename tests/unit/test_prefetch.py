@@ -1,4 +1,4 @@
-"""The thread that makes the next step's rows ready: order, errors, end, and that a step does not wait for it."""
+"""The prefetch thread: order, errors, shutdown, and overlap with the running step."""
 
 import threading
 import time
@@ -66,7 +66,7 @@ def test_one_step_ahead_and_no_further(dataset: PackedDataset) -> None:
         assert begun == [0, 1]
 
 
-def test_an_error_in_the_thread_is_the_caller_s(dataset: PackedDataset) -> None:
+def test_an_error_in_the_thread_is_raised_in_the_caller(dataset: PackedDataset) -> None:
     def damaged() -> list:
         raise DataError("row 7 is damaged", "part-0", "copy it again")
 
@@ -89,7 +89,7 @@ def test_the_thread_ends_with_the_caller(dataset: PackedDataset) -> None:
 
 @pytest.mark.distributed
 def test_a_damaged_row_ends_the_run_with_its_message(tmp_path: Path) -> None:
-    """The file is cut after the checks at the start; the run ends by itself, and says which row."""
+    """A row is damaged after the checks at the start; the run ends with an error that names the row."""
     data = make_dataset(tmp_path / "data", rows=6, row_length=64)
     (layouts,) = [f for f in data.iterdir() if f.name.endswith(".bin") and "layout" in f.name]
     content = bytearray(layouts.read_bytes())

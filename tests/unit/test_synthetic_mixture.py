@@ -1,4 +1,4 @@
-"""The made-up mixture of the benchmarks: the same bytes for a seed, and just the rows that it says are planted."""
+"""The synthetic mixture of the benchmarks: deterministic for a seed, with exactly the planted rows."""
 
 import json
 from collections import Counter
