@@ -25,22 +25,17 @@ class Tally:
     names are keys of the manifest."""
 
     rows: int = 0
-    packed: int = 0
-    """Documents packed completely."""
-    truncated: int = 0
-    """Documents packed after turns or tokens were removed."""
+    packed: int = 0  # documents packed completely
+    truncated: int = 0  # documents packed after turns or tokens were removed
     dropped: Counter[str] = field(default_factory=Counter)
     """Valid rows without a training target and dropped duplicates, by reason."""
-    rejected: int = 0
-    """Rows that are not a valid conversation."""
+    rejected: int = 0  # rows that are not a valid conversation
     turns_cut: int = 0
     tokens_cut: int = 0
-    blocks_missing: int = 0
-    """Blocks of long documents that did not fit."""
+    blocks_missing: int = 0  # blocks of long documents that did not fit
     blocks: int = 0
     clean_tokens: int = 0
-    spelled: int = 0
-    """Texts that spell a special token, encoded as plain text."""
+    spelled: int = 0  # texts that spell a special token, encoded as plain text
 
     def take(self, documents: np.ndarray) -> None:
         """Adds packed DOCUMENT records."""
@@ -72,8 +67,7 @@ class Accounting:
     units: Sequence[InputUnit]
     results: Sequence[UnitResult]
     numbering: Numbering
-    drop_duplicates: bool
-    """Whether duplicates were removed from the plan."""
+    drop_duplicates: bool  # whether duplicates were removed from the plan
 
     def summarize(self) -> dict[str, Any]:
         """The `accounting` entry of the manifest: totals, and per source its tally and its first document number."""

@@ -224,14 +224,11 @@ def _meta(config: BuildConfig) -> dict[str, Any]:
     }
 
 
-@lru_cache(maxsize=1)
-def _encoder(folder: str, mask_token: str) -> TextEncoder:
+@lru_cache(maxsize=2)
+def _encoder(folder: str, mask_token: str, fast: bool = True) -> TextEncoder:
     """Encoder of this process; opening one takes seconds."""
-    return open_encoder(folder, mask_token)
-
-
-@lru_cache(maxsize=1)
-def _slow_encoder(folder: str, mask_token: str) -> TextEncoder:
+    if fast:
+        return open_encoder(folder, mask_token)
     encoder = TextTokenizer.from_folder(folder, mask_token)
     encoder.reason = "fastokens returned other ids"
     return encoder
@@ -248,7 +245,7 @@ class _TokenizeWorker:
         state = self._state
         unit = state.units[number]
         if state.mismatch.exists():  # another process may have detected the mismatch
-            self._encoder = _slow_encoder(state.config.tokenizer, state.config.mask_token)
+            self._encoder = _encoder(state.config.tokenizer, state.config.mask_token, fast=False)
         try:
             return tokenize_unit(state.config, state.sources[unit.source], unit, number, self._encoder, state.work)
         except TokenizerMismatch as error:

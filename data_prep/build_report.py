@@ -92,13 +92,10 @@ class _Estimate:
 
     rows: float
     exact: bool
-    read: int
-    """Bytes of its files; 0 if unknown."""
-    clean: float
-    expanded: float
-    """Mean tokens per row without (`clean`) and with blocks."""
-    unusable: float
-    """Share of the sampled rows that are dropped or rejected."""
+    read: int  # bytes of its files; 0 if unknown
+    clean: float  # mean tokens per row without blocks
+    expanded: float  # mean tokens per row with blocks
+    unusable: float  # share of the sampled rows that are dropped or rejected
 
 
 def dry_run(config: BuildConfig, console: Console) -> None:

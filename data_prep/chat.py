@@ -32,24 +32,18 @@ class Turn:
     """Token range of a turn in its document."""
 
     role: str
-    start: int
-    """Index of `<|im_start|>`."""
-    end: int
-    """Index after the `\\n` that follows `<|im_end|>`, or after the last token kept."""
-    first_anchor: int
-    """Index of the last header token."""
-    n_anchors: int
-    """Number of answer tokens, each with one anchor before it; 0 if the turn is not trained."""
+    start: int  # index of `<|im_start|>`
+    end: int  # index after the `\n` that follows `<|im_end|>`, or after the last token kept
+    first_anchor: int  # index of the last header token
+    n_anchors: int  # number of answer tokens, each with one anchor before it; 0 if the turn is not trained
 
 
 @dataclass(frozen=True)
 class RenderedDocument:
     """The clean tokens of a conversation."""
 
-    input_ids: np.ndarray
-    """int32 (L,)."""
-    anchors: np.ndarray
-    """int32 (R,), ascending: candidate block starts."""
+    input_ids: np.ndarray  # int32 (L,)
+    anchors: np.ndarray  # int32 (R,), ascending: candidate block starts
     turns: tuple[Turn, ...]
 
 
@@ -127,19 +121,15 @@ def _names(row: Mapping[str, Any]) -> str:
 class RenderedBatch:
     """Concatenated clean tokens of several conversations, and the position of their turns."""
 
-    input_ids: np.ndarray
-    """int32 (tokens,)."""
-    doc_edges: np.ndarray
-    """int64 (documents + 1,): document i has tokens [doc_edges[i], doc_edges[i + 1])."""
-    turn_edges: np.ndarray
-    """int64 (documents + 1,): document i has turns [turn_edges[i], turn_edges[i + 1])."""
-    roles: list[str]
-    """ChatML role of each turn."""
+    input_ids: np.ndarray  # int32 (tokens,)
+    doc_edges: np.ndarray  # int64 (documents + 1,): document i has tokens [doc_edges[i], doc_edges[i + 1])
+    turn_edges: np.ndarray  # int64 (documents + 1,): document i has turns [turn_edges[i], turn_edges[i + 1])
+    roles: list[str]  # ChatML role of each turn
+    # int64 (turns,) each, the fields of `Turn`; indices are relative to the document
     starts: np.ndarray
     ends: np.ndarray
     first_anchors: np.ndarray
     n_anchors: np.ndarray
-    """int64 (turns,) each: the fields of `Turn`, indices relative to the document."""
 
     def __len__(self) -> int:
         return len(self.doc_edges) - 1
@@ -211,8 +201,7 @@ class ChatFrame:
     header: dict[str, int]
     """Role -> number of tokens of `<|im_start|>ROLE\\n` (Qwen2.5: 3); also used where the newline merged with the
     text."""
-    assistant: list[int]
-    """Ids of `assistant\\n`."""
+    assistant: list[int]  # ids of `assistant\n`
 
 
 def frame_of(encoder: TextEncoder) -> ChatFrame:

@@ -20,16 +20,13 @@ _STREAM_END = b"\xff\xff\xff\xff\x00\x00\x00\x00"  # end-of-stream marker of Arr
 class ColumnarTable:
     """An open columnar file or hub dataset."""
 
-    schema: Any
-    """pyarrow.Schema."""
+    schema: Any  # pyarrow.Schema
     rows: int
-    cuts: list[int]
-    """Ascending row numbers, from 0, at which reading can begin without decoding earlier rows."""
+    cuts: list[int]  # ascending row numbers, from 0, at which reading can begin without decoding earlier rows
     batches: Callable[[int, int], Iterator[Any]]
     """(start, stop) -> pyarrow.RecordBatch objects of at most BATCH rows, in total exactly rows [start, stop); raises
     DataError if the file is damaged or too short."""
-    stamp: str = ""
-    """Fingerprint of a hub dataset; otherwise empty."""
+    stamp: str = ""  # fingerprint of a hub dataset; otherwise empty
     files: tuple[Path, ...] = ()
     """Arrow files that contain exactly the rows of a hub dataset, in order; empty if it is a part of them."""
 

@@ -56,20 +56,14 @@ class UnitResult:
     """Outcome of the rows of a unit; stored as its .json file."""
 
     rows: int = 0
-    lines: int = 0
-    """Physical lines; later units of the file need them for their line numbers."""
+    lines: int = 0  # physical lines; later units of the file need them for their line numbers
     documents: int = 0
     tokens: int = 0
-    dropped: dict[str, int] = field(default_factory=dict)
-    """Number of valid rows without a training target, by reason."""
-    rejected: int = 0
-    """Rows that are not a valid conversation."""
-    spelled: int = 0
-    """Texts that spell a special token."""
-    encoder: str = ""
-    """Library that tokenized the unit, and the reason if it is not the fast one."""
-    sizes: dict[str, int] = field(default_factory=dict)
-    """Size of the other files in bytes."""
+    dropped: dict[str, int] = field(default_factory=dict)  # number of valid rows without a training target, by reason
+    rejected: int = 0  # rows that are not a valid conversation
+    spelled: int = 0  # texts that spell a special token
+    encoder: str = ""  # library that tokenized the unit, and the reason if it is not the fast one
+    sizes: dict[str, int] = field(default_factory=dict)  # size of the other files in bytes
 
 
 def unit_file(work: Path, number: int, kind: str) -> Path:

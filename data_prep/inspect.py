@@ -87,6 +87,7 @@ def show_ids(ids: Sequence[int]) -> list[str]:
 
 def _texts(backend: Tokenizer, ids: Sequence[int]) -> list[str]:
     texts, stream, open_since = [], decoders.DecodeStream(skip_special_tokens=False), 0
+    # The stream returns nothing until the last token of a character has arrived.
     for n, i in enumerate(map(int, ids)):
         known = i >= 0 and backend.id_to_token(i) is not None
         text = stream.step(backend, i) if known else f"<id {i}>"
@@ -105,16 +106,11 @@ class DocumentView:
     """One document of a row, prepared for display."""
 
     number: int
-    index: int
-    """Index in the row."""
-    texts: list[str]
-    """Text of each clean token."""
-    turns: list[tuple[int, int, int]]
-    """(first token, closing `<|im_end|>`, index after the last token) of each turn."""
-    starts: np.ndarray
-    """int32 (blocks,): block starts."""
-    targets: np.ndarray
-    """bool (blocks, D): whether a slot has a target."""
+    index: int  # index in the row
+    texts: list[str]  # text of each clean token
+    turns: list[tuple[int, int, int]]  # (first token, closing `<|im_end|>`, index after the last token) of each turn
+    starts: np.ndarray  # int32 (blocks,): block starts
+    targets: np.ndarray  # bool (blocks, D): whether a slot has a target
     n_anchors: int
 
 
@@ -206,18 +202,16 @@ def _printable(text: str) -> str:
 class MaskExcerpt:
     """A few neighboring blocks of a document with the clean tokens around them."""
 
-    low: int
-    """First clean token."""
-    high: int
-    """Index after the last clean token."""
-    starts: np.ndarray
-    """int (blocks,): block starts."""
+    low: int  # first clean token
+    high: int  # index after the last clean token
+    starts: np.ndarray  # int (blocks,): block starts
     kinds: np.ndarray
     """int8 (queries, keys) over clean tokens low..high-1, then block tokens. 0: not visible, k + 1: KINDS[k]."""
 
 
 def excerpt_of(clean_len: int, starts: np.ndarray, block_size: int) -> MaskExcerpt:
     """The neighboring blocks of a document that are closest to each other; `starts`, int (blocks,), must ascend."""
+    # Blocks that are far apart would need an excerpt too wide for a terminal.
     n = min(EXCERPT_BLOCKS, len(starts))
     first = int(np.argmin(starts[n - 1 :] - starts[: len(starts) - n + 1]))
     shown = starts[first : first + n]

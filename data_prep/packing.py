@@ -14,12 +14,9 @@ _CARRIED = 1024
 class PackedRows:
     """Closed rows. Documents are numbered in the order of arrival."""
 
-    documents: np.ndarray
-    """int64 (documents,): document numbers row by row, ascending within a row."""
-    counts: np.ndarray
-    """int64 (rows,): number of documents per row."""
-    cut: np.ndarray
-    """int64 (documents,): tokens removed from each document to make it fit."""
+    documents: np.ndarray  # int64 (documents,): document numbers row by row, ascending within a row
+    counts: np.ndarray  # int64 (rows,): number of documents per row
+    cut: np.ndarray  # int64 (documents,): tokens removed from each document to make it fit
 
 
 class BestFit:

@@ -40,9 +40,8 @@ class EpochSegment:
 
     source: int
     copy: int
-    first: int
-    documents: int
-    """Index of the source's first document, and their number."""
+    first: int  # index of the source's first document
+    documents: int  # number of documents of the source
     taken: int
 
 
@@ -50,11 +49,9 @@ class EpochSegment:
 class Numbering:
     """Document numbers of a build: number = first_number[source] + copy * rows[source] + row."""
 
-    rows: list[int]
-    """Input rows of each source."""
+    rows: list[int]  # input rows of each source
     first_number: list[int]
-    documents: list[int]
-    """Packed documents of each source."""
+    documents: list[int]  # packed documents of each source
 
 
 def number_sources(
@@ -224,10 +221,8 @@ class PackingPlan:
     numbering: Numbering
     duplicates: int
     pairs: list[dict[str, str | int]]
-    rows: list[int]
-    """Rows of each epoch."""
-    blocks_trimmed: list[int]
-    """Blocks trimmed in each epoch."""
+    rows: list[int]  # rows of each epoch
+    blocks_trimmed: list[int]  # blocks trimmed in each epoch
 
 
 def make_plan(

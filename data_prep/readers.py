@@ -21,8 +21,7 @@ LINES, ROWS = "lines", "rows"
 class InputUnit:
     """A range of rows of one file or hub dataset."""
 
-    source: int
-    """Index in the list of sources."""
+    source: int  # index in the list of sources
     file: str
     """The file. For a hub dataset: its file in the cache of `datasets`, so that not every process queries the hub; or
     the dataset's name if the split is a part of one (`train[:10%]`)."""
@@ -30,8 +29,7 @@ class InputUnit:
     """LINES: start and stop are byte offsets, and a line belongs to the unit in which it begins. ROWS: row numbers."""
     start: int
     stop: int
-    stamp: str
-    """Size and modification time of the file, or the fingerprint of the hub dataset."""
+    stamp: str  # size and modification time of the file, or the fingerprint of the hub dataset
 
 
 def plan_units(sources: list[SourceConfig], *, unit_rows: int = 8192, unit_bytes: int = 32 << 20) -> list[InputUnit]:
@@ -62,7 +60,7 @@ def plan_units(sources: list[SourceConfig], *, unit_rows: int = 8192, unit_bytes
                 new, rows = _plan_table(number, source, str(file), table, str(file), unit_rows, left)
             elif is_lines(file):
                 new, rows = _plan_lines(number, file, unit_bytes, left)
-            else:
+            else:  # one JSON list cannot be split without parsing it
                 rows = _limited(len(read_json_list(file)), left)
                 new = [InputUnit(number, str(file), ROWS, 0, rows, _stamp(file))]
             units += new

@@ -29,14 +29,10 @@ class RuleSettings:
     vocab_size: int
     im_start: int
     newline: list[int]
-    header: int
-    """Number of tokens of an assistant turn's header."""
-    assistant: list[int]
-    """Ids of the header between `<|im_start|>` and the newline, which may merge with the text."""
-    trim: float
-    """Largest share of its blocks that a document may have lost to fill a row."""
-    cut_turns: bool
-    """Whether a document may end inside a turn (overlong: reference)."""
+    header: int  # number of tokens of an assistant turn's header
+    assistant: list[int]  # ids of the header between `<|im_start|>` and the newline, which may merge with the text
+    trim: float  # largest share of its blocks that a document may have lost to fill a row
+    cut_turns: bool  # whether a document may end inside a turn (overlong: reference)
 
     @classmethod
     def of(cls, manifest: dict[str, Any]) -> "RuleSettings":
@@ -68,22 +64,14 @@ class ParsedRow:
     tokens: np.ndarray
     layout: RowLayout
     epoch: int
-    clean: np.ndarray
-    """int32 (n_clean,)."""
-    first: np.ndarray
-    """int64 (n_docs,): index of each document's first token."""
-    turn_starts: np.ndarray
-    """int64 (turns,): index of each turn's `<|im_start|>`."""
-    turn_docs: np.ndarray
-    """int64 (turns,): index in the row of each turn's document."""
-    closings: np.ndarray
-    """int64 (turns,): index of each turn's `<|im_end|>`, or of its last token if it has none."""
-    closed: np.ndarray
-    """bool (turns,): whether the turn has an `<|im_end|>`."""
-    anchors: np.ndarray
-    """int32 (anchors,): anchors of all documents, relative to their document's first token."""
-    n_anchors: np.ndarray
-    """int64 (n_docs,): number of anchors of each document."""
+    clean: np.ndarray  # int32 (n_clean,)
+    first: np.ndarray  # int64 (n_docs,): index of each document's first token
+    turn_starts: np.ndarray  # int64 (turns,): index of each turn's `<|im_start|>`
+    turn_docs: np.ndarray  # int64 (turns,): index in the row of each turn's document
+    closings: np.ndarray  # int64 (turns,): index of each turn's `<|im_end|>`, or of its last token if it has none
+    closed: np.ndarray  # bool (turns,): whether the turn has an `<|im_end|>`
+    anchors: np.ndarray  # int32 (anchors,): anchors of all documents, relative to their document's first token
+    n_anchors: np.ndarray  # int64 (n_docs,): number of anchors of each document
 
 
 def read_row(tokens: np.ndarray, layout: RowLayout, settings: RuleSettings, epoch: int) -> ParsedRow:

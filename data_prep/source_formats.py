@@ -6,6 +6,7 @@ from dataclasses import dataclass
 TURN_KEYS = (("from", "value"), ("role", "content"))
 """Accepted (role, text) keys of a turn, in order of precedence."""
 
+# Other suffixes in a folder are ignored, so that a README or a script beside the data does no harm.
 FILE_TYPES = (".jsonl", ".json", ".parquet", ".arrow")
 
 
@@ -13,18 +14,13 @@ FILE_TYPES = (".jsonl", ".json", ".parquet", ".arrow")
 class SourceFormat:
     """Columns of a conversation: either `turns`, or `prompt` and `answer`. Other columns are ignored."""
 
-    used_by: str
-    """Data sets with this format, for the documentation."""
-    turns: str = ""
-    """Column with a list of turns, each {role: text, content: text} or {from: text, value: text}."""
-    prompt: str = ""
-    """Column with the user's text."""
-    answer: str = ""
-    """Column with the assistant's text."""
+    used_by: str  # data sets with this format, for the documentation
+    turns: str = ""  # column with a list of turns, each {role: text, content: text} or {from: text, value: text}
+    prompt: str = ""  # column with the user's text
+    answer: str = ""  # column with the assistant's text
     keys: tuple[str, str] = TURN_KEYS[1]
     """The usual (role, text) keys of a turn; the other pair of TURN_KEYS is accepted as well."""
-    alternative: str = ""
-    """Other accepted content, for the documentation."""
+    alternative: str = ""  # other accepted content, for the documentation
 
     @property
     def columns(self) -> tuple[str, ...]:

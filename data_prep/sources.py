@@ -25,10 +25,8 @@ Conversation = list[tuple[str, str]]
 class InputRow(NamedTuple):
     """One row of a source, as read."""
 
-    place: int
-    """In a unit of lines: 1-based line number within the unit. Otherwise: 0-based row number in the file."""
-    content: Any
-    """The row (a dict if valid), or an `Unreadable`."""
+    place: int  # in a unit of lines: 1-based line number within the unit. Otherwise: 0-based row number in the file.
+    content: Any  # the row (a dict if valid), or an `Unreadable`
 
 
 @dataclass(frozen=True)
@@ -36,8 +34,7 @@ class Unreadable:
     """A line that is not a row, or a row of a columnar file that cannot be decoded."""
 
     reason: str
-    line: str
-    """The line; bytes that are not UTF-8 as backslash escapes."""
+    line: str  # the line; bytes that are not UTF-8 as backslash escapes
 
 
 def conversation(row: InputRow, format_name: str) -> Conversation:

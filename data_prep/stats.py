@@ -34,15 +34,12 @@ WIDTH = 7.6  # of the figures, in inches
 class RowSample:
     """Measurements of a sample of the rows of the first epoch."""
 
-    rows: int
-    """Rows of the epoch."""
-    used: np.ndarray
-    documents: np.ndarray
-    """int64 (sampled rows,): tokens without padding (`used`) and documents of each row."""
-    clean: np.ndarray
-    blocks: np.ndarray
-    anchors: np.ndarray
-    """int64 (documents of these rows,): clean tokens, blocks and anchors of each document."""
+    rows: int  # rows of the epoch
+    used: np.ndarray  # int64 (sampled rows,): tokens without padding
+    documents: np.ndarray  # int64 (sampled rows,): documents of each row
+    clean: np.ndarray  # int64 (documents of these rows,): clean tokens
+    blocks: np.ndarray  # int64 (documents,)
+    anchors: np.ndarray  # int64 (documents,)
 
 
 def take_sample(dataset: PackedDataset, rows: int, console: Console) -> RowSample:
@@ -156,6 +153,7 @@ def _add_tokens(section: PageSection, manifest: Mapping[str, Any]) -> None:
 def _add_lengths(section: PageSection, manifest: Mapping[str, Any], sample: RowSample) -> None:
     expanded = sample.clean + sample.blocks * manifest["block_size"]
     limit = manifest["max_document_length"]
+    # Logarithmic bins: lengths span three orders of magnitude.
     edges = np.unique(np.geomspace(max(1, sample.clean.min()), max(limit, expanded.max()) + 1, 50).astype(np.int64))
     figure, (axis,) = figure_of(WIDTH, 3.2)
     axis.axvline(limit, color=INK, linewidth=1, linestyle=":", label=f"limit: {limit:,}")

@@ -22,16 +22,12 @@ LONG_ANSWER = "the first answer does not fit into max_document_length"
 class FittedDocument:
     """The part of a document that is kept."""
 
-    input_ids: np.ndarray
-    """int32 (L,)."""
-    anchors: np.ndarray
-    """int32 (R,), ascending."""
-    n_blocks: int
-    """Number of blocks; 0 if the document is dropped."""
+    input_ids: np.ndarray  # int32 (L,)
+    anchors: np.ndarray  # int32 (R,), ascending
+    n_blocks: int  # number of blocks; 0 if the document is dropped
     turns_cut: int = 0
     tokens_cut: int = 0
-    blocks_missing: int = 0
-    """Blocks of the whole document that did not fit."""
+    blocks_missing: int = 0  # blocks of the whole document that did not fit
     drop_reason: str = ""
 
 
@@ -73,6 +69,7 @@ def reference(document: RenderedDocument, *, max_len: int, block_size: int, repe
     """
     turns = document.turns[: _turns_within(document.turns, max_len)]
     clean_len, n_anchors = turns[-1].end, sum(turn.n_anchors for turn in turns)
+    # The reference code compares the unrounded block tokens, without limiting blocks to anchors.
     if clean_len + repeat * n_anchors > max_len:
         header_end = max((turn.first_anchor for turn in turns if turn.n_anchors), default=clean_len)
         if header_end >= max_len:
@@ -102,14 +99,12 @@ class FittedBatch:
     """Kept parts of several documents; arrays are int64 (documents,). A document with 0 blocks is dropped."""
 
     clean_lens: np.ndarray
-    n_anchors: np.ndarray
-    """Number of anchors kept: the first ones of the document."""
+    n_anchors: np.ndarray  # number of anchors kept: the first ones of the document
     n_blocks: np.ndarray
     turns_cut: np.ndarray
     tokens_cut: np.ndarray
     blocks_missing: np.ndarray
-    drop_reasons: dict[int, str]
-    """Index of a dropped document -> reason."""
+    drop_reasons: dict[int, str]  # index of a dropped document -> reason
 
 
 def fit_batch(batch: RenderedBatch, rule: str, *, max_len: int, block_size: int, repeat: int) -> FittedBatch:

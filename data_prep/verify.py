@@ -70,8 +70,7 @@ class PartReport:
     """Findings and counts of a part."""
 
     findings: list[DatasetFinding] = field(default_factory=list)
-    more: int = 0
-    """Number of findings beyond KEPT."""
+    more: int = 0  # number of findings beyond KEPT
     counts: RowCounts = field(default_factory=RowCounts)
     numbers: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int32))
     """int32 (documents,): document numbers."""
@@ -242,6 +241,7 @@ def _rejects(path: Path, manifest: dict[str, Any]) -> Places:
 
 def _numbers(manifest: dict[str, Any], epoch: int, parts: Sequence[np.ndarray]) -> Places:
     """Checks the document numbers of an epoch. Memory: four bytes per document, twice."""
+    # Sorted, so that duplicates are adjacent and a source's range is found by bisection.
     numbers = np.sort(np.concatenate([np.empty(0, dtype=np.int32), *parts]))
     for number in islice(np.unique(numbers[1:][numbers[1:] == numbers[:-1]]).tolist(), SHOWN):
         yield f"epoch {epoch}, document {number}", "the document occurs more than once"

@@ -50,13 +50,10 @@ class RowCounts:
 
     rows: int = 0
     documents: int = 0
-    clean: int = 0
-    """Clean tokens."""
-    block: int = 0
-    """Block tokens."""
+    clean: int = 0  # clean tokens
+    block: int = 0  # block tokens
     targets: int = 0
-    slots: list[int] = field(default_factory=list)
-    """Targets of each slot; D entries."""
+    slots: list[int] = field(default_factory=list)  # targets of each slot; D entries
 
     def add(self, other: "RowCounts") -> None:
         """Adds `other` in place."""
@@ -139,6 +136,7 @@ class PartWriter:
 
 
 def _checksum(tokens: np.ndarray, layout: np.ndarray) -> np.int32:
+    # crc32 instead of a cryptographic hash: it is compared on every read, and only has to detect bit flips.
     crc = zlib.crc32(np.ascontiguousarray(tokens, dtype=np.int32).data)
     crc = zlib.crc32(np.ascontiguousarray(layout, dtype=np.int32).data, crc)
     return np.uint32(crc).astype(np.int32)

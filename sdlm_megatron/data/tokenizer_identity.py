@@ -54,6 +54,7 @@ def _fingerprint(folder: Path, mask_token: str, stamps: tuple) -> str | None:
         "merges": [m if isinstance(m, list) else m.split(" ", 1) for m in merges],
         "added": sorted([token, i] for token, i in added.items() if token != mask_token),
     }
+    # Canonical JSON: the formatting of the tokenizer's files must not matter.
     text = json.dumps(content, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
