@@ -335,7 +335,7 @@ def show(
     _print(console, excerpt_text(excerpt, layout.block_size, words))
     if save:
         # not at the top: importing matplotlib takes a second
-        from sdlm_megatron.report.plots import crop_layout, mask_figure, zoom_figure
+        from sdlm_megatron.report.row_plots import crop_layout, mask_figure, zoom_figure
 
         picture, blocks = crop_layout(layout, PICTURE), save.with_stem(f"{save.stem}-blocks")
         mask_figure(picture, picture.used).savefig(save, dpi=200)

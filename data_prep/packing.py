@@ -11,7 +11,7 @@ _CARRIED = 1024
 
 
 @dataclass(frozen=True)
-class PackedRows:
+class ClosedRows:
     """Closed rows. Documents are numbered in the order of arrival."""
 
     documents: np.ndarray  # int64 (documents,): document numbers row by row, ascending within a row
@@ -34,7 +34,7 @@ class BestFit:
         self._next_row = self._n_documents = 0
         self._open = np.empty((3, 0), dtype=np.int64)  # (document, row, cut) of the documents in open rows
 
-    def add(self, lengths: np.ndarray, spare: np.ndarray | None = None) -> PackedRows:
+    def add(self, lengths: np.ndarray, spare: np.ndarray | None = None) -> ClosedRows:
         """Packs the next window of documents and returns the rows closed by it.
 
         Args:
@@ -54,7 +54,7 @@ class BestFit:
         self._n_documents += len(lengths)
         return self._emit(placed, self._open_rows(_CARRIED))
 
-    def finish(self) -> PackedRows:
+    def finish(self) -> ClosedRows:
         """Closes the remaining rows and returns them."""
         return self._emit(np.empty((3, 0), dtype=np.int64), [])
 
@@ -107,7 +107,7 @@ class BestFit:
         del self._rooms[:first]
         return kept
 
-    def _emit(self, placed: np.ndarray, still_open: Sequence[int]) -> PackedRows:
+    def _emit(self, placed: np.ndarray, still_open: Sequence[int]) -> ClosedRows:
         pending = np.concatenate([self._open, placed], axis=1)
         base = int(pending[1].min(initial=self._next_row))
         stays = np.zeros(self._next_row - base, dtype=bool)
@@ -117,4 +117,4 @@ class BestFit:
         documents, rows, cut = pending[:, ~is_open]
         order = np.argsort(rows, kind="stable")
         counts = np.bincount(rows - base)
-        return PackedRows(documents[order], counts[counts > 0], cut[order])
+        return ClosedRows(documents[order], counts[counts > 0], cut[order])

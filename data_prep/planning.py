@@ -20,7 +20,7 @@ import numpy as np
 
 from data_prep.build_config import BuildConfig, SourceConfig
 from data_prep.documents import DOCUMENT, UnitResult, unit_file
-from data_prep.packing import BestFit, PackedRows
+from data_prep.packing import BestFit, ClosedRows
 from data_prep.readers import InputUnit
 from sdlm_megatron.data.order import shuffled_many
 from sdlm_megatron.errors import DataError
@@ -191,7 +191,7 @@ def plan_epoch(config: BuildConfig, order: EpochOrder, work: Path, epoch: int, a
     files[2].write(np.int64(0).tobytes())
     written = 0
 
-    def write(packed: PackedRows) -> None:
+    def write(packed: ClosedRows) -> None:
         nonlocal written
         files[0].write(packed.documents.astype(np.int64).tobytes())
         # Whole blocks are removed, so the cut in tokens is rounded up.
