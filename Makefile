@@ -67,8 +67,8 @@ drill: $(STAMP)  ## the fault drill on a real Slurm of this machine (root, Debia
 evidence: $(STAMP)  ## the models behind docs/evidence.md trained and measured: about 6 hours on 2 cores with AMX; goes on where it was
 	$(PY) -m dev.evidence.train_arms --out runs/evidence
 	$(PY) -m dev.evidence.train_arms --out runs/evidence --arms d4_half d4_quarter d2 random --seeds 0
-	$(PY) -m dev.evidence.measure --out runs/evidence --arms ar d4 d8 unshifted causal next_token ar_slow d4_slow
-	$(PY) -m dev.evidence.measure --out runs/evidence --few 64 --clock
+	$(PY) -m dev.evidence.run_measurements --out runs/evidence --arms ar d4 d8 unshifted causal next_token ar_slow d4_slow
+	$(PY) -m dev.evidence.run_measurements --out runs/evidence --few 64 --clock
 	$(PY) -m dev.evidence.document runs/evidence --out docs
 
 docs: $(STAMP)  ## the documentation site, in build/site: docs/ and an API reference from the docstrings

@@ -14,7 +14,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from dev.bench.measure import LiveTensors
+from dev.bench.timing import LiveTensors
 from sdlm_megatron.config.schema import ModelConfig, RunConfig
 from sdlm_megatron.diffusion.layout import RowLayout, draw_starts, pack_row
 from sdlm_megatron.diffusion.row import make_micro_batch

@@ -1,21 +1,18 @@
-"""Attention backends side by side on one packed row as the training mixture makes them.
+"""Attention backends on one packed row with the document lengths of the training mixture.
 
-Each line of the table is a backend: time of the forward pass and of forward and backward together, TFLOP/s counted on
-visible (query, key) pairs only (4 * heads * dim FLOPs a pair forward, 2.5 times that backward), and the peak of the
-tensors it allocates. Document lengths are lognormal with the mixture's mean; results are kept in docs/benchmarks.md.
+The table has the time of the forward pass and of forward and backward together, TFLOP/s on visible (query, key) pairs
+only (4 * heads * dim FLOPs per pair forward, 2.5 times that backward), and the peak memory of forward and backward.
 """
 
 import argparse
-import statistics
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 
 import numpy as np
 import torch
 
-from dev.bench.measure import peak_bytes
+from dev.bench.timing import median_ms, peak_bytes, print_table
 from sdlm_megatron.config.command_line import make_parser
 from sdlm_megatron.diffusion.layout import RowLayout, block_count, draw_starts, pack_row
 from sdlm_megatron.diffusion.mask import visible_pairs
@@ -28,16 +25,23 @@ from sdlm_megatron.model.attention.masked import Dense, PerDocument
 from sdlm_megatron.model.attention.varlen import TorchKernel, VarlenKernel
 from sdlm_megatron.weights.dtypes import PRECISIONS
 
+# Measured on the tokenized training mixture: clean tokens per document (lognormal), and the share of answers.
 MEAN_CLEAN, SPREAD, RESPONSE_SHARE, REPEAT = 663, 0.8, 0.68, 3
-Backend = tuple[str, Callable[[RowLayout, int], RowAttention]]
+HEAD = ("backend", "forward, ms", "forward + backward, ms", "TFLOP/s", "of the backward", "peak, MB")
+Builder = Callable[[RowLayout, int], RowAttention]
+
+
+def clean_length(rng: np.random.Generator) -> int:
+    """Number of clean tokens of one document of the mixture."""
+    return max(16, int(rng.lognormal(np.log(MEAN_CLEAN) - SPREAD**2 / 2, SPREAD)))
 
 
 def mixture_row(tokens: int, block_size: int, seed: int) -> RowLayout:
-    """A row filled with documents until one does not fit."""
+    """A row of documents, added until one does not fit."""
     rng, room = np.random.default_rng(seed), tokens
     documents: list[tuple[int, np.ndarray, np.ndarray]] = []
     while True:
-        clean = max(16, int(rng.lognormal(np.log(MEAN_CLEAN) - SPREAD**2 / 2, SPREAD)))
+        clean = clean_length(rng)
         anchors = np.arange(clean - int(RESPONSE_SHARE * clean), clean - 1)
         blocks = block_count(clean, len(anchors), tokens, block_size, REPEAT)
         if clean + blocks * block_size > room:
@@ -49,46 +53,32 @@ def mixture_row(tokens: int, block_size: int, seed: int) -> RowLayout:
         room -= clean + blocks * block_size
 
 
-def backends(device: torch.device, dtype: torch.dtype, *, dense: bool) -> Iterator[Backend | str]:
-    """What can run here; a text for what is installed and cannot. Kernels are switched on one after the other."""
+def backends(device: torch.device, dtype: torch.dtype, *, dense: bool) -> Iterator[tuple[str, Builder | None]]:
+    """Name and constructor of every backend of this machine; None for an installed kernel that cannot run."""
     if dense:
         yield "dense", partial(Dense, causal_attn=False)
     yield "per_document", partial(PerDocument, causal_attn=False)
-    if device.type == "cpu":
-        yield decomposed(TorchKernel())
-        return
-    yield "flex", partial(Flex, causal_attn=False)
-    for kernel in gpu_kernels() if dtype is not torch.float32 else ():
-        yield kernel if isinstance(kernel, str) else decomposed(kernel)
-
-
-def decomposed(kernel: VarlenKernel) -> Backend:
-    """`decomposed` over this kernel."""
-    return f"decomposed, {kernel.name}", lambda layout, _: Decomposed(layout, kernel, causal_attn=False)
-
-
-def median_ms(function: Callable[[], object], runs: int, device: torch.device) -> float:
-    """Median time after three runs that are not counted; on a GPU by its own clock."""
-    times = []
-    for i in range(runs + 3):
-        if device.type == "cuda":
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            function()
-            end.record()
-            end.synchronize()
-            took = start.elapsed_time(end)
+    kernels: Iterable[VarlenKernel | str] = [TorchKernel()]
+    if device.type == "cuda":
+        yield "flex", partial(Flex, causal_attn=False)
+        kernels = gpu_kernels() if dtype is not torch.float32 else []
+    # gpu_kernels is a generator that selects one kernel after the other: each is measured before the next is yielded.
+    for kernel in kernels:
+        if isinstance(kernel, str):
+            yield kernel, None
         else:
-            started = time.perf_counter()
-            function()
-            took = (time.perf_counter() - started) * 1e3
-        if i >= 3:
-            times.append(took)
-    return statistics.median(times)
+            yield f"decomposed, {kernel.name}", partial(build_decomposed, kernel)
 
 
-def measure(row: RowAttention, values: list[torch.Tensor], runs: int, device: torch.device) -> tuple[float, float, int]:
-    """Forward ms, forward and backward ms, peak bytes, for values = q, k, v and the output's gradient."""
+def build_decomposed(kernel: VarlenKernel, layout: RowLayout, row_length: int) -> RowAttention:
+    """`decomposed` over this kernel."""
+    return Decomposed(layout, kernel, causal_attn=False)
+
+
+def measure_backend(
+    row: RowAttention, values: list[torch.Tensor], runs: int, device: torch.device
+) -> tuple[float, float, int]:
+    """Forward ms, forward and backward ms, and peak bytes; `values` are q, k, v and the output's gradient."""
     q, k, v = (x.requires_grad_() for x in values[:3])
     scale = q.shape[-1] ** -0.5
 
@@ -102,53 +92,47 @@ def measure(row: RowAttention, values: list[torch.Tensor], runs: int, device: to
     return median_ms(forward, runs, device), median_ms(both, runs, device), peak_bytes(both, device)
 
 
-def table(layout: RowLayout, heads: int, kv_heads: int, args: argparse.Namespace, device: torch.device) -> None:
-    """Measures every backend at one head shape and prints."""
+def backend_rows(
+    layout: RowLayout, heads: int, kv_heads: int, args: argparse.Namespace, device: torch.device
+) -> Iterator[Sequence[str]]:
+    """Rows of the table for one head shape."""
     dtype = PRECISIONS[args.dtype]
-    pairs = visible_pairs(layout)
-    flops = 4 * heads * args.dim * pairs
-    shape = f"{heads} heads, {kv_heads} KV heads of {args.dim}, {args.dtype}"
-    print(f"\n{shape}; {flops * 3.5 / 1e12:.3g} TFLOP forward and backward")
-    print(f"{'backend':48} {'forward':>10} {'fwd + bwd':>10} {'TFLOP/s':>8} {'of bwd':>7} {'peak':>9}")
+    tflop = 4 * heads * args.dim * visible_pairs(layout) / 1e12
     generator = torch.Generator().manual_seed(0)
     sizes = (heads, kv_heads, kv_heads, heads)
     values = [torch.randn(args.tokens, n, args.dim, generator=generator).to(device, dtype) for n in sizes]
-    for backend in backends(device, dtype, dense=args.dense):
-        if isinstance(backend, str):
-            print(backend)
+    for name, build in backends(device, dtype, dense=args.dense):
+        if build is None:
+            yield name, *[""] * 5
             continue
-        name, build = backend
         try:
-            forward, both, peak = measure(build(layout, args.tokens).to(device), values, args.runs, device)
+            forward, both, peak = measure_backend(build(layout, args.tokens).to(device), values, args.runs, device)
         except LIBRARY_ERRORS as error:
-            print(f"{name:48} {str(error).splitlines()[0]}")
+            yield f"{name}: {str(error).splitlines()[0]}", *[""] * 5
             continue
-        print(
-            f"{name:48} {forward:7.2f} ms {both:7.2f} ms {flops * 3.5 / both / 1e9:8.3g} "
-            f"{flops * 2.5 / (both - forward) / 1e9:7.3g} {peak / 1e6:6.0f} MB",
-            flush=True,
-        )
+        speeds = (f"{1e3 * tflop * 3.5 / both:.3g}", f"{1e3 * tflop * 2.5 / (both - forward):.3g}")
+        yield name, f"{forward:.2f}", f"{both:.2f}", *speeds, f"{peak / 1e6:.0f}"
+
+
+EXAMPLE = """
+python -m dev.bench.attention_speed                    # on a GPU, head shapes of 32B and 3B
+python -m dev.bench.attention_speed --tokens 2048 --heads 8/2 --dim 64 --runs 3 --dense    # on a laptop
+"""
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Options of the command."""
-    parser = make_parser(
-        "python -m dev.bench.attention_speed",
-        __doc__,
-        example="python -m dev.bench.attention_speed                    # on a GPU, shapes of 32B and 3B\n"
-        "python -m dev.bench.attention_speed --tokens 2048 --heads 8/2 --dim 64 --runs 3 --dense    # on a laptop",
-    )
-    parser.add_argument("--tokens", type=int, default=5632, help="row length S")
-    parser.add_argument("--block-size", type=int, default=4, help="tokens D of a block")
-    parser.add_argument(
-        "--heads", nargs="+", default=["40/8", "16/2"], metavar="HEADS/KV", help="query heads and KV heads of each case"
-    )
-    parser.add_argument("--dim", type=int, default=128, help="width of a head")
-    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="dtype of queries, keys and values")
-    parser.add_argument("--dense", action="store_true", help="also the S x S definition")
-    parser.add_argument("--runs", type=int, default=20, help="runs of which the median is reported")
-    parser.add_argument("--seed", type=int, default=0, help="of the row's documents")
-    parser.add_argument("--threads", type=int, default=1, help="on a CPU")
+    parser = make_parser("python -m dev.bench.attention_speed", __doc__, example=EXAMPLE)
+    add = parser.add_argument
+    add("--tokens", type=int, default=5632, help="row length S")
+    add("--block-size", type=int, default=4, help="block size D")
+    add("--heads", nargs="+", default=["40/8", "16/2"], metavar="HEADS/KV", help="query heads / KV heads")
+    add("--dim", type=int, default=128, help="size of a head")
+    add("--dtype", choices=("bf16", "fp32"), default="bf16", help="dtype of q, k and v")
+    add("--dense", action="store_true", help="also the S x S definition")
+    add("--runs", type=int, default=20, help="timed calls; medians are reported")
+    add("--seed", type=int, default=0, help="seed of the row's documents")
+    add("--threads", type=int, default=1, help="CPU threads of torch")
     return parser
 
 
@@ -167,7 +151,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     for shape in args.heads:
         heads, kv_heads = (int(x) for x in shape.split("/"))
-        table(layout, heads, kv_heads, args, device)
+        print(f"\n{heads} heads, {kv_heads} KV heads of {args.dim}, {args.dtype}", flush=True)
+        print_table(HEAD, backend_rows(layout, heads, kv_heads, args, device))
 
 
 if __name__ == "__main__":

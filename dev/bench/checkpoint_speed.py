@@ -1,8 +1,7 @@
-"""What a checkpoint costs training: seconds a step waits for it, against Megatron-Core's own save of the same state.
+"""Time that a training step waits for a checkpoint, compared with Megatron-Core's own save of the same state.
 
-Runs in one process, or in several (`torchrun --nproc-per-node N -m dev.bench.checkpoint_speed`, data parallel). Megatron-Core's
-(dist_checkpointing, fully_reshardable) is what this project used before: it blocks until everything is on the disk, and
-gathers a stage's optimizer on each data-parallel rank. Results are kept in docs/benchmarks.md.
+Runs in one process, or data parallel in several. Megatron-Core's save (dist_checkpointing, fully_reshardable) blocks
+until everything is on the disk, and gathers a stage's optimizer on each data-parallel rank.
 """
 
 import argparse
@@ -23,79 +22,71 @@ cpu.install()  # before anything imports megatron
 
 from megatron.core import dist_checkpointing  # noqa: E402
 
-from dev.bench.step_case import make_documents, make_engine, pack  # noqa: E402
+from dev.bench.engine_case import StepCase  # noqa: E402
+from dev.bench.timing import print_table, timed  # noqa: E402
 from sdlm_megatron.checkpoint.async_writer import CheckpointWriter  # noqa: E402
 from sdlm_megatron.config.command_line import make_parser  # noqa: E402
-from sdlm_megatron.config.schema import CheckpointConfig, ModelConfig, ParallelConfig  # noqa: E402
-from sdlm_megatron.diffusion.row import MicroBatch  # noqa: E402
+from sdlm_megatron.config.schema import CheckpointConfig, ModelConfig, ParallelConfig, RunConfig  # noqa: E402
 from sdlm_megatron.errors import run_cli  # noqa: E402
 from sdlm_megatron.ops.attempt import read_events  # noqa: E402
 from sdlm_megatron.parallel.engine import Engine  # noqa: E402
 from sdlm_megatron.parallel.groups import close_groups, init_groups  # noqa: E402
 from sdlm_megatron.weights.checkpoint_folder import TrainState  # noqa: E402
 
-ROW, BLOCK = 512, 4
+ROUNDS = 2
+"""Checkpoints of each kind. The first one also allocates the host's memory."""
 
 
-def _timed(engine: Engine, rows: Sequence[MicroBatch], first: int, count: int) -> list[float]:
-    seconds = []
-    for step in range(first, first + count):
-        began = time.perf_counter()
-        engine.results([engine.train_step(rows, step)])
-        seconds.append(time.perf_counter() - began)
-    return seconds
+def megatron_save_seconds(engine: Engine, folder: Path) -> float:
+    """Seconds of one blocking save by Megatron-Core."""
+    assert engine.optimizer is not None
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    dist.barrier()
+    began = time.perf_counter()
+    metadata = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+    metadata["dp_cp_group"] = engine.groups.collection.dp_cp
+    model = engine.module.sharded_state_dict(metadata=metadata)
+    both = {"model": model, "optimizer": engine.optimizer.sharded_state_dict({"model": model}, metadata=metadata)}
+    dist_checkpointing.save(both, str(folder))
+    dist.barrier()
+    return time.perf_counter() - began
 
 
-def measure(engine: Engine, shape: ModelConfig, out: Path, steps: int) -> None:
-    """Prints the table; `out` is removed before and after."""
-    documents = make_documents("mixed", 40, ROW, shape, BLOCK)
-    rows = [engine.prepare(row) for row in pack(documents, ROW, shape, BLOCK)[:1]]
-    _timed(engine, rows, 1, 2)
-    alone = statistics.median(_timed(engine, rows, 3, steps))
-    state = TrainState(0, 0, 1, shape, engine.config.diffusion, -1, "bf16", True, {})
+def measure_checkpoints(case: StepCase, out: Path, steps: int) -> None:
+    """Prints the table; files are written below `out`."""
+    engine = case.engine
+    case.step()
+    alone = statistics.median(timed(case.step, engine.groups.device)[0] for _ in range(steps))
+    state = TrainState(0, 0, 1, engine.shape, engine.config.diffusion, -1, "bf16", True, {})
     during: list[float] = []
     with CheckpointWriter(engine, out, CheckpointConfig(keep_last=1)) as writer:
-        for round_ in (1, 2):  # the first takes the host's memory
-            writer.save(replace(state, step=round_), None)
+        for number in range(1, ROUNDS + 1):
+            writer.save(replace(state, step=number), None)
             while writer.busy:
-                during += _timed(engine, rows, 10 * round_, 1)
+                during.append(timed(case.step, engine.groups.device)[0])
             writer.wait()
-    events = [e for e in read_events(out) if e["kind"] == "saved"] if engine.groups.main else []
-    old: list[float] = []
-    assert engine.optimizer is not None
-    for _ in range(2):
-        shutil.rmtree(out / "theirs", ignore_errors=True)
-        (out / "theirs").mkdir()
-        dist.barrier()
-        began = time.perf_counter()
-        metadata = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
-        metadata["dp_cp_group"] = engine.groups.collection.dp_cp
-        model = engine.module.sharded_state_dict(metadata=metadata)
-        both = {"model": model, "optimizer": engine.optimizer.sharded_state_dict({"model": model}, metadata=metadata)}
-        dist_checkpointing.save(both, str(out / "theirs"))
-        dist.barrier()
-        old.append(time.perf_counter() - began)
-    for event, theirs in zip(events, old, strict=False):
-        print(
-            f"{event['bytes'] / 1e9:.2f} GB: blocked {event['blocked_s']:.3f} s of {event['total_s']:.2f} s "
-            f"({event['blocked_s'] / event['total_s']:.1%}); Megatron-Core's blocks {theirs:.2f} s"
-        )
-    if events:
-        print(
-            f"a step alone {alone:.3f} s; while a checkpoint is written {statistics.median(during):.3f} s", flush=True
-        )
+    megatron = [megatron_save_seconds(engine, out / "megatron") for _ in range(ROUNDS)]
+    if not engine.groups.main:
+        return
+    saved = [event for event in read_events(out) if event["kind"] == "saved"]
+    print_table(
+        ("GB", "a step waits, s", "until it is on the disk, s", "Megatron-Core's blocking save, s"),
+        [
+            (f"{event['bytes'] / 1e9:.2f}", f"{event['blocked_s']:.3f}", f"{event['total_s']:.2f}", f"{seconds:.2f}")
+            for event, seconds in zip(saved, megatron, strict=False)
+        ],
+    )
+    print(f"a step alone {alone:.3f} s; while a checkpoint is written {statistics.median(during):.3f} s", flush=True)
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Options of the command."""
-    parser = make_parser(
-        "python -m dev.bench.checkpoint_speed",
-        __doc__,
-        example="torchrun --nproc-per-node 2 -m dev.bench.checkpoint_speed --out /data/bench --hidden 1024",
-    )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder on the disk to measure")
-    parser.add_argument("--hidden", type=int, default=1024, help="width; 8 layers (default: 1024, 0.11 B parameters)")
-    parser.add_argument("--steps", type=int, default=5, help="steps that are timed without a checkpoint (default: 5)")
+    example = "torchrun --nproc-per-node 2 -m dev.bench.checkpoint_speed --out /data/bench --hidden 1024"
+    parser = make_parser("python -m dev.bench.checkpoint_speed", __doc__, example=example)
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder on the disk to measure")
+    parser.add_argument("--hidden", type=int, default=1024, help="width of 8 layers; 1024 gives 0.11 B parameters")
+    parser.add_argument("--steps", type=int, default=5, help="steps that are timed without a checkpoint")
     return parser
 
 
@@ -104,13 +95,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     groups = init_groups(ParallelConfig(), seed=1)
     heads, wide = args.hidden // 64, 3 * args.hidden
-    shape = ModelConfig(8, args.hidden, wide, heads, heads // 4, 64, 1024, tied_embeddings=True)
-    train: dict[str, object] = {"precision": "bf16"}
-    engine = make_engine(shape, groups, block_size=BLOCK, max_positions=ROW + BLOCK, train=train)
+    config = RunConfig(model=ModelConfig(8, args.hidden, wide, heads, heads // 4, 64, 1024, tied_embeddings=True))
+    config.train.precision = "bf16"
+    case = StepCase.of(config, groups, "mixture", 1, 512)
     if groups.main:
         args.out.mkdir(parents=True)
     dist.barrier()
-    measure(engine, shape, args.out, args.steps)
+    measure_checkpoints(case, args.out, args.steps)
     dist.barrier()
     if groups.main:
         shutil.rmtree(args.out)

@@ -1,14 +1,12 @@
-"""Wall time of a token: SDLM decoding beside transformers' own greedy generate, same exported model, same prompts.
+"""Wall time per token of SDLM decoding and of transformers' greedy generate, with the same exported model and prompts.
 
-What a pass costs decides whether fewer passes are a gain: with passes as dear as greedy's, the time of a token falls
-by the tokens of a pass. Both go through `generate` of the exported class; every prompt is decoded by each in turn, so
-a slow minute of the machine meets all of them.
+Fewer passes are a gain only if a pass costs about as much as one of greedy decoding. Both run through `generate` of the
+exported class. Every prompt is decoded with each setting in turn, so slow periods of the machine affect all settings.
 """
 
 import argparse
 import json
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,116 +15,84 @@ from typing import Any
 
 import torch
 
+from dev.bench.timing import print_table, timed
 from sdlm_megatron.config.command_line import make_parser
 from sdlm_megatron.errors import run_cli
 
+HEAD = ("", "tokens a pass", "ms a pass", "ms a token", "speedup per token", "share of the pass ratio")
+
 
 @dataclass
-class Way:
-    """One way to decode, and what it took."""
+class DecodeSetting:
+    """One decoding setting and its measurements, one entry per prompt."""
 
     name: str
     options: dict[str, Any]
     seconds: list[float] = field(default_factory=list)
-    """Of each prompt."""
     tokens: list[int] = field(default_factory=list)
     passes: list[int] = field(default_factory=list)
 
     def run(self, model: Any, ids: torch.Tensor, max_new_tokens: int) -> None:
         """Decodes one prompt, (1, P)."""
-        synchronize(model)
-        began = time.perf_counter()
-        with torch.inference_mode():
-            out = model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=max_new_tokens,
-                return_dict_in_generate=True,
-                **self.options,
-            )
-        synchronize(model)
-        self.seconds.append(time.perf_counter() - began)
-        self.tokens.append(out.sequences.shape[1] - ids.shape[1])
-        self.passes.append(getattr(out, "passes", None) or self.tokens[-1])
+        results: list[Any] = []
 
-    @property
-    def ms_per_token(self) -> float:
-        """Median over the prompts."""
-        return 1e3 * median(s / t for s, t in zip(self.seconds, self.tokens, strict=True))
+        def generate() -> None:
+            options = {"max_new_tokens": max_new_tokens, "return_dict_in_generate": True, "do_sample": False}
+            with torch.inference_mode():
+                results.append(model.generate(ids, attention_mask=torch.ones_like(ids), **options, **self.options))
 
-    @property
-    def ms_per_pass(self) -> float:
-        """Median over the prompts."""
-        return 1e3 * median(s / p for s, p in zip(self.seconds, self.passes, strict=True))
+        self.seconds.append(timed(generate, model.device)[0])
+        self.tokens.append(results[0].sequences.shape[1] - ids.shape[1])
+        # Greedy decoding reports no passes: it needs one per token.
+        self.passes.append(getattr(results[0], "passes", None) or self.tokens[-1])
 
     @property
     def tokens_per_pass(self) -> float:
         return sum(self.tokens) / sum(self.passes)
 
+    def cells(self, greedy: "DecodeSetting") -> tuple[str, ...]:
+        """Row of the table; times and speedups are medians over the prompts."""
+        per_token = [s / t for s, t in zip(self.seconds, self.tokens, strict=True)]
+        greedy_per_token = [s / t for s, t in zip(greedy.seconds, greedy.tokens, strict=True)]
+        speedup = median(g / t for g, t in zip(greedy_per_token, per_token, strict=True))
+        pass_ms = 1e3 * median(s / p for s, p in zip(self.seconds, self.passes, strict=True))
+        share = speedup / (self.tokens_per_pass / greedy.tokens_per_pass)
+        times = (f"{pass_ms:.1f}", f"{1e3 * median(per_token):.1f}")
+        return self.name, f"{self.tokens_per_pass:.2f}", *times, f"{speedup:.2f}x", f"{share:.0%}"
 
-def synchronize(model: Any) -> None:
-    """Waits for the GPU, where there is one."""
-    if model.device.type == "cuda":
-        torch.cuda.synchronize()
 
-
-def ways(thresholds: Sequence[float]) -> list[Way]:
-    """Greedy first: the others are compared with it."""
-    sdlm = [
-        Way(f"prob_conf, tau {t:.2f}", {"sdlm_alg": "prob_conf", "sdlm_threshold": t, "do_sample": False})
-        for t in thresholds
+def make_settings(thresholds: Sequence[float]) -> list[DecodeSetting]:
+    """Greedy first, then the settings that are compared with it."""
+    return [
+        DecodeSetting("transformers' greedy generate", {"sdlm_alg": "ar"}),
+        *(DecodeSetting(f"prob_conf, τ = {t:g}", {"sdlm_alg": "prob_conf", "sdlm_threshold": t}) for t in thresholds),
+        DecodeSetting("self_speculative", {"sdlm_alg": "self_speculative"}),
     ]
-    greedy = Way("transformers' greedy generate", {"sdlm_alg": "ar", "do_sample": False})
-    return [greedy, *sdlm, Way("self_speculative", {"sdlm_alg": "self_speculative", "do_sample": False})]
 
 
-def speedups(greedy: Way, other: Way) -> tuple[float, float]:
-    """How many times faster a token is, median over the prompts; and how many times fewer passes a token takes."""
-    faster = [
-        (greedy.seconds[i] / greedy.tokens[i]) / (other.seconds[i] / other.tokens[i]) for i in range(len(other.tokens))
-    ]
-    return median(faster), other.tokens_per_pass / greedy.tokens_per_pass
-
-
-def table(found: Sequence[Way]) -> str:
-    """Markdown."""
-    lines = [
-        "| | tokens a pass | ms a pass | ms a token | a token is faster by | of the gain in passes |",
-        "|---|---|---|---|---|---|",
-    ]
-    for way in found:
-        time_ratio, pass_ratio = speedups(found[0], way)
-        lines.append(
-            f"| {way.name} | {way.tokens_per_pass:.2f} | {way.ms_per_pass:.1f} | {way.ms_per_token:.1f} "
-            f"| {time_ratio:.2f}x | {time_ratio / pass_ratio:.0%} |"
-        )
-    return "\n".join(lines)
-
-
-def prompts_of(path: Path, tokenizer: Any, count: int) -> list[torch.Tensor]:
+def read_prompt_ids(path: Path, tokenizer: Any, count: int) -> list[torch.Tensor]:
     """Prompts (1, P) of a JSONL file of {"prompt": …}."""
     texts = [json.loads(line)["prompt"] for line in path.read_text(encoding="utf-8").splitlines()[:count]]
     turns = [f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n" for text in texts]
     return [torch.tensor([tokenizer(turn, add_special_tokens=False)["input_ids"]]) for turn in turns]
 
 
+EXAMPLE = """
+python -m dev.bench.decode_speed --model runs/quickstart/hf --prompts runs/quickstart/task/heldout.jsonl
+"""
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Options of the command."""
-    parser = make_parser(
-        "python -m dev.bench.decode_speed",
-        __doc__,
-        example="python -m dev.bench.decode_speed --model runs/quickstart/hf "
-        "--prompts runs/quickstart/task/heldout.jsonl --dtype bfloat16    # after make quickstart",
-    )
-    parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="exported Hugging Face folder")
-    parser.add_argument("--prompts", type=Path, required=True, metavar="JSONL", help='lines of {"prompt": "…"}')
-    parser.add_argument("--count", type=int, default=16, metavar="N", help="how many of them")
-    parser.add_argument(
-        "--thresholds", type=float, nargs="+", default=[0.98, 0.9, 0.5], help="confidence thresholds to time"
-    )
-    parser.add_argument("--max-new-tokens", type=int, default=64, help="length limit of an answer, in tokens")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="dtype of the weights")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads of torch")
+    parser = make_parser("python -m dev.bench.decode_speed", __doc__, example=EXAMPLE)
+    add = parser.add_argument
+    add("--model", type=Path, required=True, metavar="DIR", help="exported Hugging Face folder")
+    add("--prompts", type=Path, required=True, metavar="JSONL", help='lines of {"prompt": "…"}')
+    add("--count", type=int, default=16, metavar="N", help="number of prompts to decode")
+    add("--thresholds", type=float, nargs="+", default=[0.98, 0.9, 0.5], help="thresholds of prob_conf")
+    add("--max-new-tokens", type=int, default=64, help="limit of an answer")
+    add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="dtype of the weights")
+    add("--threads", type=int, default=1, help="CPU threads of torch")
     return parser
 
 
@@ -139,20 +105,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = getattr(torch, args.dtype)
     model = AutoModelForCausalLM.from_pretrained(args.model, trust_remote_code=True, dtype=dtype).eval().to(device)
-    prompts = prompts_of(args.prompts, AutoTokenizer.from_pretrained(args.model), args.count)
-    for way in ways(args.thresholds):  # warm-up, not counted
-        way.run(model, prompts[0].to(device), 8)
-    found = ways(args.thresholds)
+    prompts = read_prompt_ids(args.prompts, AutoTokenizer.from_pretrained(args.model), args.count)
+    for setting in make_settings(args.thresholds):  # warm-up
+        setting.run(model, prompts[0].to(device), 8)
+    settings = make_settings(args.thresholds)
     for number, ids in enumerate(prompts, 1):
-        for way in found:
-            way.run(model, ids.to(device), args.max_new_tokens)
+        for setting in settings:
+            setting.run(model, ids.to(device), args.max_new_tokens)
         print(f"\r{number}/{len(prompts)} prompts", end="", file=sys.stderr, flush=True)
-    print(file=sys.stderr)
     lengths = [ids.shape[1] for ids in prompts]
     print(
-        f"{args.model}, {args.dtype}, {device}, {args.threads} thread(s), {len(prompts)} prompts of {min(lengths)}-"
-        f"{max(lengths)} tokens, one at a time, answers of {median(found[0].tokens):.0f} tokens\n\n{table(found)}"
+        f"\n{args.model}, {args.dtype}, {device}, {args.threads} thread(s), {len(prompts)} prompts of "
+        f"{min(lengths)} to {max(lengths)} tokens, one at a time, answers of {median(settings[0].tokens):.0f} tokens\n"
     )
+    print_table(HEAD, [setting.cells(settings[0]) for setting in settings])
 
 
 if __name__ == "__main__":

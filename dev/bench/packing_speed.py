@@ -1,40 +1,36 @@
-"""Fill and speed of the packing on simulated lengths: `python -m dev.bench.packing_speed`.
+"""Fill and speed of the packing on simulated lengths of the mixture, compared with next-fit (one open row).
 
-Lengths as the mixture has them: lognormal with a mean of 663 clean tokens, 68 % of them answers; blocks as a build
-gives them (D 4, repeat 3, at most 5632 tokens a document). Next-fit, which keeps one row open, is the comparison.
+Lengths are lognormal with the mixture's mean; blocks as a build makes them (D = 4, repeat 3, at most 5,632 tokens per
+document).
 """
 
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
 
 from data_prep.build_config import BuildConfig
 from data_prep.packing import BestFit
+from dev.bench.timing import print_table
 from sdlm_megatron.config.command_line import make_parser
 from sdlm_megatron.errors import run_cli
 
 WINDOW = BuildConfig().window
 
 
-def lengths(
-    n: int, sigma: float, *, seed: int = 0, block_size: int = 4, repeat: int = 3, cap: int = 5632
-) -> np.ndarray:
-    """Expanded lengths of n documents, int64 (about n,): those too long for a block are left out."""
-    drawn = np.random.default_rng(seed).lognormal(np.log(663) - sigma**2 / 2, sigma, n)
+def expanded_lengths(n: int, sigma: float) -> np.ndarray:
+    """Expanded lengths of n documents, int64 (about n,): documents without room for a block are dropped."""
+    drawn = np.random.default_rng(0).lognormal(np.log(663) - sigma**2 / 2, sigma, n)
     clean = np.maximum(20, drawn).astype(np.int64)
     answers = (0.68 * clean).astype(np.int64)
-    blocks = np.minimum(np.minimum(cap - clean, repeat * answers) // block_size, answers)
-    return (clean + block_size * blocks)[blocks > 0]
+    blocks = np.minimum(np.minimum(5632 - clean, 3 * answers) // 4, answers)
+    return (clean + 4 * blocks)[blocks > 0]
 
 
 def next_fit(sizes: np.ndarray, row_length: int) -> int:
-    """Rows that next-fit needs."""
+    """Number of rows that next-fit needs."""
     rows, room = 0, 0
     for size in sizes.tolist():
         if size > room:
@@ -43,35 +39,37 @@ def next_fit(sizes: np.ndarray, row_length: int) -> int:
     return rows
 
 
+def packing_rows(documents: int) -> Iterator[Sequence[str]]:
+    """Packs all cases; raises AssertionError if a document is lost or a row is too long."""
+    for row_length in (5632, 8192, 16384):
+        for sigma in (0.6, 0.8, 1.0):
+            sizes = expanded_lengths(documents, sigma)
+            packer, start = BestFit(row_length), time.process_time()
+            parts = [packer.add(sizes[at : at + WINDOW]) for at in range(0, len(sizes), WINDOW)]
+            parts.append(packer.finish())
+            seconds = time.process_time() - start
+            order = np.concatenate([part.documents for part in parts])
+            counts = np.concatenate([part.counts for part in parts])
+            used = np.bincount(np.repeat(np.arange(len(counts)), counts), weights=sizes[order])
+            assert (np.sort(order) == np.arange(len(sizes))).all(), "every document is in exactly one row"
+            assert used.max() <= row_length, "no row is too long"
+            fill, baseline = (sizes.sum() / (n * row_length) for n in (len(counts), next_fit(sizes, row_length)))
+            speed = f"{seconds / len(sizes) * 1e6:.2f}"
+            yield f"{row_length}", f"{sigma}", f"{fill:.4f}", f"{baseline:.4f}", speed
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Options of the command."""
-    parser = make_parser(
-        "python -m dev.bench.packing_speed", __doc__, example="python -m dev.bench.packing_speed --documents 200000"
-    )
-    parser.add_argument("--documents", type=int, default=1_000_000, help="documents to pack")
+    command = "python -m dev.bench.packing_speed"
+    parser = make_parser(command, __doc__, example=f"{command} --documents 200000")
+    parser.add_argument("--documents", type=int, default=1_000_000, help="documents to pack in each case")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     args = build_parser().parse_args(argv)
-    table = Table(*("row length", "sigma", "fill", "next-fit", "seconds", "s per M documents"), box=SIMPLE_HEAD)
-    for row_length in (5632, 8192, 16384):
-        for sigma in (0.6, 0.8, 1.0):
-            sizes = lengths(args.documents, sigma)
-            packer, start = BestFit(row_length), time.process_time()
-            parts = [packer.add(sizes[at : at + WINDOW]) for at in range(0, len(sizes), WINDOW)]
-            parts.append(packer.finish())
-            seconds = time.process_time() - start
-            documents = np.concatenate([part.documents for part in parts])
-            counts = np.concatenate([part.counts for part in parts])
-            used = np.bincount(np.repeat(np.arange(len(counts)), counts), weights=sizes[documents])
-            assert (np.sort(documents) == np.arange(len(sizes))).all(), "every document is in one row"
-            assert used.max() <= row_length, "no row is too long"
-            fill, worse = (sizes.sum() / (n * row_length) for n in (len(counts), next_fit(sizes, row_length)))
-            speed = f"{seconds / len(sizes) * 1e6:.2f}"
-            table.add_row(f"{row_length}", f"{sigma}", f"{fill:.4f}", f"{worse:.4f}", f"{seconds:.2f}", speed)
-    Console(width=100).print(table)
+    print_table(("row length", "sigma", "fill", "next-fit", "s per M documents"), packing_rows(args.documents))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,9 @@
-"""A training step of the engine in one process: speed, memory, and where the time goes.
+"""Speed, memory and parts of a training step of the engine, in one process.
 
-Useful tokens are clean and block tokens; row tokens count padding too. MFU takes the FLOPs of the exact mask
-(planner/flops.py) over the peak of the device, which on a CPU is the speed of a large matrix product measured in the
-same run. With `--reference` the reference's model and loss code steps over the same documents with the same weights,
-alternating with ours; the command fails unless both find the same loss and gradient norm. `--memory` shows how the
-peak of a step grows with the row. Results are kept in docs/benchmarks.md.
+Useful tokens are clean and block tokens; row tokens include padding. MFU divides the FLOPs of the exact mask by the
+peak of the device, which on a CPU is the speed of a large matrix product measured in the same run. With --reference,
+the reference's model and loss step over the same documents with the same weights, alternating with ours; the command
+fails unless loss and gradient norm agree. --memory shows how the peak of a step grows with the row.
 """
 
 import argparse
@@ -23,290 +22,187 @@ from sdlm_megatron.parallel import compat, cpu
 compat.silence_known_notices()
 cpu.install()  # before anything imports megatron
 
-from dev.bench.measure import (  # noqa: E402
-    ATTENTION,
-    BUFFERS,
-    HEAD,
-    LINEAR,
-    OPTIMIZER,
-    OTHER,
-    PARTS,
-    SMALL,
-    Ranges,
-    matmul_flops,
-    peak_bytes,
-    timed,
-)
-from dev.bench.reference_step import Reference  # noqa: E402
-from dev.bench.step_case import (  # noqa: E402
-    SHAPES,
-    Document,
-    make_documents,
-    make_engine,
-    pack,
-    preset_shape,
-    write_documents,
-    write_hf,
-)
-from sdlm_megatron.config.command_line import make_parser  # noqa: E402
-from sdlm_megatron.config.schema import ModelConfig, ParallelConfig  # noqa: E402
-from sdlm_megatron.diffusion.row import MicroBatch  # noqa: E402
+from dev.bench.engine_case import StepCase  # noqa: E402
+from dev.bench.reference_step import ReferenceProcess  # noqa: E402
+from dev.bench.timing import matmul_flops, parts_of, peak_bytes, print_table, timed  # noqa: E402
+from sdlm_megatron.config.command_line import make_config_parser, parse_config  # noqa: E402
+from sdlm_megatron.config.load import PRESETS  # noqa: E402
+from sdlm_megatron.config.schema import ParallelConfig, RunConfig  # noqa: E402
 from sdlm_megatron.errors import TrainingError, run_cli  # noqa: E402
-from sdlm_megatron.parallel.engine import Engine  # noqa: E402
 from sdlm_megatron.parallel.groups import Groups, close_groups, init_groups  # noqa: E402
-from sdlm_megatron.planner.flops import peak_flops, step_flops  # noqa: E402
+from sdlm_megatron.planner.flops import peak_flops  # noqa: E402
 from sdlm_megatron.weights.dtypes import PRECISIONS  # noqa: E402
 
-SAME = {"fp32": 1e-4, "bf16": 1e-2}
+TOLERANCE = {"fp32": 1e-4, "bf16": 1e-2}
 """Largest relative difference of loss and gradient norm from the reference."""
-LINEAR_LAYERS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 MEMORY_TOKENS = (2048, 4096, 8192, 16384)
 DENSE_LIMIT = 4096
-"""Longest row at which `dense` is still tried."""
+"""Longest row for `dense`, whose mask is quadratic in it."""
 
 
 @dataclass
-class Times:
-    """Seconds of some runs."""
+class Durations:
+    """Wall-clock and CPU seconds of repeated calls."""
 
     clock: list[float] = field(default_factory=list)
     cpu: list[float] = field(default_factory=list)
 
-    def add(self, found: tuple[float, float]) -> None:
-        self.clock.append(found[0])
-        self.cpu.append(found[1])
-
-    def __str__(self) -> str:
-        spread = f"{min(self.clock):.3f}..{max(self.clock):.3f}"
-        return f"{self.median:8.3f} s   of {spread:16} CPU time {statistics.median(self.cpu):.3f} s"
+    def add(self, seconds: Sequence[float]) -> None:
+        """Adds one call: (wall-clock seconds, CPU seconds)."""
+        self.clock.append(seconds[0])
+        self.cpu.append(seconds[1])
 
     @property
     def median(self) -> float:
         return statistics.median(self.clock)
 
-
-def mark(ranges: Ranges, engine: Engine) -> None:
-    """Says which module and which call is which part; what is left of the step is the optimizer's."""
-    for name, module in engine.module.named_modules():
-        leaf = name.rpartition(".")[2]
-        if leaf in LINEAR_LAYERS:
-            ranges.module(module, LINEAR)
-        elif leaf == "core_attention":
-            ranges.module(module, ATTENTION)
-    ranges.module(engine.module, SMALL)
-    ranges.function(engine.module, "_postprocess", HEAD)
-    ranges.function(engine, "_loss", HEAD)
-    ranges.function(engine, "forward_backward", OTHER)
-    ranges.function(engine.models[0], "zero_grad_buffer", BUFFERS)
-    ranges.function(engine, "train_step", OPTIMIZER)
+    def cells(self) -> tuple[str, str, str]:
+        """Median, range and CPU time, for a table."""
+        spread = f"{min(self.clock):.3f} to {max(self.clock):.3f}"
+        return f"{self.median:.3f}", spread, f"{statistics.median(self.cpu):.3f}"
 
 
-def parts_of(engine: Engine, batches: list[MicroBatch]) -> dict[str, float]:
-    """Seconds of each part of one whole step."""
-    ranges = Ranges()
-    mark(ranges, engine)
-    return ranges.split(lambda: engine.train_step(batches, 2), engine.groups.device)
+def check_agreement(case: StepCase, reference: ReferenceProcess) -> None:
+    """Takes the first step; raises TrainingError unless targets, loss and gradient norm agree with the reference's."""
+    engine = case.engine
+    (first,) = engine.results([engine.train_step(case.batches, 1)])
+    for name, ours in (("targets", first.targets), ("loss", first.loss), ("grad_norm", first.grad_norm)):
+        theirs = reference.first[name]
+        difference = abs(ours - theirs) / abs(theirs)
+        print(f"{name:10} ours {ours:<12.8g} reference {theirs:<12.8g} relative difference {difference:.1e}")
+        if not difference <= TOLERANCE[engine.config.train.precision]:
+            what = f"{name} is {ours}, the reference's is {theirs}"
+            raise TrainingError(what, "dev.bench.step", "times of different computations cannot be compared")
 
 
-def check_same(engine: Engine, batches: list[MicroBatch], reference: Reference) -> None:
-    """Takes the first step. TrainingError unless its loss, gradient norm and targets are the reference's."""
-    (first,) = engine.results([engine.train_step(batches, 1)])
-    for what, mine in (("targets", first.targets), ("loss", first.loss), ("grad_norm", first.grad_norm)):
-        theirs = reference.first[what]
-        apart = abs(mine - theirs) / abs(theirs)
-        print(f"{what:10} ours {mine:<12.8g} reference {theirs:<12.8g} relative difference {apart:.1e}")
-        if not apart <= SAME[engine.config.train.precision]:
-            raise TrainingError(
-                f"{what} is {mine}, the reference's {theirs}", "dev.bench.step", "times of different sums say nothing"
-            )
-
-
-@dataclass
-class Case:
-    """An engine and the rows it steps over."""
-
-    engine: Engine
-    documents: list[Document]
-    rows: list[MicroBatch]
-    batches: list[MicroBatch]
-    """The rows as the data loader hands them over."""
-
-    @property
-    def useful(self) -> int:
-        return sum(b.layout.used for b in self.rows)
-
-    @property
-    def row_tokens(self) -> int:
-        return sum(b.tokens.numel() for b in self.rows)
-
-    @property
-    def flops(self) -> int:
-        labels = sum(len(b.label_index) for b in self.rows)
-        return step_flops(self.engine.shape, [b.layout for b in self.rows], labels)
-
-
-def make_case(args: argparse.Namespace, shape: ModelConfig, groups: Groups, *, tokens: int, attention: str) -> Case:
-    """What the command line asks for."""
-    train = {"precision": args.dtype, "attention": attention, **dict(x.split("=", 1) for x in args.train)}
-    engine = make_engine(shape, groups, block_size=args.block_size, max_positions=tokens, train=train)
-    documents = make_documents(args.documents, args.samples, tokens, shape, args.block_size)
-    rows = pack(documents, tokens, shape, args.block_size, next_token_weight=args.next_token_weight)
-    return Case(engine, documents, rows, [engine.prepare(b) for b in rows])
-
-
-def start_reference(args: argparse.Namespace, case: Case, folder: Path) -> Reference:
-    """The reference with the same weights and documents."""
-    model, documents = folder / "model", folder / "documents.npz"
-    write_hf(model, case.engine)
-    write_documents(documents, case.documents, case.engine.shape, args.block_size)
-    return Reference(
-        args.reference_python,
-        *("--checkout", args.reference, "--model", model, "--documents", documents, "--threads", args.threads),
-        *("--dtype", str(PRECISIONS[args.dtype]).removeprefix("torch."), "--batch", args.reference_batch),
+def measure_step(config: RunConfig, args: argparse.Namespace, groups: Groups) -> None:
+    """Measures one case, alternating with the reference if there is one, and prints the results."""
+    case = StepCase.of(config, groups, args.documents, args.samples, args.tokens)
+    lengths = [d.expanded(case.engine.config.diffusion.block_size) for d in case.documents]
+    print(
+        f"{config.model.num_layers} layers of {config.model.hidden_size}, vocabulary {config.model.vocab_size}, "
+        f"{config.train.precision}; attention {case.engine.attention.text}\n"
+        f"{len(lengths)} documents of {min(lengths)} to {max(lengths)} tokens in {len(case.rows)} rows of "
+        f"{args.tokens} ({case.useful / case.row_tokens:.1%} useful), {case.targets} targets; "
+        f"median of {args.runs} runs\n",
+        flush=True,
     )
-
-
-def measure(args: argparse.Namespace, shape: ModelConfig, groups: Groups) -> None:
-    """Measures one case, beside the reference if there is one, and prints."""
-    case = make_case(args, shape, groups, tokens=args.tokens, attention=args.attention)
-    describe(args, case)
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         reference = None
         if args.reference:
-            reference = stack.enter_context(start_reference(args, case, Path(folder)))
-            check_same(case.engine, case.batches, reference)
+            case.write_reference_inputs(Path(folder))
+            reference = stack.enter_context(ReferenceProcess(args, Path(folder), PRECISIONS[config.train.precision]))
+            check_agreement(case, reference)
         else:
             case.engine.train_step(case.batches, 1)
-        inner, whole, theirs = Times(), Times(), Times()
-        for _ in range(args.runs):  # in turns, so that a machine that drifts is as unkind to one as to the other
+        inner, whole, theirs = Durations(), Durations(), Durations()
+        # In turns, so that a drift of the machine's speed affects both sides alike.
+        for _ in range(args.runs):
             inner.add(timed(lambda: case.engine.forward_backward(case.batches), groups.device))
             if reference:
                 theirs.add(reference.ask("step"))
-            whole.add(timed(lambda: case.engine.train_step(case.batches, 2), groups.device))
-        print_ours(case, whole, inner, args.dtype)
+            whole.add(timed(case.step, groups.device))
+        print_speed(case, whole, inner, config.train.precision)
         if reference:
             print_reference(case, inner, theirs, reference)
-        print_parts(parts_of(case.engine, case.batches), reference)
+        print_parts(parts_of(case.step, groups.device), reference)
 
 
-def describe(args: argparse.Namespace, case: Case) -> None:
-    """The case in words."""
-    shape, lengths = case.engine.shape, [d.expanded(args.block_size) for d in case.documents]
-    heads = f"{shape.num_attention_heads}/{shape.num_query_groups} heads"
-    filled = f"{case.useful / case.row_tokens:.1%} useful"
-    print(
-        f"{shape.num_layers} layers of {shape.hidden_size}, {heads}, vocabulary {shape.vocab_size}, {args.dtype}; "
-        f"attention {case.engine.attention.text}\n"
-        f"{len(lengths)} documents of {min(lengths)} to {max(lengths)} tokens in {len(case.rows)} rows of "
-        f"{args.tokens} ({filled}), {sum(len(b.label_index) for b in case.rows)} targets; median of {args.runs} runs",
-        flush=True,
-    )
+def print_speed(case: StepCase, whole: Durations, inner: Durations, precision: str) -> None:
+    """Prints times, tokens per second, MFU and peak memory of our step."""
+    device = case.engine.groups.device
+    known = peak_flops(case.engine.groups.device_name) if precision == "bf16" else None
+    peak = known or matmul_flops(PRECISIONS[precision], device)
+    memory = peak_bytes(case.step, device)
+    prepare = Durations()
+    prepare.add(timed(lambda: [case.engine.prepare(row) for row in case.rows], torch.device("cpu")))
+    rows = [("whole step", whole), ("forward and backward", inner), ("attention's tables (data loader)", prepare)]
+    print_table(("", "seconds", "range", "CPU seconds"), [(name, *times.cells()) for name, times in rows])
+    print(f"optimizer {max(0.0, whole.median - inner.median):.3f} s")
+    print(f"useful tokens/s {case.useful / whole.median:.0f}, row tokens/s {case.row_tokens / whole.median:.0f}")
+    mfu, inner_mfu = (case.flops / times.median / peak for times in (whole, inner))
+    measured = "" if known else ", measured with a matrix product"
+    print(f"MFU {mfu:.1%} (forward and backward {inner_mfu:.1%}) of {peak / 1e12:.4g} TFLOP/s{measured}")
+    print(f"peak memory of a step {memory / 1e6:.0f} MB\n", flush=True)
 
 
-def print_ours(case: Case, whole: Times, inner: Times, dtype: str) -> None:
-    """Speed and memory."""
-    device, seconds = case.engine.groups.device, whole.median
-    known = peak_flops(case.engine.groups.device_name) if dtype == "bf16" else None
-    peak = known or matmul_flops(PRECISIONS[dtype], device)
-    memory = peak_bytes(lambda: case.engine.train_step(case.batches, 2), device)
-    data = timed(lambda: [case.engine.prepare(b) for b in case.rows], torch.device("cpu"))[0]
-    print(f"\nwhole step            {whole}")
-    print(f"forward and backward  {inner}")
-    print(f"optimizer             {max(0.0, seconds - inner.median):8.3f} s")
-    print(f"data                  {data:8.4f} s   (attention's tables, made by the data loader)")
-    print(f"useful tokens/s       {case.useful / seconds:8.0f}     row tokens/s {case.row_tokens / seconds:.0f}")
-    print(
-        f"MFU                   {case.flops / seconds / peak:8.1%}     forward and backward alone "
-        f"{case.flops / inner.median / peak:.1%}; peak {peak / 1e12:.4g} TFLOP/s{'' if known else ' (matmul)'}"
-    )
-    print(f"peak memory of a step {memory / 1e6:8.0f} MB", flush=True)
-
-
-def print_reference(case: Case, inner: Times, theirs: Times, reference: Reference) -> None:
-    """The other side, and how many times as fast ours is."""
-    row_tokens = reference.first["row_tokens"]
-    print(f"\nreference ({reference.first['versions']}), {case.useful / row_tokens:.1%} of {row_tokens} tokens useful")
-    print(f"forward and backward  {theirs}")
-    print(f"useful tokens/s       {case.useful / theirs.median:8.0f}")
-    print(f"peak memory           {reference.ask('memory') / 1e6:8.0f} MB")
+def print_reference(case: StepCase, inner: Durations, theirs: Durations, reference: ReferenceProcess) -> None:
+    """Prints the reference's times and the ratio of useful tokens per second."""
+    useful = case.useful / reference.first["row_tokens"]
+    print(f"reference: {reference.first['versions']}, {useful:.1%} of its tokens useful")
+    print_table(("", "seconds", "range", "CPU seconds"), [("forward and backward", *theirs.cells())])
+    print(f"peak memory of a step {reference.ask('memory') / 1e6:.0f} MB")
     by_cpu = statistics.median(theirs.cpu) / statistics.median(inner.cpu)
-    times = theirs.median / inner.median
-    print(f"\nuseful tokens/s, forward and backward: {times:.2f} x the reference (by CPU time {by_cpu:.2f} x)")
+    print(f"useful tokens/s: {theirs.median / inner.median:.2f} x the reference's (by CPU time {by_cpu:.2f} x)\n")
 
 
-def print_parts(ours: dict[str, float], reference: Reference | None) -> None:
-    """Where the time goes, of one profiled step."""
-    theirs = reference.ask("parts") if reference else None
-    print(f"\n{'one profiled step':36} {'ours':>10}" + (f" {'reference':>16}" if theirs else ""))
-    for part in PARTS:
-        line = f"{part:36} {ours[part]:8.3f} s {ours[part] / sum(ours.values()):6.1%}"
-        if theirs:
-            line += f" {theirs[part]:8.3f} s {theirs[part] / sum(theirs.values()):6.1%}"
-        print(line)
+def print_parts(ours: dict[str, float], reference: ReferenceProcess | None) -> None:
+    """Prints the parts of one profiled step and their shares."""
+    columns = [ours, *([reference.ask("parts")] if reference else [])]
+    head = ("one profiled step", *("ours", "reference")[: len(columns)])
+    cells = ((part, *(f"{c[part]:.3f} s {c[part] / sum(c.values()):.1%}" for c in columns)) for part in ours)
+    print_table(head, cells)
 
 
-def peak_of(args: argparse.Namespace, shape: ModelConfig, groups: Groups, tokens: int, attention: str) -> int:
-    """Peak bytes of a whole step over one row of `tokens`."""
-    case = make_case(args, shape, groups, tokens=tokens, attention=attention)
-    row = case.batches[:1]
-    case.engine.train_step(row, 1)  # what is made once
-    return peak_bytes(lambda: case.engine.train_step(row, 2), groups.device)
+def peak_of(config: RunConfig, groups: Groups, documents: str, tokens: int) -> int:
+    """Peak bytes of a whole step over one row of `tokens` tokens."""
+    case = StepCase.of(config, groups, documents, 1, tokens)
+    case.step()  # allocates what is kept between steps
+    return peak_bytes(case.step, groups.device)
 
 
-def print_memory(args: argparse.Namespace, shape: ModelConfig, groups: Groups) -> None:
-    """Peak of a whole step against the row length, for every backend, and what each 1,000 tokens more cost."""
-    cuda = groups.device.type == "cuda"
-    print(f"peak memory of a whole step in MB (in brackets: MB for each 1,000 tokens more), {args.documents} documents")
-    print(f"{'row length':14}" + "".join(f"{s:>18}" for s in args.sizes))
-    for attention in ("per_document", "decomposed", *(["flex"] if cuda else []), "dense"):
-        sizes = [s for s in args.sizes if attention != "dense" or s <= DENSE_LIMIT]
-        peaks = [peak_of(args, shape, groups, s, attention) / 1e6 for s in sizes]
-        growth = [(b - a) / (t - s) * 1e3 for a, b, s, t in zip(peaks, peaks[1:], sizes, sizes[1:], strict=False)]
-        cells = [f"{peaks[0]:9.0f}         ", *(f"{p:9.0f} ({g:6.1f})" for p, g in zip(peaks[1:], growth, strict=True))]
-        print(f"{attention:14}" + "".join(f"{c:>18}" for c in cells), flush=True)
+def print_memory(config: RunConfig, args: argparse.Namespace, groups: Groups) -> None:
+    """Prints the peak of a whole step by row length for every backend."""
+    print(f"peak memory of a whole step in MB (in parentheses: MB per 1,000 more tokens), {args.documents} documents")
+    rows = []
+    for attention in ("per_document", "decomposed", *(["flex"] if groups.device.type == "cuda" else []), "dense"):
+        config.train.attention = attention
+        cells: list[str] = []
+        peaks: list[float] = []
+        for i, tokens in enumerate(args.sizes):
+            if attention == "dense" and tokens > DENSE_LIMIT:
+                cells.append("")
+                continue
+            peaks.append(peak_of(config, groups, args.documents, tokens) / 1e6)
+            growth = f" ({(peaks[i] - peaks[i - 1]) / (tokens - args.sizes[i - 1]) * 1e3:.1f})" if i else ""
+            cells.append(f"{peaks[i]:.0f}{growth}")
+        rows.append((attention, *cells))
+    print_table(("row length", *args.sizes), rows)
+
+
+EXAMPLE = """
+python -m dev.bench.step --config dev/bench/body.yaml --train.precision=bf16
+python -m dev.bench.step --config dev/bench/vocab.yaml --tokens 1024 --documents mixture --samples 4 --reference SDLM
+python -m dev.bench.step --memory --config tiny --documents mixture
+python -m dev.bench.step --config qwen2.5-3b --train.precision=bf16 --tokens 5632 --documents mixture
+"""
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Options of the command."""
-    parser = make_parser(
-        "python -m dev.bench.step",
-        __doc__,
-        example="python -m dev.bench.step --shape body --dtype bf16 --runs 3                    # on a laptop\n"
-        "python -m dev.bench.step --shape vocab --tokens 1024 --documents mixture --samples 4 --dtype bf16 \\\n"
-        "    --reference SDLM --reference-python VENV/bin/python                      # beside the reference\n"
-        "python -m dev.bench.step --memory --preset tiny --documents mixture\n"
-        "python -m dev.bench.step --preset qwen2.5-3b --dtype bf16 --tokens 5632 --documents mixture   # on a GPU",
-    )
-    parser.add_argument("--shape", choices=SHAPES, default="body", help="a small model")
-    parser.add_argument("--preset", help="a preset's shape instead, such as qwen2.5-3b")
-    parser.add_argument("--layers", type=int, help="with --preset: fewer layers")
-    parser.add_argument("--tokens", type=int, default=2048, help="row length S")
-    parser.add_argument("--documents", choices=("full", "mixture"), default="full", help="one fills a row, or several")
-    parser.add_argument("--samples", type=int, default=2, help="documents a step")
-    parser.add_argument("--block-size", type=int, default=4, help="tokens D of a block")
-    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="dtype of the weights")
-    parser.add_argument("--attention", default="auto", help="train.attention")
-    parser.add_argument("--next-token-weight", type=float, default=0.0, help="diffusion.next_token_weight")
-    parser.add_argument("--train", nargs="+", default=[], metavar="KEY=VALUE", help="other settings of train")
-    parser.add_argument("--runs", type=int, default=5, help="steps of which the median is reported")
-    parser.add_argument("--threads", type=int, default=1, help="on a CPU")
-    parser.add_argument("--reference", type=Path, help="a checkout of OpenGVLab/SDLM; on a CPU")
-    parser.add_argument("--reference-python", default=sys.executable, help="a Python with transformers 4.37.2")
-    parser.add_argument("--reference-batch", type=int, default=2, help="documents padded to the longest of them")
-    parser.add_argument("--memory", action="store_true", help="instead: peak memory against row length")
-    parser.add_argument("--sizes", type=int, nargs="+", default=MEMORY_TOKENS, help="row lengths of --memory")
+    parser = make_config_parser("python -m dev.bench.step", __doc__, example=EXAMPLE, schema=RunConfig, presets=PRESETS)
+    add = parser.add_argument
+    add("--tokens", type=int, default=2048, help="row length S")
+    add("--documents", choices=("full", "mixture"), default="full", help="one document fills a row, or mixture lengths")
+    add("--samples", type=int, default=2, help="documents per step")
+    add("--runs", type=int, default=5, help="timed steps; medians are reported")
+    add("--threads", type=int, default=1, help="CPU threads of torch")
+    add("--reference", type=Path, metavar="DIR", help="checkout of OpenGVLab/SDLM to compare with, on a CPU")
+    add("--reference-python", default=sys.executable, metavar="FILE", help="interpreter with transformers 4.37.2")
+    add("--reference-batch", type=int, default=2, help="documents per batch of the reference, padded to the longest")
+    add("--memory", action="store_true", help="report peak memory by row length instead")
+    add("--sizes", type=int, nargs="+", default=MEMORY_TOKENS, help="row lengths of --memory")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
-    args = build_parser().parse_args(argv)
+    config, args = parse_config(build_parser(), RunConfig, PRESETS, argv)
     torch.set_num_threads(args.threads)
-    shape = preset_shape(args.preset, args.layers) if args.preset else SHAPES[args.shape]
     groups = init_groups(ParallelConfig(), seed=0)
     where = groups.device_name if groups.device.type == "cuda" else f"CPU, {args.threads} thread(s)"
     print(f"{where}; torch {torch.__version__}")
-    (print_memory if args.memory else measure)(args, shape, groups)
+    (print_memory if args.memory else measure_step)(config, args, groups)
     close_groups()
 
 

@@ -1,7 +1,7 @@
-"""Draws the figures of docs/evidence.md and fills its tables from what a campaign has measured.
+"""Draws the figures of docs/evidence.md and fills its tables from the results of a campaign.
 
-The text is written by hand: only what stands between `<!-- table NAME -->` and `<!-- end -->` is replaced. What the
-campaign did not measure stays as it is, and is named.
+The prose is written by hand: only the text between `<!-- table NAME -->` and `<!-- end -->` is replaced. A table
+without results stays as it is, and its name is printed.
 """
 
 import argparse
@@ -13,8 +13,19 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from dev.evidence.campaign import BASE, TASKS, Campaign, read_campaign
-from dev.evidence.markdown_tables import BLOCKS, LEADING, RATES, SENSITIVE, TABLES, VARIANTS
+from dev.evidence.evidence_tables import (
+    BASE,
+    BLOCKS,
+    LEADING,
+    RATES,
+    SENSITIVE,
+    TABLES,
+    VARIANTS,
+    Campaign,
+    markdown,
+    read_campaign,
+)
+from dev.evidence.experiment import TASKS
 from sdlm_megatron.config.command_line import make_parser
 from sdlm_megatron.errors import DataError, run_cli
 from sdlm_megatron.evaluation.figures import (
@@ -31,32 +42,27 @@ from sdlm_megatron.evaluation.result_files import Results, perplexities, pick, p
 from sdlm_megatron.files import write_text
 
 DOCUMENT = "evidence.md"
-NOTHING = "Not measured yet."
+NO_RESULTS = "Not measured yet."
 MARKED = re.compile(r"(<!-- table ([\w-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 DPI = 110
 
 
 def compared_figure(sweeps: Results) -> Figure:
-    """Models below each other: exact answers with n = 1 and at .98, tokens a pass at .98."""
+    """One row per model: exact answers at n = 1 and at τ = .98, tokens per pass at τ = .98."""
     panels: dict[str, dict[str, Estimate]] = {}
     for label, seeds in sweeps.items():
-        given = points(seeds)
-        plain, swift = pick(given, "ar"), pick(given, "prob_conf", 0.98)
+        measured = points(seeds)
+        plain, fast = pick(measured, "ar"), pick(measured, "prob_conf", 0.98)
         if plain is not None:
             panels.setdefault("exact answers, n = 1", {})[label] = plain.exact
-        if swift is not None:
-            panels.setdefault("exact answers, τ = .98", {})[label] = swift.exact
-            panels.setdefault("tokens a pass, τ = .98", {})[label] = swift.speed
+        if fast is not None:
+            panels.setdefault("exact answers, τ = .98", {})[label] = fast.exact
+            panels.setdefault("tokens a pass, τ = .98", {})[label] = fast.speed
     return models_figure(panels, percent=[name for name in panels if name.startswith("exact")])
 
 
-def forgotten_figure(results: Results) -> Figure:
-    """Perplexity of each text by model."""
-    return models_figure(perplexities(results), logarithmic=True)
-
-
 def figures(campaign: Campaign) -> Iterator[tuple[str, Figure]]:
-    """Every figure that there are results for, with its file name."""
+    """File name and figure of everything that has results."""
     kinds: list[tuple[str, str, Sequence[str], Callable[[Results], Figure]]] = [
         ("quality", "sweep", LEADING, quality_figure),
         ("threshold", "sweep", LEADING, threshold_figure),
@@ -65,50 +71,50 @@ def figures(campaign: Campaign) -> Iterator[tuple[str, Figure]]:
         ("rates", "sweep", RATES, compared_figure),
         ("walltime", "speed", LEADING, wall_figure),
         ("reliability", "calibration", BLOCKS, reliability_figure),
-        ("reliability_entropy", "calibration", BLOCKS, lambda some: reliability_figure(some, "entropy")),
+        ("reliability_entropy", "calibration", BLOCKS, lambda results: reliability_figure(results, "entropy")),
         ("precision", "calibration", BLOCKS, precision_recall_figure),
         ("acceptance", "calibration", BLOCKS, acceptance_figure),
         ("context", "context", LEADING, context_figure),
     ]
     for name, kind, arms, draw in kinds:
         for task in TASKS:
-            results = campaign.of(task, kind, list(arms))
+            results = campaign.of(task, kind, arms)
             if results:
                 yield f"{name}_{task}", draw(results)
-    for task in TASKS:  # the cost of a pass does not depend on what is asked
+    for task in TASKS:  # the cost of a pass does not depend on the task, so the first one is enough
         results = {k: v for k, v in campaign.of(task, "speed", BLOCKS).items() if v[0].get("break_even")}
         if results:
             yield "overhead", overhead_figure(results)
             break
     results = campaign.of("", "perplexity", [BASE, *LEADING])
     if results:
-        yield "perplexity", forgotten_figure(results)
+        yield "perplexity", models_figure(perplexities(results), logarithmic=True)
 
 
 def fill(text: str, campaign: Campaign, where: str) -> tuple[str, list[str]]:
-    """The document with its tables replaced, and the names of those without results, which stay as they are.
+    """The document with its tables replaced, and the names of the tables without results, which stay as they are.
 
     Raises:
-        DataError: the document asks for a table that does not exist.
+        DataError: the document has a table with an unknown name.
     """
     empty = []
 
-    def replace(found: re.Match[str]) -> str:
-        name = found[2]
+    def replace(match: re.Match[str]) -> str:
+        name = match[2]
         if name not in TABLES:
             near = get_close_matches(name, TABLES, 1)
             fix = f"did you mean {near[0]!r}?" if near else f"one of: {', '.join(TABLES)}"
             raise DataError(f"there is no table {name!r}", where, fix)
-        body = TABLES[name](campaign)
+        body = markdown(*TABLES[name](campaign))
         if not body:
             empty.append(name)
-        return f"{found[1]}\n{body or found[3].strip() or NOTHING}\n\n{found[4]}"
+        return f"{match[1]}\n{body or match[3].strip() or NO_RESULTS}\n\n{match[4]}"
 
     return MARKED.sub(replace, text), empty
 
 
 def write_document(campaign: Campaign, docs: Path) -> None:
-    """Writes DOCS/evidence/*.png and the tables in DOCS/evidence.md, and says what is missing."""
+    """Writes DOCS/evidence/*.png and the tables in DOCS/evidence.md, and prints the names of missing results."""
     document = docs / DOCUMENT
     try:
         text = document.read_text(encoding="utf-8")
@@ -119,6 +125,7 @@ def write_document(campaign: Campaign, docs: Path) -> None:
     pictures.mkdir(exist_ok=True)
     for name, figure in figures(campaign):
         path = pictures / f"{name}.png"
+        # Without the metadata the same results always give the same bytes.
         figure.savefig(path, dpi=DPI, metadata={"Software": None})
         print(path, flush=True)
     write_text(document, filled)
@@ -128,7 +135,7 @@ def write_document(campaign: Campaign, docs: Path) -> None:
     shown = set(re.findall(r"\]\(evidence/([\w.]+)\)", text))
     missing = sorted(name for name in shown if not (pictures / name).exists())
     if missing:
-        print(f"the document shows pictures that are not there: {', '.join(missing)}")
+        print(f"missing pictures: {', '.join(missing)}")
 
 
 def build_parser() -> argparse.ArgumentParser:

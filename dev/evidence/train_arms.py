@@ -1,18 +1,16 @@
-"""Trains the models that docs/evidence.md compares: SmolLM2-135M-Instruct in several ways, with several seeds.
+"""Trains the models that docs/evidence.md compares: SmolLM2-135M-Instruct with several recipes and seeds.
 
-Every model of a seed is trained on the same conversations, each once: two tasks mixed, sentence -> JSON (copying, a
-fixed form) and words -> categories (which is not in the prompt). Run again to go on: what is done is kept.
-The models are OUT/ARM-SEED/hf, OUT/tasks holds the held-out prompts of both tasks.
+All models of a seed see the same conversations once, two tasks mixed: sentence -> JSON (copying, a fixed format) and
+words -> categories (knowledge that is not in the prompt). The models are OUT/ARM-SEED/hf; OUT/tasks holds the held-out
+prompts of both tasks. Finished models are kept when the command is run again.
 """
 
 import argparse
 import json
-import os
 import shutil
-import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from itertools import islice
@@ -20,10 +18,10 @@ from pathlib import Path
 
 import yaml
 
-from dev.evidence.arms import ARMS, DOCUMENTS_PER_STEP, MAIN, RATES, VARIANTS, Arm
-from dev.evidence.categories import Sorting, sortings
+from dev.evidence.experiment import ARMS, DOCUMENTS_PER_STEP, MAIN, RATES, VARIANTS, Arm, task_examples
 from dev.quickstart.base_model import make_smollm2
-from dev.quickstart.task import Example, examples
+from dev.quickstart.pipeline import run_command
+from dev.quickstart.task import messages_row
 from sdlm_megatron.bf16 import best_precision
 from sdlm_megatron.config.command_line import make_parser
 from sdlm_megatron.data.tokenizer_identity import special_token_id, vocabulary_size
@@ -33,40 +31,35 @@ from sdlm_megatron.files import write_json, write_text
 CONVERSATIONS = {"json": 300, "categories": 300}
 HELD_OUT_SEED = 0
 UNUSED_TOKEN = "<file_sep>"
-"""A special token that SmolLM2 has and never used; it becomes the mask token. Another base gets <text_mask>."""
+"""A special token that SmolLM2 has and was never trained on: its mask token. Another base gets <text_mask>."""
 
 
 @dataclass(frozen=True)
 class Budget:
-    """How much a campaign trains and holds out."""
+    """Amounts of a campaign."""
 
     conversations: dict[str, int]
+    """Task to its number of training conversations."""
     prompts: int
     """Held-out prompts of each task, all seeds together."""
 
 
-def conversations(task: str, seed: int, *, held_out: bool) -> Iterator[dict[str, str]]:
-    """Endless conversations of a task, {prompt, answer}; see dev.quickstart.task and dev.evidence.categories."""
-    source: Iterator[Example] | Iterator[Sorting] = examples(seed) if task == "json" else sortings(seed)
-    return ({"prompt": one.prompt, "answer": one.answer} for one in source if one.held_out == held_out)
-
-
 def write_tasks(out: Path, budget: Budget) -> None:
-    """The held-out prompts, JSONL of {prompt, expected}, the same for all seeds."""
+    """Writes the held-out prompts, JSONL of {prompt, expected}, the same for all seeds."""
+    (out / "tasks").mkdir(parents=True, exist_ok=True)
     for task in budget.conversations:
-        rows = islice(conversations(task, HELD_OUT_SEED, held_out=True), budget.prompts)
-        lines = [json.dumps({"prompt": row["prompt"], "expected": row["answer"]}) + "\n" for row in rows]
-        (out / "tasks").mkdir(parents=True, exist_ok=True)
+        rows = islice(task_examples(task, HELD_OUT_SEED, held_out=True), budget.prompts)
+        lines = [json.dumps({"prompt": row.prompt, "expected": row.answer}) + "\n" for row in rows]
         write_text(out / "tasks" / f"{task}.jsonl", "".join(lines))
 
 
-class Training:
-    """One arm with one seed, from conversations to a Hugging Face folder."""
+class ArmTraining:
+    """Training of one arm with one seed, from conversations to a Hugging Face folder."""
 
     def __init__(self, out: Path, arm: Arm, seed: int, base: Path, budget: Budget, precision: str) -> None:
         self.arm, self.seed, self.base, self.budget, self.precision = arm, seed, base, budget, precision
-        known = special_token_id(base, UNUSED_TOKEN) < vocabulary_size(base)
-        self.mask_token = UNUSED_TOKEN if known else "<text_mask>"
+        has_unused = special_token_id(base, UNUSED_TOKEN) < vocabulary_size(base)
+        self.mask_token = UNUSED_TOKEN if has_unused else "<text_mask>"
         self.dir = out / f"{arm.name}-{seed}"
         self.log = self.dir / "log.txt"
 
@@ -75,34 +68,34 @@ class Training:
         return (self.dir / "hf" / "config.json").exists() and (self.dir / "facts.json").exists()
 
     def run(self) -> float:
-        """Returns the seconds it took."""
+        """Prepares the data, trains and exports; returns the seconds it took."""
         started = time.perf_counter()
         self.dir.mkdir(parents=True, exist_ok=True)
-        sources = self._conversations()
-        self._command("data_prep.build", "--config", str(self._data(sources)), f"--out={self.dir / 'data'}")
-        self._command("sdlm_megatron.train", "--config", str(self._train()))
-        self._command("checkpoints_tools.mcore_to_hf", "--ckpt", str(self.dir), "--out", str(self.dir / "hf"))
+        data, train = self._write("data", self._data_config()), self._write("train", self._train_config())
+        run_command("prepare", "--config", data, f"--out={self.dir / 'data'}", log=self.log)
+        run_command("sdlm_megatron.train", "--config", train, log=self.log)
+        run_command("export", "--ckpt", self.dir, "--out", self.dir / "hf", log=self.log)
         seconds = time.perf_counter() - started
         facts = {"arm": vars(self.arm), "seed": self.seed, "precision": self.precision, "seconds": seconds}
         write_json(self.dir / "facts.json", facts)
-        shutil.rmtree(self.dir / "ckpt")  # 14 bytes a parameter; the folder hf is what is evaluated
+        # The evaluation reads hf/ only, and a checkpoint takes 14 bytes per parameter.
+        shutil.rmtree(self.dir / "ckpt")
         return seconds
 
-    def _conversations(self) -> list[dict[str, str]]:
+    def _write(self, name: str, config: dict[str, object]) -> Path:
+        path = self.dir / f"{name}.yaml"
+        write_text(path, yaml.safe_dump(config, sort_keys=False))
+        return path
+
+    def _data_config(self) -> dict[str, object]:
         sources = []
         for task, amount in self.budget.conversations.items():
             path = self.dir / f"{task}.jsonl"
-            rows = islice(conversations(task, 100 + self.seed, held_out=False), round(amount * self.arm.share))
-            turns = [
-                [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["answer"]}]
-                for row in rows
-            ]
-            write_text(path, "".join(json.dumps({"messages": turn}) + "\n" for turn in turns))
+            # Training seeds start at 100: the held-out prompts of seed 0 are drawn from another stream.
+            rows = islice(task_examples(task, 100 + self.seed, held_out=False), round(amount * self.arm.share))
+            write_text(path, "".join(json.dumps(messages_row(row)) + "\n" for row in rows))
             sources.append({"name": task, "format": "messages", "path": str(path)})
-        return sources
-
-    def _data(self, sources: list[dict[str, str]]) -> Path:
-        config = {
+        return {
             "tokenizer": str(self.base),
             "mask_token": self.mask_token,
             "system_prompt": None,
@@ -114,24 +107,16 @@ class Training:
             "seed": self.seed,
             "sources": sources,
         }
-        write_text(self.dir / "data.yaml", yaml.safe_dump(config, sort_keys=False))
-        return self.dir / "data.yaml"
 
-    def _train(self) -> Path:
-        steps = round(self.arm.share * sum(self.budget.conversations.values()) / DOCUMENTS_PER_STEP)
-        diffusion = {
-            "block_size": self.arm.block_size,
-            "causal_attn": self.arm.causal_attn,
-            "target_shift": self.arm.target_shift,
-            "next_token_weight": self.arm.next_token_weight,
-            "mask_token": self.mask_token,
-        }
-        config = {
+    def _train_config(self) -> dict[str, object]:
+        arm = self.arm
+        steps = round(arm.share * sum(self.budget.conversations.values()) / DOCUMENTS_PER_STEP)
+        return {
             "run_dir": str(self.dir),
             "data": {"path": str(self.dir / "data")},
-            "diffusion": diffusion,
+            "diffusion": {"causal_attn": arm.causal_attn, "next_token_weight": arm.next_token_weight},
             "checkpoint": {"base": str(self.base), "save_every": 0},
-            "optimizer": {"lr": self.arm.lr, "beta2": 0.95},
+            "optimizer": {"lr": arm.lr, "beta2": 0.95},
             "schedule": {"style": "wsd", "warmup_steps": max(1, steps // 8), "decay_steps": max(1, 2 * steps // 5)},
             "train": {
                 "epochs": 1,
@@ -142,29 +127,10 @@ class Training:
             },
             "observe": {"tensorboard": False},
         }
-        write_text(self.dir / "train.yaml", yaml.safe_dump(config, sort_keys=False))
-        return self.dir / "train.yaml"
-
-    def _command(self, module: str, *arguments: str) -> None:
-        with self.log.open("a") as log:
-            print(f"$ python -m {module} {' '.join(arguments)}", file=log, flush=True)
-            done = subprocess.run(
-                [sys.executable, "-m", module, *arguments],
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                check=False,
-            )
-        if done.returncode:
-            raise UserError(
-                f"{self.dir.name}: {module} failed with exit code {done.returncode}",
-                str(self.log),
-                "its last lines say why; run the same command again to go on",
-            )
 
 
 def random_base(base: Path, folder: Path) -> Path:
-    """The base's shape and tokenizer with random weights."""
+    """Writes the base's shape and tokenizer with random weights; returns `folder`."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -179,52 +145,46 @@ def random_base(base: Path, folder: Path) -> Path:
 
 
 def train_all(out: Path, arms: Sequence[Arm], seeds: Sequence[int], budget: Budget, base: Path, jobs: int) -> None:
-    """Trains what is not there yet, `jobs` at a time, seed after seed."""
+    """Trains all missing models, `jobs` at a time, seed after seed; a failure does not stop the others."""
     write_tasks(out, budget)
     precision = best_precision()
-    todo = [
-        Training(out, arm, seed, random_base(base, out / "base_random") if arm.random_base else base, budget, precision)
+    trainings = [
+        ArmTraining(
+            out, arm, seed, random_base(base, out / "base_random") if arm.random_base else base, budget, precision
+        )
         for seed in seeds
         for arm in arms
     ]
-    todo = [one for one in todo if not one.done]
-    print(f"{len(todo)} models to train in {out}, {jobs} at a time, in {precision}", flush=True)
+    pending = [training for training in trainings if not training.done]
+    print(f"{len(pending)} models to train in {out}, {jobs} at a time, in {precision}", flush=True)
     started, failed = time.perf_counter(), []
     with ThreadPoolExecutor(jobs) as pool:
-        running = {pool.submit(one.run): one for one in todo}
+        running = {pool.submit(training.run): training for training in pending}
         for finished, future in enumerate(as_completed(running), 1):
             name = running[future].dir.name
-            left = (time.perf_counter() - started) / finished * (len(todo) - finished)
-            told = f"{finished}/{len(todo)}, {left / 60:.0f} min left"
+            minutes = (time.perf_counter() - started) / finished * (len(pending) - finished) / 60
+            progress = f"{finished}/{len(pending)}, {minutes:.0f} min left"
             try:
-                print(f"{name:16} {future.result():5.0f} s   {told}", flush=True)
+                print(f"{name:16} {future.result():5.0f} s   {progress}", flush=True)
             except UserError as error:
                 failed.append(error)
-                print(f"{name:16} failed    {told}", flush=True)
+                print(f"{name:16} failed    {progress}", flush=True)
     if failed:
         raise failed[0]
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Options of the command."""
-    parser = make_parser(
-        "python -m dev.evidence.train_arms",
-        __doc__,
-        example="python -m dev.evidence.train_arms --out runs/evidence --arms ar d4 d8 --seeds 0 1 2",
-    )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the campaign")
-    parser.add_argument(
-        "--arms",
-        nargs="+",
-        choices=ARMS,
-        default=list(dict.fromkeys(arm.name for arm in (*MAIN, *VARIANTS, *RATES))),
-        metavar="ARM",
-        help=f"which of: {', '.join(ARMS)}; default: those that docs/evidence.md has with every seed",
-    )
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of conversations, draws and order")
-    parser.add_argument("--prompts", type=int, default=768, help="held-out prompts of each task, all seeds together")
-    parser.add_argument("--base", type=Path, metavar="DIR", help="Hugging Face folder; default: SmolLM2-135M-Instruct")
-    parser.add_argument("--jobs", type=int, default=2, help="trainings at a time, a core each")
+    command = "python -m dev.evidence.train_arms"
+    parser = make_parser(command, __doc__, example=f"{command} --out runs/evidence --arms ar d4 d8 --seeds 0 1 2")
+    add = parser.add_argument
+    three_seeds = list(dict.fromkeys(arm.name for arm in (*MAIN, *VARIANTS, *RATES)))
+    add("--out", type=Path, required=True, metavar="DIR", help="folder of the campaign")
+    add("--arms", nargs="+", choices=ARMS, default=three_seeds, metavar="ARM", help=f"some of: {', '.join(ARMS)}")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of conversations, draws and order")
+    add("--prompts", type=int, default=768, help="held-out prompts of each task, all seeds together")
+    add("--base", type=Path, metavar="DIR", help="Hugging Face folder to train from; default: SmolLM2-135M-Instruct")
+    add("--jobs", type=int, default=2, help="trainings at a time, one core each")
     return parser
 
 
@@ -232,9 +192,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     args = build_parser().parse_args(argv)
     base = args.base or make_smollm2(args.out / "base")
-    train_all(
-        args.out, [ARMS[name] for name in args.arms], args.seeds, Budget(CONVERSATIONS, args.prompts), base, args.jobs
-    )
+    arms = [ARMS[name] for name in args.arms]
+    train_all(args.out, arms, args.seeds, Budget(CONVERSATIONS, args.prompts), base, args.jobs)
 
 
 if __name__ == "__main__":

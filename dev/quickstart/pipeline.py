@@ -1,6 +1,7 @@
-"""The main job from conversations to a decoding checkpoint, with the commands a user would type."""
+"""The whole job from conversations to a decoding checkpoint, printed as the commands a user would type."""
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -15,31 +16,63 @@ from dev.quickstart.task import write_task
 from sdlm_megatron.errors import UserError
 from sdlm_megatron.files import write_text
 
+PROCESSES = 2
+
+
+def run_command(
+    command: str, *arguments: object, processes: int = 1, threads: int = 1, log: Path | None = None
+) -> None:
+    """Prints and runs `sdlm COMMAND ARGUMENTS`, or `torchrun -m` or `python -m` if `command` is a module's name.
+
+    Args:
+        command: a subcommand of sdlm, or a module.
+        arguments: command-line arguments.
+        processes: if larger than 1, torchrun starts this many.
+        threads: CPU threads of each process.
+        log: file that collects the command line and the output; None = the console.
+
+    Raises:
+        UserError: the command failed.
+    """
+    python, words = [sys.executable, "-m"], list(map(str, arguments))
+    if processes > 1:
+        launcher = ["--standalone", f"--nproc-per-node={processes}", "-m", command]
+        shown, actual = ["torchrun", *launcher], [*python, "torch.distributed.run", *launcher]
+    elif "." in command:
+        shown, actual = ["python", "-m", command], [*python, command]
+    else:
+        shown, actual = ["sdlm", command], [*python, "sdlm_megatron.cli", command]
+    text = shlex.join([*shown, *words])
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "WANDB_SILENT": "true"}
+    with open(log or os.devnull, "a", encoding="utf-8") as file:
+        output = file if log else None
+        print(f"$ {text}", file=output, flush=True)
+        code = subprocess.run([*actual, *words], env=environment, stdout=output, stderr=output, check=False).returncode
+    if code:
+        where = str(log) if log else "the output above"
+        raise UserError(f"{' '.join(shown)} failed with exit code {code}", where, f"read its last lines, then: {text}")
+
 
 @dataclass(frozen=True)
-class Layout:
-    """Parallel sizes of one part of the training; data parallelism takes what is left of the two processes."""
+class Split:
+    """How one part of the training divides the model over the two processes; data parallelism takes the rest."""
 
     tensor: int = 1
     pipeline: int = 1
     sequence: bool = False
 
     def __str__(self) -> str:
-        data = 2 // (self.tensor * self.pipeline)
+        data = PROCESSES // (self.tensor * self.pipeline)
         return f"TP {self.tensor} x PP {self.pipeline} x DP {data}{', sequence parallel' if self.sequence else ''}"
 
-    def settings(self) -> list[str]:
-        sequence = str(self.sequence).lower()
-        return [
-            f"--parallel.tensor={self.tensor}",
-            f"--parallel.pipeline={self.pipeline}",
-            f"--parallel.sequence={sequence}",
-        ]
+    @property
+    def options(self) -> list[str]:
+        return [f"--parallel.{name}={str(value).lower()}" for name, value in vars(self).items()]
 
 
 @dataclass(frozen=True)
-class Job:
-    """What differs between the quickstart and the smoke run."""
+class Demonstration:
+    """Settings in which the quickstart and the smoke run differ."""
 
     run_dir: Path
     make_base: Callable[[Path], Path]
@@ -48,131 +81,101 @@ class Job:
     prompts: int
     row_length: int
     mask_token: str
-    train: dict[str, object]
-    """Settings of sdlm_megatron.train, dotted."""
-    steps: int
-    first: Layout
-    second: Layout
+    config: dict[str, dict[str, object]]
+    """Sections of the training configuration."""
+    first: Split
+    """Used until training is stopped half-way."""
+    second: Split
+    """Used after the resume."""
     thresholds: tuple[float, ...]
     minutes: tuple[str, str, str, str, str, str]
     """Expected time of each stage, for the headings."""
     compare_base: bool = True
 
 
-PROCESSES = 2
-
-
 class Pipeline:
-    """Runs a Job stage by stage; each prints what it does, and the command that does it."""
+    """Runs a demonstration stage by stage."""
 
-    def __init__(self, job: Job) -> None:
-        self.job, self.dir = job, job.run_dir
+    def __init__(self, demo: Demonstration) -> None:
+        self.demo, self.dir = demo, demo.run_dir
         self.started = time.perf_counter()
         self.stage = 0
 
     def run(self) -> Path:
-        """All stages; returns the report."""
-        if self.dir.exists():
-            shutil.rmtree(self.dir)
+        """Runs all stages; returns the path of the report."""
+        # A leftover run would be resumed instead of trained from the start.
+        shutil.rmtree(self.dir, ignore_errors=True)
         self.dir.mkdir(parents=True)
-        base = self._base()
-        self._dataset(base)
+        self._heading(f"base model: {self.demo.base_text}")
+        base = self.demo.make_base(self.dir / "base")
+        self._prepare(base)
         self._train(base)
-        self._export()
+        self._heading("checkpoint -> Hugging Face folder")
+        run_command("export", "--ckpt", self.dir, "--out", self.dir / "hf")
         self._evaluate(base)
         return self._report()
 
     def _heading(self, text: str) -> None:
-        expected = self.job.minutes[self.stage]
+        expected = self.demo.minutes[self.stage]
         self.stage += 1
-        passed = time.perf_counter() - self.started
-        print(f"\n[{self.stage}/6] {text}   (about {expected}; {passed:.0f} s so far)", flush=True)
+        elapsed = time.perf_counter() - self.started
+        print(f"\n[{self.stage}/6] {text}   (about {expected}; {elapsed:.0f} s elapsed)", flush=True)
 
-    def _base(self) -> Path:
-        self._heading(f"base model: {self.job.base_text}")
-        return self.job.make_base(self.dir / "base")
-
-    def _dataset(self, base: Path) -> None:
+    def _prepare(self, base: Path) -> None:
+        demo = self.demo
         self._heading("conversations -> packed rows")
-        files = write_task(self.dir / "task", self.job.conversations, self.job.prompts, 0)
-        forms = ("messages", "query_response", "instruction_output")
+        sources = write_task(self.dir / "task", demo.conversations, demo.prompts, 0).sources
         config = {
             "tokenizer": str(base),
-            "mask_token": self.job.mask_token,
+            "mask_token": demo.mask_token,
             "system_prompt": None,
             "block_size": 4,
             "repeat": 3,
-            "row_length": self.job.row_length,
-            "max_document_length": self.job.row_length,
-            "sources": [
-                {"name": form, "format": form, "path": str(path)}
-                for form, path in zip(forms, files.train_files, strict=True)
-            ],
+            "row_length": demo.row_length,
+            "max_document_length": demo.row_length,
+            "sources": [{"name": form, "format": form, "path": str(path)} for form, path in sources.items()],
         }
         write_text(self.dir / "data.yaml", yaml.safe_dump(config, sort_keys=False))
-        self._command("data_prep.build", "--config", str(self.dir / "data.yaml"), f"--out={self.dir / 'data'}")
+        run_command("prepare", "--config", self.dir / "data.yaml", f"--out={self.dir / 'data'}")
 
     def _train(self, base: Path) -> None:
-        job, half = self.job, self.job.steps // 2
-        settings = {
-            "run_dir": self.dir,
-            "data.path": self.dir / "data",
-            "checkpoint.base": base,
-            "checkpoint.save_every": 0,
-            "diffusion.mask_token": job.mask_token,
-            "train.steps": job.steps,
-            **job.train,
+        demo = self.demo
+        config = {
+            "run_dir": str(self.dir),
+            "data": {"path": str(self.dir / "data")},
+            "checkpoint": {"base": str(base), "save_every": 0},
+            **demo.config,
         }
-        config: dict[str, object] = {}
-        for key, value in settings.items():
-            section, _, name = key.rpartition(".")
-            target = config.setdefault(section, {}) if section else config
-            target[name] = str(value) if isinstance(value, Path) else value  # type: ignore[index]
         write_text(self.dir / "train.yaml", yaml.safe_dump(config, sort_keys=False))
-        self._heading(f"training on two processes: {job.first}, stopped on purpose at step {half}")
-        train = ["sdlm_megatron.train", "--config", str(self.dir / "train.yaml")]
-        self._command(*train, *job.first.settings(), f"--train.stop_after={half}", processes=PROCESSES)
-        self._heading(f"resumed from that checkpoint as {job.second}")
-        self._command(*train, *job.second.settings(), processes=PROCESSES)
+        command = ("sdlm_megatron.train", "--config", self.dir / "train.yaml")
+        self._heading(f"training on two processes: {demo.first}, stopped on purpose at step {self._half}")
+        run_command(*command, *demo.first.options, f"--train.stop_after={self._half}", processes=PROCESSES)
+        self._heading(f"resumed from that checkpoint as {demo.second}")
+        run_command(*command, *demo.second.options, processes=PROCESSES)
 
-    def _export(self) -> None:
-        self._heading("checkpoint -> Hugging Face folder")
-        self._command("checkpoints_tools.mcore_to_hf", "--ckpt", str(self.dir), "--out", str(self.dir / "hf"))
+    @property
+    def _half(self) -> int:
+        return int(str(self.demo.config["train"]["steps"])) // 2
 
     def _evaluate(self, base: Path) -> None:
-        self._heading(f"transformers loads it and decodes {self.job.prompts} held-out prompts")
-        compare = ["--base", str(base)] if self.job.compare_base else []
-        self._command(
-            *("sdlm_megatron.cli", "evaluate", "table", "--model", str(self.dir / "hf"), *compare),
-            *("--prompts", str(self.dir / "task" / "heldout.jsonl"), "--most", str(self.job.prompts)),
-            *("--thresholds", *map(str, self.job.thresholds), "--dtype", str(self.job.train["train.precision"])),
-            *("--out", str(self.dir / "evaluation.json")),
+        demo = self.demo
+        self._heading(f"transformers loads it and decodes {demo.prompts} held-out prompts")
+        run_command(
+            *("evaluate", "table"),
+            *("--model", self.dir / "hf", *(("--base", base) if demo.compare_base else ())),
+            *("--prompts", self.dir / "task" / "heldout.jsonl", "--most", demo.prompts),
+            *("--thresholds", *demo.thresholds, "--dtype", demo.config["train"]["precision"]),
+            *("--out", self.dir / "evaluation.json"),
             threads=PROCESSES,
         )
 
     def _report(self) -> Path:
-        from sdlm_megatron.report.run_page import write_report
+        from sdlm_megatron.report.run_page import write_report  # imported here: matplotlib takes a second
 
+        minutes = (time.perf_counter() - self.started) / 60
         facts = {
-            "Base model": self.job.base_text,
-            "Training": f"steps 1-{self.job.steps // 2}: {self.job.first}; then {self.job.second}",
-            "Wall time": f"{(time.perf_counter() - self.started) / 60:.1f} minutes, installation not counted",
+            "Base model": self.demo.base_text,
+            "Training": f"steps 1-{self._half}: {self.demo.first}; then {self.demo.second}",
+            "Wall time": f"{minutes:.1f} minutes, installation not counted",
         }
         return write_report(self.dir, self.dir / "data", title=f"SDLM {self.dir.name}", facts=facts)
-
-    def _command(self, module: str, *arguments: str, processes: int = 1, threads: int = 1) -> None:
-        """Runs `python -m module …` (under torchrun for several processes); its output goes to the console."""
-        launcher = [sys.executable, "-m"]
-        shown = "python -m"
-        if processes > 1:
-            launcher += ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
-            shown = f"torchrun --standalone --nproc-per-node={processes} -m"
-        print(f"$ {shown} {module} {' '.join(arguments)}", flush=True)
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "WANDB_SILENT": "true"}
-        done = subprocess.run([*launcher, module, *arguments], env=environment, check=False)
-        if done.returncode:
-            raise UserError(
-                f"the stage failed with exit code {done.returncode}",
-                f"python -m {module}",
-                "the lines above say why; the command can be run again by hand",
-            )

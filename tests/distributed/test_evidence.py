@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from dev.evidence import document, measure
-from dev.evidence.arms import ARMS
+from dev.evidence import document, run_measurements
+from dev.evidence.experiment import ARMS
 from dev.evidence.train_arms import Budget, train_all
 from sdlm_megatron.errors import DataError, UserError
 from tests.parity import exported
@@ -30,13 +30,13 @@ def test_conversations_become_tables(tmp_path, monkeypatch, capsys) -> None:
     assert "target_shift" not in json.loads((out / "ar-0" / "hf" / "config.json").read_text())
     assert not (out / "ar-0" / "ckpt").exists()
     train_all(out, arms, [0], SMALL, base, jobs=1)
-    assert "0 models to train" in capsys.readouterr().out  # what is there is kept
+    assert "0 models to train" in capsys.readouterr().out  # finished models are kept
     shutil.copytree(base, out / "base")
-    measure.main(["--out", str(out), "--prompts", "4", "--few", "2", "--jobs", "1"])
+    run_measurements.main(["--out", str(out), "--prompts", "4", "--few", "2", "--jobs", "1"])
     swept = json.loads((out / "unshifted-0" / "json" / "sweep.json").read_text())
     assert [row["alg"] for row in swept["rows"]] == ["prob_conf", "prob_conf", "self_speculative"]
     assert all(len(row["exact"]) == 2 for row in swept["rows"])
-    measure.main(["--out", str(out), "--prompts", "4", "--few", "2", "--jobs", "1", "--clock"])
+    run_measurements.main(["--out", str(out), "--prompts", "4", "--few", "2", "--jobs", "1", "--clock"])
     assert "0 models to measure" in capsys.readouterr().out
     contexts = json.loads((out / "ar-0" / "json" / "context.json").read_text())
     assert {row["shots"] for row in contexts["rows"]} == {0, 1}
@@ -46,14 +46,14 @@ def test_conversations_become_tables(tmp_path, monkeypatch, capsys) -> None:
     assert any("targets not shifted" in row for row in rows)
     assert any("| 16 | n = 1 |" in row for row in rows)  # timed at batch 16
     with pytest.raises(DataError, match="too few for seed"):
-        measure.main(["--out", str(out), "--prompts", "5", "--jobs", "1"])
+        run_measurements.main(["--out", str(out), "--prompts", "5", "--jobs", "1"])
 
 
 def test_a_training_that_fails_is_named_and_the_others_go_on(tmp_path, capsys) -> None:
     out, base = tmp_path / "campaign", exported.export("trained_d4", tmp_path / "base")
     (out / "ar-0").mkdir(parents=True)
     (out / "ar-0" / "data").write_text("in the way")
-    with pytest.raises(UserError, match="ar-0: data_prep.build failed"):
+    with pytest.raises(UserError, match="sdlm prepare failed"):
         train_all(out, [ARMS["ar"]], [0], SMALL, base, jobs=1)
     assert "ar-0             failed" in capsys.readouterr().out
     assert "error:" in (out / "ar-0" / "log.txt").read_text()

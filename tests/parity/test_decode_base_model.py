@@ -1,8 +1,9 @@
-"""The base models of the quickstart: the way from a wheel with a GGUF file, and the tiny random one."""
+"""Base models of the quickstart: conversion of a wheel with a GGUF file, and the tiny random model."""
 
 import hashlib
 import json
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +65,8 @@ def write_gguf(path: Path, model: LlamaForCausalLM) -> None:
     writer.add_unk_token_id(0)
     writer.add_pad_token_id(2)
     writer.add_chat_template("{{ messages[0].content }}")
-    inner = {hf: gguf_name for gguf_name, hf in base_model._LAYER_NAMES.items()}
-    outer = {hf: gguf_name for gguf_name, hf in base_model._OUTER_NAMES.items()}
+    inner = {hf: gguf_name for gguf_name, hf in base_model.LAYER_NAMES.items()}
+    outer = {hf: gguf_name for gguf_name, hf in base_model.OUTER_NAMES.items()}
     for name, weight in model.named_parameters():
         value = weight.detach().numpy()
         heads = {"q_proj": c.num_attention_heads, "k_proj": c.num_key_value_heads}.get(name.split(".")[-2])
@@ -89,10 +90,10 @@ def cached(tmp_path: Path, llama: LlamaForCausalLM, monkeypatch: pytest.MonkeyPa
     write_gguf(tmp_path / "m.gguf", llama)
     cache = tmp_path / "cache"
     cache.mkdir()
-    with zipfile.ZipFile(cache / base_model.WHEEL, "w") as archive:
+    with zipfile.ZipFile(cache / base_model.SMOLLM2.file, "w") as archive:
         archive.write(tmp_path / "m.gguf", base_model.GGUF_MEMBER)
-    digest = hashlib.sha256((cache / base_model.WHEEL).read_bytes()).hexdigest()
-    monkeypatch.setattr(base_model, "WHEEL_SHA256", digest)
+    digest = hashlib.sha256((cache / base_model.SMOLLM2.file).read_bytes()).hexdigest()
+    monkeypatch.setattr(base_model, "SMOLLM2", replace(base_model.SMOLLM2, checksum=digest))
     monkeypatch.setattr(base_model.subprocess, "run", lambda *_, **__: pytest.fail("pip was called"))
     return cache
 
@@ -122,7 +123,7 @@ def fake_pip(monkeypatch: pytest.MonkeyPatch, returncode: int, content: bytes | 
     def run(command: list[str], **_: Any) -> Any:
         assert command[1:4] == ["-m", "pip", "download"]
         if content is not None:
-            (Path(command[command.index("--dest") + 1]) / base_model.WHEEL).write_bytes(content)
+            (Path(command[command.index("--dest") + 1]) / base_model.SMOLLM2.file).write_bytes(content)
         return base_model.subprocess.CompletedProcess(command, returncode, "", "ERROR: no route to host\n")
 
     monkeypatch.setattr(base_model.subprocess, "run", run)
@@ -140,10 +141,10 @@ def test_download_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_damaged_cache_is_fetched_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(base_model, "WHEEL_SHA256", hashlib.sha256(b"good").hexdigest())
-    (tmp_path / base_model.WHEEL).write_bytes(b"half")
+    wheel = replace(base_model.SMOLLM2, checksum=hashlib.sha256(b"good").hexdigest())
+    (tmp_path / base_model.SMOLLM2.file).write_bytes(b"half")
     fake_pip(monkeypatch, 0, b"good")
-    assert base_model.fetch_wheel(tmp_path).read_bytes() == b"good"
+    assert wheel.fetch(tmp_path).read_bytes() == b"good"
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -14,7 +14,7 @@ def small_job(folder: Path, *, layers: int = 2) -> dict[str, Path]:
     base = make_hf(folder / "base", layers=layers, text_mask_token_id=260)
     byte_tokenizer.write_folder(base)
     task = write_task(folder / "task", 60, 2, 0)
-    sources = [{"name": "task", "format": "messages", "path": str(task.train_files[0])}]
+    sources = [{"name": "task", "format": "messages", "path": str(task.sources["messages"])}]
     sizes = {"row_length": 512, "max_document_length": 512, "system_prompt": None}
     config = folder / "data.yaml"
     config.write_text(json.dumps({"sources": sources, **sizes}))  # JSON is YAML

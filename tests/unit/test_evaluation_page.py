@@ -7,10 +7,9 @@ import pytest
 from helpers import REPO
 from made_results import PROMPTS, sweep, write_results
 
-from dev.evidence.campaign import Campaign, read_campaign
 from dev.evidence.document import fill
 from dev.evidence.document import main as document
-from dev.evidence.markdown_tables import TABLES
+from dev.evidence.evidence_tables import TABLES, Campaign, read_campaign
 from sdlm_megatron.errors import ConfigError, DataError
 from sdlm_megatron.evaluation.measurement import facts_of
 from sdlm_megatron.evaluation.page import main as page
@@ -94,7 +93,7 @@ def test_document_fills_every_table_and_draws_every_picture(campaign, tmp_path, 
     shown = set(re.findall(r"\]\(evidence/([\w.]+)\)", text))
     other = {name for name in shown if "categories" in name}  # not measured, and named
     assert shown - other == {path.name for path in (tmp_path / "evidence").iterdir()}
-    assert f"pictures that are not there: {', '.join(sorted(other))}" in capsys.readouterr().out
+    assert f"missing pictures: {', '.join(sorted(other))}" in capsys.readouterr().out
     filled = (tmp_path / "evidence.md").read_text()
     assert "Not measured yet." not in filled
     assert all("\n| ---" in found[0] for found in tables.finditer(filled))

@@ -1,4 +1,4 @@
-"""The quickstart's task: deterministic, distinct, split by a hash, in three row forms."""
+"""The quickstart's task: deterministic, distinct, split by a hash, in three source formats."""
 
 import hashlib
 import itertools
@@ -15,25 +15,25 @@ def read(path):
 
 
 def pairs(files):
-    """(prompt, answer) of every training row, whatever its form."""
-    found = []
-    for row in read(files.messages):
-        assert [m["role"] for m in row["messages"]] == ["user", "assistant"]
-        found.append(tuple(m["content"] for m in row["messages"]))
-    found += [(row["query"], row["response"]) for row in read(files.query_response)]
-    found += [(row["instruction"], row["output"]) for row in read(files.instruction_output)]
-    return found
+    """(prompt, answer) of every training row in all formats."""
+    messages, queries, instructions = map(read, files.sources.values())
+    assert all([m["role"] for m in row["messages"]] == ["user", "assistant"] for row in messages)
+    return [
+        *(tuple(m["content"] for m in row["messages"]) for row in messages),
+        *((row["query"], row["response"]) for row in queries),
+        *((row["instruction"], row["output"]) for row in instructions),
+    ]
 
 
-def test_three_forms_and_held_out_hold_what_was_asked_for(tmp_path):
+def test_three_formats_and_held_out_have_the_requested_sizes(tmp_path):
     files = write_task(tmp_path, n_train=1000, n_heldout=128, seed=7)
-    assert (files.n_train, files.n_heldout) == (1000, 128)
-    assert [len(read(f)) for f in files.train_files] == [334, 333, 333]
+    assert list(files.sources) == ["messages", "query_response", "instruction_output"]
+    assert [len(read(f)) for f in files.sources.values()] == [334, 333, 333]
     assert len(read(files.heldout)) == 128
     assert len({answer for _, answer in pairs(files)}) == 1000
 
 
-def test_answers_are_compact_json_whose_contents_stand_in_the_prompt(tmp_path):
+def test_answers_are_compact_json_whose_values_appear_in_the_prompt(tmp_path):
     files = write_task(tmp_path, n_train=300, n_heldout=30, seed=1)
     everything = pairs(files) + [(r["prompt"], r["expected"]) for r in read(files.heldout)]
     for prompt, answer in everything:
@@ -58,17 +58,17 @@ def test_split_is_the_documented_hash_of_the_facts(tmp_path):
 
 
 def test_another_seed_never_trains_on_held_out_facts(tmp_path):
-    held = {r["expected"] for r in read(write_task(tmp_path / "a", 400, 200, seed=1).heldout)}
+    heldout = {r["expected"] for r in read(write_task(tmp_path / "a", 400, 200, seed=1).heldout)}
     trained = {answer for _, answer in pairs(write_task(tmp_path / "b", 3000, 10, seed=2))}
-    assert not held & trained
+    assert not heldout & trained
 
 
 def test_files_are_a_pure_function_of_the_arguments(tmp_path):
-    one, two = (write_task(tmp_path / name, 90, 9, seed=5) for name in "ab")
+    first, second = (write_task(tmp_path / name, 90, 9, seed=5) for name in "ab")
     other = write_task(tmp_path / "c", 90, 9, seed=6)
-    for a, b in zip((*one.train_files, one.heldout), (*two.train_files, two.heldout), strict=True):
+    for a, b in zip((*first.sources.values(), first.heldout), (*second.sources.values(), second.heldout), strict=True):
         assert a.read_bytes() == b.read_bytes()
-    assert one.messages.read_bytes() != other.messages.read_bytes()
+    assert first.heldout.read_bytes() != other.heldout.read_bytes()
 
 
 def test_contents_are_varied(tmp_path):
@@ -80,7 +80,7 @@ def test_contents_are_varied(tmp_path):
 
 
 @pytest.mark.parametrize(("n_train", "n_heldout"), [(2, 10), (10, 0), (10**8, 1)])
-def test_impossible_amounts_are_refused_before_anything_is_written(tmp_path, n_train, n_heldout):
+def test_impossible_amounts_are_rejected_before_anything_is_written(tmp_path, n_train, n_heldout):
     with pytest.raises(DataError, match="cannot write"):
         write_task(tmp_path / "task", n_train, n_heldout, seed=0)
     assert not (tmp_path / "task").exists()
