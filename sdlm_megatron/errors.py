@@ -27,8 +27,9 @@ class UserError(Exception):
         super().__init__("\n".join(lines))
 
     # Pickle would call the class with the joined message alone, and the fields would be lost between processes.
+    # A subclass sets its further arguments as attributes in their order after these three.
     def __reduce__(self) -> tuple:
-        return type(self), (self.what, self.where, self.fix)
+        return type(self), tuple(value for name, value in vars(self).items() if name != "__notes__")
 
 
 class ConfigError(UserError):
@@ -57,9 +58,6 @@ class TrainingError(UserError):
         super().__init__(what, where, fix)
         self.step = step
 
-    def __reduce__(self) -> tuple:
-        return type(self), (self.what, self.where, self.fix, self.step)
-
 
 class ReplicaError(UserError):
     """Data-parallel replicas that hold different weights, caused by hardware or by a bug in this project.
@@ -73,9 +71,6 @@ class ReplicaError(UserError):
     def __init__(self, what: str, where: str = "", fix: str = "", ranks: Sequence[int] = ()) -> None:
         super().__init__(what, where, fix)
         self.ranks = list(ranks)
-
-    def __reduce__(self) -> tuple:
-        return type(self), (self.what, self.where, self.fix, self.ranks)
 
 
 def run_cli(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None = None) -> None:

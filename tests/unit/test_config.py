@@ -1,6 +1,7 @@
 """Strict configuration: what is accepted, and what is said about the rest."""
 
 import json
+import pickle
 from dataclasses import asdict
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from sdlm_megatron.config.explain import settings_help, settings_of
 from sdlm_megatron.config.load import PRESETS, load_config, preset_names, to_yaml
 from sdlm_megatron.config.schema import DiffusionConfig, ModelConfig, RunConfig
 from sdlm_megatron.config.validate import check_model, check_run
-from sdlm_megatron.errors import ConfigError
+from sdlm_megatron.errors import ConfigError, ReplicaError, TrainingError, UserError
 from sdlm_megatron.ops.driver.cluster_file import ClusterFile
 from sdlm_megatron.weights.checkpoint_folder import read_state
 
@@ -211,3 +212,18 @@ def test_a_value_may_follow_its_key() -> None:
     parser = make_config_parser("sdlm x", "X.", example="sdlm x", schema=RunConfig, presets=PRESETS)
     config, _ = parse_config(parser, RunConfig, PRESETS, ["--config", "tiny", "--train.steps", "7"])
     assert config.train.steps == 7
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        UserError("a", "b", "c"),
+        ConfigError("a", fix="c"),
+        TrainingError("a", "b", "c", step=7),
+        ReplicaError("a", "b", ranks=[1, 3]),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_errors_cross_process_boundaries(error: UserError) -> None:
+    copy = pickle.loads(pickle.dumps(error))
+    assert type(copy) is type(error) and vars(copy) == vars(error) and str(copy) == str(error)
