@@ -1,1 +1,1 @@
-"""What a run tells: console line, JSONL, TensorBoard, W&B, model FLOPs, and the HTML report."""
+"""Metrics of a run: the table of metrics, the console line, and the sinks JSONL, TensorBoard and W&B."""

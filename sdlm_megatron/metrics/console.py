@@ -27,7 +27,7 @@ class _Cell:
     width: int
     text: Callable[[float], str]
     gap: str
-    """What separates it from the cell on its left."""
+    """Text between this cell and the one on its left."""
 
 
 class Console:

@@ -1,25 +1,26 @@
-"""Where the log records of a run go: JSONL, TensorBoard and W&B behind one `log(step, record)`.
+"""Sinks of a run's log records: JSONL, TensorBoard and W&B behind one `log(step, record)`.
 
-    RUN/metrics.jsonl     exactly one JSON object a logged step, whatever was stopped and resumed in between;
-                          the records of steps that were done again are in metrics.redone.jsonl
-    RUN/tensorboard/      event files; after a resume the steps that are done again replace the old ones
-    RUN/samples.jsonl     what the model answered at some steps (observe.sample_every), one JSON object a step
-    RUN/validation.jsonl  what it made of data.validation, the same way
-    RUN/wandb/            W&B's own files, and run-id: a resumed run goes on as the same W&B run
+    RUN/metrics.jsonl     exactly one JSON object per logged step, however often the run was stopped and resumed;
+                          records of steps that were repeated are in metrics.redone.jsonl
+    RUN/tensorboard/      event files; after a resume, repeated steps replace the old ones
+    RUN/samples.jsonl     answers of the model at some steps (observe.sample_every), one JSON object per step
+    RUN/validation.jsonl  metrics on data.validation, likewise
+    RUN/wandb/            W&B's own files, and run-id: a resumed run continues the same W&B run
 
-Open them on one process only.
+Only one process may open them.
 """
 
 import json
 import math
 import sys
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from itertools import groupby
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
+from sdlm_megatron.config.schema import ObserveConfig
 from sdlm_megatron.errors import DataError
 from sdlm_megatron.files import write_text
 from sdlm_megatron.metrics.table import tab_of
@@ -28,23 +29,7 @@ from sdlm_megatron.metrics.wandb_sink import WandbSink, open_wandb
 Record = Mapping[str, float | int | str]
 METRICS_FILE, SAMPLES_FILE, VALIDATION_FILE = "metrics.jsonl", "samples.jsonl", "validation.jsonl"
 REDONE = ".redone"
-"""metrics.redone.jsonl: records of steps that were done again; what they cost is told by them alone."""
-
-
-class SinkSettings(Protocol):
-    """What `Sinks.open` reads from the configuration; any object with these attributes will do."""
-
-    @property
-    def tensorboard(self) -> bool:
-        """Write TensorBoard event files."""
-
-    @property
-    def wandb(self) -> str:
-        """ "disabled", "offline" or "online"."""
-
-    @property
-    def wandb_project(self) -> str:
-        """Name of the W&B project."""
+"""metrics.redone.jsonl: records of steps that were repeated after a crash. Goodput counts their time as lost."""
 
 
 class Sink(Protocol):
@@ -54,17 +39,17 @@ class Sink(Protocol):
         """Writes the record of one step; steps ascend."""
 
     def close(self) -> None:
-        """Writes what is pending; no `log` after it."""
+        """Writes pending records; no `log` follows."""
 
 
 class JsonlSink:
-    """Appends records to a JSONL file, one object a line, at once. What a full disk does not take waits in memory.
+    """Appends records to a JSONL file, one object per line, unbuffered. Lines that a full disk refuses wait in memory.
 
     Args:
-        path: the file; made when missing.
-        resume_step: the last step of the checkpoint the run goes on from, 0 for a run from the start. Records of
-            later steps move to NAME.redone.jsonl, for those steps are done again; the file is replaced in one step.
-        resume_note: goes into the first record after a resume beside `resumed_from`, e.g. "DP 2".
+        path: the file; created if it does not exist.
+        resume_step: step of the checkpoint that the run resumes from, 0 for a new run. Records of later steps, which
+            are about to be repeated, move to NAME.redone.jsonl; the file is replaced atomically.
+        resume_note: added to the first record after a resume next to `resumed_from`, e.g. "DP 2".
     """
 
     def __init__(self, path: Path, *, resume_step: int = 0, resume_note: str = "") -> None:
@@ -77,7 +62,7 @@ class JsonlSink:
                     redone.writelines(line for record, line in lines if int(record["step"]) > resume_step)
             write_text(path, "".join(kept))
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - closed by close()
-        self._waiting, self._told = b"", False
+        self._waiting, self._warned = b"", False
         self._mark: dict[str, int | str] = {}
         if resume_step > 0:
             self._mark = {"resumed_from": resume_step}
@@ -97,9 +82,11 @@ class JsonlSink:
             while self._waiting:
                 self._waiting = self._waiting[self._file.write(self._waiting) :]
         except OSError as problem:
-            if not self._told:
-                print(f"{self._file.name} cannot be written, its lines wait: {problem}", file=sys.stderr, flush=True)
-            self._told = True
+            if not self._warned:
+                print(
+                    f"cannot write {self._file.name}, its lines wait in memory: {problem}", file=sys.stderr, flush=True
+                )
+            self._warned = True
 
     def close(self) -> None:
         self._write()
@@ -107,16 +94,16 @@ class JsonlSink:
 
 
 class TensorBoardSink:
-    """Writes the numbers of each record as scalars; steps after `resume_step` that an earlier run wrote are purged.
+    """Writes the numbers of each record as scalars, and purges steps after `resume_step` of an earlier attempt.
 
-    An error of the disk is told, and ends the sink until the next start.
+    A disk error is printed and ends the sink until the next start of the run.
     """
 
     def __init__(self, folder: Path, *, resume_step: int = 0) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # slow to import, and not every run wants it
+        from torch.utils.tensorboard import SummaryWriter  # slow to import, and not every run needs it
 
-        again = resume_step + 1 if folder.exists() else None
-        self._writer: SummaryWriter | None = SummaryWriter(str(folder), purge_step=again)
+        purge = resume_step + 1 if folder.exists() else None
+        self._writer: SummaryWriter | None = SummaryWriter(str(folder), purge_step=purge)
 
     def log(self, step: int, record: Record) -> None:
         if self._writer is None:
@@ -126,7 +113,7 @@ class TensorBoardSink:
                 if key not in ("step", "time") and isinstance(value, (int, float)):
                     self._writer.add_scalar(f"{tab_of(key)}/{key}", value, step)
         except OSError as problem:
-            print(f"TensorBoard's files cannot be written, from step {step} on: {problem}", file=sys.stderr, flush=True)
+            print(f"TensorBoard's files cannot be written from step {step} on: {problem}", file=sys.stderr, flush=True)
             self._writer = None
 
     def close(self) -> None:
@@ -135,36 +122,35 @@ class TensorBoardSink:
                 self._writer.close()
 
 
-class Sinks:
-    """All sinks of a run behind one `log`. A context manager; `close` is safe to call twice."""
+class Sinks(AbstractContextManager):
+    """All sinks of a run behind one `log`. A context manager; `close` may be called twice."""
 
     def __init__(self, sinks: list[Sink], open_file: Callable[[str], JsonlSink]) -> None:
         self._sinks = sinks
         self._open_file = open_file
         self._files: dict[str, JsonlSink] = {}
-        """Open only where there is something to write: samples and validation."""
+        """Samples and validation: opened with their first record."""
 
     @classmethod
     def open(
         cls,
         run_dir: str | Path,
-        settings: SinkSettings,
+        settings: ObserveConfig,
         resume_step: int = 0,
         *,
         run_config: Mapping[str, Any] | None = None,
         resume_note: str = "",
     ) -> "Sinks":
-        """Opens the sinks that `settings` asks for.
+        """Opens the sinks that the section `observe` of the configuration selects.
 
         Args:
-            run_dir: the run's folder; its last part is the W&B run's name.
-            settings: see `SinkSettings`.
-            resume_step: step of the checkpoint the run goes on from, 0 for a run from the start.
-            run_config: the resolved configuration, shown by W&B.
-            resume_note: what changed at the resume, e.g. "PP 1, DP 2"; the report shows it.
+            run_dir: the run folder; its name is that of the W&B run.
+            resume_step: step of the checkpoint that the run resumes from, 0 for a new run.
+            run_config: the resolved configuration, for W&B.
+            resume_note: the layout after the resume, e.g. "PP 1, DP 2"; the report shows it.
 
         Raises:
-            DataError: metrics.jsonl holds a line that is no record.
+            DataError: a line of metrics.jsonl is not a log record.
         """
         folder = Path(run_dir)
         sinks: list[Sink] = [JsonlSink(folder / METRICS_FILE, resume_step=resume_step, resume_note=resume_note)]
@@ -178,15 +164,15 @@ class Sinks:
         return cls(sinks, lambda name: JsonlSink(folder / name, resume_step=resume_step))
 
     def log(self, step: int, record: Record) -> None:
-        """Hands the record of one step to every sink."""
+        """Writes the record of one step to all sinks."""
         for sink in self._sinks:
             sink.log(step, record)
 
     def log_samples(self, step: int, record: Mapping[str, Any]) -> None:
-        """Writes samples.jsonl, tokens a pass to the sinks of numbers, and a table to W&B.
+        """Writes samples.jsonl, tokens per pass to TensorBoard and W&B, and a table to W&B.
 
         Args:
-            step: their step; steps ascend.
+            step: steps ascend.
             record: `tokens_per_pass`, and `samples` as in report/evaluation_record.py.
         """
         self._file(SAMPLES_FILE).log(step, record)
@@ -197,7 +183,7 @@ class Sinks:
                 sink.log(step, {"sample_tokens_per_pass": record["tokens_per_pass"]})
 
     def log_validation(self, step: int, record: Record) -> None:
-        """Writes validation.jsonl, and the numbers to the sinks of numbers; steps ascend."""
+        """Writes validation.jsonl, and its numbers to TensorBoard and W&B; steps ascend."""
         self._file(VALIDATION_FILE).log(step, record)
         for sink in self._sinks:
             if not isinstance(sink, JsonlSink):
@@ -215,9 +201,6 @@ class Sinks:
         while self._sinks:
             self._sinks.pop().close()
 
-    def __enter__(self) -> "Sinks":
-        return self
-
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
@@ -225,23 +208,23 @@ class Sinks:
 
 
 def sample_table(record: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The samples of a record, a line each; bars stand between what came in different passes."""
-    lines = []
+    """The samples of a record as rows of a table; bars separate the tokens of different passes."""
+    rows = []
     for sample in record["samples"]:
         groups = groupby(sample["answer_tokens"], key=lambda token: token["pass"])
         answer = ["".join(token["text"] for token in tokens) for _, tokens in groups]
-        lines.append({"prompt": sample["prompt"], "answer": "|".join(answer), "expected": sample.get("expected")})
-    return lines
+        rows.append({"prompt": sample["prompt"], "answer": "|".join(answer), "expected": sample.get("expected")})
+    return rows
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl in the file's order; DataError when a line is no record."""
+    """The records of a JSONL file in its order; DataError if a line is not a log record."""
     return [record for record, _ in _lines(Path(path))]
 
 
 def _lines(path: Path) -> list[tuple[dict[str, Any], str]]:
-    """Records with their lines; a last line without its newline was cut by a crash and does not count."""
-    found = []
+    """Records and their lines. A last line without a newline was cut by a crash and is ignored."""
+    records = []
     text = path.read_text(encoding="utf-8", errors="replace")
     for number, line in enumerate(text.splitlines(keepends=True), start=1):
         if not line.endswith("\n"):
@@ -251,9 +234,9 @@ def _lines(path: Path) -> list[tuple[dict[str, Any], str]]:
             int(record["step"])
         except (ValueError, KeyError, TypeError):
             raise DataError(
-                "the line is no log record with a step",
+                "the line is not a log record with a step",
                 f"{path}, line {number}",
                 "remove the line, or move the file away to start a new one",
             ) from None
-        found.append((record, line))
-    return found
+        records.append((record, line))
+    return records

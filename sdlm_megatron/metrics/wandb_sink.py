@@ -1,4 +1,4 @@
-"""The W&B sink: offline or online, the same run after a resume, never a reason for training to stop."""
+"""The W&B sink: offline or online, the same run after a resume. Its failures never stop training."""
 
 import os
 import queue
@@ -18,17 +18,17 @@ from sdlm_megatron.errors import ConfigError
 from sdlm_megatron.files import write_text
 
 ANSWER_SECONDS = 5.0
-"""How long a server may take to answer at all; after that the run is recorded offline."""
+"""Time limit for the first answer of the server; after it, the run is recorded offline."""
 FINISH_SECONDS, CLOSE_SECONDS = 20.0, 30.0
-"""At the end of a run: for what is not uploaded yet, and for everything. A job that is stopped has no more time."""
+"""Time limits at the end of a run, for uploads and in total: a job that is being stopped has no more time."""
 MOST_WAITING = 10_000
-"""Records that wait for W&B at most."""
+"""Limit of the queue of records."""
 MODES = ("disabled", "offline", "online")
 _SECRET_NAME = re.compile(r"(API_?KEY|TOKEN|SECRET|PASSWORD|CREDENTIALS?)$", re.IGNORECASE)
 
 
 def hide_secrets(text: str) -> str:
-    """`text` with the values of secret environment variables (by their names) replaced by ***."""
+    """`text` with *** in place of the values of environment variables whose names look like secrets."""
     for name, value in os.environ.items():
         if len(value) >= 6 and _SECRET_NAME.search(name):
             text = text.replace(value, "***")
@@ -36,13 +36,13 @@ def hide_secrets(text: str) -> str:
 
 
 class WandbSink:
-    """Logs to one W&B run from a thread of its own: whatever the service or the network do, no step waits for them.
+    """Logs to one W&B run from its own thread, so that no step waits for the service or the network.
 
-    A failure is told once and ends the sink, not the training. Steps that a resume does again are logged again, at
-    the same place of the charts' axis.
+    A failure is printed once and ends the sink, not the training. Steps that are repeated after a resume are logged
+    again, at the same position of the charts' axis.
 
     Args:
-        start: opens the run, or says why there is none and gives None; called in the thread.
+        start: opens the run, or prints why it cannot and returns None; called in the thread.
     """
 
     def __init__(self, start: Callable[[], Any]) -> None:
@@ -57,7 +57,7 @@ class WandbSink:
         self._send(step, lambda: row)
 
     def log_table(self, step: int, name: str, lines: Sequence[Mapping[str, Any]]) -> None:
-        """Logs lines with the same keys as a table."""
+        """Logs rows with the same keys as a table."""
 
         def table() -> Mapping[str, Any]:
             import wandb
@@ -72,7 +72,7 @@ class WandbSink:
         except queue.Full:
             if not self._full:
                 self._full = True
-                _notice(f"W&B does not keep up: records from step {step} on are left out", RuntimeError("queue full"))
+                _notice(f"W&B does not keep up: records from step {step} on are dropped", RuntimeError("queue full"))
 
     def _work(self) -> None:
         run = self._start()
@@ -87,18 +87,18 @@ class WandbSink:
                 if run is not None:
                     run.log({"step": step, **record()})
         except Exception as error:  # noqa: BLE001 - a logging service must not end a training run
-            _notice(f"logging to W&B failed at step {step} and stops here; training goes on", error)
+            _notice(f"logging to W&B failed at step {step} and stops; training continues", error)
             run = None
-            while self._rows.get() is not None:  # so that nobody finds the queue full
+            while self._rows.get() is not None:  # drain the queue, so that `log` never reports a full one
                 pass
         if run is not None:
             try:
                 run.finish()
-            except Exception as error:  # noqa: BLE001 - the run is over, its other records are safe
+            except Exception as error:  # noqa: BLE001 - the run is over, its other sinks are closed by now
                 _notice("W&B could not finish its run", error)
 
     def close(self) -> None:
-        """Waits until everything is logged, CLOSE_SECONDS at most."""
+        """Waits until all records are logged, at most CLOSE_SECONDS."""
         if not self._thread.is_alive():
             return
         end = time.monotonic() + CLOSE_SECONDS
@@ -106,57 +106,60 @@ class WandbSink:
             self._rows.put(None, timeout=CLOSE_SECONDS)
         self._thread.join(max(0.0, end - time.monotonic()))
         if self._thread.is_alive():
-            _notice(f"W&B was not done {CLOSE_SECONDS} seconds after the end: it may miss records", TimeoutError())
+            _notice(f"W&B did not finish within {CLOSE_SECONDS} seconds: it may miss records", TimeoutError())
 
 
 def open_wandb(run_dir: Path, *, mode: str, project: str, run_config: dict[str, Any]) -> WandbSink | None:
-    """The W&B sink of a run, or None when it is disabled. It starts by itself, with a notice on stderr if it cannot.
+    """The W&B sink of a run, or None if it is disabled.
 
-    The environment variable WANDB_MODE overrides `mode` where W&B is wanted at all, so that a node without network
-    can be set from outside.
-    "online" that cannot be reached falls back to "offline": `wandb sync` sends it later.
+    The environment variable WANDB_MODE overrides `mode` unless that is "disabled", for nodes without network. If the
+    server cannot be reached, "online" falls back to "offline"; `wandb sync` uploads such a run later.
 
     Raises:
-        ConfigError: `mode` is none of disabled, offline, online.
+        ConfigError: `mode` is not one of disabled, offline, online.
     """
     if mode != "disabled":
         mode = os.environ.get("WANDB_MODE") or mode
     if mode not in MODES:
-        raise ConfigError(f"{mode!r} is no W&B mode", "config key for wandb, or WANDB_MODE", f"use one of {MODES}")
+        raise ConfigError(
+            f"{mode!r} is not a W&B mode",
+            "observe.wandb, or the environment variable WANDB_MODE",
+            f"use one of {MODES}",
+        )
     if mode == "disabled":
         return None
     return WandbSink(lambda: _open(run_dir, mode == "online", project, run_config))
 
 
 def _open(run_dir: Path, online: bool, project: str, run_config: dict[str, Any]) -> Any:
-    """The run, offline where it cannot be reached; None with a notice where not even that is possible."""
+    """The run, offline if the server cannot be reached; None, with a warning, if that fails too."""
     if online:
         try:
             return _start(run_dir, "online", project, run_config)
-        except Exception as error:  # noqa: BLE001 - whatever W&B raises, training does not depend on it
-            _notice("W&B cannot be reached: recording offline, send it later with `wandb sync`", error)
+        except Exception as error:  # noqa: BLE001 - training must not depend on W&B
+            _notice("W&B cannot be reached: recording offline; upload later with `wandb sync`", error)
     try:
         return _start(run_dir, "offline", project, run_config)
     except Exception as error:  # noqa: BLE001 - as above
-        _notice("W&B could not be started: this run is NOT recorded there", error)
+        _notice("W&B could not be started: this run is NOT recorded in W&B", error)
         return None
 
 
 def _ask_server() -> None:
-    """OSError where no server answers; W&B's own attempts take minutes to give up."""
+    """Raises OSError if no server answers; W&B's own attempts take minutes."""
     import wandb
 
     request = urllib.request.Request(wandb.setup().settings.base_url, headers={"User-Agent": "sdlm_megatron"})
-    with suppress(urllib.error.HTTPError):  # an answer too
+    with suppress(urllib.error.HTTPError):  # any status is an answer
         urllib.request.urlopen(request, timeout=ANSWER_SECONDS).close()
 
 
 def _start(run_dir: Path, mode: Literal["offline", "online"], project: str, run_config: dict[str, Any]) -> Any:
-    import wandb  # slow to import, and not every run wants it
+    import wandb  # slow to import, and not every run needs it
 
     if mode == "online":
         _ask_server()
-    if mode == "online" and not wandb.login(prompt=False):  # init would ask on the terminal and wait
+    if mode == "online" and not wandb.login(prompt=False):  # otherwise wandb.init asks on the terminal and waits
         raise RuntimeError("no API key: run `wandb login`, or set WANDB_API_KEY")
     return wandb.init(
         project=project,
@@ -179,7 +182,7 @@ def _start(run_dir: Path, mode: Literal["offline", "online"], project: str, run_
 
 
 def _run_id(run_dir: Path) -> str:
-    """The run's W&B id, kept in RUN/wandb/run-id so that a resume continues the same run."""
+    """The run's W&B id, kept in RUN/wandb/run-id so that a resumed run continues the same W&B run."""
     file = run_dir / "wandb" / "run-id"
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -187,6 +190,6 @@ def _run_id(run_dir: Path) -> str:
     return file.read_text(encoding="utf-8").strip()
 
 
-def _notice(what: str, error: Exception) -> None:
+def _notice(text: str, error: Exception) -> None:
     reason = hide_secrets(f"{type(error).__name__}: {error}")
-    print(f"WARNING: {what}\n  reason: {reason}", file=sys.stderr, flush=True)
+    print(f"WARNING: {text}\n  reason: {reason}", file=sys.stderr, flush=True)

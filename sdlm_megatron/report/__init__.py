@@ -1,1 +1,1 @@
-"""HTML reports: the page kit, figures, and the page of a training run."""
+"""HTML reports: the page kit, figures, and the page about a training run."""

@@ -15,7 +15,7 @@ from sdlm_megatron.diffusion.mask import visible_row
 from sdlm_megatron.report.plots import BLOCK, CLEAN, CONTEXT, INK, NONE, SOFT, figure_of, legend
 
 MASK_TOKENS = 640
-"""Tokens that a mask figure shows at most: more cells than this cannot be told apart."""
+"""Tokens that a mask figure shows at most: more cells cannot be distinguished."""
 ZOOM_TOKENS = 40
 """Clean tokens that the enlarged figure shows at most."""
 MAX_ROWS = 512
@@ -60,7 +60,7 @@ def read_fill(dataset: PackedRows) -> Fill:
 def crop_layout(layout: RowLayout, most: int = MASK_TOKENS) -> RowLayout:
     """The first documents of a row that fit into `most` tokens, at least one; of a longer one its first blocks.
 
-    Thousands of tokens per side could not be told apart, and the mask grows with the square of their number.
+    Thousands of tokens per side cannot be distinguished, and the mask grows with the square of their number.
     """
     sizes = layout.clean_lens + layout.n_blocks * layout.block_size
     n_docs = max(1, int((np.cumsum(sizes) <= most).sum()))

@@ -1,4 +1,7 @@
-"""Everything that is decided before the first step: what to build, from which weights, on which rows, for how long."""
+"""The plan of a run, decided before the first step: model shape, source of the weights, rows and number of steps.
+
+This module does not import Megatron-Core, so that errors are reported before its slow import.
+"""
 
 import math
 from collections.abc import Callable
@@ -18,25 +21,26 @@ from sdlm_megatron.weights.shape import NewMaskToken, find_mask_token, resolve_s
 Notice = Callable[[str], None]
 
 _SAME = ("row_length", "block_size", "target_shift", "mask_token_id", "eos_token_id")
-"""Fields of the manifest that held-out rows must share with the training data."""
+"""Fields of the manifest in which validation data must agree with the training data."""
 
 
 @dataclass(frozen=True)
 class RunPlan:
-    """What a run will do; the same on every process."""
+    """Decisions about a run, the same on every process."""
 
     state: TrainState
-    """Where it starts."""
+    """State before the first step."""
     source: Path | None
-    """Folder the weights come from; None: random."""
+    """Folder of the weights; None: random weights."""
     kind: str
     """"resume", "checkpoint" (a converted base), "huggingface" or "random"."""
     assets: Path | None
-    """Folder with the base's config and tokenizer files, to travel with the checkpoints."""
+    """Folder with the base's configuration and tokenizer files, which are copied into each checkpoint."""
     new_mask: NewMaskToken | None
+    """How to initialize the mask token's row; None if the base has it."""
     total_rows: int
     steps: int
-    """Length of the schedule."""
+    """Length of the learning rate schedule."""
 
     def last_step(self, config: RunConfig) -> int:
         """The step at which the run ends."""
@@ -44,7 +48,14 @@ class RunPlan:
 
 
 def make_run_plan(config: RunConfig, dataset: PackedDataset, notice: Notice) -> RunPlan:
-    """Looks at run folder, base and dataset; raises a UserError where they do not fit together."""
+    """Plans a run from its folder, the base and the dataset: a checkpoint of the run comes before the base.
+
+    Args:
+        notice: receives messages for the user.
+
+    Raises:
+        UserError: run folder, base, dataset and configuration do not match.
+    """
     config = resolve_diffusion(config, dataset)
     resume = newest(Path(config.run_dir) / "ckpt", notice)
     if resume is not None:
@@ -67,12 +78,13 @@ def make_run_plan(config: RunConfig, dataset: PackedDataset, notice: Notice) -> 
 
 
 def resolve_diffusion(config: RunConfig, dataset: PackedDataset) -> RunConfig:
-    """The configuration with block size, target shift and mask token as the dataset was built.
+    """The configuration with block size, target shift and mask token of the dataset.
 
-    Raises DataError where the configuration states another value.
+    Raises:
+        DataError: the configuration states another value.
     """
     unset, manifest = DiffusionConfig(), dataset.manifest
-    # Datasets of older versions do not record the mask token's text.
+    # datasets of older versions do not record the mask token's text
     token = manifest.get("mask_token") or config.diffusion.mask_token or TEXT_MASK
     values = {"block_size": manifest["block_size"], "target_shift": manifest["target_shift"], "mask_token": token}
     for key, value in values.items():
@@ -90,7 +102,7 @@ def open_validation(config: RunConfig, dataset: PackedDataset) -> PackedDataset 
     """The held-out rows, or None if validation is off.
 
     Raises:
-        DataError: they were built with other settings or another tokenizer than the training data.
+        DataError: their settings or tokenizer differ from those of the training data.
     """
     if not config.data.validation or not config.observe.validate_every:
         return None
@@ -99,7 +111,7 @@ def open_validation(config: RunConfig, dataset: PackedDataset) -> PackedDataset 
     for key in _SAME:
         if held_out.manifest[key] != dataset.manifest[key]:
             raise DataError(
-                f"{key} is {held_out.manifest[key]}, that of the training data {dataset.manifest[key]}",
+                f"{key} is {held_out.manifest[key]}, in the training data it is {dataset.manifest[key]}",
                 where,
                 "build it with the tokenizer and the settings of the training data",
             )
@@ -129,7 +141,7 @@ def _total_rows(config: RunConfig, dataset: PackedDataset, rows_per_step: int) -
 
 
 def _identity(dataset: PackedDataset) -> dict[str, Any]:
-    """What a resume compares: same rows in the same order."""
+    """Values that change if the dataset's rows or their order change; compared when a run resumes."""
     files = dataset.manifest["files"]
     return {"sha256": {n: files[n].get("sha256") for n in sorted(files)}, "row_length": dataset.row_length}
 
@@ -163,7 +175,7 @@ def _plan(
 
 
 def _from_base(config: RunConfig, dataset: PackedDataset, base: Path, notice: Notice) -> RunPlan:
-    """A Hugging Face folder or a converted one."""
+    """Starts from a Hugging Face folder, or from one converted by hf_to_mcore."""
     if (base / "complete.json").exists():
         state = read_state(base)
         shape = resolve_shape(config.model, state.shape, str(base))
@@ -172,7 +184,7 @@ def _from_base(config: RunConfig, dataset: PackedDataset, base: Path, notice: No
             raise CheckpointError(
                 "the converted base has no mask token",
                 str(base),
-                "convert it again: python -m checkpoints_tools.hf_to_mcore … --mask-token '<text_mask>'",
+                "convert it again: sdlm import … --mask-token '<text_mask>'",
             )
         assets, kind, new_mask = base / "hf", "checkpoint", None
     else:
@@ -182,7 +194,7 @@ def _from_base(config: RunConfig, dataset: PackedDataset, base: Path, notice: No
         if new_mask:
             shape = replace(shape, vocab_size=max(shape.vocab_size, new_mask.row + 1))
             notice(
-                f"mask token {config.diffusion.mask_token} = id {mask_id}: its row starts as the mean of the other rows"
+                f"mask token {config.diffusion.mask_token} = id {mask_id}: its embedding starts as the mean of all others"
             )
         assets, kind = base, "huggingface"
     _check_tokenizer(dataset, assets, mask_id, notice)
@@ -199,42 +211,42 @@ def _check_tokenizer(dataset: PackedDataset, assets: Path, mask_id: int, notice:
         )
     same = same_tokenizer(assets, manifest)
     if same is None:
-        notice("no tokenizer to compare: the dataset is taken to be made with the model's")
+        notice("no tokenizer to compare: assuming that the dataset was built with the model's")
     elif not same:
         raise DataError(
-            f"the dataset was made with another tokenizer ({manifest['tokenizer'].get('name')}) than the model's",
+            f"the dataset was built with another tokenizer ({manifest['tokenizer'].get('name')}) than the model's",
             f"{dataset.path / 'manifest.json'} and {assets}",
             "build the dataset with the tokenizer of this base",
         )
 
 
 def _resume(config: RunConfig, dataset: PackedDataset, folder: Path) -> RunPlan:
-    """Goes on from a checkpoint of this run, under whatever layout."""
+    """Continues from a checkpoint of this run, under the same or another parallel layout."""
     state = read_state(folder)
     shape = resolve_shape(config.model, state.shape, str(folder))
     if state.dataset != _identity(dataset):
         raise DataError(
-            "this is not the dataset the run was started with: rows would be skipped or repeated",
+            "the run was started with another dataset: rows would be skipped or repeated",
             str(dataset.path),
-            f"use the first one, or start a new run with --run_dir=… and --checkpoint.base={folder}",
+            f"use the run's first dataset, or start a new run with --run_dir=… and --checkpoint.base={folder}",
         )
     if not state.with_optimizer:
         raise CheckpointError(
-            "the checkpoint holds weights only: no run can go on from it",
+            "the checkpoint holds no optimizer state: a run cannot resume from it",
             str(folder),
             f"start a new run with --run_dir=… and --checkpoint.base={folder}",
         )
     if state.precision != config.train.precision:
         raise CheckpointError(
-            f"the checkpoint was trained in {state.precision}, the run wants {config.train.precision}",
+            f"the checkpoint was trained in {state.precision}, the configuration says {config.train.precision}",
             str(folder),
             f"--train.precision={state.precision}",
         )
     if state.diffusion != config.diffusion:
         raise CheckpointError(
-            f"the checkpoint was trained with {state.diffusion}, the run says {config.diffusion}",
+            f"the checkpoint was trained with {state.diffusion}, the configuration says {config.diffusion}",
             str(folder),
-            "give the same diffusion section",
+            "use the same diffusion section",
         )
     _check_tokenizer(dataset, folder / "hf", state.mask_token_id, lambda text: None)
     total = _total_rows(config, dataset, state.rows_per_step)
@@ -243,7 +255,7 @@ def _resume(config: RunConfig, dataset: PackedDataset, folder: Path) -> RunPlan:
 
 
 def micro_batch_multiple(parallel: ParallelConfig) -> int:
-    """What the micro-batches of a rank must be a multiple of: the interleaved schedule takes them in turns of PP."""
+    """The number that divides the micro-batches of a rank: the interleaved schedule processes them in groups of PP."""
     return parallel.pipeline if parallel.virtual_pipeline > 1 else 1
 
 
@@ -253,7 +265,7 @@ def parse_profile_steps(text: str) -> tuple[int, int]:
     last = last if colon else first
     if not (first.isdigit() and last.isdigit() and 1 <= int(first) <= int(last)):
         raise ConfigError(
-            f"--profile {text} names no steps",
+            f"--profile {text} is not a range of steps",
             "the command line",
             "--profile 10:12 for steps 10 to 12, or --profile 10",
         )

@@ -1,7 +1,7 @@
-"""What a torch.profiler trace says about training steps: who worked, who waited, for how long.
+"""Summary of a torch.profiler trace of training steps: compute by part, communication, idle time, waits of the host.
 
-On a GPU the work is that of the kernels, each counted for the part of the step whose code launched it; on a CPU it is
-the time of the operators themselves. A backward operator belongs to the part that its forward operator belongs to.
+On a GPU, kernels are counted for the part of the step whose code launched them; on a CPU, operators by their own time.
+A backward operator belongs to the part of its forward operator.
 """
 
 from bisect import bisect_right
@@ -18,7 +18,7 @@ RANGES = {
     "sdlm::optimizer": "optimizer",
     "sdlm::data": "data",
 }
-"""Named ranges in the code, and the part each of them is."""
+"""Part of each record_function range in the code."""
 PARTS = ("attention", LINEAR, "head and loss", REST, "optimizer", "data")
 GEMM = ("gemm", "nvjet", "cutlass", "aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm", "aten::_scaled_mm")
 GROUPS = {
@@ -30,7 +30,7 @@ GROUPS = {
     "INTRA_DISTRIBUTED": "all",
     "default_pg": "all",
 }
-"""How the description of a process group begins, and its name here; the first that fits."""
+"""Short names of process groups by the beginning of their description; the first match counts."""
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy")
 Interval = tuple[float, float]
 
@@ -42,22 +42,22 @@ class TraceSummary:
     steps: int
     wall: float
     parts: dict[str, float]
-    """Work by part; kernels that run side by side count each."""
+    """Compute time by part; concurrent kernels are counted in full."""
     communication: dict[tuple[str, str], tuple[int, float, float]]
-    """By kind and group: calls, their time, and the time in which nothing else worked."""
+    """By kind and group: calls, their time, and the part of it in which no compute kernel ran."""
     exposed: float
-    """Time in which only communication ran: waiting for other processes, pipeline bubbles included."""
+    """Time in which only communication ran. It includes waiting for other processes, and so pipeline bubbles."""
     idle: float
     """Time in which nothing ran."""
     waits: dict[str, int]
-    """How often the host waited for the device, by the call that did and what made it."""
+    """Number of waits of the host for the device, by call and caller."""
     top: list[tuple[str, str, int, float]]
-    """Kernels (CPU: operators) that took longest: name, part, calls, time."""
+    """The longest kernels (CPU: operators): name, part, calls, time."""
 
 
 @dataclass
 class _Host:
-    """One event of a host thread."""
+    """An event of a host thread, with the events nested in it."""
 
     name: str
     start: float
@@ -65,7 +65,7 @@ class _Host:
     parent: "_Host | None"
     children: list["_Host"] = field(default_factory=list)
     part: str | None = None
-    """Set where the part begins: a named range, or a backward operator."""
+    """Set on the events that begin a part: named ranges and backward operators."""
 
     def find_part(self) -> str | None:
         node: _Host | None = self
@@ -77,7 +77,7 @@ class _Host:
 
 
 def summarize(events: Iterable[dict[str, Any]]) -> TraceSummary:
-    """The summary of a Chrome trace's `traceEvents`."""
+    """Summarizes the `traceEvents` of a Chrome trace."""
     complete, links = [], []
     for event in events:
         if event.get("ph") == "X":
@@ -105,7 +105,7 @@ def _summary(
     talk: list[tuple[str, str, float, float]],
     waits: dict[str, int],
 ) -> TraceSummary:
-    """From work (name, part, start, end) and communication (kind, group, start, end)."""
+    """Sums over work (name, part, start, end) and communication (kind, group, start, end)."""
     inside = _Inside(window)
     busy, talking = _union(inside.cut(work)), _union(inside.cut(talk))
     wall, together = _length(window), _length(_union([*busy, *talking]))
@@ -142,13 +142,14 @@ def _span(event: dict[str, Any]) -> Interval:
 
 
 def _union(spans: Iterable[Interval]) -> list[Interval]:
-    found: list[Interval] = []
+    """Disjoint intervals that cover the same time."""
+    merged: list[Interval] = []
     for start, end in sorted(spans):
-        if found and start <= found[-1][1]:
-            found[-1] = (found[-1][0], max(found[-1][1], end))
+        if merged and start <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(merged[-1][1], end))
         else:
-            found.append((start, end))
-    return found
+            merged.append((start, end))
+    return merged
 
 
 def _length(spans: Iterable[Interval]) -> float:
@@ -156,7 +157,7 @@ def _length(spans: Iterable[Interval]) -> float:
 
 
 class _Inside:
-    """Tells what lies in the steps; they do not overlap."""
+    """Membership in the profiled steps, which do not overlap."""
 
     def __init__(self, window: Sequence[Interval]) -> None:
         self._starts, self._window = [s for s, _ in window], window
@@ -171,12 +172,12 @@ class _Inside:
 
 
 def _host_threads(complete: Iterable[dict[str, Any]]) -> dict[Any, list[_Host]]:
-    """Events of each host thread in order of their start, nested."""
+    """Events of each host thread by start time, nested."""
     threads: dict[Any, list[dict[str, Any]]] = defaultdict(list)
     for event in complete:
         if event.get("cat") in ("cpu_op", "user_annotation", "cuda_runtime", "cuda_driver"):
             threads[event["tid"]].append(event)
-    found: dict[Any, list[_Host]] = {}
+    nested: dict[Any, list[_Host]] = {}
     for tid, events in threads.items():
         events.sort(key=lambda e: (e["ts"], -e.get("dur", 0.0)))
         nodes: list[_Host] = []
@@ -184,7 +185,7 @@ def _host_threads(complete: Iterable[dict[str, Any]]) -> dict[Any, list[_Host]]:
         for event in events:
             start, end = _span(event)
             if _is_talk(event["name"]) and not event["name"].startswith("c10d::"):
-                continue  # lasts until the peer is there, so it does not nest
+                continue  # lasts until the peer arrives, so it overlaps later events instead of nesting
             while open_nodes and open_nodes[-1].end <= start:
                 open_nodes.pop()
             node = _Host(
@@ -194,12 +195,12 @@ def _host_threads(complete: Iterable[dict[str, Any]]) -> dict[Any, list[_Host]]:
                 node.parent.children.append(node)
             open_nodes.append(node)
             nodes.append(node)
-        found[tid] = nodes
-    return found
+        nested[tid] = nodes
+    return nested
 
 
 def _mark_parts(host: dict[Any, list[_Host]], links: Iterable[dict[str, Any]]) -> None:
-    """Gives backward operators the part of their forward operator; a link starts at one and finishes at the other."""
+    """Gives backward operators the part of their forward operator; a link leads from the one to the other."""
     starts = {tid: [n.start for n in nodes] for tid, nodes in host.items()}
 
     def at(event: dict[str, Any]) -> _Host | None:
@@ -207,7 +208,7 @@ def _mark_parts(host: dict[Any, list[_Host]], links: Iterable[dict[str, Any]]) -
         return host[event["tid"]][i] if i >= 0 else None
 
     forward = {event["id"]: at(event) for event in links if event["ph"] == "s"}
-    # in the order of time: with recomputation a forward operator may itself lie inside a backward one
+    # by time: with recomputation, a forward operator may itself lie inside a backward operator
     for event in sorted((e for e in links if e["ph"] == "f"), key=lambda e: e["ts"]):
         node, origin = at(event), forward.get(event["id"])
         if node is not None and origin is not None:
@@ -215,9 +216,9 @@ def _mark_parts(host: dict[Any, list[_Host]], links: Iterable[dict[str, Any]]) -
 
 
 def _part(host: _Host | None, name: str) -> str:
-    """The part of a kernel or operator: where it was called from, else by what it does."""
-    found = host.find_part() if host is not None else None
-    return found or (LINEAR if any(word in name.lower() for word in GEMM) else REST)
+    """The part of a kernel or operator: by its caller, otherwise by its name."""
+    part = host.find_part() if host is not None else None
+    return part or (LINEAR if any(word in name.lower() for word in GEMM) else REST)
 
 
 def _is_talk(name: str) -> bool:
@@ -225,14 +226,14 @@ def _is_talk(name: str) -> bool:
 
 
 def _host_work(host: dict[Any, list[_Host]], complete: Iterable[dict[str, Any]]) -> tuple[list, list]:
-    """Operators' own time, in the pieces that their children leave, and the spans of the communication."""
+    """Operators' own time, without that of their children, and the spans of communication."""
     work = []
     for nodes in host.values():
         if not any(node.name.startswith("ProfilerStep#") for node in nodes):
-            continue  # a thread of the communication
+            continue  # a communication thread
         for node in nodes:
             if not node.name.startswith("aten::") and (node.children or "::" in node.name or "#" in node.name):
-                continue  # a name for what it holds; time of its own is Python, or waiting
+                continue  # a range around operators: its own time is Python, or waiting
             at, part = node.start, _part(node, node.name)
             for child in [*node.children, None]:
                 until = child.start if child is not None else node.end
@@ -248,7 +249,7 @@ def _host_work(host: dict[Any, list[_Host]], complete: Iterable[dict[str, Any]])
 
 
 def _device_work(device: Iterable[dict[str, Any]], complete: Iterable[dict[str, Any]], host: dict) -> tuple[list, list]:
-    """Kernels with their parts, and the kernels of the communication with kind and group."""
+    """Compute kernels with their parts, and communication kernels with kind and group."""
     calls = {
         e["args"]["correlation"]: e
         for e in complete
@@ -276,5 +277,5 @@ def _group(description: str) -> str:
 
 def _waits(host: dict[Any, list[_Host]], steps: Sequence[Interval]) -> dict[str, int]:
     inside = _Inside(sorted(steps))
-    found = [n for nodes in host.values() for n in nodes if n.name in WAITS and inside.holds(n.start)]
-    return dict(Counter(n.name if n.parent is None else f"{n.name} in {n.parent.name}" for n in found))
+    waits = [n for nodes in host.values() for n in nodes if n.name in WAITS and inside.holds(n.start)]
+    return dict(Counter(n.name if n.parent is None else f"{n.name} in {n.parent.name}" for n in waits))

@@ -134,7 +134,7 @@ def test_another_dataset_is_refused(stopped: dict[str, Path], tmp_path: Path) ->
     other = make_dataset(tmp_path / "other", rows=ROWS, seed=5)
     done = train({**settings(stopped, run), "data.path": other}, check=False)
     assert done.returncode == 2
-    assert "this is not the dataset the run was started with" in done.stderr
+    assert "the run was started with another dataset" in done.stderr
     assert "Traceback" not in done.stderr
 
 

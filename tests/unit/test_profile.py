@@ -80,7 +80,7 @@ def test_steps_are_read() -> None:
 
 @pytest.mark.parametrize("text", ["", "0", "0:3", "5:4", "a:b", "3:", ":3", "1:2:3", "-1"])
 def test_what_is_no_step_is_refused(text: str) -> None:
-    with pytest.raises(ConfigError, match="names no steps"):
+    with pytest.raises(ConfigError, match="not a range of steps"):
         parse_profile_steps(text)
 
 

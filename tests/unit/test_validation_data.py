@@ -14,7 +14,7 @@ from sdlm_megatron.training.run_plan import open_validation
 @pytest.mark.parametrize(
     ("made", "named"),
     [
-        ({"row_length": 64}, "row_length is 64, that of the training data 128"),
+        ({"row_length": 64}, "row_length is 64, in the training data it is 128"),
         ({"block_size": 8}, "block_size is 8"),
         ({"mask_token_id": 7}, "mask_token_id is 7"),
         ({"tokenizer": {"fingerprint": "b", "name": "other"}}, "another tokenizer"),
