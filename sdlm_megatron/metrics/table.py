@@ -10,7 +10,7 @@ pipeline stage and returns sums and counts; it must not make the host wait for t
         length = rows.batch.tokens.shape[1]
         return rows.host_value(length - rows.batch.layout.used, length)
 
-    register(Metric("padding", "Padding's share of all tokens.", tab="data", reduction="mean", measure=padding))
+    register(Metric("padding", "mean", "data", "share", "Padding's share of all tokens.", measure=padding))
 
 This module imports neither torch nor Megatron-Core, because reports and consoles read it too.
 """
@@ -51,14 +51,14 @@ class Metric:
     name: str
     """The field. "{slot}" stands for 1 ... D, "{slot or clean}" for pos_1 ... pos_D and next_token (the clean tokens),
     "{threshold}" for each of THRESHOLDS."""
-    explanation: str
-    """One sentence for the console's legend and the report."""
-    tab: str
-    """Group of related fields in TensorBoard and in the report."""
-    unit: str = ""
-    reduction: Literal["mean", "sum", "max", "last"] = "last"
+    reduction: Literal["mean", "sum", "max", "last"]
     """Over what a record stands for. With `measure`: over all micro-batches and ranks of the record's step. Without:
     over the steps since the previous record, or "last" for the value of the record's own step."""
+    tab: str
+    """Group of related fields in TensorBoard and in the report."""
+    unit: str
+    explanation: str
+    """One sentence for the console's legend and the report."""
     column: Column | None = None
     chart: str = ""
     """The report draws metrics with the same chart in one figure; empty: no figure."""
@@ -109,151 +109,68 @@ def _exponent_if_large(value: float) -> str:
 
 # ---------------------------------------------------------------------------------------------------- entries
 # The order is that of the console's columns and of the report.
+# fmt: off
 METRICS: list[Metric] = [
-    Metric(
-        "loss",
-        "Mean loss over all targets of the step, in nats.",
-        tab="loss",
-        unit="nats",
-        reduction="mean",
-        column=Column("loss", 7, "{:.4f}".format),
-    ),
-    Metric(
-        "loss_pos_{slot}",
-        "Mean loss of each slot of a block: slot1 predicts the next token, slotN the token N positions ahead.",
-        tab="loss",
-        unit="nats",
-        reduction="mean",
-        column=Column("slot", 6),
-    ),
-    Metric(
-        "loss_next_token",
-        "Mean next-token loss of clean tokens, unweighted; `loss` includes it with its weight.",
-        tab="loss",
-        unit="nats",
-        reduction="mean",
-        column=Column("clean", 6, "{:.3f}".format),
-    ),
-    Metric(
-        "accuracy_{slot or clean}",
-        "Share of the targets that were the model's most likely token, on the rows of the step, before its update.",
-        tab="decoding",
-        unit="share",
-        reduction="mean",
-        chart="accuracy",
-        measure=_correct,
-    ),
-    Metric(
-        "confidence_{slot or clean}",
-        "Mean probability of the model's most likely token.",
-        tab="decoding",
-        unit="share",
-        reduction="mean",
-        measure=_confidence,
-    ),
-    Metric(
-        "accepted_{threshold}",
-        "Tokens that decoding would accept of a block whose context is correct: the longest prefix of slots with a "
-        "confidence above τ, at least one. It counts confident tokens, correct or not.",
-        tab="decoding",
-        unit="tokens per pass",
-        reduction="mean",
-        chart="accepted length",
-        measure=_accepted_length,
-    ),
-    Metric(
-        "grad_norm",
-        "Norm of the gradient before clipping.",
-        tab="optimizer",
-        column=Column("grad", 6, _exponent_if_large),
-    ),
-    Metric("lr", "Learning rate.", tab="optimizer", column=Column("lr", 7, "{:.1e}".format)),
-    Metric("targets", "Targets of blocks in the step.", tab="data", reduction="sum"),
-    Metric("tokens", "Tokens of the step, padding included.", tab="data", reduction="sum"),
-    Metric("useful_tokens", "Clean and block tokens of the step, without padding.", tab="data", reduction="sum"),
-    Metric("documents", "Documents in the step.", tab="data", reduction="sum"),
-    Metric("step_time", "Time per step.", tab="speed", unit="s", reduction="mean"),
-    Metric(
-        "useful_tokens_per_s",
-        "Clean and block tokens per second, without padding.",
-        tab="speed",
-        unit="tokens/s",
-        reduction="mean",
-        column=Column("useful/s", 8, format_count),
-        chart="tokens per second",
-    ),
-    Metric(
-        "tokens_per_s",
-        "Tokens per second, with padding.",
-        tab="speed",
-        unit="tokens/s",
-        reduction="mean",
-        column=Column("all/s", 6, format_count),
-        chart="tokens per second",
-    ),
-    Metric(
-        "mfu",
-        "Model FLOPs utilization: share of the devices' bf16 peak that the step's model FLOPs used.",
-        tab="speed",
-        unit="share",
-        reduction="mean",
-        column=Column("mfu", 5, "{:.1%}".format),
-        chart="model FLOPs utilization",
-    ),
-    Metric("memory_now_gb", "Memory in use by the first process.", tab="time and memory", unit="GB"),
-    Metric(
-        "memory_gb",
-        "Peak memory of the first process.",
-        tab="time and memory",
-        unit="GB",
-        reduction="max",
-        column=Column("memory", 6, "{:.1f}G".format),
-    ),
-    Metric("epoch", "Epoch of the last row, from 0.", tab="data"),
-    Metric("consumed_rows", "Rows trained on so far.", tab="data"),
-    Metric(
-        "eta_s",
-        "Time left until the last step.",
-        tab="speed",
-        unit="s",
-        column=Column("eta", 6, format_duration),
-    ),
-    Metric("compute_min", "Compute time before the gradient reduction, fastest host.", tab="data", unit="s"),
-    Metric("compute_median", "Compute time before the gradient reduction, median host.", tab="data", unit="s"),
-    Metric("compute_max", "Compute time before the gradient reduction, slowest host.", tab="data", unit="s"),
-    Metric("slowest_host", "Name of the slowest host.", tab="data"),
-    Metric("data_wait", "Time a step waited for its rows.", tab="speed", unit="s", reduction="mean"),
-    Metric(
-        "time_forward_backward",
-        "Forward and backward passes of a step, until its gradients are reduced.",
-        tab="time and memory",
-        unit="s",
-        reduction="mean",
-    ),
-    Metric(
-        "time_reduce",
-        "Gradient reduction that the backward pass did not hide.",
-        tab="time and memory",
-        unit="s",
-        reduction="mean",
-    ),
-    Metric("time_update", "Clipping and optimizer update.", tab="time and memory", unit="s", reduction="mean"),
-    Metric(
-        "time_read_log",
-        "Reading results and writing log records; on a GPU also the host's time that the device waited for.",
-        tab="time and memory",
-        unit="s",
-        reduction="mean",
-    ),
-    Metric("time_save", "Training stopped for a checkpoint.", tab="time and memory", unit="s", reduction="sum"),
-    Metric("time_validate", "Training stopped for validation.", tab="time and memory", unit="s", reduction="sum"),
-    Metric("time_samples", "Training stopped for samples.", tab="time and memory", unit="s", reduction="sum"),
-    Metric("gpu_temperature_c", "Hottest GPU of the first node.", tab="time and memory", unit="°C"),
-    Metric("gpu_power_w", "Mean power per GPU of the first node.", tab="time and memory", unit="W"),
-    Metric("gpu_clock_mhz", "Slowest SM clock of the first node.", tab="time and memory", unit="MHz"),
-    Metric("sample_tokens_per_pass", "Tokens per forward pass of the samples.", tab="samples"),
-    Metric("val_rows", "Held-out rows that were measured.", tab="validation"),
+    Metric("loss", "mean", "loss", "nats", "Mean loss over all targets of the step, in nats.",
+           Column("loss", 7, "{:.4f}".format)),
+    Metric("loss_pos_{slot}", "mean", "loss", "nats",
+           "Mean loss of each slot of a block: slot1 predicts the next token, slotN the token N positions ahead.",
+           Column("slot", 6)),
+    Metric("loss_next_token", "mean", "loss", "nats",
+           "Mean next-token loss of clean tokens, unweighted; `loss` includes it with its weight.",
+           Column("clean", 6, "{:.3f}".format)),
+    Metric("accuracy_{slot or clean}", "mean", "decoding", "share",
+           "Share of the targets that were the model's most likely token, on the rows of the step, before its update.",
+           chart="accuracy", measure=_correct),
+    Metric("confidence_{slot or clean}", "mean", "decoding", "share",
+           "Mean probability of the model's most likely token.",
+           measure=_confidence),
+    Metric("accepted_{threshold}", "mean", "decoding", "tokens per pass",
+           "Tokens that decoding would accept of a block whose context is correct: the longest prefix of slots with a "
+           "confidence above τ, at least one. It counts confident tokens, correct or not.",
+           chart="accepted length", measure=_accepted_length),
+    Metric("grad_norm", "last", "optimizer", "", "Norm of the gradient before clipping.",
+           Column("grad", 6, _exponent_if_large)),
+    Metric("lr", "last", "optimizer", "", "Learning rate.", Column("lr", 7, "{:.1e}".format)),
+    Metric("targets", "sum", "data", "", "Targets of blocks in the step."),
+    Metric("tokens", "sum", "data", "", "Tokens of the step, padding included."),
+    Metric("useful_tokens", "sum", "data", "", "Clean and block tokens of the step, without padding."),
+    Metric("documents", "sum", "data", "", "Documents in the step."),
+    Metric("step_time", "mean", "speed", "s", "Time per step."),
+    Metric("useful_tokens_per_s", "mean", "speed", "tokens/s", "Clean and block tokens per second, without padding.",
+           Column("useful/s", 8, format_count), chart="tokens per second"),
+    Metric("tokens_per_s", "mean", "speed", "tokens/s", "Tokens per second, with padding.",
+           Column("all/s", 6, format_count), chart="tokens per second"),
+    Metric("mfu", "mean", "speed", "share",
+           "Model FLOPs utilization: share of the devices' bf16 peak that the step's model FLOPs used.",
+           Column("mfu", 5, "{:.1%}".format), chart="model FLOPs utilization"),
+    Metric("memory_now_gb", "last", "time and memory", "GB", "Memory in use by the first process."),
+    Metric("memory_gb", "max", "time and memory", "GB", "Peak memory of the first process.",
+           Column("memory", 6, "{:.1f}G".format)),
+    Metric("epoch", "last", "data", "", "Epoch of the last row, from 0."),
+    Metric("consumed_rows", "last", "data", "", "Rows trained on so far."),
+    Metric("eta_s", "last", "speed", "s", "Time left until the last step.", Column("eta", 6, format_duration)),
+    Metric("compute_min", "last", "data", "s", "Compute time before the gradient reduction, fastest host."),
+    Metric("compute_median", "last", "data", "s", "Compute time before the gradient reduction, median host."),
+    Metric("compute_max", "last", "data", "s", "Compute time before the gradient reduction, slowest host."),
+    Metric("slowest_host", "last", "data", "", "Name of the slowest host."),
+    Metric("data_wait", "mean", "speed", "s", "Time a step waited for its rows."),
+    Metric("time_forward_backward", "mean", "time and memory", "s",
+           "Forward and backward passes of a step, until its gradients are reduced."),
+    Metric("time_reduce", "mean", "time and memory", "s", "Gradient reduction that the backward pass did not hide."),
+    Metric("time_update", "mean", "time and memory", "s", "Clipping and optimizer update."),
+    Metric("time_read_log", "mean", "time and memory", "s",
+           "Reading results and writing log records; on a GPU also the host's time that the device waited for."),
+    Metric("time_save", "sum", "time and memory", "s", "Training stopped for a checkpoint."),
+    Metric("time_validate", "sum", "time and memory", "s", "Training stopped for validation."),
+    Metric("time_samples", "sum", "time and memory", "s", "Training stopped for samples."),
+    Metric("gpu_temperature_c", "last", "time and memory", "°C", "Hottest GPU of the first node."),
+    Metric("gpu_power_w", "last", "time and memory", "W", "Mean power per GPU of the first node."),
+    Metric("gpu_clock_mhz", "last", "time and memory", "MHz", "Slowest SM clock of the first node."),
+    Metric("sample_tokens_per_pass", "last", "samples", "", "Tokens per forward pass of the samples."),
+    Metric("val_rows", "last", "validation", "", "Held-out rows that were measured."),
 ]
+# fmt: on
 
 
 def register(metric: Metric) -> None:
@@ -293,7 +210,8 @@ def device_metrics() -> list[Metric]:
 
 def fields_by_metric(fields: Iterable[str]) -> Iterator[tuple[Metric, list[str]]]:
     """Entries in the table's order, each with those of `fields` that belong to it, in ascending order of slots."""
-    names = sorted(set(fields), key=lambda name: [int(x) if x.isdigit() else x for x in re.split(r"(\d+)", name)])
+    numbered = [(name.endswith("next_token"), [int(n) for n in re.findall(r"\d+", name)], name) for name in set(fields)]
+    names = [name for *_, name in sorted(numbered)]  # slots by number, then the clean tokens
     for metric in METRICS:
         if matching := [name for name in names if metric.matches(name)]:
             yield metric, matching

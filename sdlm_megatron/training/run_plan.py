@@ -37,7 +37,7 @@ class RunPlan:
     assets: Path | None
     """Folder with the base's configuration and tokenizer files, which are copied into each checkpoint."""
     new_mask: NewMaskToken | None
-    """How to initialize the mask token's row; None if the base has it."""
+    """Initialization of the mask token's row; None if the base has it."""
     total_rows: int
     steps: int
     """Length of the learning rate schedule."""
@@ -194,7 +194,7 @@ def _from_base(config: RunConfig, dataset: PackedDataset, base: Path, notice: No
         if new_mask:
             shape = replace(shape, vocab_size=max(shape.vocab_size, new_mask.row + 1))
             notice(
-                f"mask token {config.diffusion.mask_token} = id {mask_id}: its embedding starts as the mean of all others"
+                f"mask token {config.diffusion.mask_token} = id {mask_id}: its row starts as the mean of all others"
             )
         assets, kind = base, "huggingface"
     _check_tokenizer(dataset, assets, mask_id, notice)

@@ -11,7 +11,7 @@ from helpers import make_dataset, read_metrics, train
 
 from sdlm_megatron.data.batch import load_micro_batch
 from sdlm_megatron.data.format import PackedDataset
-from sdlm_megatron.metrics.table import METRICS, Column, Metric, metric_of, register, tab_of
+from sdlm_megatron.metrics.table import METRICS, Metric, metric_of, register, tab_of
 from sdlm_megatron.report.run_page import write_report
 
 ONE_ENTRY = """
@@ -25,8 +25,8 @@ def padding(rows):
     return rows.host_value(length - rows.batch.layout.used, length)
 
 
-register(Metric("padding", "Share of the tokens that are padding.", tab="data", unit="share", reduction="mean",
-                column=Column("padding", 8, "{:.2%}".format), chart="padding", measure=padding))
+register(Metric("padding", "mean", "data", "share", "Share of the tokens that are padding.",
+                Column("padding", 8, "{:.2%}".format), chart="padding", measure=padding))
 
 if __name__ == "__main__":
     from sdlm_megatron.train import main
@@ -63,7 +63,7 @@ def test_one_entry_reaches_the_record_the_console_and_the_report(tmp_path: Path,
     assert any(re.match(r"\s+padding\s+Share of the tokens that are padding\.", line) for line in lines)
     (line,) = (line for line in lines if line.lstrip().startswith("2/2 "))
     assert line.endswith(f"{records[-1]['padding']:.2%}")
-    register(Metric("padding", "Share of the tokens that are padding.", tab="data", chart="padding"))
+    register(Metric("padding", "mean", "data", "share", "Share of the tokens that are padding.", chart="padding"))
     page = html.unescape(write_report(run).read_text())
     assert "<th>padding</th>" in page and 'alt="padding by step"' in page
     assert "Share of the tokens that are padding." in page
@@ -116,7 +116,7 @@ def test_tabs(field: str, tab: str) -> None:
 
 def test_a_field_belongs_to_one_entry(table: None) -> None:
     with pytest.raises(ValueError, match="loss_pos_1 is already in the table"):
-        register(Metric("loss_pos_{slot}", "", tab="loss"))
+        register(Metric("loss_pos_{slot}", "mean", "loss", "nats", ""))
 
 
 def test_sums_maxima_and_means_are_over_all_micro_batches(make_engine: Callable, tmp_path: Path, table: None) -> None:
@@ -129,9 +129,9 @@ def test_sums_maxima_and_means_are_over_all_micro_batches(make_engine: Callable,
     def rows_with_number(rows: object) -> torch.Tensor:
         return rows.host_value(2.0, float(rows.batch.number is not None))
 
-    register(Metric("largest_nll", "", tab="loss", reduction="max", measure=largest, column=Column("nll", 6)))
-    register(Metric("twos", "", tab="data", reduction="sum", measure=rows_with_number))
-    register(Metric("two", "", tab="data", reduction="mean", measure=rows_with_number))
+    register(Metric("largest_nll", "max", "loss", "nats", "", measure=largest))
+    register(Metric("twos", "sum", "data", "", "", measure=rows_with_number))
+    register(Metric("two", "mean", "data", "", "", measure=rows_with_number))
     dataset = PackedDataset(make_dataset(tmp_path / "data", rows=3))
     engine = make_engine(make_hf(tmp_path / "hf"))
     batches = [engine.prepare(load_micro_batch(dataset, n, seed=0)) for n in (0, 1, None)]
