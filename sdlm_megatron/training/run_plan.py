@@ -193,9 +193,7 @@ def _from_base(config: RunConfig, dataset: PackedDataset, base: Path, notice: No
         mask_id, new_mask = find_mask_token(hf, base, config.diffusion.mask_token, dataset.manifest["mask_token_id"])
         if new_mask:
             shape = replace(shape, vocab_size=max(shape.vocab_size, new_mask.row + 1))
-            notice(
-                f"mask token {config.diffusion.mask_token} = id {mask_id}: its row starts as the mean of all others"
-            )
+            notice(f"mask token {config.diffusion.mask_token} = id {mask_id}: its row starts as the mean of all others")
         assets, kind = base, "huggingface"
     _check_tokenizer(dataset, assets, mask_id, notice)
     return _plan(config, dataset, shape, mask_id, base, kind, assets=assets, new_mask=new_mask)
