@@ -84,12 +84,8 @@ def load_result(work: Path, number: int) -> UnitResult | None:
 def tokenize_unit(
     config: BuildConfig, source: SourceConfig, unit: InputUnit, number: int, encoder: TextEncoder, work: Path
 ) -> UnitResult:
-    """Reads, renders, tokenizes and fits one unit, and writes its files.
-
-    Raises:
-        DataError: the unit's file cannot be read.
-        TokenizerMismatch: the fast encoder returned wrong ids.
-    """
+    """Reads, renders, tokenizes and fits one unit, and writes its files. Raises DataError if its file cannot be read,
+    TokenizerMismatch if the fast encoder returned wrong ids."""
     with _UnitWriter(work, number) as writer:
         rows = read_unit(unit, source)
         while chunk := list(islice(rows, CHUNK)):

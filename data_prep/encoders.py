@@ -150,11 +150,8 @@ class TokenizerMismatch(Exception):
 
 
 class FastTokenizer(TextEncoder):
-    """Encoder for `fastokens`, verified against a `TextTokenizer`.
-
-    Raises:
-        FastokensError: the library is missing, does not support the tokenizer, or differs on a probe.
-    """
+    """Encoder for `fastokens`, verified against a `TextTokenizer`. Raises FastokensError if the library is missing,
+    does not support the tokenizer, or differs on a probe."""
 
     def __init__(self, baseline: TextTokenizer) -> None:
         self._baseline, self._spelled = baseline, baseline._spelled

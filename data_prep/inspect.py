@@ -62,11 +62,8 @@ empty string."""
 
 
 def open_text(folder: str | Path) -> TokenText:
-    """Decoder of a tokenizer, which is a folder or a SentencePiece `.model` file; an unknown id yields `<id 7>`.
-
-    Raises:
-        DataError: the tokenizer is missing or cannot be read.
-    """
+    """Decoder of a tokenizer, which is a folder or a SentencePiece `.model` file; an unknown id yields `<id 7>`. Raises
+    DataError if the tokenizer is missing or cannot be read."""
     try:
         if model := sentencepiece_file(folder):
             pieces = parse_sentencepiece(model.read_bytes()).pieces

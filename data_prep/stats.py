@@ -60,11 +60,8 @@ def take_sample(dataset: PackedDataset, rows: int, console: Console) -> RowSampl
 
 
 def write_stats(path: str | Path, out: Path, console: Console | None = None, *, rows: int = SAMPLE) -> RowSample:
-    """Writes the page about the dataset in `path` to the HTML file `out`, from at most `rows` rows.
-
-    Raises:
-        DataError: the folder is not a dataset built by `sdlm prepare`, or a row is damaged.
-    """
+    """Writes the page about the dataset in `path` to the HTML file `out`, from at most `rows` rows. Raises DataError if
+    the folder is not a dataset built by `sdlm prepare`, or a row is damaged."""
     dataset = PackedDataset(path)
     if "accounting" not in dataset.manifest:
         raise DataError("the manifest has no accounting of the input rows", str(path), "build it with `sdlm prepare`")

@@ -59,12 +59,8 @@ class Prefetch:
         self._submit()
 
     def next_step(self) -> list[MicroBatch]:
-        """Micro-batches of the next step, on the device; valid until the next call.
-
-        Raises:
-            IndexError: all steps have been returned.
-            Exception: whatever the load function raised in the thread.
-        """
+        """Micro-batches of the next step, on the device; valid until the next call. Raises IndexError after the last
+        step, and any error of the load function."""
         if self._next is None:
             raise IndexError("all steps have been returned")
         started = time.perf_counter()

@@ -190,11 +190,8 @@ def manifest_checksum(manifest: dict[str, Any]) -> str:
 
 
 class PartReader:
-    """One part of an epoch, memory-mapped.
-
-    Raises:
-        DataError: the files are not a complete indexed dataset with the manifest's number of rows.
-    """
+    """One part of an epoch, memory-mapped. Raises DataError if the files are not a complete indexed dataset with the
+    manifest's number of rows."""
 
     def __init__(self, folder: Path, epoch: int, part: int, manifest: dict[str, Any]) -> None:
         self._where, rows = f"{folder}, epoch {epoch}, part {part}", manifest["part_rows"][epoch][part]
@@ -211,11 +208,8 @@ class PartReader:
             raise DataError(f"the files contain {counts} rows, the manifest says {rows}", self._where, REBUILD)
 
     def read(self, row: int) -> tuple[np.ndarray, RowLayout]:
-        """Tokens int32 (used,) and layout of a row.
-
-        Raises:
-            DataError: the stored bytes do not match the row's crc32 or contradict each other.
-        """
+        """Tokens int32 (used,) and layout of a row. Raises DataError if the stored bytes do not match the row's crc32
+        or contradict each other."""
         try:
             tokens, ints = self._readers["rows"][row], self._readers["layout"][row]
             if not len(ints) or ints[0] != _checksum(tokens, ints[1:]):
@@ -264,11 +258,7 @@ class PackedDataset:
         return self.manifest["part_rows"][epoch]
 
     def read(self, epoch: int, row: int) -> tuple[np.ndarray, RowLayout]:
-        """Tokens int32 (used,) and layout of one row, in file order.
-
-        Raises:
-            DataError: the row is damaged.
-        """
+        """Tokens int32 (used,) and layout of one row, in file order. Raises DataError if the row is damaged."""
         epoch %= self.epochs
         part = int(np.searchsorted(self._edges[epoch], row, side="right")) - 1
         tokens, layout = self._part(epoch, part).read(row - int(self._edges[epoch][part]))
@@ -304,11 +294,8 @@ def origin(number: int, manifest: dict[str, Any]) -> str:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of a dataset folder.
-
-    Raises:
-        DataError: the manifest is missing, damaged or of another format version.
-    """
+    """The manifest of a dataset folder. Raises DataError if the manifest is missing, damaged or of another format
+    version."""
     file, rebuild = path / "manifest.json", "rebuild the dataset with `sdlm prepare`"
     if not file.exists():
         unfinished = path.with_name(path.name + ".partial").exists()

@@ -69,11 +69,8 @@ def _close(file: BinaryIO) -> None:
 
 
 class IndexedReader:
-    """Memory-mapped access to sequences by number; the cost of opening does not grow with the data.
-
-    Raises:
-        ValueError: the files are not a complete int32 dataset of this format.
-    """
+    """Memory-mapped access to sequences by number; the cost of opening does not grow with the data. Raises ValueError
+    if the files are not a complete int32 dataset of this format."""
 
     def __init__(self, prefix: str) -> None:
         index = Path(prefix + ".idx")

@@ -60,11 +60,8 @@ def _fingerprint(folder: Path, mask_token: str, stamps: tuple) -> str | None:
 
 
 def special_token_id(folder: str | Path, token: str) -> int:
-    """Id of `token`; for a token the tokenizer lacks, the first id after all of its own.
-
-    Raises:
-        DataError: the folder contains no tokenizer.
-    """
+    """Id of `token`; for a token the tokenizer lacks, the first id after all of its own. Raises DataError if the folder
+    contains no tokenizer."""
     ids = _ids(Path(folder))
     return ids[token] if token in ids else max(ids.values(), default=-1) + 1
 
@@ -89,11 +86,8 @@ def sentencepiece_file(folder: str | Path) -> Path | None:
 
 
 def parse_sentencepiece(model: bytes) -> Any:
-    """A SentencePiece model as `sentencepiece_model_pb2.ModelProto`, whose `pieces` have text, score and type.
-
-    Raises:
-        ValueError: the bytes are not a SentencePiece model, or protobuf is too old for the installed sentencepiece.
-    """
+    """A SentencePiece model as `sentencepiece_model_pb2.ModelProto`, whose `pieces` have text, score and type. Raises
+    ValueError if the bytes are not a SentencePiece model, or protobuf is too old for the installed sentencepiece."""
     try:
         from sentencepiece import sentencepiece_model_pb2
     except Exception as error:  # noqa: BLE001 - ImportError, or protobuf's VersionError, which old versions lack

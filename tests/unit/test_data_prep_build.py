@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import yaml
@@ -290,7 +291,7 @@ def test_command_line(config: BuildConfig, tmp_path: Path, capsys: pytest.Captur
 
 
 def test_one_source_without_a_config_file(
-    config: BuildConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    config: BuildConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The short form builds what a config file with that source builds; the format is the one the fields match."""
     source = config.sources[1]
@@ -308,6 +309,11 @@ def test_one_source_without_a_config_file(
     (folder / "a.jsonl").write_text(json.dumps(question(1)) + "\n")
     main(["--input", str(folder), "--out", str(tmp_path / "folder-out"), *common])
     assert "source format query_response (`query`, `response`)" in capsys.readouterr().out
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    main(["--input", f"hub:{folder}", "--out", str(tmp_path / "hub-out"), *common])
+    assert f"hub:{folder}: source format query_response" in capsys.readouterr().out
+    folder_files, hub_files = (PackedDataset(tmp_path / f"{n}-out").manifest["files"] for n in ("folder", "hub"))
+    assert folder_files == hub_files
 
 
 @pytest.mark.parametrize(
