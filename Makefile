@@ -1,11 +1,11 @@
-# `make` lists the targets. Every target that needs the environment makes .venv first, from constraints.txt.
+# `make` lists the targets. Every target that needs the environment first makes .venv from constraints.txt.
 #
-# PYTHON=…       the interpreter for .venv (3.11 or newer); default: the first suitable one found
-# TORCH_INDEX=…  one more package index for torch. On Linux PyPI's torch brings the CUDA libraries, about 3 GB that
-#                a laptop without a GPU carries for nothing; the CPU build is a tenth of that:
+# PYTHON=…       interpreter for .venv (3.11 or newer); default: the first suitable one on PATH
+# TORCH_INDEX=…  additional package index for torch. On Linux PyPI's torch includes the CUDA libraries, about 3 GB that
+#                a laptop without a GPU does not need; the CPU build is a tenth of that:
 #                    make quickstart TORCH_INDEX=https://download.pytorch.org/whl/cpu
 # EXTRAS=…       extras of setup.py to install (default: test; on a GPU machine: test,gpu)
-# PYTEST_ARGS=…  passed on to pytest, e.g. PYTEST_ARGS="-n 4 tests/unit"
+# PYTEST_ARGS=…  arguments of pytest, e.g. PYTEST_ARGS="-n 4 tests/unit"
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
@@ -14,21 +14,21 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 EXTRAS ?= test
-# in the order of the files: else files of few tests, which are the long ones, would all come last
+# In file order: pytest-xdist would otherwise start the files with few tests, which take longest, at the end.
 PYTEST_ARGS ?= -n 2 --dist loadscope --no-loadscope-reorder
 
 SUITABLE := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13 python; do \
 	if $$p -c '$(SUITABLE)' >/dev/null 2>&1; then echo $$p; break; fi; done)
 
-.PHONY: help venv docs quickstart smoke test test-newest test-transformers drill evidence check lint format clean
+.PHONY: help venv docs wheel quickstart smoke test test-newest test-transformers drill evidence check lint format clean
 
-help:  ## this list
+help:  ## list the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
-venv: $(STAMP)  ## makes .venv from constraints.txt (done by the others when needed)
+venv: $(STAMP)  ## make .venv from constraints.txt (other targets do this when needed)
 
-# Made again when setup.py, constraints.txt or pyproject.toml change; the stamp is written only when pip succeeded.
+# Repeated when setup.py, constraints.txt or pyproject.toml change; the stamp is written only after pip succeeded.
 $(STAMP): setup.py constraints.txt pyproject.toml
 	@if [ -z "$(PYTHON)" ] || ! "$(PYTHON)" -c '$(SUITABLE)' 2>/dev/null; then \
 		echo "error: no Python 3.11 or newer with the venv module was found$(if $(PYTHON), (tried $(PYTHON)))"; \
@@ -38,33 +38,33 @@ $(STAMP): setup.py constraints.txt pyproject.toml
 	fi
 	@echo "[venv 1/2] $(VENV) with $$($(PYTHON) --version) from $$(command -v $(PYTHON))"
 	@$(PYTHON) -m venv $(VENV)
-	@echo "[venv 2/2] installing the packages of constraints.txt: 2 to 10 minutes the first time, as the network is"
+	@echo "[venv 2/2] installing the packages of constraints.txt: 2 to 10 minutes the first time"
 	@$(PY) -m pip install --disable-pip-version-check -c constraints.txt \
 		$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -e '.[$(EXTRAS)]'
 	@touch $(STAMP)
 	@echo "[venv] ready"
 
-quickstart: $(STAMP)  ## the whole job on a real model, 7 to 17 minutes on 2 cores; ends with runs/quickstart/report.html
+quickstart: $(STAMP)  ## the whole job on a real model, 7 to 17 minutes on 2 cores; writes runs/quickstart/report.html
 	$(PY) -m dev.quickstart.run
 
-smoke: $(STAMP)  ## the same path with a tiny random model, under a minute
-	$(PY) -m dev.quickstart.smoke
+smoke: $(STAMP)  ## the same stages with a tiny random model, under a minute
+	$(PY) -m tests.smoke
 
-test: $(STAMP)  ## all tests, then the smoke run (what CI runs)
+# The smoke run comes first: it is short, and pytest's summary is then the last output.
+test: smoke  ## the smoke run, then all tests
 	$(PY) -m pytest $(PYTEST_ARGS)
-	$(PY) -m dev.quickstart.smoke
 
-test-newest: $(STAMP)  ## the tests that use Megatron, with the newest Megatron-Core that is supported
+test-newest: $(STAMP)  ## tests that use Megatron, with the newest supported Megatron-Core
 	PYTHONPATH=$$($(PY) tests/newest_megatron.py .cache) $(PY) -m pytest $(PYTEST_ARGS) tests/parity tests/distributed
 
-test-transformers: $(STAMP)  ## the tests of decoding and generate, with the oldest transformers that is supported
+test-transformers: $(STAMP)  ## tests of decoding and generate, with the oldest supported transformers
 	PYTHONPATH=$$($(PY) tests/oldest_transformers.py .cache) \
 		$(PY) -m pytest $(PYTEST_ARGS) tests/parity/test_generate.py tests/parity/test_decode_oracle.py
 
-drill: $(STAMP)  ## the fault drill on a real Slurm of this machine (root, Debian's packages): about 10 minutes
+drill: $(STAMP)  ## fault drill on a real Slurm on this machine (needs root and Debian's packages), about 10 minutes
 	$(PY) tests/slurm/drill.py
 
-evidence: $(STAMP)  ## the models behind docs/evidence.md trained and measured: about 6 hours on 2 cores with AMX; goes on where it was
+evidence: $(STAMP)  ## train and measure the models of docs/evidence.md, about 6 hours on 2 cores with AMX; resumable
 	$(PY) -m dev.evidence.train_arms --out runs/evidence
 	$(PY) -m dev.evidence.train_arms --out runs/evidence --arms d4_half d4_quarter d2 random --seeds 0
 	$(PY) -m dev.evidence.run_measurements --out runs/evidence --arms ar d4 d8 unshifted causal next_token ar_slow d4_slow
@@ -77,7 +77,10 @@ docs: $(STAMP)  ## the documentation site, in build/site: docs/ and an API refer
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 	@echo "open build/site/index.html, or: $(PY) -m mkdocs serve"
 
-check: lint test  ## lint, format, types, import contract, tests, smoke
+wheel: $(STAMP)  ## build the wheel into dist/
+	$(PY) -m pip wheel --disable-pip-version-check --no-deps --wheel-dir dist .
+
+check: lint test  ## lint, format, types, import contract, smoke run, tests (what CI runs)
 
 lint: $(STAMP)  ## ruff, format check, mypy, import contract
 	$(PY) -m ruff check .
@@ -85,10 +88,10 @@ lint: $(STAMP)  ## ruff, format check, mypy, import contract
 	$(PY) -m mypy
 	$(VENV)/bin/lint-imports
 
-format: $(STAMP)  ## formats the code and applies safe lint fixes
+format: $(STAMP)  ## format the code and apply safe lint fixes
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
-clean:  ## removes caches and build leftovers; keeps .venv and runs/
+clean:  ## remove caches and build leftovers; keeps .venv and runs/
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +

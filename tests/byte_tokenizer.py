@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dev.quickstart.qwen_vocab import byte_alphabet
+from tests.qwen_vocab import byte_alphabet
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 PAD, IM_START, IM_END = 256, 257, 258

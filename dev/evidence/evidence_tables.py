@@ -45,7 +45,7 @@ RATES = ["ar", "d4", *(arm.name for arm in experiment.RATES)]
 SENSITIVE = [*LEADING, *(arm.name for arm in experiment.SENSITIVITY)]
 SETTINGS: list[tuple[str, float | None]] = [("ar", None), ("prob_conf", 0.98), ("prob_conf", 0.9)]
 THRESHOLDS = (0.9, 0.98)
-PASSES = {"window": "n kept tokens", "window_one": "one kept token", "self_speculative": "self-speculation"}
+PASSES = {"window": "n accepted tokens", "window_one": "one accepted token", "self_speculative": "self-speculation"}
 Rows = Iterator[Sequence[object]]
 
 
@@ -138,7 +138,7 @@ def model_rows(campaign: Campaign, arms: Sequence[str]) -> Rows:
 def verdict(gap: Estimate) -> str:
     """Conclusion that the interval of a difference supports."""
     if not gap.excludes(0.0):
-        return "not told apart"
+        return "not distinguishable"
     return "better" if gap.value > 0 else "worse"
 
 
@@ -251,16 +251,19 @@ def perplexity_table(campaign: Campaign) -> tuple[Sequence[str], Rows]:
 
 
 # ------------------------------------------------------------------------------------------------ tables
-_RUNS = ("arm", "", "seeds", "share of the conversations", "D", "learning rate", "minutes a model")
+_RUNS = ("arm", "", "seeds", "share of the conversations", "D", "learning rate", "minutes per model")
 _MODELS = (
     *("task", "", "seeds", "prompts", "exact, n = 1", "exact, τ = .98", "exact, τ = .9"),
-    *("tokens a pass, τ = .98", "τ = .9", "self-speculative"),
+    *("tokens per pass, τ = .98", "τ = .9", "self-speculative"),
 )
-_DIFFERENCES = ("task", "", "against", "decoding", "seeds", "prompts", "points", "only this / only that right", "")
+_DIFFERENCES = (
+    *("task", "", "against", "decoding", "seeds", "prompts"),
+    *("points", "only this / only the other correct", ""),
+)
 _SCORES = [f"{name}, {score}" for score in ("prob", "entropy") for name in ("ECE", "Brier", "AP")]
-_KEPT = [f"kept at τ = {tau:g} (if all before are)" for tau in THRESHOLDS]
-_WALLTIME = ("task", "", "batch", "decoding", "seeds", "prompts", "exact", "tokens a second", "seconds a prompt")
-_CONTEXT = ("task", "", "examples", "tokens before", "decoding", "seeds", "prompts", "exact", "tokens a pass")
+_KEPT = [f"accepted at τ = {tau:g} (if all earlier slots are)" for tau in THRESHOLDS]
+_WALLTIME = ("task", "", "batch", "decoding", "seeds", "prompts", "exact", "tokens/s", "seconds per prompt")
+_CONTEXT = ("task", "", "examples", "tokens before", "decoding", "seeds", "prompts", "exact", "tokens per pass")
 # At the small rate; at the better rate of each; with the loss that helps SDLM; then each rate against the other.
 _RATE_PAIRS = [*((arm, "ar_slow") for arm in ("d4_slow", "d4", "next_token")), ("ar_slow", "ar"), ("d4_slow", "d4")]
 
@@ -268,12 +271,12 @@ TABLES: dict[str, Callable[[Campaign], tuple[Sequence[str], Rows]]] = {
     "runs": lambda c: (_RUNS, run_rows(c)),
     "main": lambda c: (_MODELS, model_rows(c, [BASE, *LEADING])),
     "differences": lambda c: (_DIFFERENCES, difference_rows(c, [(arm, LEADING[0]) for arm in LEADING[1:]])),
-    "curve": lambda c: (("task", "", "decoding", "seeds", "exact", "tokens a pass"), curve_rows(c)),
-    "calibration": lambda c: (("task", "", "slot", "right", *_SCORES), calibration_rows(c)),
-    "kept": lambda c: (("task", "", "slot", "places", *_KEPT), kept_rows(c)),
-    "walltime": lambda c: ((*_WALLTIME, "times n = 1 of this model"), walltime_rows(c)),
+    "curve": lambda c: (("task", "", "decoding", "seeds", "exact", "tokens per pass"), curve_rows(c)),
+    "calibration": lambda c: (("task", "", "slot", "correct", *_SCORES), calibration_rows(c)),
+    "kept": lambda c: (("task", "", "slot", "positions", *_KEPT), kept_rows(c)),
+    "walltime": lambda c: ((*_WALLTIME, "speedup over n = 1"), walltime_rows(c)),
     "overhead": lambda c: (("", "batch", "tokens before", "n", "pass", "causal steps (quartiles)"), overhead_rows(c)),
-    "context": lambda c: ((*_CONTEXT, "tokens a second"), context_table_rows(c)),
+    "context": lambda c: ((*_CONTEXT, "tokens/s"), context_table_rows(c)),
     "variants": lambda c: (_MODELS, model_rows(c, VARIANTS)),
     "variant_differences": lambda c: (_DIFFERENCES, difference_rows(c, [(arm, VARIANTS[0]) for arm in VARIANTS[1:]])),
     "sensitivity": lambda c: (_MODELS, model_rows(c, SENSITIVE)),

@@ -1,1 +1,1 @@
-"""The two demonstrations: `make quickstart` on a real model, `make smoke` on a tiny one."""
+"""The demonstration on a real model, `make quickstart`."""

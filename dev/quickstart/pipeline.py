@@ -55,7 +55,7 @@ def run_command(
 
 @dataclass(frozen=True)
 class Split:
-    """How one part of the training divides the model over the two processes; data parallelism takes the rest."""
+    """Parallel degrees of one part of the training on two processes; data parallelism takes the rest."""
 
     tensor: int = 1
     pipeline: int = 1

@@ -17,6 +17,7 @@ from sdlm_megatron.errors import CheckpointError, UserError
 from sdlm_megatron.weights.hf_config import read_hf_config
 from sdlm_megatron.weights.hf_weights import HFWeights
 from tests.helpers import whole
+from tests.qwen_vocab import make_tiny_qwen
 
 WORDS = [*"abcdefghijklmnopqrstuvwxyz0123456789", "Ġ", "ab"]
 TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *WORDS]
@@ -153,13 +154,13 @@ def test_tiny_qwen(tmp_path: Path, tied: bool) -> None:
     assets.mkdir()
     (assets / "tokenizer.json").write_text("{}")
     (assets / "config.json").write_text("{}")  # not a tokenizer file
-    folder = base_model.make_tiny_qwen(tmp_path / "a", assets, 5, vocab=200, hidden=32, tied=tied)
+    folder = make_tiny_qwen(tmp_path / "a", assets, 5, vocab=200, hidden=32, tied=tied)
     assert (folder / "tokenizer.json").is_file()
     assert json.loads((folder / "config.json").read_text())["model_type"] == "qwen2"
     tensors = HFWeights(folder)
     assert whole(tensors, "model.layers.1.self_attn.k_proj.bias").abs().min() > 0
-    again = HFWeights(base_model.make_tiny_qwen(tmp_path / "b", None, 5, vocab=200, hidden=32, tied=tied))
-    other = HFWeights(base_model.make_tiny_qwen(tmp_path / "c", None, 6, vocab=200, hidden=32, tied=tied))
+    again = HFWeights(make_tiny_qwen(tmp_path / "b", None, 5, vocab=200, hidden=32, tied=tied))
+    other = HFWeights(make_tiny_qwen(tmp_path / "c", None, 6, vocab=200, hidden=32, tied=tied))
     name = "model.layers.0.mlp.up_proj.weight"
     assert whole(tensors, name).equal(whole(again, name))
     assert not whole(tensors, name).equal(whole(other, name))

@@ -13,13 +13,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from checkpoints_tools.export_folder import write_hf_folder
 from checkpoints_tools.tokenizer_files import add_token
-from dev.quickstart.base_model import make_tiny_qwen
 from sdlm_megatron.diffusion.settings import SDLMSettings
 from sdlm_megatron.errors import CheckpointError
 from sdlm_megatron.weights.hf_config import HFConfig, read_hf_config
 from sdlm_megatron.weights.hf_weights import INDEX_NAME, HFWeights
 from tests.helpers import whole
 from tests.parity import decode_oracle as o
+from tests.qwen_vocab import make_tiny_qwen
 
 
 def rewrite(folder: Path, **changes: Any) -> Path:

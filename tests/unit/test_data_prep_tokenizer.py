@@ -6,11 +6,10 @@ from pathlib import Path
 import pytest
 from tokenizers import AddedToken, Tokenizer
 
-from dev.quickstart.qwen_vocab import CHAT_TEMPLATE
 from sdlm_megatron.data.tokenizer_identity import fingerprint, special_token_id, vocabulary_size
 from sdlm_megatron.errors import DataError
 from tests.byte_tokenizer import IM_END, definition, write_folder
-from tests.qwen_vocab import qwen_tokenizer_folder
+from tests.qwen_vocab import CHAT_TEMPLATE, qwen_tokenizer_folder
 
 
 def test_text_mask_and_formatting_do_not_change_the_fingerprint(tmp_path: Path) -> None:

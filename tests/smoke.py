@@ -9,11 +9,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dev.quickstart.base_model import default_cache, make_tiny_qwen
+from dev.quickstart.base_model import default_cache
 from dev.quickstart.pipeline import Demonstration, Pipeline, Split
-from dev.quickstart.qwen_vocab import qwen25_tokenizer_folder
 from sdlm_megatron.config.command_line import make_parser
 from sdlm_megatron.errors import run_cli
+from tests.qwen_vocab import make_tiny_qwen, qwen25_tokenizer_folder
 
 SMOKE = Demonstration(
     run_dir=Path("runs/smoke"),
@@ -37,7 +37,7 @@ SMOKE = Demonstration(
 
 def build_parser() -> argparse.ArgumentParser:
     """Options of the command: none."""
-    return make_parser("python -m dev.quickstart.smoke", __doc__, example="make smoke")
+    return make_parser("python -m tests.smoke", __doc__, example="make smoke")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
