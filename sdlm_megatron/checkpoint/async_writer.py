@@ -85,7 +85,7 @@ class _Save:
     size: int = 0
     """Bytes over all processes."""
     failure: str = ""
-    """Why it was given up, the same on all processes; "" for a checkpoint that exists."""
+    """Reason for abandoning it, the same on all processes; "" for a checkpoint that exists."""
 
 
 class CheckpointWriter:

@@ -24,7 +24,7 @@ class SettingError(ValueError):
 
 @dataclass(frozen=True)
 class SDLMSettings:
-    """How a model was trained to propose blocks of tokens, and how it decodes unless the caller says otherwise."""
+    """Settings of the training that decoding depends on, and the default settings of decoding."""
 
     block_size: int
     """Tokens D of a training block; the default window when decoding."""
