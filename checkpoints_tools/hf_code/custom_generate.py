@@ -1,8 +1,8 @@
 """SDLM's decoding for the stock Qwen2ForCausalLM, when it is loaded with `trust_remote_code=True`.
 
 `transformers serve` takes the class that config.json names under `architectures`, not the one of auto_map, and would
-decode token by token without a word. In the folder this file is custom_generate/generate.py, which transformers
-puts in the place of that class's `generate`.
+silently decode token by token. In the folder this file is custom_generate/generate.py, which transformers calls instead
+of that class's `generate`.
 """
 
 from typing import Any

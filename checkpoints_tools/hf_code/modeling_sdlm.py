@@ -1,4 +1,4 @@
-"""SDLM for transformers: Qwen2's weights and forward pass, with a decoding that yields several tokens a pass.
+"""SDLM for transformers: Qwen2's weights and forward pass, with decoding of several tokens per pass.
 
 Load with `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` and call `generate`. The
 folder also loads as plain `Qwen2ForCausalLM`; then `generate` is ordinary next-token decoding.
@@ -15,7 +15,7 @@ import torch
 import transformers
 
 OLDEST = (4, 57)
-"""Older versions load this class and then ignore the window's mask: wrong text without a word."""
+"""Older versions load this class but ignore its attention mask, and so generate wrong text silently."""
 
 if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < OLDEST:
     raise ImportError(
@@ -57,17 +57,17 @@ WARPERS = (
     "InfNanRemoveLogitsProcessor",
     "LogitNormalization",
 )
-"""transformers' processors that look at nothing but the logits of one place."""
+"""Logits processors of transformers that depend on the logits of one position only."""
 
 
 @dataclass
 class SDLMOutput(ModelOutput):
-    """What `generate(..., return_dict_in_generate=True)` returns.
+    """Result of `generate(..., return_dict_in_generate=True)`.
 
-    sequences: int64 (B, P + new), prompts and answers, shorter answers filled with the pad token.
-    accepted: for each row the tokens it kept in each pass.
-    passes: forward passes, a prefill of a long prompt included.
-    past_key_values: always empty; for callers that hand it to the next call, as transformers' server does.
+    sequences: int64 (B, P + new), prompts and answers; shorter answers are padded.
+    accepted: per row, the number of tokens accepted in each pass.
+    passes: forward passes, including the prefill of a long prompt.
+    past_key_values: always empty; for callers that pass it to the next call, as transformers' server does.
     """
 
     sequences: torch.LongTensor | None = None
@@ -89,7 +89,7 @@ class DecodeOptions:
     streamer: Any
 
     def check(self) -> None:
-        """ValueError that names the setting, its value and what it may be."""
+        """Raises ValueError naming the first invalid setting, its value and the valid ones."""
         whole = isinstance(self.n, int) and not isinstance(self.n, bool)
         number = isinstance(self.threshold, int | float) and not isinstance(self.threshold, bool)
         rules = {
@@ -121,22 +121,21 @@ class SDLMForCausalLM(Qwen2ForCausalLM):
         tokenizer: Any = None,
         **kwargs: Any,
     ) -> Any:
-        """Generates as transformers does, with five more settings, each also read from generation_config.
+        """Generates like transformers, with five more options, each also read from generation_config.
 
         Args:
-            sdlm_alg: "prob_conf" (default) or "entropy_conf": keeps the tokens of a pass that are sure enough;
-                "self_speculative": drafts and verifies, the text is that of one token a pass; "ar": all of
-                transformers' own next-token decoding.
-            sdlm_n: tokens proposed in one pass; default block_size.
-            sdlm_threshold: how sure, 0 to 1; default 0.9.
-            sdlm_product: the product of the confidences of all kept tokens must pass the threshold.
-            sdlm_seed: seed for do_sample; row b draws with seed + b. Default: from torch's generator.
+            sdlm_alg: "prob_conf" (default) or "entropy_conf": accept tokens by confidence; "self_speculative": draft
+                and verify, with the text of one token per pass; "ar": transformers' own next-token decoding.
+            sdlm_n: tokens proposed per pass; default block_size.
+            sdlm_threshold: confidence, 0 to 1, that an accepted token must exceed; default 0.9.
+            sdlm_product: apply the threshold to the product of the confidences of all accepted tokens.
+            sdlm_seed: seed for do_sample; row b uses seed + b. Default: torch's generator.
 
-        Sampling (temperature, top_k, top_p, min_p, …), stop_strings with tokenizer, stopping criteria that look
-        at the tokens only, num_return_sequences, max_time and a streamer for one row work as usual;
-        `cache_implementation="static"` keeps the shapes of all passes the same, and compiles them on a GPU.
-        Whatever needs the tokens so far to change the logits (repetition_penalty, no_repeat_ngram_size, …), beams,
-        assistants and output_scores raise ValueError; `sdlm_alg="ar"` has them.
+        Sampling (temperature, top_k, top_p, min_p, …), stop_strings with tokenizer, stopping criteria that depend on
+        the tokens only, num_return_sequences, max_time and a streamer for one row work as usual.
+        `cache_implementation="static"` gives all passes the same shapes, and compiles them on a GPU. Logits processors
+        that depend on earlier tokens (repetition_penalty, no_repeat_ngram_size, …), beams, assistants and output_scores
+        raise ValueError; `sdlm_alg="ar"` supports them.
         """
         stored = (generation_config, self.generation_config)
         defaults = SDLMSettings.from_config_json(self.config.to_dict())
@@ -167,20 +166,20 @@ class SDLMForCausalLM(Qwen2ForCausalLM):
         raise OSError(f"{type(self).__name__} decodes by itself")
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
-        """Refused: it never calls `generate` and would decode token by token without a word."""
+        """Not supported: it bypasses `generate` and would silently decode token by token."""
         raise NotImplementedError(
             "continuous batching bypasses SDLM's decoding; use generate(), or load as Qwen2ForCausalLM"
         )
 
 
-def _first(given: Any, stored: tuple[Any, ...], name: str, default: Any) -> Any:
-    """The first that is set: the argument, the caller's generation_config, the folder's, the default."""
-    candidates = (given, *(getattr(config, name, None) for config in stored))
+def _first(argument: Any, stored: tuple[Any, ...], name: str, default: Any) -> Any:
+    """The first value that is set: argument, the caller's generation_config, the folder's, default."""
+    candidates = (argument, *(getattr(config, name, None) for config in stored))
     return next((value for value in candidates if value is not None), default)
 
 
 def _refuse(what: list[str]) -> None:
-    """Silence would be a wrong answer: whatever cannot be honoured is named."""
+    """Raises ValueError naming every unsupported option: ignoring one would silently give a wrong answer."""
     if what:
         raise ValueError(f"SDLM's decoding does not support {', '.join(what)}. Leave out, or pass sdlm_alg='ar'.")
 
@@ -269,7 +268,7 @@ def _sdlm(  # called by transformers' generate; a parameter named attention_mask
 
 
 def _fixed_shape(settings: DecodeOptions, config: Any, device: torch.device) -> bool | Callable[[Any], Any]:
-    """On a GPU a pass becomes a CUDA graph, compiled once for each shape, as transformers does with a static cache."""
+    """Whether all passes have one shape; on a GPU the compiler that turns them into CUDA graphs, as in transformers."""
     if settings.cache_implementation != "static" or device.type != "cuda" or config.disable_compile:
         return settings.cache_implementation == "static"
     return partial(torch.compile, mode="reduce-overhead", dynamic=False)
