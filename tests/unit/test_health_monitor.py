@@ -195,5 +195,5 @@ def test_the_place_that_is_not_finite(
 def test_rows_to_skip_are_numbers_of_rows() -> None:
     config = RunConfig()
     config.data.path, config.data.skip_rows = "x", [3, -1]
-    with pytest.raises(ConfigError, match="numbered from 0"):
+    with pytest.raises(ConfigError, match="a row number is negative"):
         check_run(config, 1)
