@@ -96,6 +96,7 @@ def _compare(a: TensorReader, b: TensorReader, name: str) -> Difference | None:
         left, right = read_rows(a, name, start, stop), read_rows(b, name, start, stop)
         if left.dtype == right.dtype and torch.equal(left, right):
             continue
+        # Exact for bf16 and fp16, so that equal values of different dtypes compare equal.
         left, right = left.float(), right.float()
         differs = (left != right) & ~(left.isnan() & right.isnan())
         if not (n := int(differs.sum())):

@@ -138,6 +138,7 @@ def _write_rest(
             add_token(folder, sdlm.mask_token, sdlm.mask_token_id)
         if has_tokenizer:
             remark = add_chat_template(folder, run.get("data", {}).get("system_prompt", DEFAULT_SYSTEM))
+        # The model class and all it imports: a folder must work on a machine without this project.
         for file in (HF_CODE / "modeling_sdlm.py", DIFFUSION / "settings.py", *sorted(DIFFUSION.glob("decode*.py"))):
             shutil.copyfile(file, folder / file.name)
         (folder / "custom_generate").mkdir(exist_ok=True)

@@ -56,6 +56,7 @@ def convert(
     workers = default_workers() if workers is None else workers
     check_out(out, workers)
     weights = HFWeights(hf)
+    # Megatron-Core keeps all parameters in one dtype; the embedding is the largest tensor.
     dtype = weights.dtype("model.embed_tokens.weight")
     source, state = _open(hf, weights, precision_name(dtype), mask_token, block_size)
     plan = plan_torch_dist(source, dtype.itemsize, file_bytes, CHUNK)

@@ -100,6 +100,7 @@ class CheckpointWriter:
     def __init__(self, engine: Engine, run_dir: Path, config: CheckpointConfig) -> None:
         self.engine, self.run_dir, self.config = engine, run_dir, config
         self._local = local_root(config, run_dir)
+        # A group of its own: the thread must not mix its collectives with those of training, and needs no GPU.
         self._group = dist.new_group(backend="gloo", timeout=_TIMEOUT)
         self._host = torch.empty(0, dtype=torch.uint8)
         self._thread: threading.Thread | None = None
@@ -172,6 +173,7 @@ class CheckpointWriter:
         return self.engine.groups.main
 
     def _begin(self, save: _Save) -> None:
+        # A daemon: a trainer that fails must not wait hours for a slow disk.
         self._thread = threading.Thread(target=self._run, args=(save,), name="checkpoint", daemon=True)
         self._thread.start()
 
@@ -188,6 +190,7 @@ class CheckpointWriter:
                 parts.append(_Part(shard.prefix + placed.key, placed.shape, region.start, region.size, dtype, at))
             offset += (high - low) * itemsize
         cuda = self.engine.groups.device.type == "cuda"
+        # Kept from save to save: allocating pinned memory takes seconds per process.
         if self._host.numel() < offset:
             self._host = torch.empty(offset, dtype=torch.uint8, pin_memory=cuda)
         for source, at in moves:
@@ -232,6 +235,7 @@ class CheckpointWriter:
     def _prepare(self, save: _Save, partial: Path) -> None:
         shutil.rmtree(partial, ignore_errors=True)
         (partial / "weights").mkdir(parents=True)
+        # All processes' bytes at once: a disk that fills up half-way would waste the whole write.
         needed, free = save.size + _SMALL_FILES, shutil.disk_usage(partial).free
         if needed > free:
             raise OSError(errno.ENOSPC, f"{needed / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free", str(partial))

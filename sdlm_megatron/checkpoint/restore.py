@@ -49,6 +49,7 @@ def fill(engine: Engine, source: TensorReader, *, where: Path, step: int | None 
     """
     optimizer = engine.optimizer if step is not None else None
     shards = local_shards(engine, with_optimizer=optimizer is not None)
+    # First, on all ranks: a mismatch raises the same error everywhere, before any rank enters a broadcast.
     _check(shards, source, where)
     group = engine.groups.collection.dp_cp
     first, problem = dist.get_global_rank(group, 0), None

@@ -113,6 +113,7 @@ def local_shards(engine: Engine, *, with_optimizer: bool) -> list[LocalShard]:
     if with_optimizer and engine.optimizer is not None:
         states = _states(engine.optimizer)
     groups, total, before = engine.groups, sum(p.numel() for p, _, _ in parameters), 0
+    # Equal numbers of elements, so that all data-parallel ranks write equally much.
     share = (total * groups.dp_rank // groups.dp_size, total * (groups.dp_rank + 1) // groups.dp_size)
     sharded = any(state.sharded for state in states.values())
     shards = []
@@ -140,6 +141,7 @@ def _place(engine: Engine, module: Any) -> Iterator[tuple[torch.nn.Parameter, li
     data-parallel groups.
     """
     sharded = module.sharded_state_dict(metadata={"dp_cp_group": engine.groups.collection.dp_cp})
+    # A parameter that Megatron-Core does not list would be lost without notice.
     missing = {id(p) for p in module.parameters()}
     for entry in sharded.values():
         if not isinstance(entry, ShardedTensor | ShardedTensorFactory):
@@ -178,7 +180,7 @@ class _State:
 
 
 def _states(optimizer: MegatronOptimizer) -> dict[torch.nn.Parameter, _State]:
-    start_state(optimizer)
+    start_state(optimizer)  # before the first step Adam has no state to save or to fill
     states = {}
     for part in chained(optimizer):
         if isinstance(part, DistributedOptimizer):

@@ -122,6 +122,7 @@ def check_files(folder: Path, share: tuple[int, int] = (0, 1), only: str = "") -
         share: (i, n) reads every n-th file from the i-th, largest first, so that n processes read about equally much.
         only: read this file alone.
     """
+    # Largest first: dealing the files out in turn then balances bytes, not only counts.
     files = sorted(_listed(folder).items(), key=lambda entry: (-entry[1][0], entry[0]))
     files = [entry for entry in files if only in ("", entry[0])]
     for name, (_, expected) in files[share[0] :: share[1]]:
@@ -162,6 +163,7 @@ def newest(folder: Path, log: Callable[[str], None]) -> Path | None:
             continue
         try:
             check_complete(candidate)
+            # Hashing the weights of every candidate would take minutes; the checkpoint that is chosen gets it later.
             check_files(candidate, only="state.json")
         except CheckpointError as error:
             log(f"ignored {candidate}: {error.what}")
@@ -188,6 +190,7 @@ def newest_step(run_dir: Path) -> int:
 
 def set_aside(folder: Path) -> Path:
     """Renames a damaged checkpoint so that it is neither used nor counted; returns the new path."""
+    # One of the same step may be left from an earlier start.
     aside = folder.with_name(folder.name + DAMAGED)
     shutil.rmtree(aside, ignore_errors=True)
     os.rename(folder, aside)
@@ -248,6 +251,7 @@ def checksums(folder: Path, known: Mapping[str, dict[str, Any]] | None = None) -
 
 
 def _section(kind: type, raw: dict) -> Any:
+    # Dropping a setting that this version does not know could silently change the training.
     known = {f.name for f in fields(kind)}
     if unknown := set(raw) - known:
         raise ValueError(f"unknown keys {sorted(unknown)}: written by another version")

@@ -35,6 +35,7 @@ class HFWeights:
         self.folder = Path(folder)
         self._file_of = _locate(self.folder)
         self._open = {file: _open(self.folder / file) for file in sorted(set(self._file_of.values()))}
+        # An index of another download names tensors that its files do not hold; fail now, not half-way.
         present = {file: set(handle.keys()) for file, handle in self._open.items()}
         for name, file in self._file_of.items():
             if name not in present[file]:
@@ -166,7 +167,7 @@ def _header(contents: Contents) -> bytes:
         entries[name] = {"dtype": safetensors_name(dtype), "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-len(text) % 8)  # the format aligns the data that follows to 8 bytes
     return struct.pack("<Q", len(text)) + text
 
 

@@ -38,6 +38,7 @@ VOCAB_MULTIPLE = 128
 
 def padded_vocab(vocab_size: int, tensor: int) -> int:
     """Rows of the embedding over all TP ranks."""
+    # lcm, because every TP rank must get the same number of rows.
     multiple = math.lcm(VOCAB_MULTIPLE, tensor)
     return -(-vocab_size // multiple) * multiple
 
@@ -61,6 +62,7 @@ def checkpoint_key(name: str) -> tuple[str, int | None]:
 
 def checkpoint_names(shape: ModelConfig) -> list[str]:
     """Every tensor of a whole model, norms named as a checkpoint names them."""
+    # Checkpoints use the names of the fused layers, also for models built without them.
     inner = [name for name in _LAYER if "layernorm." not in name]
     inner += [_FC1, *(_QKV + kind for kind in ("weight", "bias")[: 2 if shape.qkv_bias else 1])]
     layers = [f"decoder.layers.{i}.{name}" for i in range(shape.num_layers) for name in inner]
@@ -84,6 +86,7 @@ def hf_rows(name: str, shape: ModelConfig) -> list[Rows]:
     if rest == _FC1:
         return [(f"{head}mlp.{x}_proj.weight", 0, shape.ffn_hidden_size) for x in ("gate", "up")]
     if rest in (_QKV + "weight", _QKV + "bias"):
+        # Interleaved by group: a contiguous slice of rows, which is what a TP rank gets, then holds whole groups.
         sizes = (("q", heads // groups * dim), ("k", dim), ("v", dim))
         kind = rest.removeprefix(_QKV)
         return [(f"{head}self_attn.{x}_proj.{kind}", g * n, (g + 1) * n) for g in range(groups) for x, n in sizes]
@@ -125,4 +128,5 @@ def partition_dim(name: str) -> int | None:
     """Dimension of a tensor that is split over TP; None: every rank holds all of it."""
     if name.endswith(("layernorm.weight", "layer_norm_weight")):
         return None
+    # Row-parallel layers split their input: the layer before leaves its output split over TP.
     return 1 if name.endswith(("linear_proj.weight", "linear_fc2.weight")) else 0

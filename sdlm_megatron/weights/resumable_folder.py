@@ -159,6 +159,7 @@ class PartialFolder:
             out = OutputFile(unfinished, on_bytes)
             notes = planned.write(out)
             record = out.close() | {"notes": notes}
+            # Renamed only when it is on the disk: a name never stands for half a file.
             os.replace(unfinished, path)
             fsync(path.parent)
         except OSError as error:
@@ -216,10 +217,12 @@ def open_partial(out: Path, plan: dict[str, Any], *, workers: int) -> Iterator[P
         CheckpointError: OUT exists, or another process is writing it.
     """
     check_out(out, workers)
+    # Through JSON, so that the plan compares equal to the one read back: tuples become lists.
     partial, plan = PartialFolder(out, _root(out)), json.loads(json.dumps(plan))
     partial.root.mkdir(parents=True, exist_ok=True)
     with open(partial.root / "lock", "w") as lock:
         try:
+            # Released by the kernel however the process ends, unlike a file that has to be removed.
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise CheckpointError("another process is writing it", str(partial.root), "wait for it or end it") from None

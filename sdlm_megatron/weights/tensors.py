@@ -149,6 +149,7 @@ class HFAsCheckpoint:
 
     def __init__(self, folder: TensorReader, shape: ModelConfig, new_mask: NewMaskToken | None = None) -> None:
         self._folder, self._shape, self._new_mask = folder, shape, new_mask
+        # A new mask token can lie beyond the rows of the folder.
         vocabulary = max(shape.vocab_size, new_mask.row + 1 if new_mask else 0)
         self._padded = padded_vocab(vocabulary, 1)
         self._keys: dict[str, Index] = {}
@@ -183,6 +184,7 @@ class HFAsCheckpoint:
             return self._read_vocabulary(name, start, size)
         if not name.startswith("decoder.layers."):
             return torch.cat(_gather(self._folder.read, self._rows(name, 0), start, size))
+        # Megatron-Core stacks the layers in its files; a Hugging Face folder has a tensor for each.
         layers = [
             torch.cat(_gather(self._folder.read, self._rows(name, layer), start[1:], size[1:]))
             for layer in range(start[0], start[0] + size[0])
