@@ -1,4 +1,4 @@
-"""Console output of a run: one line per log record, with the columns of metrics/table.py.
+"""Console output of a run: one line per log record, with the columns of metrics/metric_table.py.
 
 Lines are at most 120 characters wide for block sizes up to 8:
 
@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TextIO
 
-from sdlm_megatron.metrics.table import METRICS, Column, Metric
+from sdlm_megatron.metrics.metric_table import METRICS, Column, Metric
 
 _HEADER_EVERY = 50
 """Lines between repetitions of the column headings."""
@@ -89,6 +89,7 @@ class Console:
 
     def line(self, record: Record) -> str:
         """One record as one line; fields that are absent show as "-"."""
+        # the record knows the steps of its own schedule, which a resume may have changed
         step = f"{record['step']}/{record.get('steps', self._steps)}".rjust(self._step_width)
         return step + "".join(cell.gap + _text(record.get(cell.field), cell) for cell in self._cells)
 

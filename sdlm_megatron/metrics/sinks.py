@@ -23,7 +23,7 @@ from typing import Any, Protocol
 from sdlm_megatron.config.schema import ObserveConfig
 from sdlm_megatron.errors import DataError
 from sdlm_megatron.files import write_text
-from sdlm_megatron.metrics.table import tab_of
+from sdlm_megatron.metrics.metric_table import tab_of
 from sdlm_megatron.metrics.wandb_sink import WandbSink, open_wandb
 
 Record = Mapping[str, float | int | str]
@@ -61,6 +61,7 @@ class JsonlSink:
                 with open(path.with_suffix(REDONE + path.suffix), "a", encoding="utf-8") as redone:
                     redone.writelines(line for record, line in lines if int(record["step"]) > resume_step)
             write_text(path, "".join(kept))
+        # unbuffered: after a crash, every record up to the last step is in the file
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - closed by close()
         self._waiting, self._warned = b"", False
         self._mark: dict[str, int | str] = {}
@@ -186,7 +187,7 @@ class Sinks(AbstractContextManager):
         """Writes validation.jsonl, and its numbers to TensorBoard and W&B; steps ascend."""
         self._file(VALIDATION_FILE).log(step, record)
         for sink in self._sinks:
-            if not isinstance(sink, JsonlSink):
+            if not isinstance(sink, JsonlSink):  # metrics.jsonl has one object per logged step
                 sink.log(step, record)
 
     def _file(self, name: str) -> JsonlSink:
@@ -226,6 +227,7 @@ def _lines(path: Path) -> list[tuple[dict[str, Any], str]]:
     """Records and their lines. A last line without a newline was cut by a crash and is ignored."""
     records = []
     text = path.read_text(encoding="utf-8", errors="replace")
+    # undecodable bytes are replaced: they can only be in a line that a crash has cut
     for number, line in enumerate(text.splitlines(keepends=True), start=1):
         if not line.endswith("\n"):
             break

@@ -101,6 +101,7 @@ class WandbSink:
         """Waits until all records are logged, at most CLOSE_SECONDS."""
         if not self._thread.is_alive():
             return
+        # one deadline for the queue and the thread together
         end = time.monotonic() + CLOSE_SECONDS
         with suppress(queue.Full):
             self._rows.put(None, timeout=CLOSE_SECONDS)

@@ -144,7 +144,7 @@ class Engine:
         Args:
             batches: this rank's micro-batches.
             step: number of the step, from 1.
-            measure: also compute the device metrics of metrics/table.py.
+            measure: also compute the device metrics of metrics/metric_table.py.
 
         Returns:
             Metrics on the device; `results` reads and checks them.

@@ -16,7 +16,7 @@ from sdlm_megatron.diffusion.loss import LabelRows
 from sdlm_megatron.diffusion.mask import visible_pairs
 from sdlm_megatron.diffusion.row import MicroBatch
 from sdlm_megatron.errors import TrainingError
-from sdlm_megatron.metrics.table import device_metrics
+from sdlm_megatron.metrics.metric_table import device_metrics
 from sdlm_megatron.parallel.groups import Groups
 
 
@@ -44,7 +44,7 @@ class StepResult:
     stop: bool = False
     """Whether any process had been asked to stop the run when the step was read."""
     measured: dict[str, float] = field(default_factory=dict)
-    """Device metrics of metrics/table.py by field name; empty for steps that did not measure."""
+    """Device metrics of metrics/metric_table.py by field name; empty for steps that did not measure."""
     rank_seconds: list[float] = field(default_factory=list, compare=False)
     """Newest result only: compute time of each rank before the gradient reduction, in seconds per step, as the mean of
     all steps that were read together; see device.StepClock."""
@@ -163,7 +163,9 @@ def read(
     maxima = metrics[:, 0, summed:].clone()  # an all-reduce of their own: the others are summed
     metrics[:, 0, summed:] = 0.0
     seconds = torch.zeros(groups.world_size, dtype=torch.float64)
+    # each rank fills its own place, so that the sum over ranks is the list of all
     seconds[groups.rank] = sum(step.seconds() for step in queued) / len(queued)
+    # one all-reduce for everything: its latency counts, not its size
     parts = [losses, metrics, rows, flags, seconds.to(device)]
     shared = torch.cat([part.flatten() for part in parts])
     dist.all_reduce(shared)

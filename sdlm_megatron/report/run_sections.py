@@ -14,8 +14,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from sdlm_megatron.metrics.formats import format_count, format_duration
+from sdlm_megatron.metrics.metric_table import Metric, fields_by_metric
 from sdlm_megatron.metrics.sinks import VALIDATION_FILE, read_metrics
-from sdlm_megatron.metrics.table import Metric, fields_by_metric
 from sdlm_megatron.ops.goodput import CAUSES, USEFUL, Goodput
 from sdlm_megatron.report.page_kit import Page, PageSection
 from sdlm_megatron.report.plots import GRID, INK, SERIES, Records, curves_figure, figure_of, legend, mark_resumes
@@ -125,6 +125,7 @@ def metrics_section(page: Page, records: Records) -> None:
     section = page.section("metrics", "All metrics")
     rows = []
     for metric, fields in _fields(records):
+        # not of the last record: some fields, such as time_save, are not in every one
         newest = [next(r[field] for r in reversed(records) if field in r) for field in fields]
         name = fields[0] if len(fields) == 1 else f"{fields[0]} … {fields[-1]}"
         values = ", ".join("–" if v is None else f"{v:.4g}" if isinstance(v, float) else str(v) for v in newest)
@@ -287,7 +288,7 @@ def _spikes(page: Page, file: Path) -> None:
 
 
 def _events(section: PageSection, events: Records) -> None:
-    first = float(events[0]["time"])
+    first = float(events[0]["time"])  # of all events, also if only the newest are shown
     rows = []
     for event in events[-MAX_EVENTS:]:
         rest = {k: v for k, v in event.items() if k not in ("time", "attempt", "kind", "process_start")}

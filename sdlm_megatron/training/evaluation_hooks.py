@@ -19,8 +19,8 @@ from sdlm_megatron.diffusion.decode import decode
 from sdlm_megatron.diffusion.row import MicroBatch
 from sdlm_megatron.errors import ConfigError
 from sdlm_megatron.metrics.formats import format_duration
+from sdlm_megatron.metrics.metric_table import VALIDATION
 from sdlm_megatron.metrics.sinks import sample_table
-from sdlm_megatron.metrics.table import VALIDATION
 from sdlm_megatron.parallel.engine import EngineProposer
 from sdlm_megatron.training.hooks import Hook, TrainingRun
 from sdlm_megatron.training.run_plan import micro_batch_multiple
@@ -83,6 +83,7 @@ class ValidationHook(Hook):
                 multiple=micro_batch_multiple(run.config.parallel),
             )
             weight = run.config.diffusion.next_token_weight
+            # the same weight as in training: val_loss and loss are comparable
             yield [load_micro_batch(self.dataset, n, seed=0, next_token_weight=weight) for n in numbers]
 
 
@@ -123,7 +124,8 @@ def choose_prompts(dataset: PackedDataset) -> list[SamplePrompt]:
         for clean, block_starts in zip(cleans, starts, strict=True):
             if not len(block_starts) or len(prompts) == PROMPTS:
                 continue
-            cut = int(block_starts[0]) + 1
+            cut = int(block_starts[0]) + 1  # the anchor is the last token of the prompt
+            # all prompts are decoded in one row: tokens so far, and a window of block_size
             needed = cut + NEW_TOKENS + dataset.block_size
             if needed <= room:
                 room -= needed
@@ -219,7 +221,7 @@ def _tokenizer(assets: Path | None) -> Any:
     from transformers import AutoTokenizer  # slow to import, and only runs with samples need it
 
     try:
-        return AutoTokenizer.from_pretrained(assets, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(assets, trust_remote_code=False)  # no code of a base is run in training
     except (OSError, ValueError) as error:
         print(f"samples are shown as token ids: the tokenizer in {assets} cannot be loaded: {error}", flush=True)
         return _TokenIds()

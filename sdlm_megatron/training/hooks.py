@@ -148,9 +148,11 @@ class CheckpointHook(Hook):
     def after_due_step(self, step: int) -> None:
         run, groups = self.run, self.run.engine.groups
         run.watch.at("save")
+        # only the main process writes run.json, and only it has log records
         facts = None
         if run.main:
             facts = run_facts(run.config, run.dataset.manifest, run.record, dp_size=groups.dp_size)
+        # nothing follows a final save: it is retried, and its failure is an error of the run
         final = run.stopping or step == run.last_step
         with run.pause("save"):
             self._writer.save(run.state, run.plan.assets, facts, final=final)

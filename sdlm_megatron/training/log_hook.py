@@ -50,6 +50,7 @@ class LogHook(Hook):
         run, steps, waited = self.run, self._steps, self.run.data_wait - self._waited
         pauses = dict(run.paused)
         seconds = time.perf_counter() - self._start - sum(pauses.values())
+        # the rest of this method counts as time_read_log of the next record
         self._begin_window()
         fields = [hook.log_fields() for hook in self._others]
         parts = run.engine.clock.read()  # on all processes: their clocks would grow without limit
@@ -72,7 +73,7 @@ class LogHook(Hook):
     def _record(self, step: int, steps: Sequence[StepResult], step_time: float) -> dict[str, float | int | str]:
         """The fields that the loop itself knows; an unknown MFU is left out instead of written as 0."""
         run, result, device = self.run, steps[-1], self.run.engine.groups.device
-        tokens = run.state.rows_per_step * run.dataset.row_length
+        tokens = run.state.rows_per_step * run.dataset.row_length  # empty rows that fill up micro-batches not counted
         useful = sum(r.useful_tokens for r in steps) / len(steps)
         mfu = self._mfu(steps, step_time * len(steps))
         return {
@@ -91,6 +92,7 @@ class LogHook(Hook):
             "useful_tokens_per_s": useful / step_time,
             "memory_now_gb": device_memory_gb(device),
             "memory_gb": device_peak_memory_gb(device),
+            # of the last row that was trained on; consumed_rows is the first row of the next step
             "epoch": locate(max(0, run.state.consumed_rows - 1), run.dataset.rows, seed=0).epoch,
             "consumed_rows": run.state.consumed_rows,
             "eta_s": (run.plan.steps - step) * self._smoothed_step_time,

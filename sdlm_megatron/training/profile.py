@@ -59,9 +59,11 @@ class ProfileHook(Hook):
 
     def _finish(self) -> None:
         summary = None
+        # only some processes have a trace, but all take part in the gather below
         if self._profile is not None:
             self._profile.stop()
             self._profile = None
+            # read back from the file: `summarize` works on the exported format, which tests can write by hand
             with gzip.open(self._trace(), "rt", encoding="utf-8") as file:
                 summary = summarize(json.load(file)["traceEvents"]), _peak_memory()
         gathered = self.run.engine.groups.gather(summary)

@@ -67,6 +67,7 @@ def make_run_plan(config: RunConfig, dataset: PackedDataset, notice: Notice) -> 
         shape = resolve_shape(config.model, None, "model")
         plan = _plan(config, dataset, shape, dataset.manifest["mask_token_id"], None, "random")
     check_model(plan.state.shape, config, dataset.row_length)
+    # the mask token usually has the highest id of a dataset: it is appended to the vocabulary
     needed = max(dataset.manifest["mask_token_id"] + 1, 1)
     if needed > plan.state.shape.vocab_size:
         raise ConfigError(
@@ -129,6 +130,7 @@ def _rows_per_step(config: RunConfig, dataset: PackedDataset) -> int:
     size = config.train.global_batch
     if config.train.global_batch_unit == "rows":
         return size
+    # the reference counts documents; rows hold several, so the step size is met on average
     return max(1, round(size / dataset.manifest["mean_documents_per_row"]))
 
 
@@ -246,7 +248,9 @@ def _resume(config: RunConfig, dataset: PackedDataset, folder: Path) -> RunPlan:
             str(folder),
             "use the same diffusion section",
         )
+    # without notices: they were printed when the run started
     _check_tokenizer(dataset, folder / "hf", state.mask_token_id, lambda text: None)
+    # rows per step are those of the start: another layout must not change the batches
     total = _total_rows(config, dataset, state.rows_per_step)
     steps = math.ceil(total / state.rows_per_step)
     return RunPlan(replace(state, shape=shape), folder, "resume", folder / "hf", None, total, steps)

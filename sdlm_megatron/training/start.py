@@ -57,6 +57,7 @@ def start_training(
         find_nan: step to search for the module where numbers stop being finite; 0: none.
         log: prints on the main process.
     """
+    # the process groups come first: everything after it may need a collective
     groups = init_groups(config.parallel, seed=config.train.seed)
     plan = sync_resume_plan(config, plan, dataset, groups, log)
     engine = Engine(
@@ -66,7 +67,7 @@ def start_training(
         max_positions=dataset.row_length + config.diffusion.block_size,
         row_length=dataset.row_length,
         steps=plan.steps,
-        initialize=plan.kind == "random",
+        initialize=plan.kind == "random",  # weights that are loaded would overwrite random ones
     )
     log(f"attention {engine.attention.text}")
     log(f"layers {engine.layers.text}; {optimizer_text()}")
@@ -74,7 +75,7 @@ def start_training(
     run = TrainingRun(config, plan, engine, dataset, watch, sinks, plan.state)
     with sinks or nullcontext():
         Trainer(run, make_hooks(run, validation, profile_steps, find_nan)).fit()
-    watch.at("end")
+    watch.at("end")  # leaving the process groups waits for all processes, and may hang
     close_groups()
 
 
@@ -110,6 +111,7 @@ def _open_sinks(config: RunConfig, plan: RunPlan, watch: Watch, groups: Groups) 
     """Creates the run folder with its configuration, records the event `start`, and opens the files of metrics."""
     run_dir = Path(config.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
+    # before the first step, so that `sdlm report` works for a run that crashes in it
     save_config(config, run_dir / "config.yaml")
     layout = f"TP {groups.tp_size}, PP {groups.pp_size}, DP {groups.dp_size}"
     watch.event(
@@ -134,12 +136,13 @@ def sync_resume_plan(
     Raises:
         CheckpointError: the base is damaged, or the processes see different files.
     """
+    # a node that died may have left a newer checkpoint on its own disk only
     if carry_over(config.checkpoint, Path(config.run_dir), groups, log):
         plan = make_run_plan(config, dataset, log)
     while True:
         plan = _wait_for_same_source(config, plan, dataset, groups, log)
         if plan.source is None or plan.kind == "huggingface":
-            break
+            break  # no checksums of our own to verify
         started = time.perf_counter()
         problem = damage(plan.source, groups)
         if not problem:

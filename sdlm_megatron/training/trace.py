@@ -89,6 +89,7 @@ def summarize(events: Iterable[dict[str, Any]]) -> TraceSummary:
     _mark_parts(host, links)
     device = [e for e in complete if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
     if device:
+        # from the first to the last kernel: the host runs ahead of the device, so host steps do not bound its work
         work, talk = _device_work(device, complete, host)
         spans = [(s, e) for _, _, s, e in work] + [(s, e) for _, _, s, e in talk]
         window = [(min(s for s, _ in spans), max(e for _, e in spans))]
@@ -122,6 +123,7 @@ def _summary(
             kinds[kind, group].append((start, end))
     communication = {}
     for key, spans in sorted(kinds.items()):
+        # the time that this kind adds to the compute kernels
         exposed = _length(_union([*busy, *spans])) - _length(busy)
         communication[key] = (len(spans), sum(e - s for s, e in spans) / 1e3, exposed / 1e3)
     longest = sorted(top.items(), key=lambda item: -item[1][1])[:15]
@@ -179,6 +181,7 @@ def _host_threads(complete: Iterable[dict[str, Any]]) -> dict[Any, list[_Host]]:
             threads[event["tid"]].append(event)
     nested: dict[Any, list[_Host]] = {}
     for tid, events in threads.items():
+        # of two events with the same start, the longer one encloses the other
         events.sort(key=lambda e: (e["ts"], -e.get("dur", 0.0)))
         nodes: list[_Host] = []
         open_nodes: list[_Host] = []

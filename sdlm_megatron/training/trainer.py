@@ -39,6 +39,7 @@ class Trainer:
         with Prefetch(self._loads(last), run.engine.groups.device) as rows, ExitStack() as stack:
             for hook in self.hooks:
                 stack.enter_context(hook)
+            # the loader already reads the first rows while the weights are loaded
             run.watch.at("load")
             with run.pause():
                 self._load_weights()
@@ -97,12 +98,13 @@ class Trainer:
         results = run.engine.results(self._queued, stop=run.watch.asked_to_stop())
         run.watch.end_read()
         queued, self._queued = self._queued, []
-        run.stopping = results[-1].stop
+        run.stopping = results[-1].stop  # reduced over all ranks, so that all stop after the same step
         for hook in self.hooks:
             hook.on_results(queued, results)
 
     def _stopped(self, step: int) -> None:
         run = self.run
+        # usually one process got the signal: its reason is that of all
         why = next(filter(None, run.engine.groups.gather(run.watch.requests.why)), "")
         run.watch.reason, run.watch.why = "stopped", why
         run.watch.event("stop", step=step, reason=why)

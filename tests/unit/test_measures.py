@@ -11,7 +11,7 @@ from sdlm_megatron.data.batch import load_micro_batch
 from sdlm_megatron.data.format import PackedDataset
 from sdlm_megatron.diffusion.layout import IGNORE
 from sdlm_megatron.diffusion.row import MicroBatch
-from sdlm_megatron.metrics.table import THRESHOLDS
+from sdlm_megatron.metrics.metric_table import THRESHOLDS
 
 D = 4
 

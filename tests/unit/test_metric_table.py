@@ -11,13 +11,13 @@ from helpers import make_dataset, read_metrics, train
 
 from sdlm_megatron.data.batch import load_micro_batch
 from sdlm_megatron.data.format import PackedDataset
-from sdlm_megatron.metrics.table import METRICS, Metric, metric_of, register, tab_of
+from sdlm_megatron.metrics.metric_table import METRICS, Metric, metric_of, register, tab_of
 from sdlm_megatron.report.run_page import write_report
 
 ONE_ENTRY = """
 import sys
 from sdlm_megatron.errors import run_cli
-from sdlm_megatron.metrics.table import Column, Metric, register
+from sdlm_megatron.metrics.metric_table import Column, Metric, register
 
 
 def padding(rows):
@@ -38,7 +38,7 @@ if __name__ == "__main__":
 @pytest.fixture
 def table(monkeypatch: pytest.MonkeyPatch) -> None:
     """The entries that a test registers are gone after it."""
-    monkeypatch.setattr("sdlm_megatron.metrics.table.METRICS", [*METRICS])
+    monkeypatch.setattr("sdlm_megatron.metrics.metric_table.METRICS", [*METRICS])
 
 
 def test_one_entry_reaches_the_record_the_console_and_the_report(tmp_path: Path, table: None) -> None:
