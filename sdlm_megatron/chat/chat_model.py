@@ -24,6 +24,14 @@ from sdlm_megatron.weights.dtypes import PRECISIONS
 from sdlm_megatron.weights.hf_config import HFConfig, read_hf_config
 from sdlm_megatron.weights.hf_weights import HFWeights
 
+# bool is a subclass of int, so that the exact type is compared
+RULE_VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "alg": (lambda value: value in ALGORITHMS, f"one of {', '.join(ALGORITHMS)}"),
+    "n": (lambda value: type(value) is int and value >= 1, "an integer of at least 1"),
+    "threshold": (lambda value: type(value) in (int, float) and 0 <= value <= 1, "a number between 0 and 1"),
+    "product": (lambda value: type(value) is bool, "True or False"),
+}
+"""Test and description of the valid values of a decoding rule."""
 Message = Mapping[str, str]
 OnPass = Callable[[list[int]], None]
 """Called after each pass with the tokens that the pass kept."""
@@ -159,7 +167,11 @@ class ChatModel:
             if value is None:
                 label, value, source = f"sdlm_{name}", stored[name], f"{self.folder}/generation_config.json"
             values[name] = value
-            _check_rule(name, value, label, source)
+            valid, expected = RULE_VALUES[name]
+            if not valid(value):
+                near = difflib.get_close_matches(str(value), ALGORITHMS, 1, 0.5)
+                hint = f"did you mean '{near[0]}'? " if near else ""
+                raise ConfigError(f"{label} is {value!r}", source, f"{hint}use {expected}")
         if values["alg"] != "ar" and not self.config.is_sdlm:
             raise ConfigError(
                 f"alg {values['alg']} needs an SDLM folder, this is a plain {self.config.model_type}: "
@@ -298,21 +310,6 @@ class ChatModel:
         cut = len(tokens) >= settings.max_new_tokens and tokens[-1] not in self.end_tokens
         text = self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return Answer(tokens, accepted, text, seconds, not (cut or interrupted), interrupted)
-
-
-def _check_rule(name: str, value: Any, label: str, where: str) -> None:
-    """ConfigError naming `label` where `value` is not valid for the parameter `name` of a decoding rule."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    valid, expected = {
-        "alg": (value in ALGORITHMS, f"one of {', '.join(ALGORITHMS)}"),
-        "n": (number and isinstance(value, int) and value >= 1, "an integer of at least 1"),
-        "threshold": (number and 0 <= value <= 1, "a number between 0 and 1"),
-        "product": (isinstance(value, bool), "True or False"),
-    }[name]
-    if not valid:
-        near = difflib.get_close_matches(str(value), ALGORITHMS, 1, 0.5) if name == "alg" else []
-        hint = f"did you mean '{near[0]}'? " if near else ""
-        raise ConfigError(f"{label} is {value!r}", where, f"{hint}give {expected}")
 
 
 class _Streamer:

@@ -9,7 +9,6 @@ import unicodedata
 from types import TracebackType
 from typing import Any
 
-from rich.cells import cell_len
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.table import Table
@@ -74,11 +73,10 @@ class LiveAnswer:
             print(text, end="", flush=True)
             return
         self._line.append(printable(text), style_of(self._passes))
-        width = self._console.width - 1  # after a full line, terminals differ in where they put the cursor
-        while (cut := line_end(self._line.plain, width)) is not None:
+        # after a full line, terminals differ in where they put the cursor: one column stays free
+        *lines, self._line = self._line.wrap(self._console, self._console.width - 1)
+        for line in lines:
             # a finished line is printed above the redrawn part and scrolls up with the rest
-            line, self._line = self._line.divide([cut])
-            line.rstrip()
             self._live.update(self._picture())
             self._console.print(line, soft_wrap=True)
 
@@ -107,27 +105,6 @@ def printable(text: str) -> str:
 
 def _visible(control: str) -> str:
     return chr(0x2400 + ord(control)) if ord(control) < 0x20 else "\u2421"
-
-
-def line_end(text: str, width: int) -> int | None:
-    """Index at which the first terminal line of `text` ends; None while the line is not full.
-
-    A line ends after a line feed, else after the last space or before the last wide character that fits, else at the
-    edge.
-    """
-    used = best = 0
-    for i, character in enumerate(text):
-        if character == "\n":
-            return i + 1
-        cells = cell_len(character)
-        if cells == 2:
-            best = i
-        if used + cells > width and character != " ":
-            return best or i
-        used += cells
-        if character == " ":
-            best = i + 1
-    return None
 
 
 def statistics(answer: Answer, limit: int) -> str:

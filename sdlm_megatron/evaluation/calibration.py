@@ -15,22 +15,16 @@ from rich.console import Console
 
 from sdlm_megatron.chat.chat_model import ChatModel
 from sdlm_megatron.errors import run_cli
-from sdlm_megatron.evaluation.measurement import (
-    add_prompts,
-    load_model,
-    measurement_parser,
-    trained_block_size,
-    write_result,
-)
+from sdlm_megatron.evaluation import held_out, measurement
+from sdlm_megatron.evaluation.held_out import HeldOutPrompt
 from sdlm_megatron.evaluation.probe import probe
-from sdlm_megatron.evaluation.prompts import DEFAULT_BATCH, HeldOutPrompt, encode, encode_answer, read_prompts
 from sdlm_megatron.progress import track
 
 
 def slots_of(chat: ChatModel, prompts: Sequence[HeldOutPrompt], window: int, batch: int) -> list[dict[str, Any]]:
     """Confidence and correctness of each slot at the positions where every slot has a target, as calibration.json."""
-    answers = [encode_answer(chat, prompt.expected) for prompt in prompts]
-    encoded = [encode(chat, prompt) for prompt in prompts]
+    answers = [held_out.encode_answer(chat, prompt.expected) for prompt in prompts]
+    encoded = [held_out.encode(chat, prompt) for prompt in prompts]
     with track("probe", len(prompts), "prompts", Console()) as advance:
         probes = probe(chat, encoded, answers, window=window, batch=batch, progress=advance)
     slots: list[dict[str, Any]] = [{"slot": j, "prob": [], "entropy": [], "right": []} for j in range(window)]
@@ -49,23 +43,23 @@ def slots_of(chat: ChatModel, prompts: Sequence[HeldOutPrompt], window: int, bat
 
 def build_parser() -> argparse.ArgumentParser:
     """Options of the command."""
-    parser = measurement_parser("calibration", __doc__)
-    add_prompts(parser, batch=DEFAULT_BATCH)
+    parser = measurement.make_parser("calibration", __doc__)
+    measurement.add_prompts(parser, batch=held_out.BATCH)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     args = build_parser().parse_args(argv)
-    prompts = read_prompts(args.prompts, args.most or 0)
-    chat = load_model(args)
-    window = trained_block_size(chat, "name a folder that a training run was exported to")
+    prompts = held_out.read_prompts(args.prompts, args.most or 0)
+    chat = measurement.load_model(args)
+    window = measurement.trained_block_size(chat, "name a folder that a training run was exported to")
     slots = slots_of(chat, prompts, window, args.batch)
     for slot in slots:
         count = len(slot["right"])
         accuracy, confidence = sum(slot["right"]) / count, sum(slot["prob"]) / count
         print(f"slot {slot['slot'] + 1}   accuracy {accuracy:6.1%}, confidence {confidence:6.1%}   ({count} positions)")
-    write_result(chat, args, argv, "calibration", {"slots": slots}, n_prompts=len(prompts))
+    measurement.write_result(chat, args, argv, "calibration", {"slots": slots}, n_prompts=len(prompts))
 
 
 if __name__ == "__main__":

@@ -15,22 +15,8 @@ from rich.console import Console
 from sdlm_megatron.chat.chat_model import ChatModel, DecodingRule
 from sdlm_megatron.config.command_line import at_least, threshold
 from sdlm_megatron.errors import DataError, run_cli
-from sdlm_megatron.evaluation.measurement import (
-    EXAMPLE,
-    add_prompts,
-    check_positions,
-    load_model,
-    measurement_parser,
-    write_result,
-)
-from sdlm_megatron.evaluation.prompts import (
-    HeldOutPrompt,
-    decode_prompts,
-    encode,
-    exact_matches,
-    longest_answer,
-    read_prompts,
-)
+from sdlm_megatron.evaluation import held_out, measurement
+from sdlm_megatron.evaluation.held_out import HeldOutPrompt
 from sdlm_megatron.progress import track
 
 BATCH_TOKENS = 8192
@@ -67,12 +53,12 @@ def measure(
         encoded: token ids of the prompts by number of shots.
         progress: called with the number of prompt tokens that were processed.
     """
-    length, rows = longest_answer(chat, prompts), []
+    length, rows = held_out.longest_answer(chat, prompts), []
     for shots, ids in encoded.items():
         mean = sum(map(len, ids)) / len(ids)
         batch = max(1, min(MOST_ROWS, BATCH_TOKENS // max(map(len, ids))))
         for rule in rules:
-            decoded = decode_prompts(
+            decoded = held_out.decode_prompts(
                 chat,
                 ids,
                 rule,
@@ -80,7 +66,7 @@ def measure(
                 batch=batch,
                 progress=lambda count, mean=mean: progress(count * mean),  # type: ignore[misc]
             )
-            exact = exact_matches(chat, prompts, decoded)
+            exact = held_out.exact_matches(chat, prompts, decoded)
             seconds = round(decoded.seconds, 3)
             row = {"shots": shots, "context": round(mean, 1), **rule.row, "exact": exact, **decoded.counts}
             rows.append({**row, "seconds": seconds})
@@ -108,8 +94,8 @@ def split(
 
 def build_parser() -> argparse.ArgumentParser:
     """Options of the command."""
-    parser = measurement_parser("context", __doc__, example=f"{EXAMPLE} --shots 0 4 16")
-    add_prompts(parser, most=64)
+    parser = measurement.make_parser("context", __doc__, example=f"{measurement.EXAMPLE} --shots 0 4 16")
+    measurement.add_prompts(parser, most=64)
     add = parser.add_argument
     shots = [0, 1, 4, 8, 16, 32]
     add("--shots", type=at_least(0), nargs="+", default=shots, metavar="K", help="numbers of examples")
@@ -120,19 +106,20 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     args = build_parser().parse_args(argv)
-    measured, pool = split(read_prompts(args.prompts), args.most, max(args.shots), args.prompts)
-    chat = load_model(args)
+    measured, pool = split(held_out.read_prompts(args.prompts), args.most, max(args.shots), args.prompts)
+    chat = measurement.load_model(args)
     encoded = {
-        shots: [encode(chat, prompt, examples_of(pool, i, shots)) for i, prompt in enumerate(measured)]
+        shots: [held_out.encode(chat, prompt, examples_of(pool, i, shots)) for i, prompt in enumerate(measured)]
         for shots in sorted(set(args.shots))
     }
     longest = max(len(ids) for rows in encoded.values() for ids in rows)
-    check_positions(chat, longest + longest_answer(chat, measured) + chat.config.decoding.block_size, "--shots")
+    answer = held_out.longest_answer(chat, measured) + chat.config.decoding.block_size
+    measurement.check_positions(chat, longest + answer, "--shots")
     rules = rules_of(chat, args.thresholds)
     tokens = len(rules) * sum(len(ids) for rows in encoded.values() for ids in rows)
     with track("decode", tokens, "prompt tokens", Console()) as advance:
         rows = measure(chat, encoded, measured, rules, advance)
-    write_result(chat, args, argv, "context", {"rows": rows}, n_prompts=len(measured))
+    measurement.write_result(chat, args, argv, "context", {"rows": rows}, n_prompts=len(measured))
 
 
 if __name__ == "__main__":

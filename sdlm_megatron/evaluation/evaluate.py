@@ -13,8 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sdlm_megatron.errors import ConfigError, run_cli
-from sdlm_megatron.evaluation.measurement import add_prompts, measurement_parser
-from sdlm_megatron.evaluation.prompts import DEFAULT_BATCH
+from sdlm_megatron.evaluation import held_out, measurement
 
 KINDS = {
     "report": "all of the measurements below and one page (the default)",
@@ -35,8 +34,8 @@ NOTES = "kinds, as sdlm evaluate KIND; sdlm evaluate KIND --help explains the op
 
 def build_parser() -> argparse.ArgumentParser:
     """Options of `sdlm evaluate` without a kind, and of `sdlm evaluate report`."""
-    parser = measurement_parser("", __doc__, notes=NOTES)
-    add_prompts(parser, batch=DEFAULT_BATCH)
+    parser = measurement.make_parser("", __doc__, notes=NOTES)
+    measurement.add_prompts(parser, batch=held_out.BATCH)
     add = parser.add_argument
     timed = "prompts of speed and context, which take longer"
     add("--timed", type=int, default=32, metavar="N", help=timed)

@@ -12,27 +12,27 @@ import torch
 import transformers
 
 from sdlm_megatron.chat.chat_model import ChatModel, load
-from sdlm_megatron.config.command_line import CommandParser, at_least, make_parser
+from sdlm_megatron.config import command_line
 from sdlm_megatron.errors import CheckpointError, ConfigError
 from sdlm_megatron.files import write_json
 from sdlm_megatron.weights.dtypes import PRECISIONS
 
 EXAMPLE = "--model runs/quickstart/hf --prompts runs/quickstart/task/heldout.jsonl --out results"
-OUT_FOLDER = "folder of the result file"
+OUT_FOLDER = "folder of the result files"
 
 
-def measurement_parser(
+def make_parser(
     kind: str, description: str | None, *, example: str = EXAMPLE, out: str = OUT_FOLDER, notes: str = ""
-) -> CommandParser:
+) -> command_line.CommandParser:
     """Parser of `sdlm evaluate KIND` with --model, --out, --dtype, --device and --threads."""
     command = f"sdlm evaluate {kind}".rstrip()
-    parser = make_parser(command, description, example=f"{command} {example}", notes=notes)
+    parser = command_line.make_parser(command, description, example=f"{command} {example}", notes=notes)
     add = parser.add_argument
     add("--model", type=Path, required=True, metavar="DIR", help="exported SDLM folder, or a plain Qwen2 or Llama")
     add("--out", type=Path, required=True, metavar="PATH", help=out)
     add("--dtype", choices=sorted(PRECISIONS), help="dtype of the weights; default: the folder's own")
     add("--device", help="torch device; default: a GPU if there is one, else cpu")
-    add("--threads", type=at_least(1), metavar="N", help="CPU threads; default: torch's choice")
+    add("--threads", type=command_line.at_least(1), metavar="N", help="CPU threads; default: torch's choice")
     return parser
 
 
@@ -40,10 +40,10 @@ def add_prompts(parser: argparse.ArgumentParser, most: int | None = None, *, bat
     """Adds --prompts and --most (None: all prompts by default), and --batch with this default."""
     add = parser.add_argument
     add("--prompts", type=Path, required=True, metavar="JSONL", help='lines of {"prompt": …, "expected": …}')
-    unlimited = "; default: all" if most is None else ""
-    add("--most", type=at_least(1), default=most, metavar="N", help=f"measure only the first N prompts{unlimited}")
+    first = f"measure only the first N prompts{'; default: all' if most is None else ''}"
+    add("--most", type=command_line.at_least(1), default=most, metavar="N", help=first)
     if batch is not None:
-        add("--batch", type=at_least(1), default=batch, metavar="B", help="prompts per batch")
+        add("--batch", type=command_line.at_least(1), default=batch, metavar="B", help="prompts per batch")
 
 
 def load_folder(args: argparse.Namespace, folder: Path) -> ChatModel:

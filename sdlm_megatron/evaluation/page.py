@@ -12,43 +12,9 @@ from typing import Any
 
 from sdlm_megatron.config.command_line import make_parser
 from sdlm_megatron.errors import ConfigError, DataError, run_cli
-from sdlm_megatron.evaluation.figures import (
-    context_figure,
-    models_figure,
-    overhead_figure,
-    quality_figure,
-    threshold_figure,
-    wall_figure,
-)
-from sdlm_megatron.evaluation.figures_slots import (
-    KEPT_AT,
-    acceptance_figure,
-    precision_recall_figure,
-    reliability_figure,
-)
-from sdlm_megatron.evaluation.intervals import (
-    Estimate,
-    acceptance,
-    average_precision,
-    bins_of,
-    brier,
-    difference,
-    kept_at,
-    mcnemar,
-)
-from sdlm_megatron.evaluation.result_files import (
-    KINDS,
-    Result,
-    Results,
-    context_rows,
-    exact_of,
-    name_of,
-    perplexities,
-    points,
-    pooled,
-    read_results,
-    timings,
-)
+from sdlm_megatron.evaluation import figures, figures_slots, intervals, result_files
+from sdlm_megatron.evaluation.intervals import Estimate
+from sdlm_megatron.evaluation.result_files import KINDS, Result, Results, name_of, points, pooled
 from sdlm_megatron.report.page_kit import Page
 
 TAU = 0.98
@@ -90,7 +56,7 @@ def group(folders: Sequence[Path], labels: Sequence[str]) -> dict[str, dict[str,
     """
     results: dict[str, dict[str, list[Result]]] = {}
     for folder, label in zip(folders, labels, strict=True):
-        for kind, result in read_results(folder).items():
+        for kind, result in result_files.read_results(folder).items():
             seeds = results.setdefault(kind, {}).setdefault(label, [])
             if seeds and _prompts(seeds[0]) != _prompts(result):
                 raise DataError(
@@ -136,9 +102,7 @@ def _add_facts(page: Page, results: dict[str, dict[str, list[Result]]]) -> None:
         "for tokens a pass). With several seeds they also cover the seeds (Student's interval); each end is the wider "
         "of the two. The interval of a single seed does not say how other seeds would do."
     )
-    section.table(
-        ["", "D", *FACTS[1:], "measured"], [(*key, ", ".join(kinds)) for key, kinds in rows.items()], align="left"
-    )
+    section.table(["", "D", *FACTS[1:], "measured"], [(*key, ", ".join(kinds)) for key, kinds in rows.items()])
     section.details("Commands", "\n".join(dict.fromkeys(commands)))
 
 
@@ -149,7 +113,7 @@ def _add_sweep(page: Page, sweeps: Results) -> None:
         "An answer is exact if all of it equals the expected text. Up and to the right is better; the star is "
         "next-token decoding, one token a pass."
     )
-    section.figure(quality_figure(sweeps), "exact answers against tokens a pass")
+    section.figure(figures.quality_figure(sweeps), "exact answers against tokens a pass")
     section.table(
         ["", "seeds", "decoding", "exact", "tokens a pass"],
         [
@@ -161,7 +125,7 @@ def _add_sweep(page: Page, sweeps: Results) -> None:
     if any(row["threshold"] is not None for seeds in sweeps.values() for row in seeds[0]["rows"]):
         section = page.section("threshold", "Effect of the threshold")
         section.text("A lower threshold keeps more tokens a pass and costs quality.")
-        section.figure(threshold_figure(sweeps), "tokens a pass and exact answers by threshold")
+        section.figure(figures.threshold_figure(sweeps), "tokens a pass and exact answers by threshold")
     _add_differences(page, sweeps)
 
 
@@ -169,15 +133,15 @@ def _add_differences(page: Page, sweeps: Results) -> None:
     """A row per decoding rule of every other label: its exact answers minus those of the first label at n = 1."""
     (first, base), *others = sweeps.items()
     rows = []
-    reference = exact_of(base, "ar", None)
+    reference = result_files.exact_of(base, "ar", None)
     for label, seeds in others:
         for alg, threshold in dict.fromkeys((p.alg, p.threshold) for p in points(seeds)):
-            exact = exact_of(seeds, alg, threshold)
+            exact = result_files.exact_of(seeds, alg, threshold)
             if reference is None or exact is None or len(reference[0]) != len(exact[0]):
                 continue
             both = min(len(reference), len(exact))
-            gap = difference(exact[:both], reference[:both])
-            only, only_first, p = mcnemar(exact[0], reference[0])
+            gap = intervals.difference(exact[:both], reference[:both])
+            only, only_first, p = intervals.mcnemar(exact[0], reference[0])
             name = name_of((alg, 1, threshold)).split(", n")[0]
             rows.append((label, name, change(gap), only, only_first, f"{p:.2g}"))
     if rows:
@@ -199,7 +163,8 @@ def _add_calibration(page: Page, calibrations: Results) -> None:
     )
     for score, name in (("prob", "Probability"), ("entropy", "Entropy")):
         section.subheading(name)
-        section.figure(reliability_figure(calibrations, score), f"accuracy against {name.lower()}, slot by slot")
+        figure = figures_slots.reliability_figure(calibrations, score)
+        section.figure(figure, f"accuracy against {name.lower()}, slot by slot")
     section.table(*_slots_table(calibrations))
 
     section = page.section("precision", "Precision and recall of a threshold")
@@ -207,22 +172,22 @@ def _add_calibration(page: Page, calibrations: Results) -> None:
         "If only predictions above a threshold are kept: precision is the share of kept predictions that are correct, "
         "recall the share of correct predictions that are kept. Dots: probability above 0.9 and 0.98."
     )
-    section.figure(precision_recall_figure(calibrations), "precision and recall by slot")
+    section.figure(figures_slots.precision_recall_figure(calibrations), "precision and recall by slot")
 
     section = page.section("acceptance", "Acceptance by slot")
     section.text(
         "Solid lines: how often decoding keeps a slot. Dashed: the same, of the positions at which all slots before it "
         "are kept. Dotted: the slot and all before it are correct, which is what a perfect confidence would keep."
     )
-    section.figure(acceptance_figure(calibrations), "how often each slot is kept")
+    section.figure(figures_slots.acceptance_figure(calibrations), "how often each slot is kept")
     rows: list[tuple[object, ...]] = []
     for label, seeds in calibrations.items():
         slots = pooled(seeds)
-        columns = [acceptance([slot["prob"] for slot in slots], tau) for tau in KEPT_AT]
+        columns = [intervals.acceptance([slot["prob"] for slot in slots], tau) for tau in figures_slots.KEPT_AT]
         rows += [
             (label, j + 1, *(f"{kept[j]:.1%} ({after[j]:.1%})" for kept, after in columns)) for j in range(len(slots))
         ]
-    section.table(["", "slot", *(f"kept at {tau:g} (if all before are)" for tau in KEPT_AT)], rows)
+    section.table(["", "slot", *(f"kept at {tau:g} (if all before are)" for tau in figures_slots.KEPT_AT)], rows)
 
 
 def _slots_table(calibrations: Results) -> tuple[list[str], list[tuple[Any, ...]]]:
@@ -230,14 +195,14 @@ def _slots_table(calibrations: Results) -> tuple[list[str], list[tuple[Any, ...]
     for label, seeds in calibrations.items():
         for j, slot in enumerate(pooled(seeds)):
             correct = slot["right"]
-            precision, recall = kept_at(slot["prob"], correct, TAU)
+            precision, recall = intervals.kept_at(slot["prob"], correct, TAU)
             scores = [
                 f"{value:.3f}"
                 for confidence in (slot["prob"], slot["entropy"])
                 for value in (
-                    bins_of(confidence, correct).ece,
-                    brier(confidence, correct),
-                    average_precision(confidence, correct),
+                    intervals.bins_of(confidence, correct).ece,
+                    intervals.brier(confidence, correct),
+                    intervals.average_precision(confidence, correct),
                 )
             ]
             shares = (f"{correct.mean():.1%}", *scores, f"{precision:.1%}", f"{recall:.1%}")
@@ -247,11 +212,11 @@ def _slots_table(calibrations: Results) -> tuple[list[str], list[tuple[Any, ...]
 
 
 def _add_speed(page: Page, speeds: Results) -> None:
-    timed = [(label, t) for label, seeds in speeds.items() for t in timings(seeds)]
+    timed = [(label, t) for label, seeds in speeds.items() for t in result_files.timings(seeds)]
     if timed:
         section = page.section("wall", "Quality against wall time")
         section.text("Whole answers on this machine, from the prompt to the last token.")
-        section.figure(wall_figure(speeds), "exact answers against tokens a second")
+        section.figure(figures.wall_figure(speeds), "exact answers against tokens a second")
         section.table(
             ["", "batch", "decoding", "prompts", "exact", "tokens/s", "seconds a prompt"],
             [
@@ -265,7 +230,7 @@ def _add_speed(page: Page, speeds: Results) -> None:
             "The cost of a pass with a window, in causal steps (passes that produce one token each). A pass is a gain "
             "if it keeps more tokens than that."
         )
-        section.figure(overhead_figure(speeds), "cost of a window pass in causal steps")
+        section.figure(figures.overhead_figure(speeds), "cost of a window pass in causal steps")
         section.table(
             ["", "batch", "tokens before", "pass", "n", "causal steps (quartiles)"],
             [
@@ -279,7 +244,7 @@ def _add_speed(page: Page, speeds: Results) -> None:
 def _add_context(page: Page, contexts: Results) -> None:
     section = page.section("context", "Longer contexts")
     section.text("The same prompts after an increasing number of solved examples.")
-    section.figure(context_figure(contexts), "quality and speed by context length")
+    section.figure(figures.context_figure(contexts), "quality and speed by context length")
     rows = [
         (
             label,
@@ -291,7 +256,7 @@ def _add_context(page: Page, contexts: Results) -> None:
             number(row["rate"], 1),
         )
         for label, seeds in contexts.items()
-        for row in context_rows(seeds)
+        for row in result_files.context_rows(seeds)
     ]
     section.table(["", "examples", "tokens before", "decoding", "exact", "tokens a pass", "tokens/s"], rows)
 
@@ -299,8 +264,8 @@ def _add_context(page: Page, contexts: Results) -> None:
 def _add_perplexity(page: Page, results: Results) -> None:
     section = page.section("perplexity", "Unrelated text")
     section.text("Next-token perplexity of text that has nothing to do with the training data; lower is better.")
-    texts = perplexities(results)
-    section.figure(models_figure(texts, logarithmic=True), "perplexity of unrelated texts")
+    texts = result_files.perplexities(results)
+    section.figure(figures.models_figure(texts, logarithmic=True), "perplexity of unrelated texts")
     rows = [(name, *(number(row[label]) for label in results)) for name, row in texts.items()]
     section.table(["", *results], rows)
 

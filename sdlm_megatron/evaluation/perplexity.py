@@ -24,7 +24,7 @@ from rich.console import Console
 from sdlm_megatron.chat.chat_model import ChatModel
 from sdlm_megatron.config.command_line import at_least
 from sdlm_megatron.errors import DataError, run_cli
-from sdlm_megatron.evaluation.measurement import check_positions, load_model, measurement_parser, write_result
+from sdlm_megatron.evaluation import measurement
 from sdlm_megatron.progress import track
 
 MODULES = ("argparse", "copy", "heapq", "re", "sched", "shelve", "socketserver", "timeit", "unittest")
@@ -115,7 +115,7 @@ def measure(
 
 def build_parser() -> argparse.ArgumentParser:
     """Options of the command."""
-    parser = measurement_parser("perplexity", __doc__, example="--model runs/quickstart/hf --out results")
+    parser = measurement.make_parser("perplexity", __doc__, example="--model runs/quickstart/hf --out results")
     add = parser.add_argument
     add(
         "--text", type=Path, nargs="+", metavar="FILE", help="files in UTF-8; default: texts of Python and its packages"
@@ -129,13 +129,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     args = build_parser().parse_args(argv)
     texts = [read_text(path) for path in args.text] if args.text else installed_texts()
-    chat = load_model(args)
-    check_positions(chat, args.length, "--length")
+    chat = measurement.load_model(args)
+    measurement.check_positions(chat, args.length, "--length")
     pieces = [(text, pieces_of(chat, text, args.length, args.most)) for text in texts]
     total = sum(len(piece) for _, part in pieces for piece in part)
     with track("read", total, "tokens", Console()) as advance:
         rows = measure(chat, pieces, advance)
-    write_result(chat, args, argv, "perplexity", {"texts": rows}, length=args.length)
+    measurement.write_result(chat, args, argv, "perplexity", {"texts": rows}, length=args.length)
 
 
 if __name__ == "__main__":

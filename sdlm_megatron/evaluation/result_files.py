@@ -27,16 +27,12 @@ RuleKey = tuple[str, int, float | None]
 
 
 @dataclass(frozen=True)
-class SweepPoint:
-    """Quality and speed of one decoding rule, over the prompts of every seed."""
+class MeasuredRule:
+    """A decoding rule that results are about."""
 
     alg: str
     n: int
     threshold: float | None
-    exact: Estimate
-    """Share of exact answers."""
-    speed: Estimate
-    """Tokens a pass."""
 
     @property
     def name(self) -> str:
@@ -44,12 +40,19 @@ class SweepPoint:
 
 
 @dataclass(frozen=True)
-class RuleTiming:
-    """Wall time of one decoding rule at one batch size."""
+class SweepPoint(MeasuredRule):
+    """Quality and speed of a rule over the prompts of every seed."""
 
-    alg: str
-    n: int
-    threshold: float | None
+    exact: Estimate
+    """Share of exact answers."""
+    speed: Estimate
+    """Tokens a pass."""
+
+
+@dataclass(frozen=True)
+class RuleTiming(MeasuredRule):
+    """Wall time of a rule at one batch size."""
+
     batch: int
     prompts: int
     """Of all seeds together."""
@@ -59,10 +62,6 @@ class RuleTiming:
     """Tokens a second."""
     seconds: Estimate
     """Seconds a prompt."""
-
-    @property
-    def name(self) -> str:
-        return name_of((self.alg, self.n, self.threshold))
 
 
 def name_of(key: RuleKey) -> str:
@@ -143,18 +142,11 @@ def timings(speeds: Sequence[Result]) -> list[RuleTiming]:
     for (alg, n, threshold, batch), rows in _shared(rows_of, "batch"):
         # repeated timings are stored as a list; the median is robust against a disturbed one
         seconds = [float(np.median(row["seconds"])) for row in rows]
-        timed.append(
-            RuleTiming(
-                alg=alg,
-                n=n,
-                threshold=threshold,
-                batch=batch,
-                prompts=sum(row["prompts"] for row in rows),
-                exact=float(np.mean([row["exact"] / row["prompts"] for row in rows])),
-                rate=over_seeds([row["tokens"] / s for row, s in zip(rows, seconds, strict=True)]),
-                seconds=over_seeds([s / row["prompts"] for row, s in zip(rows, seconds, strict=True)]),
-            )
-        )
+        exact = float(np.mean([row["exact"] / row["prompts"] for row in rows]))
+        rate = over_seeds([row["tokens"] / s for row, s in zip(rows, seconds, strict=True)])
+        per_prompt = over_seeds([s / row["prompts"] for row, s in zip(rows, seconds, strict=True)])
+        prompts = sum(row["prompts"] for row in rows)
+        timed.append(RuleTiming(alg, n, threshold, batch, prompts, exact, rate, per_prompt))
     return timed
 
 

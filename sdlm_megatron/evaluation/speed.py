@@ -25,21 +25,8 @@ from sdlm_megatron.diffusion.decode import decode
 from sdlm_megatron.diffusion.decode_model import TransformersProposer
 from sdlm_megatron.diffusion.decode_step import Step
 from sdlm_megatron.errors import run_cli
-from sdlm_megatron.evaluation.measurement import (
-    add_prompts,
-    check_positions,
-    load_model,
-    measurement_parser,
-    write_result,
-)
-from sdlm_megatron.evaluation.prompts import (
-    HeldOutPrompt,
-    decode_prompts,
-    encode,
-    exact_matches,
-    longest_answer,
-    read_prompts,
-)
+from sdlm_megatron.evaluation import held_out, measurement
+from sdlm_megatron.evaluation.held_out import HeldOutPrompt
 from sdlm_megatron.evaluation.result_files import name_of
 from sdlm_megatron.progress import track
 
@@ -127,11 +114,6 @@ class PrefilledProposer:
                 **kind.options,
             )
         return (times[-1] - times[0]) / passes, tokens
-
-
-def prompt_of_length(encoded: Sequence[Sequence[int]], length: int) -> list[int]:
-    """The first `length` ids of the concatenated prompts, which are repeated as often as needed."""
-    return np.resize(np.concatenate(encoded), length).tolist()
 
 
 def time_prefill(chat: ChatModel, ids: Sequence[int], n: int) -> float:
@@ -226,17 +208,17 @@ def time_decodes(
     "parts" are the seconds of each chunk, the same chunks for all rules.
     """
     rules = rules_of(chat)
-    encoded = [encode(chat, prompt) for prompt in prompts]
+    encoded = [held_out.encode(chat, prompt) for prompt in prompts]
     sums = {"batch": batch, "prompts": len(prompts), "exact": 0, "tokens": 0, "passes": 0, "seconds": 0.0}
     rows: list[dict[str, Any]] = [{**rule.row, **sums, "parts": []} for rule in rules]
     size = max(CHUNK, batch)
     for rule in rules:  # warm-up
-        decode_prompts(chat, encoded[:batch], rule, max_new_tokens=2, batch=batch)
+        held_out.decode_prompts(chat, encoded[:batch], rule, max_new_tokens=2, batch=batch)
     for start in range(0, len(prompts), size):
         part = slice(start, start + size)
         for rule, row in zip(rules, rows, strict=True):
-            decoded = decode_prompts(chat, encoded[part], rule, max_new_tokens=max_new_tokens, batch=batch)
-            row["exact"] += sum(exact_matches(chat, prompts[part], decoded))
+            decoded = held_out.decode_prompts(chat, encoded[part], rule, max_new_tokens=max_new_tokens, batch=batch)
+            row["exact"] += sum(held_out.exact_matches(chat, prompts[part], decoded))
             row["tokens"] += sum(map(sum, decoded.accepted))
             row["passes"] += sum(map(len, decoded.accepted))
             row["seconds"] += decoded.seconds
@@ -250,7 +232,7 @@ def time_decodes(
 
 def measure(chat: ChatModel, prompts: Sequence[HeldOutPrompt], args: argparse.Namespace) -> dict[str, Any]:
     """The measured part of speed.json."""
-    encoded = [encode(chat, prompt) for prompt in prompts]
+    ids = np.concatenate([held_out.encode(chat, prompt) for prompt in prompts])
     windows = list(dict.fromkeys([chat.config.decoding.block_size, *args.n]))
     points = [(batch, context) for context in args.contexts for batch in args.batches]
     answered = prompts[: args.most]
@@ -258,7 +240,8 @@ def measure(chat: ChatModel, prompts: Sequence[HeldOutPrompt], args: argparse.Na
     costs: list[dict[str, Any]] = []
     with track("passes", len(points), "batches and contexts", Console()) as advance:
         for batch, context in points:
-            timed = time_passes(chat, prompt_of_length(encoded, context), batch, windows, args.seconds, advance)
+            prompt = np.resize(ids, context).tolist()  # repeats the prompts up to this length
+            timed = time_passes(chat, prompt, batch, windows, args.seconds, advance)
             where = {"batch": batch, "context": context}
             for kind in timed:
                 seconds = [round(x, 6) for x in kind.seconds]
@@ -268,20 +251,19 @@ def measure(chat: ChatModel, prompts: Sequence[HeldOutPrompt], args: argparse.Na
     answers = len(args.batches) * len(rules_of(chat)) * len(answered)
     with track("answers", answers, "answers", Console()) as advance:
         for batch in args.batches:
-            decodes += time_decodes(chat, answered, batch, longest_answer(chat, answered), advance)
+            decodes += time_decodes(chat, answered, batch, held_out.longest_answer(chat, answered), advance)
     return {"passes": passes, "break_even": costs, "decodes": decodes}
 
 
 def summary_lines(result: dict[str, Any]) -> Iterator[str]:
     """The result as lines of text for the terminal."""
+    kind = "batch {batch:2}, context {context:4}  {what:17} n = {n:2}"
     for row in result["passes"]:
         low, middle, high = (1e3 * x for x in quartiles(row["seconds"]))
-        where = f"batch {row['batch']:2}, context {row['context']:4}"
-        yield f"{where}  {row['what']:17} n = {row['n']:2}  {middle:8.1f} ms ({low:.1f} to {high:.1f})"
+        yield f"{kind.format(**row)}  {middle:8.1f} ms ({low:.1f} to {high:.1f})"
     for row in result["break_even"]:
         if row["what"] != "window_one":
-            where = f"batch {row['batch']:2}, context {row['context']:4}"
-            yield f"{where}  {row['what']:17} n = {row['n']:2}  costs {row['tokens']:.2f} causal steps"
+            yield f"{kind.format(**row)}  costs {row['tokens']:.2f} causal steps"
     for row in result["decodes"]:
         name = name_of((row["alg"], row["n"], row["threshold"]))
         yield (
@@ -292,8 +274,8 @@ def summary_lines(result: dict[str, Any]) -> Iterator[str]:
 
 def build_parser() -> argparse.ArgumentParser:
     """Options of the command."""
-    parser = measurement_parser("speed", __doc__)
-    add_prompts(parser, most=48)
+    parser = measurement.make_parser("speed", __doc__)
+    measurement.add_prompts(parser, most=48)
     add = parser.add_argument
     windows = "window sizes to time besides the trained block size"
     add("--n", type=at_least(1), nargs="*", default=[2, 4, 8, 16], metavar="N", help=windows)
@@ -309,10 +291,10 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     args = build_parser().parse_args(argv)
-    chat = load_model(args)
+    chat = measurement.load_model(args)
     largest = max([1, *args.n, chat.config.decoding.block_size])
-    check_positions(chat, max(args.contexts, default=0) + largest * (PASSES + 3), "--contexts")
-    prompts = read_prompts(args.prompts)
+    measurement.check_positions(chat, max(args.contexts, default=0) + largest * (PASSES + 3), "--contexts")
+    prompts = held_out.read_prompts(args.prompts)
     clock, cpu = time.perf_counter(), time.process_time()
     result = measure(chat, prompts, args)
     share = (time.process_time() - cpu) / (time.perf_counter() - clock) / torch.get_num_threads()
@@ -321,7 +303,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if chat.model.device.type == "cpu" and share < QUIET:
         print(f"note: the process got only {share:.0%} of its threads' time; other work disturbed the timings")
     facts = {"n_prompts": min(args.most, len(prompts)), "cpu_share": round(share, 3)}
-    write_result(chat, args, argv, "speed", result, **facts)
+    measurement.write_result(chat, args, argv, "speed", result, **facts)
 
 
 if __name__ == "__main__":

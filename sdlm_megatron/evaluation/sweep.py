@@ -16,24 +16,9 @@ from sdlm_megatron.chat.chat_model import ChatModel, DecodingRule
 from sdlm_megatron.config.command_line import at_least, threshold
 from sdlm_megatron.diffusion.decode import ALGORITHMS
 from sdlm_megatron.errors import run_cli
-from sdlm_megatron.evaluation.measurement import (
-    add_prompts,
-    load_model,
-    measurement_parser,
-    trained_block_size,
-    write_result,
-)
+from sdlm_megatron.evaluation import held_out, measurement
+from sdlm_megatron.evaluation.held_out import DecodedPrompts, HeldOutPrompt
 from sdlm_megatron.evaluation.probe import follow, probe
-from sdlm_megatron.evaluation.prompts import (
-    DEFAULT_BATCH,
-    DecodedPrompts,
-    HeldOutPrompt,
-    decode_prompts,
-    encode,
-    exact_matches,
-    longest_answer,
-    read_prompts,
-)
 from sdlm_megatron.progress import track
 
 PROB = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98, 0.99)
@@ -46,8 +31,8 @@ class Sweep:
 
     def __init__(self, chat: ChatModel, prompts: Sequence[HeldOutPrompt], *, batch: int) -> None:
         self.chat, self.prompts = chat, prompts
-        self.encoded = [encode(chat, prompt) for prompt in prompts]
-        self.options: dict[str, Any] = {"max_new_tokens": longest_answer(chat, prompts), "batch": batch}
+        self.encoded = [held_out.encode(chat, prompt) for prompt in prompts]
+        self.options: dict[str, Any] = {"max_new_tokens": held_out.longest_answer(chat, prompts), "batch": batch}
 
     def plain(self) -> dict[str, Any]:
         """The row of next-token decoding."""
@@ -80,10 +65,10 @@ class Sweep:
             return DecodedPrompts([], [], 0.0)
         encoded = [self.encoded[i] for i in indices]
         with track(rule.name, len(indices), "prompts", Console()) as advance:
-            return decode_prompts(self.chat, encoded, rule, progress=advance, **self.options)
+            return held_out.decode_prompts(self.chat, encoded, rule, progress=advance, **self.options)
 
     def _row(self, rule: DecodingRule, answers: DecodedPrompts, decoded: int) -> dict[str, Any]:
-        exact = exact_matches(self.chat, self.prompts, answers)
+        exact = held_out.exact_matches(self.chat, self.prompts, answers)
         print(
             f"{rule.name:28} {answers.tokens_per_pass:5.2f} tokens a pass {sum(exact) / len(exact):7.1%} exact"
             f"   ({decoded} of {len(exact)} decoded)",
@@ -94,8 +79,8 @@ class Sweep:
 
 def build_parser() -> argparse.ArgumentParser:
     """Options of the command."""
-    parser = measurement_parser("sweep", __doc__)
-    add_prompts(parser, batch=DEFAULT_BATCH)
+    parser = measurement.make_parser("sweep", __doc__)
+    measurement.add_prompts(parser, batch=held_out.BATCH)
     add = parser.add_argument
     add("--windows", type=at_least(1), nargs="+", metavar="N", help="values of n; default: the trained block size")
     add("--prob", type=threshold, nargs="+", default=PROB, metavar="TAU", help="thresholds of prob_conf")
@@ -106,17 +91,17 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     args = build_parser().parse_args(argv)
-    prompts = read_prompts(args.prompts, args.most or 0)
-    chat = load_model(args)
+    prompts = held_out.read_prompts(args.prompts, args.most or 0)
+    chat = measurement.load_model(args)
     if args.windows:
-        trained_block_size(chat, "leave out --windows")
+        measurement.trained_block_size(chat, "leave out --windows")
     sweep = Sweep(chat, prompts, batch=args.batch)
     # without the target shift a model was not trained to predict the next token, so n = 1 says nothing about it
     rows = [sweep.plain()] if chat.config.decoding.target_shift else []
     for window in args.windows or [chat.config.decoding.block_size]:
         if window > 1:
             rows += sweep.window(window, args.prob, args.entropy)
-    write_result(chat, args, argv, "sweep", {"rows": rows}, n_prompts=len(prompts))
+    measurement.write_result(chat, args, argv, "sweep", {"rows": rows}, n_prompts=len(prompts))
 
 
 if __name__ == "__main__":

@@ -16,15 +16,8 @@ from sdlm_megatron.chat.chat_model import ChatModel, DecodingRule
 from sdlm_megatron.chat.passes import colored, token_texts
 from sdlm_megatron.config.command_line import threshold
 from sdlm_megatron.errors import run_cli
-from sdlm_megatron.evaluation.measurement import EXAMPLE, add_prompts, load_folder, measurement_parser
-from sdlm_megatron.evaluation.prompts import (
-    HeldOutPrompt,
-    decode_prompts,
-    encode,
-    exact_matches,
-    longest_answer,
-    read_prompts,
-)
+from sdlm_megatron.evaluation import held_out, measurement
+from sdlm_megatron.evaluation.held_out import HeldOutPrompt
 from sdlm_megatron.files import write_json
 
 BATCH = 52
@@ -38,18 +31,18 @@ def measure(
 
     Answers are cut at the length of the longest expected one.
     """
-    encoded, length = [encode(chat, prompt) for prompt in prompts], longest_answer(chat, prompts)
+    encoded, length = [held_out.encode(chat, prompt) for prompt in prompts], held_out.longest_answer(chat, prompts)
     rows: list[dict[str, Any]] = []
     sample: dict[str, Any] = {}
     for name, rule in rules:
-        decoded = decode_prompts(chat, encoded, rule, max_new_tokens=length, batch=BATCH)
+        decoded = held_out.decode_prompts(chat, encoded, rule, max_new_tokens=length, batch=BATCH)
         blocks = rule.alg != "ar"
         row = {
             "name": name,
             **rule.row,
             "alg": rule.alg if blocks else "greedy",
             "tokens_per_pass": decoded.tokens_per_pass,
-            "exact": sum(exact_matches(chat, prompts, decoded)) / len(prompts),
+            "exact": sum(held_out.exact_matches(chat, prompts, decoded)) / len(prompts),
             "n_prompts": len(prompts),
             "seconds": decoded.seconds,
         }
@@ -77,9 +70,9 @@ def show(sample: dict[str, Any]) -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     """Options of the command."""
-    example = EXAMPLE.replace("--out results", "--out runs/quickstart/evaluation.json")
-    parser = measurement_parser("table", __doc__, example=example, out="evaluation.json to write")
-    add_prompts(parser, most=128)
+    example = measurement.EXAMPLE.replace("--out results", "--out runs/quickstart/evaluation.json")
+    parser = measurement.make_parser("table", __doc__, example=example, out="evaluation.json to write")
+    measurement.add_prompts(parser, most=128)
     add = parser.add_argument
     add("--base", type=Path, metavar="DIR", help="the model before training, decoded with n = 1 for comparison")
     add("--thresholds", type=threshold, nargs="+", default=[0.98, 0.9, 0.5], metavar="TAU", help="of prob_conf")
@@ -89,12 +82,12 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     args = build_parser().parse_args(argv)
-    prompts = read_prompts(args.prompts, args.most)
+    prompts = held_out.read_prompts(args.prompts, args.most)
     baseline: list[dict[str, Any]] = []
     if args.base:
-        base = load_folder(args, args.base)
+        base = measurement.load_folder(args, args.base)
         baseline, _ = measure(base, prompts, [("untouched model, n = 1", DecodingRule())])
-    chat = load_folder(args, args.model)
+    chat = measurement.load_folder(args, args.model)
     window = chat.config.decoding.block_size
     blocks = [(f"tau {t:.2f}", DecodingRule("prob_conf", window, t)) for t in args.thresholds if window > 1]
     rows, sample = measure(chat, prompts, [*blocks, ("n = 1 (one token a pass)", DecodingRule())])

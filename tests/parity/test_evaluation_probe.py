@@ -12,8 +12,8 @@ from sdlm_megatron.chat.chat_model import ChatModel, DecodingRule, load
 from sdlm_megatron.diffusion.decode import decode
 from sdlm_megatron.errors import DataError
 from sdlm_megatron.evaluation import calibration, evaluate, sweep, table
+from sdlm_megatron.evaluation.held_out import HeldOutPrompt, decode_prompts, encode, encode_answer, read_prompts
 from sdlm_megatron.evaluation.probe import follow, probe
-from sdlm_megatron.evaluation.prompts import HeldOutPrompt, decode_prompts, encode, encode_answer, read_prompts
 from tests.parity import exported
 
 ROOM = 24

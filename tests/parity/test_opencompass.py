@@ -7,6 +7,7 @@ OPENCOMPASS_PYTHON; without it these tests are skipped.
 import csv
 import json
 import os
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,13 @@ def chat(folder: Path) -> ChatModel:
     return load(folder, dtype=None, device="cpu")
 
 
+def documented_config() -> str:
+    """The complete config in docs/evaluation.md."""
+    blocks = re.findall(r"```python\n(.*?)```", (REPO / "docs" / "evaluation.md").read_text(), re.DOTALL)
+    (config,) = [block for block in blocks if "datasets = [" in block]
+    return config
+
+
 def by_hand(chat: ChatModel, prompt: str, **options: Any) -> Answer:
     settings = {"alg": "prob_conf", "window": 4, "threshold": 0.5, "product": False, "max_new_tokens": 30}
     return chat.answer(chat.encode(exported.messages(prompt)), AnswerSettings(**(settings | options)), lambda _: None)
@@ -66,9 +74,10 @@ def test_a_config_end_to_end_equals_a_loop_by_hand(tmp_path: Path, folder: Path,
     rows = [{"prompt": p, "expected": e} for p, e in zip(PROMPTS, expected, strict=True)]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     command = "from opencompass.cli.main import main; main()"
-    config = str(REPO / "sdlm_megatron" / "evaluation" / "opencompass_example.py")
+    config = tmp_path / "my_config.py"
+    config.write_text(documented_config())
     options = {"SDLM_FOLDER": str(folder), "SDLM_PROMPTS": str(tmp_path / "prompts.jsonl"), "SDLM_SYSTEM": "be brief."}
-    run(tmp_path / "work", "-c", command, config, "-w", str(tmp_path / "out"), **options)
+    run(tmp_path / "work", "-c", command, str(config), "-w", str(tmp_path / "out"), **options)
     for name, wanted in texts.items():
         (found,) = tmp_path.glob(f"out/*/predictions/{name}/prompts.json")
         predictions = json.loads(found.read_text())

@@ -14,7 +14,7 @@ from sdlm_megatron.chat.chat_model import ChatModel, load
 from sdlm_megatron.diffusion.decode import decode
 from sdlm_megatron.errors import ConfigError, DataError
 from sdlm_megatron.evaluation import context, evaluate, perplexity, speed
-from sdlm_megatron.evaluation.prompts import (
+from sdlm_megatron.evaluation.held_out import (
     DecodedPrompts,
     HeldOutPrompt,
     encode,
@@ -125,10 +125,6 @@ def test_break_even_is_taken_round_by_round() -> None:
     causal, window = speed.PassTiming("causal", 1, [1.0, 2.0, 4.0]), speed.PassTiming("window", 4, [1.5, 4.0, 6.0])
     (row,) = speed.break_even([causal, window, speed.PassTiming("prefill", 4, [9.0])])
     assert row == {"what": "window", "n": 4, "tokens": 1.5, "low": 1.5, "high": 1.75}
-
-
-def test_prompts_are_repeated_to_a_length() -> None:
-    assert speed.prompt_of_length([[1, 2], [3]], 5) == [1, 2, 3, 1, 2]
 
 
 def test_speed_command(chat: ChatModel, folder: Path, prompts: list[HeldOutPrompt], file: Path, tmp_path: Path) -> None:

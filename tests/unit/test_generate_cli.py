@@ -16,6 +16,7 @@ import pytest
 import torch
 from byte_tokenizer import definition, write_folder
 from helpers import ENV, REPO
+from rich.cells import cell_len
 from rich.console import Console
 from transformers import AutoTokenizer, Qwen2ForCausalLM
 
@@ -221,20 +222,11 @@ def test_live_view_leaves_the_whole_text(
             live.add(ids[i : i + 3])
     written = console.file.getvalue()  # type: ignore[attr-defined]
     lines = on_screen(written)
-    assert max(view.cell_len(line) for line in lines) <= width
+    assert max(cell_len(line) for line in lines) <= width
     assert "".join("".join(lines).split()) == "".join(view.printable(text).split())
     assert "3 tokens in 1 pass" in written
     assert ("38;5;" in written) is not bool(no_colour)
     assert "\x1b[2J" not in written  # what a model writes is shown, not obeyed
-
-
-def test_line_end() -> None:
-    assert view.line_end("ab cd", 5) is None
-    assert view.line_end("ab cde", 5) == 3
-    assert view.line_end("abcdef", 5) == 5
-    assert view.line_end("ab    c", 4) == 6  # spaces hang over the edge
-    assert view.line_end("你好世界", 5) == 2
-    assert view.line_end("ab\ncd", 5) == 3
 
 
 def test_comparison_names_the_place() -> None:

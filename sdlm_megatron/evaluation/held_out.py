@@ -13,7 +13,8 @@ from torch.nn.utils.rnn import pad_sequence
 from sdlm_megatron.chat.chat_model import ChatModel, DecodingRule
 from sdlm_megatron.errors import DataError
 
-DEFAULT_BATCH = 64
+BATCH = 64
+"""Prompts per batch, unless --batch says otherwise."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def decode_prompts(
     rule: DecodingRule,
     *,
     max_new_tokens: int,
-    batch: int = DEFAULT_BATCH,
+    batch: int = BATCH,
     progress: Callable[[int], None] | None = None,
 ) -> DecodedPrompts:
     """Decodes prompts in batches; each prompt counts its own passes.
