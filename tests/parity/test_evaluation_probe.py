@@ -45,7 +45,7 @@ def said_text(chat: ChatModel, tokens: list[int]) -> str:
 @pytest.mark.parametrize("options", [{}, {"causal_attn": True}, {"target_shift": False}], ids=str)
 def test_a_probe_foretells_what_decoding_does(chat: ChatModel, options: dict[str, Any]) -> None:
     """A setting either writes the probed text, in the passes that were foretold, or is known to leave it."""
-    chat = replace(chat, config=replace(chat.config, **options))
+    chat = replace(chat, config=replace(chat.config, sdlm=replace(chat.config.decoding, **options)))
     encoded = [encode(chat, prompt) for prompt in PROMPTS]
     base = decode_prompts(chat, encoded, DecodingRule("prob_conf", 4, 0.999), max_new_tokens=ROOM)
     probes = probe(chat, encoded, base.tokens, window=4, batch=3)
@@ -63,7 +63,7 @@ def test_a_probe_foretells_what_decoding_does(chat: ChatModel, options: dict[str
 
 def test_without_the_shift_the_cache_changes_nothing(chat: ChatModel) -> None:
     ids = torch.tensor([encode(chat, PROMPTS[0])])
-    options: dict[str, Any] = {"mask_token_id": chat.config.text_mask_token_id, "window": 4, "max_new_tokens": ROOM}
+    options: dict[str, Any] = {"mask_token_id": chat.config.decoding.mask_token_id, "window": 4, "max_new_tokens": ROOM}
     for alg in ("prob_conf", "self_speculative"):
         for n in (4, 1):
             found = [
@@ -123,7 +123,7 @@ def test_calibration_is_teacher_forcing(folder: Path, prompts: Path, tmp_path: P
             # one pass behind the right tokens so far, keeping every slot
             logits: list[torch.Tensor] = []
             hook = chat.model.lm_head.register_forward_hook(lambda _, __, out, kept=logits: kept.append(out[0]))
-            decode(chat.model, torch.tensor([ids + answer[:at]]), mask_token_id=chat.config.text_mask_token_id or 0,
+            decode(chat.model, torch.tensor([ids + answer[:at]]), mask_token_id=chat.config.decoding.mask_token_id,
                    window=len(slots), max_new_tokens=len(slots), threshold=0.0)  # fmt: skip
             hook.remove()
             chances = logits[0][-len(slots) :].float().softmax(-1)

@@ -52,11 +52,11 @@ def test_training_says_so_before_it_starts(
 
 def test_a_model_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bf16, "bf16_cost", lambda: 14.2)
-    config: Any = SimpleNamespace(is_sdlm=True, block_size=4)
+    config: Any = SimpleNamespace(sdlm=SimpleNamespace(block_size=4))
     told = {}
     for dtype in (torch.bfloat16, torch.float32):
         network: Any = torch.nn.Linear(2, 3, dtype=dtype)
         network.device, network.dtype = torch.device("cpu"), dtype
-        told[dtype] = ChatModel(Path("hf"), config, network, None, {}, ()).describe()
+        told[dtype] = ChatModel(Path("hf"), config, network, None, ()).describe()
     assert told[torch.float32] == "hf (SDLM, D = 4, 9e-06M parameters, float32, cpu)"
     assert told[torch.bfloat16].endswith("in bf16 as in fp32, fp32 is the faster dtype here")

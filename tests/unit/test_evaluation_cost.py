@@ -151,7 +151,7 @@ def test_speed_command(chat: ChatModel, folder: Path, prompts: list[HeldOutPromp
 
 
 def test_a_plain_folder_decodes_one_token_a_pass(chat: ChatModel) -> None:
-    plain = dataclasses.replace(chat, config=dataclasses.replace(chat.config, block_size=None, text_mask_token_id=None))
+    plain = dataclasses.replace(chat, config=dataclasses.replace(chat.config, sdlm=None))
     assert [s.name for s in speed.rules_of(plain)] == [s.name for s in context.rules_of(plain, [0.9])] == ["n = 1"]
     assert len(speed.rules_of(chat)) == 5
 

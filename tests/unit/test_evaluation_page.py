@@ -14,6 +14,7 @@ from sdlm_megatron.errors import ConfigError, DataError
 from sdlm_megatron.evaluation.measurement import facts_of
 from sdlm_megatron.evaluation.page import main as page
 from sdlm_megatron.evaluation.result_files import exact_of, pick, points
+from sdlm_megatron.weights.hf_config import HFConfig
 
 SECTIONS = ["facts", "quality", "threshold", "differences", "reliability", "precision", "acceptance", "wall"]
 SECTIONS += ["overhead", "context", "perplexity"]
@@ -127,7 +128,7 @@ def test_facts_name_the_command_and_the_model(tmp_path):
 
     model = torch.nn.Linear(2, 3)
     model.device, model.dtype = torch.device("cpu"), torch.float32
-    chat = SimpleNamespace(model=model, config=SimpleNamespace(block_size=None, causal_attn=False))
+    chat = SimpleNamespace(model=model, config=HFConfig("qwen2", None, None))
     facts = facts_of(chat, "python -m x", ["--model", "a b"], prompts="p.jsonl")
     assert facts["command"].endswith("--model 'a b'") and facts["parameters"] == 9 and facts["block_size"] == 1
     assert facts["prompts"] == "p.jsonl" and facts["torch"] == torch.__version__
