@@ -1,6 +1,6 @@
 """Micro-batch of training: one packed row as tensors, complete for every pipeline stage."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, is_dataclass, replace
 from typing import Any, Protocol, Self
 
 import numpy as np
@@ -53,11 +53,20 @@ class MicroBatch:
         return replace(self, **moved, attention=self.attention and self.attention.to(device))
 
 
-def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A copy on `device`, without making the host wait."""
-    if device.type == "cuda" and tensor.device.type == "cpu":
-        tensor = tensor.pin_memory()  # from pageable memory, CUDA would first drain the stream
-    return tensor.to(device, non_blocking=True)
+def to_device(value: Any, device: torch.device) -> Any:
+    """A copy of a tensor on `device`, or of a list or dataclass with its tensors there; other values as they are.
+
+    The host does not wait for the device.
+    """
+    if isinstance(value, torch.Tensor):
+        if device.type == "cuda" and value.device.type == "cpu":
+            value = value.pin_memory()  # from pageable memory, CUDA would first drain the stream
+        return value.to(device, non_blocking=True)
+    if isinstance(value, list):
+        return [to_device(item, device) for item in value]
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{name: to_device(item, device) for name, item in vars(value).items()})
+    return value
 
 
 def make_micro_batch(

@@ -65,22 +65,20 @@ class Device:
     """Bandwidth of collectives inside a node, bytes/s per GPU."""
 
 
-_DEVICES = {  # name for peak_flops, memory in GB, memory bandwidth in TB/s, NVLink collectives in GB/s
+DEVICES = {  # name for peak_flops, memory in GB, memory bandwidth in TB/s, NVLink collectives in GB/s
     "h100": ("NVIDIA H100 80GB HBM3", 80, 3.35, 350),
     "h200": ("NVIDIA H200", 141, 4.8, 350),
     "b200": ("NVIDIA B200", 180, 8.0, 700),
 }
-DEVICES = tuple(_DEVICES)
 
 
 def device_of(name: str, assumed: Assumptions) -> Device:
     """The GPU named by `--gpu`, one of DEVICES."""
-    known, memory, bandwidth, nvlink = _DEVICES[name]
-    peak = peak_flops(known)
+    full_name, memory, bandwidth, nvlink = DEVICES[name]
+    peak = peak_flops(full_name)
     assert peak is not None
-    return Device(
-        name, peak, (assumed.capacity_gb or memory) * 1e9, bandwidth * 1e12, (assumed.nvlink_gb or nvlink) * 1e9
-    )
+    gb, nvlink_gb = assumed.capacity_gb or memory, assumed.nvlink_gb or nvlink
+    return Device(name, peak, gb * 1e9, bandwidth * 1e12, nvlink_gb * 1e9)
 
 
 def assume(texts: Sequence[str]) -> Assumptions:

@@ -8,7 +8,7 @@ backward pass or of the head. Memory that the allocator and the CUDA libraries u
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from sdlm_megatron.config.schema import ModelConfig
 from sdlm_megatron.planner.parallel_layout import ParallelLayout, ShardSizes, sizes_of
@@ -38,33 +38,30 @@ class RowTokens:
         return self.targets + self.next_token_targets
 
 
+def labeled(label: str) -> float:
+    """A field of a dataclass with its label in the planner's output."""
+    return field(metadata={"label": label})
+
+
 @dataclass(frozen=True)
 class GpuMemory:
-    """Bytes of one GPU."""
+    """Bytes of one GPU by item, and its pipeline stage."""
 
     stage: int
-    """Pipeline stage."""
-    weights: float
-    gradients: float
-    """fp32 buffers that are reduced over data parallelism."""
-    optimizer: float
-    """fp32 master weights and Adam's two moments."""
-    activations: float
-    """Kept for the backward pass, of all micro-batches in flight."""
-    working: float
-    """Peak on top of that: one layer's backward pass, or the head without its logits."""
-    logits: float
-    """Logits of one chunk with their softmax and gradient, if the head is that peak."""
-    buffers: float
-    """Gathered sequence (sequence parallelism) and FP8 copies of the weights."""
+    weights: float = labeled("weights")
+    gradients: float = labeled("gradients, fp32")  # buffers that are reduced over data parallelism
+    optimizer: float = labeled("optimizer state")  # fp32 master weights and Adam's two moments
+    activations: float = labeled("activations")  # kept for the backward pass, of all micro-batches in flight
+    working: float = labeled("peak of a backward pass")  # on top: of one layer, or of the head without its logits
+    logits: float = labeled("logits")  # of a chunk with softmax and gradient, if the head is that peak
+    buffers: float = labeled("buffers")  # gathered sequence (sequence parallelism) and FP8 copies of the weights
 
     @property
     def total(self) -> float:
         return sum(self.items().values())
 
     def items(self) -> dict[str, float]:
-        names = ("weights", "gradients", "optimizer", "activations", "working", "logits", "buffers")
-        return {name: getattr(self, name) for name in names}
+        return {name: value for name, value in vars(self).items() if name != "stage"}
 
 
 def stage_parameters(model: ModelConfig, layout: ParallelLayout, stage: int) -> list[list[int]]:

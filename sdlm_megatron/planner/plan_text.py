@@ -2,36 +2,17 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import fields
 from itertools import zip_longest
 from typing import Any
 
 from sdlm_megatron.planner.assumptions import Assumptions, explain
+from sdlm_megatron.planner.memory import GpuMemory
 from sdlm_megatron.planner.search import LayoutPlan, Planner
+from sdlm_megatron.planner.step_time import StepTime
 from sdlm_megatron.planner.workload import Workload
 
-MEMORY = {
-    "weights": "weights",
-    "gradients": "gradients, fp32",
-    "optimizer": "optimizer state",
-    "activations": "activations",
-    "working": "peak of a backward pass",
-    "logits": "logits",
-    "buffers": "buffers",
-}
-TIME = {
-    "gemm": "matrix products of the layers",
-    "attention": "attention",
-    "head": "LM head and cross entropy",
-    "elementwise": "norms, RoPE, SwiGLU, residuals",
-    "recompute": "recomputation",
-    "empty_rows": "empty rows",
-    "tensor_communication": "tensor-parallel communication",
-    "pipeline_bubble": "pipeline bubble",
-    "pipeline_communication": "pipeline communication",
-    "data_communication": "data-parallel communication, not hidden",
-    "optimizer": "optimizer",
-    "overhead": "host work, waiting for the slowest GPU",
-}
+MEMORY, TIME = ({f.name: f.metadata.get("label", "") for f in fields(kind)} for kind in (GpuMemory, StepTime))
 COLUMNS = (
     "",
     "TP",

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from sdlm_megatron.config.schema import ModelConfig
 from sdlm_megatron.planner.assumptions import Assumptions, Device
-from sdlm_megatron.planner.memory import RowTokens, linear_weights, stage_parameters
+from sdlm_megatron.planner.memory import RowTokens, labeled, linear_weights, stage_parameters
 from sdlm_megatron.planner.parallel_layout import ParallelLayout, sizes_of
 from sdlm_megatron.planner.workload import Workload
 
@@ -22,25 +22,18 @@ LAYER_KERNELS = {"megatron": 110, "transformer_engine": 60}
 class StepTime:
     """Seconds of a step by item; all items are on the critical path."""
 
-    gemm: float
-    """Matrix products of the layers, without recomputation."""
-    attention: float
-    head: float
-    """LM head and cross entropy on the label rows."""
-    elementwise: float
-    """Norms, RoPE, SwiGLU, residuals, and accumulation of weight gradients where it is not fused."""
-    recompute: float
-    """Forward passes that run a second time."""
-    empty_rows: float
-    """Work on the empty rows that fill the last micro-batches."""
-    tensor_communication: float
-    pipeline_bubble: float
-    pipeline_communication: float
-    data_communication: float
-    """Part of gradient reduction and weight gathering that does not overlap."""
-    optimizer: float
-    overhead: float
-    """Host work between steps, and waiting for the slowest GPU."""
+    gemm: float = labeled("matrix products of the layers")  # without recomputation
+    attention: float = labeled("attention")
+    head: float = labeled("LM head and cross entropy")
+    elementwise: float = labeled("norms, RoPE, SwiGLU, residuals")  # and unfused accumulation of weight gradients
+    recompute: float = labeled("recomputation")
+    empty_rows: float = labeled("empty rows")  # which fill the last micro-batches
+    tensor_communication: float = labeled("tensor-parallel communication")
+    pipeline_bubble: float = labeled("pipeline bubble")
+    pipeline_communication: float = labeled("pipeline communication")
+    data_communication: float = labeled("data-parallel communication, not hidden")
+    optimizer: float = labeled("optimizer")
+    overhead: float = labeled("host work, waiting for the slowest GPU")
 
     @property
     def total(self) -> float:
@@ -71,26 +64,11 @@ class Costs:
         return count / (self.device.bandwidth * self.assumed.memory_efficiency)
 
 
-@dataclass(frozen=True)
-class RowTime:
-    """Seconds of one row on one stage, forward and backward, without recomputation and communication."""
+def row_time(c: Costs) -> dict[str, float]:
+    """Seconds of a stage's layers for one row, forward and backward, without recomputation and communication.
 
-    gemm: float
-    attention: float
-    elementwise: float
-
-    @property
-    def total(self) -> float:
-        return self.gemm + self.attention + self.elementwise
-
-    @property
-    def forward(self) -> float:
-        """Seconds of the forward pass: a third, as in the FLOP count."""
-        return self.total / 3
-
-
-def row_time(c: Costs) -> RowTime:
-    """Time of all layers of a stage; padding costs as much as tokens, except in attention."""
+    Padding costs as much as tokens, except in attention.
+    """
     layout, z, s = c.layout, sizes_of(c.model, c.layout.tensor), c.row.length
     layers = c.model.num_layers // layout.pipeline
     local = s / layout.tensor if layout.parallel.sequence else s
@@ -102,11 +80,11 @@ def row_time(c: Costs) -> RowTime:
     rope = (2 if layout.kernels.fused_rope else 8) * s * (z.attention + z.kv)
     moved = 3 * (norms + rope + 3 * s * z.ffn) * layout.bytes * layers
     summed = 0 if layout.kernels.fused_accumulation else linear_weights(c.model, layout) * (8 + layout.bytes)
-    return RowTime(
-        gemm=c.products(flops, fp8=layout.train.fp8 != "none") + overhead * layers,
-        attention=attention / (c.device.peak * c.assumed.attention_efficiency),
-        elementwise=c.moved(moved + summed),
-    )
+    return {
+        "gemm": c.products(flops, fp8=layout.train.fp8 != "none") + overhead * layers,
+        "attention": attention / (c.device.peak * c.assumed.attention_efficiency),
+        "elementwise": c.moved(moved + summed),
+    }
 
 
 def head_time(c: Costs) -> float:
@@ -123,11 +101,11 @@ def step_time(c: Costs, rows: int) -> StepTime:
     pp = layout.pipeline
     layers = c.model.num_layers // (pp * layout.virtual)
     share = layout.recomputed_layers(layers) / layers
-    again = share * part.forward
+    again = share * sum(part.values()) / 3  # the forward pass is a third, as in the FLOP count
     if layout.train.recompute == "selective":
-        again = NORMS_AGAIN * part.elementwise
+        again = NORMS_AGAIN * part["elementwise"]
     tensor = _tensor_communication(c, share)
-    per_row = part.total + again + tensor
+    per_row = sum(part.values()) + again + tensor
     slowest = per_row + head  # the last stage
     useful = rows / (layout.data * micro_batches)
     pipes = _pipeline_communication(c, micro_batches)
@@ -136,12 +114,10 @@ def step_time(c: Costs, rows: int) -> StepTime:
     data = _data_communication(c, slowest / 3, 2 * slowest / 3)
     optimizer = _optimizer(c)
     items = {
-        "gemm": part.gemm * micro_batches * useful,
-        "attention": part.attention * micro_batches * useful,
+        **{name: seconds * micro_batches * useful for name, seconds in part.items()},
         "head": head * micro_batches * useful,
-        "elementwise": part.elementwise * micro_batches * useful,
         "recompute": again * micro_batches * useful,
-        "empty_rows": (part.gemm + part.elementwise + again) * micro_batches * (1 - useful),
+        "empty_rows": (part["gemm"] + part["elementwise"] + again) * micro_batches * (1 - useful),
         "tensor_communication": tensor * micro_batches,
         "pipeline_bubble": bubble,
         "pipeline_communication": pipes,

@@ -1,10 +1,13 @@
 """Contract of an attention backend over a packed row; `choice` picks a backend, `model.gpt` applies it per layer."""
 
+import copy
 from abc import ABC, abstractmethod
 from typing import Self
 
 import torch
 from torch import Tensor
+
+from sdlm_megatron.diffusion.row import to_device
 
 
 class RowAttention(ABC):
@@ -14,9 +17,11 @@ class RowAttention(ABC):
     host only, so it can run in a data loader; nothing after `to` waits for the device.
     """
 
-    @abstractmethod
     def to(self, device: torch.device) -> Self:
         """A copy whose index tensors are on `device`."""
+        moved = copy.copy(self)
+        vars(moved).update({name: to_device(value, device) for name, value in vars(self).items()})
+        return moved
 
     @abstractmethod
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:

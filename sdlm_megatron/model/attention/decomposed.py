@@ -15,15 +15,14 @@ Example: L = 6, blocks at 2 and 4. Part (2) has the queries of rows 2..6: row 2 
 (keys 0..3), rows 3, 5, 6 = zeros.
 """
 
-from dataclasses import dataclass, replace
-from typing import Any, Self
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from sdlm_megatron.diffusion.layout import RowLayout
-from sdlm_megatron.diffusion.row import to_device
 from sdlm_megatron.model.attention.contract import RowAttention
 from sdlm_megatron.model.attention.varlen import Gradients, KernelOutput, Sequences, VarlenKernel
 
@@ -47,13 +46,6 @@ class _RowIndex:
     """int64 (blocks,): each block's query in part (2); n_prefix for a block without clean keys."""
     has_orphans: bool
     """Whether some block starts at position 0 and so has no clean keys."""
-
-    def to(self, device: torch.device) -> "_RowIndex":
-        def moved(at: Sequences) -> Sequences:
-            return replace(at, cu_q=to_device(at.cu_q, device), cu_k=to_device(at.cu_k, device))
-
-        place = to_device(self.place, device)
-        return replace(self, clean=moved(self.clean), prefix=moved(self.prefix), place=place)
 
     @property
     def orphans(self) -> Tensor:
@@ -96,11 +88,6 @@ class Decomposed(RowAttention):
 
     def __init__(self, layout: RowLayout, kernel: VarlenKernel, *, causal_attn: bool) -> None:
         self.kernel, self.index = kernel, _row_index(layout, causal_attn)
-
-    def to(self, device: torch.device) -> Self:
-        moved = object.__new__(type(self))
-        moved.kernel, moved.index = self.kernel, self.index.to(device)
-        return moved
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """See RowAttention."""

@@ -6,8 +6,8 @@ narrow one: on a CPU in fp32, a product with the wide operand transposed takes a
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Any, Self
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +16,6 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from sdlm_megatron.diffusion.layout import RowLayout
 from sdlm_megatron.diffusion.mask import block_rows, visible_row
-from sdlm_megatron.diffusion.row import to_device
 from sdlm_megatron.model.attention.contract import RowAttention
 
 CHUNK_TOKENS = 128
@@ -33,14 +32,11 @@ class Dense(RowAttention):
         self.used = layout.used
         self.mask = torch.from_numpy(visible_row(layout, row_length, causal_attn=causal_attn))
 
-    def to(self, device: torch.device) -> Self:
-        moved = object.__new__(type(self))
-        moved.used, moved.mask = self.used, to_device(self.mask, device)
-        return moved
-
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """See RowAttention."""
-        out = attend(q, k, v, self.mask, scale)
+        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+        out = scaled_dot_product_attention(q, k, v, attn_mask=self.mask, scale=scale, enable_gqa=True)
+        out = out[0].transpose(0, 1)
         return torch.cat([out[: self.used], 0 * out[self.used :]])  # 0 * keeps padding in the graph
 
 
@@ -100,11 +96,6 @@ class PerDocument(RowAttention):
             self.regions += _clean_regions(clean_at, clean_len)
             starts = layout.starts[block : block + n]
             self.regions += _block_regions(clean_at, layout.n_clean + block * d, starts, d, causal_attn)
-
-    def to(self, device: torch.device) -> Self:
-        moved = object.__new__(type(self))
-        moved.regions = [replace(r, bias=to_device(r.bias, device)) for r in self.regions]
-        return moved
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """See RowAttention."""
@@ -185,15 +176,3 @@ def _by_kv_head(x: Tensor, kv_heads: int) -> Tensor:
 def _by_token(x: Tensor) -> Tensor:
     """Inverse of `_by_kv_head`."""
     return x.transpose(0, 1).flatten(1, 2)
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """Softmax attention: q (Q, heads, d), k and v (K, kv_heads, d), mask bool (Q, K), None for causal."""
-    if not q.shape[0]:
-        return q
-    groups = q.shape[1] // k.shape[1]
-    if groups > 1:  # torch's kernels expect one key head per query head
-        k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
-    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-    out = scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale)
-    return out[0].transpose(0, 1)
