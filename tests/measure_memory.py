@@ -32,6 +32,7 @@ BASE = {
     "train.precision": "bf16",
     "train.attention": "decomposed",
     "train.logits_mb": 1,
+    "diffusion.block_size": D,
 }
 LARGE = {"model.vocab_size": 16000, "train.recompute": "full", "train.logits_mb": 8}
 CASES: dict[str, tuple[int, int, dict[str, object]]] = {

@@ -52,7 +52,7 @@ def transformer_config(
         ffn_hidden_size=shape.ffn_hidden_size,
         num_attention_heads=shape.num_attention_heads,
         num_query_groups=shape.num_query_groups,
-        kv_channels=shape.head_dim or shape.hidden_size // shape.num_attention_heads,
+        kv_channels=shape.head_size,
         layernorm_epsilon=shape.rms_norm_eps,
         add_bias_linear=False,
         add_qkv_bias=shape.qkv_bias,

@@ -55,7 +55,7 @@ class Engine:
         shape: resolved model section of the configuration.
         groups: from `init_groups`.
         max_positions: longest position id + 1 of any row.
-        steps: length of the learning rate schedule; 0 builds no optimizer (for converting weights).
+        steps: length of the learning rate schedule.
         initialize: initialize the weights at random; False where a checkpoint or a base follows.
         row_length: tokens of a row; needed for parallel.overlap_tensor.
     """
@@ -72,18 +72,16 @@ class Engine:
         row_length: int = 0,
     ) -> None:
         self.config, self.shape, self.groups = config, shape, groups
-        # a conversion only stores weights: it needs neither TransformerEngine nor a checked attention kernel
-        train = config.train if steps else replace(config.train, layers="megatron", attention="per_document")
-        self.dtype = PRECISIONS[train.precision]
-        self.layers = choose_layers(train, config.parallel, find_packages())
+        self.dtype = PRECISIONS[config.train.precision]
+        self.layers = choose_layers(config.train, config.parallel, find_packages())
         self.heads = Heads(
             heads=shape.num_attention_heads // groups.tp_size,
             kv_heads=max(1, shape.num_query_groups // groups.tp_size),
-            dim=shape.head_dim or shape.hidden_size // shape.num_attention_heads,
+            dim=shape.head_size,
             dtype=self.dtype,
         )
         self.attention = choose_attention(
-            train.attention, causal_attn=config.diffusion.causal_attn, device=groups.device, heads=self.heads
+            config.train.attention, causal_attn=config.diffusion.causal_attn, device=groups.device, heads=self.heads
         )
         mcore = transformer_config(
             shape, config.parallel, config.train, self.layers, dtype=self.dtype, initialize=initialize
@@ -92,13 +90,11 @@ class Engine:
         if config.parallel.overlap_tensor:
             start_tensor_overlap(mcore, row_length)
         self.modules = [self._build_chunk(mcore, max_positions, i) for i in range(config.parallel.virtual_pipeline)]
-        self.optimizer = None
         self.clock = StepClock(groups.device)
         """Stretches of a step: "forward_backward" up to the gradient reduction, "reduce" (the part of the reduction
         that did not overlap), "update"."""
         self.heap = HeapLimit(lambda: psutil.Process().memory_info().rss if groups.device.type == "cpu" else 0)
-        if steps:
-            self._prepare_training(mcore, steps)
+        self._prepare_training(mcore, steps)
 
     def _build_chunk(self, mcore: TransformerConfig, max_positions: int, chunk: int) -> SDLMModel:
         return build_model(
@@ -118,10 +114,10 @@ class Engine:
         for module in self.modules:
             module.train()
         self.models = wrap_ddp(self.modules, parallel)
-        self.optimizer = optimizer = build_optimizer(self.models, self.config.optimizer, parallel)
-        self.schedule = build_schedule(optimizer, self.config.schedule, self.config.optimizer.lr, steps)
+        self.optimizer = build_optimizer(self.models, self.config.optimizer, parallel)
+        self.schedule = build_schedule(self.optimizer, self.config.schedule, self.config.optimizer.lr, steps)
         mcore.finalize_model_grads_func = finalizer(self.groups.collection, partial(self.clock.mark, "reduce"))
-        mcore.grad_scale_func = optimizer.scale_loss
+        mcore.grad_scale_func = self.optimizer.scale_loss
         connect_overlap(mcore, self.models, parallel)
         self._schedule_micro_batches = get_forward_backward_func()
 
@@ -133,7 +129,6 @@ class Engine:
 
     def warm_up(self, batches: Sequence[MicroBatch]) -> str | None:
         """Runs `device.warm_up` with the rows of the first step. None on a CPU, which has nothing to warm up."""
-        assert self.optimizer is not None
         if self.groups.device.type == "cpu":
             return None
         return warm_up(batches, self.heads, self.optimizer, self.groups)
@@ -149,7 +144,6 @@ class Engine:
         Returns:
             Metrics on the device; `results` reads and checks them.
         """
-        assert self.optimizer is not None
         self.schedule.num_steps = step
         self.schedule.step(0)
         self.clock.mark("forward_backward")
@@ -175,7 +169,6 @@ class Engine:
 
         Returns each micro-batch's sums (see `_loss`) on the last stage, an empty list on the others.
         """
-        assert self.optimizer is not None
         for model in self.models:
             model.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -210,7 +203,6 @@ class Engine:
 
     def _update(self) -> torch.Tensor:
         """Clips gradients and updates the weights; the gradient norm before clipping, float64 on the device."""
-        assert self.optimizer is not None
         self.optimizer.prepare_grads()
         grad_norm = gradient_norm(self.optimizer)
         if self.config.optimizer.clip_grad > 0:
@@ -241,13 +233,12 @@ class Engine:
 
     def weights_changed(self) -> None:
         """Copies weights that were set from outside to the optimizer's fp32 masters."""
-        if self.optimizer is not None:
-            self.optimizer.reload_model_params()
+        self.optimizer.reload_model_params()
 
     def gather_weights(self) -> None:
         """Makes this process's weights current before they are read; all processes call it."""
         # with overlap_param_gather, an update leaves the gather to the next forward pass
-        if self.optimizer is not None and self.config.parallel.overlap_param_gather:
+        if self.config.parallel.overlap_param_gather:
             for model in self.models:
                 model.start_param_sync(force_sync=True)
 

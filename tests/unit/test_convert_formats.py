@@ -60,8 +60,9 @@ def test_an_import_is_what_the_engine_would_save(groups: Any, tmp_path: Path, fo
 
     config = RunConfig()
     config.train.precision = "bf16"
-    engine = Engine(config, state.shape, groups, max_positions=1, steps=0, initialize=False)
+    engine = Engine(config, state.shape, groups, max_positions=1, steps=1, initialize=False)
     checkpointing.load_base(hf, engine, new_mask=new_mask)
+    engine.optimizer = None  # only the weights are compared
     CheckpointWriter(engine, tmp_path, CheckpointConfig()).save(state, hf, final=True)
     ours, theirs = (TorchDist(tmp_path / side / "weights") for side in ("ours", "ckpt/step-0000000"))
     assert ours.names() == theirs.names()
@@ -69,7 +70,7 @@ def test_an_import_is_what_the_engine_would_save(groups: Any, tmp_path: Path, fo
         assert (ours.shape(key), ours.dtype(key)) == (theirs.shape(key), theirs.dtype(key)), key
         start, size = tuple(0 for _ in ours.shape(key)), ours.shape(key)
         assert torch.equal(ours.read(key, start, size).clone(), theirs.read(key, start, size).clone()), key
-    back = Engine(config, state.shape, groups, max_positions=1, steps=0, initialize=False)
+    back = Engine(config, state.shape, groups, max_positions=1, steps=1, initialize=False)
     checkpointing.load(tmp_path / "ours", back, step=None)
     for side in ("ours", "ckpt/step-0000000"):  # Megatron-Core's own loader, which wants its extra states left out
         sharded = back.module.sharded_state_dict(metadata={"dp_cp_group": groups.collection.dp_cp})
