@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 from helpers import REPO, make_hf
 
-from dev.quickstart.task import write_task
 from tests import byte_tokenizer
 
 pytestmark = pytest.mark.slow
@@ -94,8 +93,10 @@ def test_conversations_to_answers(installed: Installation) -> None:
     folder = installed.folder
     plain = dict.fromkeys(("block_size", "causal_attn", "text_mask_token", "text_mask_token_id"))
     byte_tokenizer.write_folder(make_hf(folder / "base", layers=1, **plain))
-    task = write_task(folder / "task", 60, 2, 0)
-    sources = [{"name": "task", "format": "messages", "path": str(task.train_files[0])}]
+    turns = [("user", "What is twice {}?"), ("assistant", "Twice {0} is {0} plus {0}.")]
+    rows = [{"messages": [{"role": r, "content": text.format(i)} for r, text in turns]} for i in range(60)]
+    (folder / "task.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sources = [{"name": "task", "format": "messages", "path": "task.jsonl"}]
     (folder / "data.yaml").write_text(json.dumps({"sources": sources, **SETTINGS}))  # JSON is YAML
     installed.run("sdlm", "prepare", "--config", "data.yaml", "--tokenizer", "base", "--out", "data")
     assert "clean" in installed.run("sdlm", "verify", "data").stdout
