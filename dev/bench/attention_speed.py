@@ -45,6 +45,7 @@ def mixture_row(tokens: int, block_size: int, seed: int) -> RowLayout:
         anchors = np.arange(clean - int(RESPONSE_SHARE * clean), clean - 1)
         blocks = block_count(clean, len(anchors), tokens, block_size, REPEAT)
         if clean + blocks * block_size > room:
+            # A first document that does not fit is drawn again: the row must not be empty.
             if documents:
                 return pack_row(documents, block_size=block_size, mask_token_id=0)[1]
             continue
@@ -85,6 +86,7 @@ def measure_backend(
     def both() -> None:
         torch.autograd.grad(row(q, k, v, scale), (q, k, v), values[3])
 
+    # Without a graph, as in decoding: the difference to `both` is then the whole backward pass.
     def forward() -> torch.Tensor:
         with torch.no_grad():
             return row(q, k, v, scale)
@@ -108,6 +110,7 @@ def backend_rows(
         try:
             forward, both, peak = measure_backend(build(layout, args.tokens).to(device), values, args.runs, device)
         except LIBRARY_ERRORS as error:
+            # One kernel that fails on this GPU must not hide the results of the others.
             yield f"{name}: {str(error).splitlines()[0]}", *[""] * 5
             continue
         speeds = (f"{1e3 * tflop * 3.5 / both:.3g}", f"{1e3 * tflop * 2.5 / (both - forward):.3g}")

@@ -63,6 +63,7 @@ def measure_checkpoints(case: StepCase, out: Path, steps: int) -> None:
     with CheckpointWriter(engine, out, CheckpointConfig(keep_last=1)) as writer:
         for number in range(1, ROUNDS + 1):
             writer.save(replace(state, step=number), None)
+            # Steps continue while the writer thread works: their slowdown is part of the cost.
             while writer.busy:
                 during.append(timed(case.step, engine.groups.device)[0])
             writer.wait()
@@ -102,6 +103,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.out.mkdir(parents=True)
     dist.barrier()
     measure_checkpoints(case, args.out, args.steps)
+    # No rank may still be reading or writing when the folder is removed.
     dist.barrier()
     if groups.main:
         shutil.rmtree(args.out)

@@ -71,7 +71,7 @@ def anonymous_memory(pid: int) -> int:
         for task in Path(f"/proc/{pid}/task").iterdir():
             total += sum(anonymous_memory(int(child)) for child in (task / "children").read_text().split())
     except (FileNotFoundError, ProcessLookupError):
-        pass
+        pass  # a process that exits while it is read counts as 0
     return total
 
 
@@ -92,6 +92,7 @@ def run_measured(command: Sequence[str], until: Callable[[], bool] = lambda: Fal
     process = subprocess.Popen(command)
     while process.poll() is None:
         peak = max(peak, anonymous_memory(process.pid))
+        # SIGKILL cannot be handled, like a lost node.
         if until():
             process.send_signal(signal.SIGKILL)
         time.sleep(0.02)
@@ -106,6 +107,7 @@ def copy(source: Path, target: Path) -> CommandCost:
     """Copies a folder with `cp -r`, waits until it is on the disk, and removes it."""
     started = time.perf_counter()
     cost = run_measured(["cp", "-r", str(source), str(target)])
+    # cp returns when the data is in the page cache; the conversions end with their output on the disk.
     fsync_tree(target)
     cost = replace(cost, seconds=time.perf_counter() - started)
     shutil.rmtree(target)

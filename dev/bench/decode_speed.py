@@ -73,6 +73,7 @@ def make_settings(thresholds: Sequence[float]) -> list[DecodeSetting]:
 def read_prompt_ids(path: Path, tokenizer: Any, count: int) -> list[torch.Tensor]:
     """Prompts (1, P) of a JSONL file of {"prompt": …}."""
     texts = [json.loads(line)["prompt"] for line in path.read_text(encoding="utf-8").splitlines()[:count]]
+    # The quickstart trains without a system turn, so the template is written out here.
     turns = [f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n" for text in texts]
     return [torch.tensor([tokenizer(turn, add_special_tokens=False)["input_ids"]]) for turn in turns]
 
@@ -108,6 +109,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     prompts = read_prompt_ids(args.prompts, AutoTokenizer.from_pretrained(args.model), args.count)
     for setting in make_settings(args.thresholds):  # warm-up
         setting.run(model, prompts[0].to(device), 8)
+    # New objects: the measurements of the warm-up are discarded.
     settings = make_settings(args.thresholds)
     for number, ids in enumerate(prompts, 1):
         for setting in settings:

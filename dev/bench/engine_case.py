@@ -53,8 +53,10 @@ def make_documents(
             clean = clean_length(rng)
         anchors = np.arange(clean - int(RESPONSE_SHARE * clean), clean - 2)
         blocks = block_count(clean, len(anchors), tokens, block_size, REPEAT if kind == "mixture" else tokens)
+        # Documents that leave hardly any room for blocks would not resemble training data.
         if clean > 0.9 * tokens:
             continue
+        # Special tokens have the highest ids, so text is drawn from below them.
         ids = rng.integers(0, special["pad"], clean).astype(np.int32)
         ids[-2] = special["eos"]
         starts = draw_starts(anchors, blocks, seed=seed, epoch=0, document=len(documents))
@@ -109,6 +111,7 @@ def _drop_last_targets(batch: MicroBatch) -> MicroBatch:
 def make_engine(config: RunConfig, groups: Groups, max_positions: int) -> Engine:
     """An engine with random weights, scaled so that attention matters for the loss."""
     shape = config.model
+    # Presets leave head_dim at 0, which a run resolves from its base.
     shape = replace(shape, head_dim=shape.head_dim or shape.hidden_size // shape.num_attention_heads)
     engine = Engine(config, shape, groups, max_positions=max_positions, steps=1000, initialize=False)
     generator = torch.Generator(groups.device).manual_seed(0)

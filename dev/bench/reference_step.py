@@ -65,7 +65,7 @@ class ReferenceProcess:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._process.communicate()  # closes its input, which ends it
+        self._process.communicate()  # closes its input, and the process exits at the end of its input
 
 
 def module_of(file: Path) -> ModuleType:
@@ -92,6 +92,7 @@ def make_batches(checkout: Path, documents: Path, batch: int) -> tuple[list[dict
         targets = expand.build_mask_target(clean, anchors, block_size, int(data["eos"]))
         positions = expand.build_mask_position_ids(anchors, block_size)
         input_ids = torch.from_numpy(np.concatenate([clean, blocks]))
+        # The features that the reference's own dataset yields for a document with these block starts.
         features.append(
             {
                 "input_ids": input_ids,
@@ -173,6 +174,7 @@ def main() -> None:
         total = 0.0
         for batch in batches:
             output, _ = model(**batch)
+            # The reference averages over a batch; weighting by targets gives the mean over the whole step.
             share = target_count(batch) / targets
             (output.loss * share).backward()
             total += float(output.loss.detach()) * share

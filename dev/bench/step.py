@@ -111,6 +111,7 @@ def measure_step(config: RunConfig, args: argparse.Namespace, groups: Groups) ->
 def print_speed(case: StepCase, whole: Durations, inner: Durations, precision: str) -> None:
     """Prints times, tokens per second, MFU and peak memory of our step."""
     device = case.engine.groups.device
+    # The table of peaks is for bf16 tensor cores; other cases use a measured product.
     known = peak_flops(case.engine.groups.device_name) if precision == "bf16" else None
     peak = known or matmul_flops(PRECISIONS[precision], device)
     memory = peak_bytes(case.step, device)
@@ -160,6 +161,7 @@ def print_memory(config: RunConfig, args: argparse.Namespace, groups: Groups) ->
         cells: list[str] = []
         peaks: list[float] = []
         for i, tokens in enumerate(args.sizes):
+            # An empty cell keeps the columns of the table aligned.
             if attention == "dense" and tokens > DENSE_LIMIT:
                 cells.append("")
                 continue

@@ -92,6 +92,7 @@ class ConversationSource:
             # The number makes every row distinct, so that a build finds no duplicates.
             label = f" (No. {a_set.name} {number})" if i == 0 else ""
             turns.append(("user", self._take(tokens * (1 - ANSWER_SHARE) / rounds) + label))
+            # Stripped text can be empty, and an empty answer would be rejected.
             turns.append(("assistant", self._take(tokens * ANSWER_SHARE / rounds) or "-"))
         if a_set.form == "messages":
             return {"messages": [{"content": text, "role": role} for role, text in turns]}
@@ -145,6 +146,7 @@ def write_metadata(out: Path, rows: dict[str, int]) -> None:
 
 def set_rows(rows: int) -> dict[str, int]:
     """Set to its number of rows: the mixture's proportions, `rows` in total."""
+    # Rounding the cumulative sums, not the parts, makes the total exact.
     edges = np.cumsum([0] + [a_set.rows for a_set in SETS])
     return {s.name: int(n) for s, n in zip(SETS, np.diff(edges * rows // edges[-1]), strict=True)}
 

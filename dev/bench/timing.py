@@ -39,6 +39,7 @@ class LiveTensors(TorchDispatchMode):
         # Views share a storage, which must be counted once.
         key, size = storage._cdata, storage.nbytes()
         if key not in self.known:
+            # The finalizer runs when Python drops the storage, which is when the allocator frees it.
             self.known.add(key)
             self.live += size
             self.peak = max(self.peak, self.live)
@@ -80,6 +81,7 @@ def median_ms(function: Callable[[], object], runs: int, device: torch.device) -
 
 def matmul_flops(dtype: torch.dtype, device: torch.device, runs: int = 5) -> float:
     """FLOP/s of the fastest of `runs` large matrix products: an upper bound for the linear layers on this machine."""
+    # Large enough to reach the peak of the device, small enough to take under a second.
     size = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     return 2 * size**3 / min(timed(lambda: a @ b, device)[0] for _ in range(runs))
@@ -88,6 +90,7 @@ def matmul_flops(dtype: torch.dtype, device: torch.device, runs: int = 5) -> flo
 def parts_of(step: Callable[[], object], device: torch.device) -> dict[str, float]:
     """Seconds of each part of one profiled step, as sdlm_megatron.training.trace attributes them."""
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
+    # summarize() looks for the steps that torch.profiler names ProfilerStep#N when it has a schedule.
     with profile(activities=activities) as profiler, record_function("ProfilerStep#1"):
         timed(step, device)
     with tempfile.TemporaryDirectory() as folder:

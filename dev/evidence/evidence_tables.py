@@ -88,6 +88,7 @@ def read_campaign(folder: Path) -> Campaign:
     for model in sorted(folder.glob("*")):
         name = re.fullmatch(r"(\w+)-(\d+)", model.name)
         arm, seed = (name[1], int(name[2])) if name else (model.name, 0)
+        # Other folders of the campaign: tasks, and the random base.
         if arm not in (ARMS if name else (BASE,)):
             continue
         if name and (model / "facts.json").exists():
@@ -245,6 +246,7 @@ def context_table_rows(campaign: Campaign) -> Rows:
 
 def perplexity_table(campaign: Campaign) -> tuple[Sequence[str], Rows]:
     results = campaign.of("", "perplexity", [BASE, *LEADING, *VARIANTS[1:], *RATES[2:]])
+    # The columns are the texts that were measured, so the head depends on the campaign.
     texts = perplexities(results) if results else {}
     rows = ((label, len(results[label]), *(number(row[label]) for row in texts.values())) for label in results)
     return ("", "seeds", *texts), rows

@@ -49,6 +49,7 @@ def sortings(seed: int) -> Iterator[Example]:
     words = {name: text.split() for name, text in WORDS.items()}
     seen: set[str] = set()
     while True:
+        # Sorted, so that the order of the dictionary does not matter.
         names = rng.sample(sorted(words), SORTED_AT_A_TIME)
         picked = {name: rng.choice(words[name]) for name in names}
         shown = list(picked.values())

@@ -50,6 +50,7 @@ class Measurement:
 
     def done(self) -> bool:
         try:
+            # The kind is checked too: a truncated or foreign file is measured again.
             return json.loads(self.result.read_text())["kind"] == self.module
         except (OSError, ValueError, KeyError, TypeError):
             return False
@@ -117,6 +118,7 @@ def measure_model(measurements: Sequence[Measurement], log: Path) -> float:
     """Runs the measurements in this process on one core, output to `log`; returns the seconds."""
     import torch
 
+    # Models are measured side by side, one core each.
     torch.set_num_threads(1)
     started = time.perf_counter()
     with log.open("a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):

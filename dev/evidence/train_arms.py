@@ -140,6 +140,7 @@ def random_base(base: Path, folder: Path) -> Path:
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base), dtype=torch.bfloat16)
         model.save_pretrained(partial)
+        # Renamed last: an interrupted copy is not mistaken for a finished one.
         partial.rename(folder)
     return folder
 
@@ -166,6 +167,7 @@ def train_all(out: Path, arms: Sequence[Arm], seeds: Sequence[int], budget: Budg
             progress = f"{finished}/{len(pending)}, {minutes:.0f} min left"
             try:
                 print(f"{name:16} {future.result():5.0f} s   {progress}", flush=True)
+            # The log names the reason; the remaining trainings take hours and should not be lost.
             except UserError as error:
                 failed.append(error)
                 print(f"{name:16} failed    {progress}", flush=True)

@@ -42,6 +42,7 @@ def run_command(
         shown, actual = ["python", "-m", command], [*python, command]
     else:
         shown, actual = ["sdlm", command], [*python, "sdlm_megatron.cli", command]
+    # Printed as a user would type it; run with this interpreter, whatever is on PATH.
     text = shlex.join([*shown, *words])
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "WANDB_SILENT": "true"}
     with open(log or os.devnull, "a", encoding="utf-8") as file:
@@ -124,6 +125,7 @@ class Pipeline:
     def _prepare(self, base: Path) -> None:
         demo = self.demo
         self._heading("conversations -> packed rows")
+        # Three source formats, to show that they can be mixed.
         sources = write_task(self.dir / "task", demo.conversations, demo.prompts, 0).sources
         config = {
             "tokenizer": str(base),
@@ -147,6 +149,7 @@ class Pipeline:
             **demo.config,
         }
         write_text(self.dir / "train.yaml", yaml.safe_dump(config, sort_keys=False))
+        # The same file for both parts: only the layout on the command line differs.
         command = ("sdlm_megatron.train", "--config", self.dir / "train.yaml")
         self._heading(f"training on two processes: {demo.first}, stopped on purpose at step {self._half}")
         run_command(*command, *demo.first.options, f"--train.stop_after={self._half}", processes=PROCESSES)

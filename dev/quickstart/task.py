@@ -130,6 +130,7 @@ def write_task(folder: str | Path, n_train: int, n_heldout: int, seed: int) -> T
     if n_train < 3 or n_heldout < 1 or n_train + n_heldout > 10_000_000:
         what = f"cannot write {n_train} training and {n_heldout} held-out conversations"
         raise DataError(what, str(root), "ask for at least 3 and 1, and for 10 million at most")
+    # Both parts come from one stream, so they have the same distribution.
     train: list[Example] = []
     heldout: list[Example] = []
     for example in examples(seed):

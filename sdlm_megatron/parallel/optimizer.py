@@ -83,7 +83,7 @@ def build_optimizer(
     optimizer = get_megatron_optimizer(mcore, list(models), use_gloo_process_groups=False)
     for part in _parts(optimizer):
         # Without Apex and TransformerEngine, Megatron-Core uses torch's Adam in its default multi-pass form. The fused
-        # kernel makes one pass over the parameters (dev.bench.cpu_choices).
+        # kernel makes one pass over the parameters: 110 ms instead of 571 ms for 53 M parameters on one core.
         if isinstance(part.optimizer, torch.optim.Adam | torch.optim.AdamW):
             for group in part.optimizer.param_groups:
                 group["fused"], group["foreach"] = True, False

@@ -1,8 +1,7 @@
 """Attention with explicit masks: over the whole row at once (`Dense`), or in regions of each document (`PerDocument`).
 
 `PerDocument` is the fastest backend on a CPU. Its products put the wide operand in its memory layout and transpose the
-narrow one: on a CPU in fp32, a product with the wide operand transposed takes about 1.5 times as long
-(dev.bench.cpu_choices).
+narrow one: on a CPU in fp32, a product with the wide operand transposed takes about 1.5 times as long (measured).
 """
 
 from collections.abc import Iterator
