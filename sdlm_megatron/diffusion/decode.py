@@ -227,9 +227,7 @@ def decode(
     fixed_shape: bool | Callable[[Any], Any] = False,
     on_tokens: Callable[[int, list[int]], None] | None = None,
 ) -> Decoded:
-    """Continues each prompt up to an end token or exactly `max_new_tokens` tokens.
-
-    A row's result does not depend on the other rows. There is one transfer to the host per pass.
+    """Continues each prompt, independent of the others, to an end token or exactly `max_new_tokens` tokens.
 
     Args:
         model: a causal LM of transformers with full, stock attention (Qwen2, Llama), in eval mode, or a Proposer.

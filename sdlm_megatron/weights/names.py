@@ -7,10 +7,12 @@ it; both names of a norm are understood. Layer numbers are those of the whole mo
 
 import math
 from collections.abc import Iterator
-
-import torch
+from typing import TYPE_CHECKING
 
 from sdlm_megatron.config.schema import ModelConfig
+
+if TYPE_CHECKING:  # the planner pads vocabularies by this module, and starts fast because it needs no torch
+    import torch
 
 Rows = tuple[str, int, int]
 """Rows [start, stop) of the tensor of this name."""
@@ -113,8 +115,10 @@ def checkpoint_rows(shape: ModelConfig) -> dict[str, list[Rows]]:
     return {hf: [rows for _, rows in sorted(parts)] for hf, parts in segments.items()}
 
 
-def to_hf(name: str, tensor: torch.Tensor, shape: ModelConfig) -> Iterator[tuple[str, torch.Tensor]]:
+def to_hf(name: str, tensor: "torch.Tensor", shape: ModelConfig) -> "Iterator[tuple[str, torch.Tensor]]":
     """Hugging Face (name, tensor) pairs of one whole Megatron-Core tensor."""
+    import torch
+
     offset = 0
     parts: dict[str, list[torch.Tensor]] = {}
     for hf, start, stop in hf_rows(name, shape):
