@@ -27,7 +27,7 @@ from sdlm_megatron.weights.torch_dist import TorchDist
 
 @dataclass(frozen=True)
 class Difference:
-    """How a tensor differs; numbers only where the values were compared."""
+    """One differing tensor; numbers only where the values were compared."""
 
     name: str
     kind: str

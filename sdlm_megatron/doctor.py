@@ -34,7 +34,7 @@ MARKS = {"ok": "ok", "limited": "--", "broken": "FAIL"}
 
 
 class Problem(Exception):
-    """What a check found wrong."""
+    """A failed check."""
 
 
 def _python() -> str:

@@ -8,7 +8,7 @@ from helpers import REPO
 
 from sdlm_megatron.cli import COMMANDS
 
-DOCS = [REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))]
+DOCS = [REPO / "README.md", REPO / "CONTRIBUTING.md", *sorted((REPO / "docs").glob("*.md"))]
 
 
 @pytest.mark.parametrize("document", DOCS, ids=lambda p: p.name)
@@ -36,7 +36,8 @@ def test_functions_named_in_the_method_exist() -> None:
 def test_commands_in_documents_exist(document: Path) -> None:
     text = document.read_text()
     for module in set(re.findall(r"-m ((?:data_prep|sdlm_megatron|checkpoints_tools|dev)\.[\w.]*\w)", text)):
-        assert (REPO / (module.replace(".", "/") + ".py")).exists(), module
+        placeholder = module.rsplit(".", 1)[-1].isupper()
+        assert placeholder or (REPO / (module.replace(".", "/") + ".py")).exists(), module
     assert set(re.findall(r"(?:^|`)sdlm ([a-z]+)", text, re.MULTILINE)) <= set(COMMANDS)
     makefile = (REPO / "Makefile").read_text()
     targets = set(re.findall(r"(?:^|`)make ([a-z-]+)", text, re.MULTILINE))
