@@ -25,16 +25,15 @@ from sdlm_megatron.weights.hf_config import HFConfig, read_hf_config
 from sdlm_megatron.weights.hf_weights import HFWeights
 
 # bool is a subclass of int, so that the exact type is compared
+# Test and description of the valid values of a decoding rule.
 RULE_VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "alg": (lambda value: value in ALGORITHMS, f"one of {', '.join(ALGORITHMS)}"),
     "n": (lambda value: type(value) is int and value >= 1, "an integer of at least 1"),
     "threshold": (lambda value: type(value) in (int, float) and 0 <= value <= 1, "a number between 0 and 1"),
     "product": (lambda value: type(value) is bool, "True or False"),
 }
-"""Test and description of the valid values of a decoding rule."""
 Message = Mapping[str, str]
-OnPass = Callable[[list[int]], None]
-"""Called after each pass with the tokens that the pass kept."""
+OnPass = Callable[[list[int]], None]  # called after each pass with the tokens that the pass kept
 
 
 @dataclass(frozen=True)
@@ -42,12 +41,11 @@ class DecodingRule:
     """Decoding algorithm and its parameters; the defaults are plain next-token decoding."""
 
     alg: str = "ar"
-    window: int = 1
-    """n, the tokens proposed in a pass; 1 with "ar"."""
+    window: int = 1  # n, the tokens proposed in a pass; 1 with "ar"
+    # Smallest confidence, exclusive, of a token that is kept. Unused by "ar" and "self_speculative".
     threshold: float = 1.0
-    """Smallest confidence, exclusive, of a token that is kept. Unused by "ar" and "self_speculative"."""
+    # Compare the product of the confidences up to a token with the threshold, not the token's own.
     product: bool = False
-    """Compare the product of the confidences up to a token with the threshold, not the token's own."""
 
     @property
     def name(self) -> str:
@@ -76,8 +74,7 @@ class AnswerSettings(DecodingRule):
     """A decoding rule together with the length, sampling and stop strings of an answer."""
 
     max_new_tokens: int = 512
-    temperature: float = 0.0
-    """0: greedy."""
+    temperature: float = 0.0  # 0: greedy
     top_k: int | None = None
     top_p: float | None = None
     seed: int = 0
@@ -118,14 +115,10 @@ class Answer:
     """One answer, end token included."""
 
     tokens: list[int]
-    accepted: list[int]
-    """Tokens kept in each pass; they add up to len(tokens)."""
-    text: str
-    """Without special tokens."""
-    seconds: float
-    """From the prompt to the last token."""
-    complete: bool
-    """False: cut at max_new_tokens, or interrupted."""
+    accepted: list[int]  # tokens kept in each pass; they add up to len(tokens)
+    text: str  # without special tokens
+    seconds: float  # from the prompt to the last token
+    complete: bool  # False: cut at max_new_tokens, or interrupted
     interrupted: bool = False
 
 
@@ -242,16 +235,13 @@ class ChatModel:
 
     def decode(self, input_ids: torch.Tensor, **options: Any) -> Decoded:
         """`diffusion.decode` with the folder's mask token, end tokens and attention of windows; `options` override."""
-        folder = {
-            "eos_token_ids": self.end_tokens,
-            **self.config.decoding.decode_options,
-        }
+        folder = {"eos_token_ids": self.end_tokens, **self.config.decoding.decode_options}
         with torch.inference_mode():
             return decode(self.model, input_ids, **folder | options)
 
     def answer(self, ids: Sequence[int], settings: AnswerSettings, on_pass: OnPass) -> Answer:
         """Continues `ids` by SDLM decoding. An interrupt (Ctrl-C) ends the answer early."""
-        stop = self.stop_at(settings.stop) if settings.stop else None
+        stop = self.stop_at(settings.stop)
         prompt = torch.tensor([ids], device=self.model.device)
 
         def run(keep: OnPass) -> None:
@@ -283,10 +273,12 @@ class ChatModel:
 
         return self._timed(run, settings, on_pass)
 
-    def stop_at(self, texts: Sequence[str]) -> Stop:
+    def stop_at(self, texts: Sequence[str]) -> Stop | None:
         """A rule that ends an answer whose last token completes one of `texts`, which may begin in the prompt."""
         from transformers import StopStringCriteria
 
+        if not texts:
+            return None
         criteria = StopStringCriteria(self.tokenizer, list(texts))
         return lambda tokens: criteria(tokens, None)
 
@@ -347,10 +339,7 @@ def load(folder: Path, *, dtype: str | None, device: str | None) -> ChatModel:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
-            attn_implementation="sdpa",
-            dtype=PRECISIONS[dtype] if dtype else "auto",
-            output_loading_info=True,
+            folder, attn_implementation="sdpa", dtype=PRECISIONS[dtype] if dtype else "auto", output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"transformers cannot load the folder: {error}", str(folder), fix) from None

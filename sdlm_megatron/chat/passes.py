@@ -8,14 +8,13 @@ from typing import Any, TypedDict
 
 from rich.text import Text
 
+# Blue, orange, violet, green for successive passes; readable on a black and on a white background.
 COLORS = ("color(31)", "color(130)", "color(133)", "color(28)")
-"""Blue, orange, violet, green for successive passes; readable on a black and on a white background."""
 
+# Text that a token adds to an answer, and its pass, counted from 1.
 TokenText = TypedDict("TokenText", {"text": str, "pass": int})
-"""Text that a token adds to an answer, and its pass, counted from 1."""
 
-_UNFINISHED = "\ufffd"
-"""Replacement character: a tokenizer's text for trailing bytes that do not form a character yet."""
+_UNFINISHED = "\ufffd"  # replacement character: a tokenizer's text for trailing bytes that do not form a character yet
 
 
 class TextStream:

@@ -17,10 +17,8 @@ from rich.text import Text
 from sdlm_megatron.chat.chat_model import Answer
 from sdlm_megatron.chat.passes import TextStream, colored, style_of, summary, token_texts
 
-REDRAW_S = 0.05
-"""Seconds between redraws; drawing after each pass would slow down the decoding that is timed."""
-SIDE_BY_SIDE = 100
-"""Terminal width, in columns, from which two answers are shown side by side."""
+REDRAW_S = 0.05  # seconds between redraws; drawing after each pass would slow down the decoding that is timed
+SIDE_BY_SIDE = 100  # terminal width, in columns, from which two answers are shown side by side
 
 
 class LiveAnswer:

@@ -19,8 +19,7 @@ from sdlm_megatron.evaluation import held_out, measurement
 from sdlm_megatron.evaluation.held_out import HeldOutPrompt
 from sdlm_megatron.progress import track
 
-BATCH_TOKENS = 8192
-"""Prompt tokens per batch, about: the masks and the cache of a batch grow with them."""
+BATCH_TOKENS = 8192  # prompt tokens per batch, about: the masks and the cache of a batch grow with them
 MOST_ROWS = 32
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from sdlm_megatron.errors import ConfigError, run_cli
 from sdlm_megatron.evaluation import held_out, measurement
 
+# Kinds of evaluation and a line about each; a kind is the module of that name, "report" is this module.
 KINDS = {
     "report": "all of the measurements below and one page (the default)",
     "table": "a few thresholds, as the report of a training run shows them",
@@ -26,7 +27,6 @@ KINDS = {
     "page": "one page for the results of one or several models",
     "lm_eval": "lm-evaluation-harness with the model `sdlm`",
 }
-"""Kinds of evaluation and a line about each; a kind is the module of that name, "report" is this module."""
 NOTES = "kinds, as sdlm evaluate KIND; sdlm evaluate KIND --help explains the options of a kind:\n" + "\n".join(
     f"  {kind:12} {summary}" for kind, summary in KINDS.items()
 )

@@ -15,29 +15,20 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator, PercentFormatter
 
 from sdlm_megatron.evaluation.intervals import Estimate
-from sdlm_megatron.evaluation.result_files import (
-    Result,
-    Results,
-    RuleTiming,
-    SweepPoint,
-    context_rows,
-    points,
-    timings,
-)
+from sdlm_megatron.evaluation.result_files import Result, Results, RuleTiming, SweepPoint, context_rows, points, timings
 from sdlm_megatron.report.plots import INK, SERIES, SOFT, figure_of, legend
 
 DASHED = (0, (3, 2))
 LINES = {"prob_conf": "-", "entropy_conf": DASHED}
 NAMES = {"prob_conf": "prob", "entropy_conf": "entropy", "self_speculative": "self-speculative", "ar": "n = 1"}
 MARKERS = {"prob_conf": "o", "entropy_conf": "s", "self_speculative": "D", "ar": "*"}
-TICK_GAP = 0.16
-"""Smallest distance between two labeled thresholds, in decades of 1 - threshold."""
+TICK_GAP = 0.16  # smallest distance between two labeled thresholds, in decades of 1 - threshold
+# Line style and label of each kind of pass in speed.json.
 PASS_STYLES = {
     "window": ("-", "n kept tokens and a window"),
     "window_one": (DASHED, "one kept token and a window"),
     "self_speculative": ("", "self-speculation, a pass"),
 }
-"""Line style and label of each kind of pass in speed.json."""
 Values = Sequence[float] | Sequence[Estimate]
 
 

@@ -16,13 +16,10 @@ from sdlm_megatron.evaluation.intervals import acceptance, bins_of, precision_re
 from sdlm_megatron.evaluation.result_files import Results, pooled
 from sdlm_megatron.report.plots import SOFT, figure_of
 
-MOST_SLOTS = 8
-"""Largest number of panels; of a wider window, the first slots are shown."""
+MOST_SLOTS = 8  # largest number of panels; of a wider window, the first slots are shown
 COLUMNS = 4
-MARKED = (0.9, 0.98)
-"""Thresholds that are marked in the precision-recall figure."""
-KEPT_AT = (0.5, 0.9, 0.98)
-"""Thresholds of the acceptance figure."""
+MARKED = (0.9, 0.98)  # thresholds that are marked in the precision-recall figure
+KEPT_AT = (0.5, 0.9, 0.98)  # thresholds of the acceptance figure
 
 
 def reliability_figure(calibrations: Results, score: str = "prob") -> Figure:

@@ -13,8 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from sdlm_megatron.chat.chat_model import ChatModel, DecodingRule
 from sdlm_megatron.errors import DataError
 
-BATCH = 64
-"""Prompts per batch, unless --batch says otherwise."""
+BATCH = 64  # prompts per batch, unless --batch says otherwise
 
 
 @dataclass(frozen=True)
@@ -29,12 +28,9 @@ class HeldOutPrompt:
 class DecodedPrompts:
     """Answers in the order of the prompts."""
 
-    tokens: list[list[int]]
-    """Tokens of each answer, with the end token if there is one."""
-    accepted: list[list[int]]
-    """For each prompt, the tokens that each of its passes kept."""
-    seconds: float
-    """Wall time of all prompts together."""
+    tokens: list[list[int]]  # tokens of each answer, with the end token if there is one
+    accepted: list[list[int]]  # for each prompt, the tokens that each of its passes kept
+    seconds: float  # wall time of all prompts together
 
     @property
     def tokens_per_pass(self) -> float:

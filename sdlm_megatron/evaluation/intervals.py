@@ -15,8 +15,7 @@ from scipy import stats
 
 LEVEL = 0.95
 TAILS = ((1 - LEVEL) / 2, (1 + LEVEL) / 2)
-DRAWS = 1000
-"""Bootstrap samples."""
+DRAWS = 1000  # bootstrap samples
 BINS = 15
 
 
@@ -50,12 +49,9 @@ def over_seeds(values: Sequence[float]) -> Estimate:
 
 
 def share(exact: Sequence[ArrayLike], *, distinct: bool = False) -> Estimate:
-    """Share of correct answers, with Wilson's interval over prompts.
+    """Share of correct answers, from 0 or 1 for each prompt of each seed, with Wilson's interval over prompts.
 
-    Args:
-        exact: for each seed, 0 or 1 for each prompt.
-        distinct: each seed was measured on its own prompts, so that the prompts of all seeds count; otherwise all
-            seeds share the same prompts, and only those of one seed count.
+    `distinct`: the seeds were measured on different prompts, which then all count; otherwise on the same prompts.
     """
     seeds = over_seeds([float(np.asarray(answers, dtype=float).mean()) for answers in exact])
     n = len(np.asarray(exact[0])) * (len(exact) if distinct else 1)
@@ -65,11 +61,7 @@ def share(exact: Sequence[ArrayLike], *, distinct: bool = False) -> Estimate:
 
 
 def ratio(tokens: Sequence[ArrayLike], passes: Sequence[ArrayLike]) -> Estimate:
-    """Tokens a pass: for each seed all tokens over all passes, averaged over seeds; bootstrap over prompts.
-
-    Args:
-        tokens, passes: for each seed, one count for each prompt.
-    """
+    """Tokens a pass, from the counts of each prompt of each seed: a ratio of sums, with a bootstrap over prompts."""
     above, below = np.asarray(tokens, dtype=float), np.asarray(passes, dtype=float)  # (seeds, prompts)
     seeds = over_seeds((above.sum(1) / below.sum(1)).tolist())
     counts = _resamples(above.shape[1])
@@ -119,12 +111,9 @@ def mcnemar(first: ArrayLike, second: ArrayLike) -> tuple[int, int, float]:
 class Bins:
     """Predictions grouped by confidence; empty bins are left out."""
 
-    confidence: np.ndarray
-    """Mean confidence, float (bins,)."""
-    accuracy: np.ndarray
-    """Share of correct predictions, float (bins,)."""
-    count: np.ndarray
-    """int (bins,)."""
+    confidence: np.ndarray  # mean confidence, float (bins,)
+    accuracy: np.ndarray  # share of correct predictions, float (bins,)
+    count: np.ndarray  # int (bins,)
 
     @property
     def ece(self) -> float:
@@ -146,11 +135,9 @@ def brier(confidence: ArrayLike, correct: ArrayLike) -> float:
 
 
 def precision_recall(confidence: ArrayLike, correct: ArrayLike) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Precision and recall of keeping all predictions of at least some confidence, for every confidence that occurs.
+    """Thresholds (every confidence that occurs, falling), and precision and recall of the predictions that reach them.
 
-    Returns:
-        Thresholds in falling order; precision, the share of kept predictions that are correct; recall, the share of
-        correct predictions that are kept (nan if none is correct). Float, (distinct confidences,).
+    Float arrays of one length; the recall is nan if no prediction is correct.
     """
     scores, outcomes = np.asarray(confidence, dtype=float), np.asarray(correct, dtype=float)
     order = np.argsort(-scores, kind="stable")
@@ -178,14 +165,12 @@ def kept_at(confidence: ArrayLike, correct: ArrayLike, threshold: float) -> tupl
 
 
 def acceptance(confidences: Sequence[ArrayLike], threshold: float) -> tuple[list[float], list[float]]:
-    """Acceptance rate of each slot: slot 0 is always kept, any other if it and all before it pass the threshold.
+    """Acceptance rate of each slot, and the rate among positions at which all slots before it are kept (or nan).
+
+    Slot 0 is always kept, any other if it and all slots before it pass the threshold.
 
     Args:
-        confidences: for each slot, its confidence at each position of the text, positions in the same order.
-
-    Returns:
-        For each slot: the share of positions at which it is kept, and the same share among the positions at which
-        all slots before it are kept (nan if there are none).
+        confidences: for each slot, its confidence at each position of the text.
     """
     above = np.asarray(confidences, dtype=float) > threshold  # (slots, positions)
     kept = np.cumprod(above, axis=0).mean(1)

@@ -24,11 +24,11 @@ from sdlm_megatron.diffusion.decode import Decoded
 from sdlm_megatron.errors import ConfigError
 from sdlm_megatron.weights.dtypes import HF_DTYPES, PRECISIONS, precision_name
 
+# Model arguments with the meaning they have for the harness' `hf`.
 HARNESS_ARGS = (
     *("batch_size", "max_batch_size", "max_length", "truncation", "add_bos_token", "prefix_token_id"),
     *("logits_cache", "softmax_dtype", "chat_template_args", "enable_thinking", "think_end_token"),
 )
-"""Model arguments with the meaning they have for the harness' `hf`."""
 MODEL_ARGS = ("pretrained", "alg", "n", "threshold", "product", "dtype", "device", *HARNESS_ARGS)
 GENERATION_ARGS = ("until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p", "seed")
 LONG_NAMES = {"auto": None, **{name: precision_name(dtype) for name, dtype in HF_DTYPES.items()}}
@@ -41,10 +41,8 @@ class TaskCounts:
     """Decoding effort of one task."""
 
     prompts: int = 0
-    tokens: int = 0
-    """Generated tokens, end tokens included."""
-    passes: int = 0
-    """Forward passes that proposed tokens, counted for each prompt by itself."""
+    tokens: int = 0  # generated tokens, end tokens included
+    passes: int = 0  # forward passes that proposed tokens, counted for each prompt by itself
     seconds: float = 0.0
 
     @property
@@ -86,8 +84,7 @@ class SDLMForLMEval(HFLM):
             device = None
         self.chat = load(Path(pretrained), dtype=LONG_NAMES.get(dtype, dtype), device=device)
         self.rule = self.chat.decoding_rule("--model_args", alg=alg, n=n, threshold=threshold, product=product)
-        self.counts: dict[str, TaskCounts] = {}
-        """By task, of the latest `generate_until`."""
+        self.counts: dict[str, TaskCounts] = {}  # by task, of the latest `generate_until`
         self._task = TaskCounts()
         super().__init__(self.chat.model, backend="causal", tokenizer=self.chat.tokenizer, **options)
         # the harness looks a relative name up on the hub
@@ -116,14 +113,7 @@ class SDLMForLMEval(HFLM):
         return super().get_model_info() | {"sdlm": {**asdict(self.rule), "tasks": tasks}}
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **generation_kwargs: Any) -> Tensor:
-        """Decodes a batch of the harness.
-
-        Args:
-            context: int64 (B, T), padded on the left.
-
-        Returns:
-            int64 (B, T + new tokens), padded on the right.
-        """
+        """Continues a batch of the harness: int64 (B, T), padded on the left, to (B, T + new), padded on the right."""
         mask = generation_kwargs.pop("attention_mask")
         settings = self._settings(generation_kwargs, max_length - context.shape[1], stop)
         started = time.perf_counter()
@@ -169,13 +159,8 @@ class SDLMForLMEval(HFLM):
         )
 
     def _decode(self, ids: Tensor, mask: Tensor, settings: AnswerSettings, stop: Sequence[str]) -> Decoded:
-        return self.chat.decode(
-            ids,
-            attention_mask=mask,
-            eos_token_ids=self.end_tokens,
-            stop=self.chat.stop_at(stop) if stop else None,
-            **settings.options,
-        )
+        options = {**settings.options, "eos_token_ids": self.end_tokens, "stop": self.chat.stop_at(stop)}
+        return self.chat.decode(ids, attention_mask=mask, **options)
 
     def _cut_at_stop(
         self, row: int, context: Tensor, mask: Tensor, settings: AnswerSettings, decoded: Decoded

@@ -30,8 +30,7 @@ class SDLMForOpenCompass(BaseModel):
             Leave them out for a folder without SDLM's code.
         system: system turn of prompts that have none; default: the chat template's.
         stop_words: an answer ends before the first of these.
-        generation_kwargs: further arguments of transformers' `generate`, such as do_sample, temperature, top_p; SDLM
-            decoding names those it does not support.
+        generation_kwargs: further arguments of transformers' `generate`, such as do_sample, temperature, top_p.
         dtype, device: as in torch; dtype "auto": the folder's own; device None: a GPU if there is one.
         meta_template, tokenizer_only: OpenCompass' own.
     """
@@ -62,8 +61,8 @@ class SDLMForOpenCompass(BaseModel):
         rule = {"sdlm_alg": alg, "sdlm_n": n, "sdlm_threshold": threshold, "sdlm_product": product}
         self.settings = {name: value for name, value in rule.items() if value is not None}
         self.system, self.stop_words = system, list(stop_words)
+        # Tokens generated since the model was loaded, end tokens included, and their forward passes.
         self.tokens = self.passes = 0
-        """Tokens generated since the model was loaded, end tokens included, and their forward passes."""
         if not tokenizer_only:
             device = device or ("cuda" if torch.cuda.is_available() else "cpu")
             model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=True)
@@ -159,5 +158,4 @@ class SDLMForOpenCompass(BaseModel):
         return means
 
 
-SDLM = SDLMForOpenCompass
-"""The name used in configs of OpenCompass: `type=SDLM`."""
+SDLM = SDLMForOpenCompass  # the name used in configs of OpenCompass: `type=SDLM`

@@ -17,10 +17,9 @@ from sdlm_megatron.evaluation.intervals import Estimate
 from sdlm_megatron.evaluation.result_files import KINDS, Result, Results, name_of, points, pooled
 from sdlm_megatron.report.page_kit import Page
 
-TAU = 0.98
-"""Threshold of the precision and recall in the table of slots."""
+TAU = 0.98  # threshold of the precision and recall in the table of slots
+# Facts that have a column in the first table.
 FACTS = ("block_size", "parameters", "dtype", "device", "threads", "date", "torch", "transformers")
-"""Facts that have a column in the first table."""
 
 
 # --- cells

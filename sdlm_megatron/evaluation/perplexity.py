@@ -27,8 +27,8 @@ from sdlm_megatron.errors import DataError, run_cli
 from sdlm_megatron.evaluation import measurement
 from sdlm_megatron.progress import track
 
+# Modules of Python's standard library with long docstrings that are mostly prose.
 MODULES = ("argparse", "copy", "heapq", "re", "sched", "shelve", "socketserver", "timeit", "unittest")
-"""Modules of Python's standard library with long docstrings that are mostly prose."""
 
 
 @dataclass(frozen=True)

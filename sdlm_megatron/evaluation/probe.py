@@ -18,20 +18,16 @@ from sdlm_megatron.diffusion.decode_rules import choose, confidence, confident_p
 from sdlm_megatron.diffusion.layout import pack_row, row_positions
 from sdlm_megatron.diffusion.mask import visible_row
 
-LOGIT_ROWS = 1024
-"""Rows of logits computed at a time: 200 MB with a vocabulary of 49,152."""
+LOGIT_ROWS = 1024  # rows of logits computed at a time: 200 MB with a vocabulary of 49,152
 
 
 @dataclass(frozen=True)
 class Probe:
     """Proposals before each of the R tokens of an answer, for n slots."""
 
-    tokens: Tensor
-    """int64 (R, n)."""
-    prob: Tensor
-    """float32 (R, n), confidence of prob_conf."""
-    entropy: Tensor | None
-    """float32 (R, n), confidence of entropy_conf; None if it was not requested."""
+    tokens: Tensor  # int64 (R, n)
+    prob: Tensor  # float32 (R, n), confidence of prob_conf
+    entropy: Tensor | None  # float32 (R, n), confidence of entropy_conf; None if it was not requested
 
 
 def probe(

@@ -18,12 +18,9 @@ from sdlm_megatron.errors import DataError
 from sdlm_megatron.evaluation.intervals import Estimate, over_seeds, ratio, share
 
 KINDS = ("sweep", "calibration", "speed", "context", "perplexity")
-Result = Mapping[str, Any]
-"""One result file."""
-Results = Mapping[str, Sequence[Result]]
-"""Result files of one kind by label; a label has one file per seed."""
-RuleKey = tuple[str, int, float | None]
-"""Algorithm, n and threshold."""
+Result = Mapping[str, Any]  # one result file
+Results = Mapping[str, Sequence[Result]]  # result files of one kind by label; a label has one file per seed
+RuleKey = tuple[str, int, float | None]  # Algorithm, n and threshold
 
 
 @dataclass(frozen=True)
@@ -43,10 +40,8 @@ class MeasuredRule:
 class SweepPoint(MeasuredRule):
     """Quality and speed of a rule over the prompts of every seed."""
 
-    exact: Estimate
-    """Share of exact answers."""
-    speed: Estimate
-    """Tokens a pass."""
+    exact: Estimate  # share of exact answers
+    speed: Estimate  # tokens a pass
 
 
 @dataclass(frozen=True)
@@ -54,14 +49,10 @@ class RuleTiming(MeasuredRule):
     """Wall time of a rule at one batch size."""
 
     batch: int
-    prompts: int
-    """Of all seeds together."""
-    exact: float
-    """Share of exact answers, mean over seeds."""
-    rate: Estimate
-    """Tokens a second."""
-    seconds: Estimate
-    """Seconds a prompt."""
+    prompts: int  # of all seeds together
+    exact: float  # share of exact answers, mean over seeds
+    rate: Estimate  # tokens a second
+    seconds: Estimate  # seconds a prompt
 
 
 def name_of(key: RuleKey) -> str:

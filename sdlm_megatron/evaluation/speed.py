@@ -30,14 +30,10 @@ from sdlm_megatron.evaluation.held_out import HeldOutPrompt
 from sdlm_megatron.evaluation.result_files import name_of
 from sdlm_megatron.progress import track
 
-PASSES = 3
-"""Timed passes of one repetition, after the untimed one that processes the prompt."""
-ROUNDS = 3
-"""Smallest number of repetitions of each kind of pass."""
-CHUNK = 16
-"""Prompts that every rule answers before the next ones, unless the batch is larger."""
-QUIET = 0.9
-"""CPU time over wall time and threads below which the machine is reported as busy with other work."""
+PASSES = 3  # timed passes of one repetition, after the untimed one that processes the prompt
+ROUNDS = 3  # smallest number of repetitions of each kind of pass
+CHUNK = 16  # prompts that every rule answers before the next ones, unless the batch is larger
+QUIET = 0.9  # CPU time over wall time and threads below which the machine is reported as busy with other work
 
 
 # --- single passes
@@ -52,8 +48,7 @@ class PassTiming:
     "window_one": n slots and one kept token, the cheapest. "self_speculative": n windows of n slots and n tokens.
     "prefill": the first pass, over the whole prompt and a window."""
     n: int
-    seconds: list[float] = field(default_factory=list)
-    """Seconds of one pass, one value per repetition."""
+    seconds: list[float] = field(default_factory=list)  # seconds of one pass, one value per repetition
 
     @property
     def options(self) -> dict[str, Any]:
@@ -197,11 +192,7 @@ def rules_of(chat: ChatModel) -> list[DecodingRule]:
 
 
 def time_decodes(
-    chat: ChatModel,
-    prompts: Sequence[HeldOutPrompt],
-    batch: int,
-    max_new_tokens: int,
-    progress: Callable[[int], None],
+    chat: ChatModel, prompts: Sequence[HeldOutPrompt], batch: int, max_new_tokens: int, progress: Callable[[int], None]
 ) -> list[dict[str, Any]]:
     """Rows of speed.json for every rule; the rules take turns on each chunk of prompts.
 

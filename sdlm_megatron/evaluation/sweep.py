@@ -22,8 +22,7 @@ from sdlm_megatron.evaluation.probe import follow, probe
 from sdlm_megatron.progress import track
 
 PROB = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98, 0.99)
-ENTROPY = (0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999)
-"""1 - H / log V, which is 1 for a slot without any doubt."""
+ENTROPY = (0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999)  # 1 - H / log V, which is 1 for a slot without any doubt
 
 
 class Sweep:

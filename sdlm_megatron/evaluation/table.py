@@ -20,8 +20,7 @@ from sdlm_megatron.evaluation import held_out, measurement
 from sdlm_megatron.evaluation.held_out import HeldOutPrompt
 from sdlm_megatron.files import write_json
 
-BATCH = 52
-"""Prompts per batch: half of the quickstart's 104 prompts."""
+BATCH = 52  # prompts per batch: half of the quickstart's 104 prompts
 
 
 def measure(
