@@ -82,7 +82,9 @@ def install() -> bool:
     cuda.stream = lambda *a, **k: contextlib.nullcontext()
     cuda.get_rng_state = cuda.random.get_rng_state = lambda *a, **k: torch.get_rng_state()
     cuda.set_rng_state = cuda.random.set_rng_state = lambda state, *a, **k: torch.set_rng_state(state)
-    for name in ("synchronize", "set_device", "manual_seed", "empty_cache", "reset_peak_memory_stats"):
+    # weights are initialized from this generator: without a seed, no two runs would start from the same ones
+    cuda.manual_seed = torch.default_generator.manual_seed
+    for name in ("synchronize", "set_device", "empty_cache", "reset_peak_memory_stats"):
         setattr(cuda, name, lambda *a, **k: None)
     cuda.nvtx.range_push = cuda.nvtx.range_pop = lambda *a, **k: None
     # advice about CUDA_DEVICE_MAX_CONNECTIONS, which applies to GPUs only

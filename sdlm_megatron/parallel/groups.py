@@ -76,13 +76,15 @@ def init_groups(config: ParallelConfig, *, seed: int, timeout_minutes: int = 30)
         pipeline_model_parallel_size=config.pipeline,
         virtual_pipeline_model_parallel_size=config.virtual_pipeline if config.virtual_pipeline > 1 else None,
     )
-    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    # as Megatron-LM does: pipeline stages must not start from the same random layers
+    pp_rank = parallel_state.get_pipeline_model_parallel_rank()
+    tensor_parallel.model_parallel_cuda_manual_seed(seed + 100 * pp_rank)
     return Groups(
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
         tp_rank=parallel_state.get_tensor_model_parallel_rank(),
         tp_size=config.tensor,
-        pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        pp_rank=pp_rank,
         pp_size=config.pipeline,
         dp_rank=parallel_state.get_data_parallel_rank(),
         dp_size=parallel_state.get_data_parallel_world_size(),
