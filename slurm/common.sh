@@ -1,4 +1,4 @@
-# Sourced by the scripts beside it. Each of them is both the batch script of a job (`sbatch slurm/X.sh`) and the command
+# Sourced by the scripts in this folder. Each of them is both the batch script of a job (`sbatch slurm/X.sh`) and the command
 # that submits that job with the settings of a cluster (`slurm/X.sh --cluster NAME`, the same as `sdlm submit X`).
 set -euo pipefail
 scripts=$(dirname "$(realpath "${BASH_SOURCE[0]}")")
@@ -16,13 +16,13 @@ if [ -z "${PYTHON:-}" ]; then
   if [ -x "$python" ]; then PYTHON=$python; else PYTHON=python3; fi
 fi
 
-# submit_unless_in_job [OPTIONS OF THE USER]. In a job Slurm runs a copy of the script that is called slurm_script.
+# submit_unless_in_job [OPTIONS OF THE USER]. In a job, Slurm runs a copy of the script named slurm_script.
 submit_unless_in_job() {
   if [[ $0 != */slurm_script ]]; then exec "$PYTHON" -m sdlm_megatron.cli submit "$(realpath "$0")" "$@"; fi
 }
 
-# train PRESET [OPTIONS] [-- SETTINGS]: the job's driver takes the place of this shell. Bash would die of the signals
-# that announce the time limit or a preemption, so they are ignored until the driver handles them.
+# train PRESET [OPTIONS] [-- SETTINGS]: the job's driver replaces this shell. The signals that announce the time
+# limit or a preemption would end bash, so they are ignored until the driver handles them.
 train() {
   submit_unless_in_job "${@:2}"
   trap '' USR1 USR2 TERM
@@ -45,7 +45,7 @@ task() {
   exec "$PYTHON" -m sdlm_megatron.ops.driver.launch --cluster "$cluster" -- "${program[@]}"
 }
 
-# need NAME "meaning": stops with a message where the variable is not set. `sdlm submit` reads these lines too.
+# need NAME "meaning": ends with a message if the variable is not set. `sdlm submit` reads these lines too.
 need() {
   if [ -z "${!1:-}" ]; then
     printf 'error: %s is not set: %s\n  fix:   %s=... before the command\n' "$1" "$2" "$1" >&2; exit 2

@@ -7,7 +7,7 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 # Merges the shards of prepare_data.sh into the packed dataset; see there for the commands.
-# In a job $0 is a copy of this script that Slurm made; the original lies beside common.sh.
+# In a job, $0 is Slurm's copy of this script. Slurm knows the path of the original, which is next to common.sh.
 self=$0; [[ $0 != */slurm_script ]] || self=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=\([^ ]*\).*/\1/p' | head -1)
 source "$(dirname "$self")/common.sh"
 need CONFIG "configuration of sdlm prepare, such as mixture_3p5m"

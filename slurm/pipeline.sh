@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# From conversations to an evaluated model: submits prepare, merge, train, export and evaluate, each to start when the
-# previous one has ended well.
+# From conversations to an evaluated model: submits prepare, merge, train, export and evaluate. Each job starts when the
+# previous one has succeeded.
 #   CONFIG=mixture_3p5m BASE=DIR DATA=DIR RUN_DIR=DIR HELDOUT=FILE.jsonl \
 #     slurm/pipeline.sh train_32b_d4 --cluster NAME [--dry-run] [OPTIONS] [-- --a.b=c ...]
-# With CONFIG (of sdlm prepare) DATA is made first, by SHARDS (default 8) tasks. With HELDOUT the model decodes that file
-# at the end. OPTIONS, and settings after --, are those of training; --dry-run shows and checks every job.
+# With CONFIG (of sdlm prepare), DATA is built first, by SHARDS (default 8) tasks. With HELDOUT, the model decodes that file
+# at the end. OPTIONS, and settings after --, apply to training; --dry-run prints and checks every job.
 set -euo pipefail
 here=$(dirname "$(realpath "$0")")
 training=${1:-}
@@ -28,7 +28,7 @@ for ((i = 1; i <= $#; i++)); do
   esac
 done
 
-# stage SCRIPT [OPTIONS]: submits it to start after the previous stage; a dry run shows and checks it
+# stage SCRIPT [OPTIONS]: submits a job that starts after the previous stage; a dry run prints and checks it
 after=()
 stage() {
   local submit=("$PYTHON" -m sdlm_megatron.cli submit "$here/$1.sh")

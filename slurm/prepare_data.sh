@@ -7,11 +7,11 @@
 #SBATCH --time=04:00:00
 #SBATCH --requeue
 #SBATCH --open-mode=append
-# Conversations to a packed dataset. Each task of the array tokenizes one shard; merge_data.sh then makes the dataset:
+# Conversations to a packed dataset. Each task of the array tokenizes one shard; merge_data.sh then builds the dataset:
 #   CONFIG=mixture_3p5m BASE=DIR OUT=DIR slurm/prepare_data.sh --cluster NAME [--array 0-7] [-- --a.b=c ...]
 #   CONFIG=mixture_3p5m BASE=DIR OUT=DIR slurm/merge_data.sh --cluster NAME --after JOB [-- --a.b=c ...]
 # CONFIG: preset or file of sdlm prepare. BASE: Hugging Face folder with the tokenizer. OUT: the dataset.
-# In a job $0 is a copy of this script that Slurm made; the original lies beside common.sh.
+# In a job, $0 is Slurm's copy of this script. Slurm knows the path of the original, which is next to common.sh.
 self=$0; [[ $0 != */slurm_script ]] || self=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=\([^ ]*\).*/\1/p' | head -1)
 source "$(dirname "$self")/common.sh"
 need CONFIG "configuration of sdlm prepare, such as mixture_3p5m"
