@@ -1,4 +1,4 @@
-"""The definition of attention over a packed row, written out, and rows to compare backends on."""
+"""Explicit reference attention over a packed row, and test rows for comparing backends."""
 
 from collections.abc import Callable
 
@@ -18,14 +18,14 @@ def layout_of(documents: list[tuple[int, list[int]]], block_size: int) -> RowLay
 def inputs(
     length: int, heads: int, kv_heads: int, dtype: torch.dtype, *, dim: int = 8, seed: int = 0
 ) -> list[torch.Tensor]:
-    """q, k, v and the gradient of the output."""
+    """Random q, k, v and output gradient."""
     generator = torch.Generator().manual_seed(seed)
     sizes = (heads, kv_heads, kv_heads, heads)
     return [torch.randn(length, n, dim, generator=generator, dtype=torch.float64).to(dtype) for n in sizes]
 
 
 def run(attend: Callable, values: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Output and gradients of q, k, v; of FlexAttention on a CPU the output only: it has no backward pass there."""
+    """Output and gradients of q, k, v; only the output for FlexAttention on a CPU, which has no backward pass there."""
     scale = values[0].shape[-1] ** -0.5
     if isinstance(attend, Flex) and values[0].device.type == "cpu":
         return [attend(*values[:3], scale)]
@@ -35,7 +35,7 @@ def run(attend: Callable, values: list[torch.Tensor]) -> list[torch.Tensor]:
 
 
 def defined(layout: RowLayout, length: int, *, causal_attn: bool = False) -> Callable:
-    """The definition written out, padding zero."""
+    """Reference attention from the definition; zeros at padding."""
     mask = torch.from_numpy(visible_row(layout, length, causal_attn=causal_attn))
 
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""A byte-level ChatML tokenizer without merges: one token a byte, so that token counts can be written by
+"""Byte-level ChatML tokenizer without merges: one token per byte, so that token counts can be computed by
 hand."""
 
 import json
@@ -44,7 +44,7 @@ def definition(*extra_special: str) -> dict[str, Any]:
 
 
 def write_folder(folder: Path, *extra_special: str) -> Path:
-    """Writes the tokenizer into `folder` as a base model's folder has it."""
+    """Writes the tokenizer into `folder` in the layout of a base model."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "tokenizer.json").write_text(json.dumps(definition(*extra_special)))
     config = {

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
-settings.register_profile("no deadline", deadline=None)  # how long an example takes says how busy the machine is
+settings.register_profile("no deadline", deadline=None)  # the time of an example depends on the load of the machine
 settings.load_profile("no deadline")
 sys.path.insert(0, str(Path(__file__).parent))
 os.environ.setdefault("WANDB_SILENT", "true")
@@ -29,7 +29,7 @@ def groups() -> Any:
 
 @pytest.fixture(scope="session")
 def make_engine(groups: Any) -> Callable:
-    """Builds single-process engines inside pytest: Megatron-Core for real, over gloo."""
+    """Builds single-process engines inside pytest, with real Megatron-Core over gloo."""
     from sdlm_megatron.checkpoint.restore import load_base
     from sdlm_megatron.config.schema import RunConfig
     from sdlm_megatron.parallel.engine import Engine

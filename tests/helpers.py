@@ -63,7 +63,7 @@ def make_dataset(
     epochs: int = 1,
     **meta: object,
 ) -> Path:
-    """A packed dataset of random documents over the byte vocabulary of the oracle's tiny models."""
+    """Writes a packed dataset of random documents over the byte vocabulary of the oracle's tiny models."""
     rng = np.random.default_rng(seed)
     fields = {
         "row_length": row_length,
@@ -112,7 +112,7 @@ def make_hf(
     dtype: torch.dtype = torch.float32,
     **config: object,
 ) -> Path:
-    """A random Qwen2 (or, without bias, Llama) shaped Hugging Face folder with SDLM's keys."""
+    """Writes a Hugging Face folder with random weights, Qwen2-shaped (without bias: Llama), with SDLM's keys."""
     generator = torch.Generator().manual_seed(seed)
     head = hidden // heads
 
@@ -210,13 +210,13 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def whole(reader: TensorReader, name: str) -> torch.Tensor:
-    """A whole tensor of a reader."""
+    """Reads a complete tensor."""
     return read_rows(reader, name, 0, reader.shape(name)[0])
 
 
-def assert_bitwise(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
-    """The same names, dtypes and values."""
-    assert set(found) == set(wanted)
+def assert_bitwise(actual: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
+    """Asserts that names, dtypes and values are equal."""
+    assert set(actual) == set(wanted)
     for name, tensor in wanted.items():
-        assert found[name].dtype == tensor.dtype, name
-        assert torch.equal(found[name], tensor), name
+        assert actual[name].dtype == tensor.dtype, name
+        assert torch.equal(actual[name], tensor), name

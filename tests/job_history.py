@@ -1,4 +1,4 @@
-"""Events and log records of a job that crashed, was requeued and finished, in the form that a run writes them."""
+"""Events and log records of a job that crashed, was requeued and finished, in the format of a run."""
 
 import json
 from pathlib import Path
@@ -16,14 +16,14 @@ def record(at: float, step: int, **fields: object) -> dict:
     return {"step": step, "time": T + at, "step_time": 2.0, "data_wait": 0.0, **fields}
 
 
-# A job that crashes after step 5 (saved: 3), is started again, stops for its time limit after 6, queues and finishes.
+# A job that crashes after step 5 (saved: 3), is restarted, stops at its time limit after 6, is requeued and finishes.
 EVENTS = [
     event(0, "job_start", nodes=["a", "b"], restart=0),
     event(30, "preflight", seconds=30.0, ok=2, bad={}),
     event(31, "train_start", nodes=["a", "b"], **{"try": 0}),
     event(45, "start", step=0, world_size=2, layout="DP 2", process_start=T + 35),
     event(50, "ready", step=0),
-    event(60, "first_step", step=1, seconds=10.0),  # 8 more than a usual one
+    event(60, "first_step", step=1, seconds=10.0),  # 8 s more than a usual step
     event(66, "saved", step=3, blocked_s=1.0, total_s=2.0, bytes=10),
     event(80, "train_end", outcome="crash", summary=""),
     event(82, "train_start", nodes=["a", "b"], **{"try": 1}),
@@ -53,7 +53,7 @@ RECORDS = [*FIRST, *SECOND, *THIRD]
 
 
 def write_job(folder: Path, **more: object) -> None:
-    """The files of that job; `more` goes into every record."""
+    """Writes the files of that job; `more` is added to every record."""
     (folder / "events.jsonl").write_text("".join(json.dumps(e) + "\n" for e in EVENTS))
     for resumed, records in ((0, FIRST), (3, SECOND), (6, THIRD)):
         sink = JsonlSink(folder / "metrics.jsonl", resume_step=resumed)

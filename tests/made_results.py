@@ -1,4 +1,4 @@
-"""Result files of evaluation.* with made-up figures, for tests of what is drawn from them."""
+"""Result files of evaluation.* with synthetic figures, for tests of pages and documents."""
 
 import json
 from pathlib import Path
@@ -23,7 +23,7 @@ TAUS = (0.5, 0.7, 0.8, 0.9, 0.98)
 
 
 def sweep(rng: np.random.Generator, n: int, quality: float) -> dict[str, Any]:
-    """One token a pass always; with a window (n > 1) both confidences at all thresholds, and self-speculation."""
+    """Autoregressive decoding; with a window (n > 1) also both confidences at all thresholds and self-speculation."""
     tokens = rng.integers(20, 60, PROMPTS)
     settings: list[tuple[str, int, float | None, float, float]] = [("ar", 1, None, quality, 1.0)]
     if n > 1:
@@ -124,7 +124,7 @@ def perplexity(rng: np.random.Generator) -> dict[str, Any]:
 
 
 def write_results(folder: Path, *, n: int = 4, seed: int = 0, quality: float = 0.95) -> Path:
-    """All five files of a model with windows of n (1: autoregressive only)."""
+    """Writes all five files of a model with windows of n (1: autoregressive only)."""
     rng = np.random.default_rng(seed)
     made = {
         "sweep": sweep(rng, n, quality),

@@ -1,4 +1,4 @@
-"""Memory of real training steps, by counting tensors: one JSON line a case and process.
+"""Memory of real training steps, by counting tensors; prints one JSON line per case and process.
 
 `python tests/measure_memory.py NAME…` runs the cases of CASES with these names, all for one number of processes.
 """
@@ -41,7 +41,7 @@ CASES: dict[str, tuple[int, int, dict[str, object]]] = {
     "fp32, replicated optimizer": (1, 1, {"train.precision": "fp32", "parallel.distributed_optimizer": False}),
     "full recompute, wide": (1, 1, {"train.recompute": "full", "model.ffn_hidden_size": 1024}),
     "2 of 4 layers recomputed": (1, 1, {"train.recompute": "full", "train.recompute_layers": 2}),
-    "selective recompute": (1, 1, {"train.recompute": "selective"}),  # counts norm outputs that are emptied meanwhile
+    "selective recompute": (1, 1, {"train.recompute": "selective"}),  # counts norm outputs that are freed earlier
     "large vocabulary": (1, 1, {**LARGE, "model.tied_embeddings": True}),
     "large vocabulary, one chunk": (1, 1, {**LARGE, "train.precision": "fp32", "train.logits_mb": 512}),
     "TP2 + SP, tied": (2, 1, {"parallel.tensor": 2, "parallel.sequence": True, "model.tied_embeddings": True}),
@@ -54,7 +54,7 @@ CASES: dict[str, tuple[int, int, dict[str, object]]] = {
 
 
 def config_of(settings: dict[str, object]) -> RunConfig:
-    """The run of a case."""
+    """Configuration of a case."""
     config = RunConfig()
     for key, value in {**BASE, **settings}.items():
         section, name = key.split(".")
@@ -63,7 +63,7 @@ def config_of(settings: dict[str, object]) -> RunConfig:
 
 
 def packed_row(seed: int) -> tuple[np.ndarray, RowLayout]:
-    """A row of short documents, nearly full."""
+    """A nearly full row of short documents."""
     rng, room, documents = np.random.default_rng(seed), LENGTH, []
     while room > 40:
         length = int(rng.integers(20, 60))
@@ -76,25 +76,25 @@ def packed_row(seed: int) -> tuple[np.ndarray, RowLayout]:
 
 
 def row_of(layout: RowLayout, targets: int) -> RowTokens:
-    """The row as the planner describes it."""
+    """The planner's description of the row."""
     block = layout.n_block_tokens
     return RowTokens(LENGTH, layout.n_clean, block, block / REPEAT, targets, D)
 
 
 @dataclass
 class Measured:
-    """Bytes of one process."""
+    """Memory of one process in bytes."""
 
     stage: int
     weights: int
     gradients: int
     optimizer: int
     peak: int
-    """Of a forward and backward pass, on top of the rest."""
+    """Peak of a forward and backward pass, in addition to the rest."""
 
 
 def measure(name: str) -> tuple[Measured, RowTokens]:
-    """Builds the case's model on this process and counts."""
+    """Builds the case's model on this process and measures it."""
     from sdlm_megatron.parallel.engine import Engine
     from sdlm_megatron.parallel.groups import init_groups
 
@@ -115,7 +115,7 @@ def measure(name: str) -> tuple[Measured, RowTokens]:
         known += [x.tokens, x.positions, x.label_index, x.label_targets, x.label_slots]
     from megatron.core import parallel_state
 
-    parallel_state.get_global_memory_buffer().buffer.clear()  # so that the gathered sequence is counted
+    parallel_state.get_global_memory_buffer().buffer.clear()  # so that the gathered sequence is included
     live = LiveTensors()
     live.known.update(x.untyped_storage()._cdata for x in known)
     with live:
@@ -157,9 +157,9 @@ def main(names: list[str]) -> None:
     for name in names:
         if parallel_state.model_parallel_is_initialized():
             parallel_state.destroy_model_parallel()
-        found, row = measure(name)
-        line = json.dumps({"case": name, **vars(found), "row": vars(row)}) + "\n"
-        os.write(1, line.encode())  # in one piece: another process writes there too
+        measured, row = measure(name)
+        line = json.dumps({"case": name, **vars(measured), "row": vars(row)}) + "\n"
+        os.write(1, line.encode())  # a single write, because other processes write there too
 
 
 if __name__ == "__main__":

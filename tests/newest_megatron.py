@@ -1,4 +1,4 @@
-"""The newest Megatron-Core that is supported, beside the one of the environment.
+"""Newest supported Megatron-Core, installed beside the environment's version.
 
 Its wheels name Python 3.12 and later; unpacked into a folder on PYTHONPATH it runs under 3.11 too. `python
 tests/newest_megatron.py FOLDER` fetches it (2 MB, and triton, which it imports also on a CPU: about 200 MB, where torch
@@ -17,9 +17,9 @@ REPO = Path(__file__).resolve().parent.parent
 
 
 def fetch(folder: Path) -> str:
-    """The PYTHONPATH that gives this repository and Megatron-Core NEWEST; downloads into `folder` what is not there.
+    """Returns the PYTHONPATH for this repository and Megatron-Core NEWEST; downloads missing parts into `folder`.
 
-    CalledProcessError where pip cannot.
+    CalledProcessError: pip failed.
     """
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
     core, triton = folder / f"megatron-core-{NEWEST}", folder / "triton"

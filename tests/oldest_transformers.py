@@ -1,4 +1,4 @@
-"""The oldest transformers that exported folders support, beside the one of the environment.
+"""Oldest transformers that exported folders support, installed beside the environment's version.
 
 `python tests/oldest_transformers.py FOLDER` fetches it with the two packages it wants older ones of (20 MB) and prints
 the PYTHONPATH; everything else comes from the environment.
@@ -15,9 +15,9 @@ REPO = Path(__file__).resolve().parent.parent
 
 
 def fetch(folder: Path) -> str:
-    """The PYTHONPATH that gives this repository and transformers OLDEST; downloads into `folder` what is not there.
+    """Returns the PYTHONPATH for this repository and transformers OLDEST; downloads missing parts into `folder`.
 
-    CalledProcessError where pip cannot.
+    CalledProcessError: pip failed.
     """
     target = folder / f"transformers-{OLDEST}"
     if not target.is_dir():

@@ -53,7 +53,7 @@ CHAT_TEMPLATE = (
 
 
 def read_ranks(cache: Path) -> dict[bytes, int]:
-    """Rank of every token's bytes; the wheel is downloaded into `cache` unless it is there."""
+    """Rank of every token's bytes; the wheel is downloaded into `cache` if missing."""
     with zipfile.ZipFile(DASHSCOPE.fetch(cache)) as archive:
         lines = archive.read(RANK_FILE).splitlines()
     ranks = {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in lines if line)}

@@ -1,11 +1,11 @@
-"""What the reference's own code makes of an exported folder. Runs in an old environment of its own (transformers
-4.37.2), so it imports nothing of this project.
+"""Output of the reference's code for an exported folder. Runs in a separate old environment (transformers
+4.37.2), so it imports nothing from this project.
 
     $SDLM_REFERENCE_PYTHON tests/reference_generate.py CHECKOUT FOLDER < requests.json > answers.json
 
 Requests: {"texts": […], "chat": messages, "runs": [{"prompt": ids, "alg", "cache", "threshold", "max_new"}…]}. Answers:
-{"version", "refusal": what our class says, "tokens": ids of each text, "chat": ids, "hidden": a token that the
-reference does not see where it was generated, "runs": new tokens of each run, "logits": of the first prompt, by the
+{"version", "refusal": message of our class, "tokens": ids of each text, "chat": ids, "hidden": a token that the
+reference ignores where it was generated, "runs": new tokens of each run, "logits": of the first prompt, by the
 reference's class and by transformers' own}.
 """
 
@@ -19,7 +19,7 @@ def main() -> None:
     checkout, folder = sys.argv[1:]
     sys.path.insert(0, checkout)
     requests = json.load(sys.stdin)
-    with contextlib.redirect_stdout(sys.stderr):  # the reference prints
+    with contextlib.redirect_stdout(sys.stderr):  # the reference prints to stdout
         answers = answer(folder, requests)
     json.dump(answers, sys.stdout)
 
@@ -39,10 +39,10 @@ def answer(folder: str, requests: dict) -> dict:
         refusal = str(error)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     plain = transformers.Qwen2ForCausalLM.from_pretrained(folder).eval()
-    model = Qwen2ForCausalLM.from_pretrained(folder, attn_implementation="sdpa").eval()  # its default is flash
+    model = Qwen2ForCausalLM.from_pretrained(folder, attn_implementation="sdpa").eval()  # its default is FlashAttention
     eos = model.generation_config.eos_token_id
     generate_utils.EOS_TOKEN_IDS = eos if isinstance(eos, list) else [eos]  # constants of Qwen2.5's vocabulary there
-    generate_utils.PAD_TOKEN_ID = model.config.vocab_size - 1  # it hides this token wherever it was generated
+    generate_utils.PAD_TOKEN_ID = model.config.vocab_size - 1  # it removes this token from generated text
     first = torch.tensor([requests["runs"][0]["prompt"]])
     with torch.no_grad():
         logits = {"reference": model(first).logits.tolist(), "plain": plain(first).logits.tolist()}
