@@ -1,4 +1,4 @@
-"""The task "words to categories": prompts, answers and the held-out part."""
+"""Task "words to categories": prompts, answers and the held-out split."""
 
 import json
 import re
@@ -10,11 +10,11 @@ from dev.quickstart.task import HELD_OUT_SHARE
 CATEGORY = {word: name for name, words in WORDS.items() for word in words.split()}
 
 
-def test_no_word_has_two_categories() -> None:
+def test_each_word_has_one_category() -> None:
     assert len(CATEGORY) == sum(len(words.split()) for words in WORDS.values()) == 8 * 24
 
 
-def test_prompts_and_answers_fit_together() -> None:
+def test_answers_match_prompts() -> None:
     for example in islice(sortings(0), 500):
         match = re.fullmatch(r"Sort into (.*) and (\w+): (.*)\.", example.prompt)
         assert match is not None
@@ -24,7 +24,7 @@ def test_prompts_and_answers_fit_together() -> None:
         assert all(CATEGORY[word] == name for name, word in answer.items())
 
 
-def test_the_split_depends_on_the_words_alone() -> None:
+def test_split_depends_only_on_the_words() -> None:
     first, again, other = (list(islice(sortings(seed), 3000)) for seed in (0, 0, 1))
     assert first == again and first != other
     assert len({example.key for example in first}) == 3000

@@ -1,4 +1,4 @@
-"""What the converters read and write: against the engine's own checkpoints, damaged files, foreign pickles."""
+"""Input and output of the converters: compared with the engine's checkpoints; damaged files, unsafe pickles."""
 
 import hashlib
 import json
@@ -38,8 +38,8 @@ def change(folder: Path, **fields: Any) -> Path:
 
 
 @pytest.mark.parametrize("form", ["tied", "untied", "llama", "new mask token"])
-def test_an_import_is_what_the_engine_would_save(groups: Any, tmp_path: Path, form: str) -> None:
-    """Names, shapes, dtypes and bits of every tensor, the padding rows and a new mask token's row included."""
+def test_import_equals_a_checkpoint_of_the_engine(groups: Any, tmp_path: Path, form: str) -> None:
+    """Names, shapes, dtypes and bits of every tensor are equal, including padding rows and a new mask token's row."""
     from megatron.core import dist_checkpointing
 
     from sdlm_megatron.checkpoint import restore as checkpointing
@@ -72,7 +72,7 @@ def test_an_import_is_what_the_engine_would_save(groups: Any, tmp_path: Path, fo
         assert torch.equal(ours.read(key, start, size).clone(), theirs.read(key, start, size).clone()), key
     back = Engine(config, state.shape, groups, max_positions=1, steps=1, initialize=False)
     checkpointing.load(tmp_path / "ours", back, step=None)
-    for side in ("ours", "ckpt/step-0000000"):  # Megatron-Core's own loader, which wants its extra states left out
+    for side in ("ours", "ckpt/step-0000000"):  # Megatron-Core's loader requires that its extra states are left out
         sharded = back.module.sharded_state_dict(metadata={"dp_cp_group": groups.collection.dp_cp})
         sharded = {name: part for name, part in sharded.items() if not name.endswith("_extra_state")}
         loaded = dist_checkpointing.load(sharded, str(tmp_path / side / "weights"))
@@ -82,8 +82,8 @@ def test_an_import_is_what_the_engine_would_save(groups: Any, tmp_path: Path, fo
         assert torch.equal(left, right), name
 
 
-def test_mean_in_columns_has_the_same_bits() -> None:
-    """The import sums the embedding some columns at a time."""
+def test_embedding_mean_by_columns_is_bitwise_equal() -> None:
+    """The import averages the embedding in groups of columns."""
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         table = torch.randn(3001, 700, generator=torch.Generator().manual_seed(1)).to(dtype)
         mask = NewMaskToken(17, 3000)
@@ -91,8 +91,8 @@ def test_mean_in_columns_has_the_same_bits() -> None:
         assert torch.equal(torch.cat(parts), mean_row(table, mask))
 
 
-def test_a_published_folder(tmp_path: Path) -> None:
-    """vocab_size 151666 = the real rows, `casual_attn`, two weight files, no chat template."""
+def test_published_folder_is_imported(tmp_path: Path) -> None:
+    """Covers vocab_size 151666 (no padding rows), the key `casual_attn`, two weight files, no chat template."""
     form = {"casual_attn": True, "text_mask_token_id": 151665, "vocab": 151666, "dtype": torch.bfloat16, "tied": False}
     hf = change(make_hf(tmp_path / "hf", **SMALL, **form), causal_attn=None)
     hf_to_mcore.convert(hf, tmp_path / "mcore")
@@ -132,7 +132,7 @@ class _Evil:
         return os.mkdir, ("evil",)
 
 
-def test_a_pickle_that_would_run_something_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pickle_that_executes_code_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     hf_to_mcore.convert(make_hf(tmp_path / "hf", **SMALL), tmp_path / "mcore")
     weights = tmp_path / "mcore" / "weights"
@@ -153,8 +153,8 @@ def test_a_pickle_that_would_run_something_is_refused(tmp_path: Path, monkeypatc
     assert not (tmp_path / "evil").exists()
 
 
-def test_damaged_weight_files_are_named(tmp_path: Path) -> None:
-    """Also where complete.json says that they are right."""
+def test_damaged_weight_files_are_reported(tmp_path: Path) -> None:
+    """Damage is detected even if the checksums in complete.json match."""
     hf_to_mcore.convert(make_hf(tmp_path / "hf", **SMALL), tmp_path / "mcore")
     weights = tmp_path / "mcore" / "weights"
     whole = (weights / "__0_0.distcp").read_bytes()
@@ -170,7 +170,7 @@ def test_damaged_weight_files_are_named(tmp_path: Path) -> None:
         mcore_to_hf.convert(tmp_path / "mcore", tmp_path / "out")
 
 
-def test_a_shape_that_is_not_the_weights_is_refused(tmp_path: Path) -> None:
+def test_config_that_contradicts_weight_shapes_is_refused(tmp_path: Path) -> None:
     hf = make_hf(tmp_path / "hf", **SMALL)
     for field, value, tensor in (
         ("intermediate_size", 20, "down_proj"),
@@ -198,7 +198,7 @@ def write_state(folder: Path, state: TrainState) -> None:
 
 
 def seal(folder: Path) -> None:
-    """complete.json says of the files what they are now."""
+    """Updates complete.json to the current files."""
     marker = folder / "complete.json"
     marker.unlink()
     marker.write_text(json.dumps(checksums(folder)))
@@ -206,10 +206,8 @@ def seal(folder: Path) -> None:
 
 @pytest.mark.parametrize("name", ["bytes", "Qwen2.5"])
 @pytest.mark.parametrize("system", ["You are a helpful assistant.", "Be \"brief\".\nReally, {{ '中' }}", None])
-def test_the_template_of_a_base_without_one_renders_as_training_did(
-    tmp_path: Path, name: str, system: str | None
-) -> None:
-    """Token for token up to the answer, with and without a system turn, over several turns."""
+def test_default_template_renders_like_training(tmp_path: Path, name: str, system: str | None) -> None:
+    """The ids up to the answer are equal, with and without a system turn, over several turns."""
     from transformers import AutoTokenizer
 
     from checkpoints_tools.tokenizer_files import add_chat_template, copy_tokenizer
@@ -227,13 +225,13 @@ def test_the_template_of_a_base_without_one_renders_as_training_did(
     answer = {"role": "assistant", "content": "Yes."}
     for turns in (TURNS, [{"role": "system", "content": "S"}, *TURNS], [*TURNS, answer, *TURNS]):
         document = render([*turns, answer], tokenizer, default_system=system)
-        found = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)["input_ids"]
-        assert found == document.input_ids[: document.turns[-1].first_anchor + 1].tolist()
+        rendered = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)["input_ids"]
+        assert rendered == document.input_ids[: document.turns[-1].first_anchor + 1].tolist()
         whole = tokenizer.apply_chat_template([*turns, answer], return_dict=True)["input_ids"]
         assert whole == document.input_ids.tolist()
 
 
-def test_a_base_s_own_template_is_kept_and_judged(tmp_path: Path) -> None:
+def test_template_of_the_base_is_kept_and_checked(tmp_path: Path) -> None:
     from checkpoints_tools.tokenizer_files import add_chat_template, chat_template
 
     folder = write_folder(tmp_path / "t")
@@ -260,7 +258,9 @@ def run(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, 
     return 0, capsys.readouterr().out
 
 
-def test_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compare_reports_differences(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
 
     hf = make_hf(tmp_path / "hf", **SMALL)
     hf_to_mcore.convert(hf, tmp_path / "mcore")
@@ -268,22 +268,22 @@ def test_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
     write_folder(hf)
     other = tmp_path / "other"
     shutil.copytree(hf, other)
-    held = load_file(hf / "model.safetensors")
-    held["model.norm.weight"][3] += 0.5
-    held["model.norm.weight"][5] = float("nan")
-    del held["model.layers.0.mlp.up_proj.weight"]
-    held["model.layers.0.mlp.gate_proj.weight"] = held["model.layers.0.mlp.gate_proj.weight"][:20]
-    held["model.layers.0.input_layernorm.weight"] = torch.ones(16).bfloat16()
-    save_file(held, other / "model.safetensors", metadata={"format": "pt"})
+    modified = load_file(hf / "model.safetensors")
+    modified["model.norm.weight"][3] += 0.5
+    modified["model.norm.weight"][5] = float("nan")
+    del modified["model.layers.0.mlp.up_proj.weight"]
+    modified["model.layers.0.mlp.gate_proj.weight"] = modified["model.layers.0.mlp.gate_proj.weight"][:20]
+    modified["model.layers.0.input_layernorm.weight"] = torch.ones(16).bfloat16()
+    save_file(modified, other / "model.safetensors", metadata={"format": "pt"})
     monkeypatch.setattr(compare, "BLOCK", 1)  # row by row
     code, text = run([str(hf), str(other), "--json"], capsys)
-    found = {d["name"].split(".", 1)[1]: d for d in json.loads(text)["differences"]}
-    assert code == 1 and len(found) == 4
-    norm, gate = found["norm.weight"], found["layers.0.mlp.gate_proj.weight"]
+    differences = {d["name"].split(".", 1)[1]: d for d in json.loads(text)["differences"]}
+    assert code == 1 and len(differences) == 4
+    norm, gate = differences["norm.weight"], differences["layers.0.mlp.gate_proj.weight"]
     assert (norm["kind"], norm["count"], norm["of"], norm["max_abs"]) == ("values", 2, 16, float("inf"))
     assert (gate["kind"], gate["a"], gate["b"]) == ("shape", "(24, 16)", "(20, 16)")
-    assert found["layers.0.mlp.up_proj.weight"]["kind"] == "only in A"
-    first = found["layers.0.input_layernorm.weight"]
+    assert differences["layers.0.mlp.up_proj.weight"]["kind"] == "only in A"
+    first = differences["layers.0.input_layernorm.weight"]
     assert (first["kind"], first["a"], first["b"]) == ("values", "float32", "bfloat16")
     code, text = run([str(hf), str(hf), "--json", "--logits", "Hi there"], capsys)
     logits = json.loads(text)["logits"]
@@ -292,7 +292,7 @@ def test_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
         compare.main([str(hf), str(tmp_path / "mcore"), "--logits", "x"])
 
 
-def test_zero_biases_of_an_exported_llama_are_no_difference(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_zero_biases_of_exported_llama_are_not_a_difference(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     hf, out = make_hf(tmp_path / "hf", bias=False, **SMALL), tmp_path / "out"
     hf_to_mcore.convert(hf, tmp_path / "mcore")
     mcore_to_hf.convert(tmp_path / "mcore", out)

@@ -1,4 +1,4 @@
-"""Export and import killed whenever something reaches the disk, and run again: byte for byte the same."""
+"""Export and import, killed at any disk write and rerun, produce identical bytes."""
 
 import multiprocessing
 import os
@@ -43,7 +43,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def in_child(action: Callable[[], Any]) -> int:
-    """Exit code of a forked process that does it; -9 when it was killed."""
+    """Runs the action in a forked process and returns its exit code; -9 if it was killed."""
     child = multiprocessing.get_context("fork").Process(target=action)
     child.start()
     child.join(60)
@@ -52,7 +52,7 @@ def in_child(action: Callable[[], Any]) -> int:
 
 
 def killed_at(moment: int, action: Callable[[], Any], *, writes: bool = False) -> Callable[[], None]:
-    """`action`, ended by SIGKILL just before its `moment`-th call that makes something lasting (or writes weights)."""
+    """Wraps `action`: SIGKILL just before its `moment`-th call that changes the disk (or writes weights)."""
 
     def run() -> None:
         torch.set_num_threads(1)
@@ -78,8 +78,10 @@ def killed_at(moment: int, action: Callable[[], Any], *, writes: bool = False) -
 
 
 @pytest.mark.parametrize("direction", ["export", "import"])
-def test_killed_at_any_moment(base: Path, checkpoint: Path, tmp_path: Path, direction: str) -> None:
-    """Every moment once; what the first process left goes on being used, so later moments begin with whole files."""
+def test_rerun_after_kill_at_any_point_produces_identical_output(
+    base: Path, checkpoint: Path, tmp_path: Path, direction: str
+) -> None:
+    """Kills once at every point; the rerun reuses the complete files that the killed process left."""
 
     def convert(out: Path) -> None:
         if direction == "export":
@@ -98,7 +100,7 @@ def test_killed_at_any_moment(base: Path, checkpoint: Path, tmp_path: Path, dire
         if code == 0:
             break
         assert code == -signal.SIGKILL
-        assert not out.exists() or content(out) == wanted, moments  # whole or not there
+        assert not out.exists() or content(out) == wanted, moments  # complete or absent
         convert(out)
         assert content(out) == wanted, moments
         assert not out.with_name("out.partial").exists()
@@ -106,8 +108,8 @@ def test_killed_at_any_moment(base: Path, checkpoint: Path, tmp_path: Path, dire
     assert content(out) == wanted
 
 
-def test_killed_again_and_again(checkpoint: Path, tmp_path: Path) -> None:
-    """Two workers; each process gets a little further, because whole files are kept."""
+def test_repeated_kills_still_make_progress(checkpoint: Path, tmp_path: Path) -> None:
+    """With two workers, each rerun advances, because complete files are kept."""
     wanted, out, runs = tmp_path / "whole" / "out", tmp_path / "out", 0
     mcore_to_hf.convert(checkpoint, wanted, max_shard_bytes=8_000)
     while not out.exists():
@@ -120,7 +122,7 @@ def test_killed_again_and_again(checkpoint: Path, tmp_path: Path) -> None:
     assert content(out) == content(wanted)
 
 
-def test_whole_files_are_kept_and_other_work_is_not(checkpoint: Path, tmp_path: Path) -> None:
+def test_complete_files_are_kept_and_other_work_is_discarded(checkpoint: Path, tmp_path: Path) -> None:
     out, begun = tmp_path / "out", tmp_path / "out.partial"
 
     def export(dtype: str | None) -> None:
@@ -130,19 +132,19 @@ def test_whole_files_are_kept_and_other_work_is_not(checkpoint: Path, tmp_path: 
     first = sorted((begun / "files").glob("*.safetensors"))
     assert first and len(first) == len(list((begun / "done").iterdir()))
     before = {p.name: p.stat().st_mtime_ns for p in first}
-    (begun / "files" / "stray").write_text("of nobody")
-    first[0].write_bytes(first[0].read_bytes()[:-1])  # cut short afterwards
+    (begun / "files" / "stray").write_text("unknown file")
+    first[0].write_bytes(first[0].read_bytes()[:-1])  # truncated afterwards
     export(None)
     after = {name: (out / name).stat().st_mtime_ns for name in before}
     assert [name for name in before if after[name] != before[name]] == [first[0].name]
     assert not (out / "stray").exists()
     shutil.rmtree(out)
     assert in_child(killed_at(60, lambda: export(None), writes=True)) == -signal.SIGKILL
-    export("bfloat16")  # other options: begun anew
+    export("bfloat16")  # other options: starts from scratch
     assert {t.dtype for file in out.glob("*.safetensors") for t in load_file(file).values()} == {torch.bfloat16}
 
 
-def test_two_processes_do_not_write_one_folder(tmp_path: Path) -> None:
+def test_second_process_cannot_write_the_same_folder(tmp_path: Path) -> None:
     out = tmp_path / "out"
     with open_partial(out, {}, workers=1) as work:
         assert work is not None
@@ -150,7 +152,7 @@ def test_two_processes_do_not_write_one_folder(tmp_path: Path) -> None:
             pass
 
 
-def test_an_error_in_one_file_is_the_one_that_is_told(tmp_path: Path) -> None:
+def test_error_of_the_failing_file_is_reported(tmp_path: Path) -> None:
     def write(name: str) -> Callable[[OutputFile], None]:
         def fill(out: OutputFile) -> None:
             if name == "b":

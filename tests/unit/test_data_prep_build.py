@@ -1,4 +1,4 @@
-"""The whole build: documents, accounting, manifest, reproducibility, errors and command line."""
+"""Complete build: documents, accounting, manifest, reproducibility, errors and command line."""
 
 import errno
 import json
@@ -83,20 +83,22 @@ def all_rows(path: str, epoch: int) -> list[tuple[np.ndarray, Any]]:
 
 def test_every_input_row_is_accounted_for(config: BuildConfig) -> None:
     manifest = build(config, QUIET)
-    found = manifest["accounting"]
-    assert found["rows"] == 40 + 12 + 22
-    assert found["rows"] == sum(found[k] for k in ("packed", "truncated", "rejected")) + sum(found["dropped"].values())
-    assert found["rejected"] == 4
-    assert found["truncated"] == 1
-    assert found["dropped"] == {NO_ANSWER: 1, SHORT_ANSWER: 1}
-    assert [entry["first_document"] for entry in found["by_source"]] == [0, 40, 64]
+    accounting = manifest["accounting"]
+    assert accounting["rows"] == 40 + 12 + 22
+    assert accounting["rows"] == sum(accounting[k] for k in ("packed", "truncated", "rejected")) + sum(
+        accounting["dropped"].values()
+    )
+    assert accounting["rejected"] == 4
+    assert accounting["truncated"] == 1
+    assert accounting["dropped"] == {NO_ANSWER: 1, SHORT_ANSWER: 1}
+    assert [entry["first_document"] for entry in accounting["by_source"]] == [0, 40, 64]
     for key in ("rows", "packed", "truncated", "rejected", "blocks", "clean_tokens"):
-        assert sum(entry[key] for entry in found["by_source"]) == found[key]
-    twice = found["by_source"][1]  # an epoch takes its rows two times
+        assert sum(entry[key] for entry in accounting["by_source"]) == accounting[key]
+    twice = accounting["by_source"][1]  # its rows appear twice in an epoch
     for epoch in manifest["counts"]:
-        assert epoch["documents"] == found["packed"] + found["truncated"] + twice["packed"]
-        assert epoch["clean"] == found["clean_tokens"] + twice["clean_tokens"]
-        assert epoch["block"] == 4 * (found["blocks"] + twice["blocks"])
+        assert epoch["documents"] == accounting["packed"] + accounting["truncated"] + twice["packed"]
+        assert epoch["clean"] == accounting["clean_tokens"] + twice["clean_tokens"]
+        assert epoch["block"] == 4 * (accounting["blocks"] + twice["blocks"])
         assert epoch["targets"] == sum(epoch["slots"])
 
 
@@ -115,7 +117,7 @@ def test_rejects_name_source_row_and_reason(config: BuildConfig) -> None:
     assert lines[2]["where"].endswith("mixed.jsonl, line 21")
     assert "robot" in lines[2]["reason"]
     kept = (Path(config.sources[-1].path)).read_text().splitlines()[18:22]
-    for line, raw in zip(lines, kept, strict=True):  # the row is kept as it was: parsed, or the bare line
+    for line, raw in zip(lines, kept, strict=True):  # the row is kept unchanged: parsed, or the raw line
         try:
             assert line["content"] == json.loads(raw)
         except ValueError:
@@ -147,7 +149,7 @@ def test_rows_hold_exactly_the_rendered_documents_and_their_draws(config: BuildC
             expected, expected_layout = pack_row(documents, block_size=4, mask_token_id=MASK)
             np.testing.assert_array_equal(tokens, expected)
             np.testing.assert_array_equal(layout.to_ints(), expected_layout.to_ints())
-        assert set(seen.values()) == {1}, "no document twice in an epoch"
+        assert set(seen.values()) == {1}, "duplicate document in an epoch"
 
 
 def test_manifest_has_the_fields_that_training_reads(config: BuildConfig) -> None:
@@ -190,20 +192,20 @@ def test_draws_do_not_depend_on_packing(config: BuildConfig) -> None:
     build(replace(config, out=config.out + "2", row_length=2048, window=3, epochs=1), QUIET)
     starts = []
     for path in (config.out, config.out + "2"):
-        found: dict[int, bytes] = {}
+        blocks_of_document: dict[int, bytes] = {}
         for _, layout in all_rows(path, 0):
             parts = np.split(layout.starts, np.cumsum(layout.n_blocks)[:-1])
-            found.update(zip(layout.doc_ids.tolist(), (p.tobytes() for p in parts), strict=True))
-        starts.append(found)
+            blocks_of_document.update(zip(layout.doc_ids.tolist(), (p.tobytes() for p in parts), strict=True))
+        starts.append(blocks_of_document)
     assert starts[0] == starts[1]
 
 
-def test_an_existing_folder_is_kept_and_a_failure_leaves_no_files(config: BuildConfig) -> None:
+def test_existing_folder_is_kept_and_failure_leaves_no_files(config: BuildConfig) -> None:
     build(config, QUIET)
     before = (Path(config.out) / "manifest.json").stat().st_mtime_ns
     assert build(config, QUIET) == json.loads(
         (Path(config.out) / "manifest.json").read_text()
-    )  # the same: nothing to do
+    )  # same settings: nothing to do
     with pytest.raises(DataError, match="exists"):
         build(replace(config, seed=6), QUIET)
     assert (Path(config.out) / "manifest.json").stat().st_mtime_ns == before
@@ -290,10 +292,10 @@ def test_command_line(config: BuildConfig, tmp_path: Path, capsys: pytest.Captur
         assert capsys.readouterr().err.startswith("error: ")
 
 
-def test_one_source_without_a_config_file(
+def test_single_source_builds_without_config_file(
     config: BuildConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The short form builds what a config file with that source builds; the format is the one the fields match."""
+    """The short form builds the same dataset as a config file; the format is detected from the fields."""
     source = config.sources[1]
     common = ["--tokenizer", config.tokenizer, "--row_length=512", "--max_document_length=300", "--workers=1"]
     main(["--input", source.path, "--out", str(tmp_path / "short"), *common, "--sources.messages.weight=2"])
@@ -330,7 +332,7 @@ def test_one_source_without_a_config_file(
         ),
     ],
 )
-def test_input_that_cannot_be_used_names_file_row_and_field(
+def test_unusable_input_error_names_file_row_and_field(
     config: BuildConfig, tmp_path: Path, lines: str, where: str, what: str
 ) -> None:
     file = tmp_path / "rows.jsonl"
@@ -347,7 +349,7 @@ def test_help_lists_the_source_formats() -> None:
     assert all(f"  {name} " in text for name in FORMATS)
 
 
-def test_a_full_disk_is_reported_and_the_same_command_resumes(
+def test_full_disk_is_reported_and_same_command_resumes(
     config: BuildConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "build.yaml"
@@ -365,16 +367,16 @@ def test_a_full_disk_is_reported_and_the_same_command_resumes(
     assert PackedDataset(config.out).rows(0) > 0
 
 
-def test_a_source_is_changed_on_the_command_line() -> None:
+def test_command_line_overrides_a_source() -> None:
     base = ["--out=o", "--tokenizer=t"]
-    given = ["--sources.smoltalk.path=copies/smoltalk", "--sources.smoltalk.hub=", "--sources.0.weight=0.5"]
-    config = load_config(BuildConfig, "mixture_3p5m", [*base, *given], PRESETS)
+    overrides = ["--sources.smoltalk.path=copies/smoltalk", "--sources.smoltalk.hub=", "--sources.0.weight=0.5"]
+    config = load_config(BuildConfig, "mixture_3p5m", [*base, *overrides], PRESETS)
     check(config)
     assert [(s.path, s.hub, s.weight) for s in config.sources[:2]] == [
         ("", "dyyyyyyyy/ScaleQuest-Math", 0.5),
         ("copies/smoltalk", "", 1.0),
     ]
-    for wrong, said in (
+    for wrong, message in (
         ("--sources.smoltak.path=x", "did you mean sources.smoltalk?"),
         ("--sources.12.path=x", "known entries: scalequest-math"),
         ("--sources.smoltalk.pth=x", "sources.smoltalk.path"),
@@ -383,16 +385,16 @@ def test_a_source_is_changed_on_the_command_line() -> None:
     ):
         with pytest.raises(ConfigError) as caught:
             load_config(BuildConfig, "mixture_3p5m", [*base, wrong], PRESETS)
-        assert said in str(caught.value)
+        assert message in str(caught.value)
         assert wrong in caught.value.where
 
 
-def test_counts_are_shown_short() -> None:
+def test_counts_are_abbreviated() -> None:
     shown = [short(n) for n in (0, 950, 12_345, 999_400, 999_999, 2_926_800, 2_322_943_969)]
     assert shown == ["0", "950", "12.3k", "999k", "1000k", "2.93M", "2.32G"]
 
 
-def test_a_lost_row_is_an_error() -> None:
+def test_lost_row_raises() -> None:
     with pytest.raises(AssertionError, match="1 rows were read, 0 are accounted for"):
         Tally(rows=1).check()
 

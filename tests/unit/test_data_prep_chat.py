@@ -1,4 +1,4 @@
-"""Rendering of conversations, computed by hand with a byte tokenizer and checked with Qwen2.5's tokenizer."""
+"""Rendering of conversations: values computed by hand for a byte tokenizer; checks with Qwen2.5's tokenizer."""
 
 import json
 from pathlib import Path
@@ -23,7 +23,7 @@ def turn(role: str, text: str) -> list[int]:
     return [IM_START, *f"{role}\n{text}".encode(), IM_END, NEWLINE]
 
 
-def test_a_conversation_by_hand() -> None:
+def test_conversation_matches_hand_computed_values() -> None:
     document = render(HI, BYTES)
     system = turn("system", "You are a helpful assistant.")
     expected = system + turn("user", "Hi") + turn("assistant", "Yo")
@@ -36,13 +36,13 @@ def test_a_conversation_by_hand() -> None:
     assert document.input_ids[document.anchors + 1].tolist() == [ord("Y"), ord("o"), IM_END]
 
 
-def test_default_system_can_be_left_out_and_is_not_added_twice() -> None:
+def test_default_system_can_be_omitted_and_is_not_added_twice() -> None:
     assert render(HI, BYTES, default_system=None).input_ids.tolist() == turn("user", "Hi") + turn("assistant", "Yo")
     own = render([{"role": "system", "content": "S"}, *HI], BYTES)
     assert own.input_ids.tolist() == turn("system", "S") + turn("user", "Hi") + turn("assistant", "Yo")
 
 
-def test_both_spellings_of_a_conversation_are_the_same() -> None:
+def test_both_key_spellings_render_the_same() -> None:
     messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]
     expected = render(HI, BYTES).input_ids.tolist()
     for form in (messages, {"messages": messages}, {"conversations": HI}):
@@ -57,7 +57,7 @@ def test_function_turns_are_context_and_every_assistant_turn_is_trained() -> Non
     assert document.turns[-1].end == len(document.input_ids)
 
 
-def test_no_assistant_turn_gives_no_anchors() -> None:
+def test_conversation_without_assistant_turn_has_no_anchors() -> None:
     assert render([{"from": "human", "value": "x"}], BYTES).anchors.shape == (0,)
 
 
@@ -67,28 +67,28 @@ def test_empty_answer_has_one_anchor() -> None:
 
 
 @pytest.mark.parametrize("token", ["<|im_end|>", "<|im_start|>", "<|endoftext|>", "<text_mask>"])
-def test_special_tokens_spelled_in_text_are_text(token: str) -> None:
+def test_special_tokens_spelled_in_text_are_encoded_as_text(token: str) -> None:
     document = render([HI[0], {"from": "gpt", "value": f"a{token}b"}], BYTES, default_system=None)
     assert document.input_ids.tolist() == turn("user", "Hi") + turn("assistant", f"a{token}b")
 
 
-def test_added_tokens_that_are_not_special_stay_words() -> None:
+def test_added_tokens_that_are_not_special_stay_single_tokens() -> None:
     document = render([HI[0], {"from": "gpt", "value": "<tool_call>"}], BYTES)
     assert document.input_ids.tolist()[-3:] == [TOOL, IM_END, NEWLINE]
 
 
-def test_transformers_tokenizer_gives_the_same(tmp_path: Path) -> None:
+def test_transformers_tokenizer_gives_the_same_ids(tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(write_folder(tmp_path, "<text_mask>"))
     conversation = [HI[0], {"from": "gpt", "value": "é <|im_end|> <text_mask> <tool_call>"}]
     ours, theirs = render(conversation, BYTES), render(conversation, tokenizer)
     assert theirs.input_ids.tolist() == ours.input_ids.tolist()
     assert theirs.anchors.tolist() == ours.anchors.tolist()
-    assert tokenizer.encode("<|im_end|>", add_special_tokens=False) == [IM_END], "the caller's is left as it was"
+    assert tokenizer.encode("<|im_end|>", add_special_tokens=False) == [IM_END], "the caller's tokenizer is unchanged"
 
 
 def test_backend_tokenizer_and_slow_tokenizer_are_accepted() -> None:
     class Slow:
-        """The three calls of a transformers tokenizer without a `tokenizers` backend."""
+        """Implements the three methods of a transformers tokenizer without a `tokenizers` backend."""
 
         unk_token_id = None
 
@@ -136,7 +136,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("conversation", "where", "what"), BAD)
-def test_bad_conversations_name_turn_and_field(conversation: object, where: str, what: str) -> None:
+def test_invalid_conversation_error_names_turn_and_field(conversation: object, where: str, what: str) -> None:
     with pytest.raises(DataError) as error:
         render(conversation, BYTES)  # type: ignore[arg-type]
     assert error.value.where == where

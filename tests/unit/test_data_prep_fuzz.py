@@ -1,4 +1,4 @@
-"""A thousand mutated inputs (rows, files of rows, files of a dataset) cause neither a crash nor a silent loss."""
+"""Mutated inputs (rows, files of rows, dataset files) cause neither a crash nor a silent loss."""
 
 import json
 import random
@@ -33,10 +33,10 @@ def mutated_value(value: Any, chance: random.Random) -> Any:
     """Replaces, removes, duplicates or moves a random part of a JSON value."""
     if isinstance(value, dict) and value and chance.random() < 0.8:
         key = chance.choice(sorted(value))
-        found = {k: mutated_value(v, chance) if k == key else v for k, v in value.items()}
+        mutated = {k: mutated_value(v, chance) if k == key else v for k, v in value.items()}
         if chance.random() < 0.2:
-            found[chance.choice(["role", "content", "from", "value", "conversations", "x"])] = found.pop(key)
-        return found
+            mutated[chance.choice(["role", "content", "from", "value", "conversations", "x"])] = mutated.pop(key)
+        return mutated
     if isinstance(value, list) and value and chance.random() < 0.8:
         at = chance.randrange(len(value))
         middle = chance.choice([[], [value[at]] * 2, [mutated_value(value[at], chance)]])
@@ -85,10 +85,10 @@ def test_mutated_rows_are_all_accounted_for(config: BuildConfig, seed: int) -> N
     Path(config.sources[0].path).write_bytes(b"\n".join(lines) + b"\n")
     wanted = sum(1 for line in lines if line.strip())
     manifest = build(config, QUIET)
-    found = manifest["accounting"]
-    assert found["rows"] == wanted
-    lost = sum(found["dropped"].values()) + found["rejected"]
-    assert found["packed"] + found["truncated"] + lost == wanted
+    accounting = manifest["accounting"]
+    assert accounting["rows"] == wanted
+    lost = sum(accounting["dropped"].values()) + accounting["rejected"]
+    assert accounting["packed"] + accounting["truncated"] + lost == wanted
     rejects = [json.loads(line) for line in (Path(config.out) / "rejects.jsonl").read_text().splitlines()]
     assert len(rejects) == lost > 0
     assert all(line["reason"] and "content" in line and ", line " in line["where"] for line in rejects)
@@ -129,7 +129,7 @@ def test_mutated_datasets_are_refused_or_read_the_same(config: BuildConfig) -> N
         before = file.read_bytes()
         file.write_bytes(damage(before, chance))
         try:
-            assert contents(folder) == wanted, f"{file.name} was damaged and read all the same"
+            assert contents(folder) == wanted, f"{file.name} was damaged and still read"
         except DataError as error:
             refused += 1
             assert str(folder) in error.where
@@ -140,7 +140,7 @@ def test_mutated_datasets_are_refused_or_read_the_same(config: BuildConfig) -> N
     assert contents(folder) == wanted
 
 
-def test_a_dataset_is_read_lazily(config: BuildConfig) -> None:
+def test_dataset_is_read_lazily(config: BuildConfig) -> None:
     """A damaged row does not affect other rows, because only its own bytes are read."""
     Path(config.sources[0].path).write_text("".join(json.dumps(good(i)) + "\n" for i in range(40)))
     build(config, QUIET)

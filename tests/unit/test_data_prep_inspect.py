@@ -1,4 +1,4 @@
-"""`inspect` shows the exact content of a row."""
+"""Command `inspect`: exact content of a row."""
 
 import io
 import json
@@ -57,14 +57,14 @@ def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return capsys.readouterr().out
 
 
-def test_a_row_is_shown_completely(config: BuildConfig, capsys: pytest.CaptureFixture[str]) -> None:
+def test_row_is_shown_completely(config: BuildConfig, capsys: pytest.CaptureFixture[str]) -> None:
     build(config, QUIET)
     dataset = PackedDataset(config.out)
     fullest = max(range(dataset.rows(1)), key=lambda row: dataset.read(1, row)[1].n_docs)
     tokens, layout = dataset.read(1, fullest)
     assert layout.n_docs > 3
     out = printed(capsys, config.out, "--epoch=1", f"--row={fullest}", "--all")
-    assert "\x1b" not in out, "a pipe gets plain text, and no text steers a terminal"
+    assert "\x1b" not in out, "piped output is plain text without terminal control codes"
     assert f"epoch 1, row {fullest} of {dataset.rows(1)}" in out
     used = f"{layout.used:,} of 4,000 tokens"
     assert f"{used} ({layout.used / 4000:.1%}): {layout.n_docs} documents, {layout.n_clean:,} clean tokens" in out
@@ -73,7 +73,7 @@ def test_a_row_is_shown_completely(config: BuildConfig, capsys: pytest.CaptureFi
     assert [int(section.split()[0]) for section in sections] == layout.doc_ids.tolist()
     for section, n_blocks in zip(sections, layout.n_blocks.tolist(), strict=True):
         assert section.count("\n  block at ") == n_blocks
-        assert section.count(MARK) == n_blocks + 1  # and where it is explained
+        assert section.count(MARK) == n_blocks + 1  # reference to the explanation
         text = section.replace(MARK, "")
         assert "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\nQuestion " in text
         assert re.search(
@@ -83,12 +83,12 @@ def test_a_row_is_shown_completely(config: BuildConfig, capsys: pytest.CaptureFi
     assert short.count("\ndocument ") == 3 and f"… {layout.n_docs - 3} more documents" in short
 
 
-def test_blocks_show_what_training_derives(config: BuildConfig, capsys: pytest.CaptureFixture[str]) -> None:
+def test_blocks_show_values_that_training_derives(config: BuildConfig, capsys: pytest.CaptureFixture[str]) -> None:
     build(config, QUIET)
     tokens, layout = PackedDataset(config.out).read(0, 0)
     targets = row_targets(tokens, layout, IM_END)[layout.n_clean :].reshape(-1, 4)
     anchors = tokens[layout.n_clean :: 4]
-    shutil.rmtree(config.tokenizer)  # ids are shown then
+    shutil.rmtree(config.tokenizer)  # ids are shown instead
     out = printed(capsys, config.out, "--all")
     assert f"showing token ids instead of text: there is no tokenizer in {config.tokenizer}" in out
     lines = re.findall(r"  block at +(\d+)  (\d+)␣ ▢ ▢ ▢  →  (.*)", out)
@@ -101,21 +101,21 @@ def test_blocks_show_what_training_derives(config: BuildConfig, capsys: pytest.C
 def test_long_documents_are_abbreviated(config: BuildConfig, capsys: pytest.CaptureFixture[str]) -> None:
     build(config, QUIET)
     dataset = PackedDataset(config.out)
-    found = printed(capsys, config.out, "--document=1")
+    output = printed(capsys, config.out, "--document=1")
     row = find_document(dataset, 0, 1)
     layout = dataset.read(0, row)[1]
     at = layout.doc_ids.tolist().index(1)
-    assert "document 1 (" in found and "row 1 of one" in found
-    assert found.count("\ndocument ") == 1
-    assert found.count("  block at ") == BLOCKS
-    assert f"… {layout.n_blocks[at] - BLOCKS} more blocks (--all shows them)" in found
-    text = found.split("anchors\n\n")[1].split("\n\n  block at")[0].replace(MARK, "")
+    assert "document 1 (" in output and "row 1 of one" in output
+    assert output.count("\ndocument ") == 1
+    assert output.count("  block at ") == BLOCKS
+    assert f"… {layout.n_blocks[at] - BLOCKS} more blocks (--all shows them)" in output
+    text = output.split("anchors\n\n")[1].split("\n\n  block at")[0].replace(MARK, "")
     assert text.startswith("<|im_start|>system") and text.endswith("x" * (EDGE - 20) + "<|im_end|>"), text
     whole = printed(capsys, config.out, "--document=1", "--all")
     assert "omitted" not in whole and "more blocks" not in whole and "x" * 1490 in whole.replace(MARK, "")
-    left_out = re.findall(r" … ([\d,]+) tokens omitted \(--all\) … ", found)
+    left_out = re.findall(r" … ([\d,]+) tokens omitted \(--all\) … ", output)
     shown = re.sub(r" … [^…]* … |<.im_(start|end).>|␛| +(?=two)", lambda m: "_" * ("…" not in m[0]), text)
-    assert left_out  # and of the rest each byte is a token; the last newline ends the line here
+    assert left_out  # every other byte is a token; the final newline ends the printed line
     assert len(shown.encode()) + 1 == layout.clean_lens[at] - sum(int(n.replace(",", "")) for n in left_out)
 
 
@@ -127,7 +127,7 @@ def test_origin_of_documents(config: BuildConfig) -> None:
     assert origin(13, manifest) == "from an unknown source"
 
 
-def test_missing_rows_documents_and_tokenizers_are_reported(
+def test_missing_rows_documents_and_tokenizers_are_errors(
     config: BuildConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
     build(config, QUIET)
@@ -177,8 +177,8 @@ def test_mask_images_are_written(config: BuildConfig, tmp_path: Path, capsys: py
         assert (tmp_path / name).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
-def test_texts_of_tokens(tmp_path: Path) -> None:
-    """Joined they are the text; the tokens of one character give one string and empty ones; unknown ids are named."""
+def test_token_texts_join_to_the_text(tmp_path: Path) -> None:
+    """Token texts join to the text; a split character is at one token, its others are empty; unknown ids are named."""
     text_of = open_text(write_folder(tmp_path / "base"))
     data = "aé漢🙂\n".encode()
     assert text_of(list(data)) == ["a", "", "é", "", "", "漢", "", "", "", "🙂", "\n"]
@@ -188,7 +188,7 @@ def test_texts_of_tokens(tmp_path: Path) -> None:
     assert text_of([]) == []
 
 
-def test_texts_of_a_sentencepiece_model(tmp_path: Path) -> None:
+def test_token_texts_of_a_sentencepiece_model(tmp_path: Path) -> None:
     text = ["the quick brown fox jumps", "over the lazy dog", "a document of many words", "blocks of four tokens"] * 20
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(

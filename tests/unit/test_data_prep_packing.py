@@ -14,7 +14,7 @@ LENGTHS = st.lists(st.integers(1, 64), max_size=200)
 
 
 def best_fit(lengths: Any, row_length: int, window: int) -> list[list[int]]:
-    """Document numbers of each row, of a complete list of documents."""
+    """Packs a complete list of documents; returns the document numbers of each row."""
     sizes = np.asarray(lengths, dtype=np.int64)
     packer = BestFit(row_length)
     packed = [packer.add(sizes[at : at + window]) for at in range(0, len(sizes), window)]
@@ -36,18 +36,18 @@ def test_every_document_is_whole_in_exactly_one_row(lengths: list[int], row_leng
 def test_with_one_window_no_two_rows_are_half_empty(lengths: list[int], row_length: int) -> None:
     rows = best_fit(lengths, row_length, window=1000)
     fill = sorted(sum(lengths[d] for d in row) for row in rows)
-    assert len(fill) < 2 or fill[0] + fill[1] > row_length, "best fit would have put one into the other"
+    assert len(fill) < 2 or fill[0] + fill[1] > row_length, "best fit would have merged the two rows"
 
 
-def test_by_hand() -> None:
+def test_packing_matches_hand_computed_rows() -> None:
     # longest first: 7 opens row 0, 6 row 1, 4 goes into row 1 (full), 3 into row 0 (full)
     assert best_fit([3, 4, 6, 7], 10, window=4) == [[0, 3], [1, 2]]
     assert best_fit([], 10, window=4) == []
-    # a second window goes on with the rows that have room
+    # a second window continues with the rows that have room
     assert best_fit([4, 3, 9, 3], 10, window=2) == [[0, 1, 3], [2]]
 
 
-def test_a_document_is_cut_only_to_fill_a_row() -> None:
+def test_document_is_cut_only_to_fill_a_row() -> None:
     """7 and 6 open rows; 5 is cut by one to fit next to 6; 4 may not be cut, so it opens a third row."""
     packer = BestFit(10)
     lengths, spare = np.array([7, 6, 5, 4]), np.array([0, 0, 1, 0])
@@ -82,7 +82,7 @@ def test_rows_are_nearly_full_on_mixed_lengths() -> None:
 
 
 @pytest.mark.parametrize("lengths", [[0], [11]])
-def test_a_length_that_cannot_be_placed_is_refused(lengths: list[int]) -> None:
+def test_unplaceable_length_is_refused(lengths: list[int]) -> None:
     with pytest.raises(ValueError, match="do not fit"):
         best_fit(lengths, 10, 4)
 
@@ -92,7 +92,7 @@ def test_draws_are_a_pure_function_of_seed_epoch_and_document(n_anchors: int, da
     n = data.draw(st.integers(0, n_anchors))
     anchors = np.arange(5, 5 + n_anchors, dtype=np.int32)
     starts = draw_starts(anchors, n, seed=1, epoch=2, document=3)
-    draw_starts(anchors, n, seed=1, epoch=2, document=4)  # a draw in between changes nothing
+    draw_starts(anchors, n, seed=1, epoch=2, document=4)  # a draw in between has no effect
     assert np.array_equal(starts, draw_starts(anchors, n, seed=1, epoch=2, document=3))
     assert len(set(starts.tolist())) == n
     assert set(starts.tolist()) <= set(anchors.tolist())

@@ -88,14 +88,14 @@ def list_files(folder: Path) -> list[Path]:
 def test_workers_and_units_do_not_affect_the_result(config: BuildConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     first = build(config, QUIET)
     again = build(other(config, "2"), QUIET, workers=2)
-    monkeypatch.setattr(build_module, "plan_units", plan_units)  # one unit a source
+    monkeypatch.setattr(build_module, "plan_units", plan_units)  # one unit per source
     whole = build(other(config, "3"), QUIET)
     assert first == again == whole
     assert not list(Path(config.out).parent.glob("*.partial"))
     assert {file.name for file in Path(config.out).iterdir()} == {*first["files"], "manifest.json"}
 
 
-def test_shards_do_not_affect_the_result_and_a_missing_one_is_named(config: BuildConfig) -> None:
+def test_shards_do_not_affect_the_result_and_missing_shard_is_reported(config: BuildConfig) -> None:
     first = build(config, QUIET)
     parts = other(config, "2")
     for number in (2, 0):
@@ -105,13 +105,13 @@ def test_shards_do_not_affect_the_result_and_a_missing_one_is_named(config: Buil
     assert "number 1 modulo N" in caught.value.fix
     build_shard(parts, TokenizeShard(1, 3), QUIET)
     assert merge(parts, QUIET) == first
-    # a job that is queued again finds nothing to do, and begins nothing
+    # a requeued job has nothing to do and starts no work
     build_shard(parts, TokenizeShard(1, 3), QUIET)
     assert merge(parts, QUIET) == first
     assert not Path(parts.out + ".partial").exists()
 
 
-def test_a_build_killed_at_random_resumes_with_the_same_result(config: BuildConfig, tmp_path: Path) -> None:
+def test_resume_after_random_kills_produces_identical_build(config: BuildConfig, tmp_path: Path) -> None:
     """Up to ten kills, each after a random number of new files."""
     first = build(config, QUIET)
     killed = other(config, "2")
@@ -129,7 +129,7 @@ def test_a_build_killed_at_random_resumes_with_the_same_result(config: BuildConf
     partial_folder = Path(killed.out + ".partial")
     while kills < 10:
         before = {file.name for file in partial_folder.rglob("*")}
-        wanted = chance.randint(1, 12)  # kill when so many files have come
+        wanted = chance.randint(1, 12)  # kill after this number of new files
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, start_new_session=True)
         while process.poll() is None:
             if len({file.name for file in list_files(partial_folder)} - before) >= wanted:
@@ -184,7 +184,7 @@ def test_a_damaged_intermediate_file_is_rebuilt(config: BuildConfig) -> None:
     assert build(again, QUIET) == first
 
 
-def test_resuming_with_other_settings_or_inputs_is_an_error(config: BuildConfig) -> None:
+def test_resume_with_other_settings_or_inputs_is_refused(config: BuildConfig) -> None:
     build_shard(config, TokenizeShard(0, 2), QUIET)
     with pytest.raises(ConfigError, match="other settings: block_size, seed") as caught:
         build(replace(config, block_size=2, seed=9), QUIET)
@@ -195,7 +195,7 @@ def test_resuming_with_other_settings_or_inputs_is_an_error(config: BuildConfig)
         build(config, QUIET)
 
 
-def test_two_processes_do_not_finish_one_build(config: BuildConfig) -> None:
+def test_second_process_on_the_same_build_is_refused(config: BuildConfig) -> None:
     import fcntl
 
     build_shard(config, TokenizeShard(0, 1), QUIET)
@@ -206,7 +206,7 @@ def test_two_processes_do_not_finish_one_build(config: BuildConfig) -> None:
     build(config, QUIET)
 
 
-def test_a_worker_that_dies_is_reported(config: BuildConfig) -> None:
+def test_dead_worker_is_reported(config: BuildConfig) -> None:
     from data_prep.pool import work_on
 
     with pytest.raises(DataError, match="worker process died"):
@@ -217,14 +217,14 @@ def _dies() -> Any:
     return lambda task: os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_weights_take_whole_copies_and_moving_parts(config: BuildConfig) -> None:
+def test_fractional_weights_rotate_through_the_rows(config: BuildConfig) -> None:
     """Weight 2.5: every row twice and half of them a third time, the other half in the next epoch; weight 0.25: a
-    quarter. Copies have their own numbers, and so their own draws."""
+    quarter of the rows. Each copy has its own document number and therefore its own draws."""
     config.sources[0].weight, config.sources[1].weight = 2.5, 0.25
     manifest = build(replace(config, epochs=4), QUIET)
-    one, two = manifest["accounting"]["by_source"]
-    assert (one["first_document"], two["first_document"]) == (0, 3 * 150)
-    n, m = (entry["packed"] + entry["truncated"] for entry in (one, two))
+    first_source, second_source = manifest["accounting"]["by_source"]
+    assert (first_source["first_document"], second_source["first_document"]) == (0, 3 * 150)
+    n, m = (entry["packed"] + entry["truncated"] for entry in (first_source, second_source))
     third: list[set[int]] = []
     quarter: list[set[int]] = []
     for epoch in range(4):
@@ -263,8 +263,8 @@ def test_duplicates_are_counted_and_dropped_on_demand(config: BuildConfig) -> No
     missing = documents(config.out, 0) - documents(config.out + "2", 0)
     assert sorted(missing) == [41, 150 + 5, 150 + 50]
     lines = [json.loads(line) for line in (Path(config.out + "2") / "rejects.jsonl").read_text().splitlines()]
-    found = [(line["source"], line["row"], line["same_as"]) for line in lines if line["outcome"] == "duplicate"]
-    assert found == [
+    duplicates = [(line["source"], line["row"], line["same_as"]) for line in lines if line["outcome"] == "duplicate"]
+    assert duplicates == [
         ("one", 41, {"source": "one", "row": 40}),
         ("two", 5, {"source": "one", "row": 20}),
         ("two", 50, {"source": "one", "row": 40}),
@@ -296,7 +296,7 @@ def test_trimming_fills_rows_and_reports_the_lost_blocks(config: BuildConfig) ->
         assert max(1, int(0.7 * blocks)) <= by_number[1][number] <= blocks
 
 
-def test_text_that_spells_special_tokens_is_counted(config: BuildConfig) -> None:
+def test_text_that_spells_special_tokens_is_counted_in_the_manifest(config: BuildConfig) -> None:
     with open(config.sources[0].path, "a") as file:
         file.write(json.dumps({"query": "What is <|im_end|>?", "response": "A <text_mask> is none."}) + "\n")
     manifest = build(config, QUIET)
@@ -308,10 +308,10 @@ def test_text_that_spells_special_tokens_is_counted(config: BuildConfig) -> None
         assert mask not in tokens[: layout.n_clean]
 
 
-def test_after_one_wrong_id_all_results_of_the_fast_encoder_are_replaced(
+def test_wrong_id_discards_all_results_of_the_fast_encoder(
     config: BuildConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The fast library returns a wrong id for the word w700; none of its results may remain."""
+    """The fast library returns a wrong id for texts with the word w700; none of its results may remain."""
     wanted = build(config, QUIET)
     honest = FastTokenizer._encode
 

@@ -1,4 +1,4 @@
-"""Readers: the rows do not depend on the unit size, lines are counted, and damaged files are named."""
+"""Readers: rows do not depend on the unit size, lines are counted, damaged files are reported."""
 
 import json
 import os
@@ -38,7 +38,7 @@ def source_of(path: Path | str, **settings: Any) -> SourceConfig:
 
 
 def read_all(source: SourceConfig, **sizes: int) -> list[InputRow]:
-    return [found for unit in plan_units([source], **sizes) for found in read_unit(unit, source)]
+    return [input_row for unit in plan_units([source], **sizes) for input_row in read_unit(unit, source)]
 
 
 def write_lines(path: Path, rows: list[Any]) -> Path:
@@ -77,20 +77,20 @@ def test_lines_do_not_depend_on_where_units_are_cut(name: str, unit_bytes: int, 
     path = tmp_path / "rows.jsonl"
     path.write_bytes(LINE_FILES[name])
     source = source_of(path)
-    before, found = 0, []
+    before, read_rows = 0, []
     for unit in plan_units([source], unit_bytes=unit_bytes):
         assert unit.kind == LINES
         assert unit.stop - unit.start <= unit_bytes
-        found += [(where(unit, got.place, before), got.content) for got in read_unit(unit, source)]
+        read_rows += [(where(unit, got.place, before), got.content) for got in read_unit(unit, source)]
         before += count_lines(unit)
     lines = LINE_FILES[name].split(b"\n")
     expected = [(f"{path}, line {i}", line) for i, line in enumerate(lines, 1) if line.strip()]
-    assert [place for place, _ in found] == [place for place, _ in expected]
+    assert [place for place, _ in read_rows] == [place for place, _ in expected]
     assert before == len(lines) - (not lines[-1])
-    for (_, content), (_, line) in zip(found, expected, strict=True):
+    for (_, content), (_, line) in zip(read_rows, expected, strict=True):
         if not isinstance(content, Unreadable):
             assert content == json.loads(line)
-    bad = sum(isinstance(content, Unreadable) for _, content in found)
+    bad = sum(isinstance(content, Unreadable) for _, content in read_rows)
     assert bad == (name == "other line separators inside"), "two objects on one line"
 
 
@@ -121,26 +121,26 @@ JUDGED = [
 
 
 @pytest.mark.parametrize("line", JUDGED, ids=range(len(JUDGED)))
-def test_lines_are_what_json_says_they_are(line: bytes, tmp_path: Path) -> None:
+def test_line_is_read_like_json_loads(line: bytes, tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(line + b"\n")
-    [found] = read_all(source_of(path))
+    [input_row] = read_all(source_of(path))
     try:
         expected = json.loads(line)
     except (ValueError, RecursionError) as error:
-        assert isinstance(found.content, Unreadable)
-        assert found.content.reason == f"the line is not JSON: {error}"
-        assert found.content.line == line.decode(errors="backslashreplace").rstrip()
+        assert isinstance(input_row.content, Unreadable)
+        assert input_row.content.reason == f"the line is not JSON: {error}"
+        assert input_row.content.line == line.decode(errors="backslashreplace").rstrip()
     else:
-        assert repr(found.content) == repr(expected)  # repr: NaN is not equal to itself
+        assert repr(input_row.content) == repr(expected)  # repr: NaN is not equal to itself
 
 
 @pytest.mark.parametrize("limit", [1, 3, 4, 9])
 def test_limit_counts_rows_and_not_lines(limit: int, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(b'\n{"n": 0}\n\n{"n": 1}\n\n{"n": 2}\n\n')
     write_lines(tmp_path / "b.jsonl", [{"n": 3}, {"n": 4}])
-    found = read_all(source_of(tmp_path, limit=limit), unit_bytes=4)
-    assert [got.content["n"] for got in found] == list(range(min(limit, 5)))
+    read_rows = read_all(source_of(tmp_path, limit=limit), unit_bytes=4)
+    assert [got.content["n"] for got in read_rows] == list(range(min(limit, 5)))
 
 
 # ------------------------------------------------------------------------------------------ columns
@@ -162,15 +162,15 @@ def test_columns_do_not_depend_on_where_units_are_cut(kind: str, unit_rows: int,
     expected = rows[:limit] if limit else rows
     assert units[0].start == 0
     assert units[-1].stop == len(expected)
-    assert all(one.stop == two.start for one, two in pairwise(units))
+    assert all(earlier.stop == later.start for earlier, later in pairwise(units))
     assert all(unit.stop - unit.start <= max(2 * unit_rows, 40 / 16 + 1) for unit in units)
-    found = [got for unit in units for got in read_unit(unit, source)]
-    assert [got.content for got in found] == expected
-    assert [got.place for got in found] == list(range(len(expected)))
-    assert where(units[-1], found[-1].place, 0) == f"{source.path}, row {len(expected) - 1}"
+    read_rows = [got for unit in units for got in read_unit(unit, source)]
+    assert [got.content for got in read_rows] == expected
+    assert [got.place for got in read_rows] == list(range(len(expected)))
+    assert where(units[-1], read_rows[-1].place, 0) == f"{source.path}, row {len(expected) - 1}"
 
 
-def test_batches_of_many_rows_are_read_in_pieces(tmp_path: Path) -> None:
+def test_large_batches_are_read_in_parts(tmp_path: Path) -> None:
     rows = [{"query": str(i), "response": ""} for i in range(5000)]
     source = source_of(write_parquet(tmp_path / "rows.parquet", rows))
     assert [got.content for got in read_all(source, unit_rows=2000)] == rows
@@ -206,34 +206,34 @@ def test_other_columns_may_be_of_any_type(tmp_path: Path) -> None:
         assert [got.content for got in read_all(source_of(path), unit_rows=3)] == table.to_pylist()
 
 
-def test_an_empty_columnar_file_has_no_unit(tmp_path: Path) -> None:
+def test_empty_columnar_file_has_no_units(tmp_path: Path) -> None:
     schema = pyarrow.schema([("query", pyarrow.string()), ("response", pyarrow.string())])
     pyarrow.parquet.write_table(schema.empty_table(), tmp_path / "rows.parquet")
     assert plan_units([source_of(tmp_path / "rows.parquet")]) == []
 
 
-def test_null_columns_are_rows_that_are_rejected(tmp_path: Path) -> None:
+def test_rows_with_null_columns_are_rejected(tmp_path: Path) -> None:
     rows = [row(0), {**row(1), "query": None}, {**row(2), "response": None}]
-    found = read_all(source_of(write_parquet(tmp_path / "rows.parquet", rows)))
-    assert [got.content for got in found] == rows
-    conversation(found[0], "query_response")
-    for got, field in zip(found[1:], ("query", "response"), strict=True):
+    read_rows = read_all(source_of(write_parquet(tmp_path / "rows.parquet", rows)))
+    assert [got.content for got in read_rows] == rows
+    conversation(read_rows[0], "query_response")
+    for got, field in zip(read_rows[1:], ("query", "response"), strict=True):
         with pytest.raises(DataError, match="NoneType") as error:
             conversation(got, "query_response")
         assert error.value.where == field
 
 
-def test_a_row_that_cannot_be_decoded_does_not_affect_others(tmp_path: Path) -> None:
+def test_undecodable_row_does_not_affect_others(tmp_path: Path) -> None:
     good, bad = b"fine \xc3\xa9", b"bro\xffken"
     turns = [[{"role": b"user", "content": text}] for text in (good, bad, good)]
     kind = pyarrow.list_(pyarrow.struct([("role", pyarrow.binary()), ("content", pyarrow.binary())]))
     text = pyarrow.list_(pyarrow.struct([("role", pyarrow.string()), ("content", pyarrow.string())]))
-    # a reader that trusts the file would take these bytes for text
+    # a reader without validation would return these bytes as text
     column = pyarrow.array(turns, kind)
     names = ["role", "content"]
     values = [pyarrow.Array.from_buffers(pyarrow.string(), 3, column.values.field(i).buffers()) for i in range(2)]
     column = pyarrow.ListArray.from_arrays(column.offsets, pyarrow.StructArray.from_arrays(values, names), text)
-    days = pyarrow.array([0, 10**16, 0], pyarrow.timestamp("ms"))  # no year that Python knows
+    days = pyarrow.array([0, 10**16, 0], pyarrow.timestamp("ms"))  # a year outside Python's range
     table = pyarrow.table({"messages": column, "n": [0, 1, 2], "when": days})
     for path in (tmp_path / "rows.parquet", tmp_path / "rows.arrow"):
         if path.suffix == ".parquet":
@@ -241,13 +241,13 @@ def test_a_row_that_cannot_be_decoded_does_not_affect_others(tmp_path: Path) -> 
         else:
             with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_stream(file, table.schema) as writer:
                 writer.write_table(table)
-        found = read_all(SourceConfig(name="s", path=str(path)))
-        assert [conversation(found[i], "messages") for i in (0, 2)] == [[("user", "fine é")]] * 2
-        assert isinstance(found[1].content, Unreadable)
-        assert "bro\\xffken" in found[1].content.line
-        assert "'n': 1" in found[1].content.line
+        read_rows = read_all(SourceConfig(name="s", path=str(path)))
+        assert [conversation(read_rows[i], "messages") for i in (0, 2)] == [[("user", "fine é")]] * 2
+        assert isinstance(read_rows[1].content, Unreadable)
+        assert "bro\\xffken" in read_rows[1].content.line
+        assert "'n': 1" in read_rows[1].content.line
         with pytest.raises(DataError, match="cannot be decoded"):
-            conversation(found[1], "messages")
+            conversation(read_rows[1], "messages")
 
 
 # -------------------------------------------------------------------------------------------- units
@@ -264,9 +264,7 @@ def test_units_survive_json_and_know_their_source(tmp_path: Path) -> None:
     assert [got.content["n"] for unit in again[:2] for got in read_unit(unit, sources[unit.source])] == [0, 1, 2]
 
 
-def test_a_hub_dataset_is_read_from_its_cache_without_asking_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_hub_dataset_is_read_from_its_cache_without_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     a_set = tulu(tmp_path)
     source = SourceConfig(name="s", hub=str(a_set.folder), limit=5)
     units = plan_units([source], unit_rows=2)
@@ -275,7 +273,7 @@ def test_a_hub_dataset_is_read_from_its_cache_without_asking_again(
     assert {Path(unit.file).suffix for unit in units} == {".arrow"}
 
 
-def test_a_part_of_a_hub_dataset_is_read_in_units(tmp_path: Path) -> None:
+def test_split_of_a_hub_dataset_is_read_in_units(tmp_path: Path) -> None:
     a_set = tulu(tmp_path)
     source = SourceConfig(name="s", hub=str(a_set.folder), split="train[1:5]", limit=3)
     units = plan_units([source], unit_rows=2)
@@ -287,7 +285,7 @@ def test_a_part_of_a_hub_dataset_is_read_in_units(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["rows.jsonl", "rows.parquet", "rows.json"])
-def test_a_file_that_changed_after_the_plan_is_refused(kind: str, tmp_path: Path) -> None:
+def test_file_changed_after_planning_is_refused(kind: str, tmp_path: Path) -> None:
     path = tmp_path / kind
     write = {".jsonl": write_lines, ".parquet": write_parquet}.get(path.suffix)
     if write:
@@ -305,10 +303,10 @@ def test_a_file_that_changed_after_the_plan_is_refused(kind: str, tmp_path: Path
         list(read_unit(unit, source))
 
 
-def test_planning_lines_reads_no_row(tmp_path: Path) -> None:
+def test_planning_of_line_files_reads_no_rows(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     with open(path, "wb") as file:
-        file.truncate(40 << 30)  # 40 GB of nothing
+        file.truncate(40 << 30)  # sparse file of 40 GB
     units = plan_units([source_of(path)])
     assert len(units) == 40 * 32
     path.unlink()
@@ -316,7 +314,7 @@ def test_planning_lines_reads_no_row(tmp_path: Path) -> None:
 
 # -------------------------------------------------------------------------------------------- damage
 def mutate(rng: random.Random, content: bytes) -> bytes:
-    """Cuts, flips, removes or inserts."""
+    """Truncates, flips, removes or inserts bytes."""
     data, at = bytearray(content), rng.randrange(len(content))
     kind = rng.randrange(4)
     if kind == 0:
@@ -348,43 +346,43 @@ def test_damaged_files_do_not_lose_rows_silently(kind: str, tmp_path: Path) -> N
     for seed in range(60):
         path.write_bytes(mutate(random.Random(f"{kind} {seed}"), whole))
         try:
-            found = read_all(source, unit_rows=8, unit_bytes=500)
+            read_rows = read_all(source, unit_rows=8, unit_bytes=500)
         except DataError as error:
             assert str(path) in error.where
             outcomes.append("named")
             continue
         lines = [line for line in path.read_bytes().split(b"\n") if line.strip()]
-        assert len(found) == (len(lines) if path.suffix == ".jsonl" else len(rows)), seed
-        for got in found:
+        assert len(read_rows) == (len(lines) if path.suffix == ".jsonl" else len(rows)), seed
+        for got in read_rows:
             try:
                 conversation(got, "query_response")
             except DataError as error:
                 assert error.what
         outcomes.append("read")
     expected = {"rows.jsonl": {"read"}, "checksums.parquet": {"named"}}.get(kind, {"named", "read"})
-    assert set(outcomes) == expected, "the trial is worth its name"
+    assert set(outcomes) == expected, "the mutations must produce every expected outcome"
 
 
-def test_a_contradictory_parquet_footer_is_an_error(tmp_path: Path) -> None:
+def test_contradictory_parquet_footer_raises(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "rows.parquet", [row(i) for i in range(40)])
-    whole, found = path.read_bytes(), []
+    whole, messages = path.read_bytes(), []
     footer = len(whole) - 8 - int.from_bytes(whole[-8:-4], "little")
     for at in range(footer, len(whole) - 8):
-        if whole[at] == 2 * 40:  # as the footer writes the number
+        if whole[at] == 2 * 40:  # encoding of the number in the footer
             path.write_bytes(whole[:at] + bytes([2 * 39]) + whole[at + 1 :])
             try:
                 assert len(read_all(source_of(path))) == 40
             except DataError as error:
-                found.append(error.what)
-    assert any("row groups have 40 rows, its footer says 39" in what for what in found)
-    assert any("row groups have 39 rows, its footer says 40" in what for what in found)
+                messages.append(error.what)
+    assert any("row groups have 40 rows, its footer says 39" in what for what in messages)
+    assert any("row groups have 39 rows, its footer says 40" in what for what in messages)
 
 
-def test_a_stream_truncated_between_batches_is_an_error(tmp_path: Path) -> None:
+def test_stream_truncated_between_batches_raises(tmp_path: Path) -> None:
     path = write_arrow(tmp_path / "rows.arrow", [row(i) for i in range(40)])
     content = path.read_bytes()
     marks = [i for i in range(len(content)) if content.startswith(b"\xff\xff\xff\xff", i)]
-    assert len(marks) >= 8, "schema, six batches and the end"
+    assert len(marks) >= 8, "schema, six batches and end marker"
     for at in marks[1:]:
         path.write_bytes(content[:at])
         with pytest.raises(DataError, match="no end mark"):

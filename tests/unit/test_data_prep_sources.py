@@ -88,16 +88,16 @@ def test_every_format_in_every_file_type(form: str, kind: str, tmp_path: Path) -
     source = SourceConfig(name="s", format=form, path=str(path))
     assert expand([source]) == [source]
     assert count(source) == 5
-    found = contents(source)
-    assert found == rows
-    assert [conversation(InputRow(0, row), form) for row in found] == [EXPECTED] * 5
+    loaded = contents(source)
+    assert loaded == rows
+    assert [conversation(InputRow(0, row), form) for row in loaded] == [EXPECTED] * 5
 
 
 @pytest.mark.parametrize("make", SETS)
-def test_every_set_of_the_mixture_as_the_hub_has_it(make: Any, tmp_path: Path) -> None:
+def test_every_mixture_dataset_in_its_hub_layout(make: Any, tmp_path: Path) -> None:
     a_set = make(tmp_path)
-    asked = {"name": a_set.name, "format": a_set.form, "subset": a_set.subset}
-    copy, hub = SourceConfig(path=str(a_set.folder), **asked), SourceConfig(hub=str(a_set.folder), **asked)
+    options = {"name": a_set.name, "format": a_set.form, "subset": a_set.subset}
+    copy, hub = SourceConfig(path=str(a_set.folder), **options), SourceConfig(hub=str(a_set.folder), **options)
     theirs = list(datasets.load_dataset(str(a_set.folder), a_set.subset or None, split="train"))
     assert contents(copy) == contents(hub) == theirs == a_set.rows
     assert count(copy) == count(hub) == len(theirs)
@@ -105,7 +105,7 @@ def test_every_set_of_the_mixture_as_the_hub_has_it(make: Any, tmp_path: Path) -
     assert all(turns[0][0] == "user" and turns[-1][0] == "assistant" for turns in spoken)
 
 
-def test_the_configurations_of_one_set_have_their_own_columns(tmp_path: Path) -> None:
+def test_configurations_of_a_dataset_have_their_own_columns(tmp_path: Path) -> None:
     for subset in OPC_EXTRA:
         a_set = opc(tmp_path, subset)
         source = SourceConfig(name="s", format=a_set.form, path=str(a_set.folder), subset=subset)
@@ -113,7 +113,7 @@ def test_the_configurations_of_one_set_have_their_own_columns(tmp_path: Path) ->
         assert {row["tag"] for row in contents(source)} == {subset}
 
 
-def test_a_missing_subset_or_split_lists_the_available_ones(tmp_path: Path) -> None:
+def test_missing_subset_or_split_error_lists_available_ones(tmp_path: Path) -> None:
     folder = opc(tmp_path).folder
     with pytest.raises(DataError, match="mceval_instruct"):
         files(SourceConfig(name="s", path=str(folder), subset="python"))
@@ -142,7 +142,7 @@ def test_files_named_after_splits_are_not_mixed(tmp_path: Path) -> None:
     assert [row["query"] for row in contents(source)] == ["train-0", "train-1"]
     source.split = "test"
     assert [row["query"] for row in contents(source)] == ["test-0"]
-    jsonl(tmp_path / "extra.jsonl", [])  # `datasets` would leave it out without a word
+    jsonl(tmp_path / "extra.jsonl", [])  # `datasets` would skip it silently
     with pytest.raises(DataError, match="assigns extra.jsonl to no split"):
         files(source)
 
@@ -157,7 +157,7 @@ def test_the_cache_of_datasets_can_be_read(tmp_path: Path) -> None:
         assert contents(source) == rows
 
 
-def test_a_saved_selection_is_refused_or_has_just_its_rows(tmp_path: Path) -> None:
+def test_saved_selection_is_refused_or_has_only_its_rows(tmp_path: Path) -> None:
     rows = [{"query": str(i), "response": "a"} for i in range(6)]
     datasets.Dataset.from_list(rows).select([4, 1]).save_to_disk(tmp_path / "saved")
     source = SourceConfig(name="s", format="query_response", path=str(tmp_path / "saved"))
@@ -197,7 +197,7 @@ BAD_ROWS: list[tuple[str, Any, str, str]] = [
 
 
 @pytest.mark.parametrize(("form", "row", "where", "what"), BAD_ROWS)
-def test_invalid_rows_name_the_field(form: str, row: Any, where: str, what: str) -> None:
+def test_invalid_row_error_names_the_field(form: str, row: Any, where: str, what: str) -> None:
     with pytest.raises(DataError) as error:
         conversation(InputRow(1, row), form)
     assert error.value.where == where
@@ -216,7 +216,7 @@ GOOD_ROWS: list[tuple[str, Any, Conversation]] = [
 
 
 @pytest.mark.parametrize(("form", "row", "expected"), GOOD_ROWS)
-def test_unusual_rows_that_are_valid(form: str, row: Any, expected: Conversation) -> None:
+def test_unusual_valid_rows_are_accepted(form: str, row: Any, expected: Conversation) -> None:
     assert conversation(InputRow(1, row), form) == expected
 
 
@@ -250,7 +250,7 @@ def test_columns_are_checked_against_the_format(form: str, columns: dict[str, An
     assert form in error.value.fix
 
 
-def test_a_schema_that_does_not_fit_stops_the_plan(tmp_path: Path) -> None:
+def test_mismatched_schema_fails_planning(tmp_path: Path) -> None:
     rows = [ROWS["query_response"]]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
     datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
@@ -261,24 +261,24 @@ def test_a_schema_that_does_not_fit_stops_the_plan(tmp_path: Path) -> None:
         plan_units([SourceConfig(name="s", format="instruction_output", hub=str(SETS[0](tmp_path).folder))])
 
 
-def test_two_columns_of_one_name_are_refused() -> None:
+def test_duplicate_column_names_are_refused() -> None:
     with pytest.raises(DataError, match="2 columns `query`"):
         check_schema(pyarrow.schema([("query", TEXT), ("query", TEXT), ("response", TEXT)]), "query_response", "F")
 
 
-def test_the_formats_of_this_file_are_those_of_the_list() -> None:
+def test_tested_formats_match_the_registered_formats() -> None:
     assert set(FORMATS) == set(ROWS)
     for name, row in ROWS.items():
         assert detect_format(row, "FILE") == name
 
 
-def test_the_documentation_has_the_table_of_formats() -> None:
+def test_documentation_contains_the_format_table() -> None:
     text = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
     assert formats_table() in text
     assert all(f"`{suffix}`" in text for suffix in FILE_TYPES)
 
 
-def test_fields_of_no_format_or_of_several_are_refused() -> None:
+def test_fields_matching_no_format_or_several_are_refused() -> None:
     with pytest.raises(DataError, match="no source format matches the fields text, id") as error:
         detect_format(["text", "id"], "FILE, line 1")
     assert error.value.where == "FILE, line 1"
@@ -297,16 +297,16 @@ def test_sharegpt_meta_names_files_and_repeats(tmp_path: Path) -> None:
         "once": {"annotation": "a.jsonl"},
     }
     meta = tmp_path / "meta.json"
-    for indent in (None, 2):  # also on one line
+    for indent in (None, 2):  # multi-line and single-line files
         meta.write_text(json.dumps(entries, indent=indent))
-        found = expand([SourceConfig(name="m", format="sharegpt", path=str(meta), weight=1.5)])
-        assert [(s.name, s.weight, s.limit, count(s)) for s in found] == [
+        expanded = expand([SourceConfig(name="m", format="sharegpt", path=str(meta), weight=1.5)])
+        assert [(s.name, s.weight, s.limit, count(s)) for s in expanded] == [
             ("m/twice", 3, 0, 4),
             ("m/half", 1.5, 2, 2),
             ("m/little", 1.5, 1, 1),
             ("m/once", 1.5, 0, 4),
         ]
-    assert contents(found[1]) == [SHAREGPT] * 2
+    assert contents(expanded[1]) == [SHAREGPT] * 2
 
 
 def test_annotations_may_be_named_from_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -330,7 +330,7 @@ def test_annotations_may_be_named_from_the_working_directory(tmp_path: Path, mon
         {"annotation": "a", "repeat_time": float("inf")},
     ],
 )
-def test_bad_meta_names_the_entry(entry: Any, tmp_path: Path) -> None:
+def test_invalid_meta_error_names_the_entry(entry: Any, tmp_path: Path) -> None:
     meta = tmp_path / "meta.json"
     meta.write_text(json.dumps({"mine": entry}, indent=1))
     with pytest.raises(DataError, match="mine"):
@@ -341,7 +341,7 @@ JSON_FILES: list[tuple[bytes, int]] = [
     (b'{"query": "a"}', 1),
     (b'{"query": "a"}\n{"query": "b"}\n', 2),
     (b'\n{"query": {}}\n{"query": {}}\n', 2),
-    (b'{"query": \n{"query": "b"}\n', 2),  # a row that is no JSON
+    (b'{"query": \n{"query": "b"}\n', 2),  # a row that is not JSON
     (b'[1]\n{"query": "b"}\n', 2),
     (b'null\n{"query": "b"}\n', 2),
     (b'[{"query": "a"}, {"query": "b"}]', 2),
@@ -359,7 +359,7 @@ def test_a_json_file_is_a_list_or_lines(content: bytes, rows: int, tmp_path: Pat
     assert len(contents(source)) == count(source) == rows
 
 
-def test_files_that_cannot_be_used(tmp_path: Path) -> None:
+def test_unusable_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "x.parquet").write_text("no parquet")
     (tmp_path / "x.arrow").write_text("no arrow")
     (tmp_path / "x.csv").write_text("a,b")

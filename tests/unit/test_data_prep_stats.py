@@ -1,4 +1,4 @@
-"""The page of `stats`: its numbers match the dataset, and its figures are embedded."""
+"""Page of `stats`: numbers match the dataset, figures are embedded."""
 
 import base64
 import html
@@ -55,44 +55,50 @@ def config(tmp_path: Path) -> BuildConfig:
 
 
 def sections(page: str) -> dict[str, str]:
-    """Title -> text of each section, cells separated by single spaces."""
-    found = {}
+    """Maps the title of each section to its text, cells separated by single spaces."""
+    texts = {}
     for part in page.split("<section id=")[1:]:
         title = re.search(r"<h2>(.*?)</h2>", part)
         text = re.sub(r"^.*?>|<figure>.*?</figure>|<h2>.*?</h2>", " ", part)
-        found[title[1] if title else ""] = " ".join(html.unescape(re.sub(r"<[^>]*>", " ", text)).split())
-    return found
+        texts[title[1] if title else ""] = " ".join(html.unescape(re.sub(r"<[^>]*>", " ", text)).split())
+    return texts
 
 
 def test_the_page_matches_the_dataset(config: BuildConfig, tmp_path: Path) -> None:
     manifest = build(config, QUIET)
     sample = write_stats(config.out, tmp_path / "stats.html", QUIET)
     page = (tmp_path / "stats.html").read_text()
-    found = sections(page)
+    page_sections = sections(page)
     counts = manifest["counts"]
     rows = sum(epoch["rows"] for epoch in counts)
-    assert f"2 epochs {rows} rows of 700 tokens {2 * (60 + 18)} documents" in found[""]
+    assert f"2 epochs {rows} rows of 700 tokens {2 * (60 + 18)} documents" in page_sections[""]
     filled = sum(epoch["clean"] + epoch["block"] for epoch in counts) / (700 * rows)
-    assert f"{filled:.2%} of the rows filled" in found[""]
-    outcomes = found["Outcome of the input rows"]
+    assert f"{filled:.2%} of the rows filled" in page_sections[""]
+    outcomes = page_sections["Outcome of the input rows"]
     assert "<one> & only 62 60 0 0 2 two 10 9 0 1 0 all 72 69 0 1 2" in outcomes
     assert "no assistant turn 1 rejected: not a valid conversation (reasons in rejects.jsonl) 2" in outcomes
     assert "texts that spell a special token (encoded as plain text) 2" in outcomes
-    one, two = (entry["clean_tokens"] * entry["weight"] for entry in manifest["accounting"]["by_source"])
-    assert sample.clean.sum() == one + two
-    assert re.search(
-        rf"<one> & only 1 {one / 1e3:.3g}k .* two 2 {two / 1e3:.3g}k", found["Tokens per source in one epoch"]
+    first_tokens, second_tokens = (
+        entry["clean_tokens"] * entry["weight"] for entry in manifest["accounting"]["by_source"]
     )
-    assert "9 documents have the same tokens as an earlier one; they were kept." in found["Duplicates"]
-    assert "two <one> & only 9" in found["Duplicates"]
+    assert sample.clean.sum() == first_tokens + second_tokens
+    assert re.search(
+        rf"<one> & only 1 {first_tokens / 1e3:.3g}k .* two 2 {second_tokens / 1e3:.3g}k",
+        page_sections["Tokens per source in one epoch"],
+    )
+    assert "9 documents have the same tokens as an earlier one; they were kept." in page_sections["Duplicates"]
+    assert "two <one> & only 9" in page_sections["Duplicates"]
     slots = np.sum([epoch["slots"] for epoch in counts], axis=0)
-    assert f"1 (next token) {slots[0]:,} 100.00% 2 {slots[1]:,} {slots[1] / slots[0]:.2%}" in found["Targets per slot"]
+    assert (
+        f"1 (next token) {slots[0]:,} 100.00% 2 {slots[1]:,} {slots[1] / slots[0]:.2%}"
+        in page_sections["Targets per slot"]
+    )
     for key, value in (("row_length", "700"), ("seed", "42"), ("duplicates", "keep"), ("mask_token_id", "260")):
-        assert f" {key} {value} " in found["Settings"]
-    assert "two messages" in found["Settings"] and "CC $x_1$" in found["Settings"]
+        assert f" {key} {value} " in page_sections["Settings"]
+    assert "two messages" in page_sections["Settings"] and "CC $x_1$" in page_sections["Settings"]
 
 
-def test_lengths_and_anchors_are_those_of_the_documents(config: BuildConfig) -> None:
+def test_lengths_and_anchors_match_the_documents(config: BuildConfig) -> None:
     build(config, QUIET)
     sample = take_sample(PackedDataset(config.out), 10**6, QUIET)
     encoder = TextTokenizer.from_folder(config.tokenizer)
@@ -104,7 +110,7 @@ def test_lengths_and_anchors_are_those_of_the_documents(config: BuildConfig) -> 
     assert (sample.used.sum() - sample.clean.sum()) == 4 * sample.blocks.sum()
 
 
-def test_a_large_dataset_is_sampled_and_the_page_says_so(config: BuildConfig, tmp_path: Path) -> None:
+def test_large_dataset_is_sampled_and_page_reports_it(config: BuildConfig, tmp_path: Path) -> None:
     build(config, QUIET)
     dataset = PackedDataset(config.out)
     sample = write_stats(config.out, tmp_path / "few.html", QUIET, rows=3)
@@ -117,7 +123,7 @@ def test_a_large_dataset_is_sampled_and_the_page_says_so(config: BuildConfig, tm
     assert "From all rows of the first epoch (78 documents)." in (tmp_path / "all.html").read_text()
 
 
-def test_the_page_needs_no_other_file(config: BuildConfig, tmp_path: Path) -> None:
+def test_page_is_self_contained(config: BuildConfig, tmp_path: Path) -> None:
     build(config, QUIET)
     for name in ("a", "b"):
         write_stats(config.out, tmp_path / name, QUIET)

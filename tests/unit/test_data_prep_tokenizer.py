@@ -24,7 +24,7 @@ def test_text_mask_and_formatting_do_not_change_the_fingerprint(tmp_path: Path) 
     assert fingerprint(tmp_path / "saved") == base
 
 
-def test_merges_as_pairs_and_as_strings_are_the_same(tmp_path: Path) -> None:
+def test_merges_as_pairs_and_strings_have_the_same_fingerprint(tmp_path: Path) -> None:
     prints = set()
     for i, merge in enumerate(("a b", ["a", "b"])):
         content = definition()
@@ -37,12 +37,12 @@ def test_merges_as_pairs_and_as_strings_are_the_same(tmp_path: Path) -> None:
     assert prints != {fingerprint(write_folder(tmp_path / "without"))}
 
 
-def test_another_vocabulary_or_special_token_is_another_tokenizer(tmp_path: Path) -> None:
+def test_changed_vocabulary_or_special_token_changes_the_fingerprint(tmp_path: Path) -> None:
     base = fingerprint(write_folder(tmp_path / "base"))
     assert fingerprint(write_folder(tmp_path / "more", "<other>")) != base
 
 
-def test_old_folder_with_vocab_and_merges_is_the_same_tokenizer(tmp_path: Path) -> None:
+def test_old_vocab_and_merges_folder_has_the_same_fingerprint(tmp_path: Path) -> None:
     new, old = write_folder(tmp_path / "new"), tmp_path / "old"
     old.mkdir()
     content = json.loads((new / "tokenizer.json").read_text())
@@ -54,7 +54,7 @@ def test_old_folder_with_vocab_and_merges_is_the_same_tokenizer(tmp_path: Path) 
     assert special_token_id(old, "<|im_end|>") == IM_END
 
 
-def test_ids(tmp_path: Path) -> None:
+def test_token_ids(tmp_path: Path) -> None:
     folder = write_folder(tmp_path)
     assert special_token_id(folder, "<|im_end|>") == IM_END
     assert special_token_id(folder, "a") == ord("a")
@@ -62,7 +62,7 @@ def test_ids(tmp_path: Path) -> None:
     assert special_token_id(write_folder(tmp_path / "sdlm", "<text_mask>"), "<text_mask>") == 260
 
 
-def test_folder_without_or_with_a_broken_tokenizer(tmp_path: Path) -> None:
+def test_missing_or_broken_tokenizer_is_refused(tmp_path: Path) -> None:
     assert fingerprint(tmp_path) is None
     with pytest.raises(DataError, match="no tokenizer"):
         special_token_id(tmp_path, "<text_mask>")

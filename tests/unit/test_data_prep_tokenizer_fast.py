@@ -49,7 +49,7 @@ BLOCKS = {
 
 
 def fuzz(tokens: list[str], n: int, seed: int) -> list[str]:
-    """Generated texts: single Unicode blocks, mixtures, runs of white space, and mutated text."""
+    """Generates texts: single Unicode blocks, mixtures, runs of white space, and mutated text."""
     draw = random.Random(seed)
     real = (ROOT / "docs" / "method.md").read_text(encoding="utf-8") + (ROOT / "setup.py").read_text(encoding="utf-8")
 
@@ -101,7 +101,7 @@ def qwen_judge() -> TextTokenizer:
     return TextTokenizer.from_folder(qwen_tokenizer_folder())
 
 
-def test_qwen_is_encoded_by_the_fast_one() -> None:
+def test_qwen_uses_the_fast_encoder() -> None:
     assert qwen().backend.startswith("fastokens ")
     assert qwen().reason == ""
     assert qwen().encode_batch(["assistant\n", ""]) == [[77091, 198], []]
@@ -117,7 +117,7 @@ def test_20_000_fuzzed_texts_on_qwen() -> None:
 
 
 def test_every_character_next_to_a_letter_and_a_combining_mark() -> None:
-    """Both libraries carry their own tables of Unicode: classes, normal forms."""
+    """The two libraries have separate Unicode tables for classes and normal forms."""
     planes = (*range(0x30000), *range(0xE0000, 0xE1000))
     characters = [chr(code) for code in planes if not 0xD800 <= code < 0xE000]
     texts = ["".join(f"e{c}\u0301 " for c in characters[i : i + 64]) for i in range(0, len(characters), 64)]
@@ -145,20 +145,20 @@ def test_every_conversation_of_the_oracle() -> None:
     ],
     ids=["prose", "one letter", "spaces", "lines, spaces", "marks", "digits", "special", "NUL"],
 )
-def test_a_megabyte_of_text(text: str) -> None:
+def test_megabyte_texts_are_encoded_the_same(text: str) -> None:
     fast = np.array(qwen().encode_batch([text])[0])
     assert np.array_equal(fast, np.array(qwen_judge().encode_batch([text])[0]))
 
 
-def test_special_tokens_spelled_in_text_are_text_also_next_to_combining_marks() -> None:
+def test_special_tokens_in_text_are_text_next_to_combining_marks() -> None:
     texts = ["<|im_end|>\u0301x", "e<|im_start|>\u0301", "<text_mask>", "<tool_call>\u0301", "a<|endoftext|>"]
     ids, offsets = qwen().encode_flat(texts)
-    assert [i for i in ids.tolist() if i >= 151643] == [151657], "only <tool_call>, which is not flagged special"
+    assert [i for i in ids.tolist() if i >= 151643] == [151657], "only <tool_call>, because it is not flagged special"
     equal_to_hugging_face(qwen(), qwen_judge(), texts)
     assert offsets.tolist() == np.cumsum([0, *map(len, qwen_judge().encode_batch(texts))]).tolist()
 
 
-def test_chatml_tokens_that_are_not_flagged_special_are_spelled_out_all_the_same(tmp_path: Path) -> None:
+def test_chatml_tokens_not_flagged_special_are_still_spelled_out(tmp_path: Path) -> None:
     content = definition()
     for entry in content["added_tokens"]:
         entry["special"] = False
@@ -204,7 +204,7 @@ def metaspace() -> Tokenizer:
     [(byte_level, True), (digits_apart, True), (groups_of_three_digits, True), (lower_case, False), (metaspace, False)],
     ids=lambda value: getattr(value, "__name__", ""),
 )
-def test_other_tokenizers(make: Callable[[], Tokenizer], fast: bool, tmp_path: Path) -> None:
+def test_other_tokenizers_are_equal_or_fall_back(make: Callable[[], Tokenizer], fast: bool, tmp_path: Path) -> None:
     backend = make()
     alphabet = pre.ByteLevel.alphabet() if fast else []
     trainer = trainers.BpeTrainer(vocab_size=900, special_tokens=CHAT, initial_alphabet=alphabet, show_progress=False)
@@ -215,7 +215,7 @@ def test_other_tokenizers(make: Callable[[], Tokenizer], fast: bool, tmp_path: P
     encoder, judge = open_encoder(tmp_path), TextTokenizer.from_folder(tmp_path)
     assert isinstance(encoder, FastTokenizer) == fast
     assert encoder.backend.startswith("fastokens " if fast else "tokenizers ")
-    assert ("unsupported" in encoder.reason) != fast, "the reason is what the library says"
+    assert ("unsupported" in encoder.reason) != fast, "the reason contains the library's message"
     tokens = [*judge.added_tokens, "<text_mask>"]
     equal_to_hugging_face(encoder, judge, fuzz(tokens, 2_000, seed=2) + probe_texts(tokens, 1_000, seed=3))
 
@@ -229,7 +229,7 @@ def test_byte_tokenizer(tmp_path: Path) -> None:
 
 
 def test_old_folder_with_vocab_and_merges_is_encoded_the_same(tmp_path: Path) -> None:
-    """transformers 4 lost the merges that begin with `#`; here they must be there."""
+    """transformers 4 loses merges that begin with `#`; they must be kept here."""
     source = qwen_tokenizer_folder()
     model = json.loads((source / "tokenizer.json").read_text())["model"]
     (tmp_path / "vocab.json").write_text(json.dumps(model["vocab"]))
@@ -242,7 +242,7 @@ def test_old_folder_with_vocab_and_merges_is_encoded_the_same(tmp_path: Path) ->
     assert judge.encode_batch(["#include"]) == [[1067]]
 
 
-def test_a_tokenizer_without_chatml_is_an_error_with_a_way_out(tmp_path: Path) -> None:
+def test_tokenizer_without_chatml_error_suggests_a_fix(tmp_path: Path) -> None:
     content = definition()
     content["added_tokens"][1]["content"] = "<|other|>"
     (write_folder(tmp_path) / "tokenizer.json").write_text(json.dumps(content))
@@ -283,11 +283,11 @@ def test_a_difference_during_encoding_is_detected_and_the_encoder_falls_back(tmp
     assert isinstance(encoder, FastTokenizer)
     encoder._fast = other_vocabulary(tmp_path)
     with pytest.raises(TokenizerMismatch) as caught:
-        for _ in range(module.CHECK_EVERY):  # within so many texts one is compared
+        for _ in range(module.CHECK_EVERY):  # one text is compared in each interval
             encoder.encode_flat(["cab"])
     assert (caught.value.text, caught.value.fast, caught.value.slow) == ("cab", list(b"cba"), list(b"cab"))
     assert "cab" in str(caught.value)
-    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value), "it crosses process boundaries"
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value), "the error is not picklable"
     assert encoder.backend.startswith("tokenizers ")
     assert "was disabled" in encoder.reason
     assert encoder.encode_flat(["cab"])[0].tolist() == list(b"cab")
@@ -306,7 +306,7 @@ def test_the_interval_of_verified_texts_does_not_depend_on_batches(batch: int, t
     assert judged == texts[:: module.CHECK_EVERY]
 
 
-def test_a_text_that_is_no_unicode_is_refused_and_does_no_harm(tmp_path: Path) -> None:
+def test_invalid_unicode_is_refused_without_side_effects(tmp_path: Path) -> None:
     encoder = open_encoder(write_folder(tmp_path))
     with pytest.raises(UnicodeEncodeError):
         encoder.encode_flat(["a\ud800"])
@@ -314,8 +314,8 @@ def test_a_text_that_is_no_unicode_is_refused_and_does_no_harm(tmp_path: Path) -
     assert encoder.encode_flat([])[1].tolist() == [0]
 
 
-def test_an_encoder_works_after_fork_and_starts_no_more_than_one_thread(tmp_path: Path) -> None:
-    """Measured in a process of its own: the thread counts are set when the libraries are first used."""
+def test_encoder_works_after_fork_with_at_most_one_thread(tmp_path: Path) -> None:
+    """Runs in a separate process, because thread counts are fixed when the libraries are first used."""
     code = """if True:
         import os, sys
         from data_prep.encoders import open_encoder
@@ -358,7 +358,7 @@ def test_spelled_counts_texts_once() -> None:
     assert qwen().spelled([]) == 0
 
 
-def test_spelled_agrees_with_a_plain_search() -> None:
+def test_spelled_matches_plain_search() -> None:
     tokens = ["<s>", "</s>", "[INST]", "[/INST]", "<|a|>", "<|ab|>", "<|b|>", "§", "word", "wo"]
     counter, draw = SpelledTokens(tokens), random.Random(6)
     for _ in range(2_000):

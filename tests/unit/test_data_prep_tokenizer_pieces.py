@@ -28,7 +28,7 @@ from tests.qwen_vocab import ROOT
 
 IM_START, IM_END = "<|im_start|>", "<|im_end|>"
 NORMAL, N = 1, 700
-"""Pieces of the models trained here."""
+"""Type id of normal pieces; vocabulary size of the models trained here."""
 
 
 def read_pieces(model: bytes) -> list[VocabularyPiece]:
@@ -41,7 +41,7 @@ def with_pieces(model: bytes, pieces: list[VocabularyPiece], *, dummy_prefix: bo
 
 @cache
 def trained(kind: str, symbols: tuple[str, ...] = (IM_START, IM_END, "▁▁▁▁", "<table>"), **options: Any) -> bytes:
-    """A model with byte fallback and without normalization, as Llama's."""
+    """Trains a model with byte fallback and without normalization, like Llama's."""
     files = [ROOT / "docs" / "method.md", ROOT / "setup.py"]
     lines = [line for file in files for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
     written = io.BytesIO()
@@ -81,12 +81,12 @@ def pieces_of(model: bytes, ids: list[int]) -> list[str]:
 
 
 def readable(n: int, seed: int) -> list[str]:
-    """Texts a byte-fallback model gives back as they were; `▁` is its space."""
+    """Texts that a byte-fallback model decodes unchanged; `▁` is its space."""
     return [text.replace("▁", "_") for text in probe_texts([IM_START, IM_END, "<s>", "<text_mask>"], n, seed)]
 
 
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
-def test_the_file_is_read_as_the_library_reads_it(kind: str) -> None:
+def test_parsed_pieces_match_the_library(kind: str) -> None:
     theirs = sentencepiece.SentencePieceProcessor(model_proto=trained(kind))
     ours = read_pieces(trained(kind))
     assert len(ours) == len(theirs) == N
@@ -96,7 +96,7 @@ def test_the_file_is_read_as_the_library_reads_it(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
-def test_a_model_written_again_encodes_the_same(kind: str) -> None:
+def test_rewritten_model_encodes_the_same(kind: str) -> None:
     model = trained(kind)
     before = sentencepiece.SentencePieceProcessor(model_proto=model)
     after = sentencepiece.SentencePieceProcessor(model_proto=with_pieces(model, read_pieces(model), dummy_prefix=True))
@@ -104,7 +104,7 @@ def test_a_model_written_again_encodes_the_same(kind: str) -> None:
     assert after.encode(texts) == before.encode(texts)
 
 
-def test_bytes_that_are_no_model_are_refused_and_random_damage_is_never_another_error(tmp_path: Path) -> None:
+def test_damaged_model_raises_only_data_errors(tmp_path: Path) -> None:
     model, draw = trained("bpe"), random.Random(2)
     for bad in (b"", b"IQ== 0\nIg== 1\n", b"{}", model[:5]):
         (tmp_path / "tokenizer.model").write_bytes(bad)
@@ -123,7 +123,7 @@ def test_bytes_that_are_no_model_are_refused_and_random_damage_is_never_another_
 
 
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
-def test_fuzzed_text_comes_back_as_it_was(kind: str, tmp_path: Path) -> None:
+def test_fuzzed_text_round_trips(kind: str, tmp_path: Path) -> None:
     encoder = open_encoder(folder(tmp_path, trained(kind)))
     plain = sentencepiece.SentencePieceProcessor(model_proto=trained(kind))
     texts = readable(4_000, seed=3)
@@ -134,7 +134,7 @@ def test_fuzzed_text_comes_back_as_it_was(kind: str, tmp_path: Path) -> None:
         assert plain.decode(ids[offsets[i] : offsets[i + 1]].tolist()) == text.removeprefix(" "), "decode drops a space"
 
 
-def test_a_megabyte_of_text(tmp_path: Path) -> None:
+def test_megabyte_of_text_is_encoded(tmp_path: Path) -> None:
     encoder = open_encoder(folder(tmp_path, trained("bpe")))
     text = "x\0é中 <|im_end|>\n" * 60_000
     assert (
@@ -143,8 +143,8 @@ def test_a_megabyte_of_text(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("config", "prefix"), [({}, False), ({"legacy": False}, False), ({"legacy": True}, True)])
-def test_ids_are_those_of_transformers_own_llama_tokenizer(config: dict, prefix: bool, tmp_path: Path) -> None:
-    """In a whole conversation; `legacy` says whether a text after a special token gets a space in front."""
+def test_ids_match_transformers_llama_tokenizer(config: dict, prefix: bool, tmp_path: Path) -> None:
+    """Compares a whole conversation; `legacy` determines whether text after a special token gets a leading space."""
     model = trained("bpe", (IM_START, IM_END))
     path = folder(tmp_path, model, **config)
     encoder, theirs = open_encoder(path), AutoTokenizer.from_pretrained(path)
@@ -157,7 +157,7 @@ def test_ids_are_those_of_transformers_own_llama_tokenizer(config: dict, prefix:
         assert [start, *piece, end, *newline] == theirs.encode(rendered, add_special_tokens=False), text
 
 
-def test_what_is_special_is_spelled_out_and_what_is_not_stays_a_word(tmp_path: Path) -> None:
+def test_special_tokens_are_spelled_out_and_others_stay_single_tokens(tmp_path: Path) -> None:
     symbols = (IM_START, IM_END, "<|other|>", "[PAD]", "[INST]", "▁▁▁▁", "<table>")
     model = trained("bpe", symbols)
     decoder = {
@@ -196,16 +196,16 @@ def test_an_added_token_may_give_a_piece_another_id(tmp_path: Path) -> None:
     assert not {old, N + 3} & set(encoder.encode_batch([f"a{IM_END}b"])[0])
 
 
-def test_what_a_model_expects_of_itself_is_not_kept() -> None:
-    """Field 4: texts with the pieces they must give, which a library may check when it loads the model. They have the
-    space in front that is left out here."""
+def test_self_test_data_is_not_kept() -> None:
+    """Field 4 has texts with their expected pieces, which a library may check when it loads the model. They include
+    the leading space that is omitted here."""
     expected = b"abc \xe2\x96\x81abc"
     model = trained("bpe") + bytes([4 << 3 | 2, len(expected)]) + expected
     assert expected in model
     assert expected not in with_pieces(model, read_pieces(model), dummy_prefix=False)
 
 
-def test_tokens_of_chatml_beside_the_model(tmp_path: Path) -> None:
+def test_chatml_tokens_from_files_beside_the_model(tmp_path: Path) -> None:
     model = trained("bpe", ("<table>",))
     with pytest.raises(DataError, match=r"no `<\|im_start\|>`(.|\n)*added_tokens.json"):
         open_encoder(folder(tmp_path, model))
@@ -216,7 +216,7 @@ def test_tokens_of_chatml_beside_the_model(tmp_path: Path) -> None:
     assert encoder.backend == f"sentencepiece {sentencepiece.__version__}"
 
 
-def test_a_model_file_is_a_tokenizer_by_itself(tmp_path: Path) -> None:
+def test_model_file_alone_is_a_tokenizer(tmp_path: Path) -> None:
     (tmp_path / "spm.model").write_bytes(trained("bpe"))
     file = tmp_path / "spm.model"
     assert has_tokenizer(file)
@@ -229,10 +229,10 @@ def test_a_model_file_is_a_tokenizer_by_itself(tmp_path: Path) -> None:
     ).encode_batch(["user"])
     assert fingerprint(file) == fingerprint(tmp_path / "folder")
     (tmp_path / "added_tokens.json").write_text(json.dumps({"<more>": N}))
-    assert special_token_id(file, "<text_mask>") == N + 1, "files beside it are read, and read again when they change"
+    assert special_token_id(file, "<text_mask>") == N + 1, "files beside it are read, and reread when they change"
 
 
-def test_tokenizer_json_comes_first(tmp_path: Path) -> None:
+def test_tokenizer_json_takes_precedence(tmp_path: Path) -> None:
     (write_folder(tmp_path) / "tokenizer.model").write_bytes(trained("bpe"))
     assert vocabulary_size(tmp_path) == 260
     assert not isinstance(

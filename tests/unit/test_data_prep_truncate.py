@@ -1,5 +1,5 @@
-"""Documents that are too long, by hand on a byte tokenizer. The reference's rule is tested against the
-oracle."""
+"""Truncation of long documents: values computed by hand for a byte tokenizer. The reference's rule is tested
+against the oracle."""
 
 import numpy as np
 import pytest
@@ -24,7 +24,7 @@ D4 = {"block_size": 4, "repeat": 3}
 
 
 def document(*lengths: int, last: str = "") -> RenderedDocument:
-    """A user/assistant conversation whose texts have these lengths; no system turn.
+    """Renders a user/assistant conversation whose texts have these lengths; no system turn.
 
     A user turn of text length n has 1 + 5 + n + 2 tokens, an assistant's 1 + 10 + n + 2, of which n + 1 are
     answers.
@@ -35,7 +35,7 @@ def document(*lengths: int, last: str = "") -> RenderedDocument:
     return render(turns, BYTES, default_system=None)
 
 
-def test_a_document_with_room_is_left_alone() -> None:
+def test_document_that_fits_is_unchanged() -> None:
     doc = document(2, 9, last="more")
     kept = keep_whole_turns(doc, max_len=1000, **D4)
     assert kept.n_blocks == 3 * 10 // 4
@@ -44,7 +44,7 @@ def test_a_document_with_room_is_left_alone() -> None:
     assert (kept.turns_cut, kept.tokens_cut, kept.blocks_missing) == (0, 0, 0)
 
 
-def test_blocks_get_the_room_that_is_left() -> None:
+def test_number_of_blocks_is_limited_by_remaining_room() -> None:
     doc = document(2, 9)
     assert len(doc.input_ids) == 10 + 22
     kept = keep_whole_turns(doc, max_len=32 + 4 * 3 + 3, **D4)
@@ -60,7 +60,7 @@ def test_whole_turns_are_cut_and_the_rest_ends_with_an_answer() -> None:
     assert kept.anchors.tolist() == doc.anchors[:10].tolist()
 
 
-def test_reasons_of_dropping() -> None:
+def test_drop_reasons() -> None:
     cases = {
         NO_ANSWER: render([{"from": "human", "value": "x"}], BYTES),
         SHORT_ANSWER: document(2, 0),
@@ -72,7 +72,7 @@ def test_reasons_of_dropping() -> None:
         assert (dropped.n_blocks, dropped.drop_reason) == (0, reason)
 
 
-def test_reference_cuts_inside_an_answer_and_loses_its_end() -> None:
+def test_reference_rule_cuts_inside_an_answer() -> None:
     doc = document(2, 90)  # header ends at 20, L = 113, R = 91
     kept = reference(doc, max_len=80, **D4)
     assert len(kept.input_ids) == 80 - (80 - 20) // 3
@@ -81,7 +81,7 @@ def test_reference_cuts_inside_an_answer_and_loses_its_end() -> None:
     assert kept.anchors[-1] == 58, "the last anchor still has a successor"
 
 
-def test_reference_drops_what_makes_the_reference_raise() -> None:
+def test_reference_rule_drops_documents_that_fail_in_the_reference() -> None:
     assert reference(document(90, 9), max_len=60, **D4).drop_reason == LONG_PROMPT
     only_prompt = render([{"from": "human", "value": "x" * 90}], BYTES)
     assert reference(only_prompt, max_len=60, **D4).drop_reason == NO_ANSWER
@@ -94,7 +94,7 @@ def test_reference_drops_what_makes_the_reference_raise() -> None:
     st.integers(1, 4),
     st.sampled_from(sorted(FITS)),
 )
-def test_what_is_kept_fits_and_is_a_prefix(
+def test_kept_tokens_fit_and_are_a_prefix(
     lengths: list[int], max_len: int, block_size: int, repeat: int, rule: str
 ) -> None:
     doc = document(*lengths)
@@ -114,7 +114,7 @@ def test_what_is_kept_fits_and_is_a_prefix(
 
 
 @pytest.mark.parametrize("rule", sorted(FITS))
-def test_with_room_both_rules_keep_everything(rule: str) -> None:
+def test_both_rules_keep_documents_that_fit(rule: str) -> None:
     doc = document(2, 9, 5, 50, last="bye")
     kept = FITS[rule](doc, max_len=5632, **D4)
     assert len(kept.input_ids) == len(doc.input_ids)

@@ -66,7 +66,7 @@ def config(tmp_path: Path) -> BuildConfig:
         {"block_size": 8, "repeat": 1},
     ],
 )
-def test_a_clean_dataset_has_no_findings(config: BuildConfig, change: dict[str, Any]) -> None:
+def test_clean_dataset_has_no_findings(config: BuildConfig, change: dict[str, Any]) -> None:
     build(replace(config, **change), QUIET)
     assert verify(config.out, QUIET) == []
 
@@ -105,7 +105,7 @@ def token(find: Callable[[np.ndarray, RowLayout], int], value: int) -> Callable[
         at = find(tokens, layout)
         tokens[at] = value
         clean = tokens[: layout.n_clean]
-        if at < layout.n_clean:  # the blocks follow: the slots rule must not be what finds it
+        if at < layout.n_clean:  # update the blocks, so that the slots rule does not report it
             return add_blocks(clean, layout, MASK), layout
         return tokens, layout
 
@@ -118,8 +118,8 @@ def first_of(value: int, skip: int = 0) -> Callable[[np.ndarray, RowLayout], int
 
 def header_of_answer(tokens: np.ndarray, layout: RowLayout) -> int:
     wanted = list(b"assistant\n")
-    found = [i for i in range(layout.n_clean) if tokens[i + 1 : i + 11].tolist() == wanted and tokens[i] == IM_START]
-    return found[0] + 1
+    matches = [i for i in range(layout.n_clean) if tokens[i + 1 : i + 11].tolist() == wanted and tokens[i] == IM_START]
+    return matches[0] + 1
 
 
 def with_starts(change: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> Callable[[Path], None]:
@@ -128,16 +128,16 @@ def with_starts(change: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> Calla
     def plant(tokens: np.ndarray, layout: RowLayout) -> tuple[np.ndarray, RowLayout]:
         starts, n = layout.starts.copy(), int(layout.n_blocks[0])
         starts[:n] = change(starts[:n].copy(), FACTS(tokens, layout))
-        found = replace(layout, starts=starts)
+        new_layout = replace(layout, starts=starts)
         tokens = tokens.copy()
-        tokens[layout.n_clean :: D] = tokens[layout.clean_offsets()[found.block_documents()] + starts]
-        return tokens, found
+        tokens[layout.n_clean :: D] = tokens[layout.clean_offsets()[new_layout.block_documents()] + starts]
+        return tokens, new_layout
 
     return edit_row(plant)
 
 
 def FACTS(tokens: np.ndarray, layout: RowLayout) -> np.ndarray:
-    """Legal starts of the first document, by a loop over its tokens."""
+    """Returns the legal starts of the first document, by a loop over its tokens."""
     clean = tokens[: layout.clean_lens[0]].tolist()
     legal, at = [], 0
     while at < len(clean):
@@ -156,18 +156,18 @@ def other_legal(starts: np.ndarray, legal: np.ndarray) -> np.ndarray:
 def drop_block(tokens: np.ndarray, layout: RowLayout) -> tuple[np.ndarray, RowLayout]:
     n_blocks = layout.n_blocks.copy()
     n_blocks[0] -= 1
-    found = replace(layout, n_blocks=n_blocks, starts=layout.starts[1:])
-    return add_blocks(tokens[: layout.n_clean], found, MASK), found
+    new_layout = replace(layout, n_blocks=n_blocks, starts=layout.starts[1:])
+    return add_blocks(tokens[: layout.n_clean], new_layout, MASK), new_layout
 
 
 def renumber(tokens: np.ndarray, layout: RowLayout) -> tuple[np.ndarray, RowLayout]:
-    """Another number, with the blocks that it draws: only its range is wrong."""
+    """Changes the document number and its drawn blocks: only the range of the number is wrong."""
     ids = layout.doc_ids.copy()
     ids[0] = 5000
     starts, n = layout.starts.copy(), int(layout.n_blocks[0])
     starts[:n] = draw_starts(FACTS(tokens, layout), n, seed=5, epoch=0, document=5000)
-    found = replace(layout, doc_ids=ids, starts=starts)
-    return add_blocks(tokens[: layout.n_clean], found, MASK), found
+    new_layout = replace(layout, doc_ids=ids, starts=starts)
+    return add_blocks(tokens[: layout.n_clean], new_layout, MASK), new_layout
 
 
 def in_manifest(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
@@ -184,7 +184,7 @@ def in_source(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]
 
 
 def more_tokens(manifest: dict[str, Any]) -> None:
-    """The same in all places but the epochs."""
+    """Changes the token counts consistently everywhere except in the epochs."""
     manifest["accounting"]["by_source"][0].update(weight=1, clean_tokens=10)
     manifest["accounting"]["clean_tokens"] = 10
 
@@ -271,7 +271,7 @@ def test_each_planted_corruption_is_reported(
 
 
 def test_planted_rules_cover_every_rule() -> None:
-    """Targets are not stored: `test_derived_targets_are_checked` has them."""
+    """Targets are not stored; `test_derived_targets_are_checked` covers them."""
     assert {rule for _, rule, _ in PLANTED} | {"targets"} == RULES.keys()
 
 
@@ -309,27 +309,27 @@ def test_every_flipped_byte_is_detected(config: BuildConfig) -> None:
     assert verify(config.out, QUIET) == []
 
 
-def test_layouts_of_random_numbers_are_findings(config: BuildConfig) -> None:
-    """With valid checksums, so that the rules see them."""
+def test_random_layouts_are_reported(config: BuildConfig) -> None:
+    """The checksums are valid, so that the rules are reached."""
     build(config, QUIET)
     rng = np.random.default_rng(1)
     tokens, layout = PackedDataset(config.out).read(0, 0)
     facts = RuleSettings.of(read_manifest(Path(config.out)))
     for n in range(300):
-        ints, found = layout.to_ints(), tokens.copy()
+        ints, new_tokens = layout.to_ints(), tokens.copy()
         ints[1 + int(rng.integers(len(ints) - 1))] += int(rng.choice([-1000, -1, 1, 7, 2**30]))
         if n % 3 == 0:
-            found[int(rng.integers(len(found)))] = int(rng.choice([-5, 0, IM_START, IM_END, MASK, 2**31 - 1]))
+            new_tokens[int(rng.integers(len(new_tokens)))] = int(rng.choice([-5, 0, IM_START, IM_END, MASK, 2**31 - 1]))
         try:
             changed = RowLayout.from_ints(ints, D)
         except ValueError:
             continue
-        if changed.used == len(found):
-            slot_targets(found, changed, facts.eos)
-            assert list(check_row(found, changed, facts, 0))
+        if changed.used == len(new_tokens):
+            slot_targets(new_tokens, changed, facts.eos)
+            assert list(check_row(new_tokens, changed, facts, 0))
 
 
-def test_a_dataset_without_build_settings_is_refused(tmp_path: Path) -> None:
+def test_dataset_without_build_settings_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="manifest lacks"):
         verify(make_dataset(tmp_path / "other", rows=2), QUIET)
 
@@ -337,11 +337,11 @@ def test_a_dataset_without_build_settings_is_refused(tmp_path: Path) -> None:
 def test_findings_are_the_same_with_two_workers(config: BuildConfig) -> None:
     build(config, QUIET)
     flip("epoch1.00000.rows.bin", 40)(Path(config.out))
-    one, two = (verify(config.out, QUIET, workers=n) for n in (1, 2))
-    assert sorted(one, key=str) == sorted(two, key=str)
+    serial, parallel = (verify(config.out, QUIET, workers=n) for n in (1, 2))
+    assert sorted(serial, key=str) == sorted(parallel, key=str)
 
 
-def test_anchors_are_those_of_rendering(config: BuildConfig) -> None:
+def test_derived_anchors_match_rendering(config: BuildConfig) -> None:
     """Anchors derived from the tokens alone equal those of rendering, including merged newlines of headers."""
     manifest = build(config, QUIET)
     encoder = TextTokenizer.from_folder(config.tokenizer)

@@ -15,7 +15,7 @@ from sdlm_megatron.diffusion.layout import pack_row
 from sdlm_megatron.errors import DataError
 
 
-def test_files_are_megatrons(tmp_path: Path) -> None:
+def test_files_match_megatron_format(tmp_path: Path) -> None:
     """Files of both implementations are byte-identical and readable by the other."""
     from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
@@ -45,9 +45,9 @@ def test_rows_are_read_as_written(tmp_path: Path) -> None:
     tokens, layout = pack_row(documents, block_size=4, mask_token_id=MASK)
     manifest = write_dataset(tmp_path / "b", meta, [[(tokens, layout)]], note="x")
     dataset = PackedDataset(tmp_path / "b")
-    found, again = dataset.read(0, 0)
+    actual, again = dataset.read(0, 0)
     del dataset
-    np.testing.assert_array_equal(found, tokens)
+    np.testing.assert_array_equal(actual, tokens)
     np.testing.assert_array_equal(again.starts, layout.starts)
     assert manifest["counts"] == [{"rows": 1, "documents": 2, "clean": 27, "block": 8, "targets": 8, "slots": [2] * 4}]
     assert manifest["note"] == "x"
@@ -77,7 +77,7 @@ def _edit(**change: object):
         (_edit(mask_token_id=None, format="other"), "this is other"),
     ],
 )
-def test_damaged_files_are_named(tmp_path: Path, damage, message: str) -> None:
+def test_damaged_files_are_reported(tmp_path: Path, damage, message: str) -> None:
     folder = make_dataset(tmp_path / "data")
     damage(folder)
     with pytest.raises(DataError, match=message) as caught:
@@ -101,7 +101,7 @@ def test_every_flipped_bit_of_a_row_is_detected(tmp_path: Path) -> None:
         file.write_bytes(content)
 
 
-def test_a_batch_of_rows_is_cut_from_one_long_row(tmp_path: Path) -> None:
+def test_row_batches_and_single_rows_write_identical_files(tmp_path: Path) -> None:
     meta = PackedDataset(make_dataset(tmp_path / "data", rows=1)).manifest
     documents = [
         (i, np.arange(n, dtype=np.int32), np.arange(1, n - 1, 2, dtype=np.int32)) for i, n in enumerate((9, 4, 6, 7))
@@ -116,11 +116,11 @@ def test_a_batch_of_rows_is_cut_from_one_long_row(tmp_path: Path) -> None:
                 writer.add(*pack_row(row, block_size=meta["block_size"], mask_token_id=259))
         infos.append(writer.finish())
     assert infos[0].counts == infos[1].counts
-    one, other = ([entry["sha256"] for entry in info.files.values()] for info in infos)
-    assert one == other
+    first_hashes, second_hashes = ([entry["sha256"] for entry in info.files.values()] for info in infos)
+    assert first_hashes == second_hashes
 
 
-def test_a_wrong_index_is_detected(tmp_path: Path) -> None:
+def test_wrong_index_is_detected(tmp_path: Path) -> None:
     folder = make_dataset(tmp_path / "data")
     index = folder / "epoch0.00000.rows.idx"
     content = bytearray(index.read_bytes())
@@ -139,7 +139,7 @@ def test_the_order_is_a_permutation(n: int) -> None:
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 97, 1000, 4097])
-def test_the_order_of_many_is_the_order_of_each(n: int) -> None:
+def test_batched_order_matches_single_order(n: int) -> None:
     for seed, epoch in ((0, 0), (42, 3), (2**40, 1)):
         order = shuffled_many(np.arange(n), n, seed=seed, epoch=epoch).tolist()
         assert sorted(order) == list(range(n))
@@ -149,14 +149,14 @@ def test_the_order_of_many_is_the_order_of_each(n: int) -> None:
     assert n < 10 or others[0] != others[1]
 
 
-def test_the_order_never_changes() -> None:
+def test_order_is_stable_across_versions() -> None:
     """Runs and datasets of earlier versions continue in the recorded order."""
     assert [shuffled(i, 1000, seed=42, epoch=3) for i in range(8)] == [980, 318, 613, 182, 995, 853, 428, 115]
     assert [shuffled(i, 5, seed=0, epoch=0) for i in range(5)] == [1, 4, 0, 3, 2]
     assert shuffled(123456789, 10**9 + 7, seed=2**40, epoch=1) == 755781690
 
 
-def test_the_order_looks_random() -> None:
+def test_order_has_random_statistics() -> None:
     """Rank correlation and the number of preserved neighbors are as expected by chance."""
     n = 20000
     order = shuffled_many(np.arange(n), n, seed=7, epoch=3)
@@ -164,7 +164,7 @@ def test_the_order_looks_random() -> None:
     assert (np.abs(np.diff(order)) == 1).sum() < 15
 
 
-def test_epochs_follow_each_other(tmp_path: Path) -> None:
+def test_epochs_are_read_in_sequence(tmp_path: Path) -> None:
     dataset = PackedDataset(make_dataset(tmp_path / "data", rows=10, epochs=2))
     places = [locate(n, dataset.rows, seed=1) for n in range(30)]
     assert [p.epoch for p in places] == [0] * 10 + [1] * 10 + [2] * 10
@@ -172,12 +172,12 @@ def test_epochs_follow_each_other(tmp_path: Path) -> None:
         assert sorted(p.row for p in places if p.epoch == epoch) == list(range(10))
     first, second, third = (dataset.read(e, 0)[1].starts for e in range(3))
     assert not np.array_equal(first, second)  # fresh draws
-    np.testing.assert_array_equal(first, third)  # beyond the prepared epochs: the first again
+    np.testing.assert_array_equal(first, third)  # beyond the prepared epochs: restarts with the first
 
 
 @pytest.mark.parametrize("dp_size", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize("multiple", [1, 2, 4])
-def test_a_step_takes_the_next_rows(dp_size: int, multiple: int) -> None:
+def test_step_takes_the_next_rows(dp_size: int, multiple: int) -> None:
     ranks = [step_rows(20, 6, 24, dp_rank=r, dp_size=dp_size, multiple=multiple) for r in range(dp_size)]
     assert {len(r) for r in ranks} == {-(-6 // (dp_size * multiple)) * multiple}
     assert sorted(n for r in ranks for n in r if n is not None) == [20, 21, 22, 23]

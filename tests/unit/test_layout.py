@@ -1,4 +1,4 @@
-"""Blocks, positions, targets and visibility against cases worked out by hand, and against slower rules."""
+"""Blocks, positions, targets and visibility match hand-computed cases and slow reference loops."""
 
 import numpy as np
 import pytest
@@ -31,18 +31,18 @@ def test_block_count() -> None:
     assert block_count(10, 0, 100, 4, 3) == 0
 
 
-def test_a_document_by_hand() -> None:
+def test_document_matches_hand_computed_layout() -> None:
     #         0   1   2   3    4   5
     clean = [10, 11, 12, EOS, 13, 14]
-    found = expand_document(np.array(clean), np.array([1, 4]), block_size=3, mask_token_id=MASK, eos_token_id=EOS)
-    assert found.input_ids.tolist() == [*clean, 11, MASK, MASK, 13, MASK, MASK]
-    assert found.position_ids.tolist() == [0, 1, 2, 3, 4, 5, 1, 2, 3, 4, 5, 6]
+    expanded = expand_document(np.array(clean), np.array([1, 4]), block_size=3, mask_token_id=MASK, eos_token_id=EOS)
+    assert expanded.input_ids.tolist() == [*clean, 11, MASK, MASK, 13, MASK, MASK]
+    assert expanded.position_ids.tolist() == [0, 1, 2, 3, 4, 5, 1, 2, 3, 4, 5, 6]
     # block at 1: 12, then the end of the turn, then nothing; block at 4: 14, then the document ends
-    assert found.targets.tolist() == [N] * 6 + [12, EOS, N, 14, N, N]
+    assert expanded.targets.tolist() == [N] * 6 + [12, EOS, N, 14, N, N]
 
 
-def test_the_worked_examples_of_the_documentation() -> None:
-    """The examples in layout.py, mask.py, row.py and docs/method.md."""
+def test_documented_examples_are_correct() -> None:
+    """Checks the examples in layout.py, mask.py, row.py and docs/method.md."""
     clean, anchors = np.array([10, 11, 12, 13, 14, 99], dtype=np.int32), np.array([2, 4])
     document = expand_document(clean, anchors, block_size=3, mask_token_id=0, eos_token_id=99)
     assert document.input_ids.tolist() == [*clean, 12, 0, 0, 14, 0, 0]
@@ -65,7 +65,7 @@ def test_the_worked_examples_of_the_documentation() -> None:
     ]
 
 
-def test_visibility_by_hand() -> None:
+def test_visibility_matches_hand_computed_case() -> None:
     seen = visible(3, np.array([1, 2]), block_size=2).astype(int)
     assert seen.tolist() == [
         [1, 0, 0, 0, 0, 0, 0],
@@ -83,27 +83,27 @@ def test_visibility_by_hand() -> None:
 
 @st.composite
 def documents(draw: st.DrawFn) -> tuple[int, list[tuple[int, np.ndarray, np.ndarray]]]:
-    """A block size and up to four documents, some without blocks, some of one token."""
+    """Strategy: a block size and up to four documents, some without blocks, some of one token."""
     size = draw(st.integers(1, 9))
-    found = []
+    drawn = []
     for i in range(draw(st.integers(0, 4))):
         length = draw(st.integers(1, 20))
         clean = draw(st.lists(st.integers(0, 9), min_size=length, max_size=length))
         starts = sorted(draw(st.sets(st.integers(0, length - 1), max_size=length)))
-        found.append((i * 3, np.array(clean, np.int32), np.array(starts, np.int32)))
-    return size, found
+        drawn.append((i * 3, np.array(clean, np.int32), np.array(starts, np.int32)))
+    return size, drawn
 
 
 @settings(max_examples=200, deadline=None)
 @given(documents(), st.booleans())
 def test_rows_follow_the_rules_token_by_token(case: tuple, causal: bool) -> None:
-    """Every token of a packed row, checked with the rules of the method written out in loops."""
+    """Every token of a packed row matches the rules of the method, written as loops."""
     size, docs = case
     tokens, layout = pack_row(docs, block_size=size, mask_token_id=MASK)
     positions, targets = row_positions(layout), row_targets(tokens, layout, EOS)
     length = layout.used + 3
     seen = visible_row(layout, length, causal_attn=causal)
-    # what each token is: (document, "clean" or block number, slot or position)
+    # kind of each token: (document, "clean" or block number, slot or position)
     kinds = [(d, None, i) for d, (_, clean, _) in enumerate(docs) for i in range(len(clean))]
     kinds += [(d, b, j) for d, (_, _, starts) in enumerate(docs) for b in range(len(starts)) for j in range(size)]
     assert len(kinds) == layout.used == len(tokens)
@@ -135,7 +135,7 @@ def test_rows_follow_the_rules_token_by_token(case: tuple, causal: bool) -> None
 
 @settings(max_examples=100, deadline=None)
 @given(documents())
-def test_the_stored_form_comes_back(case: tuple) -> None:
+def test_stored_layout_round_trips(case: tuple) -> None:
     size, docs = case
     _, layout = pack_row(docs, block_size=size, mask_token_id=MASK)
     again = RowLayout.from_ints(layout.to_ints(), size)
@@ -150,8 +150,8 @@ def test_damaged_layouts_are_refused() -> None:
             RowLayout.from_ints(ints, 4)
 
 
-def test_block_rows_of_a_part_are_those_of_the_whole() -> None:
-    """What a chunk of a long document's blocks sees, from the chunk alone."""
+def test_block_rows_of_a_chunk_match_the_document() -> None:
+    """Visibility of a chunk of blocks is computed from the chunk alone."""
     starts = np.array([3, 8, 9, 14])
     whole = visible(20, starts, block_size=4)
     part = block_rows(9, starts[1:3], block_size=4)
@@ -160,7 +160,7 @@ def test_block_rows_of_a_part_are_those_of_the_whole() -> None:
     assert not whole[24:32, 9:24].any()
 
 
-def test_starts_outside_the_document_or_repeated_are_refused() -> None:
+def test_out_of_range_or_repeated_starts_are_refused() -> None:
     for starts in ([5], [-1], [2, 2], [3, 1]):
         with pytest.raises(ValueError, match="ascend strictly"):
             pack_row([(0, np.arange(5), np.array(starts))], block_size=4, mask_token_id=MASK)
@@ -189,8 +189,8 @@ def test_draws_are_uniform() -> None:
     assert ((counts - expected) ** 2 / expected).sum() < 43.8  # chi square, 19 degrees of freedom, 0.1 %
 
 
-def test_without_the_target_shift_by_hand() -> None:
-    """The same anchors and targets as with it; the block stands one place on, repeats nothing and sees its anchor."""
+def test_layout_without_target_shift_matches_hand_computed_case() -> None:
+    """Anchors and targets are unchanged; the block starts one position later, repeats no token and sees its anchor."""
     clean = np.array([10, 11, 12, EOS, 13, 14], dtype=np.int32)
     tokens, layout = pack_row([(0, clean, np.array([1, 4]))], block_size=3, mask_token_id=MASK, target_shift=False)
     assert tokens.tolist() == [*clean.tolist(), *[MASK] * 6]
@@ -201,5 +201,5 @@ def test_without_the_target_shift_by_hand() -> None:
     for weight in (layout, shifted[1]):
         assert next_token_targets(clean, weight, EOS).tolist() == [N, 12, EOS, N, 14, N]
     seen = visible_row(layout, len(tokens))
-    assert seen[6].tolist() == [True, True, *[False] * 4, *[True] * 3, *[False] * 3]  # the block behind anchor 1
+    assert seen[6].tolist() == [True, True, *[False] * 4, *[True] * 3, *[False] * 3]  # the block after anchor 1
     assert RowLayout.from_ints(layout.to_ints(), 3, target_shift=False).anchors.tolist() == [1, 4]

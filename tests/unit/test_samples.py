@@ -1,4 +1,4 @@
-"""Samples during training: which prompts, how their text is shown, where it is written."""
+"""Samples during training: choice of prompts, display of text, output files."""
 
 import json
 from collections.abc import Callable
@@ -32,7 +32,7 @@ META = {
 
 
 def dataset(path: Path, documents: list[tuple[int, list[int]]]) -> PackedDataset:
-    """Rows of one document each: length, block starts; the turn ends two tokens before the end."""
+    """Dataset of single-document rows from (length, block starts); the turn ends two tokens before the end."""
     rows = []
     for i, (length, starts) in enumerate(documents):
         ids = np.arange(length, dtype=np.int32)
@@ -45,9 +45,9 @@ def dataset(path: Path, documents: list[tuple[int, list[int]]]) -> PackedDataset
 def test_prompts_end_with_the_first_block_and_fit_a_row(groups: object, tmp_path: Path) -> None:
     from sdlm_megatron.training.evaluation_hooks import choose_prompts
 
-    found = choose_prompts(dataset(tmp_path / "a", [(20, []), (95, [92]), (30, [9, 12]), (60, [5]), (10, [4])]))
-    assert [p.ids for p in found] == [list(range(10)), list(range(6))]  # 46 + 42 of 128 tokens, and no room for more
-    assert [p.answer for p in found] == [[*range(10, 28), EOS], list(range(6, 38))]
+    prompts = choose_prompts(dataset(tmp_path / "a", [(20, []), (95, [92]), (30, [9, 12]), (60, [5]), (10, [4])]))
+    assert [p.ids for p in prompts] == [list(range(10)), list(range(6))]  # 46 + 42 of 128 tokens; no room for another
+    assert [p.answer for p in prompts] == [[*range(10, 28), EOS], list(range(6, 38))]
     with pytest.raises(ConfigError, match="no document in the first 64 rows") as caught:
         choose_prompts(dataset(tmp_path / "b", [(100, [97]), (20, [])]))
     assert caught.value.fix == "--observe.sample_every=0"
@@ -59,8 +59,8 @@ def record(step: int) -> dict:
     return {"tokens_per_pass": 1.5, "samples": [sample, {**sample, "prompt": "another"}]}
 
 
-def test_they_are_written_and_shown(groups: object, tmp_path: Path) -> None:
-    """samples.jsonl over a resume; the report: the first prompt at five steps, all of them at the last."""
+def test_samples_are_written_and_shown(groups: object, tmp_path: Path) -> None:
+    """samples.jsonl survives a resume; the report shows the first prompt at five steps and all prompts at the last."""
     from sdlm_megatron.training.evaluation_hooks import sample_lines
 
     for first, last, resume in ((1, 9, 0), (6, 12, 5)):
@@ -68,9 +68,9 @@ def test_they_are_written_and_shown(groups: object, tmp_path: Path) -> None:
             for step in range(first, last + 1):
                 sinks.log_samples(step, record(step))
                 sinks.log(step, {"loss": 1.0})
-    found = read_metrics(tmp_path / "samples.jsonl")
-    assert [r["step"] for r in found] == list(range(1, 13))
-    assert [r["samples"][0]["tokens"][2] for r in found] == list(range(1, 13))
+    records = read_metrics(tmp_path / "samples.jsonl")
+    assert [r["step"] for r in records] == list(range(1, 13))
+    assert [r["samples"][0]["tokens"][2] for r in records] == list(range(1, 13))
     assert all(set(r) <= {"step", "loss", "resumed_from"} for r in read_metrics(tmp_path / "metrics.jsonl"))
     page = write_report(tmp_path).read_text()
     assert [f"<h3>Step {s}, " in page for s in range(1, 13)] == [s in (1, 4, 7, 9, 12) for s in range(1, 13)]
@@ -88,7 +88,7 @@ def training_run(engine: "Engine", data: PackedDataset, state: "TrainState", ass
     return TrainingRun(engine.config, plan, engine, data, None, None, state)
 
 
-def test_a_sampler_has_text_where_there_is_a_tokenizer(make_engine: Callable, tmp_path: Path) -> None:
+def test_sampler_has_text_if_there_is_a_tokenizer(make_engine: Callable, tmp_path: Path) -> None:
     from sdlm_megatron.training.evaluation_hooks import SampleHook
     from sdlm_megatron.weights.checkpoint_folder import TrainState
 

@@ -17,7 +17,7 @@ from sdlm_megatron.weights.hf_config import HFConfig, config_json, generation_js
 
 SMALL = {"layers": 1, "hidden": 16, "heads": 2, "kv": 1, "ffn": 24}
 PLAIN = SDLMSettings(block_size=4, mask_token_id=MASK, mask_token="<text_mask>")
-# A value other than PLAIN's for every field; a new field fails the first test until it has one here.
+# A value other than PLAIN's for every field; a new field fails the first test until it is listed here.
 SETTINGS: dict[str, Any] = {
     "block_size": 8,
     "mask_token_id": 200,
@@ -49,7 +49,7 @@ def through_a_checkpoint(hf: Path, folder: Path) -> Path:
     return folder / "back"
 
 
-def test_the_tables_name_every_field() -> None:
+def test_tables_list_every_field() -> None:
     assert set(SETTINGS) == {field.name for field in fields(SDLMSettings)}
     assert {field.name for field in fields(DiffusionConfig)} <= set(SETTINGS)
     assert set(CONFIG) | {"model_type", "shape", "dtype", "sdlm"} == {field.name for field in fields(HFConfig)}
@@ -58,16 +58,16 @@ def test_the_tables_name_every_field() -> None:
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_a_folder_keeps_each_setting(tmp_path: Path, name: str) -> None:
+def test_folder_keeps_each_setting(tmp_path: Path, name: str) -> None:
     hf = make_hf(tmp_path / "hf", **SMALL)
     config = replace(read_hf_config(hf), sdlm=replace(PLAIN, **{name: SETTINGS[name]}))
     write_config(hf, config)
-    assert read_hf_config(hf) == replace(config, pad_token_id=EOS), "written and read"
+    assert read_hf_config(hf) == replace(config, pad_token_id=EOS), "field is not written and read"
     assert read_hf_config(through_a_checkpoint(hf, tmp_path)).sdlm == config.sdlm
 
 
 @pytest.mark.parametrize("name", CONFIG)
-def test_a_folder_keeps_each_token_and_length(tmp_path: Path, name: str) -> None:
+def test_folder_keeps_each_token_and_length(tmp_path: Path, name: str) -> None:
     hf = make_hf(tmp_path / "hf", **SMALL)
     config = replace(read_hf_config(hf), **{"pad_token_id": 1, name: CONFIG[name]})
     write_config(hf, config)
@@ -76,8 +76,8 @@ def test_a_folder_keeps_each_token_and_length(tmp_path: Path, name: str) -> None
 
 @pytest.mark.parametrize("name", [field.name for field in fields(DiffusionConfig)])
 @pytest.mark.parametrize("with_base", [True, False])
-def test_a_checkpoint_of_a_run_keeps_each_setting(tmp_path: Path, name: str, with_base: bool) -> None:
-    """The settings are those of the run, not those of the base whose config.json travels along."""
+def test_run_checkpoint_keeps_each_setting(tmp_path: Path, name: str, with_base: bool) -> None:
+    """The settings are those of the run, not those in the copied config.json of the base."""
     hf_to_mcore.convert(make_hf(tmp_path / "hf", **SMALL), tmp_path / "run")
     state = read_state(tmp_path / "run")
     state = replace(state, diffusion=replace(state.diffusion, **{name: SETTINGS[name]}), mask_token_id=200)
@@ -92,7 +92,7 @@ def test_a_checkpoint_of_a_run_keeps_each_setting(tmp_path: Path, name: str, wit
     assert (again.diffusion, again.mask_token_id) == (state.diffusion, 200)
 
 
-def test_the_default_window_follows_the_block_size(tmp_path: Path) -> None:
+def test_default_window_equals_the_block_size(tmp_path: Path) -> None:
     settings = SDLMSettings.from_config_json(PLAIN.to_config_json(), PLAIN.to_generation_json())
     assert settings is not None and settings.n is None
     assert replace(settings, block_size=8).to_generation_json()["sdlm_n"] == 8
@@ -100,8 +100,8 @@ def test_the_default_window_follows_the_block_size(tmp_path: Path) -> None:
     assert own is not None and replace(own, block_size=8).window == 2
 
 
-def test_published_folders_stay_as_they_are() -> None:
-    """Keys the paper's authors do not write appear only where a setting differs from their code."""
+def test_published_folders_are_unchanged() -> None:
+    """Keys that the paper's authors do not write appear only if a setting differs from their code."""
     assert set(PLAIN.to_config_json()) == {"block_size", "causal_attn", "text_mask_token", "text_mask_token_id"}
     assert set(PLAIN.to_generation_json()) == {"sdlm_alg", "sdlm_n", "sdlm_threshold"}
 
@@ -116,7 +116,7 @@ def test_published_folders_stay_as_they_are() -> None:
         ({"block_size": 4, "text_mask_token_id": 1}, {"sdlm_threshold": "0.9"}, "sdlm_threshold"),
     ],
 )
-def test_settings_that_cannot_be_read(config: dict[str, Any], generation: dict[str, Any], field: str) -> None:
+def test_unreadable_settings_are_refused(config: dict[str, Any], generation: dict[str, Any], field: str) -> None:
     with pytest.raises(SettingError, match=field):
         SDLMSettings.from_config_json(config, generation)
 

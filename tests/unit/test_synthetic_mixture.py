@@ -1,4 +1,4 @@
-"""The synthetic mixture of the benchmarks: a seed determines its bytes, and a build can read every row."""
+"""Synthetic mixture of the benchmarks: the seed determines its bytes, and a build can read every row."""
 
 from collections import Counter
 from hashlib import sha256
@@ -24,11 +24,11 @@ def checksums(folder: Path) -> dict[str, str]:
     return {
         str(file.relative_to(folder)): sha256(file.read_bytes()).hexdigest()
         for file in folder.rglob("*")
-        if file.is_file() and file.name != "build.yaml"  # names the folder
+        if file.is_file() and file.name != "build.yaml"  # contains the folder's path
     }
 
 
-def test_a_seed_determines_the_mixture(mixture: Path, tmp_path: Path) -> None:
+def test_seed_determines_the_mixture(mixture: Path, tmp_path: Path) -> None:
     generate(tmp_path / "again", rows=1000, seed=3)
     assert checksums(tmp_path / "again") == checksums(mixture)
     generate(tmp_path / "other", rows=1000, seed=4)

@@ -1,4 +1,4 @@
-"""The quickstart's task: deterministic, distinct, split by a hash, in three source formats."""
+"""Quickstart task: deterministic, distinct, split by a hash, in three source formats."""
 
 import hashlib
 import itertools
@@ -45,7 +45,7 @@ def test_answers_are_compact_json_whose_values_appear_in_the_prompt(tmp_path):
         assert 2 <= facts["moved"] < facts["had"] <= 99 and facts["giver"] != facts["taker"]
 
 
-def test_split_is_the_documented_hash_of_the_facts(tmp_path):
+def test_split_matches_the_documented_hash_of_the_facts(tmp_path):
     files = write_task(tmp_path, n_train=500, n_heldout=60, seed=3)
 
     def held_out(answer):

@@ -1,4 +1,4 @@
-"""Held-out rows have to be made like the training data: what does not fit is named before anything is built."""
+"""Validation data must match the training data; mismatches are reported before anything is built."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from sdlm_megatron.training.run_plan import open_validation
         ({"tokenizer": {"fingerprint": "b", "name": "other"}}, "another tokenizer"),
     ],
 )
-def test_what_does_not_fit_is_named(tmp_path: Path, made: dict, named: str) -> None:
+def test_mismatched_validation_data_is_reported(tmp_path: Path, made: dict, named: str) -> None:
     tokenizer = {"fingerprint": "a", "name": "bytes"}
     config = RunConfig()
     training = PackedDataset(make_dataset(tmp_path / "data", rows=2, tokenizer=tokenizer))
@@ -33,8 +33,8 @@ def test_what_does_not_fit_is_named(tmp_path: Path, made: dict, named: str) -> N
     assert open_validation(config, training) is None
 
 
-def test_what_fits_is_opened(tmp_path: Path) -> None:
+def test_matching_validation_data_is_opened(tmp_path: Path) -> None:
     config = RunConfig()
     config.data.validation = str(make_dataset(tmp_path / "other", rows=3, seed=1))
-    found = open_validation(config, PackedDataset(make_dataset(tmp_path / "data", rows=2)))
-    assert found is not None and found.rows(0) == 3
+    validation = open_validation(config, PackedDataset(make_dataset(tmp_path / "data", rows=2)))
+    assert validation is not None and validation.rows(0) == 3
