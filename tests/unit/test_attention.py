@@ -1,4 +1,4 @@
-"""Every attention backend against the definition, `diffusion.mask.visible_row`: output and gradients."""
+"""Output and gradients of every attention backend match the definition, `diffusion.mask.visible_row`."""
 
 from collections.abc import Callable
 
@@ -37,7 +37,7 @@ WITH_BACKWARD = pytest.mark.parametrize("name", [name for name in BACKENDS if na
 
 @st.composite
 def rows(draw: st.DrawFn) -> tuple[RowLayout, int, bool]:
-    """A layout, the row's length, causal_attn."""
+    """Strategy: (layout, row length, causal_attn)."""
     documents = []
     for _ in range(draw(st.integers(0, 4))):
         n = draw(st.integers(1, 24))
@@ -50,39 +50,39 @@ def rows(draw: st.DrawFn) -> tuple[RowLayout, int, bool]:
 @BACKEND
 @settings(max_examples=60, deadline=None)
 @given(row=rows(), groups=st.integers(1, 8), kv_heads=st.integers(1, 3), small=st.sampled_from([1, 16, 768]))
-def test_backends_are_the_definition(name, row, groups, kv_heads, small) -> None:
+def test_backends_match_the_definition(name, row, groups, kv_heads, small) -> None:
     layout, length, causal = row
     values = inputs(length, groups * kv_heads, kv_heads, torch.float64)
     with pytest.MonkeyPatch.context() as patch:  # so that small rows take the path of long documents, in chunks
         patch.setattr(attention_masked, "KEPT_KEYS", small)
         patch.setattr(attention_masked, "CHUNK_TOKENS", small)
         patch.setattr(attention_varlen, "QUERY_CHUNK", 5)
-        found = run(BACKENDS[name](layout, length, causal_attn=causal).to(torch.device("cpu")), values)
-    for ours, wanted in zip(found, run(defined(layout, length, causal_attn=causal), values), strict=False):
+        outputs = run(BACKENDS[name](layout, length, causal_attn=causal).to(torch.device("cpu")), values)
+    for ours, wanted in zip(outputs, run(defined(layout, length, causal_attn=causal), values), strict=False):
         torch.testing.assert_close(ours, wanted, rtol=0, atol=1e-12)
 
 
 @BACKEND
 @pytest.mark.parametrize("lens", [(600, 100), (100, 600), (700, 30, 800), (900,)])
 def test_long_and_short_documents_in_any_order(name, lens) -> None:
-    """A long document is cut into pieces, a short one is not: their blocks must still come out in the row's order."""
+    """Long documents are split into chunks and short ones are not; the blocks are returned in the row's order."""
     layout = layout_of([(n, list(range(n // 3, n - 1, 3))) for n in lens], 4)
     values = inputs(layout.used + 3, 2, 1, torch.float64)
-    found = run(BACKENDS[name](layout, layout.used + 3, causal_attn=False), values)
-    for ours, wanted in zip(found, run(defined(layout, layout.used + 3), values), strict=False):
+    outputs = run(BACKENDS[name](layout, layout.used + 3, causal_attn=False), values)
+    for ours, wanted in zip(outputs, run(defined(layout, layout.used + 3), values), strict=False):
         torch.testing.assert_close(ours, wanted, rtol=0, atol=1e-12)
 
 
 @BACKEND
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_errors_of_short_number_types(name, dtype) -> None:
-    """fp32 to 1e-5; bf16 at most twice as far from float64 as the definition computed in bf16."""
+def test_rounding_errors_of_each_dtype(name, dtype) -> None:
+    """fp32 matches to 1e-5; the bf16 error against float64 is at most twice that of the definition in bf16."""
     layout = layout_of([(50, list(range(1, 49, 2))), (9, []), (30, [29])], 4)
     values = inputs(layout.used + 2, 4, 2, dtype)
     exact = run(defined(layout, layout.used + 2), [x.double() for x in values])
     plain = run(defined(layout, layout.used + 2), values)
-    found = run(BACKENDS[name](layout, layout.used + 2, causal_attn=False), values)
-    for ours, other, wanted in zip(found, plain, exact, strict=False):
+    outputs = run(BACKENDS[name](layout, layout.used + 2, causal_attn=False), values)
+    for ours, other, wanted in zip(outputs, plain, exact, strict=False):
         assert ours.dtype is dtype
         error, plain_error = ((x.double() - wanted).norm() / wanted.norm() for x in (ours, other))
         assert error < (1e-5 if dtype is torch.float32 else 2 * plain_error)
@@ -91,37 +91,37 @@ def test_errors_of_short_number_types(name, dtype) -> None:
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize(("block_size", "groups"), [(1, 1), (4, 2), (8, 5), (16, 8)])
 def test_gradients_of_flex(monkeypatch, causal, block_size, groups) -> None:
-    """torch refuses gradients on a CPU, for want of a kernel; behind that check its eager form computes them."""
+    """Torch has no CPU kernel for the backward pass and refuses it; with the check patched out, its eager form runs."""
     monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *_: None)
     layout = layout_of([(30, [0, 1, 2, 9, 28]), (1, []), (7, [6]), (150, [100, 101, 149]), (1, [0])], block_size)
     length = layout.used + 4
     values = inputs(length, 2 * groups, 2, torch.float64)
     leaves = [x.clone().requires_grad_() for x in values[:3]]
     out = Flex(layout, length, causal_attn=causal)(*leaves, values[0].shape[-1] ** -0.5)
-    found = [out.detach(), *torch.autograd.grad(out, leaves, values[3])]
-    for ours, wanted in zip(found, run(defined(layout, length, causal_attn=causal), values), strict=True):
+    outputs = [out.detach(), *torch.autograd.grad(out, leaves, values[3])]
+    for ours, wanted in zip(outputs, run(defined(layout, length, causal_attn=causal), values), strict=True):
         torch.testing.assert_close(ours, wanted, rtol=0, atol=1e-12)
 
 
 @WITH_BACKWARD
-def test_a_row_of_padding_gives_zeros_and_keeps_the_graph(name) -> None:
-    found = run(BACKENDS[name](layout_of([], 4), 16, causal_attn=False), inputs(16, 4, 2, torch.float32))
-    assert not any(x.any() for x in found)
+def test_row_of_padding_returns_zeros_and_keeps_the_graph(name) -> None:
+    outputs = run(BACKENDS[name](layout_of([], 4), 16, causal_attn=False), inputs(16, 4, 2, torch.float32))
+    assert not any(x.any() for x in outputs)
 
 
 @BACKEND
-def test_q_k_and_v_may_be_views_of_one_tensor(name) -> None:
-    """As Megatron-Core hands them over: parts of the fused projection, not contiguous."""
+def test_q_k_v_may_be_views_of_one_tensor(name) -> None:
+    """Megatron-Core passes non-contiguous slices of the fused projection."""
     layout = layout_of([(12, [2, 5, 6])], 4)
     mixed = torch.randn(layout.used, 1, 8, 8, dtype=torch.float64)
     values = [mixed[:, 0, :4], mixed[:, 0, 4:6], mixed[:, 0, 6:], torch.randn(layout.used, 4, 8, dtype=torch.float64)]
-    found = run(BACKENDS[name](layout, layout.used, causal_attn=False), values)
-    for ours, wanted in zip(found, run(defined(layout, layout.used), values), strict=False):
+    outputs = run(BACKENDS[name](layout, layout.used, causal_attn=False), values)
+    for ours, wanted in zip(outputs, run(defined(layout, layout.used), values), strict=False):
         torch.testing.assert_close(ours, wanted, rtol=0, atol=1e-12)
 
 
 class Largest(TorchDispatchMode):
-    """Elements of the largest tensor that any operation returned."""
+    """Records the element count of the largest tensor that any operation returns."""
 
     elements = 0
 
@@ -134,8 +134,8 @@ class Largest(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("name", ["per_document", "decomposed"])
-def test_no_tensor_grows_with_the_square_of_the_row(name) -> None:
-    """One document as long as the row, twice the length: the largest tensor at most doubles."""
+def test_no_tensor_grows_quadratically_with_row_length(name) -> None:
+    """Doubling the length of a single-document row at most doubles the largest tensor."""
     largest = []
     for n in (600, 1200):
         layout = layout_of([(n, list(range(n // 2, n - 1, 2)))], 4)
@@ -152,17 +152,17 @@ def test_flex_tiles_are_counted_exactly(row: tuple[RowLayout, int, bool]) -> Non
     layout, length, causal = row
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sdlm_megatron.model.attention.flex.TILE", 8)
-        found = tile_counts(key_ranges(layout, length, causal_attn=causal))
+        counts = tile_counts(key_ranges(layout, length, causal_attn=causal))
     mask = visible_row(layout, length, causal_attn=causal)
     mask[layout.used :] = False
     tiles = -(-length // 8)
     padded = np.zeros((8 * tiles, 8 * tiles), dtype=int)
     padded[:length, :length] = mask
-    np.testing.assert_array_equal(found, padded.reshape(tiles, 8, tiles, 8).sum((1, 3)))
+    np.testing.assert_array_equal(counts, padded.reshape(tiles, 8, tiles, 8).sum((1, 3)))
 
 
 def test_flex_mask_skips_the_empty_tiles() -> None:
-    """Of a row of two documents, the tiles that are computed are those with a visible pair, and full ones unmasked."""
+    """Two documents: only tiles with a visible pair are computed, and fully visible tiles skip the mask."""
     layout = layout_of([(400, list(range(200, 390, 2))), (300, list(range(100, 290, 2)))], 4)
     length = -(-layout.used // TILE) * TILE
     flex = Flex(layout, length, causal_attn=False)
@@ -182,8 +182,8 @@ def test_flex_mask_skips_the_empty_tiles() -> None:
             assert torch.equal(ours[:n], wanted[:n])
 
 
-def test_metadata_is_made_without_the_device() -> None:
-    """Constructors run on the host, so that a data loader can call them."""
+def test_metadata_is_built_on_the_host() -> None:
+    """Constructors do not use the device, so that a data loader can call them."""
     layout = layout_of([(30, [4, 9])], 4)
     for build in BACKENDS.values():
         moved = build(layout, 64, causal_attn=True).to(torch.device("meta"))

@@ -1,4 +1,4 @@
-"""Which backend is chosen, that a kernel with other conventions is found out, and how foreign kernels are called."""
+"""Backend selection, detection of kernels with other conventions, and call signatures of third-party kernels."""
 
 import inspect
 import types
@@ -64,7 +64,7 @@ def signature(text: str) -> inspect.Signature:
 
 
 def te_with(version: str) -> TransformerEngineFused:
-    """Our calls against a release's signatures; the numbers are plain torch's, in TransformerEngine's shapes."""
+    """A kernel whose calls are checked against one release's signatures; plain torch computes the values."""
     forward_signature, backward_signature = (signature(text) for text in TE_SIGNATURES[version])
 
     def at(a: dict) -> Sequences:
@@ -99,12 +99,12 @@ def te_with(version: str) -> TransformerEngineFused:
 
 
 @pytest.mark.parametrize("version", TE_SIGNATURES)
-def test_calls_fit_the_releases_of_transformer_engine(version: str) -> None:
+def test_calls_match_transformer_engine_signatures(version: str) -> None:
     assert check_kernel(te_with(version), causal_attn=False, device=CPU, heads=HEADS) < 1e-5
 
 
-def test_calls_fit_this_torch() -> None:
-    """Names, order and shapes, by the registered operators without any data."""
+def test_calls_match_installed_torch() -> None:
+    """Argument names, order and shapes match the registered operators (meta tensors, no data)."""
     q, k = (torch.empty(6, h, 16, dtype=torch.bfloat16, device="meta") for h in (4, 2))
     cu = torch.empty(3, dtype=torch.int32, device="meta")
     at, kernel = Sequences(cu, cu, 4, 4), TorchFlash()
@@ -115,7 +115,7 @@ def test_calls_fit_this_torch() -> None:
 
 
 class Log2(TorchKernel):
-    """log-sum-exp to base 2."""
+    """Returns log-sum-exp in base 2."""
 
     def forward(self, *args):
         out, lse, state = super().forward(*args)
@@ -123,7 +123,7 @@ class Log2(TorchKernel):
 
 
 class ForgetsTheOutput(TorchKernel):
-    """Its backward pass uses the output that its own forward pass saw, not the merged one."""
+    """Ignores the merged output in the backward pass and recomputes its own."""
 
     def backward(self, grad, q, k, v, output, at, scale):
         own = self.forward(q, k, v, at, scale).out
@@ -131,7 +131,7 @@ class ForgetsTheOutput(TorchKernel):
 
 
 class TopLeft(TorchKernel):
-    """Causal aligned at the start."""
+    """Aligns the causal mask at the first key."""
 
     def forward(self, q, k, v, at, scale):
         keep = [torch.arange(a, a + n) for a, n in zip(at.cu_k[:-1], at.cu_q.diff(), strict=True)]
@@ -142,25 +142,25 @@ class TopLeft(TorchKernel):
 
 @pytest.mark.parametrize("kernel", [Log2(), ForgetsTheOutput(), TopLeft()], ids=lambda k: type(k).__name__)
 @pytest.mark.parametrize("causal", [False, True])
-def test_the_check_finds_other_conventions(kernel: TorchKernel, causal: bool) -> None:
+def test_check_detects_other_conventions(kernel: TorchKernel, causal: bool) -> None:
     assert check_kernel(kernel, causal_attn=causal, device=CPU, heads=HEADS) > 2 * TOLERANCE
     heads = Heads(heads=14, kv_heads=2, dim=64, dtype=torch.bfloat16)
     assert check_kernel(TorchKernel(), causal_attn=causal, device=CPU, heads=heads) < TOLERANCE / 2
 
 
 class Broken(TorchKernel):
-    """Built for another version."""
+    """Fails like a kernel built for another version."""
 
     def forward(self, *args):
         raise RuntimeError("undefined symbol\nand a long trace")
 
 
-def test_kernels_that_fail_are_named_and_passed_over() -> None:
+def test_failing_kernels_are_reported_and_skipped() -> None:
     broken, log2, good = Broken(), Log2(), TorchKernel()
     broken.name, log2.name = "A", "B"
     kernels = ["X cannot be loaded (why)", broken, log2, good]
-    found, failures = first_good(kernels, causal_attn=False, device=CPU, heads=HEADS)
-    assert found is good
+    chosen, failures = first_good(kernels, causal_attn=False, device=CPU, heads=HEADS)
+    assert chosen is good
     assert failures[:2] == ["X cannot be loaded (why)", "A does not run (undefined symbol)"]
     assert failures[2].startswith("B has a relative error of 0.")
     assert first_good([broken], causal_attn=False, device=CPU, heads=HEADS)[0] is None
@@ -175,7 +175,7 @@ def test_kernels_that_fail_are_named_and_passed_over() -> None:
         ("decomposed", "decomposed over plain torch, set by train.attention"),
     ],
 )
-def test_the_choice_is_said(name: str, text: str) -> None:
+def test_choice_text_names_backend_and_reason(name: str, text: str) -> None:
     assert choose_attention(name, causal_attn=False, device=CPU, heads=HEADS).text == text
 
 
@@ -186,25 +186,25 @@ def test_flex_is_refused_on_a_cpu() -> None:
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_losses_and_gradients_of_the_whole_model(make_engine: Callable, tmp_path: Path, causal: bool) -> None:
-    """The same micro-batches through every backend: same loss, same gradient norm."""
+def test_backends_give_equal_loss_and_gradient_norm(make_engine: Callable, tmp_path: Path, causal: bool) -> None:
+    """Identical micro-batches give equal loss and gradient norm with every backend."""
     dataset = PackedDataset(make_dataset(tmp_path / "data", rows=3))
     engine = make_engine(make_hf(tmp_path / "hf"))
     batches = [load_micro_batch(dataset, n, seed=0) for n in (0, 1, None)]
-    found = {}
+    results = {}
     for name in ("dense", "per_document", "decomposed"):
         engine.attention = choose_attention(name, causal_attn=causal, device=CPU, heads=HEADS)
         seen = engine.forward_backward([engine.prepare(b) for b in batches])
         engine.optimizer.prepare_grads()
-        found[name] = (float(sum(part["sums"][0] for part in seen)), float(engine.optimizer.get_grad_norm()))
+        results[name] = (float(sum(part["sums"][0] for part in seen)), float(engine.optimizer.get_grad_norm()))
     for name in ("per_document", "decomposed"):
-        assert found[name] == pytest.approx(found["dense"], rel=1e-5)
+        assert results[name] == pytest.approx(results["dense"], rel=1e-5)
 
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_split_over_processes(tmp_path: Path) -> None:
-    """Tensor, sequence and pipeline parallelism at once: five steps of `decomposed` are those of `per_document`."""
+def test_parallel_decomposed_matches_single_process(tmp_path: Path) -> None:
+    """With tensor, sequence and pipeline parallelism, five steps of `decomposed` equal those of `per_document`."""
     data, hf = make_dataset(tmp_path / "data"), make_hf(tmp_path / "hf")
     common = {
         "data.path": data,
@@ -219,9 +219,9 @@ def test_split_over_processes(tmp_path: Path) -> None:
         runs[name] = tmp_path / name
         done = train({**common, **layout, "run_dir": runs[name], "train.attention": name}, processes=processes)
         assert f"attention {name}" in done.stdout
-    for one, other in zip(*(read_metrics(run) for run in runs.values()), strict=True):
-        assert other["loss"] == pytest.approx(one["loss"], rel=1e-4)
-        assert other["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
+    for reference, other in zip(*(read_metrics(run) for run in runs.values()), strict=True):
+        assert other["loss"] == pytest.approx(reference["loss"], rel=1e-4)
+        assert other["grad_norm"] == pytest.approx(reference["grad_norm"], rel=1e-3)
 
 
 def test_rows_are_prepared_by_the_chosen_backend(make_engine: Callable, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The step benchmark: its memory is linear in the row, its parts add up, its documents cover the case."""
+"""Step benchmark: memory is linear in row length, parts sum to the total, documents cover the case."""
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ def config_of(*overrides: str) -> RunConfig:
     return load_config(RunConfig, "tiny", [*SHAPE, *overrides], PRESETS)
 
 
-def test_the_command_prints_tables() -> None:
+def test_command_prints_tables() -> None:
     text = run_python(
         "-m", "dev.bench.step", "--config", "dev/bench/body.yaml", "--tokens", "64", "--samples", "1", "--runs", "1"
     ).stdout
@@ -36,7 +36,7 @@ def growth_ratio(groups: Groups, attention: str) -> float:
 
 @pytest.mark.parametrize("attention", ["per_document", "decomposed"])
 def test_memory_of_a_step_is_linear_in_the_row(groups, monkeypatch, attention) -> None:
-    """One document fills the row: the hardest case, because its visible keys grow with it."""
+    """A single document fills the row: the worst case, because the number of visible keys grows with it."""
     monkeypatch.setattr("sdlm_megatron.model.attention.masked.KEPT_KEYS", 0)
     monkeypatch.setattr("sdlm_megatron.model.attention.varlen.QUERY_CHUNK", 64)
     assert growth_ratio(groups, attention) < 1.15
@@ -46,17 +46,17 @@ def test_memory_of_the_dense_mask_is_not_linear(groups) -> None:
     assert growth_ratio(groups, "dense") > 1.5
 
 
-def test_parts_of_a_step_add_up(groups) -> None:
+def test_parts_sum_to_the_step(groups) -> None:
     case = engine_case.StepCase.of(config_of(), groups, "full", samples=2, tokens=256)
     case.step()
     parts = {}
     seconds, _ = timing.timed(lambda: parts.update(timing.parts_of(case.step, CPU)), CPU)
     assert {"attention", "linear layers", "head and loss", "optimizer"} <= {p for p, s in parts.items() if s > 0}
-    assert 0 < sum(parts.values()) < seconds  # the rest is the profiler's own work
+    assert 0 < sum(parts.values()) < seconds  # the remainder is profiler overhead
 
 
 @pytest.mark.parametrize(("kind", "samples"), [("full", 3), ("mixture", 6)])
-def test_every_document_is_in_one_row_and_last_targets_are_dropped(kind, samples) -> None:
+def test_each_document_is_in_one_row_and_last_targets_are_dropped(kind, samples) -> None:
     tokens, block_size, shape = 2048, 4, config_of().model
     documents = engine_case.make_documents(kind, samples, tokens, shape, block_size)
     rows = engine_case.pack_documents(documents, tokens, shape, block_size)

@@ -1,4 +1,4 @@
-"""Where bf16 is slow: measured, told, and not chosen."""
+"""Slow bf16 on a CPU is measured, reported and not chosen as the default."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,8 +16,8 @@ from sdlm_megatron.train import train
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is not measured")
-def test_what_is_measured_is_what_the_cpu_can_do() -> None:
-    """x86 on Linux: instructions for bf16 are flags of the CPU; with AVX2 alone torch has loops of its own."""
+def test_measured_precision_matches_cpu_features() -> None:
+    """x86 Linux lists bf16 instructions as CPU flags; with only AVX2, torch uses generic loops."""
     info = Path("/proc/cpuinfo")
     flags = set(info.read_text().split()) if info.exists() else set()
     if "avx512_bf16" in flags or "amx_bf16" in flags:
@@ -29,34 +29,34 @@ def test_what_is_measured_is_what_the_cpu_can_do() -> None:
 
 
 @pytest.mark.parametrize(("cost", "chosen"), [(0.0, "bf16"), (0.4, "bf16"), (1.2, "bf16"), (14.2, "fp32")])
-def test_a_slow_bf16_is_told_and_not_chosen(cost: float, chosen: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slow_bf16_is_reported_and_not_chosen(cost: float, chosen: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bf16, "bf16_cost", lambda: cost)
     assert bf16.best_precision() == chosen
-    told = bf16.slow_bf16()
-    assert told is None if chosen == "bf16" else told == "this CPU takes 14 times as long in bf16 as in fp32"
+    warning = bf16.slow_bf16()
+    assert warning is None if chosen == "bf16" else warning == "this CPU takes 14 times as long in bf16 as in fp32"
 
 
-def test_training_says_so_before_it_starts(
+def test_training_warns_about_slow_bf16_before_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = make_dataset(tmp_path / "data", rows=6, row_length=64)
     settings = [f"--run_dir={tmp_path / 'run'}", f"--data.path={data}", "--train.steps=1", "--train.global_batch=2"]
-    found = {}
+    warned = {}
     for precision in ("bf16", "fp32"):
         for cost in (14.2, 0.4):
             monkeypatch.setattr(bf16, "bf16_cost", lambda cost=cost: cost)
             train(load_config(RunConfig, "tiny", [*settings, f"--train.precision={precision}"], PRESETS), None)
-            found[precision, cost] = "--train.precision=fp32" in capsys.readouterr().out
-    assert found == {("bf16", 14.2): True, ("bf16", 0.4): False, ("fp32", 14.2): False, ("fp32", 0.4): False}
+            warned[precision, cost] = "--train.precision=fp32" in capsys.readouterr().out
+    assert warned == {("bf16", 14.2): True, ("bf16", 0.4): False, ("fp32", 14.2): False, ("fp32", 0.4): False}
 
 
-def test_a_model_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_model_description_mentions_slow_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bf16, "bf16_cost", lambda: 14.2)
     config: Any = SimpleNamespace(sdlm=SimpleNamespace(block_size=4))
-    told = {}
+    descriptions = {}
     for dtype in (torch.bfloat16, torch.float32):
         network: Any = torch.nn.Linear(2, 3, dtype=dtype)
         network.device, network.dtype = torch.device("cpu"), dtype
-        told[dtype] = ChatModel(Path("hf"), config, network, None, ()).describe()
-    assert told[torch.float32] == "hf (SDLM, D = 4, 9e-06M parameters, float32, cpu)"
-    assert told[torch.bfloat16].endswith("in bf16 as in fp32, fp32 is the faster dtype here")
+        descriptions[dtype] = ChatModel(Path("hf"), config, network, None, ()).describe()
+    assert descriptions[torch.float32] == "hf (SDLM, D = 4, 9e-06M parameters, float32, cpu)"
+    assert descriptions[torch.bfloat16].endswith("in bf16 as in fp32, fp32 is the faster dtype here")

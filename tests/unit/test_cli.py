@@ -1,4 +1,4 @@
-"""The command `sdlm`: dispatch, help, completion, doctor."""
+"""Command `sdlm`: dispatch, help, completion, doctor."""
 
 import importlib.metadata
 import json
@@ -29,13 +29,13 @@ def test_overview_lists_every_command(capsys: pytest.CaptureFixture[str]) -> Non
 
 
 @pytest.mark.parametrize(("word", "near"), [("trian", "`sdlm train`"), ("exprot", "`sdlm export`"), ("x", "one of: ")])
-def test_an_unknown_command_names_the_nearest(word: str, near: str) -> None:
+def test_unknown_command_suggests_the_nearest(word: str, near: str) -> None:
     with pytest.raises(UserError, match=f"unknown command {word}") as raised:
         main([word, "--help"])
     assert near in raised.value.fix
 
 
-def test_a_command_gets_its_arguments(capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_receives_its_arguments(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["train", "--config", "tiny", "--print-config", "--train.steps=3"])
     assert "  steps: 3\n" in capsys.readouterr().out
@@ -43,7 +43,7 @@ def test_a_command_gets_its_arguments(capsys: pytest.CaptureFixture[str]) -> Non
 
 @pytest.fixture
 def complete(tmp_path: Path) -> Callable[..., list[str]]:
-    """Completions of a command line, asked for as argcomplete's shell function does."""
+    """Returns the completions of a command line, requested as argcomplete's shell function does."""
 
     def ask(line: str, *, without: str = "") -> list[str]:
         blocked = f"sys.modules.update(dict.fromkeys({without.split()!r}))"
@@ -93,7 +93,7 @@ def test_doctor_of_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
     assert shown.endswith("training is possible\n") and "FAIL" not in shown
 
 
-def test_doctor_says_what_is_broken(
+def test_doctor_reports_broken_parts(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.setattr(doctor, "OLDEST_PYTHON", (99, 0))
@@ -117,7 +117,7 @@ def test_doctor_says_what_is_broken(
         assert line in shown, line
 
 
-def test_doctor_survives_a_torch_that_cannot_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_works_when_torch_import_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch", None)
     results = {result["name"]: result for result in doctor.diagnose()}
     assert results["torch"]["state"] == "broken" and "pip install" in results["torch"]["fix"]

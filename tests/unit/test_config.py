@@ -1,4 +1,4 @@
-"""Strict configuration: what is accepted, and what is said about the rest."""
+"""Strict configuration: accepted values and error messages for the others."""
 
 import json
 import pickle
@@ -32,7 +32,7 @@ def test_every_preset_loads_and_is_consistent(name: str) -> None:
     [("0.5b", 0.494), ("1.5b", 1.544), ("3b", 3.086), ("7b", 7.616), ("14b", 14.770), ("32b", 32.764), ("72b", 72.706)],
 )
 def test_shapes_have_the_published_sizes(name: str, billions: float) -> None:
-    """Parameters counted from the shape, against the sizes of the Qwen2.5 release."""
+    """Parameter counts of the shapes match the sizes of the Qwen2.5 release."""
     m = load_config(RunConfig, f"qwen2.5-{name}", [], PRESETS).model
     head = m.hidden_size // m.num_attention_heads
     q, kv = m.num_attention_heads * head, m.num_query_groups * head
@@ -42,7 +42,7 @@ def test_shapes_have_the_published_sizes(name: str, billions: float) -> None:
     assert total / 1e9 == pytest.approx(billions, abs=0.001)
 
 
-def test_recipes_are_the_published_ones() -> None:
+def test_recipes_match_the_published_ones() -> None:
     for name, block, batch in (("sdlm_3b_d4", 4, 256), ("sdlm_3b_d8", 8, 256), ("sdlm_32b_d4", 4, 464)):
         config = load_config(RunConfig, name, [], PRESETS)
         assert (config.diffusion.block_size, config.train.global_batch) == (block, batch)
@@ -73,14 +73,14 @@ def test_overrides_and_extends(tmp_path: Path) -> None:
         (["steps"], "cannot read the argument", "--section.key=value"),
     ],
 )
-def test_mistakes_name_the_nearest_key(arguments: list[str], text: str, fix: str) -> None:
+def test_errors_suggest_the_nearest_key(arguments: list[str], text: str, fix: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load_config(RunConfig, "tiny", arguments, PRESETS)
     assert text in caught.value.what
     assert fix in caught.value.fix
 
 
-def test_mistakes_in_a_file_name_the_file(tmp_path: Path) -> None:
+def test_errors_in_a_file_name_the_file(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     for content, text in (
         ("model: {num_layer: 2}", "model.num_layer"),
@@ -130,7 +130,7 @@ def test_mistakes_in_a_file_name_the_file(tmp_path: Path) -> None:
         (["--train.recompute_layers=1", "--train.recompute=selective"], 1, "recompute is 'selective'"),
     ],
 )
-def test_runs_that_cannot_be(arguments: list[str], world: int, text: str) -> None:
+def test_impossible_runs_are_refused(arguments: list[str], world: int, text: str) -> None:
     with pytest.raises(ConfigError, match=text):
         check_run(load_config(RunConfig, "tiny", ["--data.path=x", *arguments], PRESETS), world)
 
@@ -153,13 +153,13 @@ def test_runs_that_cannot_be(arguments: list[str], world: int, text: str) -> Non
         (["--model.num_layers=0"], "model.num_layers is 0"),
     ],
 )
-def test_shapes_that_do_not_split(arguments: list[str], text: str) -> None:
+def test_indivisible_shapes_are_refused(arguments: list[str], text: str) -> None:
     config = load_config(RunConfig, "tiny", arguments, PRESETS)
     with pytest.raises(ConfigError, match=text):
         check_model(config.model, config, 128)
 
 
-def test_a_state_written_before_a_setting_existed_has_its_default(tmp_path: Path) -> None:
+def test_settings_missing_from_old_state_get_their_default(tmp_path: Path) -> None:
     diffusion = {"block_size": 8, "causal_attn": True, "mask_token": "<m>"}
     state = {
         "step": 3,
@@ -180,7 +180,7 @@ def test_a_state_written_before_a_setting_existed_has_its_default(tmp_path: Path
         )
 
 
-def test_validation_changes_nothing() -> None:
+def test_validation_does_not_modify_the_config() -> None:
     config = load_config(RunConfig, "sdlm_3b_d4", ["--data.path=x"], PRESETS)
     before = to_yaml(config)
     check_run(config, 4)
@@ -190,7 +190,7 @@ def test_validation_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize("schema", [RunConfig, BuildConfig, ClusterFile])
-def test_every_setting_has_a_line_of_help(schema: type) -> None:
+def test_every_setting_has_help_text(schema: type) -> None:
     settings = list(settings_of(schema))
     assert not [setting.key for setting in settings if not setting.text]
     shown = settings_help(schema)

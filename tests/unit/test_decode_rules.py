@@ -1,4 +1,4 @@
-"""What a pass keeps: the rules by hand-made cases, the random numbers by their statistics."""
+"""Acceptance rules of a pass on hand-made cases; statistics of the random draws."""
 
 import numpy as np
 import pytest
@@ -16,11 +16,11 @@ from sdlm_megatron.diffusion.decode_rules import (
 
 
 def test_confident_prefix() -> None:
-    """Strictly above; the longest confident prefix; slot 0 alone if it is not confident."""
-    sure = torch.tensor([[0.9, 0.9, 0.4, 0.9], [0.4, 0.9, 0.9, 0.9], [0.9] * 4, [0.5, 0.9, 0.9, 0.9]])
-    assert confident_prefix(sure, 0.5, False).tolist() == [2, 1, 4, 1]
-    assert confident_prefix(sure, 0.8, True).tolist() == [2, 1, 2, 1]  # .9, .81, .729
-    assert confident_prefix(sure, 0.7, True).tolist() == [2, 1, 3, 1]
+    """Keeps the longest prefix strictly above the threshold, and always slot 0."""
+    confidences = torch.tensor([[0.9, 0.9, 0.4, 0.9], [0.4, 0.9, 0.9, 0.9], [0.9] * 4, [0.5, 0.9, 0.9, 0.9]])
+    assert confident_prefix(confidences, 0.5, False).tolist() == [2, 1, 4, 1]
+    assert confident_prefix(confidences, 0.8, True).tolist() == [2, 1, 2, 1]  # .9, .81, .729
+    assert confident_prefix(confidences, 0.7, True).tolist() == [2, 1, 3, 1]
 
 
 def test_verified_prefix() -> None:
@@ -40,17 +40,17 @@ def test_confidence_is_probability_or_certainty() -> None:
     logits = torch.randn(3, 4, 50, generator=torch.Generator().manual_seed(1))
     probs = logits.double().softmax(-1)
     tokens = logits.argmax(-1)
-    found = confidence(tokens, logits, "prob_conf")
-    torch.testing.assert_close(found, probs.max(-1).values.float(), rtol=1e-5, atol=1e-6)
+    actual = confidence(tokens, logits, "prob_conf")
+    torch.testing.assert_close(actual, probs.max(-1).values.float(), rtol=1e-5, atol=1e-6)
     entropy = -(probs * probs.log()).sum(-1)
     wanted = (1 - entropy / np.log(50)).float()
     torch.testing.assert_close(confidence(tokens, logits, "entropy_conf"), wanted, rtol=1e-5, atol=1e-6)
     cut_off = logits.masked_fill(logits < logits.max(-1, keepdim=True).values, -torch.inf)
-    assert confidence(tokens, cut_off, "entropy_conf").eq(1).all()  # no token left but one: no NaN
+    assert confidence(tokens, cut_off, "entropy_conf").eq(1).all()  # a single remaining token: no NaN
 
 
 def test_uniforms() -> None:
-    """Even, independent of neighbours, a pure function of seed and position, the same for negative seeds and large."""
+    """Uniform, independent of neighbors, a pure function of seed and position, valid for negative and large seeds."""
     seeds, positions = torch.arange(400), torch.arange(500).expand(400, -1)
     u = uniforms(seeds, positions)
     assert u.dtype == torch.float32
@@ -76,9 +76,9 @@ def test_draws_follow_the_distribution(warps: list) -> None:
     u = uniforms(torch.tensor([3]), torch.arange(40_000)[None])
     tokens = choose(logits.expand(1, 40_000, 9), warp, u)
     wanted = warp(logits[None])[0].softmax(-1)
-    found = torch.bincount(tokens[0], minlength=9) / 40_000
-    assert (found[wanted == 0] == 0).all()
-    assert (found - wanted).abs().max() < 4 * np.sqrt(0.25 / 40_000)
-    edge = torch.tensor([[0.0, 1 - 2**-24]])  # the ends of the range: the first and the last token that can come
+    frequencies = torch.bincount(tokens[0], minlength=9) / 40_000
+    assert (frequencies[wanted == 0] == 0).all()
+    assert (frequencies - wanted).abs().max() < 4 * np.sqrt(0.25 / 40_000)
+    edge = torch.tensor([[0.0, 1 - 2**-24]])  # ends of the range: first and last possible token
     first, last = choose(logits.expand(1, 2, 9), warp, edge)[0].tolist()
     assert (first, last) == (wanted.nonzero()[0].item(), wanted.nonzero()[-1].item())

@@ -1,4 +1,4 @@
-"""The kinds speed, context and perplexity of `sdlm evaluate` on the reference's tiny trained model."""
+"""Kinds speed, context and perplexity of `sdlm evaluate`, on the reference's tiny trained model."""
 
 import dataclasses
 import importlib
@@ -26,7 +26,7 @@ from tests.parity import decode_oracle as o
 from tests.parity.exported import CHAT
 
 SYSTEM = "<|im_start|>system\nbe brief.<|im_end|>\n"
-"""The tiny model knows conversations that begin so."""
+"""Prefix of the conversations on which the tiny model was trained."""
 ASKED = ("count 12 to 15", "repeat spark 2", "spell cloud", "repeat river 2", "spell river", "weather in delhi")
 
 
@@ -47,15 +47,15 @@ def chat(folder: Path) -> ChatModel:
 
 @pytest.fixture(scope="module")
 def prompts(chat: ChatModel) -> list[HeldOutPrompt]:
-    """What the model itself says one token a pass is right, but for the second prompt."""
-    found = []
+    """Prompts whose expected answer is the model's own greedy output, except for the second prompt."""
+    held_out = []
     for text in ASKED:
         ids = encode(chat, HeldOutPrompt(text, "?"))
         assert ids == o.prompt_ids(text)
         answer = by_hand(chat, ids, 40).tokens[0]
-        found.append(HeldOutPrompt(text, bytes(t for t in answer if t < 256).decode()))
-    found[1] = dataclasses.replace(found[1], expected="something else")
-    return found
+        held_out.append(HeldOutPrompt(text, bytes(t for t in answer if t < 256).decode()))
+    held_out[1] = dataclasses.replace(held_out[1], expected="something else")
+    return held_out
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ def file(prompts: list[HeldOutPrompt], tmp_path: Path) -> Path:
 
 
 def by_hand(chat: ChatModel, ids: list[int], room: int, *, n: int = 1, threshold: float = 1.0, alg: str = "prob_conf"):
-    """diffusion.decode of one prompt."""
+    """Decodes one prompt with diffusion.decode."""
     return decode(
         chat.model,
         torch.tensor([ids]),
@@ -82,7 +82,7 @@ def by_hand(chat: ChatModel, ids: list[int], room: int, *, n: int = 1, threshold
 def expected(
     chat: ChatModel, encoded: list[list[int]], prompts: list[HeldOutPrompt], room: int, n: int, threshold: float
 ):
-    """Exact answers, tokens and passes, prompt by prompt."""
+    """Exact answers, tokens and passes of each prompt."""
     exact, tokens, passes = [], [], []
     for ids, prompt in zip(encoded, prompts, strict=True):
         done = by_hand(chat, ids, room, n=n, threshold=threshold)
@@ -96,8 +96,8 @@ def expected(
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-def test_what_is_timed_is_decoding(chat: ChatModel, batch: int) -> None:
-    """A burst gives the tokens of diffusion.decode with the same settings, again and again with one cache."""
+def test_timed_burst_matches_decode(chat: ChatModel, batch: int) -> None:
+    """A burst returns the tokens of diffusion.decode with the same settings, also when the cache is reused."""
     ids = o.prompt_ids("count 12 to 15")
     filled = speed.PrefilledProposer(chat, ids, batch)
     kinds = [("causal", 1), ("window", 4), ("window", 2), ("self_speculative", 4), ("window_one", 4), ("window", 4)]
@@ -114,14 +114,14 @@ def test_what_is_timed_is_decoding(chat: ChatModel, batch: int) -> None:
             threshold=threshold,
             max_new_tokens=40,
         )
-        kept = wanted.accepted[0][:4]  # the prompt's pass and the three that are timed
+        kept = wanted.accepted[0][:4]  # the prompt's pass and the three timed passes
         assert tokens == wanted.tokens[0][: sum(kept)]
         assert seconds > 0
         if what != "self_speculative":
             assert kept == [n if what == "window" else 1] * 4
 
 
-def test_break_even_is_taken_round_by_round() -> None:
+def test_break_even_is_computed_per_round() -> None:
     causal, window = speed.PassTiming("causal", 1, [1.0, 2.0, 4.0]), speed.PassTiming("window", 4, [1.5, 4.0, 6.0])
     (row,) = speed.break_even([causal, window, speed.PassTiming("prefill", 4, [9.0])])
     assert row == {"what": "window", "n": 4, "tokens": 1.5, "low": 1.5, "high": 1.75}
@@ -132,10 +132,10 @@ def test_speed_command(chat: ChatModel, folder: Path, prompts: list[HeldOutPromp
     speed.main(["--model", str(folder), "--prompts", str(file), "--out", str(tmp_path), *options])
     result = json.loads((tmp_path / "speed.json").read_text())
     assert (result["kind"], result["facts"]["n_prompts"], result["facts"]["block_size"]) == ("speed", len(prompts), 4)
-    found = [(p["what"], p["n"], p["batch"]) for p in result["passes"]]
+    measured_passes = [(p["what"], p["n"], p["batch"]) for p in result["passes"]]
     single = [("causal", 1), *((what, n) for n in (4, 2) for what in ("window", "window_one")), ("self_speculative", 4)]
     first = [("prefill", 1, 1), ("prefill", 4, 1)]
-    assert found == [*((*kind, 1) for kind in single), *first, *((*kind, 3) for kind in single)]
+    assert measured_passes == [*((*kind, 1) for kind in single), *first, *((*kind, 3) for kind in single)]
     assert all(len(p["seconds"]) == speed.ROUNDS and min(p["seconds"]) > 0 for p in result["passes"])
     assert [(r["what"], r["n"]) for r in result["break_even"]] == single[1:] * 2
     room = longest_answer(chat, prompts)
@@ -145,18 +145,18 @@ def test_speed_command(chat: ChatModel, folder: Path, prompts: list[HeldOutPromp
         if row["alg"] in ("ar", "prob_conf"):
             exact, tokens, passes = expected(chat, encoded, prompts, room, row["n"], row["threshold"] or 1.0)
             assert (row["exact"], row["tokens"], row["passes"]) == (sum(exact), sum(tokens), sum(passes))
-    greedy, sure, *_, speculative = result["decodes"][:5]
-    assert greedy["exact"] == len(prompts) - 1  # as the fixture has it
-    assert greedy["tokens"] == greedy["passes"] > sure["passes"] > speculative["passes"]
+    greedy, confident, *_, speculative = result["decodes"][:5]
+    assert greedy["exact"] == len(prompts) - 1  # wrong by construction of the fixture
+    assert greedy["tokens"] == greedy["passes"] > confident["passes"] > speculative["passes"]
 
 
-def test_a_plain_folder_decodes_one_token_a_pass(chat: ChatModel) -> None:
+def test_plain_folder_decodes_one_token_per_pass(chat: ChatModel) -> None:
     plain = dataclasses.replace(chat, config=dataclasses.replace(chat.config, sdlm=None))
     assert [s.name for s in speed.rules_of(plain)] == [s.name for s in context.rules_of(plain, [0.9])] == ["n = 1"]
     assert len(speed.rules_of(chat)) == 5
 
 
-def test_speed_names_values_out_of_range(
+def test_speed_reports_out_of_range_values(
     folder: Path, file: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     arguments = ["--model", str(folder), "--prompts", str(file), "--out", str(tmp_path)]
@@ -170,10 +170,10 @@ def test_speed_names_values_out_of_range(
 # --- answers
 
 
-def test_exact_means_the_whole_text(chat: ChatModel) -> None:
+def test_exact_match_requires_the_whole_text(chat: ChatModel) -> None:
     prompts = [HeldOutPrompt("a", "12, 13"), HeldOutPrompt("a", "12, 13"), HeldOutPrompt("a", "12 , 13")]
-    said = [list(b"12, 13"), list(b"12, 13."), list(b"12 , 13")]
-    assert exact_matches(chat, prompts, DecodedPrompts(said, [[1]] * 3, 1.0)) == [1, 0, 1]
+    answers = [list(b"12, 13"), list(b"12, 13."), list(b"12 , 13")]
+    assert exact_matches(chat, prompts, DecodedPrompts(answers, [[1]] * 3, 1.0)) == [1, 0, 1]
     assert longest_answer(chat, prompts) == 8 and encode_answer(chat, "a") == [ord("a"), o.EOS]
 
 
@@ -206,14 +206,14 @@ def test_context_command(
     assert result["rows"][0]["exact"] == [1, 0, 1]
 
 
-def test_examples_differ_and_the_nearest_stay() -> None:
+def test_examples_are_distinct_and_nearest_are_kept() -> None:
     pool = [HeldOutPrompt(str(i), "x") for i in range(20)]
     assert len({tuple(context.examples_of(pool, i, 3)) for i in range(10)}) == 10
     assert context.examples_of(pool, 5, 8)[-3:] == context.examples_of(pool, 5, 3)
     assert len(set(context.examples_of(pool, 5, 20))) == 20
 
 
-def test_too_few_examples_are_named(folder: Path, file: Path, tmp_path: Path) -> None:
+def test_too_few_examples_are_reported(folder: Path, file: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="4 shots need as many examples after the 3 measured prompts"):
         arguments = ["--model", str(folder), "--prompts", str(file), "--out", str(tmp_path)]
         context.main([*arguments, "--most", "3", "--shots", "4"])
@@ -223,7 +223,7 @@ def test_too_few_examples_are_named(folder: Path, file: Path, tmp_path: Path) ->
 
 
 def test_perplexity_command(chat: ChatModel, folder: Path, tmp_path: Path) -> None:
-    """By transformers' own loss of each piece, weighted with its tokens."""
+    """Equals the token-weighted mean of transformers' loss over the pieces."""
     (tmp_path / "a.txt").write_text("Count 12 to 15 <|im_end|> and on, 16 17 18.")
     (tmp_path / "b.txt").write_text("short\n")
     arguments = ["--model", str(folder), "--out", str(tmp_path), "--length", "10", "--most", "31", "--threads", "1"]
@@ -241,14 +241,14 @@ def test_perplexity_command(chat: ChatModel, folder: Path, tmp_path: Path) -> No
     assert (rows[1]["name"], rows[1]["tokens"]) == ("b.txt", 4)
 
 
-def test_texts_that_are_always_there() -> None:
+def test_bundled_texts_are_available() -> None:
     texts = perplexity.installed_texts()
     assert len(texts) >= 3 and len({text.name for text in texts}) == len(texts)
     assert all(len(text.text) > 3000 and any(c.isdigit() for c in text.name) for text in texts)
     assert texts == perplexity.installed_texts()
 
 
-def test_an_empty_text_is_named(folder: Path, tmp_path: Path) -> None:
+def test_empty_text_is_reported(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text(" \n")
     with pytest.raises(DataError, match="empty"):
         perplexity.main(["--model", str(folder), "--out", str(tmp_path), "--text", str(tmp_path / "empty.txt")])
@@ -258,12 +258,12 @@ def test_an_empty_text_is_named(folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", [kind for kind in evaluate.KINDS if kind != "report"])
-def test_every_kind_is_a_command_of_its_own(kind: str) -> None:
+def test_every_kind_is_a_subcommand(kind: str) -> None:
     module = importlib.import_module(f"sdlm_megatron.evaluation.{kind}")
     assert module.build_parser().prog == f"sdlm evaluate {kind}"
 
 
-def test_evaluate_runs_the_kind_it_is_asked_for(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_evaluate_runs_the_requested_kind(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     (tmp_path / "a.txt").write_text("Count 12 to 15 and on, 16 17 18.")
     arguments = ["--model", str(folder), "--out", str(tmp_path), "--text", str(tmp_path / "a.txt")]
     evaluate.main(["perplexity", *arguments])

@@ -1,4 +1,4 @@
-"""The page and the document made of synthetic results: everything inside, nothing fetched, wrong input named."""
+"""Page and document of synthetic results: self-contained, no network access, invalid input reported."""
 
 import json
 import re
@@ -33,7 +33,7 @@ def test_page_shows_all_results_of_two_models_and_their_seeds(tmp_path):
     assert f"{swift.speed.value:.2f} ({swift.speed.low:.2f} to {swift.speed.high:.2f})" in text
 
 
-def test_page_of_one_result_alone_has_its_sections_only(tmp_path):
+def test_page_of_a_single_result_has_only_its_sections(tmp_path):
     folder = write_results(tmp_path / "d2", n=2)
     for name in ("calibration", "speed", "context", "sweep"):
         (folder / f"{name}.json").unlink()
@@ -41,36 +41,36 @@ def test_page_of_one_result_alone_has_its_sections_only(tmp_path):
     assert re.findall(r'<section id="(\w+)"', (tmp_path / "a.html").read_text()) == ["facts", "perplexity"]
 
 
-def test_wrong_folders_and_labels_are_named(tmp_path):
+def test_wrong_folders_and_labels_are_reported(tmp_path):
     with pytest.raises(DataError, match=r"no result file[\s\S]*empty"):
         page([str(tmp_path / "empty"), "--out", str(tmp_path / "a.html")])
-    one, two = (write_results(tmp_path / name, n=1) for name in "ab")
+    first_folder, second_folder = (write_results(tmp_path / name, n=1) for name in "ab")
     with pytest.raises(ConfigError, match="1 labels for 2 folders"):
-        page([str(one), str(two), "--out", str(tmp_path / "a.html"), "--label", "x"])
-    value = json.loads((two / "sweep.json").read_text())
+        page([str(first_folder), str(second_folder), "--out", str(tmp_path / "a.html"), "--label", "x"])
+    value = json.loads((second_folder / "sweep.json").read_text())
     value["rows"] = [{**row, "exact": row["exact"][:-1]} for row in value["rows"]]
-    (two / "sweep.json").write_text(json.dumps(value))
+    (second_folder / "sweep.json").write_text(json.dumps(value))
     with pytest.raises(DataError, match=f"{PROMPTS - 1} prompts here and {PROMPTS}"):
-        page([str(one), str(two), "--out", str(tmp_path / "a.html"), "--label", "x", "x"])
-    (two / "sweep.json").write_text("{")
+        page([str(first_folder), str(second_folder), "--out", str(tmp_path / "a.html"), "--label", "x", "x"])
+    (second_folder / "sweep.json").write_text("{")
     with pytest.raises(DataError, match="cannot read JSON"):
-        page([str(two), "--out", str(tmp_path / "a.html")])
+        page([str(second_folder), "--out", str(tmp_path / "a.html")])
 
 
-def test_what_seeds_do_not_share_is_left_out():
+def test_points_missing_in_a_seed_are_omitted():
     import numpy as np
 
     first, second = (sweep(np.random.default_rng(s), 4, 0.9) for s in (0, 1))
     second["rows"] = [row for row in second["rows"] if row["threshold"] != 0.7]
-    given = points([first, second])
-    assert pick(given, "prob_conf", 0.7) is None and pick(given, "prob_conf", 0.8) is not None
+    curve = points([first, second])
+    assert pick(curve, "prob_conf", 0.7) is None and pick(curve, "prob_conf", 0.8) is not None
     assert exact_of([first, second], "prob_conf", 0.7) is None
     assert exact_of([first, second], "ar", None) == [first["rows"][0]["exact"], second["rows"][0]["exact"]]
 
 
 @pytest.fixture(scope="module")
 def campaign(tmp_path_factory):
-    """Two seeds of four arms and the untouched model, on one task."""
+    """Results of two seeds of four arms and of the base model on one task."""
     folder = tmp_path_factory.mktemp("campaign")
     for arm, n in (("ar", 1), ("d4", 2), ("unshifted", 2), ("ar_slow", 1)):
         for seed in (0, 1):
@@ -85,28 +85,28 @@ def campaign(tmp_path_factory):
 
 
 def test_document_fills_every_table_and_draws_every_picture(campaign, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("dev.evidence.document.DPI", 30)  # small is quick
+    monkeypatch.setattr("dev.evidence.document.DPI", 30)  # small figures, for speed
     text = (REPO / "docs" / "evidence.md").read_text()
     assert sorted(re.findall(r"<!-- table (\w+) -->", text)) == sorted(TABLES)
     tables = re.compile(r"(<!-- table \w+ -->).*?(<!-- end -->)", re.DOTALL)
-    (tmp_path / "evidence.md").write_text(tables.sub(r"\1\n\2", text))  # none of the committed ones is left
+    (tmp_path / "evidence.md").write_text(tables.sub(r"\1\n\2", text))  # all committed figures are replaced
     document([str(campaign), "--out", str(tmp_path)])
     shown = set(re.findall(r"\]\(evidence/([\w.]+)\)", text))
-    other = {name for name in shown if "categories" in name}  # not measured, and named
+    other = {name for name in shown if "categories" in name}  # not measured, and reported
     assert shown - other == {path.name for path in (tmp_path / "evidence").iterdir()}
     assert f"missing pictures: {', '.join(sorted(other))}" in capsys.readouterr().out
     filled = (tmp_path / "evidence.md").read_text()
     assert "Not measured yet." not in filled
-    assert all("\n| ---" in found[0] for found in tables.finditer(filled))
+    assert all("\n| ---" in match[0] for match in tables.finditer(filled))
     assert re.search(
         r"\| sentence to JSON \| SDLM, D = 4 \| autoregressive \(D = 1\) \| n = 1 \| 2 \| \d+ \| -\d.*\| worse \|",
         filled,
     )
-    assert tables.sub("", filled) == tables.sub("", text)  # the prose stays
-    assert fill(filled, read_campaign(campaign), "x")[0] == filled  # and a second time nothing changes
+    assert tables.sub("", filled) == tables.sub("", text)  # the prose is kept
+    assert fill(filled, read_campaign(campaign), "x")[0] == filled  # a second run changes nothing
 
 
-def test_document_keeps_what_a_campaign_did_not_measure(campaign):
+def test_document_keeps_tables_without_measurements(campaign):
     text = "<!-- table sensitivity -->\n<!-- end --><!-- table overhead -->\n\n| kept |\n\n<!-- end -->"
     none = Campaign({("json", "context"): {}})
     filled, empty = fill(text, none, "x")
@@ -114,7 +114,7 @@ def test_document_keeps_what_a_campaign_did_not_measure(campaign):
     assert empty == ["sensitivity", "overhead"] and fill(filled, none, "x")[0] == filled
 
 
-def test_document_names_unknown_tables_and_empty_campaigns(campaign, tmp_path):
+def test_unknown_tables_and_empty_campaigns_are_reported(campaign, tmp_path):
     with pytest.raises(DataError, match="did you mean 'variants'"):
         fill("<!-- table variant -->\n<!-- end -->", read_campaign(campaign), "x")
     with pytest.raises(DataError, match="no results"):

@@ -1,4 +1,4 @@
-"""`sdlm generate` on the reference's tiny trained model: piped, in a terminal, compared, refused."""
+"""Command `sdlm generate` on the reference's tiny trained model: pipe, terminal, comparison, errors."""
 
 import io
 import json
@@ -36,7 +36,7 @@ COMMAND = (sys.executable, "-m", "sdlm_megatron.chat.generate")
 
 
 def add_tokenizer(folder: Path) -> Path:
-    """The byte tokenizer, with the tiny models' mask token; without a chat template."""
+    """Adds the byte tokenizer with the tiny models' mask token and no chat template."""
     write_folder(folder)
     text = json.dumps(definition()).replace("<tool_call>", "<text_mask>")
     (folder / "tokenizer.json").write_text(text)
@@ -50,7 +50,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def plain(folder: Path, tmp_path: Path) -> Path:
-    """The same weights without SDLM's keys."""
+    """Copies the model without SDLM's keys."""
     return edit(copy(folder, tmp_path), block_size=None, text_mask_token_id=None)
 
 
@@ -85,7 +85,7 @@ def run(*arguments: str, stdin: str = "", check: bool = True) -> subprocess.Comp
 
 
 def figures(text: str) -> str:
-    """The figures without the tokens a second, which no test can know."""
+    """Removes the tokens per second, which depend on the machine."""
     return re.sub(r"[\d.]+ tokens/s", "? tokens/s", text)
 
 
@@ -93,7 +93,7 @@ def one_line(decoded: Decoded) -> str:
     return figures(summary(len(decoded.tokens[0]), len(decoded.accepted[0]), 1.0))
 
 
-def test_piped_it_prints_the_text_and_nothing_else(folder: Path) -> None:
+def test_piped_output_is_only_the_text(folder: Path) -> None:
     wanted = expected(folder, o.prompt_ids(PROMPT))
     assert wanted.tokens_per_pass > 1.5
     done = run("--model", str(folder), *BRIEF, stdin=PROMPT + "\n")
@@ -126,7 +126,7 @@ def test_compare_piped(folder: Path, capsys: pytest.CaptureFixture) -> None:
     assert re.search(r"\n\d+\.\d\d times the tokens/s of ar\n$", err)
 
 
-def test_compare_of_the_same_decoding_says_so(folder: Path, capsys: pytest.CaptureFixture) -> None:
+def test_compare_of_equal_decodings_reports_equality(folder: Path, capsys: pytest.CaptureFixture) -> None:
     main(["--model", str(folder), *BRIEF, "--prompt", PROMPT, "--compare", "--n", "1"])
     assert "the texts are equal\n" in capsys.readouterr().err
 
@@ -135,7 +135,7 @@ def test_compare_of_the_same_decoding_says_so(folder: Path, capsys: pytest.Captu
 
 
 def in_terminal(*arguments: str, lines: list[str], **environment: str) -> tuple[str, int]:
-    """What the command writes to a terminal when these lines are typed at its prompts."""
+    """Runs the command in a terminal, types these lines at its prompts; returns its output and exit code."""
     pid, terminal = pty.fork()
     if pid == 0:
         os.environ.update({**ENV, "TERM": "xterm-256color", "COLUMNS": "70", "LINES": "20", **environment})
@@ -155,7 +155,7 @@ def in_terminal(*arguments: str, lines: list[str], **environment: str) -> tuple[
 
 
 def on_screen(written: str) -> list[str]:
-    """The lines a terminal shows in the end: what is written, less what is redrawn (cursor up, erase)."""
+    """Lines that a terminal shows at the end, with redrawing (cursor up, erase) applied."""
     lines, row = [""], 0
     for part in re.findall(r"\x1b\[[\d;?]*[A-Za-z]|\r|\n|[^\x1b\r\n]+", written):
         if part == "\n":
@@ -170,7 +170,7 @@ def on_screen(written: str) -> list[str]:
     return lines
 
 
-def test_a_conversation_in_a_terminal(folder: Path) -> None:
+def test_conversation_in_a_terminal(folder: Path) -> None:
     typed = [f"{PROMPT}\r", "/reset\r", "/help\r", "\r", f"{PROMPT}\r", "repeat spark 2\r", "/quit\r"]
     written, status = in_terminal("--model", str(folder), *BRIEF, lines=typed)
     assert status == 0
@@ -185,7 +185,7 @@ def test_a_conversation_in_a_terminal(folder: Path) -> None:
     assert shown[start : start + 3] == [f"> {PROMPT}", answer, one_line(first)]
     assert "the conversation is cleared" in shown
     assert "unknown command /help; commands: /reset, /quit" in shown
-    assert shown.count(answer) == 2  # forgotten: the same again
+    assert shown.count(answer) == 2  # history cleared: same answer as at first
     assert shown[-3:] == [text_of(second.tokens[0]), one_line(second), "> /quit"]
     colours = [c for c in re.findall(r"38;5;(\d+)m", written.split(one_line(first)[:9])[-2]) if f"color({c})" in COLORS]
     assert set(colours) == {c[6:-1] for c in COLORS[: len(first.accepted[0])]}
@@ -206,7 +206,7 @@ WORDS = (
 
 
 @pytest.mark.parametrize(("width", "no_colour"), [(20, ""), (61, "1")])
-def test_live_view_leaves_the_whole_text(
+def test_live_view_ends_with_the_whole_text(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, width: int, no_colour: str
 ) -> None:
     monkeypatch.setattr(view, "REDRAW_S", 0)
@@ -226,10 +226,10 @@ def test_live_view_leaves_the_whole_text(
     assert "".join("".join(lines).split()) == "".join(view.printable(text).split())
     assert "3 tokens in 1 pass" in written
     assert ("38;5;" in written) is not bool(no_colour)
-    assert "\x1b[2J" not in written  # what a model writes is shown, not obeyed
+    assert "\x1b[2J" not in written  # control codes in a model's output are shown, not executed
 
 
-def test_comparison_names_the_place() -> None:
+def test_comparison_reports_the_position() -> None:
     a, b, c = (Answer([1] * k, [1] * k, text, 1.0, True) for k, text in ((8, "one two"), (2, "one too"), (2, "one")))
     assert view.comparison(a, a) == "the texts are equal\n1.00 times the tokens/s of ar"
     assert view.comparison(a, b).startswith(
@@ -238,11 +238,11 @@ def test_comparison_names_the_place() -> None:
     assert "against “one[end]”" in view.comparison(a, c)
 
 
-# --- what the model is asked
+# --- prompts
 
 
 @pytest.mark.parametrize("text", [PROMPT, "it ends <|im_end|>\n with spaces", "  你好"])
-def test_without_a_template_it_is_rendered_as_training_data(folder: Path, text: str) -> None:
+def test_prompt_without_template_is_rendered_like_training_data(folder: Path, text: str) -> None:
     chat = load(folder, dtype=None, device="cpu")
     turns = [
         {"role": "user", "content": text},
@@ -255,7 +255,7 @@ def test_without_a_template_it_is_rendered_as_training_data(folder: Path, text: 
     assert chat.encode([system, *turns]) == [*ids, 257, *frame_of(encoder).assistant]
 
 
-def test_the_chat_template_is_obeyed(folder: Path, tmp_path: Path) -> None:
+def test_chat_template_is_applied(folder: Path, tmp_path: Path) -> None:
     template = "{% for m in messages %}[{{ m.role }}:{{ m.content }}]{% endfor %}{{ '>' if add_generation_prompt }}"
     chat = load(edit(copy(folder, tmp_path), "tokenizer_config.json", chat_template=template), dtype=None, device="cpu")
     assert chat.default_system() is None
@@ -269,18 +269,18 @@ def test_sampling_and_stops(folder: Path, capsys: pytest.CaptureFixture) -> None
 
     greedy = ask()
     alone = ask("--threshold", "1")
-    for one in (["--top-k", "1"], ["--top-p", "1e-6"]):  # the one token that is left is sure
-        assert ask("--temperature", "3", "--threshold", "1", *one) == alone
+    for options in (["--top-k", "1"], ["--top-p", "1e-6"]):  # a single candidate token has confidence 1
+        assert ask("--temperature", "3", "--threshold", "1", *options) == alone
     hot = [ask("--temperature", "3", "--seed", seed) for seed in "112"]
     assert hot[0] == hot[1] != hot[2]
     assert ask("--stop", greedy[2:5]) == greedy[:5] + "\n"
-    assert ask("--alg", "self_speculative") == alone  # what slot 0 says
+    assert ask("--alg", "self_speculative") == alone  # the token of slot 0
     main(["--model", str(folder), "--prompt", PROMPT, "--max-new-tokens", "5"])
     assert "5 tokens in" in (err := capsys.readouterr().err) and "(cut at --max-new-tokens 5)" in err
 
 
-def test_a_published_folder_is_loaded_as_stock_qwen2(folder: Path, tmp_path: Path) -> None:
-    auto_map = {"AutoModelForCausalLM": "modeling_qwen2.Qwen2ForCausalLM"}  # code of another age: never run
+def test_published_folder_is_loaded_as_stock_qwen2(folder: Path, tmp_path: Path) -> None:
+    auto_map = {"AutoModelForCausalLM": "modeling_qwen2.Qwen2ForCausalLM"}  # outdated code, which must never run
     published = edit(copy(folder, tmp_path), auto_map=auto_map, causal_attn=None, casual_attn=True)
     chat = load(published, dtype="bf16", device="cpu")
     assert type(chat.model) is Qwen2ForCausalLM
@@ -288,10 +288,10 @@ def test_a_published_folder_is_loaded_as_stock_qwen2(folder: Path, tmp_path: Pat
     assert (chat.model.dtype, decoding.causal_attn, decoding.block_size) == (torch.bfloat16, True, 4)
 
 
-# --- what is refused
+# --- errors
 
 
-def test_a_plain_model_decodes_one_token_a_pass_and_says_so(plain: Path, capsys: pytest.CaptureFixture) -> None:
+def test_plain_model_decodes_one_token_per_pass_and_reports_it(plain: Path, capsys: pytest.CaptureFixture) -> None:
     main(["--model", str(plain), *BRIEF, "--prompt", PROMPT])
     out, err = capsys.readouterr()
     assert out == text_of(expected(plain, o.prompt_ids(PROMPT), n=1).tokens[0]) + "\n"
@@ -302,7 +302,7 @@ def test_a_plain_model_decodes_one_token_a_pass_and_says_so(plain: Path, capsys:
             main(["--model", str(plain), "--prompt", PROMPT, *options])
 
 
-def test_errors_end_with_2_and_no_traceback(tmp_path: Path) -> None:
+def test_errors_exit_with_2_without_traceback(tmp_path: Path) -> None:
     done = run("--model", str(tmp_path / "nothing"), "--prompt", "x", check=False)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: no such folder\n")
@@ -325,7 +325,7 @@ def test_errors_end_with_2_and_no_traceback(tmp_path: Path) -> None:
         (lambda f: edit(f, "tokenizer_config.json", chat_template="{{ raise_exception('no') }}"), "chat template"),
     ],
 )
-def test_folders_that_cannot_answer(folder: Path, tmp_path: Path, broken: Any, message: str) -> None:
+def test_unusable_folders_are_refused(folder: Path, tmp_path: Path, broken: Any, message: str) -> None:
     bad = copy(folder, tmp_path)
     broken(bad)
     with pytest.raises(CheckpointError, match=message):
@@ -342,7 +342,7 @@ def test_folders_that_cannot_answer(folder: Path, tmp_path: Path, broken: Any, m
         (["--device", "nonsense"], "no device 'nonsense'"),
     ],
 )
-def test_options_that_do_not_fit(folder: Path, options: list[str], message: str) -> None:
+def test_conflicting_options_are_refused(folder: Path, options: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         main(["--model", str(folder), "--prompt", "x", *options])
 
@@ -359,7 +359,7 @@ def test_values_out_of_range_are_refused_by_the_parser(
     assert f"argument {option}: {value} is " in capsys.readouterr().err
 
 
-def test_no_prompt(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_prompt_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for content, message in ((b" \n", "standard input is empty"), (b"\xff", "not UTF-8")):
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content), encoding="utf-8"))
         with pytest.raises(ConfigError, match=message):
@@ -369,7 +369,7 @@ def test_no_prompt(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(("name", "value"), [("sdlm_n", "four"), ("sdlm_threshold", "0.9"), ("sdlm_n", 2.5)])
-def test_settings_of_the_folder_that_are_no_numbers(folder: Path, tmp_path: Path, name: str, value: object) -> None:
+def test_non_numeric_folder_settings_are_refused(folder: Path, tmp_path: Path, name: str, value: object) -> None:
     broken = edit(copy(folder, tmp_path), "generation_config.json", **{name: value})
     with pytest.raises(CheckpointError, match=rf"{name} is {value!r}"):
         main(["--model", str(broken), "--prompt", "x"])

@@ -1,4 +1,4 @@
-"""Where the time of a job went, from events and records of the form a run writes."""
+"""Job time by cause, computed from events and records in the format of a run."""
 
 import json
 import random
@@ -10,10 +10,10 @@ from job_history import EVENTS, RECORDS, T, event, record, write_job
 from sdlm_megatron.ops.goodput import CAUSES, USEFUL, goodput, goodput_of
 
 
-def test_every_cause() -> None:
-    found = goodput(EVENTS, RECORDS)
-    assert found is not None and (found.start, found.wall) == (T, 242)
-    assert found.seconds == pytest.approx(
+def test_seconds_of_every_cause() -> None:
+    breakdown = goodput(EVENTS, RECORDS)
+    assert breakdown is not None and (breakdown.start, breakdown.wall) == (T, 242)
+    assert breakdown.seconds == pytest.approx(
         {
             USEFUL: (10 - 8) + 4 + (6 - 0.5) + 4.5,  # steps 1-3, 4-6, 7-8
             "queue": 101,  # 106 to 207
@@ -21,7 +21,7 @@ def test_every_cause() -> None:
             # between the pre-flight and ready: 30 to 50, 82 to 95, 217 to 230
             "start": 20 + 13 + 13,
             "first step": 8,
-            "redone steps": 5 - 1,  # 4 and 5 of the first attempt, less the save in them
+            "redone steps": 5 - 1,  # steps 4 and 5 of the first attempt, without the save between them
             "save": 1,
             "validation and samples": 3.5,
             "data wait": 0.5,
@@ -30,43 +30,46 @@ def test_every_cause() -> None:
             "other": 1 + 4,  # after the last validation and the last samples, until the attempt ended
         }
     )
-    assert sum(found.seconds.values()) == pytest.approx(found.wall, abs=1e-6)
-    assert list(found.seconds) == [c for c in CAUSES if c in found.seconds]
-    assert found.share == pytest.approx(16 / 242)
-    assert [s.end for s in found.spans[:-1]] == [s.start for s in found.spans[1:]]
+    assert sum(breakdown.seconds.values()) == pytest.approx(breakdown.wall, abs=1e-6)
+    assert list(breakdown.seconds) == [c for c in CAUSES if c in breakdown.seconds]
+    assert breakdown.share == pytest.approx(16 / 242)
+    assert [s.end for s in breakdown.spans[:-1]] == [s.start for s in breakdown.spans[1:]]
 
 
-def test_a_record_over_several_steps_counts_in_part() -> None:
-    """One record for steps 1 to 10; the next attempt begins after 4."""
+def test_record_of_several_steps_is_counted_in_proportion() -> None:
+    """The record covers steps 1 to 10; the next attempt starts after step 4."""
     events = [event(0, "start", step=0, process_start=T), event(0, "ready", step=0)]
     again = [event(30, "start", step=4, process_start=T + 25), event(30, "ready", step=4)]
-    found = goodput([*events, *again], [record(20, 10), record(40, 10)])
-    assert found is not None
-    assert found.seconds == pytest.approx({USEFUL: 8 + 10, "redone steps": 12, "hang or crash": 5, "start": 5})
+    breakdown = goodput([*events, *again], [record(20, 10), record(40, 10)])
+    assert breakdown is not None
+    assert breakdown.seconds == pytest.approx({USEFUL: 8 + 10, "redone steps": 12, "hang or crash": 5, "start": 5})
 
 
-def test_steps_that_two_attempts_lost_are_lost_twice() -> None:
+def test_steps_lost_by_two_attempts_count_twice() -> None:
     begins = [event(x, kind, step=0, process_start=T + x) for x in (0, 10, 20) for kind in ("start", "ready")]
-    found = goodput(begins, [record(x + 4, 2) for x in (0, 10, 20)])
-    assert found is not None
-    assert found.seconds == pytest.approx({USEFUL: 4, "redone steps": 8, "hang or crash": 12})
+    breakdown = goodput(begins, [record(x + 4, 2) for x in (0, 10, 20)])
+    assert breakdown is not None
+    assert breakdown.seconds == pytest.approx({USEFUL: 4, "redone steps": 8, "hang or crash": 12})
 
 
-def test_any_history_adds_up() -> None:
-    """Events that come in any order, twice, without the others: each second is counted once."""
+def test_seconds_of_any_history_sum_to_wall_time() -> None:
+    """Events may be unordered, repeated or missing; each second is counted once."""
     rng = random.Random(0)
     for _ in range(200):
         events = [e for e in EVENTS for _ in range(rng.choice((0, 1, 1, 2)))]
         events = [{**e, "time": e["time"] + rng.uniform(-9, 9)} for e in events]
-        found = goodput(events, rng.sample(RECORDS, rng.randint(0, len(RECORDS))))
-        if found is None:
+        breakdown = goodput(events, rng.sample(RECORDS, rng.randint(0, len(RECORDS))))
+        if breakdown is None:
             assert not any(e["kind"] == "start" for e in events)
             continue
-        assert sum(found.seconds.values()) == pytest.approx(found.wall, abs=1e-6)
-        assert all(s.end >= s.start for s in found.spans) and found.spans[-1].end == found.start + found.wall
+        assert sum(breakdown.seconds.values()) == pytest.approx(breakdown.wall, abs=1e-6)
+        assert (
+            all(s.end >= s.start for s in breakdown.spans)
+            and breakdown.spans[-1].end == breakdown.start + breakdown.wall
+        )
 
 
-def test_a_folder_keeps_the_times_of_steps_done_again(tmp_path: Path) -> None:
+def test_folder_keeps_the_times_of_repeated_steps(tmp_path: Path) -> None:
     write_job(tmp_path)
     redone = (tmp_path / "metrics.redone.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in redone] == [4, 5]

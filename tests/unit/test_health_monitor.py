@@ -1,4 +1,4 @@
-"""What a run looks at while it trains: spikes and their rows, slow hosts, where numbers stop being finite."""
+"""Health checks during training: loss spikes and their rows, slow hosts, origin of non-finite values."""
 
 import json
 import math
@@ -31,10 +31,10 @@ from sdlm_megatron.ops.rank.stop import StopRequests
 from sdlm_megatron.ops.rank.watchdog import Watch
 
 
-def test_a_spike_is_far_above_what_was_usual() -> None:
+def test_spike_is_far_above_the_usual_loss() -> None:
     rng = np.random.default_rng(0)
     outliers = Outliers(8.0)
-    assert not any(outliers.add(100.0) for _ in range(WINDOW_MINIMUM - 1))  # too little is known
+    assert not any(outliers.add(100.0) for _ in range(WINDOW_MINIMUM - 1))  # too few values
     outliers = Outliers(8.0)
     falling = [5 * math.exp(-i / 200) + 1 + 0.05 * rng.standard_normal() for i in range(400)]
     assert not any(outliers.add(value) for value in falling)
@@ -44,14 +44,14 @@ def test_a_spike_is_far_above_what_was_usual() -> None:
     assert constant.add(2.5)
 
 
-def test_suspects_are_the_rows_far_above_the_others() -> None:
+def test_suspects_are_rows_far_above_the_others() -> None:
     losses = [(n, 1.0 + n / 100) for n in range(8)]
-    assert suspects(losses, 8.0) == [(7, 1.07)]  # the worst one, whatever it is
+    assert suspects(losses, 8.0) == [(7, 1.07)]  # the worst row in any case
     assert suspects([*losses, (20, 5.0), (21, 6.0)], 8.0) == [(21, 6.0), (20, 5.0)]
     assert suspects([], 8.0) == []
 
 
-def test_slow_hosts_are_named_once() -> None:
+def test_slow_hosts_are_reported_once() -> None:
     stragglers = Stragglers(["a", "a", "b", "b", "c", "c"], 1.2)
     named = []
     for _ in range(SLOW_STEPS + 2):
@@ -60,14 +60,14 @@ def test_slow_hosts_are_named_once() -> None:
     assert [(e["host"], e["rank"]) for e in named] == [("b", 3)]
     assert named[0]["ratio"] == pytest.approx(1.5 / 1.1)
     assert fields == {"compute_min": 1.0, "compute_median": 1.1, "compute_max": 1.5, "slowest_host": "b"}
-    stragglers.look([1.0] * 6)  # it recovers, and is named again when it is slow again
+    stragglers.look([1.0] * 6)  # reported again after it recovered and slowed down
     assert [len(stragglers.look([1.0, 1.0, 1.0, 1.5, 1.0, 1.0])[1]) for _ in range(3)] == [0, 0, 1]
     one_host = Stragglers(["a", "a", "a"], 1.2)
     assert [e["rank"] for _ in range(3) for e in one_host.look([1.0, 1.0, 2.0])[1]] == [2]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_checksums_see_every_bit(dtype: torch.dtype) -> None:
+def test_checksum_depends_on_every_bit(dtype: torch.dtype) -> None:
     values = torch.randn(50, 7).to(dtype)
     wanted = checksum(values).item()
     assert checksum(values.clone()).item() == wanted
@@ -79,15 +79,15 @@ def test_checksums_see_every_bit(dtype: torch.dtype) -> None:
     assert checksum(swapped).item() != wanted
 
 
-def test_the_minority_differs() -> None:
+def test_minority_replica_is_reported() -> None:
     sums = torch.tensor([[1, 2, 3], [1, 5, 4], [1, 2, 3]])
     assert _differing(["a", "b", "c"], sums, [4, 6, 8]) == [((6,), "b"), ((6,), "c")]
-    assert _differing(["a", "b"], sums[:2, :2], [4, 6]) == [((4, 6), "b")]  # nobody knows which
+    assert _differing(["a", "b"], sums[:2, :2], [4, 6]) == [((4, 6), "b")]  # undetermined
 
 
 @pytest.fixture
 def monitored(make_engine: Callable, tmp_path: Path) -> Callable:
-    """An engine with its monitor, and a step of it."""
+    """Builds an engine with its monitor, micro-batches and dataset."""
     engine = make_engine(make_hf(tmp_path / "hf"))
     sources = [{"name": "talks", "weight": 1.0, "first_document": 0, "rows": 1000}]
     dataset = PackedDataset(make_dataset(tmp_path / "data", rows=6, accounting={"by_source": sources}))
@@ -103,7 +103,7 @@ def monitored(make_engine: Callable, tmp_path: Path) -> Callable:
     return build
 
 
-def test_a_spike_names_its_worst_row(monitored: Callable, tmp_path: Path) -> None:
+def test_spike_event_names_the_worst_row(monitored: Callable, tmp_path: Path) -> None:
     engine, monitor, batches, dataset = monitored()
     alone = {}
     for batch in batches[:4]:
@@ -140,12 +140,12 @@ def test_rows_are_logged(monitored: Callable, tmp_path: Path) -> None:
     later.mkdir()
     for rank, rows in enumerate(([0, 2], [1])):
         line = json.dumps({"step": 1, "rows": rows, "time": 1e11})
-        (later / f"rank-0000{rank}.jsonl").write_text(f"{line}\n{line[:9]}")  # the second one cut by a kill
-    assert rows_of_run(tmp_path) == {1: [0, 1, 2]}  # done again, with another row left out
+        (later / f"rank-0000{rank}.jsonl").write_text(f"{line}\n{line[:9]}")  # the second line is truncated by a kill
+    assert rows_of_run(tmp_path) == {1: [0, 1, 2]}  # step repeated with another row skipped
 
 
 @pytest.mark.parametrize("where", ["forward", "backward", "weights", "nowhere"])
-def test_the_place_that_is_not_finite(
+def test_first_non_finite_location_is_reported(
     monitored: Callable, tmp_path: Path, capsys: pytest.CaptureFixture, where: str
 ) -> None:
     engine, monitor, batches, _ = monitored(find_nan=2)
@@ -177,22 +177,22 @@ def test_the_place_that_is_not_finite(
         torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(engine.module.parameters(), before, strict=True)
     )
     assert not any(m._forward_hooks for m in engine.module.modules())
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     report = json.loads((tmp_path / "logs" / "local" / "find-nan.json").read_text())
     if where == "nowhere":
-        assert "was finite this time" in said and report["found"] == []
+        assert "was finite this time" in printed and report["found"] == []
         return
-    found = report["found"][0]
+    finding = report["found"][0]
     wanted = {
         "forward": ("layer 2, mlp.linear_fc1", 2),
         "backward": ("layer 2, mlp.linear_fc1.weight", 2),
         "weights": ("layer 2, mlp.linear_fc1.weight", None),
     }[where]
-    assert (found["place"], found["row"]) == wanted
-    assert found["rank"] == 0 and found["host"] and found["text"] in said
+    assert (finding["place"], finding["row"]) == wanted
+    assert finding["rank"] == 0 and finding["host"] and finding["text"] in printed
 
 
-def test_rows_to_skip_are_numbers_of_rows() -> None:
+def test_negative_row_to_skip_is_refused() -> None:
     config = RunConfig()
     config.data.path, config.data.skip_rows = "x", [3, -1]
     with pytest.raises(ConfigError, match="a row number is negative"):

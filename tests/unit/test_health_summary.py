@@ -1,4 +1,4 @@
-"""Who failed first, told from the files that the processes of an attempt left."""
+"""Attempt summary: first failing rank, derived from the files that the processes left."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ SLEEPS = 'File "/x/sdlm_megatron/data/prefetch.py", line 50 in next_step'
 
 
 class Attempt:
-    """Writes what processes would have."""
+    """Writes the files of an attempt's processes."""
 
     def __init__(self, run: Path, ranks: int) -> None:
         self.run, self.ranks = run, ranks
@@ -66,102 +66,102 @@ def attempt(tmp_path: Path) -> Attempt:
 
 
 @pytest.mark.parametrize("reason", ["finished", "stopped"])
-def test_all_in_order(attempt: Attempt, reason: str) -> None:
+def test_clean_end_has_no_culprits(attempt: Attempt, reason: str) -> None:
     for rank in range(4):
         attempt.end(rank, reason, why="time limit" if rank == 0 else "")
-    found = attempt.summary()
-    assert (found.outcome, found.why, found.step, found.culprits) == (reason, "time limit", 4, [])
+    summary = attempt.summary()
+    assert (summary.outcome, summary.why, summary.step, summary.culprits) == (reason, "time limit", 4, [])
 
 
-def test_killed_and_the_others_lost_it(attempt: Attempt) -> None:
+def test_killed_rank_is_the_culprit_of_lost_connections(attempt: Attempt) -> None:
     for rank in (0, 1, 2):
         attempt.end(rank, "error", LOST)
     attempt.beat(3, step=3)
     attempt.log(3, "\n".join(f"line {i}" for i in range(30)))
-    found = attempt.summary()
-    assert (found.outcome, found.hosts) == ("crash", ["node1"])
-    (culprit,) = found.culprits
-    assert (culprit.rank, culprit.step, culprit.rows) == (3, 5, [])  # its heartbeat was of an earlier step
+    summary = attempt.summary()
+    assert (summary.outcome, summary.hosts) == ("crash", ["node1"])
+    (culprit,) = summary.culprits
+    assert (culprit.rank, culprit.step, culprit.rows) == (3, 5, [])  # its heartbeat is from an earlier step
     assert culprit.log == [f"line {i}" for i in range(10, 30)]
-    assert "killed by a signal" in found.text and "line 29" in found.text
+    assert "killed by a signal" in summary.text and "line 29" in summary.text
     folder = attempt.run / "logs" / "7-0-1"
-    assert (folder / "summary.txt").read_text() == found.text
+    assert (folder / "summary.txt").read_text() == summary.text
     assert json.loads((folder / "summary.json").read_text())["outcome"] == "crash"
 
 
-@pytest.mark.parametrize("said", ["Killed", "Out Of Memory", "Exited with exit code 42"])
-def test_how_a_process_without_a_record_ended_is_known_to_srun(attempt: Attempt, said: str) -> None:
+@pytest.mark.parametrize("message", ["Killed", "Out Of Memory", "Exited with exit code 42"])
+def test_srun_log_explains_a_process_without_record(attempt: Attempt, message: str) -> None:
     for rank in (0, 1, 2):
         attempt.end(rank, "error", LOST)
     lines = [
-        f"srun: error: node1: task 3: {said}",
+        f"srun: error: node1: task 3: {message}",
         "srun: Terminating StepId=7.0",
         "srun: error: node0: tasks 0-1: Exited with exit code 1",
         "srun: error: node1: tasks 2-3: Terminated",
     ]
     (attempt.run / "logs" / "7-0-1" / "srun.log").write_text("\n".join(lines) + "\n")
     (culprit,) = attempt.summary().culprits
-    assert culprit.rank == 3 and f"srun reports: {said};" in culprit.why
+    assert culprit.rank == 3 and f"srun reports: {message};" in culprit.why
 
 
-def test_an_error_of_its_own_beats_lost_connections_and_the_killed(attempt: Attempt) -> None:
+def test_real_error_takes_precedence_over_lost_connections_and_kills(attempt: Attempt) -> None:
     attempt.end(0, "error", LOST, at=0.1)
     attempt.end(2, "error", "ValueError: a defect", at=0.2)  # its end is recorded last, after a slow traceback
-    found = attempt.summary()  # ranks 1 and 3 were killed by the launcher
-    assert [(c.rank, c.why, c.rows) for c in found.culprits] == [(2, "ValueError: a defect", [12])]
-    assert found.why == "ValueError: a defect"
+    summary = attempt.summary()  # ranks 1 and 3 were killed by the launcher
+    assert [(c.rank, c.why, c.rows) for c in summary.culprits] == [(2, "ValueError: a defect", [12])]
+    assert summary.why == "ValueError: a defect"
 
 
-def test_the_same_error_everywhere_is_no_hosts_fault(attempt: Attempt) -> None:
+def test_same_error_on_all_ranks_blames_no_host(attempt: Attempt) -> None:
     for rank in range(4):
         attempt.end(rank, "error", "ValueError: a defect", at=rank)
-    found = attempt.summary()
-    assert ([c.rank for c in found.culprits], found.hosts) == ([0, 1, 2, 3], [])
+    summary = attempt.summary()
+    assert ([c.rank for c in summary.culprits], summary.hosts) == ([0, 1, 2, 3], [])
 
 
-def test_an_error_may_name_ranks(attempt: Attempt) -> None:
+def test_error_can_name_the_culprit_ranks(attempt: Attempt) -> None:
     for rank in range(4):
         attempt.end(rank, "error", "ReplicaError: they differ", ranks=[2])
-    found = attempt.summary()
-    assert ([c.rank for c in found.culprits], found.hosts) == ([2], ["node1"])
+    summary = attempt.summary()
+    assert ([c.rank for c in summary.culprits], summary.hosts) == ([2], ["node1"])
 
 
-def test_a_node_is_lost(attempt: Attempt) -> None:
-    """Nobody left a record: the launcher killed those who waited, later."""
+def test_lost_node_is_the_culprit(attempt: Attempt) -> None:
+    """No rank left a record: the launcher killed the waiting ranks later."""
     attempt.beat(2, age=60)
     attempt.beat(3, age=61)
-    found = attempt.summary()
-    assert ([c.rank for c in found.culprits], found.hosts) == ([2, 3], ["node1"])
-    assert "last heartbeat 61 s before" in found.text
+    summary = attempt.summary()
+    assert ([c.rank for c in summary.culprits], summary.hosts) == ([2, 3], ["node1"])
+    assert "last heartbeat 61 s before" in summary.text
 
 
 @pytest.mark.parametrize("reason", ["not_finite", "user_error"])
-def test_what_all_ranks_report_is_told_once(attempt: Attempt, reason: str) -> None:
+def test_error_of_all_ranks_is_reported_once(attempt: Attempt, reason: str) -> None:
     for rank in range(4):
         attempt.end(rank, reason, "TrainingError: step 5: loss nan\n  where: rows of the run [12]", at=-rank)
-    found = attempt.summary()
-    assert found.outcome == reason and [c.rank for c in found.culprits] == [3]
-    assert found.step == (5 if reason == "not_finite" else 4)
-    assert found.text.count("rows of the run [12]") == 1
+    summary = attempt.summary()
+    assert summary.outcome == reason and [c.rank for c in summary.culprits] == [3]
+    assert summary.step == (5 if reason == "not_finite" else 4)
+    assert summary.text.count("rows of the run [12]") == 1
 
 
-def test_a_hang_is_put_down_to_who_is_elsewhere(attempt: Attempt) -> None:
+def test_hang_blames_the_rank_with_a_different_stack(attempt: Attempt) -> None:
     for rank in range(4):
         attempt.end(rank, "hang", why="phase step, step 5: no progress for 180 s")
         attempt.stack(rank, SLEEPS if rank == 1 else WAITS)
-    found = attempt.summary()
-    assert (found.outcome, found.hosts) == ("hang", ["node0"])
-    assert [(c.rank, c.step) for c in found.culprits] == [(1, 5)] and "prefetch.py" in found.text
+    summary = attempt.summary()
+    assert (summary.outcome, summary.hosts) == ("hang", ["node0"])
+    assert [(c.rank, c.step) for c in summary.culprits] == [(1, 5)] and "prefetch.py" in summary.text
 
 
-def test_a_hang_of_all_names_nobody(attempt: Attempt) -> None:
+def test_hang_of_all_ranks_has_no_culprit(attempt: Attempt) -> None:
     for rank in range(4):
         attempt.end(rank, "hang", why="no progress")
         attempt.stack(rank, WAITS)
     assert attempt.summary().culprits == []
 
 
-def test_a_hang_on_a_frozen_rank(attempt: Attempt) -> None:
+def test_hang_blames_a_frozen_rank(attempt: Attempt) -> None:
     for rank in (0, 1, 3):
         attempt.end(rank, "hang", why="no progress")
         attempt.stack(rank, WAITS)
@@ -169,8 +169,8 @@ def test_a_hang_on_a_frozen_rank(attempt: Attempt) -> None:
     assert [c.rank for c in attempt.summary().culprits] == [2]
 
 
-def test_a_hang_on_a_rank_that_was_woken_to_be_ended(attempt: Attempt) -> None:
-    """Slurm continues a stopped process before it ends it: it then says that it hangs, as all others do."""
+def test_hang_blames_a_rank_that_was_stopped_and_continued(attempt: Attempt) -> None:
+    """Slurm continues a stopped process before ending it, so the process also reports a hang."""
     for rank in range(4):
         attempt.end(rank, "hang", why="no progress", stood_still=21.4 if rank == 2 else 0.0)
         attempt.stack(rank, WAITS)
@@ -178,27 +178,27 @@ def test_a_hang_on_a_rank_that_was_woken_to_be_ended(attempt: Attempt) -> None:
     assert culprit.rank == 2 and "did not run for 21 s" in culprit.why
 
 
-def test_a_mistake_found_before_the_run_folder_was_known(tmp_path: Path) -> None:
+def test_user_error_before_the_run_folder_is_known(tmp_path: Path) -> None:
     file = rank_file(tmp_path, "log", 0, "7-0-1")
     file.parent.mkdir(parents=True)
     file.write_text("error: unknown setting train.stepz\n  where: the command line\n")
-    found = summarize(tmp_path, "7-0-1", 2)
-    assert (found.outcome, found.why) == ("user_error", "unknown setting train.stepz")
+    summary = summarize(tmp_path, "7-0-1", 2)
+    assert (summary.outcome, summary.why) == ("user_error", "unknown setting train.stepz")
 
 
-def test_nothing_at_all(tmp_path: Path) -> None:
-    found = summarize(tmp_path, "7-0-1", 2)
-    assert found.outcome == "crash" and "no heartbeat" in found.text and found.step is None
+def test_attempt_without_files_is_a_crash(tmp_path: Path) -> None:
+    summary = summarize(tmp_path, "7-0-1", 2)
+    assert summary.outcome == "crash" and "no heartbeat" in summary.text and summary.step is None
 
 
-def test_a_damaged_file_does_not_count(attempt: Attempt) -> None:
+def test_damaged_file_is_ignored(attempt: Attempt) -> None:
     for rank in range(4):
         attempt.end(rank, "finished")
     rank_file(attempt.run, "exit", 1, "7-0-1").write_text('{"rank": 1, "rea')
     assert [c.rank for c in attempt.summary().culprits] == [1]
 
 
-def test_the_main_thread_is_found_in_a_dump() -> None:
+def test_main_thread_is_extracted_from_a_dump() -> None:
     dump = 'Timeout (0:00:03)!\nThread 0x1 [watch] (most recent call first):\n  File "a", line 1 in wait\n\n'
     dump += 'Thread 0x2 (most recent call first):\n  File "b", line 2 in deep\n  File "c", line 3 in <module>\n'
     assert main_stack(dump) == ['  File "b", line 2 in deep', '  File "c", line 3 in <module>']

@@ -1,4 +1,4 @@
-"""A process under watch: how it ends, and what it leaves. Each case is a real process; none imports torch."""
+"""Watchdog: end of a process and its files. Each case is a real process; none imports torch."""
 
 import json
 import os
@@ -47,13 +47,13 @@ CASES = {
     "killed": "os.kill(os.getpid(), signal.SIGKILL)",
     "hangs": "time.sleep(60)",
     "hangs with the interpreter's lock": "time.sleep(0.3); import re; re.match('(a+)+b', 'a' * 40)",
-    "is told to stop": "os.kill(os.getpid(), signal.SIGTERM); watch.why = requests.why",
+    "receives SIGTERM": "os.kill(os.getpid(), signal.SIGTERM); watch.why = requests.why",
 }
 
 
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, tuple[Path, int, str]]]:
-    """Run folder, exit code and stderr of every case; they run side by side."""
+    """Run folder, exit code and stderr of every case; the cases run concurrently."""
     folder, started = tmp_path_factory.mktemp("watch"), {}
     for case, body in CASES.items():
         run = folder / case.replace(" ", "-")
@@ -66,11 +66,11 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, tuple[
             stderr=subprocess.PIPE,
             text=True,
         )
-    found = {}
+    results = {}
     for case, process in started.items():
-        _, said = process.communicate(timeout=60)
-        found[case] = (folder / case.replace(" ", "-"), process.returncode, said)
-    yield found
+        _, stderr = process.communicate(timeout=60)
+        results[case] = (folder / case.replace(" ", "-"), process.returncode, stderr)
+    yield results
 
 
 def exit_record(run: Path) -> dict:
@@ -86,29 +86,29 @@ def exit_record(run: Path) -> dict:
         ("a mistake", 2, "user_error", 2, 3),
         ("not finite", 3, "not_finite", 2, 2),
         ("hangs", 75, "hang", 2, 3),
-        ("is told to stop", 0, "finished", 3, None),
+        ("receives SIGTERM", 0, "finished", 3, None),
     ],
 )
-def test_the_record_says_how_it_ended(
+def test_exit_record_has_reason_and_steps(
     ended: dict, case: str, code: int, reason: str, step: int, failed: int | None
 ) -> None:
-    run, found, _ = ended[case]
+    run, exit_code, _ = ended[case]
     record = exit_record(run)
-    assert found == code == record["code"]
+    assert exit_code == code == record["code"]
     assert (record["reason"], record["step"], record["failed_step"]) == (reason, step, failed)
     assert record["rows"] == [3, 13] and record["pid"] > 0 and record["host"]
 
 
-def test_what_is_said(ended: dict) -> None:
+def test_error_output_and_recorded_reason(ended: dict) -> None:
     assert "ValueError: a defect" in ended["error"][2] and "Traceback" in ended["error"][2]
     assert exit_record(ended["error"][0])["error"] == "ValueError: a defect"
     assert ended["a mistake"][2] == "error: wrong\n  where: here\n  fix:   do this\n"
-    told = ended["is told to stop"][0]
-    assert exit_record(told)["why"] == "signal SIGTERM"
-    assert "in <module>" in rank_file(told, "stacks", 0, "7-0-1").read_text()
+    run = ended["receives SIGTERM"][0]
+    assert exit_record(run)["why"] == "signal SIGTERM"
+    assert "in <module>" in rank_file(run, "stacks", 0, "7-0-1").read_text()
 
 
-def test_the_dead_leave_a_heartbeat_only(ended: dict) -> None:
+def test_killed_process_leaves_only_a_heartbeat(ended: dict) -> None:
     run, code, _ = ended["killed"]
     assert code == -signal.SIGKILL
     assert not rank_file(run, "exit", 0, "7-0-1").exists()
@@ -116,25 +116,28 @@ def test_the_dead_leave_a_heartbeat_only(ended: dict) -> None:
     assert beat["phase"] in ("start", "step") and abs(beat["time"] - time.time()) < 60
 
 
-def test_a_hang_leaves_its_stack(ended: dict) -> None:
-    run, _, said = ended["hangs"]
+def test_hang_writes_its_stack(ended: dict) -> None:
+    run, _, stderr = ended["hangs"]
     stack = rank_file(run, "stacks", 0, "7-0-1").read_text()
     assert 'File "<string>"' in stack and "in <module>" in stack
-    assert "hangs (phase step, step 3: no progress for 0 s" in said or "phase step, step 3: no progress for 1 s" in said
+    assert (
+        "hangs (phase step, step 3: no progress for 0 s" in stderr
+        or "phase step, step 3: no progress for 1 s" in stderr
+    )
     beat = json.loads(rank_file(run, "heartbeat", 0, "7-0-1").read_text())
     assert (beat["step"], beat["phase"], beat["rows"]) == (3, "step", [3, 13])
 
 
-def test_a_hang_that_holds_the_lock_ends_too(ended: dict) -> None:
-    """No Python code can run any more: the interpreter's own timer dumps the stacks and ends the process."""
+def test_hang_that_holds_the_gil_is_ended(ended: dict) -> None:
+    """No Python code can run: faulthandler's timer dumps the stacks and ends the process."""
     run, code, _ = ended["hangs with the interpreter's lock"]
     assert code == 1
     stack = rank_file(run, "stacks", 0, "7-0-1").read_text()
     assert stack.startswith("Timeout") and "in match" in stack
 
 
-def test_files_that_ask_to_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A user's also keeps the run from starting; the driver's is of one attempt."""
+def test_stop_request_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The user's file also prevents a start; the driver's applies to one attempt."""
 
     def look() -> str | None:
         requests = object.__new__(StopRequests)  # pytest keeps its own signal handlers
@@ -160,7 +163,7 @@ def test_files_that_ask_to_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert look() == "stop.json without a reason"
 
 
-def test_an_event_that_cannot_be_written_ends_nothing(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_unwritable_event_does_not_stop_the_run(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     (tmp_path / "events.jsonl").mkdir()
     record_event(tmp_path, "saved", step=5)
     assert "cannot write event saved {'step': 5}" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Freed memory that stays with the process, and what gives it back when there is too much of it."""
+"""Heap limit: freed memory that the allocator retains is returned above the limit."""
 
 import sys
 
@@ -20,16 +20,16 @@ assert before > 60e6
 blocks = [torch.ones(2**18) for _ in range(400)]  # 1 MB each
 kept = blocks[::20]  # small leftovers between the holes, to the end of the heap
 del blocks
-held = resident()
+after_free = resident()
 limit.after_step()
 given_back = resident()
-print(before, held, given_back)
+print(before, after_free, given_back)
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
-def test_memory_that_was_freed_is_given_back_beyond_the_limit() -> None:
+def test_freed_memory_above_the_limit_is_returned() -> None:
     done = run_python("-c", SCRIPT)
-    before, held, given_back = map(int, done.stdout.split())
-    assert held - before > 300e6  # freed, and still with the process
+    before, after_free, given_back = map(int, done.stdout.split())
+    assert after_free - before > 300e6  # freed, and retained by the allocator
     assert given_back - before < 100e6

@@ -1,4 +1,4 @@
-"""What follows the end of a training attempt."""
+"""Action after the end of a training attempt."""
 
 import pytest
 
@@ -31,7 +31,12 @@ def situation(**more: object) -> Situation:
         (AttemptEnd("user_error"), {"stop": "time limit", "progressed": True}, "end", ()),
         (AttemptEnd("stopped"), {"stop": "time limit", "progressed": True}, "requeue", ()),
         (AttemptEnd("stopped"), {"stop": "time limit"}, "end", ()),
-        (AttemptEnd("stopped"), {"progressed": True}, "requeue", ()),  # the ranks got the signal, not the driver
+        (
+            AttemptEnd("stopped"),
+            {"progressed": True},
+            "requeue",
+            (),
+        ),  # the ranks received the signal, the driver did not
         (AttemptEnd("crash"), {"stop": "preemption", "progressed": True}, "requeue", ()),
         (AttemptEnd("crash"), {}, "retry", ()),
         (AttemptEnd("hang"), {"failures": 3}, "retry", ()),
@@ -54,7 +59,7 @@ def test_decisions(end: AttemptEnd, now: dict, kind: str, excluded: tuple[str, .
     assert action.find_nan == (end.outcome == "not_finite" and kind == "retry")
 
 
-def test_failures_count_until_there_is_a_newer_checkpoint() -> None:
+def test_newer_checkpoint_resets_the_failure_count() -> None:
     def event(kind: str, attempt: str, checkpoint: int, **more: object) -> dict:
         return {"kind": kind, "attempt": attempt, "checkpoint": checkpoint, **more}
 

@@ -24,48 +24,48 @@ def line(cluster: ClusterFile, launcher: str, tmp_path: Path) -> tuple[list[str]
     return training_command(cluster, launcher, NODES, tmp_path, "7-0-1", ["--config", "tiny"])
 
 
-def test_srun_starts_a_process_for_each_gpu(tmp_path: Path) -> None:
-    found, extra = line(ClusterFile(), "srun", tmp_path)
-    assert found[0] == "srun"
-    assert {"--ntasks=16", "--ntasks-per-node=8", "--nodelist=n1,n2", "--cpus-per-task=12"} <= set(found)
-    assert f"--output={tmp_path}/logs/7-0-1/rank-%5t.log" in found
-    assert found[-4:] == ["-m", "sdlm_megatron.train", "--config", "tiny"]
+def test_srun_starts_one_process_per_gpu(tmp_path: Path) -> None:
+    command, extra = line(ClusterFile(), "srun", tmp_path)
+    assert command[0] == "srun"
+    assert {"--ntasks=16", "--ntasks-per-node=8", "--nodelist=n1,n2", "--cpus-per-task=12"} <= set(command)
+    assert f"--output={tmp_path}/logs/7-0-1/rank-%5t.log" in command
+    assert command[-4:] == ["-m", "sdlm_megatron.train", "--config", "tiny"]
     assert extra["SDLM_LAUNCH"] == "srun"
 
 
-def test_torchrun_runs_once_a_node(tmp_path: Path) -> None:
-    found, extra = line(ClusterFile(), "torchrun", tmp_path)
-    assert {"--ntasks=2", "--ntasks-per-node=1", "--nproc-per-node=8", "--cpus-per-task=96"} <= set(found)
-    assert found.count("bash") == 2
+def test_torchrun_runs_once_per_node(tmp_path: Path) -> None:
+    command, extra = line(ClusterFile(), "torchrun", tmp_path)
+    assert {"--ntasks=2", "--ntasks-per-node=1", "--nproc-per-node=8", "--cpus-per-task=96"} <= set(command)
+    assert command.count("bash") == 2
     assert "SDLM_LAUNCH" not in extra
 
 
 @pytest.mark.parametrize("launcher", ["srun", "torchrun"])
-def test_containers_wrap_what_the_ranks_run(launcher: str, tmp_path: Path) -> None:
-    given = {"image": "image.sif", "mounts": ["/a", "/b:/c"], "python": "python3.12"}
-    pyxis, _ = line(ClusterFile(container=Container("pyxis", **given)), launcher, tmp_path)
+def test_containers_wrap_the_rank_command(launcher: str, tmp_path: Path) -> None:
+    options = {"image": "image.sif", "mounts": ["/a", "/b:/c"], "python": "python3.12"}
+    pyxis, _ = line(ClusterFile(container=Container("pyxis", **options)), launcher, tmp_path)
     assert "--container-image=image.sif" in pyxis
     assert "--container-mounts=/a,/b:/c" in pyxis
     assert "python3.12" in pyxis
-    apptainer, _ = line(ClusterFile(container=Container("apptainer", **given)), launcher, tmp_path)
+    apptainer, _ = line(ClusterFile(container=Container("apptainer", **options)), launcher, tmp_path)
     start = apptainer.index("apptainer")
     assert apptainer[start : start + 3] == ["apptainer", "exec", "--nv"]
     after_image = apptainer[apptainer.index("image.sif") + 1]
     assert after_image == ("python3.12" if launcher == "srun" else "bash")
 
 
-def test_the_cluster_file_wins_over_the_shell_and_that_over_the_field(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environment_precedence_cluster_file_shell_default(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NCCL_NVLS_ENABLE", "1")
     monkeypatch.setenv("NCCL_SOCKET_IFNAME", "lo")
     monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS", raising=False)
     cluster = ClusterFile(env={"NCCL_SOCKET_IFNAME": "bond0"})
-    found = attempt_environment(cluster, SlurmJob("7", 0, NODES), NODES, Path("run"), "7-0-1")
-    assert found["NCCL_NVLS_ENABLE"] == "1"
-    assert found["NCCL_SOCKET_IFNAME"] == "bond0"
-    assert found["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
-    assert (found["MASTER_ADDR"], found["SDLM_ATTEMPT"]) == ("n1", "7-0-1")
+    environment = attempt_environment(cluster, SlurmJob("7", 0, NODES), NODES, Path("run"), "7-0-1")
+    assert environment["NCCL_NVLS_ENABLE"] == "1"
+    assert environment["NCCL_SOCKET_IFNAME"] == "bond0"
+    assert environment["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
+    assert (environment["MASTER_ADDR"], environment["SDLM_ATTEMPT"]) == ("n1", "7-0-1")
     again = attempt_environment(cluster, SlurmJob("7", 0, NODES), NODES, Path("run"), "7-0-2")
-    assert found["MASTER_PORT"] != again["MASTER_PORT"]
+    assert environment["MASTER_PORT"] != again["MASTER_PORT"]
 
 
 def test_setup_lines_come_first() -> None:
@@ -74,12 +74,12 @@ def test_setup_lines_come_first() -> None:
     assert script.splitlines()[1:] == ["module load cuda", 'exec "$@"']
 
 
-def test_ranks_of_srun(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rank_environment_of_srun(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
         monkeypatch.setenv(name, "none")
     for name, value in (("PROCID", "9"), ("LOCALID", "1"), ("NTASKS", "16")):
         monkeypatch.setenv(f"SLURM_{name}", value)
-    adopt_slurm_ranks()  # a torchrun inside a job: its own ranks hold
+    adopt_slurm_ranks()  # torchrun inside a job: its ranks take precedence
     assert os.environ["RANK"] == "none"
     monkeypatch.setenv("SDLM_LAUNCH", "srun")
     adopt_slurm_ranks()
@@ -100,7 +100,7 @@ def test_shipped_cluster_files_load(file: Path) -> None:
         ("gpus_per_node: 0", "gpus_per_node is 0"),
     ],
 )
-def test_mistakes_in_a_cluster_file_are_named(text: str, message: str, tmp_path: Path) -> None:
+def test_errors_in_a_cluster_file_are_reported(text: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text(text)
     with pytest.raises(ConfigError, match=message):
         load_cluster(str(tmp_path / "c.yaml"))
@@ -118,5 +118,5 @@ def test_mistakes_in_a_cluster_file_are_named(text: str, message: str, tmp_path:
         ("UNLIMITED", float("inf")),
     ],
 )
-def test_time_limits_as_slurm_writes_them(limit: str, seconds: float) -> None:
+def test_slurm_time_limits_are_parsed(limit: str, seconds: float) -> None:
     assert seconds_of(limit) == seconds

@@ -1,4 +1,4 @@
-"""`sdlm submit` with a fake sbatch that prints its arguments: from a checkout, and from an installation without one."""
+"""Command `sdlm submit` with a fake sbatch that prints its arguments, from a checkout and from an installation."""
 
 import os
 import shutil
@@ -17,7 +17,7 @@ SBATCH = '#!/bin/sh\necho "PYTHON=$PYTHON"\nfor a; do echo "$a"; done\necho 4711
 
 @pytest.fixture
 def user(tmp_path: Path) -> dict[str, str]:
-    """Environment of a user whose working folder is tmp_path, with sbatch on PATH and a cluster file of his own."""
+    """Environment of a user with working folder tmp_path, sbatch on PATH and a custom cluster file."""
     tools = tmp_path / "tools"
     tools.mkdir()
     (tools / "sbatch").write_text(SBATCH)
@@ -39,11 +39,11 @@ def run(*command: object, cwd: Path, env: dict[str, str]) -> subprocess.Complete
 
 
 def submitted_lines(run_dir: Path) -> list[str]:
-    """Arguments in the kept submission."""
+    """Arguments recorded in the saved submission."""
     return (run_dir / "submit.sbatch").read_text().replace(" \\\n", "\n").split()
 
 
-def test_a_training_script_is_submitted_by_its_name(user: dict[str, str], tmp_path: Path) -> None:
+def test_training_script_is_submitted_by_name(user: dict[str, str], tmp_path: Path) -> None:
     line = (sys.executable, "-m", "sdlm_megatron.cli", "submit", "train_32b_d4", "--cluster", "mine", "--nodes", "2")
     done = run(*line, "--", "--train.steps=7", cwd=tmp_path, env={**user, "PYTHONPATH": str(REPO)})
     assert (done.returncode, done.stdout) == (0, "submitted job 4711\n"), done.stderr
@@ -54,21 +54,21 @@ def test_a_training_script_is_submitted_by_its_name(user: dict[str, str], tmp_pa
     assert submitted[script + 1 :] == ["--cluster", cluster, "--spares", "1", "--", "--train.steps=7"]
 
 
-def test_a_script_of_the_checkout_submits_itself(user: dict[str, str], tmp_path: Path) -> None:
+def test_checkout_script_submits_itself(user: dict[str, str], tmp_path: Path) -> None:
     script = REPO / "slurm" / "train_3b_d4.sh"
     done = run(script, "--cluster", "mine", "--parsable", cwd=tmp_path, env={**user, "PYTHON": sys.executable})
     assert (done.returncode, done.stdout) == (0, "4711\n"), done.stderr
     assert str(script) in submitted_lines(tmp_path / "run")
 
 
-def test_an_installation_needs_no_checkout(user: dict[str, str], tmp_path: Path) -> None:
+def test_installed_package_needs_no_checkout(user: dict[str, str], tmp_path: Path) -> None:
     """The package copied to PREFIX/lib/python/site-packages, as pip lays it out, and used from elsewhere."""
     site = tmp_path / "prefix" / "lib" / "python3" / "site-packages"
     for package in ("sdlm_megatron", "data_prep", "checkpoints_tools"):
         shutil.copytree(REPO / package, site / package, ignore=shutil.ignore_patterns("__pycache__"))
     python = tmp_path / "prefix" / "bin" / "python3"
     python.parent.mkdir()
-    python.write_text(f'#!/bin/sh\nPYTHONPATH={site} exec {sys.executable} "$@"\n')  # a virtual environment of sorts
+    python.write_text(f'#!/bin/sh\nPYTHONPATH={site} exec {sys.executable} "$@"\n')  # a minimal virtual environment
     python.chmod(0o755)
     before = sorted(site.rglob("*"))
     env = {**user, "PYTHONDONTWRITEBYTECODE": "1"}
@@ -90,7 +90,7 @@ def test_an_installation_needs_no_checkout(user: dict[str, str], tmp_path: Path)
     assert sorted(site.rglob("*")) == before
 
 
-def test_a_script_describes_itself() -> None:
+def test_script_describes_itself() -> None:
     assert BatchScript("train_32b_d4").preset == BatchScript("slurm/train_32b_d4.sh").preset == "sdlm_32b_d4"
     export = BatchScript("export")
     assert export.preset == "" and export.options["nodes"] == "1" and "exclusive" in export.options
@@ -107,7 +107,7 @@ def test_a_script_describes_itself() -> None:
         (["train_3b_d4", "--cluster", "none"], {}, "no config file or preset named none"),
     ],
 )
-def test_errors_are_named_before_anything_is_submitted(
+def test_errors_are_reported_before_submission(
     arguments: list[str], variables: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("DATA", "BASE", "RUN_DIR", "OUT"):

@@ -1,4 +1,4 @@
-"""The chunked head and loss against plain autograd, on one process and split over two."""
+"""Chunked head and loss match plain autograd, on one process and split over several."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ Case = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def case(n: int, vocab: int, hidden: int, seed: int, dtype: torch.dtype = torch.float32) -> Case:
-    """hidden (n, h), weight (vocab, h), targets (n,), one of them IGNORE where there are several."""
+    """Random hidden (n, h), weight (vocab, h) and targets (n,); one target is IGNORE if n > 2."""
     generator = torch.Generator().manual_seed(seed)
     targets = torch.randint(0, vocab, (n,), generator=generator)
     if n > 2:
@@ -27,7 +27,7 @@ def case(n: int, vocab: int, hidden: int, seed: int, dtype: torch.dtype = torch.
 def plain(
     x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, factor: float, counts: torch.Tensor | None = None
 ) -> list[torch.Tensor]:
-    """nll and the gradients of factor * its sum (weighted by `counts`), by autograd in float64."""
+    """Negative log-likelihood and gradients of factor * its sum (weighted by `counts`), by autograd in float64."""
     x, weight = (t.double().requires_grad_() for t in (x, weight))
     nll = cross_entropy(x @ weight.t(), targets, ignore_index=IGNORE, reduction="none")
     total = (nll if counts is None else nll * counts).sum()
@@ -44,7 +44,7 @@ def ours(
     counts: torch.Tensor | None = None,
 ) -> list[torch.Tensor]:
     x, weight = (t.clone().requires_grad_() for t in (x, weight))
-    size = rows * BYTES * len(weight) * 1.01e-6  # the same on all TP ranks, as a setting is
+    size = rows * BYTES * len(weight) * 1.01e-6  # equal on all TP ranks, like a setting
     total, nll, *_ = label_losses(x, weight, targets, vocabulary, logits_mb=size, loss_weights=counts)
     torch.testing.assert_close(total, (nll if counts is None else nll * counts).sum(), rtol=1e-5, atol=1e-5)
     return [nll, *torch.autograd.grad(factor * total, (x, weight))]
@@ -62,47 +62,47 @@ def ours(
 def test_equals_autograd(n: int, vocab: int, padding: int, rows: int, seed: int, weighted: bool) -> None:
     x, weight, targets = case(n, vocab, 6, seed)
     counts = torch.rand(n, generator=torch.Generator().manual_seed(seed)) if weighted else None
-    padded = torch.cat([weight, torch.full((padding, 6), 9.0)])  # would win the softmax if it took part
+    padded = torch.cat([weight, torch.full((padding, 6), 9.0)])  # would dominate the softmax if it were included
     wanted = plain(x, weight, targets, 0.25, counts)
-    found = ours(x, padded, targets, 0.25, Vocabulary(0, vocab, None), rows, counts)
+    actual = ours(x, padded, targets, 0.25, Vocabulary(0, vocab, None), rows, counts)
     wanted[2] = torch.cat([wanted[2], torch.zeros(padding, 6, dtype=torch.float64)])
-    for mine, other in zip(found, wanted, strict=True):
-        torch.testing.assert_close(mine.double(), other, rtol=1e-4, atol=1e-5)
+    for value, other in zip(actual, wanted, strict=True):
+        torch.testing.assert_close(value.double(), other, rtol=1e-4, atol=1e-5)
 
 
-def test_bf16_is_no_worse_than_plain_bf16() -> None:
+def test_bf16_error_is_at_most_that_of_plain_bf16() -> None:
     x, weight, targets = case(200, 3000, 64, 0, torch.bfloat16)
     weight = weight * 0.3
-    counts = torch.full((200,), 0.1)  # no number of bf16
-    for mine, true in zip(
+    counts = torch.full((200,), 0.1)  # not representable in bf16
+    for value, true in zip(
         ours(x, weight, targets, 1.0, Vocabulary(0, 3000, None), 200, counts)[1:],
         plain(x, weight, targets, 1.0, counts)[1:],
         strict=True,
     ):
-        slope = (mine.double() * true).sum() / true.norm() ** 2
+        slope = (value.double() * true).sum() / true.norm() ** 2
         assert abs(slope - 1) < 2e-4  # 0.1 rounded to bf16 is 1e-3 off
     exact = plain(x, weight, targets, 1.0)
     leaves = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
     nll = cross_entropy((leaves[0] @ leaves[1].t()).float(), targets, ignore_index=IGNORE, reduction="none")
     usual = [nll.detach(), *torch.autograd.grad(nll.sum(), leaves)]
     for rows in (200, 64, 7):
-        found = ours(x, weight, targets, 1.0, Vocabulary(0, 3000, None), rows)
-        for mine, other, true in zip(found, usual, exact, strict=True):
+        actual = ours(x, weight, targets, 1.0, Vocabulary(0, 3000, None), rows)
+        for value, other, true in zip(actual, usual, exact, strict=True):
             # each chunk's part of the weight's gradient is rounded to bf16 once before the sum in fp32
             allowed = 1.02 if rows == 200 else 1.2
-            assert (mine.double() - true).norm() <= allowed * (other.double() - true).norm()
+            assert (value.double() - true).norm() <= allowed * (other.double() - true).norm()
 
 
-def test_a_row_of_padding_only_gives_zeros() -> None:
+def test_row_of_padding_returns_zeros() -> None:
     x, weight, _ = case(1, 20, 6, 0)
-    found = ours(x * torch.inf, weight, torch.tensor([IGNORE]), 1.0, Vocabulary(0, 20, None), 4)
-    assert found[0].tolist() == [0.0]
-    assert not found[1].isfinite().all() or not found[1].any()
-    found = ours(x, weight, torch.tensor([IGNORE]), 1.0, Vocabulary(0, 20, None), 4)
-    assert all(not t.any() for t in found)
+    actual = ours(x * torch.inf, weight, torch.tensor([IGNORE]), 1.0, Vocabulary(0, 20, None), 4)
+    assert actual[0].tolist() == [0.0]
+    assert not actual[1].isfinite().all() or not actual[1].any()
+    actual = ours(x, weight, torch.tensor([IGNORE]), 1.0, Vocabulary(0, 20, None), 4)
+    assert all(not t.any() for t in actual)
 
 
-def test_without_gradients_only_losses() -> None:
+def test_no_grad_returns_losses_only() -> None:
     x, weight, targets = case(9, 30, 6, 3)
     weight.requires_grad_()
     with torch.no_grad():
@@ -111,8 +111,8 @@ def test_without_gradients_only_losses() -> None:
     torch.testing.assert_close(nll.double(), plain(x, weight.detach(), targets, 1.0)[0], rtol=1e-4, atol=1e-5)
 
 
-def test_no_chunk_is_larger_than_asked() -> None:
-    """The largest tensors of forward and backward: a chunk's logits, the weight's gradient; never all logits."""
+def test_chunks_respect_the_size_limit() -> None:
+    """The largest tensors of forward and backward are a chunk's logits and the weight's gradient, never all logits."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     largest = {}
@@ -134,7 +134,7 @@ def test_no_chunk_is_larger_than_asked() -> None:
 
 
 def ties() -> Case:
-    """50 tokens of which two are equal; the likeliest token is the target of at least the first half of the rows."""
+    """Case of 50 tokens, two of them equal; the target is the likeliest token in at least half of the rows."""
     x, weight, targets = case(40, 50, 6, 1)
     weight[45] = weight[3]
     x[0] = 9 * weight[3]
@@ -145,20 +145,20 @@ def ties() -> Case:
 def _part(rank: int, size: int, results: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{results}/rendezvous", rank=rank, world_size=size)
     x, weight, targets = case(30, 50, 6, 1)
-    padded = torch.cat([weight, torch.full((size * 32 - 50, 6), 9.0)])  # of three parts the last is padding only
+    padded = torch.cat([weight, torch.full((size * 32 - 50, 6), 9.0)])  # with three parts, the last has only padding
     first = 32 * rank
     vocabulary = Vocabulary(first, min(max(0, 50 - first), 32), dist.group.WORLD)
-    found = ours(x, padded[first : first + 32], targets, 0.5, vocabulary, 7)
+    actual = ours(x, padded[first : first + 32], targets, 0.5, vocabulary, 7)
     x, padded[:50], targets = ties()
     part = padded[first : first + 32]
     *_, confidence, correct = label_losses(x, part, targets, vocabulary, logits_mb=7 * BYTES * 32.1e-6, measure=True)
-    torch.save([*found, confidence, correct], f"{results}/{rank}.pt")
+    torch.save([*actual, confidence, correct], f"{results}/{rank}.pt")
     dist.destroy_process_group()
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("size", [2, 3])
-def test_split_over_processes(tmp_path, size: int) -> None:
+def test_vocabulary_parallel_loss_matches_autograd(tmp_path, size: int) -> None:
     mp.spawn(_part, (size, str(tmp_path)), nprocs=size)
     parts = [torch.load(tmp_path / f"{r}.pt", weights_only=True) for r in range(size)]
     nll, grad_x, grad_weight = plain(*case(30, 50, 6, 1), 0.5)
@@ -170,7 +170,7 @@ def test_split_over_processes(tmp_path, size: int) -> None:
     assert not whole[50:].any()
     x, weight, targets = ties()
     probabilities = (x @ weight.t()).softmax(-1)
-    hits = probabilities.argmax(-1) == targets  # of the two equal ones the first, wherever it is
+    hits = probabilities.argmax(-1) == targets  # the first of the two equal tokens, on any rank
     assert hits[0] and 20 <= hits.sum() < 30
     for *_, confidence, correct in parts:
         torch.testing.assert_close(confidence, probabilities.max(-1).values)

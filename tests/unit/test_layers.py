@@ -1,4 +1,4 @@
-"""Which layers are chosen and why, what they ask of Megatron-Core, names of both kinds in both directions."""
+"""Layer selection and its reason, arguments for Megatron-Core, tensor names of both kinds in both directions."""
 
 import dataclasses
 import inspect
@@ -59,10 +59,10 @@ def choose(machine: str, parallel: ParallelConfig | None = None, **train: str):
         ("cpu", {"layers": "megatron"}, "megatron: set by train.layers"),
     ],
 )
-def test_the_choice_and_its_reason(machine: str, train: dict[str, str], text: str) -> None:
-    found = choose(machine, **train)
-    assert found.text == text
-    assert found.kind == text.split(" ")[0].rstrip(":")
+def test_choice_and_reason(machine: str, train: dict[str, str], text: str) -> None:
+    choice = choose(machine, **train)
+    assert choice.text == text
+    assert choice.kind == text.split(" ")[0].rstrip(":")
 
 
 @pytest.mark.parametrize(
@@ -93,14 +93,14 @@ def test_the_choice_and_its_reason(machine: str, train: dict[str, str], text: st
         ("H100", {"fp8": "delayed", "recompute": "selective"}, "train.fp8", "recompute norms", "--train.fp8=current"),
     ],
 )
-def test_what_cannot_run_is_said(machine: str, train: dict[str, str], key: str, what: str, fix: str) -> None:
+def test_unsupported_settings_are_refused(machine: str, train: dict[str, str], key: str, what: str, fix: str) -> None:
     with pytest.raises(ConfigError, match=what) as caught:
         choose(machine, **train)
     assert caught.value.where == key
     assert fix in caught.value.fix
 
 
-def test_overlap_needs_the_layers_and_sequence_parallelism() -> None:
+def test_overlap_requires_te_layers_and_sequence_parallelism() -> None:
     overlap = ParallelConfig(tensor=2, sequence=True, overlap_tensor=True)
     assert "overlapped" in choose("H100", overlap).text
     for machine in ("plain", "cpu"):
@@ -128,7 +128,7 @@ def test_overlap_needs_the_layers_and_sequence_parallelism() -> None:
         ({"head_dim": 12, "num_query_groups": 1}, "q, k and v is 72"),
     ],
 )
-def test_shapes_that_fp8_cannot_multiply(change: dict, what: str | None) -> None:
+def test_shapes_unsupported_by_fp8_are_refused(change: dict, what: str | None) -> None:
     numbers = {"num_layers": 2, "hidden_size": 64, "ffn_hidden_size": 160, "num_attention_heads": 4}
     numbers |= {"num_query_groups": 4, "head_dim": 16, "vocab_size": 264, "row_length": 128, "tensor": 1} | change
     row_length, tensor, sequence = (numbers.pop(k, False) for k in ("row_length", "tensor", "sequence"))
@@ -142,8 +142,8 @@ def test_shapes_that_fp8_cannot_multiply(change: dict, what: str | None) -> None
         check_model(ModelConfig(**numbers), config, row_length)
 
 
-def test_arguments_are_settings_of_megatron_core(make_engine: Callable) -> None:
-    """Every argument exists, whatever the choice, in the version that is installed."""
+def test_arguments_exist_in_megatron_core(make_engine: Callable) -> None:
+    """Every argument exists in the installed version, for every choice."""
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     known = {f.name for f in dataclasses.fields(TransformerConfig)}
@@ -158,7 +158,7 @@ def test_arguments_are_settings_of_megatron_core(make_engine: Callable) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what is so on a CPU")
-def test_the_run_says_its_optimizer(make_engine: Callable, tmp_path: Path) -> None:
+def test_run_logs_its_optimizer(make_engine: Callable, tmp_path: Path) -> None:
     from sdlm_megatron.model.layers import optimizer_text
 
     engine = make_engine(make_hf(tmp_path / "hf"))
@@ -175,7 +175,7 @@ OVERLAP_SIGNATURES = {
 
 @pytest.mark.parametrize("version", OVERLAP_SIGNATURES)
 @pytest.mark.parametrize("fp8", [None, "hybrid"])
-def test_the_overlap_fits_the_releases_of_transformer_engine(version: str, fp8: str | None, monkeypatch) -> None:
+def test_overlap_calls_match_transformer_engine_signatures(version: str, fp8: str | None, monkeypatch) -> None:
     names = OVERLAP_SIGNATURES[version].split()
     parameters = [inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None) for n in names]
     calls = []
@@ -196,7 +196,7 @@ def test_the_overlap_fits_the_releases_of_transformer_engine(version: str, fp8: 
         start_tensor_overlap(config, 128)  # type: ignore[arg-type]
 
 
-def test_packages_that_do_not_work_are_hidden(tmp_path: Path) -> None:
+def test_broken_packages_are_hidden(tmp_path: Path) -> None:
     """PyPI's `apex` and a TransformerEngine without a GPU: Megatron-Core must not see them."""
     names = ("apex", "amp_C", "transformer_engine", "transformer_engine_torch")
     for name in names:
@@ -222,8 +222,8 @@ for name in ("apex", "amp_C", "transformer_engine", "transformer_engine_torch"):
     assert done.stdout.splitlines() == ["there is no GPU|there is no GPU", *(f"hidden {name}" for name in names)]
 
 
-def test_another_apex_is_no_apex(tmp_path: Path, monkeypatch) -> None:
-    """On a GPU machine the parts that Megatron-Core takes are imported: PyPI's package has none of them."""
+def test_pypi_apex_is_not_nvidia_apex(tmp_path: Path, monkeypatch) -> None:
+    """On a GPU machine, the modules that Megatron-Core uses are imported; PyPI's package has none of them."""
     from sdlm_megatron.model import packages
 
     for name, text in (("apex_a", ""), ("apex_b", "raise OSError('libcudart.so.12: cannot open')")):
@@ -266,8 +266,8 @@ LAYER = {
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_names_of_both_kinds_of_layers(fused: bool) -> None:
-    """Every tensor of a layer there and back, and nothing else is understood."""
+def test_tensor_names_round_trip_for_both_layer_kinds(fused: bool) -> None:
+    """Every tensor name of a layer round-trips, and other names are rejected."""
     heads = {"q": 8, "k": 4, "v": 4, "o": 8, "gate": 12, "up": 12}
     for name, theirs in LAYER.items():
         ours = f"decoder.layers.1.{NORMS.get(name, name) if fused else name}"
@@ -283,7 +283,7 @@ def test_names_of_both_kinds_of_layers(fused: bool) -> None:
             list(to_hf(f"decoder.layers.0.{wrong}", torch.zeros(4), SHAPE))
 
 
-def test_norms_are_whole_on_every_rank() -> None:
+def test_norms_are_replicated_on_every_rank() -> None:
     for pair in NORMS.items():
         for name in pair:
             assert partition_dim(f"decoder.layers.0.{name}") is None
@@ -292,7 +292,7 @@ def test_norms_are_whole_on_every_rank() -> None:
 
 
 class NormWithState(torch.nn.RMSNorm):
-    """As TransformerEngine's: one more entry in the state, and what is in it may not be loadable."""
+    """Mimics TransformerEngine: an extra state entry whose content may not be loadable."""
 
     def get_extra_state(self) -> torch.Tensor:
         return torch.empty(0, dtype=torch.uint8)
@@ -302,8 +302,8 @@ class NormWithState(torch.nn.RMSNorm):
 
 
 @pytest.mark.parametrize("written", [False, True], ids=["missing", "refused"])
-def test_checkpoints_of_other_layers_load(written: bool, make_engine: Callable, tmp_path: Path) -> None:
-    """The extra state of the layers that wrote a checkpoint is neither missed nor read."""
+def test_checkpoints_of_other_layer_kinds_load(written: bool, make_engine: Callable, tmp_path: Path) -> None:
+    """The extra state of the writing layers is neither required nor read."""
     from sdlm_megatron.checkpoint import restore as checkpointing
     from sdlm_megatron.checkpoint.async_writer import CheckpointWriter
     from sdlm_megatron.config.schema import CheckpointConfig

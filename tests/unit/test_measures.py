@@ -1,4 +1,4 @@
-"""Accuracy, confidence and accepted length, against a plain computation from dense probabilities."""
+"""Accuracy, confidence and accepted length match a plain computation from dense probabilities."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,7 +17,7 @@ D = 4
 
 
 def plain(rows: Sequence[tuple[torch.Tensor, MicroBatch]]) -> tuple[dict[str, float], set[int]]:
-    """The device metrics of rows with the probabilities (N, V) of their label rows, by loops; the accepted lengths."""
+    """Device metrics and accepted lengths of rows, by loops over the probabilities (N, V) of their label rows."""
     correct: list[list] = [[] for _ in range(D + 1)]
     confidence: list[list] = [[] for _ in range(D + 1)]
     blocks: dict[tuple, dict[int, float]] = {}
@@ -45,8 +45,8 @@ def plain(rows: Sequence[tuple[torch.Tensor, MicroBatch]]) -> tuple[dict[str, fl
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.5])
-def test_a_step_measures_what_dense_probabilities_say(make_engine: Callable, tmp_path: Path, weight: float) -> None:
-    """Confidences on both sides of the thresholds, blocks that end early, an empty row; heads in chunks."""
+def test_step_metrics_match_dense_probabilities(make_engine: Callable, tmp_path: Path, weight: float) -> None:
+    """Covers confidences on both sides of the thresholds, blocks that end early, an empty row and a chunked head."""
     dataset = PackedDataset(make_dataset(tmp_path / "data", rows=2))
     engine = make_engine(make_hf(tmp_path / "hf", tied=False))
     engine.config.train.logits_mb = engine.module.logits_mb = 0.02
@@ -66,8 +66,8 @@ def test_a_step_measures_what_dense_probabilities_say(make_engine: Callable, tmp
     assert ("accuracy_next_token" in step.fields()) == bool(weight)
 
 
-def test_evaluation_leaves_training_as_it_was(make_engine: Callable, tmp_path: Path) -> None:
-    """Bit for bit: weights after two steps, with and without a look at other rows and with other measures."""
+def test_evaluation_does_not_affect_training(make_engine: Callable, tmp_path: Path) -> None:
+    """Weights after two steps are bitwise equal with and without evaluation and with other measures."""
     dataset, base = PackedDataset(make_dataset(tmp_path / "data", rows=4)), make_hf(tmp_path / "hf")
     batches = [load_micro_batch(dataset, n, seed=0) for n in range(4)]
     weights = []

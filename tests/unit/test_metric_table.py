@@ -1,4 +1,4 @@
-"""The table of metrics: a device metric is added by one entry with one function, and is everywhere."""
+"""Metric table: one entry with one function adds a device metric to every output."""
 
 import html
 import re
@@ -37,7 +37,7 @@ if __name__ == "__main__":
 
 @pytest.fixture
 def table(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The entries that a test registers are gone after it."""
+    """Removes the entries that a test registers."""
     monkeypatch.setattr("sdlm_megatron.metrics.metric_table.METRICS", [*METRICS])
 
 
@@ -74,7 +74,7 @@ def test_one_entry_reaches_the_record_the_console_and_the_report(tmp_path: Path,
     assert "data/padding" in events.Tags()["scalars"]
 
 
-def test_every_field_of_a_record_has_an_entry_and_an_explanation(tmp_path: Path) -> None:
+def test_every_record_field_has_an_entry_and_explanation(tmp_path: Path) -> None:
     settings = {
         "run_dir": tmp_path / "run",
         "data.path": make_dataset(tmp_path / "data", rows=4),
@@ -110,17 +110,17 @@ def test_every_field_of_a_record_has_an_entry_and_an_explanation(tmp_path: Path)
         ("of an older version", "data"),
     ],
 )
-def test_tabs(field: str, tab: str) -> None:
+def test_tab_of_each_field(field: str, tab: str) -> None:
     assert tab_of(field) == tab
 
 
-def test_a_field_belongs_to_one_entry(table: None) -> None:
+def test_duplicate_field_is_refused(table: None) -> None:
     with pytest.raises(ValueError, match="loss_pos_1 is already in the table"):
         register(Metric("loss_pos_{slot}", "mean", "loss", "nats", ""))
 
 
-def test_sums_maxima_and_means_are_over_all_micro_batches(make_engine: Callable, tmp_path: Path, table: None) -> None:
-    """Also of several steps that are read together, and of steps without a value."""
+def test_reductions_cover_all_micro_batches(make_engine: Callable, tmp_path: Path, table: None) -> None:
+    """Includes several steps that are read together and steps without a value."""
     from helpers import make_hf
 
     def largest(rows: object) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The host does not wait for the device inside a step: no value of a tensor is read back."""
+"""A step never synchronizes host and device: no tensor value is read back."""
 
 import math
 from collections import Counter
@@ -17,55 +17,55 @@ from sdlm_megatron.data.format import PackedDataset
 from sdlm_megatron.errors import TrainingError
 
 READS = ("_local_scalar_dense", "nonzero", "equal", "masked_select", "unique", "bincount")
-"""Operators that on a GPU end in a copy to the host; `item`, `bool(x)`, `x.any() and …` all come down to the first."""
+"""Operators that copy to the host on a GPU; `item`, `bool(x)`, `x.any() and …` all call the first."""
 METHODS = (torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.item, torch.Tensor.cpu)
-"""Reads that are not an operator of their own on a CPU."""
+"""Reads that do not dispatch an operator on a CPU."""
 
 
 class Operators(TorchDispatchMode):
-    """Counts the operators that would wait for a GPU."""
+    """Counts the operators that would synchronize with a GPU."""
 
-    def __init__(self, found: Counter) -> None:
+    def __init__(self, counts: Counter) -> None:
         super().__init__()
-        self.found = found
+        self.counts = counts
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
         if name.startswith(READS):
-            self.found[name] += 1
+            self.counts[name] += 1
         if name in ("index", "index_put", "index_put_"):
             by_mask = any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
-            # one number put in under a mask is a masked_fill, which does not wait
-            self.found[f"{name} by a mask"] += by_mask and (name == "index" or args[2].numel() > 1)
+            # assigning a scalar under a mask is a masked_fill, which does not synchronize
+            self.counts[f"{name} by a mask"] += by_mask and (name == "index" or args[2].numel() > 1)
         return func(*args, **(kwargs or {}))
 
 
 class Methods(TorchFunctionMode):
-    """Counts the reads that no operator shows, and tensors made from numbers on the device: a copy that waits."""
+    """Counts reads without an operator, and tensors created on the device from Python numbers (a blocking copy)."""
 
-    def __init__(self, found: Counter) -> None:
+    def __init__(self, counts: Counter) -> None:
         super().__init__()
-        self.found = found
+        self.counts = counts
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        self.found[getattr(func, "__name__", "")] += func in METHODS
-        self.found["tensor of numbers"] += func in (torch.tensor, torch.as_tensor) and "device" in (kwargs or {})
+        self.counts[getattr(func, "__name__", "")] += func in METHODS
+        self.counts["tensor of numbers"] += func in (torch.tensor, torch.as_tensor) and "device" in (kwargs or {})
         return func(*args, **(kwargs or {}))
 
 
 @contextmanager
 def counted() -> Iterator[Counter]:
-    found: Counter = Counter()
-    with Methods(found), Operators(found):
-        yield found
+    counts: Counter = Counter()
+    with Methods(counts), Operators(counts):
+        yield counts
 
 
-def reads(found: Counter) -> dict[str, int]:
-    return {name: n for name, n in found.items() if n}
+def reads(counts: Counter) -> dict[str, int]:
+    return {name: n for name, n in counts.items() if n}
 
 
-def test_reads_are_seen() -> None:
-    """The counter counts: each of these waits on a GPU, the last two do not."""
+def test_counter_detects_reads() -> None:
+    """Each of these expressions synchronizes on a GPU, except the last two."""
     x = torch.arange(4.0)
     for read in (
         lambda: x.sum().item(),
@@ -79,13 +79,13 @@ def test_reads_are_seen() -> None:
         lambda: torch.equal(x, x),
         lambda: torch.tensor([1.0], device="cpu"),
     ):
-        with counted() as found:
+        with counted() as counts:
             read()
-        assert reads(found)
-    with counted() as found:
+        assert reads(counts)
+    with counted() as counts:
         x[x > 1] = 0.0
         x[torch.tensor([0, 2])] = 1.0
-    assert not reads(found)
+    assert not reads(counts)
 
 
 @pytest.fixture
@@ -94,19 +94,19 @@ def batches(tmp_path: Path) -> list:
     return [load_micro_batch(dataset, n, seed=0) for n in (0, 1, None)]
 
 
-def test_a_step_reads_nothing(make_engine: Callable, tmp_path: Path, batches: list) -> None:
+def test_step_reads_no_tensor_values(make_engine: Callable, tmp_path: Path, batches: list) -> None:
     engine = make_engine(make_hf(tmp_path / "hf"))
-    engine.config.optimizer.clip_grad = 0.1  # so that clipping has work
-    queued = [engine.train_step([engine.prepare(b) for b in batches], 1)]  # the first makes Adam's state
+    engine.config.optimizer.clip_grad = 0.1  # so that clipping is active
+    queued = [engine.train_step([engine.prepare(b) for b in batches], 1)]  # the first step creates Adam's state
     prepared = [engine.prepare(b) for b in batches]
-    with counted() as found:
+    with counted() as counts:
         queued.append(engine.train_step(prepared, 2))
-    assert not reads(found)
+    assert not reads(counts)
     first, second = engine.results(queued)
     assert 0 < second.loss < first.loss and first.grad_norm > 0.1
 
 
-def test_norm_and_clipping_are_those_of_megatron(make_engine: Callable, tmp_path: Path, batches: list) -> None:
+def test_norm_and_clipping_match_megatron(make_engine: Callable, tmp_path: Path, batches: list) -> None:
     from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
     from sdlm_megatron.parallel.optimizer import clip, gradient_norm
@@ -125,17 +125,17 @@ def test_norm_and_clipping_are_those_of_megatron(make_engine: Callable, tmp_path
     for parameter, was in zip(parameters, plain, strict=True):
         parameter.grad.copy_(was)
     clip_grad_by_total_norm_fp32(parameters, max_norm=0.3, total_norm=norm.item())
-    assert all(torch.equal(p.grad, mine) for p, mine in zip(parameters, ours, strict=True))
+    assert all(torch.equal(p.grad, gradient) for p, gradient in zip(parameters, ours, strict=True))
 
 
-def test_a_step_without_targets_has_a_gradient_of_zero(make_engine: Callable, tmp_path: Path, batches: list) -> None:
+def test_step_without_targets_has_zero_gradient(make_engine: Callable, tmp_path: Path, batches: list) -> None:
     engine = make_engine(make_hf(tmp_path / "hf"))
     (result,) = engine.results([engine.train_step([engine.prepare(batches[2])], 1)])
     assert (result.loss, result.grad_norm, result.targets) == (0.0, 0.0, 0)
 
 
-def test_the_first_bad_step_and_its_row_are_named(make_engine: Callable, tmp_path: Path, batches: list) -> None:
-    """Steps are checked together, later: the error is of the first step that went wrong, and of the row in it."""
+def test_first_bad_step_and_its_row_are_reported(make_engine: Callable, tmp_path: Path, batches: list) -> None:
+    """Steps are checked later in batches; the error names the first bad step and its row."""
     engine = make_engine(make_hf(tmp_path / "hf"))
     good, bad, empty = (engine.prepare(b) for b in batches)
     (fine,) = engine.results([engine.train_step([good, empty], 1)])

@@ -1,4 +1,4 @@
-"""The console line: its width, its columns, its numbers."""
+"""Console line: width, columns, number formats."""
 
 import io
 
@@ -36,7 +36,7 @@ def test_lines_align_with_names_and_fit_120_columns(block_size):
     assert "42.1%" in line and "12h03m" in line and "63.2G" in line and "1.23M" in line and "5.0e-06" in line
 
 
-def test_every_slot_is_shown_up_to_eight_and_beyond_that_the_last():
+def test_up_to_eight_slots_are_shown_then_the_last():
     shown = Console(steps=9, block_size=8).names()
     assert all(f"slot{j}" in shown for j in range(1, 9))
     wide = Console(steps=9, block_size=32).names()
@@ -53,12 +53,12 @@ def test_absent_fields_show_as_a_dash_and_columns_stay():
     assert "mfu" not in console.names()
 
 
-def test_an_exploding_gradient_keeps_the_line_narrow():
+def test_exploding_gradient_does_not_widen_the_line():
     console = Console(steps=13699, block_size=8)
     assert len(console.line(record(1, 8, grad_norm=123456.0))) == len(console.names())
 
 
-def test_legend_once_and_names_again_every_50_lines():
+def test_legend_is_printed_once_and_header_every_50_lines():
     stream = io.StringIO()
     console = Console(steps=120, block_size=4, stream=stream)
     for step in range(1, 102):

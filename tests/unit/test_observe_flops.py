@@ -1,4 +1,4 @@
-"""Model FLOPs against a count by hand, against the dense mask, and against PyTorch's own counter."""
+"""Model FLOPs match a hand count, the dense mask and PyTorch's counter."""
 
 import numpy as np
 import pytest
@@ -58,15 +58,15 @@ def test_pairs_equal_the_dense_mask(layout, causal_attn):
     )
 
 
-def test_count_by_hand():
-    # a layer: q and o 8x12 each, k and v 8x6 each, three 8x16 matrices
+def test_flops_match_hand_count():
+    # per layer: q and o 8x12 each, k and v 8x6 each, three 8x16 matrices
     assert linear_params(SHAPE) == 2 * (2 * 96 + 2 * 48 + 3 * 128)
     # 10 tokens, 33 pairs in 2 layers of 4 heads of size 3, 5 labels
     assert forward_flops(SHAPE, tokens=10, pairs=33, label_rows=5) == 2 * 1344 * 10 + 4 * 33 * 12 * 2 + 2 * 8 * 50 * 5
     assert training_flops(SHAPE, tokens=10, pairs=33, label_rows=5) == 3 * (26880 + 3168 + 4000)
 
 
-def test_agrees_with_pytorchs_counter_where_every_pair_is_visible():
+def test_matches_pytorch_counter_if_all_pairs_are_visible():
     s, tokens = SHAPE, 7
     heads, kv_heads = s.num_attention_heads, s.num_query_groups
     x = torch.randn(tokens, s.hidden_size)
@@ -87,11 +87,11 @@ def test_agrees_with_pytorchs_counter_where_every_pair_is_visible():
     assert counter.get_total_flops() == forward_flops(s, tokens=tokens, pairs=tokens * tokens, label_rows=3)
 
 
-def test_a_step_is_the_sum_of_its_rows_and_padding_costs_nothing():
-    one, two = layout_of([(5, [1, 3])], 4), layout_of([(6, [2]), (4, [0, 1])], 4)
-    pairs = visible_pairs(one) + visible_pairs(two)
-    expected = training_flops(SHAPE, tokens=one.used + two.used, pairs=pairs, label_rows=11)
-    assert step_flops(SHAPE, [one, two], 11) == expected
+def test_step_flops_sum_over_rows_without_padding():
+    first, second = layout_of([(5, [1, 3])], 4), layout_of([(6, [2]), (4, [0, 1])], 4)
+    pairs = visible_pairs(first) + visible_pairs(second)
+    expected = training_flops(SHAPE, tokens=first.used + second.used, pairs=pairs, label_rows=11)
+    assert step_flops(SHAPE, [first, second], 11) == expected
 
 
 def test_long_documents_do_not_overflow():

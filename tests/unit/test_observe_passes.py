@@ -1,4 +1,4 @@
-"""An answer as text: characters that are split over tokens, colours by pass, the line of figures."""
+"""Answers as text: characters split over tokens, colours by pass, summary line."""
 
 from typing import Any
 
@@ -17,13 +17,13 @@ MIXED = "naïve “quotes”\n你好，世界！🙂👩‍👩‍👧 \ufffd �
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """One token a byte."""
+    """Tokenizer with one token per byte."""
     return AutoTokenizer.from_pretrained(write_folder(tmp_path_factory.mktemp("bytes")))
 
 
 @pytest.fixture(scope="module")
 def fallback() -> Any:
-    """As SentencePiece models decode: a space before each word, the first one stripped, bytes as <0x..>."""
+    """Tokenizer that decodes like SentencePiece: a space before each word, the first stripped, bytes as <0x..>."""
     words = {"▁hello": 256, "▁world": 257, "ing": 258, "▁": 259}
     vocab = {**{f"<0x{i:02X}>": i for i in range(256)}, **words}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], byte_fallback=True))
@@ -34,18 +34,18 @@ def fallback() -> Any:
 
 
 def stream(tokenizer: Any, ids: list[int]) -> list[str]:
-    """What each token gives, and what the end gives."""
+    """Text emitted for each token and at the end."""
     text = TextStream(tokenizer)
     return [*(text.push(i) for i in ids), text.flush()]
 
 
-def test_split_characters_come_whole(tokenizer: Any) -> None:
+def test_split_characters_are_emitted_whole(tokenizer: Any) -> None:
     ids = list(MIXED.encode())
-    found = stream(tokenizer, ids)
-    assert "".join(found) == MIXED
-    assert found[-1] == ""
-    # a character comes with its last byte, and nothing stands in for it before
-    assert [f for f in found if f] == [*MIXED.partition("\ufffd")[0], "\ufffd ", *MIXED.partition("\ufffd ")[2]]
+    pieces = stream(tokenizer, ids)
+    assert "".join(pieces) == MIXED
+    assert pieces[-1] == ""
+    # a character is emitted with its last byte, without a placeholder before
+    assert [f for f in pieces if f] == [*MIXED.partition("\ufffd")[0], "\ufffd ", *MIXED.partition("\ufffd ")[2]]
 
 
 def test_special_tokens_are_left_out(tokenizer: Any) -> None:
@@ -53,7 +53,7 @@ def test_special_tokens_are_left_out(tokenizer: Any) -> None:
 
 
 @given(ids=st.lists(st.one_of(st.integers(0, 255), st.sampled_from([0xE4, 0xBD, 0xA0, 0xF0, 0x9F, 0x41]))))
-def test_any_bytes_add_up_to_decode(tokenizer: Any, ids: list[int]) -> None:
+def test_streamed_bytes_equal_decode(tokenizer: Any, ids: list[int]) -> None:
     assert "".join(stream(tokenizer, ids)) == tokenizer.decode(ids, skip_special_tokens=True)
 
 
@@ -64,22 +64,22 @@ def test_any_bytes_add_up_to_decode(tokenizer: Any, ids: list[int]) -> None:
         )
     )
 )
-def test_words_and_byte_tokens_add_up_to_decode(fallback: Any, parts: list[list[int]]) -> None:
+def test_streamed_words_and_byte_tokens_equal_decode(fallback: Any, parts: list[list[int]]) -> None:
     ids = [i for part in parts for i in part]
     assert "".join(stream(fallback, ids)) == fallback.decode(ids, clean_up_tokenization_spaces=False)
 
 
-def test_spaces_of_first_tokens_survive(fallback: Any) -> None:
+def test_leading_spaces_are_kept(fallback: Any) -> None:
     assert stream(fallback, [256, 257, 258, 256]) == ["hello", " world", "ing", " hello", ""]
 
 
-def test_pieces_know_their_pass(tokenizer: Any) -> None:
+def test_pieces_carry_their_pass(tokenizer: Any) -> None:
     ids = [*"a你b".encode(), 0xE4]
-    found = token_texts(tokenizer, ids, [2, 3, 1])
-    assert [(p["text"], p["pass"]) for p in found] == [("a", 1), ("", 1), ("", 2), ("你", 2), ("b", 2), ("\ufffd", 3)]
+    pieces = token_texts(tokenizer, ids, [2, 3, 1])
+    assert [(p["text"], p["pass"]) for p in pieces] == [("a", 1), ("", 1), ("", 2), ("你", 2), ("b", 2), ("\ufffd", 3)]
     assert token_texts(tokenizer, ids[:1], [2]) == [{"text": "a", "pass": 1}]  # without the end token
     assert token_texts(tokenizer, [], []) == []
-    text = colored(found)
+    text = colored(pieces)
     assert text.plain == "a你b\ufffd"
     assert {str(span.style) for span in text.spans if text.plain[span.start : span.end] in ("你", "b")} == {COLORS[1]}
 
@@ -92,7 +92,7 @@ def luminance(colour: str) -> float:
 
 
 @pytest.mark.parametrize("colour", COLORS)
-def test_colours_can_be_read_on_black_and_on_white(colour: str) -> None:
+def test_colours_are_readable_on_black_and_white(colour: str) -> None:
     light = luminance(colour)
     assert 1.05 / (light + 0.05) > 4
     assert (light + 0.05) / 0.05 > 4

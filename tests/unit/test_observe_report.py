@@ -1,4 +1,4 @@
-"""The report of a synthetic run: everything inside, nothing fetched, wrong input named."""
+"""Report of a synthetic run: self-contained, no network access, invalid input reported."""
 
 import base64
 import json
@@ -18,7 +18,7 @@ ROW_LENGTH = 256
 
 
 class MemoryRows:
-    """Packed rows without files; the form of PackedDataset."""
+    """In-memory packed rows with the interface of PackedDataset."""
 
     def __init__(self, count=30, row_length=ROW_LENGTH, seed=0):
         rng = np.random.default_rng(seed)
@@ -86,7 +86,7 @@ def run_dir(tmp_path):
 
 
 class Page(HTMLParser):
-    """Collects tags, checks that they nest."""
+    """Collects tags and checks that they nest."""
 
     VOID = frozenset({"meta", "img", "br", "link", "wbr"})
 
@@ -115,7 +115,7 @@ class Page(HTMLParser):
             self.words += data
 
 
-def test_report_holds_every_section_and_fetches_nothing(run_dir):
+def test_report_has_every_section_and_fetches_nothing(run_dir):
     out = write_report(run_dir, MemoryRows(), make_evaluation(), facts={"model": "tiny"})
     text = out.read_text(encoding="utf-8")
     page = Page(text)
@@ -130,7 +130,7 @@ def test_report_holds_every_section_and_fetches_nothing(run_dir):
         assert base64.b64decode(link.split(",", 1)[1]).startswith(b"\x89PNG")
 
 
-def test_report_shows_the_figures_it_was_given(run_dir):
+def test_report_shows_the_input_figures(run_dir):
     words = Page(write_report(run_dir, MemoryRows(), make_evaluation()).read_text()).words
     for expected in ("40 of 40", "step 20", "3.13", "100.0%", "22.0%", "untouched model", "30 rows of 256 tokens",
                      "6 tokens in 2 passes: 3.00 tokens per pass", "equals the expected", "<b> & co", "megatron-core",
@@ -138,22 +138,22 @@ def test_report_shows_the_figures_it_was_given(run_dir):
         assert expected in words, expected
 
 
-def test_a_wrong_sample_shows_what_was_expected(run_dir):
+def test_wrong_sample_shows_the_expected_text(run_dir):
     evaluation = make_evaluation()
     evaluation["sample"]["expected"] = "something else"
     words = Page(write_report(run_dir, None, evaluation).read_text()).words
     assert "Expected text:" in words and "something else" in words and "answer equals" not in words
 
 
-def test_only_metrics_are_needed_and_evaluation_json_is_found(run_dir):
+def test_only_metrics_are_required_and_evaluation_json_is_optional(run_dir):
     assert Page(write_report(run_dir, out=run_dir / "a" / "b.html").read_text()).headings == [
         "Run", "Loss per slot", "All metrics", "Configuration"]  # fmt: skip
     (run_dir / "evaluation.json").write_text(json.dumps(make_evaluation()))
     assert "Speed and exactness" in Page(write_report(run_dir).read_text()).headings
 
 
-def test_a_record_stands_for_the_steps_since_the_one_before(run_dir):
-    """Logged at every fourth step: the same 40 steps of half a second."""
+def test_record_covers_the_steps_since_the_previous_one(run_dir):
+    """Logging every fourth step gives the same 40 steps of half a second."""
     every, fourth = make_records(), [r for r in make_records() if r["step"] % 4 == 0]
     texts = []
     for records in (every, fourth):
@@ -164,12 +164,12 @@ def test_a_record_stands_for_the_steps_since_the_one_before(run_dir):
         assert "36.0k without padding, 28.0k targets; 1.80k tokens per second" in text
 
 
-def test_a_folder_without_metrics_is_named(tmp_path):
+def test_folder_without_metrics_is_reported(tmp_path):
     with pytest.raises(DataError, match="metrics.jsonl"):
         write_report(tmp_path)
 
 
-def test_a_report_that_fails_leaves_the_old_one(run_dir):
+def test_failed_report_keeps_the_old_file(run_dir):
     out = write_report(run_dir)
     before = out.read_bytes()
     with pytest.raises(DataError):
@@ -188,7 +188,7 @@ def test_a_report_that_fails_leaves_the_old_one(run_dir):
         (lambda e: e["sample"].pop("prompt"), "sample"),
     ],
 )
-def test_a_wrong_evaluation_names_its_field(change, named):
+def test_invalid_evaluation_error_names_the_field(change, named):
     evaluation = make_evaluation()
     change(evaluation)
     with pytest.raises(DataError, match=named):
@@ -212,13 +212,13 @@ def test_long_rows_are_cropped_to_whole_documents_or_to_blocks_that_fit():
     several = layout(enumerate([(100, range(0, 50, 2)), (300, range(20)), (400, range(90))]))
     kept = crop_layout(several, most=640)
     assert kept.n_docs == 2 and kept.used == 100 + 25 * 4 + 300 + 20 * 4
-    one = layout(enumerate([(5000, range(0, 4000, 5))]))
-    cut = crop_layout(one, most=640)
+    long_row = layout(enumerate([(5000, range(0, 4000, 5))]))
+    cut = crop_layout(long_row, most=640)
     assert cut.n_docs == 1 and cut.used <= 640 and cut.clean_lens[0] == 320
     assert len(cut.starts) == int(cut.n_blocks[0]) == 64 and cut.starts.max() < 320
 
 
-def test_mask_picture_of_a_row_longer_than_the_limit(run_dir):
+def test_mask_image_of_a_row_beyond_the_limit(run_dir):
     rng = np.random.default_rng(1)
     clean = np.arange(3000, dtype=np.int32)
     starts = np.sort(rng.choice(3000, 700, replace=False)).astype(np.int32)

@@ -1,4 +1,4 @@
-"""JSONL, TensorBoard and W&B, each really written and read back."""
+"""JSONL, TensorBoard and W&B sinks, written with the real libraries and read back."""
 
 import json
 import resource
@@ -33,7 +33,7 @@ def _no_wandb_environment(monkeypatch):
 
 @contextmanager
 def no_file_beyond(size):
-    """Writing more fails, as on a full disk."""
+    """Limits the file size, so that writing fails as on a full disk."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
     try:
@@ -54,7 +54,7 @@ def run(folder, first, last, *, resume_step=0, settings=None, note="", offset=0.
             sinks.log_samples(last, samples)
 
 
-def test_a_resume_leaves_exactly_one_record_a_step(tmp_path):
+def test_resume_leaves_one_record_per_step(tmp_path):
     file = tmp_path / "metrics.jsonl"
     run(tmp_path, 1, 9)
     run(tmp_path, 6, 12, resume_step=5, note="DP 2", offset=100.0)
@@ -66,7 +66,7 @@ def test_a_resume_leaves_exactly_one_record_a_step(tmp_path):
     assert not list(tmp_path.glob("*.partial"))
 
 
-def test_a_line_cut_by_a_crash_is_dropped_and_the_next_starts_clean(tmp_path):
+def test_line_truncated_by_a_crash_is_dropped(tmp_path):
     file = tmp_path / "metrics.jsonl"
     run(tmp_path, 1, 4)
     with open(file, "a", encoding="utf-8") as handle:
@@ -76,13 +76,13 @@ def test_a_line_cut_by_a_crash_is_dropped_and_the_next_starts_clean(tmp_path):
     assert steps(file) == [1, 2, 3, 4, 5]
 
 
-def test_a_run_from_the_start_drops_the_records_of_the_one_before(tmp_path):
+def test_run_from_step_0_drops_earlier_records(tmp_path):
     run(tmp_path, 1, 4)
     run(tmp_path, 1, 2)
     assert steps(tmp_path / "metrics.jsonl") == [1, 2]
 
 
-def test_a_line_that_is_no_record_is_named_and_nothing_is_changed(tmp_path):
+def test_invalid_line_is_reported_and_file_unchanged(tmp_path):
     file = tmp_path / "metrics.jsonl"
     file.write_text('{"step": 1}\nnonsense\n{"step": 3}\n')
     before = file.read_bytes()
@@ -91,11 +91,11 @@ def test_a_line_that_is_no_record_is_named_and_nothing_is_changed(tmp_path):
     assert file.read_bytes() == before
 
 
-def test_what_a_full_disk_does_not_take_is_written_when_there_is_room(tmp_path, capfd):
+def test_records_are_written_once_a_full_disk_has_room(tmp_path, capfd):
     path = tmp_path / "metrics.jsonl"
     sink = JsonlSink(path)
     sink.log(1, {"loss": 1.0, "note": "x" * 4000})
-    with no_file_beyond(path.stat().st_size + 5):  # the next line is cut
+    with no_file_beyond(path.stat().st_size + 5):  # the next line is truncated
         for step in (2, 3):
             sink.log(step, {"loss": 1.0})
     assert not path.read_text().endswith("\n")
@@ -105,7 +105,7 @@ def test_what_a_full_disk_does_not_take_is_written_when_there_is_room(tmp_path, 
     assert capfd.readouterr().err.count("its lines wait") == 1
 
 
-def test_a_value_that_is_not_finite_becomes_null(tmp_path):
+def test_non_finite_value_becomes_null(tmp_path):
     sink = JsonlSink(tmp_path / "m.jsonl")
     sink.log(1, {"loss": float("nan"), "grad_norm": float("inf"), "lr": 1.0})
     sink.close()
@@ -122,7 +122,7 @@ def scalars(folder, tag):
     return {e.step: e.value for e in reader.Scalars(tag)}, reader.Tags()["scalars"]
 
 
-def test_tensorboard_reads_back_and_a_resume_replaces_repeated_steps(tmp_path):
+def test_tensorboard_resume_replaces_repeated_steps(tmp_path):
     settings = Settings(tensorboard=True)
     run(tmp_path, 1, 6, settings=settings)
     first, tags = scalars(tmp_path / "tensorboard", "loss/loss")
@@ -134,7 +134,7 @@ def test_tensorboard_reads_back_and_a_resume_replaces_repeated_steps(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # of its writing thread
-def test_a_full_disk_ends_tensorboard_only(tmp_path, capfd):
+def test_full_disk_disables_tensorboard_only(tmp_path, capfd):
     sink = TensorBoardSink(tmp_path)
     with no_file_beyond(4000):
         for step in range(2000):
@@ -151,7 +151,7 @@ def test_tensorboard_skips_text(tmp_path):
 
 
 def wandb_records(file):
-    """Messages of a .wandb file: a 7-byte header, then LevelDB's log format (32 KiB blocks, 7-byte chunk headers)."""
+    """Parses a .wandb file: a 7-byte header, then LevelDB's log format (32 KiB blocks, 7-byte chunk headers)."""
     from wandb.proto import wandb_internal_pb2
 
     data, at, message = file.read_bytes(), 7, b""
@@ -160,7 +160,9 @@ def wandb_records(file):
         if (left := 32768 - at % 32768) < 7:  # no room for a chunk header: zeros up to the next block
             at += left
             continue
-        length, kind = struct.unpack_from("<HB", data, at + 4)  # behind the checksum; kind 1 full, 2 first, 3, 4 last
+        length, kind = struct.unpack_from(
+            "<HB", data, at + 4
+        )  # after the checksum; kind 1 full, 2 first, 3 middle, 4 last
         if at + 7 + length > len(data):  # still being written
             return
         message += data[at + 7 : at + 7 + length]
@@ -171,7 +173,7 @@ def wandb_records(file):
 
 
 def finished_records(file):
-    """All messages of a run that was closed: W&B's own process may write the last ones after `finish` has returned."""
+    """All messages of a closed run: W&B's process may write the last ones after `finish` has returned."""
     end = time.monotonic() + 20
     while time.monotonic() < end:
         records = list(wandb_records(file))
@@ -183,20 +185,20 @@ def finished_records(file):
 
 def wandb_history(folder):
     """(step, loss) of all offline runs below `folder`, by run id, read from W&B's own files."""
-    found = {}
+    histories = {}
     for file in sorted(folder.glob("wandb/offline-run-*/*.wandb")):
         for record in finished_records(file):
             if record.WhichOneof("record_type") == "run":
-                rows = found.setdefault(record.run.run_id, [])
+                rows = histories.setdefault(record.run.run_id, [])
             if record.WhichOneof("record_type") == "history":
                 fields = {(i.key or ".".join(i.nested_key)): json.loads(i.value_json) for i in record.history.item}
                 if "loss" in fields:  # samples are rows of their own
                     rows.append((fields["step"], fields["loss"]))
-    return found
+    return histories
 
 
 @pytest.mark.slow
-def test_wandb_offline_is_really_written_and_a_resume_keeps_the_run(tmp_path, monkeypatch, capfd):
+def test_wandb_offline_is_written_and_resume_keeps_the_run(tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef0123456789abcdef01234567")
     settings = Settings(wandb="offline")
     folder = tmp_path / "night"
@@ -216,7 +218,7 @@ def test_wandb_offline_is_really_written_and_a_resume_keeps_the_run(tmp_path, mo
 
 
 class Answering(BaseHTTPRequestHandler):
-    """A server that knows nothing."""
+    """Server that answers every request with 404."""
 
     def do_GET(self):
         self.send_error(404)
@@ -235,8 +237,8 @@ def server(monkeypatch):
 
 
 @pytest.mark.parametrize("network", ["refused", "black hole"])
-def test_without_network_no_step_waits_and_all_is_recorded_offline(tmp_path, monkeypatch, capfd, network):
-    """The real client: a port nobody listens at, and one that takes connections and never answers."""
+def test_without_network_steps_do_not_block_and_run_is_recorded_offline(tmp_path, monkeypatch, capfd, network):
+    """Uses the real client with a closed port and with a port that accepts connections and never answers."""
     import wandb
 
     with socket.socket() as hole:
@@ -246,7 +248,7 @@ def test_without_network_no_step_waits_and_all_is_recorded_offline(tmp_path, mon
         monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{hole.getsockname()[1]}")
         monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef0123456789abcdef01234567")
         monkeypatch.setattr(wandb_sink, "ANSWER_SECONDS", 1.0)
-        wandb.teardown()  # settings are read once a process
+        wandb.teardown()  # settings are read once per process
         with Sinks.open(tmp_path, Settings(wandb="online")) as sinks:
             started = time.perf_counter()
             for step in range(1, 21):
@@ -258,7 +260,7 @@ def test_without_network_no_step_waits_and_all_is_recorded_offline(tmp_path, mon
     assert "recording offline" in capfd.readouterr().err
 
 
-def test_a_client_that_hangs_is_left_behind(tmp_path, monkeypatch, capfd):
+def test_hanging_client_is_abandoned(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(wandb_sink, "CLOSE_SECONDS", 0.2)
     monkeypatch.setattr(wandb_sink, "MOST_WAITING", 3)
     hangs = threading.Event()
@@ -271,17 +273,17 @@ def test_a_client_that_hangs_is_left_behind(tmp_path, monkeypatch, capfd):
     hangs.set()
 
 
-def test_online_without_a_key_does_not_ask_and_goes_offline_with_a_notice(tmp_path, monkeypatch, capfd, server):
+def test_online_without_key_switches_to_offline_with_a_notice(tmp_path, monkeypatch, capfd, server):
     import wandb
 
     wandb.teardown()
-    asked = []
-    monkeypatch.setattr(wandb, "login", lambda **options: asked.append(options) or False)
+    login_calls = []
+    monkeypatch.setattr(wandb, "login", lambda **options: login_calls.append(options) or False)
     started = []
     monkeypatch.setattr(wandb, "init", lambda **options: started.append(options["mode"]) or FakeRun())
     sink = wandb_sink.open_wandb(tmp_path / "run", mode="online", project="p", run_config={})
     sink.close()
-    assert started == ["offline"] and asked == [{"prompt": False}]
+    assert started == ["offline"] and login_calls == [{"prompt": False}]
     assert "wandb sync" in capfd.readouterr().err
 
 
@@ -301,7 +303,7 @@ class FakeRun:
         self.rows.append("end")
 
 
-def test_failing_to_start_is_told_loudly_without_secrets_and_training_goes_on(tmp_path, monkeypatch, capfd):
+def test_start_failure_is_reported_without_secrets_and_training_continues(tmp_path, monkeypatch, capfd):
     import wandb
 
     key = "a-very-secret-key-0001"
@@ -317,7 +319,7 @@ def test_failing_to_start_is_told_loudly_without_secrets_and_training_goes_on(tm
     assert "WARNING" in error and "NOT recorded" in error and "rejected key ***" in error and key not in error
 
 
-def test_failing_while_logging_ends_the_sink_only(capfd):
+def test_logging_failure_disables_only_the_sink(capfd):
     fake = FakeRun(fail_at=2)
     sink = wandb_sink.WandbSink(lambda: fake)
     for step in (1, 2, 3):
@@ -333,11 +335,11 @@ def test_off_does_not_import_wandb(tmp_path, monkeypatch):
     assert not (tmp_path / "wandb").exists()
 
 
-def test_the_environment_can_switch_wandb_off(tmp_path, monkeypatch):
+def test_environment_can_disable_wandb(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "disabled")
     assert wandb_sink.open_wandb(tmp_path, mode="online", project="p", run_config={}) is None
 
 
-def test_an_unknown_mode_names_the_known_ones(tmp_path):
+def test_unknown_mode_error_lists_known_modes(tmp_path):
     with pytest.raises(ConfigError, match="offline"):
         Sinks.open(tmp_path, Settings(wandb="offlin"), 0)

@@ -1,4 +1,4 @@
-"""The planner: what must hold whatever the numbers are, the mixture's figures, and the command."""
+"""Planner: invariants, figures of the mixture, and the command."""
 
 import json
 from dataclasses import replace
@@ -38,7 +38,7 @@ BIG = planner()
 
 @st.composite
 def layouts(draw: st.DrawFn) -> ParallelLayout:
-    """Layouts of the 32B model."""
+    """Strategy: layouts of the 32B model."""
     tensor, pipeline = draw(st.sampled_from([1, 2, 4, 8])), draw(st.sampled_from([1, 2, 4, 8]))
     kind = draw(st.sampled_from(["none", "selective", "full"]))
     sharded = draw(st.booleans())
@@ -61,8 +61,8 @@ def layouts(draw: st.DrawFn) -> ParallelLayout:
 
 @settings(max_examples=60)
 @given(layouts())
-def test_saving_memory_saves_memory(layout):
-    """Each way to save memory: never more of it, whatever else the layout is."""
+def test_memory_options_never_increase_memory(layout):
+    """Each memory-saving option never increases memory, for any layout."""
     needed = BIG.memory(layout).total
     bare = layout.with_recompute("none")
     assert needed <= BIG.memory(bare).total
@@ -80,16 +80,16 @@ def test_saving_memory_saves_memory(layout):
 
 @settings(max_examples=60)
 @given(layouts())
-def test_items_make_the_total_and_time_is_spent(layout):
-    found = BIG.plan(layout)
-    assert sum(found.memory.items().values()) == pytest.approx(found.memory.total)
-    assert min(found.memory.items().values()) >= 0
-    assert sum(vars(found.time).values()) == pytest.approx(found.time.total)
-    assert min(vars(found.time).values()) >= 0
-    assert 0 < found.mfu < GIVEN.gemm_efficiency
-    # the arithmetic alone: nothing runs faster than all GPUs at the speed of their matrix products
-    assert found.seconds >= found.flops / (layout.gpus * BIG.device.peak * GIVEN.gemm_efficiency)
-    assert found.micro_batches * layout.data - found.empty_rows == found.rows
+def test_items_sum_to_the_total_and_time_is_positive(layout):
+    plan = BIG.plan(layout)
+    assert sum(plan.memory.items().values()) == pytest.approx(plan.memory.total)
+    assert min(plan.memory.items().values()) >= 0
+    assert sum(vars(plan.time).values()) == pytest.approx(plan.time.total)
+    assert min(vars(plan.time).values()) >= 0
+    assert 0 < plan.mfu < GIVEN.gemm_efficiency
+    # lower bound: all GPUs at the speed of their matrix products
+    assert plan.seconds >= plan.flops / (layout.gpus * BIG.device.peak * GIVEN.gemm_efficiency)
+    assert plan.micro_batches * layout.data - plan.empty_rows == plan.rows
 
 
 def test_more_memory_never_makes_a_layout_infeasible():
@@ -104,21 +104,21 @@ def test_more_memory_never_makes_a_layout_infeasible():
 
 
 @pytest.mark.parametrize("gpus", [16, 232, 4096])
-def test_what_is_ranked_fits_and_training_takes_it(gpus):
-    found = BIG.best(gpus)
-    assert found
-    assert [p.seconds for p in found] == sorted(p.seconds for p in found)
-    for plan in found:
+def test_ranked_layouts_fit_and_are_valid_for_training(gpus):
+    plans = BIG.best(gpus)
+    assert plans
+    assert [p.seconds for p in plans] == sorted(p.seconds for p in plans)
+    for plan in plans:
         assert plan.fits
         BIG.check(plan.layout)
-    choice = recommended(found)
-    assert choice in found
-    assert choice.seconds <= found[0].seconds * (1 + CLOSE)
+    choice = recommended(plans)
+    assert choice in plans
+    assert choice.seconds <= plans[0].seconds * (1 + CLOSE)
 
 
-def test_recomputation_is_the_least_that_fits():
-    found = planner(layers="megatron").best(32)
-    some = [p for p in found if p.layout.train.recompute_layers]
+def test_recomputation_is_the_minimum_that_fits():
+    plans = planner(layers="megatron").best(32)
+    some = [p for p in plans if p.layout.train.recompute_layers]
     assert some
     for plan in some:
         less = plan.layout.with_recompute("full", plan.layout.train.recompute_layers - 1)
@@ -169,7 +169,7 @@ def test_the_mixture_agrees_with_documents_drawn_from_it(d):
     assert pairs / (clean + block) == pytest.approx(work.pairs / (work.row.clean + work.row.block), rel=0.06)
 
 
-def test_a_dataset_is_counted(tmp_path: Path):
+def test_dataset_is_counted(tmp_path: Path):
     path = make_dataset(tmp_path / "data", rows=20)
     data, work = PackedDataset(path), dataset(str(path), causal_attn=False)
     layouts = [data.read(0, i)[1] for i in range(20)]
@@ -181,7 +181,7 @@ def test_a_dataset_is_counted(tmp_path: Path):
 
 
 def test_targets_of_clean_tokens_are_counted(tmp_path: Path):
-    """A dataset's exactly; the mixture's estimate against documents that are drawn from it; they cost time."""
+    """Exact for a dataset; the mixture's estimate matches documents drawn from it; the targets increase step time."""
     path = make_dataset(tmp_path / "data", rows=20)
     rows = [load_micro_batch(PackedDataset(path), n, seed=0, next_token_weight=1.0) for n in range(20)]
     work = dataset(str(path), causal_attn=False, next_token=True)
@@ -190,15 +190,15 @@ def test_targets_of_clean_tokens_are_counted(tmp_path: Path):
         assumed = assume(["length_spread=0", f"repeat={repeat}"])
         length = round(assumed.clean_tokens / assumed.documents)
         anchors = np.arange(length)[-round(assumed.response_share * length) - 1 : -1]
-        n, found = block_count(length, len(anchors), 5632, 4, repeat), 0
+        n, target_count = block_count(length, len(anchors), 5632, 4, repeat), 0
         for i in range(100):
             starts = draw_starts(anchors, n, seed=0, epoch=0, document=i)
             row = pack_row([(i, np.zeros(length, np.int32), starts)], block_size=4, mask_token_id=0)
-            found += int((next_token_targets(*row, eos_token_id=1) != IGNORE).sum())
+            target_count += int((next_token_targets(*row, eos_token_id=1) != IGNORE).sum())
         estimate = mixture(4, False, assumed, next_token=True).row
         share = estimate.next_token_targets / estimate.response
         assert 0.6 < share < 0.95
-        assert found / 100 / len(anchors) == pytest.approx(share, rel=0.01)
+        assert target_count / 100 / len(anchors) == pytest.approx(share, rel=0.01)
     on = load_config(RunConfig, "sdlm_3b_d4", ["--diffusion.next_token_weight=0.1"], PRESETS)
     more = Planner(on, workload(on, "", GIVEN), device_of("h100", GIVEN), GIVEN)
     less = planner("sdlm_3b_d4")
@@ -208,7 +208,7 @@ def test_targets_of_clean_tokens_are_counted(tmp_path: Path):
     assert more.memory(layout).total >= less.memory(layout).total
 
 
-def test_assumptions_are_named(capsys: pytest.CaptureFixture):
+def test_assumptions_are_listed(capsys: pytest.CaptureFixture):
     with pytest.raises(ConfigError, match="did you mean gemm_efficiency"):
         assume(["gem_eficiency=0.5"])
     for wrong in ("gemm_efficiency=fast", "gemm_efficiency=1.5", "fill=-1", "repeat=0", "network_gb=inf"):
@@ -222,14 +222,14 @@ def test_assumptions_are_named(capsys: pytest.CaptureFixture):
 
 def test_the_command_prints_json(capsys: pytest.CaptureFixture):
     command.main(["sdlm_3b_d4", "--gpus", "32", "--json", "--price", "2", "--train.recompute=full", "--fp8", "--top=2"])
-    found = json.loads(capsys.readouterr().out)
-    assert found["preset_layout"]["settings"]["train.recompute"] == "full"
-    assert found["preset_layout"]["settings"]["train.fp8"] == "current"
-    assert len(found["best"]) == 2
-    assert found["recommended"]["cost_usd"] == pytest.approx(2 * found["recommended"]["gpu_hours"])
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["preset_layout"]["settings"]["train.recompute"] == "full"
+    assert printed["preset_layout"]["settings"]["train.fp8"] == "current"
+    assert len(printed["best"]) == 2
+    assert printed["recommended"]["cost_usd"] == pytest.approx(2 * printed["recommended"]["gpu_hours"])
 
 
-def test_a_layout_that_cannot_run_is_said(capsys: pytest.CaptureFixture):
+def test_impossible_layout_is_reported(capsys: pytest.CaptureFixture):
     command.main(["sdlm_32b_d4", "--gpus", "20", "--parallel.tensor=8", "--parallel.virtual_pipeline=1", "--top", "1"])
     assert "cannot run on 20 GPUs: 20 processes are not a multiple" in capsys.readouterr().out
     command.main(["qwen2.5-72b", "--gpus", "2"])
@@ -238,7 +238,7 @@ def test_a_layout_that_cannot_run_is_said(capsys: pytest.CaptureFixture):
         command.main([str(PRESETS / ".." / "presets" / "tiny.yaml"), "--gpus", "2", "--model.num_layers=0"])
 
 
-def test_it_needs_neither_torch_nor_megatron():
+def test_planner_imports_neither_torch_nor_megatron():
     code = "import sys, sdlm_megatron.planner.plan as p; p.main(['tiny', '--gpus', '2', '--train.steps=3']); "
     done = run_python("-c", code + "assert not {'torch', 'megatron'} & set(sys.modules), 'imported'")
     assert "recommended" in done.stdout

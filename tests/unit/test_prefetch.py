@@ -1,4 +1,4 @@
-"""The prefetch thread: order, errors, shutdown, and overlap with the running step."""
+"""Prefetch thread: order, errors, shutdown, and overlap with the running step."""
 
 import threading
 import time
@@ -32,19 +32,19 @@ def loads(dataset: PackedDataset, steps: int, seconds: float = 0.0) -> list:
 def test_the_steps_come_in_order_and_end(dataset: PackedDataset) -> None:
     with Prefetch(loads(dataset, 3), CPU) as data:
         for step in range(3):
-            found = data.next_step()
+            batches = data.next_step()
             wanted = [load_micro_batch(dataset, n, seed=0) for n in (2 * step, 2 * step + 1)]
-            assert [b.number for b in found] == [2 * step, 2 * step + 1]
-            assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(found, wanted, strict=True))
+            assert [b.number for b in batches] == [2 * step, 2 * step + 1]
+            assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(batches, wanted, strict=True))
         with pytest.raises(IndexError):
             data.next_step()
 
 
-def test_a_step_does_not_wait_for_rows_read_meanwhile(dataset: PackedDataset) -> None:
+def test_reading_overlaps_with_the_step(dataset: PackedDataset) -> None:
     with Prefetch(loads(dataset, 3, seconds=0.3), CPU) as data:
         data.next_step()
         first = data.waited
-        time.sleep(0.6)  # the step
+        time.sleep(0.6)  # simulated step
         data.next_step()
         second = data.waited - first
         data.next_step()
@@ -66,7 +66,7 @@ def test_one_step_ahead_and_no_further(dataset: PackedDataset) -> None:
         assert begun == [0, 1]
 
 
-def test_an_error_in_the_thread_is_raised_in_the_caller(dataset: PackedDataset) -> None:
+def test_thread_error_is_raised_in_the_caller(dataset: PackedDataset) -> None:
     def damaged() -> list:
         raise DataError("row 7 is damaged", "part-0", "copy it again")
 
@@ -88,7 +88,7 @@ def test_the_thread_ends_with_the_caller(dataset: PackedDataset) -> None:
 
 
 @pytest.mark.distributed
-def test_a_damaged_row_ends_the_run_with_its_message(tmp_path: Path) -> None:
+def test_damaged_row_stops_the_run_with_its_message(tmp_path: Path) -> None:
     """A row is damaged after the checks at the start; the run ends with an error that names the row."""
     data = make_dataset(tmp_path / "data", rows=6, row_length=64)
     (layouts,) = [f for f in data.iterdir() if f.name.endswith(".bin") and "layout" in f.name]

@@ -1,6 +1,6 @@
-"""The pre-flight's parts: GPU states, the kernel log, nodes to replace, nodes that do not answer, clocks, disks.
+"""Pre-flight checks: GPU state, kernel log, nodes to replace, unresponsive nodes, clocks, disks.
 
-The fake pynvml has the names and the results of the real one (nvidia-ml-py 12); no GPU was used.
+The fake pynvml has the names and return types of the real one (nvidia-ml-py 12); no GPU is used.
 """
 
 import os
@@ -36,7 +36,7 @@ HEALTHY = {"temperature": 31, "memory": 4 << 20, "throttle": 0x1, "ecc": 0, "row
 
 
 class FakeNvml(ModuleType):
-    """pynvml for a list of GPUs; None is a lost GPU, an int an error code of nvmlInit."""
+    """Fake pynvml for a list of GPUs; None is a lost GPU, an int an error code of nvmlInit."""
 
     def __init__(self, gpus: list[dict | None], init_error: str = "") -> None:
         super().__init__("pynvml")
@@ -110,7 +110,7 @@ def test_healthy_gpus_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     assert checks["gpus"].value == "2/2" and checks["gpu memory"].value == "4 MiB"
 
 
-def test_each_fault_of_a_gpu_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_gpu_fault_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     broken = {"temperature": 91, "memory": 61234 << 20, "throttle": 0x60, "ecc": 2}
     fake = FakeNvml([{}, broken, {"rows": (1, 0, 1, 0)}, {"rows": (0, 2, 1, 1)}, None])
     checks, _ = check_gpus(monkeypatch, fake, 5)
@@ -137,7 +137,7 @@ def test_without_nvml_the_device_files_are_counted(monkeypatch: pytest.MonkeyPat
     assert [check.ok for check in checks.values()] == [None]
 
 
-def test_xids_of_hardware_are_told_from_those_of_programs() -> None:
+def test_hardware_xids_are_distinguished_from_application_xids() -> None:
     log = (
         "[12.1] NVRM: Xid (PCI:0000:5d:00): 79, pid='<unknown>', name=<unknown>, GPU has fallen off the bus.\n"
         "[12.2] NVRM: Xid (PCI:0000:9a:00): 31, pid=123, name=python, Ch 00000008, MMU Fault\n"
@@ -145,16 +145,16 @@ def test_xids_of_hardware_are_told_from_those_of_programs() -> None:
     assert parse_xids(log) == [("0000:5d:00", 79)]
 
 
-def test_a_value_unlike_that_of_most_nodes_names_the_node() -> None:
+def test_node_with_a_minority_value_is_reported() -> None:
     checks = compare_values("code", {"a": "1", "b": "2", "c": "1"}, "2")
     assert [node for node, check in checks.items() if not check.ok] == ["b"]
     assert "2 here, 1 on 2 nodes such as a" in checks["b"].why
-    tie = compare_values("code", {"a": "1", "b": "2"}, "2")  # the batch node's own value decides
+    tie = compare_values("code", {"a": "1", "b": "2"}, "2")  # the batch node's value decides
     assert [node for node, check in tie.items() if not check.ok] == ["a"]
 
 
 @pytest.mark.parametrize("count", [2, 3, 4, 5, 8, 33])
-def test_pairs_are_a_ring_in_few_rounds(count: int) -> None:
+def test_pairs_form_a_ring_in_few_rounds(count: int) -> None:
     nodes = [f"n{i}" for i in range(count)]
     rounds = pair_rounds(nodes)
     pairs = [frozenset(pair) for pairs in rounds for pair in pairs]
@@ -165,7 +165,7 @@ def test_pairs_are_a_ring_in_few_rounds(count: int) -> None:
         assert len(busy) == len(set(busy))
 
 
-def test_one_good_pair_clears_a_node() -> None:
+def test_one_passing_pair_clears_a_node() -> None:
     slow = {pair: 0.1 if "n1" in pair else 9.0 for pairs in pair_rounds(["n0", "n1", "n2", "n3"]) for pair in pairs}
     assert best_speeds(slow) == {"n0": 9.0, "n1": 0.1, "n2": 9.0, "n3": 9.0}
     assert pair_rounds(["alone"]) == []
@@ -173,7 +173,7 @@ def test_one_good_pair_clears_a_node() -> None:
     assert speed_floor([0.1, 0.1], 1.0, 0.5) == 1.0
 
 
-def test_what_every_node_fails_is_blamed_on_none(tmp_path: Path) -> None:
+def test_check_that_fails_on_all_nodes_blames_none(tmp_path: Path) -> None:
     nodes = [NodeReport("a"), NodeReport("b")]
     for node in nodes:
         node.add("run disk", False, "0 GB", "full")
@@ -185,7 +185,7 @@ def test_what_every_node_fails_is_blamed_on_none(tmp_path: Path) -> None:
     third.add("run disk", True, "9 GB")
     assert set(nodes_to_replace([*nodes, third])) == {"a", "b"}
     assert common_failures([*nodes, third]) == ""
-    few = [NodeReport("a"), NodeReport("b"), NodeReport("c")]  # the cluster file promises too many
+    few = [NodeReport("a"), NodeReport("b"), NodeReport("c")]  # the cluster file declares too many
     for node in few:
         node.add("gpus", False, "4/8", "4 of 8 GPUs")
     assert (nodes_to_replace(few), common_failures(few)) == ({}, "gpus: 4 of 8 GPUs")
@@ -204,14 +204,14 @@ def test_what_every_node_fails_is_blamed_on_none(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("node_time", "ok"), [(105.0, True), (99.0, True), (97.5, False), (111.0, True), (112.5, False)]
 )
-def test_a_clock_is_wrong_only_beyond_the_time_its_line_took(node_time: float, ok: bool) -> None:
-    """The program started at 100 and its line arrived at 110: any time between is in order, and 2 s beyond."""
+def test_clock_skew_is_reported_only_beyond_message_latency(node_time: float, ok: bool) -> None:
+    """The program started at 100 and its line arrived at 110: times between, and up to 2 s outside, are accepted."""
     run = SimpleNamespace(clock=(node_time, 110.0), started=100.0)
     check = clock_check(run, 2.0)  # type: ignore[arg-type]
     assert check.ok is ok and bool(check.why) is not ok
 
 
-def test_disks_are_tried_by_writing(tmp_path: Path) -> None:
+def test_disks_are_checked_by_writing(tmp_path: Path) -> None:
     assert check_disk("run disk", str(tmp_path / "new"), 0.001, 1).ok
     assert not list((tmp_path / "new").iterdir())
     assert "the minimum is 1e+06 GB" in check_disk("run disk", str(tmp_path), 1e6, 1).why
@@ -247,7 +247,7 @@ def test_limits_come_from_the_cluster_file(tmp_path: Path) -> None:
         load("{shm_gb: -1}")
 
 
-def test_errors_of_the_command_line_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_command_line_errors_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="--nodes-needed is 0"):
         main(["--run-dir", "x", "--nodes-needed", "0"])
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
@@ -256,7 +256,7 @@ def test_errors_of_the_command_line_are_named(monkeypatch: pytest.MonkeyPatch) -
 
 
 def stages(folder: Path, command, **limits: object) -> tuple[NodeStages, list[str]]:
-    """Stages that run `command` in place of srun, and the messages they send."""
+    """Returns stages that run `command` instead of srun, and the list of their messages."""
     messages: list[str] = []
     sizes = {"gpus": 0, "run_disk_gb": 0, "shm_gb": 0, "write_mb": 1, **limits}
     task = {"config": "", "overrides": [], "run_dir": str(folder)}
@@ -264,7 +264,7 @@ def stages(folder: Path, command, **limits: object) -> tuple[NodeStages, list[st
     return NodeStages(Limits(**sizes), task, folder, command, environment, messages.append), messages
 
 
-def test_nodes_that_do_not_answer_are_named_with_the_end_of_their_log(tmp_path: Path) -> None:
+def test_unresponsive_nodes_are_reported_with_their_log_tail(tmp_path: Path) -> None:
     commands = {
         "dead": ["sh", "-c", "echo no such image >&2; exit 1"],
         "hung": ["sh", "-c", "echo checking GPUs; sleep 60"],
@@ -279,8 +279,8 @@ def test_nodes_that_do_not_answer_are_named_with_the_end_of_their_log(tmp_path: 
     assert nodes["elsewhere"].why == "run disk: the run folder on this node is not the batch node's"
 
 
-def test_a_node_that_sees_another_folder_says_so(tmp_path: Path) -> None:
-    """The real program; its folder is a copy without the batch node's token."""
+def test_node_that_sees_another_folder_is_reported(tmp_path: Path) -> None:
+    """Runs the real program with a copy of the folder that lacks the batch node's token."""
     other = tmp_path / "other"
     other.mkdir()
     checked, _ = stages(
@@ -290,15 +290,15 @@ def test_a_node_that_sees_another_folder_says_so(tmp_path: Path) -> None:
     assert [check.name for check in node.failed] == ["run disk"], node.why
 
 
-def test_a_run_that_is_stopped_ends_its_process(tmp_path: Path) -> None:
+def test_stopped_run_ends_its_process(tmp_path: Path) -> None:
     run = NodeRun(["sh", "-c", "trap '' TERM; sleep 60"], os.environ, tmp_path / "log", tmp_path / "result")
     run.stop()
     assert run.process.poll() is not None
 
 
 @pytest.mark.parametrize("enough", [True, False])
-def test_two_names_of_this_machine_are_measured(tmp_path: Path, enough: bool) -> None:
-    """The real program and all-reduces, without Slurm."""
+def test_two_hostnames_of_this_machine_are_measured(tmp_path: Path, enough: bool) -> None:
+    """Runs the real program and real all-reduces, without Slurm."""
     checked, messages = stages(
         tmp_path, lambda node, program: [sys.executable, *program], node_gbs=0, network_gbs=0 if enough else 1e9
     )
@@ -311,7 +311,7 @@ def test_two_names_of_this_machine_are_measured(tmp_path: Path, enough: bool) ->
     assert messages[-1] == "pre-flight: all-reduce between nodes"
 
 
-def test_the_speed_of_a_device_is_measured() -> None:
+def test_device_speed_is_measured() -> None:
     import torch
 
     assert measure_matmul(torch.device("cpu"), 64, 3) > 0

@@ -1,4 +1,4 @@
-"""The summary of a trace: a hand-made one of a GPU, and real ones of two processes on the CPU."""
+"""Trace summary: a hand-made GPU trace, and real traces of two CPU processes."""
 
 import gzip
 import json
@@ -19,7 +19,7 @@ def event(category: str, name: str, start: float, length: float, thread: int = 1
 
 
 def gpu_trace() -> list[dict]:
-    """One step: an attention kernel with its backward, a matrix product, an all-gather half hidden behind it."""
+    """Trace of one step: attention forward and backward, a matrix product, an all-gather that half overlaps with it."""
     launch = [
         event("cuda_runtime", "cudaLaunchKernel", at, 2, thread, correlation=number)
         for number, at, thread in ((1, 110, 1), (2, 130, 1), (3, 150, 1), (4, 210, 2), (5, 160, 1))
@@ -49,18 +49,18 @@ def gpu_trace() -> list[dict]:
     return [*links, *kernel, *launch, *host]
 
 
-def test_the_parts_of_a_step_on_a_gpu() -> None:
-    found = summarize(gpu_trace())
-    assert (found.steps, found.wall) == (1, 9.0)
-    assert {name: ms for name, ms in found.parts.items() if ms} == {
-        "attention": 4.0,  # the backward kernel was launched in another thread, outside of the range
+def test_parts_of_a_gpu_step() -> None:
+    trace_summary = summarize(gpu_trace())
+    assert (trace_summary.steps, trace_summary.wall) == (1, 9.0)
+    assert {name: ms for name, ms in trace_summary.parts.items() if ms} == {
+        "attention": 4.0,  # the backward kernel was launched by another thread, outside the range
         "linear layers": 2.0,
         "elementwise and the rest": 1.0,
     }
-    assert found.communication == {("_allgather_base", "TP"): (1, 2.0, 1.0)}
-    assert (found.exposed, found.idle) == (1.0, 1.0)
-    assert found.waits == {"cudaStreamSynchronize in aten::item": 1}
-    assert found.top[0] == ("flash_bwd", "attention", 1, 3.0)
+    assert trace_summary.communication == {("_allgather_base", "TP"): (1, 2.0, 1.0)}
+    assert (trace_summary.exposed, trace_summary.idle) == (1.0, 1.0)
+    assert trace_summary.waits == {"cudaStreamSynchronize in aten::item": 1}
+    assert trace_summary.top[0] == ("flash_bwd", "attention", 1, 3.0)
 
 
 def test_the_page_has_a_column_for_each_process(groups: object) -> None:
@@ -79,21 +79,21 @@ def test_steps_are_read() -> None:
 
 
 @pytest.mark.parametrize("text", ["", "0", "0:3", "5:4", "a:b", "3:", ":3", "1:2:3", "-1"])
-def test_what_is_no_step_is_refused(text: str) -> None:
+def test_invalid_step_range_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="not a range of steps"):
         parse_profile_steps(text)
 
 
-def test_steps_that_the_run_does_not_train() -> None:
+def test_steps_outside_the_run_are_refused() -> None:
     assert steps_to_profile((10, 12), 9, 12) == (10, 12)
-    assert steps_to_profile((10, 12), 10, 20) is None  # the job was started again
+    assert steps_to_profile((10, 12), 10, 20) is None  # the job was restarted
     with pytest.raises(ConfigError, match="ends with step 11"):
         steps_to_profile((10, 12), 0, 11)
 
 
 @pytest.mark.distributed
-def test_two_processes(tmp_path: Path) -> None:
-    """A pipeline of two: a trace of each stage, communication in it, and a page; the run goes on after it."""
+def test_pipeline_of_two_writes_traces_and_a_page(tmp_path: Path) -> None:
+    """A pipeline of two stages writes a trace with communication for each stage and a page; the run continues."""
     data, run = make_dataset(tmp_path / "data", rows=6), tmp_path / "run"
     done = run_python(
         *("-m", "sdlm_megatron.train", "--config", "tiny", f"--run_dir={run}", f"--data.path={data}"),
@@ -105,11 +105,13 @@ def test_two_processes(tmp_path: Path) -> None:
     assert text in done.stdout and text.startswith("# Steps 2 to 3: TP 1, PP 2, DP 1 on cpu")
     for rank in (0, 1):
         with gzip.open(run / "profile" / f"trace_rank{rank}.json.gz", "rt") as file:
-            found = summarize(json.load(file)["traceEvents"])
-        assert found.steps == 2
-        assert all(found.parts[part] > 0 for part in ("attention", "linear layers", "optimizer"))
-        assert found.communication["send", ""][0] == found.communication["recv", ""][0] == 6  # 3 rows a step
-        assert (found.parts["head and loss"] > 0) == (rank == 1)
-        worked = sum(found.parts.values()) + found.exposed + found.idle
-        assert worked == pytest.approx(found.wall, rel=0.02)
+            trace_summary = summarize(json.load(file)["traceEvents"])
+        assert trace_summary.steps == 2
+        assert all(trace_summary.parts[part] > 0 for part in ("attention", "linear layers", "optimizer"))
+        assert (
+            trace_summary.communication["send", ""][0] == trace_summary.communication["recv", ""][0] == 6
+        )  # 3 rows per step
+        assert (trace_summary.parts["head and loss"] > 0) == (rank == 1)
+        worked = sum(trace_summary.parts.values()) + trace_summary.exposed + trace_summary.idle
+        assert worked == pytest.approx(trace_summary.wall, rel=0.02)
     assert [r["step"] for r in read_metrics(run)] == [4]

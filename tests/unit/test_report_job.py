@@ -1,4 +1,4 @@
-"""The page of a run over all its restarts, and its command."""
+"""Report of a run over all its restarts, and its command."""
 
 import json
 import re
@@ -33,7 +33,7 @@ def job(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_every_section(job: Path) -> None:
+def test_page_has_every_section(job: Path) -> None:
     page = write_report(job)
     assert headings(page) == [
         "Run",
@@ -51,7 +51,7 @@ def test_every_section(job: Path) -> None:
     text = page.read_text(encoding="utf-8")
     for words in (
         "6.6% of 4m02s was spent in useful steps",
-        "<td>1m41s</td><td>41.7%</td>",  # the queue
+        "<td>1m41s</td><td>41.7%</td>",  # time in the queue
         "--data.skip_rows=[31]",
         "3 of the processes",
         "Mean model FLOPs utilization 40.0%",
@@ -65,8 +65,8 @@ def test_every_section(job: Path) -> None:
 
 
 @pytest.mark.parametrize("state", ["configured", "started", "logged"])
-def test_a_run_in_any_state(job: Path, state: str) -> None:
-    """Nothing but a configuration; crashed before the first step; files cut by a crash."""
+def test_page_of_a_run_in_any_state(job: Path, state: str) -> None:
+    """States: only a configuration; a crash before the first step; files truncated by a crash."""
     if state == "configured":
         for file in job.glob("*.jsonl"):
             file.unlink()
@@ -80,12 +80,12 @@ def test_a_run_in_any_state(job: Path, state: str) -> None:
             (job / f"{name}.jsonl").unlink()
         with open(job / "metrics.jsonl", "a") as file:
             file.write('{"step": 9, "lo')
-    found = headings(write_report(job))
-    assert found[:2] == ["Run", "Loss per slot"]
-    assert ("Job time by cause" in found) == (state == "started")
+    titles = headings(write_report(job))
+    assert titles[:2] == ["Run", "Loss per slot"]
+    assert ("Job time by cause" in titles) == (state == "started")
 
 
-def test_the_command(job: Path, capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+def test_report_command(job: Path, capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
     main([str(job), "--out", str(tmp_path / "page.html")])
     printed = capsys.readouterr().out
     assert "6.6% of 4m02s was spent in useful steps" in printed and "41.7%    1m41s  queue" in printed

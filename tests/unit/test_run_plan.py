@@ -1,4 +1,4 @@
-"""Settings that a run takes from its dataset."""
+"""Settings that a run takes from the manifest of its dataset."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -27,7 +27,7 @@ def test_unset_settings_come_from_the_manifest() -> None:
     assert resolve_diffusion(resolved, _dataset()) == resolved
 
 
-def test_settings_that_agree_with_the_manifest_pass() -> None:
+def test_settings_equal_to_the_manifest_are_accepted() -> None:
     stated = ["--diffusion.block_size=8", "--diffusion.target_shift=false", "--diffusion.mask_token=<file_sep>"]
     resolved = resolve_diffusion(load_config(RunConfig, "tiny", stated, PRESETS), _dataset())
     assert resolved == resolve_diffusion(RunConfig(**vars(load_config(RunConfig, "tiny", [], PRESETS))), _dataset())
@@ -41,14 +41,14 @@ def test_settings_that_agree_with_the_manifest_pass() -> None:
         ("mask_token=<text_mask>", "diffusion.mask_token is <text_mask>, the dataset was built with <file_sep>"),
     ],
 )
-def test_a_contradiction_is_an_error(stated: str, message: str) -> None:
+def test_contradiction_with_the_manifest_is_refused(stated: str, message: str) -> None:
     config = load_config(RunConfig, "tiny", [f"--diffusion.{stated}"], PRESETS)
     with pytest.raises(DataError, match=message) as raised:
         resolve_diffusion(config, _dataset())
     assert stated.partition("=")[0] in raised.value.fix and "manifest.json" in raised.value.where
 
 
-def test_a_preset_that_states_a_block_size_checks_it() -> None:
+def test_block_size_of_a_preset_is_checked() -> None:
     stating = [name for name in preset_names(PRESETS) if name.startswith("sdlm_")]
     assert stating
     for name in stating:
@@ -59,7 +59,7 @@ def test_a_preset_that_states_a_block_size_checks_it() -> None:
             resolve_diffusion(config, _dataset(block_size=size + 1))
 
 
-def test_a_dataset_without_the_text_of_its_mask_token() -> None:
+def test_dataset_without_mask_token_text() -> None:
     dataset = _dataset(mask_token=None)
     assert resolve_diffusion(RunConfig(), dataset).diffusion.mask_token == "<text_mask>"
     named = load_config(RunConfig, "tiny", ["--diffusion.mask_token=<m>"], PRESETS)

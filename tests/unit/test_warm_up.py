@@ -1,4 +1,4 @@
-"""Warming up runs the rows' attention and touches nothing else. On a CPU a run skips it; here it is called."""
+"""Warm-up runs the attention of the rows and changes no state. Runs on a CPU skip it; the tests call it directly."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +13,9 @@ from sdlm_megatron.model.attention.choice import Heads, choose_attention
 
 
 @pytest.mark.parametrize("name", ["per_document", "decomposed"])
-def test_nothing_changes(make_engine: Callable, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_warm_up_changes_no_state(
+    make_engine: Callable, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from sdlm_megatron.parallel.device import warm_up
 
     engine = make_engine(make_hf(tmp_path / "hf"))
@@ -27,7 +29,7 @@ def test_nothing_changes(make_engine: Callable, tmp_path: Path, name: str, monke
     backend = type(batches[0].attention)
     call = backend.__call__
 
-    def recorded(self, q, k, v, scale):  # a fused kernel may draw from the generator
+    def recorded(self, q, k, v, scale):  # a fused kernel may use the generator
         seen.append((q.shape, k.shape, v.shape, v.is_contiguous(), scale))
         torch.rand(1)
         return call(self, q, k, v, scale)
@@ -44,8 +46,8 @@ def test_nothing_changes(make_engine: Callable, tmp_path: Path, name: str, monke
     )
 
 
-def test_memory_layout_is_that_of_the_layers(make_engine: Callable, tmp_path: Path) -> None:
-    """A compiled kernel is made for strides: those of warming up are those of a step."""
+def test_memory_layout_matches_the_layers(make_engine: Callable, tmp_path: Path) -> None:
+    """Compiled kernels are specialized for strides, so warm-up must use the strides of a step."""
     from sdlm_megatron.parallel.device import attend_once
 
     engine = make_engine(make_hf(tmp_path / "hf"))
