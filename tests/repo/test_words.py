@@ -19,6 +19,7 @@ AREAS = (
     "data_prep",
     "checkpoints_tools",
     "dev",
+    "tests/unit",
 )
 OPENING = re.compile(r"(What|Which|Where|How|Who)\b")
 """A docstring names its subject first."""
@@ -37,7 +38,8 @@ def _sources(area: str) -> list[Path]:
     if area == "loose modules":
         return sorted((REPO / "sdlm_megatron").glob("*.py"))
     folder = REPO / area if (REPO / area).is_dir() else REPO / "sdlm_megatron" / area
-    return sorted(p for p in folder.rglob("*.py") if "__pycache__" not in p.parts)
+    helpers = (REPO / "tests").glob("*.py") if area == "tests/unit" else ()
+    return sorted(p for p in (*folder.rglob("*.py"), *helpers) if "__pycache__" not in p.parts)
 
 
 def _docstrings(tree: ast.Module) -> Iterator[ast.Constant]:
