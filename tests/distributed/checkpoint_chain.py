@@ -1,7 +1,7 @@
-"""`python checkpoint_chain.py DATA BASE OUT`: a checkpoint goes through many layouts.
+"""`python checkpoint_chain.py DATA BASE OUT`: pass a checkpoint through a chain of layouts.
 
-Each loads what the last one saved.
-Megatron-Core is imported once; the processes of each layout are forked.
+Each layout loads the checkpoint that the previous one saved. Megatron-Core is imported once; the processes of each
+layout are forked.
 """
 
 import multiprocessing
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch._dynamo  # else each forked process imports it when it makes its optimizer
+import torch._dynamo  # before the fork; otherwise each process imports it with its optimizer
 
 from sdlm_megatron.parallel import compat, cpu
 
@@ -62,7 +62,7 @@ CHAINS = {
 
 
 def forked(processes: int, action: Callable[..., None], *arguments: Any, wait: bool = True) -> list:
-    """Runs `action(*arguments)` in so many processes that can reach each other; raises if one fails."""
+    """Runs `action(*arguments)` in `processes` forked, connected processes; raises if any of them fails."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -82,12 +82,12 @@ def forked(processes: int, action: Callable[..., None], *arguments: Any, wait: b
             os._exit(code)
 
     children = [multiprocessing.get_context("fork").Process(target=child, args=(r,)) for r in range(processes)]
-    for one in children:
-        one.start()
+    for process in children:
+        process.start()
     if wait:
-        for one in children:
-            one.join()
-        assert [one.exitcode for one in children] == [0] * processes, f"{action.__name__}{arguments}"
+        for process in children:
+            process.join()
+        assert [process.exitcode for process in children] == [0] * processes, f"{action.__name__}{arguments}"
     return children
 
 
@@ -115,7 +115,7 @@ class Run:
         return engine, state
 
     def steps(self, engine: Engine, first: int, last: int) -> None:
-        """Trains; `results` checks each step."""
+        """Trains steps `first` to `last`; `engine.results` checks each of them."""
         dataset, groups = PackedDataset(self.data), engine.groups
         for step in range(first, last + 1):
             numbers = step_rows(
@@ -125,14 +125,14 @@ class Run:
             engine.results([engine.train_step(rows, step)])
 
     def begin(self, layout: Layout, out: Path) -> None:
-        """Saves after steps 2 and 4, without a pause: the first is written while the others are made."""
+        """Saves after steps 2 and 4 without waiting: the first checkpoint is written while training continues."""
         engine, state = self.engine(layout, initialize=True)
         with CheckpointWriter(engine, out, CheckpointConfig(keep_last=0)) as writer:
             for step in (2, 4):
                 self.steps(engine, step - 1, step)
                 writer.save(replace(state, step=step), None, final=step == 4)
 
-    def go_on(self, layout: Layout, source: Path, out: Path, last: int) -> None:
+    def resume(self, layout: Layout, source: Path, out: Path, last: int) -> None:
         """Loads the newest checkpoint of `source`, trains to `last`, saves to `out`."""
         engine, _ = self.engine(layout)
         folder = newest(source / "ckpt", print)
@@ -150,9 +150,9 @@ def main(data: Path, base: Path, out: Path, precision: str) -> None:
     os.makedirs(source / "ckpt")
     os.rename(step_folder(out / "first", 2), step_folder(source, 2))
     for number, layout in enumerate(others):
-        forked(layout.processes, run.go_on, layout, source, out / f"chain-{number}", 2)
+        forked(layout.processes, run.resume, layout, source, out / f"chain-{number}", 2)
         source = out / f"chain-{number}"
-    forked(first.processes, run.go_on, first, source, out / "back", 4)
+    forked(first.processes, run.resume, first, source, out / "back", 4)
 
 
 if __name__ == "__main__":

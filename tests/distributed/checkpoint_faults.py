@@ -1,4 +1,4 @@
-"""`python checkpoint_faults.py DATA BASE OUT WHAT…`: checkpoints under kill -9, and on disks that refuse."""
+"""`python checkpoint_faults.py DATA BASE OUT CASE…`: checkpoints under kill -9, full disks and failing local disks."""
 
 import errno
 import os
@@ -26,15 +26,15 @@ from sdlm_megatron.weights.torch_dist import TorchDist
 DP2 = Layout(2, {})
 KILLS = 20
 LIMIT = 40_000
-"""Bytes a file may have where a test wants the disk to refuse; each process writes more."""
+"""File size limit in bytes that makes a write fail; each process writes more."""
 
 
-def save_for_ever(run: Run, out: Path) -> None:
-    """Checkpoint after checkpoint, each number in it the step."""
+def save_forever(run: Run, out: Path) -> None:
+    """Saves one checkpoint after another; every value in a checkpoint is the number of its step."""
     engine, state = run.engine(DP2)
     writer = CheckpointWriter(engine, out, CheckpointConfig(keep_last=2))
-    found = newest(out / "ckpt", lambda text: None)
-    step = step_of(found) if found else 0
+    latest = newest(out / "ckpt", lambda text: None)
+    step = step_of(latest) if latest else 0
     while True:
         step += 1
         for parameter in engine.module.parameters():
@@ -46,7 +46,7 @@ def save_for_ever(run: Run, out: Path) -> None:
 def kill(run: Run, out: Path) -> None:
     moments, last = random.Random(), 0
     for _ in range(KILLS):
-        children = forked(2, save_for_ever, run, out, wait=False)
+        children = forked(2, save_forever, run, out, wait=False)
         wanted, limit = out / "ckpt" / f"step-{last + 3:07d}.partial", time.monotonic() + 60
         while not wanted.exists() and time.monotonic() < limit:
             time.sleep(0.003)
@@ -55,13 +55,13 @@ def kill(run: Run, out: Path) -> None:
             os.kill(child.pid, signal.SIGKILL)
         for child in children:
             child.join()
-        said = [e["step"] for e in read_events(out) if e["kind"] == "saved"]
-        found = newest(out / "ckpt", lambda text: None)
-        assert found is not None
-        check_files(found)
-        last = step_of(found)
-        assert last >= said[-1] > 1, "what was called saved is there"
-        files = TorchDist(found / "weights")
+        saved_steps = [e["step"] for e in read_events(out) if e["kind"] == "saved"]
+        latest = newest(out / "ckpt", lambda text: None)
+        assert latest is not None
+        check_files(latest)
+        last = step_of(latest)
+        assert last >= saved_steps[-1] > 1, "a checkpoint reported as saved is missing"
+        files = TorchDist(latest / "weights")
         for key in files.names():
             tensor, adam = files.read(key, (0,) * len(files.shape(key)), files.shape(key)), ".exp_avg" in key
             assert (tensor == (0 if adam else torch.tensor(last, dtype=tensor.dtype))).all(), key
@@ -69,7 +69,7 @@ def kill(run: Run, out: Path) -> None:
 
 
 def refused(run: Run, out: Path) -> None:
-    """One process cannot write: all give up and go on; when it can, there is a checkpoint."""
+    """One process cannot write: all processes give up this save and continue; the next save succeeds."""
     engine, state = run.engine(DP2)
     steps = {"first": 1, "again": 2, "last": 3}
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -82,7 +82,7 @@ def refused(run: Run, out: Path) -> None:
         limit(LIMIT)
         writer.save(replace(state, step=steps["first"]), None)
         writer.wait()
-        assert not list((out / "ckpt").iterdir()), "nothing is left of it"
+        assert not list((out / "ckpt").iterdir()), "the failed save left files behind"
         limit(soft)
         writer.save(replace(state, step=steps["again"]), None)
         writer.wait()
@@ -92,33 +92,33 @@ def refused(run: Run, out: Path) -> None:
         except CheckpointError as error:
             assert f"[Errno {errno.EFBIG}]" in error.what, error.what
         else:
-            raise AssertionError("the last save went wrong and nobody was told")
+            raise AssertionError("the final save failed without an error")
         finally:
             limit(soft)
-    found = newest(out / "ckpt", print)
-    assert found is not None and step_of(found) == steps["again"]
+    latest = newest(out / "ckpt", print)
+    assert latest is not None and step_of(latest) == steps["again"]
     if engine.groups.main:
         events = [(e["kind"], e["step"]) for e in read_events(out)]
         assert events == [("save_failed", 1), ("saved", 2), *[("save_failed", 3)] * 3], events
 
 
 def no_room(run: Run, out: Path) -> None:
-    """OUT/ckpt is too small, or takes no more files: training goes on, but not for ever."""
+    """OUT/ckpt is too small or out of inodes: training continues until MAX_FAILED_SAVES saves in a row have failed."""
     engine, state = run.engine(DP2)
     with CheckpointWriter(engine, out, CheckpointConfig()) as writer:
         for step in range(1, MAX_FAILED_SAVES + 1):
-            writer.save(replace(state, step=step), None)  # waits for the one before, which raises nothing
+            writer.save(replace(state, step=step), None)  # waits for the previous save, whose failure raises nothing
         try:
             writer.wait()
         except CheckpointError as error:
             assert f"{MAX_FAILED_SAVES} checkpoints in a row" in error.what, error.what
         else:
-            raise AssertionError("no save went well and nobody was told")
+            raise AssertionError("all saves failed without an error")
     assert newest(out / "ckpt", print) is None
 
 
 def local(run: Run, out: Path) -> None:
-    """Each process has a disk of its own; the run folder loses what only they have."""
+    """Each process has its own local disk; a checkpoint lost from the run folder is copied back from intact ones."""
     engine, state = run.engine(DP2)
     groups, config = engine.groups, CheckpointConfig(local_dir=str(out / "node-$LOCAL_RANK"))
     with CheckpointWriter(engine, out, config) as writer:
@@ -128,14 +128,14 @@ def local(run: Run, out: Path) -> None:
     steps = [sorted(int(p.name[5:]) for p in folder.glob("step-*")) for folder in (out / "ckpt", *_disks(out))]
     assert steps == [[1, 2], [2], [2]], steps
     groups.gather(None)
-    assert not carry_over(config, out, groups, print), "the run folder has it"
+    assert not carry_over(config, out, groups, print), "copied although the run folder has it"
     home = out / "ckpt" / "step-0000002"
     before = {p.name: sha256(p) for p in home.rglob("*") if p.is_file()}
     groups.gather(None)
     for change in (None, "flip", "lose"):
         if groups.main:
             home.rename(home.with_name(f"was-{change}"))
-            (home.with_name("step-0000002.partial") / "weights").mkdir(parents=True)  # killed while it was copied
+            (home.with_name("step-0000002.partial") / "weights").mkdir(parents=True)  # as if killed during the copy
             damaged = next(_disks(out)[1].rglob("*.distcp"))
             if change == "flip":
                 damaged.write_bytes(b"\1" + damaged.read_bytes()[1:])
@@ -162,10 +162,10 @@ if __name__ == "__main__":
     checkpoint_writer.RETRY_SECONDS = (0, 0)
     data, base, out = map(Path, sys.argv[1:4])
     run = Run(data, base, "bf16")
-    for what in sys.argv[4:]:
-        (out / what).mkdir(parents=True, exist_ok=True)
-        if what == "kill":
-            kill(run, out / what)
+    for case in sys.argv[4:]:
+        (out / case).mkdir(parents=True, exist_ok=True)
+        if case == "kill":
+            kill(run, out / case)
         else:
-            action = {"refused": refused, "local": local}.get(what, no_room)
-            forked(2, action, run, out / what)
+            action = {"refused": refused, "local": local}.get(case, no_room)
+            forked(2, action, run, out / case)

@@ -1,4 +1,4 @@
-"""`python -m sdlm_megatron.train` with a fault in one rank: FAULT="KIND RANK STEP"."""
+"""`python -m sdlm_megatron.train` with an injected fault in one rank: FAULT="KIND RANK STEP"."""
 
 import os
 import signal
@@ -20,7 +20,7 @@ if __name__ == "__main__":
     from sdlm_megatron.parallel.results import QueuedStep
 
     KIND, RANK, STEP = os.environ["FAULT"].split()
-    sound = Engine.train_step
+    original_train_step = Engine.train_step
 
     def faulty(self: Engine, batches: Sequence[MicroBatch], step: int, **options: bool) -> QueuedStep:
         if os.environ["RANK"] == RANK and step == int(STEP):
@@ -29,7 +29,7 @@ if __name__ == "__main__":
             elif KIND == "flip":
                 with torch.no_grad():
                     self.module.decoder.layers[1].mlp.linear_fc1.weight.view(-1).view(torch.int32)[7] ^= 1
-        return sound(self, batches, step, **options)
+        return original_train_step(self, batches, step, **options)
 
     Engine.train_step = faulty  # type: ignore[method-assign]
     run_cli(main, sys.argv[1:])

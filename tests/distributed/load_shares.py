@@ -1,4 +1,4 @@
-"""`torchrun load_shares.py BASE TP MASK OUT`: loads a base, checks each parameter, counts the bytes each rank read."""
+"""`torchrun load_shares.py BASE TP MASK OUT`: load a base model, check each parameter, count bytes read per rank."""
 
 import json
 import sys
@@ -26,7 +26,7 @@ BROKEN = "model.layers.1.mlp.down_proj.weight"
 
 
 class Counting(HFWeights):
-    """Counts the bytes that are read; with `broken`, one tensor cannot be read."""
+    """Counts the bytes that are read; if `broken`, reading the tensor BROKEN fails."""
 
     count = 0
     broken = False
@@ -40,7 +40,7 @@ class Counting(HFWeights):
 
 
 def expected(engine: Engine, folder: Path, name: str, new_mask: NewMaskToken | None) -> torch.Tensor:
-    """A parameter of this rank, from whole tensors: fused, padded, then cut."""
+    """Expected shard of a parameter on this rank, from the whole tensors: fused, padded, then split."""
     weights, groups = HFWeights(folder), engine.groups
     parts = [read_rows(weights, hf, start, stop) for hf, start, stop in hf_rows(name, read_hf_config(folder).shape)]
     whole = torch.cat(parts)

@@ -1,4 +1,4 @@
-"""`python -m sdlm_megatron.train` with gradient buckets so small that a tiny model has several of them."""
+"""`python -m sdlm_megatron.train` with small gradient buckets, so that a tiny model has several of them."""
 
 import sys
 

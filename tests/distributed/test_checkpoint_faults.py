@@ -1,4 +1,4 @@
-"""Checkpoints when processes are killed, disks are full, and bytes change: complete, or ignored and said so."""
+"""Checkpoints under kill -9, full disks and corrupted bytes: each is complete, or ignored with a reason."""
 
 import os
 import shutil
@@ -15,24 +15,24 @@ pytestmark = pytest.mark.distributed
 SCRIPT = REPO / "tests" / "distributed" / "checkpoint_faults.py"
 
 
-def faults(folder: Path, *what: str) -> str:
+def faults(folder: Path, *cases: str) -> str:
     data, base = make_dataset(folder / "data", rows=4), make_hf(folder / "hf", layers=1)
-    return run_python(str(SCRIPT), str(data), str(base), str(folder), *what).stdout
+    return run_python(str(SCRIPT), str(data), str(base), str(folder), *cases).stdout
 
 
-def test_kills_at_20_random_moments_disks_that_refuse_and_local_disks(tmp_path: Path) -> None:
+def test_checkpoints_survive_kills_failed_writes_and_local_disks(tmp_path: Path) -> None:
     output = faults(tmp_path, "kill", "refused", "local")
     assert "killed 20 times" in output
     assert output.count("NO CHECKPOINT of step 3") == 3
     assert "NO CHECKPOINT of step 1: process 1 on " in output and "File too large" in output
     assert "training continues; the next save tries again" in output
-    assert output.count("local checkpoint of step 2: copied to") == 2, "said by both"
+    assert output.count("local checkpoint of step 2: copied to") == 2, "expected a report from each process"
     assert "could not be copied: [Errno 5] the local disk returned other bytes than were written" in output
     assert "local checkpoint of step 2: incomplete on these nodes, ignored" in output
 
 
-def test_full_disks(tmp_path: Path) -> None:
-    """Real file systems that are too small: seen before writing, or (no room for more files) while writing."""
+def test_full_disks_are_reported(tmp_path: Path) -> None:
+    """File systems that are too small: detected before writing, or while writing if inodes run out."""
     disks = {tmp_path / "space" / "ckpt": "size=4M", tmp_path / "files" / "ckpt": "size=1G,nr_inodes=7"}
     try:
         for disk, options in disks.items():
@@ -53,8 +53,8 @@ def test_full_disks(tmp_path: Path) -> None:
                 subprocess.run(["umount", str(disk)], check=True)
 
 
-def test_damaged_checkpoints_give_way_to_the_one_before(tmp_path: Path) -> None:
-    """A changed byte, a missing file: said, set aside, and the run ends with the numbers of an undisturbed one."""
+def test_damaged_checkpoints_fall_back_to_the_previous_one(tmp_path: Path) -> None:
+    """A flipped bit or missing file is reported, the checkpoint set aside, and the run ends like an undisturbed one."""
     common = {
         "data.path": make_dataset(tmp_path / "data"),
         "checkpoint.base": make_hf(tmp_path / "hf"),
@@ -79,7 +79,11 @@ def test_damaged_checkpoints_give_way_to_the_one_before(tmp_path: Path) -> None:
     names = {p.name for p in (run / "ckpt").iterdir()}
     assert names == {"step-0000002", "step-0000003.damaged", "step-0000004.damaged", "step-0000005"}
     assert [e["step"] for e in read_events(run) if e["kind"] == "checkpoint_damaged"] == [3]
-    for mine, other in zip(read_metrics(run), read_metrics(whole)[2:], strict=True):
-        assert (mine["step"], mine["loss"], mine["grad_norm"]) == (other["step"], other["loss"], other["grad_norm"])
+    for resumed, undisturbed in zip(read_metrics(run), read_metrics(whole)[2:], strict=True):
+        assert (resumed["step"], resumed["loss"], resumed["grad_norm"]) == (
+            undisturbed["step"],
+            undisturbed["loss"],
+            undisturbed["grad_norm"],
+        )
     last = "ckpt/step-0000005/weights/__0_0.distcp"
     assert (run / last).read_bytes() == (whole / last).read_bytes()

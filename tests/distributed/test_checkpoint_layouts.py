@@ -1,4 +1,4 @@
-"""A checkpoint is the same bits after any number of layouts, and training goes on from it bit for bit."""
+"""A checkpoint stays bitwise equal through a chain of layouts, and training resumes from it bitwise."""
 
 from pathlib import Path
 
@@ -16,12 +16,12 @@ def content(folder: Path) -> dict[str, torch.Tensor]:
     return {k: files.read(k, (0,) * len(files.shape(k)), files.shape(k)).clone() for k in files.names()}
 
 
-def assert_same(found: Path, wanted: Path) -> None:
-    ours, theirs = content(found), content(wanted)
+def assert_same(actual: Path, expected: Path) -> None:
+    ours, theirs = content(actual), content(expected)
     assert ours.keys() == theirs.keys()
     for key, tensor in theirs.items():
         assert ours[key].dtype == tensor.dtype
-        assert torch.equal(ours[key], tensor), f"{key} of {found}"
+        assert torch.equal(ours[key], tensor), f"{key} of {actual}"
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
-def test_through_all_layouts(outputs: Path, precision: str) -> None:
+def test_checkpoint_stays_bitwise_equal_through_all_layouts(outputs: Path, precision: str) -> None:
     out, two, four = outputs / precision, "ckpt/step-0000002", "ckpt/step-0000004"
     start = content(out / "only-2" / two)
     names = {"", "optimizer.state.exp_avg.", "optimizer.state.exp_avg_sq."}

@@ -1,4 +1,4 @@
-"""Hugging Face -> Megatron-Core -> Hugging Face: bit for bit, also through TP and PP; logits equal transformers'."""
+"""Hugging Face to Megatron-Core and back, bitwise, also through TP and PP; logits equal transformers'."""
 
 import json
 import shutil
@@ -31,8 +31,8 @@ pytestmark = pytest.mark.distributed
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_converters_round_trip(tmp_path: Path, tied: bool, dtype: torch.dtype) -> None:
-    """Vocabulary 264 is padded to 384 on the way; SDLM's keys travel along."""
+def test_converter_round_trip_is_bitwise(tmp_path: Path, tied: bool, dtype: torch.dtype) -> None:
+    """Vocabulary 264 is padded to 384 in between; SDLM's config keys are kept."""
     hf = make_hf(tmp_path / "hf", tied=tied, dtype=dtype)
     run_python("-m", "checkpoints_tools.hf_to_mcore", "--hf", str(hf), "--out", str(tmp_path / "mcore"))
     out = tmp_path / "out"
@@ -51,10 +51,12 @@ def test_converters_round_trip(tmp_path: Path, tied: bool, dtype: torch.dtype) -
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("layout", [{"parallel.tensor": 2}, {"parallel.pipeline": 2}], ids=["TP2", "PP2"])
-def test_through_a_training_checkpoint(tmp_path: Path, tied: bool, layout: dict[str, object]) -> None:
-    """Loaded into the shards of a TP2 or PP2 run, saved by it, exported: the same bits.
+def test_round_trip_through_a_training_checkpoint_is_bitwise(
+    tmp_path: Path, tied: bool, layout: dict[str, object]
+) -> None:
+    """Weights loaded into the shards of a TP2 or PP2 run, saved by it and exported are bitwise equal.
 
-    From the folder (tied) or from its import (untied). The learning rate is so small that fp32 weights cannot change.
+    Tied models start from the folder, untied ones from its import. The learning rate is too small to change weights.
     """
     hf = base = make_hf(tmp_path / "hf", tied=tied)
     if not tied:
@@ -70,7 +72,7 @@ def test_through_a_training_checkpoint(tmp_path: Path, tied: bool, layout: dict[
 
 
 def assert_card(folder: Path, out: Path, layout: dict[str, object]) -> None:
-    """What the run knows is in the card, and no path of this machine. Without run.json there is less, and no error."""
+    """The model card states the run's facts and no path of this machine; it is shorter without run.json."""
     card = (out / "README.md").read_text()
     degrees = {"parallel.tensor": 1, "parallel.pipeline": 1, **layout}
     record = read_metrics(folder / "run")[-1]
@@ -87,7 +89,7 @@ def assert_card(folder: Path, out: Path, layout: dict[str, object]) -> None:
     step = folder / "run" / "ckpt" / "step-0000001"
     for text in (card, (step / "run.json").read_text()):
         assert str(folder) not in text and str(Path.home()) not in text and "/tmp" not in text
-    (step / "run.json").unlink()  # as a checkpoint of an older version
+    (step / "run.json").unlink()  # as in a checkpoint of an older version
     sizes = json.loads((step / "complete.json").read_text())
     del sizes["run.json"]
     (step / "complete.json").write_text(json.dumps(sizes))
@@ -100,7 +102,7 @@ def assert_card(folder: Path, out: Path, layout: dict[str, object]) -> None:
     "form", [{}, {"tied": False}, {"bias": False}, {"heads": 4, "kv": 4}], ids=["tied", "untied", "llama", "no GQA"]
 )
 def test_logits_equal_transformers(make_engine: Callable, tmp_path: Path, form: dict) -> None:
-    """Clean tokens of one document through transformers' own model; losses of every target through ours.
+    """Losses of every target against transformers' own model on the clean tokens of one document.
 
     A block that begins at p with D = 1 sees x[0..p-1] and itself: it is x[p]'s plain causal row.
     """
@@ -120,7 +122,7 @@ def test_logits_equal_transformers(make_engine: Callable, tmp_path: Path, form: 
 
 
 def test_block_logits_equal_transformers_with_our_mask(make_engine: Callable, tmp_path: Path) -> None:
-    """A packed row of two documents through transformers' Qwen2 with the dense mask and our positions."""
+    """Packed row of two documents through transformers' Qwen2 with our dense mask and positions."""
     from transformers import AutoModelForCausalLM
 
     from sdlm_megatron.diffusion.layout import row_positions
@@ -165,7 +167,7 @@ def test_block_logits_equal_transformers_with_our_mask(make_engine: Callable, tm
         ),
     ],
 )
-def test_broken_folders_are_named(tmp_path: Path, damage: Callable, message: str) -> None:
+def test_broken_folders_are_reported(tmp_path: Path, damage: Callable, message: str) -> None:
     hf = make_hf(tmp_path / "hf")
     damage(hf)
     command = ("-m", "checkpoints_tools.hf_to_mcore", "--hf", str(hf), "--out", str(tmp_path / "out"))
@@ -176,7 +178,7 @@ def test_broken_folders_are_named(tmp_path: Path, damage: Callable, message: str
     assert not (tmp_path / "out").exists()
 
 
-def test_a_half_written_checkpoint_is_refused_and_nothing_overwritten(tmp_path: Path) -> None:
+def test_partial_checkpoint_is_refused_and_output_is_not_overwritten(tmp_path: Path) -> None:
     hf = make_hf(tmp_path / "hf")
     mcore = tmp_path / "mcore"
     run_python("-m", "checkpoints_tools.hf_to_mcore", "--hf", str(hf), "--out", str(mcore))
@@ -201,8 +203,8 @@ def test_a_half_written_checkpoint_is_refused_and_nothing_overwritten(tmp_path: 
         assert not (tmp_path / "out").exists()
 
 
-def test_training_from_mismatched_parts_says_so(tmp_path: Path) -> None:
-    """One line each: other D, other mask id, a shape the base does not have, TP that does not divide."""
+def test_mismatched_settings_are_reported_in_one_line(tmp_path: Path) -> None:
+    """Other block size, other mask id, layers that the base lacks, missing folders, a misspelled setting."""
     hf, data = make_hf(tmp_path / "hf"), make_dataset(tmp_path / "data")
     common = {"run_dir": tmp_path / "run", "data.path": data, "checkpoint.base": hf, "model.num_layers": 0}
     other_mask = make_dataset(tmp_path / "mask", mask_token_id=200)
@@ -219,5 +221,5 @@ def test_training_from_mismatched_parts_says_so(tmp_path: Path) -> None:
         assert done.returncode == 2, change
         assert message in done.stderr, done.stderr
         assert "Traceback" not in done.stderr
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["logs"], "why the processes ended, nothing else"
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["logs"], "expected only the exit records in logs/"
     assert json.loads(rank_file(tmp_path / "run", "exit", 0, "local").read_text())["reason"] == "user_error"

@@ -1,4 +1,4 @@
-"""The evidence campaign in its cheapest form: conversations to the tables of docs/evidence.md, on a tiny model."""
+"""Smallest evidence campaign: from conversations to the tables of docs/evidence.md, on a tiny model."""
 
 import json
 import re
@@ -20,8 +20,8 @@ SMALL = Budget({"json": 12, "categories": 12}, prompts=4)
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_conversations_become_tables(tmp_path, monkeypatch, capsys) -> None:
-    """One arm without the target shift, which no other test takes from the data to decoding, and the plain one."""
-    monkeypatch.setattr("dev.evidence.document.DPI", 30)  # small is quick
+    """Two arms: the plain one, and one without the target shift, which no other test takes from data to decoding."""
+    monkeypatch.setattr("dev.evidence.document.DPI", 30)  # low resolution renders fast
     out, base = tmp_path / "campaign", exported.export("trained_d4", tmp_path / "base")
     arms = [ARMS["ar"], ARMS["unshifted"]]
     train_all(out, arms, [0], SMALL, base, jobs=2)
@@ -49,7 +49,7 @@ def test_conversations_become_tables(tmp_path, monkeypatch, capsys) -> None:
         run_measurements.main(["--out", str(out), "--prompts", "5", "--jobs", "1"])
 
 
-def test_a_training_that_fails_is_named_and_the_others_go_on(tmp_path, capsys) -> None:
+def test_failed_training_is_reported_with_its_log(tmp_path, capsys) -> None:
     out, base = tmp_path / "campaign", exported.export("trained_d4", tmp_path / "base")
     (out / "ar-0").mkdir(parents=True)
     (out / "ar-0" / "data").write_text("in the way")

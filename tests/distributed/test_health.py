@@ -1,4 +1,4 @@
-"""What a run of two processes notices: a stop asked of one rank, replicas that differ, rows left out."""
+"""Health checks of a run of two processes: stop signal at one rank, diverging replicas, skipped rows."""
 
 import json
 from pathlib import Path
@@ -30,27 +30,27 @@ def settings(folder: Path, **more: object) -> dict[str, object]:
     }
 
 
-def test_one_rank_is_asked_to_stop(tmp_path: Path) -> None:
-    """Both ranks stop after the same step, with a checkpoint of it; a row that was left out was trained by none."""
+def test_stop_signal_at_one_rank_stops_both(tmp_path: Path) -> None:
+    """Both ranks stop after the same step with a checkpoint of it; neither trains the skipped row."""
     config = settings(tmp_path, **{"data.skip_rows": "[5]"})
     train(config, processes=2, entry=ENTRY, env={"FAULT": "usr1 1 3"})
     run = tmp_path / "run"
     assert rows_of_run(run) == {1: [0, 1, 2, 3], 2: [4, 6, 7], 3: [8, 9, 10, 11]}
     assert newest(run / "ckpt", print) == run / "ckpt" / "step-0000003"
-    found = summarize(run, "local", 2)
-    assert (found.outcome, found.why, found.step, found.culprits) == ("stopped", "signal SIGUSR1", 3, [])
+    summary = summarize(run, "local", 2)
+    assert (summary.outcome, summary.why, summary.step, summary.culprits) == ("stopped", "signal SIGUSR1", 3, [])
     kinds = [event["kind"] for event in read_events(run)]
     assert kinds[:3] == ["start", "ready", "first_step"] and kinds[-1] == "stop"
     stop = read_events(run)[-1]
     assert (stop["step"], stop["reason"]) == (3, "signal SIGUSR1")
 
 
-def test_a_flipped_bit_of_one_replica_is_found(tmp_path: Path) -> None:
+def test_flipped_bit_in_one_replica_is_detected(tmp_path: Path) -> None:
     config = settings(tmp_path, **{"parallel.distributed_optimizer": False, "fault.replica_check_every": 2})
     done = train(config, processes=2, entry=ENTRY, check=False, env={"FAULT": "flip 1 3"})
     assert done.returncode and "data-parallel ranks hold different weights" in done.stderr
     record = json.loads(rank_file(tmp_path / "run", "exit", 1, "local").read_text())
     assert (record["reason"], record["code"], record["step"], record["failed_step"]) == ("error", 1, 3, 4)
-    found = summarize(tmp_path / "run", "local", 2)
-    assert found.outcome == "crash" and "before step 4" in found.why
-    assert "decoder.layers." in found.text and "rank 0 on" in found.text and "rank 1 on" in found.text
+    summary = summarize(tmp_path / "run", "local", 2)
+    assert summary.outcome == "crash" and "before step 4" in summary.why
+    assert "decoder.layers." in summary.text and "rank 0 on" in summary.text and "rank 1 on" in summary.text

@@ -1,4 +1,4 @@
-"""The same ten steps under every layout, from one set of weights: losses and gradient norms agree."""
+"""Ten steps under every layout from the same weights: losses and gradient norms agree."""
 
 import json
 import time
@@ -12,14 +12,14 @@ from torch.distributed.checkpoint import FileSystemReader, TensorStorageMetadata
 pytestmark = pytest.mark.distributed
 
 STEPS = 10
-# name -> processes, settings. 7 rows a step are no multiple of DP 2: one empty row fills up.
+# name -> (processes, settings). 7 rows per step is no multiple of DP 2, so one empty row is added.
 TP2 = {"parallel.tensor": 2, "parallel.sequence": True}
 OVERLAPPED = {"parallel.overlap_grad_reduce": True, "parallel.overlap_param_gather": True}
 LAYOUTS: dict[str, tuple[int, dict[str, object]]] = {
     "TP1": (1, {}),
     "TP2+SP": (2, TP2),
     "PP2": (2, {"parallel.pipeline": 2}),
-    # 10 label rows a chunk
+    # 10 label rows per chunk
     "TP2+SP+PP2, head in chunks": (
         4,
         {**TP2, "parallel.pipeline": 2, "train.logits_mb": 0.02},
@@ -40,7 +40,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, object]]] = {
 def material(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("layouts")
     make_dataset(folder / "validation", rows=9, seed=3)
-    # untied here; the tied head under TP2 and PP2 is below and in the resume test
+    # untied here; the tied head is tested below and in test_resume.py
     return make_dataset(folder / "data", rows=30), make_hf(folder / "hf", tied=False, layers=4)
 
 
@@ -56,7 +56,7 @@ def run(material: tuple[Path, Path], run_dir: Path, processes: int, settings: di
         "checkpoint.save_every": 0,
         "observe.tensorboard": False,
         "observe.validate_every": 0,
-        "observe.validation_rows": 8,  # of 9; a step and an eighth
+        "observe.validation_rows": 8,  # of 9, and more than one step's 7
         "data.validation": data.with_name("validation") if "observe.validate_every" in settings else "",
     }
     train({**common, **settings}, processes=processes, entry=(str(Path(__file__).with_name("small_buckets.py")),))
@@ -65,7 +65,7 @@ def run(material: tuple[Path, Path], run_dir: Path, processes: int, settings: di
 
 @pytest.fixture(scope="module")
 def single_run(material: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One process, with samples and validation: layouts without must train the same, those with must say the same."""
+    """One process with samples and validation: the reference for layouts with and without them."""
     folder = tmp_path_factory.mktemp("single") / "run"
     run(material, folder, 1, {"observe.sample_every": 5, "observe.validate_every": 5})
     return folder
@@ -77,7 +77,7 @@ def single(single_run: Path) -> list[dict]:
 
 
 def samples(run_dir: Path) -> dict[int, list[dict]]:
-    """What samples.jsonl holds, by step."""
+    """Samples in samples.jsonl by step."""
     lines = (run_dir / "samples.jsonl").read_text().splitlines()
     return {r["step"]: r["samples"] for r in map(json.loads, lines)}
 
@@ -87,29 +87,29 @@ LEARNED = ("loss", "accuracy", "confidence", "accepted")
 
 
 def validation(run_dir: Path) -> list[dict]:
-    """What validation.jsonl holds, val_ cut off."""
+    """Records of validation.jsonl without the prefix `val_`."""
     lines = (run_dir / "validation.jsonl").read_text().splitlines()
     return [{k.removeprefix("val_"): v for k, v in json.loads(line).items()} for line in lines]
 
 
-def assert_equal(found: list[dict], wanted: list[dict], rel: float = 1e-5) -> None:
-    assert [r["step"] for r in found] == [r["step"] for r in wanted]
-    for mine, other in zip(found, wanted, strict=True):
-        assert ("loss_next_token" in mine) == ("loss_next_token" in other)
-        for key in (k for k in other if k == "grad_norm" or k.startswith(LEARNED)):
-            assert mine[key] == pytest.approx(other[key], rel=rel), f"step {mine['step']}, {key}"
-        for key in (k for k in EXACT if k in other):
-            assert mine[key] == other[key], f"step {mine['step']}, {key}"
+def assert_equal(actual: list[dict], expected: list[dict], rel: float = 1e-5) -> None:
+    assert [r["step"] for r in actual] == [r["step"] for r in expected]
+    for record, reference in zip(actual, expected, strict=True):
+        assert ("loss_next_token" in record) == ("loss_next_token" in reference)
+        for key in (k for k in reference if k == "grad_norm" or k.startswith(LEARNED)):
+            assert record[key] == pytest.approx(reference[key], rel=rel), f"step {record['step']}, {key}"
+        for key in (k for k in EXACT if k in reference):
+            assert record[key] == reference[key], f"step {record['step']}, {key}"
 
 
 def test_the_single_process_run_learns(single: list[dict]) -> None:
     assert len(single) == STEPS
     assert single[-1]["loss"] < single[0]["loss"]
-    assert single[-1]["epoch"] == 2  # 70 rows of 30 a epoch
+    assert single[-1]["epoch"] == 2  # 70 rows at 30 per epoch
     assert len({r["accuracy_pos_1"] for r in single}) > 2 and {"accepted_0.9", "accepted_0.98"} <= set(single[0])
 
 
-def test_validation(single_run: Path) -> None:
+def test_validation_is_logged_and_improves(single_run: Path) -> None:
     first, last = validation(single_run)
     assert (first["step"], last["step"], last["rows"]) == (5, 10, 8)
     assert 0 < last["loss"] < first["loss"] and {"loss_pos_4", "accuracy_pos_4", "accepted_0.9"} <= set(last)
@@ -143,49 +143,51 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def test_interleaved_and_overlapped_then_one_process(
+def test_interleaved_and_overlapped_run_resumes_on_one_process(
     material: tuple[Path, Path], single_run: Path, single: list[dict], tmp_path: Path
 ) -> None:
-    """PP2 with two chunks a stage, DP2 with every overlap (7 rows: one of 8 is empty); then one process goes on.
+    """PP2 with two virtual stages and DP2 with every overlap (7 rows, so one of 8 is empty), then one process.
 
-    Samples at steps 2 and 4, so that steps follow them, and at step 5.
+    Samples are drawn at steps 2 and 4, which are followed by further steps, and at step 5.
     """
     interleaved = {"parallel.pipeline": 2, "parallel.virtual_pipeline": 2, **OVERLAPPED, "train.stop_after": 5}
     interleaved["observe.sample_every"] = interleaved["observe.validate_every"] = 2
     run(material, tmp_path / "run", 4, interleaved)
-    found = samples(tmp_path / "run")
-    assert list(found) == [2, 4, 5] and found[5] == samples(single_run)[5]
+    drawn = samples(tmp_path / "run")
+    assert list(drawn) == [2, 4, 5] and drawn[5] == samples(single_run)[5]
     *_, last = validation(tmp_path / "run")
     assert_equal([last], validation(single_run)[:1])
     assert_equal(run(material, tmp_path / "run", 1, {"train.recompute": "full"}), single)
     weights = "ckpt/step-0000010/weights"
-    mine, other = tensors_of(tmp_path / "run" / weights), tensors_of(single_run / weights)
-    assert mine.keys() == other.keys()
-    for name, tensor in other.items():  # weights and both moments: current when they were saved, and in their places
-        assert (mine[name] - tensor).norm() <= 1e-5 * tensor.norm(), name
+    resumed, reference = tensors_of(tmp_path / "run" / weights), tensors_of(single_run / weights)
+    assert resumed.keys() == reference.keys()
+    for name, tensor in reference.items():  # weights and both moments
+        assert (resumed[name] - tensor).norm() <= 1e-5 * tensor.norm(), name
 
 
-def test_logging_and_saving_at_other_steps_changes_nothing(
+def test_log_and_save_intervals_do_not_change_training(
     material: tuple[Path, Path], single: list[dict], tmp_path: Path
 ) -> None:
-    """The host then runs ahead of the steps; their results are read, and times taken, over several at once."""
+    """Between log steps the host runs ahead; results are read and times measured over several steps at once."""
     started = time.perf_counter()
-    found = run(material, tmp_path / "run", 1, {"observe.log_every": 4, "checkpoint.save_every": 3})
+    records = run(material, tmp_path / "run", 1, {"observe.log_every": 4, "checkpoint.save_every": 3})
     seconds = time.perf_counter() - started
-    assert_equal(found, [r for r in single if r["step"] in (4, 8, 10)])
+    assert_equal(records, [r for r in single if r["step"] in (4, 8, 10)])
     windows = (4, 4, 2)
-    assert 0 < sum(n * r["step_time"] for n, r in zip(windows, found, strict=True)) < seconds
-    for record in found:
+    assert 0 < sum(n * r["step_time"] for n, r in zip(windows, records, strict=True)) < seconds
+    for record in records:
         assert record["tokens_per_s"] == pytest.approx(record["tokens"] / record["step_time"])
         assert 0 <= record["data_wait"] < record["step_time"]
         parts = [record[f"time_{name}"] for name in ("forward_backward", "reduce", "update", "read_log")]
         assert all(x > 0 for x in parts)
         assert sum([*parts, record["data_wait"]]) == pytest.approx(record["step_time"])
-    assert all(r["time_save"] > 0 for r in found)  # after steps 3, 6 and 9
+    assert all(r["time_save"] > 0 for r in records)  # after steps 3, 6 and 9
 
 
-def test_clean_tokens_trained_too(material: tuple[Path, Path], single: list[dict], tmp_path: Path) -> None:
-    """DP2 with an empty row, head in chunks, against one process; slot losses of step 1 are those without."""
+def test_next_token_loss_under_data_parallelism(
+    material: tuple[Path, Path], single: list[dict], tmp_path: Path
+) -> None:
+    """DP2 with an empty row and a chunked head against one process; slot losses of step 1 equal those without it."""
     settings = {"diffusion.next_token_weight": 0.3, "train.steps": 3}
     alone = run(material, tmp_path / "alone", 1, settings)
     assert_equal(run(material, tmp_path / "spread", 2, {**settings, **OVERLAPPED, "train.logits_mb": 0.02}), alone)
@@ -197,8 +199,9 @@ def test_clean_tokens_trained_too(material: tuple[Path, Path], single: list[dict
 
 
 def test_tied_llama_shape_with_causal_blocks(tmp_path: Path) -> None:
-    """Tied embeddings on two stages, no biases, rows-mean loss of blocks and clean tokens, causal blocks: TP2+SP+PP2
-    against one process, and its samples against transformers with the export of the same step.
+    """TP2+SP+PP2 against one process, and its samples against transformers with the export of the same step.
+
+    Tied embeddings on two stages, no biases, loss averaged over rows for blocks and clean tokens, causal blocks.
     """
     material = (
         make_dataset(tmp_path / "data", rows=20),
@@ -215,12 +218,12 @@ def test_tied_llama_shape_with_causal_blocks(tmp_path: Path) -> None:
     spread, out = tmp_path / "spread", tmp_path / "out"
     assert_equal(run(material, spread, 4, {**settings, **layout, "observe.sample_every": 1000}), alone)
     run_python("-m", "checkpoints_tools.mcore_to_hf", "--ckpt", str(spread), "--out", str(out))
-    (found,) = samples(spread).values()
-    assert {tuple(s["tokens"]) for s in found} == {tuple(decoded(out, s["prompt_ids"])) for s in found}
+    (drawn,) = samples(spread).values()
+    assert {tuple(s["tokens"]) for s in drawn} == {tuple(decoded(out, s["prompt_ids"])) for s in drawn}
 
 
 def decoded(folder: Path, prompt: list[int]) -> list[int]:
-    """What transformers' model says to a prompt, without a cache."""
+    """Tokens decoded from a prompt by transformers' model without a cache."""
     from transformers import AutoModelForCausalLM
 
     from sdlm_megatron.diffusion.decode import decode
@@ -236,6 +239,6 @@ def decoded(folder: Path, prompt: list[int]) -> list[int]:
 
 def test_bf16_trains_under_pipeline(material: tuple[Path, Path], single: list[dict], tmp_path: Path) -> None:
     """bf16 with fp32 masters follows the fp32 run within bf16's rounding."""
-    found = run(material, tmp_path / "run", 2, {"train.precision": "bf16", "parallel.pipeline": 2})
-    assert_equal(found[:3], single[:3], rel=0.02)
-    assert found[-1]["loss"] == pytest.approx(single[-1]["loss"], rel=0.1)
+    records = run(material, tmp_path / "run", 2, {"train.precision": "bf16", "parallel.pipeline": 2})
+    assert_equal(records[:3], single[:3], rel=0.02)
+    assert records[-1]["loss"] == pytest.approx(single[-1]["loss"], rel=0.1)

@@ -1,4 +1,4 @@
-"""Loading a base: a TP rank reads its slices only, and of the data-parallel replicas only the first reads at all."""
+"""Loading a base model: a TP rank reads only its slices, and only the first data-parallel replica reads at all."""
 
 import json
 from pathlib import Path
@@ -13,15 +13,15 @@ SCRIPT = str(REPO / "tests" / "distributed" / "load_shares.py")
 
 
 def shares(base: Path, out: Path, *, processes: int, tensor: int, mask: int = 0) -> list[float]:
-    """Share of the folder's bytes that each rank has read; the script itself compares every parameter."""
+    """Share of the folder's bytes read by each rank; the script compares every parameter."""
     run_python(SCRIPT, str(base), str(tensor), str(mask), str(out), processes=processes)
     result = json.loads(out.read_text())
-    assert all(result["failed"]), "an error of one rank reaches those that wait for its broadcast"
+    assert all(result["failed"]), "an error of one rank did not reach the ranks that wait for its broadcast"
     total = sum(t.nbytes for t in tensors(base).values())
     return [count / total for count in result["read"]]
 
 
-def test_bytes_read(tmp_path: Path) -> None:
+def test_ranks_read_only_their_share(tmp_path: Path) -> None:
     base = make_hf(tmp_path / "hf", tied=False, dtype=torch.bfloat16)
     assert shares(base, tmp_path / "one", processes=1, tensor=1) == [1.0]
     assert shares(base, tmp_path / "dp", processes=2, tensor=1) == [1.0, 0.0]
@@ -32,8 +32,8 @@ def test_bytes_read(tmp_path: Path) -> None:
     assert both == [*split, 0.0, 0.0]
 
 
-def test_a_new_mask_token(tmp_path: Path) -> None:
-    """Its mean needs every row of embedding and head, on the rank that has the token."""
+def test_new_mask_token_needs_every_row(tmp_path: Path) -> None:
+    """Mean of the new token: needs every row of embedding and head, on the rank that holds the token."""
     base = make_hf(tmp_path / "hf", tied=False, dtype=torch.bfloat16, vocab=256)
     first, second = shares(base, tmp_path / "tp", processes=2, tensor=2, mask=256)
     assert first < 0.6 < second

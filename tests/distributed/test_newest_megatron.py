@@ -1,4 +1,4 @@
-"""The newest supported Megatron-Core gives the numbers of the installed one (`make test-newest`: all tests on it)."""
+"""The newest supported Megatron-Core equals the installed one (`make test-newest` runs all tests on it)."""
 
 import os
 import shutil
@@ -16,7 +16,7 @@ STEPS, SAVED = 6, 2
 
 @pytest.fixture(scope="module")
 def newest() -> dict[str, str]:
-    """Environment variables that bring it; skips where it cannot be fetched, but never in CI."""
+    """Environment variables that select it. Skips if it cannot be downloaded, except in CI."""
     try:
         return {"PYTHONPATH": fetch(REPO / ".cache")}
     except subprocess.CalledProcessError as error:
@@ -26,7 +26,9 @@ def newest() -> dict[str, str]:
         pytest.skip(message)
 
 
-def test_same_steps_and_a_checkpoint_of_the_installed_version_goes_on(newest: dict[str, str], tmp_path: Path) -> None:
+def test_newest_trains_the_same_and_resumes_a_checkpoint_of_the_installed(
+    newest: dict[str, str], tmp_path: Path
+) -> None:
     common = {
         "data.path": make_dataset(tmp_path / "data"),
         "checkpoint.base": make_hf(tmp_path / "hf"),
@@ -44,9 +46,9 @@ def test_same_steps_and_a_checkpoint_of_the_installed_version_goes_on(newest: di
         assert "DEPRECATED" not in line.upper(), line
     shutil.copytree(installed / "ckpt" / f"step-{SAVED:07d}", resumed / "ckpt" / f"step-{SAVED:07d}")
     train({**common, "run_dir": resumed}, env=newest)
-    wanted = read_metrics(installed)
-    found = read_metrics(spread) + read_metrics(resumed)
-    assert [r["step"] for r in found] == [r["step"] for r in wanted]
-    for mine, other in zip(found, wanted, strict=True):
+    expected = read_metrics(installed)
+    actual = read_metrics(spread) + read_metrics(resumed)
+    assert [r["step"] for r in actual] == [r["step"] for r in expected]
+    for record, reference in zip(actual, expected, strict=True):
         for key in ("loss", "grad_norm"):
-            assert mine[key] == pytest.approx(other[key], rel=1e-5), f"step {mine['step']}, {key}"
+            assert record[key] == pytest.approx(reference[key], rel=1e-5), f"step {record['step']}, {key}"

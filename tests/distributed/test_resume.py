@@ -1,4 +1,4 @@
-"""Stop, and go on under the same or another layout: same losses, every row once."""
+"""Stop and resume under the same or another layout: same losses, every row trained once."""
 
 import json
 import shutil
@@ -20,7 +20,7 @@ FIRST, LAST, BATCH, ROWS = 4, 9, 4, 24
 
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """An uninterrupted run, and one stopped after step FIRST; TP2 with a tied head."""
+    """An uninterrupted run and one stopped after step FIRST, both TP2 with a tied head."""
     folder = tmp_path_factory.mktemp("resume")
     paths = {"data": make_dataset(folder / "data", rows=ROWS), "hf": make_hf(folder / "hf", layers=4), "folder": folder}
     whole, half = folder / "whole", folder / "half"
@@ -59,46 +59,48 @@ def settings(paths: dict[str, Path], run_dir: Path, **more: object) -> dict[str,
         ),
     ],
 )
-def test_the_next_losses(stopped: dict[str, Path], tmp_path: Path, processes: int, layout: dict[str, object]) -> None:
+def test_resumed_losses_equal_the_uninterrupted_run(
+    stopped: dict[str, Path], tmp_path: Path, processes: int, layout: dict[str, object]
+) -> None:
     run = tmp_path / "run"
     shutil.copytree(stopped["half"], run)
-    assert_goes_on(run, train(settings(stopped, run, **layout), processes=processes).stdout, stopped["whole"], rel=1e-5)
+    assert_resumed(run, train(settings(stopped, run, **layout), processes=processes).stdout, stopped["whole"], rel=1e-5)
 
 
-def assert_goes_on(run: Path, output: str, whole: Path, rel: float) -> None:
-    """`rel` 0: bitwise."""
+def assert_resumed(run: Path, output: str, whole: Path, rel: float) -> None:
+    """Compares a resumed run with the uninterrupted one; `rel` 0 is bitwise."""
     assert f"resumes from {run}/ckpt/step-{FIRST:07d} at step {FIRST}" in output
-    wanted, found = read_metrics(whole), read_metrics(run)
-    assert [r["step"] for r in found] == list(range(1, LAST + 1))
-    for mine, other in zip(found, wanted, strict=True):
-        assert mine["consumed_rows"] == other["consumed_rows"]
-        assert mine["lr"] == other["lr"]
+    expected, actual = read_metrics(whole), read_metrics(run)
+    assert [r["step"] for r in actual] == list(range(1, LAST + 1))
+    for record, reference in zip(actual, expected, strict=True):
+        assert record["consumed_rows"] == reference["consumed_rows"]
+        assert record["lr"] == reference["lr"]
         for key in ("loss", "grad_norm"):
-            assert mine[key] == pytest.approx(other[key], rel=rel, abs=0), f"step {mine['step']}, {key}"
+            assert record[key] == pytest.approx(reference[key], rel=rel, abs=0), f"step {record['step']}, {key}"
 
 
-def test_the_same_layout_goes_on_bit_for_bit(stopped: dict[str, Path], tmp_path: Path) -> None:
+def test_same_layout_resumes_bitwise(stopped: dict[str, Path], tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(stopped["half"], run)
-    assert_goes_on(run, train(settings(stopped, run, **TP2), processes=2).stdout, stopped["whole"], rel=0)
+    assert_resumed(run, train(settings(stopped, run, **TP2), processes=2).stdout, stopped["whole"], rel=0)
     weights = f"ckpt/step-{LAST:07d}/weights"
     files = [path.name for path in (run / weights).glob("*.distcp")]
     assert len(files) == 2
     for name in files:  # weights and moments
         assert (run / weights / name).read_bytes() == (stopped["whole"] / weights / name).read_bytes(), name
-    found = goodput_of(run)  # two attempts, by what they really wrote
-    assert found is not None and sum(found.seconds.values()) == pytest.approx(found.wall, abs=1e-6)
-    assert 0 < found.share < 1 and {"start", "stop and restart"} <= set(found.seconds)
-    assert not {"redone steps", "hang or crash"} & set(found.seconds)
+    goodput = goodput_of(run)  # over both attempts, from the records that they wrote
+    assert goodput is not None and sum(goodput.seconds.values()) == pytest.approx(goodput.wall, abs=1e-6)
+    assert 0 < goodput.share < 1 and {"start", "stop and restart"} <= set(goodput.seconds)
+    assert not {"redone steps", "hang or crash"} & set(goodput.seconds)
 
 
 @pytest.mark.parametrize("dp_size", [1, 2, 3, 4])
 def test_rows_are_neither_skipped_nor_repeated(stopped: dict[str, Path], dp_size: int) -> None:
-    """Document ids of the run, whatever DP is and wherever it is cut: each epoch has each document once."""
+    """Document ids for any DP size and any place where the run is cut: each epoch has each document once."""
     dataset = PackedDataset(stopped["data"])
     steps, total = 2 * ROWS // 5 + 1, 2 * ROWS
     seen: list[list[int]] = [[], []]
-    for step in range(steps):  # every step is computed from the rows consumed alone, as after a resume
+    for step in range(steps):  # each step depends only on the rows consumed, as after a resume
         for rank in range(dp_size):
             for number in step_rows(step * 5, 5, total, dp_rank=rank, dp_size=dp_size):
                 batch = load_micro_batch(dataset, number, seed=42)
@@ -110,8 +112,8 @@ def test_rows_are_neither_skipped_nor_repeated(stopped: dict[str, Path], dp_size
     assert seen[0] != seen[1]
 
 
-def test_an_interrupted_save_is_ignored(stopped: dict[str, Path], tmp_path: Path) -> None:
-    """A half written checkpoint beside a good one: the good one is used, and the other is named."""
+def test_interrupted_save_is_ignored(stopped: dict[str, Path], tmp_path: Path) -> None:
+    """Incomplete checkpoints beside a good one: the good one is loaded and the others are reported."""
     run = tmp_path / "run"
     shutil.copytree(stopped["half"], run)
     good = run / "ckpt" / f"step-{FIRST:07d}"
@@ -128,7 +130,7 @@ def test_an_interrupted_save_is_ignored(stopped: dict[str, Path], tmp_path: Path
     assert f"resumes from {good}" in done.stdout
 
 
-def test_another_dataset_is_refused(stopped: dict[str, Path], tmp_path: Path) -> None:
+def test_resuming_with_another_dataset_is_refused(stopped: dict[str, Path], tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(stopped["half"], run)
     other = make_dataset(tmp_path / "other", rows=ROWS, seed=5)
@@ -138,8 +140,8 @@ def test_another_dataset_is_refused(stopped: dict[str, Path], tmp_path: Path) ->
     assert "Traceback" not in done.stderr
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path: Path) -> None:
-    """The step and the rows are named, and no checkpoint is written."""
+def test_non_finite_loss_stops_before_the_update(tmp_path: Path) -> None:
+    """The error names the step and the rows, and no checkpoint is written."""
     from safetensors.torch import load_file, save_file
 
     paths = {"data": make_dataset(tmp_path / "data", rows=8), "hf": make_hf(tmp_path / "hf")}
