@@ -1,4 +1,4 @@
-"""The oracle's tiny models and decode goldens, shared by the decode tests."""
+"""Tiny models and recorded decoding runs of the oracle, shared by the decoding tests."""
 
 import json
 from functools import cache
@@ -16,7 +16,7 @@ from tests.helpers import oracle
 MODELS = ("random", "trained_d4")
 PAD, EOS, MASK = 256, 258, 259
 NEAR_TIE = 1e-4
-"""Runs whose closest decision is nearer than this may differ by rounding."""
+"""Runs with a decision closer than this may differ by rounding."""
 
 
 def export(model: str, out: Path, **options: Any) -> Path:
@@ -28,9 +28,9 @@ def export(model: str, out: Path, **options: Any) -> Path:
 
 @cache
 def runs(model: str) -> list[dict[str, Any]]:
-    """The recorded runs of a model."""
-    found: list[dict[str, Any]] = json.loads((oracle() / "tiny" / f"decode_{model}.json").read_text())
-    return found
+    """Recorded runs of a model."""
+    records: list[dict[str, Any]] = json.loads((oracle() / "tiny" / f"decode_{model}.json").read_text())
+    return records
 
 
 def prompt_ids(text: str) -> list[int]:

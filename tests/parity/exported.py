@@ -1,4 +1,4 @@
-"""An exported tiny model with a tokenizer and a chat template: what a user would load."""
+"""Exported tiny model with a tokenizer and a chat template, as a user loads it."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ def export(model: str, out: Path) -> Path:
     source, assets = o.oracle() / "tiny" / model, out.with_name(out.name + "_tokenizer")
     byte_tokenizer.write_folder(assets)
     definition = byte_tokenizer.definition()
-    definition["added_tokens"].pop()  # <tool_call> stands where these models have <text_mask>
+    definition["added_tokens"].pop()  # <tool_call> has the id of these models' <text_mask>
     (assets / "tokenizer.json").write_text(json.dumps(definition))
     settings = json.loads((assets / "tokenizer_config.json").read_text())
     (assets / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": CHAT}))
@@ -29,5 +29,5 @@ def export(model: str, out: Path) -> Path:
 
 
 def messages(prompt: str) -> list[dict[str, str]]:
-    """The conversation whose rendering is decode_oracle.prompt_ids."""
+    """Conversation that renders to decode_oracle.prompt_ids."""
     return [{"role": "system", "content": "be brief."}, {"role": "user", "content": prompt}]

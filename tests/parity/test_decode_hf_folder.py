@@ -1,4 +1,4 @@
-"""Model folders: what is read, what is written, and that transformers computes the same from an export."""
+"""Model folders: reading, writing, and equal results of transformers from an export."""
 
 import json
 import shutil
@@ -31,7 +31,7 @@ def rewrite(folder: Path, **changes: Any) -> Path:
 
 
 def small_tokenizer(folder: Path) -> Path:
-    """A byte-level tokenizer of 256 letters with the three ChatML specials, written by hand."""
+    """Byte-level tokenizer of 256 letters and the three ChatML specials, built by hand."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -77,15 +77,15 @@ def test_round_trip_is_bitwise(tmp_path: Path, tied: bool, shard: int) -> None:
         assert before.shape(name) == after.shape(name)
     files = sorted(p.name for p in out.glob("*.safetensors"))
     assert (len(files) > 2 and (out / INDEX_NAME).is_file()) if shard < 10**9 else files == ["model.safetensors"]
-    for file in files if shard < 10**9 else ():  # only the embedding may be larger than a shard's limit
-        held = load_file(out / file)
-        assert len(held) == 1 or sum(t.numel() * t.element_size() for t in held.values()) <= shard
+    for file in files if shard < 10**9 else ():  # only the embedding may exceed the shard limit
+        tensors = load_file(out / file)
+        assert len(tensors) == 1 or sum(t.numel() * t.element_size() for t in tensors.values()) <= shard
     assert read_hf_config(out) == read_hf_config(source)
     assert not (tmp_path / "out.partial").exists()
 
 
 @pytest.mark.parametrize("model", o.MODELS)
-def test_logits_of_the_export_equal(tmp_path: Path, model: str) -> None:
+def test_logits_of_the_export_equal_the_source(tmp_path: Path, model: str) -> None:
     ids = torch.tensor([o.prompt_ids("count 12 to 15")])
     base = Qwen2ForCausalLM.from_pretrained(o.oracle() / "tiny" / model, attn_implementation="sdpa")
     out = o.export(model, tmp_path / model, max_shard_bytes=30_000)
@@ -103,7 +103,7 @@ def test_logits_of_the_export_equal(tmp_path: Path, model: str) -> None:
     )
 
 
-def test_config_in_both_spellings(tmp_path: Path) -> None:
+def test_config_is_read_in_both_spellings(tmp_path: Path) -> None:
     source = o.oracle() / "tiny" / "random"
     config = read_hf_config(source)
     assert (config.shape.rope_theta, config.shape.tied_embeddings, config.shape.qkv_bias) == (1e6, False, True)
@@ -118,7 +118,7 @@ def test_config_in_both_spellings(tmp_path: Path) -> None:
     assert read_hf_config(rewrite(misspelt, casual_attn=True, causal_attn=None)).decoding.causal_attn is True
 
 
-def test_written_config_is_what_old_loaders_read(tmp_path: Path) -> None:
+def test_written_config_suits_old_loaders(tmp_path: Path) -> None:
     out = o.export("trained_d4", tmp_path / "out")
     values = json.loads((out / "config.json").read_text())
     assert (values["rope_theta"], values["torch_dtype"], values["model_type"]) == (1e6, "float32", "qwen2")
@@ -154,14 +154,14 @@ def test_llama_is_exported_as_qwen2(tmp_path: Path) -> None:
     assert all(whole(before, name).equal(whole(after, name)) for name in before.names())
 
 
-def test_dtype_of_the_export(tmp_path: Path) -> None:
+def test_export_converts_the_dtype(tmp_path: Path) -> None:
     source = tiny(tmp_path / "base")
     out = copy(source, tmp_path / "out", dtype="bfloat16")
     assert read_hf_config(out).dtype == "bfloat16"
     assert HFWeights(out).dtype("model.norm.weight") is torch.bfloat16
 
 
-def test_tokenizer_travels_and_gets_the_mask_token(tmp_path: Path) -> None:
+def test_export_copies_the_tokenizer_and_adds_the_mask_token(tmp_path: Path) -> None:
     source, assets = tiny(tmp_path / "base"), small_tokenizer(tmp_path / "assets")
     out = copy(source, tmp_path / "out", sdlm(read_hf_config(source)), assets=assets)
     tokenizer = AutoTokenizer.from_pretrained(out)
@@ -169,7 +169,7 @@ def test_tokenizer_travels_and_gets_the_mask_token(tmp_path: Path) -> None:
     assert tokenizer("a<text_mask>b").input_ids[1] == 259
     assert tokenizer.decode([259], skip_special_tokens=True) == ""
     assert (tokenizer.chat_template, tokenizer.padding_side) == ("{{ 1 }}", "left")
-    # The base ends texts with another token; a chat's turns end with <|im_end|>, which comes first.
+    # The base's end token is another one; <|im_end|>, which ends chat turns, takes precedence.
     assert json.loads((out / "config.json").read_text())["eos_token_id"] == 258
     again = json.loads((out / "tokenizer.json").read_text())
     add_token(out, "<text_mask>", 259)
@@ -177,18 +177,18 @@ def test_tokenizer_travels_and_gets_the_mask_token(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("token", "token_id", "message"), [("<|im_end|>", 259, "as 258"), ("<x>", 258, "im_end")])
-def test_mask_token_that_does_not_fit(tmp_path: Path, token: str, token_id: int, message: str) -> None:
+def test_conflicting_mask_token_is_refused(tmp_path: Path, token: str, token_id: int, message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
         add_token(small_tokenizer(tmp_path / "assets"), token, token_id)
 
 
-def test_without_tokenizer_warns(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_missing_tokenizer_is_warned_about(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     source = tiny(tmp_path / "base")
     copy(source, tmp_path / "out", assets=source)
     assert "no tokenizer files" in caplog.text
 
 
-def test_nothing_is_overwritten_and_nothing_half_written(tmp_path: Path) -> None:
+def test_export_neither_overwrites_nor_leaves_partial_output(tmp_path: Path) -> None:
     source = tiny(tmp_path / "base")
     (tmp_path / "taken").mkdir()
     with pytest.raises(CheckpointError, match="exists already"):
@@ -203,9 +203,9 @@ def test_wrong_tensors_are_refused(tmp_path: Path) -> None:
     source = tiny(tmp_path / "base")
     config, tensors = read_hf_config(source), load_file(source / "model.safetensors")
 
-    def folder(name: str, held: dict[str, torch.Tensor]) -> Any:
+    def folder(name: str, content: dict[str, torch.Tensor]) -> Any:
         (tmp_path / name).mkdir()
-        save_file(held, tmp_path / name / "model.safetensors")
+        save_file(content, tmp_path / name / "model.safetensors")
         return HFWeights(tmp_path / name)
 
     with pytest.raises(CheckpointError, match="vocab_size"):
@@ -240,12 +240,12 @@ def test_wrong_tensors_are_refused(tmp_path: Path) -> None:
         ({"block_size": 4}, "field 'text_mask_token_id'"),
     ],
 )
-def test_configs_that_cannot_be_used(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+def test_unsupported_configs_are_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
         read_hf_config(rewrite(tiny(tmp_path / "base"), **changes))
 
 
-def test_folders_that_cannot_be_read(tmp_path: Path) -> None:
+def test_unreadable_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"config\.json"):
         read_hf_config(tmp_path)
     with pytest.raises(CheckpointError, match="neither"):
@@ -260,7 +260,7 @@ def test_folders_that_cannot_be_read(tmp_path: Path) -> None:
         HFWeights(whole)
 
 
-def test_shards_that_cannot_be_read(tmp_path: Path) -> None:
+def test_unreadable_shards_are_refused(tmp_path: Path) -> None:
     sharded = copy(tiny(tmp_path / "base"), tmp_path / "out", max_shard_bytes=20_000)
     with pytest.raises(CheckpointError, match=r"no tensor 'model\.nothing'"):
         HFWeights(sharded).shape("model.nothing")
@@ -278,7 +278,7 @@ def test_shards_that_cannot_be_read(tmp_path: Path) -> None:
         HFWeights(sharded)
 
 
-def test_slices_read_parts(tmp_path: Path) -> None:
+def test_slices_equal_parts_of_the_tensor(tmp_path: Path) -> None:
     tensors = HFWeights(tiny(tmp_path / "base"))
     name = "model.layers.1.mlp.down_proj.weight"
     assert tensors.read(name, (4, 2), (4, 16)).equal(whole(tensors, name)[4:8, 2:18])

@@ -1,4 +1,4 @@
-"""Decoding reproduces what the reference code generated, pass by pass."""
+"""Decoding reproduces the reference's recorded runs, pass by pass."""
 
 from typing import Any
 
@@ -34,7 +34,7 @@ def run(model: Any, prompt: str, n: int, tau: float, max_new: int, **options: An
 
 
 def expected(record: dict[str, Any]) -> tuple[list[int], list[int], int]:
-    """Ids, accepted lengths and passes, without the reference's tokens beyond max_gen."""
+    """Ids, accepted lengths and number of passes, without the reference's tokens beyond max_gen."""
     left, accepted = record["max_gen"], []
     for count in record["accepted"]:
         if left == 0:
@@ -45,7 +45,7 @@ def expected(record: dict[str, Any]) -> tuple[list[int], list[int], int]:
 
 
 def got(result: Decoded) -> tuple[list[int], list[int], int]:
-    """The same three of a run of ours; the reference leaves the end token out of both lists."""
+    """The same three values of our run; the reference leaves the end token out of both lists."""
     tokens, accepted = list(result.tokens[0]), list(result.accepted[0])
     if tokens[-1] == o.EOS:
         tokens.pop()
@@ -54,20 +54,20 @@ def got(result: Decoded) -> tuple[list[int], list[int], int]:
 
 
 def agrees(record: dict[str, Any], result: Decoded) -> bool:
-    """Equal ids, accepted lengths and passes.
+    """Whether ids, accepted lengths and passes are equal.
 
-    In self-speculation the reference counts a token in the pass that verifies it, ours in the one that makes it: its
-    list is ours, one later and without our first token; so it may need one forward more to end.
+    In self-speculation the reference counts a token in the pass that verifies it, we in the pass that proposes it. Its
+    list is ours, one pass later and without our first token, so it may need one more forward pass to end.
     """
-    mine, theirs = got(result), expected(record)
+    ours, theirs = got(result), expected(record)
     if record["alg"] != "self_speculative":
-        return mine == theirs
-    counts = mine[1][1:-1]
+        return ours == theirs
+    counts = ours[1][1:-1]
     return (
-        mine[0] == theirs[0]
+        ours[0] == theirs[0]
         and counts == theirs[1][: len(counts)]
         and len(theirs[1]) - len(counts) in (0, 1, 2)
-        and mine[2] in (record["forwards"], record["forwards"] - 1)
+        and ours[2] in (record["forwards"], record["forwards"] - 1)
     )
 
 
@@ -75,7 +75,7 @@ def golden_runs(name: str) -> list[dict[str, Any]]:
     return [r for r in o.runs(name) if r.get("alg")]
 
 
-# Counted, so that no run can go missing: (equal, near ties, runs that show a reference defect) of each algorithm.
+# Expected counts, so that no run can go missing: (equal, near ties, runs that show a reference defect) per algorithm.
 COUNTS = {
     "random": {"prob_conf": (32, 0, 2), "entropy_conf": (24, 0, 0), "self_speculative": (12, 0, 0)},
     "trained_d4": {"prob_conf": (80, 0, 5), "entropy_conf": (60, 0, 0), "self_speculative": (30, 0, 0)},
@@ -84,14 +84,14 @@ COUNTS = {
 
 @pytest.mark.parametrize("use_cache", [True, False], ids=["cached", "uncached"])
 @pytest.mark.parametrize("name", o.MODELS)
-def test_goldens(models: dict[str, Any], name: str, use_cache: bool) -> None:
-    found = {alg: [0, 0, 0] for alg in COUNTS[name]}
+def test_decoding_equals_the_recorded_runs(models: dict[str, Any], name: str, use_cache: bool) -> None:
+    totals = {alg: [0, 0, 0] for alg in COUNTS[name]}
     for record in golden_runs(name):
-        counts = found[record["alg"]]
+        counts = totals[record["alg"]]
         if record.get("quirk"):
             counts[2] += 1
             continue
-        tau = 1.0 if record["only_first"] else record["threshold"]  # only_first: one token a pass, however sure
+        tau = 1.0 if record["only_first"] else record["threshold"]  # only_first: one token per pass at any confidence
         options = {"alg": record["alg"], "use_cache": use_cache}
         result = run(models[name], record["prompt"], record["n"], tau or 0.0, record["max_gen"], **options)
         if agrees(record, result):
@@ -100,15 +100,15 @@ def test_goldens(models: dict[str, Any], name: str, use_cache: bool) -> None:
         closest = min(record["min_top2_prob_gap"], record["min_threshold_gap"])
         assert closest < o.NEAR_TIE, (record["prompt"], record["alg"], record["n"], tau, got(result), expected(record))
         counts[1] += 1
-    assert {alg: tuple(counts) for alg, counts in found.items()} == COUNTS[name]
-    # the rest: the reference's n = 1, wrongly masked, and transformers' greedy, which n = 1 must be instead
+    assert {alg: tuple(counts) for alg, counts in totals.items()} == COUNTS[name]
+    # other records: the reference's n = 1, wrongly masked, and transformers' greedy, which our n = 1 must equal
     rest = sorted(r["api"] for r in o.runs(name) if not r.get("alg"))
     broken = {"random": 2, "trained_d4": 5}[name]
     assert rest == ["SDLM_generate n=1 (HF generate, block_size 4 mask)"] * broken + ["plain_causal_greedy"] * 5
 
 
 @pytest.mark.parametrize("name", o.MODELS)
-def test_first_pass_confidences(models: dict[str, Any], name: str) -> None:
+def test_first_pass_confidences_equal_the_recorded_ones(models: dict[str, Any], name: str) -> None:
     for record in golden_runs(name):
         if record.get("quirk") or record["alg"] != "prob_conf":
             continue
@@ -137,19 +137,21 @@ def test_n1_is_plain_greedy(models: dict[str, Any], name: str, attention: str) -
     try:
         for record in greedy:
             result = run(models[name], record["prompt"], 1, 0.9, 48, eos_token_ids=(o.EOS, o.PAD))
-            mine = result.tokens[0]
-            assert mine[: -1 if mine[-1] in (o.EOS, o.PAD) else None] == record["out"]  # cut at either
+            ours = result.tokens[0]
+            ended = ours[-1] in (o.EOS, o.PAD)  # the recording ends before either token
+            assert ours[: -1 if ended else None] == record["out"]
             assert set(result.accepted[0]) == {1}
     finally:
         models[name].set_attn_implementation("sdpa")
 
 
 def pass_mask(model: Any, end: int, cached: int, n: int, anchors: list[int], causal_attn: bool = False) -> np.ndarray:
-    """What one pass tells the model: visibility, bool (new + W n, end + W n)."""
+    """Visibility that one decoding pass gives to the model, bool (new + W n, end + W n)."""
     seen: dict[str, torch.Tensor] = {}
-    hook = model.register_forward_pre_hook(lambda _, __, given: seen.update(given), with_kwargs=True)
-    at, where = torch.tensor([end]), torch.tensor([anchors])
-    step = Step(torch.zeros(1, end, dtype=torch.long), at, torch.tensor([cached]), end - cached, end, where, n, None)
+    hook = model.register_forward_pre_hook(lambda _, __, kwargs: seen.update(kwargs), with_kwargs=True)
+    length, anchor_positions = torch.tensor([end]), torch.tensor([anchors])
+    ids, start = torch.zeros(1, end, dtype=torch.long), torch.tensor([cached])
+    step = Step(ids, length, start, end - cached, end, anchor_positions, n, None)
     try:
         with torch.no_grad():
             TransformersProposer(model, mask_token_id=o.MASK, causal_attn=causal_attn)(step)
@@ -170,21 +172,21 @@ def test_masks_equal_the_reference(models: dict[str, Any], n: int) -> None:
             cached = end - int(rest.removeprefix("_acc"))
         else:
             continue
-        mine = pass_mask(models["random"], end, cached, n, [end - 1])
-        np.testing.assert_array_equal(mine, masks[name], err_msg=name)
+        ours = pass_mask(models["random"], end, cached, n, [end - 1])
+        np.testing.assert_array_equal(ours, masks[name], err_msg=name)
         checked += 1
     assert checked == {2: 3, 4: 4, 8: 4}[n]
 
 
 @pytest.mark.parametrize("causal_attn", [False, True])
 def test_mask_equals_the_training_mask(models: dict[str, Any], causal_attn: bool) -> None:
-    """Windows are training blocks: one at the last token; and one behind each of n tokens, as self-speculation asks."""
+    """Windows are training blocks: one at the last token, or in self-speculation one after each of n tokens."""
     length, n = 9, 4
     for anchors in ([length - 1], [length - 4, length - 3, length - 2, length - 1]):
         trained = visible(length, np.array(anchors), block_size=n, causal_attn=causal_attn)
         for cached in (0, 3, length - 4):
-            mine = pass_mask(models["random"], length, cached, n, anchors, causal_attn)
-            np.testing.assert_array_equal(mine, trained[cached:])
+            ours = pass_mask(models["random"], length, cached, n, anchors, causal_attn)
+            np.testing.assert_array_equal(ours, trained[cached:])
 
 
 def test_causal_window_slot0_is_plain_greedy(models: dict[str, Any]) -> None:
@@ -211,7 +213,7 @@ def test_max_new_tokens_is_exact(models: dict[str, Any], max_new: int) -> None:
     assert sum(result.accepted[0]) == max_new
 
 
-def test_bad_arguments(models: dict[str, Any]) -> None:
+def test_bad_arguments_are_refused(models: dict[str, Any]) -> None:
     model, ids = models["random"], torch.tensor([[1, 2, 3]])
     options = {"mask_token_id": o.MASK, "window": 4, "max_new_tokens": 4}
     for bad, message in (

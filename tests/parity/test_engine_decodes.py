@@ -1,4 +1,4 @@
-"""The training engine as decoding's model: same tokens as transformers, and training does not notice."""
+"""Decoding with the training engine: same tokens as transformers, and no effect on training."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,7 +20,7 @@ LENGTHS = (9, 5, 14)
 
 
 def prompts() -> tuple[torch.Tensor, torch.Tensor]:
-    """int64 (3, 14) prompts, padded on the left, and which of it is real."""
+    """Prompts, int64 (3, 14), padded on the left, and their attention mask."""
     rng, width = np.random.default_rng(5), max(LENGTHS)
     ids = np.stack([np.r_[np.full(width - n, PAD), rng.integers(0, 256, n)] for n in LENGTHS])
     real = np.stack([np.r_[np.zeros(width - n), np.ones(n)] for n in LENGTHS])
@@ -35,7 +35,7 @@ def reference(folder: Path) -> torch.nn.Module:
 
 @pytest.mark.parametrize("causal_attn", [False, True])
 @pytest.mark.parametrize(("alg", "window"), [("prob_conf", 4), ("prob_conf", 3), ("self_speculative", 4), ("ar", 1)])
-def test_tokens_are_those_of_transformers(
+def test_tokens_equal_transformers(
     make_engine: Callable, tmp_path: Path, alg: str, window: int, causal_attn: bool
 ) -> None:
     from sdlm_megatron.parallel.engine import EngineProposer
@@ -52,18 +52,18 @@ def test_tokens_are_those_of_transformers(
         "attention_mask": real,
         "causal_attn": causal_attn,
     }
-    wanted = decode(reference(folder), ids, use_cache=False, **settings)
+    expected = decode(reference(folder), ids, use_cache=False, **settings)
     engine = make_engine(folder, causal_attn=causal_attn)
     with engine.inference():
-        found = decode(EngineProposer(engine, mask_token_id=MASK, row_length=128), ids, **settings)
-    assert (found.tokens, found.accepted) == (wanted.tokens, wanted.accepted)
-    assert alg != "prob_conf" or any(n > 1 for row in found.accepted for n in row), (
-        "nothing to compare: one token a pass"
+        actual = decode(EngineProposer(engine, mask_token_id=MASK, row_length=128), ids, **settings)
+    assert (actual.tokens, actual.accepted) == (expected.tokens, expected.accepted)
+    assert alg != "prob_conf" or any(n > 1 for row in actual.accepted for n in row), (
+        "nothing to compare: one token per pass"
     )
 
 
 def anchored_row(n: int = 20) -> tuple[MicroBatch, int]:
-    """A row of two documents with a block at every token, its label rows all tokens; and the number of clean ones."""
+    """Row of two documents with a block and a label row at every token, and its number of clean tokens."""
     rng = np.random.default_rng(1)
     documents = [(i, rng.integers(0, 256, n).astype(np.int32), np.arange(n)) for i in range(2)]
     tokens, layout = pack_row(documents, block_size=4, mask_token_id=MASK)
@@ -73,41 +73,41 @@ def anchored_row(n: int = 20) -> tuple[MicroBatch, int]:
 
 
 @pytest.mark.parametrize("backend", ["dense", "per_document", "decomposed"])
-def test_slot_0_of_a_causal_block_is_the_clean_token(make_engine: Callable, tmp_path: Path, backend: str) -> None:
-    """What causal_attn promises: the block at p says of p+1 what clean token p says, whatever the weights."""
+def test_slot_0_of_a_causal_block_equals_the_clean_token(make_engine: Callable, tmp_path: Path, backend: str) -> None:
+    """Guarantee of causal_attn: the block at p predicts p+1 exactly as clean token p does, for any weights."""
     row, n_clean = anchored_row()
-    found = {}
+    by_mode = {}
     for causal in (True, False):
         engine = make_engine(make_hf(tmp_path / f"hf{causal}", tied=False), causal_attn=causal)
         engine.attention = choose_attention(backend, causal_attn=causal, device=torch.device("cpu"), heads=engine.heads)
         with engine.inference():
             logits = engine.logits(engine.prepare(row))
-        found[causal] = (logits[:n_clean], logits[n_clean::4])
-    torch.testing.assert_close(*found[True], rtol=1e-5, atol=1e-5)
-    assert (found[False][0] - found[False][1]).abs().max() > 0.1
-    torch.testing.assert_close(found[False][0], found[True][0], rtol=1e-5, atol=1e-5)
+        by_mode[causal] = (logits[:n_clean], logits[n_clean::4])
+    torch.testing.assert_close(*by_mode[True], rtol=1e-5, atol=1e-5)
+    assert (by_mode[False][0] - by_mode[False][1]).abs().max() > 0.1
+    torch.testing.assert_close(by_mode[False][0], by_mode[True][0], rtol=1e-5, atol=1e-5)
 
 
-def test_causal_self_speculation_is_plain_greedy(tmp_path: Path) -> None:
-    """With causal blocks, verified drafts are what transformers' own greedy generate says; without, they are not."""
+def test_causal_self_speculation_equals_greedy(tmp_path: Path) -> None:
+    """Verified drafts equal transformers' own greedy generate with causal blocks, and differ without them."""
     model = reference(make_hf(tmp_path / "hf", tied=False))
     ids, real = prompts()
     greedy = model.generate(
         ids, attention_mask=real, max_new_tokens=24, do_sample=False, eos_token_id=EOS, pad_token_id=PAD
     )[:, ids.shape[1] :].tolist()
-    found = {}
+    tokens = {}
     for causal in (True, False):
         done = decode(
             model, ids, mask_token_id=MASK, window=4, max_new_tokens=24, alg="self_speculative",
             eos_token_ids=[EOS], attention_mask=real, causal_attn=causal,
         )  # fmt: skip
-        found[causal] = [row + [PAD] * (24 - len(row)) for row in done.tokens]
-    assert found[True] == greedy
-    assert found[False] != greedy
+        tokens[causal] = [row + [PAD] * (24 - len(row)) for row in done.tokens]
+    assert tokens[True] == greedy
+    assert tokens[False] != greedy
 
 
-def test_training_does_not_notice(make_engine: Callable, tmp_path: Path) -> None:
-    """Steps with and without decoding between them: the same bits, the same state of the random generator."""
+def test_decoding_does_not_change_training(make_engine: Callable, tmp_path: Path) -> None:
+    """Steps with and without decoding between them: bitwise equal, with the same state of the random generator."""
     from sdlm_megatron.parallel.engine import EngineProposer
 
     folder = make_hf(tmp_path / "hf")

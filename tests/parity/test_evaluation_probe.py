@@ -1,4 +1,4 @@
-"""The probe of a text against decoding for real, and the two commands that use it against loops by hand."""
+"""Probe of a text against real decoding, and the commands that use it against manual loops."""
 
 import json
 from dataclasses import replace
@@ -37,14 +37,14 @@ def chat(folder: Path) -> ChatModel:
     return load(folder, dtype="fp32", device="cpu")
 
 
-def said_text(chat: ChatModel, tokens: list[int]) -> str:
+def answer_text(chat: ChatModel, tokens: list[int]) -> str:
     text: str = chat.tokenizer.decode(tokens[:-1] if tokens[-1] in chat.end_tokens else tokens)
     return text
 
 
 @pytest.mark.parametrize("options", [{}, {"causal_attn": True}, {"target_shift": False}], ids=str)
-def test_a_probe_foretells_what_decoding_does(chat: ChatModel, options: dict[str, Any]) -> None:
-    """A setting either writes the probed text, in the passes that were foretold, or is known to leave it."""
+def test_probe_predicts_decoding(chat: ChatModel, options: dict[str, Any]) -> None:
+    """A decoding rule either writes the probed text in the predicted passes, or is predicted to deviate from it."""
     chat = replace(chat, config=replace(chat.config, sdlm=replace(chat.config.decoding, **options)))
     encoded = [encode(chat, prompt) for prompt in PROMPTS]
     base = decode_prompts(chat, encoded, DecodingRule("prob_conf", 4, 0.999), max_new_tokens=ROOM)
@@ -52,109 +52,109 @@ def test_a_probe_foretells_what_decoding_does(chat: ChatModel, options: dict[str
     followed = 0
     for setting in SETTINGS:
         real = decode_prompts(chat, encoded, setting, max_new_tokens=ROOM)
-        for i, (text, seen) in enumerate(zip(base.tokens, probes, strict=True)):
-            accepted = follow(text, seen, setting)
+        for i, (text, probed) in enumerate(zip(base.tokens, probes, strict=True)):
+            accepted = follow(text, probed, setting)
             assert (accepted is not None) == (real.tokens[i] == base.tokens[i]), setting
             if accepted is not None:
                 assert accepted == real.accepted[i], setting
                 followed += 1
-    assert followed > len(PROMPTS)  # else nothing was compared
+    assert followed > len(PROMPTS)  # otherwise too little was compared
 
 
-def test_without_the_shift_the_cache_changes_nothing(chat: ChatModel) -> None:
+def test_cache_changes_nothing_without_target_shift(chat: ChatModel) -> None:
     ids = torch.tensor([encode(chat, PROMPTS[0])])
     options: dict[str, Any] = {"mask_token_id": chat.config.decoding.mask_token_id, "window": 4, "max_new_tokens": ROOM}
     for alg in ("prob_conf", "self_speculative"):
         for n in (4, 1):
-            found = [
+            results = [
                 decode(chat.model, ids, **(options | {"window": n}), alg=alg, threshold=0.5, target_shift=shift,
                        use_cache=cached)
                 for shift, cached in ((False, True), (False, False), (True, True))
             ]  # fmt: skip
-            assert (found[0].tokens, found[0].accepted) == (found[1].tokens, found[1].accepted)
+            assert (results[0].tokens, results[0].accepted) == (results[1].tokens, results[1].accepted)
             if n > 1:
-                assert found[0].tokens != found[2].tokens  # the option does something
+                assert results[0].tokens != results[2].tokens  # the option has an effect
 
 
 @pytest.fixture(scope="module")
 def prompts(chat: ChatModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Half of the expected answers are those of decoding plainly, half are not."""
+    """Prompts file: half of the expected answers are those of plain decoding, the others are wrong."""
     encoded = [encode(chat, prompt) for prompt in PROMPTS]
-    said = decode_prompts(chat, encoded, DecodingRule(), max_new_tokens=ROOM)
+    decoded = decode_prompts(chat, encoded, DecodingRule(), max_new_tokens=ROOM)
     path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
-    texts = [said_text(chat, tokens) if i % 2 else "no such answer" for i, tokens in enumerate(said.tokens)]
+    texts = [answer_text(chat, tokens) if i % 2 else "no such answer" for i, tokens in enumerate(decoded.tokens)]
     rows = [{"prompt": p.text, "expected": text} for p, text in zip(PROMPTS, texts, strict=True)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
-def test_sweep_says_what_decoding_every_setting_says(folder: Path, prompts: Path, tmp_path: Path) -> None:
-    where = ["--model", str(folder), "--prompts", str(prompts), "--out", str(tmp_path), "--dtype", "fp32"]
-    sweep.main([*where, "--prob", "0.5", "0.95", "--entropy", "0.9"])
-    found = json.loads((tmp_path / "sweep.json").read_text())
-    assert found["kind"] == "sweep" and found["facts"]["n_prompts"] == len(PROMPTS)
+def test_sweep_equals_decoding_every_rule(folder: Path, prompts: Path, tmp_path: Path) -> None:
+    arguments = ["--model", str(folder), "--prompts", str(prompts), "--out", str(tmp_path), "--dtype", "fp32"]
+    sweep.main([*arguments, "--prob", "0.5", "0.95", "--entropy", "0.9"])
+    record = json.loads((tmp_path / "sweep.json").read_text())
+    assert record["kind"] == "sweep" and record["facts"]["n_prompts"] == len(PROMPTS)
     chat = load(folder, dtype="fp32", device="cpu")
-    asked = read_prompts(prompts)
-    room = max(len(encode_answer(chat, prompt.expected)) for prompt in asked)
-    algs = [(row["alg"], row["n"], row["threshold"]) for row in found["rows"]]
+    heldout = read_prompts(prompts)
+    room = max(len(encode_answer(chat, prompt.expected)) for prompt in heldout)
+    algs = [(row["alg"], row["n"], row["threshold"]) for row in record["rows"]]
     assert sorted(algs, key=str) == sorted(
         [("ar", 1, None), ("prob_conf", 4, 0.5), ("prob_conf", 4, 0.95), ("entropy_conf", 4, 0.9),
          ("self_speculative", 4, None)], key=str
     )  # fmt: skip
-    for row in found["rows"]:
-        setting = DecodingRule(row["alg"], row["n"], 1.0 if row["threshold"] is None else row["threshold"])
-        for i, prompt in enumerate(asked):
-            alone = decode_prompts(chat, [encode(chat, prompt)], setting, max_new_tokens=room)
+    for row in record["rows"]:
+        rule = DecodingRule(row["alg"], row["n"], 1.0 if row["threshold"] is None else row["threshold"])
+        for i, prompt in enumerate(heldout):
+            alone = decode_prompts(chat, [encode(chat, prompt)], rule, max_new_tokens=room)
             assert row["tokens"][i] == sum(alone.accepted[0]) and row["passes"][i] == len(alone.accepted[0])
-            assert row["exact"][i] == (said_text(chat, alone.tokens[0]) == prompt.expected)
-    assert any(sum(row["exact"]) for row in found["rows"])
+            assert row["exact"][i] == (answer_text(chat, alone.tokens[0]) == prompt.expected)
+    assert any(sum(row["exact"]) for row in record["rows"])
 
 
-def test_calibration_is_teacher_forcing(folder: Path, prompts: Path, tmp_path: Path) -> None:
-    where = ["--model", str(folder), "--prompts", str(prompts), "--out", str(tmp_path), "--dtype", "fp32"]
-    calibration.main(where)
+def test_calibration_equals_teacher_forcing(folder: Path, prompts: Path, tmp_path: Path) -> None:
+    arguments = ["--model", str(folder), "--prompts", str(prompts), "--out", str(tmp_path), "--dtype", "fp32"]
+    calibration.main(arguments)
     slots = json.loads((tmp_path / "calibration.json").read_text())["slots"]
-    chat, asked = load(folder, dtype="fp32", device="cpu"), read_prompts(prompts)
-    right: list[list[int]] = [[] for _ in slots]
-    sure: list[list[float]] = [[] for _ in slots]
-    for prompt in asked:
+    chat, heldout = load(folder, dtype="fp32", device="cpu"), read_prompts(prompts)
+    correct: list[list[int]] = [[] for _ in slots]
+    confidence: list[list[float]] = [[] for _ in slots]
+    for prompt in heldout:
         ids, answer = encode(chat, prompt), encode_answer(chat, prompt.expected)
-        for at in range(len(answer) - len(slots) + 1):
-            # one pass behind the right tokens so far, keeping every slot
+        for start in range(len(answer) - len(slots) + 1):
+            # one pass after the expected tokens so far, recording the logits of every slot
             logits: list[torch.Tensor] = []
             hook = chat.model.lm_head.register_forward_hook(lambda _, __, out, kept=logits: kept.append(out[0]))
-            decode(chat.model, torch.tensor([ids + answer[:at]]), mask_token_id=chat.config.decoding.mask_token_id,
+            decode(chat.model, torch.tensor([ids + answer[:start]]), mask_token_id=chat.config.decoding.mask_token_id,
                    window=len(slots), max_new_tokens=len(slots), threshold=0.0)  # fmt: skip
             hook.remove()
             chances = logits[0][-len(slots) :].float().softmax(-1)
             for j in range(len(slots)):
-                right[j].append(int(chances[j].argmax()) == answer[at + j])
-                sure[j].append(float(chances[j].max()))
+                correct[j].append(int(chances[j].argmax()) == answer[start + j])
+                confidence[j].append(float(chances[j].max()))
     for j, slot in enumerate(slots):
-        assert slot["right"] == right[j] and slot["prob"] == pytest.approx(sure[j], abs=1e-4)
+        assert slot["right"] == correct[j] and slot["prob"] == pytest.approx(confidence[j], abs=1e-4)
 
 
-def test_table_is_what_a_report_reads(folder: Path, prompts: Path, tmp_path: Path) -> None:
+def test_report_reads_the_table(folder: Path, prompts: Path, tmp_path: Path) -> None:
     from sdlm_megatron.report.evaluation_record import load_evaluation
 
     out = tmp_path / "evaluation.json"
     table.main(["--model", str(folder), "--prompts", str(prompts), "--thresholds", "0.5", "--out", str(out)])
-    found = load_evaluation(out)
-    assert [row["name"] for row in (*found["rows"], *found["baseline"])] == ["tau 0.50", "n = 1 (one token a pass)"]
-    chat, asked = load(folder, dtype=None, device="cpu"), read_prompts(prompts)
-    room = max(len(encode_answer(chat, prompt.expected)) for prompt in asked)
-    alone = [decode_prompts(chat, [encode(chat, prompt)], DecodingRule(), max_new_tokens=room) for prompt in asked]
-    exact = [said_text(chat, a.tokens[0]) == p.expected for a, p in zip(alone, asked, strict=True)]
-    assert any(exact) and found["baseline"][0]["exact"] == sum(exact) / len(exact)
-    assert found["sample"]["prompt"] == PROMPTS[0].text
+    record = load_evaluation(out)
+    assert [row["name"] for row in (*record["rows"], *record["baseline"])] == ["tau 0.50", "n = 1 (one token a pass)"]
+    chat, heldout = load(folder, dtype=None, device="cpu"), read_prompts(prompts)
+    room = max(len(encode_answer(chat, prompt.expected)) for prompt in heldout)
+    alone = [decode_prompts(chat, [encode(chat, prompt)], DecodingRule(), max_new_tokens=room) for prompt in heldout]
+    exact = [answer_text(chat, a.tokens[0]) == p.expected for a, p in zip(alone, heldout, strict=True)]
+    assert any(exact) and record["baseline"][0]["exact"] == sum(exact) / len(exact)
+    assert record["sample"]["prompt"] == PROMPTS[0].text
 
 
 def test_report_measures_everything_once(folder: Path, prompts: Path, tmp_path: Path, capsys: Any) -> None:
-    where = ["--model", str(folder), "--prompts", str(prompts), "--out", str(tmp_path)]
+    arguments = ["--model", str(folder), "--prompts", str(prompts), "--out", str(tmp_path)]
     small = ["--most", "2", "--timed", "2", "--contexts", "16", "--shots", "0", "1"]
-    sweep.main([*where, "--most", "2", "--prob", "0.5", "--entropy"])
+    sweep.main([*arguments, "--most", "2", "--prob", "0.5", "--entropy"])
     before = (tmp_path / "sweep.json").read_bytes()
-    evaluate.main([*where, *small])
+    evaluate.main([*arguments, *small])
     out = capsys.readouterr().out
     assert "[1/6] sweep: exists, kept" in out and (tmp_path / "sweep.json").read_bytes() == before
     kinds = {json.loads(path.read_text())["kind"] for path in tmp_path.glob("*.json")}
@@ -180,7 +180,7 @@ def test_options_out_of_range_are_refused(
     ("content", "message"),
     [("{", "line 1"), ('{"prompt": "a", "expected": "b"}\n{"prompt": "a"}', "line 2"), ("", "no prompts")],
 )
-def test_prompts_that_are_none_are_named(tmp_path: Path, content: str, message: str) -> None:
+def test_invalid_prompt_files_are_refused(tmp_path: Path, content: str, message: str) -> None:
     (tmp_path / "p.jsonl").write_text(content)
     with pytest.raises(DataError, match=message):
         read_prompts(tmp_path / "p.jsonl")

@@ -1,4 +1,4 @@
-"""`generate` of an exported folder: our class, and the stock one. Also run on the oldest transformers (make
+"""`generate` of an exported folder with our class and the stock one. Also run on the oldest transformers (make
 test-transformers), so nothing here may need a newer one."""
 
 import sys
@@ -56,7 +56,7 @@ def prompt(text: str = PROMPTS[0]) -> torch.Tensor:
 
 
 def library(model: Any, ids: torch.Tensor, **options: Any) -> Decoded:
-    """The repository's decoding of the same prompt."""
+    """Result of the repository's decoding for the same prompt."""
     defaults = {"mask_token_id": o.MASK, "window": 4, "max_new_tokens": 30, "eos_token_ids": (o.EOS,)}
     return decode(model, ids, **(defaults | options))
 
@@ -69,7 +69,7 @@ def answer(model: Any, ids: torch.Tensor, **options: Any) -> list[int]:
 
 
 def stock(folder: Path) -> Any:
-    """The stock class with its own `generate`, which transformers 4 replaces in any local folder, trusted or not."""
+    """Stock class with its own `generate`, which transformers 4 replaces in any local folder, trusted or not."""
     model = Qwen2ForCausalLM.from_pretrained(folder)
     vars(model).pop("generate", None)
     return model
@@ -80,7 +80,7 @@ def stock(folder: Path) -> Any:
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", o.MODELS)
-def test_is_the_library_s_decoding(models: dict[str, Any], name: str, attention: str) -> None:
+def test_generate_equals_the_library_decoding(models: dict[str, Any], name: str, attention: str) -> None:
     model, seen = models[name], set()
     model.set_attn_implementation(attention)
     try:
@@ -93,19 +93,21 @@ def test_is_the_library_s_decoding(models: dict[str, Any], name: str, attention:
             ("prob_conf", 1, 0.9, False),
         ):
             settings = {"sdlm_alg": alg, "sdlm_n": n, "sdlm_threshold": tau, "sdlm_product": product}
-            mine = model.generate(prompt(), max_new_tokens=30, return_dict_in_generate=True, **settings)
+            ours = model.generate(prompt(), max_new_tokens=30, return_dict_in_generate=True, **settings)
             wanted = library(model, prompt(), alg=alg, window=n, threshold=tau, product=product)
-            assert mine.sequences[0].tolist() == prompt()[0].tolist() + wanted.tokens[0]
-            assert (mine.accepted, mine.passes) == (wanted.accepted, wanted.passes)
-            seen.add(str(mine.accepted))
+            assert ours.sequences[0].tolist() == prompt()[0].tolist() + wanted.tokens[0]
+            assert (ours.accepted, ours.passes) == (wanted.accepted, wanted.passes)
+            seen.add(str(ours.accepted))
     finally:
         model.set_attn_implementation("sdpa")
-    assert len(seen) > 3 or name == "random"  # the settings arrive; the random model is never sure
+    assert len(seen) > 3 or name == "random"  # the settings take effect; the random model is never confident
 
 
 @pytest.mark.parametrize("name", o.MODELS)
-def test_reference_s_logits_and_greedy_tokens(folders: dict[str, Path], models: dict[str, Any], name: str) -> None:
-    """The stock class and ours compute what the reference did; ar is the stock class' greedy decoding."""
+def test_logits_and_greedy_tokens_equal_the_reference(
+    folders: dict[str, Path], models: dict[str, Any], name: str
+) -> None:
+    """The stock class and ours equal the reference's recordings; `ar` equals the stock class' greedy decoding."""
     plain, ours = stock(folders[name]), models[name]
     with torch.no_grad():
         assert plain(prompt()).logits.equal(ours(prompt()).logits)
@@ -125,19 +127,19 @@ def test_reference_s_logits_and_greedy_tokens(folders: dict[str, Path], models: 
 @pytest.mark.parametrize("form", [{}, {"cache_implementation": "static"}, {"use_cache": False}])
 def test_batch_equals_one_by_one(model: Any, tokenizer: Any, alg: str, form: dict[str, Any]) -> None:
     batch = [tokenizer.apply_chat_template(exported.messages(p), add_generation_prompt=True) for p in PROMPTS]
-    batch = [getattr(ids, "input_ids", ids) for ids in batch]  # transformers 5 returns all that the model takes
+    batch = [getattr(ids, "input_ids", ids) for ids in batch]  # transformers 5 returns all model inputs
     assert batch[0] == o.prompt_ids(PROMPTS[0])
     inputs = tokenizer.pad({"input_ids": batch}, return_tensors="pt")
     assert inputs.attention_mask[1, 0] == 0  # padded on the left
     out = model.generate(**inputs, max_new_tokens=30, sdlm_alg=alg, **form)
     for row, ids in enumerate(batch):
         alone = answer(model, torch.tensor([ids]), sdlm_alg=alg)
-        mine = out[row, inputs.input_ids.shape[1] :].tolist()
-        assert mine[: len(alone)] == alone
-        assert set(mine[len(alone) :]) <= {model.generation_config.pad_token_id}
+        batched = out[row, inputs.input_ids.shape[1] :].tolist()
+        assert batched[: len(alone)] == alone
+        assert set(batched[len(alone) :]) <= {model.generation_config.pad_token_id}
 
 
-def test_long_prompt(model: Any) -> None:
+def test_long_prompt_is_prefilled(model: Any) -> None:
     long = torch.cat([prompt().repeat(1, 42), prompt(PROMPTS[1])], 1)
     assert long.shape[1] > 2048
     out = model.generate(long, max_new_tokens=4, return_dict_in_generate=True)
@@ -200,7 +202,7 @@ def test_settings_come_from_the_call_then_its_config_then_the_folder(model: Any)
         ({"inputs_embeds": torch.zeros(1, 3, 64)}, "inputs_embeds"),
     ],
 )
-def test_what_cannot_be_done_is_named(model: Any, options: dict[str, Any], message: str) -> None:
+def test_unsupported_options_are_refused(model: Any, options: dict[str, Any], message: str) -> None:
     if options.get("assistant_model"):
         options = {"assistant_model": model}
     if options.get("past_key_values"):
@@ -217,7 +219,7 @@ def test_continuous_batching_is_refused(model: Any) -> None:
         model.generate(prompt(), max_new_tokens=4, cache_implementation="paged")
 
 
-def test_an_older_transformers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_older_transformers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     code = compile((HF_CODE / "modeling_sdlm.py").read_text(), "modeling_sdlm.py", "exec")
     monkeypatch.setattr(sys.modules["transformers"], "__version__", "4.56.9")
     with pytest.raises(ImportError, match="needs transformers 4.57 or newer, this is 4.56.9"):
@@ -255,10 +257,10 @@ def test_sampling_without_a_seed_follows_torch(models: dict[str, Any]) -> None:
     assert drawn[0] == drawn[1] != drawn[2]
 
 
-# --- ends
+# --- stopping
 
 
-def test_stop_strings(model: Any, tokenizer: Any) -> None:
+def test_stop_strings_end_the_answer(model: Any, tokenizer: Any) -> None:
     full = tokenizer.decode(answer(model, prompt()))
     assert full.startswith("10, 11, 12")
     wanted = full[: full.index(", 12") + 4]
@@ -274,16 +276,16 @@ def test_stop_strings(model: Any, tokenizer: Any) -> None:
     assert texts[0] == wanted and texts[1].endswith("ark s")
 
 
-def test_stopping_criteria_that_see_tokens(model: Any) -> None:
+def test_stopping_criteria_see_every_token(model: Any) -> None:
     full = answer(model, prompt(), sdlm_threshold=0.5)
     lengths = []
 
-    def at(tokens: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+    def ends_in_2(tokens: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
         lengths.append(tokens.shape[1])
         return tokens[:, -1] == ord("2")
 
-    found = answer(model, prompt(), sdlm_threshold=0.5, stopping_criteria=StoppingCriteriaList([at]))
-    assert found == full[: full.index(ord("2")) + 1] and min(lengths) > prompt().shape[1]
+    stopped = answer(model, prompt(), sdlm_threshold=0.5, stopping_criteria=StoppingCriteriaList([ends_in_2]))
+    assert stopped == full[: full.index(ord("2")) + 1] and min(lengths) > prompt().shape[1]
     assert len(answer(model, prompt(), max_time=1e-9)) == 1
 
 
@@ -291,7 +293,7 @@ def test_stopping_criteria_that_see_tokens(model: Any) -> None:
 
 
 class Collect:
-    """A streamer that keeps what it is given."""
+    """Streamer that records its calls."""
 
     def __init__(self) -> None:
         self.put_calls: list[list[int]] = []
@@ -315,7 +317,9 @@ def test_streamer_sees_every_pass(model: Any) -> None:
             model.generate(**options, do_sample=True, max_new_tokens=4, streamer=Collect())
 
 
-def test_text_streamers(model: Any, tokenizer: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_text_streamers_give_the_answer_in_parts(
+    model: Any, tokenizer: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     text = tokenizer.decode(answer(model, prompt()), skip_special_tokens=True)
     model.generate(prompt(), max_new_tokens=30, streamer=TextStreamer(tokenizer, skip_prompt=True))
     assert text in capsys.readouterr().out
@@ -329,12 +333,10 @@ def test_text_streamers(model: Any, tokenizer: Any, capsys: pytest.CaptureFixtur
     assert "".join(parts) == text and len([part for part in parts if part]) > 3
 
 
-# --- ways in
+# --- entry points
 
 
-def test_the_stock_class_decodes_too_where_remote_code_is_trusted(
-    folders: dict[str, Path], models: dict[str, Any]
-) -> None:
+def test_stock_class_decodes_with_trusted_remote_code(folders: dict[str, Path], models: dict[str, Any]) -> None:
     """`transformers serve` loads the class that `architectures` names."""
     trusted = Qwen2ForCausalLM.from_pretrained(folders["random"], trust_remote_code=True)
     plain = stock(folders["random"])
@@ -347,7 +349,7 @@ def test_the_stock_class_decodes_too_where_remote_code_is_trusted(
     assert again.equal(out.sequences)  # as the server of transformers 4 calls it
 
 
-def test_pipeline(folders: dict[str, Path], models: dict[str, Any], tokenizer: Any) -> None:
+def test_pipeline_equals_generate(folders: dict[str, Path], models: dict[str, Any], tokenizer: Any) -> None:
     pipe = pipeline("text-generation", model=str(folders["random"]), trust_remote_code=True, device="cpu")
     options = {"max_new_tokens": 20, "return_full_text": False, "do_sample": False}  # transformers 4 samples here
     wanted = []

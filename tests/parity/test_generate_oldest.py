@@ -1,4 +1,4 @@
-"""The tests of generate on the oldest supported transformers (`make test-transformers`: those of decoding too)."""
+"""test_generate.py on the oldest supported transformers (`make test-transformers` adds the tests of decoding)."""
 
 import os
 import subprocess

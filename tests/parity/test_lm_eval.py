@@ -1,4 +1,4 @@
-"""`sdlm evaluate lm_eval` on real tasks of local files, against loops written by hand and the harness' `hf`."""
+"""`sdlm evaluate lm_eval` on tasks of local files, compared with manual loops and the harness' `hf` model."""
 
 import json
 import socket
@@ -33,7 +33,7 @@ def chat(folder: Path) -> ChatModel:
 
 @pytest.fixture
 def few_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The harness reads the 15 thousand task files it ships with at every start, which takes it ten seconds."""
+    """Skips the 15 thousand task files that the harness otherwise reads at every start, which takes ten seconds."""
     from lm_eval import tasks
 
     monkeypatch.setattr(tasks, "TaskManager", partial(tasks.TaskManager, include_defaults=False))
@@ -42,13 +42,13 @@ def few_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> None:
-        raise AssertionError("something asked the network")
+        raise AssertionError("unexpected network access")
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
 
 
-def by_hand(chat: ChatModel, prompt: str, **options: Any) -> Answer:
+def manual_answer(chat: ChatModel, prompt: str, **options: Any) -> Answer:
     settings = {"alg": "prob_conf", "window": 4, "threshold": 0.5, "product": False, "max_new_tokens": MOST}
     ids = chat.encode(exported.messages(prompt))
     return chat.answer(ids, AnswerSettings(**(settings | options)), lambda _: None)
@@ -82,7 +82,7 @@ def write_tasks(root: Path, expected: list[str]) -> None:
 
 
 def run(root: Path, folder: Path, model: str, args: str, tasks: str) -> tuple[dict[str, Any], dict[str, list[Any]]]:
-    """Results and samples that the command writes."""
+    """Results and samples written by the command."""
     out = root / f"out_{model}_{args}"
     words = ["--model", model, "--model_args", f"pretrained={folder}{args}", "--tasks", tasks, "--batch_size", "3"]
     words += ["--include_path", str(root), "--output_path", str(out), "--log_samples", "--device", "cpu"]
@@ -98,9 +98,9 @@ def run(root: Path, folder: Path, model: str, args: str, tasks: str) -> tuple[di
 
 
 def log_likelihoods(chat: ChatModel, prompt: str) -> list[float]:
-    """Of each choice after the prompt: sums of the plain causal model's log-probabilities.
+    """Log-likelihood of each choice after the prompt, under the plain causal model.
 
-    The harness counts white space that ends the prompt, here the template's line break, as part of the choice.
+    The harness counts white space at the end of the prompt, here the template's line break, as part of the choice.
     """
     ids, sums = chat.encode(exported.messages(prompt)), []
     assert chat.tokenizer.decode(ids[-1:]) == "\n"
@@ -113,7 +113,7 @@ def log_likelihoods(chat: ChatModel, prompt: str) -> list[float]:
     return sums
 
 
-def test_tasks_end_to_end_equal_loops_by_hand(
+def test_tasks_end_to_end_equal_manual_loops(
     tmp_path: Path,
     folder: Path,
     chat: ChatModel,
@@ -121,26 +121,26 @@ def test_tasks_end_to_end_equal_loops_by_hand(
     no_network: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(sys, "argv", sys.argv)  # the command sets it
-    answers = [by_hand(chat, prompt, stop=(UNTIL,)) for prompt in PROMPTS]
+    monkeypatch.setattr(sys, "argv", sys.argv)  # restored afterwards: the command sets it
+    answers = [manual_answer(chat, prompt, stop=(UNTIL,)) for prompt in PROMPTS]
     texts = [answer.text.split(UNTIL)[0] for answer in answers]
     assert texts[0] == "10, 11, 12, 13" and len(set(texts)) == len(texts)
     write_tasks(tmp_path, [*texts[:3], "wrong", "wrong"])
     results, samples = run(tmp_path, folder, "sdlm", ",threshold=0.5", "tiny_generate,tiny_choice")
     assert [row["resps"][0][0] for row in samples["tiny_generate"]] == texts
     assert results["results"]["tiny_generate"]["exact_match,none"] == pytest.approx(3 / 5)
-    said = results["config"]["sdlm"]
-    taken = said["tasks"]["tiny_generate"]
-    assert (said["alg"], said["window"], said["threshold"], taken["prompts"]) == ("prob_conf", 4, 0.5, 5)
+    recorded = results["config"]["sdlm"]
+    counts = recorded["tasks"]["tiny_generate"]
+    assert (recorded["alg"], recorded["window"], recorded["threshold"], counts["prompts"]) == ("prob_conf", 4, 0.5, 5)
     tokens, passes = sum(len(a.tokens) for a in answers), sum(len(a.accepted) for a in answers)
-    assert (taken["tokens"], taken["passes"], taken["tokens_per_pass"]) == (tokens, passes, tokens / passes)
+    assert (counts["tokens"], counts["passes"], counts["tokens_per_pass"]) == (tokens, passes, tokens / passes)
     assert tokens > 1.5 * passes
 
     likelihoods = [log_likelihoods(chat, prompt) for prompt in PROMPTS]
     for row, wanted in zip(samples["tiny_choice"], likelihoods, strict=True):
         assert [float(pair[0][0]) for pair in row["resps"]] == pytest.approx(wanted, abs=1e-3)
-    right = sum(max(range(4), key=row.__getitem__) == i % 4 for i, row in enumerate(likelihoods))
-    assert results["results"]["tiny_choice"]["acc,none"] == pytest.approx(right / 5) and right > 0
+    correct = sum(max(range(4), key=row.__getitem__) == i % 4 for i, row in enumerate(likelihoods))
+    assert results["results"]["tiny_choice"]["acc,none"] == pytest.approx(correct / 5) and correct > 0
 
     theirs, their_samples = run(tmp_path, folder, "hf", "", "tiny_generate,tiny_choice")
     assert [row["resps"] for row in their_samples["tiny_choice"]] == [row["resps"] for row in samples["tiny_choice"]]
@@ -176,26 +176,26 @@ def rendered(chat: ChatModel, prompt: str) -> str:
     return str(chat.tokenizer.decode(chat.encode(exported.messages(prompt))))
 
 
-def test_rolling_likelihood_is_the_harness_own(folder: Path) -> None:
+def test_rolling_likelihood_equals_the_harness(folder: Path) -> None:
     from lm_eval.models.huggingface import HFLM
 
     texts = requests("loglikelihood_rolling", ("count 12 to 15: 12, 13",), ("spell cloud " * 30,))
     theirs = HFLM(str(folder), device="cpu", batch_size=4, max_length=64)
-    found = model(folder, max_length=64).loglikelihood_rolling(texts)
-    assert found == theirs.loglikelihood_rolling(texts) and all(value < 0 for value in found)
+    ours = model(folder, max_length=64).loglikelihood_rolling(texts)
+    assert ours == theirs.loglikelihood_rolling(texts) and all(value < 0 for value in ours)
 
 
-def test_stop_strings_count_in_the_answer_only(folder: Path, chat: ChatModel) -> None:
-    """The prompt ends in a line break: "\\n1" would end the answer "10, ..." at its first token."""
+def test_stop_strings_apply_to_the_answer_only(folder: Path, chat: ChatModel) -> None:
+    """The prompt ends in a line break: matched across it, "\\n1" would end the answer "10, ..." at its first token."""
     text = rendered(chat, PROMPTS[0])
     lm = model(folder, alg="prob_conf", threshold=0.5)
-    whole = by_hand(chat, PROMPTS[0])
+    whole = manual_answer(chat, PROMPTS[0])
     for until, wanted in (("\n1", whole.text), ("\n10", whole.text), ("2,", whole.text.split("2,")[0])):
         assert generate(lm, text, until=[until]) == wanted
     assert lm.counts["t"].tokens == len("10, 11, 12,")
     assert generate(lm, text, until=["\n1", ", 12"]) == "10, 11"
     assert lm.counts["t"].tokens == len("10, 11, 12")
-    assert lm.counts["t"].passes == len(by_hand(chat, PROMPTS[0], stop=(", 12",)).accepted)
+    assert lm.counts["t"].passes == len(manual_answer(chat, PROMPTS[0], stop=(", 12",)).accepted)
 
 
 def test_sampling_follows_settings_and_seed(folder: Path, chat: ChatModel) -> None:
@@ -203,7 +203,7 @@ def test_sampling_follows_settings_and_seed(folder: Path, chat: ChatModel) -> No
     lm = model(folder, alg="prob_conf", threshold=0.5)
     options = {"until": [], "max_gen_toks": MOST, "do_sample": True, "temperature": 3.0, "top_p": 0.95}
     seeded = requests("generate_until", *[(text, options | {"seed": 5})] * 2)
-    wanted = [by_hand(chat, PROMPTS[4], temperature=3.0, top_p=0.95, seed=seed).text for seed in (5, 6)]
+    wanted = [manual_answer(chat, PROMPTS[4], temperature=3.0, top_p=0.95, seed=seed).text for seed in (5, 6)]
     assert lm.generate_until(seeded) == wanted and wanted[0] != wanted[1]
     drawn = []
     for seed in (1, 1, 2):
@@ -224,12 +224,12 @@ def test_sampling_follows_settings_and_seed(folder: Path, chat: ChatModel) -> No
         ({"trust_remote_code": True}, "'trust_remote_code' is not known"),
     ],
 )
-def test_wrong_model_arguments_are_named(folder: Path, args: dict[str, Any], message: str) -> None:
+def test_wrong_model_arguments_are_refused(folder: Path, args: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         model(folder, **args)
 
 
-def test_what_a_task_cannot_have_is_named(folder: Path, tmp_path: Path) -> None:
+def test_unsupported_task_options_are_refused(folder: Path, tmp_path: Path) -> None:
     lm = model(folder)
     for options, message in (
         ({"repetition_penalty": 1.1}, "'repetition_penalty' is not known"),
@@ -244,7 +244,7 @@ def test_what_a_task_cannot_have_is_named(folder: Path, tmp_path: Path) -> None:
         model(tmp_path / "none")
 
 
-def test_a_plain_folder_is_decoded_token_by_token(folder: Path, tmp_path: Path) -> None:
+def test_plain_folder_decodes_token_by_token(folder: Path, tmp_path: Path) -> None:
     plain = tmp_path / "plain"
     plain.mkdir()
     for path in folder.glob("*.*"):

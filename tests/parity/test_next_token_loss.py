@@ -1,4 +1,4 @@
-"""diffusion.next_token_weight: loss and every gradient against transformers' model, dense mask and plain autograd."""
+"""diffusion.next_token_weight: loss and gradients against transformers' model with a dense mask and plain autograd."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +16,7 @@ LENGTH, D, WEIGHT = 128, 4, 0.3
 
 
 def packed(seed: int) -> tuple[np.ndarray, RowLayout]:
-    """Documents of two answers each, the last of them without blocks."""
+    """Row of documents with two answers each; the last document has no blocks."""
     rng = np.random.default_rng(seed)
     documents = []
     for i, (length, blocks) in enumerate(((21, 5), (12, 2), (9, 0))):
@@ -27,8 +27,8 @@ def packed(seed: int) -> tuple[np.ndarray, RowLayout]:
     return pack_row(documents, block_size=D, mask_token_id=MASK)
 
 
-def by_hand(tokens: np.ndarray, layout: RowLayout) -> tuple[dict[int, int], dict[int, int]]:
-    """Targets of block rows and of clean rows, by row index: the definition, one token at a time."""
+def defined_targets(tokens: np.ndarray, layout: RowLayout) -> tuple[dict[int, int], dict[int, int]]:
+    """Targets of block rows and of clean rows by row index, from the definition, one token at a time."""
     blocks, clean, start, row = {}, {}, 0, layout.n_clean
     first = 0
     for length, n in zip(layout.clean_lens.tolist(), layout.n_blocks.tolist(), strict=True):
@@ -47,11 +47,11 @@ def by_hand(tokens: np.ndarray, layout: RowLayout) -> tuple[dict[int, int], dict
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_targets_of_clean_tokens(seed: int) -> None:
+def test_clean_token_targets_equal_the_definition(seed: int) -> None:
     tokens, layout = packed(seed)
-    blocks, clean = by_hand(tokens, layout)
-    found = next_token_targets(tokens, layout, EOS)
-    assert {int(i): int(found[i]) for i in np.flatnonzero(found != IGNORE)} == clean
+    blocks, clean = defined_targets(tokens, layout)
+    targets = next_token_targets(tokens, layout, EOS)
+    assert {int(i): int(targets[i]) for i in np.flatnonzero(targets != IGNORE)} == clean
     batch = micro_batch(seed)
     wanted = {**clean, **blocks}
     assert dict(zip(batch.label_index.tolist(), batch.label_targets.tolist(), strict=True)) == wanted
@@ -68,7 +68,9 @@ def micro_batch(seed: int, weight: float = WEIGHT) -> MicroBatch:
 
 
 @pytest.mark.parametrize(("rows", "causal_attn"), [(False, False), (True, False), (False, True)])
-def test_loss_and_every_gradient(make_engine: Callable, tmp_path: Path, rows: bool, causal_attn: bool) -> None:
+def test_loss_and_every_gradient_equal_transformers(
+    make_engine: Callable, tmp_path: Path, rows: bool, causal_attn: bool
+) -> None:
     from transformers import AutoModelForCausalLM
 
     from sdlm_megatron.checkpoint.sharding import hf_tensors
@@ -78,7 +80,7 @@ def test_loss_and_every_gradient(make_engine: Callable, tmp_path: Path, rows: bo
     numerators, denominators, clean_losses = [], [], []
     for seed in (0, 1):
         tokens, layout = packed(seed)
-        blocks, clean = by_hand(tokens, layout)
+        blocks, clean = defined_targets(tokens, layout)
         mask = torch.from_numpy(visible_row(layout, layout.used, causal_attn=causal_attn))[None, None]
         positions = torch.from_numpy(row_positions(layout)).long()[None]
         logits = model(torch.from_numpy(tokens).long()[None], attention_mask=mask, position_ids=positions).logits[0]
@@ -95,7 +97,7 @@ def test_loss_and_every_gradient(make_engine: Callable, tmp_path: Path, rows: bo
     norm = torch.cat([g.flatten() for g in wanted.values()]).norm()
 
     engine = make_engine(folder, causal_attn=causal_attn, rows=rows)
-    engine.module.logits_mb = 0.05  # some chunks
+    engine.module.logits_mb = 0.05  # splits the head into several chunks
     empty = make_micro_batch(
         *pack_row([], block_size=D, mask_token_id=MASK),
         row_length=LENGTH, pad_token_id=PAD, eos_token_id=EOS, number=None, next_token_weight=WEIGHT,
@@ -111,4 +113,4 @@ def test_loss_and_every_gradient(make_engine: Callable, tmp_path: Path, rows: bo
     assert result.grad_norm == pytest.approx(float(norm), rel=1e-4)
     assert result.next_token_loss == pytest.approx(float(torch.cat(clean_losses).mean()), rel=1e-5)
     assert result.next_token_targets == sum(map(len, clean_losses))
-    assert result.targets == sum(len(by_hand(*packed(s))[0]) for s in (0, 1))
+    assert result.targets == sum(len(defined_targets(*packed(s))[0]) for s in (0, 1))

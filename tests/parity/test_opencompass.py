@@ -1,7 +1,7 @@
-"""The OpenCompass wrapper in OpenCompass' own environment, against loops written by hand in ours.
+"""OpenCompass wrapper in OpenCompass' own environment, compared with manual loops in ours.
 
-OpenCompass cannot be installed beside this project (docs/evaluation.md has the commands). Its interpreter is named by
-OPENCOMPASS_PYTHON; without it these tests are skipped.
+OpenCompass cannot be installed beside this project (docs/evaluation.md has the commands). OPENCOMPASS_PYTHON names its
+interpreter; the tests are skipped without it.
 """
 
 import csv
@@ -27,12 +27,12 @@ import json, sys
 from sdlm_megatron.evaluation.opencompass_model import SDLM
 model = SDLM(sys.argv[1], alg="prob_conf", threshold=0.5, system="be brief.", device="cpu")
 texts = ["count 12 to 15: 12, 13", "spell cloud"]
-said = {"stop": {}, "ppl": model.get_ppl(texts).tolist(), "masked": model.get_ppl(texts, [5, 3]).tolist()}
+recorded = {"stop": {}, "ppl": model.get_ppl(texts).tolist(), "masked": model.get_ppl(texts, [5, 3]).tolist()}
 for stop in ("\\n1", ", 12"):
     model.tokens = model.passes = 0
-    said["stop"][stop] = [model.generate(["count 12 to 15", "spell cloud"], 30, [stop]), model.tokens, model.passes]
-said["length"] = model.get_token_len("spell cloud")
-json.dump(said, open(sys.argv[2], "w"))
+    recorded["stop"][stop] = [model.generate(["count 12 to 15", "spell cloud"], 30, [stop]), model.tokens, model.passes]
+recorded["length"] = model.get_token_len("spell cloud")
+json.dump(recorded, open(sys.argv[2], "w"))
 """
 
 
@@ -53,7 +53,7 @@ def documented_config() -> str:
     return config
 
 
-def by_hand(chat: ChatModel, prompt: str, **options: Any) -> Answer:
+def manual_answer(chat: ChatModel, prompt: str, **options: Any) -> Answer:
     settings = {"alg": "prob_conf", "window": 4, "threshold": 0.5, "product": False, "max_new_tokens": 30}
     return chat.answer(chat.encode(exported.messages(prompt)), AnswerSettings(**(settings | options)), lambda _: None)
 
@@ -65,11 +65,13 @@ def run(where: Path, *words: str, **env: str) -> None:
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 
-@pytest.mark.timeout(900)  # it imports itself in five processes
+@pytest.mark.timeout(900)  # OpenCompass is imported in five processes
 @pytest.mark.slow
-def test_a_config_end_to_end_equals_a_loop_by_hand(tmp_path: Path, folder: Path, chat: ChatModel) -> None:
-    ways = {"sdlm-prob_conf-0.98": {"threshold": 0.98}, "sdlm-ar-1.0": {"alg": "ar", "window": 1}}
-    texts = {name: [by_hand(chat, p, max_new_tokens=128, **way).text for p in PROMPTS] for name, way in ways.items()}
+def test_documented_config_equals_a_manual_loop(tmp_path: Path, folder: Path, chat: ChatModel) -> None:
+    rules = {"sdlm-prob_conf-0.98": {"threshold": 0.98}, "sdlm-ar-1.0": {"alg": "ar", "window": 1}}
+    texts = {
+        name: [manual_answer(chat, p, max_new_tokens=128, **rule).text for p in PROMPTS] for name, rule in rules.items()
+    }
     expected = [*texts["sdlm-prob_conf-0.98"][:3], "wrong", "wrong"]
     rows = [{"prompt": p, "expected": e} for p, e in zip(PROMPTS, expected, strict=True)]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -79,30 +81,30 @@ def test_a_config_end_to_end_equals_a_loop_by_hand(tmp_path: Path, folder: Path,
     options = {"SDLM_FOLDER": str(folder), "SDLM_PROMPTS": str(tmp_path / "prompts.jsonl"), "SDLM_SYSTEM": "be brief."}
     run(tmp_path / "work", "-c", command, str(config), "-w", str(tmp_path / "out"), **options)
     for name, wanted in texts.items():
-        (found,) = tmp_path.glob(f"out/*/predictions/{name}/prompts.json")
-        predictions = json.loads(found.read_text())
+        (predictions_file,) = tmp_path.glob(f"out/*/predictions/{name}/prompts.json")
+        predictions = json.loads(predictions_file.read_text())
         assert [predictions[str(i)]["prediction"] for i in range(len(PROMPTS))] == wanted
     (summary,) = tmp_path.glob("out/*/summary/*.csv")
     (row,) = csv.DictReader(summary.open())
     for name, wanted in texts.items():
-        right = sum(a == b for a, b in zip(wanted, expected, strict=True))
-        assert float(row[name]) == pytest.approx(100 * right / len(PROMPTS))
+        correct = sum(a == b for a, b in zip(wanted, expected, strict=True))
+        assert float(row[name]) == pytest.approx(100 * correct / len(PROMPTS))
 
 
-def test_the_model_s_calls(tmp_path: Path, folder: Path, chat: ChatModel) -> None:
-    run(tmp_path / "work", "-c", CALLS, str(folder), str(tmp_path / "said.json"))
-    said = json.loads((tmp_path / "said.json").read_text())
-    whole = [by_hand(chat, p) for p in ("count 12 to 15", "spell cloud")]
-    cut = [by_hand(chat, p, stop=(", 12",)) for p in ("count 12 to 15", "spell cloud")]
+def test_model_calls_equal_a_manual_loop(tmp_path: Path, folder: Path, chat: ChatModel) -> None:
+    run(tmp_path / "work", "-c", CALLS, str(folder), str(tmp_path / "results.json"))
+    recorded = json.loads((tmp_path / "results.json").read_text())
+    whole = [manual_answer(chat, p) for p in ("count 12 to 15", "spell cloud")]
+    cut = [manual_answer(chat, p, stop=(", 12",)) for p in ("count 12 to 15", "spell cloud")]
     for stop, answers in (("\n1", whole), (", 12", cut)):  # the prompt ends in a line break, which does not count
         texts = [answer.text.split(stop)[0] for answer in answers]
         passes = sum(len(answer.accepted) for answer in answers)
-        assert said["stop"][stop] == [texts, sum(len(answer.tokens) for answer in answers), passes]
-    assert said["length"] == len(chat.encode(exported.messages("spell cloud")))
+        assert recorded["stop"][stop] == [texts, sum(len(answer.tokens) for answer in answers), passes]
+    assert recorded["length"] == len(chat.encode(exported.messages("spell cloud")))
     for i, text in enumerate(("count 12 to 15: 12, 13", "spell cloud")):
         ids = torch.tensor(chat.tokenizer(text)["input_ids"])
         with torch.no_grad():
-            lost = -chat.model(ids[None]).logits[0, :-1].log_softmax(-1)[range(len(ids) - 1), ids[1:]]
-        assert said["ppl"][i] == pytest.approx(lost.sum().item() / len(ids), rel=1e-4)
+            nll = -chat.model(ids[None]).logits[0, :-1].log_softmax(-1)[range(len(ids) - 1), ids[1:]]
+        assert recorded["ppl"][i] == pytest.approx(nll.sum().item() / len(ids), rel=1e-4)
         first = (5, 3)[i]
-        assert said["masked"][i] == pytest.approx(lost[first - 1 :].sum().item() / (len(ids) - first), rel=1e-4)
+        assert recorded["masked"][i] == pytest.approx(nll[first - 1 :].sum().item() / (len(ids) - first), rel=1e-4)

@@ -1,15 +1,12 @@
-"""Our data path against what the reference code computed: ids, positions, targets and masks of every good
-case.
+"""Data path against the reference's recordings: ids, positions, targets and masks of every good case.
 
-The oracle records which block starts the reference had drawn; everything else has to follow from the
-conversation.
+The recordings state which block starts the reference drew; everything else must follow from the conversation.
 
-What differs on purpose:
-- labels are stored shifted by one there, so the very last slot of the last block has none (ours has);
-- `literal_mask` and `user_im_end` spell special tokens inside a message. The reference lets them through as
-control tokens, we encode them as text. Here the reference's reading is put back by `ControlTokensInText`,
-then all is equal;
-- a prompt longer than max_length raises there; we drop the document and say why.
+Intended differences:
+- the reference stores labels shifted by one, so the very last slot of the last block has none (ours has);
+- `literal_mask` and `user_im_end` spell special tokens inside a message. The reference encodes them as control tokens,
+  we encode them as text. `ControlTokensInText` restores the reference's encoding, after which everything is equal;
+- a prompt longer than max_length raises in the reference; we drop the document and record the reason.
 """
 
 import json
@@ -60,9 +57,9 @@ class ControlTokensInText:
         return [self._backend.encode(text, add_special_tokens=False).ids for text in texts]
 
     def token_id(self, token: str) -> int:
-        found = self._backend.token_to_id(token)
-        assert found is not None
-        return found
+        index = self._backend.token_to_id(token)
+        assert index is not None
+        return index
 
 
 @cache
@@ -97,7 +94,7 @@ def fitted(case: dict[str, Any]) -> FittedDocument:
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case["ok"]], ids=name)
-def test_case_is_rebuilt(case: dict[str, Any]) -> None:
+def test_case_equals_the_recording(case: dict[str, Any]) -> None:
     golden = {key: goldens()[f"{case['case']}/{key}"] for key in ("input_ids", "labels", "position_ids")}
     document, starts = fitted(case), np.array(case["starts"], dtype=np.int32)
     assert document.n_blocks == case["blocks"]
@@ -113,8 +110,8 @@ def test_case_is_rebuilt(case: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("case", [case for case in CASES if case["ok"]], ids=name)
 def test_attention_mask_of_the_reference_marks_no_padding(case: dict[str, Any]) -> None:
-    """The goldens' attention_mask is per token; the visibility of our expanded document has the same size,
-    every token sees itself, and no block is seen from outside."""
+    """The recorded mask has one entry per token. Our visibility has the same size, every token sees itself, and no
+    block is visible from outside."""
     length, starts = case["total"], np.array(case["starts"], dtype=np.int32)
     assert goldens()[f"{case['case']}/attention_mask"].tolist() == [True] * length
     seen = visible(case["clean"], starts, block_size=case["D"])
@@ -129,13 +126,13 @@ SETTINGS = sorted({(c["D"], c["max_length"], c["repeat"]) for c in CASES if not 
 
 
 @pytest.mark.parametrize(("block_size", "max_length", "repeat"), SETTINGS)
-def test_the_whole_pipeline_gives_the_same(
+def test_whole_pipeline_equals_the_recording(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block_size: int, max_length: int, repeat: int
 ) -> None:
-    """Raw conversations in a file -> `build` -> packed rows on the disk -> each document's ids, positions, targets.
+    """Conversations in a file -> `build` -> packed rows on disk -> each document's ids, positions and targets.
 
-    Of the build only the draw is replaced: by the recorded starts. `prepare_for_pt` is no setting of a build; its cases
-    are rebuilt above.
+    Only the random draw of the build is replaced, by the recorded starts. `prepare_for_pt` is not a build setting; its
+    cases are tested above.
     """
     settings = (block_size, max_length, repeat)
     cases = [c for c in CASES if (c["D"], c["max_length"], c["repeat"]) == settings and not c["prepare_for_pt"]]
@@ -145,14 +142,14 @@ def test_the_whole_pipeline_gives_the_same(
             file.write(json.dumps({"conversations": conversations()[case["conv"]]}) + "\n")
 
     def recorded(n_anchors: np.ndarray, n_drawn: np.ndarray, documents: np.ndarray, **_: int) -> np.ndarray:
-        found, first = [], 0
+        positions, first = [], 0
         for anchors, drawn, number in zip(n_anchors, n_drawn, documents, strict=True):
             assert drawn == len(cases[number]["starts"])
             legal = fitted(cases[number]).anchors
             assert len(legal) == anchors
-            found.append(first + np.searchsorted(legal, cases[number]["starts"]))
+            positions.append(first + np.searchsorted(legal, cases[number]["starts"]))
             first += anchors
-        return np.concatenate(found).astype(np.int64)
+        return np.concatenate(positions).astype(np.int64)
 
     monkeypatch.setattr("data_prep.rows.draw_many", recorded)
     source = SourceConfig(name="oracle", format="sharegpt", path=str(tmp_path / "conversations.jsonl"))
@@ -186,15 +183,14 @@ def test_the_whole_pipeline_gives_the_same(
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if not case["ok"]], ids=name)
-def test_prompt_that_makes_the_reference_raise_is_dropped(case: dict[str, Any]) -> None:
+def test_prompt_longer_than_max_length_is_dropped(case: dict[str, Any]) -> None:
     document = fitted(case)
     assert (document.n_blocks, document.drop_reason) == (0, LONG_PROMPT)
 
 
 @pytest.mark.parametrize("conv", SPELLED_SPECIALS if CASES else ())
 def test_spelled_special_tokens_stay_text(conv: str) -> None:
-    """What differs from the reference in these cases: the ids of the spelled tokens, and nothing before
-    them."""
+    """The only difference from the reference in these cases: ids of the spelled tokens."""
     ours, theirs = rendered(conv, False, False), rendered(conv, False, True)
     n_turns = len(conversations()[conv]) + 1
     closing = special_token_id(qwen_tokenizer_folder(), IM_END)

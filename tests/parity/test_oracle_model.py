@@ -1,4 +1,4 @@
-"""The Megatron-Core model against the reference's recorded losses and gradients."""
+"""Megatron-Core model against the reference's recorded losses and gradients."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ TOLERANCE = 1e-4
 
 @dataclass
 class Golden:
-    """One recorded batch and the documents it was made of."""
+    """One recorded batch and the documents it was built from."""
 
     data: dict[str, np.ndarray]
     block_size: int
@@ -54,7 +54,8 @@ def micro_batch(documents: list[tuple[np.ndarray, np.ndarray]], block_size: int,
 
 
 def without_lost_target(batch: MicroBatch, golden: Golden, row: int) -> MicroBatch:
-    """Drops the one target the reference loses: stored shifted by one, the last token of a full row has no place."""
+    """The batch without the target that the reference loses: it stores targets shifted by one, which cuts a full row's
+    last one."""
     keep = golden.data["labels"].shape[1] - 1 > batch.label_index
     return MicroBatch(
         batch.tokens,
@@ -68,7 +69,7 @@ def without_lost_target(batch: MicroBatch, golden: Golden, row: int) -> MicroBat
 
 
 @pytest.mark.parametrize(("model", "block_size", "name"), BATCHES)
-def test_rows_and_masks_are_the_references(model: str, block_size: int, name: str) -> None:
+def test_rows_and_masks_equal_the_reference(model: str, block_size: int, name: str) -> None:
     golden = load_golden(model, block_size, name)
     shape = tuple(golden.data["mask_shape"])
     masks = np.unpackbits(golden.data["mask_bool_packed"])[: np.prod(shape)].reshape(shape).astype(bool)
@@ -85,7 +86,7 @@ def test_rows_and_masks_are_the_references(model: str, block_size: int, name: st
 
 
 @pytest.mark.parametrize(("model", "block_size", "name"), BATCHES)
-def test_losses(make_engine: Callable, model: str, block_size: int, name: str) -> None:
+def test_losses_equal_the_reference(make_engine: Callable, model: str, block_size: int, name: str) -> None:
     golden = load_golden(model, block_size, name)
     engine = make_engine(oracle() / "tiny" / model, block_size=block_size)
     length = golden.data["input_ids"].shape[1]
@@ -104,7 +105,7 @@ def test_losses(make_engine: Callable, model: str, block_size: int, name: str) -
 
 
 @pytest.mark.parametrize(("model", "block_size", "name"), BATCHES)
-def test_causal_blocks(make_engine: Callable, model: str, block_size: int, name: str) -> None:
+def test_causal_block_loss_equals_the_reference(make_engine: Callable, model: str, block_size: int, name: str) -> None:
     golden = load_golden(model, block_size, name)
     engine = make_engine(oracle() / "tiny" / model, block_size=block_size, causal_attn=True)
     length = golden.data["input_ids"].shape[1]
@@ -118,21 +119,21 @@ def test_causal_blocks(make_engine: Callable, model: str, block_size: int, name:
 
 
 @pytest.mark.parametrize(("model", "block_size", "name"), BATCHES)
-def test_every_parameter_gradient(make_engine: Callable, model: str, block_size: int, name: str) -> None:
+def test_every_gradient_equals_the_reference(make_engine: Callable, model: str, block_size: int, name: str) -> None:
     golden = load_golden(model, block_size, name)
-    wanted = {k.removeprefix("grad/"): v for k, v in golden.data.items() if k.startswith("grad/")}
-    if not wanted:
+    expected = {k.removeprefix("grad/"): v for k, v in golden.data.items() if k.startswith("grad/")}
+    if not expected:
         pytest.skip("the reference's gradients were recorded for b0 and b1_multi only")
     engine = make_engine(oracle() / "tiny" / model, block_size=block_size)
-    found = gradients(engine, golden)
-    assert set(found) == set(wanted)
-    for key, gradient in wanted.items():
-        error = np.abs(found[key] - gradient).max() / np.abs(gradient).max()
+    actual = gradients(engine, golden)
+    assert set(actual) == set(expected)
+    for key, gradient in expected.items():
+        error = np.abs(actual[key] - gradient).max() / np.abs(gradient).max()
         assert error < TOLERANCE, f"{key}: {error}"
 
 
 def gradients(engine: object, golden: Golden) -> dict[str, np.ndarray]:
-    """Gradients of the step's loss by Hugging Face name, as the optimizer would see them."""
+    """Gradients of the step's loss by Hugging Face name, as passed to the optimizer."""
     from sdlm_megatron.checkpoint.sharding import hf_tensors
 
     length = golden.data["input_ids"].shape[1]
@@ -146,7 +147,7 @@ def gradients(engine: object, golden: Golden) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("causal_attn", [False, True])
 def test_packing_does_not_change_a_document(make_engine: Callable, causal_attn: bool) -> None:
-    """Documents of all four-token batches in one row, in two orders: each loss as if alone."""
+    """Documents of all batches with block size 4 in one row, in two orders: each loss equals that of its own row."""
     documents = [d for m, b, n in BATCHES if b == 4 for d in load_golden(m, b, n).documents]
     engine = make_engine(oracle() / "tiny" / "trained_d4", causal_attn=causal_attn)
     with torch.no_grad():
@@ -158,8 +159,8 @@ def test_packing_does_not_change_a_document(make_engine: Callable, causal_attn: 
             torch.testing.assert_close(packed, torch.cat([alone[i] for i in order]), rtol=1e-4, atol=2e-5)
 
 
-def test_long_documents_go_in_chunks(make_engine: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The chunked path of the attention gives the losses of the single-call path."""
+def test_chunked_attention_equals_a_single_call(make_engine: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Losses of the chunked attention path equal those of the single-call path."""
     from sdlm_megatron.model.attention import masked as attention_masked
 
     golden = load_golden("trained_d4", 4, "b1_multi")
@@ -171,7 +172,7 @@ def test_long_documents_go_in_chunks(make_engine: Callable, monkeypatch: pytest.
         torch.testing.assert_close(engine.module(batch).nll, joint, rtol=1e-4, atol=2e-5)
 
 
-def test_the_stand_in_of_an_empty_row_has_no_weight(make_engine: Callable) -> None:
+def test_placeholder_label_of_an_empty_row_has_no_weight(make_engine: Callable) -> None:
     engine = make_engine(Path(oracle()) / "tiny" / "random")
     empty = micro_batch([], 4, 64)
     assert empty.label_targets.tolist() == [IGNORE]

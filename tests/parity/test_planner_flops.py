@@ -1,8 +1,8 @@
-"""The FLOPs that MFU and planner count, against PyTorch's counter on steps of the real Megatron model.
+"""FLOPs counted by MFU and planner against PyTorch's counter on steps of the real Megatron model.
 
-Dense attention multiplies all pairs of the row, padding included; per-document attention, in a short document, all
-pairs of clean tokens, and its block tokens with the prefix up to the last anchor and with each other. Where the pairs
-that are multiplied are known, the counts have to be equal to the last FLOP.
+Dense attention multiplies all pairs of the row, padding included. Per-document attention, in a short document,
+multiplies all pairs of clean tokens, and block tokens with the prefix up to the last anchor and with each other. Where
+the multiplied pairs are known, the counts must be exactly equal.
 """
 
 from collections.abc import Callable
@@ -35,7 +35,7 @@ def packed_row() -> tuple[np.ndarray, RowLayout]:
 
 
 def counted(make_engine: Callable, folder: Path, attention: type, recompute: str = "none") -> tuple[int, MicroBatch]:
-    """FLOPs of a forward and backward pass, and the row it was of."""
+    """FLOPs of a forward and backward pass, and the row that was passed."""
     engine = make_engine(make_hf(folder, vocab=SHAPE.vocab_size, ffn=SHAPE.ffn_hidden_size, tied=False))
     if recompute == "full":
         config = engine.module.config
@@ -43,30 +43,30 @@ def counted(make_engine: Callable, folder: Path, attention: type, recompute: str
     tokens, layout = packed_row()
     batch = make_micro_batch(tokens, layout, row_length=LENGTH, pad_token_id=0, eos_token_id=2, number=0)
     batch = MicroBatch(**{**vars(batch), "attention": attention(layout, LENGTH, causal_attn=False)})
-    # the counter knows matrix products, not torch's fused attention for CPUs
+    # the counter covers matrix products, but not torch's fused attention for CPUs
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         engine.forward_backward([batch])
     return counter.get_total_flops(), batch
 
 
 def test_dense_attention_multiplies_every_pair(make_engine: Callable, tmp_path: Path) -> None:
-    found, batch = counted(make_engine, tmp_path / "hf", Dense)
+    total, batch = counted(make_engine, tmp_path / "hf", Dense)
     labels = len(batch.label_index)
-    assert found == training_flops(SHAPE, tokens=LENGTH, pairs=LENGTH**2, label_rows=labels)
+    assert total == training_flops(SHAPE, tokens=LENGTH, pairs=LENGTH**2, label_rows=labels)
 
 
 def test_per_document_attention_multiplies_the_pairs_of_a_document(make_engine: Callable, tmp_path: Path) -> None:
-    found, batch = counted(make_engine, tmp_path / "hf", PerDocument)
+    total, batch = counted(make_engine, tmp_path / "hf", PerDocument)
     layout, pairs = batch.layout, 0
     ends = np.cumsum(layout.n_blocks)
     for clean, blocks, end in zip(layout.clean_lens.tolist(), layout.n_blocks.tolist(), ends, strict=True):
         pairs += clean**2
         if blocks:
             pairs += blocks * D * (int(layout.starts[end - 1]) + blocks * D)
-    assert found == training_flops(SHAPE, tokens=LENGTH, pairs=pairs, label_rows=len(batch.label_index))
+    assert total == training_flops(SHAPE, tokens=LENGTH, pairs=pairs, label_rows=len(batch.label_index))
 
 
-def test_recomputation_is_another_forward_pass_of_the_layers(make_engine: Callable, tmp_path: Path) -> None:
+def test_full_recompute_adds_a_forward_pass_of_the_layers(make_engine: Callable, tmp_path: Path) -> None:
     plain, _ = counted(make_engine, tmp_path / "a", Dense)
     again, _ = counted(make_engine, tmp_path / "b", Dense, "full")
     layers = training_flops(SHAPE, tokens=LENGTH, pairs=LENGTH**2, label_rows=0)

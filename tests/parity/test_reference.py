@@ -1,6 +1,6 @@
-"""An exported folder in the reference's own code, and in the transformers it is tied to (4.37.2).
+"""Exported folder in the reference's own code, with the transformers version it requires (4.37.2).
 
-Runs where SDLM_REFERENCE names a checkout of it and SDLM_REFERENCE_PYTHON an interpreter that has what it needs:
+Runs if SDLM_REFERENCE names a checkout of the reference and SDLM_REFERENCE_PYTHON an interpreter with its dependencies:
 python 3.11 with transformers==4.37.2 torch pandas jinja2 (numpy of its time is not needed).
 """
 
@@ -52,10 +52,11 @@ def test_reference_generates_the_same_from_the_exported_folder(name: str, tmp_pa
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
     with torch.no_grad():
         logits = model(torch.tensor([runs[0]["prompt"]])).logits
-    for theirs, rows in (("plain", None), ("reference", -4)):  # its last four rows are a window, unasked
+    # the reference always treats the last four rows as a window
+    for theirs, rows in (("plain", None), ("reference", -4)):
         wanted = torch.tensor(answers["logits"][theirs])[:, :rows]
         torch.testing.assert_close(logits[:, :rows], wanted, atol=1e-4, rtol=1e-4)
-    equal = [mine(model, run) == theirs[:MAX_NEW] for run, theirs in zip(runs, answers["runs"], strict=True)]
+    equal = [our_tokens(model, run) == theirs[:MAX_NEW] for run, theirs in zip(runs, answers["runs"], strict=True)]
     assert not any(answers["hidden"] in tokens for tokens in answers["runs"])
     print(f"{name}: {sum(equal)} of {len(equal)} runs equal")
     assert all(equal), [runs[i] for i, same in enumerate(equal) if not same]
@@ -76,8 +77,8 @@ def reference(folder: Path, requests: dict[str, Any]) -> dict[str, Any]:
     return answers
 
 
-def mine(model: Any, run: dict[str, Any]) -> list[int]:
-    """Our class' new tokens, without the end token as the reference gives them."""
+def our_tokens(model: Any, run: dict[str, Any]) -> list[int]:
+    """New tokens of our class, without the end token, which the reference omits."""
     ids = torch.tensor([run["prompt"]])
     settings = {"sdlm_alg": run["alg"], "sdlm_threshold": run["threshold"], "sdlm_n": 4}
     tokens: list[int] = model.generate(ids, max_new_tokens=run["max_new"], **settings)[0, ids.shape[1] :].tolist()
