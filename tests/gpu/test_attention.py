@@ -1,4 +1,4 @@
-"""Attention on a CUDA device: every kernel that is installed, against the definition in float64."""
+"""Attention on a CUDA device: every installed kernel against the definition in float64."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,7 +26,7 @@ SHAPES = pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(40, 8, 128), (1
 
 
 def builds(dtype: torch.dtype) -> Iterator[tuple[str, Build]]:
-    """What can run: one after the other, since FlashAttention 3 is switched on for its turn."""
+    """Backends that can run, one at a time, because FlashAttention 3 is enabled only for its turn."""
 
     def over(kernel: VarlenKernel) -> Build:
         return lambda layout, length, causal: Decomposed(layout, kernel, causal_attn=causal)
@@ -52,8 +52,8 @@ def random_layout(seed: int, block_size: int) -> RowLayout:
 @SHAPES
 @pytest.mark.parametrize(("block_size", "causal"), [(1, False), (4, False), (4, True), (8, False)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_backends_are_the_definition(heads, kv_heads, dim, block_size, causal, dtype, monkeypatch) -> None:
-    """bf16: at most twice as far from float64 as the definition computed in bf16; fp32 (no tf32): 1e-5 of the norm."""
+def test_backends_equal_the_definition(heads, kv_heads, dim, block_size, causal, dtype, monkeypatch) -> None:
+    """bf16: at most twice the error of the definition computed in bf16; fp32 (no tf32): 1e-5 of the norm."""
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
     layout = random_layout(block_size, block_size)
     length = -(-(layout.used + 1) // 128) * 128
@@ -63,20 +63,20 @@ def test_backends_are_the_definition(heads, kv_heads, dim, block_size, causal, d
     plain = run(definition, values)
     failures = []
     for name, build in builds(dtype):
-        found = run(build(layout, length, causal).to(torch.device("cuda")), values)
-        for what, ours, other, wanted in zip(("out", "dq", "dk", "dv"), found, plain, exact, strict=True):
+        outputs = run(build(layout, length, causal).to(torch.device("cuda")), values)
+        for quantity, ours, other, wanted in zip(("out", "dq", "dk", "dv"), outputs, plain, exact, strict=True):
             error, plain_error = (float((x.double() - wanted).norm() / wanted.norm()) for x in (ours, other))
-            print(f"{name:44} {what:4} error {error:.2e}, definition in {dtype} {plain_error:.2e}")
+            print(f"{name:44} {quantity:4} error {error:.2e}, definition in {dtype} {plain_error:.2e}")
             if not error < (2 * plain_error if dtype is torch.bfloat16 else 1e-5):
-                failures.append((name, what, error, plain_error))
+                failures.append((name, quantity, error, plain_error))
     assert not failures
 
 
-def test_a_row_of_padding() -> None:
+def test_row_of_padding_gives_zeros() -> None:
     for _, build in builds(torch.bfloat16):
         row = build(layout_of([], 4), 256, False).to(torch.device("cuda"))
-        found = run(row, [x.cuda() for x in inputs(256, 4, 2, torch.bfloat16, dim=64)])
-        assert not any(x.any() for x in found)
+        outputs = run(row, [x.cuda() for x in inputs(256, 4, 2, torch.bfloat16, dim=64)])
+        assert not any(x.any() for x in outputs)
 
 
 def test_every_installed_kernel_passes_its_check() -> None:
@@ -87,8 +87,8 @@ def test_every_installed_kernel_passes_its_check() -> None:
     assert choose_attention("auto", causal_attn=False, device=torch.device("cuda"), heads=heads).text.startswith("dec")
 
 
-def test_the_host_never_waits_for_the_device() -> None:
-    """From the row on the host to the gradients, with the kernels loaded before."""
+def test_host_never_waits_for_the_device() -> None:
+    """From the row on the host to the gradients, with the kernels already loaded."""
     for name, build in builds(torch.bfloat16):
         if name == "decomposed, plain torch":  # reads the lengths
             continue
@@ -115,7 +115,7 @@ def test_flex_is_compiled_once_for_all_rows() -> None:
 
 
 @pytest.mark.parametrize("name", ["decomposed", "flex"])
-def test_training_is_that_of_per_document(tmp_path: Path, name: str) -> None:
+def test_training_equals_per_document(tmp_path: Path, name: str) -> None:
     data, hf = make_dataset(tmp_path / "data"), make_hf(tmp_path / "hf")
     runs = {}
     for attention in ("per_document", name):
@@ -123,6 +123,6 @@ def test_training_is_that_of_per_document(tmp_path: Path, name: str) -> None:
         common = {"data.path": data, "checkpoint.base": hf, "model.num_layers": 0, "train.steps": 5}
         done = train({**common, "train.precision": "bf16", "train.attention": attention, "run_dir": runs[attention]})
         assert f"attention {attention}" in done.stdout
-    for one, other in zip(*(read_metrics(folder) for folder in runs.values()), strict=True):
-        assert other["loss"] == pytest.approx(one["loss"], rel=0.02)
-        assert other["grad_norm"] == pytest.approx(one["grad_norm"], rel=0.1)
+    for baseline, compared in zip(*(read_metrics(folder) for folder in runs.values()), strict=True):
+        assert compared["loss"] == pytest.approx(baseline["loss"], rel=0.02)
+        assert compared["grad_norm"] == pytest.approx(baseline["grad_norm"], rel=0.1)

@@ -1,4 +1,4 @@
-"""Decoding on a GPU: the same tokens as on the CPU, and a pass that is one CUDA graph."""
+"""Decoding on a GPU: same tokens as on the CPU, also with each pass as one CUDA graph."""
 
 from functools import partial
 from typing import Any
@@ -36,7 +36,7 @@ def prompts(device: str) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("alg", ["prob_conf", "entropy_conf", "self_speculative", "ar"])
-def test_equals_the_cpu(model: Any, alg: str) -> None:
+def test_tokens_equal_those_of_the_cpu(model: Any, alg: str) -> None:
     wanted = decode(model.cpu(), **prompts("cpu"), **OPTIONS, alg=alg)
     model.cuda()
     assert decode(model, **prompts("cuda"), **OPTIONS, alg=alg) == wanted
@@ -44,7 +44,7 @@ def test_equals_the_cpu(model: Any, alg: str) -> None:
 
 
 @pytest.mark.parametrize("alg", ["prob_conf", "self_speculative"])
-def test_a_pass_as_a_cuda_graph(model: Any, alg: str) -> None:
+def test_cuda_graph_gives_the_same_tokens(model: Any, alg: str) -> None:
     model.cuda()
     wanted = decode(model, **prompts("cuda"), **OPTIONS, alg=alg)
     graph = partial(torch.compile, mode="reduce-overhead", fullgraph=True, dynamic=False)
@@ -52,19 +52,19 @@ def test_a_pass_as_a_cuda_graph(model: Any, alg: str) -> None:
         assert decode(model, **prompts("cuda"), **OPTIONS, alg=alg, fixed_shape=graph) == wanted
 
 
-def test_a_static_cache_in_generate(model: Any) -> None:
+def test_static_cache_gives_the_same_tokens(model: Any) -> None:
     model.cuda()
     options = {"max_new_tokens": 32, "sdlm_n": 4}
     wanted = model.generate(**prompts("cuda"), **options)
     assert model.generate(**prompts("cuda"), **options, cache_implementation="static").equal(wanted)
 
 
-def test_one_transfer_a_pass(model: Any) -> None:
+def test_one_transfer_per_pass(model: Any) -> None:
     model.cuda()
-    given = prompts("cuda")
-    passes = decode(model, **given, **OPTIONS).passes
-    with torch.profiler.profile() as found:
-        decode(model, **given, **OPTIONS)
-    events = found.key_averages()
+    inputs = prompts("cuda")
+    passes = decode(model, **inputs, **OPTIONS).passes
+    with torch.profiler.profile() as profile:
+        decode(model, **inputs, **OPTIONS)
+    events = profile.key_averages()
     assert not any(e.key == "aten::_local_scalar_dense" for e in events)
-    assert sum(e.count for e in events if "Memcpy DtoH" in e.key) <= passes + 1  # one for the prompts' lengths
+    assert sum(e.count for e in events if "Memcpy DtoH" in e.key) <= passes + 1  # one more for the prompt lengths

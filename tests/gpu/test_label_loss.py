@@ -1,4 +1,4 @@
-"""On a CUDA device: the chunked head and loss against float64, and within the memory it was given."""
+"""Chunked head and loss on a CUDA device: equal to float64, within the memory limit."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ pytestmark = [
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("logits_mb", [1000.0, 20.0])
-def test_equals_float64(dtype: torch.dtype, logits_mb: float) -> None:
+def test_loss_and_gradients_equal_float64(dtype: torch.dtype, logits_mb: float) -> None:
     generator = torch.Generator("cuda").manual_seed(0)
     x, w = (torch.randn(n, 128, generator=generator, device="cuda").to(dtype) for n in (600, 20000))
     w *= 0.2
@@ -25,9 +25,9 @@ def test_equals_float64(dtype: torch.dtype, logits_mb: float) -> None:
     total, nll, *_ = label_losses(
         x.requires_grad_(), w.requires_grad_(), targets, Vocabulary(0, 20000, None), logits_mb=logits_mb
     )
-    for mine, other in zip([nll, *torch.autograd.grad(total, (x, w))], wanted, strict=True):
-        apart = float((mine.double() - other).norm() / other.norm())
-        assert apart < (1e-5 if dtype is torch.float32 else 6e-3)
+    for actual, reference in zip([nll, *torch.autograd.grad(total, (x, w))], wanted, strict=True):
+        error = float((actual.double() - reference).norm() / reference.norm())
+        assert error < (1e-5 if dtype is torch.float32 else 6e-3)
 
 
 def test_memory_does_not_grow_with_the_rows() -> None:

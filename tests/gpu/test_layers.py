@@ -1,4 +1,4 @@
-"""TransformerEngine's layers on a CUDA device against Megatron-Core's own: the same steps, FP8, checkpoints."""
+"""TransformerEngine's layers on a CUDA device against Megatron-Core's own: same steps, FP8, checkpoints."""
 
 from pathlib import Path
 
@@ -24,7 +24,7 @@ def _needs_transformer_engine() -> None:
 
 @pytest.fixture(scope="module")
 def material(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
-    """Sides of multiples of 16, heads of 64 as the kernels like them, bf16."""
+    """Sizes that are multiples of 16 and heads of 64, as the kernels need, in bf16."""
     folder = tmp_path_factory.mktemp("layers")
     hf = make_hf(folder / "hf", hidden=256, heads=4, kv=2, ffn=512, layers=3, tied=False)
     return {
@@ -57,45 +57,45 @@ def mean_loss(records: list[dict]) -> float:
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
-def test_the_same_steps_as_megatron(material: dict[str, object], tmp_path: Path, recompute: str) -> None:
-    """One set of weights, ten steps within bf16's rounding: the fused kernels round at other places, less often."""
+def test_steps_equal_megatron_layers(material: dict[str, object], tmp_path: Path, recompute: str) -> None:
+    """Ten steps from the same weights, within bf16 rounding: the fused kernels round elsewhere, and less often."""
     wanted = steps(material, tmp_path / "megatron", 10, MEGATRON)
-    found = steps(material, tmp_path / "te", 10, TE, {"train.recompute": recompute})
-    assert found[0]["loss"] == pytest.approx(wanted[0]["loss"], rel=0.005)
-    assert [r["loss"] for r in found] == pytest.approx([r["loss"] for r in wanted], rel=0.02)
-    assert norms(found) == pytest.approx(norms(wanted), rel=0.1)
+    fused = steps(material, tmp_path / "te", 10, TE, {"train.recompute": recompute})
+    assert fused[0]["loss"] == pytest.approx(wanted[0]["loss"], rel=0.005)
+    assert [r["loss"] for r in fused] == pytest.approx([r["loss"] for r in wanted], rel=0.02)
+    assert norms(fused) == pytest.approx(norms(wanted), rel=0.1)
 
 
-def test_tf32_is_near_fp32(material: dict[str, object], tmp_path: Path) -> None:
+def test_tf32_is_close_to_fp32(material: dict[str, object], tmp_path: Path) -> None:
     fp32 = {"train.precision": "fp32"}
     wanted = steps(material, tmp_path / "megatron", 3, MEGATRON, fp32)
-    found = steps(material, tmp_path / "te", 3, TE, fp32)
-    assert [r["loss"] for r in found] == pytest.approx([r["loss"] for r in wanted], rel=2e-3)
-    assert norms(found) == pytest.approx(norms(wanted), rel=1e-2)
+    tf32 = steps(material, tmp_path / "te", 3, TE, fp32)
+    assert [r["loss"] for r in tf32] == pytest.approx([r["loss"] for r in wanted], rel=2e-3)
+    assert norms(tf32) == pytest.approx(norms(wanted), rel=1e-2)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fp8", ["delayed", "current"])
 def test_fp8_learns_as_bf16_does(material: dict[str, object], tmp_path: Path, fp8: str) -> None:
-    """200 steps: the mean loss of each 20 steps within 5 % of bf16's, and it learns."""
+    """200 steps: the mean loss of each 20 steps is within 5 % of bf16's, and it decreases."""
     bf16 = steps(material, tmp_path / "bf16", 200, TE)
-    found = steps(material, tmp_path / "fp8", 200, TE, {"train.fp8": fp8})
+    records = steps(material, tmp_path / "fp8", 200, TE, {"train.fp8": fp8})
     for first in range(0, 200, 20):
-        here = slice(first, first + 20)
-        assert mean_loss(found[here]) == pytest.approx(mean_loss(bf16[here]), rel=0.05), f"steps {here}"
-    assert mean_loss(found[-20:]) < 0.9 * mean_loss(found[:20])
+        window = slice(first, first + 20)
+        assert mean_loss(records[window]) == pytest.approx(mean_loss(bf16[window]), rel=0.05), f"steps {window}"
+    assert mean_loss(records[-20:]) < 0.9 * mean_loss(records[:20])
 
 
-def test_fp8_is_really_used(material: dict[str, object], tmp_path: Path) -> None:
-    """The first losses differ from bf16's, which repeats: a setting that reached nobody would leave them equal."""
+def test_fp8_changes_the_loss(material: dict[str, object], tmp_path: Path) -> None:
+    """The first losses differ from bf16's, which repeats exactly; a setting without effect would leave them equal."""
     modes = ("none", "none", "delayed", "current")
     losses = [steps(material, tmp_path / str(i), 1, TE, {"train.fp8": mode})[0]["loss"] for i, mode in enumerate(modes)]
     assert losses[0] == losses[1]
     assert len(set(losses)) == 3
 
 
-def test_fused_rope_by_position_id() -> None:
-    """The kernel against the definition in float64, forward and backward: repeated positions, q and k as views."""
+def test_fused_rope_equals_the_definition() -> None:
+    """Forward and backward against float64: repeated positions, q and k as views."""
     from megatron.core.models.common.embeddings.rope_utils import _apply_rotary_pos_emb_bshd, fused_apply_rotary_pos_emb
 
     generator = torch.Generator().manual_seed(0)
@@ -113,47 +113,47 @@ def test_fused_rope_by_position_id() -> None:
         grad = torch.randn(out.shape, generator=generator).cuda()
         out.backward(grad.bfloat16())
         wanted.backward(grad.bfloat16().double())
-        for found, true in ((out, wanted), (ours.grad, exact.grad)):
-            assert found is not None and true is not None
-            error = float((found.double() - true).norm() / true.norm())
+        for actual, expected in ((out, wanted), (ours.grad, exact.grad)):
+            assert actual is not None and expected is not None
+            error = float((actual.double() - expected).norm() / expected.norm())
             assert error < 4e-3, error  # one rounding to bf16
 
 
 @pytest.mark.parametrize(
     ("first", "then"), [(TE, MEGATRON), (MEGATRON, TE), (TE, {**TE, "train.recompute": "selective"})]
 )
-def test_a_run_goes_on_with_other_layers(
+def test_run_resumes_with_other_layers(
     material: dict[str, object], tmp_path: Path, first: dict[str, object], then: dict[str, object]
 ) -> None:
-    """Three steps with one kind and three with the other are near six with one kind."""
+    """Three steps with each kind of layers are close to six with one kind."""
     wanted = steps(material, tmp_path / "straight", 6, first)
     steps(material, tmp_path / "run", 6, first, {"train.stop_after": 3})
-    found = steps(material, tmp_path / "run", 6, then)
-    assert [r["step"] for r in found] == [1, 2, 3, 4, 5, 6]
-    assert [r["loss"] for r in found] == pytest.approx([r["loss"] for r in wanted], rel=0.01)
+    resumed = steps(material, tmp_path / "run", 6, then)
+    assert [r["step"] for r in resumed] == [1, 2, 3, 4, 5, 6]
+    assert [r["loss"] for r in resumed] == pytest.approx([r["loss"] for r in wanted], rel=0.01)
 
 
 @pytest.mark.parametrize("fp8", ["delayed", "current"])
-def test_an_fp8_run_goes_on(material: dict[str, object], tmp_path: Path, fp8: str) -> None:
-    """Delayed scaling begins its statistics anew: near the uninterrupted run. Current scaling has none: equal."""
+def test_fp8_run_resumes(material: dict[str, object], tmp_path: Path, fp8: str) -> None:
+    """Delayed scaling restarts its statistics: close to the uninterrupted run. Current scaling has none: equal."""
     settings = {**TE, "train.fp8": fp8}
     wanted = steps(material, tmp_path / "straight", 6, settings)
     steps(material, tmp_path / "run", 6, settings, {"train.stop_after": 3})
-    found = steps(material, tmp_path / "run", 6, settings)
+    resumed = steps(material, tmp_path / "run", 6, settings)
     rel = 0.05 if fp8 == "delayed" else 1e-3
-    assert [r["loss"] for r in found] == pytest.approx([r["loss"] for r in wanted], rel=rel)
+    assert [r["loss"] for r in resumed] == pytest.approx([r["loss"] for r in wanted], rel=rel)
 
 
 @pytest.mark.distributed
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("fp8", ["none", "delayed", "current"])
 @pytest.mark.parametrize("overlap", [False, True])
-def test_two_gpus_are_as_one(material: dict[str, object], tmp_path: Path, fp8: str, overlap: bool) -> None:
+def test_two_gpus_equal_one(material: dict[str, object], tmp_path: Path, fp8: str, overlap: bool) -> None:
     """Tensor and sequence parallelism, with and without overlapped communication."""
     settings = {**material, **TE, "train.fp8": fp8, "train.steps": 5}
     split = {"parallel.tensor": 2, "parallel.sequence": True, "parallel.overlap_tensor": overlap}
     train({**settings, "run_dir": tmp_path / "one"})
     train({**settings, **split, "run_dir": tmp_path / "two"}, processes=2)
-    one, two = (read_metrics(tmp_path / name) for name in ("one", "two"))
-    assert [r["loss"] for r in two] == pytest.approx([r["loss"] for r in one], rel=0.02)
-    assert norms(two) == pytest.approx(norms(one), rel=0.05)
+    one_gpu, two_gpus = (read_metrics(tmp_path / name) for name in ("one", "two"))
+    assert [r["loss"] for r in two_gpus] == pytest.approx([r["loss"] for r in one_gpu], rel=0.02)
+    assert norms(two_gpus) == pytest.approx(norms(one_gpu), rel=0.05)

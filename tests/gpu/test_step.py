@@ -1,4 +1,4 @@
-"""On a CUDA device: a step that never waits, rows that are there before it, a profile with kernels."""
+"""Steps on a CUDA device: the host never waits, rows are prefetched, a profile has kernels."""
 
 import gzip
 import json
@@ -22,7 +22,7 @@ STEPS = 6
 
 
 def loads(dataset: PackedDataset, engine: object) -> list[Callable[[], list]]:
-    """Three micro-batches a step, the last one empty."""
+    """Load functions, one per step: three micro-batches, the last one empty."""
 
     def load(step: int) -> list:
         numbers = (2 * step, 2 * step + 1, None)
@@ -31,8 +31,8 @@ def loads(dataset: PackedDataset, engine: object) -> list[Callable[[], list]]:
     return [partial(load, step) for step in range(STEPS)]
 
 
-def test_the_host_never_waits_in_a_step(make_engine: Callable, tmp_path: Path) -> None:
-    """torch raises at an operator that waits; losses are those of rows that are copied by the step itself."""
+def test_host_never_waits_in_a_step(make_engine: Callable, tmp_path: Path) -> None:
+    """torch raises at an operator that waits; losses equal those of rows copied by the step itself."""
     dataset = PackedDataset(make_dataset(tmp_path / "data", rows=20))
     hf = make_hf(tmp_path / "hf")
     plain = make_engine(hf)
@@ -41,7 +41,7 @@ def test_the_host_never_waits_in_a_step(make_engine: Callable, tmp_path: Path) -
     queued = []
     with Prefetch(loads(dataset, engine), engine.groups.device) as data:
         engine.warm_up(batches := data.next_step())
-        queued.append(engine.train_step(batches, 1))  # makes Adam's state
+        queued.append(engine.train_step(batches, 1))  # creates Adam's state
         torch.cuda.set_sync_debug_mode("error")
         try:
             for step in range(2, STEPS + 1):
@@ -50,13 +50,13 @@ def test_the_host_never_waits_in_a_step(make_engine: Callable, tmp_path: Path) -
                 queued.append(engine.train_step(batches, step))
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    for mine, other in zip(engine.results(queued), wanted, strict=True):
-        assert mine.loss == pytest.approx(other.loss, rel=1e-5)
-        assert mine.grad_norm == pytest.approx(other.grad_norm, rel=1e-4)
+    for actual, reference in zip(engine.results(queued), wanted, strict=True):
+        assert actual.loss == pytest.approx(reference.loss, rel=1e-5)
+        assert actual.grad_norm == pytest.approx(reference.grad_norm, rel=1e-4)
 
 
-def test_memory_of_the_rows_is_not_written_too_early(tmp_path: Path) -> None:
-    """The device is kept busy, so that the copies of the next steps run while a step's own are still to be read."""
+def test_prefetch_does_not_overwrite_rows_in_use(tmp_path: Path) -> None:
+    """The device is kept busy, so that copies for the next steps run while a step's own rows are still unread."""
     dataset = PackedDataset(make_dataset(tmp_path / "data", rows=40, row_length=4096))
     device = torch.device("cuda", torch.cuda.current_device())
     busy = torch.randn(4096, 4096, device=device)
@@ -69,11 +69,11 @@ def test_memory_of_the_rows_is_not_written_too_early(tmp_path: Path) -> None:
                 busy = busy @ busy * 1e-4
             seen.append(torch.stack([b.tokens.sum() for b in batches]))
             del batches
-    for found, step in zip(seen, steps, strict=True):
-        assert found.tolist() == [int(b.tokens.sum()) for b in step]
+    for sums, step in zip(seen, steps, strict=True):
+        assert sums.tolist() == [int(b.tokens.sum()) for b in step]
 
 
-def test_profile_and_warm_up_of_a_run(tmp_path: Path) -> None:
+def test_run_warms_up_and_writes_a_profile(tmp_path: Path) -> None:
     data, run = make_dataset(tmp_path / "data"), tmp_path / "run"
     done = run_python(
         *("-m", "sdlm_megatron.train", "--config", "tiny", f"--run_dir={run}", f"--data.path={data}"),
@@ -82,7 +82,7 @@ def test_profile_and_warm_up_of_a_run(tmp_path: Path) -> None:
     )
     assert "warm-up: attention forward and backward over 4 rows" in done.stdout
     with gzip.open(run / "profile" / "trace_rank0.json.gz", "rt") as file:
-        found = summarize(json.load(file)["traceEvents"])
-    assert all(found.parts[part] > 0 for part in ("attention", "linear layers", "optimizer"))
-    assert sum(found.waits.values()) <= 4  # the results are read after the last profiled step
+        summary = summarize(json.load(file)["traceEvents"])
+    assert all(summary.parts[part] > 0 for part in ("attention", "linear layers", "optimizer"))
+    assert sum(summary.waits.values()) <= 4  # the results are read after the last profiled step
     assert [r["step"] for r in read_metrics(run)] == [3, 6]

@@ -1,4 +1,4 @@
-"""On a CUDA device: the same steps as on the CPU. Skipped where there is none; never run in CI."""
+"""Training on a CUDA device: same steps as on the CPU. Skipped without a device; never run in CI."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ pytestmark = [
 
 
 @pytest.mark.parametrize(("precision", "rel"), [("fp32", 1e-3), ("bf16", 0.05)])
-def test_losses_on_the_gpu_are_those_of_the_cpu(tmp_path: Path, precision: str, rel: float) -> None:
+def test_gpu_losses_equal_cpu_losses(tmp_path: Path, precision: str, rel: float) -> None:
     data, hf = make_dataset(tmp_path / "data"), make_hf(tmp_path / "hf")
     runs = {}
     for device, visible in (("cpu", ""), ("gpu", "0")):
@@ -31,7 +31,7 @@ def test_losses_on_the_gpu_are_those_of_the_cpu(tmp_path: Path, precision: str, 
 @pytest.mark.skipif(torch.cuda.device_count() < 4, reason="fewer than four CUDA devices")
 @pytest.mark.parametrize("chunks", [1, 2])
 def test_overlap_and_interleaving_do_not_change_the_losses(tmp_path: Path, chunks: int) -> None:
-    """PP2 x DP2 over NCCL with every overlap, against the same without."""
+    """PP2 x DP2 over NCCL: with every overlap against without any."""
     data, hf = make_dataset(tmp_path / "data"), make_hf(tmp_path / "hf", layers=4)
     overlap = ("--parallel.overlap_grad_reduce=true", "--parallel.overlap_param_gather=true")
     runs = {}
