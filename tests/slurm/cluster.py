@@ -3,7 +3,7 @@
 Each node is a slurmd in its own network, host name and mount namespace: own IP, own /dev with fake GPUs, own /dev/shm
 and own local disk. Rendezvous, host names, cut cables and lost GPUs behave as on a cluster. Clusters of different
 names live side by side: everything of one lies in /run/slurm-NAME, its nodes are NAME1, NAME2, ..., and programs find
-it by SLURM_CONF. Needs root; `missing()` says what else is not there.
+it by SLURM_CONF. Needs root; `missing()` names what else is missing.
 """
 
 import argparse
@@ -90,12 +90,12 @@ def run(*command: str | Path, check: bool = True, **kwargs) -> str:
     return done.stdout
 
 
-def wait_for(what: str, test: Callable[[], object], seconds: float) -> None:
-    """Waits until `test()` is true; TimeoutError names `what`."""
+def wait_for(condition: str, test: Callable[[], object], seconds: float) -> None:
+    """Waits until `test()` is true; TimeoutError names `condition`."""
     end = time.monotonic() + seconds
     while not test():
         if time.monotonic() > end:
-            raise TimeoutError(f"{what}: not after {seconds:g} s")
+            raise TimeoutError(f"{condition}: not after {seconds:g} s")
         time.sleep(0.1)
 
 
@@ -132,11 +132,11 @@ class Cluster:
 
     def __init__(self, name: str, nodes: int = 2, gpus: int = 8, local_disk: str = "1g") -> None:
         if not (name.isalpha() and name.islower() and len(name) <= 8):
-            raise ValueError(f"name {name!r}: up to 8 small letters")  # a link's name has 15
+            raise ValueError(f"name {name!r}: up to 8 lowercase letters")  # an interface name has at most 15 characters
         self.name, self.gpus, self.local_disk = name, gpus, local_disk
         self.nodes = [f"{name}{i + 1}" for i in range(nodes)]
         self.lab = Path(f"/run/slurm-{name}")
-        self.local = self.lab / "local"  # another disk on every node, as /local is on a cluster
+        self.local = self.lab / "local"  # a separate disk on every node
         self.conf = self.lab / "slurm.conf"
 
     @property
@@ -325,7 +325,7 @@ class Cluster:
 
 
 def kill(pid: int) -> None:
-    """Ends a process if there is one; 0: none."""
+    """Kills a process; does nothing for 0 or a process that has ended."""
     with contextlib.suppress(ProcessLookupError):
         if pid:
             os.kill(pid, signal.SIGKILL)
@@ -335,15 +335,15 @@ def main() -> None:
     """Command line, for manual use."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", choices=["up", "down", "status", "cut", "heal", "sh"])
-    parser.add_argument("name", help="of the cluster, or for cut, heal and sh of the node")
-    parser.add_argument("command", nargs=argparse.REMAINDER, help="of sh")
+    parser.add_argument("name", help="name of the cluster; for cut, heal and sh, of the node")
+    parser.add_argument("command", nargs=argparse.REMAINDER, help="command of sh")
     parser.add_argument("--nodes", type=int, default=2)
     args = parser.parse_args()
     cluster = Cluster(args.name.rstrip("0123456789"), args.nodes)
     if args.action == "up":
-        why = missing()
-        if why:
-            sys.exit(why)
+        reason = missing()
+        if reason:
+            sys.exit(reason)
         cluster.up()
         print(f"export SLURM_CONF={cluster.conf}")
     elif args.action == "down":

@@ -1,4 +1,4 @@
-"""The tests' Slurm: one cluster for a whole test session, made of Debian's packages, or a skip that says why not."""
+"""Slurm for the tests: one cluster per test session, from Debian's packages, or a skip with the reason."""
 
 import importlib.util
 import os
@@ -16,7 +16,7 @@ _spec.loader.exec_module(slurm_cluster)
 
 
 def _sweep() -> None:
-    """Removes the clusters of test sessions that were killed."""
+    """Removes clusters left by test sessions that were killed."""
     for owner in Path("/run").glob("slurm-t???/owner"):
         if not slurm_cluster.alive(owner):
             slurm_cluster.Cluster(owner.parent.name.removeprefix("slurm-"), 0).down()
@@ -28,16 +28,16 @@ def cluster():
 
     In CI (CI=true) a cluster that cannot be started is an error.
     """
-    why = slurm_cluster.missing()
-    if why and os.environ.get("CI") != "true":
-        pytest.skip(f"no Slurm here: {why}")
+    reason = slurm_cluster.missing()
+    if reason and os.environ.get("CI") != "true":
+        pytest.skip(f"no Slurm here: {reason}")
     _sweep()
     letters = string.ascii_lowercase
     name = "t" + "".join(letters[os.getpid() // 26**i % 26] for i in range(3))
-    made = slurm_cluster.Cluster(name, nodes=3)
+    slurm = slurm_cluster.Cluster(name, nodes=3)
     try:
-        made.lab.mkdir(parents=True, exist_ok=True)
-        (made.lab / "owner").write_text(str(os.getpid()))
-        yield made.up()
+        slurm.lab.mkdir(parents=True, exist_ok=True)
+        (slurm.lab / "owner").write_text(str(os.getpid()))
+        yield slurm.up()
     finally:
-        made.down()
+        slurm.down()

@@ -51,13 +51,13 @@ class Outcome:
 def disturb(job: Job, reference: Run, name: str, fault: Callable[[Job], str | None]) -> Outcome:
     """Injects a fault in the middle of a step; the run must recover and save what the undisturbed run saved."""
     job.advance(1 + random.randrange(job.drill.settings.save_every))
-    known = job.run.saved()  # without progress between two faults the driver would count them together
+    known = job.run.saved()  # without a checkpoint between them, the driver would count two faults together
     job.until("a checkpoint of this attempt", lambda: job.run.saved() != known)
     attempts, step, began = len(job.run.attempts()), job.run.step(), time.time()
     note = fault(job) or ""
     seen = max(step, job.run.step())
     job.until(f"{name}: a new attempt", lambda: len(job.run.attempts()) > attempts)
-    # records of steps that are done again are dropped when the new attempt opens the file
+    # the new attempt drops records of steps to be repeated when it opens the file
     job.until(f"{name}: training again", lambda: _ready(job.run))
     job.until(f"{name}: a step it had not made", lambda: job.run.step() > seen)
     lost = time.time() - began
@@ -80,7 +80,7 @@ def check_next(job: Job, reference: Run, name: str, after: int) -> None:
             if step > after and step % job.drill.settings.save_every == 0:
                 try:
                     wrong = differences(job.run.checkpoint(step), reference.checkpoint(step))
-                except FileNotFoundError:  # removed meanwhile, as keep_last says
+                except FileNotFoundError:  # removed meanwhile under keep_last
                     continue
                 assert not wrong, f"{name}: step {step} differs from the undisturbed run in {wrong[:5]}"
                 return True
@@ -96,7 +96,7 @@ def signal_before_limit(job: Job) -> None:
 
 
 def signal_to_all(job: Job) -> None:
-    """A signal of a careless operator, to every task of every step."""
+    """Signal sent by a careless operator, to every task of every step."""
     job.drill.cluster.run("scancel", "-s", "USR1", str(job.number))
 
 
@@ -106,31 +106,31 @@ def preempted(job: Job) -> None:
 
 
 def killed(job: Job) -> str:
-    return _signal_one(job, signal.SIGKILL)
+    return _signal_random_rank(job, signal.SIGKILL)
 
 
 def frozen(job: Job) -> str:
     """A process that is alive but does not run, as with a GPU that hangs in the driver."""
-    return _signal_one(job, signal.SIGSTOP)
+    return _signal_random_rank(job, signal.SIGSTOP)
 
 
-def _signal_one(job: Job, number: signal.Signals) -> str:
+def _signal_random_rank(job: Job, number: signal.Signals) -> str:
     rank, pid = random.choice(sorted(job.run.pids().items()))
     os.kill(pid, number)
     return f"rank {rank}"
 
 
 def exits_42(job: Job) -> str:
-    return _order_one(job, "exit 42")
+    return _order_random_rank(job, "exit 42")
 
 
 def sleeps(job: Job) -> str:
-    return _order_one(job, "sleep")
+    return _order_random_rank(job, "sleep")
 
 
 def makes_nan(job: Job) -> str:
     """A device that computes a wrong value once: the search on the retry finds nothing, and the run continues."""
-    rank = _order_one(job, "nan")
+    rank = _order_random_rank(job, "nan")
     job.until("a step that is not finite", lambda: any(e.get("outcome") == "not_finite" for e in _ends(job)))
     job.until("the search", lambda: list(job.run.folder.glob("logs/*/find-nan.json")))
     return rank
@@ -140,7 +140,7 @@ def _ends(job: Job) -> list[dict]:
     return [e for e in read_events(job.run.folder) if e["kind"] == "train_end"]
 
 
-def _order_one(job: Job, order: str) -> str:
+def _order_random_rank(job: Job, order: str) -> str:
     """See faults/sitecustomize.py."""
     rank = random.choice(sorted(job.run.pids()))
     (job.drill.faults / str(rank)).write_text(order)
@@ -213,7 +213,7 @@ def kills_during_writes(job: Job, reference: Run, times: int) -> Outcome:
 
 
 def disk_full(drill: Drill, reference: Run) -> Outcome:
-    """The disk of the run fills up during training, and is cleared again."""
+    """The disk of the run fills up during training, and is freed again."""
     mounted = drill.work / "small"
     job = drill.submit("small/run", f"--train.steps={DISK_STEPS}", f"--checkpoint.save_every={DISK_SAVES}")
     job.until("a checkpoint", lambda: job.run.saved())
@@ -243,7 +243,7 @@ def job_log(job: Job) -> str:
 
 def check_end(job: Job, reference: Run, steps: int, *, wandb: bool = True) -> list[str]:
     """Checks the whole run: one loss curve, one W&B run, every row once, the weights of the undisturbed run."""
-    assert len(job.run.saved()) == 3, f"checkpoints {job.run.saved()} are there, 3 were to be kept"
+    assert len(job.run.saved()) == 3, f"checkpoints {job.run.saved()} found, expected 3"
     wrong = differences(job.run.checkpoint(steps), reference.checkpoint(steps))
     assert not wrong, f"the last checkpoint differs from the undisturbed run in {wrong[:5]}"
     metrics, expected = (read_metrics(r.folder) for r in (job.run, reference))
@@ -251,10 +251,10 @@ def check_end(job: Job, reference: Run, steps: int, *, wandb: bool = True) -> li
     curves = [[(m["loss"], m["grad_norm"], m["consumed_rows"]) for m in run] for run in (metrics, expected)]
     assert curves[0] == curves[1], "the losses differ from the undisturbed run's"
     parts = [p.name.rsplit("-", 1)[1] for p in (job.run.folder / "wandb").glob("offline-run-*")]
-    assert len(set(parts)) == 1 or not wandb, f"W&B runs {set(parts)}, wanted one"
+    assert len(set(parts)) == 1 or not wandb, f"W&B runs {set(parts)}, expected one"
     rows = [row for numbers in rows_of_run(job.run.folder).values() for row in numbers]
     wanted = list(range(metrics[-1]["consumed_rows"]))
-    assert rows == wanted, "rows that were trained twice or never"
+    assert rows == wanted, "some rows were trained twice or never"
     return [
         f"final weights and optimizer equal, bit for bit, over {len(job.run.attempts())} starts",
         f"metrics.jsonl: {steps} steps, each once, losses and gradient norms equal",
@@ -290,8 +290,8 @@ def bad_nodes(drill: Drill) -> list[Outcome]:
     (log,) = (job.run.folder / "logs").glob(f"{job.number}-0/preflight.json")
     bad = json.loads(log.read_text())["bad"]
     wanted = {lost: "gpus: 7 of 8", full: "local disk", other: "config", slow: "network"}
-    for node, word in wanted.items():
-        assert word in bad.get(node, ""), f"{node}: {word!r} is not in {bad.get(node)!r}"
+    for node, fragment in wanted.items():
+        assert fragment in bad.get(node, ""), f"{node}: {fragment!r} is not in {bad.get(node)!r}"
     started = [e for e in read_events(job.run.folder) if e["kind"] == "train_start"]
     assert started[-1]["nodes"] == good, f"trained on {started[-1]['nodes']}, not on {good}"
     outcome = Outcome("4 bad nodes: GPU, disk, config, slow link", 0.0, 0, f"{time.time() - began:.0f} s, all detected")
@@ -365,7 +365,7 @@ def whole(cluster: Cluster, work: Path, kills: int) -> list[Outcome]:
         try:
             return part(*args)
         except Exception:
-            traceback.print_exc()  # now, not when the other part is over
+            traceback.print_exc()  # immediately, not after the other part
             raise
 
     with ThreadPoolExecutor() as pool:
@@ -383,15 +383,19 @@ def log(text: str) -> None:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, help="folder for the runs, kept; default: one that is removed at the end")
-    parser.add_argument("--kills", type=int, default=20, metavar="N", help="of checkpoint writes (default 20)")
+    parser.add_argument(
+        "--work", type=Path, help="folder for the runs, kept; default: a temporary folder, removed at the end"
+    )
+    parser.add_argument(
+        "--kills", type=int, default=20, metavar="N", help="number of kills during checkpoint writes (default 20)"
+    )
     args = parser.parse_args()
-    if why := missing():
-        sys.exit(f"no drill here: {why}")
+    if reason := missing():
+        sys.exit(f"the drill cannot run here: {reason}")
     began = time.time()
     work = args.work or Path(tempfile.mkdtemp(prefix="sdlm-drill-"))
     cluster, small = Cluster("drill", nodes=10), work / "writes" / "small"
-    small.mkdir(parents=True)  # mounted before there are nodes, so that all of them see it
+    small.mkdir(parents=True)  # mounted before the nodes start, so that all of them see it
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200m", "small", small], check=True)
     try:
         outcomes = whole(cluster.up(), work, args.kills)

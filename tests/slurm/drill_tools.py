@@ -1,4 +1,4 @@
-"""Tools of the fault drill: a small model and its data, jobs, and run folders watched from outside."""
+"""Tools of the fault drill: a small model and its data, jobs, and run folders observed from outside."""
 
 import json
 import os
@@ -50,7 +50,7 @@ class Settings:
 
 
 class Run:
-    """A run folder, watched from outside as by an operator."""
+    """A run folder, observed from outside as an operator does."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -69,7 +69,7 @@ class Run:
         return 0
 
     def attempts(self) -> list[str]:
-        """Names of all starts of the training processes, oldest first."""
+        """Names of all training attempts, oldest first."""
         return [e["attempt"] for e in read_events(self.folder) if e["kind"] == "train_start"]
 
     def saved(self) -> list[int]:
@@ -163,7 +163,7 @@ class Drill:
         }
 
     def submit(self, name: str, *overrides: str, keep: int = 3) -> "Job":
-        """`sbatch slurm/train_32b_d4.sh` with a small model; `keep` is the number of checkpoints to keep, 0: all."""
+        """`sbatch slurm/train_32b_d4.sh` with a small model; `keep` is the number of checkpoints to keep (0: all)."""
         run_dir, s, nodes = self.work / name, self.settings, self.nodes
         size = [f"--nodes={len(nodes)}", f"--nodelist={','.join(nodes)}", f"--gpus-per-node={s.ranks}"]
         size += [f"--output={self.work}/{run_dir.name}.out", "--time=60", "--mem=10000"]
@@ -180,7 +180,7 @@ class Job:
     run: Run
     number: int
 
-    def until(self, what: str, test: Callable[[], object], seconds: float = PATIENCE) -> None:
+    def until(self, condition: str, test: Callable[[], object], seconds: float = PATIENCE) -> None:
         """Waits for `test()`; fails with the end of the job's output if the job ends first."""
 
         def checked() -> object:
@@ -190,11 +190,11 @@ class Job:
             if state in ("FAILED", "CANCELLED", "TIMEOUT", "COMPLETED"):
                 if test():
                     return True
-                raise AssertionError(f"waiting for {what}, but the job is {state}:\n{self.tail()}")
+                raise AssertionError(f"waiting for {condition}, but the job is {state}:\n{self.tail()}")
             return False
 
         try:
-            wait_for(what, checked, seconds)
+            wait_for(condition, checked, seconds)
         except TimeoutError as error:
             raise AssertionError(f"{error}\n{self.tail()}") from None
 
@@ -204,7 +204,7 @@ class Job:
         return output.read_text(errors="replace")[-6000:] if output.exists() else "(no output)"
 
     def advance(self, steps: int) -> int:
-        """Waits until `steps` more steps are made; returns the step reached."""
+        """Waits for `steps` more steps; returns the step reached."""
         goal = self.run.step() + steps
         self.until(f"step {goal}", lambda: self.run.step() >= goal)
         return self.run.step()

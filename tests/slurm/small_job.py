@@ -1,4 +1,4 @@
-"""A job small enough for the tests: base model with a tokenizer, conversations, held-out prompts."""
+"""Job small enough for tests: base model with a tokenizer, conversations, held-out prompts."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ from tests import byte_tokenizer
 
 
 def small_job(folder: Path, *, layers: int = 2) -> dict[str, Path]:
-    """The variables that slurm/pipeline.sh takes."""
+    """Variables that slurm/pipeline.sh reads."""
     base = make_hf(folder / "base", layers=layers, text_mask_token_id=260)
     byte_tokenizer.write_folder(base)
     task = write_task(folder / "task", 60, 2, 0)

@@ -1,4 +1,4 @@
-"""The short form of `make drill`: a requeue and a killed process, on two nodes of a real Slurm."""
+"""Short form of `make drill`: a requeue and a killed process, on two nodes of a real Slurm."""
 
 import sys
 from pathlib import Path
@@ -13,7 +13,7 @@ pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 SHORT = ("USR1 before the time limit", "a rank killed with -9")
 
 
-def test_a_run_with_faults_ends_with_the_weights_of_one_without(cluster, tmp_path: Path) -> None:
+def test_run_with_faults_ends_with_the_undisturbed_weights(cluster, tmp_path: Path) -> None:
     outcomes = drill.all_faults(cluster, tmp_path / "drill", cluster.nodes[:3], SHORT)
     assert [outcome.name for outcome in outcomes] == list(SHORT)
     assert (tmp_path / "drill" / "disturbed" / "report.html").exists()

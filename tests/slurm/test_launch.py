@@ -1,4 +1,4 @@
-"""The scripts of slurm/ on a real Slurm: all stages by pipeline.sh on a tiny model, and every script at full size."""
+"""Scripts of slurm/ on a real Slurm: all stages by pipeline.sh with a tiny model, and every script at full size."""
 
 import json
 import subprocess
@@ -17,7 +17,7 @@ from sdlm_megatron.ops.attempt import read_events
 pytestmark = pytest.mark.distributed
 SCRIPTS = ("prepare_data", "merge_data", "train_3b_d4", "train_3b_d8", "train_32b_d4", "export", "evaluate")
 SETTINGS = [
-    "--model.num_layers=0",  # as the base has
+    "--model.num_layers=0",  # read from the base
     *("--parallel.tensor=2", "--parallel.pipeline=1", "--parallel.virtual_pipeline=1"),
     *("--train.steps=4", "--train.global_batch=2", "--train.global_batch_unit=rows", "--train.precision=fp32"),
     *("--observe.wandb=disabled", "--observe.tensorboard=false"),
@@ -44,7 +44,7 @@ def job(tmp_path: Path) -> dict[str, Path]:
     return small_job(tmp_path)
 
 
-def test_from_conversations_to_decoding_by_one_command(cluster, job, tmp_path: Path) -> None:
+def test_pipeline_runs_from_conversations_to_decoding(cluster, job, tmp_path: Path) -> None:
     limits = {"run_disk_gb": 0.1, "local_disk_gb": 0.1, "shm_gb": 0.1, "gpus": 8}
     here = cluster_file(
         tmp_path / "here.yaml", gpus_per_node=1, spares=1, env={"GLOO_SOCKET_IFNAME": "eth0"}, preflight=limits
@@ -63,7 +63,7 @@ def test_from_conversations_to_decoding_by_one_command(cluster, job, tmp_path: P
     for kind in ("job_start", "preflight", "train_start", "start", "finished", "train_end", "job_end"):
         assert kinds.count(kind) == 1, kinds
     started = next(event for event in read_events(run) if event["kind"] == "train_start")
-    assert len(started["nodes"]) == 2  # the third waited
+    assert len(started["nodes"]) == 2  # the third is a spare
     number = jobs["train_32b_d4"]
     assert "finished" in (run / "logs" / f"{number}-0" / "driver.log").read_text()
     assert (run / "logs" / f"{number}-0-0" / "rank-00001.log").exists()
@@ -75,7 +75,7 @@ def test_from_conversations_to_decoding_by_one_command(cluster, job, tmp_path: P
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_full_size_passes_test_only(cluster, name: str, tmp_path: Path) -> None:
-    """As sbatch sees the scripts themselves: 29 nodes of 8 GPUs for 32B."""
+    """sbatch accepts the scripts unchanged: 29 nodes of 8 GPUs for 32B."""
     variables = dict.fromkeys(("DATA", "BASE", "CONFIG", "OUT", "RUN_DIR", "MODEL", "HELDOUT"), str(tmp_path))
     line = ["sbatch", "--test-only", "--partition=paper", str(REPO / "slurm" / f"{name}.sh")]
     done = subprocess.run(line, capture_output=True, text=True, env=environment(cluster, **variables))
@@ -99,7 +99,7 @@ def test_dry_run_shows_and_checks_everything(cluster, job, tmp_path: Path) -> No
     assert "parallel.tensor" in wrong.stderr
 
 
-def test_mistakes_are_named_before_anything_is_submitted(cluster, job, tmp_path: Path) -> None:
+def test_mistakes_are_reported_before_submission(cluster, job, tmp_path: Path) -> None:
     env = environment(cluster, **{key: value for key, value in job.items() if key != "DATA"})
     missing = script("train_3b_d4", env=env)
     assert missing.returncode == 2

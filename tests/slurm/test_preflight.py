@@ -1,4 +1,4 @@
-"""The pre-flight on a real Slurm: faults of nodes are detected and recorded, and the other nodes train."""
+"""Pre-flight on a real Slurm: node faults are detected and recorded, and the other nodes train."""
 
 import json
 import sys
@@ -14,7 +14,7 @@ env: {GLOO_SOCKET_IFNAME: eth0}
 preflight: {gpus: 8, run_disk_gb: 0.1, local_disk_gb: 0.1, shm_gb: 0, write_mb: 2, answer_seconds: 60}
 """
 SMALL = {
-    "model.num_layers": 0,  # as the base has
+    "model.num_layers": 0,  # read from the base
     "parallel.tensor": 1,
     "parallel.pipeline": 1,
     "parallel.virtual_pipeline": 1,
@@ -28,8 +28,8 @@ SMALL = {
 }
 
 
-def test_the_job_runs_on_the_spare_of_a_node_with_a_slow_link(cluster, tmp_path: Path) -> None:
-    """The real script: the first node of the allocation sends slowly, the other two train."""
+def test_spare_replaces_a_node_with_a_slow_link(cluster, tmp_path: Path) -> None:
+    """The real job script: the first node of the allocation sends slowly, so the other two train."""
     slow, *good = cluster.nodes
     run = tmp_path / "run"
     (run / "logs").mkdir(parents=True)
@@ -55,7 +55,7 @@ def test_the_job_runs_on_the_spare_of_a_node_with_a_slow_link(cluster, tmp_path:
     report = json.loads((run / "logs" / f"{job}-0" / "preflight.json").read_text())
     assert report["ok"] and report["healthy"] == good
     assert list(report["bad"]) == list(report["blamed"]) == [slow]
-    for node in good:  # slow with both
+    for node in good:  # slow with both of them
         assert f"with {node} 0.00" in report["bad"][slow]
     assert f"{slow} is slow; measuring it again with" in output
     events = {event["kind"]: event for event in read_events(run)}

@@ -1,10 +1,10 @@
-"""Fault injection: Python imports this module where the drill puts this folder on PYTHONPATH; a rank obeys a file.
+"""Fault injection: Python imports this module from the drill's PYTHONPATH; each rank reads its order from a file.
 
-    FAULTS/RANK  with "exit 42"   the process exits at once with that code, like a library that calls _exit
+    FAULTS/RANK  with "exit 42"   the process exits at once with that code, as if a library called _exit
                  with "nan"       some weights of the process become NaN before its next step
                  with "sleep"     the main thread sleeps in its next step: a hang whose stack Python can show
 
-The training code does not know of it, and processes that are no ranks are not affected. FAULTS is the environment
+The training code is unchanged, and only ranks are affected. FAULTS is the environment
 variable SDLM_FAULTS.
 """
 
