@@ -1,4 +1,4 @@
-"""The wheel, built once from the tracked files."""
+"""Wheel, built once from the tracked files."""
 
 import shutil
 import subprocess
@@ -11,7 +11,7 @@ from helpers import REPO, tracked_files
 
 @pytest.fixture(scope="session")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built offline from a copy: a build leaves folders in its source and includes those of earlier builds."""
+    """Built offline from a copy, because a build leaves folders in its source and packs those of earlier builds."""
     copy, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
     for name in tracked_files():
         if not name.startswith(("tests/", "docs/")):

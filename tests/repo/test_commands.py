@@ -1,4 +1,4 @@
-"""Every command has one style of help: a program name, an example, and a sentence for every option."""
+"""Help of all commands has one style: program name, example, and a sentence for every option."""
 
 import argparse
 import importlib
@@ -36,7 +36,7 @@ def test_every_subcommand_is_a_command_module():
 def test_help_has_an_example_and_a_sentence_for_every_option(name: str):
     parser = importlib.import_module(name).build_parser()
     assert isinstance(parser, argparse.ArgumentParser)
-    assert re.match(r"sdlm |python -m ", parser.prog), "the command as it is typed"
+    assert re.match(r"sdlm |python -m ", parser.prog), "prog must be the command as typed"
     assert parser.description
     assert "example:\n  " in parser.format_help()
     without = ["/".join(a.option_strings) or a.dest for a in parser._actions if not a.help]

@@ -1,4 +1,4 @@
-"""Files, functions and commands that the documents name exist."""
+"""Files, functions and commands named in the documents exist."""
 
 import re
 from pathlib import Path
@@ -24,7 +24,7 @@ def test_paths_in_documents_exist(document: Path) -> None:
 
 
 def test_functions_named_in_the_method_exist() -> None:
-    """Each section of docs/method.md names its file; the functions named in it live there or in a file named later."""
+    """Each section of docs/method.md names its file; its functions are defined there or in a file named later."""
     text = (REPO / "docs" / "method.md").read_text()
     sources = "".join((REPO / p).read_text() for p in set(re.findall(r"`([\w/]+\.py)`", text)))
     for name in ("block_count", "draw_starts", "row_targets", "visible", "RowAttention", "pack_row"):
@@ -44,7 +44,7 @@ def test_commands_in_documents_exist(document: Path) -> None:
     assert not {t for t in targets if not re.search(rf"^{t}:", makefile, re.MULTILINE)}
 
 
-def test_no_path_of_a_machine_is_committed() -> None:
+def test_no_machine_specific_path_is_committed() -> None:
     """Documents and code name no absolute path of the machine they were written on."""
     suspicious = re.compile(r"/(?:work|root|home/\w+)/\w")
     files = [p for p in REPO.rglob("*") if p.suffix in {".py", ".md", ".yaml", ".toml", ".txt", ".sh"} and p.is_file()]

@@ -1,4 +1,4 @@
-"""The product as a user has it: installed from the wheel in an environment of its own, used outside any checkout."""
+"""The product as a user installs it: from the wheel, in its own environment, outside any checkout."""
 
 import json
 import os
@@ -17,15 +17,15 @@ SETTINGS = {"row_length": 320, "max_document_length": 320, "system_prompt": None
 
 
 class Installation:
-    """A virtual environment with the wheel, and an empty folder to type commands in."""
+    """Virtual environment with the wheel, and an empty folder to run commands in."""
 
     def __init__(self, root: Path, wheel: Path) -> None:
         self.root, self.folder = root, root / "work"
         self.folder.mkdir()
         subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(root / "venv")], check=True)
         self.bin = root / "venv" / "bin"
-        # The dependencies of this environment. Python reads no .pth files in a folder that is named in one, so the
-        # checkout, which is installed here through such a file, stays out.
+        # Dependencies come from this environment. Python does not read .pth files of a folder named in a .pth file, so
+        # the checkout, which is installed here through one, is not importable.
         site = next((root / "venv" / "lib").glob("python*/site-packages"))
         (site / "dependencies.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
         pip = [sys.executable, "-m", "pip", "--python", str(self.bin / "python"), "install", "-q"]
@@ -58,16 +58,16 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Installa
     return Installation(tmp_path_factory.mktemp("installed"), wheel)
 
 
-def test_the_package_is_the_installed_one(installed: Installation) -> None:
+def test_package_is_imported_from_the_wheel(installed: Installation) -> None:
     for name in ("sdlm_megatron", "data_prep", "checkpoints_tools"):
         path = installed.run("python", "-c", f"import {name}; print({name}.__file__)").stdout
         assert Path(path).is_relative_to(installed.root)
     for name in ("dev", "evaluation", "tests", "bench"):
-        found = f"import importlib.util as u; s = u.find_spec({name!r}); print(s and s.origin)"
-        assert str(REPO) not in installed.run("python", "-c", found).stdout
+        code = f"import importlib.util as u; s = u.find_spec({name!r}); print(s and s.origin)"
+        assert str(REPO) not in installed.run("python", "-c", code).stdout
 
 
-def test_commands_that_need_no_data(installed: Installation) -> None:
+def test_commands_work_without_data(installed: Installation) -> None:
     assert "doctor" in installed.run("sdlm", "--help").stdout
     assert installed.run("sdlm", "--version").stdout.startswith("sdlm ")
     assert "did you mean `sdlm train`" in installed.run("sdlm", "trian", check=False).stderr
@@ -78,7 +78,7 @@ def test_commands_that_need_no_data(installed: Installation) -> None:
 
 
 def test_submit_finds_its_scripts(installed: Installation) -> None:
-    """Without sbatch the last step fails; everything before it is shown."""
+    """Without sbatch only the last step fails; everything before it is printed."""
     (installed.folder / "clusters").mkdir()
     (installed.folder / "clusters" / "mine.yaml").write_text("gpus_per_node: 4\npartition: mine\n")
     for cluster, text in (("example", "8 = 232 processes"), ("mine", "--partition=mine")):
@@ -88,7 +88,7 @@ def test_submit_finds_its_scripts(installed: Installation) -> None:
         assert "ops/slurm/train_32b_d4.sh" in done.stdout and "Traceback" not in done.stderr
 
 
-def test_conversations_to_answers(installed: Installation) -> None:
+def test_commands_lead_from_conversations_to_answers(installed: Installation) -> None:
     """prepare -> verify -> train on two processes -> export -> compare -> generate."""
     folder = installed.folder
     plain = dict.fromkeys(("block_size", "causal_attn", "text_mask_token", "text_mask_token_id"))
@@ -106,7 +106,7 @@ def test_conversations_to_answers(installed: Installation) -> None:
     done = installed.run(*torchrun, "-m", "sdlm_megatron.train", *train, *sizes)
     assert "2/2" in done.stdout
     saved = next((folder / "run" / "ckpt").glob("*/state.json"))
-    # The run states none of these: they come from the dataset.
+    # The run's settings name none of these: they come from the dataset.
     assert json.loads(saved.read_text())["diffusion"] == {
         "block_size": 4,
         "causal_attn": False,

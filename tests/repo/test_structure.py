@@ -1,4 +1,4 @@
-"""Size and structure of the code: rooms and arrows, small modules, long functions, unique names, comments."""
+"""Size and structure of the code: packages and imports between them, small modules, long functions, unique names."""
 
 import ast
 import collections
@@ -12,7 +12,7 @@ from pathlib import Path
 from helpers import REPO
 
 MOST_LINES = 31_700  # a ratchet: lower it when the code shrinks; the goal is 27,500
-MOST_ROOMS, MOST_ARROWS = 22, 90
+MOST_PACKAGES, MOST_IMPORTS = 22, 90
 MOST_SMALL_MODULES, SMALL = 5, 100
 LONGEST_FUNCTION, P95_FUNCTION, LONGEST_FILE = 60, 35, 500
 FEWEST_COMMENTS = 0.03
@@ -46,8 +46,8 @@ def imports() -> dict[str, set[str]]:
     return edges
 
 
-def room(module: str) -> str:
-    """The folder or loose module directly below sdlm_megatron that a module lies in."""
+def package_of(module: str) -> str:
+    """Folder or module directly below sdlm_megatron that contains a module."""
     return module.split(".")[1]
 
 
@@ -59,11 +59,13 @@ def test_lines_of_code() -> None:
     assert sum(map(lines, sources())) <= MOST_LINES
 
 
-def test_rooms_and_arrows() -> None:
+def test_packages_and_imports_between_them() -> None:
     inside = {m for m in imports() if m.startswith("sdlm_megatron.")}
-    arrows = {(room(m), room(i)) for m in inside for i in imports()[m] & inside} - {(r, r) for r in map(room, inside)}
-    assert len({*map(room, inside)}) <= MOST_ROOMS
-    assert len(arrows) <= MOST_ARROWS, sorted(arrows)
+    edges = {(package_of(m), package_of(i)) for m in inside for i in imports()[m] & inside} - {
+        (r, r) for r in map(package_of, inside)
+    }
+    assert len({*map(package_of, inside)}) <= MOST_PACKAGES
+    assert len(edges) <= MOST_IMPORTS, sorted(edges)
 
 
 def test_small_modules_with_one_importer() -> None:

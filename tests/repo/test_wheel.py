@@ -1,4 +1,4 @@
-"""The wheel: its files, metadata and entry points."""
+"""The wheel: files, metadata and entry points."""
 
 import configparser
 import email
@@ -12,10 +12,10 @@ from sdlm_megatron import __version__
 
 PACKAGES = ("sdlm_megatron", "data_prep", "checkpoints_tools")
 LINKED = ("slurm/", "sdlm_megatron/ops/slurm")
-"""A folder of the repository, and the symbolic link through which the wheel gets its files."""
+"""Folder of the repository, and the symbolic link that brings its files into the wheel."""
 
 
-def test_files(wheel: Path) -> None:
+def test_wheel_has_the_tracked_files(wheel: Path) -> None:
     """Every tracked file of the three packages, the files behind the link, and nothing else."""
     tracked = tracked_files()
     expected = {name for name in tracked if name.split("/")[0] in PACKAGES and name != LINKED[1]}
@@ -35,8 +35,8 @@ def test_files(wheel: Path) -> None:
                 assert bool(mode & stat.S_IXUSR) == bool(original.stat().st_mode & stat.S_IXUSR), name
 
 
-def test_what_commands_read_at_run_time_is_there(wheel: Path) -> None:
-    """One example of each kind of data file, so that a rule of `test_files` that no longer matches is noticed."""
+def test_run_time_data_files_are_included(wheel: Path) -> None:
+    """One example of each kind of data file, to detect a rule of the test above that no longer matches."""
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     assert {
@@ -71,7 +71,7 @@ def test_metadata(wheel: Path) -> None:
     assert "sdlm" in entry_points["lm_eval.models"]
 
 
-def test_version_stands_in_one_place() -> None:
+def test_version_is_defined_once() -> None:
     places = [
         name
         for name in tracked_files()

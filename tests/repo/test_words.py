@@ -103,7 +103,7 @@ def test_plain_english(area: str) -> None:
     assert not places, f"{len(places)} places:\n" + "\n".join(places)
 
 
-def test_the_test_finds_dialect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dialect_is_detected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(f"{__name__}.REPO", tmp_path)
     sample = tmp_path / "sample.py"
     sample.write_text('"""What steps did."""\n\nfound = "a mistake that a retry does not mend"\n')
