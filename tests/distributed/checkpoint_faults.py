@@ -47,8 +47,8 @@ def kill(run: Run, out: Path) -> None:
     moments, last = random.Random(), 0
     for _ in range(KILLS):
         children = forked(2, save_forever, run, out, wait=False)
-        wanted, limit = out / "ckpt" / f"step-{last + 3:07d}.partial", time.monotonic() + 60
-        while not wanted.exists() and time.monotonic() < limit:
+        expected, limit = out / "ckpt" / f"step-{last + 3:07d}.partial", time.monotonic() + 60
+        while not expected.exists() and time.monotonic() < limit:
             time.sleep(0.003)
         time.sleep(moments.uniform(0, 0.08))
         for child in children:

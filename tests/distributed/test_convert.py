@@ -76,7 +76,7 @@ def assert_card(folder: Path, out: Path, layout: dict[str, object]) -> None:
     card = (out / "README.md").read_text()
     degrees = {"parallel.tensor": 1, "parallel.pipeline": 1, **layout}
     record = read_metrics(folder / "run")[-1]
-    for wanted in (
+    for expected in (
         "| steps | 1 |",
         "| learning rate | 1e-30 constant",
         f"TP {degrees['parallel.tensor']} x PP {degrees['parallel.pipeline']} x DP 1",
@@ -85,7 +85,7 @@ def assert_card(folder: Path, out: Path, layout: dict[str, object]) -> None:
         f"| torch | {torch.__version__} |",
         "| megatron-core |",
     ):
-        assert wanted in card, wanted
+        assert expected in card, expected
     step = folder / "run" / "ckpt" / "step-0000001"
     for text in (card, (step / "run.json").read_text()):
         assert str(folder) not in text and str(Path.home()) not in text and "/tmp" not in text
@@ -117,8 +117,8 @@ def test_logits_equal_transformers(make_engine: Callable, tmp_path: Path, form: 
     with torch.no_grad():
         nll = engine.module(batch).nll
         logits = model(ids).logits
-    wanted = torch.nn.functional.cross_entropy(logits[0, 1:39], ids[0, 2:40], reduction="none")
-    torch.testing.assert_close(nll, wanted, rtol=1e-4, atol=1e-5)
+    expected = torch.nn.functional.cross_entropy(logits[0, 1:39], ids[0, 2:40], reduction="none")
+    torch.testing.assert_close(nll, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_block_logits_equal_transformers_with_our_mask(make_engine: Callable, tmp_path: Path) -> None:
@@ -142,8 +142,8 @@ def test_block_logits_equal_transformers_with_our_mask(make_engine: Callable, tm
     with torch.no_grad():
         nll = engine.module(batch).nll
         logits = model(torch.from_numpy(tokens).long()[None], attention_mask=mask, position_ids=positions).logits[0]
-    wanted = torch.nn.functional.cross_entropy(logits[batch.label_index], batch.label_targets, reduction="none")
-    torch.testing.assert_close(nll, wanted, rtol=1e-4, atol=1e-5)
+    expected = torch.nn.functional.cross_entropy(logits[batch.label_index], batch.label_targets, reduction="none")
+    torch.testing.assert_close(nll, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

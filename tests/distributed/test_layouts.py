@@ -27,7 +27,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, object]]] = {
     "DP2 replicated optimizer": (2, {"parallel.distributed_optimizer": False}),
     "DP2 distributed optimizer": (2, {}),
     "TP2+SP, selective recompute": (2, {**TP2, "train.recompute": "selective"}),
-    "PP2, one layer a stage recomputed": (
+    "PP2, one layer per stage recomputed": (
         2,
         {"parallel.pipeline": 2, "train.recompute": "full", "train.recompute_layers": 1},
     ),
@@ -102,7 +102,7 @@ def assert_equal(actual: list[dict], expected: list[dict], rel: float = 1e-5) ->
             assert record[key] == reference[key], f"step {record['step']}, {key}"
 
 
-def test_the_single_process_run_learns(single: list[dict]) -> None:
+def test_single_process_run_learns(single: list[dict]) -> None:
     assert len(single) == STEPS
     assert single[-1]["loss"] < single[0]["loss"]
     assert single[-1]["epoch"] == 2  # 70 rows at 30 per epoch
@@ -198,7 +198,7 @@ def test_next_token_loss_under_data_parallelism(
     assert alone[-1]["loss_next_token"] < first["loss_next_token"]
 
 
-def test_tied_llama_shape_with_causal_blocks(tmp_path: Path) -> None:
+def test_tied_llama_shape_trains_the_same_across_layouts(tmp_path: Path) -> None:
     """TP2+SP+PP2 against one process, and its samples against transformers with the export of the same step.
 
     Tied embeddings on two stages, no biases, loss averaged over rows for blocks and clean tokens, causal blocks.

@@ -26,9 +26,7 @@ def newest() -> dict[str, str]:
         pytest.skip(message)
 
 
-def test_newest_trains_the_same_and_resumes_a_checkpoint_of_the_installed(
-    newest: dict[str, str], tmp_path: Path
-) -> None:
+def test_newest_trains_the_same_and_resumes_older_checkpoints(newest: dict[str, str], tmp_path: Path) -> None:
     common = {
         "data.path": make_dataset(tmp_path / "data"),
         "checkpoint.base": make_hf(tmp_path / "hf"),

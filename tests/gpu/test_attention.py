@@ -64,8 +64,8 @@ def test_backends_equal_the_definition(heads, kv_heads, dim, block_size, causal,
     failures = []
     for name, build in builds(dtype):
         outputs = run(build(layout, length, causal).to(torch.device("cuda")), values)
-        for quantity, ours, other, wanted in zip(("out", "dq", "dk", "dv"), outputs, plain, exact, strict=True):
-            error, plain_error = (float((x.double() - wanted).norm() / wanted.norm()) for x in (ours, other))
+        for quantity, ours, other, expected in zip(("out", "dq", "dk", "dv"), outputs, plain, exact, strict=True):
+            error, plain_error = (float((x.double() - expected).norm() / expected.norm()) for x in (ours, other))
             print(f"{name:44} {quantity:4} error {error:.2e}, definition in {dtype} {plain_error:.2e}")
             if not error < (2 * plain_error if dtype is torch.bfloat16 else 1e-5):
                 failures.append((name, quantity, error, plain_error))

@@ -37,26 +37,26 @@ def prompts(device: str) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("alg", ["prob_conf", "entropy_conf", "self_speculative", "ar"])
 def test_tokens_equal_those_of_the_cpu(model: Any, alg: str) -> None:
-    wanted = decode(model.cpu(), **prompts("cpu"), **OPTIONS, alg=alg)
+    expected = decode(model.cpu(), **prompts("cpu"), **OPTIONS, alg=alg)
     model.cuda()
-    assert decode(model, **prompts("cuda"), **OPTIONS, alg=alg) == wanted
-    assert decode(model, **prompts("cuda"), **OPTIONS, alg=alg, fixed_shape=True) == wanted
+    assert decode(model, **prompts("cuda"), **OPTIONS, alg=alg) == expected
+    assert decode(model, **prompts("cuda"), **OPTIONS, alg=alg, fixed_shape=True) == expected
 
 
 @pytest.mark.parametrize("alg", ["prob_conf", "self_speculative"])
 def test_cuda_graph_gives_the_same_tokens(model: Any, alg: str) -> None:
     model.cuda()
-    wanted = decode(model, **prompts("cuda"), **OPTIONS, alg=alg)
+    expected = decode(model, **prompts("cuda"), **OPTIONS, alg=alg)
     graph = partial(torch.compile, mode="reduce-overhead", fullgraph=True, dynamic=False)
     for _ in range(2):
-        assert decode(model, **prompts("cuda"), **OPTIONS, alg=alg, fixed_shape=graph) == wanted
+        assert decode(model, **prompts("cuda"), **OPTIONS, alg=alg, fixed_shape=graph) == expected
 
 
 def test_static_cache_gives_the_same_tokens(model: Any) -> None:
     model.cuda()
     options = {"max_new_tokens": 32, "sdlm_n": 4}
-    wanted = model.generate(**prompts("cuda"), **options)
-    assert model.generate(**prompts("cuda"), **options, cache_implementation="static").equal(wanted)
+    expected = model.generate(**prompts("cuda"), **options)
+    assert model.generate(**prompts("cuda"), **options, cache_implementation="static").equal(expected)
 
 
 def test_one_transfer_per_pass(model: Any) -> None:

@@ -20,12 +20,12 @@ def test_loss_and_gradients_equal_float64(dtype: torch.dtype, logits_mb: float) 
     w *= 0.2
     targets = torch.randint(0, 20000, (600,), generator=generator, device="cuda")
     exact = [t.double().requires_grad_() for t in (x, w)]
-    wanted = cross_entropy(exact[0] @ exact[1].t(), targets, reduction="none")
-    wanted = [wanted.detach(), *torch.autograd.grad(wanted.sum(), exact)]
+    expected = cross_entropy(exact[0] @ exact[1].t(), targets, reduction="none")
+    expected = [expected.detach(), *torch.autograd.grad(expected.sum(), exact)]
     total, nll, *_ = label_losses(
         x.requires_grad_(), w.requires_grad_(), targets, Vocabulary(0, 20000, None), logits_mb=logits_mb
     )
-    for actual, reference in zip([nll, *torch.autograd.grad(total, (x, w))], wanted, strict=True):
+    for actual, reference in zip([nll, *torch.autograd.grad(total, (x, w))], expected, strict=True):
         error = float((actual.double() - reference).norm() / reference.norm())
         assert error < (1e-5 if dtype is torch.float32 else 6e-3)
 

@@ -59,19 +59,19 @@ def mean_loss(records: list[dict]) -> float:
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 def test_steps_equal_megatron_layers(material: dict[str, object], tmp_path: Path, recompute: str) -> None:
     """Ten steps from the same weights, within bf16 rounding: the fused kernels round elsewhere, and less often."""
-    wanted = steps(material, tmp_path / "megatron", 10, MEGATRON)
+    expected = steps(material, tmp_path / "megatron", 10, MEGATRON)
     fused = steps(material, tmp_path / "te", 10, TE, {"train.recompute": recompute})
-    assert fused[0]["loss"] == pytest.approx(wanted[0]["loss"], rel=0.005)
-    assert [r["loss"] for r in fused] == pytest.approx([r["loss"] for r in wanted], rel=0.02)
-    assert norms(fused) == pytest.approx(norms(wanted), rel=0.1)
+    assert fused[0]["loss"] == pytest.approx(expected[0]["loss"], rel=0.005)
+    assert [r["loss"] for r in fused] == pytest.approx([r["loss"] for r in expected], rel=0.02)
+    assert norms(fused) == pytest.approx(norms(expected), rel=0.1)
 
 
 def test_tf32_is_close_to_fp32(material: dict[str, object], tmp_path: Path) -> None:
     fp32 = {"train.precision": "fp32"}
-    wanted = steps(material, tmp_path / "megatron", 3, MEGATRON, fp32)
+    expected = steps(material, tmp_path / "megatron", 3, MEGATRON, fp32)
     tf32 = steps(material, tmp_path / "te", 3, TE, fp32)
-    assert [r["loss"] for r in tf32] == pytest.approx([r["loss"] for r in wanted], rel=2e-3)
-    assert norms(tf32) == pytest.approx(norms(wanted), rel=1e-2)
+    assert [r["loss"] for r in tf32] == pytest.approx([r["loss"] for r in expected], rel=2e-3)
+    assert norms(tf32) == pytest.approx(norms(expected), rel=1e-2)
 
 
 @pytest.mark.slow
@@ -109,13 +109,13 @@ def test_fused_rope_equals_the_definition() -> None:
         ours = part.reshape(len(positions), 1, heads, 128).detach().requires_grad_()
         exact = ours.detach().double().requires_grad_()
         out = fused_apply_rotary_pos_emb(ours, freqs)
-        wanted = _apply_rotary_pos_emb_bshd(exact, freqs.double())
+        expected = _apply_rotary_pos_emb_bshd(exact, freqs.double())
         grad = torch.randn(out.shape, generator=generator).cuda()
         out.backward(grad.bfloat16())
-        wanted.backward(grad.bfloat16().double())
-        for actual, expected in ((out, wanted), (ours.grad, exact.grad)):
-            assert actual is not None and expected is not None
-            error = float((actual.double() - expected).norm() / expected.norm())
+        expected.backward(grad.bfloat16().double())
+        for actual, reference in ((out, expected), (ours.grad, exact.grad)):
+            assert actual is not None and reference is not None
+            error = float((actual.double() - reference).norm() / reference.norm())
             assert error < 4e-3, error  # one rounding to bf16
 
 
@@ -126,22 +126,22 @@ def test_run_resumes_with_other_layers(
     material: dict[str, object], tmp_path: Path, first: dict[str, object], then: dict[str, object]
 ) -> None:
     """Three steps with each kind of layers are close to six with one kind."""
-    wanted = steps(material, tmp_path / "straight", 6, first)
+    expected = steps(material, tmp_path / "straight", 6, first)
     steps(material, tmp_path / "run", 6, first, {"train.stop_after": 3})
     resumed = steps(material, tmp_path / "run", 6, then)
     assert [r["step"] for r in resumed] == [1, 2, 3, 4, 5, 6]
-    assert [r["loss"] for r in resumed] == pytest.approx([r["loss"] for r in wanted], rel=0.01)
+    assert [r["loss"] for r in resumed] == pytest.approx([r["loss"] for r in expected], rel=0.01)
 
 
 @pytest.mark.parametrize("fp8", ["delayed", "current"])
 def test_fp8_run_resumes(material: dict[str, object], tmp_path: Path, fp8: str) -> None:
     """Delayed scaling restarts its statistics: close to the uninterrupted run. Current scaling has none: equal."""
     settings = {**TE, "train.fp8": fp8}
-    wanted = steps(material, tmp_path / "straight", 6, settings)
+    expected = steps(material, tmp_path / "straight", 6, settings)
     steps(material, tmp_path / "run", 6, settings, {"train.stop_after": 3})
     resumed = steps(material, tmp_path / "run", 6, settings)
     rel = 0.05 if fp8 == "delayed" else 1e-3
-    assert [r["loss"] for r in resumed] == pytest.approx([r["loss"] for r in wanted], rel=rel)
+    assert [r["loss"] for r in resumed] == pytest.approx([r["loss"] for r in expected], rel=rel)
 
 
 @pytest.mark.distributed

@@ -36,7 +36,7 @@ def test_host_never_waits_in_a_step(make_engine: Callable, tmp_path: Path) -> No
     dataset = PackedDataset(make_dataset(tmp_path / "data", rows=20))
     hf = make_hf(tmp_path / "hf")
     plain = make_engine(hf)
-    wanted = [plain.results([plain.train_step(load(), i)])[0] for i, load in enumerate(loads(dataset, plain), 1)]
+    expected = [plain.results([plain.train_step(load(), i)])[0] for i, load in enumerate(loads(dataset, plain), 1)]
     engine = make_engine(hf)
     queued = []
     with Prefetch(loads(dataset, engine), engine.groups.device) as data:
@@ -50,7 +50,7 @@ def test_host_never_waits_in_a_step(make_engine: Callable, tmp_path: Path) -> No
                 queued.append(engine.train_step(batches, step))
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    for actual, reference in zip(engine.results(queued), wanted, strict=True):
+    for actual, reference in zip(engine.results(queued), expected, strict=True):
         assert actual.loss == pytest.approx(reference.loss, rel=1e-5)
         assert actual.grad_norm == pytest.approx(reference.grad_norm, rel=1e-4)
 

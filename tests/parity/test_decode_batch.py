@@ -199,23 +199,23 @@ def test_fixed_shape_compiles_one_graph(models: dict[str, Any]) -> None:
             return torch.compile(one_pass, backend=backend, fullgraph=True, dynamic=False)
 
         options = {"mask_token_id": o.MASK, "window": 4, "alg": alg, "max_new_tokens": 24, "eos_token_ids": [o.EOS]}
-        wanted = decode(model, **batch(prompts, [True] * 3), **options)
-        assert decode(model, **batch(prompts, [True] * 3), **options, fixed_shape=capture) == wanted
-        assert wanted.passes > 4
+        expected = decode(model, **batch(prompts, [True] * 3), **options)
+        assert decode(model, **batch(prompts, [True] * 3), **options, fixed_shape=capture) == expected
+        assert expected.passes > 4
         assert len(graphs) == 1
 
 
 def test_cache_grows_and_finished_rows_are_removed(models: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     model, prompts = models["trained_d4"], [o.prompt_ids(w) for w in WORDS]
     options = {"mask_token_id": o.MASK, "window": 4, "max_new_tokens": 40, "eos_token_ids": [o.EOS]}
-    wanted = decode(model, **batch(prompts, [True] * 6), **options)
+    expected = decode(model, **batch(prompts, [True] * 6), **options)
     monkeypatch.setattr(decode_model, "_GROW", 3)
     sizes: list[tuple[int, ...]] = []
     hook = model.register_forward_pre_hook(
         lambda _, __, kwargs: sizes.append(kwargs["input_ids"].shape), with_kwargs=True
     )
     try:
-        assert decode(model, **batch(prompts, [True] * 6), **options) == wanted
+        assert decode(model, **batch(prompts, [True] * 6), **options) == expected
     finally:
         hook.remove()
     assert sizes[0][0] == 6

@@ -94,9 +94,9 @@ def test_generate_equals_the_library_decoding(models: dict[str, Any], name: str,
         ):
             settings = {"sdlm_alg": alg, "sdlm_n": n, "sdlm_threshold": tau, "sdlm_product": product}
             ours = model.generate(prompt(), max_new_tokens=30, return_dict_in_generate=True, **settings)
-            wanted = library(model, prompt(), alg=alg, window=n, threshold=tau, product=product)
-            assert ours.sequences[0].tolist() == prompt()[0].tolist() + wanted.tokens[0]
-            assert (ours.accepted, ours.passes) == (wanted.accepted, wanted.passes)
+            expected = library(model, prompt(), alg=alg, window=n, threshold=tau, product=product)
+            assert ours.sequences[0].tolist() == prompt()[0].tolist() + expected.tokens[0]
+            assert (ours.accepted, ours.passes) == (expected.accepted, expected.passes)
             seen.add(str(ours.accepted))
     finally:
         model.set_attn_implementation("sdpa")
@@ -143,9 +143,9 @@ def test_long_prompt_is_prefilled(model: Any) -> None:
     long = torch.cat([prompt().repeat(1, 42), prompt(PROMPTS[1])], 1)
     assert long.shape[1] > 2048
     out = model.generate(long, max_new_tokens=4, return_dict_in_generate=True)
-    wanted = library(model, long, max_new_tokens=4, use_cache=False)
-    assert out.sequences[0, long.shape[1] :].tolist() == wanted.tokens[0]
-    assert out.passes == wanted.passes + 1  # the prefill
+    expected = library(model, long, max_new_tokens=4, use_cache=False)
+    assert out.sequences[0, long.shape[1] :].tolist() == expected.tokens[0]
+    assert out.passes == expected.passes + 1  # the prefill
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 6, 7])
@@ -263,17 +263,17 @@ def test_sampling_without_a_seed_follows_torch(models: dict[str, Any]) -> None:
 def test_stop_strings_end_the_answer(model: Any, tokenizer: Any) -> None:
     full = tokenizer.decode(answer(model, prompt()))
     assert full.startswith("10, 11, 12")
-    wanted = full[: full.index(", 12") + 4]
+    expected = full[: full.index(", 12") + 4]
     for alg in ("prob_conf", "self_speculative"):
         options = {"stop_strings": ["zzz", ", 12"], "tokenizer": tokenizer, "sdlm_alg": alg, "sdlm_threshold": 0.5}
-        assert tokenizer.decode(answer(model, prompt(), **options)) == wanted
+        assert tokenizer.decode(answer(model, prompt(), **options)) == expected
     config = GenerationConfig(stop_strings=", 12", max_new_tokens=30, eos_token_id=o.EOS)
     out = model.generate(prompt(), config, tokenizer=tokenizer)
-    assert tokenizer.decode(out[0, prompt().shape[1] :]) == wanted
+    assert tokenizer.decode(out[0, prompt().shape[1] :]) == expected
     two = tokenizer([tokenizer.decode(o.prompt_ids(p)) for p in PROMPTS[:2]], return_tensors="pt", padding=True)
     out = model.generate(**two, max_new_tokens=30, stop_strings=[", 12", "ark s"], tokenizer=tokenizer)
     texts = tokenizer.batch_decode(out[:, two.input_ids.shape[1] :], skip_special_tokens=True)
-    assert texts[0] == wanted and texts[1].endswith("ark s")
+    assert texts[0] == expected and texts[1].endswith("ark s")
 
 
 def test_stopping_criteria_see_every_token(model: Any) -> None:
@@ -352,13 +352,13 @@ def test_stock_class_decodes_with_trusted_remote_code(folders: dict[str, Path], 
 def test_pipeline_equals_generate(folders: dict[str, Path], models: dict[str, Any], tokenizer: Any) -> None:
     pipe = pipeline("text-generation", model=str(folders["random"]), trust_remote_code=True, device="cpu")
     options = {"max_new_tokens": 20, "return_full_text": False, "do_sample": False}  # transformers 4 samples here
-    wanted = []
+    expected = []
     for text in PROMPTS:
         out = models["random"].generate(prompt(text), max_new_tokens=20)[0, prompt(text).shape[1] :]
-        wanted.append(tokenizer.decode(out, skip_special_tokens=True))
-    assert pipe(exported.messages(PROMPTS[0]), **options)[0]["generated_text"] == wanted[0]
+        expected.append(tokenizer.decode(out, skip_special_tokens=True))
+    assert pipe(exported.messages(PROMPTS[0]), **options)[0]["generated_text"] == expected[0]
     texts = [tokenizer.decode(o.prompt_ids(text)) for text in PROMPTS]
     together = pipe(texts, batch_size=4, **options)
-    assert [rows[0]["generated_text"] for rows in together] == wanted
+    assert [rows[0]["generated_text"] for rows in together] == expected
     greedy = pipe(texts[0], sdlm_alg="ar", **options)[0]["generated_text"]
-    assert greedy != wanted[0]
+    assert greedy != expected[0]

@@ -137,8 +137,8 @@ def test_tasks_end_to_end_equal_manual_loops(
     assert tokens > 1.5 * passes
 
     likelihoods = [log_likelihoods(chat, prompt) for prompt in PROMPTS]
-    for row, wanted in zip(samples["tiny_choice"], likelihoods, strict=True):
-        assert [float(pair[0][0]) for pair in row["resps"]] == pytest.approx(wanted, abs=1e-3)
+    for row, expected in zip(samples["tiny_choice"], likelihoods, strict=True):
+        assert [float(pair[0][0]) for pair in row["resps"]] == pytest.approx(expected, abs=1e-3)
     correct = sum(max(range(4), key=row.__getitem__) == i % 4 for i, row in enumerate(likelihoods))
     assert results["results"]["tiny_choice"]["acc,none"] == pytest.approx(correct / 5) and correct > 0
 
@@ -190,8 +190,8 @@ def test_stop_strings_apply_to_the_answer_only(folder: Path, chat: ChatModel) ->
     text = rendered(chat, PROMPTS[0])
     lm = model(folder, alg="prob_conf", threshold=0.5)
     whole = manual_answer(chat, PROMPTS[0])
-    for until, wanted in (("\n1", whole.text), ("\n10", whole.text), ("2,", whole.text.split("2,")[0])):
-        assert generate(lm, text, until=[until]) == wanted
+    for until, expected in (("\n1", whole.text), ("\n10", whole.text), ("2,", whole.text.split("2,")[0])):
+        assert generate(lm, text, until=[until]) == expected
     assert lm.counts["t"].tokens == len("10, 11, 12,")
     assert generate(lm, text, until=["\n1", ", 12"]) == "10, 11"
     assert lm.counts["t"].tokens == len("10, 11, 12")
@@ -203,8 +203,8 @@ def test_sampling_follows_settings_and_seed(folder: Path, chat: ChatModel) -> No
     lm = model(folder, alg="prob_conf", threshold=0.5)
     options = {"until": [], "max_gen_toks": MOST, "do_sample": True, "temperature": 3.0, "top_p": 0.95}
     seeded = requests("generate_until", *[(text, options | {"seed": 5})] * 2)
-    wanted = [manual_answer(chat, PROMPTS[4], temperature=3.0, top_p=0.95, seed=seed).text for seed in (5, 6)]
-    assert lm.generate_until(seeded) == wanted and wanted[0] != wanted[1]
+    expected = [manual_answer(chat, PROMPTS[4], temperature=3.0, top_p=0.95, seed=seed).text for seed in (5, 6)]
+    assert lm.generate_until(seeded) == expected and expected[0] != expected[1]
     drawn = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)

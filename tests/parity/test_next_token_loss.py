@@ -53,8 +53,8 @@ def test_clean_token_targets_equal_the_definition(seed: int) -> None:
     targets = next_token_targets(tokens, layout, EOS)
     assert {int(i): int(targets[i]) for i in np.flatnonzero(targets != IGNORE)} == clean
     batch = micro_batch(seed)
-    wanted = {**clean, **blocks}
-    assert dict(zip(batch.label_index.tolist(), batch.label_targets.tolist(), strict=True)) == wanted
+    expected = {**clean, **blocks}
+    assert dict(zip(batch.label_index.tolist(), batch.label_targets.tolist(), strict=True)) == expected
     weights = [float(np.float32(WEIGHT)) if i < layout.n_clean else 1.0 for i in batch.label_index.tolist()]
     assert batch.label_weights is not None and batch.label_weights.tolist() == weights
     off = micro_batch(seed, 0.0)
@@ -93,8 +93,8 @@ def test_loss_and_every_gradient_equal_transformers(
         clean_losses.append(of_clean.detach())
     loss = sum(numerators) / sum(denominators)
     loss.backward()
-    wanted = {name: p.grad for name, p in model.named_parameters()}
-    norm = torch.cat([g.flatten() for g in wanted.values()]).norm()
+    expected = {name: p.grad for name, p in model.named_parameters()}
+    norm = torch.cat([g.flatten() for g in expected.values()]).norm()
 
     engine = make_engine(folder, causal_attn=causal_attn, rows=rows)
     engine.module.logits_mb = 0.05  # splits the head into several chunks
@@ -105,9 +105,9 @@ def test_loss_and_every_gradient_equal_transformers(
     batches = [micro_batch(0), empty, micro_batch(1)]
     engine.forward_backward(batches)
     for key, part in hf_tensors(engine, lambda p: p.main_grad):
-        error = (part - wanted.pop(key)).abs().max() / part.abs().max()
+        error = (part - expected.pop(key)).abs().max() / part.abs().max()
         assert error < 1e-4, f"{key}: {error}"
-    assert not wanted
+    assert not expected
     (result,) = engine.results([engine.train_step(batches, 1)])
     assert result.loss == pytest.approx(float(loss), rel=1e-5)
     assert result.grad_norm == pytest.approx(float(norm), rel=1e-4)

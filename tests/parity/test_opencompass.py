@@ -58,10 +58,10 @@ def manual_answer(chat: ChatModel, prompt: str, **options: Any) -> Answer:
     return chat.answer(chat.encode(exported.messages(prompt)), AnswerSettings(**(settings | options)), lambda _: None)
 
 
-def run(where: Path, *words: str, **env: str) -> None:
-    where.mkdir(exist_ok=True)
-    env = os.environ | {"PYTHONPATH": str(REPO), "HF_HUB_OFFLINE": "1", "HF_HOME": str(where / "hub")} | env
-    done = subprocess.run([PYTHON, *words], cwd=where, env=env, capture_output=True, text=True, check=False)
+def run(folder: Path, *arguments: str, **env: str) -> None:
+    folder.mkdir(exist_ok=True)
+    env = os.environ | {"PYTHONPATH": str(REPO), "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "hub")} | env
+    done = subprocess.run([PYTHON, *arguments], cwd=folder, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 
@@ -80,14 +80,14 @@ def test_documented_config_equals_a_manual_loop(tmp_path: Path, folder: Path, ch
     config.write_text(documented_config())
     options = {"SDLM_FOLDER": str(folder), "SDLM_PROMPTS": str(tmp_path / "prompts.jsonl"), "SDLM_SYSTEM": "be brief."}
     run(tmp_path / "work", "-c", command, str(config), "-w", str(tmp_path / "out"), **options)
-    for name, wanted in texts.items():
+    for name, expected_texts in texts.items():
         (predictions_file,) = tmp_path.glob(f"out/*/predictions/{name}/prompts.json")
         predictions = json.loads(predictions_file.read_text())
-        assert [predictions[str(i)]["prediction"] for i in range(len(PROMPTS))] == wanted
+        assert [predictions[str(i)]["prediction"] for i in range(len(PROMPTS))] == expected_texts
     (summary,) = tmp_path.glob("out/*/summary/*.csv")
     (row,) = csv.DictReader(summary.open())
-    for name, wanted in texts.items():
-        correct = sum(a == b for a, b in zip(wanted, expected, strict=True))
+    for name, expected_texts in texts.items():
+        correct = sum(a == b for a, b in zip(expected_texts, expected, strict=True))
         assert float(row[name]) == pytest.approx(100 * correct / len(PROMPTS))
 
 

@@ -37,7 +37,7 @@ SPELLED_SPECIALS = ("literal_mask", "user_im_end")
 MASK, EOS, PAD = 151665, 151645, 151643
 
 
-def test_the_recording_is_complete() -> None:
+def test_recording_is_complete() -> None:
     assert (sum(case["ok"] for case in CASES), len(CASES)) == (144, 156)
 
 

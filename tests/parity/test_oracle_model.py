@@ -95,8 +95,8 @@ def test_losses_equal_the_reference(make_engine: Callable, model: str, block_siz
         batch = without_lost_target(micro_batch([document], block_size, length), golden, row)
         with torch.no_grad():
             nll = engine.module(batch).nll
-        wanted = golden.data["train_eager_token_nll"][row][batch.label_index]
-        np.testing.assert_allclose(nll.numpy(), wanted, rtol=TOLERANCE, atol=1e-5)
+        expected = golden.data["train_eager_token_nll"][row][batch.label_index]
+        np.testing.assert_allclose(nll.numpy(), expected, rtol=TOLERANCE, atol=1e-5)
         slots += slot_sums(nll, batch.label_targets, batch.label_slots, block_size)
         total, count = total + float(nll.double().sum()), count + len(nll)
     np.testing.assert_allclose(slots[0].numpy(), golden.data["train_eager_slot_sum"], rtol=TOLERANCE)

@@ -54,8 +54,8 @@ def test_reference_generates_the_same_from_the_exported_folder(name: str, tmp_pa
         logits = model(torch.tensor([runs[0]["prompt"]])).logits
     # the reference always treats the last four rows as a window
     for theirs, rows in (("plain", None), ("reference", -4)):
-        wanted = torch.tensor(answers["logits"][theirs])[:, :rows]
-        torch.testing.assert_close(logits[:, :rows], wanted, atol=1e-4, rtol=1e-4)
+        expected = torch.tensor(answers["logits"][theirs])[:, :rows]
+        torch.testing.assert_close(logits[:, :rows], expected, atol=1e-4, rtol=1e-4)
     equal = [our_tokens(model, run) == theirs[:MAX_NEW] for run, theirs in zip(runs, answers["runs"], strict=True)]
     assert not any(answers["hidden"] in tokens for tokens in answers["runs"])
     print(f"{name}: {sum(equal)} of {len(equal)} runs equal")

@@ -88,7 +88,7 @@ def test_submit_finds_its_scripts(installed: Installation) -> None:
         assert "ops/slurm/train_32b_d4.sh" in done.stdout and "Traceback" not in done.stderr
 
 
-def test_commands_lead_from_conversations_to_answers(installed: Installation) -> None:
+def test_commands_turn_conversations_into_answers(installed: Installation) -> None:
     """prepare -> verify -> train on two processes -> export -> compare -> generate."""
     folder = installed.folder
     plain = dict.fromkeys(("block_size", "causal_attn", "text_mask_token", "text_mask_token_id"))

@@ -55,11 +55,11 @@ def lines(file: str) -> int:
     return sources()[file][0].count("\n")
 
 
-def test_lines_of_code() -> None:
+def test_lines_of_code_are_limited() -> None:
     assert sum(map(lines, sources())) <= MOST_LINES
 
 
-def test_packages_and_imports_between_them() -> None:
+def test_packages_and_imports_between_them_are_limited() -> None:
     inside = {m for m in imports() if m.startswith("sdlm_megatron.")}
     edges = {(package_of(m), package_of(i)) for m in inside for i in imports()[m] & inside} - {
         (r, r) for r in map(package_of, inside)
@@ -68,7 +68,7 @@ def test_packages_and_imports_between_them() -> None:
     assert len(edges) <= MOST_IMPORTS, sorted(edges)
 
 
-def test_small_modules_with_one_importer() -> None:
+def test_small_modules_with_one_importer_are_few() -> None:
     users = collections.Counter(imported for targets in imports().values() for imported in targets)
     small = [
         m
@@ -78,7 +78,7 @@ def test_small_modules_with_one_importer() -> None:
     assert len(small) <= MOST_SMALL_MODULES, sorted(small)
 
 
-def test_lengths_of_functions_and_files() -> None:
+def test_lengths_of_functions_and_files_are_limited() -> None:
     functions = sorted(
         ((node.end_lineno or 0) - node.lineno + 1, f"{file}:{node.name}")
         for file, (_, tree) in sources().items()
@@ -98,7 +98,7 @@ def test_names_of_files_and_classes_are_unique() -> None:
     assert not [name for counts in (files, classes) for name, count in counts.items() if count > 1]
 
 
-def test_share_of_comments() -> None:
+def test_share_of_comments_is_sufficient() -> None:
     comments = sum(
         token.type == tokenize.COMMENT and not token.string.startswith(("# noqa", "# type:"))
         for text, _ in sources().values()

@@ -53,7 +53,7 @@ def test_run_time_data_files_are_included(wheel: Path) -> None:
     } <= names
 
 
-def test_metadata(wheel: Path) -> None:
+def test_metadata_and_entry_points_are_complete(wheel: Path) -> None:
     info = f"sdlm_megatron-{__version__}.dist-info"
     with zipfile.ZipFile(wheel) as archive:
         metadata = email.message_from_bytes(archive.read(f"{info}/METADATA"))

@@ -80,7 +80,7 @@ def check_next(job: Job, reference: Run, name: str, after: int) -> None:
             if step > after and step % job.drill.settings.save_every == 0:
                 try:
                     wrong = differences(job.run.checkpoint(step), reference.checkpoint(step))
-                except FileNotFoundError:  # removed meanwhile under keep_last
+                except FileNotFoundError:  # removed meanwhile, as keep_last requires
                     continue
                 assert not wrong, f"{name}: step {step} differs from the undisturbed run in {wrong[:5]}"
                 return True
@@ -247,14 +247,14 @@ def check_end(job: Job, reference: Run, steps: int, *, wandb: bool = True) -> li
     wrong = differences(job.run.checkpoint(steps), reference.checkpoint(steps))
     assert not wrong, f"the last checkpoint differs from the undisturbed run in {wrong[:5]}"
     metrics, expected = (read_metrics(r.folder) for r in (job.run, reference))
-    assert [m["step"] for m in metrics] == list(range(1, steps + 1)), "metrics.jsonl is not one line a step"
+    assert [m["step"] for m in metrics] == list(range(1, steps + 1)), "metrics.jsonl is not one line per step"
     curves = [[(m["loss"], m["grad_norm"], m["consumed_rows"]) for m in run] for run in (metrics, expected)]
     assert curves[0] == curves[1], "the losses differ from the undisturbed run's"
     parts = [p.name.rsplit("-", 1)[1] for p in (job.run.folder / "wandb").glob("offline-run-*")]
     assert len(set(parts)) == 1 or not wandb, f"W&B runs {set(parts)}, expected one"
     rows = [row for numbers in rows_of_run(job.run.folder).values() for row in numbers]
-    wanted = list(range(metrics[-1]["consumed_rows"]))
-    assert rows == wanted, "some rows were trained twice or never"
+    all_rows = list(range(metrics[-1]["consumed_rows"]))
+    assert rows == all_rows, "some rows were trained twice or never"
     return [
         f"final weights and optimizer equal, bit for bit, over {len(job.run.attempts())} starts",
         f"metrics.jsonl: {steps} steps, each once, losses and gradient norms equal",
@@ -289,8 +289,8 @@ def bad_nodes(drill: Drill) -> list[Outcome]:
             cluster.inside(node, *command, check=False)
     (log,) = (job.run.folder / "logs").glob(f"{job.number}-0/preflight.json")
     bad = json.loads(log.read_text())["bad"]
-    wanted = {lost: "gpus: 7 of 8", full: "local disk", other: "config", slow: "network"}
-    for node, fragment in wanted.items():
+    expected = {lost: "gpus: 7 of 8", full: "local disk", other: "config", slow: "network"}
+    for node, fragment in expected.items():
         assert fragment in bad.get(node, ""), f"{node}: {fragment!r} is not in {bad.get(node)!r}"
     started = [e for e in read_events(job.run.folder) if e["kind"] == "train_start"]
     assert started[-1]["nodes"] == good, f"trained on {started[-1]['nodes']}, not on {good}"
@@ -365,7 +365,7 @@ def whole(cluster: Cluster, work: Path, kills: int) -> list[Outcome]:
         try:
             return part(*args)
         except Exception:
-            traceback.print_exc()  # immediately, not after the other part
+            traceback.print_exc()  # print now, not when the other part has ended
             raise
 
     with ThreadPoolExecutor() as pool:

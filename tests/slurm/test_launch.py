@@ -86,7 +86,7 @@ def test_full_size_passes_test_only(cluster, name: str, tmp_path: Path) -> None:
     assert too_many.returncode != 0
 
 
-def test_dry_run_shows_and_checks_everything(cluster, job, tmp_path: Path) -> None:
+def test_dry_run_checks_and_prints_the_job(cluster, job, tmp_path: Path) -> None:
     paper = cluster_file(tmp_path / "paper.yaml", partition="paper", account="lab", spares=2)
     env = environment(cluster, **job)
     done = script("train_32b_d4", "--cluster", paper, "--dry-run", env=env)

@@ -55,7 +55,7 @@ def test_spare_replaces_a_node_with_a_slow_link(cluster, tmp_path: Path) -> None
     report = json.loads((run / "logs" / f"{job}-0" / "preflight.json").read_text())
     assert report["ok"] and report["healthy"] == good
     assert list(report["bad"]) == list(report["blamed"]) == [slow]
-    for node in good:  # slow with both of them
+    for node in good:  # slow in the measurements with both
         assert f"with {node} 0.00" in report["bad"][slow]
     assert f"{slow} is slow; measuring it again with" in output
     events = {event["kind"]: event for event in read_events(run)}
