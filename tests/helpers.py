@@ -214,9 +214,9 @@ def whole(reader: TensorReader, name: str) -> torch.Tensor:
     return read_rows(reader, name, 0, reader.shape(name)[0])
 
 
-def assert_bitwise(actual: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
+def assert_bitwise(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
     """Asserts that names, dtypes and values are equal."""
-    assert set(actual) == set(wanted)
-    for name, tensor in wanted.items():
+    assert set(actual) == set(expected)
+    for name, tensor in expected.items():
         assert actual[name].dtype == tensor.dtype, name
         assert torch.equal(actual[name], tensor), name

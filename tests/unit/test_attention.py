@@ -58,8 +58,8 @@ def test_backends_match_the_definition(name, row, groups, kv_heads, small) -> No
         patch.setattr(attention_masked, "CHUNK_TOKENS", small)
         patch.setattr(attention_varlen, "QUERY_CHUNK", 5)
         outputs = run(BACKENDS[name](layout, length, causal_attn=causal).to(torch.device("cpu")), values)
-    for ours, wanted in zip(outputs, run(defined(layout, length, causal_attn=causal), values), strict=False):
-        torch.testing.assert_close(ours, wanted, rtol=0, atol=1e-12)
+    for ours, expected in zip(outputs, run(defined(layout, length, causal_attn=causal), values), strict=False):
+        torch.testing.assert_close(ours, expected, rtol=0, atol=1e-12)
 
 
 @BACKEND
@@ -69,8 +69,8 @@ def test_long_and_short_documents_in_any_order(name, lens) -> None:
     layout = layout_of([(n, list(range(n // 3, n - 1, 3))) for n in lens], 4)
     values = inputs(layout.used + 3, 2, 1, torch.float64)
     outputs = run(BACKENDS[name](layout, layout.used + 3, causal_attn=False), values)
-    for ours, wanted in zip(outputs, run(defined(layout, layout.used + 3), values), strict=False):
-        torch.testing.assert_close(ours, wanted, rtol=0, atol=1e-12)
+    for ours, expected in zip(outputs, run(defined(layout, layout.used + 3), values), strict=False):
+        torch.testing.assert_close(ours, expected, rtol=0, atol=1e-12)
 
 
 @BACKEND
@@ -82,9 +82,9 @@ def test_rounding_errors_of_each_dtype(name, dtype) -> None:
     exact = run(defined(layout, layout.used + 2), [x.double() for x in values])
     plain = run(defined(layout, layout.used + 2), values)
     outputs = run(BACKENDS[name](layout, layout.used + 2, causal_attn=False), values)
-    for ours, other, wanted in zip(outputs, plain, exact, strict=False):
+    for ours, other, expected in zip(outputs, plain, exact, strict=False):
         assert ours.dtype is dtype
-        error, plain_error = ((x.double() - wanted).norm() / wanted.norm() for x in (ours, other))
+        error, plain_error = ((x.double() - expected).norm() / expected.norm() for x in (ours, other))
         assert error < (1e-5 if dtype is torch.float32 else 2 * plain_error)
 
 
@@ -99,8 +99,8 @@ def test_gradients_of_flex(monkeypatch, causal, block_size, groups) -> None:
     leaves = [x.clone().requires_grad_() for x in values[:3]]
     out = Flex(layout, length, causal_attn=causal)(*leaves, values[0].shape[-1] ** -0.5)
     outputs = [out.detach(), *torch.autograd.grad(out, leaves, values[3])]
-    for ours, wanted in zip(outputs, run(defined(layout, length, causal_attn=causal), values), strict=True):
-        torch.testing.assert_close(ours, wanted, rtol=0, atol=1e-12)
+    for ours, expected in zip(outputs, run(defined(layout, length, causal_attn=causal), values), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=0, atol=1e-12)
 
 
 @WITH_BACKWARD
@@ -116,8 +116,8 @@ def test_q_k_v_may_be_views_of_one_tensor(name) -> None:
     mixed = torch.randn(layout.used, 1, 8, 8, dtype=torch.float64)
     values = [mixed[:, 0, :4], mixed[:, 0, 4:6], mixed[:, 0, 6:], torch.randn(layout.used, 4, 8, dtype=torch.float64)]
     outputs = run(BACKENDS[name](layout, layout.used, causal_attn=False), values)
-    for ours, wanted in zip(outputs, run(defined(layout, layout.used), values), strict=False):
-        torch.testing.assert_close(ours, wanted, rtol=0, atol=1e-12)
+    for ours, expected in zip(outputs, run(defined(layout, layout.used), values), strict=False):
+        torch.testing.assert_close(ours, expected, rtol=0, atol=1e-12)
 
 
 class Largest(TorchDispatchMode):
@@ -176,10 +176,10 @@ def test_flex_mask_skips_the_empty_tiles() -> None:
     torch_s_own = BlockMask.from_kv_blocks(**forward, BLOCK_SIZE=TILE)
     for count, index in (("q_num_blocks", "q_indices"), ("full_q_num_blocks", "full_q_indices")):
         assert torch.equal(getattr(flex.mask, count), getattr(torch_s_own, count))
-        for ours, wanted, n in zip(
+        for ours, expected, n in zip(
             *(getattr(m, index)[0, 0] for m in (flex.mask, torch_s_own)), getattr(flex.mask, count)[0, 0], strict=True
         ):
-            assert torch.equal(ours[:n], wanted[:n])
+            assert torch.equal(ours[:n], expected[:n])
 
 
 def test_metadata_is_built_on_the_host() -> None:

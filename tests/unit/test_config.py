@@ -172,11 +172,11 @@ def test_settings_missing_from_old_state_get_their_default(tmp_path: Path) -> No
         "with_optimizer": True,
         "dataset": {},
     }
-    for extra, wanted in (({}, 0.0), ({"next_token_weight": 0.2}, 0.2)):
+    for extra, expected in (({}, 0.0), ({"next_token_weight": 0.2}, 0.2)):
         (tmp_path / "state.json").write_text(json.dumps({**state, "diffusion": {**diffusion, **extra}}))
         (tmp_path / "complete.json").write_text("{}")
         assert read_state(tmp_path).diffusion == DiffusionConfig(
-            block_size=8, causal_attn=True, target_shift=True, next_token_weight=wanted, mask_token="<m>"
+            block_size=8, causal_attn=True, target_shift=True, next_token_weight=expected, mask_token="<m>"
         )
 
 

@@ -90,8 +90,8 @@ def test_rerun_after_kill_at_any_point_produces_identical_output(
             hf_to_mcore.convert(base, out, workers=1, file_bytes=18_000)
 
     convert(tmp_path / "whole" / "out")
-    wanted, out = content(tmp_path / "whole" / "out"), tmp_path / "out"
-    assert len([name for name in wanted if name.endswith((".safetensors", ".distcp"))]) > 2
+    expected, out = content(tmp_path / "whole" / "out"), tmp_path / "out"
+    assert len([name for name in expected if name.endswith((".safetensors", ".distcp"))]) > 2
     moments = 0
     while True:
         moments += 1
@@ -100,18 +100,18 @@ def test_rerun_after_kill_at_any_point_produces_identical_output(
         if code == 0:
             break
         assert code == -signal.SIGKILL
-        assert not out.exists() or content(out) == wanted, moments  # complete or absent
+        assert not out.exists() or content(out) == expected, moments  # complete or absent
         convert(out)
-        assert content(out) == wanted, moments
+        assert content(out) == expected, moments
         assert not out.with_name("out.partial").exists()
     assert moments > 30
-    assert content(out) == wanted
+    assert content(out) == expected
 
 
 def test_repeated_kills_still_make_progress(checkpoint: Path, tmp_path: Path) -> None:
     """With two workers, each rerun advances, because complete files are kept."""
-    wanted, out, runs = tmp_path / "whole" / "out", tmp_path / "out", 0
-    mcore_to_hf.convert(checkpoint, wanted, max_shard_bytes=8_000)
+    expected, out, runs = tmp_path / "whole" / "out", tmp_path / "out", 0
+    mcore_to_hf.convert(checkpoint, expected, max_shard_bytes=8_000)
     while not out.exists():
         runs += 1
         assert runs < 100
@@ -119,20 +119,20 @@ def test_repeated_kills_still_make_progress(checkpoint: Path, tmp_path: Path) ->
         export = partial(mcore_to_hf.convert, checkpoint, out, max_shard_bytes=8_000, workers=2)
         in_child(killed_at(moment, export, writes=True))
     assert runs > 2
-    assert content(out) == content(wanted)
+    assert content(out) == content(expected)
 
 
 def test_complete_files_are_kept_and_other_work_is_discarded(checkpoint: Path, tmp_path: Path) -> None:
-    out, begun = tmp_path / "out", tmp_path / "out.partial"
+    out, partial_out = tmp_path / "out", tmp_path / "out.partial"
 
     def export(dtype: str | None) -> None:
         mcore_to_hf.convert(checkpoint, out, max_shard_bytes=8_000, workers=1, dtype=dtype)
 
     assert in_child(killed_at(60, lambda: export(None), writes=True)) == -signal.SIGKILL
-    first = sorted((begun / "files").glob("*.safetensors"))
-    assert first and len(first) == len(list((begun / "done").iterdir()))
+    first = sorted((partial_out / "files").glob("*.safetensors"))
+    assert first and len(first) == len(list((partial_out / "done").iterdir()))
     before = {p.name: p.stat().st_mtime_ns for p in first}
-    (begun / "files" / "stray").write_text("unknown file")
+    (partial_out / "files" / "stray").write_text("unknown file")
     first[0].write_bytes(first[0].read_bytes()[:-1])  # truncated afterwards
     export(None)
     after = {name: (out / name).stat().st_mtime_ns for name in before}

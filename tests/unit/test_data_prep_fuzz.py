@@ -83,18 +83,18 @@ def test_mutated_rows_are_all_accounted_for(config: BuildConfig, seed: int) -> N
             lines.append(mutated_line(json.dumps(row).encode(), chance))
     lines += [json.dumps(good(i)).encode() for i in range(5)]
     Path(config.sources[0].path).write_bytes(b"\n".join(lines) + b"\n")
-    wanted = sum(1 for line in lines if line.strip())
+    expected = sum(1 for line in lines if line.strip())
     manifest = build(config, QUIET)
     accounting = manifest["accounting"]
-    assert accounting["rows"] == wanted
+    assert accounting["rows"] == expected
     lost = sum(accounting["dropped"].values()) + accounting["rejected"]
-    assert accounting["packed"] + accounting["truncated"] + lost == wanted
+    assert accounting["packed"] + accounting["truncated"] + lost == expected
     rejects = [json.loads(line) for line in (Path(config.out) / "rejects.jsonl").read_text().splitlines()]
     assert len(rejects) == lost > 0
     assert all(line["reason"] and "content" in line and ", line " in line["where"] for line in rejects)
     dataset = PackedDataset(config.out)
     numbers = [n for i in range(dataset.rows(0)) for n in dataset.read(0, i)[1].doc_ids.tolist()]
-    assert sorted([*numbers, *(line["row"] for line in rejects)]) == list(range(wanted))
+    assert sorted([*numbers, *(line["row"] for line in rejects)]) == list(range(expected))
 
 
 def damage(data: bytes, chance: random.Random) -> bytes:
@@ -121,7 +121,7 @@ def test_mutated_datasets_are_refused_or_read_the_same(config: BuildConfig) -> N
     Path(config.sources[0].path).write_text("".join(json.dumps(good(i)) + "\n" for i in range(40)))
     build(replace(config, epochs=2), QUIET)
     folder, chance = Path(config.out), random.Random(0)
-    wanted = contents(folder)
+    expected = contents(folder)
     files = sorted(file for file in folder.iterdir() if file.name != "rejects.jsonl")
     refused = 0
     for i in range(N_FILES):
@@ -129,7 +129,7 @@ def test_mutated_datasets_are_refused_or_read_the_same(config: BuildConfig) -> N
         before = file.read_bytes()
         file.write_bytes(damage(before, chance))
         try:
-            assert contents(folder) == wanted, f"{file.name} was damaged and still read"
+            assert contents(folder) == expected, f"{file.name} was damaged and still read"
         except DataError as error:
             refused += 1
             assert str(folder) in error.where
@@ -137,7 +137,7 @@ def test_mutated_datasets_are_refused_or_read_the_same(config: BuildConfig) -> N
         finally:
             file.write_bytes(before)
     assert refused > 0.6 * N_FILES
-    assert contents(folder) == wanted
+    assert contents(folder) == expected
 
 
 def test_dataset_is_read_lazily(config: BuildConfig) -> None:

@@ -94,8 +94,8 @@ def test_blocks_show_values_that_training_derives(config: BuildConfig, capsys: p
     lines = re.findall(r"  block at +(\d+)  (\d+)␣ ▢ ▢ ▢  →  (.*)", out)
     assert [int(start) for start, _, _ in lines] == layout.starts.tolist()
     assert [int(token) for _, token, _ in lines] == anchors.tolist()
-    for (_, _, shown), wanted in zip(lines, targets.tolist(), strict=True):
-        assert [IGNORE if word == "–" else int(word[:-1]) for word in shown.split(" | ")] == wanted
+    for (_, _, shown), expected in zip(lines, targets.tolist(), strict=True):
+        assert [IGNORE if word == "–" else int(word[:-1]) for word in shown.split(" | ")] == expected
 
 
 def test_long_documents_are_abbreviated(config: BuildConfig, capsys: pytest.CaptureFixture[str]) -> None:

@@ -129,10 +129,10 @@ def test_resume_after_random_kills_produces_identical_build(config: BuildConfig,
     partial_folder = Path(killed.out + ".partial")
     while kills < 10:
         before = {file.name for file in partial_folder.rglob("*")}
-        wanted = chance.randint(1, 12)  # kill after this number of new files
+        expected = chance.randint(1, 12)  # kill after this number of new files
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, start_new_session=True)
         while process.poll() is None:
-            if len({file.name for file in list_files(partial_folder)} - before) >= wanted:
+            if len({file.name for file in list_files(partial_folder)} - before) >= expected:
                 (os.kill if kills % 2 else os.killpg)(process.pid, signal.SIGKILL)
                 kills += 1
                 break
@@ -312,11 +312,11 @@ def test_wrong_id_discards_all_results_of_the_fast_encoder(
     config: BuildConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The fast library returns a wrong id for texts with the word w700; none of its results may remain."""
-    wanted = build(config, QUIET)
-    honest = FastTokenizer._encode
+    expected = build(config, QUIET)
+    original_encode = FastTokenizer._encode
 
     def wrong(self: FastTokenizer, texts: Any) -> Any:
-        ids, offsets = honest(self, texts)
+        ids, offsets = original_encode(self, texts)
         ids = ids.copy()
         for i, text in enumerate(texts):
             if "w700" in text:
@@ -327,7 +327,7 @@ def test_wrong_id_discards_all_results_of_the_fast_encoder(
     monkeypatch.setattr("data_prep.encoders.CHECK_EVERY", 1)
     build_module._encoder.cache_clear()
     out = StringIO()
-    assert build(other(config, "2"), Console(file=out, width=200)) == wanted
+    assert build(other(config, "2"), Console(file=out, width=200)) == expected
     build_module._encoder.cache_clear()
     assert "fastokens returned other ids" in out.getvalue()
     assert "tokenizer: tokenizers" in out.getvalue()

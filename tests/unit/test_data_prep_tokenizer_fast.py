@@ -85,8 +85,8 @@ def equal_to_hugging_face(encoder: Any, judge: TextTokenizer, texts: list[str]) 
     ids, offsets = encoder.encode_flat(texts)
     assert (ids.dtype, offsets.dtype) == (np.int32, np.int64)
     assert (offsets[0], offsets[-1], len(offsets)) == (0, len(ids), len(texts) + 1)
-    for i, (text, wanted) in enumerate(zip(texts, judge.encode_batch(texts), strict=True)):
-        assert ids[offsets[i] : offsets[i + 1]].tolist() == wanted, text
+    for i, (text, expected) in enumerate(zip(texts, judge.encode_batch(texts), strict=True)):
+        assert ids[offsets[i] : offsets[i + 1]].tolist() == expected, text
 
 
 @cache

@@ -117,8 +117,10 @@ def first_of(value: int, skip: int = 0) -> Callable[[np.ndarray, RowLayout], int
 
 
 def header_of_answer(tokens: np.ndarray, layout: RowLayout) -> int:
-    wanted = list(b"assistant\n")
-    matches = [i for i in range(layout.n_clean) if tokens[i + 1 : i + 11].tolist() == wanted and tokens[i] == IM_START]
+    expected = list(b"assistant\n")
+    matches = [
+        i for i in range(layout.n_clean) if tokens[i + 1 : i + 11].tolist() == expected and tokens[i] == IM_START
+    ]
     return matches[0] + 1
 
 
@@ -223,33 +225,33 @@ PLANTED: list[tuple[str, str, Callable[[Path], None]]] = [
     ("a legal block that was not drawn", "draw", with_starts(other_legal)),
     ("blocks out of order", "order", with_starts(lambda starts, _: starts[[1, 0, *range(2, len(starts))]])),
     ("a block twice", "order", with_starts(lambda starts, _: starts[[0, 0, *range(2, len(starts))]])),
-    ("a slot 0 that is not its anchor", "slots", token(lambda _, y: y.n_clean, 1)),
-    ("a slot that is no mask", "slots", token(lambda _, y: y.n_clean + 2, 1)),
-    ("a block too few", "blocks", edit_row(drop_block)),
-    ("a row twice", "numbers", lambda f: rewrite(f, lambda rows: [*rows, rows[0]])),
-    ("a row that is gone", "numbers", lambda f: rewrite(f, lambda rows: rows[1:])),
-    ("a document that no source has", "numbers", edit_row(renumber)),
-    ("counts that are wrong", "counts", lambda f: rewrite(f, lambda rows: rows[1:], counts=False)),
+    ("slot 0 differs from its anchor", "slots", token(lambda _, y: y.n_clean, 1)),
+    ("slot other than 0 is not a mask", "slots", token(lambda _, y: y.n_clean + 2, 1)),
+    ("missing block", "blocks", edit_row(drop_block)),
+    ("repeated row", "numbers", lambda f: rewrite(f, lambda rows: [*rows, rows[0]])),
+    ("missing row", "numbers", lambda f: rewrite(f, lambda rows: rows[1:])),
+    ("document number outside every source", "numbers", edit_row(renumber)),
+    ("wrong counts", "counts", lambda f: rewrite(f, lambda rows: rows[1:], counts=False)),
     ("an empty row", "documents", lambda f: rewrite(f, lambda rows: [*rows, empty_row()])),
     ("another seed in the manifest", "draw", in_manifest(lambda m: m.update(seed=6))),
     ("another length limit in the manifest", "lengths", in_manifest(lambda m: m.update(max_document_length=100))),
     ("another repeat in the manifest", "blocks", in_manifest(lambda m: m.update(repeat=2))),
     ("another row length in the manifest", "lengths", in_manifest(lambda m: m.update(row_length=900))),
-    ("a row that is accounted for twice", "accounting", in_manifest(lambda m: m["accounting"].update(packed=99))),
-    ("tokens of a source that are counted twice", "accounting", in_source(lambda s: s.update(clean_tokens=9))),
-    ("a reason that no source has", "accounting", in_manifest(lambda m: m["accounting"]["dropped"].update(why=0))),
-    ("a pair of duplicates that is gone", "accounting", in_manifest(lambda m: m["duplicates"]["pairs"].clear())),
-    ("tokens that no document brought", "accounting", in_manifest(more_tokens)),
-    ("a document of one copy too many", "numbers", in_source(lambda s: s.update(weight=1.0))),
+    ("row accounted for twice", "accounting", in_manifest(lambda m: m["accounting"].update(packed=99))),
+    ("tokens of a source counted twice", "accounting", in_source(lambda s: s.update(clean_tokens=9))),
+    ("unknown drop reason", "accounting", in_manifest(lambda m: m["accounting"]["dropped"].update(why=0))),
+    ("missing pair of duplicates", "accounting", in_manifest(lambda m: m["duplicates"]["pairs"].clear())),
+    ("tokens without a document", "accounting", in_manifest(more_tokens)),
+    ("document of an extra copy", "numbers", in_source(lambda s: s.update(weight=1.0))),
     ("a reject of another source", "rejects", edit_rejects(lambda row: row.update(source="two"))),
     ("a reject without a reason", "rejects", edit_rejects(lambda row: row.update(reason=""))),
-    ("a reject that is gone", "rejects", lambda f: (f / "rejects.jsonl").write_text("")),
+    ("missing reject", "rejects", lambda f: (f / "rejects.jsonl").write_text("")),
     ("a flipped bit of a token", "checksum", flip("epoch1.00000.rows.bin", 40)),
     ("a flipped bit of a layout", "checksum", flip("epoch0.00000.layout.bin", 5)),
     ("a flipped bit of an index", "files", flip("epoch0.00000.rows.idx", 40)),
-    ("a file that was cut", "parts", cut("epoch0.00000.rows.bin")),
-    ("a file that is missing", "files", lambda f: (f / "epoch1.00000.layout.idx").unlink()),
-    ("a file too many", "files", lambda f: (f / "epoch2.00000.rows.bin").write_bytes(b"")),
+    ("truncated file", "parts", cut("epoch0.00000.rows.bin")),
+    ("missing file", "files", lambda f: (f / "epoch1.00000.layout.idx").unlink()),
+    ("extra file", "files", lambda f: (f / "epoch2.00000.rows.bin").write_bytes(b"")),
 ]
 
 

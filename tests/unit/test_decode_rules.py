@@ -43,8 +43,8 @@ def test_confidence_is_probability_or_certainty() -> None:
     actual = confidence(tokens, logits, "prob_conf")
     torch.testing.assert_close(actual, probs.max(-1).values.float(), rtol=1e-5, atol=1e-6)
     entropy = -(probs * probs.log()).sum(-1)
-    wanted = (1 - entropy / np.log(50)).float()
-    torch.testing.assert_close(confidence(tokens, logits, "entropy_conf"), wanted, rtol=1e-5, atol=1e-6)
+    expected = (1 - entropy / np.log(50)).float()
+    torch.testing.assert_close(confidence(tokens, logits, "entropy_conf"), expected, rtol=1e-5, atol=1e-6)
     cut_off = logits.masked_fill(logits < logits.max(-1, keepdim=True).values, -torch.inf)
     assert confidence(tokens, cut_off, "entropy_conf").eq(1).all()  # a single remaining token: no NaN
 
@@ -75,10 +75,10 @@ def test_draws_follow_the_distribution(warps: list) -> None:
 
     u = uniforms(torch.tensor([3]), torch.arange(40_000)[None])
     tokens = choose(logits.expand(1, 40_000, 9), warp, u)
-    wanted = warp(logits[None])[0].softmax(-1)
+    expected = warp(logits[None])[0].softmax(-1)
     frequencies = torch.bincount(tokens[0], minlength=9) / 40_000
-    assert (frequencies[wanted == 0] == 0).all()
-    assert (frequencies - wanted).abs().max() < 4 * np.sqrt(0.25 / 40_000)
+    assert (frequencies[expected == 0] == 0).all()
+    assert (frequencies - expected).abs().max() < 4 * np.sqrt(0.25 / 40_000)
     edge = torch.tensor([[0.0, 1 - 2**-24]])  # ends of the range: first and last possible token
     first, last = choose(logits.expand(1, 2, 9), warp, edge)[0].tolist()
-    assert (first, last) == (wanted.nonzero()[0].item(), wanted.nonzero()[-1].item())
+    assert (first, last) == (expected.nonzero()[0].item(), expected.nonzero()[-1].item())

@@ -69,14 +69,14 @@ def test_slow_hosts_are_reported_once() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_checksum_depends_on_every_bit(dtype: torch.dtype) -> None:
     values = torch.randn(50, 7).to(dtype)
-    wanted = checksum(values).item()
-    assert checksum(values.clone()).item() == wanted
+    expected = checksum(values).item()
+    assert checksum(values.clone()).item() == expected
     for bit in (0, 7, 15):
         changed = values.clone()
         changed.view(-1).view(torch.int16)[33] ^= (1 << bit) if bit < 15 else -(1 << 15)
-        assert checksum(changed).item() != wanted
+        assert checksum(changed).item() != expected
     swapped = values.flatten()[[1, 0, *range(2, 350)]]
-    assert checksum(swapped).item() != wanted
+    assert checksum(swapped).item() != expected
 
 
 def test_minority_replica_is_reported() -> None:
@@ -183,12 +183,12 @@ def test_first_non_finite_location_is_reported(
         assert "was finite this time" in printed and report["found"] == []
         return
     finding = report["found"][0]
-    wanted = {
+    expected = {
         "forward": ("layer 2, mlp.linear_fc1", 2),
         "backward": ("layer 2, mlp.linear_fc1.weight", 2),
         "weights": ("layer 2, mlp.linear_fc1.weight", None),
     }[where]
-    assert (finding["place"], finding["row"]) == wanted
+    assert (finding["place"], finding["row"]) == expected
     assert finding["rank"] == 0 and finding["host"] and finding["text"] in printed
 
 

@@ -63,10 +63,10 @@ def test_equals_autograd(n: int, vocab: int, padding: int, rows: int, seed: int,
     x, weight, targets = case(n, vocab, 6, seed)
     counts = torch.rand(n, generator=torch.Generator().manual_seed(seed)) if weighted else None
     padded = torch.cat([weight, torch.full((padding, 6), 9.0)])  # would dominate the softmax if it were included
-    wanted = plain(x, weight, targets, 0.25, counts)
+    expected = plain(x, weight, targets, 0.25, counts)
     actual = ours(x, padded, targets, 0.25, Vocabulary(0, vocab, None), rows, counts)
-    wanted[2] = torch.cat([wanted[2], torch.zeros(padding, 6, dtype=torch.float64)])
-    for value, other in zip(actual, wanted, strict=True):
+    expected[2] = torch.cat([expected[2], torch.zeros(padding, 6, dtype=torch.float64)])
+    for value, other in zip(actual, expected, strict=True):
         torch.testing.assert_close(value.double(), other, rtol=1e-4, atol=1e-5)
 
 

@@ -55,13 +55,13 @@ def test_step_metrics_match_dense_probabilities(make_engine: Callable, tmp_path:
     batches = [engine.prepare(load_micro_batch(dataset, n, seed=0, next_token_weight=weight)) for n in (0, 1, None)]
     assert any(EOS in b.label_targets for b in batches)
     with engine.inference():
-        wanted, lengths = plain([(engine.logits(b).float().softmax(-1), b) for b in batches])
+        expected, lengths = plain([(engine.logits(b).float().softmax(-1), b) for b in batches])
         assert lengths == {1, 2, 3, 4}
         held_out = engine.evaluate([batches[:2], batches[2:]])
     step, plainly = engine.results([engine.train_step(batches, 1, measure=True), engine.train_step(batches, 2)])
     assert not plainly.measured
     for result in (step, held_out):
-        assert result.measured == pytest.approx(wanted, rel=1e-5)
+        assert result.measured == pytest.approx(expected, rel=1e-5)
     assert held_out.loss == pytest.approx(step.loss, rel=1e-6) and held_out.slot_loss == pytest.approx(step.slot_loss)
     assert ("accuracy_next_token" in step.fields()) == bool(weight)
 

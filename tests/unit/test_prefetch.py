@@ -33,9 +33,9 @@ def test_the_steps_come_in_order_and_end(dataset: PackedDataset) -> None:
     with Prefetch(loads(dataset, 3), CPU) as data:
         for step in range(3):
             batches = data.next_step()
-            wanted = [load_micro_batch(dataset, n, seed=0) for n in (2 * step, 2 * step + 1)]
+            expected = [load_micro_batch(dataset, n, seed=0) for n in (2 * step, 2 * step + 1)]
             assert [b.number for b in batches] == [2 * step, 2 * step + 1]
-            assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(batches, wanted, strict=True))
+            assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(batches, expected, strict=True))
         with pytest.raises(IndexError):
             data.next_step()
 
@@ -54,16 +54,16 @@ def test_reading_overlaps_with_the_step(dataset: PackedDataset) -> None:
 
 
 def test_one_step_ahead_and_no_further(dataset: PackedDataset) -> None:
-    begun = []
+    started = []
 
     def load(step: int) -> list:
-        begun.append(step)
+        started.append(step)
         return loads(dataset, 4)[0]()
 
     with Prefetch([partial(load, step) for step in range(4)], CPU) as data:
         data.next_step()
         time.sleep(0.2)
-        assert begun == [0, 1]
+        assert started == [0, 1]
 
 
 def test_thread_error_is_raised_in_the_caller(dataset: PackedDataset) -> None:
