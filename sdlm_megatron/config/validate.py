@@ -47,8 +47,8 @@ def _values(config: RunConfig) -> Iterator[tuple[str, object]]:
             yield from ((f"{section}.{name}", value) for name, value in vars(settings).items())
 
 
-def check_run(config: RunConfig, world_size: int) -> None:
-    """Checks what can be known without model and dataset. Raises ConfigError with the setting and a fix."""
+def check_values(config: RunConfig) -> None:
+    """Checks every setting by itself. Raises ConfigError with the setting and a fix."""
     for key, value in _values(config):
         if key in CHOICES:
             _require(value in CHOICES[key], f"{key} is {value!r}", key, f"one of {', '.join(CHOICES[key])}")
@@ -56,6 +56,11 @@ def check_run(config: RunConfig, world_size: int) -> None:
             # Written so that NaN, which compares false with everything, is refused.
             valid = value > 0 or (value == 0 and key not in POSITIVE)
             _require(valid, f"{key} is {value}", key, f"set it {'above 0' if key in POSITIVE else 'to 0 or more'}")
+
+
+def check_run(config: RunConfig, world_size: int) -> None:
+    """Checks what can be known without model and dataset. Raises ConfigError with the setting and a fix."""
+    check_values(config)
     length = config.train.steps or config.train.epochs > 0
     _require(length, "train.steps and train.epochs are both 0", "train", "set one of them")
     _require(config.data.path, "no dataset", "data.path", "--data.path=DIR, a folder written by `sdlm prepare`")

@@ -7,18 +7,22 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from sdlm_megatron.config.command_line import make_parser
 from sdlm_megatron.config.load import PRESETS, load_config, preset_names
-from sdlm_megatron.config.schema import RunConfig
-from sdlm_megatron.config.validate import check_model
+from sdlm_megatron.config.schema import ModelConfig, RunConfig
+from sdlm_megatron.config.validate import check_model, check_values
 from sdlm_megatron.errors import ConfigError, run_cli
 from sdlm_megatron.planner import plan_text
 from sdlm_megatron.planner.assumptions import DEVICES, Assumptions, assume, device_of, explain
 from sdlm_megatron.planner.parallel_layout import layout_of
 from sdlm_megatron.planner.search import CLOSE, LayoutPlan, Planner, recommended
 from sdlm_megatron.planner.workload import workload
+from sdlm_megatron.weights.checkpoint_folder import read_state
+from sdlm_megatron.weights.hf_config import read_hf_config
 
 EXAMPLES = """sdlm plan sdlm_32b_d4 --gpus 64
 sdlm plan sdlm_3b_d4 --gpus 32 --gpu h200 --price 2.5 --assume gemm_efficiency=0.6
@@ -53,6 +57,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.fp8:
         overrides = [*overrides, "--train.fp8=current"]
     config = load_config(RunConfig, args.preset, overrides, PRESETS)
+    check_values(config)
+    if config.checkpoint.base and not config.model.num_layers:
+        config = replace(config, model=_base_shape(Path(config.checkpoint.base)))
     assumed = assume(args.assume)
     work = workload(config, args.data or config.data.path, assumed)
     planner = Planner(config, work, device_of(args.gpu, assumed), assumed)
@@ -63,6 +70,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(json.dumps(_document(args, planner, own, problem, best), indent=1))
     else:
         print(_text(args, planner, own, problem, best))
+
+
+def _base_shape(base: Path) -> ModelConfig:
+    """Shape of a base, a Hugging Face folder or one that `sdlm import` wrote."""
+    return read_state(base).shape if (base / "complete.json").exists() else read_hf_config(base).shape
 
 
 def _preset_plan(planner: Planner, gpus: int) -> tuple[LayoutPlan | None, str]:

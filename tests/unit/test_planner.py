@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import make_dataset, run_python
+from helpers import make_dataset, make_hf, run_python
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -236,6 +236,21 @@ def test_impossible_layout_is_reported(capsys: pytest.CaptureFixture):
     assert "no layout fits" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="num_layers"):
         command.main([str(PRESETS / ".." / "presets" / "tiny.yaml"), "--gpus", "2", "--model.num_layers=0"])
+
+
+def test_the_shape_is_read_from_the_base(tmp_path: Path, capsys: pytest.CaptureFixture):
+    """As in training, a configuration without sizes takes them from checkpoint.base."""
+    file, base = tmp_path / "own.yaml", make_hf(tmp_path / "base", layers=2)
+    file.write_text("diffusion: {block_size: 4}\n")
+    command.main([str(file), "--gpus", "2", f"--checkpoint.base={base}"])
+    assert "recommended" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="num_layers is 0"):
+        command.main([str(file), "--gpus", "2"])
+
+
+def test_invalid_value_is_an_error():
+    with pytest.raises(ConfigError, match="train.attention is 'fast'"):
+        command.main(["tiny", "--gpus", "2", "--train.attention=fast"])
 
 
 def test_planner_imports_neither_torch_nor_megatron():
