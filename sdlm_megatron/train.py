@@ -87,6 +87,7 @@ def train(config: RunConfig, watch: Watch | None, *, profile: str | None = None,
     if profile_steps is not None:
         profile_steps = run_plan.steps_to_profile(profile_steps, plan.state.step, plan.last_step(config))
     if watch is None:
+        run_plan.check_weights(plan)
         return
     from sdlm_megatron.parallel import compat, cpu
 

@@ -16,6 +16,7 @@ from sdlm_megatron.data.tokenizer_identity import TEXT_MASK, same_tokenizer
 from sdlm_megatron.errors import CheckpointError, ConfigError, DataError
 from sdlm_megatron.weights.checkpoint_folder import TrainState, newest, read_state
 from sdlm_megatron.weights.hf_config import read_hf_config
+from sdlm_megatron.weights.hf_weights import HFWeights
 from sdlm_megatron.weights.shape import NewMaskToken, find_mask_token, resolve_shape
 
 Notice = Callable[[str], None]
@@ -199,6 +200,13 @@ def _from_base(config: RunConfig, dataset: PackedDataset, base: Path, notice: No
         assets, kind = base, "huggingface"
     _check_tokenizer(dataset, assets, mask_id, notice)
     return _plan(config, dataset, shape, mask_id, base, kind, assets=assets, new_mask=new_mask)
+
+
+def check_weights(plan: RunPlan) -> None:
+    """Checks that the weights of a Hugging Face base can be opened; CheckpointError names a missing or damaged file."""
+    # A dry run ends before the weights are loaded. The files of a checkpoint are checked when its state is read.
+    if plan.kind == "huggingface" and plan.source is not None:
+        HFWeights(plan.source)
 
 
 def _check_tokenizer(dataset: PackedDataset, assets: Path, mask_id: int, notice: Notice) -> None:

@@ -105,6 +105,8 @@ def test_script_describes_itself() -> None:
         (["export", "--spares", "1"], {"RUN_DIR": "run", "OUT": "hf"}, "are for training scripts"),
         (["train_3b_d4"], {"BASE": "base"}, "DATA is not set"),
         (["train_3b_d4", "--cluster", "none"], {}, "no config file or preset named none"),
+        (["train_32b"], {}, "did you mean train_32b_d4"),
+        (["train_3b_d4", "--train.steps=5"], {}, "write it after --"),
     ],
 )
 def test_errors_are_reported_before_submission(
@@ -116,3 +118,21 @@ def test_errors_are_reported_before_submission(
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match=message):
         Submission(arguments)
+
+
+def test_an_unknown_option_and_no_nodes_are_usage_errors(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, message in (["--dryrun"], "unrecognized arguments: --dryrun"), (["--nodes", "0"], "0 is below 1"):
+        with pytest.raises(SystemExit):
+            Submission(["train_3b_d4", *arguments])
+        assert message in capsys.readouterr().err
+
+
+def test_dry_run_says_what_was_not_checked(user: dict[str, str], tmp_path: Path) -> None:
+    """A folder that exists and is no dataset, and a GPU that the planner does not have."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "clusters" / "mine.yaml").write_text("gpu: a100\n")
+    line = (sys.executable, "-m", "sdlm_megatron.cli", "submit", "train_3b_d4", "--cluster", "mine", "--dry-run")
+    done = run(*line, cwd=tmp_path, env={**user, "PYTHONPATH": str(REPO)})
+    assert done.returncode == 0, done.stderr
+    assert f"{tmp_path / 'data'} is not a packed dataset on this machine" in done.stdout
+    assert "not estimated: the cluster's gpu is a100" in done.stdout

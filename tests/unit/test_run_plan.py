@@ -6,10 +6,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from helpers import make_dataset, make_hf
 
 from sdlm_megatron.config.load import PRESETS, load_config, preset_names
 from sdlm_megatron.config.schema import RunConfig
-from sdlm_megatron.errors import DataError
+from sdlm_megatron.errors import CheckpointError, DataError
+from sdlm_megatron.train import train
 from sdlm_megatron.training.run_plan import resolve_diffusion
 
 MANIFEST = {"block_size": 8, "target_shift": False, "mask_token": "<file_sep>"}
@@ -64,3 +66,14 @@ def test_dataset_without_mask_token_text() -> None:
     assert resolve_diffusion(RunConfig(), dataset).diffusion.mask_token == "<text_mask>"
     named = load_config(RunConfig, "tiny", ["--diffusion.mask_token=<m>"], PRESETS)
     assert resolve_diffusion(named, dataset).diffusion.mask_token == "<m>"
+
+
+def test_a_dry_run_checks_the_weights_of_the_base(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data, base = make_dataset(tmp_path / "data"), make_hf(tmp_path / "base")
+    settings = [f"--run_dir={tmp_path / 'run'}", f"--data.path={data}", f"--checkpoint.base={base}"]
+    config = load_config(RunConfig, "", settings)
+    train(config, None)
+    assert f"starts from {base}" in capsys.readouterr().out
+    (base / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="neither model.safetensors"):
+        train(config, None)

@@ -6,6 +6,7 @@ conversations to an evaluated model.
 """
 
 import argparse
+import difflib
 import os
 import re
 import shlex
@@ -14,8 +15,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from sdlm_megatron.config.command_line import make_parser
-from sdlm_megatron.config.load import PRESETS, load_config
+from sdlm_megatron.config.command_line import at_least, make_parser
+from sdlm_megatron.config.load import PRESETS, load_config, preset_names
 from sdlm_megatron.config.schema import RunConfig
 from sdlm_megatron.config.validate import check_run
 from sdlm_megatron.errors import ConfigError, UserError, run_cli
@@ -24,6 +25,7 @@ from sdlm_megatron.ops.driver import slurm_commands as slurm
 from sdlm_megatron.ops.driver.cluster_file import CLUSTER_HELP, CLUSTERS, SCRIPTS, cluster_path, load_cluster
 from sdlm_megatron.ops.driver.launch import LAUNCHERS, VARIABLES, variable_overrides
 from sdlm_megatron.ops.driver.verdict import read_bad_nodes
+from sdlm_megatron.planner.assumptions import DEVICES
 
 MINIMUM_SECONDS = 600  # time for the pre-flight, the start and some training steps
 KEPT_VARIABLES = (*VARIABLES, "PYTHON", "CONFIG", "OUT", "MODEL", "HELDOUT")
@@ -33,30 +35,37 @@ RUN_DIR=RUN OUT=DIR sdlm submit export --cluster mine --after 4711
 sdlm submit pipeline --help"""
 
 
+def script_names() -> list[str]:
+    """Names of the batch scripts of the package."""
+    return sorted(file.stem for file in SCRIPTS.glob("*.sh") if file.stem != "common")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Options of the command."""
     notes = "After -- follow settings or options of the program that the script runs, such as --section.key=value."
     parser = make_parser("sdlm submit", __doc__, example=EXAMPLE, notes=notes, settings=RunConfig)
-    scripts = ", ".join(sorted(file.stem for file in SCRIPTS.glob("*.sh") if file.stem != "common"))
-    clusters = ", ".join(sorted(file.stem for file in CLUSTERS.glob("*.yaml")))
+    scripts, clusters = ", ".join(script_names()), ", ".join(preset_names(CLUSTERS))
     add = parser.add_argument
     add("script", metavar="SCRIPT", help=f"batch script: a path, or one of {scripts}")
     add("--cluster", default="default", metavar="NAME", help=f"{CLUSTER_HELP} ({clusters})")
-    add("--nodes", type=int, metavar="N", help="number of nodes; of a training script the nodes that train")
+    add("--nodes", type=at_least(1), metavar="N", help="number of nodes; of a training script the nodes that train")
     add("--time", metavar="T", help="time limit, such as 12:00:00")
     add("--after", metavar="JOB", help="start when these jobs (A:B) have ended well; never, if one fails")
     add("--array", metavar="A-B", help="shards of prepare_data: 0-7 for eight")
     add("--dry-run", action="store_true", help="show and check everything (sbatch --test-only), submit nothing")
     add("--parsable", action="store_true", help="print the job's number alone")
     add(
-        "--spares", type=int, metavar="N", help="training: further nodes that replace bad ones (default: the cluster's)"
+        "--spares",
+        type=at_least(0),
+        metavar="N",
+        help="training: further nodes that replace bad ones (default: the cluster's)",
     )
     add(
         "--launcher",
         choices=LAUNCHERS,
         help="training: one srun task per rank, or one torchrun per node (default: srun)",
     )
-    add("--retries", type=int, metavar="N", help="training: retries without a newer checkpoint (default: 3)")
+    add("--retries", type=at_least(0), metavar="N", help="training: retries without a newer checkpoint (default: 3)")
     return parser
 
 
@@ -69,8 +78,9 @@ class BatchScript:
         try:
             text = self.path.read_text(encoding="utf-8")
         except OSError:
-            scripts = ", ".join(sorted(file.stem for file in SCRIPTS.glob("*.sh") if file.stem != "common"))
-            raise ConfigError(f"no batch script {name}", str(SCRIPTS), f"name a path or one of {scripts}") from None
+            near = difflib.get_close_matches(name, script_names(), 1)
+            fix = f"did you mean {near[0]}?" if near else f"name a path or one of {', '.join(script_names())}"
+            raise ConfigError(f"no batch script {name}", str(SCRIPTS), fix) from None
         self.options: dict[str, str] = dict(re.findall(r"^#SBATCH --([\w-]+)=?(\S*)", text, re.MULTILINE))
         """The #SBATCH options, "" for one without a value."""
         self.needs: list[tuple[str, str]] = re.findall(r'^need (\w+) "(.*)"', text, re.MULTILINE)
@@ -89,7 +99,12 @@ class Submission:
         """
         split = list(argv).index("--") if "--" in argv else len(argv)
         self.overrides = list(argv[split + 1 :])
-        self.args = build_parser().parse_args(argv[:split])
+        self.args, unknown = (parser := build_parser()).parse_known_args(argv[:split])
+        if settings := [word for word in unknown if re.match(r"--\w+\.", word)]:
+            fix = f"write it after --, as in: sdlm submit {self.args.script} -- {settings[0]}"
+            raise ConfigError(f"{settings[0]} is no option of sdlm submit", "the command line", fix)
+        if unknown:
+            parser.error(f"unrecognized arguments: {' '.join(unknown)}")
         self.script = BatchScript(self.args.script)
         self.cluster = load_cluster(self.args.cluster)
         self.nodes = self.args.nodes or int(self.script.options.get("nodes", 1))
@@ -192,9 +207,13 @@ class Submission:
             line = [sys.executable, "-m", "sdlm_megatron.train", "--dry-run", "--config", self.script.preset, *settings]
             passed = subprocess.run(line, env=environment).returncode == 0
         else:
-            print(f"{self.run.data.path} does not exist here: data, base model and tokenizer were not checked")
+            state = "is not a packed dataset" if Path(self.run.data.path).exists() else "does not exist"
+            print(f"{self.run.data.path} {state} on this machine: data, base model and tokenizer were not checked")
             settings = [setting for setting in settings if not setting.startswith("--data.path=")]
         print("\n# memory and time, by the planner", flush=True)
+        if self.cluster.gpu not in DEVICES:
+            print(f"not estimated: the cluster's gpu is {self.cluster.gpu}, the planner has {', '.join(DEVICES)}")
+            return passed
         plan = [sys.executable, "-m", "sdlm_megatron.cli", "plan", self.script.preset, "--gpus", str(self.processes)]
         done = subprocess.run([*plan, "--gpu", self.cluster.gpu, "--top", "0", *settings])
         return passed and done.returncode == 0
