@@ -37,7 +37,7 @@ from data_prep.readers import LINES, InputUnit, detect_source_format, plan_units
 from data_prep.rows import EpochPart, RowWriter, cut_parts, load_part
 from data_prep.source_formats import FORMATS, formats_help
 from data_prep.sources import expand
-from sdlm_megatron.config.command_line import make_parser
+from sdlm_megatron.config.command_line import make_parser, parse_with_settings
 from sdlm_megatron.config.load import load_config, preset_names, to_yaml
 from sdlm_megatron.data.chatml import IM_END
 from sdlm_megatron.data.format import PartInfo, seal
@@ -399,7 +399,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def read_command_line(argv: Sequence[str] | None) -> tuple[BuildConfig, argparse.Namespace]:
     """Settings and options of the command; `--input` becomes the only source of an otherwise default configuration."""
-    args, overrides = build_parser().parse_known_args(argv)
+    args, overrides = parse_with_settings(build_parser(), argv)
     options = [f"--{key}={getattr(args, key)}" for key in ("tokenizer", "out") if getattr(args, key) is not None]
     if args.input is not None:
         hub = args.input.removeprefix("hub:") if args.input.startswith("hub:") else ""

@@ -1,11 +1,13 @@
 """Argument parsers of all commands: one style, every option and setting explained, an example in `--help`."""
 
 import argparse
+import difflib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 from sdlm_megatron.config.explain import settings_help, settings_of
+from sdlm_megatron.errors import ConfigError
 
 T = TypeVar("T")
 
@@ -90,12 +92,29 @@ def parse_config(
     from sdlm_megatron.config.load import load_config, to_yaml
 
     # Settings are no options of argparse: the usage line would list all of them, and list entries have no fixed names.
-    args, rest = parser.parse_known_args(argv)
-    config = load_config(schema, args.config or "", join_values(rest), presets)
+    args, overrides = parse_with_settings(parser, argv)
+    config = load_config(schema, args.config or "", overrides, presets)
     if args.print_config:
         print(to_yaml(config), end="")
         raise SystemExit(0)
     return config, args
+
+
+def parse_with_settings(
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None
+) -> tuple[argparse.Namespace, list[str]]:
+    """Options of the parser, and the other arguments as `--key=value`. Raises ConfigError on a misspelled option."""
+    args, rest = parser.parse_known_args(argv)
+    overrides = join_values(rest)
+    schema = parser.settings if isinstance(parser, CommandParser) else None
+    known = {f"--{setting.key}" for setting in settings_of(schema)} if schema and overrides else set()
+    for override in overrides:
+        name = override.partition("=")[0]
+        near = difflib.get_close_matches(name, [*parser._option_string_actions, *known], 1, 0.8)
+        # A misspelled setting is an error of load_config, which also says where it is.
+        if name not in known and near and near[0] not in known:
+            raise ConfigError(f"unknown option {name}", "the command line", f"did you mean {near[0]}?")
+    return args, overrides
 
 
 def join_values(arguments: Sequence[str]) -> list[str]:

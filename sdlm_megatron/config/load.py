@@ -17,6 +17,8 @@ from sdlm_megatron.errors import ConfigError
 from sdlm_megatron.files import write_text
 
 PRESETS = Path(__file__).parent / "presets"
+TYPES = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "list": "a list"}
+"""Types of settings in the words of an error message."""
 T = TypeVar("T")
 
 
@@ -157,5 +159,9 @@ def _merge(base: DictConfig, new: DictConfig, where: str) -> DictConfig:
         return cast(DictConfig, OmegaConf.merge(base, new))
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or "a setting"
+        kinds = {setting.key: setting.type for setting in settings_of(OmegaConf.get_type(base))}
+        if key in kinds:
+            what = f"{key} is {OmegaConf.select(new, key)!r}, not {TYPES.get(kinds[key], kinds[key])}"
+            raise ConfigError(what, where, f"set {key} to {TYPES.get(kinds[key], kinds[key])}") from None
         reason = str(error.args[0]).splitlines()[0]  # the other lines are OmegaConf's own view of the position
         raise ConfigError(f"{key}: {reason}", where, "see --help for the type of each setting") from None

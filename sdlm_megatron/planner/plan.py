@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sdlm_megatron.config.command_line import make_parser
+from sdlm_megatron.config.command_line import make_parser, parse_with_settings
 from sdlm_megatron.config.load import PRESETS, load_config, preset_names
 from sdlm_megatron.config.schema import ModelConfig, RunConfig
 from sdlm_megatron.config.validate import check_model, check_values
@@ -51,7 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
-    args, overrides = build_parser().parse_known_args(argv)
+    args, overrides = parse_with_settings(build_parser(), argv)
     if not 1 <= args.gpus <= MOST_GPUS:
         raise ConfigError(f"--gpus is {args.gpus}", "the command line", f"a number from 1 to {MOST_GPUS}")
     if args.fp8:

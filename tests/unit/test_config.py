@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from data_prep.build_config import BuildConfig
+from sdlm_megatron import train
 from sdlm_megatron.config.command_line import join_values, make_config_parser, parse_config
 from sdlm_megatron.config.explain import settings_help, settings_of
 from sdlm_megatron.config.load import PRESETS, load_config, preset_names, to_yaml
@@ -68,7 +69,10 @@ def test_overrides_and_extends(tmp_path: Path) -> None:
         (["--train.stepz=5"], "unknown setting train.stepz", "train.steps"),
         (["--optimiser.lr=5"], "unknown setting optimiser", "optimizer"),
         (["--lr=5"], "unknown setting lr", "optimizer.lr"),
-        (["--train.steps=many"], "train.steps", "type"),
+        (["--train.steps=many"], "train.steps is 'many', not a whole number", "whole number"),
+        (["--train.steps=0.5"], "train.steps is 0.5, not a whole number", "whole number"),
+        (["--checkpoint.async_save=maybe"], "is 'maybe', not true or false", "true or false"),
+        (["--data.skip_rows=3"], "data.skip_rows is 3, not a list", "a list"),
         (["--train=5"], "train is a section", "train.NAME=VALUE"),
         (["steps"], "cannot read the argument", "--section.key=value"),
     ],
@@ -78,6 +82,16 @@ def test_errors_suggest_the_nearest_key(arguments: list[str], text: str, fix: st
         load_config(RunConfig, "tiny", arguments, PRESETS)
     assert text in caught.value.what
     assert fix in caught.value.fix
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fix"),
+    [(["--dryrun"], "--dry-run"), (["--profil", "3:4"], "--profile"), (["--print-confg=1"], "--print-config")],
+)
+def test_a_misspelled_option_names_the_nearest(arguments: list[str], fix: str) -> None:
+    with pytest.raises(ConfigError, match="unknown option") as caught:
+        parse_config(train.build_parser(), RunConfig, PRESETS, ["--config", "tiny", *arguments])
+    assert caught.value.fix == f"did you mean {fix}?"
 
 
 def test_errors_in_a_file_name_the_file(tmp_path: Path) -> None:

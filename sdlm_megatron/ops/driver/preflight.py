@@ -20,7 +20,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from sdlm_megatron.config.command_line import make_parser
+from sdlm_megatron.config.command_line import make_parser, parse_with_settings
 from sdlm_megatron.config.schema import RunConfig
 from sdlm_megatron.errors import ConfigError, run_cli
 from sdlm_megatron.files import write_json, write_text
@@ -65,7 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
-    args, overrides = build_parser().parse_known_args(argv)
+    args, overrides = parse_with_settings(build_parser(), argv)
     if args.nodes_needed < 1:
         raise ConfigError(f"--nodes-needed is {args.nodes_needed}", "the command line", "give 1 or more")
     cluster, job = load_cluster(args.cluster), SlurmJob.current()
