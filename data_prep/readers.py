@@ -92,9 +92,12 @@ def detect_source_format(source: SourceConfig) -> str:
     for place, row in rows:
         if isinstance(row, dict):
             return detect_format(row, place)
-    first = f"; first: {rows[0][1].reason}" if rows and isinstance(rows[0][1], Unreadable) else ""
-    place = rows[0][0] if rows else str(file)
-    raise DataError(f"none of the first {len(rows)} rows is a JSON object{first}", place, "write one object per row")
+    if not rows:
+        raise DataError("the file has no rows", str(file), "write one JSON object per row")
+    first = f"; first: {rows[0][1].reason}" if isinstance(rows[0][1], Unreadable) else ""
+    raise DataError(
+        f"none of the first {len(rows)} rows is a JSON object{first}", rows[0][0], "write one object per row"
+    )
 
 
 def _limited(rows: int, limit: int) -> int:

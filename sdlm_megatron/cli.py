@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"sdlm {__version__}")
         return
     if command not in COMMANDS:
-        near = difflib.get_close_matches(command, COMMANDS, 1)
+        near = difflib.get_close_matches(command, [*COMMANDS, "--help", "--version"], 1)
         fix = f"did you mean `sdlm {near[0]}`?" if near else f"one of: {', '.join(COMMANDS)}"
         raise UserError(f"unknown command {command}", "the command line", fix)
     importlib.import_module(COMMANDS[command].module).main(rest)

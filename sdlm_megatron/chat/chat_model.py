@@ -355,13 +355,6 @@ def load(folder: Path, *, dtype: str | None, device: str | None) -> ChatModel:
 
 
 def _check_folder(folder: Path) -> HFConfig:
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(
-            "not a model folder: it has no config.json" if folder.is_dir() else "no such folder",
-            str(folder),
-            "name a Hugging Face folder on this machine; a training run becomes one with "
-            "sdlm export --ckpt RUN --out FOLDER",
-        )
     config = read_hf_config(folder)
     HFWeights(folder)  # opening checks that every file is there and readable
     if not has_tokenizer(folder):

@@ -299,7 +299,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
     file, rebuild = path / "manifest.json", "rebuild the dataset with `sdlm prepare`"
     if not file.exists():
         unfinished = path.with_name(path.name + ".partial").exists()
-        what = "the dataset is unfinished" if unfinished else "not a packed dataset: no manifest.json"
+        absent = "not a packed dataset: no manifest.json" if path.is_dir() else "no such folder"
+        what = "the dataset is unfinished" if unfinished else absent
         raise DataError(what, str(path), "name a folder that `sdlm prepare` has completed")
     try:
         manifest = json.loads(file.read_text())

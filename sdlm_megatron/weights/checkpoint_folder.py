@@ -102,7 +102,8 @@ def read_run(folder: Path) -> dict[str, Any]:
 def check_complete(folder: Path) -> None:
     """CheckpointError unless every file of the checkpoint exists with its full size."""
     if not folder.is_dir():
-        raise CheckpointError("no such checkpoint folder", str(folder), "name a folder that holds complete.json")
+        fix = "name a run, its ckpt/step-NNNNNNN, or a folder that `sdlm import` wrote"
+        raise CheckpointError("no such checkpoint folder", str(folder), fix)
     for name, (size, _) in _listed(folder).items():
         file = folder / name
         actual = file.stat().st_size if file.exists() else None

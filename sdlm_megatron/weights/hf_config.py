@@ -11,6 +11,10 @@ from sdlm_megatron.diffusion.settings import SDLMSettings, SettingError
 from sdlm_megatron.errors import CheckpointError
 
 _MODEL_TYPES = ("qwen2", "llama")
+NAME_A_MODEL = (
+    "name a Hugging Face folder on this machine; a training run becomes one with sdlm export --ckpt RUN --out FOLDER"
+)
+"""How to fix an argument that is not a model folder."""
 
 
 @dataclass(frozen=True)
@@ -46,10 +50,9 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file of a Hugging Face folder; CheckpointError when it is missing or malformed."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(
-            "a Hugging Face folder lacks a file", str(path), "pass the folder that holds config.json and *.safetensors"
-        ) from None
+    except (FileNotFoundError, NotADirectoryError):
+        what = f"not a model folder: it has no {path.name}" if path.parent.is_dir() else "no such folder"
+        raise CheckpointError(what, str(path.parent), NAME_A_MODEL) from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"cannot read JSON: {error}", str(path), "copy the file again") from None
     if not isinstance(value, dict):

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from sdlm_megatron.errors import CheckpointError
 from sdlm_megatron.weights.dtypes import SAFETENSORS_DTYPES, safetensors_name
-from sdlm_megatron.weights.hf_config import read_json
+from sdlm_megatron.weights.hf_config import NAME_A_MODEL, read_json
 from sdlm_megatron.weights.resumable_folder import BLOCK, OutputFile, PlannedFile
 from sdlm_megatron.weights.tensors import Index, TensorReader, file_stamps, row_blocks
 
@@ -93,9 +93,11 @@ def _locate(folder: Path) -> dict[str, str]:
     """File of each tensor, from the index or from the only file."""
     index, single = folder / INDEX_NAME, folder / SINGLE_NAME
     if not index.is_file():
+        if not folder.is_dir():
+            raise CheckpointError("no such folder", str(folder), NAME_A_MODEL)
         if not single.is_file():
             raise CheckpointError(
-                f"a model folder has neither {SINGLE_NAME} nor {INDEX_NAME}",
+                f"the folder has neither {SINGLE_NAME} nor {INDEX_NAME}",
                 str(folder),
                 "weights must be safetensors; convert older *.bin files first",
             )

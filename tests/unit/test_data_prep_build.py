@@ -324,7 +324,7 @@ def test_single_source_builds_without_config_file(
         ('{"text": "x"}\n', "rows.jsonl, line 1", "no source format matches the fields text"),
         ("[1]\n2\n", "rows.jsonl, line 1", "none of the first 2 rows is a JSON object"),
         ("{\n", "rows.jsonl, line 1", "none of the first 1 rows is a JSON object; first: the line is not JSON"),
-        ("", "rows.jsonl", "none of the first 0 rows"),
+        ("", "rows.jsonl", "the file has no rows"),
         (
             '{"messages": [{"role": "robot", "content": "x"}]}\n',
             "rows.jsonl, line 1, field messages[0].role",

@@ -26,8 +26,12 @@ from sdlm_megatron.chat import terminal_view as view
 from sdlm_megatron.chat.chat_model import Answer, load
 from sdlm_megatron.chat.generate import main
 from sdlm_megatron.chat.passes import COLORS, summary
+from sdlm_megatron.data.format import read_manifest
 from sdlm_megatron.diffusion.decode import Decoded, decode
 from sdlm_megatron.errors import CheckpointError, ConfigError, UserError
+from sdlm_megatron.weights.checkpoint_folder import read_state
+from sdlm_megatron.weights.hf_config import read_hf_config
+from sdlm_megatron.weights.hf_weights import HFWeights
 from tests.parity import decode_oracle as o
 
 PROMPT = "count 12 to 15"
@@ -307,6 +311,15 @@ def test_errors_exit_with_2_without_traceback(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: no such folder\n")
     assert "sdlm export" in done.stderr
+
+
+def test_a_missing_folder_is_not_called_incomplete(tmp_path: Path) -> None:
+    """Models, datasets and checkpoints; a file is no folder either."""
+    (tmp_path / "file").touch()
+    for name in ("nothing", "file"):
+        for read in (read_hf_config, HFWeights, read_manifest, read_state):
+            with pytest.raises(UserError, match="no such (checkpoint )?folder"):
+                read(tmp_path / name)
 
 
 @pytest.mark.parametrize(
