@@ -1,9 +1,13 @@
 """Errors that a user can act on: what is wrong, where, and how to fix it."""
 
 import os
+import select
 import sys
 import time
 from collections.abc import Callable, Sequence
+
+READER_LEFT = 141
+"""Exit code of a command whose output is cut off by its reader, as shells report SIGPIPE."""
 
 
 class UserError(Exception):
@@ -77,9 +81,23 @@ def run_cli(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | 
     """Runs `main(argv)`. A UserError is printed to stderr as `error: …` and ends the process with its exit code."""
     try:
         main(argv)
+        sys.stdout.flush()
     except UserError as error:
         print_error(error)
         raise SystemExit(error.exit_code) from None
+    except BrokenPipeError:
+        if not _reader_left():
+            raise
+        # Python flushes at exit, and would report the closed pipe once more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(READER_LEFT) from None
+
+
+def _reader_left() -> bool:
+    """Whether nothing reads standard output any longer, as in `sdlm plan ... | head`; other pipes are not meant."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), select.POLLOUT)
+    return any(events & select.POLLERR for _, events in poll.poll(0))
 
 
 def print_error(error: UserError) -> None:

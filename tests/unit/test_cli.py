@@ -28,7 +28,16 @@ def test_overview_lists_every_command(capsys: pytest.CaptureFixture[str]) -> Non
     assert capsys.readouterr().out == f"sdlm {__version__}\n"
 
 
-@pytest.mark.parametrize(("word", "near"), [("trian", "`sdlm train`"), ("exprot", "`sdlm export`"), ("x", "one of: ")])
+@pytest.mark.parametrize(
+    ("word", "near"),
+    [
+        ("trian", "`sdlm train`"),
+        ("exprot", "`sdlm export`"),
+        ("help", "`sdlm --help`"),
+        ("--verson", "`sdlm --version`"),
+        ("x", "one of: "),
+    ],
+)
 def test_unknown_command_suggests_the_nearest(word: str, near: str) -> None:
     with pytest.raises(UserError, match=f"unknown command {word}") as raised:
         main([word, "--help"])
@@ -39,6 +48,18 @@ def test_command_receives_its_arguments(capsys: pytest.CaptureFixture[str]) -> N
     with pytest.raises(SystemExit):
         main(["train", "--config", "tiny", "--print-config", "--train.steps=3"])
     assert "  steps: 3\n" in capsys.readouterr().out
+
+
+def test_a_reader_that_leaves_causes_no_traceback() -> None:
+    """Output that is larger than the pipe's buffer, and output that is only flushed at the end."""
+    for size in (10**6, 10):
+        code = f"from sdlm_megatron.errors import run_cli; run_cli(lambda argv: print('x' * {size}))"
+        process = subprocess.Popen(
+            [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=REPO
+        )
+        assert process.stdout and process.stderr
+        process.stdout.close()
+        assert (process.stderr.read(), process.wait()) == (b"", 141)
 
 
 @pytest.fixture
