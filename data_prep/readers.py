@@ -11,7 +11,16 @@ import orjson
 
 from data_prep.build_config import SourceConfig
 from data_prep.columnar import ColumnarTable, as_bytes, open_hub, open_table
-from data_prep.sources import InputRow, Unreadable, check_schema, detect_format, files, is_lines, read_json_list
+from data_prep.sources import (
+    InputRow,
+    Unreadable,
+    check_schema,
+    detect_format,
+    files,
+    is_lines,
+    read_json,
+    read_json_list,
+)
 from sdlm_megatron.errors import DataError
 
 LINES, ROWS = "lines", "rows"
@@ -84,7 +93,7 @@ def detect_source_format(source: SourceConfig) -> str:
         unit = InputUnit(0, str(file), LINES, 0, file.stat().st_size, _stamp(file))
         rows = [(where(unit, row.place, 0), row.content) for row in islice(_line_rows(unit), 100)]
     else:
-        content = json.loads(file.read_bytes())
+        content = read_json(file)
         if isinstance(content, dict):  # ShareGPT meta JSON: its entries name the files
             return "sharegpt"
         rows = [(f"{file}, row {i}", row) for i, row in enumerate(read_json_list(file)[:100])]

@@ -217,6 +217,9 @@ def _value(line: bytes) -> Any:
         return None
 
 
+LIST_OF_ROWS = "write one list, [row, row, ...], or one row per line into a .jsonl file"
+
+
 def read_json(file: Path) -> Any:
     """The content of a JSON file; DataError if it is missing or not JSON."""
     try:
@@ -224,14 +227,15 @@ def read_json(file: Path) -> Any:
     except FileNotFoundError:
         raise DataError("no such file", str(file), "check `path`") from None
     except (ValueError, RecursionError) as error:
-        raise DataError(f"the file is not JSON: {error}", str(file)) from None
+        raise DataError(f"the file is not JSON: {error}", str(file), LIST_OF_ROWS) from None
 
 
 def read_json_list(file: Path) -> list[Any]:
     """The rows of a JSON file that contains one list; DataError otherwise."""
     content = read_json(file)
     if not isinstance(content, list):
-        raise DataError(f"the file contains a {type(content).__name__}, not a list of rows", str(file))
+        what = f"the file contains one value of type {type(content).__name__}, not a list of rows"
+        raise DataError(what, str(file), LIST_OF_ROWS)
     return content
 
 

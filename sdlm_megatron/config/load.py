@@ -159,7 +159,7 @@ def _merge(base: DictConfig, new: DictConfig, where: str) -> DictConfig:
         return cast(DictConfig, OmegaConf.merge(base, new))
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or "a setting"
-        kinds = {setting.key: setting.type for setting in settings_of(OmegaConf.get_type(base))}
+        kinds = {setting.key: setting.type for setting in settings_of(cast(type, OmegaConf.get_type(base)))}
         if key in kinds:
             what = f"{key} is {OmegaConf.select(new, key)!r}, not {TYPES.get(kinds[key], kinds[key])}"
             raise ConfigError(what, where, f"set {key} to {TYPES.get(kinds[key], kinds[key])}") from None

@@ -196,8 +196,8 @@ class ObserveConfig:
     wandb_project: str = "sdlm_megatron"
     """Weights & Biases project."""
     sample_every: int = 0
-    """Steps between samples: four prompts of the dataset are decoded, at a cost of up to 32 forward passes of a whole
-    row. 0: no samples."""
+    """Steps between samples: up to four prompts of the dataset are decoded, at a cost of up to 32 forward passes of a
+    whole row; the last step always has samples. 0: never."""
     validate_every: int = 500
     """Steps between evaluations of data.validation; the last step always has one. 0: never."""
     validation_rows: int = 64

@@ -309,8 +309,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
     if not isinstance(manifest, dict):
         raise DataError("the manifest is not a JSON object", str(file), rebuild)
     if manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
-        actual = f"{manifest.get('format')} version {manifest.get('version')}"
-        raise DataError(f"this is {actual}, not {FORMAT} version {VERSION}", str(file), rebuild)
+        actual = f"format {manifest.get('format')!r}, version {manifest.get('version')!r}"
+        raise DataError(f"the manifest has {actual}, not {FORMAT} version {VERSION}", str(file), rebuild)
     if missing := [k for k in (*REQUIRED, "epochs", "counts", "part_rows", "files") if k not in manifest]:
         raise DataError(f"the manifest lacks {missing}", str(file), rebuild)
     # Last, because a manifest of another version may be checksummed differently.

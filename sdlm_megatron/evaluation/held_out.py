@@ -52,7 +52,8 @@ def read_prompts(path: Path, most: int = 0) -> list[HeldOutPrompt]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"the prompts cannot be read: {error}", str(path), fix) from None
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"the prompts cannot be read: {reason}", str(path), fix) from None
     prompts = []
     for number, line in enumerate(lines[: most or None], 1):
         where = f"{path}, line {number}"

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sdlm_megatron.config.command_line import make_parser, parse_with_settings
+from sdlm_megatron.config.command_line import at_least, make_parser, parse_with_settings
 from sdlm_megatron.config.load import PRESETS, load_config, preset_names
 from sdlm_megatron.config.schema import ModelConfig, RunConfig
 from sdlm_megatron.config.validate import check_model, check_values
@@ -39,8 +39,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--gpus", type=int, required=True, metavar="N", help=f"number of GPUs, 1 to {MOST_GPUS}")
     parser.add_argument("--gpu", choices=DEVICES, default="h100", help="kind of GPU")
     parser.add_argument("--data", default="", metavar="DIR", help="a packed dataset; default: the published mixture")
-    parser.add_argument("--price", type=float, default=0.0, metavar="USD", help="price of a GPU-hour")
-    parser.add_argument("--top", type=int, default=5, metavar="K", help="layouts to show; 0: only that of the preset")
+    parser.add_argument("--price", type=at_least(0, float), default=0.0, metavar="USD", help="price of a GPU-hour")
+    parser.add_argument(
+        "--top", type=at_least(0), default=5, metavar="K", help="layouts to show; 0: only that of the preset"
+    )
     parser.add_argument("--fp8", action="store_true", help="same as --train.fp8=current")
     parser.add_argument(
         "--assume", action="append", default=[], metavar="NAME=VALUE", help="set an assumption (below); repeatable"

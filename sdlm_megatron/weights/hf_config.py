@@ -14,7 +14,7 @@ _MODEL_TYPES = ("qwen2", "llama")
 NAME_A_MODEL = (
     "name a Hugging Face folder on this machine; a training run becomes one with sdlm export --ckpt RUN --out FOLDER"
 )
-"""How to fix an argument that is not a model folder."""
+"""The fix for an argument that is not a model folder."""
 
 
 @dataclass(frozen=True)

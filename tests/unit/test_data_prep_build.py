@@ -15,7 +15,7 @@ import yaml
 from rich.console import Console
 
 from data_prep.accounting import Tally
-from data_prep.build import build, build_parser, main
+from data_prep.build import build, build_parser, main, read_command_line
 from data_prep.build_config import PRESETS, BuildConfig, SourceConfig, check
 from data_prep.build_report import short
 from data_prep.chat import parse, render
@@ -316,6 +316,14 @@ def test_single_source_builds_without_config_file(
     assert f"hub:{folder}: source format query_response" in capsys.readouterr().out
     folder_files, hub_files = (PackedDataset(tmp_path / f"{n}-out").manifest["files"] for n in ("folder", "hub"))
     assert folder_files == hub_files
+
+
+def test_a_json_file_that_is_no_list_of_rows_is_named(tmp_path: Path) -> None:
+    for text, message in (("{oops", "the file is not JSON"), ("5", "one value of type int, not a list of rows")):
+        (tmp_path / "rows.json").write_text(text)
+        with pytest.raises(DataError, match=message) as caught:
+            read_command_line(["--input", str(tmp_path / "rows.json")])
+        assert str(tmp_path / "rows.json") in caught.value.where and caught.value.fix
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,7 @@ def _edit(**change: object):
         (lambda f: (f / "manifest.json").unlink(), "no manifest.json"),
         (lambda f: (f / "manifest.json").write_text("{"), "not JSON"),
         (_edit(version=0), "version 0"),
-        (_edit(mask_token_id=None, format="other"), "this is other"),
+        (_edit(mask_token_id=None, format="other"), "format .other."),
     ],
 )
 def test_damaged_files_are_reported(tmp_path: Path, damage, message: str) -> None:

@@ -128,11 +128,9 @@ def test_an_unknown_option_and_no_nodes_are_usage_errors(capsys: pytest.CaptureF
 
 
 def test_dry_run_says_what_was_not_checked(user: dict[str, str], tmp_path: Path) -> None:
-    """A folder that exists and is no dataset, and a GPU that the planner does not have."""
+    """A folder that exists and is no dataset."""
     (tmp_path / "data").mkdir()
-    (tmp_path / "clusters" / "mine.yaml").write_text("gpu: a100\n")
     line = (sys.executable, "-m", "sdlm_megatron.cli", "submit", "train_3b_d4", "--cluster", "mine", "--dry-run")
     done = run(*line, cwd=tmp_path, env={**user, "PYTHONPATH": str(REPO)})
     assert done.returncode == 0, done.stderr
     assert f"{tmp_path / 'data'} is not a packed dataset on this machine" in done.stdout
-    assert "not estimated: the cluster's gpu is a100" in done.stdout

@@ -25,7 +25,6 @@ from sdlm_megatron.ops.driver import slurm_commands as slurm
 from sdlm_megatron.ops.driver.cluster_file import CLUSTER_HELP, CLUSTERS, SCRIPTS, cluster_path, load_cluster
 from sdlm_megatron.ops.driver.launch import LAUNCHERS, VARIABLES, variable_overrides
 from sdlm_megatron.ops.driver.verdict import read_bad_nodes
-from sdlm_megatron.planner.assumptions import DEVICES
 
 MINIMUM_SECONDS = 600  # time for the pre-flight, the start and some training steps
 KEPT_VARIABLES = (*VARIABLES, "PYTHON", "CONFIG", "OUT", "MODEL", "HELDOUT")
@@ -211,9 +210,6 @@ class Submission:
             print(f"{self.run.data.path} {state} on this machine: data, base model and tokenizer were not checked")
             settings = [setting for setting in settings if not setting.startswith("--data.path=")]
         print("\n# memory and time, by the planner", flush=True)
-        if self.cluster.gpu not in DEVICES:
-            print(f"not estimated: the cluster's gpu is {self.cluster.gpu}, the planner has {', '.join(DEVICES)}")
-            return passed
         plan = [sys.executable, "-m", "sdlm_megatron.cli", "plan", self.script.preset, "--gpus", str(self.processes)]
         done = subprocess.run([*plan, "--gpu", self.cluster.gpu, "--top", "0", *settings])
         return passed and done.returncode == 0
