@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sdlm_megatron.config.command_line import make_config_parser, parse_config
+from sdlm_megatron.config.command_line import at_least, make_config_parser, parse_config
 from sdlm_megatron.config.load import PRESETS
 from sdlm_megatron.config.schema import ModelConfig, ParallelConfig, RunConfig
 from sdlm_megatron.config.validate import check_run
@@ -38,7 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--find-nan",
-        type=int,
+        type=at_least(0),
         default=0,
         metavar="STEP",
         help="in this step check every module and gradient (slow), and report where numbers stop being finite",

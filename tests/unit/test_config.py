@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 from dataclasses import asdict
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from sdlm_megatron.config.command_line import join_values, make_config_parser, p
 from sdlm_megatron.config.explain import settings_help, settings_of
 from sdlm_megatron.config.load import PRESETS, load_config, preset_names, to_yaml
 from sdlm_megatron.config.schema import DiffusionConfig, ModelConfig, RunConfig
-from sdlm_megatron.config.validate import check_model, check_run
+from sdlm_megatron.config.validate import CHOICES, check_model, check_run
 from sdlm_megatron.errors import ConfigError, ReplicaError, TrainingError, UserError
 from sdlm_megatron.ops.driver.cluster_file import ClusterFile
 from sdlm_megatron.weights.checkpoint_folder import read_state
@@ -51,6 +52,14 @@ def test_recipes_match_the_published_ones() -> None:
         optimizer = config.optimizer
         assert (optimizer.lr, optimizer.beta1, optimizer.beta2, optimizer.eps) == (5e-6, 0.9, 0.999, 1e-8)
         assert (optimizer.weight_decay, optimizer.clip_grad, config.train.seed) == (0.01, 1.0, 42)
+
+
+def test_help_lists_exactly_the_accepted_values() -> None:
+    """A setting with fixed values repeats them in its help text: `a (remark) | b | c.`"""
+    texts = {setting.key: setting.text for setting in settings_of(RunConfig)}
+    for key, accepted in CHOICES.items():
+        listed = re.sub(r"\([^)]*\)", "", texts[key]).rpartition(": ")[2].partition(".")[0]
+        assert tuple(word.strip() for word in listed.split("|")) == accepted, key
 
 
 def test_overrides_and_extends(tmp_path: Path) -> None:
