@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -78,13 +79,14 @@ def test_commands_work_without_data(installed: Installation) -> None:
 
 
 def test_submit_finds_its_scripts(installed: Installation) -> None:
-    """Without sbatch only the last step fails; everything before it is printed."""
+    """Every check but Slurm's own passes without a cluster."""
     (installed.folder / "clusters").mkdir()
     (installed.folder / "clusters" / "mine.yaml").write_text("gpus_per_node: 4\npartition: mine\n")
     for cluster, text in (("example", "8 = 232 processes"), ("mine", "--partition=mine")):
         command = ("sdlm", "submit", "train_32b_d4", "--cluster", cluster, "--dry-run")
         done = installed.run(*command, check=False, DATA="data", BASE="base")
         assert text in done.stdout, done.stdout + done.stderr
+        assert done.returncode == 0 or shutil.which("sbatch"), done.stdout + done.stderr
         assert "ops/slurm/train_32b_d4.sh" in done.stdout and "Traceback" not in done.stderr
 
 

@@ -10,6 +10,7 @@ import difflib
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -191,6 +192,9 @@ class Submission:
         print(f"# the job\n{self.shell_text()}", flush=True)
         passed = self._check_training() if self.script.preset else True
         line = self.command()
+        if shutil.which(line[0]) is None:  # planning happens on laptops too
+            print("# sbatch is not installed on this machine: Slurm did not check the job")
+            return passed
         print("# sbatch --test-only", flush=True)
         code, output = slurm.command(line[0], "--test-only", *line[1:])
         print(output)
