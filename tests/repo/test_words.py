@@ -19,7 +19,7 @@ AREAS = (
     "data_prep",
     "checkpoints_tools",
     "dev",
-    "tests/unit",
+    *(f"tests/{name}" for name in ("unit", "distributed", "parity", "gpu", "slurm", "fixtures")),
 )
 OPENING = re.compile(r"(What|Which|Where|How|Who)\b")
 """A docstring names its subject first."""
