@@ -212,8 +212,8 @@ def test_mismatched_settings_are_reported_in_one_line(tmp_path: Path) -> None:
         ({"diffusion.block_size": 8}, "diffusion.block_size is 8, the dataset was built with 4"),
         ({"data.path": other_mask}, "mask token has id 200, the model's 259"),
         ({"model.num_layers": 3}, "model.num_layers is 3, the base has 2"),
-        ({"data.path": tmp_path / "nowhere"}, "not a packed dataset"),
-        ({"checkpoint.base": tmp_path / "nowhere"}, "config.json"),
+        ({"data.path": tmp_path / "nowhere"}, "no such folder\n  where: "),
+        ({"checkpoint.base": tmp_path / "absent"}, "absent\n  fix:   "),
         ({"optimizer.lrate": 1}, "did you mean"),
     ]
     for change, message in cases:
