@@ -1,10 +1,16 @@
-"""Atomic file writes (write beside, fsync, rename) and checksums."""
+"""Files: atomic writes (write beside, fsync, rename), checksums, and checked reads of files that others wrote."""
 
 import hashlib
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, TypeVar
+
+from sdlm_megatron.errors import UserError
+
+MOST_JSON_BYTES = 256 << 20
+"""Largest JSON file that is read whole; a tokenizer of 256,000 entries takes 33 MB."""
+T = TypeVar("T")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -50,6 +56,104 @@ def sha256(path: Path) -> str:
     """SHA-256 of a file, in hex."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_json(path: Path, error: type[UserError], fix: str = "", most_bytes: int = MOST_JSON_BYTES) -> Any:
+    """Content of a JSON file that may come from a stranger.
+
+    Args:
+        error: class of the error, such as CheckpointError.
+        fix: last line of the message; "": a sentence about replacing the file.
+        most_bytes: larger files are refused before they are read.
+
+    Raises:
+        error: the file is absent, too large, not UTF-8, not JSON, nested too deeply, or holds NaN or infinity.
+    """
+    fix = fix or f"replace {path.name} by an intact copy"
+
+    def refuse_constant(name: str) -> NoReturn:
+        raise ValueError(f"{name} is not a JSON number")
+
+    try:
+        size = path.stat().st_size
+        if size > most_bytes:
+            raise error(f"{path.name} has {size:,} bytes, more than the {most_bytes:,} that are read", str(path), fix)
+        return json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse_constant)
+    except FileNotFoundError:
+        raise error(f"{path.name} is missing", str(path), fix) from None
+    except RecursionError:
+        raise error(f"{path.name} is nested too deeply", str(path), fix) from None
+    except OSError as problem:
+        raise error(f"{path.name} cannot be read: {problem.strerror}", str(path), fix) from None
+    except ValueError as problem:  # JSONDecodeError, UnicodeDecodeError, a number of too many digits
+        raise error(f"{path.name} is not valid JSON: {problem}", str(path), fix) from None
+
+
+def read_json_object(path: Path, error: type[UserError], fix: str = "") -> dict[str, Any]:
+    """`read_json` of a file that must hold an object."""
+    content = read_json(path, error, fix)
+    if not isinstance(content, dict):
+        raise error(f"{path.name} holds {_kind(content)}, not an object", str(path), fix)
+    return content
+
+
+def checked(
+    content: dict[str, Any], key: str, kind: type[T], path: Path, error: type[UserError], least: float | None = None
+) -> T:
+    """A field of a JSON object, if it has the type `kind` and is at least `least`.
+
+    A bool is no int, an int is a float.
+
+    Raises:
+        error: the field is absent or has another type or a smaller value; the message names file and field.
+    """
+    where = f"{path}, field {key}"
+    if key not in content:
+        raise error(f"the field {key} is missing", where, f"replace {path.name} by an intact copy")
+    value = content[key]
+    number = kind is float and type(value) is int
+    if not (number or (isinstance(value, kind) and (kind is bool or not isinstance(value, bool)))):
+        raise error(f"{key} is {_kind(value)}, not {_NAMES.get(kind, kind.__name__)}", where)
+    if least is not None and value < least:
+        raise error(f"{key} is {value}, below {least:g}", where)
+    return value
+
+
+_NAMES = {dict: "an object", list: "a list", str: "text", bool: "true or false", int: "a whole number"} | {
+    float: "a number",
+    type(None): "null",
+}
+
+
+def _kind(value: Any) -> str:
+    """The type of a JSON value in words, with the value where it is short."""
+    name = _NAMES.get(type(value), type(value).__name__)
+    return name if isinstance(value, (dict, list)) or value is None else f"{name} ({str(value)[:40]!r})"
+
+
+def regular_file(folder: Path, name: str, error: type[UserError]) -> Path:
+    """Path of a file of a folder that may come from a stranger. Links that lead out of the folder are not followed.
+
+    A link to a file inside the folder is fine, and so is a link of a Hugging Face cache from snapshots/REVISION to the
+    blobs beside it.
+
+    Args:
+        name: relative path of the file.
+
+    Raises:
+        error: the file is absent, leads out of the folder, or is a device, pipe, socket or folder.
+    """
+    path, root = folder / name, folder.resolve()
+    allowed = [root, *([root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [])]
+    target = path.resolve()
+    if Path(name).is_absolute() or not any(target.is_relative_to(place) for place in allowed):
+        fix = f"copy the file to its place, if you trust it: cp --remove-destination '{target}' '{path}'"
+        raise error(f"{name} leads out of its folder, to {target}", str(path), fix)
+    if not target.exists():
+        raise error(f"{name} is missing", str(path))
+    if not target.is_file():
+        raise error(f"{name} is not a regular file", str(path))
+    return path
 
 
 class HashedFile:

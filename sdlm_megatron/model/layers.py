@@ -151,22 +151,3 @@ def start_tensor_overlap(config: "TransformerConfig", row_length: int) -> None:
             OVERLAP_KEY,
             f"--{OVERLAP_KEY}=false",
         ) from error
-
-
-def optimizer_text() -> str:
-    """Adam implementation and gradient norm kernels that Megatron-Core has chosen, for the console."""
-    adam = import_module("megatron.core.optimizer").Adam
-    norm = import_module("megatron.core.optimizer.clip_grads").l2_norm_impl
-    makers = [(x.__module__ or "other").split(".")[0] for x in (adam, norm)]
-    adams, norms = (_MAKERS.get(m, m) for m in makers)
-    return f"{adams} {adam.__name__}, gradient norms by {norms} kernels"
-
-
-_MAKERS = {
-    "transformer_engine": "TransformerEngine's",
-    "transformer_engine_torch": "TransformerEngine's",
-    "apex": "Apex's",
-    "amp_C": "Apex's",
-    "torch": "torch's fused",
-    "megatron": "Megatron-Core's",
-}

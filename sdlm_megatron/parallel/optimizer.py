@@ -6,6 +6,7 @@ same.
 """
 
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -160,3 +161,22 @@ def clip(optimizer: MegatronOptimizer, norm: torch.Tensor, limit: float) -> None
 def _parts(optimizer: MegatronOptimizer) -> list[Any]:
     """The optimizers of a chained optimizer that hold parameters on this process."""
     return [part for part in getattr(optimizer, "chained_optimizers", [optimizer]) if part.optimizer is not None]
+
+
+def optimizer_text() -> str:
+    """Adam implementation and gradient norm kernels that Megatron-Core has chosen, for the console."""
+    adam = import_module("megatron.core.optimizer").Adam
+    norm = import_module("megatron.core.optimizer.clip_grads").l2_norm_impl
+    makers = [(x.__module__ or "other").split(".")[0] for x in (adam, norm)]
+    adams, norms = (_MAKERS.get(m, m) for m in makers)
+    return f"{adams} {adam.__name__}, gradient norms by {norms} kernels"
+
+
+_MAKERS = {
+    "transformer_engine": "TransformerEngine's",
+    "transformer_engine_torch": "TransformerEngine's",
+    "apex": "Apex's",
+    "amp_C": "Apex's",
+    "torch": "torch's fused",
+    "megatron": "Megatron-Core's",
+}

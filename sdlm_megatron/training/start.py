@@ -19,11 +19,11 @@ from sdlm_megatron.data.format import PackedDataset
 from sdlm_megatron.errors import CheckpointError
 from sdlm_megatron.metrics.console import Console
 from sdlm_megatron.metrics.sinks import Sinks
-from sdlm_megatron.model.layers import optimizer_text
 from sdlm_megatron.ops.attempt import record_event
 from sdlm_megatron.ops.rank.watchdog import Watch
 from sdlm_megatron.parallel.engine import Engine
 from sdlm_megatron.parallel.groups import Groups, close_groups, init_groups
+from sdlm_megatron.parallel.optimizer import optimizer_text
 from sdlm_megatron.planner.flops import peak_flops
 from sdlm_megatron.training.evaluation_hooks import SampleHook, ValidationHook
 from sdlm_megatron.training.hooks import CheckpointHook, HealthHook, Hook, TrainingRun

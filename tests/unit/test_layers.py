@@ -159,7 +159,7 @@ def test_arguments_exist_in_megatron_core(make_engine: Callable) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what is so on a CPU")
 def test_run_logs_its_optimizer(make_engine: Callable, tmp_path: Path) -> None:
-    from sdlm_megatron.model.layers import optimizer_text
+    from sdlm_megatron.parallel.optimizer import optimizer_text
 
     engine = make_engine(make_hf(tmp_path / "hf"))
     assert engine.layers.text == "megatron: there is no GPU"

@@ -1,0 +1,89 @@
+"""Checked reads of files that others wrote: JSON with limits and types, and links that lead out of a folder."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from sdlm_megatron.errors import CheckpointError
+from sdlm_megatron.files import checked, read_json, read_json_object, regular_file
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"a": NaN}', "NaN is not a JSON number"),
+        (b'{"a": -Infinity}', "-Infinity is not a JSON number"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b'{"a"', "not valid JSON"),
+        (b'{"a": "\xff"}', "not valid JSON"),
+        (b'{"a": ' + b"9" * 10_000 + b"}", "not valid JSON"),
+        (b'{"a": "' + b"x" * 2000 + b'"}', "more than the 1,000 that are read"),
+    ],
+)
+def test_hostile_json_is_refused_with_the_file(tmp_path: Path, content: bytes, message: str) -> None:
+    file = tmp_path / "run.json"
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        read_json(file, CheckpointError, most_bytes=1000 if b"xx" in content else 1 << 20)
+    assert str(file) in caught.value.where
+
+
+def test_absent_file_and_other_types_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="run.json is missing"):
+        read_json(tmp_path / "run.json", CheckpointError)
+    (tmp_path / "run.json").write_text("[1]")
+    with pytest.raises(CheckpointError, match="holds a list, not an object"):
+        read_json_object(tmp_path / "run.json", CheckpointError)
+
+
+def test_fields_are_checked_for_type_and_range(tmp_path: Path) -> None:
+    file = tmp_path / "state.json"
+    content = {"step": 3, "lr": 1, "yes": True, "text": "3"}
+    assert checked(content, "step", int, file, CheckpointError, least=0) == 3
+    assert checked(content, "lr", float, file, CheckpointError) == 1
+    assert checked(content, "yes", bool, file, CheckpointError) is True
+    for key, kind, message in (
+        ("yes", int, "yes is true or false .'True'., not a whole number"),
+        ("text", int, "text is text .'3'., not a whole number"),
+        ("none", int, "the field none is missing"),
+    ):
+        with pytest.raises(CheckpointError, match=message) as caught:
+            checked(content, key, kind, file, CheckpointError)
+        assert f"field {key}" in caught.value.where
+    with pytest.raises(CheckpointError, match="step is 3, below 4"):
+        checked(content, "step", int, file, CheckpointError, least=4)
+
+
+def test_links_out_of_a_folder_are_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (tmp_path / "secret").write_text("token")
+    (folder / "real.json").write_text("{}")
+    os.symlink(tmp_path / "secret", folder / "link.json")
+    os.symlink("real.json", folder / "alias.json")
+    os.mkfifo(folder / "pipe.json")
+    for name in ("real.json", "alias.json"):
+        assert regular_file(folder, name, CheckpointError) == folder / name
+    for name, message in (
+        ("link.json", "leads out of its folder, to .*secret"),
+        ("../secret", "leads out of its folder"),
+        (str(tmp_path / "secret"), "leads out of its folder"),
+        ("pipe.json", "not a regular file"),
+        ("none.json", "is missing"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            regular_file(folder, name, CheckpointError)
+
+
+def test_links_of_a_hub_cache_into_its_blobs_are_followed(tmp_path: Path) -> None:
+    snapshot = tmp_path / "models--a--b" / "snapshots" / "abc"
+    blobs = tmp_path / "models--a--b" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    (blobs / "123").write_text("{}")
+    os.symlink("../../blobs/123", snapshot / "config.json")
+    assert regular_file(snapshot, "config.json", CheckpointError).read_text() == "{}"
+    os.symlink("/etc/passwd", snapshot / "tokenizer.json")
+    with pytest.raises(CheckpointError, match="leads out of its folder"):
+        regular_file(snapshot, "tokenizer.json", CheckpointError)
