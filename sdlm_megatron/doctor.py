@@ -105,7 +105,7 @@ def _gpu_library(name: str) -> str:
 
 
 def _bf16() -> str:
-    from sdlm_megatron.bf16 import bf16_cost, slow_bf16
+    from sdlm_megatron.config.hardware import bf16_cost, slow_bf16
 
     if slow := slow_bf16():
         raise Problem(slow)

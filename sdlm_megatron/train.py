@@ -69,7 +69,7 @@ def train(config: RunConfig, watch: Watch | None, *, profile: str | None = None,
     """
     # Imported here, so that errors are reported before Megatron's ten seconds of imports, and so that the helper
     # processes of a checkpoint save, which import this module again, start at once.
-    from sdlm_megatron.bf16 import slow_bf16
+    from sdlm_megatron.config.hardware import slow_bf16
     from sdlm_megatron.data.format import PackedDataset
     from sdlm_megatron.training import run_plan
 

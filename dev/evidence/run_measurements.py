@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dev.evidence.experiment import ARMS, MAIN, Arm
-from sdlm_megatron.bf16 import best_precision
 from sdlm_megatron.config.command_line import make_parser
+from sdlm_megatron.config.hardware import best_precision
 from sdlm_megatron.errors import DataError, run_cli
 from sdlm_megatron.files import write_text
 

@@ -22,8 +22,8 @@ from dev.evidence.experiment import ARMS, DOCUMENTS_PER_STEP, MAIN, RATES, VARIA
 from dev.quickstart.base_model import make_smollm2
 from dev.quickstart.pipeline import run_command
 from dev.quickstart.task import messages_row
-from sdlm_megatron.bf16 import best_precision
 from sdlm_megatron.config.command_line import make_parser
+from sdlm_megatron.config.hardware import best_precision
 from sdlm_megatron.data.tokenizer_identity import special_token_id, vocabulary_size
 from sdlm_megatron.errors import UserError, run_cli
 from sdlm_megatron.files import write_json, write_text

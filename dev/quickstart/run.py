@@ -12,8 +12,8 @@ from pathlib import Path
 
 from dev.quickstart.base_model import make_smollm2
 from dev.quickstart.pipeline import Demonstration, Pipeline, Split
-from sdlm_megatron.bf16 import best_precision, slow_bf16
 from sdlm_megatron.config.command_line import make_parser
+from sdlm_megatron.config.hardware import best_precision, slow_bf16
 from sdlm_megatron.errors import run_cli
 
 QUICKSTART = Demonstration(

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from jinja2 import TemplateError
 
-from sdlm_megatron.bf16 import slow_bf16
+from sdlm_megatron.config.hardware import default_device, slow_bf16
 from sdlm_megatron.data.chatml import DEFAULT_SYSTEM, IM_END, IM_START
 from sdlm_megatron.data.tokenizer_identity import has_tokenizer, vocabulary_size
 from sdlm_megatron.diffusion.decode import ALGORITHMS, Decoded, Stop, decode
@@ -374,7 +374,7 @@ def _check_folder(folder: Path) -> HFConfig:
 
 def _device(name: str | None) -> torch.device:
     if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return default_device()
     try:
         device = torch.device(name)
         # torch.device accepts "cuda" on a machine without one; only an allocation tells

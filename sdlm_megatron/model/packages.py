@@ -5,7 +5,6 @@ work. So an installation that cannot work (no GPU, built for another torch, PyPI
 from every later import.
 """
 
-import os
 import sys
 from dataclasses import dataclass
 from functools import cache
@@ -14,9 +13,11 @@ from importlib.util import find_spec
 
 import torch
 
+from sdlm_megatron.config.hardware import gpu_available, gpu_number
+
 LIBRARY_ERRORS = (RuntimeError, ValueError, TypeError, KeyError, AttributeError, AssertionError, ImportError, OSError)
 """Errors that packages raise when they were built for another torch, CUDA or driver."""
-NO_GPU = "there is no GPU"
+NO_GPU, NOT_INSTALLED = "there is no GPU", "it is not installed"
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,8 @@ class Packages:
 def find_packages() -> Packages:
     """Detects the packages once and hides those that do not work. Must run before megatron is imported."""
     gpu = None
-    if torch.cuda.is_available():
-        gpu = torch.cuda.get_device_capability(int(os.environ.get("LOCAL_RANK", 0)))
+    if gpu_available():
+        gpu = torch.cuda.get_device_capability(gpu_number())
     packages = Packages(
         gpu,
         _find("transformer_engine", ("transformer_engine.pytorch", "transformer_engine.pytorch.optimizers"), gpu),
@@ -60,7 +61,7 @@ def find_packages() -> Packages:
 def _find(name: str, parts: tuple[str, ...], gpu: tuple[int, int] | None) -> Package:
     """The package `name`, usable if all `parts` that Megatron-Core imports from it can be imported."""
     if find_spec(name) is None:
-        return Package(problem="it is not installed")
+        return Package(problem=NOT_INSTALLED)
     if gpu is None:
         return Package(problem=NO_GPU)
     try:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from sdlm_megatron.config.hardware import cpu_reason, gpu_available
 from sdlm_megatron.model.packages import find_packages
 
 _installed = False
@@ -67,8 +68,14 @@ class _NoOp:
 
 
 def install() -> bool:
-    """Redirects CUDA calls to the CPU if there is no GPU. Returns whether the redirect is active."""
+    """Redirects CUDA calls to the CPU if there is no GPU. Returns whether the redirect is active.
+
+    Raises:
+        ConfigError: there is a GPU, which torch cannot use.
+    """
     global _installed
+    if not gpu_available():
+        cpu_reason()
     find_packages()
     if torch.cuda.is_available() or _installed:
         return _installed

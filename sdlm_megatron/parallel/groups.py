@@ -10,6 +10,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from sdlm_megatron.config.hardware import cpu_reason, default_device
 from sdlm_megatron.config.schema import ParallelConfig
 
 
@@ -43,6 +44,13 @@ class Groups:
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
 
     @property
+    def device_text(self) -> str:
+        """Device and communication for the console, with the reason for a CPU."""
+        if self.device.type == "cpu":
+            return f"cpu over gloo: {cpu_reason()}"
+        return f"{self.device} over NCCL: {self.device_name}"
+
+    @property
     def main(self) -> bool:
         """Whether this is rank 0, which prints and writes."""
         return self.rank == 0
@@ -59,9 +67,8 @@ def init_groups(config: ParallelConfig, *, seed: int, timeout_minutes: int = 30)
 
     Rank and world size come from the environment (torchrun, srun); without it, the process runs alone.
     """
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
-    if cuda:
+    device = default_device()
+    if cuda := device.type == "cuda":
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         timeout = timedelta(minutes=timeout_minutes)
@@ -75,6 +82,7 @@ def init_groups(config: ParallelConfig, *, seed: int, timeout_minutes: int = 30)
         tensor_model_parallel_size=config.tensor,
         pipeline_model_parallel_size=config.pipeline,
         virtual_pipeline_model_parallel_size=config.virtual_pipeline if config.virtual_pipeline > 1 else None,
+        create_gloo_process_groups=False,  # for optimizer checkpoints of Megatron-Core, which are not used here
     )
     # as Megatron-LM does: pipeline stages must not start from the same random layers
     pp_rank = parallel_state.get_pipeline_model_parallel_rank()

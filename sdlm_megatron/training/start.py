@@ -69,6 +69,7 @@ def start_training(
         steps=plan.steps,
         initialize=plan.kind == "random",  # weights that are loaded would overwrite random ones
     )
+    log(f"device {groups.device_text}")
     log(f"attention {engine.attention.text}")
     log(f"layers {engine.layers.text}; {optimizer_text()}")
     sinks = _open_sinks(config, plan, watch, groups) if groups.main else None

@@ -143,7 +143,7 @@ class Cluster:
     def env(self) -> dict[str, str]:
         """Environment of programs that use this cluster, without that of any job this process may run in."""
         outside = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SBATCH_", "SDLM_"))}
-        return {**outside, "SLURM_CONF": str(self.conf)}
+        return {**outside, "SLURM_CONF": str(self.conf), "SDLM_DEVICE": "cpu"}  # the GPUs are fake
 
     # ------------------------------------------------------------------------------------------------ up and down
     def up(self) -> "Cluster":
