@@ -19,7 +19,7 @@ from sdlm_megatron.config.schema import CheckpointConfig
 from sdlm_megatron.files import HashedFile, rename_whole
 from sdlm_megatron.ops.attempt import record_event
 from sdlm_megatron.parallel.groups import Groups
-from sdlm_megatron.weights.checkpoint_folder import newest, step_of
+from sdlm_megatron.weights.checkpoint_folder import newest_step, step_folders
 
 _BLOCK = 8 * 1024**2
 _MARKER = "complete.json"
@@ -48,7 +48,7 @@ def copy_file(source: Path, target: Path, expected: Mapping[str, Any]) -> None:
 
 def keep_only(root: Path, folder: Path) -> None:
     """Removes all checkpoints of this node but `folder`."""
-    for old in root.glob("step-*"):
+    for _, old, _ in step_folders(root):
         if old != folder:
             shutil.rmtree(old, ignore_errors=True)  # races with the node's other processes
 
@@ -61,8 +61,7 @@ def carry_over(config: CheckpointConfig, run_dir: Path, groups: Groups, log: Cal
     root = local_root(config, run_dir)
     if root is None:
         return False
-    latest = newest(run_dir / "ckpt", lambda text: None)
-    everyone = groups.gather((step_of(latest) if latest else 0, _listing(root)))
+    everyone = groups.gather((max(0, newest_step(run_dir)), _listing(root)))
     newer = {step for _, listing in everyone for step in listing if step > everyone[0][0]}
     for step in sorted(newer, reverse=True):
         holders = [listing.get(step, ({}, None)) for _, listing in everyone]
@@ -83,10 +82,12 @@ def carry_over(config: CheckpointConfig, run_dir: Path, groups: Groups, log: Cal
 def _listing(root: Path) -> dict[int, tuple[dict[str, int], str | None]]:
     """By step: sizes of this node's files by name, and the text of complete.json if it is on this node."""
     listing = {}
-    for folder in root.glob("step-*"):
+    for step, folder, suffix in step_folders(root):
+        if suffix:
+            continue
         files = {str(p.relative_to(folder)): p.stat().st_size for p in folder.rglob("*") if p.is_file()}
         text = (folder / _MARKER).read_text() if _MARKER in files else None
-        listing[step_of(folder)] = (files, text)
+        listing[step] = (files, text)
     return listing
 
 

@@ -31,7 +31,7 @@ from sdlm_megatron.training.log_hook import LogHook
 from sdlm_megatron.training.profile import ProfileHook
 from sdlm_megatron.training.run_plan import RunPlan, make_run_plan
 from sdlm_megatron.training.trainer import Trainer
-from sdlm_megatron.weights.checkpoint_folder import set_aside, step_of
+from sdlm_megatron.weights.checkpoint_folder import set_aside, step_folders
 
 _PATIENCE = 60
 """Seconds within which all nodes must see the same checkpoints: shared folders are not consistent at once."""
@@ -181,6 +181,6 @@ def _wait_for_same_source(
 
 def _set_aside_incomplete(folder: Path, plan: RunPlan) -> None:
     """Renames incomplete checkpoints after the one in use: they must not count as the newest later on."""
-    for path in folder.glob("step-*"):
-        if not path.suffix and (plan.kind != "resume" or step_of(path) > plan.state.step):
+    for step, path, suffix in step_folders(folder):
+        if not suffix and (plan.kind != "resume" or step > plan.state.step):
             set_aside(path)

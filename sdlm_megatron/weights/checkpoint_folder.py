@@ -8,22 +8,22 @@
       complete.json   size and sha256 of all files; written last, in a folder that is then renamed into place
 
 A training checkpoint is RUN/ckpt/step-0000500. step-0000500.partial is an interrupted save, step-0000500.damaged one
-whose checksums did not match. An imported base has the same form without an optimizer. Nothing here imports Megatron,
-so that errors are reported before its ten seconds of imports.
+whose checksums did not match. All other names are not the run's, and are left alone. An imported base has the same form
+without an optimizer. Nothing here imports Megatron, so that errors are reported before its ten seconds of imports.
 """
 
-import json
 import os
+import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
-from sdlm_megatron.config.schema import DiffusionConfig, ModelConfig
+from sdlm_megatron.config.schema import DiffusionConfig, ModelConfig, RunConfig
 from sdlm_megatron.diffusion.settings import SDLMSettings
 from sdlm_megatron.errors import CheckpointError
-from sdlm_megatron.files import sha256
+from sdlm_megatron.files import checked, read_json_object, regular_file, sha256
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -34,7 +34,8 @@ TOKENIZER_FILES = (
     "merges.txt",
     "chat_template.jinja",
 )
-DAMAGED = ".damaged"
+DAMAGED, _PARTIAL = ".damaged", ".partial"
+_NAME = re.compile(r"step-(\d{7}|[1-9]\d{7,15})(\.partial|\.replaced\.partial|\.damaged|)", re.ASCII)
 ASSETS = ("config.json", "generation_config.json", *TOKENIZER_FILES)
 """Files of the base that travel with a checkpoint."""
 
@@ -75,28 +76,55 @@ class TrainState:
 def read_state(folder: Path) -> TrainState:
     """state.json of a complete checkpoint; CheckpointError when the folder is no checkpoint or is incomplete."""
     check_complete(folder)
-    try:
-        raw = json.loads((folder / "state.json").read_text())
-        raw["shape"] = _section(ModelConfig, raw["shape"])
-        raw["diffusion"] = _section(DiffusionConfig, {"target_shift": True, **raw["diffusion"]})
-        return TrainState(**raw)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(
-            f"state.json cannot be read: {error}", str(folder / "state.json"), "use another checkpoint"
-        ) from None
+    path = regular_file(folder, "state.json", CheckpointError)
+    raw = read_json_object(path, CheckpointError, "use another checkpoint")
+    shape, diffusion = (checked(raw, key, dict, path, CheckpointError) for key in ("shape", "diffusion"))
+    values = {
+        **raw,
+        "shape": ModelConfig(**_typed(ModelConfig, shape, path)),
+        "diffusion": DiffusionConfig(**_typed(DiffusionConfig, {"target_shift": True, **diffusion}, path)),
+    }
+    state = TrainState(**_typed(TrainState, {"eos_token_id": -1, **values}, path, whole=True))
+    for key, least in (("step", 0), ("consumed_rows", 0), ("rows_per_step", 0 if state.step == 0 else 1)):
+        checked(raw, key, int, path, CheckpointError, least)
+    return state
 
 
 def read_run(folder: Path) -> dict[str, Any]:
     """run.json of a complete checkpoint (see ops/run_facts.py); {} where there is none, as in an imported base."""
-    try:
-        content = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not os.path.lexists(folder / "run.json"):
         return {}
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"run.json cannot be read: {error}", str(folder / "run.json"), "copy the checkpoint again"
-        ) from None
-    return dict(content)
+    path = regular_file(folder, "run.json", CheckpointError)
+    content = read_json_object(path, CheckpointError, "copy the checkpoint again")
+    kinds = {"base": str, "settings": dict, "data_parallel": int, "data": dict, "losses": dict, "versions": dict}
+    for key in content.keys() & kinds.keys():
+        checked(content, key, kinds[key], path, CheckpointError)
+    sections, settings = get_type_hints(RunConfig), content.get("settings", {})
+    for section in settings.keys() & sections.keys():
+        section_values = checked(settings, section, dict, path, CheckpointError)
+        known = {f.name for f in fields(sections[section])}
+        _typed(sections[section], {k: v for k, v in section_values.items() if k in known}, path)
+    for key in (losses := content.get("losses", {})):
+        checked(losses, key, float, path, CheckpointError)
+    return content
+
+
+def _typed(kind: type, raw: dict[str, Any], path: Path, *, whole: bool = False) -> dict[str, Any]:
+    """`raw`, whose values have the types of a dataclass's fields; CheckpointError names any other.
+
+    Args:
+        whole: every field must be there.
+    """
+    hints = get_type_hints(kind)
+    # Dropping a setting that this version does not know could silently change the training.
+    if unknown := sorted(raw.keys() - hints.keys()):
+        raise CheckpointError(f"unknown keys {unknown}: written by another version", str(path), "use that version")
+    for key in hints if whole else raw:
+        hint = hints[key]
+        options = (dict,) if get_origin(hint) is dict else get_args(hint) or (hint,)  # bool | None has two
+        if not (raw.get(key) is None and type(None) in options):
+            checked(raw, key, options[0], path, CheckpointError)
+    return raw
 
 
 def check_complete(folder: Path) -> None:
@@ -105,12 +133,10 @@ def check_complete(folder: Path) -> None:
         fix = "name a run, its ckpt/step-NNNNNNN, or a folder that `sdlm import` wrote"
         raise CheckpointError("no such checkpoint folder", str(folder), fix)
     for name, (size, _) in _listed(folder).items():
-        file = folder / name
-        actual = file.stat().st_size if file.exists() else None
-        if actual != size:
+        if (actual := regular_file(folder, name, CheckpointError).stat().st_size) != size:
             raise CheckpointError(
-                f"{name} is missing" if actual is None else f"{name} has {actual} bytes instead of {size}",
-                str(file),
+                f"{name} has {actual} bytes instead of {size}",
+                str(folder / name),
                 "the checkpoint is truncated: copy it again or use another",
             )
 
@@ -128,7 +154,7 @@ def check_files(folder: Path, share: tuple[int, int] = (0, 1), only: str = "") -
     files = [entry for entry in files if only in ("", entry[0])]
     for name, (_, expected) in files[share[0] :: share[1]]:
         try:
-            actual = sha256(folder / name)
+            actual = sha256(regular_file(folder, name, CheckpointError))
         except OSError as error:
             raise CheckpointError(f"{name} cannot be read: {error}", str(folder / name), "use another") from None
         if actual != expected:
@@ -148,19 +174,60 @@ def _listed(folder: Path) -> dict[str, tuple[int, str]]:
             str(folder),
             "name a step-NNNNNNN folder or one that `sdlm import` wrote; an interrupted save cannot be used",
         )
+    content = read_json_object(regular_file(folder, marker.name, CheckpointError), CheckpointError, "use another")
+    entries = {name: checked(content, name, dict, marker, CheckpointError) for name in content}
+    return {
+        name: (
+            checked(entry, "size", int, marker, CheckpointError, 0),
+            checked(entry, "sha256", str, marker, CheckpointError),
+        )
+        for name, entry in entries.items()
+    }
+
+
+class StepFolder(NamedTuple):
+    """An entry of a run's ckpt folder that the run has written."""
+
+    step: int
+    path: Path
+    suffix: str
+    """ "" for a checkpoint; .partial, .replaced.partial or .damaged."""
+
+
+def step_folders(folder: Path) -> list[StepFolder]:
+    """The run's own folders in RUN/ckpt, ascending by step; [] where there is no such folder.
+
+    Other names, links and files are a user's, such as a copy step-0000500-good: nothing reads or removes them.
+
+    Raises:
+        CheckpointError: the folder cannot be listed. It does not count as empty: a run would start from its base again.
+    """
+    return sorted(entry for entry in _entries(folder) if isinstance(entry, StepFolder))
+
+
+def _entries(folder: Path) -> Iterator[StepFolder | Path]:
+    """Everything in RUN/ckpt, the run's own folders as StepFolder."""
     try:
-        entries = json.loads(marker.read_text())
-        return {name: (int(entry["size"]), str(entry["sha256"])) for name, entry in entries.items()}
-    except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
-        raise CheckpointError(f"complete.json is damaged: {error}", str(marker), "use another checkpoint") from None
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                match, path = _NAME.fullmatch(entry.name), folder / entry.name
+                own = match is not None and entry.is_dir(follow_symlinks=False)
+                yield StepFolder(int(match[1]), path, match[2]) if match and own else path
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise CheckpointError(f"the folder cannot be listed: {error.strerror}", str(folder)) from None
 
 
 def newest(folder: Path, log: Callable[[str], None]) -> Path | None:
-    """Newest complete checkpoint step-* in a run's ckpt folder; incomplete ones are skipped, and the log says why."""
-    for candidate in sorted(folder.glob("step-*"), reverse=True):
-        if candidate.suffix:
-            reason = {".partial": "an interrupted save", DAMAGED: "its checksums did not match at an earlier start"}
-            log(f"ignored {candidate}: {reason.get(candidate.suffix, 'not a checkpoint')}")
+    """Newest complete checkpoint in a run's ckpt folder; what is skipped is logged with the reason."""
+    for other in sorted(path for path in _entries(folder) if isinstance(path, Path)):
+        if not other.name.startswith("."):
+            log(f"ignored {other}: not {'a folder' if _NAME.fullmatch(other.name) else 'a name of a checkpoint'}")
+    for _, candidate, suffix in reversed(step_folders(folder)):
+        if suffix:
+            damaged = "its checksums did not match at an earlier start"
+            log(f"ignored {candidate}: {damaged if suffix == DAMAGED else 'an interrupted save'}")
             continue
         try:
             check_complete(candidate)
@@ -206,16 +273,16 @@ def prune(folder: Path, keep_last: int, keep_every: int = 0) -> None:
         keep_last: newest checkpoints to keep; 0: all.
         keep_every: also keep those whose step is a multiple of this; 0: none.
     """
-    folders = sorted(folder.glob("step-*"))
-    complete = [p for p in folders if not p.suffix]
-    for unfinished in folders:
-        if unfinished.suffix == ".partial" and complete and unfinished.name < complete[-1].name:
+    folders = step_folders(folder)
+    complete = [(step, path) for step, path, suffix in folders if not suffix]
+    for step, unfinished, suffix in folders:
+        if suffix.endswith(_PARTIAL) and complete and step < complete[-1][0]:
             shutil.rmtree(unfinished)
-    for old in complete[:-keep_last] if keep_last else []:
-        if keep_every and step_of(old) % keep_every == 0:
+    for step, old in complete[:-keep_last] if keep_last else []:
+        if keep_every and step % keep_every == 0:
             continue
         # Renamed first: a removal killed half-way must not leave a folder that looks like a checkpoint.
-        renamed = old.with_name(old.name + ".partial")
+        renamed = old.with_name(old.name + _PARTIAL)
         os.rename(old, renamed)
         shutil.rmtree(renamed)
 
@@ -249,11 +316,3 @@ def checksums(folder: Path, known: Mapping[str, dict[str, Any]] | None = None) -
         name = str(path.relative_to(folder))
         entries[name] = dict(known[name]) if name in known else {"size": path.stat().st_size, "sha256": sha256(path)}
     return entries
-
-
-def _section(kind: type, raw: dict) -> Any:
-    # Dropping a setting that this version does not know could silently change the training.
-    known = {f.name for f in fields(kind)}
-    if unknown := set(raw) - known:
-        raise ValueError(f"unknown keys {sorted(unknown)}: written by another version")
-    return kind(**raw)

@@ -1,0 +1,212 @@
+"""Names and files of a run's checkpoints: what belongs to the run, and content that is damaged or hostile."""
+
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sdlm_megatron.checkpoint.local_disk import _listing, keep_only
+from sdlm_megatron.config.schema import DiffusionConfig, ModelConfig
+from sdlm_megatron.errors import CheckpointError
+from sdlm_megatron.weights import checkpoint_folder
+from sdlm_megatron.weights.checkpoint_folder import (
+    TrainState,
+    check_complete,
+    check_files,
+    checksums,
+    find_checkpoint,
+    newest,
+    newest_step,
+    prune,
+    read_run,
+    read_state,
+    step_folder,
+)
+
+SHAPE = ModelConfig(2, 64, 96, 4, 2, 16, 264)
+
+
+def save(run: Path, step: int, **changes: Any) -> Path:
+    """A complete checkpoint without weights."""
+    folder = step_folder(run, step)
+    folder.mkdir(parents=True)
+    values = {"shape": SHAPE, "diffusion": DiffusionConfig(4, False, True, 0.0, "<m>"), "dataset": {}, **changes}
+    state = TrainState(step, step * 4, 4, mask_token_id=259, precision="fp32", with_optimizer=True, **values)
+    (folder / "state.json").write_text(json.dumps(asdict(state)))
+    seal(folder)
+    return folder
+
+
+def seal(folder: Path) -> None:
+    """Writes complete.json for the files that are there."""
+    (folder / "complete.json").unlink(missing_ok=True)
+    (folder / "complete.json").write_text(json.dumps(checksums(folder)))
+
+
+FOREIGN = (
+    *("step-0000003-good", "step-3", "step-", "step-x", "step-0000003.old", ".step-0000003", "step-0000003-a.partial"),
+)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """Checkpoints of steps 2 and 3 among names that the run did not write."""
+    folder = save(tmp_path, 2)
+    save(tmp_path, 3)
+    for name in FOREIGN:
+        shutil.copytree(folder, folder.with_name(name))
+    folder.with_name("step-0000009").write_text("a file")
+    folder.with_name("step-0000008").symlink_to(tmp_path / "ckpt" / "step-0000002", target_is_directory=True)
+    return tmp_path
+
+
+def names(run: Path) -> set[str]:
+    return {path.name for path in (run / "ckpt").iterdir()}
+
+
+def test_foreign_names_do_not_count_as_checkpoints(run: Path) -> None:
+    said: list[str] = []
+    assert newest(run / "ckpt", said.append) == step_folder(run, 3)
+    assert newest_step(run) == 3
+    assert find_checkpoint(run) == step_folder(run, 3)
+    assert len(said) == len(FOREIGN) - 1 + 2, "all but the dotfile"
+    assert f"ignored {run}/ckpt/step-0000003-good: not a name of a checkpoint" in said
+
+
+def test_foreign_names_are_not_removed(run: Path) -> None:
+    save(run, 10)
+    step_folder(run, 1).with_name("step-0000001.partial").mkdir()
+    prune(run / "ckpt", keep_last=1)
+    assert names(run) == {*FOREIGN, "step-0000009", "step-0000008", "step-0000010"}
+    keep_only(run / "ckpt", step_folder(run, 10))
+    assert names(run) == {*FOREIGN, "step-0000009", "step-0000008", "step-0000010"}
+
+
+def test_foreign_names_on_a_local_disk_are_not_listed(run: Path) -> None:
+    assert set(_listing(run / "ckpt")) == {2, 3}
+
+
+def test_steps_are_compared_as_numbers(tmp_path: Path) -> None:
+    save(tmp_path, 9_999_999)
+    save(tmp_path, 10_000_000)
+    assert newest_step(tmp_path) == 10_000_000
+    prune(tmp_path / "ckpt", keep_last=1)
+    assert names(tmp_path) == {"step-10000000"}
+
+
+def test_unreadable_folder_is_not_an_empty_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path, 3)
+
+    def refuse(path: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(checkpoint_folder.os, "scandir", refuse)
+    with pytest.raises(CheckpointError, match="cannot be listed: Permission denied"):
+        newest(tmp_path / "ckpt", print)
+
+
+STATES: list[tuple[dict[str, Any], str]] = [
+    ({"step": "3"}, "step is text ('3'), not a whole number"),
+    ({"step": -1}, "step is -1, below 0"),
+    ({"step": True}, "step is true or false"),
+    ({"rows_per_step": 0}, "rows_per_step is 0, below 1"),
+    ({"consumed_rows": 1.5}, "consumed_rows is a number"),
+    ({"shape": []}, "shape is a list, not an object"),
+    ({"shape": {**asdict(SHAPE), "num_layers": "two"}}, "num_layers is text ('two'), not a whole number"),
+    ({"shape": {**asdict(SHAPE), "layers": 2}}, "unknown keys ['layers']"),
+    ({"diffusion": {"block_size": None}}, "block_size is null, not a whole number"),
+    ({"dataset": None}, "dataset is null, not an object"),
+    ({"with_optimizer": "yes"}, "with_optimizer is text ('yes'), not true or false"),
+    ({"precision": 32}, "precision is a whole number ('32'), not text"),
+    ({"mine": 1}, "unknown keys ['mine']"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), STATES)
+def test_wrong_fields_of_state_json_are_named(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    folder = save(tmp_path, 3)
+    state = json.loads((folder / "state.json").read_text())
+    (folder / "state.json").write_text(json.dumps({**state, **changes}))
+    seal(folder)
+    with pytest.raises(CheckpointError) as raised:
+        read_state(folder)
+    assert message in raised.value.what and "state.json" in raised.value.where
+
+
+def test_state_of_an_older_version_is_read(tmp_path: Path) -> None:
+    folder = save(tmp_path, 3)
+    state = json.loads((folder / "state.json").read_text())
+    del state["eos_token_id"], state["diffusion"]["target_shift"], state["diffusion"]["next_token_weight"]
+    (folder / "state.json").write_text(json.dumps(state))
+    seal(folder)
+    assert read_state(folder).eos_token_id == -1 and read_state(folder).diffusion.target_shift is True
+
+
+HOSTILE = {
+    "empty": "",
+    "list": "[]",
+    "nested": "[" * 100_000,
+    "nan": '{"step": NaN}',
+    "number": '{"size": 1' + "0" * 5000 + "}",
+    "bytes": "\udcff",
+}
+
+
+@pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
+@pytest.mark.parametrize("name", ["state.json", "complete.json", "run.json"])
+def test_hostile_files_are_refused_and_skipped(tmp_path: Path, name: str, text: str) -> None:
+    save(tmp_path, 2)
+    folder = save(tmp_path, 3)
+    (folder / name).write_bytes(text.encode(errors="surrogateescape"))
+    if name != "complete.json":
+        seal(folder)
+    with pytest.raises(CheckpointError) as raised:
+        read_run(folder) if name == "run.json" else read_state(folder)
+    assert name in raised.value.where
+    if name == "complete.json":
+        assert newest_step(tmp_path) == 2
+
+
+ENTRIES: list[tuple[Any, str]] = [
+    ({"state.json": {"size": "9", "sha256": "0"}}, "size is text"),
+    ({"state.json": {"size": -1, "sha256": "0"}}, "below 0"),
+    ({"state.json": [9, "0"]}, "state.json is a list, not an object"),
+    ({"../../secret": {"size": 4, "sha256": "0"}}, "leads out of its folder"),
+    ({"/dev/zero": {"size": 0, "sha256": "0"}}, "leads out of its folder"),
+    ({"weights": {"size": 4096, "sha256": "0"}}, "is not a regular file"),
+]
+
+
+@pytest.mark.parametrize(("entries", "message"), ENTRIES)
+def test_entries_of_complete_json_are_checked(tmp_path: Path, entries: Any, message: str) -> None:
+    folder = save(tmp_path, 3)
+    (tmp_path / "secret").write_text("text")
+    (folder / "weights").mkdir()
+    (folder / "complete.json").write_text(json.dumps(entries))
+    for check in (check_complete, check_files):
+        with pytest.raises(CheckpointError) as raised:
+            check(folder)
+        assert message in raised.value.what, check
+
+
+RUNS: list[tuple[dict[str, Any], str]] = [
+    ({"settings": []}, "settings is a list, not an object"),
+    ({"settings": {"train": 3}}, "train is a whole number ('3'), not an object"),
+    ({"base": 5}, "base is a whole number"),
+    ({"data_parallel": "2"}, "data_parallel is text"),
+    ({"losses": None}, "losses is null"),
+    ({"losses": {"loss": "low"}}, "loss is text ('low'), not a number"),
+    ({"versions": ["torch"]}, "versions is a list"),
+]
+
+
+@pytest.mark.parametrize(("content", "message"), RUNS)
+def test_wrong_fields_of_run_json_are_named(tmp_path: Path, content: dict[str, Any], message: str) -> None:
+    folder = save(tmp_path, 3)
+    (folder / "run.json").write_text(json.dumps(content))
+    with pytest.raises(CheckpointError) as raised:
+        read_run(folder)
+    assert message in raised.value.what and "run.json" in raised.value.where
