@@ -42,7 +42,7 @@ from sdlm_megatron.config.load import load_config, preset_names, to_yaml
 from sdlm_megatron.data.chatml import IM_END
 from sdlm_megatron.data.format import PartInfo, seal
 from sdlm_megatron.data.tokenizer_identity import fingerprint, special_token_id, vocabulary_size
-from sdlm_megatron.errors import ConfigError, DataError, run_cli
+from sdlm_megatron.errors import ConfigError, DataError, make_console, run_cli
 from sdlm_megatron.files import sha256, write_json, write_text
 from sdlm_megatron.progress import track
 
@@ -66,7 +66,7 @@ def build(config: BuildConfig, console: Console | None = None, *, workers: int =
         ConfigError: a setting is invalid, or an interrupted build used other settings.
         DataError: a source or the tokenizer cannot be used, or no row remains.
     """
-    console = console or Console(highlight=False, markup=False)
+    console = console or make_console()
     check(config)
     return _existing_manifest(config, console) or _complete(_begin(config), console, workers)
 
@@ -74,7 +74,7 @@ def build(config: BuildConfig, console: Console | None = None, *, workers: int =
 def build_shard(config: BuildConfig, shard: TokenizeShard, console: Console | None = None, *, workers: int = 1) -> None:
     """Tokenizes one share of the units; `merge` completes the dataset once all shards are done. Arguments and errors
     as for `build`."""
-    console = console or Console(highlight=False, markup=False)
+    console = console or make_console()
     check(config)
     if _existing_manifest(config, console):
         return
@@ -87,7 +87,7 @@ def build_shard(config: BuildConfig, shard: TokenizeShard, console: Console | No
 def merge(config: BuildConfig, console: Console | None = None, *, workers: int = 1) -> dict[str, Any]:
     """Completes the dataset from the work of all shards. Arguments and errors as for `build`; also DataError if the
     work of a shard is missing."""
-    console = console or Console(highlight=False, markup=False)
+    console = console or make_console()
     check(config)
     if manifest := _existing_manifest(config, console):
         return manifest
@@ -429,7 +429,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"{args.input}: source format {config.sources[0].format} ({form.description})")
     try:
         if args.dry_run:
-            dry_run(config, Console(highlight=False, markup=False))
+            dry_run(config, make_console())
         elif args.shard:
             build_shard(config, args.shard, workers=args.workers)
         else:

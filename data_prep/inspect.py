@@ -31,7 +31,7 @@ from sdlm_megatron.data.tokenizer_identity import (
 )
 from sdlm_megatron.diffusion.layout import IGNORE, RowLayout, slot_targets
 from sdlm_megatron.diffusion.mask import visible
-from sdlm_megatron.errors import DataError, run_cli
+from sdlm_megatron.errors import DataError, make_console, neutral, run_cli
 
 # Shown without --all: documents per row; per document its first blocks, this many clean tokens at both ends, and this
 # many around the first block start.
@@ -51,10 +51,6 @@ PICTURE = 6144
 """Maximum number of tokens in the image of a row; drawing it needs about 20 bytes per pair of tokens."""
 KINDS = ("clean sees clean, up to itself", "block sees clean, before its start", "block sees its own tokens")
 _LETTERS, _STYLES = "·█░▓", ("dim", "#3b6fb6", "#9cc3e6", "#e2803a")  # not visible, and KINDS in the colors of reports
-
-# Control characters that would change the state of the terminal, or the direction of its text, are replaced.
-_REPLACEMENTS = {code: 0x2400 + code for code in range(32) if code not in (9, 10)} | {127: 0x2421}
-_REPLACEMENTS |= dict.fromkeys([*range(0x80, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)], 0xFFFD)
 
 TokenText = Callable[[Sequence[int]], list[str]]
 """Ids -> one string per id; concatenated they are the text. Of the tokens of one character, all but the last yield an
@@ -156,7 +152,7 @@ def clean_text(document: DocumentView, header: dict[str, int], *, whole: bool) -
             style = ROLES.get(role, "") if at in inside else FRAME
             if at in starts:
                 result.append(MARK, style="bold red")
-            result.append(_printable(document.texts[at]), style=f"{style} {ANCHOR}" if at in starts else style)
+            result.append(neutral(document.texts[at]), style=f"{style} {ANCHOR}" if at in starts else style)
     return result
 
 
@@ -188,11 +184,7 @@ def block_lines(document: DocumentView, block_size: int, *, whole: bool) -> Iter
 
 def _word(text: str) -> str:
     """A token with visible white space."""
-    return _printable(text).replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥") or PART
-
-
-def _printable(text: str) -> str:
-    return text.translate(_REPLACEMENTS)
+    return neutral(text).replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥") or PART
 
 
 @dataclass(frozen=True)
@@ -276,10 +268,10 @@ def _text_of(manifest: dict[str, Any], folder: str, console: Console) -> TokenTe
     folder = folder or manifest.get("build", {}).get("tokenizer", "")
     if not folder or not has_tokenizer(folder):
         reason = f"there is no tokenizer in {folder}" if folder else "the manifest names no tokenizer"
-        _print(console, Text(f"showing token ids instead of text: {reason}; set --tokenizer=FOLDER"))
+        _print(console, Text(neutral(f"showing token ids instead of text: {reason}; set --tokenizer=FOLDER")))
         return show_ids
     if same_tokenizer(folder, manifest) is False:
-        _print(console, Text(f"{folder} is not the tokenizer of this dataset", style="red"))
+        _print(console, Text(f"{neutral(folder)} is not the tokenizer of this dataset", style="red"))
     return open_text(folder)
 
 
@@ -328,7 +320,7 @@ def show(
         return
     excerpt = excerpt_of(len(pictured.texts), pictured.starts, layout.block_size)
     _print(console, Text(f"\nattention mask, excerpt of document {pictured.number}", style="bold"))
-    words = [_printable(text) for text in pictured.texts]
+    words = [neutral(text) for text in pictured.texts]
     _print(console, excerpt_text(excerpt, layout.block_size, words))
     if save:
         # not at the top: importing matplotlib takes a second
@@ -337,7 +329,7 @@ def show(
         picture, blocks = crop_layout(layout, PICTURE), save.with_stem(f"{save.stem}-blocks")
         mask_figure(picture, picture.used).savefig(save, dpi=200)
         zoom_figure(layout, pictured.index).savefig(blocks, dpi=200)
-        _print(console, Text(f"wrote the mask of the row to {save}, some of its blocks enlarged to {blocks}"))
+        _print(console, Text(neutral(f"wrote the mask of the row to {save}, some of its blocks enlarged to {blocks}")))
 
 
 def _head(
@@ -345,7 +337,8 @@ def _head(
 ) -> Text:
     used, length, n = layout.used, dataset.row_length, len(documents)
     targets = sum(int(view.targets.sum()) for view in documents)
-    head = Text(f"{dataset.path}, epoch {epoch}, row {number:,} of {dataset.rows(epoch):,}\n", style="bold")
+    place = neutral(f"{dataset.path}, epoch {epoch}, row {number:,} of {dataset.rows(epoch):,}\n")
+    head = Text(place, style="bold")
     return head.append(
         f"{used:,} of {length:,} tokens ({used / length:.1%}): {n:,} document{'s' * (n != 1)}, "
         f"{layout.n_clean:,} clean tokens, {len(layout.starts):,} blocks of {layout.block_size}, {targets:,} targets",
@@ -356,7 +349,7 @@ def _head(
 def _document_head(view: DocumentView, layout: RowLayout, manifest: dict[str, Any]) -> Text:
     clean, blocks = len(view.texts), len(view.starts)
     head = Text(f"\ndocument {view.number} ({view.index + 1} of {layout.n_docs}), ", style="bold")
-    head.append(origin(view.number, manifest))
+    head.append(neutral(origin(view.number, manifest)))
     return head.append(
         f"\n{clean:,} clean + {layout.block_size} x {blocks:,} block tokens; blocks start ({MARK}) at "
         f"{blocks:,} of {view.n_anchors:,} anchors\n",
@@ -384,7 +377,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     args = build_parser().parse_args(argv)
-    console = Console()
+    console = make_console()
     dataset = PackedDataset(args.dataset)
     if not 0 <= args.epoch < dataset.epochs:
         raise DataError(f"no epoch {args.epoch}", args.dataset, f"use 0 to {dataset.epochs - 1}")

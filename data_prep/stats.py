@@ -20,7 +20,7 @@ from data_prep.build_report import short
 from data_prep.row_rules import RuleSettings, read_row
 from sdlm_megatron.config.command_line import make_parser
 from sdlm_megatron.data.format import PackedDataset
-from sdlm_megatron.errors import DataError, run_cli
+from sdlm_megatron.errors import DataError, make_console, run_cli
 from sdlm_megatron.progress import track
 from sdlm_megatron.report.page_kit import Page, PageSection
 from sdlm_megatron.report.plots import BLOCK, CLEAN, INK, SERIES, figure_of, legend
@@ -65,7 +65,7 @@ def write_stats(path: str | Path, out: Path, console: Console | None = None, *, 
     dataset = PackedDataset(path)
     if "accounting" not in dataset.manifest:
         raise DataError("the manifest has no accounting of the input rows", str(path), "build it with `sdlm prepare`")
-    sample = take_sample(dataset, rows, console or Console(highlight=False, markup=False))
+    sample = take_sample(dataset, rows, console or make_console())
     make_page(dataset.path.name, dataset.manifest, sample).write(out)
     return sample
 
@@ -279,7 +279,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.rows < 1:
         parser.error(f"--rows is {args.rows}: use a number above 0")
-    console = Console(highlight=False, markup=False)
+    console = make_console()
     sample = write_stats(args.dataset, args.out, console, rows=args.rows)
     console.print(
         f"{args.out}: lengths, anchors and fill from {len(sample.used):,} of {sample.rows:,} rows, the rest exact"

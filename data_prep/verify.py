@@ -24,7 +24,7 @@ from data_prep.row_rules import ROW_RULES, RuleSettings, check_row, check_target
 from sdlm_megatron.config.command_line import make_parser
 from sdlm_megatron.data.format import KINDS, PartReader, RowCounts, prefix, read_manifest
 from sdlm_megatron.diffusion.layout import IGNORE, slot_targets
-from sdlm_megatron.errors import DataError, run_cli
+from sdlm_megatron.errors import DataError, make_console, run_cli
 from sdlm_megatron.files import sha256
 from sdlm_megatron.progress import track
 
@@ -84,7 +84,7 @@ class PartReport:
 
 def verify(path: str | Path, console: Console | None = None, *, workers: int = 1) -> list[DatasetFinding]:
     """Checks a dataset and returns the findings; raises DataError if the folder is not a dataset."""
-    path, console = Path(path), console or Console(highlight=False, markup=False)
+    path, console = Path(path), console or make_console()
     manifest = read_manifest(path)
     RuleSettings.of(manifest)
     tasks = [(e, p, rows) for e, parts in enumerate(manifest["part_rows"]) for p, rows in enumerate(parts)]
@@ -295,7 +295,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     args = build_parser().parse_args(argv)
-    console = Console(highlight=False, markup=False)
+    console = make_console()
     findings = verify(args.dataset, console, workers=max(1, args.workers))
     show(findings, console)
     console.print("clean: every rule holds on every row" if not findings else f"{len(findings):,} findings")

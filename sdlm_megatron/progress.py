@@ -52,7 +52,8 @@ def track(title: str, total: float, unit: str, console: Console) -> Iterator[Adv
     if not console.is_terminal:
         yield _lines(meter, console)
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[state]}"))
+    texts = [TextColumn(text, markup=False) for text in ("{task.description}", "{task.fields[state]}")]
+    columns = (texts[0], BarColumn(), TaskProgressColumn(), texts[1])
     with Progress(*columns, TimeElapsedColumn(), console=console) as bar:
         task = bar.add_task(title, total=total, state="")
 

@@ -6,19 +6,15 @@ or with text on standard input, it prints one answer. A folder that is not an SD
 
 import argparse
 import dataclasses
-import io
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-
-from rich.console import Console
 
 from sdlm_megatron.chat.chat_model import Answer, AnswerSettings, ChatModel, load
 from sdlm_megatron.chat.terminal_view import LiveAnswer, note, show_pair, statistics
 from sdlm_megatron.config.command_line import at_least, make_parser, threshold
 from sdlm_megatron.diffusion.decode import ALGORITHMS
-from sdlm_megatron.errors import ConfigError, UserError, run_cli
+from sdlm_megatron.errors import ConfigError, UserError, make_console, run_cli
 from sdlm_megatron.weights.dtypes import PRECISIONS
 
 EXAMPLES = """sdlm generate --model runs/quickstart/hf
@@ -83,7 +79,7 @@ class Session:
 
     def __init__(self, chat: ChatModel, settings: AnswerSettings, system: str | None, compare: bool) -> None:
         self._chat, self._settings, self._compare = chat, settings, compare
-        self._console = Console(highlight=False)
+        self._console = make_console()
         self._system = chat.default_system() if system is None else system
         self._turns = 0
         self.reset()
@@ -165,15 +161,10 @@ def _piped_prompt() -> str | None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     args = build_parser().parse_args(argv)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # an encoding such as ASCII lacks characters that models write
     try:
         _run(args)
     except KeyboardInterrupt:
         raise SystemExit(130) from None
-    except BrokenPipeError:  # the reader, such as `| head`, has closed the pipe
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(141) from None
 
 
 def _run(args: argparse.Namespace) -> None:
@@ -182,7 +173,7 @@ def _run(args: argparse.Namespace) -> None:
     chat = load(args.model, dtype=args.dtype, device=args.device)
     settings = settings_of(args, chat)
     session = Session(chat, settings, args.system, args.compare)
-    console = Console(stderr=True, highlight=False)
+    console = make_console(stderr=True)
     note(console, f"{chat.describe()}: {settings}")
     if not chat.config.is_sdlm:
         note(console, "not an SDLM (its config.json has no block_size): plain next-token decoding, one token a pass")

@@ -8,6 +8,8 @@ from typing import Any, TypedDict
 
 from rich.text import Text
 
+from sdlm_megatron.errors import neutral
+
 # Blue, orange, violet, green for successive passes; readable on a black and on a white background.
 COLORS = ("color(31)", "color(130)", "color(133)", "color(28)")
 
@@ -80,7 +82,7 @@ def style_of(number: int) -> str:
 
 def colored(answer: Iterable[TokenText]) -> Text:
     """The answer with one color per pass; neighboring passes differ."""
-    return Text.assemble(*((token["text"], style_of(token["pass"])) for token in answer))
+    return Text.assemble(*((neutral(token["text"]), style_of(token["pass"])) for token in answer))
 
 
 def summary(tokens: int, passes: int, seconds: float) -> str:

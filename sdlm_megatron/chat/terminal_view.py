@@ -5,7 +5,6 @@ A pipe or file gets only the text, as it is decoded; the statistics then go to s
 
 import sys
 import time
-import unicodedata
 from types import TracebackType
 from typing import Any
 
@@ -16,6 +15,7 @@ from rich.text import Text
 
 from sdlm_megatron.chat.chat_model import Answer
 from sdlm_megatron.chat.passes import TextStream, colored, style_of, summary, token_texts
+from sdlm_megatron.errors import neutral
 
 REDRAW_S = 0.05  # seconds between redraws; drawing after each pass would slow down the decoding that is timed
 SIDE_BY_SIDE = 100  # terminal width, in columns, from which two answers are shown side by side
@@ -68,7 +68,9 @@ class LiveAnswer:
 
     def _write(self, text: str) -> None:
         if not self._live:
-            print(text, end="", flush=True)
+            # the stream below the neutral one: a program that reads the answer needs it as it is
+            self._console.file.write(text)
+            self._console.file.flush()
             return
         self._line.append(printable(text), style_of(self._passes))
         # after a full line, terminals differ in where they put the cursor: one column stays free
@@ -97,12 +99,7 @@ class LiveAnswer:
 
 def printable(text: str) -> str:
     """`text` with control characters replaced by visible symbols, so that a model cannot control the terminal."""
-    expanded = text.replace("\t", "    ").replace("\r\n", "\n")
-    return "".join(_visible(c) if unicodedata.category(c) == "Cc" and c != "\n" else c for c in expanded)
-
-
-def _visible(control: str) -> str:
-    return chr(0x2400 + ord(control)) if ord(control) < 0x20 else "\u2421"
+    return neutral(text.replace("\t", "    ").replace("\r\n", "\n"))
 
 
 def statistics(answer: Answer, limit: int) -> str:
@@ -116,7 +113,7 @@ def statistics(answer: Answer, limit: int) -> str:
 def note(console: Console, text: str) -> None:
     """Prints a remark: dim on a terminal, to standard error if the output is a pipe."""
     if console.is_terminal:
-        console.print(Text(text, style="dim"), soft_wrap=True)
+        console.print(Text(neutral(text), style="dim"), soft_wrap=True)
     else:
         print(text, file=sys.stderr, flush=True)
 

@@ -11,10 +11,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from sdlm_megatron.chat.chat_model import ChatModel
-from sdlm_megatron.errors import run_cli
+from sdlm_megatron.errors import make_console, run_cli
 from sdlm_megatron.evaluation import held_out, measurement
 from sdlm_megatron.evaluation.held_out import HeldOutPrompt
 from sdlm_megatron.evaluation.probe import probe
@@ -25,7 +24,7 @@ def slots_of(chat: ChatModel, prompts: Sequence[HeldOutPrompt], window: int, bat
     """Confidence and correctness of each slot at the positions where every slot has a target, as calibration.json."""
     answers = [held_out.encode_answer(chat, prompt.expected) for prompt in prompts]
     encoded = [held_out.encode(chat, prompt) for prompt in prompts]
-    with track("probe", len(prompts), "prompts", Console()) as advance:
+    with track("probe", len(prompts), "prompts", make_console()) as advance:
         probes = probe(chat, encoded, answers, window=window, batch=batch, progress=advance)
     slots: list[dict[str, Any]] = [{"slot": j, "prob": [], "entropy": [], "right": []} for j in range(window)]
     for answer, probed in zip(answers, probes, strict=True):

@@ -10,11 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from sdlm_megatron.chat.chat_model import ChatModel, DecodingRule
 from sdlm_megatron.config.command_line import at_least, threshold
-from sdlm_megatron.errors import DataError, run_cli
+from sdlm_megatron.errors import DataError, make_console, run_cli
 from sdlm_megatron.evaluation import held_out, measurement
 from sdlm_megatron.evaluation.held_out import HeldOutPrompt
 from sdlm_megatron.progress import track
@@ -116,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     measurement.check_positions(chat, longest + answer, "--shots")
     rules = rules_of(chat, args.thresholds)
     tokens = len(rules) * sum(len(ids) for rows in encoded.values() for ids in rows)
-    with track("decode", tokens, "prompt tokens", Console()) as advance:
+    with track("decode", tokens, "prompt tokens", make_console()) as advance:
         rows = measure(chat, encoded, measured, rules, advance)
     measurement.write_result(chat, args, argv, "context", {"rows": rows}, n_prompts=len(measured))
 

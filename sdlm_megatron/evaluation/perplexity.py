@@ -19,11 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from sdlm_megatron.chat.chat_model import ChatModel
 from sdlm_megatron.config.command_line import at_least
-from sdlm_megatron.errors import DataError, run_cli
+from sdlm_megatron.errors import DataError, make_console, run_cli
 from sdlm_megatron.evaluation import measurement
 from sdlm_megatron.progress import track
 
@@ -133,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     measurement.check_positions(chat, args.length, "--length")
     pieces = [(text, pieces_of(chat, text, args.length, args.most)) for text in texts]
     total = sum(len(piece) for _, part in pieces for piece in part)
-    with track("read", total, "tokens", Console()) as advance:
+    with track("read", total, "tokens", make_console()) as advance:
         rows = measure(chat, pieces, advance)
     measurement.write_result(chat, args, argv, "perplexity", {"texts": rows}, length=args.length)
 

@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 from torch import Tensor
 
 from sdlm_megatron.chat.chat_model import ChatModel, DecodingRule
@@ -24,7 +23,7 @@ from sdlm_megatron.config.command_line import at_least
 from sdlm_megatron.diffusion.decode import decode
 from sdlm_megatron.diffusion.decode_model import TransformersProposer
 from sdlm_megatron.diffusion.decode_step import Step
-from sdlm_megatron.errors import run_cli
+from sdlm_megatron.errors import make_console, run_cli
 from sdlm_megatron.evaluation import held_out, measurement
 from sdlm_megatron.evaluation.held_out import HeldOutPrompt
 from sdlm_megatron.evaluation.result_files import name_of
@@ -229,7 +228,7 @@ def measure(chat: ChatModel, prompts: Sequence[HeldOutPrompt], args: argparse.Na
     answered = prompts[: args.most]
     passes: list[dict[str, Any]] = []
     costs: list[dict[str, Any]] = []
-    with track("passes", len(points), "batches and contexts", Console()) as advance:
+    with track("passes", len(points), "batches and contexts", make_console()) as advance:
         for batch, context in points:
             prompt = np.resize(ids, context).tolist()  # repeats the prompts up to this length
             timed = time_passes(chat, prompt, batch, windows, args.seconds, advance)
@@ -240,7 +239,7 @@ def measure(chat: ChatModel, prompts: Sequence[HeldOutPrompt], args: argparse.Na
             costs += [{**row, **where} for row in break_even(timed)]
     decodes: list[dict[str, Any]] = []
     answers = len(args.batches) * len(rules_of(chat)) * len(answered)
-    with track("answers", answers, "answers", Console()) as advance:
+    with track("answers", answers, "answers", make_console()) as advance:
         for batch in args.batches:
             decodes += time_decodes(chat, answered, batch, held_out.longest_answer(chat, answered), advance)
     return {"passes": passes, "break_even": costs, "decodes": decodes}

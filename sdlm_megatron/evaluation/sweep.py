@@ -10,12 +10,10 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from rich.console import Console
-
 from sdlm_megatron.chat.chat_model import ChatModel, DecodingRule
 from sdlm_megatron.config.command_line import at_least, threshold
 from sdlm_megatron.diffusion.decode import ALGORITHMS
-from sdlm_megatron.errors import run_cli
+from sdlm_megatron.errors import make_console, run_cli
 from sdlm_megatron.evaluation import held_out, measurement
 from sdlm_megatron.evaluation.held_out import DecodedPrompts, HeldOutPrompt
 from sdlm_megatron.evaluation.probe import follow, probe
@@ -43,7 +41,7 @@ class Sweep:
         # the highest threshold comes closest to what n = 1 writes, so that most other rules follow its text
         base = DecodingRule("prob_conf", window, max(prob))
         text = self._decode(range(len(self.prompts)), base)
-        with track(f"probe, n = {window}", len(self.prompts), "prompts", Console()) as advance:
+        with track(f"probe, n = {window}", len(self.prompts), "prompts", make_console()) as advance:
             probes = probe(self.chat, self.encoded, text.tokens, window=window, entropy=bool(entropy), progress=advance)
         rules = [DecodingRule("prob_conf", window, t) for t in prob if t != base.threshold]
         rules += [DecodingRule("entropy_conf", window, t) for t in entropy]
@@ -63,7 +61,7 @@ class Sweep:
         if not indices:
             return DecodedPrompts([], [], 0.0)
         encoded = [self.encoded[i] for i in indices]
-        with track(rule.name, len(indices), "prompts", Console()) as advance:
+        with track(rule.name, len(indices), "prompts", make_console()) as advance:
             return held_out.decode_prompts(self.chat, encoded, rule, progress=advance, **self.options)
 
     def _row(self, rule: DecodingRule, answers: DecodedPrompts, decoded: int) -> dict[str, Any]:

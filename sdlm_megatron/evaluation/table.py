@@ -10,12 +10,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from sdlm_megatron.chat.chat_model import ChatModel, DecodingRule
 from sdlm_megatron.chat.passes import colored, token_texts
 from sdlm_megatron.config.command_line import threshold
-from sdlm_megatron.errors import run_cli
+from sdlm_megatron.errors import make_console, run_cli
 from sdlm_megatron.evaluation import held_out, measurement
 from sdlm_megatron.evaluation.held_out import HeldOutPrompt
 from sdlm_megatron.files import write_json
@@ -62,7 +60,7 @@ def show(sample: dict[str, Any]) -> None:
     """Prints the sample; tokens of one pass share a color."""
     tokens = sample["answer_tokens"]
     passes = len({token["pass"] for token in tokens})
-    console = Console(highlight=False)
+    console = make_console()
     console.print(f"\n  {sample['prompt']}", markup=False)
     console.print("  ", colored(tokens), f" ({len(tokens)} tokens in {passes} passes)", sep="", markup=False)
 
