@@ -2,7 +2,6 @@
 #SBATCH --job-name=sdlm_export
 #SBATCH --nodes=1
 #SBATCH --exclusive
-#SBATCH --mem=0
 #SBATCH --time=02:00:00
 #SBATCH --requeue
 #SBATCH --open-mode=append

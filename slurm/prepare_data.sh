@@ -3,7 +3,6 @@
 #SBATCH --nodes=1
 #SBATCH --array=0-7
 #SBATCH --exclusive
-#SBATCH --mem=0
 #SBATCH --time=04:00:00
 #SBATCH --requeue
 #SBATCH --open-mode=append

@@ -3,14 +3,13 @@
 #SBATCH --nodes=29
 #SBATCH --gpus-per-node=8
 #SBATCH --exclusive
-#SBATCH --mem=0
 #SBATCH --time=2-00:00:00
 #SBATCH --signal=B:USR1@900
 #SBATCH --requeue
 #SBATCH --no-kill
 #SBATCH --open-mode=append
 # SDLM-32B, block size 4, from Qwen2.5-32B: the published recipe on 29 nodes of 8 H100.
-#   DATA=DIR BASE=DIR sbatch slurm/train_32b_d4.sh [OPTIONS] [-- --a.b=c ...]          with the #SBATCH options above
+#   DATA=DIR BASE=DIR sbatch --mem=0 slurm/train_32b_d4.sh [OPTIONS] [-- --a.b=c ...]  with the #SBATCH options above
 #   DATA=DIR BASE=DIR slurm/train_32b_d4.sh --cluster NAME [OPTIONS] [-- --a.b=c ...]  with those of a cluster file
 # DATA: packed dataset (prepare_data.sh). BASE: Hugging Face folder. RUN_DIR: folder of the run. OPTIONS: --help, --dry-run
 # In a job, $0 is Slurm's copy of this script. Slurm knows the path of the original, which is next to common.sh.

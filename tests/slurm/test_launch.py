@@ -46,10 +46,14 @@ def job(tmp_path: Path) -> dict[str, Path]:
 
 def test_pipeline_runs_from_conversations_to_decoding(cluster, job, tmp_path: Path) -> None:
     limits = {"run_disk_gb": 0.1, "local_disk_gb": 0.1, "shm_gb": 0.1, "gpus": 8}
+    # Slurm ends with "mutually exclusive" where these options meet those of the scripts and of the job's steps; the
+    # variables label the output, bind each process to one GPU, and hide the time limit.
+    shape = {"sbatch": ["--mem-per-gpu=1G", "--ntasks-per-gpu=1"]}
+    shell = {"SLURM_LABELIO": 1, "SLURM_GPU_BIND": "single:1", "SLURM_TIME_FORMAT": "relative", "SLURM_GPUS": 3}
     here = cluster_file(
-        tmp_path / "here.yaml", gpus_per_node=1, spares=1, env={"GLOO_SOCKET_IFNAME": "eth0"}, preflight=limits
+        tmp_path / "here.yaml", gpus_per_node=1, spares=1, env={"GLOO_SOCKET_IFNAME": "eth0"}, preflight=limits, **shape
     )
-    env = environment(cluster, SBATCH_OUTPUT=f"{tmp_path}/%x-%j.out", SHARDS=2, **job)
+    env = environment(cluster, SBATCH_OUTPUT=f"{tmp_path}/%x-%j.out", SHARDS=2, **job, **shell)
     done = script("pipeline", "train_32b_d4", "--cluster", here, "--nodes", "2", "--", *SETTINGS, env=env)
     assert done.returncode == 0, done.stderr
     jobs = dict(line.split(": job ") for line in done.stdout.splitlines())

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from helpers import REPO
 from sdlm_megatron.errors import ConfigError
 from sdlm_megatron.ops.driver.submit import BatchScript, Submission
 
-SBATCH = '#!/bin/sh\necho "PYTHON=$PYTHON"\nfor a; do echo "$a"; done\necho 4711\n'
+SBATCH = "#!/bin/sh\necho sbatch: your quota is nearly used >&2\necho 4711\n"
 
 
 @pytest.fixture
@@ -48,7 +49,8 @@ def test_training_script_is_submitted_by_name(user: dict[str, str], tmp_path: Pa
     done = run(*line, "--", "--train.steps=7", cwd=tmp_path, env={**user, "PYTHONPATH": str(REPO)})
     assert (done.returncode, done.stdout) == (0, "submitted job 4711\n"), done.stderr
     submitted = submitted_lines(tmp_path / "run")
-    assert {"--nodes=3", "--gpus-per-node=4", "--partition=own", f"PYTHON={sys.executable}"} <= set(submitted)
+    assert {"--nodes=3", "--gpus-per-node=4", "--mem=0", "--partition=own"} <= set(submitted)
+    assert f"PYTHON={sys.executable}" in submitted and done.stderr == "sbatch: your quota is nearly used\n"
     script = submitted.index(str(REPO / "sdlm_megatron" / "ops" / "slurm" / "train_32b_d4.sh"))
     cluster = str(tmp_path / "clusters" / "mine.yaml")
     assert submitted[script + 1 :] == ["--cluster", cluster, "--spares", "1", "--", "--train.steps=7"]
@@ -118,6 +120,46 @@ def test_errors_are_reported_before_submission(
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match=message):
         Submission(arguments)
+
+
+@pytest.mark.parametrize("option", ["--mem-per-gpu=100G", "--mem-per-cpu=8G", "--mem=500G"])
+def test_cluster_file_replaces_the_memory(
+    option: str, user: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """sbatch takes only one of the three, and an #SBATCH line cannot be undone on the command line."""
+    for name, value in user.items():
+        monkeypatch.setenv(name, value)
+    for name in ("OUT", "MODEL", "HELDOUT"):
+        monkeypatch.setenv(name, "x")
+    (tmp_path / "own.yaml").write_text(f"sbatch: [{option}, --ntasks-per-gpu=1]\n")
+    for script in ("train_3b_d4", "export", "evaluate"):
+        expected = "--mem=0" if script == "export" and "gpu" in option else option  # export asks for no GPU
+        line = Submission([script, "--cluster", str(tmp_path / "own.yaml")]).command()
+        assert [part for part in line if part.startswith("--mem")] == [expected]
+        assert ("--ntasks-per-gpu=1" in line) == (script != "export")
+        assert "mem" not in BatchScript(script).options
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "wrong"),
+    [
+        ("EXPORT", "NONE", True),
+        ("EXPORT", "ALL,A=1", False),
+        ("MEM_PER_GPU", "1G", True),
+        ("ARRAY_INX", "0-3", True),
+        ("WAIT", "1", True),
+        ("WAIT_ALL_NODES", "1", False),
+        ("GRES_FLAGS", "x", False),
+        ("ACCOUNT", "a", False),
+    ],
+)
+def test_variables_that_change_the_script_are_refused(
+    name: str, value: str, wrong: bool, user: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for key, content in {**user, f"SBATCH_{name}": value}.items():
+        monkeypatch.setenv(key, content)
+    with pytest.raises(ConfigError, match=f"SBATCH_{name}={value} would") if wrong else nullcontext():
+        Submission(["train_3b_d4"])
 
 
 def test_an_unknown_option_and_no_nodes_are_usage_errors(capsys: pytest.CaptureFixture[str]) -> None:

@@ -38,11 +38,11 @@ from sdlm_megatron.ops.driver.launch import (
     with_setup,
 )
 from sdlm_megatron.ops.driver.preflight import run_preflight
-from sdlm_megatron.ops.driver.slurm_commands import SlurmJob
+from sdlm_megatron.ops.driver.slurm_commands import SlurmJob, slurm_environment
 from sdlm_megatron.ops.driver.verdict import add_bad_nodes, read_bad_nodes
 from sdlm_megatron.weights.checkpoint_folder import newest_step
 
-EXAMPLE = "DATA=DIR BASE=DIR sbatch slurm/train_32b_d4.sh -- --train.steps=1000"
+EXAMPLE = "DATA=DIR BASE=DIR sbatch --mem=0 slurm/train_32b_d4.sh -- --train.steps=1000"
 SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)
 CONTROLLER_TRIES = 20  # questions to a controller that does not answer, at least 10 s apart
 EXIT_CODES = {"done": 0, "stop": 3}
@@ -199,10 +199,10 @@ class Driver:
         """Makes sure that a guardian runs on another node than this one."""
         others = [node for node in nodes if node != self.job.batch_node]
         if others and (self.guardian is None or self.guardian.poll() is not None):
-            # srun would take the job's task counts from these variables; the guardian is a single task
-            environment = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_NTASKS", "SLURM_TASKS_PER"))}
             line = guardian_command(self.run_dir, self.job, others[-1])
-            self.guardian = subprocess.Popen(line, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
+            self.guardian = subprocess.Popen(
+                line, env=slurm_environment(), stdin=subprocess.DEVNULL, start_new_session=True
+            )
 
     def _train(self, nodes: list[str], arguments: Sequence[str]) -> AttemptEnd:
         attempt = os.environ["SDLM_ATTEMPT"]

@@ -24,7 +24,7 @@ PROGRAM = "python -m sdlm_megatron.ops.driver.guardian"
 
 def guardian_command(run_dir: Path, job: SlurmJob, node: str) -> list[str]:
     """srun command that starts the guardian on `node`."""
-    step = ["srun", f"--job-name={GUARDIAN}", "--nodes=1", "--ntasks=1", f"--nodelist={node}", "--overlap"]
+    step = ["srun", f"--job-name={GUARDIAN}", "--nodes=1", "--ntasks=1", f"--nodelist={node}", "--mem=0", "--overlap"]
     log = run_dir.resolve() / "logs" / job.name / "guardian.log"
     program = [sys.executable, "-m", "sdlm_megatron.ops.driver.guardian", f"--run-dir={run_dir}"]
     return [*step, f"--output={log}", *program, f"--driver-node={job.batch_node}"]
@@ -53,7 +53,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     why = f"the driver's node {args.driver_node} was lost"
     if since_checkpoint(read_events(args.run_dir), job.id, step)["requeues"] >= REQUEUES:
         record_event(args.run_dir, "job_end", reason=f"end: {why}, after {REQUEUES} requeues without progress")
-        command("scancel", job.id)
+        if (answer := command("scancel", job.id)).code:
+            print(f"scancel {job.id} failed: {answer.said}", flush=True)
         return
     record_event(args.run_dir, "job_end", reason=f"requeue: {why}")
     record_event(args.run_dir, "requeue", reason=why, checkpoint=step)

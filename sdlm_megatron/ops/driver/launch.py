@@ -15,7 +15,7 @@ from sdlm_megatron.config.command_line import make_parser
 from sdlm_megatron.errors import ConfigError, run_cli
 from sdlm_megatron.ops.attempt import attempt_dir
 from sdlm_megatron.ops.driver.cluster_file import CLUSTER_HELP, FIELD_ENVIRONMENT, ClusterFile, load_cluster
-from sdlm_megatron.ops.driver.slurm_commands import SlurmJob
+from sdlm_megatron.ops.driver.slurm_commands import SlurmJob, slurm_environment
 
 LAUNCHERS = ("srun", "torchrun")
 VARIABLES = {"DATA": "data.path", "BASE": "checkpoint.base", "RUN_DIR": "run_dir"}
@@ -51,7 +51,7 @@ def variable_overrides(overrides: Sequence[str]) -> list[str]:
 
 def training_environment(cluster: ClusterFile) -> dict[str, str]:
     """This shell's environment over FIELD_ENVIRONMENT, and the cluster file's `env` over both."""
-    return {**FIELD_ENVIRONMENT, **os.environ, **{key: str(value) for key, value in cluster.env.items()}}
+    return {**FIELD_ENVIRONMENT, **slurm_environment(), **{key: str(value) for key, value in cluster.env.items()}}
 
 
 def attempt_environment(
@@ -79,7 +79,8 @@ def on_nodes(cluster: ClusterFile, nodes: Sequence[str], tasks_per_node: int, ar
         f"--ntasks={len(nodes) * tasks_per_node}",
         f"--ntasks-per-node={tasks_per_node}",
         f"--cpus-per-task={cpus}",  # since Slurm 22.05 srun does not inherit it from the job
-        "--mem=0",  # all of the node's memory
+        "--distribution=block",  # consecutive ranks share a node
+        "--mem=0",  # all of the job's memory
         "--overlap",  # do not wait for a step that is still ending on a lost node
         "--kill-on-bad-exit=1",
         "--unbuffered",
@@ -150,8 +151,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     program = args.program if "." in args.program[0] else ["sdlm_megatron.cli", *args.program]
     line = [*container_prefix(cluster), python_of(cluster), "-m", *program]
     if cluster.container.kind == "pyxis":  # srun creates the container
-        line[:0] = ["srun", "--ntasks=1"]
-    environment = {**os.environ, **{key: str(value) for key, value in cluster.env.items()}}
+        cpus = os.environ.get("SLURM_CPUS_ON_NODE", "1")
+        line[:0] = ["srun", "--nodes=1", "--ntasks=1", f"--cpus-per-task={cpus}", "--mem=0", "--export=ALL"]
+    environment = {**slurm_environment(), **{key: str(value) for key, value in cluster.env.items()}}
     raise SystemExit(subprocess.run(with_setup(cluster, line), env=environment).returncode)
 
 

@@ -2,38 +2,88 @@
 
 import os
 import re
+import shlex
 import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from typing import Any, NamedTuple
 
 from sdlm_megatron.errors import UserError
 
 GUARDIAN = "guardian"  # name of the job step that outlives the driver (guardian.py)
 COMMAND_SECONDS = 60
 """Time limit of a command. A controller that is busy or down may not answer; that counts as a failure."""
+_CHANGES_COMMANDS = re.compile(
+    "(SQUEUE|SINFO|SCONTROL|SCANCEL|SRUN)_|SLURM_(TIME_FORMAT|MEM_|NTASKS|NPROCS|TASKS_PER_|TRES_|GPUS|GPU_BIND|"
+    "CPUS_PER_|CPU_BIND|HOSTFILE|OVERCOMMIT|EXACT|EXCLUSIVE|WHOLE|THREADS$|TIMELIMIT|WAIT$|EXPORT_ENV|LABELIO|"
+    "MULTI_PROG|OPEN_MODE|STD(IN|OUT|ERR)MODE|PTY|WORKING_DIR|REMOTE_CWD)"
+)
+"""Variables of a shell, a site or a surrounding job that filter or format answers, or that shape and label steps."""
+NODE_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
 
 
-def command(*arguments: str) -> tuple[int, str]:
-    """Exit code and output of a Slurm command; 124 on a timeout."""
+def slurm_environment() -> dict[str, str]:
+    """This process's environment for Slurm's commands: without the variables that change what our options mean."""
+    kept = {name: value for name, value in os.environ.items() if not _CHANGES_COMMANDS.match(name)}
+    return {**kept, "SLURM_TIME_FORMAT": "%Y-%m-%dT%H:%M:%S"}
+
+
+class SlurmAnswer(NamedTuple):
+    """What a Slurm command said. Only `text`, its standard output, answers: sites print notes on the other stream."""
+
+    code: int  # exit code; 124 on a timeout
+    text: str
+    stderr: str
+
+    @property
+    def said(self) -> str:
+        """Both streams, for messages."""
+        parts = (f"{name}: {part}" for name, part in (("stdout", self.text), ("stderr", self.stderr)) if part)
+        return "; ".join(parts) or f"nothing, exit code {self.code}"
+
+
+def command(*arguments: str) -> SlurmAnswer:
+    """Runs a Slurm command."""
+    streams: dict[str, Any] = {"capture_output": True, "encoding": "utf-8", "errors": "replace"}
     try:
-        done = subprocess.run(arguments, capture_output=True, text=True, timeout=COMMAND_SECONDS)
+        done = subprocess.run(arguments, env=slurm_environment(), timeout=COMMAND_SECONDS, **streams)
     except subprocess.TimeoutExpired:
-        return 124, f"{arguments[0]} did not answer in {COMMAND_SECONDS} s"
+        return SlurmAnswer(124, "", f"{arguments[0]} did not answer in {COMMAND_SECONDS} s")
     except FileNotFoundError:
         raise UserError(
             f"Slurm's command {arguments[0]} is not installed here", "PATH", "run this on a login or compute node"
         ) from None
-    return done.returncode, (done.stdout + done.stderr).strip()
+    return SlurmAnswer(done.returncode, done.stdout.strip(), done.stderr.strip())
 
 
-def expand_nodes(names: str) -> list[str]:
-    """Nodes of a list such as node[01-32]."""
-    code, text = command("scontrol", "show", "hostnames", names)
-    if code or not text:
-        raise UserError(f"Slurm cannot expand the list of nodes: {text}", names, "write it as node[01-32] or a,b,c")
-    return text.split()
+def submit_job(line: Sequence[str]) -> tuple[str, str]:
+    """Runs `sbatch --parsable ...`; returns the job's number, and the name of its cluster ("": this one)."""
+    answer = command(*line)
+    if answer.code:
+        raise UserError(f"sbatch refused: {answer.said}", shlex.join(line), "change the cluster file or the options")
+    if not (job := re.fullmatch(r"(\d+)(?:;(\S+))?", answer.text)):
+        fix = "look with squeue --me whether the job exists before you submit again"
+        raise UserError(f"sbatch did not answer with a job number ({answer.said})", shlex.join(line), fix)
+    if answer.stderr:
+        print(answer.stderr, file=sys.stderr, flush=True)
+    return job[1], job[2] or ""
+
+
+def expand_nodes(names: str, count: int | None = None) -> list[str]:
+    """Nodes of a list such as node[01-32]; `count`: the number that it must have."""
+    answer = command("scontrol", "show", "hostnames", names)
+    nodes = answer.text.splitlines()
+    if answer.code or not nodes or not all(map(NODE_NAME.fullmatch, nodes)) or count not in (None, len(nodes)):
+        expected = "" if count is None else f" of {count} nodes"
+        raise UserError(
+            f"Slurm cannot expand the list{expected}: scontrol show hostnames answered {answer.said}",
+            names,
+            "write it as node[01-32] or a,b,c; if a wrapper of scontrol prints notes, have them printed on stderr",
+        )
+    return nodes
 
 
 @dataclass(frozen=True)
@@ -52,7 +102,9 @@ class SlurmJob:
             raise UserError(
                 "not inside a Slurm job", "SLURM_JOB_ID", "start it from a batch script, as sdlm submit does"
             )
-        return cls(job, int(os.environ.get("SLURM_RESTART_COUNT", 0)), expand_nodes(names))
+        count = os.environ.get("SLURM_JOB_NUM_NODES")
+        nodes = expand_nodes(names, int(count) if count else None)
+        return cls(job, int(os.environ.get("SLURM_RESTART_COUNT", 0)), nodes)
 
     @property
     def batch_node(self) -> str:
@@ -66,15 +118,17 @@ class SlurmJob:
 
     def show(self) -> dict[str, str]:
         """Fields of `scontrol show job`; {} when the controller does not answer."""
-        code, text = command("scontrol", "--oneliner", "show", "job", self.id)
-        return dict(re.findall(r"(\S+?)=(\S*)", text)) if code == 0 else {}
+        answer = command("scontrol", "--oneliner", "show", "job", self.id)
+        fields = re.findall(r"(\S+?)=(\S*)", answer.text)
+        # the first one counts: comments, at the end, may contain anything
+        return dict(reversed(fields)) if answer.code == 0 and ("JobId", self.id) in fields else {}
 
     def end_time(self) -> float:
         """Time of the time limit, in seconds since 1970; infinity if there is none or it is unknown."""
         try:
             return datetime.fromisoformat(self.show().get("EndTime", "")).timestamp()
-        except ValueError:
-            return float("inf")
+        except ValueError:  # Slurm 23.02 and later also tell the job at its start
+            return float(os.environ.get("SLURM_JOB_END_TIME", "inf"))
 
     def end_steps(self, seconds: float) -> None:
         """Ends all steps of this job except the guardian: SIGTERM, and after `seconds` SIGKILL.
@@ -83,7 +137,7 @@ class SlurmJob:
         """
         listing = ("squeue", "--noheader", "--steps", "--jobs", self.id, "--format", "%i %j")
         for signal in ("TERM", "KILL"):
-            for line in command(*listing)[1].splitlines():
+            for line in command(*listing).text.splitlines():
                 step, _, name = line.strip().partition(" ")
                 if re.fullmatch(r"\d+\.\d+", step) and name != GUARDIAN:
                     command("scancel", f"--signal={signal}", step)
@@ -94,22 +148,22 @@ class SlurmJob:
 
         Slurm then ends the batch script with SIGTERM and, KillWait (30 s) later, SIGKILL.
         """
-        code, text = command("scontrol", "requeue", self.id)
-        if code:
-            return text or f"scontrol requeue ended with {code}"
+        answer = command("scontrol", "requeue", self.id)
+        if answer.code:
+            return answer.said
         if exclude:
             # Slurm refuses to change the excluded nodes of a running job, so this comes after the requeue, in the
             # seconds before Slurm kills this process.
             known = self.show().get("ExcNodeList", "")
             names = [*([] if known in ("", "(null)") else [known]), *exclude]
-            code, text = command("scontrol", "update", f"JobId={self.id}", f"ExcNodeList={','.join(names)}")
-            if code:
-                print(f"could not exclude {','.join(exclude)}: {text}", flush=True)
+            answer = command("scontrol", "update", f"JobId={self.id}", f"ExcNodeList={','.join(names)}")
+            if answer.code:
+                print(f"could not exclude {','.join(exclude)}: {answer.said}", flush=True)
         return ""
 
 
 def lost_nodes(nodes: Sequence[str]) -> dict[str, str]:
     """Nodes that Slurm marks as down or as not responding (a state that ends in *), with their states."""
-    _, text = command("sinfo", "--noheader", "--Node", "--nodes", ",".join(nodes), "--format", "%N %T")
-    states = dict(line.split()[:2] for line in text.splitlines() if len(line.split()) >= 2)
-    return {n: s for n, s in states.items() if s.startswith("down") or s.endswith("*")}
+    answer = command("sinfo", "--noheader", "--Node", "--nodes", ",".join(nodes), "--format", "%N %T")
+    states = dict(words for line in answer.text.splitlines() if len(words := line.split()) == 2)
+    return {n: s for n, s in states.items() if n in nodes and (s.startswith("down") or s.endswith("*"))}

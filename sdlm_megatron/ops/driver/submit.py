@@ -20,7 +20,7 @@ from sdlm_megatron.config.command_line import at_least, make_parser
 from sdlm_megatron.config.load import PRESETS, load_config, preset_names
 from sdlm_megatron.config.schema import RunConfig
 from sdlm_megatron.config.validate import check_run
-from sdlm_megatron.errors import ConfigError, UserError, run_cli
+from sdlm_megatron.errors import ConfigError, run_cli
 from sdlm_megatron.files import write_text
 from sdlm_megatron.ops.driver import slurm_commands as slurm
 from sdlm_megatron.ops.driver.cluster_file import CLUSTER_HELP, CLUSTERS, SCRIPTS, cluster_path, load_cluster
@@ -29,6 +29,10 @@ from sdlm_megatron.ops.driver.verdict import read_bad_nodes
 
 MINIMUM_SECONDS = 600  # time for the pre-flight, the start and some training steps
 KEPT_VARIABLES = (*VARIABLES, "PYTHON", "CONFIG", "OUT", "MODEL", "HELDOUT")
+_CHANGES_SCRIPT = re.compile(
+    r"SBATCH_(ARRAY_INX|CPUS_PER_GPU|EXPORT(?!=ALL)|GPUS|GPUS_PER_TASK|GRES|MEM_PER_\w+|NO_REQUEUE|OVERCOMMIT|SIGNAL|WAIT)="
+)
+"""Variables (NAME=VALUE) that sbatch puts before the #SBATCH lines, and with which the scripts cannot do their work."""
 EXAMPLE = """DATA=DIR BASE=DIR sdlm submit train_32b_d4 --cluster mine --spares 1 --dry-run
 DATA=DIR BASE=DIR sdlm submit train_3b_d4 --cluster mine --nodes 2 -- --train.global_batch=128
 RUN_DIR=RUN OUT=DIR sdlm submit export --cluster mine --after 4711
@@ -120,6 +124,13 @@ class Submission:
             self.processes = self.nodes * self.cluster.gpus_per_node
         elif any(getattr(self.args, name) is not None for name in ("spares", "launcher", "retries")):
             raise ConfigError("--spares, --launcher and --retries are for training scripts", str(self.script.path))
+        for name, value in os.environ.items():
+            if _CHANGES_SCRIPT.match(f"{name}={value}"):
+                raise ConfigError(
+                    f"{name}={value} would make sbatch change what {self.script.path.name} asks for",
+                    "the environment",
+                    f"unset {name}, or write the option into sbatch of the cluster file instead",
+                )
         # The job uses the Python that submits it, also where the package is installed and has no checkout around it.
         os.environ.setdefault("PYTHON", sys.executable)
 
@@ -137,8 +148,13 @@ class Submission:
         ):
             line += [f"--{option}={value}"] if value else []
         line += [f"--nodes={self.nodes + self.spares}"] if trains or args.nodes else []
-        if "gpus-per-node" in self.script.options:
+        if gpus := "gpus-per-node" in self.script.options:
             line.append(f"--gpus-per-node={cluster.gpus_per_node if trains else 1}")
+        further = [option for option in cluster.sbatch if gpus or "-per-gpu" not in option]
+        # Not in the script: sbatch refuses an #SBATCH --mem beside --mem-per-gpu or --mem-per-cpu of the cluster file.
+        options = [*(f"--{name}" for name in self.script.options), *further]
+        if "--exclusive" in options and not any(option.startswith("--mem") for option in options):
+            line.append("--mem=0")  # all of the node's memory
         line += [f"--dependency=afterok:{args.after}", "--kill-on-invalid-dep=yes"] if args.after else []
         if trains:
             line.append(f"--signal=B:USR1@{cluster.signal_seconds}")
@@ -146,7 +162,7 @@ class Submission:
             bad = read_bad_nodes(self.run_dir)
             line += [f"--exclude={','.join(bad)}"] if bad else []
             line.append(f"--output={self.run_dir.absolute()}/logs/slurm-%j.out")
-        return [*line, *cluster.sbatch, str(self.script.path), *self._script_arguments()]
+        return [*line, *further, str(self.script.path), *self._script_arguments()]
 
     def _check_time(self, limit: str) -> None:
         """Rejects a time limit that ends before training could do anything."""
@@ -169,16 +185,13 @@ class Submission:
             arguments += ["--spares", str(self.spares)]
         return [*arguments, *(["--", *self.overrides] if self.overrides else [])]
 
-    def submit(self) -> str:
-        """Submits, and returns the job's number."""
+    def submit(self) -> tuple[str, str]:
+        """Submits, and returns the job's number and cluster."""
         line = self.command()
         if self.script.preset:
             (self.run_dir / "logs").mkdir(parents=True, exist_ok=True)
             write_text(self.run_dir / "submit.sbatch", self.shell_text())
-        code, output = slurm.command(*line)
-        if code:
-            raise UserError(f"sbatch refused: {output}", shlex.join(line), "change the cluster file or the options")
-        return output.splitlines()[-1].split(";")[0]
+        return slurm.submit_job(line)
 
     def shell_text(self) -> str:
         """A shell script that submits the same job again."""
@@ -196,9 +209,9 @@ class Submission:
             print("# sbatch is not installed on this machine: Slurm did not check the job")
             return passed
         print("# sbatch --test-only", flush=True)
-        code, output = slurm.command(line[0], "--test-only", *line[1:])
-        print(output)
-        return passed and code == 0
+        answer = slurm.command(line[0], "--test-only", *line[1:])
+        print(answer.said)
+        return passed and answer.code == 0
 
     def _check_training(self) -> bool:
         """Checks the layout, and data and base model if they exist; prints the planner's memory and time."""
@@ -243,8 +256,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not submission.dry_run():
             raise SystemExit(1)
         return
-    job = submission.submit()
-    print(job if submission.args.parsable else f"submitted job {job}")
+    job, cluster = submission.submit()
+    print(job if submission.args.parsable else f"submitted job {job}{f' on cluster {cluster}' if cluster else ''}")
 
 
 if __name__ == "__main__":

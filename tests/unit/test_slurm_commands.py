@@ -1,0 +1,111 @@
+"""What Slurm's commands answer, with small programs of their names on PATH: streams, formats, variables."""
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+from sdlm_megatron.errors import UserError
+from sdlm_megatron.ops.driver import slurm_commands as slurm
+from sdlm_megatron.ops.driver.slurm_commands import SlurmJob
+
+NOTE = "echo 'scontrol: note: maintenance on Monday EndTime=1999-01-01T00:00:00' >&2\n"
+JOB = "JobId=7 JobName=sdlm RunTime=0 EndTime={end} ExcNodeList=(null) Comment=a EndTime=2001-01-01T00:00:00"
+
+
+@pytest.fixture
+def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Function that puts a shell script of a name on PATH."""
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    for name in [n for n in os.environ if n.startswith(("SLURM_", "SQUEUE_", "SINFO_"))]:
+        monkeypatch.delenv(name)
+
+    def write(name: str, body: str) -> None:
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("body", "result"),
+    [
+        ("echo 'sbatch: note 99' >&2; echo 123", ("123", "")),
+        ("echo '123;alps'; echo 'lua: job 5 checked' >&2", ("123", "alps")),
+        ("echo 'Welcome, see job 99'; echo 123", "stdout: Welcome, see job 99\n123"),
+        ("echo 123 >&2", "stderr: 123"),
+        ("echo 'Submitted batch job 123'; echo odd >&2", "(stdout: Submitted batch job 123; stderr: odd)"),
+        ("true", "(nothing, exit code 0)"),
+        ("echo 123; echo 'no such account' >&2; exit 1", "sbatch refused: stdout: 123; stderr: no such account"),
+        (r"printf '\351t\351\n' >&2; exit 1", "sbatch refused: stderr: "),  # Latin-1 under any locale
+    ],
+)
+def test_only_stdout_is_a_job_number(program, body: str, result: tuple[str, str] | str, capsys) -> None:
+    program("sbatch", body)
+    if isinstance(result, tuple):
+        assert slurm.submit_job(["sbatch", "x.sh"]) == result
+        assert capsys.readouterr().err.startswith(("sbatch: note 99", "lua: job 5 checked"))
+    else:
+        with pytest.raises(UserError, match=re.escape(result)):
+            slurm.submit_job(["sbatch", "x.sh"])
+
+
+@pytest.mark.parametrize(
+    ("body", "nodes"),
+    [
+        (NOTE + r"printf 'n1\nn2\n'", ["n1", "n2"]),
+        (NOTE + r"printf 'welcome to alps\nn1\nn2\n'", None),
+        (NOTE, None),
+        (r"printf 'maintenance\nn1\nn2\n'", None),  # looks like a node; the job has two
+        (r"printf 'n1\nn2\n'; exit 1", None),
+    ],
+)
+def test_only_stdout_is_a_node_list(program, body: str, nodes: list[str] | None, monkeypatch) -> None:
+    program("scontrol", body)
+    for name, value in (("JOB_ID", "7"), ("JOB_NODELIST", "n[1-2]"), ("JOB_NUM_NODES", "2")):
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    if nodes:
+        assert SlurmJob.current().nodes == nodes
+    else:
+        with pytest.raises(UserError, match="cannot expand the list of 2 nodes: scontrol show hostnames answered"):
+            SlurmJob.current()
+
+
+def test_deadline_of_a_job(program, monkeypatch: pytest.MonkeyPatch) -> None:
+    """scontrol prints times in the format of its environment; comments and notes are not the end time."""
+    job = SlurmJob("7", 0, ["n1"])
+    monkeypatch.setenv("SLURM_TIME_FORMAT", "relative")
+    show = NOTE + 'end=14:23:56\n[ "$SLURM_TIME_FORMAT" = %Y-%m-%dT%H:%M:%S ] && end=2026-11-30T14:23:56\n'
+    program("scontrol", show + f'echo "{JOB.format(end="$end")}"')
+    monkeypatch.setenv("TZ", "UTC0")
+    assert job.end_time() == 1796048636.0
+    program("scontrol", f'echo "{JOB.format(end="Unknown")}"')
+    assert job.end_time() == float("inf")
+    program("scontrol", "echo the controller is down >&2; exit 1")
+    assert job.end_time() == float("inf") and job.show() == {}
+    monkeypatch.setenv("SLURM_JOB_END_TIME", "1796048636")
+    assert job.end_time() == 1796048636.0
+    program("scontrol", "echo JobId=8 EndTime=2026-11-30T14:23:56")  # of another job
+    assert job.show() == {}
+
+
+def test_lost_nodes_are_nodes_of_the_question(program) -> None:
+    program("sinfo", NOTE + "echo 'sinfo: error: n1 down' >&2\nprintf 'site down*\\nn1 idle\\nn2 down*\\nn3 mixed*\\n'")
+    assert slurm.lost_nodes(["n1", "n2", "n3"]) == {"n2": "down*", "n3": "mixed*"}
+
+
+def test_variables_that_change_commands_are_not_passed_on(program, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names that Slurm 22.05 was seen to take: a shape that contradicts ours, labels, filters, formats."""
+    gone = (
+        *("SLURM_MEM_PER_NODE", "SLURM_MEM_PER_CPU", "SLURM_MEM_PER_GPU", "SLURM_NTASKS_PER_GPU", "SLURM_NTASKS"),
+        *("SLURM_GPUS", "SLURM_GPUS_PER_TASK", "SLURM_GPU_BIND", "SLURM_LABELIO", "SLURM_EXPORT_ENV", "SLURM_WAIT"),
+        *("SQUEUE_FORMAT", "SINFO_PARTITION", "SCANCEL_INTERACTIVE", "SCONTROL_ALL", "SRUN_EXPORT_ENV"),
+    )
+    kept = ("SLURM_JOB_ID", "SLURM_JOB_GPUS", "SLURM_CONF", "SLURM_MPI_TYPE", "SBATCH_ACCOUNT", "DATA")
+    for name in (*gone, *kept):
+        monkeypatch.setenv(name, "1")
+    program("sinfo", "env")
+    answer = slurm.command("sinfo")
+    passed = dict(line.split("=", 1) for line in answer.text.splitlines() if "=" in line)
+    assert not set(gone) & set(passed) and set(kept) <= set(passed)
