@@ -4,7 +4,6 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -78,9 +77,8 @@ def train(config: RunConfig, watch: Watch | None, *, profile: str | None = None,
     profile_steps = run_plan.parse_profile_steps(profile) if profile is not None else None
     dataset = PackedDataset(config.data.path)
     plan = run_plan.make_run_plan(config, dataset, log)
-    config = replace(config, diffusion=plan.state.diffusion)  # completed by the dataset's manifest
     dp_size = int(os.environ.get("WORLD_SIZE", 1)) // (config.parallel.tensor * config.parallel.pipeline)
-    log(describe(config, plan, dataset, dp_size))
+    log(describe(plan.config, plan, dataset, dp_size))
     if main_process and config.train.precision == "bf16" and (reason := slow_bf16()):
         log(f"note     {reason}: --train.precision=fp32 is faster here")
     validation = run_plan.open_validation(config, dataset)

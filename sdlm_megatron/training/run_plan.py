@@ -4,23 +4,35 @@ This module does not import Megatron-Core, so that errors are reported before it
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sdlm_megatron.config.schema import DiffusionConfig, ModelConfig, ParallelConfig, RunConfig
+from sdlm_megatron.config.schema import DiffusionConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from sdlm_megatron.config.validate import check_model
 from sdlm_megatron.data.format import PackedDataset
 from sdlm_megatron.data.tokenizer_identity import TEXT_MASK, same_tokenizer
 from sdlm_megatron.errors import CheckpointError, ConfigError, DataError
-from sdlm_megatron.weights.checkpoint_folder import TrainState, newest, read_state
+from sdlm_megatron.weights.checkpoint_folder import TrainState, newest, read_run, read_state
 from sdlm_megatron.weights.hf_config import read_hf_config
 from sdlm_megatron.weights.hf_weights import HFWeights
 from sdlm_megatron.weights.shape import NewMaskToken, find_mask_token, resolve_shape
 
 Notice = Callable[[str], None]
 
+KEPT, TAKEN, REFUSED = "kept", "taken", "refused"
+_CLASSES = {
+    KEPT: "model checkpoint.base",
+    TAKEN: "run_dir data parallel checkpoint observe fault train.steps train.epochs train.stop_after train.attention "
+    "train.layers train.recompute train.recompute_layers train.logits_mb",
+    REFUSED: "diffusion optimizer schedule train.seed train.global_batch train.global_batch_unit train.precision "
+    "train.fp8 train.loss_normalization",
+}
+RESUME = {name: kind for kind, names in _CLASSES.items() for name in names.split()}
+"""Classes of settings on a resume; a section stands for those of its settings that are not listed themselves.
+
+kept: the run's value stays; taken: the new value applies from the next step on; refused: an error."""
 _SAME = ("row_length", "block_size", "target_shift", "mask_token_id", "eos_token_id")
 """Fields of the manifest in which validation data must agree with the training data."""
 
@@ -29,6 +41,8 @@ _SAME = ("row_length", "block_size", "target_shift", "mask_token_id", "eos_token
 class RunPlan:
     """Decisions about a run, the same on every process."""
 
+    config: RunConfig
+    """The settings that apply: on a resume, with those that the run keeps."""
     state: TrainState
     """State before the first step."""
     source: Path | None
@@ -60,7 +74,7 @@ def make_run_plan(config: RunConfig, dataset: PackedDataset, notice: Notice) -> 
     config = resolve_diffusion(config, dataset)
     resume = newest(Path(config.run_dir) / "ckpt", notice)
     if resume is not None:
-        plan = _resume(config, dataset, resume)
+        plan = _resume(config, dataset, resume, notice)
     elif config.checkpoint.base:
         plan = _from_base(config, dataset, Path(config.checkpoint.base), notice)
     else:
@@ -135,12 +149,16 @@ def _rows_per_step(config: RunConfig, dataset: PackedDataset) -> int:
     return max(1, round(size / dataset.manifest["mean_documents_per_row"]))
 
 
-def _total_rows(config: RunConfig, dataset: PackedDataset, rows_per_step: int) -> int:
-    if config.train.steps:
-        return config.train.steps * rows_per_step
-    whole = int(config.train.epochs)
-    part = config.train.epochs - whole
-    return sum(dataset.rows(e) for e in range(whole)) + round(part * dataset.rows(whole))
+def _length(train: TrainConfig, dataset: PackedDataset, state: TrainState) -> tuple[int, int]:
+    """Rows and steps of the whole run, from the steps and rows done so far."""
+    # A step at the end of the data may have had fewer rows: the rows that are left decide, not the steps done.
+    step, done, rows = state.step, state.consumed_rows, state.rows_per_step
+    if train.steps:
+        return done + max(0, train.steps - step) * rows, train.steps
+    whole = int(train.epochs)
+    part = train.epochs - whole
+    total = sum(dataset.rows(e) for e in range(whole)) + round(part * dataset.rows(whole))
+    return total, step + math.ceil((total - done) / rows)
 
 
 def _identity(dataset: PackedDataset) -> dict[str, Any]:
@@ -160,12 +178,10 @@ def _plan(
     assets: Path | None = None,
     new_mask: NewMaskToken | None = None,
 ) -> RunPlan:
-    rows_per_step = _rows_per_step(config, dataset)
-    total = _total_rows(config, dataset, rows_per_step)
     state = TrainState(
         step=0,
         consumed_rows=0,
-        rows_per_step=rows_per_step,
+        rows_per_step=_rows_per_step(config, dataset),
         shape=shape,
         diffusion=config.diffusion,
         mask_token_id=mask_token_id,
@@ -174,7 +190,7 @@ def _plan(
         with_optimizer=True,
         dataset=_identity(dataset),
     )
-    return RunPlan(state, source, kind, assets, new_mask, total, math.ceil(total / rows_per_step))
+    return RunPlan(config, state, source, kind, assets, new_mask, *_length(config.train, dataset, state))
 
 
 def _from_base(config: RunConfig, dataset: PackedDataset, base: Path, notice: Notice) -> RunPlan:
@@ -228,9 +244,9 @@ def _check_tokenizer(dataset: PackedDataset, assets: Path, mask_id: int, notice:
         )
 
 
-def _resume(config: RunConfig, dataset: PackedDataset, folder: Path) -> RunPlan:
+def _resume(config: RunConfig, dataset: PackedDataset, folder: Path, notice: Notice) -> RunPlan:
     """Continues from a checkpoint of this run, under the same or another parallel layout."""
-    state = read_state(folder)
+    state, run = read_state(folder), read_run(folder)
     shape = resolve_shape(config.model, state.shape, str(folder))
     if state.dataset != _identity(dataset):
         raise DataError(
@@ -244,24 +260,71 @@ def _resume(config: RunConfig, dataset: PackedDataset, folder: Path) -> RunPlan:
             str(folder),
             f"start a new run with --run_dir=… and --checkpoint.base={folder}",
         )
-    if state.precision != config.train.precision:
+    before: dict[str, dict[str, Any]] = run.get("settings", {})
+    before = before | {"diffusion": asdict(state.diffusion)}
+    before["train"] = before.get("train", {}) | {"precision": state.precision}
+    _refuse_changes(config, before, folder)
+    if (rows := _rows_per_step(config, dataset)) != state.rows_per_step:  # of a run that did not record its settings
         raise CheckpointError(
-            f"the checkpoint was trained in {state.precision}, the configuration says {config.train.precision}",
+            f"a step would have {rows} rows, the run has trained with {state.rows_per_step}",
             str(folder),
-            f"--train.precision={state.precision}",
-        )
-    if state.diffusion != config.diffusion:
-        raise CheckpointError(
-            f"the checkpoint was trained with {state.diffusion}, the configuration says {config.diffusion}",
-            str(folder),
-            "use the same diffusion section",
+            f"--train.global_batch={state.rows_per_step} --train.global_batch_unit=rows",
         )
     # without notices: they were printed when the run started
     _check_tokenizer(dataset, folder / "hf", state.mask_token_id, lambda text: None)
-    # rows per step are those of the start: another layout must not change the batches
-    total = _total_rows(config, dataset, state.rows_per_step)
-    steps = math.ceil(total / state.rows_per_step)
-    return RunPlan(replace(state, shape=shape), folder, "resume", folder / "hf", None, total, steps)
+    total, steps = _resumed_length(config, before["train"], dataset, state, notice)
+    if "base" in run and run["base"] != Path(config.checkpoint.base).name:
+        if config.checkpoint.base:
+            started = run["base"] or "random weights"
+            notice(f"checkpoint.base {config.checkpoint.base} is not read: the run started from {started} and resumes")
+        config = replace(config, checkpoint=replace(config.checkpoint, base=run["base"]))
+    return RunPlan(config, replace(state, shape=shape), folder, "resume", folder / "hf", None, total, steps)
+
+
+def resume_class(name: str) -> str:
+    """KEPT, TAKEN or REFUSED for a setting such as "train.seed"; KeyError where RESUME has no class for it."""
+    return RESUME[name] if name in RESUME else RESUME[name.partition(".")[0]]
+
+
+def _refuse_changes(config: RunConfig, before: Mapping[str, Mapping[str, Any]], folder: Path) -> None:
+    """Raises CheckpointError for settings that would change the result of the run in the middle.
+
+    Args:
+        before: settings of the run so far, by section. What an older version did not record is not compared.
+    """
+    changed = {}
+    for section, values in before.items():
+        now = vars(getattr(config, section))
+        for key in values.keys() & now.keys():
+            if values[key] != now[key] and resume_class(f"{section}.{key}") == REFUSED:
+                changed[f"{section}.{key}"] = (now[key], values[key])
+    if changed:
+        differences = [f"{key} is {new}, the run has trained with {old}" for key, (new, old) in sorted(changed.items())]
+        options = " ".join(f"--{key}={str(old).lower()}" for key, (_, old) in sorted(changed.items()))
+        raise CheckpointError(
+            "; ".join(differences),
+            str(folder),
+            f"{options}, or start a new run from this checkpoint: --run_dir=… --checkpoint.base={folder}",
+        )
+
+
+def _resumed_length(
+    config: RunConfig, before: Mapping[str, Any], dataset: PackedDataset, state: TrainState, notice: Notice
+) -> tuple[int, int]:
+    """Rows and steps of the whole run, which a resume may extend; ConfigError where it has trained more already."""
+    total, steps = _length(config.train, dataset, state)
+    if total < state.consumed_rows or steps < state.step:
+        raise ConfigError(
+            f"the run has trained {state.step} steps and {state.consumed_rows} rows, the configuration asks for "
+            f"{steps if config.train.steps else total} {'steps' if config.train.steps else 'rows'}",
+            "train.steps" if config.train.steps else "train.epochs",
+            "the run's own value or more; to repeat steps, remove the checkpoints after the wanted one",
+        )
+    earlier = {key: before[key] for key in ("steps", "epochs") if key in before}
+    if (old := _length(replace(config.train, **earlier), dataset, state)[1]) != steps:
+        decay = "" if config.schedule.style == "constant" else f"; the {config.schedule.style} schedule ends there"
+        notice(f"the run now ends with step {steps} instead of {old}{decay}")
+    return total, steps
 
 
 def micro_batch_multiple(parallel: ParallelConfig) -> int:

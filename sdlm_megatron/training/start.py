@@ -60,6 +60,7 @@ def start_training(
     # the process groups come first: everything after it may need a collective
     groups = init_groups(config.parallel, seed=config.train.seed)
     plan = sync_resume_plan(config, plan, dataset, groups, log)
+    config = plan.config
     engine = Engine(
         config,
         plan.state.shape,

@@ -35,7 +35,7 @@ class Trainer:
         run, last = self.run, self.run.last_step
         first = run.state.step + 1
         if first > last and run.main:
-            print(f"nothing to do: step {last} of {last} is done; raise train.steps to continue", flush=True)
+            print(f"nothing to do: step {first - 1} of {last} is done; raise train.steps to continue", flush=True)
         with Prefetch(self._loads(last), run.engine.groups.device) as rows, ExitStack() as stack:
             for hook in self.hooks:
                 stack.enter_context(hook)

@@ -140,6 +140,17 @@ def test_resuming_with_another_dataset_is_refused(stopped: dict[str, Path], tmp_
     assert "Traceback" not in done.stderr
 
 
+def test_resuming_with_another_seed_is_refused(stopped: dict[str, Path], tmp_path: Path) -> None:
+    """The rows would be drawn in another order: some twice, others never."""
+    run = tmp_path / "run"
+    shutil.copytree(stopped["half"], run)
+    before = (run / "config.yaml").read_bytes()
+    done = train(settings(stopped, run, **{"train.seed": 7}), check=False)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "train.seed is 7, the run has trained with 42" in done.stderr
+    assert (run / "config.yaml").read_bytes() == before
+
+
 def test_non_finite_loss_stops_before_the_update(tmp_path: Path) -> None:
     """The error names the step and the rows, and no checkpoint is written."""
     from safetensors.torch import load_file, save_file

@@ -68,12 +68,12 @@ def names(run: Path) -> set[str]:
 
 
 def test_foreign_names_do_not_count_as_checkpoints(run: Path) -> None:
-    said: list[str] = []
-    assert newest(run / "ckpt", said.append) == step_folder(run, 3)
+    log: list[str] = []
+    assert newest(run / "ckpt", log.append) == step_folder(run, 3)
     assert newest_step(run) == 3
     assert find_checkpoint(run) == step_folder(run, 3)
-    assert len(said) == len(FOREIGN) - 1 + 2, "all but the dotfile"
-    assert f"ignored {run}/ckpt/step-0000003-good: not a name of a checkpoint" in said
+    assert len(log) == len(FOREIGN) - 1 + 2, "all but the dotfile"
+    assert f"ignored {run}/ckpt/step-0000003-good: not a name of a checkpoint" in log
 
 
 def test_foreign_names_are_not_removed(run: Path) -> None:

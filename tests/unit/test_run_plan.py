@@ -1,18 +1,33 @@
-"""Settings that a run takes from the manifest of its dataset."""
+"""Settings that a run takes from the manifest of its dataset, and from itself when it resumes."""
 
-from dataclasses import asdict
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 from helpers import make_dataset, make_hf
 
 from sdlm_megatron.config.load import PRESETS, load_config, preset_names
 from sdlm_megatron.config.schema import RunConfig
-from sdlm_megatron.errors import CheckpointError, DataError
+from sdlm_megatron.data.format import PackedDataset
+from sdlm_megatron.data.order import step_rows
+from sdlm_megatron.errors import CheckpointError, ConfigError, DataError
+from sdlm_megatron.ops.run_facts import run_facts
 from sdlm_megatron.train import train
-from sdlm_megatron.training.run_plan import resolve_diffusion
+from sdlm_megatron.training.run_plan import (
+    KEPT,
+    REFUSED,
+    RESUME,
+    TAKEN,
+    RunPlan,
+    make_run_plan,
+    resolve_diffusion,
+    resume_class,
+)
+from sdlm_megatron.weights.checkpoint_folder import checksums, step_folder
 
 MANIFEST = {"block_size": 8, "target_shift": False, "mask_token": "<file_sep>"}
 
@@ -77,3 +92,141 @@ def test_a_dry_run_checks_the_weights_of_the_base(tmp_path: Path, capsys: pytest
     (base / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match="neither model.safetensors"):
         train(config, None)
+
+
+# ------------------------------------------------------------------------------------------------------- resume
+ROWS, BATCH = 21, 4
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> PackedDataset:
+    return PackedDataset(make_dataset(tmp_path / "data", rows=ROWS))
+
+
+def configured(tmp_path: Path, *settings: str) -> RunConfig:
+    fixed = [f"--run_dir={tmp_path / 'run'}", f"--data.path={tmp_path / 'data'}", "--train.precision=fp32"]
+    batch = [f"--train.global_batch={BATCH}", "--train.global_batch_unit=rows"]
+    return load_config(RunConfig, "tiny", ["--train.steps=0", *fixed, *batch, *settings], PRESETS)
+
+
+def save(config: RunConfig, data: PackedDataset, step: int, **changes: Any) -> RunPlan:
+    """Writes the checkpoint that a run would leave after `step`, without weights; returns the run's plan."""
+    plan = make_run_plan(config, data, lambda text: None)
+    done = min(plan.state.consumed_rows + (step - plan.state.step) * plan.state.rows_per_step, plan.total_rows)
+    folder = step_folder(Path(config.run_dir), step)
+    folder.mkdir(parents=True)
+    state = replace(plan.state, step=step, consumed_rows=done)
+    (folder / "state.json").write_text(json.dumps(asdict(state)))
+    (folder / "run.json").write_text(json.dumps({**run_facts(plan.config, data.manifest, {}, dp_size=1), **changes}))
+    (folder / "complete.json").write_text(json.dumps(checksums(folder)))
+    return plan
+
+
+def trained(plan: RunPlan) -> list[int]:
+    """Row numbers that the steps to come train on, in order."""
+    numbers, consumed = [], plan.state.consumed_rows
+    for _ in range(plan.state.step, plan.steps):
+        rows = step_rows(consumed, plan.state.rows_per_step, plan.total_rows, dp_rank=0, dp_size=1)
+        numbers += [n for n in rows if n is not None]
+        consumed = min(consumed + plan.state.rows_per_step, plan.total_rows)
+    return numbers
+
+
+def leaves(kind: Any = RunConfig, prefix: str = "") -> Iterator[str]:
+    for field in fields(kind):
+        hint = get_type_hints(kind)[field.name]
+        yield from leaves(hint, f"{field.name}.") if is_dataclass(hint) else [f"{prefix}{field.name}"]
+
+
+def test_every_setting_has_a_class_for_a_resume() -> None:
+    classes = {name: resume_class(name) for name in leaves()}
+    assert len(classes) > 60 and set(classes.values()) == {KEPT, TAKEN, REFUSED}
+    sections = {name.partition(".")[0] for name in classes}
+    assert set(RESUME) <= set(classes) | sections, "an entry that names no setting"
+    assert [n for n in classes if n.startswith("train.") and n not in RESUME] == [], "no default for train"
+    assert (classes["checkpoint.base"], classes["checkpoint.save_every"]) == (KEPT, TAKEN)
+    with pytest.raises(KeyError):
+        resume_class("mine.lr")
+
+
+CHANGES = [
+    ("train.seed", 7, "--train.seed=42"),
+    ("train.global_batch", 8, "--train.global_batch=4"),
+    ("train.global_batch_unit", "documents", "--train.global_batch_unit=rows"),
+    ("train.precision", "bf16", "--train.precision=fp32"),
+    ("train.loss_normalization", "rows", "--train.loss_normalization=targets"),
+    ("optimizer.lr", 0.5, "--optimizer.lr=0.001"),
+    ("optimizer.beta2", 0.5, "--optimizer.beta2="),
+    ("optimizer.clip_grad", 0.5, "--optimizer.clip_grad="),
+    ("schedule.style", "cosine", "--schedule.style=constant"),
+    ("schedule.warmup_steps", 1, "--schedule.warmup_steps=0"),
+    ("diffusion.causal_attn", "true", "--diffusion.causal_attn=false"),
+    ("diffusion.next_token_weight", 0.5, "--diffusion.next_token_weight=0.0"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "option"), CHANGES)
+def test_a_setting_that_changes_the_result_is_refused(
+    tmp_path: Path, data: PackedDataset, name: str, value: object, option: str
+) -> None:
+    save(configured(tmp_path, "--optimizer.lr=0.001", "--schedule.style=constant"), data, 3)
+    settings = ["--optimizer.lr=0.001", "--schedule.style=constant", f"--{name}={value}"]
+    with pytest.raises(CheckpointError, match=f"{name} is (?i:{value}), the run has trained with") as raised:
+        make_run_plan(configured(tmp_path, *settings), data, print)
+    folder = tmp_path / "run" / "ckpt" / "step-0000003"
+    assert option in raised.value.fix and f"--checkpoint.base={folder}" in raised.value.fix
+
+
+def test_all_changes_are_named_at_once(tmp_path: Path, data: PackedDataset) -> None:
+    save(configured(tmp_path), data, 3)
+    with pytest.raises(CheckpointError) as raised:
+        make_run_plan(configured(tmp_path, "--train.seed=7", "--train.global_batch=8"), data, print)
+    expected = "train.global_batch is 8, the run has trained with 4; train.seed is 7, the run has trained with 42"
+    assert raised.value.what == expected
+
+
+def test_rows_per_step_are_compared_where_settings_were_not_recorded(tmp_path: Path, data: PackedDataset) -> None:
+    save(configured(tmp_path), data, 3, settings={})
+    with pytest.raises(CheckpointError, match="a step would have 8 rows, the run has trained with 4"):
+        make_run_plan(configured(tmp_path, "--train.global_batch=8"), data, print)
+
+
+def test_more_epochs_on_a_finished_run_train_every_row(tmp_path: Path, data: PackedDataset) -> None:
+    """Its last step had one row: the steps of the new length are counted from the rows that are left."""
+    first = save(configured(tmp_path, "--train.epochs=1"), data, 6)
+    log: list[str] = []
+    second = make_run_plan(configured(tmp_path, "--train.epochs=2"), data, log.append)
+    assert (second.state.step, second.steps, second.total_rows) == (6, 12, 42)
+    assert trained(first) + trained(second) == list(range(42))
+    assert "the run now ends with step 12 instead of 6" in "".join(log)
+    save(configured(tmp_path, "--train.epochs=2"), data, 9)  # and resumed once more on the way
+    third = make_run_plan(configured(tmp_path, "--train.epochs=2"), data, print)
+    assert (third.state.step, third.steps) == (9, 12) and trained(third) == list(range(33, 42))
+
+
+def test_steps_after_epochs_have_full_batches(tmp_path: Path, data: PackedDataset) -> None:
+    save(configured(tmp_path, "--train.epochs=1"), data, 6)
+    plan = make_run_plan(configured(tmp_path, "--train.steps=8"), data, print)
+    assert (plan.steps, trained(plan)) == (8, list(range(21, 29)))
+
+
+@pytest.mark.parametrize(("setting", "message"), [("steps=2", "asks for 2 steps"), ("epochs=0.5", "asks for 10 rows")])
+def test_a_shorter_run_than_trained_is_refused(tmp_path: Path, data: PackedDataset, setting: str, message: str) -> None:
+    save(configured(tmp_path), data, 5)
+    with pytest.raises(ConfigError, match=f"has trained 5 steps and 20 rows, the configuration {message}"):
+        make_run_plan(configured(tmp_path, f"--train.{setting}"), data, print)
+
+
+def test_the_run_keeps_its_base_and_takes_the_rest(tmp_path: Path, data: PackedDataset) -> None:
+    base = make_hf(tmp_path / "first")
+    own = ["--model.num_layers=0", f"--checkpoint.base={base}"]
+    save(configured(tmp_path, *own), data, 3)
+    log: list[str] = []
+    new = ["--checkpoint.save_every=2", "--train.recompute=full", "--data.skip_rows=[3]", "--observe.log_every=5"]
+    plan = make_run_plan(configured(tmp_path, *own, *new, f"--checkpoint.base={tmp_path}/other"), data, log.append)
+    assert "other is not read: the run started from first and resumes" in log[-1]
+    assert plan.config.checkpoint.base == "first" and plan.config.checkpoint.save_every == 2
+    assert (plan.config.train.recompute, plan.config.data.skip_rows, plan.config.observe.log_every) == ("full", [3], 5)
+    same = make_run_plan(configured(tmp_path, *own), data, log.append)
+    assert same.config.checkpoint.base == str(base), "a base of the same name keeps its path"
+    assert run_facts(plan.config, data.manifest, {}, dp_size=1)["base"] == "first"

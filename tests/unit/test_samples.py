@@ -84,7 +84,7 @@ def training_run(engine: "Engine", data: PackedDataset, state: "TrainState", ass
     from sdlm_megatron.training.hooks import TrainingRun
     from sdlm_megatron.training.run_plan import RunPlan
 
-    plan = RunPlan(state, None, "random", assets, None, total_rows=2, steps=2)
+    plan = RunPlan(engine.config, state, None, "random", assets, None, total_rows=2, steps=2)
     return TrainingRun(engine.config, plan, engine, data, None, None, state)
 
 
