@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 from packaging.version import Version
 
 from sdlm_megatron.config.schema import ParallelConfig, TrainConfig
+from sdlm_megatron.config.validate import CHOICES
 from sdlm_megatron.errors import ConfigError
-from sdlm_megatron.model.packages import NO_GPU, Packages, first_line
+from sdlm_megatron.model.packages import NO_GPU, NOT_INSTALLED, Packages, first_line
 
 if TYPE_CHECKING:
     from megatron.core.transformer.transformer_config import TransformerConfig
@@ -58,22 +59,22 @@ def choose_layers(train: TrainConfig, parallel: ParallelConfig, packages: Packag
 
 def _kind(train: TrainConfig, packages: Packages) -> tuple[str, str]:
     """Kind of layers and the reason."""
-    problem = _problem(packages)
-    if train.layers == TRANSFORMER_ENGINE:
-        if problem:
-            fix = f"--{KEY}=auto"
-            if packages.gpu is not None:
-                fix = f"pip install --no-build-isolation 'transformer-engine[pytorch]>={OLDEST}', or {fix}"
-            raise ConfigError(f"TransformerEngine's layers cannot be built: {problem}", KEY, fix)
-        return TRANSFORMER_ENGINE, f"set by {KEY}"
+    if train.layers not in CHOICES[KEY]:
+        raise ConfigError(f"there are no layers '{train.layers}'", KEY, f"one of {', '.join(CHOICES[KEY])}")
     if train.layers == MEGATRON:
         return MEGATRON, f"set by {KEY}"
-    if problem:
+    problem, named = _problem(packages), train.layers == TRANSFORMER_ENGINE
+    if not named and (packages.gpu is None or packages.transformer_engine.problem == NOT_INSTALLED):
         return MEGATRON, problem
-    if train.precision == "fp32":
+    if not named and train.precision == "fp32":
         # TF32 keeps 10 bits of mantissa: a run in fp32 is for exact comparisons
         return MEGATRON, "TransformerEngine would run fp32 products in TF32"
-    return TRANSFORMER_ENGINE, "it is installed"
+    if problem:  # slower layers must not silently replace an installation that does not work
+        fix = f"--{KEY}=megatron"
+        if packages.gpu is not None:
+            fix = f"pip install --no-build-isolation 'transformer-engine[pytorch]>={OLDEST}', or {fix}"
+        raise ConfigError(f"TransformerEngine's layers cannot be built: {problem}", KEY, fix)
+    return TRANSFORMER_ENGINE, f"set by {KEY}" if named else "it is installed"
 
 
 def _problem(packages: Packages) -> str:

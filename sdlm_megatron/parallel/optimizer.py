@@ -131,9 +131,21 @@ def finalizer(groups: ProcessGroupCollection, before: Callable[[], None]) -> Cal
         dist.all_reduce(num_tokens, group=groups.dp_cp)
         scale = 1.0 / num_tokens.clamp(min=1)  # a step without targets has zero gradients, not NaN
         for chunk in chunks:
-            chunk.scale_gradients(scale)
+            scale_gradients(chunk, scale, groups.dp_cp)
 
     return finalize
+
+
+def scale_gradients(chunk: DistributedDataParallel, scale: torch.Tensor, group: dist.ProcessGroup) -> None:
+    """Multiplies the gradients of a model chunk that this process's optimizer reads by `scale`."""
+    if not chunk.ddp_config.use_distributed_optimizer:
+        chunk.scale_gradients(scale)
+        return
+    # After the reduce-scatter over `group` only this rank's part of each bucket is a sum over all ranks, and only that
+    # part is read: the whole buffer would cost as many times the memory traffic as there are ranks.
+    for buffer in chunk.buffers:
+        for bucket in buffer.buckets:
+            bucket.grad_data.chunk(group.size())[group.rank()].mul_(scale)
 
 
 def gradient_norm(optimizer: MegatronOptimizer) -> torch.Tensor:

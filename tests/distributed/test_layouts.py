@@ -237,6 +237,23 @@ def decoded(folder: Path, prompt: list[int]) -> list[int]:
     return done.tokens[0]
 
 
+@pytest.mark.parametrize(
+    "parallel",
+    [{}, {"overlap_grad_reduce": True, "overlap_param_gather": True}, {"distributed_optimizer": False}],
+    ids=["distributed", "overlapped", "replicated"],
+)
+def test_only_own_gradients_are_scaled(parallel: dict, material: tuple[Path, Path], tmp_path: Path) -> None:
+    """After the reduce-scatter; gradient norms and weights stay bitwise those of scaling the whole buffer."""
+    script = str(Path(__file__).with_name("own_gradients.py"))
+    run_python(script, *map(str, material), str(tmp_path / "out.json"), json.dumps(parallel), processes=2)
+    (same, share, norms), (_, other, _) = results = json.loads((tmp_path / "out.json").read_text())
+    assert all(r[0] for r in results) and same and min(norms) > 0
+    if parallel.get("distributed_optimizer", True):
+        assert 0.3 < share < 0.7 and 0.3 < other < 0.7
+    else:
+        assert share > 0.99
+
+
 def test_bf16_trains_under_pipeline(material: tuple[Path, Path], single: list[dict], tmp_path: Path) -> None:
     """bf16 with fp32 masters follows the fp32 run within bf16's rounding."""
     records = run(material, tmp_path / "run", 2, {"train.precision": "bf16", "parallel.pipeline": 2})

@@ -1,6 +1,7 @@
 """Attention on a CUDA device: every installed kernel against the definition in float64."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from attention_cases import defined, inputs, layout_of, run
 from helpers import make_dataset, make_hf, read_metrics, train
 
 from sdlm_megatron.diffusion.layout import RowLayout
-from sdlm_megatron.model.attention.choice import TOLERANCE, Heads, check_kernel, choose_attention, gpu_kernels
+from sdlm_megatron.model.attention.choice import TOLERANCE, Heads, check_backend, choose_attention, gpu_kernels
 from sdlm_megatron.model.attention.contract import RowAttention
 from sdlm_megatron.model.attention.decomposed import Decomposed
 from sdlm_megatron.model.attention.flex import Flex
@@ -81,10 +82,13 @@ def test_row_of_padding_gives_zeros() -> None:
 
 def test_every_installed_kernel_passes_its_check() -> None:
     heads = Heads(heads=16, kv_heads=2, dim=128, dtype=torch.bfloat16)
-    for kernel in gpu_kernels():
-        assert not isinstance(kernel, str), kernel
-        assert check_kernel(kernel, causal_attn=False, device=torch.device("cuda"), heads=heads) < TOLERANCE / 2
-    assert choose_attention("auto", causal_attn=False, device=torch.device("cuda"), heads=heads).text.startswith("dec")
+    gpu = torch.device("cuda")
+    for name, build in builds(torch.bfloat16):
+        row = partial(build, causal=False)
+        assert check_backend(row, causal_attn=False, device=gpu, heads=heads) < TOLERANCE / 2, name
+    assert choose_attention("auto", causal_attn=False, device=gpu, heads=heads).text.startswith("dec")
+    exact = Heads(heads=16, kv_heads=2, dim=128, dtype=torch.float32)
+    assert choose_attention("auto", causal_attn=False, device=gpu, heads=exact).text.startswith("flex, which passed")
 
 
 def test_host_never_waits_for_the_device() -> None:

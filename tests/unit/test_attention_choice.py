@@ -3,6 +3,7 @@
 import inspect
 import types
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,8 @@ from helpers import make_dataset, make_hf, read_metrics, train
 from sdlm_megatron.data.batch import load_micro_batch
 from sdlm_megatron.data.format import PackedDataset
 from sdlm_megatron.errors import ConfigError
-from sdlm_megatron.model.attention.choice import TOLERANCE, Heads, check_kernel, choose_attention, first_good
+from sdlm_megatron.model.attention import choice
+from sdlm_megatron.model.attention.choice import TOLERANCE, Heads, check_backend, choose_attention, first_good
 from sdlm_megatron.model.attention.decomposed import Decomposed
 from sdlm_megatron.model.attention.varlen import (
     KernelOutput,
@@ -148,6 +150,12 @@ def test_check_detects_other_conventions(kernel: TorchKernel, causal: bool) -> N
     assert check_kernel(TorchKernel(), causal_attn=causal, device=CPU, heads=heads) < TOLERANCE / 2
 
 
+def check_kernel(kernel: TorchKernel | TransformerEngineFused, *, causal_attn: bool, **where) -> float:
+    return check_backend(
+        lambda layout, _: Decomposed(layout, kernel, causal_attn=causal_attn), causal_attn=causal_attn, **where
+    )
+
+
 class Broken(TorchKernel):
     """Fails like a kernel built for another version."""
 
@@ -177,6 +185,34 @@ def test_failing_kernels_are_reported_and_skipped() -> None:
 )
 def test_choice_text_names_backend_and_reason(name: str, text: str) -> None:
     assert choose_attention(name, causal_attn=False, device=CPU, heads=HEADS).text == text
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU would run these kernels")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_gpu_without_working_kernels_is_an_error(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loop in Python over documents is not a fallback on a GPU. Here torch's kernels fail for lack of CUDA."""
+    heads, gpu = Heads(heads=4, kv_heads=2, dim=16, dtype=dtype), torch.device("cuda")
+    monkeypatch.setattr(choice, "gpu_kernels", lambda: iter(["X cannot be loaded (why)", TorchFlash()]))
+    with pytest.raises(ConfigError, match="no kernel for auto attention works on this GPU") as caught:
+        choose_attention("auto", causal_attn=False, device=gpu, heads=heads)
+    assert "; flex does not run (" in caught.value.what
+    assert ("do not support fp32" in caught.value.what) == (dtype is torch.float32)
+    assert "--train.attention=per_document, which is slow" in caught.value.fix
+    named = choose_attention("per_document", causal_attn=False, device=gpu, heads=heads)
+    assert named.text == "per_document, set by train.attention"
+    monkeypatch.setattr(choice, "check_backend", lambda row, **_: 0.001 if isinstance(row, partial) else 0.3)
+    chosen = choose_attention("auto", causal_attn=False, device=gpu, heads=heads)
+    assert chosen.text.startswith("flex, which passed the check against the definition; ")
+    with pytest.raises(ConfigError, match="no kernel for decomposed attention") as caught:
+        choose_attention("decomposed", causal_attn=False, device=gpu, heads=heads)
+    assert "--train.attention=auto" in caught.value.fix
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_unknown_backends_are_refused(device: str) -> None:
+    with pytest.raises(ConfigError, match="no attention backend 'fles'") as caught:
+        choose_attention("fles", causal_attn=False, device=torch.device(device), heads=HEADS)
+    assert caught.value.fix == "one of auto, per_document, decomposed, flex, dense"
 
 
 def test_flex_is_refused_on_a_cpu() -> None:

@@ -17,6 +17,7 @@ from sdlm_megatron.data.format import PackedDataset
 from sdlm_megatron.data.order import locate
 from sdlm_megatron.errors import ConfigError
 from sdlm_megatron.ops.attempt import read_events
+from sdlm_megatron.ops.rank.find_nan import irreproducible
 from sdlm_megatron.ops.rank.monitor import (
     SLOW_STEPS,
     WINDOW_MINIMUM,
@@ -180,7 +181,10 @@ def test_first_non_finite_location_is_reported(
     printed = capsys.readouterr().out
     report = json.loads((tmp_path / "logs" / "local" / "find-nan.json").read_text())
     if where == "nowhere":
-        assert "was finite this time" in printed and report["found"] == []
+        assert "was finite this time. The result was not reproducible: suspect a device" in printed
+        assert report["found"] == []
+        # the backward pass of flash attention gives other bits each time: a device is only one of two readings
+        assert "flash attention sums in varying order" in irreproducible(torch.device("cuda"))
         return
     finding = report["found"][0]
     expected = {

@@ -53,8 +53,8 @@ def choose(machine: str, parallel: ParallelConfig | None = None, **train: str):
             "transformer_engine 2.20.2: it is installed, FP8 with delayed scaling, head and embedding in bf16",
         ),
         ("plain", {}, "megatron: TransformerEngine: it is not installed"),
-        ("broken", {}, "megatron: TransformerEngine: it cannot be loaded (undefined symbol)"),
-        ("old", {}, "megatron: TransformerEngine 2.7.1 is too old, 2.8 is needed"),
+        ("broken", {"layers": "megatron"}, "megatron: set by train.layers"),
+        ("broken", {"precision": "fp32"}, "megatron: TransformerEngine would run fp32 products in TF32"),
         ("cpu", {}, "megatron: there is no GPU"),
         ("cpu", {"layers": "megatron"}, "megatron: set by train.layers"),
     ],
@@ -68,7 +68,11 @@ def test_choice_and_reason(machine: str, train: dict[str, str], text: str) -> No
 @pytest.mark.parametrize(
     ("machine", "train", "key", "what", "fix"),
     [
-        ("cpu", {"layers": "transformer_engine"}, "train.layers", "there is no GPU", "--train.layers=auto"),
+        ("broken", {}, "train.layers", "undefined symbol", "pip install --no-build-isolation"),
+        ("broken", {"fp8": "current"}, "train.layers", "undefined symbol", "--train.layers=megatron"),
+        ("old", {}, "train.layers", "2.7.1 is too old, 2.8 is needed", "--train.layers=megatron"),
+        ("plain", {"layers": "te"}, "train.layers", "no layers 'te'", "one of auto, megatron, transformer_engine"),
+        ("cpu", {"layers": "transformer_engine"}, "train.layers", "there is no GPU", "--train.layers=megatron"),
         ("plain", {"layers": "transformer_engine"}, "train.layers", "not installed", "pip install"),
         ("broken", {"layers": "transformer_engine"}, "train.layers", "undefined symbol", "pip install"),
         ("old", {"layers": "transformer_engine"}, "train.layers", "too old", "pip install"),

@@ -1,7 +1,8 @@
 """Choice of the attention backend of a run.
 
-The varlen kernels are internal functions of other packages, whose conventions change between versions. So each one is
-checked before use: on a small row, forward and backward, it has to agree with the definition in float64.
+The varlen kernels are internal functions of other packages, whose conventions change between versions. So each backend
+that `auto` takes on a GPU is checked before use: on a small row, forward and backward, it has to agree with the
+definition in float64.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -12,6 +13,7 @@ from importlib.util import find_spec
 import numpy as np
 import torch
 
+from sdlm_megatron.config.validate import CHOICES
 from sdlm_megatron.diffusion.layout import RowLayout
 from sdlm_megatron.errors import ConfigError
 from sdlm_megatron.model.attention.contract import RowAttention
@@ -53,37 +55,50 @@ class Heads:
 
 
 def choose_attention(name: str, *, causal_attn: bool, device: torch.device, heads: Heads) -> AttentionBackend:
-    """The backend for `train.attention`; raises ConfigError where it cannot run."""
+    """The backend for `train.attention`.
 
-    def decomposed(layout: RowLayout, row_length: int, *, kernel: VarlenKernel) -> Decomposed:
-        return Decomposed(layout, kernel, causal_attn=causal_attn)
-
+    Raises:
+        ConfigError: it is unknown or cannot run here; with "auto" on a GPU, no backend for GPUs works.
+    """
+    if name not in CHOICES[KEY]:
+        raise ConfigError(f"there is no attention backend '{name}'", KEY, f"one of {', '.join(CHOICES[KEY])}")
     masked = {"per_document": PerDocument, "dense": Dense}
     if name in masked:
         return AttentionBackend(f"{name}, set by {KEY}", partial(masked[name], causal_attn=causal_attn))
-    on_gpu = device.type == "cuda"
+    if device.type == "cuda":
+        return _gpu_backend(name, causal_attn=causal_attn, device=device, heads=heads)
     if name == "flex":
-        if not on_gpu:
-            raise ConfigError("FlexAttention needs a GPU to train", KEY, f"--{KEY}=auto")
-        return AttentionBackend(f"flex, set by {KEY}", partial(Flex, causal_attn=causal_attn))
-    per_document = partial(PerDocument, causal_attn=causal_attn)
-    if not on_gpu:
-        if name == "auto":
-            return AttentionBackend("per_document: the fastest on a CPU", per_document)
-        kernel: VarlenKernel = TorchKernel()
-        return AttentionBackend(f"decomposed over {kernel.name}, set by {KEY}", partial(decomposed, kernel=kernel))
-    if heads.dtype is torch.float32:
-        if name == "auto":
-            return AttentionBackend("per_document: fast kernels do not support fp32", per_document)
-        raise ConfigError("no fast kernel supports fp32", KEY, f"--train.precision=bf16, or --{KEY}=auto")
-    passed, failures = first_good(gpu_kernels(), causal_attn=causal_attn, device=device, heads=heads)
-    notes = "".join(f"; {failure}" for failure in failures)
-    if passed is not None:
-        text = f"decomposed over {passed.name}, which passed the check against the definition{notes}"
-        return AttentionBackend(text, partial(decomposed, kernel=passed))
+        raise ConfigError("FlexAttention needs a GPU to train", KEY, f"--{KEY}=auto")
     if name == "auto":
-        return AttentionBackend(f"per_document: no fast kernel works on this machine{notes}", per_document)
-    raise ConfigError(f"no kernel for decomposed attention works on this machine{notes}", KEY, f"--{KEY}=auto, or flex")
+        return AttentionBackend("per_document: the fastest on a CPU", partial(PerDocument, causal_attn=causal_attn))
+    kernel = TorchKernel()
+    return AttentionBackend(f"decomposed over {kernel.name}, set by {KEY}", _decomposed(kernel, causal_attn))
+
+
+def _gpu_backend(name: str, *, causal_attn: bool, device: torch.device, heads: Heads) -> AttentionBackend:
+    """The backend on a GPU: flex, or the fastest that passes its check. per_document would be a loop in Python."""
+    flex = partial(Flex, causal_attn=causal_attn)
+    if name == "flex":
+        return AttentionBackend(f"flex, set by {KEY}", flex)
+    fp32 = heads.dtype is torch.float32
+    passed, failures = None, ["the fast kernels do not support fp32"]
+    if not fp32:
+        passed, failures = first_good(gpu_kernels(), causal_attn=causal_attn, device=device, heads=heads)
+    notes = "".join(f"; {failure}" for failure in failures)
+    passes = "which passed the check against the definition"
+    if passed is not None:
+        return AttentionBackend(f"decomposed over {passed.name}, {passes}{notes}", _decomposed(passed, causal_attn))
+    if name == "auto":
+        if not (failure := _failure("flex", flex, causal_attn=causal_attn, device=device, heads=heads)):
+            return AttentionBackend(f"flex, {passes}{notes}", flex)
+        notes += f"; {failure}"
+    fixes = ["--train.precision=bf16"] * fp32 + [f"--{KEY}=auto"] * (name != "auto")
+    fixes.append(f"repair what the message names (see `sdlm doctor`), or --{KEY}=per_document, which is slow")
+    raise ConfigError(f"no kernel for {name} attention works on this GPU{notes}", KEY, "; ".join(fixes))
+
+
+def _decomposed(kernel: VarlenKernel, causal_attn: bool) -> Callable[[RowLayout, int], RowAttention]:
+    return lambda layout, row_length: Decomposed(layout, kernel, causal_attn=causal_attn)
 
 
 def gpu_kernels() -> Iterator[VarlenKernel | str]:
@@ -108,18 +123,27 @@ def first_good(
         if isinstance(kernel, str):
             failures.append(kernel)
             continue
-        try:
-            error = check_kernel(kernel, causal_attn=causal_attn, device=device, heads=heads)
-        except LIBRARY_ERRORS as raised:
-            failures.append(f"{kernel.name} does not run ({first_line(raised)})")
-            continue
-        if error < TOLERANCE:
+        row = _decomposed(kernel, causal_attn)
+        if not (failure := _failure(kernel.name, row, causal_attn=causal_attn, device=device, heads=heads)):
             return kernel, failures
-        failures.append(f"{kernel.name} has a relative error of {error:.2g}")
+        failures.append(failure)
     return None, failures
 
 
-def check_kernel(kernel: VarlenKernel, *, causal_attn: bool, device: torch.device, heads: Heads) -> float:
+def _failure(
+    name: str, row: Callable[[RowLayout, int], RowAttention], *, causal_attn: bool, device: torch.device, heads: Heads
+) -> str:
+    """Why a backend cannot be used, "" if it agrees with the definition."""
+    try:
+        error = check_backend(row, causal_attn=causal_attn, device=device, heads=heads)
+    except LIBRARY_ERRORS as raised:
+        return f"{name} does not run ({first_line(raised)})"
+    return "" if error < TOLERANCE else f"{name} has a relative error of {error:.2g}"
+
+
+def check_backend(
+    row: Callable[[RowLayout, int], RowAttention], *, causal_attn: bool, device: torch.device, heads: Heads
+) -> float:
     """Largest relative error (of norms) of output and gradients against the definition in float64, on a small row."""
     # covers adjacent blocks, a block with a single clean key, a document of one token without blocks, and one longer
     # than QUERY_CHUNK
@@ -136,7 +160,7 @@ def check_kernel(kernel: VarlenKernel, *, causal_attn: bool, device: torch.devic
     generator = torch.Generator().manual_seed(0)
     sizes = (heads.heads, heads.kv_heads, heads.kv_heads, heads.heads)
     values = [torch.randn(length, n, heads.dim, generator=generator).to(device, heads.dtype) for n in sizes]
-    ours = _results(Decomposed(layout, kernel, causal_attn=causal_attn).to(device), values, heads.dim)
+    ours = _results(row(layout, length).to(device), values, heads.dim)
     exact = _results(Dense(layout, length, causal_attn=causal_attn).to(device), [x.double() for x in values], heads.dim)
     errors = [float((a.double() - b).norm() / b.norm()) for a, b in zip(ours, exact, strict=True)]
     return max(x if x == x else float("inf") for x in errors)  # NaN compares as smaller than any tolerance

@@ -53,7 +53,7 @@ def looking_for_nan(
     if not engine.groups.main:
         return
     if not tensors:
-        print(f"find-nan: step {step} was finite this time. The result was not reproducible: suspect a device")
+        print(f"find-nan: step {step} was finite this time. {irreproducible(engine.groups.device)}")
     else:
         # Tensor-parallel ranks meet it at the same place: list them all.
         origin = [t for t in tensors if (t.kind, t.micro_batch, t.stage, t.order) == astuple(tensors[0])[:4]]
@@ -62,6 +62,16 @@ def looking_for_nan(
         )
     report.parent.mkdir(parents=True, exist_ok=True)
     write_json(report, {"step": step, "found": [asdict(t) | {"text": t.text()} for t in tensors]})
+
+
+def irreproducible(device: torch.device) -> str:
+    """Possible reasons for a step that is not finite once and finite when it is repeated."""
+    if device.type == "cpu":
+        return "The result was not reproducible: suspect a device"
+    return (
+        "Two readings: values near the limit of the format, as the backward pass of flash attention sums in varying "
+        "order (the same rows fail again later, on any node), or a device (failures stay on one node)"
+    )
 
 
 class _Search:
