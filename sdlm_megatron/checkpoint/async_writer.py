@@ -29,8 +29,10 @@ from sdlm_megatron.errors import CheckpointError, UserError
 from sdlm_megatron.files import HashedFile, rename_whole, write_json
 from sdlm_megatron.ops.attempt import record_event
 from sdlm_megatron.parallel.engine import Engine
+from sdlm_megatron.parallel.exchange import gather, gather_on_first
 from sdlm_megatron.weights.checkpoint_folder import TrainState, checksums, copy_assets, prune, step_folder
-from sdlm_megatron.weights.torch_dist import Entry, write_index, write_tensor
+from sdlm_megatron.weights.dtypes import HF_DTYPES, hf_name
+from sdlm_megatron.weights.torch_dist import Entry, entries_of, write_index, write_tensor
 
 RETRY_SECONDS = (10, 60)
 """Pauses before the attempts to repeat a failed save at the end of a run."""
@@ -213,14 +215,16 @@ class CheckpointWriter:
         place = partial if self._local is None else self._local / save.folder.name
         name, written = _file(self.engine.groups.rank), []
         # Every phase ends with a broadcast of its failure, so that no process enters a collective the others skip.
-        save.size = sum(self._gather(sum(p.nbytes for p in save.parts)))
+        save.size = sum(gather_on_first(sum(p.nbytes for p in save.parts), self._group))
         save.failure = self._on_main(lambda: self._prepare(save, partial), partial)
         if not save.failure:
             failure = self._attempt(lambda: written.append(self._write_parts(save.parts, place / name)))
-            everyone = self._gather((failure, written, {p.key: (p.shape, p.dtype) for p in save.parts}))
+            tensors = {p.key: (p.shape, hf_name(p.dtype)) for p in save.parts}
+            everyone = gather_on_first((failure, [asdict(file) for file in written], tensors), self._group)
             save.failure = self._on_main(lambda: self._describe(save, place, everyone), partial)
         if not save.failure and self._local is not None:
-            everyone = self._gather(self._attempt(lambda: self._copy_home(place, partial, {name: written[0].checksum})))
+            failure = self._attempt(lambda: self._copy_home(place, partial, {name: written[0].checksum}))
+            everyone = gather_on_first(failure, self._group)
             save.failure = self._on_main(lambda: _raise(everyone), partial)
         if not save.failure:
             save.failure = self._on_main(lambda: self._appear(save.folder, partial), partial)
@@ -252,18 +256,25 @@ class CheckpointWriter:
             file.check()
         return _WrittenFile(entries, file.close())
 
-    def _describe(self, save: _Save, place: Path, everyone: Sequence[tuple[str, list[_WrittenFile], dict]]) -> None:
-        """Writes all other files, complete.json last; on the main process, once all weights are written."""
+    def _describe(self, save: _Save, place: Path, everyone: Sequence[Any]) -> None:
+        """Writes all other files, complete.json last; on the main process, once all weights are written.
+
+        Args:
+            everyone: from each process its failure, its _WrittenFile as a dict in a list, and {key: [shape, dtype]}.
+        """
         _raise([failure for failure, _, _ in everyone])
         files = {_file(rank): file for rank, (_, written, _) in enumerate(everyone) for file in written}
-        tensors = {key: tensor for _, _, local in everyone for key, tensor in local.items()}
-        write_index(place / "weights", {Path(name).name: w.entries for name, w in files.items()}, tensors)
+        tensors = {
+            key: (tuple(shape), HF_DTYPES[dtype]) for _, _, local in everyone for key, (shape, dtype) in local.items()
+        }
+        entries = {Path(name).name: entries_of([e.values() for e in file["entries"]]) for name, file in files.items()}
+        write_index(place / "weights", entries, tensors)
         copy_assets(save.assets, place / "hf")
         write_json(place / "state.json", asdict(save.state))
         if save.facts:
             write_json(place / "run.json", save.facts)
         (place / "complete.json").unlink(missing_ok=True)  # a local disk may hold one of an earlier attempt
-        known = {name: written.checksum for name, written in files.items()}
+        known = {name: file["checksum"] for name, file in files.items()}
         # With a local disk per node the main process does not see the other nodes' weight files.
         others = {n: entry for n, entry in checksums(place, known).items() if not n.endswith(".distcp")}
         write_json(place / "complete.json", known | others)
@@ -302,17 +313,10 @@ class CheckpointWriter:
 
     def _on_main(self, action: Callable[[], None], partial: Path) -> str:
         """Runs `action` on the main process; returns its failure ("" for none) on all. A failure removes `partial`."""
-        failure = [self._attempt(action) if self._main else ""]
-        if failure[0]:
+        failure = self._attempt(action) if self._main else ""
+        if failure:
             shutil.rmtree(partial, ignore_errors=True)
-        dist.broadcast_object_list(failure, src=0, group=self._group)
-        return failure[0]
-
-    def _gather(self, local: Any) -> list[Any]:
-        """The objects of all processes in order of rank, on the main process; [] on the others."""
-        everyone: list[Any] | None = [None] * self.engine.groups.world_size if self._main else None
-        dist.gather_object(local, everyone, dst=0, group=self._group)
-        return everyone or []
+        return gather(failure, torch.device("cpu"), self._group)[0]
 
     def _attempt(self, action: Callable[[], None]) -> str:
         """Runs `action`; returns why it failed, "" for success."""

@@ -62,9 +62,9 @@ def carry_over(config: CheckpointConfig, run_dir: Path, groups: Groups, log: Cal
     if root is None:
         return False
     everyone = groups.gather((max(0, newest_step(run_dir)), _listing(root)))
-    newer = {step for _, listing in everyone for step in listing if step > everyone[0][0]}
+    newer = {step for _, listing in everyone for step in map(int, listing) if step > everyone[0][0]}
     for step in sorted(newer, reverse=True):
-        holders = [listing.get(step, ({}, None)) for _, listing in everyone]
+        holders = [listing.get(str(step), ({}, None)) for _, listing in everyone]
         marker = next((text for _, text in holders if text), None)
         files = json.loads(marker) if marker else {}
         rank_of = {name: _holder(holders, name, entry["size"]) for name, entry in files.items()}
@@ -79,15 +79,15 @@ def carry_over(config: CheckpointConfig, run_dir: Path, groups: Groups, log: Cal
     return False
 
 
-def _listing(root: Path) -> dict[int, tuple[dict[str, int], str | None]]:
-    """By step: sizes of this node's files by name, and the text of complete.json if it is on this node."""
+def _listing(root: Path) -> dict[str, tuple[dict[str, int], str | None]]:
+    """By step, as text: sizes of this node's files by name, and the text of complete.json if it is on this node."""
     listing = {}
     for step, folder, suffix in step_folders(root):
         if suffix:
             continue
         files = {str(p.relative_to(folder)): p.stat().st_size for p in folder.rglob("*") if p.is_file()}
         text = (folder / _MARKER).read_text() if _MARKER in files else None
-        listing[step] = (files, text)
+        listing[str(step)] = (files, text)
     return listing
 
 

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from sdlm_megatron.checkpoint.sharding import LocalShard, local_shards, start_state
 from sdlm_megatron.errors import CheckpointError
 from sdlm_megatron.parallel.engine import Engine
+from sdlm_megatron.parallel.exchange import gather
 from sdlm_megatron.parallel.groups import Groups
 from sdlm_megatron.weights.checkpoint_folder import check_files
 from sdlm_megatron.weights.hf_config import read_hf_config
@@ -64,9 +65,8 @@ def fill(engine: Engine, source: TensorReader, *, where: Path, step: int | None 
             if shared:
                 dist.broadcast(shard.flat.view(torch.uint8), src=first, group=group)  # as bytes: any dtype, any backend
     if engine.groups.dp_size > 1:
-        problems: list[CheckpointError | None] = [None] * engine.groups.dp_size
-        dist.all_gather_object(problems, problem, group=group)
-        problem = next(filter(None, problems), None)
+        fields = gather(problem and [problem.what, problem.where, problem.fix], engine.groups.device, group)
+        problem = next((CheckpointError(*texts) for texts in fields if texts), None)
     if problem is not None:
         raise problem
     if optimizer is not None:

@@ -12,6 +12,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from sdlm_megatron.config.hardware import cpu_reason, default_device
 from sdlm_megatron.config.schema import ParallelConfig
+from sdlm_megatron.parallel.exchange import gather, open_store, refuse_code
 
 
 @dataclass(frozen=True)
@@ -56,10 +57,8 @@ class Groups:
         return self.rank == 0
 
     def gather(self, local: Any) -> list[Any]:
-        """The `local` objects of all processes, by rank; all processes call it."""
-        gathered: list[Any] = [None] * self.world_size
-        dist.all_gather_object(gathered, local)
-        return gathered
+        """The `local` values of all processes, by rank, as JSON returns them; all processes call it."""
+        return gather(local, self.device)
 
 
 def init_groups(config: ParallelConfig, *, seed: int, timeout_minutes: int = 30) -> Groups:
@@ -72,12 +71,12 @@ def init_groups(config: ParallelConfig, *, seed: int, timeout_minutes: int = 30)
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         timeout = timedelta(minutes=timeout_minutes)
-        if "WORLD_SIZE" in os.environ:
-            dist.init_process_group("nccl" if cuda else "gloo", timeout=timeout)
-        else:  # a single process needs neither rendezvous nor port
-            dist.init_process_group(
-                "nccl" if cuda else "gloo", store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
-            )
+        rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        # a single process needs neither rendezvous nor port
+        store = open_store(timeout) if "WORLD_SIZE" in os.environ else dist.HashStore()
+        backend = "nccl" if cuda else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    refuse_code()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tensor,
         pipeline_model_parallel_size=config.pipeline,

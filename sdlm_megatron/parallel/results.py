@@ -244,7 +244,7 @@ def row_losses(queued: QueuedStep, groups: Groups) -> list[tuple[int, float]]:
     if queued.sums is not None:
         sums = queued.sums[:, :, 0].tolist()
         local = [(n, t / c) for n, (t, c) in zip(queued.numbers, sums, strict=True) if n is not None and c]
-    return sorted((row for rows in groups.gather(local) for row in rows), key=lambda row: row[1])
+    return sorted(((row, loss) for rows in groups.gather(local) for row, loss in rows), key=lambda row: row[1])
 
 
 def _not_finite_error(queued: QueuedStep, result: StepResult, groups: Groups) -> TrainingError:

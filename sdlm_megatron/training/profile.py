@@ -8,6 +8,7 @@ import gzip
 import json
 import resource
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -65,9 +66,14 @@ class ProfileHook(Hook):
             self._profile = None
             # read back from the file: `summarize` works on the exported format, which tests can write by hand
             with gzip.open(self._trace(), "rt", encoding="utf-8") as file:
-                summary = summarize(json.load(file)["traceEvents"]), _peak_memory()
+                found = summarize(json.load(file)["traceEvents"])
+            # JSON has no keys that are tuples
+            summary = asdict(replace(found, communication={})), list(found.communication.items()), _peak_memory()
         gathered = self.run.engine.groups.gather(summary)
-        columns = [(rank, *entry) for rank, entry in enumerate(gathered) if entry is not None]
+        columns = [
+            (rank, TraceSummary(**fields | {"communication": {tuple(key): value for key, value in calls}}), memory)
+            for rank, (fields, calls, memory) in ((r, entry) for r, entry in enumerate(gathered) if entry)
+        ]
         if self.run.main:
             groups = self.run.engine.groups
             layout = f"TP {groups.tp_size}, PP {groups.pp_size}, DP {groups.dp_size} on {groups.device_name}"

@@ -168,7 +168,7 @@ def _wait_for_same_source(
 ) -> RunPlan:
     """A plan whose checkpoint all processes see: a shared folder may show a file to one node before another."""
     started = time.monotonic()
-    while len(sources := {str(source) for source in groups.gather(plan.source)}) > 1:
+    while len(sources := set(groups.gather(str(plan.source)))) > 1:
         if time.monotonic() - started > _PATIENCE:
             raise CheckpointError(
                 f"the processes see different checkpoints: {', '.join(sorted(sources))}",

@@ -8,7 +8,7 @@ import pytest
 from sdlm_megatron.errors import ConfigError
 from sdlm_megatron.ops.attempt import adopt_slurm_ranks
 from sdlm_megatron.ops.driver.cluster_file import CLUSTERS, ClusterFile, Container, load_cluster
-from sdlm_megatron.ops.driver.launch import attempt_environment, training_command, with_setup
+from sdlm_megatron.ops.driver.launch import attempt_environment, node_address, training_command, with_setup
 from sdlm_megatron.ops.driver.slurm_commands import SlurmJob
 from sdlm_megatron.ops.driver.submit import seconds_of
 
@@ -120,3 +120,13 @@ def test_errors_in_a_cluster_file_are_reported(text: str, message: str, tmp_path
 )
 def test_slurm_time_limits_are_parsed(limit: str, seconds: float) -> None:
     assert seconds_of(limit) == seconds
+
+
+def test_address_of_a_node() -> None:
+    assert node_address("192.0.2.7") == "192.0.2.7"
+    # An address of this node alone, or an unknown name, stays a name.
+    assert [node_address(name) for name in ("localhost", "127.0.1.1", "no-such-node.invalid")] == [
+        "localhost",
+        "127.0.1.1",
+        "no-such-node.invalid",
+    ]

@@ -9,6 +9,7 @@ Exit code: 0 training finished, 2 user error, 3 stopped by RUN/STOP, 1 otherwise
 import argparse
 import os
 import re
+import secrets
 import shlex
 import signal
 import subprocess
@@ -94,6 +95,8 @@ class Driver:
             )
         self.logs = self.run_dir / "logs" / self.job.name
         self.logs.mkdir(parents=True, exist_ok=True)
+        # In the environment only, which srun passes on: parallel/exchange.py. env.txt hides it, as every token.
+        os.environ["SDLM_JOB_TOKEN"] = secrets.token_hex(32)
         self.tries = 0
         self.crashed = False
         """Whether the last attempt crashed. Its nodes need no new measurement of their speed."""

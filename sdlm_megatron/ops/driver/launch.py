@@ -5,7 +5,9 @@ in it.
 """
 
 import argparse
+import ipaddress
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -54,6 +56,16 @@ def training_environment(cluster: ClusterFile) -> dict[str, str]:
     return {**FIELD_ENVIRONMENT, **slurm_environment(), **{key: str(value) for key, value in cluster.env.items()}}
 
 
+def node_address(node: str) -> str:
+    """The node's address, so that rank 0 listens on that interface only; the name where it has several, or none."""
+    try:
+        found = {str(entry[4][0]) for entry in socket.getaddrinfo(node, None, type=socket.SOCK_STREAM)}
+    except OSError:
+        return node
+    address = found.pop()
+    return node if found or ipaddress.ip_address(address.partition("%")[0]).is_loopback else address
+
+
 def attempt_environment(
     cluster: ClusterFile, job: SlurmJob, nodes: Sequence[str], run_dir: Path, attempt: str
 ) -> dict[str, str]:
@@ -61,7 +73,7 @@ def attempt_environment(
     tries = int(attempt.rsplit("-", 1)[1])
     return {
         **training_environment(cluster),
-        "MASTER_ADDR": nodes[0],
+        "MASTER_ADDR": node_address(nodes[0]),
         # Each job and each try has its own port: that of the try before may still be in TIME_WAIT.
         "MASTER_PORT": str(20000 + (int(job.id) * 16 + job.restart * 4 + tries) % 12000),
         "SDLM_ATTEMPT": attempt,

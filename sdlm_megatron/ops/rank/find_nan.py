@@ -49,7 +49,9 @@ def looking_for_nan(
         yield
     finally:
         search.end()
-    tensors = sorted(t for t in engine.groups.gather(search.first()) if t is not None)
+    first = search.first()
+    gathered = engine.groups.gather(first and astuple(first))
+    tensors = sorted(NonFiniteTensor(*fields) for fields in gathered if fields)
     if not engine.groups.main:
         return
     if not tensors:

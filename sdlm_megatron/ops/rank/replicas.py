@@ -31,7 +31,7 @@ def check_replicas(engine: Engine, hosts: list[str], step: int) -> None:
     dist.all_gather(gathered, local_sums, group=group)
     sums = torch.stack(gathered).cpu()
     differing = _differing([name for name, _ in named], sums, dist.get_process_group_ranks(group))
-    differences = sorted({text for texts in groups.gather(differing) for text in texts})
+    differences = sorted({(tuple(ranks), name) for part in groups.gather(differing) for ranks, name in part})
     if differences:
         raise _error(differences, hosts, step, groups)
 

@@ -1,0 +1,107 @@
+"""Exchange between processes: a stranger as rank 1, tokens that differ, the interface that rank 0 listens on."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import ENV
+
+pytestmark = pytest.mark.distributed
+
+VICTIM = """
+import torch
+from sdlm_megatron.config.schema import ParallelConfig
+from sdlm_megatron.parallel import cpu
+cpu.install()
+from sdlm_megatron.errors import run_cli
+from sdlm_megatron.parallel.groups import init_groups
+def main(argv):
+    groups = init_groups(ParallelConfig(), seed=1, timeout_minutes=1)
+    GATHER
+    print("gathered", *values)
+run_cli(main)
+"""
+OURS = "values = groups.gather((groups.rank, None, 'text', 0.1))"
+MEGATRONS = "import torch.distributed as dist; values = [None] * 2; dist.all_gather_object(values, [(None, False)])"
+# The stranger follows the protocol of rank 1: the exchange of pickles and that of JSON both begin with the sizes.
+STRANGER = """
+import os, torch.distributed as dist
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch " + os.environ["PROOF"],)
+from sdlm_megatron.config.schema import ParallelConfig
+from sdlm_megatron.parallel import cpu
+cpu.install()
+from sdlm_megatron.parallel.groups import init_groups
+init_groups(ParallelConfig(), seed=1, timeout_minutes=1)
+dist.all_gather_object([None] * 2, Evil())
+"""
+CHILD = {**os.environ, **ENV, "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def start(program: str, rank: int, port: int, **variables: str) -> subprocess.Popen[str]:
+    environment = {**CHILD, "RANK": str(rank), "MASTER_PORT": str(port), **variables}
+    return subprocess.Popen(
+        [sys.executable, "-c", program], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+@pytest.mark.parametrize("exchange", [OURS, MEGATRONS], ids=["ours", "Megatron-Core's"])
+def test_a_pickle_of_another_rank_runs_nothing(tmp_path: Path, exchange: str) -> None:
+    proof, port = tmp_path / "executed", free_port()
+    stranger = start(STRANGER, 1, port, PROOF=str(proof))
+    victim = start(VICTIM.replace("GATHER", exchange), 0, port)
+    _, errors = victim.communicate(timeout=120)
+    stranger.kill()
+    stranger.communicate()
+    assert not proof.exists()
+    assert victim.returncode
+    assert ("is not JSON" if exchange is OURS else "posix.system: only plain values are read") in errors
+
+
+def test_processes_of_one_token_exchange_values() -> None:
+    port = free_port()
+    program = VICTIM.replace("GATHER", OURS)
+    first, second = (start(program, rank, port, SDLM_JOB_TOKEN="a") for rank in (0, 1))
+    for child in (first, second):
+        out, errors = child.communicate(timeout=120)
+        assert out.endswith("gathered [0, None, 'text', 0.1] [1, None, 'text', 0.1]\n"), errors
+
+
+def test_another_token_is_refused_on_both_sides() -> None:
+    """Also where a rank has none, as in a container that starts with an empty environment."""
+    port, program = free_port(), VICTIM.replace("GATHER", OURS)
+    first, second = start(program, 0, port, SDLM_JOB_TOKEN="secret-a"), start(program, 1, port)
+    for child, other in ((first, "rank 1"), (second, "rank 0")):
+        _, errors = child.communicate(timeout=120)
+        assert child.returncode == 2 and f"error: {other} does not have the token of this job" in errors
+        assert "secret-a" not in errors
+
+
+def test_rank_0_listens_on_its_address_only() -> None:
+    """A name says nothing about the interface; an address does."""
+    program = """
+import os, socket
+from datetime import timedelta
+from sdlm_megatron.parallel.exchange import open_store
+store = open_store(timedelta(seconds=20))
+for host in ("127.0.0.1", "127.0.0.2"):
+    try:
+        socket.create_connection((host, int(os.environ["MASTER_PORT"])), 5).close()
+        print("open", host)
+    except OSError:
+        print("closed", host)
+"""
+    for address, other in (("127.0.0.1", "closed"), ("localhost", "open")):
+        child = start(program, 0, free_port(), WORLD_SIZE="1", MASTER_ADDR=address)
+        out, errors = child.communicate(timeout=60)
+        assert out.split() == ["open", "127.0.0.1", other, "127.0.0.2"], errors
