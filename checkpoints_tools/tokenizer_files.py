@@ -6,9 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
+from sdlm_megatron.chat.template import render, template_file
 from sdlm_megatron.data.chatml import IM_END, IM_START
 from sdlm_megatron.errors import CheckpointError
 from sdlm_megatron.files import write_json
@@ -134,9 +132,14 @@ def add_chat_template(folder: Path, system: str | None) -> str:
     if not template:
         write_json(path, settings | {"chat_template": chat_template(system)})
         return ""
-    if isinstance(template, str) and _render(template, settings) == _render(chat_template(system), settings):
-        return ""
-    return "the base's chat template is kept; it renders some conversations differently from the training data"
+    where, kept = template_file(folder), "the base's chat template is kept"
+    expected = _render(chat_template(system), settings, where)
+    try:
+        if isinstance(template, str) and _render(template, settings, where) == expected:
+            return ""
+    except CheckpointError as error:
+        return f"{kept}, but {error.what.removeprefix('the chat template ')}"
+    return f"{kept}; it renders some conversations differently from the training data"
 
 
 def chat_template(system: str | None) -> str:
@@ -151,11 +154,7 @@ def chat_template(system: str | None) -> str:
     )
 
 
-def _render(template: str, settings: dict[str, Any]) -> list[str] | None:
-    """Renderings of the sample conversations; None where the template fails."""
+def _render(template: str, settings: dict[str, Any], where: Path) -> list[str]:
+    """Renderings of the sample conversations."""
     special = {k: v for k, v in settings.items() if k.endswith("_token") and isinstance(v, str)}
-    try:
-        compiled = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(template)
-        return [compiled.render(messages=m, add_generation_prompt=True, **special) for m in _SAMPLES]
-    except (TemplateError, TypeError):
-        return None
+    return [render(template, messages, special, where) for messages in _SAMPLES]

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 
+from sdlm_megatron.chat.template import render, template_file
 from sdlm_megatron.config.hardware import default_device, slow_bf16
 from sdlm_megatron.data.chatml import DEFAULT_SYSTEM, IM_END, IM_START
 from sdlm_megatron.data.tokenizer_identity import has_tokenizer, vocabulary_size
@@ -196,15 +196,9 @@ class ChatModel:
         return self._by_template(messages) if self.tokenizer.chat_template else self._chatml(messages)
 
     def _by_template(self, messages: Sequence[Message]) -> list[int]:
-        try:
-            out = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
-        except TemplateError as error:
-            raise CheckpointError(
-                f"the chat template cannot render the conversation: {error}",
-                f"{self.folder}, chat_template",
-                "correct the template, or remove it: ChatML is then used",
-            ) from None
-        return list(out["input_ids"])
+        tokenizer = self.tokenizer
+        text = render(tokenizer.get_chat_template(), messages, tokenizer.special_tokens_map, template_file(self.folder))
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _chatml(self, messages: Sequence[Message]) -> list[int]:
         vocabulary = self.tokenizer.get_vocab()

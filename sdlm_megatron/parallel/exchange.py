@@ -127,10 +127,10 @@ def gather_on_first(local: Any, group: dist.ProcessGroup) -> list[Any]:
 def _sized(local: Any, device: torch.device, group: dist.ProcessGroup | None) -> tuple[torch.Tensor, list[int]]:
     """`local` as uint8 tensor, as long as the longest of the group, and the sizes of all."""
     text = json.dumps(local).encode()
-    mine = torch.tensor([len(text)], device=device)
-    sizes = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(sizes, mine, group=group)
-    lengths = [int(size) for size in torch.cat(sizes).tolist()]
+    size = torch.tensor([len(text)], device=device)
+    sizes = [torch.empty_like(size) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(sizes, size, group=group)
+    lengths = [int(n) for n in torch.cat(sizes).tolist()]
     if not 0 < min(lengths) <= max(lengths) <= MOST_BYTES:
         raise ConfigError(
             f"a process announced a value of {max(lengths, key=abs):,} bytes; {MOST_BYTES:,} is the limit",

@@ -66,9 +66,9 @@ class ProfileHook(Hook):
             self._profile = None
             # read back from the file: `summarize` works on the exported format, which tests can write by hand
             with gzip.open(self._trace(), "rt", encoding="utf-8") as file:
-                found = summarize(json.load(file)["traceEvents"])
+                measured = summarize(json.load(file)["traceEvents"])
             # JSON has no keys that are tuples
-            summary = asdict(replace(found, communication={})), list(found.communication.items()), _peak_memory()
+            summary = asdict(replace(measured, communication={})), list(measured.communication.items()), _peak_memory()
         gathered = self.run.engine.groups.gather(summary)
         columns = [
             (rank, TraceSummary(**fields | {"communication": {tuple(key): value for key, value in calls}}), memory)

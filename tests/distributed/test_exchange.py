@@ -43,9 +43,9 @@ CHILD = {**os.environ, **ENV, "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR
 
 
 def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
 
 
 def start(program: str, rank: int, port: int, **variables: str) -> subprocess.Popen[str]:

@@ -59,11 +59,11 @@ def training_environment(cluster: ClusterFile) -> dict[str, str]:
 def node_address(node: str) -> str:
     """The node's address, so that rank 0 listens on that interface only; the name where it has several, or none."""
     try:
-        found = {str(entry[4][0]) for entry in socket.getaddrinfo(node, None, type=socket.SOCK_STREAM)}
+        addresses = {str(entry[4][0]) for entry in socket.getaddrinfo(node, None, type=socket.SOCK_STREAM)}
     except OSError:
         return node
-    address = found.pop()
-    return node if found or ipaddress.ip_address(address.partition("%")[0]).is_loopback else address
+    address = addresses.pop()
+    return node if addresses or ipaddress.ip_address(address.partition("%")[0]).is_loopback else address
 
 
 def attempt_environment(

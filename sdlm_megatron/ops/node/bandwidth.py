@@ -118,8 +118,8 @@ def _all_reduce_speed(group: RankGroup, local: int, seconds: float) -> dict[str,
     timeout, rank = datetime.timedelta(seconds=seconds), group.first_rank + local
     # rank 0 serves the store; the others retry until it listens
     store = dist.TCPStore(group.host, group.port, is_master=rank == 0, timeout=timeout, wait_for_workers=False)
-    store = verified(store, rank, group.world)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=group.world, timeout=timeout)
+    ours = verified(store, rank, group.world)
+    dist.init_process_group(backend, store=ours, rank=rank, world_size=group.world, timeout=timeout)
     _time_all_reduce(torch.ones(1 << 14, device=device))  # establishes the connections
     data = torch.ones(BYTES[backend] // 4, device=device)
     first = torch.tensor([_time_all_reduce(data)], dtype=torch.float64, device=device)
