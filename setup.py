@@ -71,7 +71,6 @@ setup(
         "sentencepiece>=0.2.3",
         "protobuf>=7.36.1",  # of the module that sentencepiece generates for its models
         "safetensors>=0.4.5",
-        "omegaconf>=2.3",
         "argcomplete>=3.1",
         "jinja2>=3.1",
         "pyyaml>=6.0",

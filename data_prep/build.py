@@ -405,7 +405,8 @@ def read_command_line(argv: Sequence[str] | None) -> tuple[BuildConfig, argparse
         hub = args.input.removeprefix("hub:") if args.input.startswith("hub:") else ""
         name = (hub or str(Path(args.input).resolve())).rstrip("/").rsplit("/", 1)[-1].partition(".")[0] or "input"
         location = {"hub": hub} if hub else {"path": args.input}
-        overrides = [f"--sources={json.dumps([{'name': name, **location}])}", *overrides]
+        entry = [f"--sources.0.{key}={value}" for key, value in {"name": name, **location}.items()]
+        overrides = ["--sources=[{}]", *entry, *overrides]
     elif args.format:
         raise ConfigError("--format needs --input", "the command line", "set `format` of each source in the config")
     # Later overrides win: --sources comes first, so that --sources.NAME.key can change it.

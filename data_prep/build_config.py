@@ -5,6 +5,7 @@ from pathlib import Path
 
 from data_prep.source_formats import FORMATS
 from data_prep.truncate import FITS
+from sdlm_megatron.config.validate import check_ranges
 from sdlm_megatron.data.chatml import DEFAULT_SYSTEM
 from sdlm_megatron.errors import ConfigError
 
@@ -85,13 +86,29 @@ class BuildConfig:
     """Documents whose tokens equal those of an earlier one: keep | drop. They are counted either way."""
 
 
+RANGES = {
+    "block_size": "[1, 4096]",
+    "repeat": "[1, 1000]",
+    "max_document_length": "[1, 1e7]",
+    "row_length": "[1, 1e7]",
+    "seed": "[0, 4294967295]",
+    "epochs": "[1, 10000]",
+    "window": "[1, 1e8]",
+    "trim": "[0, 1)",
+    "sources.limit": "[0, 1e12]",
+    "sources.weight": "(0, 10000]",
+    "sources.expected_rows": "[0, 1e12]",
+}
+"""Values that each number may have, as in config/validate.py."""
+
+
 def check(config: BuildConfig) -> None:
     """Raises ConfigError on the first invalid setting. Changes nothing."""
     # Everything that can be checked without reading data is checked here, before the first unit is tokenized.
     for key in ("out", "tokenizer"):
         if not getattr(config, key):
             raise ConfigError(f"`{key}` is not set", key, f"--{key}=FOLDER")
-    _check_numbers(config)
+    check_ranges(config, RANGES)
     if config.max_document_length > config.row_length:
         raise ConfigError(
             f"documents of up to {config.max_document_length} tokens do not fit into rows of {config.row_length}",
@@ -112,16 +129,6 @@ def check(config: BuildConfig) -> None:
         raise ConfigError(f"two sources are named {duplicates[0]!r}", "sources", "give each source its own name")
 
 
-def _check_numbers(config: BuildConfig) -> None:
-    for key in ("block_size", "repeat", "max_document_length", "row_length", "epochs", "window"):
-        if getattr(config, key) < 1:
-            raise ConfigError(f"{key} is {getattr(config, key)}", key, "use a number above 0")
-    if config.seed < 0:
-        raise ConfigError(f"seed is {config.seed}", "seed", "use 0 or more")
-    if not 0 <= config.trim < 1:
-        raise ConfigError(f"trim is {config.trim}", "trim", "use a share from 0 (whole documents) to below 1")
-
-
 def _check_source(source: SourceConfig, where: str) -> None:
     if not source.name:
         raise ConfigError("the source has no name", f"{where}.name", "set a name; reports use it")
@@ -130,9 +137,3 @@ def _check_source(source: SourceConfig, where: str) -> None:
     if source.format not in FORMATS:
         fix = f"use one of {', '.join(FORMATS)}"
         raise ConfigError(f"unknown format {source.format!r}", f"{where}.format", fix)
-    if source.limit < 0:
-        raise ConfigError(f"limit is {source.limit}", f"{where}.limit", "use 0 (all) or more")
-    if not 0 < source.weight < float("inf"):
-        raise ConfigError(f"weight is {source.weight}", f"{where}.weight", "use a number above 0")
-    if source.expected_rows < 0:
-        raise ConfigError(f"expected_rows is {source.expected_rows}", f"{where}.expected_rows", "use 0 or more")

@@ -9,12 +9,12 @@ next start on the same nodes copies it to the run folder.
 import errno
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from sdlm_megatron.config.load import expand_variables
 from sdlm_megatron.config.schema import CheckpointConfig
 from sdlm_megatron.files import HashedFile, rename_whole
 from sdlm_megatron.ops.attempt import record_event
@@ -31,7 +31,7 @@ def local_root(config: CheckpointConfig, run_dir: Path) -> Path | None:
         return None
     # The hash keeps runs of the same name in different folders apart.
     name = hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:8]
-    return Path(os.path.expandvars(config.local_dir)) / f"{run_dir.resolve().name}-{name}"
+    return Path(expand_variables(config.local_dir)) / f"{run_dir.resolve().name}-{name}"
 
 
 def copy_file(source: Path, target: Path, expected: Mapping[str, Any]) -> None:

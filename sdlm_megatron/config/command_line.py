@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -68,7 +69,7 @@ def make_config_parser(
     command: str, description: str | None, *, example: str, schema: type, presets: Path, config_required: bool = True
 ) -> CommandParser:
     """A parser for a command that is configured by a file: --config, --print-config and every setting of `schema`."""
-    notes = "Any setting below may follow as --section.key=VALUE; values are read as YAML."
+    notes = "Any setting below may follow as --section.key=VALUE; lists are written as in YAML: [1, 2]."
     parser = make_parser(command, description, example=example, notes=notes, settings=schema)
     parser.list_settings = True
     names = sorted(file.stem for file in presets.glob("*.yaml"))
@@ -150,8 +151,8 @@ def at_least(least: float, kind: Callable[[str], float] = int) -> Callable[[str]
 
     def number(text: str) -> float:
         value = kind(text)
-        if value < least:
-            raise argparse.ArgumentTypeError(f"{text} is below {least}")
+        if not least <= value < math.inf:  # NaN too
+            raise argparse.ArgumentTypeError(f"{text} is below {least}, or no finite number")
         return value
 
     # argparse names the type in the message about text that is no number

@@ -2,23 +2,32 @@
 
 import difflib
 import os
+import typing
 from collections.abc import Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import yaml
-from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from sdlm_megatron.config.explain import settings_of
 from sdlm_megatron.config.schema import RunConfig
+from sdlm_megatron.config.secret_text import mask_values
+from sdlm_megatron.config.yaml_settings import (
+    COMMAND_LINE,
+    Override,
+    entries,
+    place_of,
+    read_list,
+    read_section,
+    read_yaml,
+    scalar,
+    shown,
+)
 from sdlm_megatron.errors import ConfigError
 from sdlm_megatron.files import write_text
 
 PRESETS = Path(__file__).parent / "presets"
-TYPES = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "list": "a list"}
-"""Types of settings in the words of an error message."""
 T = TypeVar("T")
 
 
@@ -26,23 +35,15 @@ def load_config(schema: type[T], source: str, overrides: Sequence[str] = (), pre
     """Fills `schema` from a YAML file or a preset, then from `--a.b=c` overrides.
 
     A file may start from another one with `extends: NAME`, a preset or a path relative to the file. An empty `source`
-    starts from the schema's defaults. Raises ConfigError on unknown keys, wrong types and unreadable files.
+    starts from the schema's defaults. Lists are replaced, sections and env are merged. Raises ConfigError on unknown
+    keys, wrong types, values with two readings, and unreadable files.
     """
-    # OmegaConf knows the types of the fields and checks every value that is merged.
-    merged = OmegaConf.structured(schema)
-    for file, content in _chain(source, presets):
-        _check_keys(schema, content, file)
-        merged = _merge(merged, OmegaConf.create(content), file)
+    config = schema()
+    for settings in _chain(source, presets):
+        _fill(config, settings)
     for override in overrides:
-        key, value = _split_override(override)
-        where = f"the command line, {override}"
-        head, _, rest = key.partition(".")
-        if rest and head in merged and isinstance(merged[head], ListConfig):
-            _set_entry(merged[head], head, rest, value, where)
-            continue
-        _check_keys(schema, _nested(key, value), where)
-        merged = _merge(merged, OmegaConf.create(_nested(key, value)), where)
-    return cast(T, OmegaConf.to_object(merged))
+        _set(config, override)
+    return config
 
 
 def preset_names(presets: Path) -> list[str]:
@@ -51,8 +52,8 @@ def preset_names(presets: Path) -> list[str]:
 
 
 def to_yaml(config: Any) -> str:
-    """A configuration as YAML that `load_config` reads back."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    """A configuration as YAML that `load_config` reads back, except for secrets: they are masked, and refused there."""
+    return yaml.safe_dump(mask_values(asdict(config)), sort_keys=False, allow_unicode=True)
 
 
 def save_config(config: RunConfig, path: Path) -> None:
@@ -60,73 +61,91 @@ def save_config(config: RunConfig, path: Path) -> None:
     write_text(path, to_yaml(config))
 
 
-def _chain(source: str, presets: Path | None) -> list[tuple[str, dict]]:
-    """Path and content of the file and of those it extends, the base first."""
-    chain: list[tuple[str, dict]] = []
+def expand_variables(local_dir: str) -> str:
+    """checkpoint.local_dir with this node's values of $NAME and ${NAME}. ConfigError names a variable without one."""
+    folder = os.path.expandvars(local_dir)
+    if "$" in folder:
+        fix = "set the variable on every node, or write the folder without it"
+        raise ConfigError(
+            f"a variable of {local_dir} has no value on {os.uname().nodename}", "checkpoint.local_dir", fix
+        )
+    return folder
+
+
+def _chain(source: str, presets: Path | None) -> list[yaml.MappingNode]:
+    """Settings of the file and of those it extends, the base first."""
+    chain: list[yaml.MappingNode] = []
+    files: list[Path] = []
     name, folder = source, Path.cwd()
     while name:
         file = _locate(name, folder, presets)
-        if any(str(file) == earlier for earlier, _ in chain):
+        if file.resolve() in files:
             raise ConfigError(f"{file} extends itself", str(file), "remove the cycle of `extends`")
-        content = _read_yaml(file)
-        chain.append((str(file), content))
-        name, folder = content.pop("extends", ""), file.parent
+        files.append(file.resolve())
+        name, folder = "", file.parent
+        if settings := read_yaml(file):
+            chain.append(settings)
+            name = next((scalar(node, str, key) for key, node in entries(settings) if key == "extends"), "")
     return chain[::-1]
 
 
 def _locate(name: str, folder: Path, presets: Path | None) -> Path:
     # A file wins over a preset of the same name, so that a preset added later changes no existing command.
     candidates = [folder / name] + ([presets / f"{name}.yaml"] if presets else [])
-    for file in candidates:
-        if file.is_file():
-            return file
+    try:
+        for file in candidates:
+            if file.is_file():
+                return file
+        if candidates[0].is_dir():
+            raise ConfigError(f"{shown(name)} is a folder", os.fspath(candidates[0]), "name the YAML file in it")
+    except OSError:  # a name of too many characters, or a folder without permission
+        pass
     known = preset_names(presets) if presets else []
-    near = difflib.get_close_matches(name, known, 1)
+    near = difflib.get_close_matches(name, known, 1) if len(name) < 100 else []
     fix = f"did you mean {near[0]}?" if near else f"name a YAML file{' or one of ' + ', '.join(known) if known else ''}"
-    raise ConfigError(f"no config file or preset named {name}", os.fspath(candidates[0]), fix)
+    raise ConfigError(f"no config file or preset named {shown(name)}", shown(os.fspath(candidates[0])), fix)
 
 
-def _read_yaml(file: Path) -> dict:
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"the file is not readable YAML: {error}", str(file)) from None
-    if content is not None and not isinstance(content, dict):
-        kind = type(content).__name__
-        raise ConfigError(f"the file contains a {kind}, not settings", str(file), "write `section: {key: value}`")
-    return content or {}
+def _fill(config: Any, node: yaml.Node, head: str = "") -> None:
+    """Sets the settings of a section in the dataclass `config`; `head`: its dotted name with a dot at the end."""
+    kinds = typing.get_type_hints(type(config))
+    for key, value in entries(read_section(node, head), head):
+        if key == "extends" and not head and not isinstance(value, Override):
+            continue
+        if key not in kinds:
+            raise _unknown(type(config), key, value, head)
+        kind, name, current = kinds[key], f"{head}{key}", getattr(config, key)
+        parts = typing.get_args(kind)
+        if is_dataclass(kind):
+            _fill(current, value, f"{name}.")
+        elif isinstance(current, dict):
+            pairs = entries(read_section(value, f"{name}."), f"{name}.")
+            current.update({inner: scalar(text, str, f"{name}.{inner}") for inner, text in pairs})
+        elif typing.get_origin(kind) is list:
+            setattr(
+                config, key, [_entry(item, parts[0], f"{name}[{i}]") for i, item in enumerate(read_list(value, name))]
+            )
+        else:
+            setattr(config, key, scalar(value, kind, name))
 
 
-def _split_override(override: str) -> tuple[str, Any]:
-    if not override.startswith("--") or "=" not in override:
-        raise ConfigError(f"cannot read the argument {override}", "the command line", "write --section.key=value")
-    key, text = override[2:].split("=", 1)
-    try:
-        # `--key=` sets an empty string; YAML alone would make it null.
-        return key, yaml.safe_load(text) if text else ""
-    except yaml.YAMLError as error:
-        raise ConfigError(f"cannot read the value of {key}: {error}", f"the command line, {override}") from None
+def _entry(node: yaml.Node, kind: Any, name: str) -> Any:
+    """One entry of a list setting."""
+    if not is_dataclass(kind):
+        return scalar(node, kind, name)
+    entry = typing.cast(type, kind)()
+    _fill(entry, node, f"{name}.")
+    return entry
 
 
-def _nested(key: str, value: Any) -> dict:
-    for part in reversed(key.split(".")):
-        value = {part: value}
-    return value
-
-
-def _check_keys(schema: Any, content: dict, where: str, head: str = "") -> None:
-    """Raises ConfigError on the first key that is not in the schema."""
-    # OmegaConf refuses unknown keys too, but its message names neither the file nor the nearest setting.
-    known = {f.name: f.type for f in fields(schema)}
-    for key, value in content.items():
-        if key not in known:
-            near = _nearest(schema, key, head)
-            fix = f"did you mean {near}?" if near else f"known settings: {', '.join(known)}"
-            raise ConfigError(f"unknown setting {head}{key}", where, fix)
-        if is_dataclass(known[key]):
-            if not isinstance(value, dict):
-                raise ConfigError(f"{head}{key} is a section, not a value", where, f"write {head}{key}.NAME=VALUE")
-            _check_keys(known[key], value, where, f"{head}{key}.")
+def _unknown(schema: type, key: str, node: yaml.Node, head: str) -> ConfigError:
+    what, known = f"unknown setting {head}{shown(key)}", ", ".join(f.name for f in fields(schema))
+    near = _nearest(schema, key, head) if len(key) < 100 else ""
+    fix = f"did you mean {near}?" if near else f"known settings: {known}"
+    if near == key:  # a dotted name in a file
+        section, _, rest = key.partition(".")
+        fix = f"write it in its section, {section}: {{{rest}: VALUE}}"
+    return ConfigError(what, place_of(node), fix)
 
 
 def _nearest(schema: Any, key: str, head: str) -> str:
@@ -138,30 +157,32 @@ def _nearest(schema: Any, key: str, head: str) -> str:
     return (same or difflib.get_close_matches(f"{head}{key}", [*settings, *sections], 1, 0.4) or [""])[0]
 
 
-def _set_entry(entries: ListConfig, head: str, rest: str, value: Any, where: str) -> None:
-    """Sets a setting of one entry of a list: `rest` is NAME.KEY or NUMBER.KEY."""
-    entry, _, key = rest.partition(".")
-    names = [str(item.get("name", i)) for i, item in enumerate(entries)]
-    if entry not in names and not (entry.isdigit() and int(entry) < len(names)):
-        near = difflib.get_close_matches(entry, names, 1)
+def _set(config: Any, override: str) -> None:
+    """Sets `--section.key=value`, or `--list.NAME.key=value` of the entry of that name or number."""
+    if not override.startswith("--") or "=" not in override:
+        raise ConfigError(f"cannot read the argument {shown(override)}", COMMAND_LINE, "write --section.key=value")
+    key, text = override[2:].split("=", 1)
+    value = Override(text, override)
+    head, _, rest = key.partition(".")
+    listed = getattr(config, head, None) if head in {f.name for f in fields(config)} else None
+    if not rest or not isinstance(listed, list) or not any(map(is_dataclass, listed)):
+        _fill(config, _nested(key, value))
+        return
+    name, _, rest = rest.partition(".")
+    names = [str(getattr(item, "name", i)) for i, item in enumerate(listed)]
+    if name not in names and not (name.isdecimal() and int(name) < len(names)):
+        near = difflib.get_close_matches(name, names, 1)
         fix = f"did you mean {head}.{near[0]}?" if near else f"known entries: {', '.join(names) or 'none'}"
-        raise ConfigError(f"{head} has no entry {entry}", where, fix)
-    if not key:
-        raise ConfigError(f"{head}.{entry} is a section, not a value", where, f"write {head}.{entry}.NAME=VALUE")
-    number = names.index(entry) if entry in names else int(entry)
-    schema = OmegaConf.get_type(entries[number])
-    _check_keys(schema, _nested(key, value), where, f"{head}.{entry}.")
-    entries[number] = _merge(entries[number], OmegaConf.create(_nested(key, value)), where)
+        raise ConfigError(f"{head} has no entry {shown(name)}", place_of(value), fix)
+    if not rest:
+        what = f"{head}.{name} is a section, not a value"
+        raise ConfigError(what, place_of(value), f"write {head}.{name}.NAME=VALUE")
+    _fill(listed[names.index(name) if name in names else int(name)], _nested(rest, value), f"{head}.{name}.")
 
 
-def _merge(base: DictConfig, new: DictConfig, where: str) -> DictConfig:
-    try:
-        return cast(DictConfig, OmegaConf.merge(base, new))
-    except OmegaConfBaseException as error:
-        key = getattr(error, "full_key", None) or "a setting"
-        kinds = {setting.key: setting.type for setting in settings_of(cast(type, OmegaConf.get_type(base)))}
-        if key in kinds:
-            what = f"{key} is {OmegaConf.select(new, key)!r}, not {TYPES.get(kinds[key], kinds[key])}"
-            raise ConfigError(what, where, f"set {key} to {TYPES.get(kinds[key], kinds[key])}") from None
-        reason = str(error.args[0]).splitlines()[0]  # the other lines are OmegaConf's own view of the position
-        raise ConfigError(f"{key}: {reason}", where, "see --help for the type of each setting") from None
+def _nested(key: str, value: yaml.Node) -> yaml.Node:
+    """`value` under the dotted name `key`."""
+    for part in reversed(key.split(".")):
+        name = yaml.ScalarNode(value.tag, part, value.start_mark, value.end_mark)
+        value = yaml.MappingNode(value.tag, [(name, value)], value.start_mark, value.end_mark)
+    return value

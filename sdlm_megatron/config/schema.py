@@ -115,13 +115,13 @@ class ScheduleConfig:
     """Learning rate as a function of the step."""
 
     style: str = "constant"
-    """constant | linear | cosine (from the peak to min_lr at the last step) | wsd (constant, then linear decay)."""
+    """constant | linear | cosine (from the peak towards min_lr) | wsd (constant, then linear decay)."""
     warmup_steps: int = 0
-    """Steps of linear warm-up from 0."""
+    """Steps of linear warm-up; the last of them has the peak rate. With decay_steps at most the steps of the run."""
     decay_steps: int = 0
-    """With wsd: steps of the decay at the end."""
+    """With wsd: steps of the decay at the end, the first of them still at the peak."""
     min_lr: float = 0.0
-    """Learning rate at the last step, for the styles that decay."""
+    """Learning rate that the decay would reach one step after the last, so that no step has a rate of 0."""
 
 
 @dataclass

@@ -1,7 +1,9 @@
 """Checks of a configuration before anything is built. No check changes a setting."""
 
-from collections.abc import Iterator
+import re
+from collections.abc import Mapping
 from dataclasses import is_dataclass
+from typing import Any
 
 from sdlm_megatron.config.schema import CheckpointConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from sdlm_megatron.errors import ConfigError
@@ -19,20 +21,55 @@ CHOICES = {
 }
 FP8_MULTIPLE = 16
 """Divisor of all dimensions of an FP8 matrix product."""
-POSITIVE = {
-    "parallel.tensor",
-    "parallel.pipeline",
-    "parallel.virtual_pipeline",
-    "train.global_batch",
-    "train.logits_mb",
-    "optimizer.lr",
-    "observe.log_every",
-    "fault.heartbeat_seconds",
-    "fault.hang_factor",
-    "fault.hang_min_seconds",
-    "fault.start_seconds",
+STEPS, ROWS = "[0, 1e9]", "[0, 1e12]"
+RANGES = {
+    "model.num_layers": "[0, 10000]",
+    "model.hidden_size": "[0, 1e6]",
+    "model.ffn_hidden_size": "[0, 1e7]",
+    "model.num_attention_heads": "[0, 10000]",
+    "model.num_query_groups": "[0, 10000]",
+    "model.head_dim": "[0, 10000]",
+    "model.vocab_size": "[0, 1e7]",
+    "model.rope_theta": "(0, 1e12]",
+    "model.rms_norm_eps": "(0, 1)",
+    "diffusion.block_size": "[0, 4096]",
+    "diffusion.next_token_weight": "[0, 1000]",
+    "data.skip_rows": ROWS,
+    "parallel.tensor": "[1, 10000]",
+    "parallel.pipeline": "[1, 10000]",
+    "parallel.virtual_pipeline": "[1, 10000]",
+    "optimizer.lr": "(0, 10]",
+    "optimizer.beta1": "[0, 1)",
+    "optimizer.beta2": "[0, 1)",
+    "optimizer.eps": "(0, 1]",
+    "optimizer.weight_decay": "[0, 100]",
+    "optimizer.clip_grad": "[0, 1e9]",
+    "schedule.warmup_steps": STEPS,
+    "schedule.decay_steps": STEPS,
+    "schedule.min_lr": "[0, 10]",
+    "train.seed": "[0, 4294967295]",
+    "train.steps": STEPS,
+    "train.epochs": "[0, 10000]",
+    "train.global_batch": "[1, 1e7]",
+    "train.stop_after": STEPS,
+    "train.recompute_layers": "[0, 10000]",
+    "train.logits_mb": "(0, 1e6]",
+    "checkpoint.save_every": STEPS,
+    "checkpoint.keep_last": STEPS,
+    "checkpoint.keep_every": STEPS,
+    "observe.log_every": "[1, 1e9]",
+    "observe.sample_every": STEPS,
+    "observe.validate_every": STEPS,
+    "observe.validation_rows": ROWS,
+    "fault.heartbeat_seconds": "(0, 86400]",
+    "fault.hang_factor": "(0, 1e6]",
+    "fault.hang_min_seconds": "(0, 1e7]",
+    "fault.start_seconds": "(0, 1e7]",
+    "fault.straggler_factor": "[0, 1e6]",
+    "fault.spike_factor": "[0, 1e6]",
+    "fault.replica_check_every": STEPS,
 }
-"""Settings that must be above 0; every other number may be 0 but not negative."""
+"""Values that each number of a run may have: [ and ] include the bound, ( and ) exclude it."""
 
 
 def _require(condition: object, what: str, where: str, fix: str) -> None:
@@ -40,22 +77,46 @@ def _require(condition: object, what: str, where: str, fix: str) -> None:
         raise ConfigError(what, where, fix)
 
 
-def _values(config: RunConfig) -> Iterator[tuple[str, object]]:
-    """Dotted name and value of every setting in a section."""
-    for section, settings in vars(config).items():
-        if is_dataclass(settings):
-            yield from ((f"{section}.{name}", value) for name, value in vars(settings).items())
+def check_range(value: float, allowed: str, key: str, where: str = "") -> None:
+    """Raises ConfigError unless `value` is in the interval `allowed`, such as "(0, 1]"."""
+    low, high = map(float, allowed[1:-1].split(","))
+    # Comparisons with NaN are false, so it is refused.
+    inside = (value > low or (value == low and allowed[0] == "[")) and (
+        value < high or (value == high and allowed[-1] == "]")
+    )
+    words = (
+        f"{'above' if allowed[0] == '(' else 'from'} {low:,g} {'to below' if allowed[-1] == ')' else 'to'} {high:,g}"
+    )
+    _require(inside, f"{key} is {value}", where or key, f"set it to a number {words}")
+
+
+def check_ranges(config: Any, ranges: Mapping[str, str], head: str = "", where: str = "") -> None:
+    """Checks every number of a configuration, those of its sections and lists included. Raises ConfigError.
+
+    Args:
+        ranges: interval of each number by its dotted name, without the names of list entries.
+        head: dotted name of `config` with a dot at the end, for messages.
+        where: file or argument; "": the setting.
+    """
+    for name, value in vars(config).items():
+        key = f"{head}{name}"
+        if is_dataclass(value):
+            check_ranges(value, ranges, f"{key}.", where)
+        for i, item in enumerate(value if isinstance(value, list) else [value]):
+            place = f"{key}[{i}]" if isinstance(value, list) else key
+            if isinstance(value, list) and is_dataclass(item):
+                check_ranges(item, ranges, f"{place}.", where)
+            elif isinstance(item, int | float) and not isinstance(item, bool):
+                check_range(item, ranges[re.sub(r"\[\d+\]", "", key)], place, where)
 
 
 def check_values(config: RunConfig) -> None:
     """Checks every setting by itself. Raises ConfigError with the setting and a fix."""
-    for key, value in _values(config):
-        if key in CHOICES:
-            _require(value in CHOICES[key], f"{key} is {value!r}", key, f"one of {', '.join(CHOICES[key])}")
-        elif isinstance(value, int | float) and not isinstance(value, bool):
-            # Written so that NaN, which compares false with everything, is refused.
-            valid = value > 0 or (value == 0 and key not in POSITIVE)
-            _require(valid, f"{key} is {value}", key, f"set it {'above 0' if key in POSITIVE else 'to 0 or more'}")
+    check_ranges(config, RANGES)
+    for key, choices in CHOICES.items():
+        section, _, name = key.partition(".")
+        value = getattr(getattr(config, section), name)
+        _require(value in choices, f"{key} is {value!r}", key, f"one of {', '.join(choices)}")
 
 
 def check_run(config: RunConfig, world_size: int) -> None:
@@ -64,12 +125,42 @@ def check_run(config: RunConfig, world_size: int) -> None:
     length = config.train.steps or config.train.epochs > 0
     _require(length, "train.steps and train.epochs are both 0", "train", "set one of them")
     _require(config.data.path, "no dataset", "data.path", "--data.path=DIR, a folder written by `sdlm prepare`")
-    rows = all(row >= 0 for row in config.data.skip_rows)
-    _require(rows, "a row number is negative", "data.skip_rows", "use the row numbers in spikes.jsonl")
+    check_schedule(config, config.train.steps or None)
     _check_parallel(config.parallel, world_size)
     _check_recompute(config.train)
     _check_checkpoint(config.checkpoint)
     _check_samples(config)
+
+
+def check_schedule(config: RunConfig, steps: int | None) -> None:
+    """Checks the learning rates of a run of `steps` steps (None: not known yet). Raises ConfigError."""
+    schedule, lr = config.schedule, config.optimizer.lr
+    style, warmup, decay = schedule.style, schedule.warmup_steps, schedule.decay_steps
+    _require(
+        schedule.min_lr <= lr,
+        f"min_lr {schedule.min_lr:g} is above the peak learning rate {lr:g}",
+        "schedule.min_lr",
+        "set at most optimizer.lr",
+    )
+    _require(
+        style != "constant" or not schedule.min_lr,
+        f"min_lr is {schedule.min_lr:g}, but a constant rate does not decay to it",
+        "schedule.min_lr",
+        "set schedule.style to linear, cosine or wsd, or min_lr=0",
+    )
+    _require(
+        (style == "wsd") == (decay > 0),
+        f"decay_steps is {decay}, but schedule.style is {style}: only wsd reads it, and needs it",
+        "schedule.decay_steps",
+        "set a number of steps above 0" if style == "wsd" else "set decay_steps=0 or schedule.style=wsd",
+    )
+    if steps is not None:
+        _require(
+            warmup + decay <= steps and warmup < steps,
+            f"{warmup} warm-up steps and {decay} decay steps do not fit into the {steps} steps of the run",
+            "schedule.warmup_steps and schedule.decay_steps",
+            "set smaller numbers of steps, or a longer run (train.steps, train.epochs)",
+        )
 
 
 def _check_parallel(parallel: ParallelConfig, world_size: int) -> None:

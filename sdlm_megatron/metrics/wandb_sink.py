@@ -2,7 +2,6 @@
 
 import os
 import queue
-import re
 import secrets
 import sys
 import threading
@@ -14,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
+from sdlm_megatron.config.secret_text import mask_text
 from sdlm_megatron.errors import ConfigError
 from sdlm_megatron.files import write_text
 
@@ -24,15 +24,6 @@ FINISH_SECONDS, CLOSE_SECONDS = 20.0, 30.0
 MOST_WAITING = 10_000
 """Limit of the queue of records."""
 MODES = ("disabled", "offline", "online")
-_SECRET_NAME = re.compile(r"(API_?KEY|TOKEN|SECRET|PASSWORD|CREDENTIALS?)$", re.IGNORECASE)
-
-
-def hide_secrets(text: str) -> str:
-    """`text` with *** in place of the values of environment variables whose names look like secrets."""
-    for name, value in os.environ.items():
-        if len(value) >= 6 and _SECRET_NAME.search(name):
-            text = text.replace(value, "***")
-    return text
 
 
 class WandbSink:
@@ -192,5 +183,5 @@ def _run_id(run_dir: Path) -> str:
 
 
 def _notice(text: str, error: Exception) -> None:
-    reason = hide_secrets(f"{type(error).__name__}: {error}")
+    reason = mask_text(f"{type(error).__name__}: {error}")
     print(f"WARNING: {text}\n  reason: {reason}", file=sys.stderr, flush=True)

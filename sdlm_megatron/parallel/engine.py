@@ -41,6 +41,7 @@ from sdlm_megatron.parallel.optimizer import (
     connect_overlap,
     finalizer,
     gradient_norm,
+    set_rate,
     wrap_ddp,
 )
 from sdlm_megatron.parallel.results import QueuedStep, StepResult, joined, measure, queued_step, read
@@ -144,8 +145,7 @@ class Engine:
         Returns:
             Metrics on the device; `results` reads and checks them.
         """
-        self.schedule.num_steps = step
-        self.schedule.step(0)
+        set_rate(self.schedule, step)
         self.clock.mark("forward_backward")
         outputs = self.forward_backward([replace(b, measure=True) for b in batches] if measure else batches)
         self.clock.mark("update")

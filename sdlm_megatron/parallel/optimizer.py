@@ -94,15 +94,14 @@ def build_optimizer(
 def build_schedule(
     optimizer: MegatronOptimizer, config: ScheduleConfig, peak: float, steps: int
 ) -> OptimizerParamScheduler:
-    """Learning rate as a function of the step: set `.num_steps`, then call `.step(0)`."""
+    """Learning rate as a function of the step; `set_rate` applies it."""
     style = {"wsd": "WSD"}.get(config.style, config.style)
-    warmup = min(config.warmup_steps, steps - 1)
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
         max_lr=peak,
         min_lr=config.min_lr,
-        lr_warmup_steps=warmup,
+        lr_warmup_steps=config.warmup_steps,
         lr_decay_steps=steps,
         lr_decay_style=style,
         start_wd=optimizer.config.weight_decay,
@@ -113,6 +112,16 @@ def build_schedule(
         lr_wsd_decay_style="linear" if style == "WSD" else None,
         use_checkpoint_opt_param_scheduler=False,
     )
+
+
+def set_rate(schedule: OptimizerParamScheduler, step: int) -> None:
+    """Sets the learning rate of a step, from 1.
+
+    The warm-up reaches the peak in its last step. The decay starts at the peak, and its last step is one above the
+    end, as in transformers' schedules: a rate of 0 would waste the step.
+    """
+    schedule.num_steps = step if step <= schedule.lr_warmup_steps else step - 1
+    schedule.step(0)
 
 
 def finalizer(groups: ProcessGroupCollection, before: Callable[[], None]) -> Callable[..., None]:

@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from sdlm_megatron.config.command_line import make_parser
-from sdlm_megatron.errors import DataError, run_cli
+from sdlm_megatron.config.load import load_config
+from sdlm_megatron.config.schema import RunConfig
+from sdlm_megatron.config.secret_text import mask_text
+from sdlm_megatron.errors import ConfigError, DataError, run_cli
 from sdlm_megatron.metrics.formats import format_count, format_duration
 from sdlm_megatron.metrics.sinks import METRICS_FILE, SAMPLES_FILE, read_metrics
 from sdlm_megatron.ops.attempt import EVENTS_FILE, read_events
@@ -90,7 +92,9 @@ def write_report(
         _dataset_sections(page, rows, causal_attn)
     run_sections.metrics_section(page, records)
     if (run / "config.yaml").exists():
-        config = (run / "config.yaml").read_text(encoding="utf-8")
+        config = mask_text(
+            (run / "config.yaml").read_text(encoding="utf-8", errors="replace")
+        )  # of an older version, or edited
         page.section("config", "Configuration").details("config.yaml", config)
     target = Path(out) if out is not None else run / "report.html"
     page.write(target)
@@ -196,10 +200,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not args.run.is_dir():
         raise DataError("the folder does not exist", str(args.run), "pass the folder of a run (run_dir)")
     config = _config(args.run)
-    data = Path(config.get("data", {}).get("path") or "")
+    data = Path(config.data.path)
     dataset = data if (data / "manifest.json").exists() else None
-    causal = bool(config.get("diffusion", {}).get("causal_attn"))
-    page = write_report(args.run, dataset, out=args.out, causal_attn=causal)
+    page = write_report(args.run, dataset, out=args.out, causal_attn=config.diffusion.causal_attn)
     goodput = goodput_of(args.run)
     if goodput is not None:
         print(f"{goodput.share:.1%} of {format_duration(goodput.wall)} was spent in useful steps:")
@@ -208,13 +211,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"report   {page}")
 
 
-def _config(run: Path) -> dict[str, Any]:
-    """config.yaml of a run; {} if it cannot be read, so that a page is written all the same."""
+def _config(run: Path) -> RunConfig:
+    """config.yaml of a run; the defaults if it cannot be read, so that a page is written all the same."""
     try:
-        config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
-        return {}
-    return config if isinstance(config, dict) else {}
+        return load_config(RunConfig, str(run.absolute() / "config.yaml"))
+    except ConfigError:
+        return RunConfig()
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sdlm_megatron.config.schema import DiffusionConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
-from sdlm_megatron.config.validate import check_model
+from sdlm_megatron.config.validate import check_model, check_schedule
 from sdlm_megatron.data.format import PackedDataset
 from sdlm_megatron.data.tokenizer_identity import TEXT_MASK, same_tokenizer
 from sdlm_megatron.errors import CheckpointError, ConfigError, DataError
@@ -81,6 +81,7 @@ def make_run_plan(config: RunConfig, dataset: PackedDataset, notice: Notice) -> 
         notice("no base model: training starts from random weights")
         shape = resolve_shape(config.model, None, "model")
         plan = _plan(config, dataset, shape, dataset.manifest["mask_token_id"], None, "random")
+    check_schedule(config, plan.steps)
     check_model(plan.state.shape, config, dataset.row_length)
     # the mask token usually has the highest id of a dataset: it is appended to the vocabulary
     needed = max(dataset.manifest["mask_token_id"] + 1, 1)

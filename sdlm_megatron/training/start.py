@@ -15,6 +15,7 @@ from sdlm_megatron.checkpoint.local_disk import carry_over
 from sdlm_megatron.checkpoint.restore import damage
 from sdlm_megatron.config.load import save_config
 from sdlm_megatron.config.schema import RunConfig
+from sdlm_megatron.config.secret_text import mask_values
 from sdlm_megatron.data.format import PackedDataset
 from sdlm_megatron.errors import CheckpointError
 from sdlm_megatron.metrics.console import Console
@@ -123,7 +124,9 @@ def _open_sinks(config: RunConfig, plan: RunPlan, watch: Watch, groups: Groups) 
         layout=layout,
         process_start=psutil.Process().create_time(),
     )
-    return Sinks.open(run_dir, config.observe, plan.state.step, run_config=asdict(config), resume_note=layout)
+    return Sinks.open(
+        run_dir, config.observe, plan.state.step, run_config=mask_values(asdict(config)), resume_note=layout
+    )
 
 
 # ------------------------------------------------------------------------------- which checkpoint to resume from

@@ -87,9 +87,9 @@ def complete(tmp_path: Path) -> Callable[..., list[str]]:
 
 
 def test_completion(complete: Callable[..., list[str]]) -> None:
-    # Modules set to None cannot be imported: these completions load neither torch nor OmegaConf.
-    assert complete("sdlm tr", without="torch omegaconf numpy") == ["train "]
-    assert set(complete("sdlm ", without="torch omegaconf numpy")) >= set(COMMANDS)
+    # Modules set to None cannot be imported: these completions load neither torch nor YAML.
+    assert complete("sdlm tr", without="torch yaml numpy") == ["train "]
+    assert set(complete("sdlm ", without="torch yaml numpy")) >= set(COMMANDS)
     assert complete("sdlm train --train.recompute_", without="torch") == ["--train.recompute_layers="]
     assert complete("sdlm prepare --row") == ["--row_length="]
     assert complete("sdlm export --max") == ["--max-shard-gb "]

@@ -1,7 +1,15 @@
 """Action after the end of a training attempt."""
 
-import pytest
+import subprocess
+import sys
+from pathlib import Path
 
+import pytest
+from helpers import REPO
+
+from sdlm_megatron.ops.attempt import rank_file
+from sdlm_megatron.ops.driver.attempt_summary import summarize
+from sdlm_megatron.ops.driver.attempt_watch import attempt_end
 from sdlm_megatron.ops.driver.decision import REQUEUES, AttemptEnd, Situation, decide, since_checkpoint
 
 NODES = ("a", "b", "c")
@@ -74,3 +82,17 @@ def test_newer_checkpoint_resets_the_failure_count() -> None:
     ]
     assert since_checkpoint(events, "7", 20) == {"failures": 3, "requeues": 1, "blamed": {"b": 2}, "not_finite": 1}
     assert since_checkpoint(events, "7", 30)["failures"] == 0
+
+
+def test_a_wrong_setting_ends_the_job_and_is_not_retried(tmp_path: Path) -> None:
+    """The real training program refuses a setting before its slow imports; the driver reads its log."""
+    line = [sys.executable, "-X", "importtime", "-m", "sdlm_megatron.train", "--config", "tiny", "--data.path=x"]
+    done = subprocess.run([*line, "--optimizer.beta1=1.5"], cwd=REPO, capture_output=True, text=True)
+    assert done.returncode == 2 and " megatron.core" not in done.stderr and "| torch\n" not in done.stderr
+    log = rank_file(tmp_path, "log", 0, "7-0-0")
+    log.parent.mkdir(parents=True)
+    log.write_text("\n".join(text for text in done.stderr.splitlines() if not text.startswith("import time:")))
+    end = attempt_end(summarize(tmp_path, "7-0-0", 1), ["a"])
+    action = decide(end, situation(failures=1))
+    assert action.kind == "end"
+    assert action.reason == "user error; not retrying: optimizer.beta1 is 1.5"

@@ -176,3 +176,25 @@ def test_dry_run_says_what_was_not_checked(user: dict[str, str], tmp_path: Path)
     done = run(*line, cwd=tmp_path, env={**user, "PYTHONPATH": str(REPO)})
     assert done.returncode == 0, done.stderr
     assert f"{tmp_path / 'data'} is not a packed dataset on this machine" in done.stdout
+
+
+@pytest.mark.parametrize("options", [["--dry-run"], []])
+def test_a_wrong_setting_is_refused_before_the_queue(user: dict[str, str], tmp_path: Path, options: list[str]) -> None:
+    line = (sys.executable, "-m", "sdlm_megatron.cli", "submit", "train_3b_d4", *options)
+    for setting, text in (
+        ("--optimizer.beta2=1", "optimizer.beta2 is 1.0"),
+        ("--schedule.warmup_steps=9", "9 warm-up steps and 0 decay steps do not fit into the 8 steps"),
+        ("--data.path=$HOME/x", "data.path contains $HOME"),
+    ):
+        done = run(*line, "--", "--train.steps=8", setting, cwd=tmp_path, env={**user, "PYTHONPATH": str(REPO)})
+        assert (done.returncode, done.stdout) == (2, "") and f"error: {text}" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_saved_submission_masks_secrets(user: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "clusters" / "mine.yaml").write_text('sbatch: ["--export=ALL,HF_TOKEN=hunter2-hunter2"]\n')
+    line = (sys.executable, "-m", "sdlm_megatron.cli", "submit", "train_3b_d4", "--cluster", "mine")
+    done = run(*line, cwd=tmp_path, env={**user, "PYTHONPATH": str(REPO)})
+    assert done.returncode == 0, done.stderr
+    saved = (tmp_path / "run" / "submit.sbatch").read_text()
+    assert "'--export=ALL,HF_TOKEN=***'" in saved and "hunter2" not in saved and "# *** stands for a secret" in saved

@@ -1,9 +1,11 @@
 """Cluster files: the settings of a cluster, independent of what is trained on it (slurm/clusters/NAME.yaml)."""
 
-from dataclasses import asdict, dataclass, field
+import re
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from sdlm_megatron.config.load import load_config
+from sdlm_megatron.config.validate import check_ranges
 from sdlm_megatron.errors import ConfigError
 from sdlm_megatron.ops.node.limits import Limits
 
@@ -80,6 +82,28 @@ class ClusterFile:
         return self.gpus_per_node if self.preflight.gpus is None else self.preflight.gpus
 
 
+RANGES = {
+    "gpus_per_node": "[1, 1024]",
+    "cpus_per_task": "[0, 100000]",
+    "signal_seconds": "[0, 1e6]",
+    "spares": "[0, 100000]",
+    "preflight.gpus": "[0, 1024]",
+    "preflight.temperature": "[0, 1000]",
+    "preflight.idle_memory_mib": "[0, 1e9]",
+    "preflight.xid_hours": "[0, 1e6]",
+    "preflight.run_disk_gb": "[0, 1e9]",
+    "preflight.local_disk_gb": "[0, 1e9]",
+    "preflight.shm_gb": "[0, 1e9]",
+    "preflight.write_mb": "[0, 1e6]",
+    "preflight.clock_seconds": "[0, 1e6]",
+    "preflight.node_gbs": "[0, 1e6]",
+    "preflight.network_gbs": "[0, 1e6]",
+    "preflight.slow_factor": "[0, 1]",
+    "preflight.answer_seconds": "(0, 1e6]",
+}
+"""Values that each number may have, as in config/validate.py."""
+
+
 def cluster_path(name: str) -> Path:
     """File of a cluster: a path, or NAME of ./clusters/NAME.yaml, or of the package's own clusters."""
     own = Path("clusters") / f"{name}.yaml"
@@ -99,10 +123,8 @@ def load_cluster(name: str) -> ClusterFile:
         raise ConfigError(f"container.kind is {kind!r}", where, "one of none, pyxis, apptainer")
     if kind != "none" and not image:
         raise ConfigError(f"a {kind} container without an image", where, "set container.image")
-    minimums = {"gpus_per_node": 1, "spares": 0, "signal_seconds": 0, "cpus_per_task": 0}
-    values = {key: getattr(cluster, key) for key in minimums}
-    values |= {f"preflight.{key}": value for key, value in asdict(cluster.preflight).items() if value is not None}
-    for key, value in values.items():
-        if value < minimums.get(key, 0):
-            raise ConfigError(f"{key} is {value}", where, f"give {minimums.get(key, 0)} or more")
+    for name in cluster.env:
+        if not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII):
+            raise ConfigError(f"env: {name!r} is no name of a variable", where, "use letters, digits and _")
+    check_ranges(cluster, RANGES, where=where)
     return cluster

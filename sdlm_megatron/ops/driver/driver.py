@@ -23,6 +23,8 @@ from types import FrameType
 from sdlm_megatron.config.command_line import make_parser
 from sdlm_megatron.config.load import PRESETS, load_config
 from sdlm_megatron.config.schema import RunConfig
+from sdlm_megatron.config.secret_text import mask_text
+from sdlm_megatron.config.validate import check_run
 from sdlm_megatron.errors import ConfigError, UserError, run_cli
 from sdlm_megatron.files import write_text
 from sdlm_megatron.ops.attempt import attempt_dir, read_events, record_event
@@ -93,6 +95,7 @@ class Driver:
                 "--spares",
                 "ask for more nodes, or fewer spares",
             )
+        check_run(config, self.needed * self.cluster.gpus_per_node)
         self.logs = self.run_dir / "logs" / self.job.name
         self.logs.mkdir(parents=True, exist_ok=True)
         # In the environment only, which srun passes on: parallel/exchange.py. env.txt hides it, as every token.
@@ -214,7 +217,7 @@ class Driver:
         arguments = ["--config", self.preset, *self.settings, *arguments]
         line, variables = training_command(self.cluster, self.launcher, nodes, self.run_dir, attempt, arguments)
         environment = {**attempt_environment(self.cluster, self.job, nodes, self.run_dir, attempt), **variables}
-        write_text(folder / "command.txt", shlex.join(line) + "\n")
+        write_text(folder / "command.txt", shlex.join(map(mask_text, line)) + "\n")
         ranks = len(nodes) * self.cluster.gpus_per_node
         self.event("train_start", nodes=nodes, **{"try": self.tries})
         self.log(f"try {self.tries}: {ranks} processes on {','.join(nodes)}, logs in {folder}")

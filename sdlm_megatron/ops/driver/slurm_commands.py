@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, NamedTuple
 
+from sdlm_megatron.config.secret_text import mask_text
 from sdlm_megatron.errors import UserError
 
 GUARDIAN = "guardian"  # name of the job step that outlives the driver (guardian.py)
@@ -63,10 +64,14 @@ def submit_job(line: Sequence[str]) -> tuple[str, str]:
     """Runs `sbatch --parsable ...`; returns the job's number, and the name of its cluster ("": this one)."""
     answer = command(*line)
     if answer.code:
-        raise UserError(f"sbatch refused: {answer.said}", shlex.join(line), "change the cluster file or the options")
+        raise UserError(
+            f"sbatch refused: {answer.said}", shlex.join(map(mask_text, line)), "change the cluster file or the options"
+        )
     if not (job := re.fullmatch(r"(\d+)(?:;(\S+))?", answer.text)):
         fix = "look with squeue --me whether the job exists before you submit again"
-        raise UserError(f"sbatch did not answer with a job number ({answer.said})", shlex.join(line), fix)
+        raise UserError(
+            f"sbatch did not answer with a job number ({answer.said})", shlex.join(map(mask_text, line)), fix
+        )
     if answer.stderr:
         print(answer.stderr, file=sys.stderr, flush=True)
     return job[1], job[2] or ""

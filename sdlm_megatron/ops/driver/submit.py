@@ -19,6 +19,7 @@ from pathlib import Path
 from sdlm_megatron.config.command_line import at_least, make_parser
 from sdlm_megatron.config.load import PRESETS, load_config, preset_names
 from sdlm_megatron.config.schema import RunConfig
+from sdlm_megatron.config.secret_text import MASK, mask_text
 from sdlm_megatron.config.validate import check_run
 from sdlm_megatron.errors import ConfigError, run_cli
 from sdlm_megatron.files import write_text
@@ -122,6 +123,7 @@ class Submission:
             self.run = load_config(RunConfig, self.script.preset, self.settings, PRESETS)
             self.run_dir = Path(self.run.run_dir)
             self.processes = self.nodes * self.cluster.gpus_per_node
+            check_run(self.run, self.processes)  # not only after hours in the queue
         elif any(getattr(self.args, name) is not None for name in ("spares", "launcher", "retries")):
             raise ConfigError("--spares, --launcher and --retries are for training scripts", str(self.script.path))
         for name, value in os.environ.items():
@@ -197,8 +199,9 @@ class Submission:
         """A shell script that submits the same job again."""
         kept = [v for v in KEPT_VARIABLES if os.environ.get(v)]
         lines = ["#!/bin/sh", f"cd {shlex.quote(str(Path.cwd()))}"]
-        lines += [f"export {v}={shlex.quote(os.environ[v])}" for v in kept]
-        return "\n".join([*lines, " \\\n  ".join(shlex.quote(part) for part in self.command())]) + "\n"
+        lines += [f"export {v}={shlex.quote(mask_text(os.environ[v]))}" for v in kept]
+        text = "\n".join([*lines, " \\\n  ".join(shlex.quote(mask_text(part)) for part in self.command())]) + "\n"
+        return text if MASK not in text else text + f"# {MASK} stands for a secret: write it there to run this again\n"
 
     def dry_run(self) -> bool:
         """Shows and checks the job; returns whether all checks passed."""
@@ -216,7 +219,6 @@ class Submission:
     def _check_training(self) -> bool:
         """Checks the layout, and data and base model if they exist; prints the planner's memory and time."""
         print(f"# layout: {self.nodes} nodes x {self.cluster.gpus_per_node} = {self.processes} processes", flush=True)
-        check_run(self.run, self.processes)
         passed, settings = True, list(self.settings)
         if (Path(self.run.data.path) / "manifest.json").exists():
             environment = {**os.environ, "WORLD_SIZE": str(self.processes), "RANK": "0"}

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import sdlm_megatron
-from sdlm_megatron.config.load import PRESETS, load_config, to_yaml
+from sdlm_megatron.config.load import PRESETS, expand_variables, load_config, to_yaml
 from sdlm_megatron.config.schema import RunConfig
+from sdlm_megatron.errors import ConfigError
 from sdlm_megatron.files import fsync
 from sdlm_megatron.ops.node.gpu_checks import gpu_checks
 from sdlm_megatron.ops.node.limits import Check, Limits
@@ -36,7 +37,10 @@ def check_node(
     checks.append(check_disk("run disk", run_dir, limits.run_disk_gb, limits.write_mb))
     local = load_config(RunConfig, config, overrides, PRESETS).checkpoint.local_dir if config else ""
     if local:
-        checks.append(check_disk("local disk", os.path.expandvars(local), limits.local_disk_gb, limits.write_mb))
+        try:
+            checks.append(check_disk("local disk", expand_variables(local), limits.local_disk_gb, limits.write_mb))
+        except ConfigError as error:
+            checks.append(Check("local disk", False, "no folder", error.what))
     if os.path.isdir("/dev/shm"):
         checks.append(check_disk("shm", "/dev/shm", limits.shm_gb, 1))
     return checks, shared_values
