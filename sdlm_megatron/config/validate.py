@@ -84,10 +84,8 @@ def check_range(value: float, allowed: str, key: str, where: str = "") -> None:
     inside = (value > low or (value == low and allowed[0] == "[")) and (
         value < high or (value == high and allowed[-1] == "]")
     )
-    words = (
-        f"{'above' if allowed[0] == '(' else 'from'} {low:,g} {'to below' if allowed[-1] == ')' else 'to'} {high:,g}"
-    )
-    _require(inside, f"{key} is {value}", where or key, f"set it to a number {words}")
+    first, last = "above" if allowed[0] == "(" else "from", "to below" if allowed[-1] == ")" else "to"
+    _require(inside, f"{key} is {value}", where or key, f"set it to a number {first} {low:.12g} {last} {high:.12g}")
 
 
 def check_ranges(config: Any, ranges: Mapping[str, str], head: str = "", where: str = "") -> None:

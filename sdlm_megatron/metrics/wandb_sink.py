@@ -167,6 +167,8 @@ def _start(run_dir: Path, mode: Literal["offline", "online"], project: str, run_
             silent=True,
             disable_git=True,
             disable_code=True,
+            # the metadata hold the command line as it is
+            x_disable_meta=any(mask_text(argument) != argument for argument in sys.argv),
             init_timeout=60,
             finish_timeout=FINISH_SECONDS,
         ),

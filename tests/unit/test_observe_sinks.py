@@ -343,3 +343,12 @@ def test_environment_can_disable_wandb(tmp_path, monkeypatch):
 def test_unknown_mode_error_lists_known_modes(tmp_path):
     with pytest.raises(ConfigError, match="offline"):
         Sinks.open(tmp_path, Settings(wandb="offlin"), 0)
+
+
+def test_wandb_records_no_secret_of_the_command_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train", "--run_dir=x/HF_TOKEN=hunter2hunter2"])
+    sink = wandb_sink.open_wandb(tmp_path, mode="offline", project="p", run_config={"a": 7})
+    sink.log(1, {"loss": 1.0})
+    sink.close()
+    (record,) = tmp_path.rglob("*.wandb")
+    assert b"loss" in record.read_bytes() and b"hunter2" not in record.read_bytes()
