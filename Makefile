@@ -59,7 +59,8 @@ test-newest: $(STAMP)  ## tests that use Megatron, with the newest supported Meg
 
 test-transformers: $(STAMP)  ## tests of decoding and generate, with the oldest supported transformers
 	PYTHONPATH=$$($(PY) tests/oldest_transformers.py .cache) \
-		$(PY) -m pytest $(PYTEST_ARGS) tests/parity/test_generate.py tests/parity/test_decode_oracle.py
+		$(PY) -m pytest $(PYTEST_ARGS) tests/parity/test_generate.py tests/parity/test_decode_oracle.py \
+		tests/parity/test_transformers_mixins.py
 
 drill: $(STAMP)  ## fault drill on a real Slurm on this machine (needs root and Debian's packages), about 10 minutes
 	$(PY) tests/slurm/drill.py

@@ -6,6 +6,11 @@ from typing import Any
 from sdlm_megatron.diffusion.settings import SDLMSettings
 from sdlm_megatron.weights.hf_config import HFConfig
 
+PLAIN_PASS = """\
+- Training put no loss on the predictions of a plain causal pass (`forward`, `sdlm_alg="ar"`): likelihoods and
+  perplexities computed that way do not measure this model.
+"""
+
 
 def model_card(config: HFConfig, dtype: str, run: Mapping[str, Any], name: str, remark: str = "") -> str:
     """The card as Markdown.
@@ -21,7 +26,7 @@ def model_card(config: HFConfig, dtype: str, run: Mapping[str, Any], name: str, 
     parts = [_head(config, config.sdlm, dtype, run, name), _usage(config.sdlm)]
     if run:
         parts += [_recipe(run), _data(run.get("data", {})), _losses(run.get("losses", {})), _versions(run)]
-    return "\n".join(filter(None, [*parts, _limits(remark)]))
+    return "\n".join(filter(None, [*parts, _limits(remark, config.sdlm)]))
 
 
 def _head(config: HFConfig, sdlm: SDLMSettings, dtype: str, run: Mapping[str, Any], name: str) -> str:
@@ -48,7 +53,7 @@ def _usage(sdlm: SDLMSettings) -> str:
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained(FOLDER)
-model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True, dtype="auto")
 inputs = tokenizer.apply_chat_template(
     [{{"role": "user", "content": "Hello"}}],
     add_generation_prompt=True, return_tensors="pt", return_dict=True,
@@ -138,13 +143,16 @@ def _versions(run: Mapping[str, Any]) -> str:
     return "## Versions\n\n" + _table(("package", "version"), run.get("versions", {}).items())
 
 
-def _limits(remark: str) -> str:
+def _limits(remark: str, sdlm: SDLMSettings) -> str:
+    likelihoods = "" if sdlm.trains_plain_pass else PLAIN_PASS
     own = f"- {remark[0].upper()}{remark[1:]}.\n" if remark else ""
     return f"""## Limitations
 
 - Only training losses were measured during the run: evaluate quality and speed before relying on them.
+- `forward(labels=...)` computes the plain next-token loss, not the loss over blocks that the model was trained with:
+  training with it alone does not train the proposal of several tokens per pass.
 - The number of tokens accepted per pass depends on the text and on `sdlm_threshold`; a low threshold costs quality.
-{own}"""
+{likelihoods}{own}"""
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:

@@ -15,6 +15,13 @@ sys.path.insert(0, str(Path(__file__).parent))
 os.environ.setdefault("WANDB_SILENT", "true")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Registers the marks of transformers' own tests (parity/test_transformers_mixins.py)."""
+    for kind in ("accelerate", "torch_compile", "torch_export", "flash_attn", "flash_attn_3", "flash_attn_4"):
+        name = f"{kind}_test{'s' * (kind == 'accelerate')}"
+        config.addinivalue_line("markers", f"{name}: used by tests of transformers")
+
+
 @pytest.fixture(scope="session")
 def groups() -> Any:
     """Megatron-Core's process groups for one process, over gloo; a process can join once only."""

@@ -6,11 +6,14 @@ folder also loads as plain `Qwen2ForCausalLM`; then `generate` is ordinary next-
 
 # ruff: noqa: E402 (the version is checked before anything that an older one lacks is imported)
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
+from numbers import Integral, Real
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 
@@ -33,7 +36,7 @@ from transformers.generation.stopping_criteria import (
     MaxLengthCriteria,
     StopStringCriteria,
 )
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, logging
 
 # Put beside this file by the exporter. All of them are named here because transformers 4 copies only what
 # this file itself imports, not what those files import.
@@ -43,6 +46,8 @@ from .decode_random import mix64  # type: ignore[import-not-found]  # noqa: F401
 from .decode_rules import Warp  # type: ignore[import-not-found]
 from .decode_step import Step  # type: ignore[import-not-found]  # noqa: F401
 from .settings import SDLMSettings  # type: ignore[import-not-found]
+
+logger = logging.get_logger(__name__)
 
 WARPERS = (
     "TemperatureLogitsWarper",
@@ -56,8 +61,10 @@ WARPERS = (
     "SuppressTokensLogitsProcessor",
     "InfNanRemoveLogitsProcessor",
     "LogitNormalization",
+    "NoBadWordsLogitsProcessor",
+    "SequenceBiasLogitsProcessor",
 )
-"""Logits processors of transformers that depend on the logits of one position only."""
+"""Logits processors of transformers that depend on the logits of one position only; the last two for single tokens."""
 
 
 @dataclass
@@ -88,23 +95,26 @@ class DecodeOptions:
     cache_implementation: str | None
     streamer: Any
 
-    def check(self) -> None:
-        """Raises ValueError naming the first invalid setting, its value and the valid ones."""
-        whole = isinstance(self.n, int) and not isinstance(self.n, bool)
-        number = isinstance(self.threshold, int | float) and not isinstance(self.threshold, bool)
+    def checked(self) -> "DecodeOptions":
+        """The options as Python's numbers; ValueError names the first invalid one, its value and the valid ones."""
+        whole = isinstance(self.n, Integral) and not isinstance(self.n, bool)
+        number = isinstance(self.threshold, Real) and not isinstance(self.threshold, bool)
         rules = {
             "alg": (self.alg in ALGORITHMS, f"one of {', '.join(map(repr, ALGORITHMS))}"),
             "n": (whole and self.n >= 1, "a whole number of at least 1"),
             "threshold": (number and 0 <= self.threshold <= 1, "a number from 0 to 1"),
-            "product": (isinstance(self.product, bool), "True or False"),
-            "seed": (self.seed is None or isinstance(self.seed, int), "a whole number or None"),
+            "product": (isinstance(self.product, bool | np.bool_), "True or False"),
+            "seed": (self.seed is None or isinstance(self.seed, Integral), "a whole number or None"),
         }
         for name, (good, choices) in rules.items():
             if not good:
                 raise ValueError(f"sdlm_{name} must be {choices}, got {getattr(self, name)!r}")
+        seed = None if self.seed is None else int(self.seed)
+        return replace(self, n=int(self.n), threshold=float(self.threshold), product=bool(self.product), seed=seed)
 
 
-class SDLMForCausalLM(Qwen2ForCausalLM):
+# GenerationMixin is named again: without it, transformers derives a new class at each load, which cannot be pickled.
+class SDLMForCausalLM(Qwen2ForCausalLM, GenerationMixin):
     """Qwen2 with block decoding; its config adds block_size, causal_attn, text_mask_token(_id)."""
 
     def generate(  # type: ignore[override]
@@ -131,8 +141,9 @@ class SDLMForCausalLM(Qwen2ForCausalLM):
             sdlm_product: apply the threshold to the product of the confidences of all accepted tokens.
             sdlm_seed: seed for do_sample; row b uses seed + b. Default: torch's generator.
 
-        Sampling (temperature, top_k, top_p, min_p, …), stop_strings with tokenizer, stopping criteria that depend on
-        the tokens only, num_return_sequences, max_time and a streamer for one row work as usual.
+        Sampling (temperature, top_k, top_p, min_p, …), suppress_tokens, remove_invalid_values, bad words of one token,
+        stop_strings with tokenizer, stopping criteria that depend on the tokens only, num_return_sequences, max_time
+        and a streamer for one row work as usual.
         `cache_implementation="static"` gives all passes the same shapes, and compiles them on a GPU. Logits processors
         that depend on earlier tokens (repetition_penalty, no_repeat_ngram_size, …), beams, assistants and output_scores
         raise ValueError; `sdlm_alg="ar"` supports them.
@@ -147,8 +158,7 @@ class SDLMForCausalLM(Qwen2ForCausalLM):
             _first(sdlm_seed, stored, "sdlm_seed", None),
             _first(kwargs.get("cache_implementation"), stored, "cache_implementation", None),
             streamer,
-        )
-        settings.check()
+        ).checked()
         stock: Any = GenerationMixin.generate  # not super(): a stock Qwen2 comes here too, see custom_generate.py
         if settings.alg == "ar":
             return stock(self, inputs, generation_config, streamer=streamer, tokenizer=tokenizer, **kwargs)
@@ -159,7 +169,22 @@ class SDLMForCausalLM(Qwen2ForCausalLM):
         if stop_strings is not None:  # transformers loses the tokenizer on the way to custom code
             kwargs["stop_strings"] = None
             kwargs["stopping_criteria"] = _with_stop_strings(kwargs.get("stopping_criteria"), stop_strings, tokenizer)
-        return stock(self, inputs, generation_config, custom_generate=_sdlm, sdlm_settings=settings, **kwargs)
+        with _without_checkpointing(self):
+            return stock(self, inputs, generation_config, custom_generate=_sdlm, sdlm_settings=settings, **kwargs)
+
+    @property
+    def loss_function(self) -> Any:
+        """The loss of `forward(labels=…)`: transformers' next-token loss, with a warning."""
+        if not hasattr(self, "_loss_function"):
+            logger.warning_once(
+                "forward(labels=…) computes the plain next-token loss, not the loss over blocks that SDLM is trained "
+                "with; training with it alone does not train the proposal of several tokens per pass."
+            )
+        return super().loss_function
+
+    @loss_function.setter
+    def loss_function(self, value: Any) -> None:
+        self._loss_function = value
 
     def load_custom_generate(self, *args: Any, **kwargs: Any) -> Any:
         """None: the folder's custom_generate is for the stock class."""
@@ -202,10 +227,28 @@ def _refuse_configured(config: Any, processors: list[Any], criteria: list[Any]) 
         bad.append(mode.value)
     flags = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
     bad += [name for name in flags if getattr(config, name, None)]
-    known = WARPERS if config.do_sample else ()
-    bad += [type(item).__name__ for item in processors if type(item).__name__ not in known]
+    bad += [type(item).__name__ for item in processors if not _of_one_position(item)]
     bad += [type(item).__name__ for item in criteria if isinstance(item, ConfidenceCriteria)]
     _refuse(bad)
+
+
+def _of_one_position(processor: Any) -> bool:
+    """Whether a processor depends on the logits of one position only, not on the tokens before it."""
+    biases = getattr(processor, "sequence_bias", {})
+    return type(processor).__name__ in WARPERS and all(len(sequence) == 1 for sequence in biases)
+
+
+@contextmanager
+def _without_checkpointing(model: Any) -> Iterator[None]:
+    """Switches gradient checkpointing off: in train mode it takes a layer's cache away, to save gradients' memory."""
+    layers = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+    try:
+        for module in layers:
+            module.gradient_checkpointing = False
+        yield
+    finally:
+        for module in layers:
+            module.gradient_checkpointing = True
 
 
 def _with_stop_strings(criteria: Any, strings: Any, tokenizer: Any) -> StoppingCriteriaList:
@@ -243,6 +286,8 @@ def _sdlm(  # called by transformers' generate; a parameter named attention_mask
         streamer.put(input_ids.cpu())
     ends = [token for c in criteria if isinstance(c, EosTokenCriteria) for token in c.eos_token_id.flatten().tolist()]
     lengths = [c.max_length for c in criteria if isinstance(c, MaxLengthCriteria)]
+    pad = generation_config.pad_token_id
+    pad = pad if pad is not None else (ends or [0])[0]
     result = decode(
         model,
         input_ids,
@@ -254,17 +299,18 @@ def _sdlm(  # called by transformers' generate; a parameter named attention_mask
         eos_token_ids=ends,
         attention_mask=model_kwargs.get("attention_mask"),
         **SDLMSettings.from_config_json(model.config.to_dict()).decode_options,
-        warp=_warp(processors) if generation_config.do_sample else None,
+        warp=_warp(processors) if processors else None,
+        sample=bool(generation_config.do_sample),
         seed=settings.seed,
         stop=_stop([c for c in criteria if not isinstance(c, EosTokenCriteria | MaxLengthCriteria)]),
+        pad_token_id=pad if ends else None,
         use_cache=generation_config.use_cache is not False,
         fixed_shape=_fixed_shape(settings, generation_config, model.device),
         on_tokens=None if streamer is None else lambda _, ids: streamer.put(torch.tensor(ids)),
     )
     if streamer is not None:
         streamer.end()
-    pad = generation_config.pad_token_id
-    return _output(input_ids, result, pad if pad is not None else (ends or [0])[0], generation_config)
+    return _output(input_ids, result, pad, generation_config)
 
 
 def _fixed_shape(settings: DecodeOptions, config: Any, device: torch.device) -> bool | Callable[[Any], Any]:

@@ -8,9 +8,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from sdlm_megatron.chat.template import render, template_file
@@ -24,13 +26,18 @@ from sdlm_megatron.weights.dtypes import PRECISIONS
 from sdlm_megatron.weights.hf_config import HFConfig, read_hf_config
 from sdlm_megatron.weights.hf_weights import HFWeights
 
-# bool is a subclass of int, so that the exact type is compared
-# Test and description of the valid values of a decoding rule.
+# Test and description of the valid values of a decoding rule; numpy's numbers are fine, bool is no number.
 RULE_VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "alg": (lambda value: value in ALGORITHMS, f"one of {', '.join(ALGORITHMS)}"),
-    "n": (lambda value: type(value) is int and value >= 1, "an integer of at least 1"),
-    "threshold": (lambda value: type(value) in (int, float) and 0 <= value <= 1, "a number between 0 and 1"),
-    "product": (lambda value: type(value) is bool, "True or False"),
+    "n": (
+        lambda value: isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 1,
+        "an integer of at least 1",
+    ),
+    "threshold": (
+        lambda value: isinstance(value, Real) and not isinstance(value, bool) and 0 <= float(value) <= 1,
+        "a number between 0 and 1",
+    ),
+    "product": (lambda value: isinstance(value, bool | np.bool_), "True or False"),
 }
 Message = Mapping[str, str]
 OnPass = Callable[[list[int]], None]  # called after each pass with the tokens that the pass kept
@@ -172,8 +179,8 @@ class ChatModel:
                 str(self.folder),
                 "leave it out (ar is the only algorithm here), or name a folder that was trained as an SDLM",
             )
-        window = 1 if values["alg"] == "ar" else values["n"]
-        return DecodingRule(values["alg"], window, float(values["threshold"]), values["product"])
+        window = 1 if values["alg"] == "ar" else int(values["n"])
+        return DecodingRule(values["alg"], window, float(values["threshold"]), bool(values["product"]))
 
     # --- conversations
 
@@ -267,14 +274,17 @@ class ChatModel:
 
         return self._timed(run, settings, on_pass)
 
-    def stop_at(self, texts: Sequence[str]) -> Stop | None:
-        """A rule that ends an answer whose last token completes one of `texts`, which may begin in the prompt."""
+    def stop_at(self, texts: Sequence[str], begin: int = 0) -> Stop | None:
+        """A rule that ends an answer whose last token completes one of `texts`.
+
+        A text may begin at the column `begin` or later: by default in the prompt, as in transformers.
+        """
         from transformers import StopStringCriteria
 
         if not texts:
             return None
         criteria = StopStringCriteria(self.tokenizer, list(texts))
-        return lambda tokens: criteria(tokens, None)
+        return lambda tokens: criteria(tokens[:, begin:], None)
 
     def _timed(self, run: Callable[[OnPass], None], settings: AnswerSettings, on_pass: OnPass) -> Answer:
         tokens: list[int] = []

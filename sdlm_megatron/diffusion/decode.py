@@ -27,6 +27,7 @@ torch and transformers. Shapes: B rows, P prompt tokens, T columns, W windows, n
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -41,7 +42,7 @@ FIXED_COLUMNS = 256
 ALGORITHMS = ("prob_conf", "entropy_conf", "self_speculative", "ar")
 
 Stop = Callable[[Tensor], Tensor]
-"""int64 (B, T) tokens of each row so far, padded on the left with the mask token -> bool (B,): the row ends here."""
+"""int64 (B, P + k) prompts as the caller gave them and k kept tokens of each row -> bool (B,): the row ends here."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class _Settings:
     mask_token_id: int
     eos: Tensor
     warp: Warp | None
-    stop: Stop | None
+    sample: bool
     use_cache: bool
 
     @property
@@ -129,7 +130,7 @@ def _one_pass(
         window=settings.window,
         kept_rows=kept_rows,
     )
-    uniform = None if settings.warp is None else uniforms(now.seeds, anchors[:, :, None] + 1 + ahead)
+    uniform = None if not settings.sample else uniforms(now.seeds, anchors[:, :, None] + 1 + ahead)
     logits = propose(step).float()
     proposals = choose(logits, settings.warp, uniform)  # (B, W, n)
     if now.drafts:
@@ -142,8 +143,6 @@ def _one_pass(
             kept = confident_prefix(confidences, settings.threshold, settings.product)
     ids = now.ids.scatter(1, now.length[:, None] + ahead, tokens)
     ends = torch.isin(tokens, settings.eos)
-    if settings.stop is not None:
-        ends |= _stopped(settings, ids, now.length, longest)
     kept, budget = cut(kept, ends, now.budget)
     length = now.length + kept
     cached, drafts = now.length, 0
@@ -155,17 +154,6 @@ def _one_pass(
     if not settings.use_cache:
         cached = torch.zeros_like(cached)
     return _Rows(ids, length, budget, cached, now.seeds, drafts), torch.cat([tokens, kept[:, None], budget[:, None]], 1)
-
-
-def _stopped(settings: _Settings, ids: Tensor, length: Tensor, longest: int) -> Tensor:
-    """bool (B, n): whether the caller's stop rule ends the row after each proposal."""
-    assert settings.stop is not None
-    stopped, size = [], longest + settings.window
-    for slot in range(settings.window):
-        column = length[:, None] + slot + 1 - size + torch.arange(size, device=ids.device)
-        so_far = torch.where(column < 0, settings.mask_token_id, ids.gather(1, column.clamp(min=0)))
-        stopped.append(settings.stop(so_far))
-    return torch.stack(stopped, 1)
 
 
 def _columns(needed: int, fixed: bool) -> int:
@@ -181,6 +169,8 @@ def _start(input_ids: Tensor, attention_mask: Tensor | None, columns: int, budge
     if seed is None:
         seed = int(torch.randint(2**62, ()))
     length = real.sum(1)
+    if not length.all():
+        raise ValueError(f"row {int(length.argmin())} of attention_mask has no token")
     return _Rows(
         ids=ids,
         length=length,
@@ -221,8 +211,10 @@ def decode(
     causal_attn: bool = False,
     target_shift: bool = True,
     warp: Warp | None = None,
+    sample: bool | None = None,
     seed: int | None = None,
     stop: Stop | None = None,
+    pad_token_id: int | None = 0,
     use_cache: bool = True,
     fixed_shape: bool | Callable[[Any], Any] = False,
     on_tokens: Callable[[int, list[int]], None] | None = None,
@@ -234,17 +226,18 @@ def decode(
         input_ids: int64 (B, P) prompts, padded on either side when their lengths differ.
         mask_token_id: token of the slots 1..n-1.
         window: n, tokens proposed per pass; may differ from the block size D of training.
-        max_new_tokens: limit per row.
-        alg: one of ALGORITHMS; "ar" is window = 1.
+        max_new_tokens, alg: limit per row; one of ALGORITHMS, "ar" is window = 1.
         threshold: tau; slots with a confidence above it are kept, slot 0 always. Unused by self_speculative.
         product: compare the product of a prefix's confidences with the threshold instead of each confidence.
         eos_token_ids: tokens that end a row.
         attention_mask: (B, P), 0 at padding.
         causal_attn: the model was trained with causal attention inside a block.
         target_shift: False: the model was trained without the shift, so never for n = 1.
-        warp: sample from softmax(warp(logits)) instead of taking the most likely token; see decode_rules.Warp.
+        warp: changes the logits that tokens are chosen by, not their confidence; see decode_rules.Warp.
+        sample: draw tokens instead of taking the most likely ones; None: where there is a `warp`.
         seed: row b samples with seed + b, see decode_rules.uniforms; None: a seed from torch's generator.
-        stop: ends a row early, e.g. at a string; called for every proposed token. See Stop.
+        stop: ends a row early, e.g. at a string; called for k = 1, 2, … once every row has k tokens or has ended.
+        pad_token_id: continues ended rows in what `stop` sees; None: rows go on until `stop` has ended all of them.
         use_cache: False feeds the whole row in every pass: the same tokens, slower.
         fixed_shape: True keeps all shapes constant from the second pass on, and finished rows in the batch. A callable
             such as torch.compile also replaces the function of one pass by its result.
@@ -254,22 +247,19 @@ def decode(
         ValueError: a setting out of range, wrong shapes, an empty prompt, or a model without dense attention masks.
     """
     eos = torch.tensor(list(eos_token_ids), dtype=torch.long, device=input_ids.device)
-    n = 1 if alg == "ar" else window
-    settings = _Settings(alg, n, threshold, product, mask_token_id, eos, warp, stop, use_cache)
+    n, sample = 1 if alg == "ar" else window, warp is not None if sample is None else sample
+    settings = _Settings(alg, n, threshold, product, mask_token_id, eos, warp, sample, use_cache)
     _check(input_ids, attention_mask, settings, max_new_tokens)
-    seed = 0 if warp is None else seed  # without sampling, do not advance the caller's generator
     columns = _columns(input_ids.shape[1] + max_new_tokens + 2 * n, bool(fixed_shape))
-    now = _start(input_ids, attention_mask, columns, max_new_tokens, seed)
-    lengths = now.length.tolist()
-    if 0 in lengths:
-        raise ValueError(f"row {lengths.index(0)} of attention_mask has no token")
+    now = _start(input_ids, attention_mask, columns, max_new_tokens, seed if sample else 0)  # 0: torch's stays as it is
     trained = {"causal_attn": causal_attn, "target_shift": target_shift}
-    propose, prefilled = _proposer(model, now, settings, max(lengths), trained, bool(fixed_shape))
-    return _Loop(propose, settings, lengths, fixed_shape, on_tokens).run(now, prefilled)
+    propose, prefilled = _proposer(model, now, settings, bool(fixed_shape), trained)
+    rule = stop and _StopRule(stop, input_ids, pad_token_id)
+    return _Loop(propose, settings, now.length.tolist(), fixed_shape, rule, on_tokens).run(now, prefilled)
 
 
 def _proposer(
-    model: Any, now: _Rows, settings: _Settings, longest: int, trained: dict[str, bool], fixed: bool
+    model: Any, now: _Rows, settings: _Settings, fixed: bool, trained: dict[str, bool]
 ) -> tuple[Proposer, bool]:
     """The model as a Proposer, and whether a prefill pass has cached all but the last token of each prompt."""
     if not isinstance(model, torch.nn.Module):
@@ -278,11 +268,40 @@ def _proposer(
 
     capacity = now.ids.shape[1] + settings.window**2 + 1 if fixed else 0
     propose = TransformersProposer(model, mask_token_id=settings.mask_token_id, capacity=capacity, **trained)
+    longest = int(now.length.max())
     prefilled = settings.use_cache and longest > PREFILL_FROM
     if prefilled:
         propose.prefill(now.ids[:, : longest - 1])
         now.cached = now.length - 1
     return propose, prefilled
+
+
+class _StopRule:
+    """The caller's stop rule, asked about one more token of all rows at a time, as in next-token decoding.
+
+    Rows keep different numbers of tokens per pass: the tokens that a row has ahead of the slowest one wait, and are
+    dropped where the rule ends the row before them.
+    """
+
+    def __init__(self, stop: Stop, input_ids: Tensor, pad_token_id: int | None) -> None:
+        self.stop, self.pad_token_id, self.so_far = stop, pad_token_id, input_ids
+        self.stopped = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        self.open = list(range(len(input_ids)))
+        self.shown = 0
+
+    def cut(self, tokens: list[list[int]], complete: list[bool]) -> None:
+        """Cuts `tokens` of the rows that end; `complete` tells which ones end at their last token anyway."""
+        while self.open and all(len(tokens[row]) > self.shown for row in self.open):
+            column = [tokens[row][self.shown] if row in self.open else self.pad_token_id for row in range(len(tokens))]
+            self.so_far = torch.cat([self.so_far, self.so_far.new_tensor(column)[:, None]], 1)
+            self.shown += 1
+            self.stopped |= self.stop(self.so_far)
+            stopped = self.stopped.tolist()
+            may_end = self.pad_token_id is not None or all(stopped)
+            for row in list(self.open):
+                if (stopped[row] and may_end) or (complete[row] and len(tokens[row]) == self.shown):
+                    del tokens[row][self.shown :]
+                    self.open.remove(row)
 
 
 class _Loop:
@@ -294,15 +313,18 @@ class _Loop:
         settings: _Settings,
         lengths: list[int],
         fixed_shape: bool | Callable[[Any], Any],
+        rule: _StopRule | None,
         on_tokens: Callable[[int, list[int]], None] | None,
     ) -> None:
-        self.settings, self.lengths, self.on_tokens = settings, lengths, on_tokens
+        self.settings, self.lengths, self.rule, self.on_tokens = settings, lengths, rule, on_tokens
         self.first = partial(_one_pass, propose, settings)
         self.next = _keeping_outputs(fixed_shape(self.first)) if callable(fixed_shape) else self.first
         self.fixed = bool(fixed_shape)
         self.rows = list(range(len(lengths)))  # original index of each row that is still in the batch
         self.tokens: list[list[int]] = [[] for _ in lengths]
         self.accepted: list[list[int]] = [[] for _ in lengths]
+        self.complete = [False] * len(lengths)
+        self.reported = [0] * len(lengths)  # tokens of each row that were passed to on_tokens
 
     def run(self, now: _Rows, prefilled: bool) -> Decoded:
         """Runs passes until every row has ended."""
@@ -314,21 +336,37 @@ class _Loop:
             passes, run = passes + 1, self.next
             counts, left = self._take(table.tolist())  # the only transfer to the host
             if not any(left):
-                return Decoded(self.tokens, self.accepted, passes, int(prefilled))
+                accepted = [_first_tokens(*row) for row in zip(self.accepted, self.tokens, strict=True)]
+                return Decoded(self.tokens, accepted, passes, int(prefilled))
+            if self.rule is not None:
+                now.budget = now.budget.new_tensor(left)
             now, kept_rows = self._drop_ended(now, left)
             width = self.settings.window if self.fixed or now.drafts else max(counts)
 
     def _take(self, table: list[list[int]]) -> tuple[list[int], list[int]]:
         """Records the tokens that a pass kept; returns their number and the remaining budget of each row."""
+        left = [line[-1] for line in table]
         for i, (*proposed, count, _) in enumerate(table):
             row = self.rows[i]
             self.lengths[i] += count
             if count:
                 self.tokens[row] += proposed[:count]
                 self.accepted[row].append(count)
-                if self.on_tokens is not None:
-                    self.on_tokens(row, proposed[:count])
-        return [line[-2] for line in table], [line[-1] for line in table]
+                self.complete[row] = not left[i]
+        if self.rule is not None:
+            self.rule.cut(self.tokens, self.complete)
+            left = [budget if row in self.rule.open else 0 for row, budget in zip(self.rows, left, strict=True)]
+        if self.on_tokens is not None:
+            self._report(self.on_tokens)
+        return [line[-2] for line in table], left
+
+    def _report(self, on_tokens: Callable[[int, list[int]], None]) -> None:
+        """Passes on the new tokens that the stop rule can no longer cut."""
+        for row, tokens in enumerate(self.tokens):
+            final = self.rule.shown if self.rule is not None and row in self.rule.open else len(tokens)
+            if new := tokens[self.reported[row] : final]:
+                self.reported[row] = final
+                on_tokens(row, new)
 
     def _drop_ended(self, now: _Rows, left: list[int]) -> tuple[_Rows, Tensor | None]:
         """Removes ended rows from the batch; also returns the indices of those that stay, None if all do."""
@@ -339,6 +377,12 @@ class _Loop:
         self.rows, self.lengths = [self.rows[i] for i in alive], [self.lengths[i] for i in alive]
         index = torch.tensor(alive, device=now.ids.device)
         return now.map(lambda x: x[index]), index
+
+
+def _first_tokens(accepted: list[int], tokens: list[int]) -> list[int]:
+    """Accepted lengths of a row, one per pass, that add up to its tokens after a cut."""
+    passes = zip(accepted, accumulate(accepted), strict=True)
+    return [min(count, len(tokens) - total + count) for count, total in passes if total - count < len(tokens)]
 
 
 def _keeping_outputs(one_pass: Any) -> Any:

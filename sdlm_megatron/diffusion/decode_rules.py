@@ -20,7 +20,7 @@ from torch import Tensor
 from .decode_random import mix64, unit_interval
 
 Warp = Callable[[Tensor], Tensor]
-"""Logits (N, V) -> logits (N, V): temperature, top-k, top-p. Must not depend on the tokens so far."""
+"""Logits (N, V) -> logits (N, V): temperature, top-k, suppressed tokens. Must not depend on the tokens so far."""
 
 
 def choose(logits: Tensor, warp: Warp | None, uniform: Tensor | None) -> Tensor:
@@ -28,14 +28,15 @@ def choose(logits: Tensor, warp: Warp | None, uniform: Tensor | None) -> Tensor:
 
     Args:
         logits: float32 (…, V).
-        warp: None: the most likely token. Otherwise a token is drawn from softmax(warp(logits)) by inversion: the
-            first one whose cumulative probability exceeds `uniform`.
-        uniform: float32 (…) in [0, 1); required with `warp`.
+        warp: applied to the logits first, if there is one.
+        uniform: None: the most likely token. Otherwise float32 (…) in [0, 1): a token is drawn from the softmax by
+            inversion, the first one whose cumulative probability exceeds `uniform`.
     """
-    if warp is None:
+    if warp is not None:
+        logits = warp(logits.flatten(0, -2)).view(logits.shape)
+    if uniform is None:
         return logits.argmax(-1)
-    assert uniform is not None
-    cumulative = warp(logits.flatten(0, -2)).view(logits.shape).softmax(-1).cumsum(-1)
+    cumulative = logits.softmax(-1).cumsum(-1)
     # the total differs from 1 by rounding; scaled by it, a token of probability 0 can never be drawn
     tokens = torch.searchsorted(cumulative, (uniform * cumulative[..., -1])[..., None], right=True)[..., 0]
     return tokens.clamp(max=logits.shape[-1] - 1)

@@ -60,6 +60,11 @@ class SDLMSettings:
             "target_shift": self.target_shift,
         }
 
+    @property
+    def trains_plain_pass(self) -> bool:
+        """Whether a loss was put on what a causal pass without windows predicts; causal blocks begin with just that."""
+        return bool(self.next_token_weight) or (self.causal_attn and self.target_shift)
+
     @classmethod
     def from_config_json(
         cls, config: Mapping[str, Any], generation: Mapping[str, Any] | None = None

@@ -16,8 +16,9 @@ EXAMPLES = """sdlm evaluate lm_eval --model sdlm --model_args pretrained=DIR,alg
     --tasks my_task --include_path TASK_DIR --apply_chat_template --batch_size 16 --output_path runs/lm_eval
 sdlm evaluate lm_eval --model sdlm --model_args pretrained=DIR,alg=ar --tasks my_task ..."""
 NOTES = """Arguments of --model_args for sdlm: pretrained, alg, n, threshold, product (default: the folder's
-generation_config.json), dtype, device, and those of the harness' own model hf: batch_size, max_length, truncation,
-add_bos_token, prefix_token_id, logits_cache, softmax_dtype, chat_template_args, enable_thinking, think_end_token.
+generation_config.json), dtype, device, likelihood, and those of the harness' own model hf: batch_size, max_length,
+truncation, add_bos_token, prefix_token_id, logits_cache, softmax_dtype, chat_template_args, enable_thinking,
+think_end_token.
 
 All other options are those of lm_eval: sdlm evaluate lm_eval run --help"""
 

@@ -1,17 +1,14 @@
 """Model class for lm-evaluation-harness 0.4.13, known to it as `sdlm`; evaluation/lm_eval.py registers it.
 
-Likelihoods are those of the plain causal model, by the harness' own class for transformers models. Generated text comes
-from SDLM decoding. Batching, truncation, templates and post-processing are the harness' own.
+Likelihoods of an SDLM are those of slot 0 of the windows, or of the plain causal pass where that was trained too.
+Generated text comes from SDLM decoding. Batching, truncation, templates and post-processing are the harness' own.
 """
 
-import dataclasses
 import difflib
 import logging
 import time
-from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +17,8 @@ from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 
 from sdlm_megatron.chat.chat_model import AnswerSettings, load
-from sdlm_megatron.diffusion.decode import Decoded
+from sdlm_megatron.diffusion.decode_model import TransformersProposer
+from sdlm_megatron.diffusion.decode_step import Step
 from sdlm_megatron.errors import ConfigError
 from sdlm_megatron.weights.dtypes import HF_DTYPES, PRECISIONS, precision_name
 
@@ -29,7 +27,9 @@ HARNESS_ARGS = (
     *("batch_size", "max_batch_size", "max_length", "truncation", "add_bos_token", "prefix_token_id"),
     *("logits_cache", "softmax_dtype", "chat_template_args", "enable_thinking", "think_end_token"),
 )
-MODEL_ARGS = ("pretrained", "alg", "n", "threshold", "product", "dtype", "device", *HARNESS_ARGS)
+MODEL_ARGS = ("pretrained", "alg", "n", "threshold", "product", "dtype", "device", "likelihood", *HARNESS_ARGS)
+LIKELIHOODS = ("slot0", "plain")
+ANCHORS = 64  # windows per forward pass of a slot-0 likelihood: bounds the logits in memory
 GENERATION_ARGS = ("until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p", "seed")
 LONG_NAMES = {"auto": None, **{name: precision_name(dtype) for name, dtype in HF_DTYPES.items()}}
 
@@ -58,6 +58,8 @@ class SDLMForLMEval(HFLM):
         alg, n, threshold, product: decoding rule, see docs/inference.md; default: the folder's generation_config.json.
         dtype: "auto" (the folder's own), "bf16", "fp16", "fp32", or torch's name of one of them.
         device: a torch device; the harness' default, cuda:0, means the CPU on a machine without a GPU.
+        likelihood: "slot0": slot 0 of a window of the trained block size behind each token, as self-speculation writes
+            text; "plain": a causal pass without windows. Default: slot0 where no loss was put on the plain pass.
         options: HARNESS_ARGS.
 
     Raises:
@@ -74,6 +76,7 @@ class SDLMForLMEval(HFLM):
         product: bool | None = None,
         dtype: str = "auto",
         device: str | None = None,
+        likelihood: str | None = None,
         **options: Any,
     ) -> None:
         for name in options:
@@ -84,6 +87,15 @@ class SDLMForLMEval(HFLM):
             device = None
         self.chat = load(Path(pretrained), dtype=LONG_NAMES.get(dtype, dtype), device=device)
         self.rule = self.chat.decoding_rule("--model_args", alg=alg, n=n, threshold=threshold, product=product)
+        sdlm = self.chat.config.sdlm
+        trained = sdlm is None or sdlm.trains_plain_pass
+        self.likelihood = likelihood or ("plain" if trained else "slot0")
+        valid = LIKELIHOODS if sdlm else ("plain",)
+        _check_known(self.likelihood, valid, valid, "--model_args likelihood")
+        if self.likelihood == "plain" and not trained:
+            log.warning(
+                "likelihood=plain: no loss was put on the plain causal pass of this model (next_token_weight 0)"
+            )
         self.counts: dict[str, TaskCounts] = {}  # by task, of the latest `generate_until`
         self._task = TaskCounts()
         super().__init__(self.chat.model, backend="causal", tokenizer=self.chat.tokenizer, **options)
@@ -110,21 +122,39 @@ class SDLMForLMEval(HFLM):
         tasks = {
             task: asdict(counts) | {"tokens_per_pass": counts.tokens_per_pass} for task, counts in self.counts.items()
         }
-        return super().get_model_info() | {"sdlm": {**asdict(self.rule), "tasks": tasks}}
+        return super().get_model_info() | {"sdlm": {**asdict(self.rule), "likelihood": self.likelihood, "tasks": tasks}}
+
+    @torch.no_grad()
+    def _model_call(self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
+        """Logits (B, T, V) of the token after each of the tokens, int64 (B, T), padded on the right."""
+        if self.likelihood == "plain":
+            logits: Tensor = super()._model_call(inps, attn_mask, labels)
+            return logits
+        settings, size = self.chat.config.decoding, inps.shape[1]
+        propose = TransformersProposer(self.model, **settings.decode_options)
+        end, parts = torch.full_like(inps[:, 0], size), []
+        for start in range(0, size, ANCHORS):
+            anchors = torch.arange(start, min(start + ANCHORS, size), device=inps.device).expand(len(inps), -1)
+            width, cached = (0, end) if start else (size, torch.zeros_like(end))
+            step = Step(inps, end, cached, width, size, anchors, settings.block_size, None)
+            parts.append(propose(step)[:, :, 0])
+        return torch.cat(parts, 1)
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **generation_kwargs: Any) -> Tensor:
         """Continues a batch of the harness: int64 (B, T), padded on the left, to (B, T + new), padded on the right."""
         mask = generation_kwargs.pop("attention_mask")
         settings = self._settings(generation_kwargs, max_length - context.shape[1], stop)
         started = time.perf_counter()
-        decoded = self._decode(context, mask, settings, settings.stop)
-        rows = [self._cut_at_stop(i, context, mask, settings, decoded) for i in range(len(context))]
+        # the harness searches the answer only, not across the end of the prompt as the rule of transformers does
+        rule = self.chat.stop_at(settings.stop, context.shape[1])
+        options = {**settings.options, "eos_token_ids": self.end_tokens, "stop": rule}
+        decoded = self.chat.decode(context, attention_mask=mask, **options)
         self._task.seconds += time.perf_counter() - started
-        self._task.prompts += len(rows)
-        self._task.tokens += sum(len(tokens) for tokens, _ in rows)
-        self._task.passes += sum(passes for _, passes in rows)
-        width = max(len(tokens) for tokens, _ in rows)
-        padded = [tokens + [self.tokenizer.pad_token_id] * (width - len(tokens)) for tokens, _ in rows]
+        self._task.prompts += len(decoded.tokens)
+        self._task.tokens += sum(map(len, decoded.tokens))
+        self._task.passes += sum(map(len, decoded.accepted))
+        width = max(map(len, decoded.tokens))
+        padded = [tokens + [self.tokenizer.pad_token_id] * (width - len(tokens)) for tokens in decoded.tokens]
         return torch.cat([context, torch.tensor(padded, device=context.device)], 1)
 
     def _settings(self, requested: dict[str, Any], most: int, stop: Sequence[str]) -> AnswerSettings:
@@ -157,34 +187,6 @@ class SDLMForLMEval(HFLM):
             seed=seed + self._task.prompts,  # row b of a batch draws with seed + b: every prompt has its own seed
             stop=tuple(text for text in stop if text),
         )
-
-    def _decode(self, ids: Tensor, mask: Tensor, settings: AnswerSettings, stop: Sequence[str]) -> Decoded:
-        options = {**settings.options, "eos_token_ids": self.end_tokens, "stop": self.chat.stop_at(stop)}
-        return self.chat.decode(ids, attention_mask=mask, **options)
-
-    def _cut_at_stop(
-        self, row: int, context: Tensor, mask: Tensor, settings: AnswerSettings, decoded: Decoded
-    ) -> tuple[list[int], int]:
-        """Tokens and passes of a row that ends where the harness ends it.
-
-        The stop rule of transformers also ends a row at a stop string that began in the prompt (such as a line break
-        at the end of the prompt and another at the start of the answer); the harness searches the answer only. Such a
-        row is rare. It is decoded again by itself, without the rule, and then cut.
-        """
-        tokens, counts = decoded.tokens[row], decoded.accepted[row]
-        ended = len(tokens) == settings.max_new_tokens or tokens[-1] in self.end_tokens
-        if ended or self._stops(tokens, settings.stop):
-            return tokens, len(counts)
-        alone = dataclasses.replace(settings, seed=settings.seed + row)
-        again = self._decode(context[row : row + 1], mask[row : row + 1], alone, ())
-        tokens, counts = again.tokens[0], again.accepted[0]
-        lengths = range(1, len(tokens))
-        length = 1 + bisect_left(lengths, True, key=lambda k: self._stops(tokens[:k], settings.stop))
-        return tokens[:length], 1 + sum(total < length for total in accumulate(counts))
-
-    def _stops(self, tokens: list[int], stop: Sequence[str]) -> bool:
-        text = self.tok_decode(tokens, skip_special_tokens=False)
-        return any(end in text for end in stop)
 
 
 def _check_known(name: str, accepted: Sequence[str], known: Sequence[str], where: str) -> None:

@@ -161,7 +161,7 @@ def test_sampling_from_one_token_is_greedy(models: dict[str, Any]) -> None:
 
 
 def test_stop_rule_ends_a_row_inside_a_block(models: dict[str, Any]) -> None:
-    """Stop at '13' in the answer of each row; the rule sees prompt and answer, padded on the left."""
+    """Stop at '13' in the answer of each row; the rule sees the batch as given, and the kept tokens of each row."""
     model, prompts = models["trained_d4"], [o.prompt_ids(w) for w in WORDS[:2]]
     options = {"mask_token_id": o.MASK, "window": 4, "max_new_tokens": 30, "threshold": 0.5, "eos_token_ids": [o.EOS]}
     whole = decode(model, **batch(prompts, [True, True]), **options)
@@ -176,11 +176,13 @@ def test_stop_rule_ends_a_row_inside_a_block(models: dict[str, Any]) -> None:
         done = decode(model, **batch(prompts, [True, True]), stop=stop, **options, **form)
         assert bytes(done.tokens[0]).endswith(b"12, 13")
         assert done.tokens[1] == whole.tokens[1]
-    full = prompts[0] + whole.tokens[0]
-    for so_far in [x for x in seen[::4] if len(x) == 2]:  # four calls per pass, the first with one proposed token
-        row = [t for t in so_far[0].tolist() if t != o.MASK]
-        assert len(row) > len(prompts[0])
-        assert row[:-1] == full[: len(row) - 1]
+        longest = max(map(len, done.tokens))
+        rows = torch.tensor([row + [0] * (longest - len(row)) for row in done.tokens])
+        full = torch.cat([batch(prompts, [True, True])["input_ids"], rows], 1)
+        assert len(seen) == longest
+        assert all(ids.equal(full[:, : full.shape[1] - longest + k]) for k, ids in enumerate(seen, start=1))
+        assert [sum(row) for row in done.accepted] == [len(row) for row in done.tokens]
+        seen.clear()
 
 
 def test_fixed_shape_compiles_one_graph(models: dict[str, Any]) -> None:

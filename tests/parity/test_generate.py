@@ -1,27 +1,37 @@
 """`generate` of an exported folder with our class and the stock one. Also run on the oldest transformers (make
 test-transformers), so nothing here may need a newer one."""
 
+import copy
+import logging
+import os
+import pickle
 import sys
 import threading
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from jinja2 import TemplateError
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
+    LogitsProcessorList,
     MaxLengthCriteria,
     Qwen2ForCausalLM,
     StoppingCriteriaList,
+    SuppressTokensLogitsProcessor,
     TextIteratorStreamer,
     TextStreamer,
     pipeline,
 )
 
 from checkpoints_tools.export_folder import HF_CODE
+from checkpoints_tools.tokenizer_files import chat_template
 from sdlm_megatron.diffusion.decode import Decoded, decode
+from tests.helpers import run_python
 from tests.parity import decode_oracle as o
 from tests.parity import exported
 
@@ -193,13 +203,15 @@ def test_settings_come_from_the_call_then_its_config_then_the_folder(model: Any)
         ({"assistant_model": "self"}, "assistant_model"),
         ({"repetition_penalty": 1.5}, "RepetitionPenaltyLogitsProcessor"),
         ({"do_sample": True, "no_repeat_ngram_size": 2}, "NoRepeatNGramLogitsProcessor"),
-        ({"suppress_tokens": [65]}, "SuppressTokensLogitsProcessor"),  # without do_sample there is no warp
+        ({"bad_words_ids": [[65], [66, 67]]}, "NoBadWordsLogitsProcessor"),  # two tokens depend on the one before
+        ({"begin_suppress_tokens": [65]}, "SuppressTokensAtBeginLogitsProcessor"),
         ({"min_new_tokens": 9}, "MinNewTokensLength"),
         ({"output_scores": True, "return_dict_in_generate": True}, "output_scores"),
         ({"cache_implementation": "offloaded"}, "cache_implementation='offloaded'"),
         ({"stop_strings": "x"}, "stop_strings='x' needs tokenizer="),
         ({"past_key_values": "full"}, "past_key_values that hold tokens"),
         ({"inputs_embeds": torch.zeros(1, 3, 64)}, "inputs_embeds"),
+        ({"position_ids": torch.arange(52)[None]}, "position_ids"),
     ],
 )
 def test_unsupported_options_are_refused(model: Any, options: dict[str, Any], message: str) -> None:
@@ -224,6 +236,40 @@ def test_older_transformers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.modules["transformers"], "__version__", "4.56.9")
     with pytest.raises(ImportError, match="needs transformers 4.57 or newer, this is 4.56.9"):
         exec(code, {"__name__": "modeling_sdlm"})
+
+
+def test_numbers_of_numpy_are_numbers(model: Any) -> None:
+    plain = answer(model, prompt(), sdlm_threshold=0.5, sdlm_n=3)
+    numbers = {"sdlm_threshold": np.float32(0.5), "sdlm_n": np.int64(3), "sdlm_product": np.bool_(False)}
+    assert answer(model, prompt(), **numbers, sdlm_seed=np.int64(1)) == plain
+    with pytest.raises(ValueError, match="sdlm_threshold must be a number from 0 to 1"):
+        model.generate(prompt(), sdlm_threshold=np.float32(1.5))
+
+
+@pytest.mark.parametrize("alg", ["prob_conf", "entropy_conf", "self_speculative", "ar"])
+def test_rules_on_logits_hold_in_greedy_decoding(model: Any, alg: str) -> None:
+    """With one token per pass the answer is transformers' own; with several, no forbidden token is chosen."""
+    first = answer(model, prompt())[0]
+    for rule in (
+        {"suppress_tokens": [first, ord(",")]},
+        {"bad_words_ids": [[first], [ord(",")]]},
+        {"sequence_bias": {(first,): -1e9, (ord(","),): -1e9}},
+        {"logits_processor": LogitsProcessorList([SuppressTokensLogitsProcessor([first, ord(",")])])},
+    ):
+        chosen = answer(model, prompt(), sdlm_alg=alg, sdlm_threshold=0.3, **rule)
+        assert chosen and not {first, ord(",")} & set(chosen)
+        if alg == "prob_conf":
+            assert answer(model, prompt(), sdlm_n=1, **rule) == answer(model, prompt(), sdlm_alg="ar", **rule)
+    clean = answer(model, prompt(), sdlm_alg=alg)
+    assert answer(model, prompt(), sdlm_alg=alg, remove_invalid_values=True) == clean
+    bias, head = torch.zeros(model.config.vocab_size), model.lm_head.forward
+    bias[65] = float("nan")  # argmax takes NaN for the largest number
+    model.lm_head.forward = lambda x: head(x) + bias
+    try:
+        assert answer(model, prompt(), sdlm_alg=alg, max_new_tokens=2) == [65, 65]
+        assert 65 not in answer(model, prompt(), sdlm_alg=alg, max_new_tokens=2, remove_invalid_values=True)
+    finally:
+        del model.lm_head.forward
 
 
 # --- sampling
@@ -276,6 +322,101 @@ def test_stop_strings_end_the_answer(model: Any, tokenizer: Any) -> None:
     assert texts[0] == expected and texts[1].endswith("ark s")
 
 
+def padded(side: str = "left") -> dict[str, torch.Tensor]:
+    """PROMPTS as a batch."""
+    rows = [o.prompt_ids(text) for text in PROMPTS]
+    ids = [[o.PAD] * (max(map(len, rows)) - len(row)) for row in rows]
+    join = (lambda fill, row: fill + row) if side == "left" else (lambda fill, row: row + fill)
+    mask = [join([0] * len(fill), [1] * len(row)) for fill, row in zip(ids, rows, strict=True)]
+    return {
+        "input_ids": torch.tensor([join(fill, row) for fill, row in zip(ids, rows, strict=True)]),
+        "attention_mask": torch.tensor(mask),
+    }
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("form", [{}, {"cache_implementation": "static"}, {"use_cache": False}])
+@pytest.mark.parametrize("alg", ["prob_conf", "self_speculative"])
+def test_stopping_criteria_see_what_transformers_shows_them(
+    model: Any, alg: str, form: dict[str, Any], side: str
+) -> None:
+    """All rows of the caller, in its order, with one more kept token in each call; ended rows get the pad token."""
+    inputs, seen = padded(side), []
+    size = inputs["input_ids"].shape[1]
+
+    def record(ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        assert scores is None
+        seen.append(ids.clone())
+        return torch.tensor([False, False, ids[2, size:].tolist()[-1:] == [ord("l")], False])
+
+    options = {"sdlm_alg": alg, "sdlm_threshold": 0.5, "max_new_tokens": 30, **form}
+    free = model.generate(**inputs, **options)
+    out = model.generate(**inputs, **options, stopping_criteria=StoppingCriteriaList([record]))
+    assert [ids.shape[1] for ids in seen] == list(range(size + 1, out.shape[1] + 1))
+    assert all(ids.equal(out[:, : ids.shape[1]]) for ids in seen)
+    expected = free.clone()
+    end = size + free[2, size:].tolist().index(ord("l")) + 1  # "c l o u d" ends after three tokens
+    expected[2, end:] = model.generation_config.pad_token_id
+    assert end == size + 3 and out.equal(expected[:, : out.shape[1]])
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_a_criterion_on_the_length_gives_that_length(model: Any, rows: int) -> None:
+    inputs = {name: value[:rows] for name, value in padded().items()}
+    size = inputs["input_ids"].shape[1]
+    free = model.generate(**inputs, max_new_tokens=30, sdlm_threshold=0.5)
+    for criterion in (
+        lambda ids, _, **__: ids.shape[1] - size >= 10,
+        lambda ids, _, **__: torch.full((len(ids),), ids.shape[1] - size >= 10),
+    ):
+        criteria = StoppingCriteriaList([criterion])
+        out = model.generate(
+            **inputs, max_new_tokens=30, sdlm_threshold=0.5, stopping_criteria=criteria, return_dict_in_generate=True
+        )
+        assert out.sequences.equal(free[:, : size + 10])
+        ended = [row.index(o.EOS) + 1 if o.EOS in row else 10 for row in out.sequences[:, size:].tolist()]
+        assert [sum(row) for row in out.accepted] == ended and max(ended) == 10
+
+
+@pytest.mark.parametrize("ends", [[o.EOS, o.PAD], None])
+def test_one_token_per_pass_asks_criteria_as_transformers_does(model: Any, ends: list[int] | None) -> None:
+    """Without end tokens, transformers lets a stopped row go on until all rows have stopped."""
+    inputs, seen = padded(), {"ar": [], "prob_conf": []}
+    size = inputs["input_ids"].shape[1]
+    config = GenerationConfig(max_new_tokens=20, eos_token_id=ends, pad_token_id=o.PAD if ends else None, sdlm_n=1)
+    for alg, calls in seen.items():
+
+        def stop(ids: torch.Tensor, _: Any, calls: list[Any] = calls, **__: Any) -> torch.Tensor:
+            calls.append(ids.tolist())
+            return torch.tensor([ids.shape[1] >= size + k for k in (8, 3, 9, 8)])
+
+        saved, model.generation_config = model.generation_config, config
+        try:
+            out = model.generate(**inputs, sdlm_alg=alg, stopping_criteria=StoppingCriteriaList([stop]))
+        finally:
+            model.generation_config = saved
+        calls.append(out.tolist())
+    assert seen["prob_conf"] == seen["ar"]
+    assert (seen["ar"][-1][1][-1] == o.PAD) is bool(ends)
+
+
+def test_a_criterion_that_remembers_rows_stops_the_batch(model: Any) -> None:
+    """As lm_eval's: a state for each row of the batch, True once all rows are done."""
+    inputs = padded()
+    size = inputs["input_ids"].shape[1]
+    done, calls = [False] * 4, []
+
+    def three_tokens(ids: torch.Tensor, *_: Any, **__: Any) -> bool:
+        calls.append(ids.shape[1])
+        for i in range(len(done)):
+            done[i] = done[i] or (ids[i, size:].tolist()[: i + 1].count(o.PAD) == 0 and ids.shape[1] >= size + i + 1)
+        return all(done)
+
+    options = {"max_new_tokens": 30, "sdlm_threshold": 0.5}
+    out = model.generate(**inputs, **options, stopping_criteria=StoppingCriteriaList([three_tokens]))
+    assert out.equal(model.generate(**inputs, **options)[:, : size + 4]) and calls == [size + i for i in range(1, 5)]
+
+
 def test_stopping_criteria_see_every_token(model: Any) -> None:
     full = answer(model, prompt(), sdlm_threshold=0.5)
     lengths = []
@@ -287,6 +428,9 @@ def test_stopping_criteria_see_every_token(model: Any) -> None:
     stopped = answer(model, prompt(), sdlm_threshold=0.5, stopping_criteria=StoppingCriteriaList([ends_in_2]))
     assert stopped == full[: full.index(ord("2")) + 1] and min(lengths) > prompt().shape[1]
     assert len(answer(model, prompt(), max_time=1e-9)) == 1
+    streamer = Collect()
+    answer(model, prompt(), sdlm_threshold=0.5, stopping_criteria=StoppingCriteriaList([ends_in_2]), streamer=streamer)
+    assert [token for call in streamer.put_calls[1:] for token in call] == stopped and streamer.ended == 1
 
 
 # --- streaming
@@ -331,6 +475,76 @@ def test_text_streamers_give_the_answer_in_parts(
     parts = list(streamer)
     thread.join()
     assert "".join(parts) == text and len([part for part in parts if part]) > 3
+
+
+# --- the class
+
+
+@pytest.fixture
+def warnings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Messages of the logger of the folder's code."""
+    messages: list[str] = []
+    monkeypatch.setattr(logging.Logger, "warning", lambda _, message, *args: messages.append(message % args))
+    logging.Logger.warning_once.cache_clear()
+    return messages
+
+
+def test_the_class_is_one_for_all_loads_and_can_be_pickled(
+    folders: dict[str, Path], model: Any, tmp_path: Path
+) -> None:
+    expected = answer(model, prompt())
+    again = AutoModelForCausalLM.from_pretrained(folders["trained_d4"], trust_remote_code=True)
+    assert type(again) is type(model) is sys.modules[type(model).__module__].SDLMForCausalLM
+    for copied in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+        assert type(copied) is type(model) and answer(copied, prompt()) == expected
+    model.save_pretrained(tmp_path / "saved")
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", trust_remote_code=True)
+    assert type(saved).__name__ == "SDLMForCausalLM" and answer(saved, prompt()) == expected
+    config = pickle.loads(pickle.dumps(model.generation_config))
+    assert answer(model, prompt(), generation_config=config) == expected
+
+
+def test_a_pickle_loads_in_another_process(folders: dict[str, Path], model: Any, tmp_path: Path) -> None:
+    (tmp_path / "model.pickle").write_bytes(pickle.dumps(model))
+    program = (
+        "import pickle, sys, transformers, torch; model = pickle.load(open(sys.argv[1], 'rb'));"
+        f"print(model.generate(torch.tensor({prompt().tolist()}), max_new_tokens=30)[0, {prompt().shape[1]}:].tolist())"
+    )
+    done = run_python("-c", program, str(tmp_path / "model.pickle"), env={"PYTHONPATH": os.pathsep.join(sys.path)})
+    assert done.stdout.strip().endswith(str(answer(model, prompt())))
+
+
+def test_labels_warn_once(model: Any, warnings: list[str]) -> None:
+    for _ in range(2):
+        loss = model(prompt(), labels=prompt()).loss
+    logits = model(prompt()).logits[0, :-1].float()
+    assert loss.item() == pytest.approx(torch.nn.functional.cross_entropy(logits, prompt()[0, 1:]).item(), abs=1e-5)
+    assert [text for text in warnings if "plain next-token loss" in text] == warnings and len(warnings) == 1
+
+
+@pytest.mark.parametrize("alg", ["prob_conf", "self_speculative"])
+def test_generate_during_training_with_gradient_checkpointing(models: dict[str, Any], alg: str) -> None:
+    model = copy.deepcopy(models["trained_d4"])
+    expected = answer(model, prompt(), sdlm_alg=alg)
+    model.train()
+    model.gradient_checkpointing_enable()
+    assert answer(model, prompt(), sdlm_alg=alg) == expected
+    model(prompt(), labels=prompt()).loss.backward()
+    layers = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+    assert model.training and len(layers) >= len(model.model.layers)
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_tools_are_refused(tokenizer: Any) -> None:
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = chat_template("be brief.")
+    tools = [{"type": "function", "function": {"name": "f", "description": "", "parameters": {}}}]
+    messages = exported.messages(PROMPTS[0])
+    for none in (None, []):
+        text = tokenizer.apply_chat_template(messages, tools=none, add_generation_prompt=True, tokenize=False)
+        assert text == tokenizer.decode(o.prompt_ids(PROMPTS[0]))
+    with pytest.raises(TemplateError, match="not trained to call tools: leave out tools="):
+        tokenizer.apply_chat_template(messages, tools=tools, tokenize=False)
 
 
 # --- entry points

@@ -1,8 +1,11 @@
 """`sdlm evaluate lm_eval` on tasks of local files, compared with manual loops and the harness' `hf` model."""
 
+import dataclasses
 import json
+import shutil
 import socket
 import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,7 @@ import torch
 import yaml
 
 from sdlm_megatron.chat.chat_model import Answer, AnswerSettings, ChatModel, load
+from sdlm_megatron.diffusion.decode import decode
 from sdlm_megatron.errors import CheckpointError, ConfigError
 from sdlm_megatron.evaluation import lm_eval as command
 from tests.parity import exported
@@ -54,7 +58,7 @@ def manual_answer(chat: ChatModel, prompt: str, **options: Any) -> Answer:
     return chat.answer(ids, AnswerSettings(**(settings | options)), lambda _: None)
 
 
-def write_tasks(root: Path, expected: list[str]) -> None:
+def write_tasks(root: Path, expected: list[str], until: Sequence[str] = (UNTIL,)) -> None:
     rows = [
         {"prompt": prompt, "expected": text, "choices": CHOICES, "right": i % 4}
         for i, (prompt, text) in enumerate(zip(PROMPTS, expected, strict=True))
@@ -66,7 +70,7 @@ def write_tasks(root: Path, expected: list[str]) -> None:
         "task": "tiny_generate",
         "output_type": "generate_until",
         "doc_to_target": "{{expected}}",
-        "generation_kwargs": {"until": [UNTIL], "max_gen_toks": MOST},
+        "generation_kwargs": {"until": [*until], "max_gen_toks": MOST},
         "metric_list": [{"metric": "exact_match"}],
     }
     choose = {
@@ -81,10 +85,13 @@ def write_tasks(root: Path, expected: list[str]) -> None:
         (root / f"{task['task']}.yaml").write_text(yaml.safe_dump(shared | task))
 
 
-def run(root: Path, folder: Path, model: str, args: str, tasks: str) -> tuple[dict[str, Any], dict[str, list[Any]]]:
+def run(
+    root: Path, folder: Path, model: str, args: str, tasks: str, batch: int = 3
+) -> tuple[dict[str, Any], dict[str, list[Any]]]:
     """Results and samples written by the command."""
-    out = root / f"out_{model}_{args}"
-    words = ["--model", model, "--model_args", f"pretrained={folder}{args}", "--tasks", tasks, "--batch_size", "3"]
+    out = root / f"out_{model}_{args}_{batch}"
+    words = ["--model", model, "--model_args", f"pretrained={folder}{args}", "--tasks", tasks]
+    words += ["--batch_size", str(batch)]
     words += ["--include_path", str(root), "--output_path", str(out), "--log_samples", "--device", "cpu"]
     command.main([*words, "--apply_chat_template", "--system_instruction", "be brief."])
     (results,) = out.rglob("results_*.json")
@@ -126,7 +133,8 @@ def test_tasks_end_to_end_equal_manual_loops(
     texts = [answer.text.split(UNTIL)[0] for answer in answers]
     assert texts[0] == "10, 11, 12, 13" and len(set(texts)) == len(texts)
     write_tasks(tmp_path, [*texts[:3], "wrong", "wrong"])
-    results, samples = run(tmp_path, folder, "sdlm", ",threshold=0.5", "tiny_generate,tiny_choice")
+    args = ",threshold=0.5,likelihood=plain"
+    results, samples = run(tmp_path, folder, "sdlm", args, "tiny_generate,tiny_choice")
     assert [row["resps"][0][0] for row in samples["tiny_generate"]] == texts
     assert results["results"]["tiny_generate"]["exact_match,none"] == pytest.approx(3 / 5)
     recorded = results["config"]["sdlm"]
@@ -155,6 +163,32 @@ def test_tasks_end_to_end_equal_manual_loops(
     assert plain["config"]["sdlm"]["tasks"]["tiny_generate"]["tokens_per_pass"] == 1
 
 
+def test_the_harness_own_loader_gives_the_same_numbers(
+    tmp_path: Path, folder: Path, few_tasks: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """lm_eval's `hf` with the folder's own code, and `sdlm`: equal answers and scores, one by one and in batches."""
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    chat = load(folder, dtype=None, device="cpu")
+    whole = [manual_answer(chat, prompt, threshold=0.9).text for prompt in PROMPTS]
+    rules, texts = {"lines": ["\n"], "commas": [UNTIL, "spark s"], "words": ["snow", "-o", ", 13,"]}, {}
+    write_tasks(tmp_path, [*(text.split(UNTIL)[0] for text in whole[:3]), "wrong", "wrong"])
+    task = yaml.safe_load((tmp_path / "tiny_generate.yaml").read_text())
+    for name, until in rules.items():
+        texts[name] = whole
+        for end in until:
+            texts[name] = [text.split(end)[0] for text in texts[name]]
+        changes = {"task": name, "generation_kwargs": {"until": until, "max_gen_toks": MOST}}
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(task | changes))
+    assert texts["lines"] == whole and texts["commas"][:2] == ["10, 11, 12, 13", ""]
+    assert texts["words"] == ["10, 11, 12", "spark spark", "c-l", "it is ", "7, 8, 9, 10, 11, 12"]
+    for model, args in (("sdlm", ""), ("hf", ",trust_remote_code=True")):
+        for batch in (1, 4):
+            results, samples = run(tmp_path, folder, model, args, ",".join(rules), batch)
+            assert {name: [row["resps"][0][0] for row in samples[name]] for name in rules} == texts
+            scores = [results["results"][name]["exact_match,none"] for name in rules]
+            assert scores == [pytest.approx(x) for x in (2 / 5, 2 / 5, 1 / 5)]
+
+
 def requests(kind: str, *args: tuple[Any, ...]) -> list[Any]:
     from lm_eval.api.instance import Instance
 
@@ -181,8 +215,55 @@ def test_rolling_likelihood_equals_the_harness(folder: Path) -> None:
 
     texts = requests("loglikelihood_rolling", ("count 12 to 15: 12, 13",), ("spell cloud " * 30,))
     theirs = HFLM(str(folder), device="cpu", batch_size=4, max_length=64)
-    ours = model(folder, max_length=64).loglikelihood_rolling(texts)
+    ours = model(folder, max_length=64, likelihood="plain").loglikelihood_rolling(texts)
     assert ours == theirs.loglikelihood_rolling(texts) and all(value < 0 for value in ours)
+
+
+@pytest.mark.parametrize("changes", [{}, {"causal_attn": True, "target_shift": False}])
+def test_likelihoods_are_those_that_slot_0_writes_text_with(
+    folder: Path, chat: ChatModel, monkeypatch: pytest.MonkeyPatch, changes: dict[str, bool]
+) -> None:
+    """One token of an answer at a time, with a window of its own; self-speculation's answer is the greedy one."""
+    monkeypatch.setattr("sdlm_megatron.evaluation.lm_eval_model.ANCHORS", 7)
+    lm = model(folder)
+    sdlm = dataclasses.replace(lm.chat.config.sdlm, **changes)
+    lm.chat = dataclasses.replace(lm.chat, config=dataclasses.replace(lm.chat.config, sdlm=sdlm))
+    options = sdlm.decode_options | {"window": sdlm.block_size, "max_new_tokens": 1}
+    text = rendered(chat, PROMPTS[0])
+    ids = torch.tensor([chat.encode(exported.messages(PROMPTS[0]))])
+    texts = ["10, 11, 12", "10, 13", "spark"]
+    measured = lm.loglikelihood(requests("loglikelihood", *[(text.removesuffix("\n"), "\n" + each) for each in texts]))
+    for each, (value, _) in zip(texts, measured, strict=True):
+        tokens, total = [10, *chat.tokenizer(each, add_special_tokens=False)["input_ids"]], 0.0
+        for k, token in enumerate(tokens):
+            seen: list[torch.Tensor] = []
+            so_far = torch.cat([ids[:, :-1], torch.tensor([tokens[:k]], dtype=torch.long)], 1)
+            decode(chat.model, so_far, warp=lambda x, seen=seen: seen.append(x) or x, sample=False, **options)
+            total += seen[0][0].log_softmax(-1)[token].item()
+        assert value == pytest.approx(total, abs=1e-3)
+    assert measured[0][0] != pytest.approx(log_likelihoods(chat, PROMPTS[0])[0], abs=1e-3)
+    if not changes:
+        answer = chat.tokenizer.decode(
+            lm.chat.decode(ids, alg="self_speculative", window=4, max_new_tokens=9).tokens[0]
+        )
+        ((_, greedy),) = lm.loglikelihood(requests("loglikelihood", (text + answer[0], answer[1:])))
+        assert greedy and answer.startswith("10, 11")
+
+
+@pytest.mark.parametrize(
+    ("changes", "likelihood"),
+    [({}, "slot0"), ({"next_token_weight": 0.1}, "plain"), ({"causal_attn": True}, "plain")],
+)
+def test_plain_likelihoods_of_an_untrained_pass_are_warned_of(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, changes: dict[str, Any], likelihood: str
+) -> None:
+    copied = shutil.copytree(folder, tmp_path / "copy")
+    config = json.loads((copied / "config.json").read_text())
+    (copied / "config.json").write_text(json.dumps(config | changes))
+    assert model(copied).likelihood == likelihood
+    with caplog.at_level("WARNING", "lm_eval.sdlm"):
+        model(copied, likelihood="plain")
+    assert ("no loss was put on the plain causal pass" in caplog.text) is (likelihood == "slot0")
 
 
 def test_stop_strings_apply_to_the_answer_only(folder: Path, chat: ChatModel) -> None:
@@ -221,6 +302,7 @@ def test_sampling_follows_settings_and_seed(folder: Path, chat: ChatModel) -> No
         ({"threshold": 98}, "threshold is 98(.|\n)*between 0 and 1"),
         ({"product": "yes"}, "product is 'yes'"),
         ({"dtype": "float23"}, "did you mean 'float32'"),
+        ({"likelihood": "plane"}, "did you mean 'plain'"),
         ({"trust_remote_code": True}, "'trust_remote_code' is not known"),
     ],
 )
@@ -254,6 +336,8 @@ def test_plain_folder_decodes_token_by_token(folder: Path, tmp_path: Path) -> No
     for key in ("block_size", "causal_attn", "text_mask_token", "text_mask_token_id", "auto_map"):
         config.pop(key, None)
     (plain / "config.json").write_text(json.dumps(config))
-    assert model(plain).rule.alg == "ar"
+    assert model(plain).rule.alg == "ar" and model(plain).likelihood == "plain"
+    with pytest.raises(ConfigError, match="'slot0' is not known"):
+        model(plain, likelihood="slot0")
     with pytest.raises(ConfigError, match="needs an SDLM folder"):
         model(plain, alg="prob_conf")
