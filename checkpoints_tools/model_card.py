@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from sdlm_megatron.diffusion.settings import SDLMSettings
+from sdlm_megatron.errors import markdown
 from sdlm_megatron.weights.hf_config import HFConfig
 
 PLAIN_PASS = """\
@@ -22,7 +23,7 @@ def model_card(config: HFConfig, dtype: str, run: Mapping[str, Any], name: str, 
         remark: a limitation of this export, as a sentence without its full stop.
     """
     if config.sdlm is None:
-        return f"# {name}\n\nA Qwen2-shaped language model in {dtype}, exported from Megatron-Core.\n"
+        return f"# {markdown(name)}\n\nA Qwen2-shaped language model in {dtype}, exported from Megatron-Core.\n"
     parts = [_head(config, config.sdlm, dtype, run, name), _usage(config.sdlm)]
     if run:
         parts += [_recipe(run), _data(run.get("data", {})), _losses(run.get("losses", {})), _versions(run)]
@@ -30,7 +31,7 @@ def model_card(config: HFConfig, dtype: str, run: Mapping[str, Any], name: str, 
 
 
 def _head(config: HFConfig, sdlm: SDLMSettings, dtype: str, run: Mapping[str, Any], name: str) -> str:
-    base = f" Trained from {run['base']}." if run.get("base") else ""
+    base = f" Trained from {markdown(str(run['base']))}." if run.get("base") else ""
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -38,7 +39,7 @@ tags:
 - sdlm
 - diffusion
 ---
-# {name}
+# {markdown(name)}
 
 A Sequential Diffusion Language Model (arXiv 2509.24007) with block size {sdlm.block_size}: each forward pass proposes
 several tokens and accepts the first ones whose confidence is high enough.{base} {config.shape.num_layers} layers,
@@ -161,4 +162,4 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 
 def _cell(value: Any) -> str:
-    return str(value).replace("|", "\\|").replace("\n", " ")
+    return markdown(str(value))

@@ -133,7 +133,7 @@ def _add_tokens(section: PageSection, manifest: Mapping[str, Any]) -> None:
     places = np.arange(len(names))
     axis.barh(places, clean, color=CLEAN, label="clean", height=0.7)
     axis.barh(places, block, left=clean, color=BLOCK, label="block", height=0.7)
-    axis.set_yticks(places, names, parse_math=False)  # a `$` in a name is not a formula
+    axis.set_yticks(places, names)
     axis.invert_yaxis()
     axis.grid(False, axis="y")
     axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(int(value))))

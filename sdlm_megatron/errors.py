@@ -47,6 +47,14 @@ def neutral(text: str, *, one_line: bool = False) -> str:
     return text.replace("\n", "⏎").replace("\t", " ") if one_line else text
 
 
+_MARKUP = re.compile(r"[\\`*\[<|$]|(?<!\w)_|_(?!\w)|~(?=~)|&(?=#?\w+;)")
+
+
+def markdown(text: str) -> str:
+    """`text` within a line of Markdown: neutral, in one line, and without a meaning as emphasis, link, HTML or cell."""
+    return _MARKUP.sub(r"\\\g<0>", neutral(text, one_line=True))
+
+
 class UserError(Exception):
     """A problem with the input, the configuration or a file; printed without a traceback.
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shlex
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -147,7 +148,8 @@ def regular_file(folder: Path, name: str, error: type[UserError]) -> Path:
     allowed = [root, *([root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [])]
     target = path.resolve()
     if Path(name).is_absolute() or not any(target.is_relative_to(place) for place in allowed):
-        fix = f"copy the file to its place, if you trust it: cp --remove-destination '{target}' '{path}'"
+        command = shlex.join(["cp", "--remove-destination", str(target), str(path)])
+        fix = f"copy the file to its place, if you trust it: {command}"
         raise error(f"{name} leads out of its folder, to {target}", str(path), fix)
     if not target.exists():
         raise error(f"{name} is missing", str(path))

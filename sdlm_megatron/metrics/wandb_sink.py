@@ -1,14 +1,16 @@
 """The W&B sink: offline or online, the same run after a resume. Its failures never stop training."""
 
+import json
 import os
 import queue
 import secrets
+import struct
 import sys
 import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -29,15 +31,16 @@ MODES = ("disabled", "offline", "online")
 class WandbSink:
     """Logs to one W&B run from its own thread, so that no step waits for the service or the network.
 
-    A failure is printed once and ends the sink, not the training. Steps that are repeated after a resume are logged
-    again, at the same position of the charts' axis.
+    A failure is printed once and ends the sink, not the training. W&B cannot replace what it has: of steps that a
+    resume repeats, it keeps the first record, and metrics.jsonl the last.
 
     Args:
         start: opens the run, or prints why it cannot and returns None; called in the thread.
+        folder: RUN/wandb; holds what earlier attempts have logged.
     """
 
-    def __init__(self, start: Callable[[], Any]) -> None:
-        self._start = start
+    def __init__(self, start: Callable[[], Any], folder: Path) -> None:
+        self._start, self._folder = start, folder
         self._rows: queue.Queue[tuple[int, Callable[[], Mapping[str, Any]]] | None] = queue.Queue(MOST_WAITING)
         self._full = False
         self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
@@ -66,17 +69,23 @@ class WandbSink:
                 _notice(f"W&B does not keep up: records from step {step} on are dropped", RuntimeError("queue full"))
 
     def _work(self) -> None:
-        run = self._start()
+        run = None
         step = 0
         try:
+            last, fields = _logged(self._folder)
+            run = self._start()
             if run is not None:
                 # our own step as the x axis: W&B's counter never goes back, ours does when a resume repeats steps
                 run.define_metric("step")
                 run.define_metric("*", step_metric="step")
-            while (row := self._rows.get()) is not None:
-                step, record = row
-                if run is not None:
-                    run.log({"step": step, **record()})
+            while (item := self._rows.get()) is not None:
+                step, record = item
+                row = dict(record())
+                known = {k: row.pop(k) for k in [*row] if step < last or (step == last and k in fields)}
+                if run is not None and known:  # an attempt sends its own summary, which replaces the earlier one
+                    run.summary.update({k: v for k, v in known.items() if isinstance(v, (int, float, str))})
+                if run is not None and row:
+                    run.log(row | {"step": step})
         except Exception as error:  # noqa: BLE001 - a logging service must not end a training run
             _notice(f"logging to W&B failed at step {step} and stops; training continues", error)
             run = None
@@ -120,7 +129,7 @@ def open_wandb(run_dir: Path, *, mode: str, project: str, run_config: dict[str, 
         )
     if mode == "disabled":
         return None
-    return WandbSink(lambda: _open(run_dir, mode == "online", project, run_config))
+    return WandbSink(lambda: _open(run_dir, mode == "online", project, run_config), run_dir / "wandb")
 
 
 def _open(run_dir: Path, online: bool, project: str, run_config: dict[str, Any]) -> Any:
@@ -182,6 +191,40 @@ def _run_id(run_dir: Path) -> str:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_text(file, secrets.token_hex(4) + "\n")
     return file.read_text(encoding="utf-8").strip()
+
+
+def _logged(folder: Path) -> tuple[int, set[str]]:
+    """The last step that earlier attempts have logged, and the fields of its records; -1 before the first."""
+    last, fields = -1, set()
+    for file in folder.glob("*run-*/*.wandb"):
+        for record in read_wandb(file):
+            row = {item.key or ".".join(item.nested_key): item.value_json for item in record.history.item}
+            step = int(json.loads(row.get("step", "-1")))
+            fields = {*row} if step > last else fields | {*row} if step == last else fields
+            last = max(last, step)
+    return last, fields
+
+
+def read_wandb(file: Path) -> Iterator[Any]:
+    """The records of one of W&B's own files (wandb_internal_pb2.Record), without one that a crash has cut.
+
+    The format is LevelDB's log after 7 bytes: blocks of 32 KiB with chunks of checksum, length, kind and content.
+    """
+    from google.protobuf.message import DecodeError
+    from wandb.proto import wandb_internal_pb2
+
+    data, at, message = file.read_bytes(), 7, b""
+    while at + 7 <= len(data):
+        if (left := 32768 - at % 32768) < 7:  # no room for the head of a chunk: zeros up to the next block
+            at += left
+            continue
+        length, kind = struct.unpack_from("<HB", data, at + 4)
+        message += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # the whole record, or its last chunk; 2 and 3 are the chunks before
+            with suppress(DecodeError):
+                yield wandb_internal_pb2.Record.FromString(message)
+            message = b""
 
 
 def _notice(text: str, error: Exception) -> None:

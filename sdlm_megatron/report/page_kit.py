@@ -13,6 +13,7 @@ figures scroll inside a narrow window, so that a page is readable on a phone.
 
 import base64
 import io
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -22,7 +23,9 @@ from typing import Any, Literal
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from matplotlib.figure import Figure
 
+from sdlm_megatron.errors import markdown, neutral
 from sdlm_megatron.files import write_text
+from sdlm_megatron.report.plots import show_plainly
 
 Cells = Iterable[Sequence[object]]
 
@@ -81,7 +84,10 @@ class PageSection:
         """A matplotlib figure as an inline image; `description` is its alternative text."""
         # PNG at twice the usual density is sharp on phones, and unlike inline SVG has no ids that could clash
         buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=200, metadata={"Software": None})
+        show_plainly(figure)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph .* missing")  # shown as a box: a name may be in any script
+            figure.savefig(buffer, format="png", dpi=200, metadata={"Software": None})
         self._add("figure", data=base64.b64encode(buffer.getvalue()).decode("ascii"), description=description)
 
     def details(self, summary: str, text: str) -> None:
@@ -121,9 +127,9 @@ class Page:
 
     def markdown(self) -> str:
         """Headings, text and tables as Markdown, aligned so that it can be read in a terminal as it is."""
-        lines = [f"# {self.title}", ""]
+        lines = [f"# {markdown(self.title)}", ""]
         for section in self.sections:
-            lines += [f"## {section.heading}", ""] if section.heading else []
+            lines += [f"## {markdown(section.heading)}", ""] if section.heading else []
             for part in section.parts:
                 lines += [*_markdown_lines(part), ""]
         return "\n".join(lines).rstrip() + "\n"
@@ -136,7 +142,7 @@ class Page:
 
 def markdown_table(head: Sequence[str], rows: Cells) -> list[str]:
     """The lines of a Markdown table, padded so that columns align; the first column is left-aligned."""
-    lines = [[str(cell) for cell in row] for row in [head, *rows]]
+    lines = [[markdown(str(cell)) for cell in row] for row in [head, *rows]]
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
 
     def row(cells: Sequence[str]) -> str:
@@ -150,9 +156,9 @@ def markdown_table(head: Sequence[str], rows: Cells) -> list[str]:
 def _markdown_lines(part: Mapping[str, Any]) -> list[str]:
     match part["kind"]:
         case "text" | "note":
-            return [part["text"]]
+            return [markdown(part["text"])]
         case "subheading":
-            return [f"### {part['text']}"]
+            return [f"### {markdown(part['text'])}"]
         case "table":
             return markdown_table(part["head"], part["rows"])
         case kind:
@@ -164,6 +170,8 @@ def _template(name: str) -> Template:
     environment = Environment(
         loader=PackageLoader("sdlm_megatron.report"),
         autoescape=True,
+        # the type stays: text that is escaped already must not be escaped again
+        finalize=lambda value: type(value)(neutral(value)) if isinstance(value, str) else value,
         undefined=StrictUndefined,  # a misspelled field fails instead of showing nothing
         trim_blocks=True,
         lstrip_blocks=True,

@@ -6,7 +6,10 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.text import Text
+from matplotlib.ticker import LogFormatter, MaxNLocator, PercentFormatter
+
+from sdlm_megatron.errors import neutral
 
 INK, SOFT, GRID = "#1f2933", "#6b7785", "#e3e8ee"
 CLEAN, CONTEXT, BLOCK, NONE = "#3b6fb6", "#9cc3e6", "#e2803a", "#f4f6f8"
@@ -29,6 +32,18 @@ def figure_of(width: float, height: float, rows: int = 1, **grid: Any) -> tuple[
         axis.grid(True, color=GRID, linewidth=0.8)
         axis.set_axisbelow(True)
     return figure, axes
+
+
+def show_plainly(figure: Figure) -> None:
+    """Makes all texts of a finished figure neutral, and no dollar sign starts a formula."""
+    axes = [axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)]
+    # their labels are formulas that matplotlib writes: 10 with an exponent
+    scales = [axis for axis in axes if isinstance(axis.get_major_formatter(), LogFormatter)]
+    formulas = {id(text) for axis in scales for text in axis.findobj(Text)}
+    for text in figure.findobj(Text):
+        if isinstance(text, Text) and id(text) not in formulas:
+            text.set_parse_math(False)
+            text.set_text(neutral(text.get_text()))
 
 
 def legend(owner: Axes | Figure, **options: Any) -> None:

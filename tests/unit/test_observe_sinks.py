@@ -3,7 +3,6 @@
 import json
 import resource
 import socket
-import struct
 import sys
 import threading
 import time
@@ -150,33 +149,11 @@ def test_tensorboard_skips_text(tmp_path):
     assert scalars(tmp_path / "tb", "loss/loss")[1] == ["loss/loss"]
 
 
-def wandb_records(file):
-    """Parses a .wandb file: a 7-byte header, then LevelDB's log format (32 KiB blocks, 7-byte chunk headers)."""
-    from wandb.proto import wandb_internal_pb2
-
-    data, at, message = file.read_bytes(), 7, b""
-    assert data[:4] in (b"", b":W&B")
-    while at + 7 <= len(data):
-        if (left := 32768 - at % 32768) < 7:  # no room for a chunk header: zeros up to the next block
-            at += left
-            continue
-        length, kind = struct.unpack_from(
-            "<HB", data, at + 4
-        )  # after the checksum; kind 1 full, 2 first, 3 middle, 4 last
-        if at + 7 + length > len(data):  # still being written
-            return
-        message += data[at + 7 : at + 7 + length]
-        at += 7 + length
-        if kind in (1, 4):
-            yield wandb_internal_pb2.Record.FromString(message)
-            message = b""
-
-
 def finished_records(file):
     """All messages of a closed run: W&B's process may write the last ones after `finish` has returned."""
     end = time.monotonic() + 20
     while time.monotonic() < end:
-        records = list(wandb_records(file))
+        records = list(wandb_sink.read_wandb(file))
         if any(record.WhichOneof("record_type") == "exit" for record in records):
             return records
         time.sleep(0.05)
@@ -195,26 +172,6 @@ def wandb_history(folder):
                 if "loss" in fields:  # samples are rows of their own
                     rows.append((fields["step"], fields["loss"]))
     return histories
-
-
-@pytest.mark.slow
-def test_wandb_offline_is_written_and_resume_keeps_the_run(tmp_path, monkeypatch, capfd):
-    monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef0123456789abcdef01234567")
-    settings = Settings(wandb="offline")
-    folder = tmp_path / "night"
-    answer = [{"text": t, "pass": p} for t, p in (("a", 1), ("b", 1), ("c", 2))]
-    sample = {"prompt": "p", "answer_tokens": answer, "expected": "abc"}
-    run(folder, 1, 3, settings=settings, samples={"tokens_per_pass": 1.5, "samples": [sample]})
-    (table,) = folder.glob("wandb/offline-run-*/files/media/table/samples_*.table.json")
-    assert json.loads(table.read_text())["data"] == [["p", "ab|c", "abc"]]
-    run(folder, 3, 5, resume_step=2, settings=settings)
-    history = wandb_history(folder)
-    run_id = (folder / "wandb" / "run-id").read_text().strip()
-    assert list(history) == [run_id]
-    assert history[run_id] == [(s, pytest.approx(1 / s)) for s in (1, 2, 3, 3, 4, 5)]
-    assert len(list(folder.glob("wandb/offline-run-*"))) == 2
-    printed = "".join(capfd.readouterr())
-    assert "0123456789abcdef" not in printed and "WARNING" not in printed
 
 
 class Answering(BaseHTTPRequestHandler):
@@ -264,7 +221,7 @@ def test_hanging_client_is_abandoned(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(wandb_sink, "CLOSE_SECONDS", 0.2)
     monkeypatch.setattr(wandb_sink, "MOST_WAITING", 3)
     hangs = threading.Event()
-    sink = wandb_sink.WandbSink(hangs.wait)
+    sink = wandb_sink.WandbSink(hangs.wait, tmp_path)
     for step in range(1, 9):
         sink.log(step, {"loss": 1.0})
     sink.close()
@@ -319,9 +276,9 @@ def test_start_failure_is_reported_without_secrets_and_training_continues(tmp_pa
     assert "WARNING" in error and "NOT recorded" in error and "rejected key ***" in error and key not in error
 
 
-def test_logging_failure_disables_only_the_sink(capfd):
+def test_logging_failure_disables_only_the_sink(tmp_path, capfd):
     fake = FakeRun(fail_at=2)
-    sink = wandb_sink.WandbSink(lambda: fake)
+    sink = wandb_sink.WandbSink(lambda: fake, tmp_path)
     for step in (1, 2, 3):
         sink.log(step, {"loss": 1.0})
     sink.close()

@@ -1,17 +1,28 @@
 """Output of commands: hostile texts, encodings without the characters, standard output that is full, closed or left."""
 
 import io
+import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
+from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 from helpers import ENV
 from rich.console import Console
 from rich.table import Table
 
-from sdlm_megatron.errors import ConfigError, make_console, neutral
+from checkpoints_tools.model_card import model_card
+from sdlm_megatron.config.schema import ModelConfig, RunConfig
+from sdlm_megatron.diffusion.settings import SDLMSettings
+from sdlm_megatron.errors import ConfigError, make_console, markdown, neutral
+from sdlm_megatron.files import regular_file
 from sdlm_megatron.progress import track
+from sdlm_megatron.report.page_kit import Page
+from sdlm_megatron.report.plots import figure_of, legend
+from sdlm_megatron.weights.hf_config import HFConfig
 
 HOSTILE = "[/x][red]:skull: \x1b]0;owned\x07 \x9b2J \u202egnp.exe\x00\r'\"`$(id)`<b>|&amp; $\\frac$ é"
 """A name with every kind of text that some output would interpret; no line feed."""
@@ -104,3 +115,67 @@ def test_too_many_open_files() -> None:
     done = command(f"{limit}; [open('/dev/null') for _ in range(40)]")
     assert done.returncode == 1
     assert done.stderr.startswith(b"error: Too many open files\n  where: /dev/null\n  fix:   raise the limit")
+
+
+def test_markdown_shows_the_text() -> None:
+    """A reader of Markdown gets back the characters, and no markup."""
+    from markdown_it import MarkdownIt
+
+    parser = MarkdownIt("gfm-like", {"linkify": False})
+    for text in (HOSTILE, "_a_ b_c **d** ~~e~~ &lt;", "x | y\n# z", "![i](j) `k` \\", "<script>alert(1)</script>"):
+        (cell,) = [token.children for token in parser.parse(f"| {markdown(text)} |\n|---|\n") if token.type == "inline"]
+        assert "".join(part.content for part in cell or []) == neutral(text, one_line=True).strip()
+        assert {part.type for part in cell or []} <= {"text", "text_special"}
+
+
+def test_page_shows_the_text() -> None:
+    """HTML, Markdown and figure of one page with a hostile name in every place."""
+    page = Page(HOSTILE)
+    section = page.section("x", HOSTILE)
+    section.text(HOSTILE)
+    section.table([HOSTILE, "n"], [[HOSTILE, 1]])
+    assert not UNSAFE & set(page.markdown()) and page.markdown().count("\n") == 9
+    figure, (axis,) = figure_of(3, 2)
+    axis.plot([0, 1], [0, 1], label=HOSTILE + "$")
+    axis.set_yticks([0, 1], [HOSTILE + "$", "b"])
+    axis.set_title(HOSTILE + "$")
+    legend(axis)
+    section.figure(figure, HOSTILE)  # a formula with \frac alone could not be drawn
+    section.facts({HOSTILE: HOSTILE})
+    section.answer(HOSTILE, [(1, [HOSTILE + "\n"])])
+    section.details(HOSTILE, HOSTILE)
+    html = page.html()
+    assert not UNSAFE & set(html)
+    parts: list[str] = []
+    parser = HTMLParser()
+    parser.handle_data = parts.append  # type: ignore[method-assign]
+    parser.feed(html)
+    shown = "".join(parts)
+    assert shown.count(SEEN) == 12 and SEEN + "⏎" in shown
+    assert axis.get_title() == SEEN + "$" and axis.get_yticklabels()[0].get_parse_math() is False
+
+
+def test_model_card_shows_the_names() -> None:
+    config = HFConfig("qwen2", ModelConfig(), "bfloat16", sdlm=SDLMSettings(block_size=4, mask_token_id=5))
+    name = HOSTILE + "\n---\n# x"
+    source = {"name": name, "licence": name, "rows": 3}
+    data = {"name": name, "sources": [source], "system_prompt": name}
+    run = {"base": name, "settings": asdict(RunConfig()), "data_parallel": 1, "data": data, "versions": {"torch": name}}
+    card = model_card(config, "bf16", run, name)
+    plain = model_card(config, "bf16", json.loads(json.dumps(run).replace(json.dumps(name), '"x"')), "x")
+    assert card.replace(markdown(name), "x") == plain
+    assert not UNSAFE & set(card)
+
+
+def test_submitted_command_survives_a_shell(tmp_path: Path) -> None:
+    """The fix of a message and the kept command quote what they name."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    target = tmp_path / "it's; touch owned $(touch owned)"
+    target.write_text("x")
+    (folder / "a").symlink_to(target)
+    with pytest.raises(ConfigError) as refused:
+        regular_file(folder, "a", ConfigError)
+    subprocess.run(refused.value.fix.partition(": ")[2], shell=True, cwd=tmp_path, check=True)
+    assert (folder / "a").read_text() == "x" and not (folder / "a").is_symlink()
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(["model", target.name])
