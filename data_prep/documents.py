@@ -29,7 +29,7 @@ from data_prep.readers import LINES, InputUnit, count_lines, read_unit
 from data_prep.sources import InputRow, Unreadable, conversation
 from data_prep.truncate import FittedBatch, fit_batch
 from sdlm_megatron.errors import DataError
-from sdlm_megatron.files import write_json
+from sdlm_megatron.files import most_open, write_json
 
 # Rows tokenized per call: enough to amortize the call, few enough to bound memory if rows are a megabyte each.
 CHUNK = 512
@@ -221,7 +221,7 @@ class DocumentStore:
 
     def __init__(self, work: Path) -> None:
         self._work = work
-        self._map = lru_cache(maxsize=256)(self._open)  # below the usual limit of 1024 open files
+        self._map = lru_cache(maxsize=most_open(256, 4))(self._open)
 
     def _open(self, unit: int, kind: str) -> np.ndarray:
         file = unit_file(self._work, unit, kind)

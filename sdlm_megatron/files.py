@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import resource
 import shlex
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -51,6 +52,12 @@ def rename_whole(partial: Path, final: Path) -> None:
     fsync_tree(partial)
     os.rename(partial, final)
     fsync(final.parent)  # the rename itself is an entry of the parent folder
+
+
+def most_open(most: int, share: int) -> int:
+    """Files that one cache may keep open: `most`, or a `share`-th of the process's limit where that is lower."""
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return most if limit == resource.RLIM_INFINITY else max(1, min(most, limit // share))
 
 
 def sha256(path: Path) -> str:

@@ -11,6 +11,7 @@ An epoch is split into parts so that several processes can write it. Each row ca
 that is verified on every read, so a flipped bit cannot reach training.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -26,7 +27,7 @@ import numpy as np
 from sdlm_megatron.data.indexed import IndexedReader, IndexedWriter
 from sdlm_megatron.diffusion.layout import IGNORE, RowLayout, slot_targets
 from sdlm_megatron.errors import DataError
-from sdlm_megatron.files import rename_whole, write_json
+from sdlm_megatron.files import most_open, rename_whole, write_json
 
 FORMAT = "sdlm-packed"
 VERSION = 2
@@ -34,8 +35,8 @@ _TOKENS = ("mask_token_id", "eos_token_id", "pad_token_id", "vocab_size", "token
 REQUIRED = ("row_length", "max_document_length", "block_size", "repeat", "target_shift", *_TOKENS, "seed", "sources")
 """Manifest fields of every dataset. `mask_token`, the text, was added later and is optional."""
 KINDS = ("rows", "layout")
-# A corpus may have more parts than a process may have open files.
 _OPEN_PARTS = 64
+"""Parts that are open at once: a corpus may have more, with four files each, than a process may have open files."""
 REBUILD = "the file is damaged or was replaced: copy it again or rebuild the dataset"
 
 
@@ -202,6 +203,8 @@ class PartReader:
             try:
                 self._readers[kind] = IndexedReader(where)
             except (ValueError, OSError) as error:
+                if isinstance(error, OSError) and error.errno == errno.EMFILE:
+                    raise  # the file is not damaged
                 raise DataError(f"the rows cannot be read: {error}", where, REBUILD) from None
         counts = {kind: len(reader) for kind, reader in self._readers.items()}
         if set(counts.values()) != {rows}:
@@ -247,7 +250,7 @@ class PackedDataset:
         for epoch in range(self.epochs):
             for part in range(len(self.part_rows(epoch))):
                 self._check_sizes(epoch, part)
-        self._part = lru_cache(maxsize=_OPEN_PARTS)(self._open)
+        self._part = lru_cache(maxsize=most_open(_OPEN_PARTS, 16))(self._open)
 
     def rows(self, epoch: int) -> int:
         """Rows of an epoch. Epochs beyond the prepared ones reuse the prepared ones in turn."""

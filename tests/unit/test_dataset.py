@@ -1,6 +1,10 @@
 """Files of a packed dataset, order of the rows, and errors for damaged files."""
 
+import itertools
 import json
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -83,6 +87,29 @@ def test_damaged_files_are_reported(tmp_path: Path, damage, message: str) -> Non
     with pytest.raises(DataError, match=message) as caught:
         PackedDataset(folder)
     assert str(folder) in caught.value.where
+
+
+@contextmanager
+def limit_of_files(free: int) -> Iterator[None]:
+    """Lets the process open `free` more files."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    unused = (n for n in itertools.count() if not Path(f"/proc/self/fd/{n}").is_symlink())
+    resource.setrlimit(resource.RLIMIT_NOFILE, (next(itertools.islice(unused, free, None)), limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_more_parts_than_open_files(tmp_path: Path) -> None:
+    """40 parts with four files each, read under a limit of about 64 open files."""
+    path = make_dataset(tmp_path / "a", rows=1, epochs=40)
+    rows = [PackedDataset(path).read(epoch, 0)[0].tolist() for epoch in range(40)]
+    with limit_of_files(50):
+        dataset = PackedDataset(path)
+        assert [dataset.read(epoch, 0)[0].tolist() for epoch in range(40)] == rows
+    with limit_of_files(2), pytest.raises(OSError, match="Too many open files"):
+        PackedDataset(path).read(0, 0)  # not "the file is damaged"
 
 
 def test_every_flipped_bit_of_a_row_is_detected(tmp_path: Path) -> None:
