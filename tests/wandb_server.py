@@ -12,7 +12,7 @@ from typing import Any
 
 @dataclass
 class StoredRun:
-    """What the client has sent about one run."""
+    """Content of one run, as the client has sent it."""
 
     history: dict[int, dict[str, Any]] = field(default_factory=dict)
     """Rows by their offset in the history."""
@@ -32,7 +32,7 @@ class StoredRun:
             self.summary = json.loads(line)
 
     def resume_status(self) -> dict[str, Any]:
-        """What a client asks for before it continues a run."""
+        """Answer to a client that is about to continue the run."""
         tail = [json.dumps(self.history[n]) for n in sorted(self.history)[-1:]]
         lines = {"historyLineCount": len(self.history), "eventsLineCount": 0, "logLineCount": 0}
         texts = {"historyTail": json.dumps(tail), "eventsTail": "[]", "summaryMetrics": json.dumps(self.summary)}
@@ -48,7 +48,7 @@ class WandbServer(ThreadingHTTPServer):
         self.runs: dict[str, StoredRun] = {}
 
     def handle_error(self, *_: object) -> None:
-        """Clients drop connections that they keep open, without a word."""
+        """Ignores that clients drop connections that they keep open."""
 
     def answer(self, query: str, values: dict[str, Any]) -> dict[str, Any]:
         """The data of a GraphQL request."""

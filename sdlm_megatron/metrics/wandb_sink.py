@@ -195,7 +195,8 @@ def _run_id(run_dir: Path) -> str:
 
 def _logged(folder: Path) -> tuple[int, set[str]]:
     """The last step that earlier attempts have logged, and the fields of its records; -1 before the first."""
-    last, fields = -1, set()
+    last = -1
+    fields: set[str] = set()
     for file in folder.glob("*run-*/*.wandb"):
         for record in read_wandb(file):
             row = {item.key or ".".join(item.nested_key): item.value_json for item in record.history.item}
@@ -213,6 +214,7 @@ def read_wandb(file: Path) -> Iterator[Any]:
     from google.protobuf.message import DecodeError
     from wandb.proto import wandb_internal_pb2
 
+    protocol: Any = wandb_internal_pb2  # its classes are made when it is imported
     data, at, message = file.read_bytes(), 7, b""
     while at + 7 <= len(data):
         if (left := 32768 - at % 32768) < 7:  # no room for the head of a chunk: zeros up to the next block
@@ -223,7 +225,7 @@ def read_wandb(file: Path) -> Iterator[Any]:
         at += 7 + length
         if kind in (1, 4):  # the whole record, or its last chunk; 2 and 3 are the chunks before
             with suppress(DecodeError):
-                yield wandb_internal_pb2.Record.FromString(message)
+                yield protocol.Record.FromString(message)
             message = b""
 
 
