@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from sdlm_megatron.config.secret_text import MASK
+from sdlm_megatron.config.secret_text import MASK, mask_text
 from sdlm_megatron.errors import ConfigError
 
 MOST_BYTES, MOST_LEVELS, MOST_DIGITS = 256 << 10, 20, 40
@@ -43,8 +43,8 @@ class Override(yaml.ScalarNode):
     """
 
     def __init__(self, text: str, argument: str) -> None:
-        shown = argument if len(argument) < 200 else f"{argument[:200]}…"
-        mark = yaml.Mark(f"{COMMAND_LINE}, {shown}", 0, 0, 0, None, 0)
+        argument = mask_text(argument if len(argument) < 200 else f"{argument[:200]}…")
+        mark = yaml.Mark(f"{COMMAND_LINE}, {argument}", 0, 0, 0, None, 0)
         super().__init__("tag:yaml.org,2002:str", text, mark, mark)
 
     def parsed(self) -> yaml.Node:

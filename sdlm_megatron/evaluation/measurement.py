@@ -13,6 +13,7 @@ import transformers
 
 from sdlm_megatron.chat.chat_model import ChatModel, load
 from sdlm_megatron.config import command_line
+from sdlm_megatron.config.secret_text import mask_text
 from sdlm_megatron.errors import CheckpointError, ConfigError
 from sdlm_megatron.files import write_json
 from sdlm_megatron.weights.dtypes import PRECISIONS
@@ -88,7 +89,7 @@ def facts_of(chat: ChatModel, prog: str, argv: Sequence[str] | None, **more: Any
     """
     device = chat.model.device
     return {
-        "command": f"{prog} {shlex.join(sys.argv[1:] if argv is None else argv)}".rstrip(),
+        "command": f"{prog} {shlex.join(map(mask_text, sys.argv[1:] if argv is None else argv))}".rstrip(),
         **more,
         "block_size": chat.config.decoding.block_size,
         "causal_attn": chat.config.decoding.causal_attn,

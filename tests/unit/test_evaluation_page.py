@@ -130,6 +130,8 @@ def test_facts_name_the_command_and_the_model(tmp_path):
     model.device, model.dtype = torch.device("cpu"), torch.float32
     chat = SimpleNamespace(model=model, config=HFConfig("qwen2", None, None))
     facts = facts_of(chat, "python -m x", ["--model", "a b"], prompts="p.jsonl")
+    secret = facts_of(chat, "python -m x", ["--header=HF_TOKEN=hunter2"])
+    assert secret["command"] == "python -m x '--header=HF_TOKEN=***'"
     assert facts["command"].endswith("--model 'a b'") and facts["parameters"] == 9 and facts["block_size"] == 1
     assert facts["prompts"] == "p.jsonl" and facts["torch"] == torch.__version__
     json.dumps(facts)
