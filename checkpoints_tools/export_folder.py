@@ -29,13 +29,12 @@ from sdlm_megatron.weights.hf_weights import (
     safetensors_files,
 )
 from sdlm_megatron.weights.resumable_folder import BLOCK, PartialFolder, default_workers, open_partial
-from sdlm_megatron.weights.tensors import TensorReader, WithZeroBiases
+from sdlm_megatron.weights.tensors import EMBEDDING, TensorReader, WithZeroBiases
 
 log = logging.getLogger(__name__)
 
 DIFFUSION = Path(sdlm_megatron.diffusion.__file__).parent
 CHECKSUMS = "SHA256SUMS"
-EMBEDDING = "model.embed_tokens.weight"
 
 
 @dataclass(frozen=True)

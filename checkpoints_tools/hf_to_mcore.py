@@ -11,19 +11,21 @@ from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
+import torch
+
 from sdlm_megatron.config.command_line import make_parser
 from sdlm_megatron.config.schema import DiffusionConfig
 from sdlm_megatron.data.tokenizer_identity import TEXT_MASK
 from sdlm_megatron.diffusion.settings import SDLMSettings
-from sdlm_megatron.errors import run_cli
+from sdlm_megatron.errors import CheckpointError, run_cli
 from sdlm_megatron.files import write_json
 from sdlm_megatron.weights.checkpoint_folder import TrainState, checksums, copy_assets
-from sdlm_megatron.weights.dtypes import precision_name
+from sdlm_megatron.weights.dtypes import PRECISIONS, hf_name, precision_name
 from sdlm_megatron.weights.hf_config import HFConfig, read_hf_config
 from sdlm_megatron.weights.hf_weights import HFWeights
 from sdlm_megatron.weights.resumable_folder import check_out, default_workers, open_partial
 from sdlm_megatron.weights.shape import find_mask_token
-from sdlm_megatron.weights.tensors import HFAsCheckpoint
+from sdlm_megatron.weights.tensors import EMBEDDING, IGNORED, HFAsCheckpoint
 from sdlm_megatron.weights.torch_dist import entries_of, plan_torch_dist, regions_size, torch_dist_files, write_index
 
 CHUNK = 128 * 1024**2
@@ -55,10 +57,8 @@ def convert(
     """
     workers = default_workers() if workers is None else workers
     check_out(out, workers)
-    weights = HFWeights(hf)
-    # Megatron-Core keeps all parameters in one dtype; the embedding is the largest tensor.
-    dtype = weights.dtype("model.embed_tokens.weight")
-    source, state = _open(hf, weights, precision_name(dtype), mask_token, block_size)
+    source, state = _open(hf, mask_token, block_size)
+    dtype = PRECISIONS[state.precision]
     plan = plan_torch_dist(source, dtype.itemsize, file_bytes, CHUNK)
     if dry_run:
         size = sum(regions_size(regions, dtype) for regions in plan.values())
@@ -79,17 +79,22 @@ def convert(
         work.finish()
 
 
-def _open(
-    hf: Path, weights: HFWeights, precision: str, mask_token: str, block_size: int
-) -> tuple[HFAsCheckpoint, TrainState]:
+def _open(hf: Path, mask_token: str, block_size: int) -> tuple[HFAsCheckpoint, TrainState]:
     """The folder's weights in the form of a checkpoint, and the content of state.json."""
-    config = read_hf_config(hf)
+    config, weights = read_hf_config(hf), HFWeights(hf)
     diffusion, shape = _diffusion(config, block_size), config.shape
     mask_token_id, new_mask = config.sdlm.mask_token_id if config.sdlm else -1, None
     if mask_token:
         mask_token_id, new_mask = find_mask_token(config, hf, mask_token)
         diffusion = replace(diffusion, mask_token=mask_token)
         shape = replace(shape, vocab_size=max(shape.vocab_size, mask_token_id + 1))
+    source = HFAsCheckpoint(weights, config.shape, new_mask, where=hf)
+    # Megatron-Core keeps all parameters in one dtype; the embedding is the largest tensor.
+    dtype = weights.dtype(EMBEDDING)
+    for name in weights.names():
+        if weights.dtype(name) is not dtype and dtype is not torch.float32 and not name.endswith(IGNORED):
+            what = f"'{name}' is stored as {hf_name(weights.dtype(name))}, the embedding as {hf_name(dtype)}"
+            raise CheckpointError(f"{what}: an import has one dtype", str(hf), "save the base in one dtype first")
     state = TrainState(
         step=0,
         consumed_rows=0,
@@ -97,11 +102,11 @@ def _open(
         shape=shape,
         diffusion=diffusion,
         mask_token_id=mask_token_id,
-        precision=precision,
+        precision=precision_name(dtype),
         with_optimizer=False,
         dataset={},
     )
-    return HFAsCheckpoint(weights, config.shape, new_mask), state
+    return source, state
 
 
 def _diffusion(config: HFConfig, block_size: int) -> DiffusionConfig:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints_tools.export_folder import plan_export, write_hf_folder
+from checkpoints_tools.tokenizer_files import check_tokenizer
 from sdlm_megatron.config.command_line import make_parser
 from sdlm_megatron.errors import run_cli
 from sdlm_megatron.weights.checkpoint_folder import TrainState, find_checkpoint, read_run, read_state
@@ -43,6 +44,7 @@ def convert(
     ckpt = find_checkpoint(ckpt)
     state = read_state(ckpt)
     tensors, config = CheckpointAsHF(TorchDist(ckpt / "weights"), state.shape, ckpt), _config(ckpt, state)
+    check_tokenizer(ckpt / "hf")
     if dry_run:
         plan = plan_export(tensors, config, dtype=dtype, max_shard_bytes=max_shard_bytes)
         print(f"from     {ckpt}\nto       {out}\n{plan.describe(workers)}")

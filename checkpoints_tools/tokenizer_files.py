@@ -8,10 +8,11 @@ from typing import Any
 
 from sdlm_megatron.chat.template import render, template_file
 from sdlm_megatron.data.chatml import IM_END, IM_START
+from sdlm_megatron.data.tokenizer_identity import added_beside, added_tokens, has_tokenizer
 from sdlm_megatron.errors import CheckpointError
-from sdlm_megatron.files import write_json
+from sdlm_megatron.files import optional_file, read_json_object, write_json
 from sdlm_megatron.weights.checkpoint_folder import TOKENIZER_FILES
-from sdlm_megatron.weights.hf_config import HFConfig, read_json
+from sdlm_megatron.weights.hf_config import HFConfig
 
 log = logging.getLogger(__name__)
 
@@ -29,10 +30,8 @@ _SAMPLES: list[list[dict[str, str]]] = [
 
 def copy_tokenizer(folder: Path, assets: Path | None) -> bool:
     """Copies the tokenizer's files; False, with a warning, if there are none."""
-    present = [] if assets is None else [name for name in TOKENIZER_FILES if (assets / name).is_file()]
-    for name in present:
-        assert assets is not None
-        shutil.copyfile(assets / name, folder / name)
+    files = [] if assets is None else [optional_file(assets, name, CheckpointError) for name in TOKENIZER_FILES]
+    present = [file.name for file in files if file is not None and shutil.copyfile(file, folder / file.name)]
     if "tokenizer.json" not in present and "vocab.json" not in present:
         log.warning("no tokenizer files in %s: the export has no tokenizer", assets or "(no folder given)")
         return False
@@ -47,7 +46,7 @@ def _keep_own_splitting(folder: Path) -> None:
     splitting rules by Qwen2's. An auto_map switches that off, also where remote code is not trusted.
     """
     path = folder / "tokenizer_config.json"
-    settings = read_json(path) if path.is_file() else {}
+    settings = _read(path) if path.is_file() else {}
     if not (folder / "tokenizer.json").is_file() or str(settings.get("tokenizer_class")).startswith("Qwen2Tok"):
         return
     settings["tokenizer_class"] = "PreTrainedTokenizerFast"
@@ -57,19 +56,20 @@ def _keep_own_splitting(folder: Path) -> None:
     shutil.copyfile(HF_CODE / "tokenization_sdlm.py", folder / "tokenization_sdlm.py")
 
 
-def _vocabulary(folder: Path) -> dict[str, int]:
-    """Ids of the tokenizer's added tokens, by text."""
-    path = folder / "tokenizer.json"
-    if path.is_file():
-        return {str(t["content"]): int(t["id"]) for t in read_json(path).get("added_tokens", [])}
-    path = folder / "tokenizer_config.json"
-    decoder = read_json(path).get("added_tokens_decoder", {}) if path.is_file() else {}
-    return {str(t["content"]): int(i) for i, t in decoder.items()}
+def _read(path: Path) -> dict[str, Any]:
+    return read_json_object(path, CheckpointError)
+
+
+def check_tokenizer(folder: Path) -> None:
+    """DataError where a tokenizer's file in `folder` is damaged, so that an export fails before it writes weights."""
+    if has_tokenizer(folder):
+        added_tokens(folder)
+        added_beside(folder)
 
 
 def end_tokens(folder: Path, config: HFConfig) -> tuple[int, ...]:
     """End tokens of the export. The one that ends a turn comes first for an SDLM, which is trained on chats."""
-    turn_end = _vocabulary(folder).get(IM_END) if config.is_sdlm else None
+    turn_end = added_tokens(folder).get(IM_END) if config.is_sdlm else None
     if turn_end is None:
         return config.eos_token_ids
     return (turn_end, *(i for i in config.eos_token_ids if i != turn_end))
@@ -82,8 +82,8 @@ def add_token(folder: Path, token: str, token_id: int) -> None:
         CheckpointError: the text has another id, or the id another text.
     """
     path = folder / "tokenizer.json"
-    has_json, known = path.is_file(), _vocabulary(folder)
-    plain = read_json(path).get("model", {}).get("vocab", {}) if has_json else {}
+    has_json, known = path.is_file(), added_tokens(folder)
+    plain = _read(path).get("model", {}).get("vocab", {}) if has_json else {}
     taken = {i: text for text, i in known.items()}
     existing = known.get(token, plain.get(token) if isinstance(plain, dict) else None)
     if existing not in (None, token_id) or (existing is None and token_id in taken):
@@ -96,16 +96,16 @@ def add_token(folder: Path, token: str, token_id: int) -> None:
     entry = {"content": token, "lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
     entry["special"] = True
     if has_json and existing is None:
-        tokenizer = read_json(path)
+        tokenizer = _read(path)
         tokenizer.setdefault("added_tokens", []).append({"id": token_id, **entry})
         write_json(path, tokenizer)
     path = folder / "added_tokens.json"
     if path.is_file():
-        write_json(path, read_json(path) | {token: token_id})
+        write_json(path, _read(path) | {token: token_id})
     path = folder / "tokenizer_config.json"
     if path.is_file():
-        settings = read_json(path)
-        added = read_json(folder / "tokenizer.json").get("added_tokens", []) if has_json else []
+        settings = _read(path)
+        added = _read(folder / "tokenizer.json").get("added_tokens", []) if has_json else []
         listed = {str(t["id"]): {k: v for k, v in t.items() if k != "id"} for t in added}
         # The whole list: transformers gives new ids to added tokens that a partial list leaves out.
         listed |= settings.get("added_tokens_decoder", {})
@@ -123,11 +123,11 @@ def add_chat_template(folder: Path, system: str | None) -> str:
     Args:
         system: system turn put before a conversation without one in the training data; None: no such turn.
     """
-    known = _vocabulary(folder)
+    known = added_tokens(folder)
     if IM_START not in known or IM_END not in known:
         return f"the tokenizer has no {IM_START}: no chat template was written"
     path, own = folder / "tokenizer_config.json", folder / "chat_template.jinja"
-    settings = read_json(path) if path.is_file() else {}
+    settings = _read(path) if path.is_file() else {}
     template = own.read_text(encoding="utf-8") if own.is_file() else settings.get("chat_template")
     if not template:
         write_json(path, settings | {"chat_template": chat_template(system)})

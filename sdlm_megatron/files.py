@@ -2,9 +2,10 @@
 
 import hashlib
 import json
+import math
 import os
 import resource
-import shlex
+import stat
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -12,6 +13,7 @@ from sdlm_megatron.errors import UserError
 
 MOST_JSON_BYTES = 256 << 20
 """Largest JSON file that is read whole; a tokenizer of 256,000 entries takes 33 MB."""
+_LFS = b"version https://git-lfs.github.com/spec/"
 T = TypeVar("T")
 
 
@@ -86,7 +88,7 @@ def read_json(path: Path, error: type[UserError], fix: str = "", most_bytes: int
         size = path.stat().st_size
         if size > most_bytes:
             raise error(f"{path.name} has {size:,} bytes, more than the {most_bytes:,} that are read", str(path), fix)
-        return json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse_constant)
+        return json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse_constant, parse_float=_finite)
     except FileNotFoundError:
         raise error(f"{path.name} is missing", str(path), fix) from None
     except RecursionError:
@@ -97,9 +99,17 @@ def read_json(path: Path, error: type[UserError], fix: str = "", most_bytes: int
         raise error(f"{path.name} is not valid JSON: {problem}", str(path), fix) from None
 
 
-def read_json_object(path: Path, error: type[UserError], fix: str = "") -> dict[str, Any]:
+def _finite(text: str) -> float:
+    if math.isinf(value := float(text)):
+        raise ValueError(f"{text:.40} is too large a number")
+    return value
+
+
+def read_json_object(
+    path: Path, error: type[UserError], fix: str = "", most_bytes: int = MOST_JSON_BYTES
+) -> dict[str, Any]:
     """`read_json` of a file that must hold an object."""
-    content = read_json(path, error, fix)
+    content = read_json(path, error, fix, most_bytes)
     if not isinstance(content, dict):
         raise error(f"{path.name} holds {_kind(content)}, not an object", str(path), fix)
     return content
@@ -149,20 +159,33 @@ def regular_file(folder: Path, name: str, error: type[UserError]) -> Path:
         name: relative path of the file.
 
     Raises:
-        error: the file is absent, leads out of the folder, or is a device, pipe, socket or folder.
+        error: the file is absent or unreadable, leads out of the folder, is a device, pipe, socket or folder, or
+            is the pointer that git-lfs leaves in its place.
     """
-    path, root = folder / name, folder.resolve()
-    allowed = [root, *([root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [])]
-    target = path.resolve()
-    if Path(name).is_absolute() or not any(target.is_relative_to(place) for place in allowed):
-        command = shlex.join(["cp", "--remove-destination", str(target), str(path)])
-        fix = f"copy the file to its place, if you trust it: {command}"
-        raise error(f"{name} leads out of its folder, to {target}", str(path), fix)
-    if not target.exists():
-        raise error(f"{name} is missing", str(path))
-    if not target.is_file():
-        raise error(f"{name} is not a regular file", str(path))
+    path, root = folder / name, Path(os.path.realpath(folder))
+    try:
+        target = Path(os.path.realpath(path))
+        allowed = [root, *([root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [])]
+        if Path(name).is_absolute() or not any(target.is_relative_to(place) for place in allowed):
+            fix = "if you trust it, replace the link by a copy (cp -L), or correct the name"
+            raise error(f"{name:.200} leads out of its folder, to {target}", str(folder), fix)
+        if not stat.S_ISREG(target.stat().st_mode):  # before it is opened: opening a pipe waits for its writer
+            raise error(f"{name} is not a regular file", str(path))
+        with open(target, "rb") as file:
+            pointer = file.read(len(_LFS)) == _LFS
+    except (FileNotFoundError, NotADirectoryError):
+        raise error(f"{name} is missing", str(path)) from None
+    except (OSError, ValueError) as problem:  # ValueError: a name with a null byte
+        raise error(f"{name:.100} cannot be read: {problem.args[-1]}", str(folder)) from None
+    if pointer:
+        fix = "run `git lfs pull` in the repository it comes from, or download the file itself"
+        raise error(f"{name} is a git-lfs pointer, not the file itself", str(path), fix)
     return path
+
+
+def optional_file(folder: Path, name: str, error: type[UserError]) -> Path | None:
+    """`regular_file`, or None where the folder has no entry of this name."""
+    return regular_file(folder, name, error) if os.path.lexists(folder / name) else None
 
 
 class HashedFile:

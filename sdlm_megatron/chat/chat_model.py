@@ -25,6 +25,7 @@ from sdlm_megatron.errors import CheckpointError, ConfigError, DataError
 from sdlm_megatron.weights.dtypes import PRECISIONS
 from sdlm_megatron.weights.hf_config import HFConfig, read_hf_config
 from sdlm_megatron.weights.hf_weights import HFWeights
+from sdlm_megatron.weights.tensors import HFAsCheckpoint
 
 # Test and description of the valid values of a decoding rule; numpy's numbers are fine, bool is no number.
 RULE_VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
@@ -360,7 +361,7 @@ def load(folder: Path, *, dtype: str | None, device: str | None) -> ChatModel:
 
 def _check_folder(folder: Path) -> HFConfig:
     config = read_hf_config(folder)
-    HFWeights(folder)  # opening checks that every file is there and readable
+    HFAsCheckpoint(HFWeights(folder), config.shape, where=folder)  # checks files, dtypes, names and shapes
     if not has_tokenizer(folder):
         raise CheckpointError(
             "the folder holds no tokenizer",

@@ -25,9 +25,9 @@ def load_base(folder: Path, engine: Engine, *, new_mask: NewMaskToken | None) ->
     Args:
         new_mask: a mask token whose row the folder lacks; None keeps every row as it is.
 
-    Raises CheckpointError where a tensor is missing or has another shape.
+    Raises CheckpointError where tensors are missing, not named by config.json, quantized, or have another shape.
     """
-    source = HFAsCheckpoint(HFWeights(folder), read_hf_config(folder).shape, new_mask)
+    source = HFAsCheckpoint(HFWeights(folder), read_hf_config(folder).shape, new_mask, where=folder)
     fill(engine, source, where=folder)
 
 

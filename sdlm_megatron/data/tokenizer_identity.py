@@ -13,9 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from sdlm_megatron.errors import DataError
+from sdlm_megatron.files import checked, optional_file, read_json_object, regular_file
 
 TEXT_MASK = "<text_mask>"
 """Mask token of the SDLM paper's authors, and the default; SDLM folders add it to the tokenizer of their base."""
+
+MOST_TOKENIZER_BYTES = 128 << 20
+"""Largest file of a tokenizer; 256,000 entries take 33 MB."""
+MOST_ID = 10_000_000
+_FIX = "download the tokenizer's files again"
 
 
 def fingerprint(folder: str | Path, mask_token: str = TEXT_MASK) -> str | None:
@@ -143,39 +149,81 @@ def _stamps(folder: Path) -> tuple:
 @lru_cache(maxsize=2)
 def _parse(folder: Path, stamps: tuple) -> tuple[Any, list[Any], dict[str, int]] | None:
     """(vocabulary, merges, added token -> id); None if the folder contains no tokenizer."""
-    whole, vocab_file, merges_file = folder / "tokenizer.json", folder / "vocab.json", folder / "merges.txt"
-    try:
-        if model := sentencepiece_file(folder):
-            return _parse_sentencepiece_folder(model)
-        if whole.is_file():
-            content = json.loads(whole.read_text(encoding="utf-8"))
-            model_part = content["model"]
-            added = {entry["content"]: int(entry["id"]) for entry in content.get("added_tokens") or []}
-            return model_part["vocab"], model_part.get("merges") or [], added
-        if vocab_file.is_file() and merges_file.is_file():
-            lines = merges_file.read_text(encoding="utf-8").splitlines()
-            merges = [line for line in lines if line and not line.startswith("#version")]
-            return json.loads(vocab_file.read_text(encoding="utf-8")), merges, _added_beside(folder)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(
-            f"a tokenizer file cannot be read: {type(error).__name__}: {error}",
-            where=str(folder),
-            fix="download the tokenizer files again",
-        ) from error
+    if model := sentencepiece_file(folder):
+        return _parse_sentencepiece_folder(model)
+    if whole := optional_file(folder, "tokenizer.json", DataError):
+        content = read_json_object(whole, DataError, _FIX, MOST_TOKENIZER_BYTES)
+        model_part = checked(content, "model", dict, whole, DataError)
+        vocab, merges = _vocabulary(model_part.get("vocab"), whole), model_part.get("merges") or []
+        if not isinstance(merges, list) or not all(isinstance(m, str | list) for m in merges):
+            raise DataError("merges is not a list of pairs of tokens", f"{whole}, field model.merges", _FIX)
+        added = content.get("added_tokens") or []
+        entries = [(e.get("content"), e.get("id")) if isinstance(e, dict) else e for e in _list(added)]
+        return vocab, merges, _checked_ids(entries, f"{whole}, field added_tokens")
+    vocab_file, merges_file = (optional_file(folder, n, DataError) for n in ("vocab.json", "merges.txt"))
+    if vocab_file and merges_file:
+        text = _read_bytes(merges_file).decode(errors="replace")
+        merges = [line for line in text.splitlines() if line and not line.startswith("#version")]
+        vocab = _vocabulary(read_json_object(vocab_file, DataError, _FIX, MOST_TOKENIZER_BYTES), vocab_file)
+        return vocab, merges, added_beside(folder)
     return None
 
 
+def _vocabulary(vocab: Any, file: Path) -> Any:
+    """`vocab` if it maps tokens to ids, or is a list of [token, score, …]."""
+    if isinstance(vocab, dict):
+        _checked_ids(vocab.items(), f"{file}, field model.vocab")
+    elif not (isinstance(vocab, list) and all(isinstance(e, list) and e and isinstance(e[0], str) for e in vocab)):
+        raise DataError("vocab does not list the tokens", f"{file}, field model.vocab", _FIX)
+    return vocab
+
+
+def _checked_ids(entries: Any, where: str) -> dict[str, int]:
+    """(token, id) pairs as a dictionary; DataError where a token is no text or an id no number of a vocabulary."""
+    for entry in entries:
+        if not isinstance(entry, tuple) or not isinstance(entry[0], str) or type(entry[1]) is not int:
+            raise DataError(f"expected tokens with their ids, got {entry!r:.60}", where, _FIX)
+        if not 0 <= entry[1] <= MOST_ID:
+            raise DataError(f"token {entry[0]!r:.60} has id {entry[1]}, expected 0 to {MOST_ID:,}", where, _FIX)
+    return dict(entries)
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _read_bytes(path: Path) -> bytes:
+    if (size := path.stat().st_size) > MOST_TOKENIZER_BYTES:
+        raise DataError(f"{path.name} has {size:,} bytes, no tokenizer is so large", str(path), _FIX)
+    return path.read_bytes()
+
+
 def _parse_sentencepiece_folder(model: Path) -> tuple[Any, list[Any], dict[str, int]]:
-    pieces = parse_sentencepiece(model.read_bytes()).pieces
+    try:
+        pieces = parse_sentencepiece(_read_bytes(regular_file(model.parent, model.name, DataError))).pieces
+    except ValueError as error:
+        raise DataError(f"the tokenizer cannot be read: {error}", str(model), _FIX) from None
     own = {piece.piece: i for i, piece in enumerate(pieces)}
-    added = {token: i for token, i in _added_beside(model.parent).items() if own.get(token) != i}
+    added = {token: i for token, i in added_beside(model.parent).items() if own.get(token) != i}
     return [[piece.piece, piece.score, piece.type] for piece in pieces], [], added
 
 
-def _added_beside(folder: Path) -> dict[str, int]:
-    """Added tokens of a folder without tokenizer.json: listed in two files; tokenizer_config.json takes precedence."""
+def added_beside(folder: Path) -> dict[str, int]:
+    """Added tokens that a folder lists outside tokenizer.json; tokenizer_config.json takes precedence.
+
+    Raises:
+        DataError: one of the two files cannot be read.
+    """
     plain, config = (
-        json.loads((folder / name).read_text(encoding="utf-8")) if (folder / name).is_file() else {} for name in _BESIDE
+        read_json_object(path, DataError, _FIX) if (path := optional_file(folder, name, DataError)) else {}
+        for name in _BESIDE
     )
-    entries = config.get("added_tokens_decoder") or {}
-    return {**{t: int(i) for t, i in plain.items()}, **{entry["content"]: int(i) for i, entry in entries.items()}}
+    where = f"{folder / _BESIDE[1]}, field added_tokens_decoder"
+    decoder = config.get("added_tokens_decoder") or {}
+    if not isinstance(decoder, dict):
+        raise DataError("added_tokens_decoder is not an object", where, _FIX)
+    entries = [
+        (e.get("content"), int(i)) if isinstance(e, dict) and i.isdecimal() and len(i) < 20 else (i, e)
+        for i, e in decoder.items()
+    ]
+    return {**_checked_ids(plain.items(), str(folder / _BESIDE[0])), **_checked_ids(entries, where)}

@@ -7,6 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+MOST = 10_000_000
+"""Largest number in a setting: more than any vocabulary."""
+
 
 class SettingError(ValueError):
     """A setting that cannot be read.
@@ -76,31 +79,33 @@ class SDLMSettings:
         """
         if config.get("block_size") is None:
             return None
-        mask_token_id, mask_token = config.get("text_mask_token_id"), config.get("text_mask_token")
-        if mask_token_id is None:
+        if config.get("text_mask_token_id") is None:
             what = "an SDLM folder (its config.json has block_size) lacks the mask token's id"
             raise SettingError(what, "config.json", "text_mask_token_id")
-        block_size = _whole(config["block_size"], "config.json", "block_size")
-        defaults = generation or {}
-        n = defaults.get("sdlm_n")
-        n = None if n is None else _whole(n, "generation_config.json", "sdlm_n")
-        threshold = defaults.get("sdlm_threshold")
-        if not isinstance(threshold, int | float | None) or isinstance(threshold, bool):
-            what = f"sdlm_threshold is {threshold!r}, expected a number from 0 to 1"
-            raise SettingError(what, "generation_config.json", "sdlm_threshold")
+
+        def read(name: str, kind: type, default: Any, least: float = 0, most: float = MOST) -> Any:
+            return _checked(config, "config.json", name, kind, default, least, most)
+
+        def read_default(name: str, kind: type, default: Any, least: float = 0, most: float = MOST) -> Any:
+            return _checked(generation or {}, "generation_config.json", name, kind, default, least, most)
+
+        block_size, n = read("block_size", int, None, 1), read_default("sdlm_n", int, None, 1)
+        # The folders published by the paper's authors spell the key `casual_attn`.
+        causal, casual = read("causal_attn", bool, None), read("casual_attn", bool, None)
+        if None not in (causal, casual) and causal != casual:
+            raise SettingError(f"it is {causal}, and casual_attn is {casual}", "config.json", "causal_attn")
         return cls(
             block_size=block_size,
-            mask_token_id=int(mask_token_id),
-            mask_token=mask_token if isinstance(mask_token, str) else None,
-            # The folders published by the paper's authors spell the key `casual_attn`.
-            causal_attn=bool(config.get("causal_attn", config.get("casual_attn", False))),
-            target_shift=bool(config.get("target_shift", True)),
-            next_token_weight=float(config.get("next_token_weight") or 0.0),
-            alg=str(defaults.get("sdlm_alg") or cls.alg),
+            mask_token_id=read("text_mask_token_id", int, None),
+            mask_token=read("text_mask_token", str, None),
+            causal_attn=causal if causal is not None else bool(casual),
+            target_shift=read("target_shift", bool, True),
+            next_token_weight=float(read("next_token_weight", float, 0.0)),
+            alg=read_default("sdlm_alg", str, cls.alg),
             # A window equal to the block size follows the block size when the model is trained on with another one.
             n=None if n == block_size else n,
-            threshold=cls.threshold if threshold is None else threshold,
-            product=bool(defaults.get("sdlm_product") or False),
+            threshold=read_default("sdlm_threshold", float, cls.threshold, most=1),
+            product=read_default("sdlm_product", bool, False),
         )
 
     def to_config_json(self) -> dict[str, Any]:
@@ -124,7 +129,20 @@ class SDLMSettings:
         return values | ({"sdlm_product": True} if self.product else {})
 
 
-def _whole(value: Any, file: str, field: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise SettingError(f"{field} is {value!r}, expected a whole number of at least 1", file, field)
+_KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+
+
+def _checked(
+    values: Mapping[str, Any], file: str, field: str, kind: type, default: Any, least: float, most: float
+) -> Any:
+    """A setting of the type `kind`, numbers from `least` to `most`; `default` where it is absent or null."""
+    value = values.get(field)
+    if value is None:
+        return default
+    number = kind in (int, float)
+    # By its type: True is an int.
+    right = type(value) in ((int, float) if kind is float else (kind,))
+    if not right or (number and not least <= value <= most):
+        limits = f" from {least:g} to {most:g}" if number else ""
+        raise SettingError(f"{field} is {value!r:.60}, expected {_KINDS[kind]}{limits}", file, field)
     return value

@@ -18,6 +18,7 @@ from sdlm_megatron.weights.checkpoint_folder import TrainState, newest, read_run
 from sdlm_megatron.weights.hf_config import read_hf_config
 from sdlm_megatron.weights.hf_weights import HFWeights
 from sdlm_megatron.weights.shape import NewMaskToken, find_mask_token, resolve_shape
+from sdlm_megatron.weights.tensors import HFAsCheckpoint
 
 Notice = Callable[[str], None]
 
@@ -220,10 +221,10 @@ def _from_base(config: RunConfig, dataset: PackedDataset, base: Path, notice: No
 
 
 def check_weights(plan: RunPlan) -> None:
-    """Checks that the weights of a Hugging Face base can be opened; CheckpointError names a missing or damaged file."""
+    """Checks that the weights of a Hugging Face base can be used; CheckpointError names the wrong file or tensor."""
     # A dry run ends before the weights are loaded. The files of a checkpoint are checked when its state is read.
     if plan.kind == "huggingface" and plan.source is not None:
-        HFWeights(plan.source)
+        HFAsCheckpoint(HFWeights(plan.source), read_hf_config(plan.source).shape, where=plan.source)
 
 
 def _check_tokenizer(dataset: PackedDataset, assets: Path, mask_id: int, notice: Notice) -> None:

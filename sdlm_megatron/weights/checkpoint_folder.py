@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
 from sdlm_megatron.config.schema import DiffusionConfig, ModelConfig, RunConfig
+from sdlm_megatron.config.validate import RANGES, check_ranges
 from sdlm_megatron.diffusion.settings import SDLMSettings
 from sdlm_megatron.errors import CheckpointError
-from sdlm_megatron.files import checked, read_json_object, regular_file, sha256
+from sdlm_megatron.files import checked, optional_file, read_json_object, regular_file, sha256
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -85,6 +86,9 @@ def read_state(folder: Path) -> TrainState:
         "diffusion": DiffusionConfig(**_typed(DiffusionConfig, {"target_shift": True, **diffusion}, path)),
     }
     state = TrainState(**_typed(TrainState, {"eos_token_id": -1, **values}, path, whole=True))
+    check_ranges(state.shape, RANGES, "model.", str(path))
+    for key in shape.keys() - {"head_dim", "rope_theta", "rms_norm_eps", "tied_embeddings", "qkv_bias"}:
+        checked(shape, key, int, path, CheckpointError, least=1)
     for key, least in (("step", 0), ("consumed_rows", 0), ("rows_per_step", 0 if state.step == 0 else 1)):
         checked(raw, key, int, path, CheckpointError, least)
     return state
@@ -301,8 +305,8 @@ def copy_assets(source: Path | None, target: Path) -> None:
     """Copies those of ASSETS that `source` has into the folder `target`."""
     target.mkdir(parents=True, exist_ok=True)
     for name in ASSETS:
-        if source is not None and (source / name).exists():
-            shutil.copyfile(source / name, target / name)
+        if source is not None and (file := optional_file(source, name, CheckpointError)):
+            shutil.copyfile(file, target / name)
 
 
 def checksums(folder: Path, known: Mapping[str, dict[str, Any]] | None = None) -> dict[str, dict[str, Any]]:

@@ -1,20 +1,30 @@
 """config.json and generation_config.json of a Hugging Face folder, as one frozen record, read and written."""
 
-import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from sdlm_megatron.config.schema import ModelConfig
+from sdlm_megatron.config.validate import RANGES
 from sdlm_megatron.diffusion.settings import SDLMSettings, SettingError
 from sdlm_megatron.errors import CheckpointError
+from sdlm_megatron.files import read_json_object, regular_file
 
 _MODEL_TYPES = ("qwen2", "llama")
 NAME_A_MODEL = (
     "name a Hugging Face folder on this machine; a training run becomes one with sdlm export --ckpt RUN --out FOLDER"
 )
 """The fix for an argument that is not a model folder."""
+_READ = {".json", ".jinja", ".txt", ".model"}
+"""Suffixes of the files beside the weights that loaders read."""
+_KINDS = {str: "text", bool: "true or false", dict: "an object", list: "a list"}
+MOST_CONFIG_BYTES = 4 << 20
+_DTYPES = ("bfloat16", "float16", "float32")
+MOST = {key.removeprefix("model."): float(r[1:-1].split(",")[1]) for key, r in RANGES.items() if "model." in key}
+"""Largest values of a model's shape, well above those of known models."""
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -46,90 +56,131 @@ class HFConfig:
         return self.sdlm or SDLMSettings(block_size=1, mask_token_id=0, alg="ar")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of a Hugging Face folder; CheckpointError when it is missing or malformed."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        what = f"not a model folder: it has no {path.name}" if path.parent.is_dir() else "no such folder"
-        raise CheckpointError(what, str(path.parent), NAME_A_MODEL) from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot read JSON: {error}", str(path), "copy the file again") from None
-    if not isinstance(value, dict):
-        raise CheckpointError("expected a JSON object", str(path), "copy the file again")
-    return value
+def read_json(folder: Path, name: str) -> dict[str, Any]:
+    """A JSON object of a Hugging Face folder; CheckpointError when it is missing, malformed or leads out of it."""
+    if not os.path.lexists(folder / name):
+        what = f"not a model folder: it has no {name}" if folder.is_dir() else "no such folder"
+        raise CheckpointError(what, str(folder), NAME_A_MODEL)
+    path = regular_file(folder, name, CheckpointError)
+    return read_json_object(path, CheckpointError, most_bytes=MOST_CONFIG_BYTES)
+
+
+def read_config_json(folder: Path) -> dict[str, Any]:
+    """Content of config.json of a folder that this project and transformers read in the same way.
+
+    Raises:
+        CheckpointError: no config.json, quantized weights, a file that leads out of the folder or is a git-lfs pointer,
+            a PEFT adapter, or weights in a file that only transformers would read.
+    """
+    if os.path.lexists(adapter := folder / "adapter_config.json"):
+        fix = "merge the adapter into its base (peft: merge_and_unload), or remove the adapter's files"
+        raise CheckpointError(f"{adapter.name}: with peft installed, transformers adds an adapter", str(adapter), fix)
+    values = read_json(folder, "config.json")
+    for name in ("quantization_config", "compression_config"):
+        if (content := values.get(name)) is not None:
+            method = content.get("quant_method", "no quant_method") if isinstance(content, dict) else content
+            raise CheckpointError(
+                f"the model is quantized ({method!r:.60})",
+                f"{folder / 'config.json'}, field '{name}'",
+                "use its bf16, fp16 or fp32 release, or dequantize it (transformers: model.dequantize())",
+            )
+    if values.get("transformers_weights") is not None:
+        where = f"{folder / 'config.json'}, field 'transformers_weights'"
+        raise CheckpointError("transformers would read the weights from another file", where, "remove the field")
+    for path in (*folder.iterdir(), *folder.glob("additional_chat_templates/*")):
+        if path.suffix in _READ and not path.is_dir():
+            regular_file(folder, str(path.relative_to(folder)), CheckpointError)
+    return values
 
 
 class _Fields:
-    """Typed access to config.json; errors name the file and the field."""
+    """Typed access to config.json or generation_config.json; errors name the file and the field."""
 
     def __init__(self, values: Mapping[str, Any], path: Path) -> None:
         self.values, self.path = values, path
 
     def error(self, what: str, name: str, fix: str = "") -> CheckpointError:
-        return CheckpointError(what, f"{self.path}, field '{name}'", fix)
+        return CheckpointError(what, f"{self.path}, field '{name}'", fix or "correct it, or copy the file again")
 
-    def number(self, name: str, kind: type, default: Any = None) -> Any:
+    def typed(self, name: str, kind: type[T], default: T) -> T:
+        """A field that is text, an object, a list or true/false; null counts as absent."""
+        value = self.values.get(name)
+        if value is not None and not isinstance(value, kind):
+            raise self.error(f"expected {_KINDS[kind]}, got {value!r:.60}", name)
+        return default if value is None else value
+
+    def number(self, name: str, kind: type, most: float, default: Any = None) -> Any:
+        """A number above 0; `default` where it is null or absent."""
         value = self.values.get(name)
         value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int | float) or kind(value) != value or value <= 0:
-            raise self.error(f"expected a positive {kind.__name__}, got {value!r}", name)
+        numeric = isinstance(value, int | float) and not isinstance(value, bool)
+        if not (numeric and 0 < value <= most and kind(value) == value):
+            name_of_kind = "whole number" if kind is int else "number"
+            raise self.error(f"expected a {name_of_kind} above 0, at most {most:g}, got {value!r:.60}", name)
         return kind(value)
 
-
-def _token_ids(value: Any) -> tuple[int, ...]:
-    """Token ids written as null, one number or a list."""
-    if value is None:
-        return ()
-    return tuple(int(v) for v in value) if isinstance(value, list) else (int(value),)
+    def token_ids(self, name: str) -> tuple[int, ...]:
+        """Token ids written as null, -1 (none, in folders of LLaMA's time), a number or a list."""
+        value = self.values.get(name)
+        if value is None or value == -1:
+            return ()
+        ids = value if isinstance(value, list) else [value]
+        if not all(type(i) is int and 0 <= i < MOST["vocab_size"] for i in ids):
+            raise self.error(f"expected token ids, got {value!r:.60}", name)
+        return tuple(ids)
 
 
 def _rope_theta(fields: _Fields) -> float:
     """rope_theta at the top level (transformers 4) or inside rope_parameters (transformers 5)."""
-    for name in ("rope_parameters", "rope_scaling"):
-        rope = fields.values.get(name) or {}
-        kind = rope.get("rope_type", rope.get("type", "default"))
+    nested = None
+    for name in ("rope_scaling", "rope_parameters"):
+        rope = _Fields(fields.typed(name, dict, {}), fields.path)
+        kind = rope.values.get("rope_type", rope.values.get("type", "default"))
         if kind != "default":
-            raise fields.error(
-                f"rope scaling '{kind}' is not supported", name, "use a base without rope scaling (plain RoPE)"
-            )
-    nested = (fields.values.get("rope_parameters") or {}).get("rope_theta")
-    return float(fields.number("rope_theta", float, nested if nested is not None else 10000.0))
+            fix = "use a base without rope scaling (plain RoPE)"
+            raise fields.error(f"rope scaling {kind!r:.60} is not supported", name, fix)
+        if name == "rope_parameters" and rope.values.get("rope_theta") is not None:
+            nested = rope.number("rope_theta", float, MOST["rope_theta"])
+    return float(fields.number("rope_theta", float, MOST["rope_theta"], 10000.0 if nested is None else nested))
 
 
 def _check_supported(fields: _Fields, model_type: str) -> None:
-    values = fields.values
     if model_type not in _MODEL_TYPES:
-        raise fields.error(
-            f"model_type '{model_type}' is not supported", "model_type", f"use a {' or '.join(_MODEL_TYPES)} model"
-        )
-    if values.get("use_sliding_window") or "sliding_attention" in (values.get("layer_types") or ()):
+        fix = f"use a {' or '.join(_MODEL_TYPES)} model"
+        raise fields.error(f"model_type '{model_type:.60}' is not supported", "model_type", fix)
+    if fields.typed("use_sliding_window", bool, False):
         raise fields.error("sliding-window attention is not supported", "use_sliding_window", "use a base without it")
+    if other := [kind for kind in fields.typed("layer_types", list, []) if kind != "full_attention"]:
+        fix = "use a base with full attention in every layer"
+        raise fields.error(f"{other[0]!r:.60} is not supported", "layer_types", fix)
     for name in ("mlp_bias", *(("attention_bias",) if model_type == "llama" else ())):
-        if values.get(name):
+        if fields.typed(name, bool, False):
             raise fields.error("these biases are not supported", name, "only q/k/v may have a bias (Qwen2)")
-    if values.get("hidden_act", "silu") != "silu":
-        raise fields.error(f"activation {values['hidden_act']!r} is not supported", "hidden_act", "use SwiGLU: 'silu'")
+    if (activation := fields.typed("hidden_act", str, "silu")) != "silu":
+        raise fields.error(f"activation {activation!r:.60} is not supported", "hidden_act", "use SwiGLU: 'silu'")
 
 
 def _shape(fields: _Fields, model_type: str) -> ModelConfig:
-    hidden, heads = fields.number("hidden_size", int), fields.number("num_attention_heads", int)
+    def size(key: str, name: str, default: int | None = None) -> int:
+        return int(fields.number(name, int, MOST[key], default))
+
+    hidden, heads = size("hidden_size", "hidden_size"), size("num_attention_heads", "num_attention_heads")
     if fields.values.get("head_dim") is None and hidden % heads:
         raise fields.error(f"hidden_size {hidden} is not a multiple of {heads} heads", "num_attention_heads")
-    kv_heads = fields.number("num_key_value_heads", int, heads)
+    kv_heads = size("num_query_groups", "num_key_value_heads", heads)
     if heads % kv_heads:
         raise fields.error(f"{heads} heads are not a multiple of {kv_heads} KV heads", "num_key_value_heads")
     return ModelConfig(
-        num_layers=fields.number("num_hidden_layers", int),
+        num_layers=size("num_layers", "num_hidden_layers"),
         hidden_size=hidden,
-        ffn_hidden_size=fields.number("intermediate_size", int),
+        ffn_hidden_size=size("ffn_hidden_size", "intermediate_size"),
         num_attention_heads=heads,
         num_query_groups=kv_heads,
-        head_dim=fields.number("head_dim", int, hidden // heads),
-        vocab_size=fields.number("vocab_size", int),
+        head_dim=size("head_dim", "head_dim", hidden // heads),
+        vocab_size=size("vocab_size", "vocab_size"),
         rope_theta=_rope_theta(fields),
-        rms_norm_eps=fields.number("rms_norm_eps", float, 1e-6),
-        tied_embeddings=bool(fields.values.get("tie_word_embeddings", False)),
+        rms_norm_eps=fields.number("rms_norm_eps", float, MOST["rms_norm_eps"], 1e-6),
+        tied_embeddings=fields.typed("tie_word_embeddings", bool, False),
         qkv_bias=model_type == "qwen2",
     )
 
@@ -138,30 +189,35 @@ def read_hf_config(folder: Path | str) -> HFConfig:
     """Reads config.json, and generation_config.json if there is one.
 
     Raises:
-        CheckpointError: no config.json, a missing or malformed field, or a model this project cannot train:
-            another model_type, rope scaling, sliding-window attention, other biases than Qwen2's.
+        CheckpointError: no config.json, a missing or malformed field, a folder that `read_config_json` refuses, or a
+            model this project cannot train: another model_type or dtype, rope scaling, sliding-window attention, other
+            biases than Qwen2's.
     """
     folder = Path(folder)
-    path, generation_path = folder / "config.json", folder / "generation_config.json"
-    values = read_json(path)
-    fields = _Fields(values, path)
-    model_type = str(values.get("model_type"))
+    values = read_config_json(folder)
+    fields, path = _Fields(values, folder / "config.json"), folder / "generation_config.json"
+    model_type = fields.typed("model_type", str, "")
     _check_supported(fields, model_type)
-    generation = read_json(generation_path) if generation_path.is_file() else {}
+    generation = _Fields(read_json(folder, path.name) if os.path.lexists(path) else {}, path)
     try:
-        sdlm = SDLMSettings.from_config_json(values, generation)
+        sdlm = SDLMSettings.from_config_json(values, generation.values)
     except SettingError as error:
         raise CheckpointError(error.what, f"{folder / error.file}, field '{error.field}'", "correct it") from None
-    dtype = values.get("torch_dtype", values.get("dtype"))
-    pad = _token_ids(generation.get("pad_token_id")) or _token_ids(values.get("pad_token_id"))
+    name = "torch_dtype" if "torch_dtype" in values else "dtype"
+    dtype = fields.typed(name, str, "").removeprefix("torch.")
+    if dtype not in ("", *_DTYPES):
+        raise fields.error(f"dtype {dtype!r:.60} is not supported: one of {', '.join(_DTYPES)}", name)
+    eos, pad = (
+        [source.token_ids(name) for source in (generation, fields)] for name in ("eos_token_id", "pad_token_id")
+    )
     return HFConfig(
         model_type=model_type,
         shape=_shape(fields, model_type),
-        dtype=None if dtype is None else str(dtype).removeprefix("torch."),
-        max_position_embeddings=fields.number("max_position_embeddings", int, HFConfig.max_position_embeddings),
-        eos_token_ids=_token_ids(generation.get("eos_token_id")) or _token_ids(values.get("eos_token_id")),
-        pad_token_id=next(iter(pad), None),
-        bos_token_id=next(iter(_token_ids(values.get("bos_token_id"))), None),
+        dtype=dtype or None,
+        max_position_embeddings=fields.number("max_position_embeddings", int, 2**31, HFConfig.max_position_embeddings),
+        eos_token_ids=eos[0] or eos[1],
+        pad_token_id=next(iter(pad[0] or pad[1]), None),
+        bos_token_id=next(iter(fields.token_ids("bos_token_id")), None),
         sdlm=sdlm,
     )
 

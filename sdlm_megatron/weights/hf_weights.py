@@ -1,6 +1,7 @@
 """The safetensors files of a Hugging Face folder: read by region, planned from shapes, written block by block."""
 
 import json
+import os
 import struct
 from functools import partial
 from pathlib import Path
@@ -11,8 +12,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from sdlm_megatron.errors import CheckpointError
+from sdlm_megatron.files import regular_file
 from sdlm_megatron.weights.dtypes import SAFETENSORS_DTYPES, safetensors_name
-from sdlm_megatron.weights.hf_config import NAME_A_MODEL, read_json
+from sdlm_megatron.weights.hf_config import NAME_A_MODEL, read_config_json, read_json
 from sdlm_megatron.weights.resumable_folder import BLOCK, OutputFile, PlannedFile
 from sdlm_megatron.weights.tensors import Index, TensorReader, file_stamps, row_blocks
 
@@ -25,25 +27,32 @@ Contents = dict[str, tuple[torch.dtype, Index]]
 class HFWeights:
     """The tensors of a folder, one file or many with their index (a `tensors.TensorReader`).
 
-    Opening checks that every file of the index exists, is readable and holds the tensors the index says.
+    Opening checks that every file exists and is readable, and that index and files name the same tensors.
 
     Raises:
-        CheckpointError: no weights, or a missing, truncated or wrong file, which is named.
+        CheckpointError: no weights, a quantized model, a dtype other than bf16, fp16 and fp32, a missing, truncated or
+            wrong file, or two files of which transformers reads another one. File and tensor are named.
     """
 
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
+        if os.path.lexists(self.folder / "config.json"):
+            read_config_json(self.folder)
         self._file_of = _locate(self.folder)
-        self._open = {file: _open(self.folder / file) for file in sorted(set(self._file_of.values()))}
-        # An index of another download names tensors that its files do not hold; fail now, not half-way.
-        present = {file: set(handle.keys()) for file, handle in self._open.items()}
-        for name, file in self._file_of.items():
-            if name not in present[file]:
-                raise CheckpointError(
-                    f"the index says that '{name}' is in {file}, but it is not",
-                    str(self.folder / file),
-                    "copy or download the file and the index again",
-                )
+        self._open = {file: _open(self.folder, file) for file in sorted(set(self._file_of.values()))}
+        # An index of another download does not name the tensors that its files hold; fail now, not half-way.
+        present = [(name, file) for file, handle in self._open.items() for name in handle.keys()]  # noqa: SIM118  no dict
+        for name, file in sorted(set(self._file_of.items()) ^ set(present)):
+            there = (name, file) in present
+            raise CheckpointError(
+                f"'{name:.200}' is in {file}, but the index does not say so"
+                if there
+                else f"the index says that '{name:.200}' is in {file}, but it is not",
+                str(self.folder / file),
+                "copy or download the file and the index again",
+            )
+        for name in self.names():
+            self.dtype(name)
 
     def names(self) -> list[str]:
         return sorted(self._file_of)
@@ -65,9 +74,9 @@ class HFWeights:
         stored = self._slice(name).get_dtype()
         if stored not in SAFETENSORS_DTYPES:
             raise CheckpointError(
-                f"'{name}' is stored as {stored}",
+                f"'{name:.200}' is stored as {stored}, which this project does not read as weights",
                 str(self.folder / self._file_of[name]),
-                "use bf16, fp16 or fp32 weights",
+                "use the model's bf16, fp16 or fp32 release; dequantize quantized weights (model.dequantize())",
             )
         return SAFETENSORS_DTYPES[stored]
 
@@ -80,36 +89,38 @@ class HFWeights:
         return file_stamps([self.folder / file for file in self._open])
 
 
-def _open(path: Path) -> Any:
+def _open(folder: Path, file: str) -> Any:
+    path = regular_file(folder, file, CheckpointError)
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"a weight file cannot be read: {error}", str(path), "copy or download it again"
-        ) from None
+        what = f"a weight file cannot be read: {error!s:.200}"
+        raise CheckpointError(what, str(path), "copy or download it again") from None
 
 
 def _locate(folder: Path) -> dict[str, str]:
     """File of each tensor, from the index or from the only file."""
-    index, single = folder / INDEX_NAME, folder / SINGLE_NAME
-    if not index.is_file():
+    index, single = (os.path.lexists(folder / name) for name in (INDEX_NAME, SINGLE_NAME))
+    if not index:
         if not folder.is_dir():
             raise CheckpointError("no such folder", str(folder), NAME_A_MODEL)
-        if not single.is_file():
+        if not single:
             raise CheckpointError(
                 f"the folder has neither {SINGLE_NAME} nor {INDEX_NAME}",
                 str(folder),
                 "weights must be safetensors; convert older *.bin files first",
             )
-        return dict.fromkeys(_open(single).keys(), SINGLE_NAME)
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError("the index names no weights", f"{index}, field 'weight_map'", "copy it again")
-    for file in sorted(set(weight_map.values())):
-        if not (folder / file).is_file():
-            raise CheckpointError(
-                f"the weight file {file}, named in {INDEX_NAME}, is missing", str(folder / file), "copy it again"
-            )
+        return dict.fromkeys(_open(folder, SINGLE_NAME).keys(), SINGLE_NAME)
+    weight_map = read_json(folder, INDEX_NAME).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(f, str) for f in weight_map.values()):
+        where = f"{folder / INDEX_NAME}, field 'weight_map'"
+        raise CheckpointError("weight_map does not name the file of each tensor", where, "copy the index again")
+    if single and SINGLE_NAME not in weight_map.values():
+        raise CheckpointError(
+            f"the folder has both {SINGLE_NAME} and {INDEX_NAME}: transformers reads the first",
+            str(folder),
+            f"remove {SINGLE_NAME}, or the index and its files, whichever is not the model",
+        )
     return dict(weight_map)
 
 

@@ -6,6 +6,7 @@ Hugging Face names. Import, export, loading a base and resuming are copies from 
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,6 +27,10 @@ from sdlm_megatron.weights.names import (
 from sdlm_megatron.weights.shape import NewMaskToken, mean_row
 
 Index = tuple[int, ...]
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+IGNORED = "rotary_emb.inv_freq"
+"""End of the names of buffers that old folders store and every loader computes from rope_theta."""
+_BLOCK = 8 * 1024**2
 MEAN_COLUMNS = 256
 """Columns of the embedding averaged at a time: bounds the fp32 copy without changing a bit of the sums."""
 
@@ -83,6 +88,10 @@ def _gather(
     return parts
 
 
+def _without(shape: Index, axis: int) -> Index:
+    return shape[:axis] + shape[axis + 1 :]
+
+
 class CheckpointAsHF:
     """A checkpoint's model under Hugging Face names: layers apart, q/k/v and gate/up apart, no padding rows.
 
@@ -96,19 +105,20 @@ class CheckpointAsHF:
 
     def __init__(self, checkpoint: TensorReader, shape: ModelConfig, where: Path) -> None:
         self._checkpoint = checkpoint
-        self._segments = checkpoint_rows(shape)
         present = set(checkpoint.names())
-        for name, segments in self._segments.items():
-            for inner, _, stop in segments:
-                key, layer = checkpoint_key(inner)
-                if key not in present:
-                    raise CheckpointError(f"the checkpoint has no '{key}'", str(where), "use another checkpoint")
-                stored = checkpoint.shape(key)
-                rows = stored[0] if layer is None else stored[1]
-                if rows < stop or (layer is not None and stored[0] != shape.num_layers):
-                    raise CheckpointError(
-                        f"'{key}' is {stored}, too small for '{name}'", str(where), "use another checkpoint"
-                    )
+        # Before the rows of all layers are listed: a damaged state.json may name far more than are stored.
+        for name in checkpoint_names(replace(shape, num_layers=1)):
+            key, layer = checkpoint_key(name)
+            if key not in present:
+                raise CheckpointError(f"the checkpoint has no '{key}'", str(where), "use another checkpoint")
+            stored = checkpoint.shape(key)
+            rows = sum(stop - start for _, start, stop in hf_rows(name, shape))
+            expected = (*(() if layer is None else (shape.num_layers,)), rows, *columns(name, shape))
+            at = len(expected) - len(columns(name, shape)) - 1  # padding may have added rows
+            if len(stored) != len(expected) or stored[at] < rows or _without(stored, at) != _without(expected, at):
+                what = f"'{key}' is {stored}, the state.json says {expected}"
+                raise CheckpointError(what, str(where), "use another checkpoint")
+        self._segments = checkpoint_rows(shape)
 
     def names(self) -> list[str]:
         return list(self._segments)
@@ -135,6 +145,41 @@ class CheckpointAsHF:
         return self._checkpoint.identity()
 
 
+def _check_tensors(folder: TensorReader, shape: ModelConfig, where: Path) -> None:
+    """CheckpointError unless the tensors of a Hugging Face folder are those of `shape`, in name and shape."""
+    fix = "config.json and weights do not belong together; copy the folder again"
+    present = {name for name in folder.names() if not name.endswith(IGNORED)}
+    expected: set[str] = set()
+    for name in checkpoint_names(shape):
+        rest = columns(name, shape)
+        for hf, rows in {hf: stop for hf, _, stop in hf_rows(name, shape)}.items():  # ascending: the last stop counts
+            if hf not in present:
+                raise CheckpointError(f"the weights lack '{hf}', which the config.json names", str(where), fix)
+            if folder.shape(hf) != (rows, *rest):
+                what = f"'{hf}' is {folder.shape(hf)}, the config.json says {(rows, *rest)}"
+                raise CheckpointError(what, str(where), fix)
+            expected.add(hf)
+    surplus = sorted(present - expected)
+    if shape.tied_embeddings and surplus == [HEAD]:
+        # Some trainers store the tied matrix under both names.
+        if not _same_tensor(folder, HEAD, EMBEDDING):
+            what = f"tie_word_embeddings is true, but {HEAD} differs from {EMBEDDING}"
+            raise CheckpointError(what, str(where), "set tie_word_embeddings to false, or remove the wrong tensor")
+    elif surplus:
+        more = f" and {len(surplus) - 3} more" if len(surplus) > 3 else ""
+        names = ", ".join(f"{name:.200}" for name in surplus[:3])
+        what = f"the weights have {len(surplus)} tensors that the config.json does not name: {names}{more}"
+        raise CheckpointError(what, str(where), fix)
+
+
+def _same_tensor(reader: TensorReader, a: str, b: str) -> bool:
+    """Whether two tensors are equal bit for bit."""
+    blocks = (row_blocks(reader, name, _BLOCK) for name in (a, b))
+    return (reader.shape(a), reader.dtype(a)) == (reader.shape(b), reader.dtype(b)) and all(
+        torch.equal(left.view(torch.uint8), right.view(torch.uint8)) for left, right in zip(*blocks, strict=True)
+    )
+
+
 class HFAsCheckpoint:
     """A Hugging Face folder's model under a checkpoint's keys: layers stacked, q/k/v and gate/up fused, vocabulary
     padded with zero rows, and the row of a new mask token filled with the mean of the other tokens' rows.
@@ -143,11 +188,15 @@ class HFAsCheckpoint:
         folder: tensors of the Hugging Face folder.
         shape: of the model according to its config.json.
         new_mask: a mask token the folder does not know yet; may lie beyond the folder's vocabulary.
+        where: the folder, for errors.
 
-    Raises CheckpointError when a tensor is missing or has another shape than `shape` says.
+    Raises CheckpointError when tensors are missing, are not named by `shape`, or have another shape than it says.
     """
 
-    def __init__(self, folder: TensorReader, shape: ModelConfig, new_mask: NewMaskToken | None = None) -> None:
+    def __init__(
+        self, folder: TensorReader, shape: ModelConfig, new_mask: NewMaskToken | None = None, *, where: Path
+    ) -> None:
+        _check_tensors(folder, shape, where)
         self._folder, self._shape, self._new_mask = folder, shape, new_mask
         # A new mask token can lie beyond the rows of the folder.
         vocabulary = max(shape.vocab_size, new_mask.row + 1 if new_mask else 0)
@@ -156,13 +205,6 @@ class HFAsCheckpoint:
         for name in checkpoint_names(shape):
             key, layer = checkpoint_key(name)
             segments, rest = hf_rows(name, shape), columns(name, shape)
-            for hf, rows in {hf: stop for hf, _, stop in segments}.items():  # ascending: the last stop counts
-                if folder.shape(hf) != (rows, *rest):
-                    raise CheckpointError(
-                        f"'{hf}' is {folder.shape(hf)}, the config.json says {(rows, *rest)}",
-                        hf,
-                        "the config.json does not describe these weights; copy the folder again",
-                    )
             count = self._padded if name in VOCABULARY else sum(stop - first for _, first, stop in segments)
             self._keys[key] = (*(() if layer is None else (shape.num_layers,)), count, *rest)
 

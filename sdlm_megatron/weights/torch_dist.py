@@ -9,6 +9,7 @@ import io
 import math
 import mmap
 import pickle
+import pickletools
 import struct
 import warnings
 import zipfile
@@ -24,8 +25,8 @@ from torch.distributed.checkpoint import filesystem, metadata
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
 from sdlm_megatron.errors import CheckpointError
-from sdlm_megatron.files import write_json
-from sdlm_megatron.weights.dtypes import STORAGE_DTYPES
+from sdlm_megatron.files import regular_file, write_json
+from sdlm_megatron.weights.dtypes import PRECISIONS, STORAGE_DTYPES
 from sdlm_megatron.weights.resumable_folder import OutputFile, PlannedFile
 from sdlm_megatron.weights.tensors import Index, TensorReader, file_stamps
 
@@ -102,24 +103,46 @@ _UNREADABLE = (
     AttributeError,
     TypeError,
     ValueError,
+    ArithmeticError,
+    RuntimeError,  # zipfile: an encrypted record; NotImplementedError: an unknown compression
 )
+MOST_METADATA_BYTES, MOST_TENSOR_PICKLE_BYTES = 256 << 20, 64 << 10
+"""Largest pickles that are read: of a checkpoint (7 MB for 50,000 regions), and of one tensor (some 200 bytes)."""
+
+
+def _checked_pickle(source: Any, size: int, most: int) -> io.BytesIO:
+    """A pickle for an unpickler; ValueError where loading it would take far more memory than its bytes.
+
+    Args:
+        source: with a method read_bytes.
+        size: of the pickle.
+        most: larger ones are not read.
+    """
+    if size > most:
+        raise ValueError(f"its pickle has {size:,} bytes, more than the {most:,} that are read")
+    data = source.read_bytes()
+    # Python's unpickler allocates an array up to the largest number of a PUT, and lengths before it reads their bytes.
+    for opcode, argument, _ in pickletools.genops(data):
+        if "PUT" in opcode.name and int(argument or 0) > len(data):
+            raise ValueError(f"its pickle stores object {argument} of at most {len(data)}")
+        if opcode.name == "FRAME" and int(argument or 0) > len(data):
+            raise ValueError("its pickle has a frame beyond its end")
+    return io.BytesIO(data)
 
 
 def read_metadata(weights: Path) -> Metadata:
     """`.metadata` of a weights folder; CheckpointError when it is missing, damaged or names an unknown class."""
-    path = weights / ".metadata"
+    path = regular_file(weights, ".metadata", CheckpointError)
     try:
-        with open(path, "rb") as file:
-            content = _MetadataUnpickler(file).load()
-        if not isinstance(content, Metadata) or not isinstance(content.storage_data, dict):
+        content = _MetadataUnpickler(_checked_pickle(path, path.stat().st_size, MOST_METADATA_BYTES)).load()
+        if not isinstance(content, Metadata) or not all(
+            isinstance(part, dict) for part in (content.storage_data, content.state_dict_metadata)
+        ):
             raise TypeError("it holds something else")
         return content
-    except FileNotFoundError:
-        raise CheckpointError("the weights have no .metadata", str(path), "use another checkpoint") from None
     except _UNREADABLE as error:
-        raise CheckpointError(
-            f"the list of tensors cannot be read: {error}", str(path), "use a checkpoint written by Megatron-Core"
-        ) from None
+        what = f"the list of tensors cannot be read: {error!s:.200}"
+        raise CheckpointError(what, str(path), "use a checkpoint written by Megatron-Core") from None
 
 
 @dataclass(frozen=True)
@@ -152,20 +175,49 @@ class TorchDist:
         content = read_metadata(weights)
         for key, entry in content.state_dict_metadata.items():
             if isinstance(entry, TensorStorageMetadata):
-                self._tensors[key] = entry
-                layers = self._chunks[key] = {}
-                for region in entry.chunks:
-                    chunk = self._chunk(key, content.storage_data, region)
-                    layers.setdefault(chunk.start[0] if chunk.size[:1] == (1,) else -1, []).append(chunk)
-        for file in sorted({c.file for key in self._chunks.values() for chunks in key.values() for c in chunks}):
-            self._maps[file] = _map(weights / file)
+                try:
+                    self._add(key, entry, content.storage_data)
+                except _UNREADABLE as error:
+                    what = f"the entry of '{key!s:.200}' cannot be used: {error!s:.200}"
+                    where = str(self.weights / ".metadata")
+                    raise CheckpointError(what, where, "copy the checkpoint again or use another") from None
 
-    def _chunk(self, key: str, places: dict, region: Any) -> _Chunk:
-        place = places.get(MetadataIndex(key, region.offsets))
-        # A path with "/" could lead outside the folder.
-        if place is None or "/" in place.relative_path:
-            raise CheckpointError(f"'{key}' is listed but not stored", str(self.weights / ".metadata"), "use another")
-        return _Chunk(tuple(region.offsets), tuple(region.sizes), place.relative_path, place.offset, place.length)
+    def _add(self, key: str, entry: TensorStorageMetadata, places: dict) -> None:
+        """Adds a tensor and its chunks. Raises one of _UNREADABLE unless they are regions of it, and bytes of files.
+
+        Later reads then allocate no more than the files hold.
+        """
+        size, dtype, stored = tuple(entry.size), entry.properties.dtype, 0
+        if dtype not in PRECISIONS.values():
+            raise TypeError(f"it is stored as {str(dtype).removeprefix('torch.')}, not in bf16, fp16 or fp32")
+        if not size or not isinstance(key, str):
+            raise ValueError("it is no named vector or matrix")
+        layers = self._chunks[key] = {}
+        self._tensors[key] = entry
+        for region in entry.chunks:
+            start, shape, place = tuple(region.offsets), tuple(region.sizes), places[MetadataIndex(key, region.offsets)]
+            for low, count, whole in zip(start, shape, size, strict=True):
+                if not (low >= 0 and count > 0 and low + count <= whole):
+                    raise ValueError(f"region {shape} at {start} is not inside {size}")
+            chunk = _Chunk(start, shape, place.relative_path, place.offset, place.length)
+            end, elements = len(self._map(chunk.file)), math.prod(shape)
+            if not (0 <= place.offset <= end - place.length and elements * dtype.itemsize <= place.length):
+                raise ValueError(
+                    f"bytes {place.offset} to {place.offset + place.length} of {chunk.file} cannot hold it"
+                )
+            layers.setdefault(start[0] if shape[0] == 1 else -1, []).append(chunk)
+            stored += elements
+        if stored < math.prod(size):
+            raise ValueError(f"{stored} of its {math.prod(size)} elements are stored")
+
+    def _map(self, file: str) -> mmap.mmap:
+        if file not in self._maps:
+            path = regular_file(self.weights, file, CheckpointError)
+            if not path.stat().st_size:
+                raise CheckpointError("a weight file is empty", str(path), "copy the checkpoint again or use another")
+            with open(path, "rb") as source:
+                self._maps[file] = mmap.mmap(source.fileno(), 0, access=mmap.ACCESS_READ)
+        return self._maps[file]
 
     def names(self) -> list[str]:
         return sorted(self._tensors)
@@ -179,7 +231,8 @@ class TorchDist:
 
     def identity(self) -> dict[str, Any]:
         # A checkpoint's state.json belongs to it: the same weights under another state are another input.
-        return file_stamps([*self.weights.parent.glob("state.json"), *self.weights.iterdir()])
+        files = [self.weights / name for name in (".metadata", *self._maps)]
+        return file_stamps([*self.weights.parent.glob("state.json"), *files])
 
     def read(self, name: str, start: Index, size: Index) -> torch.Tensor:
         """The region of `size` from `start`: a read-only view of the file where one archive holds all of it."""
@@ -217,20 +270,25 @@ class TorchDist:
         view = _Range(self._maps[chunk.file], chunk.offset, chunk.length)
         try:
             with zipfile.ZipFile(view) as archive:
-                names = {name.split("/", 1)[1]: name for name in archive.namelist()}
-                stored, first, size, stride = _TensorUnpickler(io.BytesIO(archive.read(names["data.pkl"]))).load()
-                record = archive.getinfo(names["data/0"])
+                records = {record.filename.split("/", 1)[1]: record for record in archive.infolist()}
+                record, description = records["data/0"], records["data.pkl"]
+                if any(r.compress_type != zipfile.ZIP_STORED for r in (record, description)):
+                    raise TypeError("it is compressed")
+                member = zipfile.Path(archive, description.filename)
+                pickled = _checked_pickle(member, description.file_size, MOST_TENSOR_PICKLE_BYTES)
+                stored, first, size, stride = _TensorUnpickler(pickled).load()
             # The record's own header (ZIP, local file header) ends with the lengths of name and padding at byte 26.
             view.seek(record.header_offset + 26)
             at = record.header_offset + 30 + sum(struct.unpack("<2H", view.read(4)))
             plain = torch.empty(chunk.size, device="meta").stride()
-            if (stored, size) != (dtype, chunk.size) or stride != plain or record.compress_type != zipfile.ZIP_STORED:
+            if (stored, size, type(first)) != (dtype, chunk.size, int) or stride != plain:
                 raise TypeError(f"it holds {size} in {stored} with strides {stride}, not {chunk.size} in {dtype}")
-            if (first + math.prod(size)) * dtype.itemsize > record.file_size:
+            needed, room = (first + math.prod(size)) * dtype.itemsize, min(record.file_size, chunk.length - at)
+            if not (first >= 0 and needed <= room):
                 raise EOFError("its bytes end too early")
         except _UNREADABLE as error:
             raise CheckpointError(
-                f"a tensor cannot be read: {error}",
+                f"a tensor cannot be read: {error!s:.200}",
                 f"{self.weights / chunk.file}, byte {chunk.offset}",
                 "copy the checkpoint again or use another",
             ) from None
@@ -241,14 +299,6 @@ def _byte_index(low: Sequence[int], high: Sequence[int], origin: Sequence[int], 
     """Index of the region [low, high) in a tensor of bytes that begins at `origin`."""
     scale = [1] * (len(low) - 1) + [itemsize]
     return tuple(slice((a - o) * n, (b - o) * n) for a, b, o, n in zip(low, high, origin, scale, strict=True))
-
-
-def _map(path: Path) -> mmap.mmap:
-    try:
-        with open(path, "rb") as file:
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"a weight file cannot be read: {error}", str(path), "copy it again") from None
 
 
 class _Range(io.RawIOBase):

@@ -68,7 +68,7 @@ def test_missing_or_broken_tokenizer_is_refused(tmp_path: Path) -> None:
         special_token_id(tmp_path, "<text_mask>")
     (tmp_path / "tokenizer.json").write_text('{"model": ')
     for call in (lambda: fingerprint(tmp_path), lambda: vocabulary_size(tmp_path)):
-        with pytest.raises(DataError, match="cannot be read"):
+        with pytest.raises(DataError, match="not valid JSON"):
             call()
 
 
