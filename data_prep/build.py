@@ -143,7 +143,7 @@ def _existing_manifest(config: BuildConfig, console: Console) -> dict[str, Any] 
     if not out.exists():
         return None
     try:
-        manifest: dict[str, Any] = json.loads((out / "manifest.json").read_text())
+        manifest: dict[str, Any] = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
         same = manifest["build"] == _settings(config)
     except (OSError, ValueError, KeyError, TypeError):
         same = False
@@ -176,7 +176,7 @@ def _begin(config: BuildConfig) -> _BuildState:
         own = state.work / f"build-{os.uname().nodename}-{os.getpid()}.json"
         write_json(own, settings)
         os.replace(own, file)
-    begun = json.loads(file.read_text())
+    begun = json.loads(file.read_text(encoding="utf-8"))
     for key, value in settings.items():
         if begun[key] == value:
             continue
@@ -192,7 +192,7 @@ def _begin(config: BuildConfig) -> _BuildState:
 @contextmanager
 def _locked(work: Path) -> Iterator[None]:
     """Prevents a second process from completing the same build."""
-    with open(work / "lock", "w") as file:
+    with open(work / "lock", "w", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -274,7 +274,7 @@ def _tokenize(state: _BuildState, numbers: Sequence[int], console: Console, work
                 advance(result.rows, result.tokens, _rows(state.units[number]))
     if any(state.result(number) is None for number in todo):
         console.print(
-            f"fastokens returned other ids than tokenizers {state.mismatch.read_text()}\n"
+            f"fastokens returned other ids than tokenizers {state.mismatch.read_text(encoding='utf-8')}\n"
             "its units are tokenized again without it"
         )
         _tokenize(state, numbers, console, workers)

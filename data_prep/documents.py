@@ -74,7 +74,7 @@ def unit_file(work: Path, number: int, kind: str) -> Path:
 def load_result(work: Path, number: int) -> UnitResult | None:
     """The result of a unit; None while it is incomplete."""
     try:
-        result = UnitResult(**json.loads(unit_file(work, number, "json").read_text()))
+        result = UnitResult(**json.loads(unit_file(work, number, "json").read_text(encoding="utf-8")))
         sizes = {kind: unit_file(work, number, kind).stat().st_size for kind in UNIT_FILES}
     except (OSError, ValueError, TypeError):
         return None

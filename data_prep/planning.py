@@ -236,7 +236,7 @@ def make_plan(
     """Runs stage two, or loads its result if it has run before."""
     file = work / "plan.json"
     if file.exists():
-        content = json.loads(file.read_text())
+        content = json.loads(file.read_text(encoding="utf-8"))
         return PackingPlan(Numbering(**content.pop("numbering")), **content)
     numbering = number_sources(sources, units, results)
     build_index(work, units, results, numbering)

@@ -47,7 +47,7 @@ def cut_parts(config: BuildConfig, plan: PackingPlan) -> list[EpochPart]:
 def load_part(work: Path, folder: Path, part: EpochPart) -> PartInfo | None:
     """Description of a written part; None while it is incomplete."""
     try:
-        content = json.loads(_marker(work, part).read_text())
+        content = json.loads(_marker(work, part).read_text(encoding="utf-8"))
         whole = all((folder / name).stat().st_size == entry["bytes"] for name, entry in content["files"].items())
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -282,7 +282,7 @@ class CheckpointWriter:
     def _copy_home(self, place: Path, partial: Path, files: dict[str, dict[str, Any]]) -> None:
         """Copies from the local disk to the run folder: this process's weights; on the main process also the rest."""
         if self._main:
-            listed = json.loads((place / "complete.json").read_text())
+            listed = json.loads((place / "complete.json").read_text(encoding="utf-8"))
             files = files | {name: entry for name, entry in listed.items() if not name.endswith(".distcp")}
         for name, expected in files.items():
             copy_file(place / name, partial / name, expected)

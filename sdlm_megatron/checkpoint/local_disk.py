@@ -86,7 +86,7 @@ def _listing(root: Path) -> dict[str, tuple[dict[str, int], str | None]]:
         if suffix:
             continue
         files = {str(p.relative_to(folder)): p.stat().st_size for p in folder.rglob("*") if p.is_file()}
-        text = (folder / _MARKER).read_text() if _MARKER in files else None
+        text = (folder / _MARKER).read_text(encoding="utf-8") if _MARKER in files else None
         listing[str(step)] = (files, text)
     return listing
 
@@ -119,7 +119,7 @@ def _copy(
     problem = next((text for text in groups.gather(problem) if text), "")
     if groups.main and not problem:
         try:
-            (partial / _MARKER).write_text(marker)
+            (partial / _MARKER).write_text(marker, encoding="utf-8")
             rename_whole(partial, folder)
         except OSError as error:
             problem = str(error)

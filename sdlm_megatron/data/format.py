@@ -306,7 +306,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
         what = "the dataset is unfinished" if unfinished else absent
         raise DataError(what, str(path), "name a folder that `sdlm prepare` has completed")
     try:
-        manifest = json.loads(file.read_text())
+        manifest = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise DataError(f"the manifest is not JSON: {error}", str(file), rebuild) from None
     if not isinstance(manifest, dict):

@@ -174,7 +174,7 @@ class PartialFolder:
         for name in (planned_file.file for planned_file in planned):
             file, record_file = self.files / name, self.done / f"{name.replace('/', '--')}.json"
             if record_file.is_file() and file.is_file():
-                record = json.loads(record_file.read_text())
+                record = json.loads(record_file.read_text(encoding="utf-8"))
                 if record["size"] == file.stat().st_size:
                     records[name] = record
         for path in self.files.rglob("*"):
@@ -220,14 +220,14 @@ def open_partial(out: Path, plan: dict[str, Any], *, workers: int) -> Iterator[P
     # Through JSON, so that the plan compares equal to the one read back: tuples become lists.
     partial, plan = PartialFolder(out, _root(out)), json.loads(json.dumps(plan))
     partial.root.mkdir(parents=True, exist_ok=True)
-    with open(partial.root / "lock", "w") as lock:
+    with open(partial.root / "lock", "w", encoding="utf-8") as lock:
         try:
             # Released by the kernel however the process ends, unlike a file that has to be removed.
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise CheckpointError("another process is writing it", str(partial.root), "wait for it or end it") from None
         file = partial.root / "plan.json"
-        earlier = json.loads(file.read_text()) if file.is_file() else None
+        earlier = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
         if out.exists():
             if earlier not in (None, plan) or partial.files.exists():
                 raise _exists(out)

@@ -105,3 +105,19 @@ def test_share_of_comments_is_sufficient() -> None:
         for token in tokenize.generate_tokens(io.StringIO(text).readline)
     )
     assert comments >= FEWEST_COMMENTS * sum(map(lines, sources()))
+
+
+def test_text_files_are_opened_as_utf8() -> None:
+    """The default is the encoding of the user's locale, which is ASCII in many batch jobs."""
+    found = []
+    for file, (_, tree) in sources().items():
+        for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+            mode = call.args[1].value if len(call.args) > 1 and isinstance(call.args[1], ast.Constant) else "r"
+            text = isinstance(call.func, ast.Name) and call.func.id == "open" and "b" not in str(mode)
+            method = isinstance(call.func, ast.Attribute) and call.func.attr in ("read_text", "write_text")
+            # an argument of read_text that is no keyword belongs to importlib.metadata
+            if (text or (method and (call.func.attr == "write_text" or not call.args))) and not any(
+                keyword.arg == "encoding" for keyword in call.keywords
+            ):
+                found.append(f"{file}:{call.lineno}")
+    assert not [place for place in found if not place.startswith(("dev/", "sdlm_megatron/chat/template.py"))]

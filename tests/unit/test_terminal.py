@@ -23,6 +23,7 @@ from sdlm_megatron.progress import track
 from sdlm_megatron.report.page_kit import Page
 from sdlm_megatron.report.plots import figure_of, legend
 from sdlm_megatron.weights.hf_config import HFConfig
+from tests.byte_tokenizer import write_folder
 
 HOSTILE = "[/x][red]:skull: \x1b]0;owned\x07 \x9b2J \u202egnp.exe\x00\r'\"`$(id)`<b>|&amp; $\\frac$ é"
 """A name with every kind of text that some output would interpret; no line feed."""
@@ -179,3 +180,44 @@ def test_submitted_command_survives_a_shell(tmp_path: Path) -> None:
     subprocess.run(refused.value.fix.partition(": ")[2], shell=True, cwd=tmp_path, check=True)
     assert (folder / "a").read_text() == "x" and not (folder / "a").is_symlink()
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(["model", target.name])
+
+
+COMMANDS = """
+import sys
+from sdlm_megatron import cli
+from sdlm_megatron.errors import run_cli
+for line in sys.argv[2:]:
+    try:
+        run_cli(cli.main, [word.replace("ROOT", sys.argv[1]) for word in line.split()])
+    except SystemExit as end:
+        print("exit code", end.code)
+"""
+
+
+@pytest.mark.slow
+def test_commands_in_an_ascii_locale(tmp_path: Path) -> None:
+    """A dataset whose source has a hostile name, through every command that prints or draws it."""
+    base = write_folder(tmp_path / "base")
+    turns = [{"role": "user", "content": HOSTILE}, {"role": "assistant", "content": f"漢字 {HOSTILE} " * 3}]
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": turns}) + "\n" + "[1]\n", encoding="utf-8")
+    sources = [{"name": name, "path": str(tmp_path / "rows.jsonl")} for name in (HOSTILE.replace("\0", ""), "two")]
+    sizes = {"row_length": 1024, "max_document_length": 900}
+    config = {"out": str(tmp_path / "out"), "tokenizer": str(base), "sources": sources, **sizes}
+    (tmp_path / "data.yaml").write_text(json.dumps(config), encoding="utf-8")
+    run = tmp_path / "run"
+    run.mkdir()
+    record = {"step": 1, "loss": 1.0, "slowest_host": HOSTILE}
+    (run / "metrics.jsonl").write_text(json.dumps(record) + "\n", encoding="utf-8")
+    (run / "config.yaml").write_text(f"name: '漢 {SEEN}'\n", encoding="utf-8")
+    lines = ["prepare --config ROOT/data.yaml --dry-run", "prepare --config ROOT/data.yaml --workers 1"]
+    lines += ["inspect ROOT/out --all", "verify ROOT/out --workers 1", "stats ROOT/out --out ROOT/stats.html"]
+    lines += ["report ROOT/run", "plan tiny --gpus 1", "doctor", "generate --model ROOT/none --prompt x"]
+    environment = {**os.environ, **ENV, **ASCII}
+    command = [sys.executable, "-c", COMMANDS, str(tmp_path), *lines]
+    done = subprocess.run(command, env=environment, capture_output=True)
+    printed = (done.stdout + done.stderr).decode("ascii")
+    assert done.returncode == 0 and "Traceback" not in printed and not UNSAFE & set(printed)
+    assert printed.count("exit code") == 1 and "error: no such folder" in printed
+    assert "clean: every rule holds on every row" in printed
+    for page in (tmp_path / "stats.html", run / "report.html"):
+        assert not UNSAFE & set(page.read_text(encoding="utf-8"))

@@ -91,7 +91,7 @@ def silent_ranks(folder: Path, seconds: float) -> list[str]:
 
 
 def _grace_seconds(folder: Path) -> float:
-    failed = any('"code": 0' not in file.read_text() for file in (folder / "exit").glob("rank-*.json"))
+    failed = any('"code": 0' not in file.read_text(encoding="utf-8") for file in (folder / "exit").glob("rank-*.json"))
     return AFTER_FAILURE if failed else AFTER_SUCCESS
 
 

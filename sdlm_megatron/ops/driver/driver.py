@@ -227,7 +227,7 @@ class Driver:
                 with_setup(self.cluster, line), env=environment, stdin=subprocess.DEVNULL, stderr=file
             )
             watch_attempt(process, self.job, nodes, folder, self.heartbeat, self._stop_reason, self.log)
-        if text := launcher_log.read_text(errors="replace").strip():
+        if text := launcher_log.read_text(errors="replace", encoding="utf-8").strip():
             self.log(f"output of {self.launcher}:\n{text}")
         self._exit_if_replaced()
         summary = summarize(self.run_dir, attempt, ranks, heartbeat_seconds=self.heartbeat)

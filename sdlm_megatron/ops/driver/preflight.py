@@ -181,7 +181,7 @@ class NodeRun:
         code = self.process.poll()
         # srun writes the log on this node, so a line shows here without the delay of a shared file system.
         if self.clock is None:
-            for line in self.log.read_text(errors="replace").splitlines(keepends=True):
+            for line in self.log.read_text(errors="replace", encoding="utf-8").splitlines(keepends=True):
                 if line.startswith(CLOCK) and line.endswith("\n"):
                     self.clock = float(line[len(CLOCK) :]), time.time()
                     break
@@ -197,7 +197,9 @@ class NodeRun:
 
     def result(self) -> dict[str, Any] | str:
         """The result, or the reason why there is none."""
-        lines = [line.strip() for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
+        lines = [
+            line.strip() for line in self.log.read_text(errors="replace", encoding="utf-8").splitlines() if line.strip()
+        ]
         last = f": {lines[-1][:300]}" if lines else ""
         code = self.process.poll()
         if code is None:

@@ -55,7 +55,7 @@ class Monitor:
         if fault.log_rows and engine.groups.tp_rank == engine.groups.pp_rank == 0:
             folder = self.run_dir / "rows" / attempt()
             folder.mkdir(parents=True, exist_ok=True)
-            self._rows = open(folder / f"rank-{watch.rank:05d}.jsonl", "a", buffering=1)  # noqa: SIM115
+            self._rows = open(folder / f"rank-{watch.rank:05d}.jsonl", "a", buffering=1, encoding="utf-8")  # noqa: SIM115
 
     def loaded(self, step: int, batches: Sequence[MicroBatch]) -> None:
         """Notes the rows of this process in `step`."""
@@ -228,7 +228,7 @@ def rows_of_run(run_dir: str | Path) -> dict[int, list[int]]:
     """
     attempts: dict[int, dict[str, tuple[float, list[int]]]] = {}
     for file in Path(run_dir).glob("rows/*/rank-*.jsonl"):
-        for line in file.read_text().splitlines():
+        for line in file.read_text(encoding="utf-8").splitlines():
             try:
                 entry = json.loads(line)
             except ValueError:  # cut by a kill

@@ -137,7 +137,7 @@ class Watch:
         with suppress(OSError):
             rank_file(self.run_dir, "exit", self.rank).unlink(missing_ok=True)  # of an earlier attempt called "local"
         try:
-            self._stacks = open(rank_file(self.run_dir, "stacks", self.rank), "w")
+            self._stacks = open(rank_file(self.run_dir, "stacks", self.rank), "w", encoding="utf-8")
         except OSError:
             self._stacks = sys.__stderr__
         faulthandler.enable(all_threads=True)  # the log shows where a library crashed
@@ -171,7 +171,7 @@ class Watch:
         partial = file.with_name(file.name + ".partial")
         # Without fsync: a heartbeat that is lost with its node is no loss. A full disk must not end the run.
         with suppress(OSError):
-            partial.write_text(json.dumps(beat))
+            partial.write_text(json.dumps(beat), encoding="utf-8")
             os.replace(partial, file)
 
     def _state(self) -> dict[str, Any]:
