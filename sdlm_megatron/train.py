@@ -13,6 +13,7 @@ from sdlm_megatron.config.schema import ModelConfig, ParallelConfig, RunConfig
 from sdlm_megatron.config.validate import check_run
 from sdlm_megatron.errors import run_cli
 from sdlm_megatron.ops.attempt import adopt_slurm_ranks
+from sdlm_megatron.ops.node.local_environment import set_local_environment
 from sdlm_megatron.ops.rank.stop import StopRequests, refuse_to_start
 from sdlm_megatron.ops.rank.watchdog import Watch
 
@@ -55,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     with Watch(config.run_dir, config.fault, requests) as watch:
         refuse_to_start(Path(config.run_dir))
+        set_local_environment()
         train(config, watch, profile=args.profile, find_nan=args.find_nan)
 
 

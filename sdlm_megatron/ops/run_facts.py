@@ -1,5 +1,6 @@
 """Facts about a run for the model card, saved in each checkpoint as run.json. No secrets, no paths of a machine."""
 
+import os
 import subprocess
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -80,8 +81,12 @@ def _commit() -> str:
     if not (root / ".git").exists():
         return ""
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*", "--abbrev=12"]
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith("GIT_")
+    }  # GIT_DIR of a hook
     try:
-        commit = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True, env=environment)
+        commit = done.stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return ""
     return f" (commit {commit})"

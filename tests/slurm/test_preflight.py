@@ -9,8 +9,8 @@ from helpers import ENV, REPO, make_dataset, make_hf
 from sdlm_megatron.ops.attempt import read_events
 from sdlm_megatron.ops.driver.verdict import read_bad_nodes
 
+ENVIRONMENT = "env: {GLOO_SOCKET_IFNAME: eth0}\n"
 CLUSTER = """
-env: {GLOO_SOCKET_IFNAME: eth0}
 preflight: {gpus: 8, run_disk_gb: 0.1, local_disk_gb: 0.1, shm_gb: 0, write_mb: 2, answer_seconds: 60}
 """
 SMALL = {
@@ -33,7 +33,7 @@ def test_spare_replaces_a_node_with_a_slow_link(cluster, tmp_path: Path) -> None
     slow, *good = cluster.nodes
     run = tmp_path / "run"
     (run / "logs").mkdir(parents=True)
-    (tmp_path / "small.yaml").write_text("gpus_per_node: 1\n" + CLUSTER)
+    (tmp_path / "small.yaml").write_text("gpus_per_node: 1\n" + ENVIRONMENT + CLUSTER)
     environment = {
         **cluster.env,
         **ENV,
@@ -92,15 +92,41 @@ def test_lost_gpu_full_disk_and_other_config_are_detected(cluster, tmp_path: Pat
     assert "0 of 3 nodes are healthy, 1 are needed" in output and "7/8!" in output
 
 
-def run_preflight(cluster, folder: Path, *, needed: int, config: str) -> tuple[int, dict, str]:
-    """Exit code, preflight.json and output of a pre-flight over all nodes of the cluster."""
-    (folder / "cluster.yaml").write_text("gpus_per_node: 8\n" + CLUSTER)
+def test_host_names_that_resolve_to_loopback_are_detected(cluster, tmp_path: Path) -> None:
+    """As on many installations of Debian: each node is 127.0.1.1 to itself. gloo needs an interface, that of NCCL."""
+    nodes, hosts = cluster.nodes[:2], (cluster.lab / "hosts").read_text().splitlines()
+    try:
+        for node in nodes:
+            own = [f"127.0.1.1 {node}" if line.split()[1] == node else line for line in hosts]
+            (tmp_path / node).write_text("\n".join(own) + "\n")
+            cluster.inside(node, "mount", "--bind", tmp_path / node, "/etc/hosts")
+        arguments = {"needed": 2, "config": "sdlm_3b_d4", "nodes": 2}
+        code, report, output = run_preflight(cluster, tmp_path, **arguments, env="")
+        assert code == 3, output
+        assert f"gloo cannot connect the nodes over the address of {nodes[0]}, 127.0.1.1: " in output
+        assert "set NCCL_SOCKET_IFNAME (which gloo follows) or GLOO_SOCKET_IFNAME" in report["bad"][nodes[1]]
+        assert report["seconds"] < 60
+        prefix = "env: {NCCL_SOCKET_IFNAME: et}\n"
+        code, report, output = run_preflight(cluster, tmp_path, **arguments, env=prefix)
+        assert code == 0 and "gloo on eth0" in output, output
+        code, report, output = run_preflight(cluster, tmp_path, **arguments, env="env: {NCCL_SOCKET_IFNAME: =et}\n")
+        assert code == 3 and "NCCL_SOCKET_IFNAME==et fits no network interface of" in report["bad"][nodes[0]], output
+    finally:
+        for node in nodes:
+            cluster.inside(node, "umount", "/etc/hosts", check=False)
+
+
+def run_preflight(
+    cluster, folder: Path, *, needed: int, config: str, nodes: int = 3, env: str = ENVIRONMENT
+) -> tuple[int, dict, str]:
+    """Exit code, preflight.json and output of a pre-flight over nodes of the cluster."""
+    (folder / "cluster.yaml").write_text("gpus_per_node: 8\n" + env + CLUSTER)
     line = f"{sys.executable} -m sdlm_megatron.cli preflight --run-dir {folder}/run --nodes-needed {needed}"
     line += f" --cluster {folder}/cluster.yaml --config {config}"
     (folder / "job.sh").write_text(f"#!/bin/bash\ncd {REPO}\n{line}\necho $? >{folder}/code\n")
-    options = [f"-N{len(cluster.nodes)}", "--gpus-per-node=8", "-o", folder / "out.txt"]
+    options = [f"-N{nodes}", "--gpus-per-node=8", "-o", folder / "out.txt"]
     job = cluster.submit(*options, folder / "job.sh", env={**cluster.env, **ENV})
-    cluster.wait(job, 120)
+    cluster.wait(job, 180)
     output = (folder / "out.txt").read_text()
     file = folder / "run" / "logs" / f"{job}-0" / "preflight.json"
     assert file.exists(), output

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -134,6 +135,50 @@ def test_hang_that_holds_the_gil_is_ended(ended: dict) -> None:
     assert code == 1
     stack = rank_file(run, "stacks", 0, "7-0-1").read_text()
     assert stack.startswith("Timeout") and "in match" in stack
+
+
+HANG = """
+import os, sys, time
+import torch, torch.distributed as dist
+from sdlm_megatron.config.schema import FaultConfig
+from sdlm_megatron.ops.rank import watchdog as module
+from sdlm_megatron.ops.rank.stop import StopRequests
+module.GRACE = 0.1
+rank, backend = int(os.environ["RANK"]), sys.argv[2]
+device = torch.device("cuda", 0) if backend == "nccl" else torch.device("cpu")
+dist.init_process_group(backend, store=dist.FileStore(sys.argv[1] + "/store"), rank=rank, world_size=int(sys.argv[3]))
+dist.all_reduce(torch.ones(3, device=device))
+with module.Watch(sys.argv[1], FaultConfig(heartbeat_seconds=0.1, start_seconds=1), StopRequests()):
+    if rank == 0:
+        dist.all_reduce(torch.ones(5, device=device))
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("backend", ["gloo", pytest.param("nccl", marks=pytest.mark.gpu)])
+def test_hang_writes_the_last_collectives(backend: str, tmp_path: Path) -> None:
+    """Rank 0 waits in an all-reduce that rank 1 never begins. (NCCL: one GPU, so one rank, which only sleeps.)"""
+    import torch
+
+    if backend == "nccl" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    world = 2 if backend == "gloo" else 1
+    buffer = {"TORCH_NCCL_TRACE_BUFFER_SIZE": "100", "SDLM_ATTEMPT": "7-0-1"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", HANG, str(tmp_path), backend, str(world)],
+            env={**os.environ, **ENV, **buffer, "RANK": str(rank)},
+        )
+        for rank in range(world)
+    ]
+    assert [rank.wait(60) for rank in ranks] == [75] * world
+    sizes = []
+    for rank in range(world):
+        file = tmp_path / "logs" / "7-0-1" / f"nccl-trace-{rank}"
+        entries = pickle.loads(file.read_bytes())["entries"]  # written by the processes above
+        assert {entry["profiling_name"] for entry in entries} == {f"{backend}:all_reduce"}
+        sizes.append([entry["input_sizes"] for entry in entries])
+    assert sizes == [[[[3]], [[5]]], [[[3]]]][:world]
 
 
 def test_stop_request_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

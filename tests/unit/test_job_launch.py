@@ -62,7 +62,8 @@ def test_environment_precedence_cluster_file_shell_default(monkeypatch: pytest.M
     environment = attempt_environment(cluster, SlurmJob("7", 0, NODES), NODES, Path("run"), "7-0-1")
     assert environment["NCCL_NVLS_ENABLE"] == "1"
     assert environment["NCCL_SOCKET_IFNAME"] == "bond0"
-    assert environment["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
+    assert environment["CUDA_DEVICE_MAX_CONNECTIONS"] == environment["TORCH_NCCL_HIGH_PRIORITY"] == "1"
+    assert "TORCH_NCCL_AVOID_RECORD_STREAMS" not in environment  # deprecated
     assert (environment["MASTER_ADDR"], environment["SDLM_ATTEMPT"]) == ("n1", "7-0-1")
     again = attempt_environment(cluster, SlurmJob("7", 0, NODES), NODES, Path("run"), "7-0-2")
     assert environment["MASTER_PORT"] != again["MASTER_PORT"]

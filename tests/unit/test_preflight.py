@@ -27,10 +27,11 @@ from sdlm_megatron.ops.driver.verdict import (
     read_bad_nodes,
     speed_floor,
 )
-from sdlm_megatron.ops.node.bandwidth import measure_matmul
+from sdlm_megatron.ops.node.bandwidth import RankGroup, free_port, measure, measure_matmul
 from sdlm_megatron.ops.node.gpu_checks import gpu_checks, parse_xids
 from sdlm_megatron.ops.node.limits import Limits
-from sdlm_megatron.ops.node.node_checks import check_disk, hash_code, hash_environment
+from sdlm_megatron.ops.node.local_environment import choose_interface, set_local_environment
+from sdlm_megatron.ops.node.node_checks import check_disk, compiler_check, hash_code, hash_environment
 
 HEALTHY = {"temperature": 31, "memory": 4 << 20, "throttle": 0x1, "ecc": 0, "rows": (0, 0, 0, 0)}
 
@@ -217,6 +218,80 @@ def test_disks_are_checked_by_writing(tmp_path: Path) -> None:
     assert "the minimum is 1e+06 GB" in check_disk("run disk", str(tmp_path), 1e6, 1).why
     (tmp_path / "file").touch()
     assert not check_disk("run disk", str(tmp_path / "file"), 0, 1).ok
+
+
+@pytest.mark.parametrize(
+    ("compiler", "include", "ok", "message"),
+    [
+        ("", None, True, ""),
+        ("no-such-cc", None, False, "no-such-cc"),
+        ("", "/nowhere", False, "Python.h: No such file or directory: install gcc"),
+        (None, None, False, "no C compiler (CC, gcc or clang): install gcc"),
+    ],
+)
+def test_a_compiler_and_the_headers_of_python_are_tried(
+    compiler: str | None, include: str | None, ok: bool, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Triton needs them in step 1; "" is the compiler of this machine, None is none."""
+    monkeypatch.delenv("CC", raising=False)
+    if compiler:
+        monkeypatch.setenv("CC", compiler)
+    if compiler is None:
+        monkeypatch.setenv("PATH", "/nowhere")
+    if include:
+        monkeypatch.setattr("sysconfig.get_paths", lambda: {"include": include})
+    check = compiler_check()
+    assert check.ok is ok and message in check.why, check
+
+
+@pytest.mark.parametrize(
+    ("pattern", "interface"),
+    [
+        ("eth", "eth0"),  # NCCL takes names as prefixes
+        ("bond0", "bond0"),
+        ("ib,bond", "bond0"),
+        ("=eth1", "eth1"),
+        ("=eth", None),
+        ("^docker", "eth0"),
+        ("^eth,docker", "bond0"),
+        ("^=eth0", "docker0"),
+        ("ib", None),
+        ("lo", "lo"),
+    ],
+)
+def test_gloo_takes_the_interface_of_nccl(pattern: str, interface: str | None) -> None:
+    interfaces = ["lo", "docker0", "eth0", "eth1", "bond0"]
+    if interface:
+        assert choose_interface(pattern, interfaces) == interface
+    else:
+        with pytest.raises(ConfigError, match=f"NCCL_SOCKET_IFNAME={pattern} fits no network interface .*eth1, bond0"):
+            choose_interface(pattern, interfaces)
+
+
+def test_kernels_are_cached_on_the_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("os.environ", {"TRITON_CACHE_DIR": "/own", "NCCL_SOCKET_IFNAME": "lo"})
+    set_local_environment()
+    folder = tmp_path / f"sdlm-cache-{os.getuid()}"
+    assert os.environ["TRITON_CACHE_DIR"] == "/own" and os.environ["GLOO_SOCKET_IFNAME"] == "lo"
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == f"{folder}/inductor"
+    folder.chmod(0o777)  # what lies in it is executed
+    with pytest.raises(ConfigError, match="is not a folder that only this user can write"):
+        set_local_environment()
+    folder.rmdir()
+    folder.symlink_to(tmp_path)
+    with pytest.raises(ConfigError, match="is not a folder that only this user can write"):
+        set_local_environment()
+
+
+def test_torch_that_cannot_use_the_gpus_fails_the_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU shows, torch has none: an error, instead of a measurement over gloo with its low limits."""
+    for name in ("SDLM_DEVICE", "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("SLURM_JOB_GPUS", "0,1")
+    result = measure(RankGroup("127.0.0.1", free_port(), 0, 2, 2, matmul=False), 60)
+    assert "torch cannot use the GPU that this machine has (SLURM_JOB_GPUS=0,1)" in result["error"]
+    assert "install a torch build" in result["error"]
 
 
 def test_hashes_follow_the_resolved_configuration(tmp_path: Path) -> None:

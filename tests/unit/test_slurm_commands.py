@@ -1,4 +1,4 @@
-"""What Slurm's commands answer, with small programs of their names on PATH: streams, formats, variables."""
+"""Answers of Slurm's commands, with small programs of their names on PATH: streams, formats, variables."""
 
 import os
 import re

@@ -15,12 +15,12 @@ CLUSTERS = SCRIPTS / "clusters"
 CLUSTER_HELP = "cluster file: a path, or NAME of ./clusters/NAME.yaml or of the package's slurm/clusters/NAME.yaml"
 FIELD_ENVIRONMENT = {
     "CUDA_DEVICE_MAX_CONNECTIONS": "1",  # kernel order that overlapped tensor parallelism needs on Hopper
-    "TORCH_NCCL_AVOID_RECORD_STREAMS": "1",  # memory of freed communication buffers is reusable at once
+    "TORCH_NCCL_HIGH_PRIORITY": "1",  # communication is not delayed behind the kernels that it overlaps with
     "NCCL_NVLS_ENABLE": "0",  # NVLink SHARP takes memory that a run at the limit does not have
     "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",  # less fragmentation of the GPU's memory
     "NVTE_FWD_LAYERNORM_SM_MARGIN": "16",  # TransformerEngine's norms leave SMs to communication kernels
     "NVTE_BWD_LAYERNORM_SM_MARGIN": "16",
-    "TORCH_NCCL_TRACE_BUFFER_SIZE": "2000",  # the last collectives of each rank, dumped when one hangs
+    "TORCH_NCCL_TRACE_BUFFER_SIZE": "2000",  # the last collectives of each rank, written when it hangs
     "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
     "OMP_NUM_THREADS": "1",  # many ranks share the CPUs of a node
 }

@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if since_checkpoint(read_events(args.run_dir), job.id, step)["requeues"] >= REQUEUES:
         record_event(args.run_dir, "job_end", reason=f"end: {why}, after {REQUEUES} requeues without progress")
         if (answer := command("scancel", job.id)).code:
-            print(f"scancel {job.id} failed: {answer.said}", flush=True)
+            print(f"scancel {job.id} failed: {answer.streams}", flush=True)
         return
     record_event(args.run_dir, "job_end", reason=f"requeue: {why}")
     record_event(args.run_dir, "requeue", reason=why, checkpoint=step)

@@ -18,6 +18,7 @@ from sdlm_megatron.errors import ConfigError, run_cli
 from sdlm_megatron.ops.attempt import attempt_dir
 from sdlm_megatron.ops.driver.cluster_file import CLUSTER_HELP, FIELD_ENVIRONMENT, ClusterFile, load_cluster
 from sdlm_megatron.ops.driver.slurm_commands import SlurmJob, slurm_environment
+from sdlm_megatron.ops.node.local_environment import cache_variables
 
 LAUNCHERS = ("srun", "torchrun")
 VARIABLES = {"DATA": "data.path", "BASE": "checkpoint.base", "RUN_DIR": "run_dir"}
@@ -165,7 +166,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if cluster.container.kind == "pyxis":  # srun creates the container
         cpus = os.environ.get("SLURM_CPUS_ON_NODE", "1")
         line[:0] = ["srun", "--nodes=1", "--ntasks=1", f"--cpus-per-task={cpus}", "--mem=0", "--export=ALL"]
-    environment = {**slurm_environment(), **{key: str(value) for key, value in cluster.env.items()}}
+    caches = cache_variables() if cluster.container.kind == "none" else {}  # a container has other folders
+    environment = {**caches, **slurm_environment(), **{key: str(value) for key, value in cluster.env.items()}}
     raise SystemExit(subprocess.run(with_setup(cluster, line), env=environment).returncode)
 
 

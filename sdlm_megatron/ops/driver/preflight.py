@@ -301,7 +301,7 @@ class NodeStages:
 
     def _judge_speeds(self, speeds: Mapping[str, dict[str, Any]]) -> None:
         """Compares the in-node all-reduces and the GPUs' speeds with the limits and the medians."""
-        self.backend = next((speed["backend"] for speed in speeds.values() if "backend" in speed), "gloo")
+        self.backend = "nccl" if any(speed.get("backend") == "nccl" for speed in speeds.values()) else "gloo"
         minimum, factor = self._limits_of(self.limits.node_gbs, 0)
         floor = speed_floor([speed["gbs"] for speed in speeds.values() if speed.get("gbs")], minimum, factor)
         tflops = sorted(t for speed in speeds.values() for t in speed.get("tflops", []))

@@ -33,14 +33,14 @@ def slurm_environment() -> dict[str, str]:
 
 
 class SlurmAnswer(NamedTuple):
-    """What a Slurm command said. Only `text`, its standard output, answers: sites print notes on the other stream."""
+    """Result of a Slurm command. Only `text`, its standard output, is an answer: sites print notes on stderr."""
 
     code: int  # exit code; 124 on a timeout
     text: str
     stderr: str
 
     @property
-    def said(self) -> str:
+    def streams(self) -> str:
         """Both streams, for messages."""
         parts = (f"{name}: {part}" for name, part in (("stdout", self.text), ("stderr", self.stderr)) if part)
         return "; ".join(parts) or f"nothing, exit code {self.code}"
@@ -65,12 +65,14 @@ def submit_job(line: Sequence[str]) -> tuple[str, str]:
     answer = command(*line)
     if answer.code:
         raise UserError(
-            f"sbatch refused: {answer.said}", shlex.join(map(mask_text, line)), "change the cluster file or the options"
+            f"sbatch refused: {answer.streams}",
+            shlex.join(map(mask_text, line)),
+            "change the cluster file or the options",
         )
     if not (job := re.fullmatch(r"(\d+)(?:;(\S+))?", answer.text)):
         fix = "look with squeue --me whether the job exists before you submit again"
         raise UserError(
-            f"sbatch did not answer with a job number ({answer.said})", shlex.join(map(mask_text, line)), fix
+            f"sbatch did not answer with a job number ({answer.streams})", shlex.join(map(mask_text, line)), fix
         )
     if answer.stderr:
         print(answer.stderr, file=sys.stderr, flush=True)
@@ -84,7 +86,7 @@ def expand_nodes(names: str, count: int | None = None) -> list[str]:
     if answer.code or not nodes or not all(map(NODE_NAME.fullmatch, nodes)) or count not in (None, len(nodes)):
         expected = "" if count is None else f" of {count} nodes"
         raise UserError(
-            f"Slurm cannot expand the list{expected}: scontrol show hostnames answered {answer.said}",
+            f"Slurm cannot expand the list{expected}: scontrol show hostnames answered {answer.streams}",
             names,
             "write it as node[01-32] or a,b,c; if a wrapper of scontrol prints notes, have them printed on stderr",
         )
@@ -155,7 +157,7 @@ class SlurmJob:
         """
         answer = command("scontrol", "requeue", self.id)
         if answer.code:
-            return answer.said
+            return answer.streams
         if exclude:
             # Slurm refuses to change the excluded nodes of a running job, so this comes after the requeue, in the
             # seconds before Slurm kills this process.
@@ -163,7 +165,7 @@ class SlurmJob:
             names = [*([] if known in ("", "(null)") else [known]), *exclude]
             answer = command("scontrol", "update", f"JobId={self.id}", f"ExcNodeList={','.join(names)}")
             if answer.code:
-                print(f"could not exclude {','.join(exclude)}: {answer.said}", flush=True)
+                print(f"could not exclude {','.join(exclude)}: {answer.streams}", flush=True)
         return ""
 
 

@@ -213,7 +213,7 @@ class Submission:
             return passed
         print("# sbatch --test-only", flush=True)
         answer = slurm.command(line[0], "--test-only", *line[1:])
-        print(answer.said)
+        print(answer.streams)
         return passed and answer.code == 0
 
     def _check_training(self) -> bool:

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING, Any
 
+from sdlm_megatron.errors import ConfigError, UserError
+
 if TYPE_CHECKING:
     import torch
 
@@ -20,6 +22,7 @@ BYTES = {"nccl": 256 << 20, "gloo": 1 << 20}
 REPEAT_SECONDS = 0.3
 REPEATS = (4, 50)  # minimum and maximum number of timed all-reduces
 MATMUL_SIZE = 8192  # side length of the square matrices that measure a GPU's speed
+GLOO_SECONDS = 20.0  # time limit of gloo to connect the nodes, all ranks being there
 PORTS = range(20000, 32000)
 """Below Linux's ephemeral range (from 32768), so that no outgoing connection takes a port that was just free."""
 
@@ -97,6 +100,8 @@ def _collect(pipes: list[Connection], deadline: float) -> dict[str, Any]:
 def _run_rank(group: RankGroup, local: int, seconds: float, pipe: Connection) -> None:
     try:
         pipe.send(_all_reduce_speed(group, local, seconds))
+    except UserError as error:
+        pipe.send({"error": f"{error.what}; {error.fix}"})
     except Exception as error:  # noqa: BLE001 - any failure belongs in the report of the node
         lines = str(error).splitlines() or [""]
         pipe.send({"error": f"{type(error).__name__}: {lines[0][:200]}"})
@@ -108,18 +113,32 @@ def _all_reduce_speed(group: RankGroup, local: int, seconds: float) -> dict[str,
     import torch
     import torch.distributed as dist
 
+    from sdlm_megatron.config.hardware import default_device
     from sdlm_megatron.parallel.exchange import verified
 
-    cuda = torch.cuda.is_available()
-    backend = "nccl" if cuda else "gloo"
-    device = torch.device("cuda", local) if cuda else torch.device("cpu")
-    if cuda:
+    os.environ["LOCAL_RANK"] = str(local)
+    device = default_device()  # an error where there are GPUs that torch cannot use, as in the training
+    if cuda := device.type == "cuda":
         torch.cuda.set_device(device)
-    timeout, rank = datetime.timedelta(seconds=seconds), group.first_rank + local
+    backend, rank = "nccl" if cuda else "gloo", group.first_rank + local
+    timeout = datetime.timedelta(seconds=seconds)
     # rank 0 serves the store; the others retry until it listens
     store = dist.TCPStore(group.host, group.port, is_master=rank == 0, timeout=timeout, wait_for_workers=False)
     ours = verified(store, rank, group.world)
-    dist.init_process_group(backend, store=ours, rank=rank, world_size=group.world, timeout=timeout)
+    # The training uses gloo too, and on GPUs nothing else shows that it cannot connect the nodes.
+    if local == 0:
+        limit = datetime.timedelta(seconds=min(seconds, GLOO_SECONDS))
+        node, nodes = group.first_rank // group.ranks, group.world // group.ranks
+        try:
+            dist.init_process_group(
+                "gloo", store=dist.PrefixStore("gloo", ours), rank=node, world_size=nodes, timeout=limit
+            )
+            dist.all_reduce(torch.zeros(1))
+        except RuntimeError as error:
+            raise gloo_error(error) from error
+        dist.destroy_process_group()
+    main_store = dist.PrefixStore("main", ours)
+    dist.init_process_group(backend, store=main_store, rank=rank, world_size=group.world, timeout=timeout)
     _time_all_reduce(torch.ones(1 << 14, device=device))  # establishes the connections
     data = torch.ones(BYTES[backend] // 4, device=device)
     first = torch.tensor([_time_all_reduce(data)], dtype=torch.float64, device=device)
@@ -132,6 +151,21 @@ def _all_reduce_speed(group: RankGroup, local: int, seconds: float) -> dict[str,
     tflops = [measure_matmul(device, MATMUL_SIZE, 20)] if cuda and group.matmul else []
     dist.barrier()  # rank 0 serves the store until all ranks are done
     return {"backend": backend, "gbs": volume / fastest / 1e9 if volume else None, "tflops": tflops}
+
+
+def gloo_error(error: Exception) -> ConfigError:
+    """The error of processes that gloo cannot connect, with what is probably wrong."""
+    name, interface = socket.gethostname(), os.environ.get("GLOO_SOCKET_IFNAME", "")
+    try:
+        address = socket.gethostbyname(name)
+    except OSError as problem:
+        address = str(problem)
+    place = f"interface {interface}" if interface else f"the address of {name}, {address}"
+    return ConfigError(
+        f"gloo cannot connect the nodes over {place}: {(str(error).splitlines() or [''])[0][:160]}",
+        "the network",
+        "set NCCL_SOCKET_IFNAME (which gloo follows) or GLOO_SOCKET_IFNAME in env of the cluster file",
+    )
 
 
 def _time_all_reduce(data: "torch.Tensor") -> float:

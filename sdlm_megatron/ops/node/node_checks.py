@@ -5,8 +5,12 @@ import hashlib
 import os
 import platform
 import shutil
+import subprocess
+import sysconfig
+import tempfile
 import uuid
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import sdlm_megatron
@@ -32,6 +36,9 @@ def check_node(
     """
     checks, gpu_kinds = gpu_checks(limits)
     shared_values = hash_environment(config, overrides)
+    # Only torch with CUDA brings Triton, which compiles a small extension of Python before its first kernel.
+    if limits.gpus and find_spec("triton"):
+        checks.append(compiler_check())
     if gpu_kinds:
         shared_values["gpu kind"] = gpu_kinds
     checks.append(check_disk("run disk", run_dir, limits.run_disk_gb, limits.write_mb))
@@ -44,6 +51,27 @@ def check_node(
     if os.path.isdir("/dev/shm"):
         checks.append(check_disk("shm", "/dev/shm", limits.shm_gb, 1))
     return checks, shared_values
+
+
+def compiler_check() -> Check:
+    """Whether an extension of Python can be compiled, in the way in which Triton does it."""
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    fix = "install gcc, the C library's headers and Python's (python3-dev)"
+    if not compiler:
+        return Check("compiler", False, "none", f"no C compiler (CC, gcc or clang): {fix}")
+    with tempfile.TemporaryDirectory() as folder:
+        source, include = Path(folder) / "x.c", sysconfig.get_paths()["include"]
+        source.write_text("#include <Python.h>\n#include <stdlib.h>\n")
+        line = [compiler, str(source), "-shared", "-fPIC", f"-I{include}", "-o", f"{folder}/x.so"]
+        try:
+            done = subprocess.run(line, capture_output=True, encoding="utf-8", errors="replace", timeout=60)
+            errors = [text for text in done.stderr.splitlines() if "error" in text] or done.stderr.splitlines()
+            problem = f"{(errors or [f'exit code {done.returncode}'])[0][:200]}" if done.returncode else ""
+        except (OSError, subprocess.TimeoutExpired) as error:
+            problem = str(error)
+    name = Path(compiler).name
+    why = f"{compiler} cannot compile an extension of Python: {problem}: {fix}" if problem else ""
+    return Check("compiler", not problem, name, why)
 
 
 def hash_environment(config: str, overrides: Sequence[str]) -> dict[str, str]:

@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from sdlm_megatron.config.command_line import make_parser
-from sdlm_megatron.errors import run_cli
+from sdlm_megatron.errors import UserError, run_cli
 from sdlm_megatron.files import write_json
 from sdlm_megatron.ops.node.bandwidth import RankGroup, free_port, measure
-from sdlm_megatron.ops.node.limits import CLOCK, CPU_RANKS, MEASURE_SECONDS, NOT_SHARED, Limits
+from sdlm_megatron.ops.node.limits import CLOCK, CPU_RANKS, MEASURE_SECONDS, NOT_SHARED, Check, Limits
+from sdlm_megatron.ops.node.local_environment import set_local_environment
 from sdlm_megatron.ops.node.node_checks import check_node
 
 
@@ -71,6 +72,12 @@ def run_checks(
     print("checking GPUs, disks, code and configuration", flush=True)
     node_limits = Limits(**limits)
     checks, shared_values = check_node(node_limits, run_dir, config, overrides)
+    try:
+        set_local_environment()
+        interface = os.environ.get("GLOO_SOCKET_IFNAME")
+        checks.append(Check("environment", True, f"gloo on {interface}" if interface else "ok"))
+    except UserError as error:
+        checks.append(Check("environment", False, "wrong", f"{error.what}; {error.fix}"))
     speed = None
     if measure_speed and not any(check.ok is False for check in checks):
         # The check "ecc" exists only where NVML answered: elsewhere /dev/nvidia* may be there without usable GPUs.
@@ -96,6 +103,7 @@ def run_network(ranks: int, rounds: Sequence[dict[str, Any] | None]) -> dict[str
     Returns:
         {"speeds": results of `measure`, one per round, null where this node had no pair}.
     """
+    set_local_environment()
     start = time.monotonic()
     speeds: list[dict[str, Any] | None] = []
     for number, pair in enumerate(rounds, 1):

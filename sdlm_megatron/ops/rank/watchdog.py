@@ -10,6 +10,7 @@ Python stacks. A process that leaves no exit record was killed. ops/driver/attem
     heartbeat/rank-N.json   rank, host, pid, step (in progress), phase, since (start of the phase), time, rows; at each
                             new step, at most once per second
     stacks/rank-N.txt       empty unless the process hung or got SIGTERM
+    nccl-trace-N            torch's record of the last collectives, if the process hung
 
 Times are seconds since 1970. Nothing here needs torch.
 """
@@ -33,7 +34,7 @@ from typing import Any, Self
 from sdlm_megatron.config.schema import FaultConfig
 from sdlm_megatron.errors import ReplicaError, TrainingError, UserError, print_error
 from sdlm_megatron.files import write_json
-from sdlm_megatron.ops.attempt import rank_file, record_event
+from sdlm_megatron.ops.attempt import attempt_dir, rank_file, record_event
 from sdlm_megatron.ops.rank.stop import StopRequests
 
 HANG = 75  # exit code of a process that hung
@@ -185,6 +186,8 @@ class Watch:
         self._stacks.flush()
         self._record("hang", why, code=HANG, failed_step=self.step, stood_still=self._stood_still)
         print(f"error: rank {self.rank} on {self.host} hangs ({why}); exiting", file=sys.stderr, flush=True)
+        with suppress(Exception):  # best effort; should it block, the interpreter's timer ends the process
+            write_collectives(attempt_dir(self.run_dir) / f"nccl-trace-{self.rank}")
         time.sleep(GRACE)
         os._exit(HANG)
 
@@ -234,6 +237,20 @@ class Watch:
                 write_json(rank_file(self.run_dir, "exit", self.rank), record)
             except OSError as problem:
                 print(f"cannot write the exit record: {problem}: {record}", file=sys.stderr, flush=True)
+
+
+def write_collectives(file: Path) -> None:
+    """Writes what torch's flight recorder holds, the last collectives and their states; nothing without torch.
+
+    NCCL's own dump comes only after its timeout, half an hour later. `torchfrtrace` compares the files of all ranks.
+    """
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.distributed.is_initialized():
+        return
+    # two recorders: that of NCCL, and that of gloo and others (torch 2.9 and later)
+    name = "_dump_fr_trace" if torch.distributed.get_backend() == "gloo" else "_dump_nccl_trace"
+    if dump := getattr(sys.modules["torch._C._distributed_c10d"], name, None):
+        file.write_bytes(dump())
 
 
 def host_name() -> str:
