@@ -14,6 +14,11 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 EXTRAS ?= test
+COMMA := ,
+# TransformerEngine is compiled against the torch that is installed, so torch comes first, and pip may not build it in
+# an environment of its own with the newest torch.
+GPU := $(filter gpu,$(subst $(COMMA), ,$(EXTRAS)))
+CPU_EXTRAS := $(subst $() ,$(COMMA),$(strip $(filter-out gpu,$(subst $(COMMA), ,$(EXTRAS)))))
 # In file order: pytest-xdist would otherwise start the files with few tests, which take longest, at the end.
 PYTEST_ARGS ?= -n 2 --dist loadscope --no-loadscope-reorder
 
@@ -40,7 +45,9 @@ $(STAMP): setup.py constraints.txt pyproject.toml
 	@$(PYTHON) -m venv $(VENV)
 	@echo "[venv 2/2] installing the packages of constraints.txt: 2 to 10 minutes the first time"
 	@$(PY) -m pip install --disable-pip-version-check -c constraints.txt \
-		$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -e '.[$(EXTRAS)]'
+		$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -e '.$(if $(CPU_EXTRAS),[$(CPU_EXTRAS)])'
+	@$(if $(GPU),$(PY) -m pip install --disable-pip-version-check setuptools wheel ninja pybind11)
+	@$(if $(GPU),$(PY) -m pip install --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[gpu]')
 	@touch $(STAMP)
 	@echo "[venv] ready"
 

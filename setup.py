@@ -85,7 +85,8 @@ setup(
         "gguf>=0.10",
     ],
     extras_require={
-        "gpu": ["transformer-engine[pytorch]", "nvidia-ml-py>=12"],
+        # compiled against the installed torch: pip install --no-build-isolation, after torch
+        "gpu": ["transformer-engine[pytorch]==2.20.2", "nvidia-ml-py>=12"],
         "eval": EVAL,
         "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.5", "mkdocstrings[python]>=0.27"],
         "test": [

@@ -6,6 +6,7 @@ with -- only limit what can be used here, such as GPUs or Slurm.
 
 import argparse
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -22,13 +23,14 @@ from packaging.requirements import Requirement
 
 from sdlm_megatron import __version__
 from sdlm_megatron.config.command_line import make_parser
-from sdlm_megatron.errors import run_cli
+from sdlm_megatron.errors import ConfigError, run_cli
 
 DISTRIBUTION, MEGATRON = "sdlm-megatron", "megatron-core"
 OLDEST_PYTHON = (3, 11)
 LOW_DISK_GB = 20
 """A 0.5B checkpoint with optimizer state takes 7 GB, and two are kept."""
 SMI_SECONDS = 8
+TE_FIX = f"on a GPU machine: pip install --no-build-isolation '{DISTRIBUTION}[gpu]', after torch"
 MARKS = {"ok": "ok", "limited": "--", "broken": "FAIL"}
 """limited: something optional is missing; broken: something needed does not work."""
 
@@ -87,21 +89,27 @@ def _driver() -> str:
 def _gpus() -> str:
     import torch
 
-    if not torch.cuda.is_available():
-        raise Problem("torch has no GPU; training runs on the CPU")
+    from sdlm_megatron.config.hardware import cpu_reason, gpu_available
+
+    try:
+        if not gpu_available():
+            raise Problem(f"{cpu_reason()}; training runs on the CPU")
+    except ConfigError as error:
+        raise Problem(f"{error.what}; training ends with this error") from None
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     memory = min(torch.cuda.get_device_properties(i).total_memory for i in range(len(names)))
     return f"{', '.join(f'{names.count(n)} x {n}' for n in sorted(set(names)))}, {memory / 2**30:.0f} GiB each"
 
 
-def _gpu_library(name: str) -> str:
-    # It hides packages that do not work, as training needs it, so this must not run in a process that trains later.
-    from sdlm_megatron.model.packages import find_packages
-
-    package = getattr(find_packages(), name)
-    if package.problem:
-        raise Problem(f"not used: {package.problem}")
-    return str(package.version)
+def _optional(name: str, *parts: str) -> str:
+    """Version of an optional package that loads; in a process of its own, as training may hide it in this one."""
+    if importlib.util.find_spec(name) is None:
+        raise Problem("not installed")
+    code = f"import torch, {', '.join((name, *parts))}; print(getattr({name}, '__version__', 'loads'))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=180, check=False)
+    if done.returncode:
+        raise Problem(f"installed, but it does not load: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
+    return done.stdout.strip()
 
 
 def _bf16() -> str:
@@ -156,8 +164,10 @@ CHECKS: tuple[tuple[str, Callable[[], str], bool, str], ...] = (
     ("torch", _torch, True, "pip install --force-reinstall torch"),
     ("NVIDIA driver", _driver, False, "install NVIDIA's driver to train on GPUs; search `dmesg` for GPU errors"),
     ("GPUs", _gpus, False, "use a machine with an NVIDIA GPU, and a torch build for a CUDA version of its driver"),
-    ("TransformerEngine", partial(_gpu_library, "transformer_engine"), False, f"pip install '{DISTRIBUTION}[gpu]'"),
-    ("Apex", partial(_gpu_library, "apex"), False, "optional; build github.com/NVIDIA/apex against this torch"),
+    ("TransformerEngine", partial(_optional, "transformer_engine", "transformer_engine.pytorch"), False, TE_FIX),
+    ("Apex", partial(_optional, "apex", "amp_C"), False, "optional; build github.com/NVIDIA/apex against this torch"),
+    ("Triton", partial(_optional, "triton"), False, "comes with torch's CUDA builds; needed on GPUs only"),
+    ("NVML", partial(_optional, "pynvml"), False, "pip install nvidia-ml-py; for the GPU checks of a job"),
     ("bf16", _bf16, False, "train with --train.precision=fp32 on this CPU"),
     ("compiler", _compiler, False, "apt install gcc g++ python3-dev"),
     # multiprocessing keeps its sockets there: data preparation and background saves need it.

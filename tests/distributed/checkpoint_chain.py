@@ -4,6 +4,7 @@ Each layout loads the checkpoint that the previous one saved. Megatron-Core is i
 layout are forked.
 """
 
+import json
 import multiprocessing
 import os
 import socket
@@ -14,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import torch._dynamo  # before the fork; otherwise each process imports it with its optimizer
 
@@ -91,6 +93,11 @@ def forked(processes: int, action: Callable[..., None], *arguments: Any, wait: b
     return children
 
 
+def connections() -> int:
+    """Number of TCP connections of this process."""
+    return sum(c.status == psutil.CONN_ESTABLISHED for c in psutil.Process().net_connections("tcp"))
+
+
 @dataclass
 class Run:
     """Builds engines of any layout on one model and dataset."""
@@ -110,7 +117,7 @@ class Run:
         if initialize:
             checkpointing.load_base(self.base, engine, new_mask=None)
         state = TrainState(
-            0, 0, ROWS, shape, config.diffusion, dataset.manifest["mask_token_id"], self.precision, "distributed", {}
+            0, 0, ROWS, shape, config.diffusion, dataset.manifest["mask_token_id"], self.precision, True, {}
         )
         return engine, state
 
@@ -127,7 +134,12 @@ class Run:
     def begin(self, layout: Layout, out: Path) -> None:
         """Saves after steps 2 and 4 without waiting: the first checkpoint is written while training continues."""
         engine, state = self.engine(layout, initialize=True)
+        before = connections()
         with CheckpointWriter(engine, out, CheckpointConfig(keep_last=0)) as writer:
+            made = engine.groups.gather(connections() - before)
+            if engine.groups.main:
+                out.parent.mkdir(parents=True)
+                out.with_suffix(".connections.json").write_text(json.dumps(made))
             for step in (2, 4):
                 self.steps(engine, step - 1, step)
                 writer.save(replace(state, step=step), None, final=step == 4)

@@ -1,5 +1,6 @@
 """A checkpoint stays bitwise equal through a chain of layouts, and training resumes from it bitwise."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,12 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     script = REPO / "tests" / "distributed" / "checkpoint_chain.py"
     run_python(str(script), str(data), str(base), str(folder))
     return folder
+
+
+def test_checkpoint_writer_connects_only_what_it_uses(outputs: Path) -> None:
+    """Eight processes: the first one with all, the others with the first and their neighbors in a ring."""
+    first, *others = json.loads((outputs / "bf16" / "first.connections.json").read_text())
+    assert first == 7 and max(others) <= 3
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])

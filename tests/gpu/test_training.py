@@ -28,6 +28,18 @@ def test_gpu_losses_equal_cpu_losses(tmp_path: Path, precision: str, rel: float)
         assert gpu["grad_norm"] == pytest.approx(cpu["grad_norm"], rel=10 * rel)
 
 
+def test_host_memory_is_pinned_without_rounding() -> None:
+    from sdlm_megatron.checkpoint.async_writer import pinned
+
+    for value in (1, 2, 3):  # the same address may come again: it must not be registered any more
+        memory = pinned(5_000_001)
+        assert memory.is_pinned() and memory.untyped_storage().nbytes() == 5_000_001
+        memory.copy_(torch.full((5_000_001,), value, dtype=torch.uint8, device="cuda"), non_blocking=True)
+        torch.cuda.current_stream().synchronize()
+        assert (memory == value).all()
+        del memory
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 4, reason="fewer than four CUDA devices")
 @pytest.mark.parametrize("chunks", [1, 2])
 def test_overlap_and_interleaving_do_not_change_the_losses(tmp_path: Path, chunks: int) -> None:

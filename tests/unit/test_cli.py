@@ -145,6 +145,18 @@ def test_doctor_works_when_torch_import_fails(monkeypatch: pytest.MonkeyPatch) -
     assert results["GPUs"]["state"] == "limited"
 
 
+def test_doctor_says_why_a_package_does_not_load(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name, text in (("sound", "__version__ = '1.2'"), ("built_wrong", "raise ImportError('undefined symbol: x')")):
+        (tmp_path / f"{name}.py").write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert doctor._optional("sound") == "1.2"
+    with pytest.raises(doctor.Problem, match="^not installed$"):
+        doctor._optional("absent_package")
+    with pytest.raises(doctor.Problem, match="installed, but it does not load: ImportError: undefined symbol: x"):
+        doctor._optional("built_wrong")
+
+
 def test_doctor_lists_gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     smi = tmp_path / "nvidia-smi"
     smi.write_text("#!/bin/sh\necho 570.1\necho 570.1\n")
