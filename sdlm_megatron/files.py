@@ -20,7 +20,8 @@ T = TypeVar("T")
 def write_text(path: Path, text: str) -> None:
     """Replaces the content of `path` atomically; a reader sees the old file or the new one."""
     partial = path.with_name(path.name + ".partial")
-    with open(partial, "w", encoding="utf-8") as file:
+    # a file name may hold bytes that are no text: \udcXX, which JSON reads back as it was
+    with open(partial, "w", encoding="utf-8", errors="backslashreplace") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sdlm_megatron.config.secret_text import mask_text
-from sdlm_megatron.errors import ConfigError
+from sdlm_megatron.errors import ConfigError, neutral
 from sdlm_megatron.files import write_text
 
 ANSWER_SECONDS = 5.0
@@ -164,7 +164,7 @@ def _start(run_dir: Path, mode: Literal["offline", "online"], project: str, run_
         raise RuntimeError("no API key: run `wandb login`, or set WANDB_API_KEY")
     return wandb.init(
         project=project,
-        name=run_dir.name,
+        name=neutral(run_dir.name, one_line=True),
         id=_run_id(run_dir),
         resume="allow",
         dir=str(run_dir),

@@ -18,7 +18,8 @@ from checkpoints_tools.model_card import model_card
 from sdlm_megatron.config.schema import ModelConfig, RunConfig
 from sdlm_megatron.diffusion.settings import SDLMSettings
 from sdlm_megatron.errors import ConfigError, make_console, markdown, neutral
-from sdlm_megatron.files import regular_file
+from sdlm_megatron.files import read_json, write_json
+from sdlm_megatron.metrics.wandb_sink import open_wandb
 from sdlm_megatron.progress import track
 from sdlm_megatron.report.page_kit import Page
 from sdlm_megatron.report.plots import figure_of, legend
@@ -168,18 +169,22 @@ def test_model_card_shows_the_names() -> None:
     assert not UNSAFE & set(card)
 
 
-def test_submitted_command_survives_a_shell(tmp_path: Path) -> None:
-    """The fix of a message and the kept command quote what they name."""
-    folder = tmp_path / "model"
-    folder.mkdir()
-    target = tmp_path / "it's; touch owned $(touch owned)"
-    target.write_text("x")
-    (folder / "a").symlink_to(target)
-    with pytest.raises(ConfigError) as refused:
-        regular_file(folder, "a", ConfigError)
-    subprocess.run(refused.value.fix.partition(": ")[2], shell=True, cwd=tmp_path, check=True)
-    assert (folder / "a").read_text() == "x" and not (folder / "a").is_symlink()
-    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(["model", target.name])
+def test_undecodable_file_name_in_files(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {"path": "run-\udcff"})
+    assert read_json(tmp_path / "a.json", ConfigError) == {"path": "run-\udcff"}
+
+
+def test_wandb_run_of_a_hostile_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import wandb
+
+    names: list[str] = []
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setattr(wandb, "init", lambda **options: names.append(options["name"]))
+    name = HOSTILE.translate({0: None, ord("/"): None}) + "\n\udcff"
+    sink = open_wandb(tmp_path / name, mode="offline", project="p", run_config={})
+    assert sink is not None
+    sink.close()
+    assert names == [SEEN.replace("␀", "").replace("/", "") + "⏎\\udcff"]
 
 
 COMMANDS = """
