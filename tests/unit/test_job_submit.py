@@ -198,3 +198,15 @@ def test_saved_submission_masks_secrets(user: dict[str, str], tmp_path: Path) ->
     assert done.returncode == 0, done.stderr
     saved = (tmp_path / "run" / "submit.sbatch").read_text()
     assert "'--export=ALL,HF_TOKEN=***'" in saved and "hunter2" not in saved and "# *** stands for a secret" in saved
+
+
+def test_saved_submission_survives_a_shell(user: dict[str, str], tmp_path: Path) -> None:
+    """A folder whose name is a command for a shell: the saved submission passes it on and runs nothing."""
+    name = str(tmp_path / "it's; touch owned `touch owned` $(touch owned)\n touch owned")
+    line = (sys.executable, "-m", "sdlm_megatron.cli", "submit", "train_3b_d4", "--cluster", "mine")
+    done = run(*line, cwd=tmp_path, env={**user, "DATA": name, "PYTHONPATH": str(REPO)})
+    assert done.returncode == 0, done.stderr
+    (tmp_path / "tools" / "sbatch").write_text('#!/bin/sh\nprintf %s "$DATA"\n')
+    again = run("sh", tmp_path / "run" / "submit.sbatch", cwd=tmp_path, env={**user, "DATA": "other"})
+    assert (again.returncode, again.stdout) == (0, name)
+    assert not list(tmp_path.rglob("owned"))
