@@ -64,7 +64,7 @@ test: smoke  ## the smoke run, then all tests
 test-newest: $(STAMP)  ## tests that use Megatron, with the newest supported Megatron-Core
 	PYTHONPATH=$$($(PY) tests/newest_megatron.py .cache) $(PY) -m pytest $(PYTEST_ARGS) tests/parity tests/distributed
 
-test-transformers: $(STAMP)  ## tests of decoding and generate, with the oldest supported transformers
+test-transformers: $(STAMP)  ## tests of decoding and the exported class, with the oldest supported transformers
 	PYTHONPATH=$$($(PY) tests/oldest_transformers.py .cache) \
 		$(PY) -m pytest $(PYTEST_ARGS) tests/parity/test_generate.py tests/parity/test_decode_oracle.py \
 		tests/parity/test_transformers_mixins.py

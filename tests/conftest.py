@@ -17,8 +17,8 @@ os.environ.setdefault("WANDB_SILENT", "true")
 
 def pytest_configure(config: pytest.Config) -> None:
     """Registers the marks of transformers' own tests (parity/test_transformers_mixins.py)."""
-    for kind in ("accelerate", "torch_compile", "torch_export", "flash_attn", "flash_attn_3", "flash_attn_4"):
-        name = f"{kind}_test{'s' * (kind == 'accelerate')}"
+    flash = ("flash_attn_test", "flash_attn_3_test", "flash_attn_4_test")
+    for name in ("accelerate_tests", "torch_compile_test", "torch_export_test", "order", *flash):
         config.addinivalue_line("markers", f"{name}: used by tests of transformers")
 
 

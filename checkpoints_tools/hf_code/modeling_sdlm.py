@@ -117,6 +117,8 @@ class DecodeOptions:
 class SDLMForCausalLM(Qwen2ForCausalLM, GenerationMixin):
     """Qwen2 with block decoding; its config adds block_size, causal_attn, text_mask_token(_id)."""
 
+    _auto_class = "AutoModelForCausalLM"  # save_pretrained of transformers 4 then copies this file and what it imports
+
     def generate(  # type: ignore[override]
         self,
         inputs: torch.Tensor | None = None,

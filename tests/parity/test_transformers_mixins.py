@@ -82,6 +82,7 @@ class TestModel(ModelTesterMixin, unittest.TestCase):
     """The mixin's tests of SDLMForCausalLM."""
 
     all_model_classes: ClassVar[tuple[Any, ...]] = ()
+    test_pruning = test_head_masking = False  # of transformers 4; Qwen2 has neither
     model_split_percents: ClassVar[list[float]] = [0.5, 0.7, 0.8]
 
     @classmethod
