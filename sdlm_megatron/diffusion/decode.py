@@ -160,8 +160,10 @@ def _columns(needed: int, fixed: bool) -> int:
     return -(-needed // FIXED_COLUMNS) * FIXED_COLUMNS if fixed else needed
 
 
-def _start(input_ids: Tensor, attention_mask: Tensor | None, columns: int, budget: int, seed: int | None) -> _Rows:
-    """Rows aligned at column 0, wherever their padding was, with room for the tokens to come."""
+def _start(
+    input_ids: Tensor, attention_mask: Tensor | None, columns: int, budget: int, seed: int | None
+) -> tuple[_Rows, list[int]]:
+    """Rows aligned at column 0, wherever their padding was, with room for the tokens to come; and their lengths."""
     device = input_ids.device
     real = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(device).ne(0).long()
     order = real.argsort(dim=1, descending=True, stable=True)
@@ -169,15 +171,17 @@ def _start(input_ids: Tensor, attention_mask: Tensor | None, columns: int, budge
     if seed is None:
         seed = int(torch.randint(2**62, ()))
     length = real.sum(1)
-    if not length.all():
-        raise ValueError(f"row {int(length.argmin())} of attention_mask has no token")
-    return _Rows(
+    lengths = length.tolist()
+    if 0 in lengths:
+        raise ValueError(f"row {lengths.index(0)} of attention_mask has no token")
+    rows = _Rows(
         ids=ids,
         length=length,
         budget=torch.full_like(length, budget),
         cached=torch.zeros_like(length),
         seeds=seed + torch.arange(len(real), device=device),
     )
+    return rows, lengths
 
 
 def _check(input_ids: Tensor, attention_mask: Tensor | None, settings: _Settings, max_new_tokens: int) -> None:
@@ -251,15 +255,17 @@ def decode(
     settings = _Settings(alg, n, threshold, product, mask_token_id, eos, warp, sample, use_cache)
     _check(input_ids, attention_mask, settings, max_new_tokens)
     columns = _columns(input_ids.shape[1] + max_new_tokens + 2 * n, bool(fixed_shape))
-    now = _start(input_ids, attention_mask, columns, max_new_tokens, seed if sample else 0)  # 0: torch's stays as it is
+    now, lengths = _start(
+        input_ids, attention_mask, columns, max_new_tokens, seed if sample else 0
+    )  # 0: torch's generator is not used
     trained = {"causal_attn": causal_attn, "target_shift": target_shift}
-    propose, prefilled = _proposer(model, now, settings, bool(fixed_shape), trained)
+    propose, prefilled = _proposer(model, now, settings, max(lengths), trained, bool(fixed_shape))
     rule = stop and _StopRule(stop, input_ids, pad_token_id)
-    return _Loop(propose, settings, now.length.tolist(), fixed_shape, rule, on_tokens).run(now, prefilled)
+    return _Loop(propose, settings, lengths, fixed_shape, rule, on_tokens).run(now, prefilled)
 
 
 def _proposer(
-    model: Any, now: _Rows, settings: _Settings, fixed: bool, trained: dict[str, bool]
+    model: Any, now: _Rows, settings: _Settings, longest: int, trained: dict[str, bool], fixed: bool
 ) -> tuple[Proposer, bool]:
     """The model as a Proposer, and whether a prefill pass has cached all but the last token of each prompt."""
     if not isinstance(model, torch.nn.Module):
@@ -268,7 +274,6 @@ def _proposer(
 
     capacity = now.ids.shape[1] + settings.window**2 + 1 if fixed else 0
     propose = TransformersProposer(model, mask_token_id=settings.mask_token_id, capacity=capacity, **trained)
-    longest = int(now.length.max())
     prefilled = settings.use_cache and longest > PREFILL_FROM
     if prefilled:
         propose.prefill(now.ids[:, : longest - 1])
