@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from sdlm_megatron.errors import CheckpointError
-from sdlm_megatron.files import HashedFile, fsync, rename_whole, write_json
+from sdlm_megatron.files import HashedFile, fsync, read_json_object, rename_whole, write_json
 
 BLOCK = 8 * 1024**2
 """Bytes a worker reads and writes at a time."""
@@ -174,8 +174,8 @@ class PartialFolder:
         for name in (planned_file.file for planned_file in planned):
             file, record_file = self.files / name, self.done / f"{name.replace('/', '--')}.json"
             if record_file.is_file() and file.is_file():
-                record = json.loads(record_file.read_text(encoding="utf-8"))
-                if record["size"] == file.stat().st_size:
+                record = read_json_object(record_file, CheckpointError, f"remove {record_file}")
+                if record.get("size") == file.stat().st_size:
                     records[name] = record
         for path in self.files.rglob("*"):
             if path.is_file() and str(path.relative_to(self.files)) not in records:
@@ -227,7 +227,8 @@ def open_partial(out: Path, plan: dict[str, Any], *, workers: int) -> Iterator[P
         except OSError:
             raise CheckpointError("another process is writing it", str(partial.root), "wait for it or end it") from None
         file = partial.root / "plan.json"
-        earlier = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+        fix = f"remove {partial.root}: the work then starts over"
+        earlier = read_json_object(file, CheckpointError, fix) if file.is_file() else None
         if out.exists():
             if earlier not in (None, plan) or partial.files.exists():
                 raise _exists(out)

@@ -374,6 +374,13 @@ def test_harmless_folders_are_read(good: Path, tmp_path: Path) -> None:
         assert contents == {(good / "mcore" / name).read_bytes()}
 
 
+@pytest.mark.parametrize("content", ["{", DEEP, "[]"])
+def test_damaged_plan_of_interrupted_work_is_named(good: Path, tmp_path: Path, content: str) -> None:
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "plan.json").write_text(content)
+    refused(lambda: hf_to_mcore.convert(good / "hf", tmp_path / "out"), "plan.json.*remove .*out.partial", tmp_path)
+
+
 # --- checkpoints
 
 
