@@ -130,8 +130,11 @@ class _Stream:
         neutral: replace what controls a terminal; rich, which writes such sequences, gets the stream without it.
     """
 
+    lossy = False
+    """Text that cannot be written is dropped, with one message on standard error."""
+
     def __init__(self, raw: TextIO, name: str, *, neutral: bool = True) -> None:
-        self._raw, self._name, self._neutral = raw, name, neutral
+        self._raw, self._name, self._neutral, self._warned = raw, name, neutral, False
         if neutral:
             self.rich_proxied_file = _Stream(raw, name, neutral=False)  # rich's name for the file below a proxy
 
@@ -149,13 +152,27 @@ class _Stream:
     def _call(self, method: Callable[..., Any], *arguments: str) -> Any:
         try:
             return method(*arguments)
-        except BrokenPipeError:
-            raise
         except OSError as error:
+            if self.lossy:
+                if not self._warned and self._name == STDOUT:
+                    self._warned = True  # first: standard error may be the same pipe
+                    print(
+                        f"WARNING: {STDOUT} cannot be written, its text is lost: {error}", file=sys.stderr, flush=True
+                    )
+                return 0
+            if isinstance(error, BrokenPipeError):
+                raise
             if self._name != STDOUT:
                 return 0  # the place for messages is lost: nothing can be said about it
             error.filename = STDOUT
             raise
+
+
+def drop_lost_output() -> None:
+    """From now on a full disk or a closed pipe behind standard output or error does not end this process."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, _Stream):
+            stream.lossy = True
 
 
 _PROGRESS_BAR = re.compile(r"\r[^\x00-\x08\x0b-\x1f\x7f-\x9f]*\Z|[\r\n]*(\x1b\[A)+\Z")

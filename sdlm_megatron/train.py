@@ -11,9 +11,10 @@ from sdlm_megatron.config.command_line import at_least, make_config_parser, pars
 from sdlm_megatron.config.load import PRESETS
 from sdlm_megatron.config.schema import ModelConfig, ParallelConfig, RunConfig
 from sdlm_megatron.config.validate import check_run
-from sdlm_megatron.errors import run_cli
-from sdlm_megatron.ops.attempt import adopt_slurm_ranks
+from sdlm_megatron.errors import drop_lost_output, run_cli
+from sdlm_megatron.ops.attempt import adopt_slurm_ranks, refuse_lone_tasks
 from sdlm_megatron.ops.node.local_environment import set_local_environment
+from sdlm_megatron.ops.rank.owner import RunOwner
 from sdlm_megatron.ops.rank.stop import StopRequests, refuse_to_start
 from sdlm_megatron.ops.rank.watchdog import Watch
 
@@ -43,6 +44,9 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="STEP",
         help="in this step check every module and gradient (slow), and report where numbers stop being finite",
     )
+    parser.add_argument(
+        "--take-over", action="store_true", help="replace a training that still writes to the same run folder"
+    )
     return parser
 
 
@@ -54,7 +58,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.dry_run:
         train(config, None, profile=args.profile)
         return
-    with Watch(config.run_dir, config.fault, requests) as watch:
+    drop_lost_output()
+    refuse_lone_tasks()
+    owner = None
+    if os.environ.get("RANK", "0") == "0":
+        owner = RunOwner(Path(config.run_dir), config.fault.heartbeat_seconds)
+        owner.take(take_over=args.take_over)
+    with Watch(config.run_dir, config.fault, requests, owner) as watch:
         refuse_to_start(Path(config.run_dir))
         set_local_environment()
         train(config, watch, profile=args.profile, find_nan=args.find_nan)

@@ -21,7 +21,6 @@ from types import TracebackType
 from typing import Any, Protocol
 
 from sdlm_megatron.config.schema import ObserveConfig
-from sdlm_megatron.errors import DataError
 from sdlm_megatron.files import write_text
 from sdlm_megatron.metrics.metric_table import tab_of
 from sdlm_megatron.metrics.wandb_sink import WandbSink, open_wandb
@@ -56,10 +55,12 @@ class JsonlSink:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
             lines = _lines(path)
-            kept = [line for record, line in lines if int(record["step"]) <= resume_step]
-            if len(kept) < len(lines):
+            later = [line for record, line in lines if record is not None and record["step"] > resume_step]
+            if later:
                 with open(path.with_suffix(REDONE + path.suffix), "a", encoding="utf-8") as redone:
-                    redone.writelines(line for record, line in lines if int(record["step"]) > resume_step)
+                    redone.writelines(later)
+            # a line that is no record stays where it is: it may be a user's
+            kept = (line for record, line in lines if record is None or record["step"] <= resume_step)
             write_text(path, "".join(kept))
         # unbuffered: after a crash, every record up to the last step is in the file
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - closed by close()
@@ -97,14 +98,18 @@ class JsonlSink:
 class TensorBoardSink:
     """Writes the numbers of each record as scalars, and purges steps after `resume_step` of an earlier attempt.
 
-    A disk error is printed and ends the sink until the next start of the run.
+    An error is printed and ends the sink until the next start of the run, but never training.
     """
 
     def __init__(self, folder: Path, *, resume_step: int = 0) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # slow to import, and not every run needs it
+        self._writer: Any = None
+        try:
+            from torch.utils.tensorboard import SummaryWriter  # slow to import, and not every run needs it
 
-        purge = resume_step + 1 if folder.exists() else None
-        self._writer: SummaryWriter | None = SummaryWriter(str(folder), purge_step=purge)
+            purge = resume_step + 1 if folder.exists() else None
+            self._writer = SummaryWriter(str(folder), purge_step=purge)
+        except Exception as problem:  # noqa: BLE001 - the package, protobuf or the disk
+            self._stop(resume_step + 1, problem)
 
     def log(self, step: int, record: Record) -> None:
         if self._writer is None:
@@ -113,13 +118,16 @@ class TensorBoardSink:
             for key, value in record.items():
                 if key not in ("step", "time") and isinstance(value, (int, float)):
                     self._writer.add_scalar(f"{tab_of(key)}/{key}", value, step)
-        except OSError as problem:
-            print(f"TensorBoard's files cannot be written from step {step} on: {problem}", file=sys.stderr, flush=True)
-            self._writer = None
+        except Exception as problem:  # noqa: BLE001 - its thread reports errors of any kind here
+            self._stop(step, problem)
+
+    def _stop(self, step: int, problem: Exception) -> None:
+        print(f"TensorBoard's files cannot be written from step {step} on: {problem}", file=sys.stderr, flush=True)
+        self._writer = None
 
     def close(self) -> None:
         if self._writer is not None:
-            with suppress(OSError):
+            with suppress(Exception):
                 self._writer.close()
 
 
@@ -149,9 +157,6 @@ class Sinks(AbstractContextManager):
             resume_step: step of the checkpoint that the run resumes from, 0 for a new run.
             run_config: the resolved configuration, for W&B.
             resume_note: the layout after the resume, e.g. "PP 1, DP 2"; the report shows it.
-
-        Raises:
-            DataError: a line of metrics.jsonl is not a log record.
         """
         folder = Path(run_dir)
         sinks: list[Sink] = [JsonlSink(folder / METRICS_FILE, resume_step=resume_step, resume_note=resume_note)]
@@ -219,26 +224,62 @@ def sample_table(record: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The records of a JSONL file in its order; DataError if a line is not a log record."""
-    return [record for record, _ in _lines(Path(path))]
+    """The records of a JSONL file in its order, each with a step. Numbers in them are finite.
+
+    Lines that are no log records are skipped; their number is printed, once for each file.
+    """
+    return [record for record, _ in _lines(Path(path)) if record is not None]
 
 
-def _lines(path: Path) -> list[tuple[dict[str, Any], str]]:
-    """Records and their lines. A last line without a newline was cut by a crash and is ignored."""
-    records = []
-    text = path.read_text(encoding="utf-8", errors="replace")
+def _lines(path: Path) -> list[tuple[dict[str, Any] | None, str]]:
+    """Records and their lines; None for a line that is no record. A last line that a crash has cut is left out."""
     # undecodable bytes are replaced: they can only be in a line that a crash has cut
-    for number, line in enumerate(text.splitlines(keepends=True), start=1):
-        if not line.endswith("\n"):
-            break
-        try:
-            record = json.loads(line)
-            int(record["step"])
-        except (ValueError, KeyError, TypeError):
-            raise DataError(
-                "the line is not a log record with a step",
-                f"{path}, line {number}",
-                "remove the line, or move the file away to start a new one",
-            ) from None
-        records.append((record, line))
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
+    records = [(_record(line), line + "\n") for line in lines]
+    wrong = [number for number, (record, _) in enumerate(records, start=1) if record is None]
+    if wrong and path not in _REPORTED:
+        _REPORTED.add(path)
+        text = f"{len(wrong)} of {len(records)} lines are no log records and are skipped, the first is line {wrong[0]}"
+        print(f"{path}: {text}", file=sys.stderr, flush=True)
     return records
+
+
+_REPORTED: set[Path] = set()
+_TEXTS, _MOST = ("slowest_host", "resume_note"), 1e300
+"""Fields that hold text; the largest absolute value of a number."""
+
+
+def _record(line: str) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line, parse_constant=lambda name: None)
+    except (ValueError, RecursionError):
+        return None
+    step = record.get("step") if isinstance(record, dict) else None
+    if type(step) is not int or not 0 <= step < 2**53:
+        return None
+    for key, value in record.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            record[key] = None
+        elif isinstance(value, (int, float)):
+            if abs(value) > _MOST:
+                return None
+        elif not (
+            value is None or (isinstance(value, str) and key in _TEXTS) or (key == "samples" and _samples(value))
+        ):
+            return None
+    return record
+
+
+def _samples(value: Any) -> bool:
+    """Whether a value has the form of report/evaluation_record.py."""
+    return isinstance(value, list) and all(
+        isinstance(sample, dict)
+        and isinstance(sample.get("prompt"), str)
+        and isinstance(sample.get("expected"), str | None)
+        and isinstance(sample.get("answer_tokens"), list)
+        and all(
+            isinstance(token, dict) and isinstance(token.get("text"), str) and type(token.get("pass")) is int
+            for token in sample["answer_tokens"]
+        )
+        for sample in value
+    )

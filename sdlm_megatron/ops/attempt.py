@@ -17,7 +17,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+from sdlm_megatron.errors import ConfigError
+
 EVENTS_FILE = "events.jsonl"
+_NUMBERS, _MOST = ("time", "process_start", "step", "checkpoint", "seconds", "blocked_s", "total_s"), 1e11
+"""Fields of events that hold numbers, and the largest one: seconds of a year that a calendar has."""
 
 
 def attempt() -> str:
@@ -30,6 +34,18 @@ def adopt_slurm_ranks() -> None:
     if os.environ.get("SDLM_LAUNCH") == "srun":
         for name, source in (("RANK", "PROCID"), ("LOCAL_RANK", "LOCALID"), ("WORLD_SIZE", "NTASKS")):
             os.environ[name] = os.environ[f"SLURM_{source}"]
+
+
+def refuse_lone_tasks() -> None:
+    """Raises ConfigError in one of several tasks of srun that do not know of each other."""
+    tasks = os.environ.get("SLURM_STEP_NUM_TASKS") or os.environ.get("SLURM_NTASKS", "")
+    if "WORLD_SIZE" not in os.environ and tasks.isdigit() and int(tasks) > 1:
+        raise ConfigError(
+            f"Slurm has started {tasks} tasks, and each would train everything alone",
+            "SLURM_NTASKS without WORLD_SIZE",
+            "`sdlm submit`; one torchrun per node: srun --ntasks-per-node=1 torchrun --nnodes=N --nproc-per-node=GPUS "
+            "--rdzv-backend=c10d --rdzv-endpoint=HOST:PORT -m sdlm_megatron.train …; or one process: srun --ntasks=1 …",
+        )
 
 
 def attempt_dir(run_dir: str | Path, name: str | None = None) -> Path:
@@ -60,17 +76,26 @@ def record_event(run_dir: str | Path, kind: str, **fields: Any) -> None:
 
 
 def read_events(run_dir: str | Path) -> list[dict[str, Any]]:
-    """All events in the order of the file; [] without a file. A line that a crash cut short is skipped."""
+    """All events in the order of the file; [] without a file. A line that is no event, as one that a crash cut, is
+    skipped."""
     try:
         text = (Path(run_dir) / EVENTS_FILE).read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:
         return []
-    events = []
-    for line in text.splitlines():
-        try:
-            event = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(event, dict) and "kind" in event:
-            events.append(event)
-    return events
+    return [event for line in text.split("\n") if (event := _event(line)) is not None]
+
+
+def _event(line: str) -> dict[str, Any] | None:
+    try:
+        event = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(event, dict) or not isinstance(event.get("kind"), str) or "time" not in event:
+        return None
+    numbers = [event[key] for key in _NUMBERS if event.get(key) is not None]
+    # written so that NaN, which compares false with everything, is refused
+    valid = all(type(x) in (int, float) and -1 <= x <= _MOST for x in numbers) and event["time"] is not None
+    valid = valid and isinstance(event.get("attempt", ""), str)
+    hosts = event.get("hosts", [])
+    valid = valid and isinstance(hosts, list) and all(isinstance(host, str) for host in hosts)
+    return event if valid and (event["kind"] not in ("start", "ready") or "step" in event) else None

@@ -15,7 +15,7 @@ from sdlm_megatron.data.batch import load_micro_batch
 from sdlm_megatron.data.format import PackedDataset
 from sdlm_megatron.data.order import step_rows
 from sdlm_megatron.data.tokenizer_identity import has_tokenizer
-from sdlm_megatron.diffusion.decode import decode
+from sdlm_megatron.diffusion.decode import Decoded, decode
 from sdlm_megatron.diffusion.row import MicroBatch
 from sdlm_megatron.errors import ConfigError
 from sdlm_megatron.metrics.formats import format_duration
@@ -51,11 +51,14 @@ class ValidationHook(Hook):
         run, started = self.run, time.perf_counter()
         run.watch.at("validate")
         with run.pause("validate"):
-            record = self.measure()
-            if run.sinks is not None:
-                run.sinks.log_validation(step, record)
+            record: dict[str, Any] = {}
+            with run.optional("validation", together=True):
+                record = self.measure()
+            if run.sinks is not None and record:
                 seconds = time.perf_counter() - started
-                print(summary_line(record, seconds), flush=True)
+                with run.optional("the output of a validation"):
+                    run.sinks.log_validation(step, record)
+                    print(summary_line(record, seconds), flush=True)
                 run.watch.event("validated", step=step, seconds=seconds)
 
     def measure(self) -> dict[str, Any]:
@@ -163,19 +166,23 @@ class SampleHook(Hook):
         run, started = self.run, time.perf_counter()
         run.watch.at("sample")
         with run.pause("samples"):
-            record = self.decode()
-            if run.sinks is not None:
-                run.sinks.log_samples(step, record)
-                print(sample_lines(record), flush=True)
+            done = None
+            with run.optional("decoding samples", together=True):
+                done = self.decode()
+            if run.sinks is not None and done is not None:
+                with run.optional("the output of samples"):
+                    record = self.record(done)
+                    run.sinks.log_samples(step, record)
+                    print(sample_lines(record), flush=True)
                 run.watch.event("sampled", step=step, seconds=time.perf_counter() - started)
 
-    def decode(self) -> dict[str, Any]:
-        """A record for samples.jsonl: `tokens_per_pass`, and `samples` as in report/evaluation_record.py."""
+    def decode(self) -> Decoded:
+        """The answers of the current weights; all processes call it."""
         rows, state, engine = [torch.tensor(p.ids) for p in self.prompts], self.run.state, self.run.engine
         ids = pad_sequence(rows, batch_first=True)
         real = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
         with engine.inference():
-            done = decode(
+            return decode(
                 self._propose,
                 ids.to(engine.groups.device),
                 mask_token_id=state.mask_token_id,
@@ -185,6 +192,9 @@ class SampleHook(Hook):
                 eos_token_ids=[state.eos_token_id],
                 attention_mask=real,
             )
+
+    def record(self, done: Decoded) -> dict[str, Any]:
+        """A record for samples.jsonl: `tokens_per_pass`, and `samples` as in report/evaluation_record.py."""
         answers = zip(self.prompts, done.tokens, done.accepted, strict=True)
         return {"tokens_per_pass": done.tokens_per_pass, "samples": [self._sample(*answer) for answer in answers]}
 
@@ -222,6 +232,6 @@ def _tokenizer(assets: Path | None) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(assets, trust_remote_code=False)  # no code of a base is run in training
-    except (OSError, ValueError) as error:
+    except Exception as error:  # noqa: BLE001 - the file may hold anything, and samples must not end training
         print(f"samples are shown as token ids: the tokenizer in {assets} cannot be loaded: {error}", flush=True)
         return _TokenIds()

@@ -3,6 +3,7 @@
 A hook is added by one class and one line in `train.py`, where the list says the order in which hooks are called.
 """
 
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -46,6 +47,27 @@ class TrainingRun:
     """The newest log record, on the main process."""
     paused: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     """Seconds since the newest log record in which no step ran, by cause; "" for causes that are not recorded."""
+
+    failed: set[str] = field(default_factory=set)
+    """Optional parts that have failed, see `optional`."""
+
+    @contextmanager
+    def optional(self, what: str, *, together: bool = False) -> Iterator[None]:
+        """A body that only shows, draws or measures: errors are printed, once for each `what`, and training goes on.
+
+        Args:
+            together: all processes work together in the body. One of them cannot skip it while the others wait, so an
+                error ends the training of several processes.
+        """
+        try:
+            yield
+        except Exception as error:
+            if together and self.engine.groups.world_size > 1:
+                raise
+            if what not in self.failed:
+                self.failed.add(what)
+                reason = f"{type(error).__name__}: {error}"
+                print(f"WARNING: {what} failed, training goes on: {reason}", file=sys.stderr, flush=True)
 
     @property
     def main(self) -> bool:

@@ -65,10 +65,12 @@ class LogHook(Hook):
             record |= some
         record |= _breakdown(parts, len(steps), step_time, waited)
         record |= {f"time_{cause}": seconds for cause, seconds in pauses.items() if cause}
-        record |= self._sensors.read() if self._sensors is not None else {}
+        with run.optional("reading the sensors of the GPUs"):
+            record |= self._sensors.read() if self._sensors is not None else {}
         run.record = record
-        run.sinks.log(step, record)
-        self._console.log(step, record)
+        with run.optional("the output of a log record"):
+            run.sinks.log(step, record)
+            self._console.log(step, record)
 
     def _record(self, step: int, steps: Sequence[StepResult], step_time: float) -> dict[str, float | int | str]:
         """The fields that the loop itself knows; an unknown MFU is left out instead of written as 0."""
@@ -128,12 +130,10 @@ class GpuSensors:
         """None without the package (nvidia-ml-py), a driver or a GPU."""
         try:
             import pynvml
-        except ImportError:
-            return None
-        try:
+
             pynvml.nvmlInit()
             handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
-        except pynvml.NVMLError:
+        except Exception:  # noqa: BLE001 - sensors are optional, and drivers and bindings fail in many ways
             return None
         return cls(pynvml, handles) if handles else None
 

@@ -36,6 +36,10 @@ class ProfileHook(Hook):
         wanted = groups.tp_rank == groups.dp_rank == 0 and self.first - 1 <= step <= self.last
         if not wanted or self._profile is not None:
             return
+        with self.run.optional("the profile"):
+            self._start(step)
+
+    def _start(self, step: int) -> None:
         activities = [ProfilerActivity.CPU]
         if torch.cuda.is_available():
             activities.append(ProfilerActivity.CUDA)
@@ -54,7 +58,8 @@ class ProfileHook(Hook):
     def after_step(self, step: int) -> None:
         with self.run.pause():
             if self._profile is not None:
-                self._profile.step()
+                with self.run.optional("the profile"):
+                    self._profile.step()
             if step == self.last:
                 self._finish()
 
@@ -62,19 +67,23 @@ class ProfileHook(Hook):
         summary = None
         # only some processes have a trace, but all take part in the gather below
         if self._profile is not None:
-            self._profile.stop()
+            with self.run.optional("the profile"):
+                self._profile.stop()
+                # read back from the file: `summarize` works on the exported format, which tests can write by hand
+                with gzip.open(self._trace(), "rt", encoding="utf-8") as file:
+                    measured = summarize(json.load(file)["traceEvents"])
+                # JSON has no keys that are tuples
+                fields = asdict(replace(measured, communication={}))
+                summary = fields, list(measured.communication.items()), _peak_memory()
             self._profile = None
-            # read back from the file: `summarize` works on the exported format, which tests can write by hand
-            with gzip.open(self._trace(), "rt", encoding="utf-8") as file:
-                measured = summarize(json.load(file)["traceEvents"])
-            # JSON has no keys that are tuples
-            summary = asdict(replace(measured, communication={})), list(measured.communication.items()), _peak_memory()
         gathered = self.run.engine.groups.gather(summary)
         columns = [
             (rank, TraceSummary(**fields | {"communication": {tuple(key): value for key, value in calls}}), memory)
             for rank, (fields, calls, memory) in ((r, entry) for r, entry in enumerate(gathered) if entry)
         ]
-        if self.run.main:
+        if not self.run.main or not columns:
+            return
+        with self.run.optional("the profile"):
             groups = self.run.engine.groups
             layout = f"TP {groups.tp_size}, PP {groups.pp_size}, DP {groups.dp_size} on {groups.device_name}"
             text = summary_page(f"Steps {self.first} to {self.last}: {layout}", columns).markdown()

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from job_history import EVENTS, RECORDS, T, event, record, write_job
 
+from sdlm_megatron.ops.attempt import read_events
 from sdlm_megatron.ops.goodput import CAUSES, USEFUL, goodput, goodput_of
 
 
@@ -75,3 +76,30 @@ def test_folder_keeps_the_times_of_repeated_steps(tmp_path: Path) -> None:
     assert [json.loads(line)["step"] for line in redone] == [4, 5]
     assert goodput_of(tmp_path) == goodput(EVENTS, RECORDS)
     assert goodput_of(tmp_path / "nothing") is None
+
+
+WRONG = {
+    "nested": "[" * 50_000,
+    "no time": '{"kind": "start", "step": 0}',
+    "time": '{"kind": "start", "step": 0, "time": "now"}',
+    "null": '{"kind": "start", "step": 0, "time": null}',
+    "nan": '{"kind": "start", "step": 0, "time": NaN}',
+    "inf": '{"kind": "start", "step": 0, "time": 1e999}',
+    "year": '{"kind": "start", "step": 0, "time": 1e12}',
+    "kind": '{"kind": ["start"], "time": 1}',
+    "step": '{"kind": "ready", "time": 1, "step": "one"}',
+    "no step": '{"kind": "ready", "time": 1}',
+    "seconds": '{"kind": "preflight", "time": 1, "seconds": []}',
+    "hosts": '{"kind": "train_end", "time": 1, "hosts": [{}]}',
+    "attempt": '{"kind": "stop", "time": 1, "attempt": 5}',
+}
+
+
+@pytest.mark.parametrize("line", WRONG.values(), ids=WRONG)
+def test_lines_that_are_no_events_are_skipped(tmp_path: Path, line: str) -> None:
+    write_job(tmp_path)
+    events = read_events(tmp_path)
+    file = tmp_path / "events.jsonl"
+    file.write_text(f"{line}\n" + file.read_text() + line)
+    assert read_events(tmp_path) == events
+    assert goodput_of(tmp_path) == goodput(EVENTS, RECORDS)

@@ -12,7 +12,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
-from sdlm_megatron.errors import ConfigError, DataError
+from sdlm_megatron.errors import ConfigError
 from sdlm_megatron.metrics import wandb_sink
 from sdlm_megatron.metrics.sinks import JsonlSink, Sinks, TensorBoardSink, read_metrics
 
@@ -81,19 +81,50 @@ def test_run_from_step_0_drops_earlier_records(tmp_path):
     assert steps(tmp_path / "metrics.jsonl") == [1, 2]
 
 
-def test_invalid_line_is_reported_and_file_unchanged(tmp_path):
+WRONG = {
+    "text": "nonsense",
+    "list": "[]",
+    "no step": '{"loss": 1}',
+    "step": '{"step": "2"}',
+    "bool": '{"step": true}',
+    "negative": '{"step": -1}',
+    "nested": '{"step": 2, "loss": ' + "[" * 50_000 + "]" * 50_000 + "}",
+    "huge": '{"step": 2, "loss": 1' + "0" * 400 + "}",
+    "digits": '{"step": 2, "loss": 1' + "0" * 5000 + "}",
+    "kind": '{"step": 2, "loss": "low"}',
+    "samples": '{"step": 2, "samples": [{"prompt": 3}]}',
+}
+
+
+@pytest.mark.parametrize("line", WRONG.values(), ids=WRONG)
+def test_lines_that_are_no_records_are_counted_and_kept(tmp_path, capfd, line):
     file = tmp_path / "metrics.jsonl"
-    file.write_text('{"step": 1}\nnonsense\n{"step": 3}\n')
-    before = file.read_bytes()
-    with pytest.raises(DataError, match="metrics.jsonl, line 2"):
-        Sinks.open(tmp_path, Settings(), 1)
-    assert file.read_bytes() == before
+    file.write_text(f'{{"step": 1, "loss": 1.5}}\n{line}\n{{"step": 3}}\n{line}\n')
+    assert steps(file) == [1, 3] == steps(file)
+    message = f"{file}: 2 of 4 lines are no log records and are skipped, the first is line 2\n"
+    assert capfd.readouterr().err == message
+    run(tmp_path, 2, 2, resume_step=1)
+    assert steps(file) == [1, 2] and file.read_text().count(line) == 2
+    assert '"step": 3' in (tmp_path / "metrics.redone.jsonl").read_text()
+
+
+def test_values_that_are_not_finite_are_read_as_absent(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"step": 1, "loss": NaN, "grad_norm": 1e999, "lr": -Infinity, "slowest_host": "n1"}\n')
+    assert read_metrics(file) == [{"step": 1, "loss": None, "grad_norm": None, "lr": None, "slowest_host": "n1"}]
+
+
+def test_tensorboard_that_cannot_start_is_reported_once(tmp_path, capfd):
+    (tmp_path / "tensorboard").write_text("a file, not a folder")
+    run(tmp_path, 1, 3, settings=Settings(tensorboard=True))
+    assert steps(tmp_path / "metrics.jsonl") == [1, 2, 3]
+    assert capfd.readouterr().err.count("TensorBoard's files cannot be written from step 1 on") == 1
 
 
 def test_records_are_written_once_a_full_disk_has_room(tmp_path, capfd):
     path = tmp_path / "metrics.jsonl"
     sink = JsonlSink(path)
-    sink.log(1, {"loss": 1.0, "note": "x" * 4000})
+    sink.log(1, {"loss": 1.0, "resume_note": "x" * 4000})
     with no_file_beyond(path.stat().st_size + 5):  # the next line is truncated
         for step in (2, 3):
             sink.log(step, {"loss": 1.0})

@@ -96,10 +96,12 @@ def test_sampler_has_text_if_there_is_a_tokenizer(make_engine: Callable, tmp_pat
     engine = make_engine(folder)
     state = TrainState(0, 0, 1, engine.shape, engine.config.diffusion, MASK, "fp32", "none", {}, EOS)
     data = PackedDataset(make_dataset(tmp_path / "data", rows=2))
-    as_ids = SampleHook(training_run(engine, data, state, None)).decode()
+    hook = SampleHook(training_run(engine, data, state, None))
+    as_ids = hook.record(hook.decode())
     (folder / "tokenizer.json").write_text(json.dumps(definition()))
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    as_text = SampleHook(training_run(engine, data, state, folder)).decode()
+    hook = SampleHook(training_run(engine, data, state, folder))
+    as_text = hook.record(hook.decode())
     assert [s["tokens"] for s in as_ids["samples"]] == [s["tokens"] for s in as_text["samples"]]
     for plain, sample in zip(as_ids["samples"], as_text["samples"], strict=True):
         assert plain["prompt"].split() == [str(i) for i in sample["prompt_ids"]]

@@ -16,6 +16,12 @@ from sdlm_megatron.files import write_json, write_text
 from sdlm_megatron.ops.attempt import attempt_dir, rank_file
 
 LOG_LINES = 20
+_EVERY = {"host": str, "rows": list, "time": (int, float)}
+_FIELDS: dict[str, dict[str, Any]] = {
+    "exit": _EVERY | {"reason": str, "why": str, "step": int, "error": str | None, "ranks": list | None},
+    "heartbeat": _EVERY | {"step": int, "phase": str},
+}
+"""Fields that are read, with their types; a file without them, as one that a full disk has cut, counts as absent."""
 LATE_HEARTBEATS = 2.5  # a heartbeat is late when it is this many intervals older than the newest of the attempt
 CONNECTION = re.compile(
     r"connection (closed|reset|refused|lost|was)|\bpeer\b|socket|broken pipe|timed? ?out|gloo/transport"
@@ -70,9 +76,12 @@ class _AttemptFiles:
         for rank in self.ranks:
             try:
                 content = json.loads(rank_file(self.run_dir, kind, rank, self.name).read_text(encoding="utf-8"))
-            except (OSError, ValueError):
+            except (OSError, ValueError, RecursionError):
                 continue
-            if isinstance(content, dict):
+            if isinstance(content, dict) and all(
+                isinstance(content.get(key), types) and not isinstance(content.get(key), bool)
+                for key, types in _FIELDS[kind].items()
+            ):
                 contents[rank] = content
         return contents
 

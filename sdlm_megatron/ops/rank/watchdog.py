@@ -35,6 +35,7 @@ from sdlm_megatron.config.schema import FaultConfig
 from sdlm_megatron.errors import ReplicaError, TrainingError, UserError, print_error
 from sdlm_megatron.files import write_json
 from sdlm_megatron.ops.attempt import attempt_dir, rank_file, record_event
+from sdlm_megatron.ops.rank.owner import RunOwner
 from sdlm_megatron.ops.rank.stop import StopRequests
 
 HANG = 75  # exit code of a process that hung
@@ -56,10 +57,13 @@ class Watch:
         run_dir: folder of the run. If it is not writable, training continues without records.
         settings: the section `fault` of the configuration.
         requests: stop requests, listening since the start of the process.
+        owner: of the run folder, on rank 0: kept alive here, and released at the end.
     """
 
-    def __init__(self, run_dir: str | Path, settings: FaultConfig, requests: StopRequests) -> None:
-        self.run_dir, self.settings, self.requests = Path(run_dir), settings, requests
+    def __init__(
+        self, run_dir: str | Path, settings: FaultConfig, requests: StopRequests, owner: RunOwner | None = None
+    ) -> None:
+        self.run_dir, self.settings, self.requests, self.owner = Path(run_dir), settings, requests, owner
         self.rank = int(os.environ.get("RANK", 0))
         self.host = host_name()
         self.step, self.done = 0, 0  # the step in progress, and the last one whose results were read
@@ -157,6 +161,8 @@ class Watch:
             if time.monotonic() >= due or (self.rows and self.step != reported):
                 due, reported = time.monotonic() + self.settings.heartbeat_seconds, self.step
                 self._beat()
+            if self.owner is not None and not self.owner.beat():
+                self._replaced()
             since, allowed = self._clock
             left = since + allowed - time.monotonic()
             # Armed anew at each tick: it fires only if this thread stops running, as when a C extension holds the GIL.
@@ -190,6 +196,13 @@ class Watch:
             write_collectives(attempt_dir(self.run_dir) / f"nccl-trace-{self.rank}")
         time.sleep(GRACE)
         os._exit(HANG)
+
+    def _replaced(self) -> None:
+        """Ends the process at once: nothing more may be written to the run folder."""
+        error = "another training has taken over the run folder"
+        self._record("user_error", error, code=2, error=error, failed_step=self.step)
+        print(f"error: {error}\n  where: {self.run_dir}", file=sys.stderr, flush=True)
+        os._exit(2)
 
     # ------------------------------------------------------------------ the end
 
@@ -237,6 +250,8 @@ class Watch:
                 write_json(rank_file(self.run_dir, "exit", self.rank), record)
             except OSError as problem:
                 print(f"cannot write the exit record: {problem}: {record}", file=sys.stderr, flush=True)
+            if self.owner is not None:
+                self.owner.release()
 
 
 def write_collectives(file: Path) -> None:
