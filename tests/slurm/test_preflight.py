@@ -105,7 +105,6 @@ def test_host_names_that_resolve_to_loopback_are_detected(cluster, tmp_path: Pat
         assert code == 3, output
         assert f"gloo cannot connect the nodes over the address of {nodes[0]}, 127.0.1.1: " in output
         assert "set NCCL_SOCKET_IFNAME (which gloo follows) or GLOO_SOCKET_IFNAME" in report["bad"][nodes[1]]
-        assert report["seconds"] < 60
         prefix = "env: {NCCL_SOCKET_IFNAME: et}\n"
         code, report, output = run_preflight(cluster, tmp_path, **arguments, env=prefix)
         assert code == 0 and "gloo on eth0" in output, output
