@@ -255,9 +255,7 @@ def decode(
     settings = _Settings(alg, n, threshold, product, mask_token_id, eos, warp, sample, use_cache)
     _check(input_ids, attention_mask, settings, max_new_tokens)
     columns = _columns(input_ids.shape[1] + max_new_tokens + 2 * n, bool(fixed_shape))
-    now, lengths = _start(
-        input_ids, attention_mask, columns, max_new_tokens, seed if sample else 0
-    )  # 0: torch's generator is not used
+    now, lengths = _start(input_ids, attention_mask, columns, max_new_tokens, seed if sample else 0)
     trained = {"causal_attn": causal_attn, "target_shift": target_shift}
     propose, prefilled = _proposer(model, now, settings, max(lengths), trained, bool(fixed_shape))
     rule = stop and _StopRule(stop, input_ids, pad_token_id)
