@@ -12,6 +12,7 @@ import orjson
 from data_prep.build_config import SourceConfig
 from data_prep.columnar import ColumnarTable, as_bytes, open_hub, open_table
 from data_prep.sources import (
+    MOST_LINE,
     InputRow,
     Unreadable,
     check_schema,
@@ -20,6 +21,7 @@ from data_prep.sources import (
     is_lines,
     read_json,
     read_json_list,
+    read_line,
 )
 from sdlm_megatron.errors import DataError
 
@@ -151,8 +153,8 @@ def _plan_lines(number: int, file: Path, unit_bytes: int, limit: int) -> tuple[l
     if limit:
         size = 0
         with open(file, "rb") as lines:
-            for line in lines:
-                size += len(line)
+            while line := (read := read_line(lines))[0]:
+                size += read[1]
                 rows += not line.isspace()
                 if rows == limit:
                     break
@@ -196,19 +198,23 @@ def _line_rows(unit: InputUnit) -> Iterator[InputRow]:
         at = max(unit.start - 1, 0)  # one byte earlier: if it is a line break, a line begins at unit.start
         lines.seek(at)
         if unit.start:
-            at += len(lines.readline())  # the rest of a line of the previous unit, or its line break
+            at += read_line(lines)[1]  # the rest of a line of the previous unit, or its line break
         place = 0
         while at < unit.stop:
-            line = lines.readline()
+            line, size = read_line(lines)
             if not line:
                 raise DataError("the file ends early: it changed while it was read", unit.file)
-            at += len(line)
+            at += size
             place += 1
             if not line.isspace():
                 yield InputRow(place, _parse(line))
 
 
 def _parse(line: bytes) -> Any:
+    if len(line) > MOST_LINE:
+        return Unreadable(
+            f"the line has more than {MOST_LINE:,} bytes", line[:1000].decode("utf-8", "backslashreplace")
+        )
     try:
         return orjson.loads(line)
     except orjson.JSONDecodeError:

@@ -4,19 +4,21 @@ docs/data.md has a table of unusual rows, which are treated alike in every forma
 """
 
 import json
+import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from data_prep.build_config import SourceConfig
 from data_prep.chat import ROLES, check_text, parse
 from data_prep.columnar import open_hub, open_table
 from data_prep.source_formats import FILE_TYPES, FORMATS, TURN_KEYS, SourceFormat, formats_with_columns
 from sdlm_megatron.errors import DataError
+from sdlm_megatron.files import checked, read_json_object, regular_file
 
 Conversation = list[tuple[str, str]]
 """[(ChatML role, text)…]"""
@@ -187,7 +189,26 @@ def _count_file(file: Path) -> int:
     if not is_lines(file):
         return len(read_json_list(file))
     with open(file, "rb") as lines:
-        return sum(1 for line in lines if not line.isspace())
+        return sum(1 for line in limited_lines(lines) if not line.isspace())
+
+
+def limited_lines(file: BinaryIO) -> Iterator[bytes]:
+    """The lines of a file; of one longer than MOST_LINE only the beginning is kept."""
+    while line := read_line(file)[0]:
+        yield line
+
+
+def read_line(file: BinaryIO) -> tuple[bytes, int]:
+    """The next line, with its line break, and its bytes in the file.
+
+    The first MOST_LINE + 1 bytes of a longer line, whose rest is skipped: one line could fill the memory.
+    """
+    line = file.readline(MOST_LINE + 1)
+    size, rest = len(line), line
+    while len(rest) > MOST_LINE and not rest.endswith(b"\n"):
+        rest = file.readline(MOST_LINE + 1)
+        size += len(rest)
+    return line, size
 
 
 def is_lines(file: Path) -> bool:
@@ -199,7 +220,7 @@ def is_lines(file: Path) -> bool:
         return True
     try:
         with open(file, "rb") as lines:
-            first, second = islice(chain((line for line in lines if not line.isspace()), (b"", b"")), 2)
+            first, second = islice(chain((line for line in limited_lines(lines) if not line.isspace()), (b"", b"")), 2)
     except OSError as error:
         raise DataError(f"the file cannot be read: {error.strerror}", str(file), "check `path`") from None
     row = _value(first)
@@ -217,6 +238,8 @@ def _value(line: bytes) -> Any:
         return None
 
 
+MOST_LINE = 64 << 20
+"""Bytes of the longest line that is read, about 16 million tokens."""
 LIST_OF_ROWS = "write one list, [row, row, ...], or one row per line into a .jsonl file"
 
 
@@ -282,13 +305,16 @@ def _check_file(file: Path, source: SourceConfig) -> None:
 
 def _folder_files(folder: Path, source: SourceConfig) -> list[Path]:
     if (folder / "dataset_dict.json").is_file():
-        splits = read_json(folder / "dataset_dict.json").get("splits", [])
+        file = regular_file(folder, "dataset_dict.json", DataError)
+        splits = checked(read_json_object(file, DataError), "splits", list, file, DataError)
         if source.split not in splits:
             raise _no_split(source, folder, splits)
         folder = folder / source.split
     if (folder / "state.json").is_file():
         return _saved_files(folder, source)
     local = sorted(file for file in folder.iterdir() if file.suffix in FILE_TYPES and file.name not in _INFO_FILES)
+    for file in local:
+        regular_file(folder, file.name, DataError)
     named = any(_SPLIT_WORD.search(file.stem) for file in local)
     readme = (folder / "README.md").is_file()
     if local and not (readme or named or source.subset):
@@ -306,11 +332,15 @@ def _folder_files(folder: Path, source: SourceConfig) -> list[Path]:
 
 def _saved_files(folder: Path, source: SourceConfig) -> list[Path]:
     """Files written by `save_to_disk`."""
-    state = read_json(folder / "state.json")
+    file = regular_file(folder, "state.json", DataError)
+    state = read_json_object(file, DataError)
     if state.get("_indices_files") or state.get("_indices_data_files"):
         what = f"source {source.name!r}: the saved dataset is a selection of its rows"
         raise DataError(what, str(folder), "call `flatten_indices()` and save it again")
-    return [folder / entry["filename"] for entry in state.get("_data_files", [])]
+    entries = checked(state, "_data_files", list, file, DataError)
+    if not all(isinstance(entry, dict) and isinstance(entry.get("filename"), str) for entry in entries):
+        raise DataError("an entry has no `filename`", f"{file}, field _data_files", "save the dataset again")
+    return [regular_file(folder, entry["filename"], DataError) for entry in entries]
 
 
 def _hub_copy(folder: Path, source: SourceConfig) -> dict[str, list[Path]]:
@@ -324,7 +354,12 @@ def _hub_copy(folder: Path, source: SourceConfig) -> dict[str, list[Path]]:
     except Exception as error:  # the library raises many types
         what = f"source {source.name!r}: no {', '.join(FILE_TYPES)} files: {error}"
         raise DataError(what, str(folder), "check `path`, `subset` and `split`") from error
-    return {str(split): [Path(file) for file in names] for split, names in data_files.items()}
+    by_split: dict[str, list[Path]] = {str(split): list(map(Path, names)) for split, names in data_files.items()}
+    for file in {file for names in by_split.values() for file in names}:
+        # The README may name any file of this machine, which regular_file refuses as an absolute path.
+        roots = [root for root in (Path(os.path.abspath(folder)), folder.resolve()) if file.is_relative_to(root)]
+        regular_file(folder, str(file.relative_to(roots[0]) if roots else file), DataError)
+    return by_split
 
 
 def _no_split(source: SourceConfig, folder: Path, splits: list[str]) -> DataError:

@@ -27,7 +27,7 @@ import numpy as np
 from sdlm_megatron.data.indexed import IndexedReader, IndexedWriter
 from sdlm_megatron.diffusion.layout import IGNORE, RowLayout, slot_targets
 from sdlm_megatron.errors import DataError
-from sdlm_megatron.files import most_open, rename_whole, write_json
+from sdlm_megatron.files import checked, most_open, read_json_object, regular_file, rename_whole, write_json
 
 FORMAT = "sdlm-packed"
 VERSION = 2
@@ -35,6 +35,8 @@ _TOKENS = ("mask_token_id", "eos_token_id", "pad_token_id", "vocab_size", "token
 REQUIRED = ("row_length", "max_document_length", "block_size", "repeat", "target_shift", *_TOKENS, "seed", "sources")
 """Manifest fields of every dataset. `mask_token`, the text, was added later and is optional."""
 KINDS = ("rows", "layout")
+MOST_TOKENS = 1 << 24
+"""Largest row length and block size of a manifest; a row is held in memory several times."""
 _OPEN_PARTS = 64
 """Parts that are open at once: a corpus may have more, with four files each, than a process may have open files."""
 REBUILD = "the file is damaged or was replaced: copy it again or rebuild the dataset"
@@ -198,10 +200,14 @@ class PartReader:
         self._where, rows = f"{folder}, epoch {epoch}, part {part}", manifest["part_rows"][epoch][part]
         self._block_size, self._target_shift = manifest["block_size"], manifest["target_shift"]
         self._readers = {}
+        # A layout has two numbers, three per document and one per block.
+        longest = {"rows": manifest["row_length"], "layout": 2 + 4 * manifest["row_length"]}
         for kind in KINDS:
             where = prefix(folder, epoch, part, kind)
+            for suffix in (".bin", ".idx"):
+                regular_file(folder, Path(where).name + suffix, DataError)
             try:
-                self._readers[kind] = IndexedReader(where)
+                self._readers[kind] = IndexedReader(where, longest[kind])
             except (ValueError, OSError) as error:
                 if isinstance(error, OSError) and error.errno == errno.EMFILE:
                     raise  # the file is not damaged
@@ -279,8 +285,7 @@ class PackedDataset:
             for suffix in (".bin", ".idx"):
                 file = Path(prefix(self.path, epoch, part, kind) + suffix)
                 expected = self.manifest["files"].get(file.name, {}).get("bytes")
-                if not file.exists():
-                    raise DataError(f"{file.name} is missing", str(file), REBUILD)
+                regular_file(self.path, file.name, DataError)
                 if (size := file.stat().st_size) != expected:
                     what = f"{file.name} has {size} bytes, the manifest says {expected}"
                     raise DataError(what, str(file), REBUILD)
@@ -305,12 +310,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
         absent = "not a packed dataset: no manifest.json" if path.is_dir() else "no such folder"
         what = "the dataset is unfinished" if unfinished else absent
         raise DataError(what, str(path), "name a folder that `sdlm prepare` has completed")
-    try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"the manifest is not JSON: {error}", str(file), rebuild) from None
-    if not isinstance(manifest, dict):
-        raise DataError("the manifest is not a JSON object", str(file), rebuild)
+    manifest = read_json_object(regular_file(path, file.name, DataError), DataError, rebuild)
     if manifest.get("format") != FORMAT or manifest.get("version") != VERSION:
         actual = f"format {manifest.get('format')!r}, version {manifest.get('version')!r}"
         raise DataError(f"the manifest has {actual}, not {FORMAT} version {VERSION}", str(file), rebuild)
@@ -319,4 +319,65 @@ def read_manifest(path: Path) -> dict[str, Any]:
     # Last, because a manifest of another version may be checksummed differently.
     if manifest.get("checksum") != manifest_checksum(manifest):
         raise DataError("the manifest was changed after it was written", str(file), REBUILD)
+    _check_values(manifest, file)
     return manifest
+
+
+def _check_values(manifest: dict[str, Any], file: Path) -> None:
+    """Types and ranges of the fields that are used: a stranger's manifest has a valid checksum, too.
+
+    Raises:
+        DataError: names the field.
+    """
+    for key, least in (("row_length", 1), ("max_document_length", 1), ("block_size", 1), ("repeat", 0), ("epochs", 1)):
+        if checked(manifest, key, int, file, DataError, least) > MOST_TOKENS:
+            raise DataError(f"{key} is {manifest[key]}, above {MOST_TOKENS}", f"{file}, field {key}")
+    for key in ("mask_token_id", "eos_token_id", "pad_token_id", "vocab_size", "seed"):
+        if checked(manifest, key, int, file, DataError, -1) >= 2**63:
+            raise DataError(f"{key} is {manifest[key]}, above 64 bits", f"{file}, field {key}")
+    kinds: dict[str, type] = {
+        "target_shift": bool,
+        "tokenizer": dict,
+        "sources": list,
+        "counts": list,
+        "part_rows": list,
+        "files": dict,
+    }
+    kinds["mean_documents_per_row"] = float
+    optional = {"accounting": dict, "duplicates": dict, "build": dict}
+    for key, kind in [*kinds.items(), *((k, v) for k, v in optional.items() if k in manifest)]:
+        checked(manifest, key, kind, file, DataError)
+    text = manifest.get("mask_token")
+    origins = manifest.get("accounting", {}).get("by_source", [])
+    wrong = {
+        "accounting": not isinstance(origins, list) or not all(map(_is_origin, origins)),
+        "mask_token": text is not None and not isinstance(text, str),
+        "counts": not all(_is_counts(c, manifest["block_size"]) for c in manifest["counts"]),
+        "part_rows": not all(isinstance(e, list) and all(map(_is_count, e)) for e in manifest["part_rows"]),
+        "files": not all(isinstance(e, dict) and _is_count(e.get("bytes")) for e in manifest["files"].values()),
+    }
+    for key in filter(wrong.get, wrong):
+        raise DataError(f"{key} has values of a wrong type or size", f"{file}, field {key}", REBUILD)
+    rows = [[sum(e) for e in manifest["part_rows"]], [c["rows"] for c in manifest["counts"]]]
+    if len(rows[0]) != manifest["epochs"] or rows[0] != rows[1]:
+        what = f"epochs is {manifest['epochs']}, part_rows has the rows {rows[0]}, counts has {rows[1]}"
+        raise DataError(what, str(file), REBUILD)
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**53
+
+
+def _is_origin(value: Any) -> bool:
+    """Whether a value has the fields that `origin` reads."""
+    numbers = isinstance(value, dict) and all(_is_count(value.get(key)) for key in ("first_document", "rows"))
+    return numbers and isinstance(value.get("name"), str) and type(value.get("weight")) in (int, float)
+
+
+def _is_counts(value: Any, block_size: int) -> bool:
+    """Whether a value has the fields of RowCounts."""
+    if not isinstance(value, dict) or value.keys() != RowCounts.__dataclass_fields__.keys():
+        return False
+    slots = value["slots"]
+    numbers = [number for key, number in value.items() if key != "slots"]
+    return isinstance(slots, list) and len(slots) == block_size and all(map(_is_count, [*numbers, *slots]))

@@ -69,10 +69,18 @@ def _close(file: BinaryIO) -> None:
 
 
 class IndexedReader:
-    """Memory-mapped access to sequences by number; the cost of opening does not grow with the data. Raises ValueError
-    if the files are not a complete int32 dataset of this format."""
+    """Memory-mapped access to sequences by number; the cost of opening does not grow with the data.
 
-    def __init__(self, prefix: str) -> None:
+    Args:
+        prefix: path without suffix.
+        longest: most integers of a sequence; a longer one is refused before it is read.
+
+    Raises:
+        ValueError: the files are not a complete int32 dataset of this format.
+    """
+
+    def __init__(self, prefix: str, longest: int = 2**31 - 1) -> None:
+        self._longest = longest
         index = Path(prefix + ".idx")
         with open(index, "rb") as file:
             head = file.read(_HEADER.size)
@@ -97,6 +105,8 @@ class IndexedReader:
         return len(self._lengths)
 
     def __getitem__(self, number: int) -> np.ndarray:
-        """A copy of sequence `number`, int32."""
-        start = int(self._offsets[number]) // 4
-        return np.array(self._data[start : start + int(self._lengths[number])])
+        """A copy of sequence `number`, int32. Raises ValueError if the index leads out of the data."""
+        offset, length = int(self._offsets[number]), int(self._lengths[number])
+        if offset < 0 or offset % 4 or not 0 <= length <= min(self._longest, len(self._data) - offset // 4):
+            raise ValueError(f"its index has offset {offset} and length {length}; at most {self._longest} fit")
+        return np.array(self._data[offset // 4 : offset // 4 + length])

@@ -4,7 +4,7 @@ import json
 import os
 import random
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import datetime
 from decimal import Decimal
 from itertools import pairwise
@@ -16,6 +16,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from data_prep import readers, sources
 from data_prep.build_config import SourceConfig
 from data_prep.readers import LINES, ROWS, InputUnit, count_lines, plan_units, read_unit, where
 from data_prep.sources import InputRow, Unreadable, conversation
@@ -391,3 +392,18 @@ def test_stream_truncated_between_batches_raises(tmp_path: Path) -> None:
         if at != marks[-1]:
             with pytest.raises(DataError, match="before its end"):
                 plan_units([source_of(path)])
+
+
+@pytest.mark.parametrize("unit_bytes", [7, 40, 10_000])
+def test_too_long_line_is_one_rejected_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unit_bytes: int) -> None:
+    """Only its beginning is held in memory; the lines around it are read."""
+    monkeypatch.setattr(readers, "MOST_LINE", 30)
+    monkeypatch.setattr(sources, "MOST_LINE", 30)
+    file = tmp_path / "a.jsonl"
+    file.write_bytes(b'{"a": 1}\n{"b": "' + b"x" * 500 + b'"}\n{"c": 2}\n' + b"y" * 31)
+    source = SourceConfig(name="s", path=str(file), format="messages")
+    rows = [row.content for unit in plan_units([source], unit_bytes=unit_bytes) for row in read_unit(unit, source)]
+    assert rows[0] == {"a": 1} and rows[2] == {"c": 2} and len(rows) == 4
+    assert {row.reason for row in rows[1::2]} == {"the line has more than 30 bytes"}
+    limited = plan_units([replace(source, limit=2)], unit_bytes=10_000)
+    assert limited[0].stop == 9 + 510

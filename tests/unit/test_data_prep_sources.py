@@ -383,3 +383,51 @@ def test_unusable_files_are_refused(tmp_path: Path) -> None:
             assert name in error.value.where
     with pytest.raises(DataError, match="not JSON"):
         expand([SourceConfig(name="s", format="sharegpt", path=str(tmp_path / "bad.json"))])
+
+
+def _folder(path: Path, **contents: str) -> SourceConfig:
+    path.mkdir()
+    for name, text in contents.items():
+        (path / name.replace("__", ".")).write_text(text)
+    return SourceConfig(name="s", path=str(path), format="messages")
+
+
+@pytest.mark.parametrize(
+    ("contents", "what"),
+    [
+        ({"state__json": "[1]"}, "state.json holds a list, not an object"),
+        ({"state__json": '{"_data_files": 5}'}, "_data_files is a whole number"),
+        ({"state__json": '{"_data_files": [5]}'}, "an entry has no `filename`"),
+        ({"state__json": '{"_data_files": [{"filename": "/etc/passwd"}]}'}, "/etc/passwd leads out of its folder"),
+        ({"state__json": '{"_data_files": [{"filename": "../x.arrow"}]}'}, "../x.arrow leads out of its folder"),
+        ({"state__json": '{"a":' * 100_000}, "state.json is nested too deeply"),
+        ({"dataset_dict__json": '{"splits": "train"}'}, "splits is text"),
+        ({"dataset_dict__json": "null"}, "dataset_dict.json holds null, not an object"),
+    ],
+)
+def test_hostile_description_of_a_saved_dataset_is_refused(tmp_path: Path, contents: dict[str, str], what: str) -> None:
+    with pytest.raises(DataError) as caught:
+        files(_folder(tmp_path / "source", **contents))
+    assert what in caught.value.what
+
+
+def test_links_out_of_a_source_folder_are_refused(tmp_path: Path) -> None:
+    secret = tmp_path / "secret.jsonl"
+    secret.write_text("{}\n")
+    plain = _folder(tmp_path / "plain", a__jsonl="{}\n")
+    (tmp_path / "plain" / "b.jsonl").symlink_to(secret)
+    (tmp_path / "plain" / "c.jsonl").symlink_to("a.jsonl")
+    hub = _folder(tmp_path / "hub", README__md="---\nconfigs:\n- config_name: d\n  data_files: '*.jsonl'\n---\n")
+    (tmp_path / "hub" / "train.jsonl").symlink_to(secret)
+    for source, name in ((plain, "b.jsonl"), (hub, "train.jsonl")):
+        with pytest.raises(DataError, match=f"{name} leads out of its folder"):
+            files(source)
+    (tmp_path / "plain" / "b.jsonl").unlink()
+    assert [file.name for file in files(plain)] == ["a.jsonl", "c.jsonl"]
+
+
+def test_files_outside_that_a_readme_names_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "secret.jsonl").write_text("{}\n")
+    readme = "---\nconfigs:\n- config_name: d\n  data_files: '../secret.jsonl'\n---\n"
+    with pytest.raises(DataError, match="secret.jsonl"):
+        files(_folder(tmp_path / "hub", README__md=readme))

@@ -3,6 +3,7 @@
 import itertools
 import json
 import resource
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 import torch
 from helpers import MASK, make_dataset, write_dataset
 
-from sdlm_megatron.data.format import PackedDataset, PartWriter
+from sdlm_megatron.data.format import PackedDataset, PartWriter, manifest_checksum
 from sdlm_megatron.data.indexed import IndexedReader, IndexedWriter
 from sdlm_megatron.data.order import locate, shuffled, shuffled_many, step_rows
 from sdlm_megatron.diffusion.layout import pack_row
@@ -76,7 +77,7 @@ def _edit(**change: object):
         (_cut("epoch0.00000.layout.idx"), "epoch0.00000.layout.idx has .* bytes, the manifest says"),
         (lambda f: (f / "epoch0.00000.rows.idx").unlink(), "epoch0.00000.rows.idx is missing"),
         (lambda f: (f / "manifest.json").unlink(), "no manifest.json"),
-        (lambda f: (f / "manifest.json").write_text("{"), "not JSON"),
+        (lambda f: (f / "manifest.json").write_text("{"), "not valid JSON"),
         (_edit(version=0), "version 0"),
         (_edit(mask_token_id=None, format="other"), "format .other."),
     ],
@@ -110,6 +111,81 @@ def test_more_parts_than_open_files(tmp_path: Path) -> None:
         assert [dataset.read(epoch, 0)[0].tolist() for epoch in range(40)] == rows
     with limit_of_files(2), pytest.raises(OSError, match="Too many open files"):
         PackedDataset(path).read(0, 0)  # not "the file is damaged"
+
+
+def _forge(**change: object):
+    """Changes a manifest as a stranger can, who also writes its checksum."""
+
+    def forge(folder: Path) -> None:
+        manifest = json.loads((folder / "manifest.json").read_text()) | change
+        manifest["checksum"] = manifest_checksum(manifest)
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+
+    return forge
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"row_length": 10**12}, "row_length is 1000000000000, above"),
+        ({"row_length": "128"}, "row_length is text .'128'., not a whole number"),
+        ({"block_size": 0}, "block_size is 0, below 1"),
+        ({"block_size": True}, "block_size is true or false"),
+        ({"epochs": 10**9}, "epochs is 1000000000, above"),
+        ({"epochs": 2}, "epochs is 2, part_rows has"),
+        ({"part_rows": [[10**30]]}, "part_rows has values of a wrong type or size"),
+        ({"part_rows": [[-1, 25]]}, "part_rows has values of a wrong type or size"),
+        ({"part_rows": {"0": [24]}}, "part_rows is an object, not a list"),
+        ({"counts": [{"rows": 24}]}, "counts has values of a wrong type or size"),
+        ({"files": {"a": 1}}, "files has values of a wrong type or size"),
+        ({"tokenizer": "bytes"}, "tokenizer is text"),
+        ({"mask_token": [1]}, "mask_token has values"),
+        ({"target_shift": 1}, "target_shift is a whole number"),
+        ({"vocab_size": 1e300}, "vocab_size is a number"),
+        ({"accounting": {"by_source": [{"weight": "x"}]}}, "accounting has values"),
+    ],
+)
+def test_hostile_manifest_names_the_field(tmp_path: Path, change: dict, message: str) -> None:
+    folder = make_dataset(tmp_path / "data")
+    _forge(**change)(folder)
+    with pytest.raises(DataError, match=message) as caught:
+        PackedDataset(folder)
+    assert "manifest.json" in caught.value.where
+
+
+def test_deeply_nested_manifest_is_refused(tmp_path: Path) -> None:
+    folder = make_dataset(tmp_path / "data")
+    (folder / "manifest.json").write_text('{"a":' * 100_000)
+    with pytest.raises(DataError, match="nested too deeply"):
+        PackedDataset(folder)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "epoch0.00000.rows.bin", "epoch0.00000.layout.idx"])
+def test_links_out_of_a_dataset_are_refused(tmp_path: Path, name: str) -> None:
+    folder = make_dataset(tmp_path / "data")
+    (folder / name).rename(tmp_path / "elsewhere")
+    (folder / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(DataError, match=f"{name} leads out of its folder"):
+        PackedDataset(folder)
+
+
+@pytest.mark.parametrize(("field", "value"), [("offset", -8), ("offset", 2**62), ("length", -1), ("length", 2**31 - 1)])
+def test_index_that_leads_out_of_the_data_is_refused(tmp_path: Path, field: str, value: int) -> None:
+    folder = make_dataset(tmp_path / "data", rows=3)
+    file = folder / "epoch0.00000.rows.idx"
+    content = bytearray(file.read_bytes())
+    at, kind = (34, "<i") if field == "length" else (34 + 4 * 3, "<q")  # the first sequence, after the header
+    struct.pack_into(kind, content, at, value)
+    file.write_bytes(content)
+    with pytest.raises(DataError, match="the row is damaged: its index has offset"):
+        PackedDataset(folder).read(0, 0)
+
+
+def test_row_longer_than_the_manifest_allows_is_not_read(tmp_path: Path) -> None:
+    folder = make_dataset(tmp_path / "data", rows=3)
+    _forge(row_length=8)(folder)
+    with pytest.raises(DataError, match="at most 8 fit"):
+        PackedDataset(folder).read(0, 0)
 
 
 def test_every_flipped_bit_of_a_row_is_detected(tmp_path: Path) -> None:
