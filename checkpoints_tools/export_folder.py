@@ -4,7 +4,6 @@ The files are written directly and not through `save_pretrained`: what transform
 `rope_theta`, and older code then silently assumes 10000.
 """
 
-import hashlib
 import logging
 import shutil
 from collections.abc import Mapping
@@ -17,7 +16,7 @@ from checkpoints_tools.model_card import model_card
 from checkpoints_tools.tokenizer_files import HF_CODE, add_chat_template, add_token, copy_tokenizer, end_tokens
 from sdlm_megatron.data.chatml import DEFAULT_SYSTEM
 from sdlm_megatron.errors import CheckpointError
-from sdlm_megatron.files import write_json, write_text
+from sdlm_megatron.files import sha256, write_json, write_text
 from sdlm_megatron.weights.dtypes import HF_DTYPES, hf_name
 from sdlm_megatron.weights.hf_config import HFConfig, config_json, generation_json
 from sdlm_megatron.weights.hf_weights import (
@@ -117,7 +116,7 @@ def write_hf_folder(
         if len(plan.files) > 1:
             write_json(partial.files / INDEX_NAME, index_json(plan.files))
         _write_rest(partial, config, plan.dtype, assets, run or {}, out.name)
-        _write_checksums(partial.files, {file: record["sha256"] for file, record in records.items()})
+        write_checksums(partial.files, {file: record["sha256"] for file, record in records.items()})
         partial.finish()
 
 
@@ -137,18 +136,22 @@ def _write_rest(
             add_token(folder, sdlm.mask_token, sdlm.mask_token_id)
         if has_tokenizer:
             remark = add_chat_template(folder, run.get("data", {}).get("system_prompt", DEFAULT_SYSTEM))
-        # The model class and all it imports: a folder must work on a machine without this project.
-        for file in (HF_CODE / "modeling_sdlm.py", DIFFUSION / "settings.py", *sorted(DIFFUSION.glob("decode*.py"))):
-            shutil.copyfile(file, folder / file.name)
-        (folder / "custom_generate").mkdir(exist_ok=True)
-        shutil.copyfile(HF_CODE / "custom_generate.py", folder / "custom_generate" / "generate.py")
+        copy_code(folder)
     if remark:
         log.warning("%s", remark)
     write_text(folder / "README.md", model_card(config, dtype, run, name, remark))
 
 
-def _write_checksums(folder: Path, known: Mapping[str, str]) -> None:
+def copy_code(folder: Path) -> None:
+    """Copies the model class and all it imports: a folder must work on a machine without this project."""
+    for file in (HF_CODE / "modeling_sdlm.py", DIFFUSION / "settings.py", *sorted(DIFFUSION.glob("decode*.py"))):
+        shutil.copyfile(file, folder / file.name)
+    (folder / "custom_generate").mkdir(exist_ok=True)
+    shutil.copyfile(HF_CODE / "custom_generate.py", folder / "custom_generate" / "generate.py")
+
+
+def write_checksums(folder: Path, known: Mapping[str, str]) -> None:
     """SHA256SUMS, as `sha256sum -c` reads it; those of the weights are known from the writing."""
     files = {str(p.relative_to(folder)): p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != CHECKSUMS}
-    sums = {name: known.get(name) or hashlib.sha256(p.read_bytes()).hexdigest() for name, p in files.items()}
+    sums = {name: known.get(name) or sha256(p) for name, p in files.items()}
     write_text(folder / CHECKSUMS, "".join(f"{value}  {name}\n" for name, value in sums.items()))

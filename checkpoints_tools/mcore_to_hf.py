@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints_tools.export_folder import plan_export, write_hf_folder
+from checkpoints_tools.repair import repair
 from checkpoints_tools.tokenizer_files import check_tokenizer
 from sdlm_megatron.config.command_line import make_parser
 from sdlm_megatron.errors import run_cli
@@ -72,18 +73,28 @@ def _config(ckpt: Path, state: TrainState) -> HFConfig:
 def build_parser() -> argparse.ArgumentParser:
     """Options of the command."""
     parser = make_parser("sdlm export", __doc__, example="sdlm export --ckpt runs/sdlm_3b_d4 --out models/SDLM-3B-D4")
-    parser.add_argument("--ckpt", type=Path, required=True, metavar="DIR", help="step folder, or a run folder")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="Hugging Face folder to write")
+    parser.add_argument("--ckpt", type=Path, metavar="DIR", help="step folder, or a run folder")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="Hugging Face folder to write")
     parser.add_argument("--dtype", choices=sorted(HF_DTYPES), help="dtype of the weights; default: as trained")
     parser.add_argument("--max-shard-gb", type=float, default=4.0, metavar="GB", help="size limit of a weight file")
     parser.add_argument("--workers", type=int, metavar="N", help="files written at a time; default: cores, up to 8")
     parser.add_argument("--dry-run", action="store_true", help="check the input, print what would be written, exit")
+    repair_help = "restore what another program lost when it saved an export again: code, classes, decoding settings"
+    parser.add_argument("--repair", type=Path, metavar="FOLDER", help=f"{repair_help}; the weights stay as they are")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if args.repair is not None:
+        if args.ckpt or args.out:
+            parser.error("--repair takes neither --ckpt nor --out")
+        print(f"restored {', '.join(repair(args.repair)) or 'nothing: the folder is complete'}")
+        return
+    if not args.ckpt or not args.out:
+        parser.error("--ckpt and --out are required")
     limit = int(args.max_shard_gb * 1e9)
     options = {"dtype": args.dtype, "max_shard_bytes": limit, "workers": args.workers, "dry_run": args.dry_run}
     read = convert(args.ckpt, args.out, **options)

@@ -35,11 +35,11 @@ def copy_tokenizer(folder: Path, assets: Path | None) -> bool:
     if "tokenizer.json" not in present and "vocab.json" not in present:
         log.warning("no tokenizer files in %s: the export has no tokenizer", assets or "(no folder given)")
         return False
-    _keep_own_splitting(folder)
+    keep_own_splitting(folder)
     return True
 
 
-def _keep_own_splitting(folder: Path) -> None:
+def keep_own_splitting(folder: Path) -> None:
     """Makes transformers 5 use a tokenizer.json that is not Qwen2's as it is.
 
     For a folder of model_type qwen2 without auto_map in its tokenizer_config.json, transformers 5 replaces the

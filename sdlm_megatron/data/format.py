@@ -201,7 +201,7 @@ class PartReader:
         self._block_size, self._target_shift = manifest["block_size"], manifest["target_shift"]
         self._readers = {}
         # A layout has two numbers, three per document and one per block.
-        longest = {"rows": manifest["row_length"], "layout": 2 + 4 * manifest["row_length"]}
+        longest = {"rows": MOST_TOKENS, "layout": 2 + 4 * MOST_TOKENS}
         for kind in KINDS:
             where = prefix(folder, epoch, part, kind)
             for suffix in (".bin", ".idx"):
@@ -358,10 +358,9 @@ def _check_values(manifest: dict[str, Any], file: Path) -> None:
     }
     for key in filter(wrong.get, wrong):
         raise DataError(f"{key} has values of a wrong type or size", f"{file}, field {key}", REBUILD)
-    rows = [[sum(e) for e in manifest["part_rows"]], [c["rows"] for c in manifest["counts"]]]
-    if len(rows[0]) != manifest["epochs"] or rows[0] != rows[1]:
-        what = f"epochs is {manifest['epochs']}, part_rows has the rows {rows[0]}, counts has {rows[1]}"
-        raise DataError(what, str(file), REBUILD)
+    lengths = {key: len(manifest[key]) for key in ("counts", "part_rows")}
+    if {*lengths.values()} != {manifest["epochs"]}:
+        raise DataError(f"epochs is {manifest['epochs']}, the numbers of entries are {lengths}", str(file), REBUILD)
 
 
 def _is_count(value: Any) -> bool:

@@ -93,6 +93,10 @@ def read_config_json(folder: Path) -> dict[str, Any]:
     return values
 
 
+STOCK_CLASS, SDLM_CLASS = "Qwen2ForCausalLM", "modeling_sdlm.SDLMForCausalLM"
+"""Classes that config.json names under `architectures` and `auto_map`."""
+
+
 class _Fields:
     """Typed access to config.json or generation_config.json; errors name the file and the field."""
 
@@ -226,7 +230,7 @@ def config_json(config: HFConfig, dtype: str) -> dict[str, Any]:
     """Content of config.json, in the spelling that transformers 4 and 5, the authors' code and serving engines read."""
     shape = config.shape
     values: dict[str, Any] = {
-        "architectures": ["Qwen2ForCausalLM"],  # serving engines read this; transformers prefers auto_map
+        "architectures": [STOCK_CLASS],  # serving engines read this; transformers prefers auto_map
         "model_type": "qwen2",
         "hidden_size": shape.hidden_size,
         "intermediate_size": shape.ffn_hidden_size,
@@ -255,7 +259,7 @@ def config_json(config: HFConfig, dtype: str) -> dict[str, Any]:
     if config.pad_token_id is not None:
         values["pad_token_id"] = config.pad_token_id
     if config.sdlm is not None:
-        values["auto_map"] = {"AutoModelForCausalLM": "modeling_sdlm.SDLMForCausalLM"}
+        values["auto_map"] = {"AutoModelForCausalLM": SDLM_CLASS}
         values |= config.sdlm.to_config_json()
     return values
 

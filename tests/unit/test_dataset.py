@@ -132,7 +132,7 @@ def _forge(**change: object):
         ({"block_size": 0}, "block_size is 0, below 1"),
         ({"block_size": True}, "block_size is true or false"),
         ({"epochs": 10**9}, "epochs is 1000000000, above"),
-        ({"epochs": 2}, "epochs is 2, part_rows has"),
+        ({"epochs": 2}, "epochs is 2, the numbers of entries are"),
         ({"part_rows": [[10**30]]}, "part_rows has values of a wrong type or size"),
         ({"part_rows": [[-1, 25]]}, "part_rows has values of a wrong type or size"),
         ({"part_rows": {"0": [24]}}, "part_rows is an object, not a list"),
@@ -181,11 +181,10 @@ def test_index_that_leads_out_of_the_data_is_refused(tmp_path: Path, field: str,
         PackedDataset(folder).read(0, 0)
 
 
-def test_row_longer_than_the_manifest_allows_is_not_read(tmp_path: Path) -> None:
+def test_too_long_sequence_is_not_read(tmp_path: Path) -> None:
     folder = make_dataset(tmp_path / "data", rows=3)
-    _forge(row_length=8)(folder)
-    with pytest.raises(DataError, match="at most 8 fit"):
-        PackedDataset(folder).read(0, 0)
+    with pytest.raises(ValueError, match="at most 8 fit"):
+        IndexedReader(str(folder / "epoch0.00000.rows"), 8)[0]
 
 
 def test_every_flipped_bit_of_a_row_is_detected(tmp_path: Path) -> None:

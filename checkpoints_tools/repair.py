@@ -1,0 +1,59 @@
+"""Restores what other programs lose when they save an exported folder again; the weights are not touched."""
+
+from pathlib import Path
+from typing import Any
+
+from checkpoints_tools.export_folder import CHECKSUMS, copy_code, write_checksums
+from checkpoints_tools.tokenizer_files import add_token, keep_own_splitting
+from sdlm_megatron.diffusion.settings import SDLMSettings, SettingError
+from sdlm_megatron.errors import CheckpointError
+from sdlm_megatron.files import read_json_object, regular_file, write_json
+from sdlm_megatron.weights.hf_config import SDLM_CLASS, STOCK_CLASS
+
+
+def repair(folder: Path) -> list[str]:
+    """Restores code, classes and decoding settings of a re-saved SDLM folder; returns the names of changed files.
+
+    `save_pretrained` drops custom_generate/ and the tokenizer's code, names our class under `architectures`, and moves
+    rope_theta to where older code does not look; the stock class also drops the model's code.
+
+    Raises:
+        CheckpointError: no config.json, or one without the SDLM settings, which only the original folder has.
+    """
+    config = read_json_object(regular_file(folder, "config.json", CheckpointError), CheckpointError)
+    old_generation = folder / "generation_config.json"
+    generation: dict[str, Any] = read_json_object(old_generation, CheckpointError) if old_generation.exists() else {}
+    try:
+        sdlm = SDLMSettings.from_config_json(config, generation)
+    except SettingError as error:
+        raise CheckpointError(error.what, f"{folder / error.file}, field {error.field}") from None
+    if sdlm is None:
+        raise CheckpointError(
+            "config.json has no block_size: the settings of the training are lost, or it never was an SDLM folder",
+            f"{folder / 'config.json'}, field block_size",
+            "copy block_size, causal_attn, text_mask_token, text_mask_token_id from the original export's config.json",
+        )
+    before = _contents(folder)
+    copy_code(folder)
+    config |= {"architectures": [STOCK_CLASS], "auto_map": {"AutoModelForCausalLM": SDLM_CLASS}}
+    if isinstance(rope := config.get("rope_parameters"), dict) and "rope_theta" in rope:
+        config.setdefault("rope_theta", rope["rope_theta"])
+    if "dtype" in config:
+        config.setdefault("torch_dtype", config["dtype"])
+    write_json(folder / "config.json", config)
+    write_json(old_generation, sdlm.to_generation_json() | generation)
+    if (folder / "tokenizer.json").is_file():
+        keep_own_splitting(folder)
+        if sdlm.mask_token:
+            add_token(folder, sdlm.mask_token, sdlm.mask_token_id)
+    after = _contents(folder)
+    changed = sorted(name for name, content in after.items() if before.get(name) != content)
+    if changed or (folder / CHECKSUMS).exists():
+        write_checksums(folder, {})
+    return changed
+
+
+def _contents(folder: Path) -> dict[str, bytes]:
+    """Contents of the small files that a repair may change."""
+    files = [*folder.glob("*.py"), *folder.glob("*.json"), *folder.glob("custom_generate/*.py")]
+    return {str(file.relative_to(folder)): file.read_bytes() for file in files}

@@ -1,0 +1,58 @@
+"""`sdlm export --repair`: an exported folder that transformers has saved again works as before."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2ForCausalLM
+
+from checkpoints_tools.mcore_to_hf import main
+from sdlm_megatron.errors import CheckpointError
+from tests.parity import decode_oracle as o
+from tests.parity import exported
+
+
+def passes(folder: Path, stock: bool = False) -> tuple[list[int], int]:
+    """Tokens of an answer and its number of forward passes."""
+    cls: Any = Qwen2ForCausalLM if stock else AutoModelForCausalLM
+    model = cls.from_pretrained(folder, trust_remote_code=True)
+    ids = torch.tensor([o.prompt_ids("count 12 to 15")])
+    out = model.generate(ids, max_new_tokens=30, return_dict_in_generate=True)
+    return out.sequences[0].tolist(), getattr(out, "passes", 0)
+
+
+@pytest.mark.parametrize("stock", [False, True], ids=["our class", "stock class"])
+def test_saved_again_and_repaired_folder_decodes_as_before(
+    tmp_path: Path, stock: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, folder = exported.export("trained_d4", tmp_path / "m.v1"), tmp_path / "again"
+    cls: Any = Qwen2ForCausalLM if stock else AutoModelForCausalLM
+    cls.from_pretrained(source, trust_remote_code=not stock).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+    assert not (folder / "custom_generate").exists()
+    weights = (folder / "model.safetensors").read_bytes()
+    main(["--repair", str(folder)])
+    text = capsys.readouterr().out
+    assert "tokenization_sdlm.py" in text and "config.json" in text
+    assert (folder / "model.safetensors").read_bytes() == weights
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["architectures"], config["rope_theta"]) == (["Qwen2ForCausalLM"], 1000000.0)
+    for name in ("custom_generate/generate.py", "tokenization_sdlm.py", "modeling_sdlm.py", "decode.py", "settings.py"):
+        assert (folder / name).read_bytes() == (source / name).read_bytes()
+    assert passes(folder) == passes(source) and passes(folder)[1] < 30
+    assert passes(folder, stock=True) == passes(source)
+    ids = [AutoTokenizer.from_pretrained(f)("count 12 <text_mask>")["input_ids"] for f in (source, folder)]
+    assert ids[0] == ids[1]
+    main(["--repair", str(folder)])
+    assert "nothing: the folder is complete" in capsys.readouterr().out
+
+
+def test_folder_without_the_settings_is_refused(tmp_path: Path) -> None:
+    folder = exported.export("trained_d4", tmp_path / "m.v1")
+    config = json.loads((folder / "config.json").read_text())
+    del config["block_size"]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="no block_size"):
+        main(["--repair", str(folder)])
