@@ -61,7 +61,7 @@ def compiler_check() -> Check:
         return Check("compiler", False, "none", f"no C compiler (CC, gcc or clang): {fix}")
     with tempfile.TemporaryDirectory() as folder:
         source, include = Path(folder) / "x.c", sysconfig.get_paths()["include"]
-        source.write_text("#include <Python.h>\n#include <stdlib.h>\n")
+        source.write_text("#include <Python.h>\n#include <stdlib.h>\n", encoding="utf-8")
         line = [compiler, str(source), "-shared", "-fPIC", f"-I{include}", "-o", f"{folder}/x.so"]
         try:
             done = subprocess.run(line, capture_output=True, encoding="utf-8", errors="replace", timeout=60)
