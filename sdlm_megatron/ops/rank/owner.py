@@ -164,7 +164,9 @@ def _who(owner: dict[str, Any]) -> str:
 def _started(pid: int) -> str:
     """Start of a process in clock ticks since the machine's own; "" for one that is gone."""
     try:
-        state, *fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+        state, *fields = (
+            Path(f"/proc/{pid}/stat").read_text(errors="replace", encoding="utf-8").rpartition(")")[2].split()
+        )
     except OSError:
         return ""
     return "" if state in "ZX" else fields[18]
@@ -173,6 +175,6 @@ def _started(pid: int) -> str:
 def _place() -> str:
     """Identity of the process numbers that this process sees: containers of one host have their own."""
     with suppress(OSError):
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
         return f"{os.uname().nodename} {boot} {os.readlink('/proc/self/ns/pid')}"
     return os.uname().nodename
