@@ -31,9 +31,10 @@ from data_prep.chat import frame_of
 from data_prep.documents import UnitResult, load_result, tokenize_unit
 from data_prep.encoders import TextTokenizer, TokenizerMismatch, open_encoder
 from data_prep.encoding import TextEncoder
+from data_prep.first_rows import check_fields, with_formats
 from data_prep.planning import PackingPlan, make_plan
 from data_prep.pool import cpus, work_on
-from data_prep.readers import LINES, InputUnit, detect_source_format, plan_units
+from data_prep.readers import LINES, InputUnit, plan_units
 from data_prep.rows import EpochPart, RowWriter, cut_parts, load_part
 from data_prep.source_formats import FORMATS, formats_help
 from data_prep.sources import expand
@@ -162,7 +163,8 @@ def _settings(config: BuildConfig) -> dict[str, Any]:
 def _begin(config: BuildConfig) -> _BuildState:
     """Checks tokenizer and sources and opens the work folder; raises ConfigError if it belongs to other settings."""
     meta = _meta(config)
-    sources = expand(config.sources)
+    sources = with_formats(expand(config.sources))
+    check_fields(sources, config.system_prompt)
     units = plan_units(sources)
     out = Path(config.out)
     meta["sources"] = [asdict(source) for source in sources]
@@ -413,7 +415,7 @@ def read_command_line(argv: Sequence[str] | None) -> tuple[BuildConfig, argparse
     config = load_config(BuildConfig, args.config or "", [*overrides, *options], PRESETS)
     if args.input is not None:
         source = config.sources[0]
-        source.format = args.format or detect_source_format(source)
+        source.format = args.format or with_formats(expand([source]))[0].format
     return config, args
 
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from data_prep.source_formats import FORMATS
+from data_prep.source_formats import FIELD_NAMES, FORMATS
 from data_prep.truncate import FITS
 from sdlm_megatron.config.validate import check_ranges
 from sdlm_megatron.data.chatml import DEFAULT_SYSTEM
@@ -19,8 +19,15 @@ class SourceConfig:
 
     name: str = ""
     """Name of the source in reports; unique."""
-    format: str = "messages"
-    """Row format: one of the source formats that --help and docs/data.md list."""
+    format: str = ""
+    """Row format: one of the source formats that --help and docs/data.md list; empty: the one that the rows match."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Columns of the file by our names (turns, prompt, input, answer, system, history, tools, weight, text, chosen,
+    rejected, label), and keys of a turn (role, content), where they differ from those of the format."""
+    ignore: list[str] = field(default_factory=list)
+    """Columns and fields of turns ("messages.x") to ignore although they hold something."""
+    preference: str = ""
+    """chosen: train the chosen answers of a preference file. Empty: such files are refused."""
     path: str = ""
     """A .jsonl, .json, .parquet or .arrow file, a folder of such files (read in order of their names), or a local
     copy of a hub dataset."""
@@ -134,6 +141,10 @@ def _check_source(source: SourceConfig, where: str) -> None:
         raise ConfigError("the source has no name", f"{where}.name", "set a name; reports use it")
     if bool(source.path) == bool(source.hub):
         raise ConfigError("a source needs either path or hub", where, "set exactly one of them")
-    if source.format not in FORMATS:
+    if source.format and source.format not in FORMATS:
         fix = f"use one of {', '.join(FORMATS)}"
         raise ConfigError(f"unknown format {source.format!r}", f"{where}.format", fix)
+    if unknown := [name for name in source.columns if name not in FIELD_NAMES]:
+        raise ConfigError(f"unknown name {unknown[0]!r}", f"{where}.columns", f"use one of {', '.join(FIELD_NAMES)}")
+    if source.preference not in ("", "chosen"):
+        raise ConfigError(f"unknown value {source.preference!r}", f"{where}.preference", "use chosen")

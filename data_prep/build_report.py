@@ -16,8 +16,10 @@ from data_prep.build_config import BuildConfig, SourceConfig, check
 from data_prep.chat import render_batch
 from data_prep.encoders import describe, open_encoder
 from data_prep.encoding import TextEncoder
+from data_prep.first_rows import with_formats
+from data_prep.forms import FormReader, conversation
 from data_prep.readers import LINES, InputUnit, plan_units, read_unit
-from data_prep.sources import conversation, expand
+from data_prep.sources import expand
 from data_prep.truncate import fit_batch
 from sdlm_megatron.data.tokenizer_identity import special_token_id
 from sdlm_megatron.errors import DataError
@@ -103,7 +105,7 @@ def dry_run(config: BuildConfig, console: Console) -> None:
     check(config)
     encoder = open_encoder(config.tokenizer, config.mask_token)
     mask = special_token_id(config.tokenizer, config.mask_token)
-    sources = expand(config.sources)
+    sources = with_formats(expand(config.sources))
     units = plan_units(sources)
     names = ("rows", "to read", "tokens", "with blocks", "unusable")
     columns = [Column(name, justify="right", no_wrap=True) for name in names]
@@ -146,10 +148,10 @@ def _free(out: str) -> int:
 
 def _estimate(config: BuildConfig, source: SourceConfig, units: Sequence[InputUnit], encoder: TextEncoder) -> _Estimate:
     rows = list(islice(read_unit(units[0], source), SAMPLE)) if units else []
-    conversations = []
+    conversations, reader = [], FormReader(source, config.system_prompt)
     for row in rows:
         try:
-            conversations.append(conversation(row, source.format))
+            conversations.append(conversation(row, reader))
         except DataError:
             continue  # counted as unusable
     batch = render_batch(conversations, encoder, default_system=config.system_prompt)

@@ -13,18 +13,9 @@ import numpy as np
 
 from data_prep.encoders import as_text_encoder
 from data_prep.encoding import TextEncoder, encode_flat
+from data_prep.turns import CHATML_ROLES, ChatTurn, Conversation, TurnParser
 from sdlm_megatron.data.chatml import DEFAULT_SYSTEM, IM_END, IM_START
 from sdlm_megatron.errors import DataError
-
-ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "system": "system",
-    "function": "function",
-}
-"""Role of a turn in data sets -> role in ChatML."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +48,8 @@ def render(
     """Renders one conversation.
 
     Args:
-        conversation: turns {from: human|gpt|system|function, value} or {role, content}, or a row with such turns
-            under `conversations` or `messages`.
+        conversation: turns {from, value} or {role, content}, or a row with such turns under `conversations` or
+            `messages`.
         tokenizer: a transformers tokenizer, a `tokenizers.Tokenizer` or a `TextTokenizer`.
         default_system: text of the system turn prepended to a conversation without one; None prepends nothing.
         answer_roles: ChatML roles whose turns are trained. The reference code's `prepare_for_pt` corresponds to
@@ -72,49 +63,15 @@ def render(
     return render_batch([parse(conversation)], as_text_encoder(tokenizer), **options).document(0)
 
 
-def parse(conversation: Any) -> list[tuple[str, str]]:
-    """The checked conversation: [(ChatML role, text)…]. Raises DataError, which names the invalid turn and field."""
+def parse(conversation: Any) -> Conversation:
+    """The checked turns of a conversation (see `render`). Raises DataError, which names the invalid turn and field."""
     field, turns = "conversation", conversation
     if isinstance(conversation, Mapping):
         field = next((key for key in ("conversations", "messages") if key in conversation), "")
         if not field:
-            raise DataError(f"a row without `conversations` and `messages`; it has {_names(conversation)}")
+            raise DataError("a row without `conversations` and `messages`", fix=f"it has {', '.join(conversation)}")
         turns = conversation[field]
-    if isinstance(turns, str | bytes) or not isinstance(turns, Sequence):
-        raise DataError(f"a list of turns is wanted, not {type(turns).__name__}", where=field)
-    if not turns:
-        raise DataError("the conversation has no turn", where=field)
-    return [_parse_turn(turn, f"{field}[{i}]") for i, turn in enumerate(turns)]
-
-
-def _parse_turn(turn: Any, where: str) -> tuple[str, str]:
-    if not isinstance(turn, Mapping):
-        raise DataError(f"a turn must be an object, not {type(turn).__name__}", where=where)
-    keys = next((pair for pair in (("from", "value"), ("role", "content")) if pair[0] in turn), None)
-    if keys is None:
-        raise DataError(f"a turn without `from` and `role`; it has {_names(turn)}", where=where)
-    role_key, text_key = keys
-    role = turn[role_key]
-    if not isinstance(role, str) or role not in ROLES:
-        raise DataError(f"unknown role {role!r}", f"{where}.{role_key}", f"one of {', '.join(ROLES)}")
-    if text_key not in turn:
-        raise DataError(f"the turn has no `{text_key}`", where=where)
-    return ROLES[role], check_text(turn[text_key], f"{where}.{text_key}")
-
-
-def check_text(text: Any, where: str) -> str:
-    """Returns `text` if it is valid Unicode text; raises DataError, which names the field, otherwise."""
-    if not isinstance(text, str):
-        raise DataError(f"text is wanted, not {type(text).__name__}", where=where)
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise DataError(f"the text is no valid Unicode: {error.reason} at character {error.start}", where) from None
-    return text
-
-
-def _names(row: Mapping[str, Any]) -> str:
-    return ", ".join(f"`{key}`" for key in row) or "no field"
+    return TurnParser().parse(turns, field)
 
 
 @dataclass(frozen=True)
@@ -153,7 +110,7 @@ class RenderedBatch:
 
 
 def render_batch(
-    conversations: Sequence[Sequence[tuple[str, str]]],
+    conversations: Sequence[Conversation],
     encoder: TextEncoder,
     *,
     default_system: str | None = DEFAULT_SYSTEM,
@@ -161,9 +118,9 @@ def render_batch(
 ) -> RenderedBatch:
     """Renders checked conversations (see `parse`), whose texts are encoded in one call."""
     whole = [_with_system(turns, default_system) for turns in conversations]
-    roles = [role for turns in whole for role, _ in turns]
+    roles = [turn.role for turns in whole for turn in turns]
     # ROLE\nTEXT is encoded as one text: leading white space may merge with the newline, as in the reference code.
-    pieces, edges = encode_flat(encoder, [f"{role}\n{text}" for turns in whole for role, text in turns])
+    pieces, edges = encode_flat(encoder, [f"{role}\n{text}" for turns in whole for role, text, _ in turns])
     frame = frame_of(encoder)
     after = len(frame.newline) + 1  # <|im_end|> and the newline
     sizes = np.diff(edges)
@@ -183,12 +140,13 @@ def render_batch(
     header = np.array([frame.header[role] for role in roles], dtype=np.int64)
     # If the newline merged with the text, the turn is shorter than its nominal header: clip at <|im_end|>.
     first = np.minimum(starts - origin + header, closing) - 1
-    answers = np.where([role in answer_roles for role in roles], closing - first, 0) if roles else first
+    trained = [turn.trained and turn.role in answer_roles for turns in whole for turn in turns]
+    answers = np.where(trained, closing - first, 0) if roles else first
     return RenderedBatch(ids, doc_edges, turn_edges, roles, starts - origin, ends - origin, first, answers)
 
 
-def _with_system(turns: Sequence[tuple[str, str]], default: str | None) -> Sequence[tuple[str, str]]:
-    return turns if default is None or turns[0][0] == "system" else [("system", default), *turns]
+def _with_system(turns: Conversation, default: str | None) -> Conversation:
+    return turns if default is None or turns[0].role == "system" else [ChatTurn("system", default), *turns]
 
 
 @dataclass(frozen=True)
@@ -207,7 +165,7 @@ class ChatFrame:
 def frame_of(encoder: TextEncoder) -> ChatFrame:
     """The chat structure of a tokenizer; raises DataError if it lacks ChatML's tokens."""
     # Encoded with the newline, as in a turn: some tokenizers merge it with the role's last character.
-    roles = sorted(set(ROLES.values()))
+    roles = CHATML_ROLES
     ids, edges = encode_flat(encoder, ["\n", *(f"{role}\n" for role in roles)])
     newline, *headers = (ids[a:b].tolist() for a, b in pairwise(edges))
     return ChatFrame(

@@ -25,8 +25,8 @@ from data_prep.build_config import BuildConfig, SourceConfig
 from data_prep.chat import RenderedBatch, render_batch
 from data_prep.encoders import describe
 from data_prep.encoding import TextEncoder
+from data_prep.forms import FormReader, InputRow, NotChosen, Unreadable, conversation
 from data_prep.readers import LINES, InputUnit, count_lines, read_unit
-from data_prep.sources import InputRow, Unreadable, conversation
 from data_prep.truncate import FittedBatch, fit_batch
 from sdlm_megatron.errors import DataError
 from sdlm_megatron.files import most_open, write_json
@@ -62,6 +62,7 @@ class UnitResult:
     dropped: dict[str, int] = field(default_factory=dict)  # number of valid rows without a training target, by reason
     rejected: int = 0  # rows that are not a valid conversation
     spelled: int = 0  # texts that spell a special token
+    unread: dict[str, int] = field(default_factory=dict)  # number of rows, by field that is neither read nor ignored
     encoder: str = ""  # library that tokenized the unit, and the reason if it is not the fast one
     sizes: dict[str, int] = field(default_factory=dict)  # size of the other files in bytes
 
@@ -87,30 +88,32 @@ def tokenize_unit(
     """Reads, renders, tokenizes and fits one unit, and writes its files. Raises DataError if its file cannot be read,
     TokenizerMismatch if the fast encoder returned wrong ids."""
     with _UnitWriter(work, number) as writer:
-        rows = read_unit(unit, source)
+        rows, reader = read_unit(unit, source), FormReader(source, config.system_prompt)
         while chunk := list(islice(rows, CHUNK)):
-            _tokenize_chunk(config, source.format, chunk, encoder, writer)
+            _tokenize_chunk(config, reader, chunk, encoder, writer)
+        writer.result.unread = dict(reader.unread)
         writer.result.lines = count_lines(unit) if unit.kind == LINES else 0
         writer.result.encoder = describe(encoder)
         return writer.finish()
 
 
 def _tokenize_chunk(
-    config: BuildConfig, form: str, rows: Sequence[InputRow], encoder: TextEncoder, writer: "_UnitWriter"
+    config: BuildConfig, reader: FormReader, rows: Sequence[InputRow], encoder: TextEncoder, writer: "_UnitWriter"
 ) -> None:
     first = writer.result.rows
     writer.result.rows += len(rows)
     valid, conversations = [], []
     for i, row in enumerate(rows):
         try:
-            conversations.append(conversation(row, form))
+            conversations.append(conversation(row, reader))
             valid.append(i)
         except DataError as error:
-            writer.reject(first + i, row, "rejected", error.what, error.where)
+            outcome = "dropped" if isinstance(error, NotChosen) else "rejected"
+            writer.reject(first + i, row, outcome, error.what, error.where)
     if not valid:
         return
     # The text stays as it is, but many matches hint at data that was rendered before.
-    writer.result.spelled += encoder.spelled([text for turns in conversations for _, text in turns])
+    writer.result.spelled += encoder.spelled([text for turns in conversations for _, text, _ in turns])
     batch = render_batch(conversations, encoder, default_system=config.system_prompt)
     size = {"block_size": config.block_size, "repeat": config.repeat}
     fitted = fit_batch(batch, config.overlong, max_len=config.max_document_length, **size)

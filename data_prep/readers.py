@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +11,11 @@ import orjson
 
 from data_prep.build_config import SourceConfig
 from data_prep.columnar import ColumnarTable, as_bytes, open_hub, open_table
+from data_prep.forms import InputRow, Unreadable, check_schema
 from data_prep.sources import (
     MOST_LINE,
-    InputRow,
-    Unreadable,
-    check_schema,
-    detect_format,
     files,
     is_lines,
-    read_json,
     read_json_list,
     read_line,
 )
@@ -80,37 +76,6 @@ def plan_units(sources: list[SourceConfig], *, unit_rows: int = 8192, unit_bytes
     return units
 
 
-def detect_source_format(source: SourceConfig) -> str:
-    """The format of a source, from the columns of its first file or the fields of its first readable row; raises
-    DataError if the source cannot be used or not exactly one format matches."""
-    if source.hub:
-        return detect_format(_open_hub(source).schema.names, f"{source.hub}, split {source.split}")
-    paths = files(source)
-    if not paths:
-        raise DataError("the folder contains no data files", source.path, "set --input to a file or folder with rows")
-    file = paths[0]
-    if file.suffix in (".parquet", ".arrow"):
-        return detect_format(open_table(file).schema.names, str(file))
-    if is_lines(file):
-        unit = InputUnit(0, str(file), LINES, 0, file.stat().st_size, _stamp(file))
-        rows = [(where(unit, row.place, 0), row.content) for row in islice(_line_rows(unit), 100)]
-    else:
-        content = read_json(file)
-        if isinstance(content, dict):  # ShareGPT meta JSON: its entries name the files
-            return "sharegpt"
-        rows = [(f"{file}, row {i}", row) for i, row in enumerate(read_json_list(file)[:100])]
-    # Invalid rows are rejected one by one later: any of the first rows may show the format.
-    for place, row in rows:
-        if isinstance(row, dict):
-            return detect_format(row, place)
-    if not rows:
-        raise DataError("the file has no rows", str(file), "write one JSON object per row")
-    first = f"; first: {rows[0][1].reason}" if isinstance(rows[0][1], Unreadable) else ""
-    raise DataError(
-        f"none of the first {len(rows)} rows is a JSON object{first}", rows[0][0], "write one object per row"
-    )
-
-
 def _limited(rows: int, limit: int) -> int:
     return min(rows, limit) if limit else rows
 
@@ -131,7 +96,7 @@ def _plan_table(
     number: int, source: SourceConfig, file: str, table: ColumnarTable, where: str, unit_rows: int, limit: int
 ) -> tuple[list[InputUnit], int]:
     """Units of a columnar file, and their rows."""
-    check_schema(table.schema, source.format, where)
+    check_schema(table.schema, source, where)
     rows = _limited(table.rows, limit)
     stamp = table.stamp or _stamp(Path(file))
     units, start = [], 0

@@ -1,141 +1,20 @@
-"""Sources: conversations of rows in the supported formats, and the files in which a source's rows are stored.
-
-docs/data.md has a table of unusual rows, which are treated alike in every format and file type.
-"""
+"""Sources: the files in which a source's rows are stored."""
 
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 from data_prep.build_config import SourceConfig
-from data_prep.chat import ROLES, check_text, parse
 from data_prep.columnar import open_hub, open_table
-from data_prep.source_formats import FILE_TYPES, FORMATS, TURN_KEYS, SourceFormat, formats_with_columns
+from data_prep.source_formats import FILE_TYPES
 from sdlm_megatron.errors import DataError
 from sdlm_megatron.files import checked, read_json_object, regular_file
-
-Conversation = list[tuple[str, str]]
-"""[(ChatML role, text)…]"""
-
-
-class InputRow(NamedTuple):
-    """One row of a source, as read."""
-
-    place: int  # in a unit of lines: 1-based line number within the unit. Otherwise: 0-based row number in the file.
-    content: Any  # the row (a dict if valid), or an `Unreadable`
-
-
-@dataclass(frozen=True)
-class Unreadable:
-    """A line that is not a row, or a row of a columnar file that cannot be decoded."""
-
-    reason: str
-    line: str  # the line; bytes that are not UTF-8 as backslash escapes
-
-
-def conversation(row: InputRow, format_name: str) -> Conversation:
-    """The checked conversation of a row; raises DataError, which names the invalid field."""
-    form, content = FORMATS[format_name], row.content
-    # Valid rows, nearly all, take the fast path, which raises anything on others; the slow path finds the message.
-    try:
-        return _turns(content[form.turns], form.keys) if form.turns else _pair(content, form)
-    except (LookupError, TypeError, ValueError):
-        return _parse_with_messages(content, form)
-
-
-def _turns(turns: Any, keys: tuple[str, str]) -> Conversation:
-    role_key, text_key = keys
-    result = []
-    for turn in turns:
-        if role_key == "role" and "from" in turn:
-            raise ValueError  # `from` takes precedence in `parse`
-        text = turn[text_key]
-        if not str.isascii(text):  # raises on a type other than str
-            text.encode()  # raises on a lone surrogate
-        result.append((ROLES[turn[role_key]], text))
-    if not result:
-        raise ValueError
-    return result
-
-
-def _pair(content: Any, form: SourceFormat) -> Conversation:
-    prompt, answer = content[form.prompt], content[form.answer]
-    for text in (prompt, answer):
-        if not str.isascii(text):
-            text.encode()
-    return [("user", prompt), ("assistant", answer)]
-
-
-def _parse_with_messages(content: Any, form: SourceFormat) -> Conversation:
-    if isinstance(content, Unreadable):
-        raise DataError(content.reason)
-    if not isinstance(content, Mapping):
-        raise DataError(f"a row must be an object, not {type(content).__name__}")
-    if form.turns:
-        return parse({form.turns: _column(content, form.turns)})
-    texts = [check_text(_column(content, field), field) for field in (form.prompt, form.answer)]
-    return [("user", texts[0]), ("assistant", texts[1])]
-
-
-def _column(row: Mapping[str, Any], field: str) -> Any:
-    if field not in row:
-        raise DataError(f"the row has no `{field}`; it has {', '.join(map(str, row)) or 'nothing'}", where=field)
-    return row[field]
-
-
-def detect_format(columns: Iterable[str], where: str) -> str:
-    """The format whose columns are all among `columns`; raises DataError, which names `where` (file and row), if not
-    exactly one matches."""
-    names = list(map(str, columns))
-    matches = formats_with_columns(names)
-    if len(matches) == 1:
-        return matches[0]
-    known = "; ".join(f"{name} ({', '.join(FORMATS[name].columns)})" for name in matches or FORMATS)
-    problem = "more than one source format matches" if matches else "no source format matches"
-    fix = f"set --format to one of: {known}" if matches else f"rename the fields to those of one of: {known}"
-    raise DataError(f"{problem} the fields {', '.join(names) or '(none)'}", where, fix)
-
-
-def check_schema(schema: Any, format_name: str, where: str) -> None:
-    """Raises DataError, which names column, type and required type, unless a file has the columns of a format.
-
-    Args:
-        schema: pyarrow.Schema of the file.
-        format_name: key of FORMATS.
-        where: the file, for the message.
-    """
-    import pyarrow.types as types
-
-    def is_text(kind: Any) -> bool:
-        if types.is_dictionary(kind):
-            kind = kind.value_type
-        return types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
-
-    def is_turns(kind: Any) -> bool:
-        lists = (types.is_list, types.is_large_list, types.is_fixed_size_list, types.is_list_view)
-        if not any(test(kind) for test in (*lists, types.is_large_list_view)) or not types.is_struct(kind.value_type):
-            return False
-        fields = {field.name: field.type for field in kind.value_type}
-        return any(all(key in fields and is_text(fields[key]) for key in keys) for keys in TURN_KEYS)
-
-    form = FORMATS[format_name]
-    test: Callable[[Any], bool] = is_turns if form.turns else is_text
-    required = "a list of {role: text, content: text} or {from: text, value: text}" if form.turns else "text"
-    fix = f"the source's format is {format_name}; set the one that matches the columns"
-    for column in form.columns:
-        if schema.names.count(column) != 1:
-            number = f"{schema.names.count(column)} columns" if column in schema.names else "no column"
-            present = ", ".join(schema.names) or "nothing"
-            raise DataError(f"{number} `{column}` (required: {required}); the file has {present}", where, fix)
-        if not test(schema.field(column).type):
-            what = f"column `{column}` is {schema.field(column).type}, required is {required}"
-            raise DataError(what, where, fix)
 
 
 def expand(sources: list[SourceConfig]) -> list[SourceConfig]:
@@ -145,16 +24,20 @@ def expand(sources: list[SourceConfig]) -> list[SourceConfig]:
     """
     result: list[SourceConfig] = []
     for source in sources:
-        meta = source.format == "sharegpt" and source.path.endswith(".json") and not is_lines(Path(source.path))
+        meta = source.format in ("", "sharegpt") and source.path.endswith(".json") and not is_lines(Path(source.path))
         result += _expand_meta(source) if meta else [source]
     return result
 
 
 def _expand_meta(source: SourceConfig) -> list[SourceConfig]:
     content = read_json(Path(source.path))
-    if not isinstance(content, dict):
+    if not isinstance(content, dict) or (not source.format and not any(map(_is_entry, content.values()))):
         return [source]
     return [_from_meta(source, str(name), entry) for name, entry in content.items()]
+
+
+def _is_entry(value: Any) -> bool:
+    return isinstance(value, dict) and "annotation" in value
 
 
 def _from_meta(source: SourceConfig, name: str, entry: Any) -> SourceConfig:

@@ -13,6 +13,7 @@ from sdlm_megatron.diffusion.layout import block_count
 
 # Reasons in the manifest and in rejects.jsonl.
 NO_ANSWER = "no assistant turn"
+UNTRAINED = "all answers are empty or excluded from training by a flag"
 SHORT_ANSWER = "answers too short for a block"
 LONG_PROMPT = "the prompt alone exceeds max_document_length"
 LONG_ANSWER = "the first answer does not fit into max_document_length"
@@ -144,7 +145,7 @@ def _wanted(n_anchors: int, block_size: int, repeat: int) -> int:
 def _why_dropped(document: RenderedDocument, wanted: int, max_len: int, block_size: int) -> str:
     answers = [turn for turn in document.turns if turn.n_anchors]
     if not answers:
-        return NO_ANSWER
+        return UNTRAINED if any(turn.role == "assistant" for turn in document.turns) else NO_ANSWER
     if not wanted:
         return SHORT_ANSWER
     return LONG_PROMPT if answers[0].first_anchor + 1 + block_size > max_len else LONG_ANSWER

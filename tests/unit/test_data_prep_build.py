@@ -21,7 +21,7 @@ from data_prep.build_report import short
 from data_prep.chat import parse, render
 from data_prep.encoders import TextTokenizer
 from data_prep.source_formats import FORMATS
-from data_prep.truncate import NO_ANSWER, SHORT_ANSWER
+from data_prep.truncate import NO_ANSWER, UNTRAINED
 from sdlm_megatron.config.load import load_config
 from sdlm_megatron.data.format import PackedDataset
 from sdlm_megatron.data.tokenizer_identity import fingerprint
@@ -90,7 +90,7 @@ def test_every_input_row_is_accounted_for(config: BuildConfig) -> None:
     )
     assert accounting["rejected"] == 4
     assert accounting["truncated"] == 1
-    assert accounting["dropped"] == {NO_ANSWER: 1, SHORT_ANSWER: 1}
+    assert accounting["dropped"] == {NO_ANSWER: 1, UNTRAINED: 1}
     assert [entry["first_document"] for entry in accounting["by_source"]] == [0, 40, 64]
     for key in ("rows", "packed", "truncated", "rejected", "blocks", "clean_tokens"):
         assert sum(entry[key] for entry in accounting["by_source"]) == accounting[key]
@@ -111,11 +111,11 @@ def test_rejects_name_source_row_and_reason(config: BuildConfig) -> None:
     assert [line["field"] for line in lines] == [
         "conversations",
         "conversations",
-        "conversations[0].from",
+        "conversations[0].from: 'robot'",
         "",
     ]
     assert lines[2]["where"].endswith("mixed.jsonl, line 21")
-    assert "robot" in lines[2]["reason"]
+    assert lines[2]["reason"] == "unknown role"
     kept = (Path(config.sources[-1].path)).read_text().splitlines()[18:22]
     for line, raw in zip(lines, kept, strict=True):  # the row is kept unchanged: parsed, or the raw line
         try:
@@ -141,7 +141,7 @@ def test_rows_hold_exactly_the_rendered_documents_and_their_draws(config: BuildC
                 else:
                     row = question(number)
                     conversation = [("user", row["query"]), ("assistant", row["response"])]
-                whole = render([{"role": r, "content": t} for r, t in conversation], encoder)
+                whole = render([{"role": r, "content": t} for r, t, *_ in conversation], encoder)
                 n = layout.n_blocks[layout.doc_ids.tolist().index(number)]
                 inside = whole.anchors[whole.anchors < length]
                 starts = draw_starts(inside, n, seed=5, epoch=epoch, document=number)
@@ -210,7 +210,7 @@ def test_existing_folder_is_kept_and_failure_leaves_no_files(config: BuildConfig
         build(replace(config, seed=6), QUIET)
     assert (Path(config.out) / "manifest.json").stat().st_mtime_ns == before
     (Path(config.sources[0].path).parent / "bad.jsonl").write_text("nothing\n")
-    bad = SourceConfig(name="bad", path=str(Path(config.sources[0].path).parent / "bad.jsonl"))
+    bad = SourceConfig(name="bad", format="messages", path=str(Path(config.sources[0].path).parent / "bad.jsonl"))
     with pytest.raises(DataError, match="no rows to write.* not JSON"):
         build(replace(config, out=config.out + "2", sources=[bad]), QUIET)
     assert not list(Path(config.out).parent.glob("out2*"))
@@ -329,14 +329,14 @@ def test_a_json_file_that_is_no_list_of_rows_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("lines", "where", "what"),
     [
-        ('{"text": "x"}\n', "rows.jsonl, line 1", "no source format matches the fields text"),
-        ("[1]\n2\n", "rows.jsonl, line 1", "none of the first 2 rows is a JSON object"),
-        ("{\n", "rows.jsonl, line 1", "none of the first 1 rows is a JSON object; first: the line is not JSON"),
+        ('{"txt": "x"}\n', "rows.jsonl, line 1", "no source format matches the fields txt"),
+        ("[1]\n2\n", "rows.jsonl, line 1", "none of the first 2 rows is a JSON object or a list of turns"),
+        ("{\n", "rows.jsonl, line 1", "or a list of turns; first: the line is not JSON"),
         ("", "rows.jsonl", "the file has no rows"),
         (
             '{"messages": [{"role": "robot", "content": "x"}]}\n',
-            "rows.jsonl, line 1, field messages[0].role",
-            "'robot'",
+            "rows.jsonl, line 1, field messages[0].role: 'robot'",
+            "unknown role",
         ),
     ],
 )

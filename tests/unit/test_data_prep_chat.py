@@ -61,9 +61,11 @@ def test_conversation_without_assistant_turn_has_no_anchors() -> None:
     assert render([{"from": "human", "value": "x"}], BYTES).anchors.shape == (0,)
 
 
-def test_empty_answer_has_one_anchor() -> None:
-    document = render([HI[0], {"from": "gpt", "value": ""}], BYTES)
-    assert document.input_ids[document.anchors + 1].tolist() == [IM_END]
+def test_empty_answer_is_not_trained() -> None:
+    """It would teach the model to end at once."""
+    document = render([HI[0], {"from": "gpt", "value": ""}], BYTES, default_system=None)
+    assert document.input_ids.tolist() == turn("user", "Hi") + turn("assistant", "")
+    assert not len(document.anchors)
 
 
 @pytest.mark.parametrize("token", ["<|im_end|>", "<|im_start|>", "<|endoftext|>", "<text_mask>"])
@@ -119,19 +121,19 @@ def test_qwen_header_counts_three_tokens_even_when_the_newline_merges() -> None:
 
 BAD = [
     ([], "conversation", "no turn"),
-    ("text", "conversation", "list of turns"),
+    ("text", "conversation", "not JSON"),
     (3, "conversation", "list of turns"),
-    ({"text": "x"}, "", "`text`"),
+    ({"text": "x"}, "", "it has text"),
     ({"messages": None}, "messages", "list of turns"),
     (["x"], "conversation[0]", "object"),
     ([{"value": "x"}], "conversation[0]", "`from`"),
-    ([HI[0], {"from": "robot", "value": "x"}], "conversation[1].from", "'robot'"),
-    ([{"role": None, "content": "x"}], "conversation[0].role", "None"),
-    ([{"role": ["user"], "content": "x"}], "conversation[0].role", "user"),
+    ([HI[0], {"from": "robot", "value": "x"}], "conversation[1].from: 'robot'", "unknown role"),
+    ([{"role": None, "content": "x"}], "conversation[0].role: 'NoneType'", "unknown role"),
+    ([{"role": ["user"], "content": "x"}], "conversation[0].role: 'list'", "unknown role"),
     ([{"from": "human"}], "conversation[0]", "`value`"),
     ([{"from": "human", "value": None}], "conversation[0].value", "NoneType"),
     ({"messages": [{"role": "user", "content": 3}]}, "messages[0].content", "int"),
-    ([{"from": "human", "value": "\ud800"}], "conversation[0].value", "Unicode"),
+    ([{"from": "human", "value": "\ud800"}], "conversation[0].value, character 0", "Unicode"),
 ]
 
 
@@ -144,7 +146,7 @@ def test_invalid_conversation_error_names_turn_and_field(conversation: object, w
 
 
 def test_parse_returns_chatml_roles() -> None:
-    assert parse(HI) == [("user", "Hi"), ("assistant", "Yo")]
+    assert parse(HI) == [("user", "Hi", True), ("assistant", "Yo", True)]
 
 
 def test_tokenizer_without_chatml_is_refused(tmp_path: Path) -> None:

@@ -24,6 +24,11 @@ ODD: list[Any] = [
 ]
 
 
+ADDED = [f"{place}{name}" for place in ("", "messages.") for name in ("role", "content", "from", "value", "x")]
+ADDED = [*ADDED[:5], ADDED[-1], "conversations", "messages.conversations"]
+"""Fields that the mutations add."""
+
+
 def good(i: int) -> dict[str, Any]:
     turns = [{"role": "user", "content": f"question {i}"}, {"role": "assistant", "content": "answer " * (1 + i % 9)}]
     return {"id": str(i), "messages": turns * (1 + i % 3)}
@@ -65,7 +70,7 @@ def config(tmp_path: Path) -> BuildConfig:
     return BuildConfig(
         out=str(tmp_path / "out"),
         tokenizer=str(write_folder(tmp_path / "base")),
-        sources=[SourceConfig(name="fuzz", format="messages", path=str(tmp_path / "rows.jsonl"))],
+        sources=[SourceConfig(name="fuzz", format="messages", path=str(tmp_path / "rows.jsonl"), ignore=ADDED)],
         max_document_length=600,
         row_length=600,
     )

@@ -18,10 +18,12 @@ import pytest
 
 from data_prep import readers, sources
 from data_prep.build_config import SourceConfig
+from data_prep.forms import FormReader, InputRow, Unreadable
 from data_prep.readers import LINES, ROWS, InputUnit, count_lines, plan_units, read_unit, where
-from data_prep.sources import InputRow, Unreadable, conversation
 from sdlm_megatron.errors import DataError
 from tests.fixtures.hub_sets import sciriff, tulu
+
+READERS = {name: FormReader(SourceConfig(format=name)) for name in ("messages", "query_response")}
 
 
 @pytest.fixture(autouse=True)
@@ -217,10 +219,10 @@ def test_rows_with_null_columns_are_rejected(tmp_path: Path) -> None:
     rows = [row(0), {**row(1), "query": None}, {**row(2), "response": None}]
     read_rows = read_all(source_of(write_parquet(tmp_path / "rows.parquet", rows)))
     assert [got.content for got in read_rows] == rows
-    conversation(read_rows[0], "query_response")
+    READERS["query_response"].read(read_rows[0].content)
     for got, field in zip(read_rows[1:], ("query", "response"), strict=True):
         with pytest.raises(DataError, match="NoneType") as error:
-            conversation(got, "query_response")
+            READERS["query_response"].read(got.content)
         assert error.value.where == field
 
 
@@ -243,12 +245,12 @@ def test_undecodable_row_does_not_affect_others(tmp_path: Path) -> None:
             with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_stream(file, table.schema) as writer:
                 writer.write_table(table)
         read_rows = read_all(SourceConfig(name="s", path=str(path)))
-        assert [conversation(read_rows[i], "messages") for i in (0, 2)] == [[("user", "fine é")]] * 2
+        assert [READERS["messages"].read(read_rows[i].content) for i in (0, 2)] == [[("user", "fine é", True)]] * 2
         assert isinstance(read_rows[1].content, Unreadable)
         assert "bro\\xffken" in read_rows[1].content.line
         assert "'n': 1" in read_rows[1].content.line
         with pytest.raises(DataError, match="cannot be decoded"):
-            conversation(read_rows[1], "messages")
+            READERS["messages"].read(read_rows[1].content)
 
 
 # -------------------------------------------------------------------------------------------- units
@@ -356,7 +358,7 @@ def test_damaged_files_do_not_lose_rows_silently(kind: str, tmp_path: Path) -> N
         assert len(read_rows) == (len(lines) if path.suffix == ".jsonl" else len(rows)), seed
         for got in read_rows:
             try:
-                conversation(got, "query_response")
+                READERS["query_response"].read(got.content)
             except DataError as error:
                 assert error.what
         outcomes.append("read")

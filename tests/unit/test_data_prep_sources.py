@@ -10,23 +10,15 @@ import pyarrow.parquet
 import pytest
 
 from data_prep.build_config import SourceConfig
+from data_prep.forms import FormReader, Unreadable, check_schema, detect_format
 from data_prep.readers import plan_units, read_unit
 from data_prep.source_formats import FILE_TYPES, FORMATS, formats_table
-from data_prep.sources import (
-    Conversation,
-    InputRow,
-    Unreadable,
-    check_schema,
-    conversation,
-    count,
-    detect_format,
-    expand,
-    files,
-)
+from data_prep.sources import count, expand, files
+from data_prep.turns import Conversation
 from sdlm_megatron.errors import DataError
 from tests.fixtures.hub_sets import OPC_EXTRA, SETS, opc
 
-EXPECTED = [("user", "q"), ("assistant", "a")]
+EXPECTED = [("user", "q", True), ("assistant", "a", True)]
 SHAREGPT = {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}
 MESSAGES = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}], "source": "x"}
 ROWS: dict[str, dict[str, Any]] = {
@@ -35,6 +27,10 @@ ROWS: dict[str, dict[str, Any]] = {
     "query_response": {"query": "q", "response": "a"},
     "instruction_output": {"instruction": "q", "output": "a", "seq_id": 3},
     "input_output": {"input": "q", "output": "a", "metadata": {"task": "t"}, "_instance_id": "i"},
+    "instruction_response": {"instruction": "q", "response": "a", "category": "open_qa"},
+    "prompt_completion": {"prompt": "q", "completion": "a"},
+    "prompt_response": {"prompt": "q", "response": "a"},
+    "question_answer": {"question": "q", "answer": "a"},
 }
 
 
@@ -90,7 +86,7 @@ def test_every_format_in_every_file_type(form: str, kind: str, tmp_path: Path) -
     assert count(source) == 5
     loaded = contents(source)
     assert loaded == rows
-    assert [conversation(InputRow(0, row), form) for row in loaded] == [EXPECTED] * 5
+    assert [FormReader(source).read(row) for row in loaded] == [EXPECTED] * 5
 
 
 @pytest.mark.parametrize("make", SETS)
@@ -101,7 +97,7 @@ def test_every_mixture_dataset_in_its_hub_layout(make: Any, tmp_path: Path) -> N
     theirs = list(datasets.load_dataset(str(a_set.folder), a_set.subset or None, split="train"))
     assert contents(copy) == contents(hub) == theirs == a_set.rows
     assert count(copy) == count(hub) == len(theirs)
-    spoken = [conversation(InputRow(0, row), a_set.form) for row in contents(copy)]
+    spoken = [FormReader(copy).read(row) for row in contents(copy)]
     assert all(turns[0][0] == "user" and turns[-1][0] == "assistant" for turns in spoken)
 
 
@@ -171,53 +167,58 @@ def test_saved_selection_is_refused_or_has_only_its_rows(tmp_path: Path) -> None
 BAD_ROWS: list[tuple[str, Any, str, str]] = [
     ("query_response", {"query": "q"}, "response", "no `response`"),
     ("query_response", {"query": "q", "response": None}, "response", "NoneType"),
-    ("query_response", {"query": ["q"], "response": "a"}, "query", "list"),
+    ("query_response", {"query": ["q"], "response": "a"}, "query[0]", "a turn must be an object, not str"),
     ("query_response", {"query": b"q", "response": "a"}, "query", "bytes"),
-    ("query_response", {"query": "q", "response": "\ud800"}, "response", "Unicode"),
+    ("query_response", {"query": "q", "response": "\ud800"}, "response, character 0", "Unicode"),
     ("instruction_output", {"output": "a"}, "instruction", "no `instruction`"),
     ("input_output", {"input": 3, "output": "a"}, "input", "int"),
     ("messages", {"conversations": []}, "messages", "no `messages`"),
     ("messages", {"messages": []}, "messages", "no turn"),
     ("messages", {"messages": None}, "messages", "NoneType"),
-    ("messages", {"messages": "hello"}, "messages", "str"),
+    ("messages", {"messages": "hello"}, "messages", "not JSON"),
     ("messages", {"messages": {"role": "user"}}, "messages", "dict"),
     ("messages", {"messages": [{"role": "user", "content": None}]}, "messages[0].content", "NoneType"),
-    ("messages", {"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role", "'tool'"),
-    ("messages", {"messages": [MESSAGES["messages"][0], {"role": "user"}]}, "messages[1]", "no `content`"),
+    ("messages", {"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role: 'robot'", "unknown role"),
+    (
+        "messages",
+        {"messages": [MESSAGES["messages"][0], {"role": "user"}]},
+        "messages[1]",
+        "a turn without `value` and `content`",
+    ),
     ("messages", {"messages": [MESSAGES["messages"][0], "x"]}, "messages[1]", "object"),
-    ("messages", {"messages": [{"role": ["user"], "content": "x"}]}, "messages[0].role", "unknown role"),
-    ("messages", {"messages": [{"role": "user", "content": "é\udfff"}]}, "messages[0].content", "Unicode"),
-    ("messages", {"messages": [{"from": "x", "role": "user", "content": "x"}]}, "messages[0].from", "'x'"),
+    ("messages", {"messages": [{"role": ["user"], "content": "x"}]}, "messages[0].role: 'list'", "unknown role"),
+    ("messages", {"messages": [{"role": "user", "content": "é\udfff"}]}, "messages[0].content, character 1", "Unicode"),
+    ("messages", {"messages": [{"from": "x", "role": "user", "content": "x"}]}, "messages[0]", "`from` and `role`"),
     ("sharegpt", {"conversations": []}, "conversations", "no turn"),
-    ("sharegpt", {"conversations": [{"from": "x", "value": "y"}]}, "conversations[0].from", "'x'"),
+    ("sharegpt", {"conversations": [{"from": "x", "value": "y"}]}, "conversations[0].from: 'x'", "unknown role"),
     ("messages", [1], "", "object"),
     ("messages", None, "", "object"),
-    ("messages", Unreadable("the line is not JSON: x", "{"), "", "not JSON"),
+    ("messages", Unreadable("the line is not JSON: x", "{"), "x", "not JSON"),
 ]
 
 
 @pytest.mark.parametrize(("form", "row", "where", "what"), BAD_ROWS)
 def test_invalid_row_error_names_the_field(form: str, row: Any, where: str, what: str) -> None:
     with pytest.raises(DataError) as error:
-        conversation(InputRow(1, row), form)
+        FormReader(SourceConfig(format=form)).read(row)
     assert error.value.where == where
     assert what in error.value.what
 
 
 LONG = "x" * 1_000_000
 GOOD_ROWS: list[tuple[str, Any, Conversation]] = [
-    ("query_response", {"query": "", "response": " "}, [("user", ""), ("assistant", " ")]),
-    ("query_response", {"query": "a\x00b", "response": LONG}, [("user", "a\x00b"), ("assistant", LONG)]),
-    ("messages", {"messages": [{"role": "system", "content": "s"}]}, [("system", "s")]),
-    ("messages", {"messages": [{"role": "user", "content": "u"}] * 2}, [("user", "u")] * 2),
-    ("messages", {"messages": [{"from": "gpt", "value": "ü🙂"}]}, [("assistant", "ü🙂")]),
-    ("sharegpt", {"conversations": [{"role": "function", "content": "", "x": 1}]}, [("function", "")]),
+    ("query_response", {"query": "", "response": " "}, [("user", "", True), ("assistant", " ", True)]),
+    ("query_response", {"query": "a\x00b", "response": LONG}, [("user", "a\x00b", True), ("assistant", LONG, True)]),
+    ("messages", {"messages": [{"role": "system", "content": "s"}]}, [("system", "s", True)]),
+    ("messages", {"messages": [{"role": "user", "content": "u"}] * 2}, [("user", "u", True)] * 2),
+    ("messages", {"messages": [{"from": "gpt", "value": "ü🙂"}]}, [("assistant", "ü🙂", True)]),
+    ("sharegpt", {"conversations": [{"role": "function", "content": "", "x": 1}]}, [("function", "", False)]),
 ]
 
 
 @pytest.mark.parametrize(("form", "row", "expected"), GOOD_ROWS)
 def test_unusual_valid_rows_are_accepted(form: str, row: Any, expected: Conversation) -> None:
-    assert conversation(InputRow(1, row), form) == expected
+    assert FormReader(SourceConfig(format=form)).read(row) == expected
 
 
 TEXT, INT = pyarrow.string(), pyarrow.int64()
@@ -228,10 +229,12 @@ SCHEMAS: list[tuple[str, dict[str, Any], str]] = [
     ("query_response", {"query": pyarrow.large_string(), "response": pyarrow.dictionary(INT, TEXT)}, ""),
     ("input_output", {"input": pyarrow.string_view(), "output": TEXT}, ""),
     ("messages", {"message": TEXT}, r"no column `messages` .* has message"),
-    ("messages", {"messages": TEXT}, r"`messages` is string, required is a list of \{role"),
+    ("messages", {"messages": TEXT}, ""),
+    ("sharegpt", {"conversations": pyarrow.list_(pyarrow.struct([("from", TEXT), ("content", TEXT)]))}, ""),
+    ("messages", {"messages": INT}, r"`messages` is int64, required is a list of turns \(\{role"),
     ("messages", {"messages": pyarrow.list_(TEXT)}, "list<"),
     ("messages", {"messages": pyarrow.struct([("role", pyarrow.list_(TEXT))])}, "struct<"),
-    ("sharegpt", {"conversations": pyarrow.list_(pyarrow.struct([("from", TEXT), ("content", TEXT)]))}, "list<"),
+    ("sharegpt", {"conversations": pyarrow.list_(pyarrow.struct([("from", TEXT), ("x", TEXT)]))}, "list<"),
     ("query_response", {"query": TEXT, "response": INT}, "`response` is int64, required is text"),
     ("query_response", {"query": pyarrow.null(), "response": TEXT}, "`query` is null"),
     ("instruction_output", {"instruction": TEXT, "output": pyarrow.list_(TEXT)}, "`output` is list"),
@@ -242,10 +245,10 @@ SCHEMAS: list[tuple[str, dict[str, Any], str]] = [
 def test_columns_are_checked_against_the_format(form: str, columns: dict[str, Any], what: str) -> None:
     schema = pyarrow.schema(list(columns.items()))
     if not what:
-        check_schema(schema, form, "FILE")
+        check_schema(schema, SourceConfig(format=form), "FILE")
         return
     with pytest.raises(DataError, match=what) as error:
-        check_schema(schema, form, "FILE")
+        check_schema(schema, SourceConfig(format=form), "FILE")
     assert error.value.where == "FILE"
     assert form in error.value.fix
 
@@ -256,20 +259,24 @@ def test_mismatched_schema_fails_planning(tmp_path: Path) -> None:
     datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
     for path in (tmp_path / "rows.parquet", tmp_path / "saved"):
         with pytest.raises(DataError, match="no column `messages`"):
-            plan_units([SourceConfig(name="s", path=str(path))])
+            plan_units([SourceConfig(name="s", format="messages", path=str(path))])
     with pytest.raises(DataError, match="no column `instruction`"):
         plan_units([SourceConfig(name="s", format="instruction_output", hub=str(SETS[0](tmp_path).folder))])
 
 
 def test_duplicate_column_names_are_refused() -> None:
     with pytest.raises(DataError, match="2 columns `query`"):
-        check_schema(pyarrow.schema([("query", TEXT), ("query", TEXT), ("response", TEXT)]), "query_response", "F")
+        check_schema(
+            pyarrow.schema([("query", TEXT), ("query", TEXT), ("response", TEXT)]),
+            SourceConfig(format="query_response"),
+            "F",
+        )
 
 
 def test_tested_formats_match_the_registered_formats() -> None:
-    assert set(FORMATS) == set(ROWS)
+    assert set(FORMATS) == {*ROWS, "turns", "text", "preference", "columns"}  # these: tests/forms
     for name, row in ROWS.items():
-        assert detect_format(row, "FILE") == name
+        assert detect_format([("FILE", row)], SourceConfig(name="s")) == name
 
 
 def test_documentation_contains_the_format_table() -> None:
@@ -279,13 +286,17 @@ def test_documentation_contains_the_format_table() -> None:
 
 
 def test_fields_matching_no_format_or_several_are_refused() -> None:
-    with pytest.raises(DataError, match="no source format matches the fields text, id") as error:
-        detect_format(["text", "id"], "FILE, line 1")
+    source = SourceConfig(name="s")
+    with pytest.raises(DataError, match="no source format matches the fields txt, id") as error:
+        detect_format([("FILE, line 1", {"txt": "x", "id": 3})], source)
     assert error.value.where == "FILE, line 1"
-    assert all(name in error.value.fix for name in FORMATS)
-    with pytest.raises(DataError, match="more than one source format matches") as error:
-        detect_format([*MESSAGES, "query", "response"], "FILE")
-    assert "messages (messages)" in error.value.fix and "query_response (query, response)" in error.value.fix
+    assert "--sources.s.columns" in error.value.fix and "query, response" in error.value.fix
+    with pytest.raises(DataError, match="two readings: messages and query_response") as error:
+        detect_format([("FILE, line 1", {**MESSAGES, "query": "q", "response": "a"})], source)
+    assert "messages (messages): FILE, line 1" in error.value.where and "--sources.s.format" in error.value.fix
+    # alpaca's columns include those of input_output; an empty column is no reading
+    row = {"instruction": "q", "input": "i", "output": "a", "messages": None, "text": ""}
+    assert detect_format([("FILE", row)], source) == "instruction_output"
 
 
 def test_sharegpt_meta_names_files_and_repeats(tmp_path: Path) -> None:

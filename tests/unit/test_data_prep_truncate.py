@@ -14,6 +14,7 @@ from data_prep.truncate import (
     LONG_PROMPT,
     NO_ANSWER,
     SHORT_ANSWER,
+    UNTRAINED,
     keep_whole_turns,
     reference,
 )
@@ -63,10 +64,12 @@ def test_whole_turns_are_cut_and_the_rest_ends_with_an_answer() -> None:
 def test_drop_reasons() -> None:
     cases = {
         NO_ANSWER: render([{"from": "human", "value": "x"}], BYTES),
-        SHORT_ANSWER: document(2, 0),
+        UNTRAINED: document(2, 0),
         LONG_PROMPT: document(90, 9),
         LONG_ANSWER: document(2, 90),
     }
+    short = keep_whole_turns(document(2, 1), max_len=60, block_size=8, repeat=3)
+    assert (short.n_blocks, short.drop_reason) == (0, SHORT_ANSWER)
     for reason, doc in cases.items():
         dropped = keep_whole_turns(doc, max_len=60, **D4)
         assert (dropped.n_blocks, dropped.drop_reason) == (0, reason)

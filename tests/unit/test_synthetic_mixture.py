@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from data_prep.build_config import PRESETS, BuildConfig
+from data_prep.forms import FormReader
 from data_prep.readers import plan_units, read_unit
-from data_prep.sources import conversation, expand
+from data_prep.sources import expand
 from dev.bench.synthetic_mixture import SETS, generate, set_rows
 from sdlm_megatron.config.load import load_config
 
@@ -42,8 +43,10 @@ def test_every_row_is_a_distinct_conversation(mixture: Path) -> None:
     seen, rows = set(), Counter()
     for unit in plan_units(sources, unit_rows=100, unit_bytes=100_000):
         source = sources[unit.source]
+        reader = FormReader(source)
         for row in read_unit(unit, source):
             rows[source.name.split("/")[0]] += 1
-            seen.add(tuple(conversation(row, source.format)))
+            seen.add(tuple(reader.read(row.content)))
+        assert not reader.unread
     assert rows == set_rows(1000)
     assert len(seen) == 1000
