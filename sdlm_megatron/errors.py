@@ -211,6 +211,13 @@ def make_console(*, stderr: bool = False) -> "Console":
     from rich.text import Text
 
     class PlainConsole(Console):
+        def _stream(self) -> TextIO:
+            file = Console.file.fget(self)  # type: ignore[attr-defined]
+            # rich's live displays put a proxy of their own before ours
+            return getattr(file, "rich_proxied_file", file)
+
+        file = property(_stream, Console.file.fset)  # type: ignore[attr-defined]
+
         def render_str(self, text: str, **options: Any) -> Text:
             return super().render_str(neutral(text), **options)
 

@@ -252,7 +252,7 @@ def test_unreadable_folders_are_refused(tmp_path: Path) -> None:
         HFWeights(tmp_path)
     whole = tiny(tmp_path / "base")
     (whole / "config.json").write_text("{")
-    with pytest.raises(CheckpointError, match="cannot read JSON"):
+    with pytest.raises(CheckpointError, match="config.json is not valid JSON"):
         read_hf_config(whole)
     weights = whole / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])

@@ -85,6 +85,18 @@ def test_print_is_neutral_and_rich_keeps_its_colors() -> None:
     assert command(bar).stderr == b"\r 50% |##|\n\x1b[A"
 
 
+def test_live_display_keeps_its_styles() -> None:
+    code = (
+        "from rich.live import Live; from rich.text import Text; from sdlm_megatron.progress import track; "
+        "console = make_console(); live = Live(console=console, auto_refresh=False); live.start(); "
+        f"live.update(Text('x', style='red'), refresh=True); print({HOSTILE!r}); live.stop(); "
+        "bar = track('rows', 1, 'rows', console); bar.__enter__()(1); bar.__exit__(None, None, None)"
+    )
+    done = command(code, FORCE_COLOR="1", TERM="xterm", PYTHONIOENCODING="utf-8").stdout.decode()
+    assert "\x1b[31mx\x1b[0m" in done and "\x1b[2K" in done and "␛" not in done.replace("␛]0;owned", "")
+    assert "\x07" not in done and "\x9b" not in done and "\x1b]" not in done
+
+
 def test_traceback_is_neutral() -> None:
     done = command(f"raise RuntimeError({HOSTILE!r})", PYTHONIOENCODING="utf-8")
     assert done.returncode == 1 and done.stderr.decode().endswith(f"RuntimeError: {SEEN}\n")
