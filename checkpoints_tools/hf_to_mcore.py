@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from checkpoints_tools.tokenizer_files import check_tokenizer
 from sdlm_megatron.config.command_line import make_parser
 from sdlm_megatron.config.schema import DiffusionConfig
 from sdlm_megatron.data.tokenizer_identity import TEXT_MASK
@@ -58,6 +59,7 @@ def convert(
     workers = default_workers() if workers is None else workers
     check_out(out, workers)
     source, state = _open(hf, mask_token, block_size)
+    check_tokenizer(hf)
     dtype = PRECISIONS[state.precision]
     plan = plan_torch_dist(source, dtype.itemsize, file_bytes, CHUNK)
     if dry_run:

@@ -84,7 +84,8 @@ def check_range(value: float, allowed: str, key: str, where: str = "") -> None:
     inside = (value > low or (value == low and allowed[0] == "[")) and (
         value < high or (value == high and allowed[-1] == "]")
     )
-    first, last = "above" if allowed[0] == "(" else "from", "to below" if allowed[-1] == ")" else "to"
+    first = "above" if allowed[0] == "(" else "from" if allowed[-1] == "]" else "of at least"
+    last = "and below" if allowed[-1] == ")" else "and at most" if allowed[0] == "(" else "to"
     _require(inside, f"{key} is {value}", where or key, f"set it to a number {first} {low:.12g} {last} {high:.12g}")
 
 
@@ -122,6 +123,7 @@ def check_run(config: RunConfig, world_size: int) -> None:
     check_values(config)
     length = config.train.steps or config.train.epochs > 0
     _require(length, "train.steps and train.epochs are both 0", "train", "set one of them")
+    _require(config.run_dir.strip(), "no run folder", "run_dir", "--run_dir=DIR, a folder to write the run to")
     _require(config.data.path, "no dataset", "data.path", "--data.path=DIR, a folder written by `sdlm prepare`")
     check_schedule(config, config.train.steps or None)
     _check_parallel(config.parallel, world_size)
@@ -153,6 +155,8 @@ def check_schedule(config: RunConfig, steps: int | None) -> None:
         "set a number of steps above 0" if style == "wsd" else "set decay_steps=0 or schedule.style=wsd",
     )
     if steps is not None:
+        what = f"{config.train.epochs:g} epochs of the dataset are not one row"
+        _require(steps > 0, what, "train.epochs", "set more epochs, or train.steps")
         _require(
             warmup + decay <= steps and warmup < steps,
             f"{warmup} warm-up steps and {decay} decay steps do not fit into the {steps} steps of the run",

@@ -27,7 +27,17 @@ _OCTAL = re.compile(r"[-+]?0[0-9]+")
 _BASE_60 = re.compile(r"[-+]?[0-9]+(:[0-5]?[0-9])+")
 _NULL = ("null", "Null", "NULL", "~")
 _BOOL = {word: word.lower() == "true" for word in ("true", "True", "TRUE", "false", "False", "FALSE")}
+_QUOTES = "put a text in quotes that contains `: ` or ` #`, or starts with one of | > @ ` % & * ! [ ] { } ' \""
+_FIXES = {
+    r"'\t'": "indent with spaces, not with tabs",
+    "nested more than": "write it in fewer levels: sections have at most three",
+    "no tag is read": "remove the tag (!…); a text that starts with ! needs quotes",
+    "another document": "remove the line ---: a file is one document",
+    "special characters": "remove the control character",
+}
+"""Fixes of YAML's own complaints, by a part of the complaint."""
 _VARIABLE = re.compile(r"\$\{[^}]*\}?|\$[A-Za-z_]\w*")
+_HOME = re.compile(r"~[\w.-]*/")
 _PLAIN_VARIABLE = re.compile(r"\$\w+|\$\{\w+\}")
 _EXPANDED = "checkpoint.local_dir"
 _LITERAL = ("setup", "system_prompt", "mask_token", "pad_token")
@@ -79,7 +89,8 @@ def read_yaml(file: Path) -> yaml.MappingNode | None:
             raise ConfigError(f"the file has more than {MOST_BYTES:,} bytes", str(file), "name a file of settings")
         text = content.decode()
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"the file is not readable YAML: {error}", str(file)) from None
+        fix = "name a text file that you can read, saved as UTF-8"
+        raise ConfigError(f"the file is not readable YAML: {error}", str(file), fix) from None
     node = _compose(text, str(file))
     if node is not None and not isinstance(node, yaml.MappingNode):
         kind = "list" if isinstance(node, yaml.SequenceNode) else "text"
@@ -94,9 +105,10 @@ def _compose(text: str, name: str) -> yaml.Node | None:
         loader.name = name
         return typing.cast(yaml.Node | None, loader.get_single_node())
     except yaml.YAMLError as error:
-        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or str(error)
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+        problem = problem or str(error).splitlines()[0]  # the reader's text has a second line about its buffer
         where = name if mark is None or name.startswith(COMMAND_LINE) else f"{name}, line {mark.line + 1}"
-        fix = "put a text in quotes that contains `: ` or ` #`, or starts with one of | > @ ` % & * ! [ ] { } ' \""
+        fix = next((fix for part, fix in _FIXES.items() if part in problem), _QUOTES)
         raise ConfigError(f"not readable YAML: {problem}", where, fix) from None
     except RecursionError:  # the scanner's own depth
         raise ConfigError("the value is nested too deeply", name) from None
@@ -186,6 +198,9 @@ def _text(node: yaml.ScalarNode, key: str) -> str:
         return text
     if MASK in text:
         raise ConfigError(f"{key} contains {MASK}, written in place of a secret", place, "write the value itself")
+    if _HOME.match(text):
+        what = f"{key} starts with ~: a folder of that name, or your home folder"
+        raise ConfigError(what, place, "write the whole path (or ./~ for the folder of that name)")
     if (variable := _VARIABLE.search(text)) is None:
         return text
     if key != _EXPANDED:

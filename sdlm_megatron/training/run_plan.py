@@ -14,7 +14,7 @@ from sdlm_megatron.config.validate import check_model, check_schedule
 from sdlm_megatron.data.format import PackedDataset
 from sdlm_megatron.data.tokenizer_identity import TEXT_MASK, same_tokenizer
 from sdlm_megatron.errors import CheckpointError, ConfigError, DataError
-from sdlm_megatron.weights.checkpoint_folder import TrainState, newest, read_run, read_state
+from sdlm_megatron.weights.checkpoint_folder import TrainState, newest, read_run, read_state, step_of
 from sdlm_megatron.weights.hf_config import read_hf_config
 from sdlm_megatron.weights.hf_weights import HFWeights
 from sdlm_megatron.weights.shape import NewMaskToken, find_mask_token, resolve_shape
@@ -249,6 +249,9 @@ def _check_tokenizer(dataset: PackedDataset, assets: Path, mask_id: int, notice:
 def _resume(config: RunConfig, dataset: PackedDataset, folder: Path, notice: Notice) -> RunPlan:
     """Continues from a checkpoint of this run, under the same or another parallel layout."""
     state, run = read_state(folder), read_run(folder)
+    if state.step != step_of(folder):
+        what = f"{folder.name} holds step {state.step}: a copy of another checkpoint"
+        raise CheckpointError(what, str(folder), "give the copy a name of your own, or remove it")
     shape = resolve_shape(config.model, state.shape, str(folder))
     if state.dataset != _identity(dataset):
         raise DataError(

@@ -220,7 +220,8 @@ def _entries(folder: Path) -> Iterator[StepFolder | Path]:
     except FileNotFoundError:
         return
     except OSError as error:
-        raise CheckpointError(f"the folder cannot be listed: {error.strerror}", str(folder)) from None
+        fix = "correct its permissions, or remove what is in its place"
+        raise CheckpointError(f"the folder cannot be listed: {error.strerror}", str(folder), fix) from None
 
 
 def newest(folder: Path, log: Callable[[str], None]) -> Path | None:

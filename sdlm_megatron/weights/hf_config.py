@@ -207,16 +207,22 @@ def read_hf_config(folder: Path | str) -> HFConfig:
         sdlm = SDLMSettings.from_config_json(values, generation.values)
     except SettingError as error:
         raise CheckpointError(error.what, f"{folder / error.file}, field '{error.field}'", "correct it") from None
-    name = "torch_dtype" if "torch_dtype" in values else "dtype"
+    name = "torch_dtype" if values.get("torch_dtype") is not None else "dtype"
     dtype = fields.typed(name, str, "").removeprefix("torch.")
+    if (other := fields.typed("dtype", str, dtype).removeprefix("torch.")) != dtype:
+        raise fields.error(f"torch_dtype is {dtype!r:.60}, and dtype is {other!r:.60}", name, "keep one of them")
     if dtype not in ("", *_DTYPES):
         raise fields.error(f"dtype {dtype!r:.60} is not supported: one of {', '.join(_DTYPES)}", name)
     eos, pad = (
         [source.token_ids(name) for source in (generation, fields)] for name in ("eos_token_id", "pad_token_id")
     )
+    shape = _shape(fields, model_type)
+    if sdlm is not None and sdlm.mask_token_id >= shape.vocab_size:
+        what = f"the mask token's id is {sdlm.mask_token_id}, but the vocabulary has {shape.vocab_size} tokens"
+        raise fields.error(what, "text_mask_token_id")
     return HFConfig(
         model_type=model_type,
-        shape=_shape(fields, model_type),
+        shape=shape,
         dtype=dtype or None,
         max_position_embeddings=fields.number("max_position_embeddings", int, 2**31, HFConfig.max_position_embeddings),
         eos_token_ids=eos[0] or eos[1],

@@ -112,6 +112,8 @@ def test_an_entry_of_a_list_takes_the_written_text() -> None:
         ("--data.path=${oc.env:HOME}", ("data.path", "${oc.env:HOME}")),
         ("--data.path=/data/${USER}/x", ("data.path", "${USER}")),
         ("--run_dir=/runs/$USER", ("run_dir", "$USER")),
+        ("--run_dir=~/runs/a", ("run_dir starts with ~", "whole path")),
+        ("--checkpoint.base=~me/base", ("checkpoint.base starts with ~",)),
         ("--checkpoint.local_dir=${oc.env:HOME}", ("checkpoint.local_dir", "${oc.env:HOME}")),
         ("--run_dir=a\0b", ("run_dir", "NUL")),
         ("--run_dir=a\udcffb", ("run_dir", "UTF-8")),
@@ -153,20 +155,22 @@ def laughs(depth: int) -> str:
         ("1: x", ("unknown setting 1",)),
         ("? [a]\n: x", ("a key",)),
         ("<<: {qos: a}", ("<<", "extends")),
-        ("qos: !!python/object/apply:os.system [ls]", ("tag",)),
+        ("qos: !!python/object/apply:os.system [ls]", ("remove the tag",)),
         ("account: !!binary aGFsbG8=", ("tag",)),
         ("extends: [x]", ("extends is a list",)),
         ("extends: .", ("is a folder",)),
         ("extends: file.yaml", ("extends itself",)),
         ("extends: " + "x" * 5000, ("no config file",)),
         ("preflight.gpus: 3", ("preflight.gpus", "preflight:")),
-        ("\tqos: a", ("line 1",)),
+        ("\tqos: a", ("line 1", "indent with spaces")),
+        ("env: {A: ~/x}", ("env.A starts with ~",)),
         ("qos: |<MASK>|", ("quotes",)),
         ("qos: @a", ("quotes",)),
         ("qos: a: b", ("line 1",)),
         ("- a", ("contains a list",)),
         ("text", ("contains a text",)),
-        ("a: 1\n---\nb: 2", ("document",)),
+        ("a: 1\n---\nb: 2", ("another document", "remove the line ---")),
+        ("qos: a\0b", ("#x0000", "remove the control character")),
         (laughs(12), ("unknown setting a0",)),
         ("env: &a {x: *a}", ("env.x is a section",)),
         ("sbatch: &a [*a]", ("sbatch",)),
@@ -242,10 +246,11 @@ def test_no_setting_takes_an_absurd_number(value: str) -> None:
 @pytest.mark.parametrize(
     ("overrides", "text"),
     [
-        (["--optimizer.beta1=1"], "optimizer.beta1 is 1.0"),
+        (["--run_dir= "], "no run folder"),
+        (["--optimizer.beta1=1"], r"optimizer.beta1 is 1.0(?s:.*)of at least 0 and below 1$"),
         (["--optimizer.beta2=1.5"], "optimizer.beta2 is 1.5"),
         (["--optimizer.beta1=-0.1"], "optimizer.beta1 is -0.1"),
-        (["--optimizer.eps=0"], "optimizer.eps is 0.0"),
+        (["--optimizer.eps=0"], r"optimizer.eps is 0.0(?s:.*)above 0 and at most 1$"),
         (["--optimizer.lr=-1e-3"], "optimizer.lr is -0.001"),
         (["--optimizer.weight_decay=-1"], "optimizer.weight_decay is -1.0"),
         (["--optimizer.clip_grad=-1"], "optimizer.clip_grad is -1.0"),
@@ -285,6 +290,9 @@ def test_possible_schedules_are_accepted() -> None:
     check_schedule(config, None)
     with pytest.raises(ConfigError, match="do not fit into the 1 steps"):
         check_schedule(config, 1)
+    config.schedule.decay_steps, config.train.epochs = 1, 1e-9
+    with pytest.raises(ConfigError, match="1e-09 epochs of the dataset are not one row"):
+        check_schedule(config, 0)
 
 
 def test_a_missing_variable_of_the_node_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

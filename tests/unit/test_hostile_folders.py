@@ -169,6 +169,8 @@ MODEL: dict[str, tuple[Change, str]] = {
     "fp64": (stored_as(torch.float64), "stored as F64"),
     "int64 norm": (stored_as(torch.int64, "model.norm.weight"), "'model.norm.weight' is stored as I64"),
     "dtype of config": (config(torch_dtype="float8_e4m3fn"), "'float8_e4m3fn'.*bfloat16, float16"),
+    "two dtypes": (config(torch_dtype="float32", dtype="int8"), "torch_dtype is 'float32', and dtype is 'int8'"),
+    "mask token outside": (config(text_mask_token_id=264), "id is 264, but the vocabulary has 264 tokens"),
     "dtype is a number": (config(torch_dtype=8), "expected text, got 8"),
     # other tensors than the configuration's
     "scale": (weights(lambda t: t.update({f"{Q}.weight_scale": torch.ones(1)})), f"not name.*{Q}.weight_scale"),
@@ -220,7 +222,8 @@ MODEL: dict[str, tuple[Change, str]] = {
     "map list": (index(lambda m: [*m]), "weight_map"),
     "map null byte": (index(lambda m: m | {f"{Q}.bias": "a\0b"}), "cannot be read"),
     "map long": (index(lambda m: m | {f"{Q}.bias": "a" * 5000}), "cannot be read"),
-    "map folder": (index(lambda m: m | {f"{Q}.bias": ""}), "not a regular file"),
+    "map empty": (index(lambda m: m | {f"{Q}.bias": ""}), "weight_map"),
+    "map folder": (index(lambda m: m | {f"{Q}.bias": "."}), "not a regular file"),
     "index deep": (both(shards, write(INDEX_NAME, DEEP)), "nested too deeply"),
     "index list": (both(shards, write(INDEX_NAME, "[]")), "not an object"),
     # safetensors headers
@@ -344,7 +347,8 @@ def test_hostile_tokenizer_is_refused(good: Path, tmp_path: Path, limits: None, 
     folder = Path(shutil.copytree(good / "hf", tmp_path / "hf"))
     edit("config.json", block_size=None)(folder)
     change(folder)
-    refused(lambda: hf_to_mcore.convert(folder, tmp_path / "out", mask_token="<text_mask>"), message, folder)
+    for mask_token in ("<text_mask>", ""):
+        refused(lambda m=mask_token: hf_to_mcore.convert(folder, tmp_path / "out", mask_token=m), message, folder)
     refused(lambda: load(folder, dtype=None, device="cpu"), message, folder)
 
 

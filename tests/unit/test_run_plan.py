@@ -1,6 +1,7 @@
 """Settings that a run takes from the manifest of its dataset, and from itself when it resumes."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
@@ -183,6 +184,14 @@ def test_all_changes_are_named_at_once(tmp_path: Path, data: PackedDataset) -> N
         make_run_plan(configured(tmp_path, "--train.seed=7", "--train.global_batch=8"), data, print)
     expected = "train.global_batch is 8, the run has trained with 4; train.seed is 7, the run has trained with 42"
     assert raised.value.what == expected
+
+
+def test_a_copy_under_the_name_of_another_step_is_named(tmp_path: Path, data: PackedDataset) -> None:
+    save(configured(tmp_path), data, 3)
+    copy = Path(shutil.copytree(tmp_path / "run/ckpt/step-0000003", tmp_path / "run/ckpt/step-0000009"))
+    with pytest.raises(CheckpointError, match=r"step-0000009 holds step 3: a copy(?s:.*)a name of your own"):
+        make_run_plan(configured(tmp_path), data, print)
+    assert copy.is_dir()
 
 
 def test_rows_per_step_are_compared_where_settings_were_not_recorded(tmp_path: Path, data: PackedDataset) -> None:
