@@ -16,7 +16,9 @@ from data_prep.planning import INDEX, Numbering, iterate_duplicates, load
 from data_prep.readers import InputUnit, where
 from sdlm_megatron.files import fsync
 
-DUPLICATE = "duplicate of an earlier row"
+DUPLICATE, NEAR_DUPLICATE = "duplicate of an earlier row", "near-duplicate of an earlier row"
+REASONS = {"first": DUPLICATE, "near": NEAR_DUPLICATE}
+"""Reason for dropping the documents of each of `planning.dropped_files`."""
 
 
 @dataclass
@@ -55,7 +57,7 @@ class Tally:
 
     def to_dict(self) -> dict[str, Any]:
         """Entry of the manifest."""
-        return {**vars(self), "dropped": dict(sorted(self.dropped.items()))}
+        return {**vars(self), "dropped": dict(sorted((+self.dropped).items()))}
 
 
 @dataclass(frozen=True)
@@ -67,21 +69,22 @@ class Accounting:
     units: Sequence[InputUnit]
     results: Sequence[UnitResult]
     numbering: Numbering
-    drop_duplicates: bool  # whether duplicates were removed from the plan
+    dropped: Sequence[str]  # files of the plan whose documents were removed
 
     def summarize(self) -> dict[str, Any]:
         """The `accounting` entry of the manifest: totals, and per source its tally and its first document number."""
         tallies = [Tally() for _ in self.sources]
-        first = load(self.work, "first", np.int64) if self.drop_duplicates else None
+        earlier = {REASONS[name]: load(self.work, name, np.int64) for name in self.dropped}
         at = 0
         for number, (unit, result) in enumerate(zip(self.units, self.results, strict=True)):
             documents, tally = np.fromfile(unit_file(self.work, number, "docs"), DOCUMENT), tallies[unit.source]
-            if first is not None:  # `first` has one entry per document, over the units in order
-                kept = np.asarray(first[at : at + len(documents)]) < 0
-                at += len(documents)
-                if duplicates := int((~kept).sum()):
-                    tally.dropped[DUPLICATE] += duplicates
-                documents = documents[kept]
+            kept = np.ones(len(documents), bool)
+            for reason, file in earlier.items():  # each has one entry per document, over the units in order
+                again = np.asarray(file[at : at + len(documents)]) >= 0
+                tally.dropped[reason] += int(again.sum())
+                kept &= ~again
+            at += len(documents)
+            documents = documents[kept]
             tally.rows += result.rows
             tally.dropped.update(result.dropped)
             tally.rejected += result.rejected
@@ -102,7 +105,7 @@ class Accounting:
         with open(path, "w", encoding="utf-8") as file:
             for line in self._rejected():
                 file.write(json.dumps(line, ensure_ascii=True) + "\n")
-            for line in self._duplicates() if self.drop_duplicates else ():
+            for line in (line for name in self.dropped for line in self._duplicates(name)):
                 file.write(json.dumps(line, ensure_ascii=True) + "\n")
             # The manifest will contain the checksum of this file: it must not be lost after the manifest is written.
             file.flush()
@@ -123,20 +126,23 @@ class Accounting:
             rows[unit.source] += result.rows
             lines[unit.source] += result.lines
 
-    def _duplicates(self) -> Iterator[dict[str, Any]]:
+    def _duplicates(self, name: str) -> Iterator[dict[str, Any]]:
         index = load(self.work, "index.all", INDEX)  # `index` no longer has the duplicates
         first_number = np.array(self.numbering.first_number)
         names = [source.name for source in self.sources]
-        for duplicates, first in iterate_duplicates(self.work, len(index)):
+        similarity = load(self.work, "similarity", np.float32) if name == "near" else None
+        for duplicates, first in iterate_duplicates(self.work, len(index), name):
             own, kept = (
                 zip(part["source"].tolist(), (part["number"] - first_number[part["source"]]).tolist(), strict=True)
                 for part in (index[duplicates], index[first])
             )
-            for (source, row), (kept_source, kept_row) in zip(own, kept, strict=True):
+            similar = similarity[duplicates].tolist() if similarity is not None else [None] * len(duplicates)
+            for (source, row), (kept_source, kept_row), share in zip(own, kept, similar, strict=True):
                 yield {
                     "source": names[source],
                     "row": row,
                     "outcome": "duplicate",
-                    "reason": DUPLICATE,
+                    "reason": REASONS[name],
                     "same_as": {"source": names[kept_source], "row": kept_row},
+                    **({} if share is None else {"similarity": round(share, 3)}),
                 }

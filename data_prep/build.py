@@ -28,13 +28,15 @@ from data_prep.accounting import Accounting
 from data_prep.build_config import PRESETS, BuildConfig, SourceConfig, check
 from data_prep.build_report import dry_run, report
 from data_prep.chat import frame_of
+from data_prep.decontaminate import evaluation_files
 from data_prep.documents import UnitResult, load_result, tokenize_unit
 from data_prep.encoders import TextTokenizer, TokenizerMismatch, open_encoder
 from data_prep.encoding import TextEncoder
 from data_prep.first_rows import check_fields, with_formats
-from data_prep.planning import PackingPlan, make_plan
+from data_prep.planning import PackingPlan, dropped_files, make_plan
 from data_prep.pool import cpus, work_on
 from data_prep.readers import LINES, InputUnit, plan_units
+from data_prep.repetitions import repetition_entries
 from data_prep.rows import EpochPart, RowWriter, cut_parts, load_part
 from data_prep.source_formats import FORMATS, formats_help
 from data_prep.sources import expand
@@ -170,6 +172,7 @@ def _begin(config: BuildConfig) -> _BuildState:
     meta["sources"] = [asdict(source) for source in sources]
     state = _BuildState(config, sources, units, meta, out.with_name(out.name + ".partial"))
     settings = {"config": _settings(config), "tokenizer": meta["tokenizer"], "units": [asdict(unit) for unit in units]}
+    settings["evaluation"] = evaluation_files(config.decontaminate)
     settings = json.loads(json.dumps(settings))  # comparable with the stored file: tuples become lists
     file = state.work / "build.json"
     if not file.exists():
@@ -295,8 +298,8 @@ def _finish(state: _BuildState, console: Console, workers: int) -> dict[str, Any
     n_documents = sum(result.documents * weight for result, weight in zip(results, weights, strict=True))
     with track("pack", n_documents * state.config.epochs, "documents", console) as advance:
         plan = make_plan(state.config, state.sources, state.units, results, state.work, advance)
-    drop = state.config.duplicates == "drop"
-    accounting = Accounting(state.work, state.sources, state.units, results, plan.numbering, drop)
+    dropped = dropped_files(state.config)
+    accounting = Accounting(state.work, state.sources, state.units, results, plan.numbering, dropped)
     if not all(plan.rows):
         raise _no_rows(state, accounting)
     parts = cut_parts(state.config, plan)
@@ -345,6 +348,7 @@ def _seal(
         extra={
             "accounting": accounting.summarize(),
             "duplicates": {"policy": config.duplicates, "documents": plan.duplicates, "pairs": plan.pairs},
+            **repetition_entries(config, plan.near, accounting),
             "chat": asdict(frame_of(_encoder(config.tokenizer, config.mask_token))),
             "blocks_trimmed": plan.blocks_trimmed,
             "build": _settings(config),

@@ -91,8 +91,24 @@ class BuildConfig:
     keep all their blocks."""
     duplicates: str = "keep"
     """Documents whose tokens equal those of an earlier one: keep | drop. They are counted either way."""
+    near_duplicates: str = "off"
+    """Documents whose words are mostly those of an earlier one: off | report | drop."""
+    near_duplicate_similarity: float = 0.8
+    """Similarity from which a document is a near-duplicate: the share of runs of 5 words that two documents have in
+    common among all their runs (Jaccard)."""
+    decontaminate: list[str] = field(default_factory=list)
+    """Evaluation files or folders, of any type that sources can have. Rows that share 13 consecutive words with one
+    of their texts, or a whole shorter text, are counted."""
+    contaminated: str = "report"
+    """Rows that share words with the files of `decontaminate`: report | drop."""
 
 
+POLICIES = {
+    "duplicates": ("keep", "drop"),
+    "near_duplicates": ("off", "report", "drop"),
+    "contaminated": ("report", "drop"),
+}
+"""Values of the settings about rows that repeat others."""
 RANGES = {
     "block_size": "[1, 4096]",
     "repeat": "[1, 1000]",
@@ -102,6 +118,7 @@ RANGES = {
     "epochs": "[1, 10000]",
     "window": "[1, 1e8]",
     "trim": "[0, 1)",
+    "near_duplicate_similarity": "[0.5, 1]",
     "sources.limit": "[0, 1e12]",
     "sources.weight": "(0, 10000]",
     "sources.expected_rows": "[0, 1e12]",
@@ -124,8 +141,9 @@ def check(config: BuildConfig) -> None:
         )
     if config.overlong not in FITS:
         raise ConfigError(f"unknown value {config.overlong!r}", "overlong", f"use one of {', '.join(FITS)}")
-    if config.duplicates not in ("keep", "drop"):
-        raise ConfigError(f"unknown value {config.duplicates!r}", "duplicates", "use keep or drop")
+    for key, values in POLICIES.items():
+        if getattr(config, key) not in values:
+            raise ConfigError(f"unknown value {getattr(config, key)!r}", key, f"use {' or '.join(values)}")
     if not config.sources:
         raise ConfigError("no sources", "sources", "sources: [{name: mine, format: messages, path: FILE.jsonl}]")
     for i, source in enumerate(config.sources):

@@ -19,6 +19,7 @@ from data_prep.encoding import TextEncoder
 from data_prep.first_rows import with_formats
 from data_prep.forms import FormReader, conversation
 from data_prep.readers import LINES, InputUnit, plan_units, read_unit
+from data_prep.repetitions import repetition_lines
 from data_prep.sources import expand
 from data_prep.truncate import fit_batch
 from sdlm_megatron.data.tokenizer_identity import special_token_id
@@ -75,6 +76,7 @@ def _remarks(manifest: dict[str, Any]) -> list[str]:
         pairs = [f"{pair['documents']:,} of {pair['duplicate']} repeat {pair['kept']}" for pair in most]
         more = f" and {len(pairs) - 5} more pairs of sources (manifest.json)" if len(pairs) > 5 else ""
         lines.append(f"duplicates {verb}: {duplicates['documents']:,}; " + ", ".join(pairs[:5]) + more)
+    lines += repetition_lines(manifest)
     if accounting["rejected"] or accounting["dropped"]:
         lines.append("rejects.jsonl lists every row that is not in the dataset, with the reason")
     return lines

@@ -1,11 +1,12 @@
 """Stage one: converts units of input rows to tokenized documents on disk, each unit independently.
 
-The result of a unit is five files in the work folder; it is complete when the last one exists:
+The result of a unit is five or six files in the work folder; it is complete when the last one exists:
 
     u0000007.tokens         int32: concatenated clean tokens of its documents
     u0000007.turns          int32 pairs: first anchor and number of anchors of each answer turn
     u0000007.docs           one DOCUMENT record per document
     u0000007.rejects.jsonl  rows that became no document
+    u0000007.minhash        SIGNATURE uint16 values per document, if near-duplicates are looked for
     u0000007.json           outcome of the rows (UnitResult), with the sizes of the other files
 """
 
@@ -23,9 +24,11 @@ import xxhash
 
 from data_prep.build_config import BuildConfig, SourceConfig
 from data_prep.chat import RenderedBatch, render_batch
+from data_prep.decontaminate import OverlapCounts, find_overlaps, overlap_reason
 from data_prep.encoders import describe
 from data_prep.encoding import TextEncoder
-from data_prep.forms import FormReader, InputRow, NotChosen, Unreadable, conversation
+from data_prep.forms import Conversation, FormReader, InputRow, NotChosen, Unreadable, conversation
+from data_prep.minhash import signatures
 from data_prep.readers import LINES, InputUnit, count_lines, read_unit
 from data_prep.truncate import FittedBatch, fit_batch
 from sdlm_megatron.errors import DataError
@@ -63,6 +66,7 @@ class UnitResult:
     rejected: int = 0  # rows that are not a valid conversation
     spelled: int = 0  # texts that spell a special token
     unread: dict[str, int] = field(default_factory=dict)  # number of rows, by field that is neither read nor ignored
+    overlaps: dict[str, Any] = field(default_factory=dict)  # of its rows with evaluation files: OverlapCounts
     encoder: str = ""  # library that tokenized the unit, and the reason if it is not the fast one
     sizes: dict[str, int] = field(default_factory=dict)  # size of the other files in bytes
 
@@ -76,7 +80,7 @@ def load_result(work: Path, number: int) -> UnitResult | None:
     """The result of a unit; None while it is incomplete."""
     try:
         result = UnitResult(**json.loads(unit_file(work, number, "json").read_text(encoding="utf-8")))
-        sizes = {kind: unit_file(work, number, kind).stat().st_size for kind in UNIT_FILES}
+        sizes = {kind: unit_file(work, number, kind).stat().st_size for kind in {*UNIT_FILES, *result.sizes}}
     except (OSError, ValueError, TypeError):
         return None
     return result if sizes == result.sizes else None
@@ -87,7 +91,7 @@ def tokenize_unit(
 ) -> UnitResult:
     """Reads, renders, tokenizes and fits one unit, and writes its files. Raises DataError if its file cannot be read,
     TokenizerMismatch if the fast encoder returned wrong ids."""
-    with _UnitWriter(work, number) as writer:
+    with _UnitWriter(work, number, near_duplicates=config.near_duplicates != "off") as writer:
         rows, reader = read_unit(unit, source), FormReader(source, config.system_prompt)
         while chunk := list(islice(rows, CHUNK)):
             _tokenize_chunk(config, reader, chunk, encoder, writer)
@@ -110,6 +114,8 @@ def _tokenize_chunk(
         except DataError as error:
             outcome = "dropped" if isinstance(error, NotChosen) else "rejected"
             writer.reject(first + i, row, outcome, error.what, error.where)
+    if config.decontaminate:
+        valid, conversations = _check_overlaps(config, rows, valid, conversations, writer)
     if not valid:
         return
     # The text stays as it is, but many matches hint at data that was rendered before.
@@ -119,20 +125,42 @@ def _tokenize_chunk(
     fitted = fit_batch(batch, config.overlong, max_len=config.max_document_length, **size)
     for i, reason in sorted(fitted.drop_reasons.items()):
         writer.reject(first + valid[i], rows[valid[i]], "dropped", reason)
-    writer.add(batch, fitted, np.array(valid) + first)
+    signed = signatures(conversations) if config.near_duplicates != "off" else None
+    writer.add(batch, fitted, np.array(valid) + first, signed)
+
+
+def _check_overlaps(
+    config: BuildConfig,
+    rows: Sequence[InputRow],
+    valid: list[int],
+    conversations: list[Conversation],
+    writer: "_UnitWriter",
+) -> tuple[list[int], list[Conversation]]:
+    """Counts the conversations that share words with evaluation files; returns those that remain, and their rows."""
+    overlaps, first = find_overlaps(config.decontaminate, conversations), writer.result.rows - len(rows)
+    for i, overlap in overlaps.items():
+        writer.overlaps.add(first + valid[i], overlap)
+        if config.contaminated == "drop":
+            where = overlap[0].to_dict(config.decontaminate[overlap[0].file])
+            writer.reject(first + valid[i], rows[valid[i]], "dropped", overlap_reason(where["file"]), evaluation=where)
+    if config.contaminated == "report" or not overlaps:
+        return valid, conversations
+    kept = [i for i in range(len(valid)) if i not in overlaps]
+    return [valid[i] for i in kept], [conversations[i] for i in kept]
 
 
 class _UnitWriter:
     """Files of one unit, under temporary names until they are complete."""
 
-    def __init__(self, work: Path, number: int) -> None:
-        self.result = UnitResult()
+    def __init__(self, work: Path, number: int, *, near_duplicates: bool) -> None:
+        self.result, self.overlaps = UnitResult(), OverlapCounts()
+        self._kinds = (*UNIT_FILES, "minhash") if near_duplicates else UNIT_FILES
         self._work, self._number = work, number
         self._files: dict[str, IO[bytes]] = {}
         self._token = self._turn = 0
 
     def __enter__(self) -> "_UnitWriter":
-        for kind in UNIT_FILES:
+        for kind in self._kinds:
             name = unit_file(self._work, self._number, kind)
             # Host and process in the name: two shards may tokenize the same unit after a requeue.
             self._files[kind] = open(f"{name}.{os.uname().nodename}-{os.getpid()}.partial", "wb")
@@ -143,8 +171,8 @@ class _UnitWriter:
             file.close()
             Path(file.name).unlink(missing_ok=True)
 
-    def reject(self, index: int, row: InputRow, outcome: str, reason: str, where: str = "") -> None:
-        """Records that row `index` of the unit becomes no document."""
+    def reject(self, index: int, row: InputRow, outcome: str, reason: str, where: str = "", **more: Any) -> None:
+        """Records that row `index` of the unit becomes no document; `more` are further fields of its line."""
         if outcome == "rejected":
             self.result.rejected += 1
         else:
@@ -155,13 +183,16 @@ class _UnitWriter:
             "outcome": outcome,
             "field": where,
             "reason": reason,
+            **more,
             "content": row.content.line if isinstance(row.content, Unreadable) else row.content,
         }
         # A Parquet row may contain dates or bytes, which JSON cannot represent: `repr` of these.
         self._files["rejects.jsonl"].write(json.dumps(line, ensure_ascii=True, default=repr).encode() + b"\n")
 
-    def add(self, batch: RenderedBatch, fitted: FittedBatch, indices: np.ndarray) -> None:
-        """Appends documents; `indices`, int (documents,), are their rows in the unit."""
+    def add(
+        self, batch: RenderedBatch, fitted: FittedBatch, indices: np.ndarray, signed: np.ndarray | None = None
+    ) -> None:
+        """Appends documents; `indices`, int (documents,), are their rows in the unit, `signed` their signatures."""
         kept = fitted.n_blocks > 0
         clean = np.where(kept, fitted.clean_lens, 0)
         whole = np.diff(batch.doc_edges)
@@ -180,6 +211,8 @@ class _UnitWriter:
         records["digest"] = _digests(batch)
         for kind, content in (("tokens", tokens), ("turns", pairs), ("docs", records[kept])):
             self._files[kind].write(content.tobytes())
+        if signed is not None:
+            self._files["minhash"].write(signed[kept].tobytes())
         self._token, self._turn = self._token + len(tokens), self._turn + len(pairs)
         self.result.documents += int(kept.sum())
         self.result.tokens += len(tokens)
@@ -192,6 +225,7 @@ class _UnitWriter:
             os.fsync(file.fileno())
             self.result.sizes[kind] = file.tell()
             os.replace(file.name, unit_file(self._work, self._number, kind))
+        self.result.overlaps = self.overlaps.to_dict()
         write_json(unit_file(self._work, self._number, "json"), asdict(self.result))
         return self.result
 

@@ -5,6 +5,7 @@ packing window, and for one bucket of digests during the search for duplicates.
 
     index             one INDEX record per document, in input order
     first             int64 per document: the first document with the same tokens, or -1 for that document itself
+    near, similarity  data_prep/near_duplicates.py
     epochE.documents  int64: indices into the epoch's shuffled order, row by row as packed
     epochE.cut        int32: blocks that each of them loses to fill its row
     epochE.rows       int64: offset of each row in the two files above, and one final entry
@@ -15,11 +16,13 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from data_prep.build_config import BuildConfig, SourceConfig
 from data_prep.documents import DOCUMENT, UnitResult, unit_file
+from data_prep.near_duplicates import count_near_pairs, find_near_duplicates
 from data_prep.packing import BestFit, ClosedRows
 from data_prep.readers import InputUnit
 from sdlm_megatron.data.order import shuffled_many
@@ -127,14 +130,21 @@ def find_duplicates(work: Path, n_units: int) -> None:
     first.flush()
 
 
-def drop_duplicates(work: Path, numbering: Numbering) -> Numbering:
-    """Removes duplicates from `index` (the original becomes `index.all`) and keeps the order."""
+def dropped_files(config: BuildConfig) -> list[str]:
+    """Files of the plan whose documents are dropped because of an earlier one; no document is in two of them."""
+    policies = {"first": config.duplicates, "near": config.near_duplicates}
+    return [name for name, policy in policies.items() if policy == "drop"]
+
+
+def drop_documents(work: Path, numbering: Numbering, files: Sequence[str]) -> Numbering:
+    """Removes the documents of `dropped_files` from `index` (the original becomes `index.all`) and keeps the order."""
     os.replace(work / "index", work / "index.all")
-    index, first = load(work, "index.all", INDEX), load(work, "first", np.int64)
+    index, earlier = load(work, "index.all", INDEX), [load(work, name, np.int64) for name in files]
     documents = np.zeros(len(numbering.rows), dtype=np.int64)
     with open(work / "index.partial", "wb") as file:
         for at in range(0, len(index), BUCKET):
-            kept = index[at : at + BUCKET][first[at : at + BUCKET] < 0]
+            part = index[at : at + BUCKET]
+            kept = part[np.all([document[at : at + len(part)] < 0 for document in earlier], axis=0)]
             documents += np.bincount(kept["source"], minlength=len(documents))
             file.write(kept.tobytes())
     os.replace(work / "index.partial", work / "index")
@@ -221,6 +231,7 @@ class PackingPlan:
     numbering: Numbering
     duplicates: int
     pairs: list[dict[str, str | int]]
+    near: list[dict[str, Any]]  # near-duplicates by pair of sources
     rows: list[int]  # rows of each epoch
     blocks_trimmed: list[int]  # blocks trimmed in each epoch
 
@@ -242,15 +253,20 @@ def make_plan(
     build_index(work, units, results, numbering)
     find_duplicates(work, len(units))
     pairs = _count_pairs(work, sources)
-    if config.duplicates == "drop":
-        numbering = drop_duplicates(work, numbering)
+    near: list[dict[str, Any]] = []
+    if config.near_duplicates != "off":
+        find_near_duplicates(config, work, len(units), load(work, "first", np.int64))
+        index = load(work, "index", INDEX)
+        near = count_near_pairs(work, [source.name for source in sources], index, numbering.first_number)
+    if dropped := dropped_files(config):
+        numbering = drop_documents(work, numbering, dropped)
     rows, trimmed = [], []
     for epoch in range(config.epochs):
         plan_epoch(config, EpochOrder(config, sources, numbering, epoch), work, epoch, advance)
         rows.append(len(load(work, f"epoch{epoch}.rows", np.int64)) - 1)
         trimmed.append(int(load(work, f"epoch{epoch}.cut", np.int32).sum()))
     # Written last: without plan.json, stage two starts over.
-    plan = PackingPlan(numbering, sum(int(pair["documents"]) for pair in pairs), pairs, rows, trimmed)
+    plan = PackingPlan(numbering, sum(int(pair["documents"]) for pair in pairs), pairs, near, rows, trimmed)
     write_json(file, asdict(plan))
     return plan
 
@@ -268,9 +284,10 @@ def _count_pairs(work: Path, sources: Sequence[SourceConfig]) -> list[dict[str, 
     ]
 
 
-def iterate_duplicates(work: Path, n_documents: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Chunks of (duplicate documents, the first document with the same tokens), int64 each."""
-    first = load(work, "first", np.int64)[:n_documents]
+def iterate_duplicates(work: Path, n_documents: int, name: str = "first") -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Chunks of (duplicate documents, the earlier document that they repeat or resemble), int64 each, of a file of the
+    plan."""
+    first = load(work, name, np.int64)[:n_documents]
     for at in range(0, n_documents, BUCKET):
         chunk = np.asarray(first[at : at + BUCKET])
         duplicates = np.flatnonzero(chunk >= 0)

@@ -17,6 +17,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, Percent
 from rich.console import Console
 
 from data_prep.build_report import short
+from data_prep.repetitions import add_repetitions
 from data_prep.row_rules import RuleSettings, read_row
 from sdlm_megatron.config.command_line import make_parser
 from sdlm_megatron.data.format import PackedDataset
@@ -236,6 +237,7 @@ def _add_duplicates(section: PageSection, manifest: Mapping[str, Any]) -> None:
         most = sorted(duplicates["pairs"], key=lambda pair: -pair["documents"])
         rows = [[pair["duplicate"], pair["kept"], f"{pair['documents']:,}"] for pair in most]
         section.table(["duplicates in", "of rows in", "documents"], rows)
+    add_repetitions(section, manifest)
 
 
 def _add_settings(section: PageSection, manifest: Mapping[str, Any]) -> None:
