@@ -67,6 +67,7 @@ setup(
         "orjson>=3.10",
         "pyarrow>=18",
         "xxhash>=3.0",
+        "rensa>=0.5,<0.6",  # of another version, MinHash signatures may differ
         "datasets>=3.0",
         "sentencepiece>=0.2.3",
         "protobuf>=7.36.1",  # of the module that sentencepiece generates for its models

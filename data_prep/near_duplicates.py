@@ -21,7 +21,7 @@ from data_prep.documents import unit_file
 from data_prep.minhash import SIGNATURE
 from data_prep.words import mix
 
-FILES = {"near": np.dtype(np.int64), "similarity": np.dtype(np.float32)}
+FILES: dict[str, type] = {"near": np.int64, "similarity": np.float32}
 # Approximate number of documents that are compared at once: about 200 MB.
 BUCKET = 1 << 22
 # Smallest probability that a pair with the threshold's similarity is compared.

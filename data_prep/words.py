@@ -97,7 +97,7 @@ class HashedWords:
         data = b" " + b" ".join(parts) + b" "
         first, hashes, at = [], [], 0
         while at + 1 < len(data):
-            # Long texts in pieces that end with a space, unless one word is longer than a piece.
+            # Long texts in pieces that end with a space; a word longer than a piece counts as several.
             end = len(data) if len(data) - at <= CHARACTERS else data.rfind(b" ", at + 1, at + CHARACTERS) + 1
             end = end or at + CHARACTERS
             piece = np.frombuffer(b" " + data[at:end] + b" ", np.uint8)
