@@ -193,8 +193,8 @@ class EvaluationTexts:
                 rows = np.unique(self._row[entries[a:b]]).tolist()
                 same = self._row[entries[a:b]][starts[a:b] == first]
                 more = " …" if len(shown) > _SHOWN else ""
-                found = Overlap(int(pair[1, a]), rows, int(same.min()), " ".join(shown[:_SHOWN]) + more)
-                result.setdefault(int(row[a]), []).append(found)
+                overlap = Overlap(int(pair[1, a]), rows, int(same.min()), " ".join(shown[:_SHOWN]) + more)
+                result.setdefault(int(row[a]), []).append(overlap)
         return result
 
     def _search(self, words: HashedWords) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -27,10 +27,11 @@ from data_prep.chat import RenderedBatch, render_batch
 from data_prep.decontaminate import OverlapCounts, find_overlaps, overlap_reason
 from data_prep.encoders import describe
 from data_prep.encoding import TextEncoder
-from data_prep.forms import Conversation, FormReader, InputRow, NotChosen, Unreadable, conversation
+from data_prep.forms import FormReader, InputRow, NotChosen, Unreadable, conversation
 from data_prep.minhash import signatures
 from data_prep.readers import LINES, InputUnit, count_lines, read_unit
 from data_prep.truncate import FittedBatch, fit_batch
+from data_prep.turns import Conversation
 from sdlm_megatron.errors import DataError
 from sdlm_megatron.files import most_open, write_json
 

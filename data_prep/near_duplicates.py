@@ -78,9 +78,9 @@ def _similar_pairs(threshold: float, work: Path, first: np.ndarray) -> tuple[np.
         columns = slice(band * width, (band + 1) * width)
         for bucket in range(n_buckets):
             documents, keys = _bucket(values, first, columns, bucket, n_buckets)
-            found = list(_compare(keys, documents, values, threshold))
-            pairs, at = np.unique(np.concatenate([pairs, *(new for new, _ in found)]), return_index=True)
-            similarity = np.concatenate([similarity, *(new for _, new in found)])[at]
+            new = list(_compare(keys, documents, values, threshold))
+            pairs, at = np.unique(np.concatenate([pairs, *(part for part, _ in new)]), return_index=True)
+            similarity = np.concatenate([similarity, *(part for _, part in new)])[at]
     return pairs, similarity
 
 

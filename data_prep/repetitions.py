@@ -36,21 +36,21 @@ def repetition_entries(
 def _overlaps(config: BuildConfig, accounting: Accounting) -> tuple[list[dict[str, Any]], list[set[int]]]:
     """Overlaps of each source with each evaluation file, and the rows of each file that are in some source."""
     rows: list[set[int]] = [set() for _ in config.decontaminate]
-    found: dict[tuple[int, int], dict[str, Any]] = {}
+    entries: dict[tuple[int, int], dict[str, Any]] = {}
     own: dict[tuple[int, int], set[int]] = {}
     before = [0] * len(accounting.sources)
     for unit, result in zip(accounting.units, accounting.results, strict=True):
         for number, entry in ((int(number), entry) for number, entry in result.overlaps.items()):
             key = (number, unit.source)
-            if key not in found:
+            if key not in entries:
                 example = {**entry["example"], "row": before[unit.source] + entry["example"]["row"]}
                 names = {"file": config.decontaminate[number], "source": accounting.sources[unit.source].name}
-                found[key], own[key] = {**names, "rows": 0, "evaluation_rows": 0, "example": example}, set()
-            found[key]["rows"] += entry["rows"]
+                entries[key], own[key] = {**names, "rows": 0, "evaluation_rows": 0, "example": example}, set()
+            entries[key]["rows"] += entry["rows"]
             own[key].update(entry["evaluation_rows"])
             rows[number].update(entry["evaluation_rows"])
         before[unit.source] += result.rows
-    return [{**found[key], "evaluation_rows": len(own[key])} for key in sorted(found)], rows
+    return [{**entries[key], "evaluation_rows": len(own[key])} for key in sorted(entries)], rows
 
 
 def repetition_lines(manifest: Mapping[str, Any]) -> list[str]:

@@ -1,8 +1,8 @@
 """Words of texts, normalized for comparison, and hashes of runs of words.
 
-A word is what lm-evaluation-harness and GPT-3 (arXiv:2005.14165, appendix C) compare: the text in lower case, without
+Words are what lm-evaluation-harness and GPT-3 (arXiv:2005.14165, appendix C) compare: the text in lower case, without
 punctuation, split at white space. Beyond ASCII, characters are compared in their NFKC form, and a character of a
-script that is written without spaces (Chinese, Japanese, Thai ...) is a word by itself.
+script that is written without spaces (Chinese, Japanese, Thai ...) counts as one word.
 """
 
 import re
@@ -97,7 +97,7 @@ class HashedWords:
         data = b" " + b" ".join(parts) + b" "
         first, hashes, at = [], [], 0
         while at + 1 < len(data):
-            # Long texts in pieces that end with a space; a word longer than a piece counts as several.
+            # Long texts in pieces that end with a space; a longer word counts as several.
             end = len(data) if len(data) - at <= CHARACTERS else data.rfind(b" ", at + 1, at + CHARACTERS) + 1
             end = end or at + CHARACTERS
             piece = np.frombuffer(b" " + data[at:end] + b" ", np.uint8)

@@ -153,8 +153,8 @@ def planted(tmp_path: Path) -> tuple[list[str], list[list[tuple[str, str]]], dic
 
 
 def test_planted_overlaps_are_found_and_none_in_10_000_rows_without(tmp_path: Path) -> None:
-    (one, two, *texts), rows, places = planted(tmp_path)
-    evaluations = EvaluationTexts([one, two])
+    (first, second, *texts), rows, places = planted(tmp_path)
+    evaluations = EvaluationTexts([first, second])
     assert evaluations.rows == [400, 1]
     assert evaluations.find(rows) == {}
     for i, k in places.items():
