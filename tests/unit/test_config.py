@@ -188,7 +188,7 @@ def test_settings_missing_from_old_state_get_their_default(tmp_path: Path) -> No
         "step": 3,
         "consumed_rows": 6,
         "rows_per_step": 2,
-        "shape": asdict(ModelConfig()),
+        "shape": asdict(ModelConfig(2, 64, 128, 4, 2, 16, 256)),
         "diffusion": diffusion,
         "mask_token_id": 9,
         "precision": "bf16",

@@ -199,5 +199,5 @@ def test_first_non_finite_location_is_reported(
 def test_negative_row_to_skip_is_refused() -> None:
     config = RunConfig()
     config.data.path, config.data.skip_rows = "x", [3, -1]
-    with pytest.raises(ConfigError, match="a row number is negative"):
+    with pytest.raises(ConfigError, match=r"data\.skip_rows\[1\] is -1"):
         check_run(config, 1)

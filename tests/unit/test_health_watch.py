@@ -144,11 +144,12 @@ from sdlm_megatron.config.schema import FaultConfig
 from sdlm_megatron.ops.rank import watchdog as module
 from sdlm_megatron.ops.rank.stop import StopRequests
 module.GRACE = 0.1
+# rank 1 is ended later: without its peer, rank 0 would get an error instead of a hang
 rank, backend = int(os.environ["RANK"]), sys.argv[2]
 device = torch.device("cuda", 0) if backend == "nccl" else torch.device("cpu")
 dist.init_process_group(backend, store=dist.FileStore(sys.argv[1] + "/store"), rank=rank, world_size=int(sys.argv[3]))
 dist.all_reduce(torch.ones(3, device=device))
-with module.Watch(sys.argv[1], FaultConfig(heartbeat_seconds=0.1, start_seconds=1), StopRequests()):
+with module.Watch(sys.argv[1], FaultConfig(heartbeat_seconds=0.1, start_seconds=1 + 3 * rank), StopRequests()):
     if rank == 0:
         dist.all_reduce(torch.ones(5, device=device))
     time.sleep(60)

@@ -338,5 +338,9 @@ def test_wandb_records_no_secret_of_the_command_line(tmp_path, monkeypatch):
     sink = wandb_sink.open_wandb(tmp_path, mode="offline", project="p", run_config={"a": 7})
     sink.log(1, {"loss": 1.0})
     sink.close()
-    (record,) = tmp_path.rglob("*.wandb")
+    (record,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    # W&B's own process writes the file a moment after the run has finished
+    end = time.monotonic() + 60
+    while b"loss" not in record.read_bytes() and time.monotonic() < end:
+        time.sleep(0.05)
     assert b"loss" in record.read_bytes() and b"hunter2" not in record.read_bytes()
