@@ -35,11 +35,11 @@ from data_prep.encoding import TextEncoder
 from data_prep.first_rows import check_fields, with_formats
 from data_prep.planning import PackingPlan, dropped_files, make_plan
 from data_prep.pool import cpus, work_on
-from data_prep.readers import LINES, InputUnit, plan_units
+from data_prep.readers import InputUnit, plan_units
 from data_prep.repetitions import repetition_entries
 from data_prep.rows import EpochPart, RowWriter, cut_parts, load_part
 from data_prep.source_formats import FORMATS, formats_help
-from data_prep.sources import expand
+from data_prep.sources import expand, unread_files
 from sdlm_megatron.config.command_line import make_parser, parse_with_settings
 from sdlm_megatron.config.load import load_config, preset_names, to_yaml
 from sdlm_megatron.data.chatml import IM_END
@@ -48,9 +48,6 @@ from sdlm_megatron.data.tokenizer_identity import fingerprint, special_token_id,
 from sdlm_megatron.errors import ConfigError, DataError, make_console, run_cli
 from sdlm_megatron.files import sha256, write_json, write_text
 from sdlm_megatron.progress import track
-
-# Typical bytes per line, for the progress bar: counting the lines of a file would mean reading it twice.
-ROW_BYTES = 2500
 
 
 @dataclass(frozen=True)
@@ -185,6 +182,8 @@ def _begin(config: BuildConfig) -> _BuildState:
     for key, value in settings.items():
         if begun[key] == value:
             continue
+        if key == "units" and settings["config"] == begun["config"]:
+            raise _changed_files(state, begun[key], value)
         names = [k for k in value if begun[key].get(k) != value[k]] if isinstance(value, dict) else ["the input files"]
         raise ConfigError(
             f"this build was begun with other settings: {', '.join(names)}",
@@ -192,6 +191,16 @@ def _begin(config: BuildConfig) -> _BuildState:
             "use the same settings to resume it, or remove the folder to start over",
         )
     return state
+
+
+def _changed_files(state: _BuildState, before: list[dict[str, Any]], now: list[dict[str, Any]]) -> DataError:
+    """Error that names the input files that are not as they were."""
+    old, new = ({unit["file"]: unit["stamp"] for unit in units} for units in (before, now))
+    names = [file for file in sorted(old.keys() | new.keys()) if old.get(file) != new.get(file)]
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    what = f"the input changed after this build began: {names[0] if names else 'the order of the files'}{more}"
+    fix = "restore the files to resume it, or remove the folder to start over"
+    return DataError(what, str(state.partial), fix)
 
 
 @contextmanager
@@ -270,25 +279,19 @@ def _tokenize(state: _BuildState, numbers: Sequence[int], console: Console, work
     if not todo:
         return
     encoders: set[str] = set()
-    with track("tokenize", sum(_rows(state.units[i]) for i in todo), "rows", console) as advance:
+    with track("tokenize", sum(state.units[i].estimated_rows() for i in todo), "rows", console) as advance:
         for number, result in work_on(todo, _TokenizeWorker, (state,), workers):
             if result is not None:
                 if result.encoder not in encoders:
                     console.print(f"tokenizer: {result.encoder}")
                     encoders.add(result.encoder)
-                advance(result.rows, result.tokens, _rows(state.units[number]))
+                advance(result.rows, result.tokens, state.units[number].estimated_rows())
     if any(state.result(number) is None for number in todo):
         console.print(
             f"fastokens returned other ids than tokenizers {state.mismatch.read_text(encoding='utf-8')}\n"
             "its units are tokenized again without it"
         )
         _tokenize(state, numbers, console, workers)
-
-
-def _rows(unit: InputUnit) -> int:
-    """Rows of a unit; an estimate for lines."""
-    size = unit.stop - unit.start
-    return max(1, size // ROW_BYTES) if unit.kind == LINES else size
 
 
 def _finish(state: _BuildState, console: Console, workers: int) -> dict[str, Any]:
@@ -434,6 +437,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.input is not None:
         form = FORMATS[config.sources[0].format]
         print(f"{args.input}: source format {config.sources[0].format} ({form.description})")
+    for source in config.sources:
+        if names := unread_files(source):
+            shown = ", ".join(map(str, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+            print(f"source {source.name}: not read: {shown}")
     try:
         if args.dry_run:
             dry_run(config, make_console())

@@ -1,5 +1,6 @@
 """Settings of `sdlm prepare`."""
 
+import codecs
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,8 +30,12 @@ class SourceConfig:
     preference: str = ""
     """chosen: train the chosen answers of a preference file. Empty: such files are refused."""
     path: str = ""
-    """A .jsonl, .json, .parquet or .arrow file, a folder of such files (read in order of their names), or a local
-    copy of a hub dataset."""
+    """A .jsonl, .ndjson, .json, .parquet, .arrow or .csv file, perhaps compressed (.gz, .zst, .bz2, .xz), a glob, a
+    folder of such files (read in order of their names), or a local copy of a hub dataset."""
+    paths: list[str] = field(default_factory=list)
+    """Several such files, globs and folders, read in this order, instead of `path`."""
+    encoding: str = ""
+    """Encoding of text files, such as utf-16 or cp1252. Empty: UTF-8, or what their byte order mark says."""
     hub: str = ""
     """Dataset name for `datasets.load_dataset`."""
     subset: str = ""
@@ -157,8 +162,12 @@ def check(config: BuildConfig) -> None:
 def _check_source(source: SourceConfig, where: str) -> None:
     if not source.name:
         raise ConfigError("the source has no name", f"{where}.name", "set a name; reports use it")
-    if bool(source.path) == bool(source.hub):
-        raise ConfigError("a source needs either path or hub", where, "set exactly one of them")
+    if sum(map(bool, (source.path, source.paths, source.hub))) != 1:
+        raise ConfigError("a source needs either path, paths or hub", where, "set exactly one of them")
+    try:
+        codecs.lookup(source.encoding or "utf-8")
+    except LookupError:
+        raise ConfigError(f"unknown encoding {source.encoding!r}", f"{where}.encoding", "such as utf-16") from None
     if source.format and source.format not in FORMATS:
         fix = f"use one of {', '.join(FORMATS)}"
         raise ConfigError(f"unknown format {source.format!r}", f"{where}.format", fix)

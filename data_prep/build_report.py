@@ -18,6 +18,7 @@ from data_prep.encoders import describe, open_encoder
 from data_prep.encoding import TextEncoder
 from data_prep.first_rows import with_formats
 from data_prep.forms import FormReader, conversation
+from data_prep.input_bytes import limited_lines, open_utf8, skip
 from data_prep.readers import LINES, InputUnit, plan_units, read_unit
 from data_prep.repetitions import repetition_lines
 from data_prep.sources import expand
@@ -163,19 +164,16 @@ def _estimate(config: BuildConfig, source: SourceConfig, units: Sequence[InputUn
     expanded = clean + fitted.n_blocks * config.block_size
     read = sum(Path(file).stat().st_size for file in {unit.file for unit in units}) if not source.hub else 0
     exact = all(unit.kind != LINES for unit in units)
-    n = float(sum(unit.stop - unit.start for unit in units))
-    if not exact:
-        n = n / max(1.0, _line_bytes(units[0], len(rows)))
+    line_bytes = next((_line_bytes(unit, source, len(rows)) for unit in units if unit.kind == LINES), 1.0)
+    n = float(sum(unit.estimated_rows(line_bytes) for unit in units))
     sampled = max(1, len(rows))
     unusable = 1 - float((fitted.n_blocks > 0).sum()) / sampled if rows else 0.0
     return _Estimate(n, exact, read, clean.sum() / sampled, expanded.sum() / sampled, unusable)
 
 
-def _line_bytes(unit: InputUnit, rows: int) -> float:
+def _line_bytes(unit: InputUnit, source: SourceConfig, rows: int) -> float:
     """Mean bytes per line of the first `rows` lines of a unit of lines."""
-    if not rows:
-        return 1.0
-    with open(unit.file, "rb") as file:
-        file.seek(unit.start)
-        lines = [len(line) for line in islice((line for line in file if not line.isspace()), rows)]
-    return sum(lines) / max(1, len(lines))
+    with open_utf8(Path(unit.file), source.encoding) as file:
+        skip(file, unit.start)
+        lines = [len(line) for line in islice((line for line in limited_lines(file) if not line.isspace()), rows)]
+    return max(1.0, sum(lines) / max(1, len(lines)))

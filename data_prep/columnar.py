@@ -1,14 +1,17 @@
 """Columnar files (Parquet, Arrow as written by `datasets`) and hub datasets: schema, number of rows, and access to any
 range of rows without loading the whole."""
 
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import accumulate
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any
 
+from data_prep.input_bytes import file_type, open_decompressed, reading
 from sdlm_megatron.errors import DataError
 
 # Maximum rows per batch. Rows may be a megabyte each, so larger batches would need too much memory.
@@ -28,13 +31,26 @@ class ColumnarTable:
     DataError if the file is damaged or too short."""
     stamp: str = ""  # fingerprint of a hub dataset; otherwise empty
     files: tuple[Path, ...] = ()
-    """Arrow files that contain exactly the rows of a hub dataset, in order; empty if it is a part of them."""
+    """Files that contain exactly the rows of a hub dataset, in order; empty if it is a part of them. Without schema:
+    files as downloaded, whose rows `datasets` refuses."""
+    temporary: Any = None  # decompressed copy of the file, which exists as long as this object
 
 
 def open_table(file: Path) -> ColumnarTable:
-    """Opens a .parquet or .arrow file (stream or file format); DataError if it is neither."""
-    with _as_data_error(file):
-        return _parquet(file) if file.suffix == ".parquet" else _arrow(file)
+    """Opens a .parquet or .arrow file (stream or file format); DataError if it is neither. These need access to any
+    byte: a compressed one is decompressed into the folder for temporary files."""
+    if not file_type(file).compression:
+        return _open(file, file)
+    temporary = NamedTemporaryFile(suffix=file_type(file).content)  # noqa: SIM115 (closed with the table)
+    with reading(file), open_decompressed(file) as content:
+        shutil.copyfileobj(content, temporary, 1 << 20)
+        temporary.flush()
+    return replace(_open(Path(temporary.name), file), temporary=temporary)
+
+
+def _open(path: Path, named: Path) -> ColumnarTable:
+    with _as_data_error(named):
+        return _parquet(path, named) if file_type(path).content == ".parquet" else _arrow(path, named)
 
 
 @contextmanager
@@ -42,7 +58,7 @@ def _as_data_error(file: Path) -> Iterator[None]:
     """Converts errors of pyarrow to DataError with the name of the file."""
     import pyarrow
 
-    kind = "Parquet" if file.suffix == ".parquet" else "Arrow"
+    kind = "Parquet" if file_type(file).content == ".parquet" else "Arrow"
     try:
         yield
     except (pyarrow.ArrowException, OSError, ValueError, MemoryError, OverflowError) as error:
@@ -50,12 +66,12 @@ def _as_data_error(file: Path) -> Iterator[None]:
         raise DataError(f"the file is not {kind}, or damaged: {reason}", str(file), "download it again") from None
 
 
-def _parquet(file: Path) -> ColumnarTable:
+def _parquet(path: Path, file: Path) -> ColumnarTable:
     import pyarrow.parquet
 
     # Small buffers instead of whole column chunks: a row group may be as large as the file.
     options = {"pre_buffer": False, "buffer_size": 1 << 18, "page_checksum_verification": True}
-    content = pyarrow.parquet.ParquetFile(file, **options)
+    content = pyarrow.parquet.ParquetFile(path, **options)
     metadata = content.metadata
     sizes = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
     edges = [0, *accumulate(sizes)]
@@ -72,12 +88,12 @@ def _parquet(file: Path) -> ColumnarTable:
     return ColumnarTable(content.schema_arrow, metadata.num_rows, edges[:-1] or [0], batches)
 
 
-def _arrow(file: Path) -> ColumnarTable:
+def _arrow(path: Path, file: Path) -> ColumnarTable:
     import pyarrow.ipc
 
     def open_file() -> tuple[Any, Iterator[Any]]:
         """Schema and batches; a batch is read from disk when its pages are accessed."""
-        source = pyarrow.memory_map(str(file))
+        source = pyarrow.memory_map(str(path))
         if source.read(6) == b"ARROW1":
             content = pyarrow.ipc.open_file(source)
             return content.schema, (content.get_batch(i) for i in range(content.num_record_batches))
@@ -113,7 +129,7 @@ def _cut(file: Path, batches: Iterator[Any], at: int, start: int, stop: int) -> 
                 raise ValueError(f"it ends at row {at}, expected rows up to {stop}")
             first, last = max(start - at, 0), min(stop - at, batch.num_rows)
             pieces = [batch.slice(i, min(BATCH, last - i)) for i in range(first, last, BATCH)]
-            if file.suffix != ".parquet":
+            if file_type(file).content != ".parquet":
                 _check_buffers(pieces)
         at += batch.num_rows
         yield from pieces
@@ -155,6 +171,8 @@ def open_hub(hub: str, subset: str, split: str, revision: str) -> ColumnarTable:
     try:
         dataset = datasets.load_dataset(hub, subset or None, split=split, revision=revision or None)
     except Exception as error:  # many types: no network, no such dataset, no such split
+        if files := _downloaded(hub, subset, split, revision, error):
+            return ColumnarTable(None, 0, [], lambda start, stop: iter(()), files=files)
         raise DataError(
             f"the dataset cannot be loaded: {error}",
             f"{hub}, subset {subset or '(default)'}, split {split}",
@@ -172,3 +190,18 @@ def open_hub(hub: str, subset: str, split: str, revision: str) -> ColumnarTable:
     if sum(open_table(file).rows for file in files) != len(dataset):  # a part of a split, such as train[:10%]
         files = ()
     return ColumnarTable(dataset.features.arrow_schema, len(dataset), cuts, batches, dataset._fingerprint, files)
+
+
+def _downloaded(hub: str, subset: str, split: str, revision: str, error: Exception) -> tuple[Path, ...]:
+    """The files of a dataset whose rows `datasets` refuses because their fields differ; none for other errors."""
+    import datasets
+    from datasets.utils.file_utils import cached_path
+
+    if not isinstance(error, datasets.exceptions.DatasetGenerationError):
+        return ()
+    builder = datasets.load_dataset_builder(hub, subset or None, revision=revision or None)
+    names: list[str] = list((builder.config.data_files or {}).get(split, ()))
+    if not names or any(file_type(Path(name)).content not in (".jsonl", ".ndjson", ".json", ".csv") for name in names):
+        return ()
+    # In the cache of the hub, because `datasets` downloads before it reads.
+    return tuple(Path(cached_path(name)) for name in names)

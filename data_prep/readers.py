@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +11,26 @@ import orjson
 
 from data_prep.build_config import SourceConfig
 from data_prep.columnar import ColumnarTable, as_bytes, open_hub, open_table
+from data_prep.csv_files import count_csv, csv_records
 from data_prep.forms import InputRow, Unreadable, check_schema
-from data_prep.sources import (
+from data_prep.input_bytes import (
     MOST_LINE,
-    files,
-    is_lines,
-    read_json_list,
+    file_type,
+    is_columnar,
+    is_streamed,
+    open_utf8,
     read_line,
+    reading,
+    skip,
+    stamp,
 )
+from data_prep.json_files import json_elements, read_elements
+from data_prep.sources import files
 from sdlm_megatron.errors import DataError
 
 LINES, ROWS = "lines", "rows"
+END = 1 << 62  # `stop` of a unit of lines whose size is not known, because it is compressed
+COMPRESSED_TO = 3  # typical bytes of text per byte of a compressed file, for estimates
 
 
 @dataclass(frozen=True)
@@ -36,7 +45,18 @@ class InputUnit:
     """LINES: start and stop are byte offsets, and a line belongs to the unit in which it begins. ROWS: row numbers."""
     start: int
     stop: int
-    stamp: str  # size and modification time of the file, or the fingerprint of the hub dataset
+    stamp: str  # of the content: of the file, as `input_bytes.stamp` says, or the fingerprint of the hub dataset
+    streamed: bool = False
+    """Whether the file is compressed or not UTF-8; then it is one unit, and offsets are those of its decoded text."""
+    first_byte: int = 0  # of the elements of a JSON list, in its decoded text
+    last_byte: int = 0  # offset behind them; 0: not a JSON list
+
+    def estimated_rows(self, line_bytes: float = 2500) -> int:
+        """Rows of the unit; for lines, whose number is not known before they are read, from their mean length."""
+        if self.kind != LINES:
+            return self.stop - self.start
+        size = COMPRESSED_TO * int(self.stamp.split()[0]) if self.stop == END else self.stop - self.start
+        return max(1, round(size / line_bytes))
 
 
 def plan_units(sources: list[SourceConfig], *, unit_rows: int = 8192, unit_bytes: int = 32 << 20) -> list[InputUnit]:
@@ -62,30 +82,43 @@ def plan_units(sources: list[SourceConfig], *, unit_rows: int = 8192, unit_bytes
             continue
         left = source.limit
         for file in hub.files if hub else files(source):
-            if file.suffix in (".parquet", ".arrow"):
+            if is_columnar(file):
                 table = open_table(file)
                 new, rows = _plan_table(number, source, str(file), table, str(file), unit_rows, left)
-            elif is_lines(file):
-                new, rows = _plan_lines(number, file, unit_bytes, left)
-            else:  # one JSON list cannot be split without parsing it
-                rows = _limited(len(read_json_list(file)), left)
-                new = [InputUnit(number, str(file), ROWS, 0, rows, _stamp(file))]
+            else:
+                new, rows = _plan_text(number, source, file, unit_bytes, left)
             units += new
             if source.limit and (left := left - rows) <= 0:
                 break
     return units
 
 
+def _plan_text(
+    number: int, source: SourceConfig, file: Path, unit_bytes: int, limit: int
+) -> tuple[list[InputUnit], int]:
+    """Units of a file of text, and their rows (of lines counted only with a limit, otherwise 0)."""
+    mark, streamed = stamp(file), is_streamed(file, source.encoding)
+    if file_type(file).content == ".csv":
+        rows = _limited(count_csv(file, source.encoding, mark), limit)
+        return [InputUnit(number, str(file), ROWS, 0, rows, mark, streamed)] if rows else [], rows
+    if (elements := json_elements(file, source.encoding, mark)) is None:
+        return _plan_lines(number, source, file, unit_bytes, limit)
+    rows = _limited(elements.rows, limit)
+    pieces = [elements.pieces[0]]
+    for row, at in elements.pieces[1:]:
+        if at - pieces[-1][1] >= unit_bytes and row < rows and not streamed:
+            pieces.append((row, at))
+    ends = [(row, at - 1) for row, at in pieces[1:]] + [(rows, elements.stop)]  # without the comma
+    units = [
+        InputUnit(number, str(file), ROWS, row, stop, mark, streamed, at, end)
+        for (row, at), (stop, end) in zip(pieces, ends, strict=True)
+        if row < stop
+    ]
+    return units, rows
+
+
 def _limited(rows: int, limit: int) -> int:
     return min(rows, limit) if limit else rows
-
-
-def _stamp(file: Path) -> str:
-    try:
-        state = file.stat()
-    except OSError as error:
-        raise DataError(f"the file cannot be read: {error.strerror}", str(file)) from None
-    return f"{state.st_size} {state.st_mtime_ns}"
 
 
 def _open_hub(source: SourceConfig) -> ColumnarTable:
@@ -98,7 +131,7 @@ def _plan_table(
     """Units of a columnar file, and their rows."""
     check_schema(table.schema, source, where)
     rows = _limited(table.rows, limit)
-    stamp = table.stamp or _stamp(Path(file))
+    mark = table.stamp or stamp(Path(file))
     units, start = [], 0
     for edge in [*(cut for cut in table.cuts[1:] if cut < rows), rows]:
         size = edge - start
@@ -106,25 +139,29 @@ def _plan_table(
             # A large row group is split as well, although each unit then decodes the rows before it in the group.
             pieces = min(-(-size // (2 * unit_rows)), 16)
             bounds = [start + size * i // pieces for i in range(pieces + 1)]
-            units += [InputUnit(number, file, ROWS, a, b, stamp) for a, b in pairwise(bounds)]
+            units += [InputUnit(number, file, ROWS, a, b, mark) for a, b in pairwise(bounds)]
             start = edge
     return units, rows
 
 
-def _plan_lines(number: int, file: Path, unit_bytes: int, limit: int) -> tuple[list[InputUnit], int]:
+def _plan_lines(
+    number: int, source: SourceConfig, file: Path, unit_bytes: int, limit: int
+) -> tuple[list[InputUnit], int]:
     """Units of a file of lines, and their rows (counted only with a limit, otherwise 0)."""
-    stamp = _stamp(file)
-    size, rows = int(stamp.split()[0]), 0
+    mark, streamed, rows = stamp(file), is_streamed(file, source.encoding), 0
+    size = END if streamed else int(mark.split()[0])
     if limit:
         size = 0
-        with open(file, "rb") as lines:
+        with reading(file), open_utf8(file, source.encoding) as lines:
             while line := (read := read_line(lines))[0]:
                 size += read[1]
                 rows += not line.isspace()
                 if rows == limit:
                     break
+    if streamed:
+        return [InputUnit(number, str(file), LINES, 0, size, mark, True)] if size else [], rows
     starts = range(0, size, unit_bytes)
-    return [InputUnit(number, str(file), LINES, at, min(at + unit_bytes, size), stamp) for at in starts], rows
+    return [InputUnit(number, str(file), LINES, at, min(at + unit_bytes, size), mark) for at in starts], rows
 
 
 def read_unit(unit: InputUnit, source: SourceConfig) -> Iterator[InputRow]:
@@ -142,31 +179,37 @@ def read_unit(unit: InputUnit, source: SourceConfig) -> Iterator[InputRow]:
         yield from _table_rows(unit, table)
         return
     file = Path(unit.file)
-    _check_stamp(unit, _stamp(file))
+    _check_stamp(unit, stamp(file))
     if unit.kind == LINES:
-        yield from _line_rows(unit)
-    elif file.suffix == ".json":
-        for i, row in enumerate(read_json_list(file)[unit.start : unit.stop], unit.start):
-            yield InputRow(i, row)
+        yield from _line_rows(unit, source.encoding)
+    elif file_type(file).content == ".csv":
+        yield from _csv_rows(unit, source.encoding)
+    elif unit.last_byte:
+        with reading(file), open_utf8(file, source.encoding) as content:
+            elements = read_elements(content, unit.first_byte, unit.last_byte, file)
+            for place in range(unit.start, unit.stop):
+                yield InputRow(place, _parse(next(elements, b""), "row"))
     else:
         yield from _table_rows(unit, open_table(file))
 
 
-def _check_stamp(unit: InputUnit, stamp: str) -> None:
-    if stamp != unit.stamp:
+def _check_stamp(unit: InputUnit, now: str) -> None:
+    if now != unit.stamp:
         raise DataError("the source changed after the build began", unit.file, "start a new build in another folder")
 
 
-def _line_rows(unit: InputUnit) -> Iterator[InputRow]:
+def _line_rows(unit: InputUnit, encoding: str) -> Iterator[InputRow]:
     # Not through `datasets`: its reader requires one schema for all lines and fails completely on an invalid line.
-    with open(unit.file, "rb", buffering=1 << 20) as lines:
+    with reading(Path(unit.file)), open_utf8(Path(unit.file), encoding) as lines:
         at = max(unit.start - 1, 0)  # one byte earlier: if it is a line break, a line begins at unit.start
-        lines.seek(at)
+        skip(lines, at)
         if unit.start:
             at += read_line(lines)[1]  # the rest of a line of the previous unit, or its line break
         place = 0
         while at < unit.stop:
             line, size = read_line(lines)
+            if not line and unit.stop == END:
+                break
             if not line:
                 raise DataError("the file ends early: it changed while it was read", unit.file)
             at += size
@@ -175,11 +218,20 @@ def _line_rows(unit: InputUnit) -> Iterator[InputRow]:
                 yield InputRow(place, _parse(line))
 
 
-def _parse(line: bytes) -> Any:
+def _csv_rows(unit: InputUnit, encoding: str) -> Iterator[InputRow]:
+    records = csv_records(Path(unit.file), encoding)
+    header = next(records)
+    for place, record in enumerate(islice(records, unit.stop)):
+        row: Any = dict(zip(header, record, strict=False))
+        if len(record) != len(header):
+            row = Unreadable("the row does not have one cell per column", ",".join(record))
+        yield InputRow(place, row)
+
+
+def _parse(line: bytes, kind: str = "line") -> Any:
     if len(line) > MOST_LINE:
-        return Unreadable(
-            f"the line has more than {MOST_LINE:,} bytes", line[:1000].decode("utf-8", "backslashreplace")
-        )
+        start = line[:1000].decode("utf-8", "backslashreplace")
+        return Unreadable(f"the {kind} has more than {MOST_LINE:,} bytes", start)
     try:
         return orjson.loads(line)
     except orjson.JSONDecodeError:
@@ -187,11 +239,13 @@ def _parse(line: bytes) -> Any:
     try:
         return json.loads(line)
     except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or nested too deeply
-        return Unreadable(f"the line is not JSON: {error}", line.decode("utf-8", errors="backslashreplace").rstrip())
+        return Unreadable(f"the {kind} is not JSON: {error}", line.decode("utf-8", errors="backslashreplace").rstrip())
 
 
 def count_lines(unit: InputUnit) -> int:
-    """Number of lines that begin in a unit of lines, including blank ones."""
+    """Number of lines that begin in a unit of lines, including blank ones; 0 if no unit of the file follows."""
+    if unit.streamed:
+        return 0
     with open(unit.file, "rb") as file:
         file.seek(max(unit.start - 1, 0))
         left, breaks = unit.stop - 1 - max(unit.start - 1, 0), 0

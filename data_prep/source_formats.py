@@ -4,7 +4,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 
 # Other suffixes in a folder are ignored, so that a README or a script beside the data does no harm.
-FILE_TYPES = (".jsonl", ".json", ".parquet", ".arrow")
+FILE_TYPES = (".jsonl", ".ndjson", ".json", ".parquet", ".arrow", ".csv")
 
 FIELD_NAMES = (
     *("turns", "prompt", "input", "answer", "system", "history", "tools", "weight"),

@@ -1,17 +1,26 @@
 """Sources: the files in which a source's rows are stored."""
 
-import json
+import glob
 import os
 import re
-from collections.abc import Iterator
 from dataclasses import replace
-from itertools import chain, islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, BinaryIO
+from typing import Any
 
 from data_prep.build_config import SourceConfig
 from data_prep.columnar import open_hub, open_table
+from data_prep.csv_files import count_csv
+from data_prep.input_bytes import (
+    COMPRESSIONS,
+    file_type,
+    is_columnar,
+    limited_lines,
+    open_utf8,
+    reading,
+    stamp,
+)
+from data_prep.json_files import is_entry, json_elements, read_meta
 from data_prep.source_formats import FILE_TYPES
 from sdlm_megatron.errors import DataError
 from sdlm_megatron.files import checked, read_json_object, regular_file
@@ -24,20 +33,14 @@ def expand(sources: list[SourceConfig]) -> list[SourceConfig]:
     """
     result: list[SourceConfig] = []
     for source in sources:
-        meta = source.format in ("", "sharegpt") and source.path.endswith(".json") and not is_lines(Path(source.path))
-        result += _expand_meta(source) if meta else [source]
+        path = Path(source.path)
+        is_json = source.format in ("", "sharegpt") and path.suffix.lower() == ".json" and path.is_file()
+        meta = read_meta(path) if is_json else None
+        if meta is None or not (source.format or any(map(is_entry, meta.values()))):
+            result.append(source)
+        else:
+            result += [_from_meta(source, str(name), entry) for name, entry in meta.items()]
     return result
-
-
-def _expand_meta(source: SourceConfig) -> list[SourceConfig]:
-    content = read_json(Path(source.path))
-    if not isinstance(content, dict) or (not source.format and not any(map(_is_entry, content.values()))):
-        return [source]
-    return [_from_meta(source, str(name), entry) for name, entry in content.items()]
-
-
-def _is_entry(value: Any) -> bool:
-    return isinstance(value, dict) and "annotation" in value
 
 
 def _from_meta(source: SourceConfig, name: str, entry: Any) -> SourceConfig:
@@ -58,91 +61,22 @@ def _from_meta(source: SourceConfig, name: str, entry: Any) -> SourceConfig:
 
 
 def count(source: SourceConfig) -> int:
-    """Rows of a source: fast for columnar files, one pass over the lines for others."""
-    if source.hub:
-        total = open_hub(source.hub, source.subset, source.split, source.revision).rows
-    else:
-        total = sum(_count_file(file) for file in files(source))
+    """Rows of a source: fast for columnar files, one pass over the others."""
+    hub = open_hub(source.hub, source.subset, source.split, source.revision) if source.hub else None
+    paths = hub.files if hub else files(source)
+    total = hub.rows if hub and hub.schema else sum(_count_file(file, source.encoding) for file in paths)
     return min(total, source.limit) if source.limit else total
 
 
-def _count_file(file: Path) -> int:
-    if file.suffix in (".parquet", ".arrow"):
+def _count_file(file: Path, encoding: str) -> int:
+    if is_columnar(file):
         return open_table(file).rows
-    if not is_lines(file):
-        return len(read_json_list(file))
-    with open(file, "rb") as lines:
+    if file_type(file).content == ".csv":
+        return count_csv(file, encoding, stamp(file))
+    if (elements := json_elements(file, encoding, stamp(file))) is not None:
+        return elements.rows
+    with reading(file), open_utf8(file, encoding) as lines:
         return sum(1 for line in limited_lines(lines) if not line.isspace())
-
-
-def limited_lines(file: BinaryIO) -> Iterator[bytes]:
-    """The lines of a file; of one longer than MOST_LINE only the beginning is kept."""
-    while line := read_line(file)[0]:
-        yield line
-
-
-def read_line(file: BinaryIO) -> tuple[bytes, int]:
-    """The next line, with its line break, and its bytes in the file.
-
-    The first MOST_LINE + 1 bytes of a longer line, whose rest is skipped: one line could fill the memory.
-    """
-    line = file.readline(MOST_LINE + 1)
-    size, rest = len(line), line
-    while len(rest) > MOST_LINE and not rest.endswith(b"\n"):
-        rest = file.readline(MOST_LINE + 1)
-        size += len(rest)
-    return line, size
-
-
-def is_lines(file: Path) -> bool:
-    """Whether a .jsonl or .json file has one row per line; raises DataError if it cannot be read.
-
-    A .json file may also be one list of rows, or a meta JSON (an object whose values are objects).
-    """
-    if file.suffix == ".jsonl":
-        return True
-    try:
-        with open(file, "rb") as lines:
-            first, second = islice(chain((line for line in limited_lines(lines) if not line.isspace()), (b"", b"")), 2)
-    except OSError as error:
-        raise DataError(f"the file cannot be read: {error.strerror}", str(file), "check `path`") from None
-    row = _value(first)
-    if row is None:  # not JSON by itself: an invalid row, or a value that continues on the next line
-        return not first.lstrip().startswith(b"[") and isinstance(_value(second), dict)
-    if second:
-        return True
-    return isinstance(row, dict) and not all(isinstance(value, dict) for value in row.values())
-
-
-def _value(line: bytes) -> Any:
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-
-
-MOST_LINE = 64 << 20
-"""Bytes of the longest line that is read, about 16 million tokens."""
-LIST_OF_ROWS = "write one list, [row, row, ...], or one row per line into a .jsonl file"
-
-
-def read_json(file: Path) -> Any:
-    """The content of a JSON file; DataError if it is missing or not JSON."""
-    try:
-        return json.loads(file.read_bytes())
-    except FileNotFoundError:
-        raise DataError("no such file", str(file), "check `path`") from None
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"the file is not JSON: {error}", str(file), LIST_OF_ROWS) from None
-
-
-def read_json_list(file: Path) -> list[Any]:
-    """The rows of a JSON file that contains one list; DataError otherwise."""
-    content = read_json(file)
-    if not isinstance(content, list):
-        what = f"the file contains one value of type {type(content).__name__}, not a list of rows"
-        raise DataError(what, str(file), LIST_OF_ROWS)
-    return content
 
 
 _SPLIT_WORD = re.compile(r"(?<![a-z0-9])(train|test|valid|val|dev|eval)(ing|idation|uation)?(?![a-z])", re.IGNORECASE)
@@ -150,31 +84,64 @@ _INFO_FILES = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "
 
 
 def files(source: SourceConfig) -> list[Path]:
-    """The files of a source, in order.
+    """The files of a source, in order: those of each of its paths. A path is a file, a folder or a glob.
 
-    A folder is one of: the output of `datasets`' save_to_disk; a plain folder of files, read in order of their names;
-    or (if it has a README.md or subfolders, its files are named after splits, or `subset` is set) a copy of a hub
-    dataset, in which `datasets` looks up the files of subset and split.
+    A folder is one of: the output of `datasets`' save_to_disk; a copy of a hub dataset, in which `datasets` looks up
+    the files of subset and split (its README.md names files, names contain that of a split, or `subset` is set); or a
+    plain folder, whose files and those of its subfolders are read in order of their names.
 
     Raises:
         DataError: there is no file, or one cannot be used.
     """
-    path = Path(source.path)
-    if path.is_dir():
-        result = _folder_files(path, source)
-    elif path.is_file():
-        result = [path]
-    else:
-        raise DataError(f"source {source.name!r}: no such file or folder", str(path), "check `path`")
+    result = [file for path in _paths(source) for file in _files_of(path, source)]
+    seen = set()
     for file in result:
+        if (name := os.path.abspath(file)) in seen:
+            fix = "name it once; `weight` says how often its rows are used"
+            raise DataError(f"source {source.name!r}: a file is named twice", str(file), fix)
+        seen.add(name)
         _check_file(file, source)
     return result
 
 
+def unread_files(source: SourceConfig) -> list[Path]:
+    """Files in the folders of a local source that are not read, without descriptions of the data and hidden files."""
+    if source.hub:
+        return []
+    used = {Path(os.path.abspath(file)) for file in files(source)}
+    known = (*_INFO_FILES, "README.md")
+    below = (file for folder in _paths(source) if folder.is_dir() for file in _walk(folder))
+    return [file for file in below if Path(os.path.abspath(file)) not in used and file.name not in known]
+
+
+def _paths(source: SourceConfig) -> list[Path]:
+    """The paths of a source, with the matches of a glob in order of their names."""
+    result: list[Path] = []
+    for path in source.paths or [source.path]:
+        if not glob.has_magic(path) or os.path.lexists(path):
+            result.append(Path(path))
+            continue
+        matches = sorted(map(Path, glob.glob(path, recursive=True)))
+        if not matches:
+            raise DataError(f"source {source.name!r}: no file matches", path, "check `path`")
+        # a/** also gives the folders whose files it gives
+        result += [m for m in matches if m.is_file()] if "**" in path else matches
+    return result
+
+
+def _files_of(path: Path, source: SourceConfig) -> list[Path]:
+    if path.is_dir():
+        return _folder_files(path, source)
+    if not path.is_file():
+        raise DataError(f"source {source.name!r}: no such file or folder", str(path), "check `path`")
+    return [path]
+
+
 def _check_file(file: Path, source: SourceConfig) -> None:
-    if file.suffix not in FILE_TYPES:
+    if file_type(file).content not in FILE_TYPES:
         what = f"source {source.name!r}: unsupported file type"
-        raise DataError(what, str(file), f"use {', '.join(FILE_TYPES)}")
+        fix = f"use {', '.join(FILE_TYPES)}, each also {', '.join(COMPRESSIONS)}"
+        raise DataError(what, str(file), fix)
     try:
         with open(file, "rb") as content:
             start = content.read(40)
@@ -186,6 +153,16 @@ def _check_file(file: Path, source: SourceConfig) -> None:
         raise DataError(f"source {source.name!r}: the file is a Git LFS pointer without data", str(file), fix)
 
 
+def _walk(folder: Path) -> list[Path]:
+    """All files below a folder but hidden ones, in order of their names; links to folders are not followed."""
+    below = []
+    for parent, folders, names in os.walk(folder):
+        links = [name for name in folders if os.path.islink(os.path.join(parent, name))]
+        folders[:] = [name for name in folders if not name.startswith(".") and name not in links]
+        below += [Path(parent, name) for name in (*names, *links) if not name.startswith(".")]
+    return sorted(below)
+
+
 def _folder_files(folder: Path, source: SourceConfig) -> list[Path]:
     if (folder / "dataset_dict.json").is_file():
         file = regular_file(folder, "dataset_dict.json", DataError)
@@ -195,19 +172,24 @@ def _folder_files(folder: Path, source: SourceConfig) -> list[Path]:
         folder = folder / source.split
     if (folder / "state.json").is_file():
         return _saved_files(folder, source)
-    local = sorted(file for file in folder.iterdir() if file.suffix in FILE_TYPES and file.name not in _INFO_FILES)
-    for file in local:
-        regular_file(folder, file.name, DataError)
-    named = any(_SPLIT_WORD.search(file.stem) for file in local)
-    readme = (folder / "README.md").is_file()
-    if local and not (readme or named or source.subset):
-        return local
+    below = [file for file in _walk(folder) if file_type(file).content in FILE_TYPES and file.name not in _INFO_FILES]
+    for file in below:
+        regular_file(folder, str(file.relative_to(folder)), DataError)
+    named = any(
+        _SPLIT_WORD.search(name) for file in below for name in (*file.relative_to(folder).parent.parts, file.stem)
+    )
+    readme = folder / "README.md"
+    described = readme.is_file() and b"data_files:" in readme.read_bytes()[: 1 << 20]
+    if not (described or named or source.subset):
+        if not below:
+            raise DataError(f"source {source.name!r}: no {', '.join(FILE_TYPES)} files", str(folder), "check `path`")
+        return below
     by_split = _hub_copy(folder, source)
     assigned = {file for split in by_split.values() for file in split}
     # Without a README the assignment is guessed from names: a file that `datasets` ignores is probably an accident.
-    if not readme and (ignored := [file.name for file in local if file not in assigned]):
+    if not described and (ignored := [file.name for file in below if file.parent == folder and file not in assigned]):
         what = f"source {source.name!r}: `datasets` assigns {ignored[0]} to no split"
-        raise DataError(what, str(folder), "name all files after their split, or set `path` to one file")
+        raise DataError(what, str(folder), "name all files after their split, or set `path` to files, such as DIR/a*")
     if source.split not in by_split:
         raise _no_split(source, folder, list(by_split))
     return by_split[source.split]

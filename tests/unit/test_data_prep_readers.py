@@ -16,7 +16,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from data_prep import readers, sources
+from data_prep import input_bytes, readers
 from data_prep.build_config import SourceConfig
 from data_prep.forms import FormReader, InputRow, Unreadable
 from data_prep.readers import LINES, ROWS, InputUnit, count_lines, plan_units, read_unit, where
@@ -298,6 +298,9 @@ def test_file_changed_after_planning_is_refused(kind: str, tmp_path: Path) -> No
     source = source_of(path)
     [unit] = plan_units([source])
     os.utime(path, ns=(1, 1))
+    assert len(list(read_unit(unit, source))) == 1, "a new date is not a change"
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     with pytest.raises(DataError, match="changed") as error:
         list(read_unit(unit, source))
     assert error.value.where == str(path)
@@ -400,7 +403,7 @@ def test_stream_truncated_between_batches_raises(tmp_path: Path) -> None:
 def test_too_long_line_is_one_rejected_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unit_bytes: int) -> None:
     """Only its beginning is held in memory; the lines around it are read."""
     monkeypatch.setattr(readers, "MOST_LINE", 30)
-    monkeypatch.setattr(sources, "MOST_LINE", 30)
+    monkeypatch.setattr(input_bytes, "MOST_LINE", 30)
     file = tmp_path / "a.jsonl"
     file.write_bytes(b'{"a": 1}\n{"b": "' + b"x" * 500 + b'"}\n{"c": 2}\n' + b"y" * 31)
     source = SourceConfig(name="s", path=str(file), format="messages")

@@ -333,7 +333,6 @@ def test_annotations_may_be_named_from_the_working_directory(tmp_path: Path, mon
 @pytest.mark.parametrize(
     "entry",
     [
-        3,
         {},
         {"annotation": "a", "repeat_time": 1.5},
         {"annotation": "a", "repeat_time": "2"},
@@ -373,15 +372,15 @@ def test_a_json_file_is_a_list_or_lines(content: bytes, rows: int, tmp_path: Pat
 def test_unusable_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "x.parquet").write_text("no parquet")
     (tmp_path / "x.arrow").write_text("no arrow")
-    (tmp_path / "x.csv").write_text("a,b")
-    (tmp_path / "x.json").write_text('{"a":\n 1}')
+    (tmp_path / "x.tsv").write_text("a\tb")
+    (tmp_path / "x.json").write_text('{"a":\n {}}')
     (tmp_path / "bad.json").write_text('{"a":\n 1')
     (tmp_path / "lfs.jsonl").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3\n")
     (tmp_path / "empty").mkdir()
     for name, what in (
         ("missing.jsonl", "no such file"),
         ("empty", "no .jsonl"),
-        ("x.csv", "unsupported file type"),
+        ("x.tsv", "unsupported file type"),
         ("x.parquet", "not Parquet"),
         ("x.arrow", "not Arrow"),
         ("x.json", "list of rows"),
