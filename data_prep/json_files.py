@@ -102,7 +102,7 @@ def _json_elements(name: str, encoding: str, _: str) -> JsonElements | None:
             head = content.read(HEAD)
         if file_type(file).content != ".json":
             first, second = _two(line.strip() for line in head.removeprefix(codecs.BOM_UTF8).split(b"\n"))
-            if first not in (b"{", b"[", b"[{") or isinstance(_value(second), dict):
+            if first not in (b"{", b"[", b"[{") or not second or isinstance(_value(second), dict):
                 return None
         match = _LIST.match(head)
         if match and (a_list := _list(file, encoding, match)):

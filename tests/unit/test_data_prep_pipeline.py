@@ -194,7 +194,7 @@ def test_resume_with_other_settings_or_inputs_is_refused(config: BuildConfig) ->
     build_shard(config, TokenizeShard(1, 2), QUIET)  # a new date is not a change
     with open(changed, "a") as file:
         file.write(json.dumps(row(1, 5)) + "\n")
-    with pytest.raises(DataError, match=f"the input changed after this build began: {changed}$"):
+    with pytest.raises(DataError, match=f"the input changed after this build began: {changed}\n"):
         build(config, QUIET)
 
 
