@@ -99,6 +99,25 @@ class Accounting:
             by_source.append({**head, **tally.to_dict()})
         return {**total.to_dict(), "by_source": by_source}
 
+    def write_untrained(self, path: Path) -> bool:
+        """Writes the answers that are not trained (row_rules.UNTRAINED_FILE); returns whether there are any."""
+        keys: list[list[np.ndarray]] = [[] for _ in self.sources]
+        before = list(self.numbering.first_number)
+        for number, (unit, result) in enumerate(zip(self.units, self.results, strict=True)):
+            rows = np.fromfile(unit_file(self.work, number, "untrained"), np.int64)
+            keys[unit.source].append(rows + (before[unit.source] << 32))
+            before[unit.source] += result.rows
+        if not any(map(len, (part for parts in keys for part in parts))):
+            return False
+        with open(path, "wb") as file:
+            for source, n_rows, parts in zip(self.sources, self.numbering.rows, keys, strict=True):
+                for copy in range(int(np.ceil(source.weight))):  # every copy has its own numbers
+                    for part in parts:
+                        file.write((part + (copy * n_rows << 32)).tobytes())
+            file.flush()
+            os.fsync(file.fileno())
+        return True
+
     def write_rejects(self, path: Path) -> None:
         """Writes rejects.jsonl: one line per input row that is not in the dataset, with its source, row number,
         position, outcome, reason and content; for a duplicate, the row it repeats."""

@@ -37,6 +37,7 @@ from data_prep.planning import PackingPlan, dropped_files, make_plan
 from data_prep.pool import cpus, work_on
 from data_prep.readers import InputUnit, plan_units
 from data_prep.repetitions import repetition_entries
+from data_prep.row_rules import UNTRAINED_FILE
 from data_prep.rows import EpochPart, RowWriter, cut_parts, load_part
 from data_prep.source_formats import FORMATS, formats_help
 from data_prep.sources import expand, unread_files
@@ -338,7 +339,10 @@ def _seal(
     """Writes accounting, rejects and manifest, renames the dataset, and removes the work folder."""
     config, rejects = state.config, state.partial / "rejects.jsonl"
     accounting.write_rejects(rejects)
-    expected = {"work", "rejects.jsonl", *(name for info in parts.values() for name in info.files)}
+    others = [rejects]
+    if accounting.write_untrained(state.partial / UNTRAINED_FILE):
+        others.append(state.partial / UNTRAINED_FILE)
+    expected = {"work", *(file.name for file in others), *(name for info in parts.values() for name in info.files)}
     for leftover in state.partial.iterdir():  # temporary files of killed processes
         if leftover.name not in expected:
             leftover.unlink()
@@ -347,7 +351,7 @@ def _seal(
         Path(config.out),
         meta=state.meta,
         parts=[[info for part, info in parts.items() if part.epoch == epoch] for epoch in range(config.epochs)],
-        files={"rejects.jsonl": {"bytes": rejects.stat().st_size, "sha256": sha256(rejects)}},
+        files={file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in others},
         extra={
             "accounting": accounting.summarize(),
             "duplicates": {"policy": config.duplicates, "documents": plan.duplicates, "pairs": plan.pairs},

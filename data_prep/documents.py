@@ -1,10 +1,11 @@
 """Stage one: converts units of input rows to tokenized documents on disk, each unit independently.
 
-The result of a unit is five or six files in the work folder; it is complete when the last one exists:
+The result of a unit is six or seven files in the work folder; it is complete when the last one exists:
 
     u0000007.tokens         int32: concatenated clean tokens of its documents
     u0000007.turns          int32 pairs: first anchor and number of anchors of each answer turn
     u0000007.docs           one DOCUMENT record per document
+    u0000007.untrained      int64 keys (`turn_keys`) of the answers without anchors, with the row's index in the unit
     u0000007.rejects.jsonl  rows that became no document
     u0000007.minhash        SIGNATURE uint16 values per document, if near-duplicates are looked for
     u0000007.json           outcome of the rows (UnitResult), with the sizes of the other files
@@ -30,6 +31,7 @@ from data_prep.encoding import TextEncoder
 from data_prep.forms import FormReader, InputRow, NotChosen, Unreadable, conversation
 from data_prep.minhash import signatures
 from data_prep.readers import LINES, InputUnit, count_lines, read_unit
+from data_prep.row_rules import turn_keys
 from data_prep.truncate import FittedBatch, fit_batch
 from data_prep.turns import Conversation
 from sdlm_megatron.errors import DataError
@@ -52,7 +54,7 @@ DOCUMENT = np.dtype(
         ("digest", "u8", (2,)),  # of the whole conversation's tokens
     ]
 )
-UNIT_FILES = ("tokens", "turns", "docs", "rejects.jsonl")
+UNIT_FILES = ("tokens", "turns", "docs", "untrained", "rejects.jsonl")
 
 
 @dataclass
@@ -210,7 +212,9 @@ class _UnitWriter:
         records["turns_cut"], records["tokens_cut"] = fitted.turns_cut, fitted.tokens_cut
         records["missing"] = fitted.blocks_missing
         records["digest"] = _digests(batch)
-        for kind, content in (("tokens", tokens), ("turns", pairs), ("docs", records[kept])):
+        untrained = _untrained(batch, np.where(kept, indices, -1))
+        files = (("tokens", tokens), ("turns", pairs), ("docs", records[kept]), ("untrained", untrained))
+        for kind, content in files:
             self._files[kind].write(content.tobytes())
         if signed is not None:
             self._files["minhash"].write(signed[kept].tobytes())
@@ -244,6 +248,14 @@ def _answer_turns(batch: RenderedBatch, n_anchors: np.ndarray) -> tuple[np.ndarr
     answers = left > 0
     sums = np.concatenate([[0], np.cumsum(answers)])
     return np.stack([batch.first_anchors, left], axis=1)[answers].astype(np.int32), np.diff(sums[batch.turn_edges])
+
+
+def _untrained(batch: RenderedBatch, rows: np.ndarray) -> np.ndarray:
+    """int64: keys of the answers that are not trained. `rows`: index of each document's row; -1 if it is dropped."""
+    answers = np.array([role == "assistant" for role in batch.roles], dtype=bool)
+    turns = np.flatnonzero(answers & (batch.n_anchors == 0))
+    row = np.repeat(rows, np.diff(batch.turn_edges))[turns]
+    return turn_keys(row, batch.starts[turns])[row >= 0]
 
 
 def _digests(batch: RenderedBatch) -> np.ndarray:

@@ -297,7 +297,7 @@ def show(
     Raises:
         DataError: the row is damaged or does not contain the document.
     """
-    settings = RuleSettings.of(dataset.manifest)
+    settings = RuleSettings.of(dataset.manifest, dataset.path)
     tokens, layout = dataset.read(epoch, number)
     row = read_row(tokens, layout, settings, epoch)
     documents = view_documents(row, settings, text_of)

@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from sdlm_megatron.diffusion.layout import IGNORE, RowLayout, block_count, draw_many
 from sdlm_megatron.errors import DataError
+from sdlm_megatron.files import regular_file
 
 Violation = tuple[str, int | None, str]
 """(rule, document number, description)"""
@@ -33,10 +35,11 @@ class RuleSettings:
     assistant: list[int]  # ids of the header between `<|im_start|>` and the newline, which may merge with the text
     trim: float  # largest share of its blocks that a document may have lost to fill a row
     cut_turns: bool  # whether a document may end inside a turn (overlong: reference)
+    untrained: np.ndarray  # int64, ascending: keys (`turn_keys`) of the answers that are not trained
 
     @classmethod
-    def of(cls, manifest: dict[str, Any]) -> "RuleSettings":
-        """The settings in a manifest; raises DataError if `sdlm prepare` did not write it."""
+    def of(cls, manifest: dict[str, Any], folder: str | Path) -> "RuleSettings":
+        """The settings of the dataset in `folder`; raises DataError if `sdlm prepare` did not write its manifest."""
         size = ("row_length", "max_document_length", "block_size", "target_shift", "repeat")
         keys = (*size, "seed", "vocab_size", "trim")
         try:
@@ -51,10 +54,29 @@ class RuleSettings:
                 header=chat["header"]["assistant"],
                 assistant=chat["assistant"][: len(chat["assistant"]) - len(chat["newline"])],
                 cut_turns=manifest["overlong"] == "reference",
+                untrained=_read_untrained(manifest, Path(folder)),
             )
         except KeyError as error:
             fix = "use a dataset built with `sdlm prepare`, whose manifest describes its documents"
             raise DataError(f"the manifest lacks {error}", "manifest.json", fix) from None
+
+
+UNTRAINED_FILE = "untrained.bin"
+"""File of a dataset with answers that are not trained: int64 keys (`turn_keys`), ascending. Absent if there are none.
+Tokens alone do not show that a flag of the row excluded an answer."""
+
+
+def turn_keys(documents: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """int64 keys of turns: the document's number and the index of the turn's first token in the document."""
+    return documents.astype(np.int64) << 32 | starts.astype(np.int64)
+
+
+def _read_untrained(manifest: dict[str, Any], folder: Path) -> np.ndarray:
+    if UNTRAINED_FILE not in manifest["files"]:
+        return np.empty(0, np.int64)
+    file = regular_file(folder, UNTRAINED_FILE, DataError)
+    size = file.stat().st_size
+    return np.memmap(file, np.int64, "r") if size and size % 8 == 0 else np.empty(0, np.int64)
 
 
 @dataclass(frozen=True)
@@ -91,6 +113,9 @@ def read_row(tokens: np.ndarray, layout: RowLayout, settings: RuleSettings, epoc
     name = np.ones(len(starts), dtype=bool)
     for offset, token in enumerate(settings.assistant, 1):
         name &= clean.take(starts + offset, mode="clip") == token
+    if len(settings.untrained):
+        keys = turn_keys(layout.doc_ids[docs], starts - first[docs])
+        name &= settings.untrained.take(np.searchsorted(settings.untrained, keys), mode="clip") != keys
     begin = np.minimum(starts + settings.header, closing) - 1
     count = np.where(name, np.maximum(closing - begin, 0), 0)
     anchors = np.arange(count.sum()) + np.repeat(begin - first[docs] - (np.cumsum(count) - count), count)

@@ -91,8 +91,8 @@ def formats_with_columns(columns: Collection[str]) -> list[str]:
     return [name for name in matches if not any(_includes(FORMATS[other], FORMATS[name]) for other in matches)]
 
 
-def _includes(one: SourceFormat, other: SourceFormat) -> bool:
-    return set(other.columns) <= set(one.fields.values()) and not set(one.columns) <= set(other.fields.values())
+def _includes(form: SourceFormat, other: SourceFormat) -> bool:
+    return set(other.columns) <= set(form.fields.values()) and not set(form.columns) <= set(other.fields.values())
 
 
 def formats_help() -> str:

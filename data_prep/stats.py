@@ -45,7 +45,7 @@ class RowSample:
 
 def take_sample(dataset: PackedDataset, rows: int, console: Console) -> RowSample:
     """Reads `rows` evenly spaced rows, or all if there are fewer."""
-    settings, total = RuleSettings.of(dataset.manifest), dataset.rows(0)
+    settings, total = RuleSettings.of(dataset.manifest, dataset.path), dataset.rows(0)
     numbers = np.unique(np.linspace(0, total - 1, min(rows, total)).astype(np.int64)).tolist()
     measured: list[np.ndarray] = []
     used, documents = [], []

@@ -185,11 +185,11 @@ class TurnParser:
     def _parse_turn(self, turn: Any, where: str, field: str, unread: set[str]) -> ChatTurn:
         if not isinstance(turn, Mapping):
             raise DataError(f"a turn must be an object, not {type(turn).__name__}", where=where)
+        if self._ignored:
+            turn = {key: value for key, value in turn.items() if f"{field}.{key}" not in self._ignored}
         for key, value in turn.items():
             if key not in self._read and key not in _TURN_IGNORED and holds(value):
                 unread.add(f"{field}.{key}")
-        if self._ignored:
-            turn = {key: value for key, value in turn.items() if f"{field}.{key}" not in self._ignored}
         role = self._role(turn, where)
         calls = self._calls(turn, role, where)
         text = self._text(turn, where, optional=bool(calls))

@@ -1,7 +1,7 @@
 """Verify a packed dataset: every file, every row, every rule of docs/method.md.
 
-All files are read again. From the tokens alone follow the turns, hence the anchors, the number of blocks, the draw, and
-the content of the blocks; each is compared with what is stored.
+All files are read again. From the tokens, and the list of answers that are not trained, follow the turns, hence the
+anchors, the number of blocks, the draw, and the content of the blocks; each is compared with what is stored.
 
 Exit code 0: no findings. 1: findings, each with its position. 2: the folder is not a dataset.
 """
@@ -86,7 +86,7 @@ def verify(path: str | Path, console: Console | None = None, *, workers: int = 1
     """Checks a dataset and returns the findings; raises DataError if the folder is not a dataset."""
     path, console = Path(path), console or make_console()
     manifest = read_manifest(path)
-    RuleSettings.of(manifest)
+    RuleSettings.of(manifest, path)
     tasks = [(e, p, rows) for e, parts in enumerate(manifest["part_rows"]) for p, rows in enumerate(parts)]
     # The fast checks first: they need no row.
     findings = _findings("accounting", _accounting(manifest))
@@ -110,7 +110,7 @@ class PartChecker:
 
     def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
         self._path, self._manifest = path, manifest
-        self._settings = RuleSettings.of(manifest)
+        self._settings = RuleSettings.of(manifest, path)
 
     def __call__(self, task: tuple[int, int, int]) -> PartReport:
         epoch, part, rows = task

@@ -278,7 +278,7 @@ def test_planted_rules_cover_every_rule() -> None:
 
 
 def test_derived_targets_are_checked(config: BuildConfig) -> None:
-    facts = RuleSettings.of(build(config, QUIET))
+    facts = RuleSettings.of(build(config, QUIET), config.out)
     tokens, layout = PackedDataset(config.out).read(0, 0)
     targets = slot_targets(tokens, layout, facts.eos)
     assert list(check_targets(tokens, layout, targets, facts)) == []
@@ -316,7 +316,7 @@ def test_random_layouts_are_reported(config: BuildConfig) -> None:
     build(config, QUIET)
     rng = np.random.default_rng(1)
     tokens, layout = PackedDataset(config.out).read(0, 0)
-    facts = RuleSettings.of(read_manifest(Path(config.out)))
+    facts = RuleSettings.of(read_manifest(Path(config.out)), config.out)
     for n in range(300):
         ints, new_tokens = layout.to_ints(), tokens.copy()
         ints[1 + int(rng.integers(len(ints) - 1))] += int(rng.choice([-1000, -1, 1, 7, 2**30]))
@@ -347,7 +347,7 @@ def test_derived_anchors_match_rendering(config: BuildConfig) -> None:
     """Anchors derived from the tokens alone equal those of rendering, including merged newlines of headers."""
     manifest = build(config, QUIET)
     encoder = TextTokenizer.from_folder(config.tokenizer)
-    dataset, facts = PackedDataset(config.out), RuleSettings.of(manifest)
+    dataset, facts = PackedDataset(config.out), RuleSettings.of(manifest, config.out)
     for i in range(dataset.rows(0)):
         tokens, layout = dataset.read(0, i)
         row = read_row(tokens, layout, facts, 0)
