@@ -9,6 +9,7 @@ import os
 import random
 import tracemalloc
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,14 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from data_prep import csv_files, input_bytes, json_files, readers
+from data_prep import build, csv_files, input_bytes, json_files, readers
 from data_prep.build_config import SourceConfig
 from data_prep.forms import Unreadable
 from data_prep.input_bytes import stamp
 from data_prep.readers import plan_units, read_unit, where
 from data_prep.sources import count, files, unread_files
 from sdlm_megatron.errors import DataError
+from tests.byte_tokenizer import write_folder
 
 ROWS = [{"query": f'q{i} é "quoted", {{x}}\n\\', "response": f"a{i} 🙂"} for i in range(7)]
 
@@ -378,3 +380,36 @@ def test_hub_rows_with_unequal_fields_are_read(tmp_path: Path, monkeypatch: pyte
         assert [Path(unit.file).name for unit in plan_units([source])] == ["train-0.jsonl", "train-1.jsonl"]
     else:
         pytest.fail("`datasets` reads these rows: the test needs others")
+
+
+def test_a_build_has_the_same_bytes_from_every_kind_of_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    turns = [
+        [{"role": "user", "content": f'q{i}, "x" {{'}, {"role": "assistant", "content": f"answer {i} \\ é"}]
+        for i in range(60)
+    ]
+    rows = [{"messages": row} for row in turns]
+    lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    nulls = [{"messages": [{**turn, "from": None, "value": None} for turn in row]} for row in turns]
+    (tmp_path / "mixed/sub").mkdir(parents=True)
+    (tmp_path / "lines.jsonl").write_bytes(lines)
+    (tmp_path / "list.json").write_text(json.dumps(rows, indent=2))
+    (tmp_path / "LINES.JSONL.GZ").write_bytes(gzip.compress(lines))
+    (tmp_path / "utf16.jsonl").write_bytes(lines.decode().encode("utf-16"))
+    (tmp_path / "wrapped.json.xz").write_bytes(lzma.compress(json.dumps({"data": rows}).encode()))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(nulls), tmp_path / "nulls.parquet")
+    (tmp_path / "mixed/a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:20]))
+    (tmp_path / "mixed/b.json").write_text(json.dumps(rows[20:40]))
+    (tmp_path / "mixed/notes.txt").write_text("x")
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows[40:]), tmp_path / "mixed/sub/c.parquet")
+    monkeypatch.setattr(build, "plan_units", partial(plan_units, unit_bytes=700))
+    monkeypatch.setattr(json_files, "BLOCK", 256)
+    tokenizer, content = str(write_folder(tmp_path / "base")), {}
+    names = ("lines.jsonl", "list.json", "LINES.JSONL.GZ", "utf16.jsonl", "wrapped.json.xz", "nulls.parquet", "mixed")
+    for name in names:
+        out = tmp_path / f"out-{name}"
+        build.main(["--input", str(tmp_path / name), "--tokenizer", tokenizer, "--out", str(out), "--workers", "1"])
+        content[name] = [file.read_bytes() for file in sorted(out.glob("*.bin"))]
+    assert all(content[name] == content["lines.jsonl"] for name in names)
+    assert f"not read: {tmp_path / 'mixed/notes.txt'}" in " ".join(capsys.readouterr().out.split())
