@@ -43,6 +43,7 @@ from data_prep.source_formats import FORMATS, formats_help
 from data_prep.sources import expand, unread_files
 from sdlm_megatron.config.command_line import make_parser, parse_with_settings
 from sdlm_megatron.config.load import load_config, preset_names, to_yaml
+from sdlm_megatron.config.secret_text import mask_values
 from sdlm_megatron.data.chatml import IM_END
 from sdlm_megatron.data.format import PartInfo, seal
 from sdlm_megatron.data.tokenizer_identity import fingerprint, special_token_id, vocabulary_size
@@ -156,8 +157,8 @@ def _existing_manifest(config: BuildConfig, console: Console) -> dict[str, Any] 
 
 
 def _settings(config: BuildConfig) -> dict[str, Any]:
-    """Settings that determine the content of the dataset: all but its name."""
-    return {key: value for key, value in asdict(config).items() if key != "out"}
+    """Settings that determine the content of the dataset: all but its name; secrets, as in an address, are masked."""
+    return mask_values({key: value for key, value in asdict(config).items() if key != "out"})
 
 
 def _begin(config: BuildConfig) -> _BuildState:
@@ -167,7 +168,7 @@ def _begin(config: BuildConfig) -> _BuildState:
     check_fields(sources, config.system_prompt)
     units = plan_units(sources)
     out = Path(config.out)
-    meta["sources"] = [asdict(source) for source in sources]
+    meta["sources"] = [mask_values(asdict(source)) for source in sources]
     state = _BuildState(config, sources, units, meta, out.with_name(out.name + ".partial"))
     settings = {"config": _settings(config), "tokenizer": meta["tokenizer"], "units": [asdict(unit) for unit in units]}
     settings["evaluation"] = evaluation_files(config.decontaminate)

@@ -23,8 +23,9 @@ from tokenizers import Tokenizer
 from data_prep.encoding import SpelledTokens, TextEncoder, probe_texts, require_id
 from data_prep.piece_tokenizer import PieceTokenizer
 from sdlm_megatron.data.chatml import IM_END, IM_START
-from sdlm_megatron.data.tokenizer_identity import TEXT_MASK, sentencepiece_file
+from sdlm_megatron.data.tokenizer_identity import MOST_TOKENIZER_BYTES, TEXT_MASK, added_tokens, sentencepiece_file
 from sdlm_megatron.errors import DataError
+from sdlm_megatron.files import optional_file, read_json_object
 
 # Interval of the texts that are verified; prime, so that it cannot align with the turns of regular conversations.
 CHECK_EVERY = 509
@@ -97,9 +98,11 @@ class TextTokenizer(TextEncoder):
         folder = Path(folder)
         path = folder / "tokenizer.json"
         try:
-            if path.is_file():
-                definition = json.loads(path.read_text(encoding="utf-8"))
+            if optional_file(folder, path.name, DataError):
+                added_tokens(folder)  # checks types and ids
+                definition = read_json_object(path, DataError, "download it again", MOST_TOKENIZER_BYTES)
             elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+                added_tokens(folder)  # checks the files that transformers reads
                 definition = _converted(folder)
             else:
                 raise DataError(

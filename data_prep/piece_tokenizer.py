@@ -1,6 +1,5 @@
 """Encoder for SentencePiece `.model` files."""
 
-import json
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +10,7 @@ from data_prep.encoding import SpelledTokens, TextEncoder, require_id
 from sdlm_megatron.data.chatml import IM_END, IM_START
 from sdlm_megatron.data.tokenizer_identity import TEXT_MASK, added_tokens, parse_sentencepiece, sentencepiece_file
 from sdlm_megatron.errors import DataError
+from sdlm_megatron.files import optional_file, read_json_object
 
 UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4  # ModelProto.SentencePiece.Type
 
@@ -47,13 +47,13 @@ class PieceTokenizer(TextEncoder):
         if path is None:
             raise DataError("no tokenizer.model", str(source), "name a folder with tokenizer.model, or a .model file")
         self.name = str(path)
-        config = _read_json(path.parent / "tokenizer_config.json")
+        added = added_tokens(source)
+        config = _read_json(path.parent, "tokenizer_config.json")
         special = {mask_token, IM_START, IM_END}
         special |= set(_declared_special(config))
-        special |= set(_declared_special(_read_json(path.parent / "special_tokens_map.json")))
+        special |= set(_declared_special(_read_json(path.parent, "special_tokens_map.json")))
         # Tokens of the form <|…|> that the config explicitly declares as ordinary words.
         words = {entry["content"] for entry in _entries(config) if not entry.get("special")}
-        added = added_tokens(source)
         try:
             model = parse_sentencepiece(path.read_bytes())
             pieces = complete_vocabulary(vocabulary(model), added, special, words)
@@ -117,7 +117,9 @@ def complete_vocabulary(
 
 def _entries(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Added tokens described in tokenizer_config.json."""
-    yield from (config.get("added_tokens_decoder") or {}).values()
+    decoder = config.get("added_tokens_decoder")
+    entries = decoder.values() if isinstance(decoder, dict) else ()
+    yield from (entry for entry in entries if isinstance(entry, dict) and isinstance(entry.get("content"), str))
 
 
 def _declared_special(config: dict[str, Any]) -> Iterator[str]:
@@ -131,8 +133,6 @@ def _declared_special(config: dict[str, Any]) -> Iterator[str]:
                     yield content
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
-        raise DataError(f"the file is not JSON: {error}", where=str(path), fix="download it again") from error
+def _read_json(folder: Path, name: str) -> dict[str, Any]:
+    path = optional_file(folder, name, DataError)
+    return read_json_object(path, DataError, "download it again") if path else {}

@@ -1,7 +1,6 @@
 """Entry point of training: `torchrun --nproc-per-node N -m sdlm_megatron.train --config PRESET_OR_FILE [--a.b=c]`."""
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING
 from sdlm_megatron.config.command_line import at_least, make_config_parser, parse_config
 from sdlm_megatron.config.load import PRESETS
 from sdlm_megatron.config.schema import ModelConfig, ParallelConfig, RunConfig
-from sdlm_megatron.config.validate import check_run
+from sdlm_megatron.config.validate import check_run, process_place
 from sdlm_megatron.errors import drop_lost_output, run_cli
 from sdlm_megatron.ops.attempt import adopt_slurm_ranks, refuse_lone_tasks
 from sdlm_megatron.ops.node.local_environment import set_local_environment
@@ -52,16 +51,18 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Loads the configuration, builds the model and trains."""
+    adopt_slurm_ranks()
     requests = StopRequests()
     config, args = parse_config(build_parser(), RunConfig, PRESETS, argv)
-    check_run(config, int(os.environ.get("WORLD_SIZE", 1)))
+    rank, world = process_place()
+    check_run(config, world)
     if args.dry_run:
         train(config, None, profile=args.profile)
         return
     drop_lost_output()
     refuse_lone_tasks()
     owner = None
-    if os.environ.get("RANK", "0") == "0":
+    if rank == 0:
         owner = RunOwner(Path(config.run_dir), config.fault.heartbeat_seconds)
         owner.take(take_over=args.take_over)
     with Watch(config.run_dir, config.fault, requests, owner) as watch:
@@ -84,12 +85,13 @@ def train(config: RunConfig, watch: Watch | None, *, profile: str | None = None,
     from sdlm_megatron.data.format import PackedDataset
     from sdlm_megatron.training import run_plan
 
-    main_process = os.environ.get("RANK", "0") == "0"
+    rank, world = process_place()
+    main_process = rank == 0
     log = (lambda text: print(text, flush=True)) if main_process else (lambda text: None)
     profile_steps = run_plan.parse_profile_steps(profile) if profile is not None else None
     dataset = PackedDataset(config.data.path)
     plan = run_plan.make_run_plan(config, dataset, log)
-    dp_size = int(os.environ.get("WORLD_SIZE", 1)) // (config.parallel.tensor * config.parallel.pipeline)
+    dp_size = world // (config.parallel.tensor * config.parallel.pipeline)
     log(describe(plan.config, plan, dataset, dp_size))
     if main_process and config.train.precision == "bf16" and (reason := slow_bf16()):
         log(f"note     {reason}: --train.precision=fp32 is faster here")
@@ -168,5 +170,4 @@ def describe(config: RunConfig, plan: "RunPlan", dataset: "PackedDataset", dp_si
 
 
 if __name__ == "__main__":
-    adopt_slurm_ranks()
     run_cli(main, sys.argv[1:])

@@ -152,6 +152,11 @@ class SDLMForCausalLM(Qwen2ForCausalLM, GenerationMixin):
         """
         stored = (generation_config, self.generation_config)
         defaults = SDLMSettings.from_config_json(self.config.to_dict())
+        if defaults is None:
+            raise ValueError(
+                "config.json has no block_size: the settings of the training are lost. Copy block_size, causal_attn, "
+                "text_mask_token, text_mask_token_id from the original export's config.json, or load Qwen2ForCausalLM."
+            )
         settings = DecodeOptions(
             _first(sdlm_alg, stored, "sdlm_alg", defaults.alg),
             _first(sdlm_n, stored, "sdlm_n", defaults.window),

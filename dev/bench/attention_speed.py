@@ -14,6 +14,7 @@ import torch
 
 from dev.bench.timing import median_ms, peak_bytes, print_table
 from sdlm_megatron.config.command_line import make_parser
+from sdlm_megatron.config.hardware import default_device
 from sdlm_megatron.diffusion.layout import RowLayout, block_count, draw_starts, pack_row
 from sdlm_megatron.diffusion.mask import visible_pairs
 from sdlm_megatron.errors import run_cli
@@ -143,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     args = build_parser().parse_args(argv)
     torch.set_num_threads(args.threads)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     layout = mixture_row(args.tokens, args.block_size, args.seed)
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {args.threads} thread(s)"
     print(f"{where}; torch {torch.__version__}; median of {args.runs} runs")

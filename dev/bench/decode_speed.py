@@ -17,6 +17,7 @@ import torch
 
 from dev.bench.timing import print_table, timed
 from sdlm_megatron.config.command_line import make_parser
+from sdlm_megatron.config.hardware import default_device
 from sdlm_megatron.errors import run_cli
 
 HEAD = ("", "tokens a pass", "ms a pass", "ms a token", "speedup per token", "share of the pass ratio")
@@ -100,10 +101,10 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     args = build_parser().parse_args(argv)
+    device = default_device()
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     torch.set_num_threads(args.threads)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = getattr(torch, args.dtype)
     model = AutoModelForCausalLM.from_pretrained(args.model, trust_remote_code=True, dtype=dtype).eval().to(device)
     prompts = read_prompt_ids(args.prompts, AutoTokenizer.from_pretrained(args.model), args.count)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from sdlm_megatron.config.validate import process_number
 from sdlm_megatron.errors import ConfigError
 
 DEVICE, VISIBLE = "SDLM_DEVICE", "CUDA_VISIBLE_DEVICES"
@@ -99,7 +100,7 @@ def gpu_number() -> int:
     Raises:
         ConfigError: there are fewer GPUs than processes, and more than one.
     """
-    local, visible = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    local, visible = process_number("LOCAL_RANK", 0), torch.cuda.device_count()
     if local < visible:
         return local
     # Slurm's --gpus-per-task and --gpu-bind show each process its own GPU as number 0. Should several processes share

@@ -1,5 +1,6 @@
 """Checks of a configuration before anything is built. No check changes a setting."""
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import is_dataclass
@@ -19,6 +20,7 @@ CHOICES = {
     "schedule.style": ("constant", "linear", "cosine", "wsd"),
     "observe.wandb": ("disabled", "offline", "online"),
 }
+_START = "start with torchrun or sdlm submit"
 FP8_MULTIPLE = 16
 """Divisor of all dimensions of an FP8 matrix product."""
 STEPS, ROWS = "[0, 1e9]", "[0, 1e12]"
@@ -75,6 +77,23 @@ RANGES = {
 def _require(condition: object, what: str, where: str, fix: str) -> None:
     if not condition:
         raise ConfigError(what, where, fix)
+
+
+def process_number(name: str, default: int | None = None) -> int:
+    """A whole number from 0 that torchrun, srun or sdlm submit gave this process in an environment variable."""
+    text = os.environ.get(name, "")
+    if not text and default is not None:
+        return default
+    number = text.isascii() and text.isdigit() and len(text) < 10
+    _require(number, f"{name} is '{text}', not a whole number", "the environment", f"{_START}, or unset {name}")
+    return int(text)
+
+
+def process_place() -> tuple[int, int]:
+    """Rank of this process and number of processes, from RANK and WORLD_SIZE; (0, 1) for a process on its own."""
+    rank, world = process_number("RANK", 0), process_number("WORLD_SIZE", 1)
+    _require(rank < world, f"RANK is {rank} and WORLD_SIZE {world}: ranks count from 0", "the environment", _START)
+    return rank, world
 
 
 def check_range(value: float, allowed: str, key: str, where: str = "") -> None:

@@ -64,6 +64,8 @@ class SDLMForOpenCompass(BaseModel):
         # Tokens generated since the model was loaded, end tokens included, and their forward passes.
         self.tokens = self.passes = 0
         if not tokenizer_only:
+            if device is None and not torch.cuda.is_available() and any(Path("/dev").glob("nvidia[0-9]*")):
+                raise RuntimeError("torch cannot use the GPU: install a build for its driver, or set device='cpu'")
             device = device or ("cuda" if torch.cuda.is_available() else "cpu")
             model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=True)
             self.model = model.eval().to(device)

@@ -33,7 +33,10 @@ def adopt_slurm_ranks() -> None:
     """Sets the variables of torchrun in a process that srun started as a rank (SDLM_LAUNCH=srun)."""
     if os.environ.get("SDLM_LAUNCH") == "srun":
         for name, source in (("RANK", "PROCID"), ("LOCAL_RANK", "LOCALID"), ("WORLD_SIZE", "NTASKS")):
-            os.environ[name] = os.environ[f"SLURM_{source}"]
+            if not (value := os.environ.get(f"SLURM_{source}")):
+                fix = "start with sdlm submit, or unset SDLM_LAUNCH"
+                raise ConfigError(f"SDLM_LAUNCH=srun without SLURM_{source}", "the environment", fix)
+            os.environ[name] = value
 
 
 def refuse_lone_tasks() -> None:

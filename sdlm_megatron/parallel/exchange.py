@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
+from sdlm_megatron.config.validate import process_number, process_place
 from sdlm_megatron.errors import ConfigError
 
 TOKEN = "SDLM_JOB_TOKEN"
@@ -49,8 +50,8 @@ def open_store(timeout: timedelta) -> dist.Store:
     needed = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     if missing := [name for name in needed if not os.environ.get(name)]:
         raise ConfigError(f"{' and '.join(missing)} not set", "the environment", "start with torchrun or sdlm submit")
-    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    rank, world = process_place()
+    host, port = os.environ["MASTER_ADDR"], process_number("MASTER_PORT")
     served_by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if rank == 0 and not served_by_agent and _is_address(host):
         family = socket.AF_INET6 if ":" in host else socket.AF_INET

@@ -12,6 +12,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from sdlm_megatron.config.hardware import cpu_reason, default_device
 from sdlm_megatron.config.schema import ParallelConfig
+from sdlm_megatron.config.validate import process_place
 from sdlm_megatron.parallel.exchange import gather, open_store, refuse_code
 
 
@@ -71,7 +72,7 @@ def init_groups(config: ParallelConfig, *, seed: int, timeout_minutes: int = 30)
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         timeout = timedelta(minutes=timeout_minutes)
-        rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        rank, world_size = process_place()
         # a single process needs neither rendezvous nor port
         store = open_store(timeout) if "WORLD_SIZE" in os.environ else dist.HashStore()
         backend = "nccl" if cuda else "gloo"

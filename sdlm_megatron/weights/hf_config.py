@@ -207,6 +207,10 @@ def read_hf_config(folder: Path | str) -> HFConfig:
         sdlm = SDLMSettings.from_config_json(values, generation.values)
     except SettingError as error:
         raise CheckpointError(error.what, f"{folder / error.file}, field '{error.field}'", "correct it") from None
+    classes = f"{values.get('architectures')} {values.get('auto_map')}"
+    if sdlm is None and SDLM_CLASS.rpartition(".")[2] in classes:
+        fix = "copy block_size, causal_attn, text_mask_token, text_mask_token_id from the original export's config.json"
+        raise fields.error("the model's class is SDLM's, but block_size is missing", "block_size", fix)
     name = "torch_dtype" if values.get("torch_dtype") is not None else "dtype"
     dtype = fields.typed(name, str, "").removeprefix("torch.")
     if (other := fields.typed("dtype", str, dtype).removeprefix("torch.")) != dtype:

@@ -56,3 +56,17 @@ def test_folder_without_the_settings_is_refused(tmp_path: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match="no block_size"):
         main(["--repair", str(folder)])
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    with pytest.raises(ValueError, match=r"config\.json has no block_size"):
+        model.generate(torch.tensor([o.prompt_ids("count 12 to 15")]))
+
+
+def test_folder_without_its_code_is_no_stock_model(tmp_path: Path) -> None:
+    """transformers names the missing file of auto_map; repair brings it back."""
+    folder = exported.export("trained_d4", tmp_path / "m.v1")
+    expected = passes(folder)
+    (folder / "modeling_sdlm.py").rename(folder / "elsewhere")
+    with pytest.raises(OSError, match=r"modeling_sdlm\.py"):
+        AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    main(["--repair", str(folder)])
+    assert passes(folder) == expected

@@ -12,9 +12,10 @@ from data_prep.build_config import BuildConfig
 from sdlm_megatron import train
 from sdlm_megatron.config.command_line import join_values, make_config_parser, parse_config
 from sdlm_megatron.config.explain import settings_help, settings_of
+from sdlm_megatron.config.hardware import gpu_number
 from sdlm_megatron.config.load import PRESETS, load_config, preset_names, to_yaml
 from sdlm_megatron.config.schema import DiffusionConfig, ModelConfig, RunConfig
-from sdlm_megatron.config.validate import CHOICES, check_model, check_run
+from sdlm_megatron.config.validate import CHOICES, check_model, check_run, process_place
 from sdlm_megatron.errors import ConfigError, ReplicaError, TrainingError, UserError
 from sdlm_megatron.ops.driver.cluster_file import ClusterFile
 from sdlm_megatron.weights.checkpoint_folder import read_state
@@ -180,6 +181,29 @@ def test_indivisible_shapes_are_refused(arguments: list[str], text: str) -> None
     config = load_config(RunConfig, "tiny", arguments, PRESETS)
     with pytest.raises(ConfigError, match=text):
         check_model(config.model, config, 128)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "text"),
+    [
+        ("WORLD_SIZE", "abc", "WORLD_SIZE is 'abc', not a whole number"),
+        ("WORLD_SIZE", "0", "RANK is 0 and WORLD_SIZE 0"),
+        ("RANK", "-1", "RANK is '-1'"),
+        ("RANK", "1.0", "RANK is '1.0'"),
+        ("RANK", "٣", "RANK is '٣'"),
+        ("RANK", "2", "RANK is 2 and WORLD_SIZE 1: ranks count from 0"),
+    ],
+)
+def test_ranks_of_the_environment(name: str, value: str, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert process_place() == (0, 1)
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=text):
+        train.main(["--config", "tiny", "--data.path=x", "--dry-run"])
+    monkeypatch.setenv("LOCAL_RANK", "abc")
+    with pytest.raises(ConfigError, match="LOCAL_RANK is 'abc'"):
+        gpu_number()
 
 
 def test_settings_missing_from_old_state_get_their_default(tmp_path: Path) -> None:

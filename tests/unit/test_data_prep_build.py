@@ -165,6 +165,17 @@ def test_manifest_has_the_fields_that_training_reads(config: BuildConfig) -> Non
     assert "rejects.jsonl" in manifest["files"]
 
 
+def test_secrets_in_paths_are_masked_in_the_manifest(config: BuildConfig, tmp_path: Path) -> None:
+    folder = tmp_path / "hf_0123456789abcdefABCDEF"
+    folder.mkdir()
+    for source in config.sources:
+        source.path = str(Path(source.path).rename(folder / Path(source.path).name))
+    build(config, QUIET)
+    text = (Path(config.out) / "manifest.json").read_text()
+    assert folder.name not in text and json.loads(text)["build"]["sources"][0]["path"].endswith("/***/query.jsonl")
+    assert build(config, QUIET) == json.loads(text)  # the same settings, masked
+
+
 def test_builds_are_reproducible_and_depend_on_the_seed(config: BuildConfig) -> None:
     first = build(config, QUIET)
     again = build(replace(config, out=config.out + "2"), QUIET)

@@ -196,6 +196,30 @@ def test_an_added_token_may_give_a_piece_another_id(tmp_path: Path) -> None:
     assert not {old, N + 3} & set(encoder.encode_batch([f"a{IM_END}b"])[0])
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("tokenizer_config.json", None, "leads out of its folder"),
+        ("special_tokens_map.json", "version https://git-lfs.github.com/spec/v1", "git-lfs pointer"),
+        ("special_tokens_map.json", "[" * 100_000 + "]" * 100_000, "nested too deeply"),
+        ("special_tokens_map.json", "[]", "not an object"),
+        ("tokenizer_config.json", '{"added_tokens_decoder": {"5": "x"}}', "expected tokens with their ids"),
+    ],
+)
+def test_hostile_files_beside_the_model_are_refused(
+    tmp_path: Path, name: str, content: str | None, message: str
+) -> None:
+    source = folder(tmp_path, trained("bpe"), {IM_START: N, IM_END: N + 1})
+    open_encoder(source)
+    (source / name).unlink(missing_ok=True)
+    if content is None:
+        (source / name).symlink_to("/proc/self/environ")
+    else:
+        (source / name).write_text(content)
+    with pytest.raises(DataError, match=message):
+        open_encoder(source)
+
+
 def test_self_test_data_is_not_kept() -> None:
     """Field 4 has texts with their expected pieces, which a library may check when it loads the model. They include
     the leading space that is omitted here."""

@@ -1,5 +1,6 @@
 """A GPU that torch cannot use is an error, each process takes its own; slow bf16 on a CPU is measured and reported."""
 
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -122,6 +123,14 @@ def test_gpu_that_torch_cannot_use_is_an_error(evidence: str, cuda: str | None, 
     bare.delenv("SDLM_DEVICE")
     assert hardware.default_device() == torch.device("cpu")
     assert hardware.cpu_reason() == "CUDA_VISIBLE_DEVICES hides all GPUs"
+
+
+@pytest.mark.parametrize("bench", ["attention_speed", "decode_speed"])
+def test_benchmarks_refuse_a_gpu_that_torch_cannot_use(bench: str, bare: pytest.MonkeyPatch) -> None:
+    bare.setenv("SLURM_JOB_GPUS", "0")
+    module = importlib.import_module(f"dev.bench.{bench}")
+    with pytest.raises(ConfigError, match="torch cannot use the GPU"):
+        module.main([] if bench == "attention_speed" else ["--model", "x", "--prompts", "x"])
 
 
 def test_unknown_device_name_is_refused(bare: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,7 @@ from helpers import make_hf
 from safetensors.torch import load_file, save_file
 
 from checkpoints_tools import compare, hf_to_mcore, mcore_to_hf
+from data_prep.encoders import open_encoder
 from sdlm_megatron.chat.chat_model import load
 from sdlm_megatron.errors import UserError
 from sdlm_megatron.training.run_plan import check_weights
@@ -291,6 +292,8 @@ MODEL: dict[str, tuple[Change, str]] = {
 }  # fmt: skip
 
 TOKENIZER: dict[str, tuple[Change, str]] = {
+    "link": (link("tokenizer.json"), "leads out of its folder"),
+    "lfs": (write("tokenizer.json", "version https://git-lfs.github.com/spec/v1\n"), "git-lfs pointer"),
     "deep": (write("tokenizer.json", DEEP), "nested too deeply"),
     "list": (write("tokenizer.json", "[]"), "not an object"),
     "no model": (write("tokenizer.json", "{}"), "model"),
@@ -350,6 +353,19 @@ def test_hostile_tokenizer_is_refused(good: Path, tmp_path: Path, limits: None, 
     for mask_token in ("<text_mask>", ""):
         refused(lambda m=mask_token: hf_to_mcore.convert(folder, tmp_path / "out", mask_token=m), message, folder)
     refused(lambda: load(folder, dtype=None, device="cpu"), message, folder)
+    refused(lambda: open_encoder(folder), message, folder)
+
+
+def test_class_of_sdlm_without_its_settings_is_refused(good: Path, tmp_path: Path) -> None:
+    for number, fields in enumerate(
+        (
+            {"architectures": ["SDLMForCausalLM"]},
+            {"auto_map": {"AutoModelForCausalLM": "modeling_sdlm.SDLMForCausalLM"}},
+        )
+    ):
+        folder = Path(shutil.copytree(good / "hf", tmp_path / str(number)))
+        edit("config.json", block_size=None, **fields)(folder)
+        refused(lambda f=folder: load(f, dtype=None, device="cpu"), "block_size is missing", folder)
 
 
 def test_harmless_folders_are_read(good: Path, tmp_path: Path) -> None:

@@ -85,6 +85,9 @@ def test_rank_environment_of_srun(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SDLM_LAUNCH", "srun")
     adopt_slurm_ranks()
     assert [os.environ[n] for n in ("RANK", "LOCAL_RANK", "WORLD_SIZE")] == ["9", "1", "16"]
+    monkeypatch.delenv("SLURM_LOCALID")
+    with pytest.raises(ConfigError, match="SDLM_LAUNCH=srun without SLURM_LOCALID"):
+        adopt_slurm_ranks()
 
 
 @pytest.mark.parametrize("file", sorted(CLUSTERS.glob("*.yaml")), ids=lambda p: p.stem)

@@ -176,6 +176,7 @@ def test_model_card_shows_the_names() -> None:
     data = {"name": name, "sources": [source], "system_prompt": name}
     run = {"base": name, "settings": asdict(RunConfig()), "data_parallel": 1, "data": data, "versions": {"torch": name}}
     card = model_card(config, "bf16", run, name)
+    assert "`forward(labels=...)` computes the plain next-token loss, not the loss over blocks" in card
     plain = model_card(config, "bf16", json.loads(json.dumps(run).replace(json.dumps(name), '"x"')), "x")
     assert card.replace(markdown(name), "x") == plain
     assert not UNSAFE & set(card)

@@ -32,6 +32,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from sdlm_megatron.config.schema import FaultConfig
+from sdlm_megatron.config.validate import process_number
 from sdlm_megatron.errors import ReplicaError, TrainingError, UserError, print_error
 from sdlm_megatron.files import write_json
 from sdlm_megatron.ops.attempt import attempt_dir, rank_file, record_event
@@ -64,7 +65,7 @@ class Watch:
         self, run_dir: str | Path, settings: FaultConfig, requests: StopRequests, owner: RunOwner | None = None
     ) -> None:
         self.run_dir, self.settings, self.requests, self.owner = Path(run_dir), settings, requests, owner
-        self.rank = int(os.environ.get("RANK", 0))
+        self.rank, self.local_rank = process_number("RANK", 0), process_number("LOCAL_RANK", 0)
         self.host = host_name()
         self.step, self.done = 0, 0  # the step in progress, and the last one whose results were read
         self.rows: list[int] = []  # rows of the run in progress
@@ -238,7 +239,7 @@ class Watch:
             defaults = {"failed_step": None, "error": None, "ranks": None, "stood_still": 0.0}
             record = {
                 **self._state(),
-                "local_rank": int(os.environ.get("LOCAL_RANK", 0)),
+                "local_rank": self.local_rank,
                 "reason": reason,
                 "why": why,
                 "step": self.done,
