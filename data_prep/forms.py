@@ -81,10 +81,9 @@ class FormReader:
         self._known = {*self.fields.values(), *self._flags}
         self._ignored = COMMON_IGNORED | set(source.ignore)
         self._unread: Counter[str] = Counter()
-        # A row with any of these takes the slow path.
+        # A row in which other columns hold something takes the slow path.
         direct = ("turns",) if self._kind == "turns" else ("prompt", "answer")
         self._columns = [self.fields[name] for name in direct] if self._kind in ("turns", "pair") else []
-        self._special = self._known - set(self._columns)
         self._plain = self._ignored | set(self._columns)
         usual = ROLE_KEYS.index("from") if source.format == "sharegpt" else ROLE_KEYS.index("role")
         self._keys = (own[0] or ROLE_KEYS[usual], own[1] or TEXT_KEYS[usual])
@@ -99,7 +98,7 @@ class FormReader:
         """The checked conversation of a row; raises DataError, which names the invalid field, and NotChosen."""
         # Valid rows of the usual kinds take the fast path, which raises anything on others.
         try:
-            if not self._plain.issuperset(content):
+            if not self._plain.issuperset(content) and self._holds_more(content):
                 raise ValueError
             if self._kind == "turns":
                 return _fast_turns(content[self._columns[0]], *self._keys)
@@ -108,6 +107,9 @@ class FormReader:
         except (LookupError, TypeError, ValueError):
             pass
         return self._read(content)
+
+    def _holds_more(self, content: Mapping[str, Any]) -> bool:
+        return any(holds(content[key]) for key in content if key not in self._plain)
 
     def _read(self, row: Any) -> Conversation:
         if isinstance(row, Unreadable):

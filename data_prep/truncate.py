@@ -74,7 +74,7 @@ def reference(document: RenderedDocument, *, max_len: int, block_size: int, repe
     if clean_len + repeat * n_anchors > max_len:
         header_end = max((turn.first_anchor for turn in turns if turn.n_anchors), default=clean_len)
         if header_end >= max_len:
-            return _dropped(document, LONG_PROMPT if n_anchors else NO_ANSWER)
+            return _dropped(document, LONG_PROMPT if n_anchors else _no_answer(document))
         clean_len = min(clean_len, max_len - (max_len - header_end) // 3)
     anchors = document.anchors[document.anchors < clean_len - 1]  # an anchor needs its successor
     n_blocks = min(block_count(clean_len, n_anchors, max_len, block_size, repeat), len(anchors))
@@ -145,10 +145,14 @@ def _wanted(n_anchors: int, block_size: int, repeat: int) -> int:
 def _why_dropped(document: RenderedDocument, wanted: int, max_len: int, block_size: int) -> str:
     answers = [turn for turn in document.turns if turn.n_anchors]
     if not answers:
-        return UNTRAINED if any(turn.role == "assistant" for turn in document.turns) else NO_ANSWER
+        return _no_answer(document)
     if not wanted:
         return SHORT_ANSWER
     return LONG_PROMPT if answers[0].first_anchor + 1 + block_size > max_len else LONG_ANSWER
+
+
+def _no_answer(document: RenderedDocument) -> str:
+    return UNTRAINED if any(turn.role == "assistant" for turn in document.turns) else NO_ANSWER
 
 
 def _dropped(document: RenderedDocument, reason: str) -> FittedDocument:
