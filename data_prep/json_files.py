@@ -29,6 +29,7 @@ _STEP = np.zeros(256, np.int8)
 _STEP[list(b"[{")], _STEP[list(b"]}")] = 1, -1
 _IS_MARK = _STEP != 0
 _IS_MARK[[_QUOTE, _COMMA]] = True
+_MARKS = _IS_MARK.tobytes()  # for bytes.translate, which is twice as fast as an index
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class _Scanner:
         """Offsets (int64) of the commas between elements of the list, and that of its closing bracket, or -1 if it is
         not in this block."""
         codes = np.frombuffer(block, np.uint8)
-        at = np.flatnonzero(_IS_MARK[codes])
+        at = np.flatnonzero(np.frombuffer(block.translate(_MARKS), bool))
         kinds = codes[at]
         quotes = kinds == _QUOTE
         if self._backslashes or b"\\" in block:
