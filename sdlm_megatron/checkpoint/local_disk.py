@@ -11,12 +11,14 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from sdlm_megatron.config.load import expand_variables
 from sdlm_megatron.config.schema import CheckpointConfig
-from sdlm_megatron.files import HashedFile, rename_whole
+from sdlm_megatron.errors import CheckpointError
+from sdlm_megatron.files import HashedFile, read_json_object, rename_whole
 from sdlm_megatron.ops.attempt import record_event
 from sdlm_megatron.parallel.groups import Groups
 from sdlm_megatron.weights.checkpoint_folder import newest_step, step_folders
@@ -86,7 +88,10 @@ def _listing(root: Path) -> dict[str, tuple[dict[str, int], str | None]]:
         if suffix:
             continue
         files = {str(p.relative_to(folder)): p.stat().st_size for p in folder.rglob("*") if p.is_file()}
-        text = (folder / _MARKER).read_text(encoding="utf-8") if _MARKER in files else None
+        text = None
+        with suppress(CheckpointError):  # a damaged file makes the checkpoint incomplete, and does not stop the start
+            read_json_object(folder / _MARKER, CheckpointError)
+            text = (folder / _MARKER).read_text(encoding="utf-8")
         listing[str(step)] = (files, text)
     return listing
 

@@ -113,7 +113,7 @@ def _locate(folder: Path) -> dict[str, str]:
         return dict.fromkeys(_open(folder, SINGLE_NAME).keys(), SINGLE_NAME)
     weight_map = read_json(folder, INDEX_NAME).get("weight_map")
     files = weight_map.values() if isinstance(weight_map, dict) else ()
-    if not files or not all(f and isinstance(f, str) for f in files):
+    if not isinstance(weight_map, dict) or not files or not all(f and isinstance(f, str) for f in files):
         where = f"{folder / INDEX_NAME}, field 'weight_map'"
         raise CheckpointError("weight_map does not name the file of each tensor", where, "copy the index again")
     if single and SINGLE_NAME not in files:

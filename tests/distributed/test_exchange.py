@@ -24,7 +24,7 @@ def main(argv):
     print("gathered", *values)
 run_cli(main)
 """
-OURS = "values = groups.gather((groups.rank, None, 'text', 0.1))"
+OURS = "values = groups.gather((groups.rank, None, '\\udcff', 0.1, float('nan'), -float('inf')))"
 MEGATRONS = "import torch.distributed as dist; values = [None] * 2; dist.all_gather_object(values, [(None, False)])"
 # The stranger follows the protocol of rank 1: the exchange of pickles and that of JSON both begin with the sizes.
 STRANGER = """
@@ -74,7 +74,8 @@ def test_processes_of_one_token_exchange_values() -> None:
     first, second = (start(program, rank, port, SDLM_JOB_TOKEN="a") for rank in (0, 1))
     for child in (first, second):
         out, errors = child.communicate(timeout=120)
-        assert out.endswith("gathered [0, None, 'text', 0.1] [1, None, 'text', 0.1]\n"), errors
+        rest = "None, '\\udcff', 0.1, nan, -inf]"
+        assert out.endswith(f"gathered [0, {rest} [1, {rest}\n"), errors
 
 
 def test_another_token_is_refused_on_both_sides() -> None:

@@ -89,6 +89,14 @@ def test_foreign_names_on_a_local_disk_are_not_listed(run: Path) -> None:
     assert set(_listing(run / "ckpt")) == {"2", "3"}
 
 
+def test_damaged_list_of_files_on_a_local_disk_is_none(run: Path) -> None:
+    marker = step_folder(run, 3) / "complete.json"
+    marker.write_text('{"a": {"size": 1}}')
+    assert _listing(run / "ckpt")["3"][1] == marker.read_text()
+    marker.write_text('{"a": {"si')
+    assert _listing(run / "ckpt")["3"][1] is None
+
+
 def test_steps_are_compared_as_numbers(tmp_path: Path) -> None:
     save(tmp_path, 9_999_999)
     save(tmp_path, 10_000_000)
