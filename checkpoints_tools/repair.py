@@ -18,8 +18,10 @@ def repair(folder: Path) -> list[str]:
     rope_theta to where older code does not look; the stock class also drops the model's code.
 
     Raises:
-        CheckpointError: no config.json, or one without the SDLM settings, which only the original folder has.
+        CheckpointError: no config.json, one without the SDLM settings, which only the original folder has, another
+            tokenizer, or a link, which would be written through. Nothing is written.
     """
+    _refuse_links(folder)
     config = read_json_object(regular_file(folder, "config.json", CheckpointError), CheckpointError)
     old_generation = folder / "generation_config.json"
     generation: dict[str, Any] = read_json_object(old_generation, CheckpointError) if old_generation.exists() else {}
@@ -34,6 +36,10 @@ def repair(folder: Path) -> list[str]:
             "copy block_size, causal_attn, text_mask_token, text_mask_token_id from the original export's config.json",
         )
     before = _contents(folder)
+    if (folder / "tokenizer.json").is_file():
+        if sdlm.mask_token:
+            add_token(folder, sdlm.mask_token, sdlm.mask_token_id)
+        keep_own_splitting(folder)
     copy_code(folder)
     config |= {"architectures": [STOCK_CLASS], "auto_map": {"AutoModelForCausalLM": SDLM_CLASS}}
     if isinstance(rope := config.get("rope_parameters"), dict) and "rope_theta" in rope:
@@ -41,16 +47,19 @@ def repair(folder: Path) -> list[str]:
     if "dtype" in config:
         config.setdefault("torch_dtype", config["dtype"])
     write_json(folder / "config.json", config)
-    write_json(old_generation, sdlm.to_generation_json() | generation)
-    if (folder / "tokenizer.json").is_file():
-        keep_own_splitting(folder)
-        if sdlm.mask_token:
-            add_token(folder, sdlm.mask_token, sdlm.mask_token_id)
+    write_json(old_generation, generation | (sdlm.to_generation_json() | generation))  # in the order of the file
     after = _contents(folder)
     changed = sorted(name for name, content in after.items() if before.get(name) != content)
     if changed or (folder / CHECKSUMS).exists():
         write_checksums(folder, {})
     return changed
+
+
+def _refuse_links(folder: Path) -> None:
+    for path in (*folder.glob("*"), *folder.glob("custom_generate/*")):
+        if path.is_symlink() or not (path.is_file() or path.is_dir()):
+            what = f"{path.name} is a link or no regular file: a repair could write to a place outside the folder"
+            raise CheckpointError(what, str(path), "repair a copy of the folder: cp -rL FOLDER COPY")
 
 
 def _contents(folder: Path) -> dict[str, bytes]:

@@ -346,8 +346,10 @@ def load(folder: Path, *, dtype: str | None, device: str | None) -> ChatModel:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, attn_implementation="sdpa", dtype=PRECISIONS[dtype] if dtype else "auto", output_loading_info=True
         )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"transformers cannot load the folder: {error}", str(folder), fix) from None
+    except (OSError, ValueError, RuntimeError, TypeError, LookupError, AttributeError) as error:
+        # the last three: values of another type in the tokenizer's files, which transformers does not check
+        text = error if isinstance(error, OSError | ValueError | RuntimeError) else repr(error)
+        raise CheckpointError(f"transformers cannot load the folder: {text}", str(folder), fix) from None
     network, info = loaded
     missing = info["missing_keys"]
     if missing:

@@ -70,3 +70,33 @@ def test_folder_without_its_code_is_no_stock_model(tmp_path: Path) -> None:
         AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
     main(["--repair", str(folder)])
     assert passes(folder) == expected
+
+
+@pytest.mark.parametrize("name", ["decode.py", "config.json.partial", "custom_generate"])
+def test_nothing_is_written_through_a_link(tmp_path: Path, name: str) -> None:
+    folder, outside = exported.export("trained_d4", tmp_path / "m.v1"), tmp_path / "outside"
+    link = folder / name
+    if link.exists():
+        link.rename(tmp_path / "moved")
+    if name == "custom_generate":
+        outside.mkdir()
+    link.symlink_to(outside)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises(CheckpointError, match="is a link"):
+        main(["--repair", str(folder)])
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    assert not outside.is_file() and not [*outside.glob("*")]
+
+
+def test_an_intact_export_stays_and_another_tokenizer_is_refused_before_writing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = exported.export("trained_d4", tmp_path / "m.v1")
+    main(["--repair", str(folder)])
+    assert "nothing: the folder is complete" in capsys.readouterr().out
+    (folder / "decode.py").unlink()
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"text_mask_token_id": 5}))
+    with pytest.raises(CheckpointError, match="the mask token"):
+        main(["--repair", str(folder)])
+    assert not (folder / "decode.py").exists()

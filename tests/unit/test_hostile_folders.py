@@ -368,6 +368,12 @@ def test_class_of_sdlm_without_its_settings_is_refused(good: Path, tmp_path: Pat
         refused(lambda f=folder: load(f, dtype=None, device="cpu"), "block_size is missing", folder)
 
 
+def test_a_chat_template_of_another_type_is_refused(good: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(good / "hf", tmp_path / "hf"))
+    edit("tokenizer_config.json", chat_template=[3])(folder)
+    refused(lambda: load(folder, dtype=None, device="cpu"), "transformers cannot load the folder: TypeError", folder)
+
+
 def test_harmless_folders_are_read(good: Path, tmp_path: Path) -> None:
     """Links inside the folder, a hub cache, a stored copy of a tied head, an old buffer, an index of one file."""
     folder = tmp_path / "models--a--b" / "snapshots" / "1"
