@@ -111,7 +111,7 @@ def _locate(folder: Path) -> dict[str, str]:
                 "weights must be safetensors; convert older *.bin files first",
             )
         return dict.fromkeys(_open(folder, SINGLE_NAME).keys(), SINGLE_NAME)
-    weight_map = read_json(folder, INDEX_NAME).get("weight_map")
+    weight_map: Any = read_json(folder, INDEX_NAME).get("weight_map")
     files = weight_map.values() if isinstance(weight_map, dict) else ()
     if not isinstance(weight_map, dict) or not files or not all(f and isinstance(f, str) for f in files):
         where = f"{folder / INDEX_NAME}, field 'weight_map'"
