@@ -251,7 +251,9 @@ def find_checkpoint(path: Path) -> Path:
         return path
     folder = newest(path / "ckpt", print)
     if folder is None:
-        raise CheckpointError("the run has no complete checkpoint", str(path), "train until it has saved one")
+        ignored = [*_entries(path / "ckpt")]
+        fix = "the lines above say why each is ignored; copy them again, or train on" if ignored else ""
+        raise CheckpointError("the run has no complete checkpoint", str(path), fix or "train until it has saved one")
     return folder
 
 

@@ -218,3 +218,15 @@ def test_wrong_fields_of_run_json_are_named(tmp_path: Path, content: dict[str, A
     with pytest.raises(CheckpointError) as raised:
         read_run(folder)
     assert message in raised.value.what and "run.json" in raised.value.where
+
+
+def test_a_run_without_a_usable_checkpoint_says_where_the_reasons_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "ckpt").mkdir()
+    with pytest.raises(CheckpointError, match="train until it has saved one"):
+        find_checkpoint(tmp_path)
+    (save(tmp_path, 2) / "state.json").write_text("{")
+    with pytest.raises(CheckpointError, match="the lines above say why"):
+        find_checkpoint(tmp_path)
+    assert "ignored" in capsys.readouterr().out
