@@ -2,8 +2,10 @@
 
 The reference (a checkout of OpenGVLab/SDLM, with --reference) processes samples in memory with the fast tokenizer;
 its reading, padding and collating are left out. Our build goes from a JSONL file to the dataset on the disk in one
-process; a second build with timers shows where the time goes. The text is the source code and documentation of this
-Python installation, cut into conversations with the mixture's lengths. All times are CPU time.
+process; a second build with timers shows where the time goes. "Near-duplicates" and "decontamination" are what these
+options add per row: the signatures, and the search for 100,000 words of an evaluation file, none of which occur. The
+text is the source code and documentation of this Python installation, cut into conversations with the mixture's
+lengths. All times are CPU time.
 """
 
 import argparse
@@ -26,7 +28,9 @@ from rich.console import Console
 from data_prep import documents, readers
 from data_prep.build import build
 from data_prep.build_config import BuildConfig, SourceConfig
+from data_prep.decontaminate import EvaluationTexts
 from data_prep.encoders import FastTokenizer, TextTokenizer, open_encoder
+from data_prep.minhash import signatures
 from dev.bench.timing import print_table
 from sdlm_megatron.config.command_line import make_parser
 from sdlm_megatron.data import format as data_format
@@ -175,6 +179,22 @@ def measure_build(tokenizer: Path, rows: list[dict[str, Any]], folder: Path) -> 
     return clock, accounting["clean_tokens"], accounting["packed"] + accounting["truncated"]
 
 
+def measure_repetitions(rows: list[dict[str, Any]], folder: Path, tokens: int) -> list[tuple[str, ...]]:
+    """Rows of the table for the two options that compare words."""
+    chats = [[(turn["from"], turn["value"]) for turn in row["conversations"]] for row in rows]
+    words = [word for chat in chats[:500] for _, text in chat for word in text.split()]
+    mixed = np.random.default_rng(1).choice(words, (1000, 100)).tolist()
+    file = folder / "evaluation.jsonl"
+    file.write_text("".join(json.dumps({"text": " ".join(part)}) + "\n" for part in mixed), encoding="utf-8")
+    result = []
+    for name, work in (("near-duplicates", signatures), ("decontamination", EvaluationTexts([str(file)]).find)):
+        clock = CpuClock()
+        for at in range(0, len(chats), documents.CHUNK):
+            clock.timed("all", work)(chats[at : at + documents.CHUNK])
+        result.append(clock.row(name, tokens, len(chats)))
+    return result
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Options of the command."""
     command = "python -m dev.bench.data_prep_speed"
@@ -204,6 +224,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         table.append(clock.row("reference, in memory", clean, len(few)))
     with tempfile.TemporaryDirectory(dir=".") as folder:
         clock, clean, samples = measure_build(args.tokenizer, rows, Path(folder))
+        options = measure_repetitions(rows, Path(folder), clean)
+    table += options
     table.append(clock.row("ours, file to dataset", clean, samples))
     print_table(HEAD, table)
     if reference_speed:

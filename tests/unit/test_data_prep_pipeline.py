@@ -39,7 +39,7 @@ def row(i: int, words: int) -> dict[str, Any]:
 
 @pytest.fixture
 def config(tmp_path: Path) -> BuildConfig:
-    """Two sources of 150 and 60 rows, some of them invalid or duplicated."""
+    """Two sources of 150 and 60 rows, some of them invalid, duplicated, or in an evaluation file."""
     rng = np.random.default_rng(0)
     rows: list[Any] = [row(i, int(rng.integers(1, 40))) for i in range(150)]
     rows[10], rows[40], rows[41] = {"query": "x"}, row(3, 9), row(3, 9)
@@ -50,10 +50,14 @@ def config(tmp_path: Path) -> BuildConfig:
         path = tmp_path / f"{name}.jsonl"
         path.write_text("".join(json.dumps(entry) + "\n" for entry in content))
         sources.append(SourceConfig(name=name, format="query_response", path=str(path)))
+    evaluation = tmp_path / "evaluation.json"
+    evaluation.write_text(json.dumps([{"text": row(i, 30)["response"]} for i in range(900, 1010)]))
     return BuildConfig(
         out=str(tmp_path / "out"),
         tokenizer=str(write_folder(tmp_path / "base")),
         sources=sources,
+        near_duplicates="report",
+        decontaminate=[str(evaluation)],
         max_document_length=300,
         row_length=512,
         epochs=2,
