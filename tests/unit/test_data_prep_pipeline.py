@@ -43,6 +43,7 @@ def config(tmp_path: Path) -> BuildConfig:
     rng = np.random.default_rng(0)
     rows: list[Any] = [row(i, int(rng.integers(1, 40))) for i in range(150)]
     rows[10], rows[40], rows[41] = {"query": "x"}, row(3, 9), row(3, 9)
+    rows[60] = {"query": rows[59]["query"], "response": rows[59]["response"].upper()}  # a near-duplicate
     others: list[Any] = [row(1000 + i, int(rng.integers(1, 40))) for i in range(60)]
     others[5], others[50] = rows[20], row(3, 9)
     sources = []
@@ -95,6 +96,7 @@ def test_workers_and_units_do_not_affect_the_result(config: BuildConfig, monkeyp
     monkeypatch.setattr(build_module, "plan_units", plan_units)  # one unit per source
     whole = build(other(config, "3"), QUIET)
     assert first == again == whole
+    assert first["near_duplicates"]["documents"] and first["decontamination"]["files"][0]["overlapping"]
     assert not list(Path(config.out).parent.glob("*.partial"))
     assert {file.name for file in Path(config.out).iterdir()} == {*first["files"], "manifest.json"}
 
