@@ -30,7 +30,7 @@ from data_prep.encoders import describe
 from data_prep.encoding import TextEncoder
 from data_prep.forms import FormReader, InputRow, NotChosen, Unreadable, conversation
 from data_prep.minhash import signatures
-from data_prep.readers import LINES, InputUnit, count_lines, read_unit
+from data_prep.readers import LINES, InputUnit, count_lines, of_table, read_unit
 from data_prep.row_rules import turn_keys
 from data_prep.truncate import FittedBatch, fit_batch
 from data_prep.turns import Conversation
@@ -95,7 +95,8 @@ def tokenize_unit(
     """Reads, renders, tokenizes and fits one unit, and writes its files. Raises DataError if its file cannot be read,
     TokenizerMismatch if the fast encoder returned wrong ids."""
     with _UnitWriter(work, number, near_duplicates=config.near_duplicates != "off") as writer:
-        rows, reader = read_unit(unit, source), FormReader(source, config.system_prompt)
+        reader = FormReader(source, config.system_prompt, columnar=of_table(unit, source))
+        rows = read_unit(unit, source)
         while chunk := list(islice(rows, CHUNK)):
             _tokenize_chunk(config, reader, chunk, encoder, writer)
         writer.result.unread = dict(reader.unread)

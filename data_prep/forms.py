@@ -60,12 +60,16 @@ class FormReader:
     Args:
         source: its settings.
         system_prompt: system text of a conversation with tools and without a system turn; None: none.
+        columnar: whether the rows are from a columnar file, which fills missing keys with nulls.
 
     Raises:
         ConfigError: the columns of the source's settings contradict its format.
     """
 
-    def __init__(self, source: SourceConfig, system_prompt: str | None = DEFAULT_SYSTEM) -> None:
+    def __init__(
+        self, source: SourceConfig, system_prompt: str | None = DEFAULT_SYSTEM, *, columnar: bool = False
+    ) -> None:
+        self._columnar = columnar
         form = FORMATS[source.format]
         named = {**form.fields, **source.columns}
         self.fields = {name: column for name, column in named.items() if column not in source.ignore}
@@ -74,7 +78,7 @@ class FormReader:
         self._kind = _kind(self.fields, source)
         self._turns = self.fields.get("turns", "")
         own = (self.fields.pop("role", ""), self.fields.pop("content", ""))
-        self._parser = TurnParser(*own, source.ignore)
+        self._parser = TurnParser(*own, source.ignore, columnar=columnar)
         self._flags = [flag for flag in FLAGS if flag not in source.ignore and flag not in self.fields.values()]
         if weight := self.fields.pop("weight", ""):
             self._flags.append(weight)
@@ -123,7 +127,7 @@ class FormReader:
             raise DataError("a row must be a list of turns, not dict")
         chosen = self._is_chosen(row)
         turns = getattr(self, f"_read_{self._kind}")(row)
-        tools = tools_text(self._value(row, "tools"), self.fields.get("tools", ""))
+        tools = tools_text(self._value(row, "tools"), self.fields.get("tools", ""), columnar=self._columnar)
         where = self.fields.get("system", "system")
         turns = with_system(turns, self._value(row, "system"), tools, self._system_prompt, where)
         if not chosen:

@@ -164,6 +164,11 @@ def _plan_lines(
     return [InputUnit(number, str(file), LINES, at, min(at + unit_bytes, size), mark) for at in starts], rows
 
 
+def of_table(unit: InputUnit, source: SourceConfig) -> bool:
+    """Whether a unit is a part of a columnar file or hub dataset."""
+    return bool(source.hub) or is_columnar(Path(unit.file))
+
+
 def read_unit(unit: InputUnit, source: SourceConfig) -> Iterator[InputRow]:
     """The rows of a unit, in order.
 

@@ -115,8 +115,10 @@ def is_trained(fields: Mapping[str, Any], flags: Collection[str], where: str) ->
     return result
 
 
-def tools_text(tools: Any, where: str) -> str:
-    """The part of the system turn that describes the tools; empty if there are none."""
+def tools_text(tools: Any, where: str, *, columnar: bool = False) -> str:
+    """The part of the system turn that describes the tools; empty if there are none. `columnar`: of a columnar file."""
+    if columnar:
+        without_nulls(tools, where)
     if isinstance(tools, str):
         tools = parse_json(tools, "the list of tools", where) if tools.strip() else []
     if isinstance(tools, Mapping):
@@ -129,6 +131,17 @@ def tools_text(tools: Any, where: str) -> str:
         if not isinstance(tool, Mapping):
             raise DataError(f"a tool must be an object, not {type(tool).__name__}", where)
     return TOOLS_HEAD + "\n".join(check_text(_dumps(tool), where) for tool in tools) + TOOLS_TAIL
+
+
+def without_nulls(value: Any, where: str) -> None:
+    """Raises DataError if an object from a columnar file holds a null: such a file gives every row the keys of all
+    rows, so that missing keys look like nulls, and both would be trained."""
+    values = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
+    for inner in values:
+        if inner is None:
+            what = "a tool or call holds a null, which a columnar file does not tell from a missing key"
+            raise DataError(what, where, "store tools, and the arguments of calls, as JSON text")
+        without_nulls(inner, where)
 
 
 def _dumps(value: Any) -> str:
@@ -158,9 +171,13 @@ class TurnParser:
     Args:
         role, text: keys of a turn's role and text; empty: those of ShareGPT or of chat APIs.
         ignored: fields of turns, with their list ("messages.x"), that are ignored by the user's choice.
+        columnar: whether the rows are from a columnar file.
     """
 
-    def __init__(self, role: str = "", text: str = "", ignored: Collection[str] = ()) -> None:
+    def __init__(
+        self, role: str = "", text: str = "", ignored: Collection[str] = (), *, columnar: bool = False
+    ) -> None:
+        self._columnar = columnar
         self.unread: Counter[str] = Counter()
         """Fields of turns that hold something and are neither read nor ignored, with their list ("messages.x")."""
         self._ignored = frozenset(ignored)
@@ -242,6 +259,8 @@ class TurnParser:
                 continue
             if role != "assistant":
                 raise DataError(f"`{key}` in a turn that is no answer", where)
+            if self._columnar and not isinstance(turn[key], str):
+                _check_arguments(value, f"{where}.{key}")
             if key == "function_call":  # the older form: a single call
                 value = [value]
             if not isinstance(value, list):
@@ -274,6 +293,15 @@ def _call_text(text: str, where: str) -> str:
     calls = parse_json(text, "a function call", where)
     calls = calls if isinstance(calls, list) else [calls]
     return "\n".join(_render_call(call, where) for call in calls)
+
+
+def _check_arguments(calls: Any, where: str) -> None:
+    """Applies `without_nulls` to the arguments of calls; their other keys may be null."""
+    for call in calls if isinstance(calls, list) else [calls]:
+        inner = call.get("function") if isinstance(call, Mapping) else None
+        for holder in (call, inner):
+            if isinstance(holder, Mapping):
+                without_nulls(holder.get("arguments"), where)
 
 
 def _render_call(call: Any, where: str) -> str:

@@ -350,6 +350,22 @@ def test_parquet_row_with_null_keys_beside_its_own() -> None:
     assert reader("messages").read(row) == [("user", "q", True)]
 
 
+def test_null_arguments_of_a_columnar_file_are_refused() -> None:
+    """Parquet gives every call the arguments of all calls; the missing ones would be trained as null."""
+    calls = [{"id": None, "function": {"name": "weather", "arguments": {"city": "Bern", "unit": None}}}]
+    row = {"messages": [turn("user"), turn(content=None, tool_calls=calls)], "tools": None}
+    table = FormReader(SourceConfig(name="s", format="messages"), columnar=True)
+    with pytest.raises(DataError, match="does not tell from a missing key") as error:
+        table.read(row)
+    assert error.value.where == "messages[1].tool_calls" and "JSON text" in error.value.fix
+    assert '"unit": null}' in reader("messages").read(row)[1].text
+    calls[0]["function"]["arguments"] = '{"city": null}'
+    assert '"city": null}' in table.read(row)[1].text
+    with pytest.raises(DataError, match="does not tell from a missing key"):
+        table.read({**row, "tools": [{"name": "f", "parameters": {"properties": {"a": None}}}]})
+    assert table.read({**row, "tools": json.dumps([{"name": "f", "default": None}])})[0].text.count("null") == 1
+
+
 def test_fields_with_meaning_are_never_dropped_in_silence(tmp_path: Path) -> None:
     rows = [{"messages": [turn("user"), turn(reasoning_content="hm" if i else "")], "hint": "h"} for i in range(3)]
     rows[0] |= {"id": 5, "score": 0.5, "note": None, "extra": []}
