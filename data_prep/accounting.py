@@ -5,6 +5,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 
 from data_prep.build_config import SourceConfig
 from data_prep.documents import DOCUMENT, UnitResult, read_rejects, unit_file
+from data_prep.outcomes import ReasonCount, Reasons, SourceRows
 from data_prep.planning import INDEX, Numbering, iterate_duplicates, load
 from data_prep.readers import InputUnit, where
 from sdlm_megatron.files import fsync
@@ -71,6 +73,13 @@ class Accounting:
     numbering: Numbering
     dropped: Sequence[str]  # files of the plan whose documents were removed
 
+    def source_rows(self) -> list[SourceRows]:
+        """The rows of each source."""
+        totals = np.zeros((len(self.sources), 3), dtype=np.int64)
+        for unit, result in zip(self.units, self.results, strict=True):
+            totals[unit.source] += (result.rows, result.rejected, result.documents)
+        return [SourceRows(source.name, *row) for source, row in zip(self.sources, totals.tolist(), strict=True)]
+
     def summarize(self) -> dict[str, Any]:
         """The `accounting` entry of the manifest: totals, and per source its tally and its first document number."""
         tallies = [Tally() for _ in self.sources]
@@ -118,32 +127,36 @@ class Accounting:
             os.fsync(file.fileno())
         return True
 
-    def write_rejects(self, path: Path) -> None:
-        """Writes rejects.jsonl: one line per input row that is not in the dataset, with its source, row number,
-        position, outcome, reason and content; for a duplicate, the row it repeats."""
+    def write_rejects(self, path: Path) -> list[ReasonCount]:
+        """Writes rejects.jsonl and returns its reasons: one line per input row that is not in the dataset, with its
+        source, row number, position, outcome, reason and content; for a duplicate, the row it repeats."""
+        reasons = Reasons()
         with open(path, "w", encoding="utf-8") as file:
-            for line in self._rejected():
-                file.write(json.dumps(line, ensure_ascii=True) + "\n")
-            for line in (line for name in self.dropped for line in self._duplicates(name)):
+            repeats = (line for name in self.dropped for line in self._duplicates(name))
+            for line in chain(self._rejected(), repeats):
+                reasons.add(line)
                 file.write(json.dumps(line, ensure_ascii=True) + "\n")
             # The manifest will contain the checksum of this file: it must not be lost after the manifest is written.
             file.flush()
             os.fsync(file.fileno())
         fsync(path.parent)
+        return reasons.counts()
+
+    def _places(self) -> Iterator[tuple[InputUnit, int, int]]:
+        """(unit, rows of its source before it, lines of its file before it) of each unit."""
+        rows, lines, last = [0] * len(self.sources), 0, (-1, "")
+        for unit, result in zip(self.units, self.results, strict=True):
+            lines = lines if (unit.source, unit.file) == last else 0  # line numbers restart in every file
+            last = (unit.source, unit.file)
+            yield unit, rows[unit.source], lines
+            rows[unit.source] += result.rows
+            lines += result.lines
 
     def _rejected(self) -> Iterator[dict[str, Any]]:
-        rows, lines = [0] * len(self.sources), [0] * len(self.sources)
-        last = ""
-        for number, (unit, result) in enumerate(zip(self.units, self.results, strict=True)):
-            if unit.file != last:  # line numbers restart in every file
-                lines[unit.source] = 0
-            last = unit.file
+        for number, (unit, rows, lines) in enumerate(self._places()):
             for line in read_rejects(self.work, number):
-                row = rows[unit.source] + line.pop("index")
-                place = where(unit, line.pop("place"), lines[unit.source])
+                row, place = rows + line.pop("index"), where(unit, line.pop("place"), lines)
                 yield {"source": self.sources[unit.source].name, "row": row, "where": place, **line}
-            rows[unit.source] += result.rows
-            lines[unit.source] += result.lines
 
     def _duplicates(self, name: str) -> Iterator[dict[str, Any]]:
         index = load(self.work, "index.all", INDEX)  # `index` no longer has the duplicates

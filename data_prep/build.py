@@ -25,22 +25,24 @@ from typing import Any
 from rich.console import Console
 
 from data_prep.accounting import Accounting
-from data_prep.build_config import PRESETS, BuildConfig, SourceConfig, check
-from data_prep.build_report import dry_run, report
+from data_prep.build_config import PRESETS, BuildConfig, SourceConfig, check, lasting
+from data_prep.build_report import check_output, dry_run, expected_rows, report, unread_lines
 from data_prep.chat import frame_of
 from data_prep.decontaminate import evaluation_files
 from data_prep.documents import UnitResult, load_result, tokenize_unit
 from data_prep.encoders import TextTokenizer, TokenizerMismatch, open_encoder
 from data_prep.encoding import TextEncoder
-from data_prep.first_rows import check_fields, with_formats
-from data_prep.planning import PackingPlan, dropped_files, make_plan
+from data_prep.first_rows import check_fields, check_results, with_formats
+from data_prep.outcomes import refusal
+from data_prep.planning import PackingPlan, dropped_files, make_plan, number_sources
 from data_prep.pool import cpus, work_on
+from data_prep.preview import show_samples
 from data_prep.readers import InputUnit, plan_units
 from data_prep.repetitions import repetition_entries
 from data_prep.row_rules import UNTRAINED_FILE
 from data_prep.rows import EpochPart, RowWriter, cut_parts, load_part
 from data_prep.source_formats import FORMATS, formats_help
-from data_prep.sources import expand, unread_files
+from data_prep.sources import expand
 from sdlm_megatron.config.command_line import make_parser, parse_with_settings
 from sdlm_megatron.config.load import load_config, preset_names, to_yaml
 from sdlm_megatron.config.secret_text import mask_values
@@ -60,17 +62,24 @@ class TokenizeShard:
     count: int
 
 
-def build(config: BuildConfig, console: Console | None = None, *, workers: int = 1) -> dict[str, Any]:
+def build(
+    config: BuildConfig, console: Console | None = None, *, workers: int = 1, examples: bool = False
+) -> dict[str, Any]:
     """Builds a dataset, or completes an interrupted build, and returns its manifest. The number of `workers` does not
-    affect the result.
+    affect the result; with `examples`, the first rows are shown before the work starts.
 
     Raises:
         ConfigError: a setting is invalid, or an interrupted build used other settings.
-        DataError: a source or the tokenizer cannot be used, or no row remains.
+        DataError: a source or the tokenizer cannot be used, no row remains, or too many are rejected.
     """
     console = console or make_console()
     check(config)
-    return _existing_manifest(config, console) or _complete(_begin(config), console, workers)
+    if manifest := _existing_manifest(config, console):
+        return manifest
+    state = _begin(config, restart=True)
+    if examples:
+        show_samples(config, state.sources, state.units, _encoder(config.tokenizer, config.mask_token), console)
+    return _complete(state, console, workers)
 
 
 def build_shard(config: BuildConfig, shard: TokenizeShard, console: Console | None = None, *, workers: int = 1) -> None:
@@ -122,6 +131,16 @@ class _BuildState:
         """File that exists once the fast encoder has returned wrong ids; contains the message."""
         return self.work / "mismatch.txt"
 
+    @property
+    def refused(self) -> Path:
+        """File that exists once the build was stopped because of its rows."""
+        return self.work / "refused"
+
+    @property
+    def rejects(self) -> Path:
+        """File beside the output with the rows that stopped the build."""
+        return Path(f"{Path(self.config.out)}.rejects.jsonl")
+
     def result(self, number: int) -> UnitResult | None:
         """Result of a unit; None while it is incomplete or may contain wrong ids."""
         result = load_result(self.work, number)
@@ -146,7 +165,7 @@ def _existing_manifest(config: BuildConfig, console: Console) -> dict[str, Any] 
         return None
     try:
         manifest: dict[str, Any] = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
-        same = manifest["build"] == _settings(config)
+        same = lasting(manifest["build"]) == lasting(_settings(config))
     except (OSError, ValueError, KeyError, TypeError):
         same = False
     if not same:
@@ -161,19 +180,28 @@ def _settings(config: BuildConfig) -> dict[str, Any]:
     return mask_values({key: value for key, value in asdict(config).items() if key != "out"})
 
 
-def _begin(config: BuildConfig) -> _BuildState:
-    """Checks tokenizer and sources and opens the work folder; raises ConfigError if it belongs to other settings."""
+def _begin(config: BuildConfig, *, restart: bool = False) -> _BuildState:
+    """Checks tokenizer and sources and opens the work folder. If that belongs to other settings: starts over with
+    `restart` and if the build was refused, else raises ConfigError."""
+    check_output(config.out)
     meta = _meta(config)
     sources = with_formats(expand(config.sources))
     check_fields(sources, config.system_prompt)
     units = plan_units(sources)
-    out = Path(config.out)
     meta["sources"] = [mask_values(asdict(source)) for source in sources]
-    state = _BuildState(config, sources, units, meta, out.with_name(out.name + ".partial"))
-    settings = {"config": _settings(config), "tokenizer": meta["tokenizer"], "units": [asdict(unit) for unit in units]}
-    settings["evaluation"] = evaluation_files(config.decontaminate)
+    state = _BuildState(config, sources, units, meta, Path(f"{Path(config.out)}.partial"))
+    settings: dict[str, Any] = {"config": lasting(_settings(config)), "tokenizer": meta["tokenizer"]}
+    settings |= {"units": [asdict(unit) for unit in units], "evaluation": evaluation_files(config.decontaminate)}
     settings = json.loads(json.dumps(settings))  # comparable with the stored file: tuples become lists
     file = state.work / "build.json"
+    if state.refused.exists():
+        unread = json.loads(state.refused.read_text(encoding="utf-8"))
+        before = json.loads(file.read_text(encoding="utf-8"))
+        if lasting(before["config"], unread) == lasting(settings["config"], unread):
+            settings["config"] = before["config"]
+        if restart and before != settings:
+            shutil.rmtree(state.partial)
+            return _begin(config)
     if not file.exists():
         state.work.mkdir(parents=True, exist_ok=True)
         # Several shards may start at once: each writes its own file, and the rename is atomic.
@@ -281,13 +309,14 @@ def _tokenize(state: _BuildState, numbers: Sequence[int], console: Console, work
     if not todo:
         return
     encoders: set[str] = set()
-    with track("tokenize", sum(state.units[i].estimated_rows() for i in todo), "rows", console) as advance:
+    expected = expected_rows(state.sources, state.units, todo)
+    with track("tokenize", sum(expected.values()), "rows", console) as advance:
         for number, result in work_on(todo, _TokenizeWorker, (state,), workers):
             if result is not None:
                 if result.encoder not in encoders:
                     console.print(f"tokenizer: {result.encoder}")
                     encoders.add(result.encoder)
-                advance(result.rows, result.tokens, state.units[number].estimated_rows())
+                advance(result.rows, result.tokens, expected[number])
     if any(state.result(number) is None for number in todo):
         console.print(
             f"fastokens returned other ids than tokenizers {state.mismatch.read_text(encoding='utf-8')}\n"
@@ -299,6 +328,7 @@ def _tokenize(state: _BuildState, numbers: Sequence[int], console: Console, work
 def _finish(state: _BuildState, console: Console, workers: int) -> dict[str, Any]:
     """Stages two and three, and the manifest."""
     results = [result for i in range(len(state.units)) if (result := state.result(i)) is not None]
+    _check_rows(state, results)
     weights = [state.sources[unit.source].weight for unit in state.units]
     n_documents = sum(result.documents * weight for result, weight in zip(results, weights, strict=True))
     with track("pack", n_documents * state.config.epochs, "documents", console) as advance:
@@ -306,7 +336,7 @@ def _finish(state: _BuildState, console: Console, workers: int) -> dict[str, Any
     dropped = dropped_files(state.config)
     accounting = Accounting(state.work, state.sources, state.units, results, plan.numbering, dropped)
     if not all(plan.rows):
-        raise _no_rows(state, accounting)
+        _check_rows(state, results, packed=False)
     parts = cut_parts(state.config, plan)
     # Parts of an earlier attempt are complete if their marker exists.
     done = {part: info for part in parts if (info := load_part(state.work, state.partial, part))}
@@ -320,18 +350,22 @@ def _finish(state: _BuildState, console: Console, workers: int) -> dict[str, Any
     return _seal(state, plan, accounting, {part: done[part] for part in parts})
 
 
-def _no_rows(state: _BuildState, accounting: Accounting) -> DataError:
-    """Removes the build and returns an error that names the first rejected row."""
-    rejects = state.partial / "rejects.jsonl"
-    accounting.write_rejects(rejects)
-    with open(rejects, encoding="utf-8") as lines:
-        first = json.loads(next(lines, "{}"))
-    shutil.rmtree(state.partial)
-    if not first:
-        return DataError("no rows to write: the sources are empty", state.config.sources[0].path, "check the sources")
-    place = first["where"] + (f", field {first['field']}" if first.get("field") else "")
-    what = f"no rows to write: every input row was dropped or rejected; the first: {first['reason']}"
-    return DataError(what, place, "check that the source's format matches its rows (docs/data.md lists the formats)")
+def _check_rows(state: _BuildState, results: list[UnitResult], *, packed: bool = True) -> None:
+    """Raises DataError, and leaves the rejected rows beside the output, if no row remains (not `packed`: after
+    packing) or too many were rejected."""
+    numbering = number_sources(state.sources, state.units, results)
+    accounting = Accounting(state.work, state.sources, state.units, results, numbering, ())
+    rows = [row if packed else row._replace(usable=0) for row in accounting.source_rows()]
+    limit = state.config.max_rejected
+    error = refusal(rows, lambda: accounting.write_rejects(state.rejects), limit, listed=str(state.rejects))
+    unread, lost = check_results(state.sources, state.units, results)
+    if not (error := error or lost):
+        return
+    if any(row.usable for row in rows):  # tokenized units are kept for another max_rejected or ignore
+        write_json(state.refused, unread)
+    else:
+        shutil.rmtree(state.partial)
+    raise error
 
 
 def _seal(
@@ -339,7 +373,7 @@ def _seal(
 ) -> dict[str, Any]:
     """Writes accounting, rejects and manifest, renames the dataset, and removes the work folder."""
     config, rejects = state.config, state.partial / "rejects.jsonl"
-    accounting.write_rejects(rejects)
+    reasons = accounting.write_rejects(rejects)
     others = [rejects]
     if accounting.write_untrained(state.partial / UNTRAINED_FILE):
         others.append(state.partial / UNTRAINED_FILE)
@@ -354,7 +388,7 @@ def _seal(
         parts=[[info for part, info in parts.items() if part.epoch == epoch] for epoch in range(config.epochs)],
         files={file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in others},
         extra={
-            "accounting": accounting.summarize(),
+            "accounting": {**accounting.summarize(), "reasons": [reason._asdict() for reason in reasons]},
             "duplicates": {"policy": config.duplicates, "documents": plan.duplicates, "pairs": plan.pairs},
             **repetition_entries(config, plan.near, accounting),
             "chat": asdict(frame_of(_encoder(config.tokenizer, config.mask_token))),
@@ -363,6 +397,7 @@ def _seal(
         },
     )
     shutil.rmtree(Path(config.out) / "work")
+    state.rejects.unlink(missing_ok=True)  # of an earlier attempt
     return manifest
 
 
@@ -426,40 +461,43 @@ def read_command_line(argv: Sequence[str] | None) -> tuple[BuildConfig, argparse
     # Later overrides win: --sources comes first, so that --sources.NAME.key can change it.
     config = load_config(BuildConfig, args.config or "", [*overrides, *options], PRESETS)
     if args.input is not None:
-        source = config.sources[0]
-        source.format = args.format or with_formats(expand([source]))[0].format
+        config.sources[0].format = args.format or with_formats(expand(config.sources))[0].format
     return config, args
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
-    config, args = read_command_line(argv)
+    try:
+        _run(*read_command_line(argv))
+    except KeyboardInterrupt:
+        raise SystemExit("interrupted; run the same command again to resume") from None
+
+
+def _run(config: BuildConfig, args: argparse.Namespace) -> None:
     if args.print_config:
         print(to_yaml(config), end="")
         return
     if args.workers < 1:
         raise ConfigError(f"--workers is {args.workers}", "--workers", "use 1 or more")
-    if args.input is not None:
+    if alone := args.input is not None:
         form = FORMATS[config.sources[0].format]
         print(f"{args.input}: source format {config.sources[0].format} ({form.description})")
-    for source in config.sources:
-        if names := unread_files(source):
-            shown = ", ".join(map(str, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-            print(f"source {source.name}: not read: {shown}")
+    for line in unread_lines(config.sources):
+        print(line)
     try:
         if args.dry_run:
-            dry_run(config, make_console())
+            dry_run(config, make_console(), examples=alone)
         elif args.shard:
             build_shard(config, args.shard, workers=args.workers)
+        elif args.merge:
+            merge(config, workers=args.workers)
         else:
-            (merge if args.merge else build)(config, workers=args.workers)
+            build(config, workers=args.workers, examples=alone)
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
         fix = "free some space (--dry-run reports the required amount) and run the same command again to resume"
         raise DataError("the disk is full", config.out, fix) from None
-    except KeyboardInterrupt:
-        raise SystemExit("interrupted; run the same command again to resume") from None
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
 """Settings of `sdlm prepare`."""
 
 import codecs
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from data_prep.source_formats import FIELD_NAMES, FORMATS
 from data_prep.truncate import FITS
@@ -106,6 +108,8 @@ class BuildConfig:
     of their texts, or a whole shorter text, are counted."""
     contaminated: str = "report"
     """Rows that share words with the files of `decontaminate`: report | drop."""
+    max_rejected: float = 0.05
+    """Largest share of the rows of a source that may be rejected; more stop the build. 1: any number."""
 
 
 POLICIES = {
@@ -124,6 +128,7 @@ RANGES = {
     "window": "[1, 1e8]",
     "trim": "[0, 1)",
     "near_duplicate_similarity": "[0.5, 1]",
+    "max_rejected": "[0, 1]",
     "sources.limit": "[0, 1e12]",
     "sources.weight": "(0, 10000]",
     "sources.expected_rows": "[0, 1e12]",
@@ -175,3 +180,14 @@ def _check_source(source: SourceConfig, where: str) -> None:
         raise ConfigError(f"unknown name {unknown[0]!r}", f"{where}.columns", f"use one of {', '.join(FIELD_NAMES)}")
     if source.preference not in ("", "chosen"):
         raise ConfigError(f"unknown value {source.preference!r}", f"{where}.preference", "use chosen")
+
+
+def lasting(settings: dict[str, Any], unread: Mapping[str, Iterable[str]] | None = None) -> dict[str, Any]:
+    """Settings without those that only decide whether a build is refused, and may change when it is resumed: the limit
+    of rejected rows, and fields to ignore that its sources do not read anyway (`unread`, by name of the source)."""
+    sources = []
+    for source in settings["sources"]:
+        # The sources of a meta JSON are named NAME/ENTRY.
+        own = [fields for name, fields in (unread or {}).items() if f"{name}/".startswith(f"{source['name']}/")]
+        sources.append({**source, "ignore": sorted({*source["ignore"]}.difference(*own))})
+    return {**{key: value for key, value in settings.items() if key != "max_rejected"}, "sources": sources}

@@ -1,8 +1,9 @@
 """Reports of a build: the estimate of a dry run, and the outcome of the rows afterwards."""
 
+import os
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,21 +14,16 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from data_prep.build_config import BuildConfig, SourceConfig, check
-from data_prep.chat import render_batch
 from data_prep.encoders import describe, open_encoder
-from data_prep.encoding import TextEncoder
-from data_prep.first_rows import with_formats
-from data_prep.forms import FormReader, conversation
+from data_prep.first_rows import check_fields, with_formats
 from data_prep.input_bytes import limited_lines, open_utf8, skip
-from data_prep.readers import LINES, InputUnit, plan_units, read_unit
+from data_prep.outcomes import ReasonCount, reason_lines, refusal
+from data_prep.preview import SAMPLE, SourceSample, show_sample, take_sample
+from data_prep.readers import LINES, InputUnit, plan_units
 from data_prep.repetitions import repetition_lines
-from data_prep.sources import expand
-from data_prep.truncate import fit_batch
+from data_prep.sources import expand, unread_files
 from sdlm_megatron.data.tokenizer_identity import special_token_id
 from sdlm_megatron.errors import DataError
-
-# Rows per source that a dry run reads: a few seconds for all sources of the published mixture.
-SAMPLE = 200
 
 
 def report(manifest: dict[str, Any], config: BuildConfig, console: Console) -> None:
@@ -59,7 +55,7 @@ def _remarks(manifest: dict[str, Any]) -> list[str]:
             lines.append(
                 f"{entry['name']}: {entry['rows']:,} rows instead of the expected {expected:,}: the source changed"
             )
-    lines += [f"dropped {number:,}: {reason}" for reason, number in accounting["dropped"].items()]
+    lines += reason_lines([ReasonCount(**reason) for reason in accounting["reasons"]])
     if accounting["blocks_missing"] or accounting["tokens_cut"]:
         lines.append(
             f"long documents: {accounting['turns_cut']:,} turns and {accounting['tokens_cut']:,} tokens cut, "
@@ -103,19 +99,27 @@ class _Estimate:
     unusable: float  # share of the sampled rows that are dropped or rejected
 
 
-def dry_run(config: BuildConfig, console: Console) -> None:
-    """Checks settings, sources and tokenizer, and prints estimates of input, output and disk space."""
+def dry_run(config: BuildConfig, console: Console, *, examples: bool = False) -> None:
+    """Checks settings, sources and tokenizer, and prints estimates of input, output and disk space; with `examples`
+    also how the first rows are rendered. Raises DataError if a build would stop at the first rows."""
     check(config)
+    check_output(config.out)
     encoder = open_encoder(config.tokenizer, config.mask_token)
     mask = special_token_id(config.tokenizer, config.mask_token)
     sources = with_formats(expand(config.sources))
+    check_fields(sources, config.system_prompt)
     units = plan_units(sources)
     names = ("rows", "to read", "tokens", "with blocks", "unusable")
     columns = [Column(name, justify="right", no_wrap=True) for name in names]
     table = Table(Column("source", no_wrap=True), *columns, box=SIMPLE_HEAD)
     work = final = 0.0
+    samples = []
     for i, source in enumerate(sources):
-        estimate = _estimate(config, source, [unit for unit in units if unit.source == i], encoder)
+        own = [unit for unit in units if unit.source == i]
+        samples.append(take_sample(config, source, own, encoder))
+        if examples:
+            show_sample(config, source, samples[-1], console)
+        estimate = _estimate(config, source, own, samples[-1])
         size = f"{estimate.read / 1e6:,.1f} MB" if estimate.read else "?"
         rows = f"{'' if estimate.exact else '~'}{estimate.rows:,.0f}"
         cells = (rows, size, f"{estimate.clean:,.0f}", f"{estimate.expanded:,.0f}", f"{estimate.unusable:.1%}")
@@ -139,41 +143,69 @@ def dry_run(config: BuildConfig, console: Console) -> None:
     elif Path(config.out).with_name(Path(config.out).name + ".partial").exists():
         state = "is incomplete: the build would resume"
     console.print(f"{config.out} {state}")
+    sampled = [sample.source_rows(source.name) for source, sample in zip(sources, samples, strict=True)]
+    counts = sorted((count for sample in samples for count in sample.reasons.counts()), key=lambda count: -count.rows)
+    if error := refusal(sampled, lambda: counts, config.max_rejected, sample=True):
+        raise error
+    for line in reason_lines(counts):
+        console.print(f"of the first {SAMPLE} rows of each source, {line}")
+
+
+def check_output(out: str) -> None:
+    """Raises DataError unless the folder `out` can be created."""
+    folder = _existing_parent(out)
+    fix = "set another --out"
+    if not folder.is_dir():
+        raise DataError(f"the output folder cannot be created: {folder} is a file", out, fix)
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise DataError(f"the output folder cannot be created: {folder} is not writable", out, fix)
+
+
+def _existing_parent(out: str) -> Path:
+    folder = Path(out).absolute().parent
+    while not os.path.lexists(folder):
+        folder = folder.parent
+    return folder
 
 
 def _free(out: str) -> int:
-    # `out` and its parents may not exist yet.
-    folder = Path(out).absolute().parent
-    while not folder.exists():
-        folder = folder.parent
-    return shutil.disk_usage(folder).free
+    return shutil.disk_usage(_existing_parent(out)).free
 
 
-def _estimate(config: BuildConfig, source: SourceConfig, units: Sequence[InputUnit], encoder: TextEncoder) -> _Estimate:
-    rows = list(islice(read_unit(units[0], source), SAMPLE)) if units else []
-    conversations, reader = [], FormReader(source, config.system_prompt)
-    for row in rows:
-        try:
-            conversations.append(conversation(row, reader))
-        except DataError:
-            continue  # counted as unusable
-    batch = render_batch(conversations, encoder, default_system=config.system_prompt)
-    size = {"block_size": config.block_size, "repeat": config.repeat}
-    fitted = fit_batch(batch, config.overlong, max_len=config.max_document_length, **size)
+def _estimate(config: BuildConfig, source: SourceConfig, units: Sequence[InputUnit], sample: SourceSample) -> _Estimate:
+    fitted = sample.fitted
     clean = np.where(fitted.n_blocks > 0, fitted.clean_lens, 0)
     expanded = clean + fitted.n_blocks * config.block_size
     read = sum(Path(file).stat().st_size for file in {unit.file for unit in units}) if not source.hub else 0
     exact = all(unit.kind != LINES for unit in units)
-    line_bytes = next((_line_bytes(unit, source, len(rows)) for unit in units if unit.kind == LINES), 1.0)
-    n = float(sum(unit.estimated_rows(line_bytes) for unit in units))
-    sampled = max(1, len(rows))
-    unusable = 1 - float((fitted.n_blocks > 0).sum()) / sampled if rows else 0.0
-    return _Estimate(n, exact, read, clean.sum() / sampled, expanded.sum() / sampled, unusable)
+    rows = expected_rows([source], [replace(unit, source=0) for unit in units], range(len(units)))
+    sampled = max(1, sample.rows)
+    unusable = 1 - sample.source_rows("").usable / sampled if sample.rows else 0.0
+    return _Estimate(sum(rows.values()), exact, read, clean.sum() / sampled, expanded.sum() / sampled, unusable)
 
 
-def _line_bytes(unit: InputUnit, source: SourceConfig, rows: int) -> float:
-    """Mean bytes per line of the first `rows` lines of a unit of lines."""
+def expected_rows(
+    sources: Sequence[SourceConfig], units: Sequence[InputUnit], numbers: Sequence[int]
+) -> dict[int, float]:
+    """Rows of the units with these numbers; estimated for lines, because counting would mean reading them twice."""
+    first: dict[str, float] = {}
+    for unit in units:
+        if unit.kind == LINES and not unit.start:
+            first[unit.file] = _line_bytes(unit, sources[unit.source])
+    return {n: units[n].estimated_rows(first.get(units[n].file, 1.0)) for n in numbers}
+
+
+def _line_bytes(unit: InputUnit, source: SourceConfig) -> float:
+    """Mean bytes per line of the first lines of a unit of lines; at least 1."""
     with open_utf8(Path(unit.file), source.encoding) as file:
         skip(file, unit.start)
-        lines = [len(line) for line in islice((line for line in limited_lines(file) if not line.isspace()), rows)]
+        lines = [len(line) for line in islice((line for line in limited_lines(file) if not line.isspace()), SAMPLE)]
     return max(1.0, sum(lines) / max(1, len(lines)))
+
+
+def unread_lines(sources: Sequence[SourceConfig]) -> Iterator[str]:
+    """The files in the folders of each source that are not read."""
+    for source in sources:
+        if names := unread_files(source):
+            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+            yield f"source {source.name}: not read: {', '.join(map(str, names[:5]))}{more}"

@@ -116,8 +116,7 @@ def _tokenize_chunk(
             conversations.append(conversation(row, reader))
             valid.append(i)
         except DataError as error:
-            outcome = "dropped" if isinstance(error, NotChosen) else "rejected"
-            writer.reject(first + i, row, outcome, error.what, error.where)
+            writer.reject(first + i, row, "dropped" if isinstance(error, NotChosen) else "rejected", error)
     if config.decontaminate:
         valid, conversations = _check_overlaps(config, rows, valid, conversations, writer)
     if not valid:
@@ -128,7 +127,7 @@ def _tokenize_chunk(
     size = {"block_size": config.block_size, "repeat": config.repeat}
     fitted = fit_batch(batch, config.overlong, max_len=config.max_document_length, **size)
     for i, reason in sorted(fitted.drop_reasons.items()):
-        writer.reject(first + valid[i], rows[valid[i]], "dropped", reason)
+        writer.reject(first + valid[i], rows[valid[i]], "dropped", DataError(reason))
     signed = signatures(conversations) if config.near_duplicates != "off" else None
     writer.add(batch, fitted, np.array(valid) + first, signed)
 
@@ -146,7 +145,8 @@ def _check_overlaps(
         writer.overlaps.add(first + valid[i], overlap)
         if config.contaminated == "drop":
             where = overlap[0].to_dict(config.decontaminate[overlap[0].file])
-            writer.reject(first + valid[i], rows[valid[i]], "dropped", overlap_reason(where["file"]), evaluation=where)
+            reason = DataError(overlap_reason(where["file"]))
+            writer.reject(first + valid[i], rows[valid[i]], "dropped", reason, evaluation=where)
     if config.contaminated == "report" or not overlaps:
         return valid, conversations
     kept = [i for i in range(len(valid)) if i not in overlaps]
@@ -175,21 +175,13 @@ class _UnitWriter:
             file.close()
             Path(file.name).unlink(missing_ok=True)
 
-    def reject(self, index: int, row: InputRow, outcome: str, reason: str, where: str = "", **more: Any) -> None:
+    def reject(self, index: int, row: InputRow, outcome: str, error: DataError, **more: Any) -> None:
         """Records that row `index` of the unit becomes no document; `more` are further fields of its line."""
         if outcome == "rejected":
             self.result.rejected += 1
         else:
-            self.result.dropped[reason] = self.result.dropped.get(reason, 0) + 1
-        line = {
-            "index": index,
-            "place": row.place,
-            "outcome": outcome,
-            "field": where,
-            "reason": reason,
-            **more,
-            "content": row.content.line if isinstance(row.content, Unreadable) else row.content,
-        }
+            self.result.dropped[error.what] = self.result.dropped.get(error.what, 0) + 1
+        line = {"index": index, "place": row.place, "outcome": outcome, **reason_fields(row, error), **more}
         # A Parquet row may contain dates or bytes, which JSON cannot represent: `repr` of these.
         self._files["rejects.jsonl"].write(json.dumps(line, ensure_ascii=True, default=repr).encode() + b"\n")
 
@@ -234,6 +226,15 @@ class _UnitWriter:
         self.result.overlaps = self.overlaps.to_dict()
         write_json(unit_file(self._work, self._number, "json"), asdict(self.result))
         return self.result
+
+
+def reason_fields(row: InputRow, error: DataError) -> dict[str, Any]:
+    """Fields of a line of rejects.jsonl about a row: reason, field, fix and content."""
+    if isinstance(row.content, Unreadable):  # what a parser says about one row would make each reason unique
+        reason, _, detail = row.content.reason.partition(": ")
+        return {"field": "", "reason": reason, "detail": detail, "content": row.content.line}
+    fix = {"fix": error.fix} if error.fix else {}
+    return {"field": error.where, "reason": error.what, **fix, "content": row.content}
 
 
 def _answer_turns(batch: RenderedBatch, n_anchors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -1,10 +1,12 @@
 """The first rows of each source, read before a build starts: their format, and fields that would be lost."""
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 
 from data_prep.build_config import SourceConfig
+from data_prep.documents import UnitResult
 from data_prep.forms import FormReader, InputRow, detect_format
 from data_prep.readers import InputUnit, plan_units, read_unit, where
 from sdlm_megatron.errors import DataError
@@ -53,7 +55,7 @@ def check_fields(sources: list[SourceConfig], system_prompt: str | None) -> None
             raise unread_error(source, dict(reader.unread), n_rows, next(iter(places.values())))
 
 
-def unread_error(source: SourceConfig, unread: dict[str, int], rows: int, place: str) -> DataError:
+def unread_error(source: SourceConfig, unread: Mapping[str, int], rows: int, place: str) -> DataError:
     """Error about fields that would be lost.
 
     Args:
@@ -66,3 +68,22 @@ def unread_error(source: SourceConfig, unread: dict[str, int], rows: int, place:
     setting = f"--sources.{source.name}"
     fix = f"{setting}.ignore=[{', '.join(sorted(unread))}] leaves them out; {setting}.columns={{NAME: FIELD}} reads one"
     return DataError(what, place, fix)
+
+
+def check_results(
+    sources: Sequence[SourceConfig], units: Sequence[InputUnit], results: Sequence[UnitResult]
+) -> tuple[dict[str, dict[str, int]], DataError | None]:
+    """Fields of all rows that would be lost, with their numbers of rows, by name of the source; and the error about
+    the first such source. Empty and None if there are none."""
+    by_source: dict[str, dict[str, int]] = {}
+    error = None
+    for number, source in enumerate(sources):
+        own = [(unit.file, result) for unit, result in zip(units, results, strict=True) if unit.source == number]
+        fields = Counter[str]()
+        for _, result in own:
+            fields.update({name: n for name, n in result.unread.items() if name not in source.ignore})
+        if fields:
+            by_source[source.name] = dict(fields)
+            place = next(file for file, result in own if result.unread.keys() & fields.keys())
+            error = error or unread_error(source, fields, sum(result.rows for _, result in own), place)
+    return by_source, error

@@ -6,7 +6,8 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context, parent_process
+from contextlib import contextmanager
+from multiprocessing import active_children, get_context, parent_process
 from multiprocessing.connection import wait as wait_for
 from threading import Thread
 from typing import Any, TypeVar
@@ -47,25 +48,43 @@ def work_on(
         return
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ.setdefault(name, "1")  # one core per process
+    others = set(active_children())
     # "spawn", because the reading and tokenizing libraries have threads, which do not survive a fork.
-    with ProcessPoolExecutor(workers, get_context("spawn"), initializer=_begin, initargs=(make, arguments)) as pool:
-        waiting = iter(tasks)
-        running: dict[Future[Any], Task] = {}
-        try:
-            for task in waiting:
-                running[pool.submit(_do, task)] = task
-                if len(running) < 2 * workers:  # two tasks per process: none waits for the next one
-                    continue
-                yield from _done(running)
-            while running:
-                yield from _done(running)
-        except BrokenProcessPool:
-            raise DataError(
-                "a worker process died (killed, or out of memory)",
-                fix="run the same command again to resume; if memory was short, set a smaller --workers",
-            ) from None
-        finally:
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=_begin, initargs=(make, arguments))
+    waiting = iter(tasks)
+    running: dict[Future[Any], Task] = {}
+    try:
+        for task in waiting:
+            with _interrupts_blocked():
+                running[pool.submit(_do, task)] = task  # may start a process
+            if len(running) < 2 * workers:  # two tasks per process: none waits for the next one
+                continue
+            yield from _done(running)
+        while running:
+            yield from _done(running)
+    except BrokenProcessPool:
+        raise DataError(
+            "a worker process died (killed, or out of memory)",
+            fix="run the same command again to resume; if memory was short, set a smaller --workers",
+        ) from None
+    except BaseException:
+        # Their tasks may take minutes, and the results are lost anyway: the files of a task are complete or absent.
+        with _interrupts_blocked():
+            for process in set(active_children()) - others:
+                process.kill()
             pool.shutdown(cancel_futures=True)
+        raise
+    pool.shutdown()
+
+
+@contextmanager
+def _interrupts_blocked() -> Iterator[None]:
+    """Delays Ctrl-C: a process that is started inherits this, and one more Ctrl-C must not stop an orderly end."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _done(running: dict[Future[Any], Task]) -> Iterator[tuple[Task, Any]]:

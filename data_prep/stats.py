@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,7 @@ from sdlm_megatron.report.plots import BLOCK, CLEAN, INK, SERIES, figure_of, leg
 
 # Default number of rows read: the histograms do not change visibly beyond it.
 SAMPLE = 20_000
-WIDTH = 7.6  # of the figures, in inches
+WIDTH = 5.4  # of the figures, in inches: they fit the screen of a phone
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ def make_page(name: str, manifest: Mapping[str, Any], sample: RowSample) -> Page
     """The page about a dataset `name`."""
     page = Page(name)
     _add_totals(page.section("totals"), manifest)
+    _add_reasons(page.section("reasons", "Rows that are not in the dataset"), manifest)
     _add_outcomes(page.section("outcomes", "Outcome of the input rows"), manifest)
     _add_tokens(page.section("tokens", "Tokens per source in one epoch"), manifest)
     _add_lengths(page.section("lengths", "Document length"), manifest, sample)
@@ -103,6 +105,23 @@ def _add_totals(section: PageSection, manifest: Mapping[str, Any]) -> None:
     )
 
 
+def _add_reasons(section: PageSection, manifest: Mapping[str, Any]) -> None:
+    accounting = manifest["accounting"]
+    dropped, rejected = sum(accounting["dropped"].values()), accounting["rejected"]
+    if not dropped + rejected:
+        section.text("None.")
+        return
+    share = (dropped + rejected) / accounting["rows"]
+    cards = [("dropped (no target)", dropped), ("rejected (not valid)", rejected)]
+    section.cards([(f"{share:.1%}", "of the input rows"), *((f"{n:,}", name) for name, n in cards)])
+    reasons = accounting.get("reasons", [])  # missing in datasets of older versions
+    rows = [[count["reason"], count["outcome"], count["source"], f"{count['rows']:,}"] for count in reasons]
+    section.table(["reason", "outcome", "source", "rows"], rows)
+    examples = "\n".join(f"{count['reason']}\n    {count['example']}" for count in reasons)
+    section.details("the first row of each reason", examples)
+    section.note("rejects.jsonl lists every row with its content.")
+
+
 def _add_outcomes(section: PageSection, manifest: Mapping[str, Any]) -> None:
     accounting = manifest["accounting"]
     rows = []
@@ -112,9 +131,6 @@ def _add_outcomes(section: PageSection, manifest: Mapping[str, Any]) -> None:
         rows.append([entry["name"], *(f"{figure:,}" for figure in figures)])
     section.table(["source", "rows", "packed whole", "truncated", "dropped", "rejected"], rows, total=True)
     section.note("Every row is counted in exactly one of the four columns after “rows”.")
-    reasons = [[reason, f"{n:,}"] for reason, n in accounting["dropped"].items()]
-    reasons.append(["rejected: not a valid conversation (reasons in rejects.jsonl)", f"{accounting['rejected']:,}"])
-    section.table(["reason for rows that are not in the dataset", "rows"], reasons)
     changes = [
         ["turns removed from documents that are too long", accounting["turns_cut"]],
         ["tokens in these turns", accounting["tokens_cut"]],
@@ -130,15 +146,15 @@ def _add_tokens(section: PageSection, manifest: Mapping[str, Any]) -> None:
     names = [entry["name"] for entry in by_source]
     clean = np.array([entry["clean_tokens"] * entry["weight"] for entry in by_source])
     block = np.array([entry["blocks"] * entry["weight"] * size for entry in by_source])
-    figure, (axis,) = figure_of(WIDTH, 0.9 + 0.36 * len(names))
+    figure, (axis,) = figure_of(WIDTH, 0.9 + 0.45 * len(names))
     places = np.arange(len(names))
     axis.barh(places, clean, color=CLEAN, label="clean", height=0.7)
     axis.barh(places, block, left=clean, color=BLOCK, label="block", height=0.7)
-    axis.set_yticks(places, names)
+    axis.set_yticks(places, [fill(name, 18) for name in names])
     axis.invert_yaxis()
     axis.grid(False, axis="y")
     axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(int(value))))
-    legend(axis, loc="lower right")
+    _legend_above(axis)
     section.figure(figure, "clean and block tokens of each source")
     whole = max(1.0, float(clean.sum() + block.sum()))
     rows = [
@@ -173,7 +189,12 @@ def _histograms(axis: Axes, edges: np.ndarray, series: Iterable[tuple[np.ndarray
     axis.yaxis.set_major_formatter(PercentFormatter(1.0))
     axis.set_xlabel(label, color=INK)
     axis.set_ylabel("documents", color=INK)
-    legend(axis)
+    _legend_above(axis)
+
+
+def _legend_above(axis: Axes) -> None:
+    # Above the drawing, of which a legend inside would hide a part.
+    legend(axis, loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=3)
 
 
 def _add_anchors(section: PageSection, manifest: Mapping[str, Any], sample: RowSample) -> None:
@@ -192,24 +213,25 @@ def _add_anchors(section: PageSection, manifest: Mapping[str, Any], sample: RowS
 
 
 def _add_rows(section: PageSection, manifest: Mapping[str, Any], sample: RowSample) -> None:
-    fill = sample.used / manifest["row_length"]
-    figure, (left, right) = figure_of(WIDTH, 2.8, ncols=2)
-    low = min(0.99, float(np.quantile(fill, 0.002)))  # the last row of a dataset is almost empty
-    heights, edges = np.histogram(np.maximum(fill, low), np.linspace(low, 1.0, 41))
-    left.stairs(heights / len(fill), edges, color=CLEAN, fill=True)
-    left.set_xlabel("filled share of a row", color=INK)
-    left.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
-    left.xaxis.set_major_locator(MaxNLocator(5))
+    filled = sample.used / manifest["row_length"]
+    figure, (upper, lower) = figure_of(WIDTH, 4.6, 2)
+    low = min(0.99, float(np.quantile(filled, 0.002)))  # the last row of a dataset is almost empty
+    heights, edges = np.histogram(np.maximum(filled, low), np.linspace(low, 1.0, 41))
+    upper.stairs(heights / len(filled), edges, color=CLEAN, fill=True)
+    upper.set_xlabel("filled share of a row", color=INK)
+    upper.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
+    upper.xaxis.set_major_locator(MaxNLocator(5))
     numbers = np.bincount(sample.documents)
-    right.bar(np.arange(len(numbers)), numbers / len(sample.documents), color=SERIES[2], width=0.85)
-    right.set_xlabel("documents per row", color=INK)
-    right.xaxis.set_major_locator(MaxNLocator(integer=True))
-    for axis in (left, right):
+    lower.bar(np.arange(len(numbers)), numbers / len(sample.documents), color=SERIES[2], width=0.85)
+    lower.set_xlabel("documents per row", color=INK)
+    lower.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for axis in (upper, lower):
         axis.set_ylabel("rows", color=INK)
         axis.yaxis.set_major_formatter(PercentFormatter(1.0))
     section.figure(figure, "histograms of the fill of rows and of documents per row")
     section.text(
-        f"Mean fill {fill.mean():.2%}, lowest fill {fill.min():.1%}; {sample.documents.mean():.2f} documents per row."
+        f"Mean fill {filled.mean():.2%}, lowest fill {filled.min():.1%}; "
+        f"{sample.documents.mean():.2f} documents per row."
     )
     _add_source(section, sample)
 

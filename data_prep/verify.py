@@ -196,6 +196,10 @@ def _accounting(manifest: dict[str, Any]) -> Places:
         reasons.update(entry["dropped"])
     if reasons != accounting["dropped"]:
         yield "dropped", f"the total is {accounting['dropped']}, the sum over sources {dict(reasons)}"
+    if "reasons" in accounting:  # missing in datasets of older versions
+        expected = accounting["rejected"] + sum(accounting["dropped"].values())
+        if (total := sum(reason["rows"] for reason in accounting["reasons"])) != expected:
+            yield "reasons", f"the reasons count {total:,} rows, {expected:,} are not in the dataset"
     pairs = sum(pair["documents"] for pair in manifest["duplicates"]["pairs"])
     if pairs != manifest["duplicates"]["documents"]:
         what = f"the total is {manifest['duplicates']['documents']:,}, the sum over pairs of sources {pairs:,}"

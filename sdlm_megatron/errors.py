@@ -24,6 +24,8 @@ _SYSTEM_ERRORS = {
     errno.EROFS: "write to another folder",
     errno.EACCES: "change the permissions, or use another path",
     errno.EPERM: "change the permissions, or use another path",
+    errno.ENOTDIR: "use another path: a part of it is a file",
+    errno.EISDIR: "use the path of a file",
     errno.ENAMETOOLONG: "use a shorter name",
     errno.EIO: "check the disk",
 }

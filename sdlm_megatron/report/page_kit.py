@@ -88,7 +88,10 @@ class PageSection:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Glyph .* missing")  # shown as a box: a name may be in any script
             figure.savefig(buffer, format="png", dpi=200, metadata={"Software": None})
-        self._add("figure", data=base64.b64encode(buffer.getvalue()).decode("ascii"), description=description)
+        # Text of 9 points is at least 8 pixels high: a wide figure scrolls on a phone, and a narrow one fits.
+        width = int(62 * figure.get_figwidth())
+        data = base64.b64encode(buffer.getvalue()).decode("ascii")
+        self._add("figure", data=data, description=description, least=width, most=2 * width)
 
     def details(self, summary: str, text: str) -> None:
         """Preformatted text that is folded away under `summary` until it is clicked."""

@@ -5,6 +5,7 @@ import json
 import re
 from collections import Counter
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,11 @@ from rich.console import Console
 from data_prep.accounting import Tally
 from data_prep.build import build, build_parser, main, read_command_line
 from data_prep.build_config import PRESETS, BuildConfig, SourceConfig, check
-from data_prep.build_report import short
+from data_prep.build_report import dry_run, expected_rows, short
 from data_prep.chat import parse, render
 from data_prep.encoders import TextTokenizer
+from data_prep.outcomes import Reasons, reason_lines
+from data_prep.readers import plan_units
 from data_prep.source_formats import FORMATS
 from data_prep.truncate import NO_ANSWER, UNTRAINED
 from sdlm_megatron.config.load import load_config
@@ -73,6 +76,7 @@ def config(tmp_path: Path) -> BuildConfig:
         epochs=2,
         seed=5,
         window=16,
+        max_rejected=1.0,
     )
 
 
@@ -222,9 +226,10 @@ def test_existing_folder_is_kept_and_failure_leaves_no_files(config: BuildConfig
     assert (Path(config.out) / "manifest.json").stat().st_mtime_ns == before
     (Path(config.sources[0].path).parent / "bad.jsonl").write_text("nothing\n")
     bad = SourceConfig(name="bad", format="messages", path=str(Path(config.sources[0].path).parent / "bad.jsonl"))
-    with pytest.raises(DataError, match="no rows to write.* not JSON"):
+    with pytest.raises(DataError, match="no rows to write: all 1 rows .*\n    1 rejected: the line is not JSON"):
         build(replace(config, out=config.out + "2", sources=[bad]), QUIET)
-    assert not list(Path(config.out).parent.glob("out2*"))
+    assert [file.name for file in Path(config.out).parent.glob("out2*")] == ["out2.rejects.jsonl"]
+    assert json.loads(Path(config.out + "2.rejects.jsonl").read_text())["content"] == "nothing"
 
 
 def test_system_prompt_and_mask_token_are_settings(config: BuildConfig, tmp_path: Path) -> None:
@@ -278,13 +283,13 @@ def test_command_line(config: BuildConfig, tmp_path: Path, capsys: pytest.Captur
     }
     sources = [{"name": s.name, "format": s.format, "path": s.path} for s in config.sources]
     file.write_text(yaml.safe_dump({**settings, "sources": sources}))
-    main(["--config", str(file), "--dry-run"])
+    main(["--config", str(file), "--max_rejected=1", "--dry-run"])
     out = capsys.readouterr().out
     assert re.search(r"query +~40 ", out)
     assert "fastokens" in out
     assert "are free" in out.replace("\n", " ")
     assert not Path(config.out).exists()
-    main(["--config", str(file), "--block_size=2", "--seed=9"])
+    main(["--config", str(file), "--max_rejected=1", "--block_size=2", "--seed=9"])
     assert "rejects.jsonl" in "".join(capsys.readouterr().out.split("\n"))
     manifest = PackedDataset(config.out).manifest
     assert (manifest["block_size"], manifest["seed"]) == (2, 9)
@@ -373,7 +378,9 @@ def test_full_disk_is_reported_and_same_command_resumes(
 ) -> None:
     file = tmp_path / "build.yaml"
     sources = [{"name": s.name, "format": s.format, "path": s.path} for s in config.sources]
-    file.write_text(yaml.safe_dump({"out": config.out, "tokenizer": config.tokenizer, "sources": sources}))
+    file.write_text(
+        yaml.safe_dump({"out": config.out, "tokenizer": config.tokenizer, "sources": sources, "max_rejected": 1})
+    )
 
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -411,6 +418,121 @@ def test_command_line_overrides_a_source() -> None:
 def test_counts_are_abbreviated() -> None:
     shown = [short(n) for n in (0, 950, 12_345, 999_400, 999_999, 2_926_800, 2_322_943_969)]
     assert shown == ["0", "950", "12.3k", "999k", "1000k", "2.93M", "2.32G"]
+
+
+def test_too_many_rejected_rows_stop_the_build_until_they_are_allowed(config: BuildConfig) -> None:
+    """The limit holds for each source; the same command with another limit does not tokenize again, and one with
+    other settings starts over."""
+    config.max_rejected = 0.15
+    rejects, partial = Path(config.out + ".rejects.jsonl"), Path(config.out + ".partial")
+    with pytest.raises(DataError, match=r"source 'mixed': 4 of 22 rows \(18.2%\) were rejected") as caught:
+        build(config, QUIET)
+    assert "--max_rejected=0.19" in caught.value.fix and str(rejects) in caught.value.fix
+    assert "mixed.jsonl, line 19, field conversations" in caught.value.where
+    assert len(caught.value.what.splitlines()) == 1 + 4, "a line for each reason"
+    assert len(rejects.read_text().splitlines()) == 6
+    results = {file: file.stat().st_mtime_ns for file in (partial / "work").glob("u*.json")}
+    allowed = replace(config, max_rejected=0.19)
+    assert len(results) == 3
+    with pytest.raises(DataError):  # again, with the same result
+        build(config, QUIET)
+    assert results == {file: file.stat().st_mtime_ns for file in results}
+    build(allowed, QUIET)
+    assert not rejects.exists() and not partial.exists()
+    assert build(config, QUIET)["build"]["max_rejected"] == 0.19, "a finished dataset is not refused"
+    again = replace(config, out=config.out + "2")
+    with pytest.raises(DataError, match="were rejected"):
+        build(again, QUIET)
+    assert build(replace(again, sources=config.sources[:2]), QUIET)["accounting"]["rejected"] == 0
+
+
+def test_fields_of_later_rows_stop_the_build_until_they_are_ignored(config: BuildConfig, tmp_path: Path) -> None:
+    """The first 1,000 rows are checked before the work; a field of a later one stops the build before packing."""
+    file = tmp_path / "later.jsonl"
+    rows = [question(i) for i in range(1005)]
+    rows[1002]["context"] = rows[1004]["context"] = "Something to read."
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config.sources = [SourceConfig(name="later", format="query_response", path=str(file))]
+    with pytest.raises(DataError, match="`context` in 2 of 1,005 rows") as caught:
+        build(config, QUIET)
+    assert "--sources.later.ignore=[context]" in caught.value.fix and caught.value.where == str(file)
+    results = {file: file.stat().st_mtime_ns for file in Path(config.out + ".partial").glob("work/u*.json")}
+    config.sources[0].ignore = ["context"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("data_prep.build.tokenize_unit", None)  # nothing is tokenized again
+        assert build(config, QUIET)["accounting"]["rows"] == 1005
+    assert len(results) == 1
+
+
+def test_reasons_are_counted_with_an_example(config: BuildConfig) -> None:
+    out = StringIO()
+    reasons = build(config, Console(file=out, width=400))["accounting"]["reasons"]
+    file = config.sources[2].path
+    assert {(r["outcome"], r["reason"], r["rows"], r["example"]) for r in reasons} >= {
+        ("dropped", NO_ANSWER, 1, f"{file}, line 17"),
+        ("rejected", "a row must be an object, not int", 1, f"{file}, line 22"),
+    }
+    assert sum(r["rows"] for r in reasons) == 6 and {r["source"] for r in reasons} == {"mixed"}
+    assert f"1 dropped: {NO_ANSWER} (first: {file}, line 17)" in out.getvalue()
+    counter = Reasons()
+    for i in range(300):
+        counter.add({"source": "a", "outcome": "rejected", "reason": f"reason {i // 2 % 250}", "row": i})
+    counts = counter.counts()
+    assert (counts[0].rows, counts[0].example) == (2, "row 0 of a") and sum(c.rows for c in counts) == 300
+    assert reason_lines(counts)[-1] == "290 rows for 145 more reasons"
+
+
+def test_dry_run_stops_where_the_build_would(config: BuildConfig) -> None:
+    out = StringIO()
+    dry_run(config, Console(file=out, width=400))
+    assert f"1 dropped: {NO_ANSWER} (first: " in out.getvalue()
+    with pytest.raises(DataError, match="source 'mixed': 4 of the first 22 rows") as caught:
+        dry_run(replace(config, max_rejected=0.05), Console(file=out, width=400))
+    assert "--max_rejected=0.19" in caught.value.fix
+    bad = replace(config, sources=[replace(config.sources[0], format="sharegpt")])
+    with pytest.raises(DataError, match="no rows to write: all of the first 40 rows"):
+        dry_run(bad, QUIET)
+
+
+@pytest.mark.parametrize("out", ["file", "file/out"])
+def test_output_that_cannot_be_created_is_named(
+    config: BuildConfig, tmp_path: Path, out: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    config.out = str(tmp_path / out)
+    for start in (build, dry_run):
+        if start is build or out != "file":
+            with pytest.raises(DataError, match="cannot be created.* is a file|already exists") as caught:
+                start(config, QUIET)
+            assert caught.value.where == config.out
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    config.out = str(tmp_path / "closed" / "out")
+    with pytest.raises(DataError, match=f"cannot be created: {tmp_path} is not writable"):
+        build(config, QUIET)
+
+
+def test_examples_mark_what_is_trained(config: BuildConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    source = config.sources[2]
+    common = ["--tokenizer", config.tokenizer, "--max_rejected=0.2", "--workers=1"]
+    main(["--input", source.path, "--format=sharegpt", "--out", config.out, *common])
+    out = capsys.readouterr().out
+    assert "2 example(s); what is trained is between [[ and ]]" in out
+    answer = f"{source.path}, line 2\n<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+    answer += f"<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n[[{'answer ' * 4}<|im_end|>]]\n"
+    assert answer in out
+    roles = "turns: system 18 (18 added by system_prompt), user 21, assistant 20 (19 trained)"
+    assert f"source 'mixed', first 22 rows: {roles}" in out
+    assert f"1 rejected: a row must be an object, not int (first: {source.path}, line 22)" in out
+    assert PackedDataset(config.out).rows(0) > 0
+
+
+def test_expected_rows_are_estimated_for_all_units_from_their_first_lines(config: BuildConfig) -> None:
+    """The first ETA would otherwise be wrong by the ratio of the lines' length to a guess."""
+    units = plan_units(config.sources, unit_bytes=1000)
+    rows = expected_rows(config.sources, units, range(len(units)))
+    assert len(rows) == len(units) > 5
+    for number, known in enumerate((40, 12, 22)):
+        assert sum(n for i, n in rows.items() if units[i].source == number) == pytest.approx(known, rel=0.2)
 
 
 def test_lost_row_raises() -> None:

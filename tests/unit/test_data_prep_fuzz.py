@@ -73,6 +73,7 @@ def config(tmp_path: Path) -> BuildConfig:
         sources=[SourceConfig(name="fuzz", format="messages", path=str(tmp_path / "rows.jsonl"), ignore=ADDED)],
         max_document_length=600,
         row_length=600,
+        max_rejected=1.0,
     )
 
 

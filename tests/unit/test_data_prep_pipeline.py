@@ -222,6 +222,48 @@ def test_dead_worker_is_reported(config: BuildConfig) -> None:
         list(work_on([1, 2, 3], _dies, (), workers=2))
 
 
+@pytest.mark.parametrize("times", [1, 2])
+def test_interrupts_end_a_build_at_once(tmp_path: Path, times: int) -> None:
+    """Tasks of a minute do not delay it, no worker is left, and nothing but the message is printed."""
+    (tmp_path / "slow.py").write_text(SLOW)
+    command = [sys.executable, str(tmp_path / "slow.py"), str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{tmp_path}"}
+    # Ctrl-C in a terminal goes to the whole group.
+    process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True, env=environment)
+    while len(list(tmp_path.glob("*.pid"))) < 2:
+        assert process.poll() is None
+        time.sleep(0.05)
+    begin = time.monotonic()
+    for _ in range(times):
+        os.killpg(process.pid, signal.SIGINT)
+        time.sleep(0.05)
+    assert process.communicate(timeout=30)[1] == "interrupted\n"
+    assert time.monotonic() - begin < 5  # 0.2 s on an idle machine
+    for file in tmp_path.glob("*.pid"):
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(file.stem), 0)
+
+
+SLOW = """
+import os, signal, sys, time
+from pathlib import Path
+from data_prep.pool import work_on
+
+def make(folder):
+    def work(task):
+        Path(folder, f"{os.getpid()}.pid").touch()
+        time.sleep(60)
+    return work
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore it
+    try:
+        list(work_on(range(9), make, (sys.argv[1],), 2))
+    except KeyboardInterrupt:
+        raise SystemExit("interrupted")
+"""
+
+
 def _dies() -> Any:
     return lambda task: os.kill(os.getpid(), signal.SIGKILL)
 

@@ -76,7 +76,10 @@ def test_the_page_matches_the_dataset(config: BuildConfig, tmp_path: Path) -> No
     assert f"{filled:.2%} of the rows filled" in page_sections[""]
     outcomes = page_sections["Outcome of the input rows"]
     assert "<one> & only 62 60 0 0 2 two 10 9 0 1 0 all 72 69 0 1 2" in outcomes
-    assert "no assistant turn 1 rejected: not a valid conversation (reasons in rejects.jsonl) 2" in outcomes
+    reasons = page_sections["Rows that are not in the dataset"]
+    assert "4.2% of the input rows 1 dropped (no target) 2 rejected (not valid)" in reasons
+    assert "no assistant turn dropped two 1" in reasons and "the conversation has no turn rejected" in reasons
+    assert f"the conversation has no turn {config.sources[0].path}, line 61, field messages" in reasons
     assert "texts that spell a special token (encoded as plain text) 2" in outcomes
     first_tokens, second_tokens = (
         entry["clean_tokens"] * entry["weight"] for entry in manifest["accounting"]["by_source"]
