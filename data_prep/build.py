@@ -240,9 +240,7 @@ def _locked(work: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise DataError(
-                "another process works on this build", str(work.parent), "wait for it, or stop it"
-            ) from None
+            raise DataError("another process works on this build", str(work.parent), "wait for it") from None
         yield
 
 
@@ -432,9 +430,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--tokenizer", metavar="FOLDER", help="tokenizer of the base model; overrides --config")
     parser.add_argument("--out", metavar="FOLDER", help="dataset folder to create; overrides --config")
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and exit")
-    parser.add_argument(
-        "--dry-run", action="store_true", help="report input, output size and disk space; build nothing"
-    )
+    parser.add_argument("--dry-run", action="store_true", help="only report input, output size and disk space")
     parser.add_argument("--workers", type=int, default=cpus(), metavar="N", help="number of processes")
     parser.add_argument(
         "--shard",
