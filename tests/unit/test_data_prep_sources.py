@@ -1,6 +1,7 @@
 """Sources: row formats, their schemas, and the files of a source."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -441,3 +442,11 @@ def test_files_outside_that_a_readme_names_are_refused(tmp_path: Path) -> None:
     readme = "---\nconfigs:\n- config_name: d\n  data_files: '../secret.jsonl'\n---\n"
     with pytest.raises(DataError, match="secret.jsonl"):
         files(_folder(tmp_path / "hub", README__md=readme))
+
+
+def test_documentation_has_a_row_of_each_format() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
+    rows = dict(re.findall(r"^\| `(\w+)` \| `([{\[].*[}\]])` \|$", text, re.M))
+    assert rows.keys() == FORMATS.keys() - {"columns"}
+    for name, row in rows.items():
+        assert detect_format([("FILE", json.loads(row))], SourceConfig(name="s")) == name
