@@ -416,6 +416,7 @@ def test_mutated_rows_are_all_accounted_for(name: str, tmp_path: Path) -> None:
         out=str(tmp_path / "out"),
         tokenizer=str(write_folder(tmp_path / "base")),
         sources=[replace(source, path=str(file), ignore=[*source.ignore, *form.unread])],
+        max_rejected=1.0,
     )
     accounting = build(config, QUIET)["accounting"]
     lost = sum(accounting["dropped"].values()) + accounting["rejected"]
