@@ -21,11 +21,16 @@ def write_text(path: Path, text: str) -> None:
     """Replaces the content of `path` atomically; a reader sees the old file or the new one."""
     partial = path.with_name(path.name + ".partial")
     # a file name may hold bytes that are no text: \udcXX, which JSON reads back as it was
-    with open(partial, "w", encoding="utf-8", errors="backslashreplace") as file:
+    with open(partial, "w", encoding="utf-8", errors="backslashreplace", opener=_open_no_link) as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)  # after the fsync: a crash must not leave the name on an empty file
+
+
+def _open_no_link(path: str, flags: int) -> int:
+    """`os.open` that fails on a link: in a stranger's folder NAME.partial could lead to any file of the user."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -171,11 +176,11 @@ def regular_file(folder: Path, name: str, error: type[UserError]) -> Path:
             fix = "if you trust it, replace the link by a copy (cp -L), or correct the name"
             raise error(f"{name:.200} leads out of its folder, to {target}", str(folder), fix)
         if not stat.S_ISREG(target.stat().st_mode):  # before it is opened: opening a pipe waits for its writer
-            raise error(f"{name} is not a regular file", str(path))
+            raise error(f"{name} is not a regular file", str(path), "put a file in its place, or use another folder")
         with open(target, "rb") as file:
             pointer = file.read(len(_LFS)) == _LFS
     except (FileNotFoundError, NotADirectoryError):
-        raise error(f"{name} is missing", str(path)) from None
+        raise error(f"{name} is missing", str(path), "copy the folder again, with all its files") from None
     except (OSError, ValueError) as problem:  # ValueError: a name with a null byte
         raise error(f"{name:.100} cannot be read: {problem.args[-1]}", str(folder)) from None
     if pointer:

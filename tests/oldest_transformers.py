@@ -4,6 +4,7 @@
 the PYTHONPATH; everything else comes from the environment. `fetch_tests` fetches the tests of any version.
 """
 
+import fcntl
 import os
 import shutil
 import subprocess
@@ -39,27 +40,34 @@ def fetch_tests(folder: Path, version: str) -> Path:
     CalledProcessError: pip failed.
     """
     target = folder / f"transformers-{version}-tests"
-    if not target.is_dir():
-        partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
-        source = ["--no-binary=transformers", "--no-build-isolation", f"transformers=={version}"]
-        subprocess.run([*PIP, "download", "--no-deps", f"--dest={partial}", *source], check=True, stdout=sys.stderr)
-        # transformers' test utilities import datasets, whose newest version does not know the oldest huggingface_hub
-        wants = ["parameterized==0.9.0", *(["datasets==4.4.1"] if version == OLDEST else [])]
-        install = [*PIP, "install", "--no-deps", f"--target={partial}", *wants]
-        subprocess.run(install, check=True, stdout=sys.stderr)
-        archive = partial / f"transformers-{version}.tar.gz"
-        with tarfile.open(archive) as files:
-            members = [m for m in files.getmembers() if m.name.startswith(f"transformers-{version}/tests/")]
-            files.extractall(partial, members, filter="data")
-        archive.unlink()
-        package = partial / "transformers_tests"
-        (partial / f"transformers-{version}" / "tests").rename(package)
-        for file, name in STUBS.items():
-            (package / file).parent.mkdir(exist_ok=True)
-            (package / file).write_text(f"class {name}:\n    pass\n")
-        shutil.rmtree(partial / f"transformers-{version}")
-        partial.rename(target)
+    folder.mkdir(exist_ok=True)
+    with open(folder / "transformers.lock", "w", encoding="utf-8") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # all workers of pytest-xdist collect the tests at the same time
+        if not target.is_dir():
+            _fetch_tests(target, version)
     return target
+
+
+def _fetch_tests(target: Path, version: str) -> None:
+    partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
+    source = ["--no-binary=transformers", "--no-build-isolation", f"transformers=={version}"]
+    subprocess.run([*PIP, "download", "--no-deps", f"--dest={partial}", *source], check=True, stdout=sys.stderr)
+    # transformers' test utilities import datasets, whose newest version does not know the oldest huggingface_hub
+    wants = ["parameterized==0.9.0", *(["datasets==4.4.1"] if version == OLDEST else [])]
+    install = [*PIP, "install", "--no-deps", f"--target={partial}", *wants]
+    subprocess.run(install, check=True, stdout=sys.stderr)
+    archive = partial / f"transformers-{version}.tar.gz"
+    with tarfile.open(archive) as files:
+        members = [m for m in files.getmembers() if m.name.startswith(f"transformers-{version}/tests/")]
+        files.extractall(partial, members, filter="data")
+    archive.unlink()
+    package = partial / "transformers_tests"
+    (partial / f"transformers-{version}" / "tests").rename(package)
+    for file, name in STUBS.items():
+        (package / file).parent.mkdir(exist_ok=True)
+        (package / file).write_text(f"class {name}:\n    pass\n")
+    shutil.rmtree(partial / f"transformers-{version}")
+    partial.rename(target)
 
 
 if __name__ == "__main__":

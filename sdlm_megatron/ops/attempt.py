@@ -40,12 +40,15 @@ def adopt_slurm_ranks() -> None:
 
 
 def refuse_lone_tasks() -> None:
-    """Raises ConfigError in one of several tasks of srun that do not know of each other."""
-    tasks = os.environ.get("SLURM_STEP_NUM_TASKS") or os.environ.get("SLURM_NTASKS", "")
+    """Raises ConfigError in one of several tasks of srun or mpirun that do not know of each other."""
+    names = ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+    name = next((name for name in names if os.environ.get(name)), "")
+    tasks = os.environ.get(name, "")
     if "WORLD_SIZE" not in os.environ and tasks.isdigit() and int(tasks) > 1:
+        starter = "Slurm" if name.startswith("SLURM") else "mpirun"
         raise ConfigError(
-            f"Slurm has started {tasks} tasks, and each would train everything alone",
-            "SLURM_NTASKS without WORLD_SIZE",
+            f"{starter} has started {tasks} tasks, and each would train everything alone",
+            f"{name} without WORLD_SIZE",
             "`sdlm submit`; one torchrun per node: srun --ntasks-per-node=1 torchrun --nnodes=N --nproc-per-node=GPUS "
             "--rdzv-backend=c10d --rdzv-endpoint=HOST:PORT -m sdlm_megatron.train …; or one process: srun --ntasks=1 …",
         )

@@ -179,6 +179,8 @@ def _listed(folder: Path) -> dict[str, tuple[int, str]]:
             "name a step-NNNNNNN folder or one that `sdlm import` wrote; an interrupted save cannot be used",
         )
     content = read_json_object(regular_file(folder, marker.name, CheckpointError), CheckpointError, "use another")
+    if "state.json" not in content:
+        raise CheckpointError("complete.json lists no state.json", str(marker), "copy the checkpoint again")
     entries = {name: checked(content, name, dict, marker, CheckpointError) for name in content}
     return {
         name: (

@@ -277,7 +277,7 @@ def test_form_is_built_and_verified(name: str, tmp_path: Path) -> None:
 
 
 def test_renderings_equal_those_of_the_template_of_qwen() -> None:
-    """sha256 over all conversations, recorded with the template of Qwen2.5-3B itself."""
+    """sha256 over all conversations, recorded with a transcription of the template that Qwen2.5 publishes."""
     texts = [template_text(row) for _, _, rows in FORMS.values() for row in rows]
     assert sha256("".join(texts).encode()).hexdigest() == QWEN_SHA256
 

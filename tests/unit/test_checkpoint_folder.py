@@ -193,11 +193,19 @@ def test_entries_of_complete_json_are_checked(tmp_path: Path, entries: Any, mess
     folder = save(tmp_path, 3)
     (tmp_path / "secret").write_text("text")
     (folder / "weights").mkdir()
-    (folder / "complete.json").write_text(json.dumps(entries))
+    state = json.loads((folder / "complete.json").read_text())["state.json"]
+    (folder / "complete.json").write_text(json.dumps({"state.json": state} | entries))
     for check in (check_complete, check_files):
         with pytest.raises(CheckpointError) as raised:
             check(folder)
         assert message in raised.value.what, check
+
+
+def test_list_of_files_without_the_state_is_refused(tmp_path: Path) -> None:
+    folder = save(tmp_path, 3)
+    (folder / "complete.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="complete.json lists no state.json"):
+        check_complete(folder)
 
 
 RUNS: list[tuple[dict[str, Any], str]] = [

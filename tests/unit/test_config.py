@@ -18,7 +18,7 @@ from sdlm_megatron.config.schema import DiffusionConfig, ModelConfig, RunConfig
 from sdlm_megatron.config.validate import CHOICES, check_model, check_run, process_place
 from sdlm_megatron.errors import ConfigError, ReplicaError, TrainingError, UserError
 from sdlm_megatron.ops.driver.cluster_file import ClusterFile
-from sdlm_megatron.weights.checkpoint_folder import read_state
+from sdlm_megatron.weights.checkpoint_folder import checksums, read_state
 
 
 @pytest.mark.parametrize("name", preset_names(PRESETS))
@@ -221,7 +221,8 @@ def test_settings_missing_from_old_state_get_their_default(tmp_path: Path) -> No
     }
     for extra, expected in (({}, 0.0), ({"next_token_weight": 0.2}, 0.2)):
         (tmp_path / "state.json").write_text(json.dumps({**state, "diffusion": {**diffusion, **extra}}))
-        (tmp_path / "complete.json").write_text("{}")
+        (tmp_path / "complete.json").unlink(missing_ok=True)
+        (tmp_path / "complete.json").write_text(json.dumps(checksums(tmp_path)))
         assert read_state(tmp_path).diffusion == DiffusionConfig(
             block_size=8, causal_attn=True, target_shift=True, next_token_weight=expected, mask_token="<m>"
         )

@@ -170,7 +170,7 @@ def test_damaged_weight_files_are_reported(tmp_path: Path) -> None:
             mcore_to_hf.convert(tmp_path / "mcore", tmp_path / "out")
         shutil.rmtree(tmp_path / "out.partial", ignore_errors=True)
     (weights / "__0_0.distcp").unlink()
-    (tmp_path / "mcore" / "complete.json").write_text("{}")
+    seal(tmp_path / "mcore")
     with pytest.raises(CheckpointError, match=r"__0_0\.distcp"):
         mcore_to_hf.convert(tmp_path / "mcore", tmp_path / "out")
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from sdlm_megatron.errors import CheckpointError
-from sdlm_megatron.files import checked, read_json, read_json_object, regular_file
+from sdlm_megatron.files import checked, read_json, read_json_object, regular_file, write_text
 
 
 @pytest.mark.parametrize(
@@ -87,3 +87,11 @@ def test_links_of_a_hub_cache_into_its_blobs_are_followed(tmp_path: Path) -> Non
     os.symlink("/etc/passwd", snapshot / "tokenizer.json")
     with pytest.raises(CheckpointError, match="leads out of its folder"):
         regular_file(snapshot, "tokenizer.json", CheckpointError)
+
+
+def test_a_file_is_not_written_through_a_planted_link(tmp_path: Path) -> None:
+    (tmp_path / "victim").write_text("before")
+    os.symlink("victim", tmp_path / "report.html.partial")
+    with pytest.raises(OSError, match="symbolic links"):
+        write_text(tmp_path / "report.html", "after")
+    assert (tmp_path / "victim").read_text() == "before"

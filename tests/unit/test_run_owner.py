@@ -154,6 +154,8 @@ def test_only_one_of_many_becomes_the_owner(tmp_path: Path) -> None:
     [
         ("SLURM_NTASKS", "2", True),
         ("SLURM_STEP_NUM_TASKS", "2", True),
+        ("OMPI_COMM_WORLD_SIZE", "2", True),
+        ("PMI_SIZE", "2", True),
         ("SLURM_NTASKS", "1", False),
         ("SLURM_NTASKS", "", False),
     ],
@@ -161,12 +163,12 @@ def test_only_one_of_many_becomes_the_owner(tmp_path: Path) -> None:
 def test_tasks_of_srun_without_ranks_are_refused(
     monkeypatch: pytest.MonkeyPatch, name: str, value: str, refused: bool
 ) -> None:
-    for other in ("WORLD_SIZE", "SLURM_NTASKS", "SLURM_STEP_NUM_TASKS"):
+    for other in ("WORLD_SIZE", "SLURM_NTASKS", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
         monkeypatch.delenv(other, raising=False)
     refuse_lone_tasks()
     monkeypatch.setenv(name, value)
     if refused:
-        with pytest.raises(ConfigError, match="Slurm has started 2 tasks, and each would train everything alone"):
+        with pytest.raises(ConfigError, match="(Slurm|mpirun) has started 2 tasks, and each would train"):
             refuse_lone_tasks()
     monkeypatch.setenv("WORLD_SIZE", "2")  # ranks of torchrun or of the driver
     refuse_lone_tasks()
