@@ -81,7 +81,7 @@ def test_commands_work_without_data(installed: Installation) -> None:
 def test_submit_finds_its_scripts(installed: Installation) -> None:
     """Every check but Slurm's own passes without a cluster."""
     (installed.folder / "clusters").mkdir()
-    (installed.folder / "clusters" / "mine.yaml").write_text("gpus_per_node: 4\npartition: mine\n")
+    (installed.folder / "clusters" / "mine.yaml").write_text("gpus_per_node: 8\npartition: mine\n")
     for cluster, text in (("example", "8 = 232 processes"), ("mine", "--partition=mine")):
         command = ("sdlm", "submit", "train_32b_d4", "--cluster", cluster, "--dry-run")
         done = installed.run(*command, check=False, DATA="data", BASE="base")
