@@ -386,7 +386,7 @@ def _seal(
         parts=[[info for part, info in parts.items() if part.epoch == epoch] for epoch in range(config.epochs)],
         files={file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in others},
         extra={
-            "accounting": {**accounting.summarize(), "reasons": [reason._asdict() for reason in reasons]},
+            "accounting": {**accounting.summarize(), "reasons": mask_values([r._asdict() for r in reasons])},
             "duplicates": {"policy": config.duplicates, "documents": plan.duplicates, "pairs": plan.pairs},
             **repetition_entries(config, plan.near, accounting),
             "chat": asdict(frame_of(_encoder(config.tokenizer, config.mask_token))),

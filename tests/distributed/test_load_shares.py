@@ -34,6 +34,7 @@ def test_ranks_read_only_their_share(tmp_path: Path) -> None:
 
 def test_new_mask_token_needs_every_row(tmp_path: Path) -> None:
     """Mean of the new token: needs every row of embedding and head, on the rank that holds the token."""
-    base = make_hf(tmp_path / "hf", tied=False, dtype=torch.bfloat16, vocab=256)
+    plain = dict.fromkeys(("block_size", "causal_attn", "text_mask_token", "text_mask_token_id"))
+    base = make_hf(tmp_path / "hf", tied=False, dtype=torch.bfloat16, vocab=256, **plain)
     first, second = shares(base, tmp_path / "tp", processes=2, tensor=2, mask=256)
     assert first < 0.6 < second

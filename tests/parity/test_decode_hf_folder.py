@@ -254,6 +254,7 @@ def test_unreadable_folders_are_refused(tmp_path: Path) -> None:
     (whole / "config.json").write_text("{")
     with pytest.raises(CheckpointError, match="config.json is not valid JSON"):
         read_hf_config(whole)
+    whole = tiny(tmp_path / "cut")
     weights = whole / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(CheckpointError, match=r"cannot be read[\s\S]*model\.safetensors"):

@@ -22,7 +22,7 @@ from sdlm_megatron.planner.flops import training_flops
 
 LENGTH, D = 128, 4
 SHAPE = ModelConfig(
-    num_layers=2, hidden_size=64, num_attention_heads=4, num_query_groups=2, ffn_hidden_size=96, vocab_size=256
+    num_layers=2, hidden_size=64, num_attention_heads=4, num_query_groups=2, ffn_hidden_size=96, vocab_size=264
 )
 
 

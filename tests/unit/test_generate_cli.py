@@ -55,7 +55,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def plain(folder: Path, tmp_path: Path) -> Path:
     """Copies the model without SDLM's keys."""
-    return edit(copy(folder, tmp_path), block_size=None, text_mask_token_id=None)
+    stock = {"architectures": ["Qwen2ForCausalLM"], "auto_map": None}
+    return edit(copy(folder, tmp_path), block_size=None, text_mask_token_id=None, **stock)
 
 
 def copy(folder: Path, tmp_path: Path) -> Path:

@@ -220,7 +220,7 @@ def test_commands_in_an_ascii_locale(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": turns}) + "\n" + "[1]\n", encoding="utf-8")
     sources = [{"name": name, "path": str(tmp_path / "rows.jsonl")} for name in (HOSTILE.replace("\0", ""), "two")]
     sizes = {"row_length": 1024, "max_document_length": 900}
-    config = {"out": str(tmp_path / "out"), "tokenizer": str(base), "sources": sources, **sizes}
+    config = {"out": str(tmp_path / "out"), "tokenizer": str(base), "sources": sources, "max_rejected": 1.0, **sizes}
     (tmp_path / "data.yaml").write_text(json.dumps(config), encoding="utf-8")
     run = tmp_path / "run"
     run.mkdir()
