@@ -19,9 +19,8 @@ USUAL = (
     "{% generation %}!{% endgeneration %}{% if loop.last %}{% break %}{% endif %}{% endfor %}"
     "{{ add_generation_prompt }}"
 )
+ENDLESS = ["{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "{{ 9 ** (9 ** 9) }}"]
 HOSTILE = {
-    "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}": "more than 1 s of CPU time",
-    "{{ 9 ** (9 ** 9) }}": "more than 1 s of CPU time",
     "{{ 1 / 0 }}": "ZeroDivisionError",
     "{{ 'x' * 10 ** 11 }}": "MB of memory",
     "{{ '%099999999999d' % 1 }}": "MB of memory",
@@ -45,16 +44,23 @@ def test_templates_render_as_in_transformers() -> None:
     assert "<s>SYSTEM" in expected[0] and expected[0].endswith("True")
 
 
-def test_hostile_templates_are_errors_with_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
-    # the child has a limit of its own
-    monkeypatch.setattr(chat_template, "_START", chat_template._START.replace("import _serve;", SHORT))
-    monkeypatch.setattr(chat_template, "CPU_SECONDS", 1)
-    monkeypatch.setattr(chat_template, "_children", {})
+def test_hostile_templates_are_errors_with_the_file() -> None:
     for source, why in HOSTILE.items():
         with pytest.raises(CheckpointError) as caught:
             render(source, MESSAGES, {}, FILE)
         assert why in caught.value.what, source
         assert caught.value.where == str(FILE)
+        assert render("{{ messages[0].content }}", MESSAGES, {}, FILE) == "S"
+
+
+def test_endless_templates_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    # the child has a limit of its own
+    monkeypatch.setattr(chat_template, "_START", chat_template._START.replace("import _serve;", SHORT))
+    monkeypatch.setattr(chat_template, "CPU_SECONDS", 1)
+    monkeypatch.setattr(chat_template, "_children", {})
+    for source in ENDLESS:
+        with pytest.raises(CheckpointError, match="more than 1 s of CPU time"):
+            render(source, MESSAGES, {}, FILE)
         assert render("{{ messages[0].content }}", MESSAGES, {}, FILE) == "S"
 
 
