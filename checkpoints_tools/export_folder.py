@@ -64,7 +64,7 @@ def plan_export(tensors: TensorReader, config: HFConfig, *, dtype: str | None, m
     if "lm_head.weight" in names and config.shape.tied_embeddings:
         raise CheckpointError("a tied model has no output layer of its own", "lm_head.weight", "leave it out")
     if EMBEDDING not in names:
-        raise CheckpointError("no embedding among the exported tensors", EMBEDDING)
+        raise CheckpointError("no embedding among the exported tensors", EMBEDDING, "use another checkpoint")
     if tensors.shape(EMBEDDING) != expected:
         raise CheckpointError(
             f"the embedding is {tensors.shape(EMBEDDING)}, the configuration says {expected}",

@@ -28,7 +28,7 @@ def repair(folder: Path) -> list[str]:
     try:
         sdlm = SDLMSettings.from_config_json(config, generation)
     except SettingError as error:
-        raise CheckpointError(error.what, f"{folder / error.file}, field {error.field}") from None
+        raise CheckpointError(error.what, f"{folder / error.file}, field {error.field}", "correct it") from None
     if sdlm is None:
         raise CheckpointError(
             "config.json has no block_size: the settings of the training are lost, or it never was an SDLM folder",

@@ -215,7 +215,7 @@ def read_elements(content: BinaryIO, start: int, stop: int, file: Path) -> Itera
     while at < stop:
         block = content.read(min(BLOCK, stop - at))
         if not block:
-            raise DataError("the file ends early: it changed while it was read", str(file))
+            raise DataError("the file ends early: it changed while it was read", str(file), "start again")
         first = 0
         for comma in scanner.scan(block)[0].tolist():
             begun += block[first : min(comma, first + MOST_LINE + 1 - len(begun))]

@@ -216,7 +216,7 @@ def _line_rows(unit: InputUnit, encoding: str) -> Iterator[InputRow]:
             if not line and unit.stop == END:
                 break
             if not line:
-                raise DataError("the file ends early: it changed while it was read", unit.file)
+                raise DataError("the file ends early: it changed while it was read", unit.file, "start again")
             at += size
             place += 1
             if not line.isspace():

@@ -1,9 +1,11 @@
 """Small models and datasets for the tests, and a way to run several processes."""
 
+import ast
 import json
 import os
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +31,14 @@ def tracked_files() -> list[str]:
     """Paths of the repository's tracked files that exist; a symbolic link counts as one file."""
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=REPO, capture_output=True, text=True, check=True).stdout
     return [name for name in listed.split("\0") if name and (REPO / name).exists()]
+
+
+@cache
+def sources() -> dict[str, tuple[str, ast.Module]]:
+    """Text and syntax tree of every Python file outside tests/, by its path in the repository."""
+    files = [name for name in tracked_files() if name.endswith(".py") and not name.startswith("tests/")]
+    texts = {name: (REPO / name).read_text() for name in files}
+    return {name: (text, ast.parse(text)) for name, text in texts.items()}
 
 
 def random_document(rng: np.random.Generator, length: int) -> tuple[np.ndarray, np.ndarray]:

@@ -198,9 +198,8 @@ class ChatModel:
             try:
                 message["content"].encode()
             except UnicodeEncodeError as error:
-                raise DataError(
-                    f"the text is not valid Unicode: {error.reason}", f"the {message['role']} turn"
-                ) from None
+                where, fix = f"the {message['role']} turn", "remove the characters that are half of a surrogate pair"
+                raise DataError(f"the text is not valid Unicode: {error.reason}", where, fix) from None
         return self._by_template(messages) if self.tokenizer.chat_template else self._chatml(messages)
 
     def _by_template(self, messages: Sequence[Message]) -> list[int]:

@@ -152,7 +152,8 @@ def _piped_prompt() -> str | None:
     try:
         text = sys.stdin.read().strip()
     except UnicodeDecodeError as error:
-        raise ConfigError(f"the prompt is not UTF-8 text: {error.reason}", "standard input") from None
+        what = f"the prompt is not UTF-8 text: {error.reason}"
+        raise ConfigError(what, "standard input", "convert it, as with iconv") from None
     if not text:
         raise ConfigError("no prompt: standard input is empty", fix='pass --prompt "…", or run it in a terminal')
     return text

@@ -111,7 +111,7 @@ def _compose(text: str, name: str) -> yaml.Node | None:
         fix = next((fix for part, fix in _FIXES.items() if part in problem), _QUOTES)
         raise ConfigError(f"not readable YAML: {problem}", where, fix) from None
     except RecursionError:  # the scanner's own depth
-        raise ConfigError("the value is nested too deeply", name) from None
+        raise ConfigError("the value is nested too deeply", name, "write it with fewer levels") from None
 
 
 def place_of(node: yaml.Node) -> str:

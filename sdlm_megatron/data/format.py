@@ -331,10 +331,10 @@ def _check_values(manifest: dict[str, Any], file: Path) -> None:
     """
     for key, least in (("row_length", 1), ("max_document_length", 1), ("block_size", 1), ("repeat", 0), ("epochs", 1)):
         if checked(manifest, key, int, file, DataError, least) > MOST_TOKENS:
-            raise DataError(f"{key} is {manifest[key]}, above {MOST_TOKENS}", f"{file}, field {key}")
+            raise DataError(f"{key} is {manifest[key]}, above {MOST_TOKENS}", f"{file}, field {key}", REBUILD)
     for key in ("mask_token_id", "eos_token_id", "pad_token_id", "vocab_size", "seed"):
         if checked(manifest, key, int, file, DataError, -1) >= 2**63:
-            raise DataError(f"{key} is {manifest[key]}, above 64 bits", f"{file}, field {key}")
+            raise DataError(f"{key} is {manifest[key]}, above 64 bits", f"{file}, field {key}", REBUILD)
     kinds: dict[str, type] = {
         "target_shift": bool,
         "tokenizer": dict,

@@ -84,7 +84,7 @@ def _preset_plan(planner: Planner, gpus: int) -> tuple[LayoutPlan | None, str]:
     size = planner.config.parallel.tensor * planner.config.parallel.pipeline
     try:
         if gpus < size:
-            raise ConfigError(f"{gpus} GPUs are fewer than tensor x pipeline = {size}")
+            raise ConfigError(f"{gpus} GPUs are fewer than tensor x pipeline = {size}", fix="use more GPUs")
         layout = layout_of(planner.config, gpus)
         planner.check(layout)
     except ConfigError as error:

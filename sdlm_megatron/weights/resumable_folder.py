@@ -153,7 +153,7 @@ class PartialFolder:
         def on_bytes(count: int) -> None:
             progress.add(count)
             if stop.is_set():
-                raise CheckpointError("stopped because another file failed", planned.file)
+                raise CheckpointError("stopped because another file failed", planned.file, "see the other error")
 
         try:
             out = OutputFile(unfinished, on_bytes)

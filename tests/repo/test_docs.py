@@ -1,14 +1,17 @@
-"""Files, functions and commands named in the documents exist."""
+"""Files, functions, commands and messages named in the documents exist, and errors name their fix."""
 
+import ast
 import re
+from functools import cache
 from pathlib import Path
 
 import pytest
-from helpers import REPO
+from helpers import REPO, sources
 
 from sdlm_megatron.cli import COMMANDS
 
 DOCS = [REPO / "README.md", REPO / "CONTRIBUTING.md", *sorted((REPO / "docs").glob("*.md"))]
+MESSAGES = ("operations.md", "data.md")
 
 
 @pytest.mark.parametrize("document", DOCS, ids=lambda p: p.name)
@@ -51,3 +54,48 @@ def test_no_machine_specific_path_is_committed() -> None:
     ours = [p for p in files if not {".venv", "runs", ".cache", "build"} & set(p.relative_to(REPO).parts)]
     assert len(ours) > 50
     assert not [p for p in ours if p != Path(__file__) and suspicious.search(p.read_text(errors="ignore"))]
+
+
+def _text(node: ast.expr | None) -> str:
+    """Text of a literal, with … in place of its values."""
+    if isinstance(node, ast.JoinedStr):
+        return "".join(map(_text, node.values))
+    return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else "…" if node else ""
+
+
+def _parts(message: str) -> list[str]:
+    """Runs of three words of a documented message, and its pieces of more than 7 characters between values."""
+    words = message.split()
+    runs = [" ".join(words[i : i + 3]) for i in range(len(words) - 2)]
+    return runs + [part for part in re.split(r"…|[(),:]|\b[A-Z]+\b", message) if len(part.strip()) > 7]
+
+
+@cache
+def _nodes() -> list[ast.AST]:
+    """All syntax nodes of the product."""
+    return [node for file, (_, tree) in sources().items() if not file.startswith("dev/") for node in ast.walk(tree)]
+
+
+def test_errors_name_their_fix_or_are_documented() -> None:
+    """A UserError has a fix, or docs/operations.md or docs/data.md has its message."""
+    errors = {"UserError", "ConfigError", "DataError", "CheckpointError", "TrainingError", "ReplicaError", "NotChosen"}
+    documented = " ".join(" ".join((REPO / "docs" / name).read_text().split()) for name in MESSAGES)
+    calls = [n for n in _nodes() if isinstance(n, ast.Call) and isinstance(n.func, ast.Name) and n.func.id in errors]
+    assert len(calls) > 300
+    missing = []
+    for call in calls:
+        fix = [*call.args[2:3], *(k.value for k in call.keywords if k.arg == "fix")]
+        part = max(re.split("…|<|, not", _text(call.args[0])), key=len).strip(" `:") if call.args else ""
+        if part and not any(map(_text, fix)) and part not in documented:
+            missing.append(part)
+    assert not missing
+
+
+@pytest.mark.parametrize("document", MESSAGES)
+def test_documented_messages_exist(document: str) -> None:
+    """Some words of each message in the tables' first columns follow each other in a text of the sources."""
+    texts = " ".join(_text(node) for node in _nodes() if isinstance(node, ast.JoinedStr | ast.Constant))
+    cells = re.findall(r"^\| ([^|]+) \|", (REPO / "docs" / document).read_text(), re.MULTILINE)
+    messages = [message for cell in cells for message in re.findall('"([^"]+)"', cell)]
+    assert len(messages) > 20
+    assert [m for m in messages if not any(part in texts for part in _parts(m))] == []

@@ -125,7 +125,8 @@ class Submission:
             self.processes = self.nodes * self.cluster.gpus_per_node
             check_run(self.run, self.processes)  # not only after hours in the queue
         elif any(getattr(self.args, name) is not None for name in ("spares", "launcher", "retries")):
-            raise ConfigError("--spares, --launcher and --retries are for training scripts", str(self.script.path))
+            what = "--spares, --launcher and --retries are for training scripts"
+            raise ConfigError(what, str(self.script.path), "leave them out")
         for name, value in os.environ.items():
             if _CHANGES_SCRIPT.match(f"{name}={value}"):
                 raise ConfigError(
