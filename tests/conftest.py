@@ -13,6 +13,8 @@ settings.register_profile("no deadline", deadline=None)  # the time of an exampl
 settings.load_profile("no deadline")
 sys.path.insert(0, str(Path(__file__).parent))
 os.environ.setdefault("WANDB_SILENT", "true")
+# Read when torch is imported. With a thread per core in each worker, small steps spend their time waiting for a core.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_configure(config: pytest.Config) -> None:
