@@ -423,10 +423,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.list_settings = True
     inputs = parser.add_mutually_exclusive_group(required=True)
     inputs.add_argument("--config", metavar="FILE", help=f"YAML file or preset: {', '.join(preset_names(PRESETS))}")
-    inputs.add_argument(
-        "--input", metavar="PATH", help="single source: a file, a folder, or hub:NAME for a hub dataset"
-    )
-    parser.add_argument("--format", choices=FORMATS, help="source format of --input; default: the one its fields match")
+    inputs.add_argument("--input", metavar="PATH", help="single source: file, folder, or hub:NAME for a hub dataset")
+    formats = "source format of --input; default: the one its fields match"
+    parser.add_argument("--format", choices=FORMATS, metavar="FORMAT", help=formats)
     parser.add_argument("--tokenizer", metavar="FOLDER", help="tokenizer of the base model; overrides --config")
     parser.add_argument("--out", metavar="FOLDER", help="dataset folder to create; overrides --config")
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and exit")

@@ -23,7 +23,7 @@ class SourceConfig:
     name: str = ""
     """Name of the source in reports; unique."""
     format: str = ""
-    """Row format: one of the source formats that --help and docs/data.md list; empty: the one that the rows match."""
+    """Row format: one of the source formats above; empty: the one that the rows match."""
     columns: dict[str, str] = field(default_factory=dict)
     """Columns of the file by our names (turns, prompt, input, answer, system, history, tools, weight, text, chosen,
     rejected, label), and keys of a turn (role, content), where they differ from those of the format."""

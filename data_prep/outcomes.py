@@ -98,7 +98,7 @@ def refusal(
     worst = max(over, key=lambda source: source.rejected / source.rows) if over else rows[0]
     if empty:
         what = f"no rows to write: all {'of the first ' * sample}{total:,} rows were rejected or dropped"
-        fix = "check that the source's format matches its rows (docs/data.md lists the formats)"
+        fix = "check that the source's format matches its rows (`sdlm prepare --help` lists the formats)"
     else:
         share = worst.rejected / worst.rows
         counts = [own for own in counts if own.source == worst.name and own.outcome == "rejected"]

@@ -1,4 +1,4 @@
-"""Verify a packed dataset: every file, every row, every rule of docs/method.md.
+"""Verify a packed dataset: every file, every row, every rule of packed rows.
 
 All files are read again. From the tokens, and the list of answers that are not trained, follow the turns, hence the
 anchors, the number of blocks, the draw, and the content of the blocks; each is compared with what is stored.

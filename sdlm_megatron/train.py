@@ -84,6 +84,7 @@ def train(config: RunConfig, watch: Watch | None, *, profile: str | None = None,
     from sdlm_megatron.config.hardware import slow_bf16
     from sdlm_megatron.data.format import PackedDataset
     from sdlm_megatron.training import run_plan
+    from sdlm_megatron.training.sample_prompts import choose_prompts
 
     rank, world = process_place()
     main_process = rank == 0
@@ -96,6 +97,8 @@ def train(config: RunConfig, watch: Watch | None, *, profile: str | None = None,
     if main_process and config.train.precision == "bf16" and (reason := slow_bf16()):
         log(f"note     {reason}: --train.precision=fp32 is faster here")
     validation = run_plan.open_validation(config, dataset)
+    if config.observe.sample_every:
+        choose_prompts(dataset)  # an error before the model is built, and in a dry run
     if profile_steps is not None:
         profile_steps = run_plan.steps_to_profile(profile_steps, plan.state.step, plan.last_step(config))
     if watch is None:

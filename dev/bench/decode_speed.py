@@ -20,7 +20,7 @@ from sdlm_megatron.config.command_line import make_parser
 from sdlm_megatron.config.hardware import default_device
 from sdlm_megatron.errors import run_cli
 
-HEAD = ("", "tokens a pass", "ms a pass", "ms a token", "speedup per token", "share of the pass ratio")
+HEAD = ("", "tokens per pass", "ms per pass", "ms per token", "speedup per token", "share of the pass ratio")
 
 
 @dataclass

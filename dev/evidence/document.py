@@ -57,7 +57,7 @@ def compared_figure(sweeps: Results) -> Figure:
             panels.setdefault("exact answers, n = 1", {})[label] = plain.exact
         if fast is not None:
             panels.setdefault("exact answers, τ = .98", {})[label] = fast.exact
-            panels.setdefault("tokens a pass, τ = .98", {})[label] = fast.speed
+            panels.setdefault("tokens per pass, τ = .98", {})[label] = fast.speed
     return models_figure(panels, percent=[name for name in panels if name.startswith("exact")])
 
 

@@ -1,7 +1,7 @@
 """Chat with a model folder in the terminal, each token colored by the forward pass that produced it.
 
 In a terminal this is a conversation: /reset clears it, /quit or Ctrl-D ends it, Ctrl-C stops an answer. With --prompt,
-or with text on standard input, it prints one answer. A folder that is not an SDLM is decoded one token a pass (ar).
+or with text on standard input, it prints one answer. A folder that is not an SDLM is decoded one token per pass (ar).
 """
 
 import argparse
@@ -177,7 +177,7 @@ def _run(args: argparse.Namespace) -> None:
     console = make_console(stderr=True)
     note(console, f"{chat.describe()}: {settings}")
     if not chat.config.is_sdlm:
-        note(console, "not an SDLM (its config.json has no block_size): plain next-token decoding, one token a pass")
+        note(console, "not an SDLM (its config.json has no block_size): plain next-token decoding, one token per pass")
     if prompt is None:
         import readline  # noqa: F401  # line editing and history for input()
 

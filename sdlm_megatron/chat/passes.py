@@ -86,9 +86,8 @@ def colored(answer: Iterable[TokenText]) -> Text:
 
 
 def summary(tokens: int, passes: int, seconds: float) -> str:
-    """ "44 tokens in 12 passes: 3.67 a pass, 41.2 tokens/s"."""
+    """ "44 tokens in 12 passes: 3.67 per pass, 41.2 tokens/s"."""
     rate = f"{tokens / seconds:.1f}" if seconds > 0 else "?"
     noun = "token" if tokens == 1 else "tokens"
-    return (
-        f"{tokens} {noun} in {passes} pass{'es' * (passes != 1)}: {tokens / max(passes, 1):.2f} a pass, {rate} tokens/s"
-    )
+    mean = tokens / max(passes, 1)
+    return f"{tokens} {noun} in {passes} pass{'es' * (passes != 1)}: {mean:.2f} per pass, {rate} tokens/s"

@@ -119,7 +119,7 @@ def note(console: Console, text: str) -> None:
 
 
 def comparison(ours: Answer, theirs: Answer) -> str:
-    """Whether two answers have the same text, or where they first differ, and the ratio of their tokens a second."""
+    """Whether two answers have the same text, or where they first differ, and the ratio of their tokens per second."""
     speeds = [len(a.tokens) / max(a.seconds, 1e-9) for a in (ours, theirs)]
     verdict = "the texts are equal"
     if ours.text != theirs.text:
@@ -142,7 +142,7 @@ def show_pair(
     """Shows two answers side by side if the terminal is wide enough, else one below the other."""
     ours, greedy = answers
     tokens = token_texts(tokenizer, ours.tokens, ours.accepted)
-    # the greedy answer has one token a pass: colors would carry no information
+    # the greedy answer has one token per pass: colors would carry no information
     texts = (colored({**t, "text": printable(t["text"])} for t in tokens), Text(printable(greedy.text)))
     heads = [Text(name, style="bold") for name in names]
     feet = [Text(statistics(a, limit), style="dim") for a in answers]

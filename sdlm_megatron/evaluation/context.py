@@ -1,4 +1,4 @@
-"""Context: quality and tokens a pass with solved examples before the prompt, as earlier turns of a conversation.
+"""Context: quality and tokens per pass with solved examples before the prompt, as earlier turns of a conversation.
 
 The first prompts of the file are measured; the examples come from the prompts after them, so that no measured prompt
 is an example. Every prompt has its own examples, the same for all decoding rules. Writes OUT/context.json.
@@ -69,7 +69,7 @@ def measure(
             rows.append({**row, "seconds": seconds})
             print(
                 f"{shots:3} shots, {mean:6.0f} tokens  {rule.name:20} {sum(exact)}/{len(exact)} exact, "
-                f"{decoded.tokens_per_pass:5.2f} tokens a pass, {seconds:.0f} s",
+                f"{decoded.tokens_per_pass:5.2f} tokens per pass, {seconds:.0f} s",
                 flush=True,
             )
     return rows

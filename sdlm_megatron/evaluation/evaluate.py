@@ -19,7 +19,7 @@ from sdlm_megatron.evaluation import held_out, measurement
 KINDS = {
     "report": "all of the measurements below and one page (the default)",
     "table": "a few thresholds, as the report of a training run shows them",
-    "sweep": "quality against tokens a pass, for many thresholds",
+    "sweep": "quality against tokens per pass, for many thresholds",
     "calibration": "confidence of every slot against its accuracy",
     "speed": "cost of a pass, wall time of answers",
     "context": "quality and speed with longer contexts",

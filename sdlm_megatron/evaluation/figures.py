@@ -97,7 +97,7 @@ def _series_name(label: str, alg: str, n: int, measured: Sequence[SweepPoint]) -
 
 
 def quality_figure(sweeps: Results) -> Figure:
-    """Exact answers against tokens a pass: a curve per confidence measure, a point per threshold, with intervals."""
+    """Exact answers against tokens per pass: a curve per confidence measure, a point per threshold, with intervals."""
     figure, (axis,) = figure_of(7.2, 4.4)
     for index, (label, seeds) in enumerate(sweeps.items()):
         measured, color = points(seeds), color_of(index)
@@ -119,7 +119,7 @@ def quality_figure(sweeps: Results) -> Figure:
             )
             if alg == "prob_conf" and len(sweeps) == 1:
                 _name_points(axis, line, color)
-    label_axis(axis, x="tokens a pass", y="exact answers", percent=True)
+    label_axis(axis, x="tokens per pass", y="exact answers", percent=True)
     axis.margins(x=0.05, y=0.08)
     axis.set_xlim(left=max(0.5, axis.get_xlim()[0]))  # an interval over few seeds can reach below what is possible
     legend(figure, loc="outside upper left", ncols=3)
@@ -139,7 +139,7 @@ def _name_points(axis: Axes, line: Sequence[SweepPoint], color: str) -> None:
 
 
 def threshold_figure(sweeps: Results) -> Figure:
-    """Tokens a pass (above) and exact answers (below) by threshold; a dotted line shows the quality of n = 1.
+    """Tokens per pass (above) and exact answers (below) by threshold; a dotted line shows the quality of n = 1.
 
     The x axis is logarithmic in 1 - threshold, which spreads the thresholds near 1.
     """
@@ -164,7 +164,7 @@ def threshold_figure(sweeps: Results) -> Figure:
             draw_line(upper, x, [p.speed for _, p in known], label=_series_name(label, alg, n, measured), **style)
             draw_line(lower, x, [p.exact for _, p in known], **style)
     _threshold_axis(lower, thresholds)
-    label_axis(upper, y="tokens a pass")
+    label_axis(upper, y="tokens per pass")
     label_axis(lower, x="threshold τ", y="exact answers", percent=True)
     legend(figure, loc="outside upper left", ncols=3)
     return figure
@@ -188,7 +188,7 @@ def _threshold_axis(axis: Axes, thresholds: set[float]) -> None:
 
 
 def wall_figure(speeds: Results) -> Figure:
-    """Exact answers against tokens a second, one panel per batch size."""
+    """Exact answers against tokens per second, one panel per batch size."""
     timed = {label: timings(seeds) for label, seeds in speeds.items()}
     batches = sorted({t.batch for rows in timed.values() for t in rows})
     figure, axes = figure_of(7.2, 1.2 + 2.6 * len(batches), len(batches))
@@ -198,7 +198,7 @@ def wall_figure(speeds: Results) -> Figure:
         axis.set_xlim(left=0)
         axis.margins(y=0.12)
         label_axis(axis, title=f"batch {batch}", y="exact answers", percent=True)
-    label_axis(axes[-1], x="tokens a second")
+    label_axis(axes[-1], x="tokens per second")
     legend_once(figure, axes)
     return figure
 
@@ -268,7 +268,7 @@ def _steps_axis(axis: Axes, widths: Sequence[int]) -> None:
 
 
 def context_figure(contexts: Results) -> Figure:
-    """Exact answers, tokens a pass and tokens a second against the number of tokens before the answer."""
+    """Exact answers, tokens per pass and tokens per second against the number of tokens before the answer."""
     figure, axes = figure_of(7.2, 7.0, 3, sharex=True)
     for index, (label, seeds) in enumerate(contexts.items()):
         lines: dict[tuple[str, int, float | None], list[dict[str, Any]]] = {}
@@ -287,8 +287,8 @@ def context_figure(contexts: Results) -> Figure:
                     label=f"{label}: {NAMES.get(alg, alg)}{'' if threshold is None else f' {threshold:g}'}",
                 )
     label_axis(axes[0], y="exact answers", percent=True)
-    label_axis(axes[1], y="tokens a pass")
-    label_axis(axes[2], x="tokens before the answer", y="tokens a second")
+    label_axis(axes[1], y="tokens per pass")
+    label_axis(axes[2], x="tokens before the answer", y="tokens per second")
     axes[2].set_xscale("log", base=2)
     axes[2].xaxis.set_major_formatter(_plain_numbers)
     legend_once(figure, axes)

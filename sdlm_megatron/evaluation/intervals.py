@@ -61,7 +61,7 @@ def share(exact: Sequence[ArrayLike], *, distinct: bool = False) -> Estimate:
 
 
 def ratio(tokens: Sequence[ArrayLike], passes: Sequence[ArrayLike]) -> Estimate:
-    """Tokens a pass, from the counts of each prompt of each seed: a ratio of sums, with a bootstrap over prompts."""
+    """Tokens per pass, from the counts of each prompt of each seed: a ratio of sums, with a bootstrap over prompts."""
     above, below = np.asarray(tokens, dtype=float), np.asarray(passes, dtype=float)  # (seeds, prompts)
     seeds = over_seeds((above.sum(1) / below.sum(1)).tolist())
     counts = _resamples(above.shape[1])

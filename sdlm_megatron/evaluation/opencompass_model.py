@@ -102,7 +102,7 @@ class SDLMForOpenCompass(BaseModel):
             **{"do_sample": False, **self.settings, **self.generation_kwargs, **options},
         )
         rows = out.sequences[:, batch["input_ids"].shape[1] :].tolist()
-        accepted = getattr(out, "accepted", None)  # absent from transformers' own generate: one token a pass
+        accepted = getattr(out, "accepted", None)  # absent from transformers' own generate: one token per pass
         if accepted is not None:
             return [row[: sum(a)] for row, a in zip(rows, accepted, strict=True)], [len(a) for a in accepted]
         rows = [row[: next((i + 1 for i, t in enumerate(row) if t in self._ends()), len(row))] for row in rows]

@@ -98,23 +98,23 @@ def _add_facts(page: Page, results: dict[str, dict[str, list[Result]]]) -> None:
     section = page.section("facts", "Models and measurements")
     section.text(
         "Intervals are at the 95 % level. They cover the choice of prompts (Wilson's interval for shares, a bootstrap "
-        "for tokens a pass). With several seeds they also cover the seeds (Student's interval); each end is the wider "
-        "of the two. The interval of a single seed does not say how other seeds would do."
+        "for tokens per pass). With several seeds they also cover the seeds (Student's interval); each end is the "
+        "wider of the two. The interval of a single seed does not say how other seeds would do."
     )
     section.table(["", "D", *FACTS[1:], "measured"], [(*key, ", ".join(kinds)) for key, kinds in rows.items()])
     section.details("Commands", "\n".join(dict.fromkeys(commands)))
 
 
 def _add_sweep(page: Page, sweeps: Results) -> None:
-    section = page.section("quality", "Quality against tokens a pass")
+    section = page.section("quality", "Quality against tokens per pass")
     section.text(
         "In each pass, decoding keeps the longest prefix of proposed tokens whose confidence exceeds the threshold. "
         "An answer is exact if all of it equals the expected text. Up and to the right is better; the star is "
-        "next-token decoding, one token a pass."
+        "next-token decoding, one token per pass."
     )
-    section.figure(figures.quality_figure(sweeps), "exact answers against tokens a pass")
+    section.figure(figures.quality_figure(sweeps), "exact answers against tokens per pass")
     section.table(
-        ["", "seeds", "decoding", "exact", "tokens a pass"],
+        ["", "seeds", "decoding", "exact", "tokens per pass"],
         [
             (label, len(seeds), p.name, percent(p.exact), number(p.speed))
             for label, seeds in sweeps.items()
@@ -123,8 +123,8 @@ def _add_sweep(page: Page, sweeps: Results) -> None:
     )
     if any(row["threshold"] is not None for seeds in sweeps.values() for row in seeds[0]["rows"]):
         section = page.section("threshold", "Effect of the threshold")
-        section.text("A lower threshold keeps more tokens a pass and costs quality.")
-        section.figure(figures.threshold_figure(sweeps), "tokens a pass and exact answers by threshold")
+        section.text("A lower threshold keeps more tokens per pass and costs quality.")
+        section.figure(figures.threshold_figure(sweeps), "tokens per pass and exact answers by threshold")
     _add_differences(page, sweeps)
 
 
@@ -215,9 +215,9 @@ def _add_speed(page: Page, speeds: Results) -> None:
     if timed:
         section = page.section("wall", "Quality against wall time")
         section.text("Whole answers on this machine, from the prompt to the last token.")
-        section.figure(figures.wall_figure(speeds), "exact answers against tokens a second")
+        section.figure(figures.wall_figure(speeds), "exact answers against tokens per second")
         section.table(
-            ["", "batch", "decoding", "prompts", "exact", "tokens/s", "seconds a prompt"],
+            ["", "batch", "decoding", "prompts", "exact", "tokens/s", "seconds per prompt"],
             [
                 (label, t.batch, t.name, t.prompts, f"{t.exact:.1%}", number(t.rate, 1), number(t.seconds, 3))
                 for label, t in timed
@@ -257,7 +257,7 @@ def _add_context(page: Page, contexts: Results) -> None:
         for label, seeds in contexts.items()
         for row in result_files.context_rows(seeds)
     ]
-    section.table(["", "examples", "tokens before", "decoding", "exact", "tokens a pass", "tokens/s"], rows)
+    section.table(["", "examples", "tokens before", "decoding", "exact", "tokens per pass", "tokens/s"], rows)
 
 
 def _add_perplexity(page: Page, results: Results) -> None:

@@ -41,7 +41,7 @@ class SweepPoint(MeasuredRule):
     """Quality and speed of a rule over the prompts of every seed."""
 
     exact: Estimate  # share of exact answers
-    speed: Estimate  # tokens a pass
+    speed: Estimate  # tokens per pass
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,8 @@ class RuleTiming(MeasuredRule):
     batch: int
     prompts: int  # of all seeds together
     exact: float  # share of exact answers, mean over seeds
-    rate: Estimate  # tokens a second
-    seconds: Estimate  # seconds a prompt
+    rate: Estimate  # tokens per second
+    seconds: Estimate  # seconds per prompt
 
 
 def name_of(key: RuleKey) -> str:

@@ -257,8 +257,8 @@ def summary_lines(result: dict[str, Any]) -> Iterator[str]:
     for row in result["decodes"]:
         name = name_of((row["alg"], row["n"], row["threshold"]))
         yield (
-            f"batch {row['batch']:2}  {name:26} {row['tokens'] / row['passes']:5.2f} tokens a pass, "
-            f"{1e3 * row['seconds'] / row['tokens']:7.2f} ms a token, {row['exact']}/{row['prompts']} exact"
+            f"batch {row['batch']:2}  {name:26} {row['tokens'] / row['passes']:5.2f} tokens per pass, "
+            f"{1e3 * row['seconds'] / row['tokens']:7.2f} ms per token, {row['exact']}/{row['prompts']} exact"
         )
 
 

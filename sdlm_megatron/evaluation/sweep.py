@@ -1,4 +1,4 @@
-"""Sweep: quality against tokens a pass for many thresholds, at little more than the cost of two decodes.
+"""Sweep: quality against tokens per pass for many thresholds, at little more than the cost of two decodes.
 
 The prompts are decoded with n = 1 and with the highest threshold. The resulting text is probed once (probe.py), and
 every other decoding rule is followed along it; only the prompts for which a rule would write other text are decoded
@@ -67,7 +67,7 @@ class Sweep:
     def _row(self, rule: DecodingRule, answers: DecodedPrompts, decoded: int) -> dict[str, Any]:
         exact = held_out.exact_matches(self.chat, self.prompts, answers)
         print(
-            f"{rule.name:28} {answers.tokens_per_pass:5.2f} tokens a pass {sum(exact) / len(exact):7.1%} exact"
+            f"{rule.name:28} {answers.tokens_per_pass:5.2f} tokens per pass {sum(exact) / len(exact):7.1%} exact"
             f"   ({decoded} of {len(exact)} decoded)",
             flush=True,
         )

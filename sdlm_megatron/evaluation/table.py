@@ -1,6 +1,6 @@
 """Table: decode held-out prompts with an exported folder at a few thresholds.
 
-Prints tokens a pass and the share of exact answers (the whole answer equals the expected text) and writes the
+Prints tokens per pass and the share of exact answers (the whole answer equals the expected text) and writes the
 evaluation.json that the report of a training run shows. For curves, intervals and costs: `sdlm evaluate report`.
 """
 
@@ -45,7 +45,7 @@ def measure(
         }
         rows.append(row)
         print(
-            f"  {name:28} {row['tokens_per_pass']:5.2f} tokens a pass  {row['exact']:7.1%} exact"
+            f"  {name:28} {row['tokens_per_pass']:5.2f} tokens per pass  {row['exact']:7.1%} exact"
             f"  ({len(prompts)} prompts, {decoded.seconds:.0f} s)",
             flush=True,
         )
@@ -87,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     chat = measurement.load_folder(args, args.model)
     window = chat.config.decoding.block_size
     blocks = [(f"tau {t:.2f}", DecodingRule("prob_conf", window, t)) for t in args.thresholds if window > 1]
-    rows, sample = measure(chat, prompts, [*blocks, ("n = 1 (one token a pass)", DecodingRule())])
+    rows, sample = measure(chat, prompts, [*blocks, ("n = 1 (one token per pass)", DecodingRule())])
     baseline.append(rows.pop())
     if sample:
         show(sample)

@@ -1,6 +1,6 @@
 """Plan a run: memory of a GPU, time of a step, cost, and the fastest layouts for a number of GPUs.
 
-Nothing is built or started; the numbers come from a model of training, see docs/planning.md.
+Nothing is built or started; the numbers come from a model of training.
 """
 
 import argparse
@@ -60,6 +60,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         overrides = [*overrides, "--train.fp8=current"]
     config = load_config(RunConfig, args.preset, overrides, PRESETS)
     check_values(config)
+    if config.train.attention not in ("auto", "decomposed"):
+        what = f"attention is planned for the decomposed kernels only, not {config.train.attention}"
+        raise ConfigError(what, "train.attention", "--train.attention=auto")
     if config.checkpoint.base and not config.model.num_layers:
         config = replace(config, model=_base_shape(Path(config.checkpoint.base)))
     assumed = assume(args.assume)

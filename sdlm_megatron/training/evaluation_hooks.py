@@ -2,11 +2,9 @@
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
@@ -17,18 +15,16 @@ from sdlm_megatron.data.order import step_rows
 from sdlm_megatron.data.tokenizer_identity import has_tokenizer
 from sdlm_megatron.diffusion.decode import Decoded, decode
 from sdlm_megatron.diffusion.row import MicroBatch
-from sdlm_megatron.errors import ConfigError
 from sdlm_megatron.metrics.formats import format_duration
 from sdlm_megatron.metrics.metric_table import VALIDATION
 from sdlm_megatron.metrics.sinks import sample_table
 from sdlm_megatron.parallel.engine import EngineProposer
 from sdlm_megatron.training.hooks import Hook, TrainingRun
 from sdlm_megatron.training.run_plan import micro_batch_multiple
+from sdlm_megatron.training.sample_prompts import NEW_TOKENS, SamplePrompt, choose_prompts
 
-PROMPTS, NEW_TOKENS, THRESHOLD = 4, 32, 0.9
-"""Samples: prompts, new tokens per prompt at most, confidence threshold of the decoding."""
-SEARCHED_ROWS = 64
-"""Rows of the dataset in which prompts are searched."""
+THRESHOLD = 0.9
+"""Confidence threshold with which samples are decoded."""
 
 
 class ValidationHook(Hook):
@@ -101,48 +97,6 @@ def summary_line(record: dict[str, Any], seconds: float) -> str:
         f"validation on {record['val_rows']} rows, {format_duration(seconds)}: loss {record['val_loss']:.4f}, by slot "
         f"{slots('loss')}; accuracy by slot {slots('accuracy')}; tokens per pass by threshold: {', '.join(accepted)}"
     )
-
-
-@dataclass(frozen=True)
-class SamplePrompt:
-    """A document up to the anchor of its first block."""
-
-    ids: list[int]
-    answer: list[int]
-    """The document's tokens that follow: to the end of the turn, at most NEW_TOKENS."""
-
-
-def choose_prompts(dataset: PackedDataset) -> list[SamplePrompt]:
-    """The first documents of the dataset that fit into one row together once they are decoded.
-
-    Raises:
-        ConfigError: not a single document fits.
-    """
-    eos, room = dataset.manifest["eos_token_id"], dataset.row_length
-    prompts: list[SamplePrompt] = []
-    for number in range(min(dataset.rows(0), SEARCHED_ROWS)):
-        tokens, layout = dataset.read(0, number)
-        cleans = np.split(tokens[: layout.n_clean], np.cumsum(layout.clean_lens)[:-1])
-        starts = np.split(layout.starts, np.cumsum(layout.n_blocks)[:-1])
-        for clean, block_starts in zip(cleans, starts, strict=True):
-            if not len(block_starts) or len(prompts) == PROMPTS:
-                continue
-            cut = int(block_starts[0]) + 1  # the anchor is the last token of the prompt
-            # all prompts are decoded in one row: tokens so far, and a window of block_size
-            needed = cut + NEW_TOKENS + dataset.block_size
-            if needed <= room:
-                room -= needed
-                answer = clean[cut : cut + NEW_TOKENS].tolist()
-                end = answer.index(eos) + 1 if eos in answer else len(answer)
-                prompts.append(SamplePrompt(clean[:cut].tolist(), answer[:end]))
-    if not prompts:
-        raise ConfigError(
-            f"no document in the first {SEARCHED_ROWS} rows leaves room for {NEW_TOKENS} new tokens in a row of "
-            f"{dataset.row_length}",
-            "observe.sample_every",
-            "--observe.sample_every=0",
-        )
-    return prompts
 
 
 class SampleHook(Hook):

@@ -140,7 +140,7 @@ def test_report_reads_the_table(folder: Path, prompts: Path, tmp_path: Path) -> 
     out = tmp_path / "evaluation.json"
     table.main(["--model", str(folder), "--prompts", str(prompts), "--thresholds", "0.5", "--out", str(out)])
     record = load_evaluation(out)
-    assert [row["name"] for row in (*record["rows"], *record["baseline"])] == ["tau 0.50", "n = 1 (one token a pass)"]
+    assert [row["name"] for row in (*record["rows"], *record["baseline"])] == ["tau 0.50", "n = 1 (one token per pass)"]
     chat, heldout = load(folder, dtype=None, device="cpu"), read_prompts(prompts)
     room = max(len(encode_answer(chat, prompt.expected)) for prompt in heldout)
     alone = [decode_prompts(chat, [encode(chat, prompt)], DecodingRule(), max_new_tokens=room) for prompt in heldout]

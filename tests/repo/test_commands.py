@@ -39,6 +39,7 @@ def test_help_has_an_example_and_a_sentence_for_every_option(name: str):
     assert re.match(r"sdlm |python -m ", parser.prog), "prog must be the command as typed"
     assert parser.description
     assert "example:\n  " in parser.format_help()
+    assert "docs/" not in parser.format_help() or name.startswith("dev."), "a wheel has no docs/"
     without = ["/".join(a.option_strings) or a.dest for a in parser._actions if not a.help]
     assert not without, f"{name}: no help for {', '.join(without)}"
 

@@ -123,7 +123,7 @@ def test_compare_piped(folder: Path, capsys: pytest.CaptureFixture) -> None:
         "",
         "ar: transformers' greedy generate",
         theirs,
-        f"{count} tokens in {count} passes: 1.00 a pass, ? tokens/s",
+        f"{count} tokens in {count} passes: 1.00 per pass, ? tokens/s",
         "",
     ]
     place = "the texts differ from character 9 on: “it is sn[nny in delhi]…” against “it is sn[owy in delhi]…”"

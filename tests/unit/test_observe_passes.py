@@ -99,5 +99,5 @@ def test_colours_are_readable_on_black_and_white(colour: str) -> None:
 
 
 def test_summary() -> None:
-    assert summary(44, 12, 2.0) == "44 tokens in 12 passes: 3.67 a pass, 22.0 tokens/s"
-    assert summary(1, 1, 0.0) == "1 token in 1 pass: 1.00 a pass, ? tokens/s"
+    assert summary(44, 12, 2.0) == "44 tokens in 12 passes: 3.67 per pass, 22.0 tokens/s"
+    assert summary(1, 1, 0.0) == "1 token in 1 pass: 1.00 per pass, ? tokens/s"

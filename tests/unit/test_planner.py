@@ -251,6 +251,8 @@ def test_the_shape_is_read_from_the_base(tmp_path: Path, capsys: pytest.CaptureF
 def test_invalid_value_is_an_error():
     with pytest.raises(ConfigError, match="train.attention is 'fast'"):
         command.main(["tiny", "--gpus", "2", "--train.attention=fast"])
+    with pytest.raises(ConfigError, match="decomposed kernels only, not dense"):
+        command.main(["tiny", "--gpus", "2", "--train.attention=dense"])
 
 
 def test_planner_imports_neither_torch_nor_megatron():

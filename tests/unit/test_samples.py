@@ -17,6 +17,8 @@ from sdlm_megatron.diffusion.layout import pack_row
 from sdlm_megatron.errors import ConfigError
 from sdlm_megatron.metrics.sinks import Sinks, read_metrics
 from sdlm_megatron.report.run_page import write_report
+from sdlm_megatron.train import main
+from sdlm_megatron.training.sample_prompts import choose_prompts
 
 if TYPE_CHECKING:
     from sdlm_megatron.parallel.engine import Engine
@@ -42,15 +44,15 @@ def dataset(path: Path, documents: list[tuple[int, list[int]]]) -> PackedDataset
     return PackedDataset(path)
 
 
-def test_prompts_end_with_the_first_block_and_fit_a_row(groups: object, tmp_path: Path) -> None:
-    from sdlm_megatron.training.evaluation_hooks import choose_prompts
-
+def test_prompts_end_with_the_first_block_and_fit_a_row(tmp_path: Path) -> None:
     prompts = choose_prompts(dataset(tmp_path / "a", [(20, []), (95, [92]), (30, [9, 12]), (60, [5]), (10, [4])]))
     assert [p.ids for p in prompts] == [list(range(10)), list(range(6))]  # 46 + 42 of 128 tokens; no room for another
     assert [p.answer for p in prompts] == [[*range(10, 28), EOS], list(range(6, 38))]
     with pytest.raises(ConfigError, match="no document in the first 64 rows") as caught:
         choose_prompts(dataset(tmp_path / "b", [(100, [97]), (20, [])]))
     assert caught.value.fix == "--observe.sample_every=0"
+    with pytest.raises(ConfigError, match="no document"):  # before the engine is built
+        main(["--config", "tiny", f"--data.path={tmp_path / 'b'}", "--observe.sample_every=5", "--dry-run"])
 
 
 def record(step: int) -> dict:
