@@ -43,8 +43,8 @@ from data_prep.row_rules import UNTRAINED_FILE
 from data_prep.rows import EpochPart, RowWriter, cut_parts, load_part
 from data_prep.source_formats import FORMATS, formats_help
 from data_prep.sources import expand
-from sdlm_megatron.config.command_line import make_parser, parse_with_settings
-from sdlm_megatron.config.load import load_config, preset_names, to_yaml
+from sdlm_megatron.config.command_line import add_preset, make_parser, parse_with_settings
+from sdlm_megatron.config.load import load_config, to_yaml
 from sdlm_megatron.config.secret_text import mask_values
 from sdlm_megatron.data.chatml import IM_END
 from sdlm_megatron.data.format import PartInfo, seal
@@ -422,7 +422,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.list_settings = True
     inputs = parser.add_mutually_exclusive_group(required=True)
-    inputs.add_argument("--config", metavar="FILE", help=f"YAML file or preset: {', '.join(preset_names(PRESETS))}")
+    add_preset(inputs, "--config", PRESETS)
     inputs.add_argument("--input", metavar="PATH", help="single source: file, folder, or hub:NAME for a hub dataset")
     formats = "source format of --input; default: the one its fields match"
     parser.add_argument("--format", choices=FORMATS, metavar="FORMAT", help=formats)

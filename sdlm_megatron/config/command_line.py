@@ -5,7 +5,7 @@ import difflib
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from sdlm_megatron.config.explain import settings_help, settings_of
 from sdlm_megatron.errors import ConfigError
@@ -72,14 +72,22 @@ def make_config_parser(
     notes = "Any setting below may follow as --section.key=VALUE; lists are written as in YAML: [1, 2]."
     parser = make_parser(command, description, example=example, notes=notes, settings=schema)
     parser.list_settings = True
-    names = sorted(file.stem for file in presets.glob("*.yaml"))
-    config = parser.add_argument(
-        "--config", required=config_required, metavar="FILE", help=f"YAML file or preset: {', '.join(names)}"
-    )
-    # argcomplete looks for this attribute. A completer replaces its own completion of file names.
-    config.completer = lambda prefix, **_: [*names, *map(str, Path().glob(f"{prefix}*"))]  # type: ignore[attr-defined]
+    add_preset(parser, "--config", presets, required=config_required)
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and exit")
     return parser
+
+
+def add_preset(parser: argparse._ActionsContainer, name: str, presets: Path, **options: Any) -> None:
+    """Adds the argument `name`: a YAML file, or the name of one in the folder `presets`."""
+    names = sorted(file.stem for file in presets.glob("*.yaml"))
+    options |= {"metavar": "FILE"} if name.startswith("-") else {}
+    complete_with(parser.add_argument(name, help=f"YAML file or preset: {', '.join(names)}", **options), names)
+
+
+def complete_with(argument: argparse.Action, names: Sequence[str]) -> None:
+    """Lets the shell complete an argument by names and files."""
+    # argcomplete looks for this attribute. A completer replaces its own completion of file names.
+    argument.completer = lambda prefix, **_: [*names, *map(str, Path().glob(f"{prefix}*"))]  # type: ignore[attr-defined]
 
 
 def parse_config(
@@ -140,7 +148,8 @@ def add_setting_options(parser: argparse.ArgumentParser, *, names: bool) -> None
 
     schema = parser.settings if isinstance(parser, CommandParser) else None
     for setting in settings_of(schema) if schema else ():
-        if ".NAME." in setting.key:  # a key that the user chooses cannot be completed
+        # a key that the user chooses cannot be completed, and an option may have the name of a setting
+        if ".NAME." in setting.key or f"--{setting.key}" in parser._option_string_actions:
             continue
         choices = ("true", "false") if setting.type == "bool" else CHOICES.get(setting.key)
         parser.add_argument(f"--{setting.key}{'=' if names else ''}", choices=choices)

@@ -11,8 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sdlm_megatron.config.command_line import at_least, make_parser, parse_with_settings
-from sdlm_megatron.config.load import PRESETS, load_config, preset_names
+from sdlm_megatron.config.command_line import add_preset, at_least, make_parser, parse_with_settings
+from sdlm_megatron.config.load import PRESETS, load_config
 from sdlm_megatron.config.schema import ModelConfig, RunConfig
 from sdlm_megatron.config.validate import check_model, check_values
 from sdlm_megatron.errors import ConfigError, run_cli
@@ -35,7 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
     notes = "Any setting of training may follow as --section.key=value; `sdlm train --help` lists them."
     notes += f"\n\n{plan_text.assumptions_text(Assumptions())}"
     parser = make_parser("sdlm plan", __doc__, example=EXAMPLES, notes=notes, settings=RunConfig)
-    parser.add_argument("preset", help=f"YAML file or preset: {', '.join(preset_names(PRESETS))}")
+    add_preset(parser, "preset", PRESETS)
     parser.add_argument("--gpus", type=int, required=True, metavar="N", help=f"number of GPUs, 1 to {MOST_GPUS}")
     parser.add_argument("--gpu", choices=DEVICES, default="h100", help="kind of GPU")
     parser.add_argument("--data", default="", metavar="DIR", help="a packed dataset; default: the published mixture")

@@ -101,6 +101,8 @@ def test_completion_of_values(complete: Callable[..., list[str]]) -> None:
     values = complete("sdlm train --train.recompute=", without="torch")
     assert [value.rpartition("=")[2].strip() for value in values] == ["none", "selective", "full"]
     assert "sdlm_3b_d4" in complete("sdlm train --config sdlm_3b", without="torch")
+    assert "sdlm_3b_d4" in complete("sdlm plan sdlm_3b", without="torch")
+    assert complete("sdlm prepare --format q") == ["query_response", "question_answer"]
 
 
 def test_doctor_of_this_machine(capsys: pytest.CaptureFixture[str]) -> None:

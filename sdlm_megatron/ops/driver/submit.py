@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from sdlm_megatron.config.command_line import at_least, make_parser
+from sdlm_megatron.config.command_line import at_least, complete_with, make_parser
 from sdlm_megatron.config.load import PRESETS, load_config, preset_names
 from sdlm_megatron.config.schema import RunConfig
 from sdlm_megatron.config.secret_text import MASK, mask_text
@@ -49,10 +49,12 @@ def build_parser() -> argparse.ArgumentParser:
     """Options of the command."""
     notes = "After -- follow settings or options of the program that the script runs, such as --section.key=value."
     parser = make_parser("sdlm submit", __doc__, example=EXAMPLE, notes=notes, settings=RunConfig)
-    scripts, clusters = ", ".join(script_names()), ", ".join(preset_names(CLUSTERS))
+    scripts = ", ".join(script_names())
     add = parser.add_argument
-    add("script", metavar="SCRIPT", help=f"batch script: a path, or one of {scripts}")
-    add("--cluster", default="default", metavar="NAME", help=f"{CLUSTER_HELP} ({clusters})")
+    complete_with(add("script", metavar="SCRIPT", help=f"batch script: a path, or one of {scripts}"), script_names())
+    clusters = preset_names(CLUSTERS)
+    cluster = add("--cluster", default="default", metavar="NAME", help=f"{CLUSTER_HELP} ({', '.join(clusters)})")
+    complete_with(cluster, clusters)
     add("--nodes", type=at_least(1), metavar="N", help="number of nodes; of a training script the nodes that train")
     add("--time", metavar="T", help="time limit, such as 12:00:00")
     add("--after", metavar="JOB", help="start when these jobs (A:B) have ended well; never, if one fails")
