@@ -265,6 +265,8 @@ def find_document(dataset: PackedDataset, epoch: int, number: int) -> int:
 
 def _text_of(manifest: dict[str, Any], folder: str, console: Console) -> TokenText:
     """Decoder of the given tokenizer, or of the one the dataset was built with if it still exists."""
+    if folder and not has_tokenizer(folder):
+        raise DataError("there is no tokenizer", folder, "name a folder with one, or leave out --tokenizer")
     folder = folder or manifest.get("build", {}).get("tokenizer", "")
     if not folder or not has_tokenizer(folder):
         reason = f"there is no tokenizer in {folder}" if folder else "the manifest names no tokenizer"

@@ -58,7 +58,7 @@ class RuleSettings:
             )
         except KeyError as error:
             fix = "use a dataset built with `sdlm prepare`, whose manifest describes its documents"
-            raise DataError(f"the manifest lacks {error}", "manifest.json", fix) from None
+            raise DataError(f"the manifest lacks {error}", str(Path(folder) / "manifest.json"), fix) from None
 
 
 UNTRAINED_FILE = "untrained.bin"

@@ -131,15 +131,15 @@ def checked(
     Raises:
         error: the field is absent or has another type or a smaller value; the message names file and field.
     """
-    where = f"{path}, field {key}"
+    where, fix = f"{path}, field {key}", f"replace {path.name} by an intact copy"
     if key not in content:
-        raise error(f"the field {key} is missing", where, f"replace {path.name} by an intact copy")
+        raise error(f"the field {key} is missing", where, fix)
     value = content[key]
     number = kind is float and type(value) is int
     if not (number or (isinstance(value, kind) and (kind is bool or not isinstance(value, bool)))):
-        raise error(f"{key} is {_kind(value)}, not {_NAMES.get(kind, kind.__name__)}", where)
+        raise error(f"{key} is {_kind(value)}, not {_NAMES.get(kind, kind.__name__)}", where, fix)
     if least is not None and value < least:
-        raise error(f"{key} is {value}, below {least:g}", where)
+        raise error(f"{key} is {value}, below {least:g}", where, fix)
     return value
 
 
@@ -182,7 +182,8 @@ def regular_file(folder: Path, name: str, error: type[UserError]) -> Path:
     except (FileNotFoundError, NotADirectoryError):
         raise error(f"{name} is missing", str(path), "copy the folder again, with all its files") from None
     except (OSError, ValueError) as problem:  # ValueError: a name with a null byte
-        raise error(f"{name:.100} cannot be read: {problem.args[-1]}", str(folder)) from None
+        fix = "give yourself permission to read it, or copy the folder again"
+        raise error(f"{name:.100} cannot be read: {problem.args[-1]}", str(folder), fix) from None
     if pointer:
         fix = "run `git lfs pull` in the repository it comes from, or download the file itself"
         raise error(f"{name} is a git-lfs pointer, not the file itself", str(path), fix)

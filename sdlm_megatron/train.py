@@ -10,7 +10,7 @@ from sdlm_megatron.config.command_line import at_least, make_config_parser, pars
 from sdlm_megatron.config.load import PRESETS
 from sdlm_megatron.config.schema import ModelConfig, ParallelConfig, RunConfig
 from sdlm_megatron.config.validate import check_run, process_place
-from sdlm_megatron.errors import drop_lost_output, run_cli
+from sdlm_megatron.errors import ConfigError, drop_lost_output, run_cli
 from sdlm_megatron.ops.attempt import adopt_slurm_ranks, refuse_lone_tasks
 from sdlm_megatron.ops.node.local_environment import set_local_environment
 from sdlm_megatron.ops.rank.owner import RunOwner
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     rank, world = process_place()
     check_run(config, world)
     if args.dry_run:
-        train(config, None, profile=args.profile)
+        train(config, None, profile=args.profile, find_nan=args.find_nan)
         return
     drop_lost_output()
     refuse_lone_tasks()
@@ -99,8 +99,12 @@ def train(config: RunConfig, watch: Watch | None, *, profile: str | None = None,
     validation = run_plan.open_validation(config, dataset)
     if config.observe.sample_every:
         choose_prompts(dataset)  # an error before the model is built, and in a dry run
+    last = plan.last_step(config)
+    if find_nan > last:
+        what = f"--find-nan {find_nan}, but this run ends with step {last}"
+        raise ConfigError(what, "the command line", f"--find-nan with one of steps {plan.state.step + 1} to {last}")
     if profile_steps is not None:
-        profile_steps = run_plan.steps_to_profile(profile_steps, plan.state.step, plan.last_step(config))
+        profile_steps = run_plan.steps_to_profile(profile_steps, plan.state.step, last)
     if watch is None:
         run_plan.check_weights(plan)
         return

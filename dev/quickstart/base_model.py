@@ -203,7 +203,7 @@ def _smollm2_weights(tensors: Mapping[str, torch.Tensor], config: Mapping[str, A
 def _write_smollm2_tokenizer(fields: Mapping[str, Any], folder: Path) -> None:
     """Writes tokenizer.json (byte-level BPE that splits numbers into digits) and tokenizer_config.json."""
     if (fields["tokenizer.ggml.model"], fields["tokenizer.ggml.pre"]) != ("gpt2", "smollm"):
-        raise CheckpointError("the GGUF file has another tokenizer than expected", GGUF_MEMBER)
+        raise CheckpointError("the GGUF file has another tokenizer than expected", GGUF_MEMBER, "download it again")
     tokens, types = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
     merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
     tokenizer = Tokenizer(models.BPE({text: i for i, text in enumerate(tokens)}, merges))

@@ -139,6 +139,10 @@ def _entry(node: yaml.Node, kind: Any, name: str) -> Any:
 
 
 def _unknown(schema: type, key: str, node: yaml.Node, head: str) -> ConfigError:
+    # the whole name of a command line's setting: of --trian.steps, `trian` is no more than a part
+    while isinstance(node, yaml.MappingNode) and len(node.value) == 1 and place_of(node).startswith(COMMAND_LINE):
+        ((part, node),) = node.value
+        key = f"{key}.{part.value}"
     what, known = f"unknown setting {head}{shown(key)}", ", ".join(f.name for f in fields(schema))
     near = _nearest(schema, key, head) if len(key) < 100 else ""
     fix = f"did you mean {near}?" if near else f"known settings: {known}"

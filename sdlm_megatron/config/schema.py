@@ -132,8 +132,9 @@ class TrainConfig:
     """Seed of the order of the rows. (Blocks are drawn when the dataset is built.)"""
     steps: int = 0
     """Length of the schedule in steps. 0: as many as `epochs` take."""
-    epochs: float = 1.0
-    """Length in epochs of the dataset, used when steps is 0."""
+    epochs: float | None = None
+    """Length in epochs of the dataset. null: 1, or as train.steps says; both set is an error, so a file's epochs take
+    --train.epochs=null beside --train.steps=N."""
     global_batch: int = 256
     """Batch of one step, in global_batch_unit."""
     global_batch_unit: str = "documents"
@@ -162,6 +163,11 @@ class TrainConfig:
     in chunks of this size; larger chunks are faster."""
     loss_normalization: str = "targets"
     """targets (mean over all targets of the global batch) | rows (mean of the rows' means, as in the reference)."""
+
+    @property
+    def full_epochs(self) -> float:
+        """Length in epochs of a run whose length is not set in steps."""
+        return 1.0 if self.epochs is None else self.epochs
 
 
 @dataclass

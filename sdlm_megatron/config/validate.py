@@ -140,8 +140,7 @@ def check_values(config: RunConfig) -> None:
 def check_run(config: RunConfig, world_size: int) -> None:
     """Checks what can be known without model and dataset. Raises ConfigError with the setting and a fix."""
     check_values(config)
-    length = config.train.steps or config.train.epochs > 0
-    _require(length, "train.steps and train.epochs are both 0", "train", "set one of them")
+    check_length(config.train)
     _require(config.run_dir.strip(), "no run folder", "run_dir", "--run_dir=DIR, a folder to write the run to")
     _require(config.data.path, "no dataset", "data.path", "--data.path=DIR, a folder written by `sdlm prepare`")
     check_schedule(config, config.train.steps or None)
@@ -149,6 +148,18 @@ def check_run(config: RunConfig, world_size: int) -> None:
     _check_recompute(config.train)
     _check_checkpoint(config.checkpoint)
     _check_samples(config)
+
+
+def check_length(train: TrainConfig) -> None:
+    """Checks that the length of a run is set once. Raises ConfigError."""
+    steps, epochs = train.steps, train.full_epochs
+    _require(steps or epochs, "train.steps and train.epochs are both 0", "train", "set one of them")
+    _require(
+        not (steps and train.epochs),
+        f"train.steps is {steps} and train.epochs {epochs:g}: two lengths of one run",
+        "train.steps and train.epochs",
+        f"--train.epochs=null for {steps} steps, or --train.steps=0 for {epochs:g} epochs",
+    )
 
 
 def check_schedule(config: RunConfig, steps: int | None) -> None:
@@ -174,7 +185,7 @@ def check_schedule(config: RunConfig, steps: int | None) -> None:
         "set a number of steps above 0" if style == "wsd" else "set decay_steps=0 or schedule.style=wsd",
     )
     if steps is not None:
-        what = f"{config.train.epochs:g} epochs of the dataset are not one row"
+        what = f"{config.train.full_epochs:g} epochs of the dataset are not one row"
         _require(steps > 0, what, "train.epochs", "set more epochs, or train.steps")
         _require(
             warmup + decay <= steps and warmup < steps,

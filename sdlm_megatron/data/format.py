@@ -306,7 +306,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     version."""
     file, rebuild = path / "manifest.json", "rebuild the dataset with `sdlm prepare`"
     if not file.exists():
-        unfinished = path.with_name(path.name + ".partial").exists()
+        unfinished = Path(f"{path}.partial").exists()  # `.` has no name
         absent = "not a packed dataset: no manifest.json" if path.is_dir() else "no such folder"
         what = "the dataset is unfinished" if unfinished else absent
         raise DataError(what, str(path), "name a folder that `sdlm prepare` has completed")

@@ -122,4 +122,4 @@ def rows_per_step(config: RunConfig, work: Workload) -> int:
 
 def steps(config: RunConfig, work: Workload, rows: int) -> int:
     """Number of steps of the run."""
-    return config.train.steps or math.ceil(config.train.epochs * work.rows / rows)
+    return config.train.steps or math.ceil(config.train.full_epochs * work.rows / rows)

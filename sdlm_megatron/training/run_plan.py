@@ -83,6 +83,7 @@ def make_run_plan(config: RunConfig, dataset: PackedDataset, notice: Notice) -> 
         shape = resolve_shape(config.model, None, "model")
         plan = _plan(config, dataset, shape, dataset.manifest["mask_token_id"], None, "random")
     check_schedule(config, plan.steps)
+    _check_end(plan)
     check_model(plan.state.shape, config, dataset.row_length)
     # the mask token usually has the highest id of a dataset: it is appended to the vocabulary
     needed = max(dataset.manifest["mask_token_id"] + 1, 1)
@@ -93,6 +94,17 @@ def make_run_plan(config: RunConfig, dataset: PackedDataset, notice: Notice) -> 
             "use the dataset of this model's tokenizer, or a larger model.vocab_size",
         )
     return plan
+
+
+def _check_end(plan: RunPlan) -> None:
+    """ConfigError for a step or rows of the configuration that the run does not have."""
+    stop, rows = plan.config.train.stop_after, [n for n in plan.config.data.skip_rows if n >= plan.total_rows]
+    if stop > plan.steps:
+        fix = "a step of the run, or 0 to train to its end"
+        raise ConfigError(f"stop_after is {stop}, but the run ends with step {plan.steps}", "train.stop_after", fix)
+    if rows:
+        what = f"skip_rows has row {rows[0]}, but the run has rows 0 to {plan.total_rows - 1}"
+        raise ConfigError(what, "data.skip_rows", "row numbers as in spikes.jsonl")
 
 
 def resolve_diffusion(config: RunConfig, dataset: PackedDataset) -> RunConfig:
@@ -157,8 +169,8 @@ def _length(train: TrainConfig, dataset: PackedDataset, state: TrainState) -> tu
     step, done, rows = state.step, state.consumed_rows, state.rows_per_step
     if train.steps:
         return done + max(0, train.steps - step) * rows, train.steps
-    whole = int(train.epochs)
-    part = train.epochs - whole
+    whole = int(train.full_epochs)
+    part = train.full_epochs - whole
     total = sum(dataset.rows(e) for e in range(whole)) + round(part * dataset.rows(whole))
     return total, step + math.ceil((total - done) / rows)
 

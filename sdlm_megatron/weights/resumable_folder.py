@@ -37,7 +37,7 @@ def default_workers() -> int:
 
 def check_out(out: Path, workers: int) -> None:
     """CheckpointError where the output folder exists or there is no worker; called before anything is read."""
-    if out.exists() and not _root(out).is_dir():
+    if out.exists() and not (out.name and _root(out).is_dir()):  # no name: `.`
         raise _exists(out)
     if workers < 1:
         raise CheckpointError(f"{workers} workers cannot write anything", "workers", "use 1 or more")

@@ -73,11 +73,31 @@ def test_overrides_and_extends(tmp_path: Path) -> None:
     assert load_config(RunConfig, str(tmp_path / "again.yaml")) == config
 
 
+def test_one_length_replaces_that_of_a_file(tmp_path: Path) -> None:
+    (tmp_path / "epochs.yaml").write_text("extends: tiny\ntrain: {epochs: 3}\ndata: {path: x}\n")
+    (tmp_path / "steps.yaml").write_text(f"extends: {tmp_path}/epochs.yaml\ntrain: {{epochs: null, steps: 5}}\n")
+    for name, settings, length in (
+        ("steps", [], (5, 1)),
+        ("epochs", ["--train.steps=7", "--train.epochs=null"], (7, 1)),
+        ("epochs", ["--train.steps=7", "--train.epochs=0"], (7, 0)),
+        ("steps", ["--train.steps=0", "--train.epochs=2"], (0, 2)),
+    ):
+        config = load_config(RunConfig, str(tmp_path / f"{name}.yaml"), settings, PRESETS)
+        check_run(config, 1)
+        assert (config.train.steps, config.train.full_epochs) == length
+    with pytest.raises(ConfigError, match="train.steps is 7 and train.epochs 3") as caught:
+        check_run(load_config(RunConfig, str(tmp_path / "epochs.yaml"), ["--train.steps=7"], PRESETS), 1)
+    assert caught.value.fix == "--train.epochs=null for 7 steps, or --train.steps=0 for 3 epochs"
+
+
 @pytest.mark.parametrize(
     ("arguments", "text", "fix"),
     [
         (["--train.stepz=5"], "unknown setting train.stepz", "train.steps"),
-        (["--optimiser.lr=5"], "unknown setting optimiser", "optimizer"),
+        (["--optimiser.lr=5"], "unknown setting optimiser.lr", "mean optimizer.lr?"),
+        (["--trian.steps=3"], "unknown setting trian.steps", "mean train.steps?"),
+        (["--trian={steps: 3}"], "unknown setting trian", "mean train?"),
+        (["--train={stpes: 3}"], "unknown setting train.stpes", "mean train.steps?"),
         (["--lr=5"], "unknown setting lr", "optimizer.lr"),
         (["--train.steps=many"], "train.steps is many, not a whole number", "whole number"),
         (["--train.steps=0.5"], "train.steps is 0.5, not a whole number", "whole number"),
@@ -135,6 +155,7 @@ def test_errors_in_a_file_name_the_file(tmp_path: Path) -> None:
         (["--diffusion.next_token_weight=-0.1"], 1, "diffusion.next_token_weight is -0.1"),
         (["--train.seed=-1"], 1, "train.seed is -1"),
         (["--train.epochs=0"], 1, "train.steps and train.epochs are both 0"),
+        (["--train.steps=3", "--train.epochs=1"], 1, "train.steps is 3 and train.epochs 1: two lengths"),
         (["--data.path="], 1, "no dataset"),
         (["--checkpoint.keep_last=-1"], 1, "checkpoint.keep_last"),
         (["--checkpoint.keep_every=750"], 1, "keep_every 750 is not a multiple of save_every 500"),
@@ -250,7 +271,7 @@ def test_help_of_settings_shows_type_default_and_text() -> None:
     settings = {setting.key: setting for setting in settings_of(RunConfig)}
     assert settings["diffusion.target_shift"].type == "bool" and settings["diffusion.target_shift"].default == "null"
     assert settings["data.skip_rows"].type == "list" and settings["run_dir"].default == "runs/default"
-    assert settings["train.epochs"].text == "Length in epochs of the dataset, used when steps is 0."
+    assert settings["train.epochs"].text.startswith("Length in epochs of the dataset. null: 1, or")
     assert "sources.NAME.path" in {setting.key for setting in settings_of(BuildConfig)}
 
 

@@ -137,13 +137,8 @@ def test_missing_rows_documents_and_tokenizers_are_errors(
         (["--epoch=2"], "no epoch 2"),
         (["--document=77"], "epoch 0 has no document 77"),
         (["--document=77", "--row=0"], "the row has no document 77"),
-        (["--tokenizer=nowhere"], ""),
+        (["--tokenizer=nowhere"], "there is no tokenizer"),
     ):
-        if not message:
-            assert "showing token ids instead of text: there is no tokenizer in nowhere" in printed(
-                capsys, config.out, *arguments
-            )
-            continue
         with pytest.raises(SystemExit) as exit_:
             run_cli(main, [config.out, *arguments])
         assert exit_.value.code == 2

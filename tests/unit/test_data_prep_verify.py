@@ -332,8 +332,9 @@ def test_random_layouts_are_reported(config: BuildConfig) -> None:
 
 
 def test_dataset_without_build_settings_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="manifest lacks"):
+    with pytest.raises(DataError, match="manifest lacks") as caught:
         verify(make_dataset(tmp_path / "other", rows=2), QUIET)
+    assert caught.value.where == str(tmp_path / "other" / "manifest.json")
 
 
 def test_findings_are_the_same_with_two_workers(config: BuildConfig) -> None:

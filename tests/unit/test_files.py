@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from sdlm_megatron.errors import CheckpointError
+from sdlm_megatron.data.format import PackedDataset
+from sdlm_megatron.errors import CheckpointError, DataError
 from sdlm_megatron.files import checked, read_json, read_json_object, regular_file, write_text
+from sdlm_megatron.weights.resumable_folder import check_out
 
 
 @pytest.mark.parametrize(
@@ -95,3 +97,11 @@ def test_a_file_is_not_written_through_a_planted_link(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="symbolic links"):
         write_text(tmp_path / "report.html", "after")
     assert (tmp_path / "victim").read_text() == "before"
+
+
+def test_the_current_folder_has_no_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match="the output folder exists already"):
+        check_out(Path(), 1)
+    with pytest.raises(DataError, match="not a packed dataset"):
+        PackedDataset(".")

@@ -7,10 +7,9 @@ import pytest
 
 from sdlm_megatron.errors import ConfigError
 from sdlm_megatron.ops.attempt import adopt_slurm_ranks
-from sdlm_megatron.ops.driver.cluster_file import CLUSTERS, ClusterFile, Container, load_cluster
+from sdlm_megatron.ops.driver.cluster_file import CLUSTERS, ClusterFile, Container, load_cluster, seconds_of
 from sdlm_megatron.ops.driver.launch import attempt_environment, node_address, training_command, with_setup
 from sdlm_megatron.ops.driver.slurm_commands import SlurmJob
-from sdlm_megatron.ops.driver.submit import seconds_of
 
 NODES = ["n1", "n2"]
 
@@ -102,6 +101,12 @@ def test_shipped_cluster_files_load(file: Path) -> None:
         ("container: {kind: docker}", "one of none, pyxis, apptainer"),
         ("container: {kind: pyxis}", "without an image"),
         ("gpus_per_node: 0", "gpus_per_node is 0"),
+        ("time: tomorrow", "the time limit is 'tomorrow', no time of Slurm"),
+        ("time: 1-12:30:45:10", "no time of Slurm"),
+        ('partition: "a b"', "partition is 'a b': white space"),
+        ('qos: "a\\nb"', "qos is .*: white space"),
+        ("sbatch: [reservation=x]", "'reservation=x', which sbatch would take for the script"),
+        ("sbatch: ['--time=1:00:00']", "time is a setting of its own"),
     ],
 )
 def test_errors_in_a_cluster_file_are_reported(text: str, message: str, tmp_path: Path) -> None:
@@ -120,6 +125,8 @@ def test_errors_in_a_cluster_file_are_reported(text: str, message: str, tmp_path
         ("1-12:30", 131400),
         ("2-00:00:01", 172801),
         ("UNLIMITED", float("inf")),
+        ("infinite", float("inf")),
+        ("0", float("inf")),
     ],
 )
 def test_slurm_time_limits_are_parsed(limit: str, seconds: float) -> None:

@@ -11,7 +11,7 @@ import pytest
 from helpers import REPO
 
 from sdlm_megatron.errors import ConfigError
-from sdlm_megatron.ops.driver.submit import BatchScript, Submission
+from sdlm_megatron.ops.driver.submit import BatchScript, Submission, main
 
 SBATCH = "#!/bin/sh\necho sbatch: your quota is nearly used >&2\necho 4711\n"
 
@@ -109,6 +109,11 @@ def test_script_describes_itself() -> None:
         (["train_3b_d4", "--cluster", "none"], {}, "no config file or preset named none"),
         (["train_32b"], {}, "did you mean train_32b_d4"),
         (["train_3b_d4", "--train.steps=5"], {}, "write it after --"),
+        (
+            ["train_3b_d4", "--", "--parallel.pipeline=8"],
+            {"DATA": "d", "BASE": "b"},
+            "num_layers = 36 is not divisible",
+        ),
     ],
 )
 def test_errors_are_reported_before_submission(
@@ -189,6 +194,20 @@ def test_a_wrong_setting_is_refused_before_the_queue(user: dict[str, str], tmp_p
         done = run(*line, "--", "--train.steps=8", setting, cwd=tmp_path, env={**user, "PYTHONPATH": str(REPO)})
         assert (done.returncode, done.stdout) == (2, "") and f"error: {text}" in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_dry_run_of_a_run_that_training_refuses_ends_as_a_user_error(
+    user: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {**user, "PATH": ""}.items():
+        monkeypatch.setenv(name, value)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "manifest.json").touch()
+    for codes, expected in ((0, 0), nullcontext()), ((2, 0), pytest.raises(SystemExit, match="^2$")):
+        answers = iter(codes)
+        monkeypatch.setattr(subprocess, "run", lambda *_, a=answers, **__: subprocess.CompletedProcess([], next(a)))
+        with expected:
+            main(["train_3b_d4", "--dry-run"])
 
 
 def test_saved_submission_masks_secrets(user: dict[str, str], tmp_path: Path) -> None:

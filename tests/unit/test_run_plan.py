@@ -226,6 +226,19 @@ def test_a_shorter_run_than_trained_is_refused(tmp_path: Path, data: PackedDatas
         make_run_plan(configured(tmp_path, f"--train.{setting}"), data, print)
 
 
+def test_a_step_or_row_beyond_the_run_is_refused(tmp_path: Path, data: PackedDataset) -> None:
+    last = configured(tmp_path, "--train.steps=5", "--train.stop_after=5", "--data.skip_rows=[3,19]")
+    assert make_run_plan(last, data, print).last_step(last) == 5
+    train(last, None, find_nan=5)
+    for settings, find_nan, message in (
+        (["--train.stop_after=6"], 0, "stop_after is 6, but the run ends with step 5"),
+        (["--data.skip_rows=[3,20]"], 0, "skip_rows has row 20, but the run has rows 0 to 19"),
+        ([], 6, "--find-nan 6, but this run ends with step 5"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            train(configured(tmp_path, "--train.steps=5", *settings), None, find_nan=find_nan)
+
+
 def test_the_run_keeps_its_base_and_takes_the_rest(tmp_path: Path, data: PackedDataset) -> None:
     base = make_hf(tmp_path / "first")
     own = ["--model.num_layers=0", f"--checkpoint.base={base}"]

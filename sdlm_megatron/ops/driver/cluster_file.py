@@ -1,11 +1,13 @@
 """Cluster files: the settings of a cluster, independent of what is trained on it (slurm/clusters/NAME.yaml)."""
 
+import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from sdlm_megatron.config.load import load_config
 from sdlm_megatron.config.validate import check_ranges
+from sdlm_megatron.config.yaml_settings import shown
 from sdlm_megatron.errors import ConfigError
 from sdlm_megatron.ops.node.limits import Limits
 
@@ -104,6 +106,28 @@ RANGES = {
 """Values that each number may have, as in config/validate.py."""
 
 
+_WORDS = ("account", "partition", "qos", "constraint")
+"""Settings that are one word for sbatch."""
+
+
+def seconds_of(limit: str, where: str = "") -> float:
+    """Seconds of a time limit of Slurm: minutes, minutes:seconds, hours:minutes:seconds, or days-hours[:minutes[:s]].
+
+    Infinity for 0, -1, INFINITE and UNLIMITED. Raises ConfigError for any other text.
+    """
+    if limit.upper() in ("-1", "INFINITE", "UNLIMITED"):
+        return math.inf
+    if not re.fullmatch(r"(\d+-\d+|\d+)(:\d+){0,2}", limit, re.ASCII):
+        fix = "MINUTES, HOURS:MINUTES:SECONDS, DAYS-HOURS[:MINUTES[:SECONDS]] or UNLIMITED"
+        raise ConfigError(f"the time limit is {shown(limit)!r}, no time of Slurm", where, fix)
+    days, dash, rest = limit.rpartition("-")
+    parts = rest.split(":")
+    units = (3600, 60, 1) if dash or len(parts) == 3 else (60, 1)
+    return (
+        86400 * int(days or 0) + sum(int(part) * unit for part, unit in zip(parts, units, strict=False))
+    ) or math.inf
+
+
 def cluster_path(name: str) -> Path:
     """File of a cluster: a path, or NAME of ./clusters/NAME.yaml, or of the package's own clusters."""
     own = Path("clusters") / f"{name}.yaml"
@@ -123,6 +147,16 @@ def load_cluster(name: str) -> ClusterFile:
         raise ConfigError(f"container.kind is {kind!r}", where, "one of none, pyxis, apptainer")
     if kind != "none" and not image:
         raise ConfigError(f"a {kind} container without an image", where, "set container.image")
+    for key in _WORDS:
+        if not re.fullmatch(r"[^\s\x00-\x1f\x7f]*", word := getattr(cluster, key)):
+            raise ConfigError(f"{key} is {shown(word)!r}: white space in a word of Slurm", where, "remove it")
+    for option in cluster.sbatch:
+        if not re.fullmatch(r"-[^\n\0]+", option):
+            what = f"sbatch has {shown(option)!r}, which sbatch would take for the script"
+            raise ConfigError(what, where, "write one --name=value an entry")
+        if (key := option[2:].partition("=")[0]) in ("time", *_WORDS):
+            raise ConfigError(f"sbatch has {shown(option)!r}, and {key} is a setting of its own", where, f"set {key}")
+    seconds_of(cluster.time or "0", where)
     for name in cluster.env:
         if not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII):
             raise ConfigError(f"env: {name!r} is no name of a variable", where, "use letters, digits and _")

@@ -20,11 +20,18 @@ from sdlm_megatron.config.command_line import at_least, complete_with, make_pars
 from sdlm_megatron.config.load import PRESETS, load_config, preset_names
 from sdlm_megatron.config.schema import RunConfig
 from sdlm_megatron.config.secret_text import MASK, mask_text
-from sdlm_megatron.config.validate import check_run
-from sdlm_megatron.errors import ConfigError, run_cli
+from sdlm_megatron.config.validate import check_model, check_run
+from sdlm_megatron.errors import ConfigError, UserError, run_cli
 from sdlm_megatron.files import write_text
 from sdlm_megatron.ops.driver import slurm_commands as slurm
-from sdlm_megatron.ops.driver.cluster_file import CLUSTER_HELP, CLUSTERS, SCRIPTS, cluster_path, load_cluster
+from sdlm_megatron.ops.driver.cluster_file import (
+    CLUSTER_HELP,
+    CLUSTERS,
+    SCRIPTS,
+    cluster_path,
+    load_cluster,
+    seconds_of,
+)
 from sdlm_megatron.ops.driver.launch import LAUNCHERS, VARIABLES, variable_overrides
 from sdlm_megatron.ops.driver.verdict import read_bad_nodes
 
@@ -126,6 +133,8 @@ class Submission:
             self.run_dir = Path(self.run.run_dir)
             self.processes = self.nodes * self.cluster.gpus_per_node
             check_run(self.run, self.processes)  # not only after hours in the queue
+            if self.run.model.num_layers:  # else the base's, which this machine may not see
+                check_model(self.run.model, self.run, 0)
         elif any(getattr(self.args, name) is not None for name in ("spares", "launcher", "retries")):
             what = "--spares, --launcher and --retries are for training scripts"
             raise ConfigError(what, str(self.script.path), "leave them out")
@@ -142,6 +151,7 @@ class Submission:
     def command(self) -> list[str]:
         """The sbatch command."""
         cluster, args, trains = self.cluster, self.args, bool(self.script.preset)
+        seconds_of(args.time or "0", "--time")
         line = ["sbatch", "--parsable"]
         for option, value in (
             ("account", cluster.account),
@@ -237,19 +247,6 @@ class Submission:
         return passed and done.returncode == 0
 
 
-def seconds_of(limit: str) -> float:
-    """Seconds of a time limit of Slurm: minutes, minutes:seconds, hours:minutes:seconds, or days-hours[:minutes[:s]].
-
-    Infinity if it is none of these (UNLIMITED, or an error that sbatch reports itself).
-    """
-    days, dash, rest = limit.rpartition("-")
-    parts = rest.split(":")
-    if not all(part.isdigit() for part in [*parts, *([days] if dash else [])]) or len(parts) > 3:
-        return float("inf")
-    units = (3600, 60, 1) if dash or len(parts) == 3 else (60, 1)
-    return 86400 * int(days or 0) + sum(int(part) * unit for part, unit in zip(parts, units, strict=False))
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -259,7 +256,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     submission = Submission(arguments)
     if submission.args.dry_run:
         if not submission.dry_run():
-            raise SystemExit(1)
+            raise SystemExit(UserError.exit_code)
         return
     job, cluster = submission.submit()
     print(job if submission.args.parsable else f"submitted job {job}{f' on cluster {cluster}' if cluster else ''}")
