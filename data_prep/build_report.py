@@ -23,7 +23,7 @@ from data_prep.readers import LINES, InputUnit, plan_units
 from data_prep.repetitions import repetition_lines
 from data_prep.sources import expand, unread_files
 from sdlm_megatron.data.tokenizer_identity import special_token_id
-from sdlm_megatron.errors import DataError
+from sdlm_megatron.files import make_folder
 
 
 def report(manifest: dict[str, Any], config: BuildConfig, console: Console) -> None:
@@ -152,13 +152,8 @@ def dry_run(config: BuildConfig, console: Console, *, examples: bool = False) ->
 
 
 def check_output(out: str) -> None:
-    """Raises DataError unless the folder `out` can be created."""
-    folder = _existing_parent(out)
-    fix = "set another --out"
-    if not folder.is_dir():
-        raise DataError(f"the output folder cannot be created: {folder} is a file", out, fix)
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise DataError(f"the output folder cannot be created: {folder} is not writable", out, fix)
+    """Raises UserError unless the folder `out` can be created."""
+    make_folder(Path(out).absolute().parent, dry=True)
 
 
 def _existing_parent(out: str) -> Path:

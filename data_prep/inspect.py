@@ -32,6 +32,7 @@ from sdlm_megatron.data.tokenizer_identity import (
 from sdlm_megatron.diffusion.layout import IGNORE, RowLayout, slot_targets
 from sdlm_megatron.diffusion.mask import visible
 from sdlm_megatron.errors import DataError, make_console, neutral, run_cli
+from sdlm_megatron.files import make_folder
 
 # Shown without --all: documents per row; per document its first blocks, this many clean tokens at both ends, and this
 # many around the first block start.
@@ -380,6 +381,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     args = build_parser().parse_args(argv)
     console = make_console()
+    if args.save is not None:
+        if args.save.suffix not in (".png", ".pdf", ".svg"):
+            raise DataError(f"--save is {args.save}", "the command line", "name a file that ends in .png")
+        make_folder(args.save.parent)
     dataset = PackedDataset(args.dataset)
     if not 0 <= args.epoch < dataset.epochs:
         raise DataError(f"no epoch {args.epoch}", args.dataset, f"use 0 to {dataset.epochs - 1}")

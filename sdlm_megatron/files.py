@@ -6,6 +6,7 @@ import math
 import os
 import resource
 import stat
+import tempfile
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -31,6 +32,25 @@ def write_text(path: Path, text: str) -> None:
 def _open_no_link(path: str, flags: int) -> int:
     """`os.open` that fails on a link: in a stranger's folder NAME.partial could lead to any file of the user."""
     return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+
+
+def make_folder(path: Path, *, dry: bool = False) -> None:
+    """Creates a folder for output, and its parents.
+
+    Args:
+        dry: create nothing that stays: only try to write to the part of the path that exists.
+
+    Raises:
+        UserError: the folder cannot be created or written to.
+    """
+    try:
+        if not dry:
+            path.mkdir(parents=True, exist_ok=True)
+        # the permissions alone do not tell, such as those of /proc
+        os.rmdir(tempfile.mkdtemp(dir=next(p for p in (path, *path.parents) if os.path.lexists(p))))
+    except OSError as problem:
+        what = f"the output folder cannot be created or written to: {problem.strerror}"
+        raise UserError(what, str(path), "name another folder") from None
 
 
 def write_json(path: Path, value: Any) -> None:

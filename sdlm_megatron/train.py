@@ -11,6 +11,7 @@ from sdlm_megatron.config.load import PRESETS
 from sdlm_megatron.config.schema import ModelConfig, ParallelConfig, RunConfig
 from sdlm_megatron.config.validate import check_run, process_place
 from sdlm_megatron.errors import ConfigError, drop_lost_output, run_cli
+from sdlm_megatron.files import make_folder
 from sdlm_megatron.ops.attempt import adopt_slurm_ranks, refuse_lone_tasks
 from sdlm_megatron.ops.node.local_environment import set_local_environment
 from sdlm_megatron.ops.rank.owner import RunOwner
@@ -56,6 +57,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     config, args = parse_config(build_parser(), RunConfig, PRESETS, argv)
     rank, world = process_place()
     check_run(config, world)
+    if rank == 0:
+        make_folder(Path(config.run_dir), dry=args.dry_run)
     if args.dry_run:
         train(config, None, profile=args.profile, find_nan=args.find_nan)
         return

@@ -15,7 +15,7 @@ from sdlm_megatron.chat.chat_model import ChatModel, load
 from sdlm_megatron.config import command_line
 from sdlm_megatron.config.secret_text import mask_text
 from sdlm_megatron.errors import CheckpointError, ConfigError
-from sdlm_megatron.files import write_json
+from sdlm_megatron.files import make_folder, write_json
 from sdlm_megatron.weights.dtypes import PRECISIONS
 
 EXAMPLE = "--model runs/quickstart/hf --prompts runs/quickstart/task/heldout.jsonl --out results"
@@ -55,12 +55,9 @@ def load_folder(args: argparse.Namespace, folder: Path) -> ChatModel:
 
 
 def load_model(args: argparse.Namespace) -> ChatModel:
-    """Loads --model, creates the --out folder and prints a line about the model. ConfigError if that fails."""
+    """Loads --model, creates the --out folder and prints a line about the model. UserError if that fails."""
     chat = load_folder(args, args.model)
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"cannot create the folder: {error}", f"--out {args.out}", "name another folder") from None
+    make_folder(args.out)
     print(chat.describe(), flush=True)
     return chat
 

@@ -16,7 +16,7 @@ from sdlm_megatron.config.command_line import threshold
 from sdlm_megatron.errors import make_console, run_cli
 from sdlm_megatron.evaluation import held_out, measurement
 from sdlm_megatron.evaluation.held_out import HeldOutPrompt
-from sdlm_megatron.files import write_json
+from sdlm_megatron.files import make_folder, write_json
 
 BATCH = 52  # prompts per batch: half of the quickstart's 104 prompts
 
@@ -79,6 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     args = build_parser().parse_args(argv)
+    make_folder(args.out.parent)
     prompts = held_out.read_prompts(args.prompts, args.most)
     baseline: list[dict[str, Any]] = []
     if args.base:

@@ -23,8 +23,8 @@ from typing import Any, Literal
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from matplotlib.figure import Figure
 
-from sdlm_megatron.errors import markdown, neutral
-from sdlm_megatron.files import write_text
+from sdlm_megatron.errors import UserError, markdown, neutral
+from sdlm_megatron.files import make_folder, write_text
 from sdlm_megatron.report.plots import show_plainly
 
 Cells = Iterable[Sequence[object]]
@@ -139,7 +139,9 @@ class Page:
 
     def write(self, path: Path) -> None:
         """Replaces `path` by the HTML document; its folder is created if it does not exist."""
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise UserError("the page cannot replace a folder", str(path), "name a file, such as index.html")
+        make_folder(path.parent)
         write_text(path, self.html())
 
 

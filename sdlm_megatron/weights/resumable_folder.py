@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from sdlm_megatron.errors import CheckpointError
-from sdlm_megatron.files import HashedFile, fsync, read_json_object, rename_whole, write_json
+from sdlm_megatron.files import HashedFile, fsync, make_folder, read_json_object, rename_whole, write_json
 
 BLOCK = 8 * 1024**2
 """Bytes a worker reads and writes at a time."""
@@ -39,6 +39,7 @@ def check_out(out: Path, workers: int) -> None:
     """CheckpointError where the output folder exists or there is no worker; called before anything is read."""
     if out.exists() and not (out.name and _root(out).is_dir()):  # no name: `.`
         raise _exists(out)
+    make_folder(_root(out), dry=True)
     if workers < 1:
         raise CheckpointError(f"{workers} workers cannot write anything", "workers", "use 1 or more")
 

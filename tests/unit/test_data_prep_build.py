@@ -29,7 +29,7 @@ from sdlm_megatron.config.load import load_config
 from sdlm_megatron.data.format import PackedDataset
 from sdlm_megatron.data.tokenizer_identity import fingerprint
 from sdlm_megatron.diffusion.layout import draw_starts, pack_row
-from sdlm_megatron.errors import ConfigError, DataError, run_cli
+from sdlm_megatron.errors import ConfigError, DataError, UserError, run_cli
 from sdlm_megatron.progress import track
 from tests.byte_tokenizer import IM_END, PAD, write_folder
 
@@ -495,20 +495,14 @@ def test_dry_run_stops_where_the_build_would(config: BuildConfig) -> None:
 
 
 @pytest.mark.parametrize("out", ["file", "file/out"])
-def test_output_that_cannot_be_created_is_named(
-    config: BuildConfig, tmp_path: Path, out: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_output_that_cannot_be_created_is_named(config: BuildConfig, tmp_path: Path, out: str) -> None:
     (tmp_path / "file").write_text("")
     config.out = str(tmp_path / out)
     for start in (build, dry_run):
         if start is build or out != "file":
-            with pytest.raises(DataError, match="cannot be created.* is a file|already exists") as caught:
+            with pytest.raises(UserError, match="cannot be created.*Not a directory|already exists") as caught:
                 start(config, QUIET)
-            assert caught.value.where == config.out
-    monkeypatch.setattr("os.access", lambda path, mode: False)
-    config.out = str(tmp_path / "closed" / "out")
-    with pytest.raises(DataError, match=f"cannot be created: {tmp_path} is not writable"):
-        build(config, QUIET)
+            assert config.out.startswith(caught.value.where)
 
 
 def test_examples_mark_what_is_trained(config: BuildConfig, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,10 +4,13 @@ import os
 from pathlib import Path
 
 import pytest
+from helpers import make_dataset
 
+from sdlm_megatron import train
 from sdlm_megatron.data.format import PackedDataset
-from sdlm_megatron.errors import CheckpointError, DataError
-from sdlm_megatron.files import checked, read_json, read_json_object, regular_file, write_text
+from sdlm_megatron.errors import CheckpointError, DataError, UserError
+from sdlm_megatron.files import checked, make_folder, read_json, read_json_object, regular_file, write_text
+from sdlm_megatron.report.page_kit import Page
 from sdlm_megatron.weights.resumable_folder import check_out
 
 
@@ -105,3 +108,24 @@ def test_the_current_folder_has_no_name(tmp_path: Path, monkeypatch: pytest.Monk
         check_out(Path(), 1)
     with pytest.raises(DataError, match="not a packed dataset"):
         PackedDataset(".")
+
+
+@pytest.mark.parametrize("out", ["/proc/out", "/proc/a/b", "file", "file/a"])
+def test_an_output_folder_that_cannot_be_created_is_a_user_error(
+    tmp_path: Path, out: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    data = make_dataset(tmp_path / "data", rows=1)
+    run = ["--config", "tiny", f"--run_dir={out}", f"--data.path={data}"]
+    commands = [lambda: train.main([*run, "--dry-run"]), lambda: Page("x").write(Path(out) / "index.html")]
+    if out != "file":
+        commands += [lambda: check_out(Path(out), 1), lambda: make_folder(Path(out)), lambda: train.main(run)]
+    for command in commands:
+        with pytest.raises(UserError, match="cannot be created or written to: (No such file|Not a dir|File exists)"):
+            command()
+    with pytest.raises(UserError, match="cannot replace a folder"):
+        Page("x").write(Path())
+    assert sorted(os.listdir()) == ["data", "file"]
+    make_folder(Path("new/a"), dry=True)
+    assert not Path("new").exists()

@@ -16,7 +16,6 @@ from sdlm_megatron.errors import ConfigError
 from sdlm_megatron.ops.attempt import refuse_lone_tasks
 from sdlm_megatron.ops.rank import owner as module
 from sdlm_megatron.ops.rank.owner import RunOwner
-from sdlm_megatron.ops.rank.stop import refuse_to_start
 
 ELSEWHERE = {
     "host": "n7",
@@ -172,9 +171,3 @@ def test_tasks_of_srun_without_ranks_are_refused(
             refuse_lone_tasks()
     monkeypatch.setenv("WORLD_SIZE", "2")  # ranks of torchrun or of the driver
     refuse_lone_tasks()
-
-
-def test_a_file_in_place_of_the_run_folder_is_named(tmp_path: Path) -> None:
-    (tmp_path / "run").write_text("")
-    with pytest.raises(ConfigError, match="the run folder is a file"):
-        refuse_to_start(tmp_path / "run")

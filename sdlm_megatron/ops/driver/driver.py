@@ -26,7 +26,7 @@ from sdlm_megatron.config.schema import RunConfig
 from sdlm_megatron.config.secret_text import mask_text
 from sdlm_megatron.config.validate import check_run
 from sdlm_megatron.errors import ConfigError, UserError, run_cli
-from sdlm_megatron.files import write_text
+from sdlm_megatron.files import make_folder, write_text
 from sdlm_megatron.ops.attempt import attempt_dir, read_events, record_event
 from sdlm_megatron.ops.driver.attempt_summary import summarize
 from sdlm_megatron.ops.driver.attempt_watch import attempt_end, watch_attempt
@@ -97,7 +97,7 @@ class Driver:
             )
         check_run(config, self.needed * self.cluster.gpus_per_node)
         self.logs = self.run_dir / "logs" / self.job.name
-        self.logs.mkdir(parents=True, exist_ok=True)
+        make_folder(self.logs)
         # In the environment only, which srun passes on: parallel/exchange.py. env.txt hides it, as every token.
         os.environ["SDLM_JOB_TOKEN"] = secrets.token_hex(32)
         self.tries = 0

@@ -22,7 +22,7 @@ from sdlm_megatron.config.schema import RunConfig
 from sdlm_megatron.config.secret_text import MASK, mask_text
 from sdlm_megatron.config.validate import check_model, check_run
 from sdlm_megatron.errors import ConfigError, UserError, run_cli
-from sdlm_megatron.files import write_text
+from sdlm_megatron.files import make_folder, write_text
 from sdlm_megatron.ops.driver import slurm_commands as slurm
 from sdlm_megatron.ops.driver.cluster_file import (
     CLUSTER_HELP,
@@ -202,9 +202,10 @@ class Submission:
 
     def submit(self) -> tuple[str, str]:
         """Submits, and returns the job's number and cluster."""
+        if self.script.preset:
+            make_folder(self.run_dir / "logs")
         line = self.command()
         if self.script.preset:
-            (self.run_dir / "logs").mkdir(parents=True, exist_ok=True)
             write_text(self.run_dir / "submit.sbatch", self.shell_text())
         return slurm.submit_job(line)
 

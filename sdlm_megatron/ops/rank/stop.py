@@ -39,9 +39,7 @@ class StopRequests:
 
 
 def refuse_to_start(run_dir: Path) -> None:
-    """Raises ConfigError if RUN/STOP exists, or RUN is no folder."""
-    if run_dir.exists() and not run_dir.is_dir():
-        raise ConfigError("the run folder is a file", str(run_dir), "name a folder with --run_dir=DIR")
+    """Raises ConfigError if RUN/STOP exists."""
     why = _user_request(run_dir / "STOP")
     if why is not None:
         raise ConfigError(
