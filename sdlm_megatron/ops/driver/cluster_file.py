@@ -106,8 +106,8 @@ RANGES = {
 """Values that each number may have, as in config/validate.py."""
 
 
-_WORDS = ("account", "partition", "qos", "constraint")
-"""Settings that are one word for sbatch."""
+_NAMES = ("account", "partition", "qos", "constraint")
+"""Settings that contain no white space."""
 
 
 def seconds_of(limit: str, where: str = "") -> float:
@@ -147,14 +147,14 @@ def load_cluster(name: str) -> ClusterFile:
         raise ConfigError(f"container.kind is {kind!r}", where, "one of none, pyxis, apptainer")
     if kind != "none" and not image:
         raise ConfigError(f"a {kind} container without an image", where, "set container.image")
-    for key in _WORDS:
+    for key in _NAMES:
         if not re.fullmatch(r"[^\s\x00-\x1f\x7f]*", word := getattr(cluster, key)):
-            raise ConfigError(f"{key} is {shown(word)!r}: white space in a word of Slurm", where, "remove it")
+            raise ConfigError(f"{key} is {shown(word)!r}: Slurm reads no white space here", where, "remove it")
     for option in cluster.sbatch:
         if not re.fullmatch(r"-[^\n\0]+", option):
             what = f"sbatch has {shown(option)!r}, which sbatch would take for the script"
             raise ConfigError(what, where, "write one --name=value an entry")
-        if (key := option[2:].partition("=")[0]) in ("time", *_WORDS):
+        if (key := option[2:].partition("=")[0]) in ("time", *_NAMES):
             raise ConfigError(f"sbatch has {shown(option)!r}, and {key} is a setting of its own", where, f"set {key}")
     seconds_of(cluster.time or "0", where)
     for name in cluster.env:
