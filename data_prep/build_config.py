@@ -1,10 +1,13 @@
 """Settings of `sdlm prepare`."""
 
 import codecs
+import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from data_prep.source_formats import FIELD_NAMES, FORMATS
 from data_prep.truncate import FITS
@@ -13,6 +16,7 @@ from sdlm_megatron.data.chatml import DEFAULT_SYSTEM
 from sdlm_megatron.errors import ConfigError
 
 PRESETS = Path(__file__).parent / "presets"
+_ONE_LINE: dict[str, Any] = {"allow_unicode": True, "sort_keys": False, "width": float("inf")}
 
 
 # Field names and defaults are part of a dataset's manifest: adding, renaming or reordering fields changes its bytes.
@@ -55,6 +59,11 @@ class SourceConfig:
     """Expected number of rows; a difference is reported. 0: unknown."""
     licence: str = ""
     """License of the data, recorded in the manifest."""
+
+    def option(self, key: str, value: str | list[str] | dict[str, str]) -> str:
+        """The argument that sets `key` of this source, as it is typed in a shell."""
+        text = value if isinstance(value, str) else yaml.safe_dump(value, default_flow_style=True, **_ONE_LINE).strip()
+        return shlex.quote(f"--sources.{self.name}.{key}={text}")
 
 
 @dataclass

@@ -65,8 +65,10 @@ def unread_error(source: SourceConfig, unread: Mapping[str, int], rows: int, pla
     """
     counts = ", ".join(f"`{name}` in {n:,}" for name, n in sorted(unread.items(), key=lambda item: -item[1]))
     what = f"source {source.name!r} has fields that the format {source.format} does not read: {counts} of {rows:,} rows"
-    setting = f"--sources.{source.name}"
-    fix = f"{setting}.ignore=[{', '.join(sorted(unread))}] leaves them out; {setting}.columns={{NAME: FIELD}} reads one"
+    fix = f"{source.option('ignore', sorted(unread))} leaves them out"
+    if columns := [name for name in unread if "." not in name]:
+        named = source.option("columns", {"NAME": columns[0]})
+        fix += f"; {named} reads one (NAME: input, system, history, tools, weight)"
     return DataError(what, place, fix)
 
 

@@ -42,6 +42,9 @@ class InputRow(NamedTuple):
     content: Any  # the row (a dict if valid), or an `Unreadable`
 
 
+NOT_UTF8 = "is not UTF-8"
+
+
 @dataclass(frozen=True)
 class Unreadable:
     """A line that is not a row, or a row of a columnar file that cannot be decoded."""
@@ -74,7 +77,7 @@ class FormReader:
         named = {**form.fields, **source.columns}
         self.fields = {name: column for name, column in named.items() if column not in source.ignore}
         """Columns that are read, by our names."""
-        self.preference, self._system_prompt = source.preference, system_prompt
+        self.preference, self._system_prompt, self._source = source.preference, system_prompt, source
         self._kind = _kind(self.fields, source)
         self._turns = self.fields.get("turns", "")
         own = (self.fields.pop("role", ""), self.fields.pop("content", ""))
@@ -118,7 +121,7 @@ class FormReader:
     def _read(self, row: Any) -> Conversation:
         if isinstance(row, Unreadable):
             what, _, detail = row.reason.partition(": ")
-            raise DataError(what, detail)
+            raise DataError(what, detail, _encoding_fix(self._source) if NOT_UTF8 in what else "")
         if self._kind == "rows" and isinstance(row, list):
             return self._parser.parse(row, "row")
         if not isinstance(row, Mapping):
@@ -161,9 +164,8 @@ class FormReader:
                 f"`{column}` is not true or false", column, f"put `{column}` into `ignore` if it is no preference"
             )
         if not self.preference:
-            raise DataError(
-                f"a preference file: `{column}` marks good and bad answers", column, "set preference=chosen"
-            )
+            fix = f"{self._source.option('preference', 'chosen')} trains the good ones"
+            raise DataError(f"a preference file: `{column}` marks good and bad answers", column, fix)
         return label
 
     def _read_turns(self, row: Mapping[str, Any]) -> Conversation:
@@ -236,7 +238,7 @@ def _kind(fields: Mapping[str, str], source: SourceConfig) -> str:
         fix = "set turns, text, or prompt and answer in its `columns`"
         raise ConfigError(f"the columns of the source have {problem}", where, fix)
     if present[0] == "preference" and not source.preference:
-        fix = f"--sources.{source.name}.preference=chosen trains the chosen answers"
+        fix = f"{source.option('preference', 'chosen')} trains the chosen answers"
         raise ConfigError("a preference file has two answers in each row; SDLM trains one", where, fix)
     return present[0]
 
@@ -286,10 +288,9 @@ def detect_format(rows: Iterable[tuple[str, Any]], source: SourceConfig) -> str:
             matches.setdefault(name, where)
     if len(matches) == 1:
         return next(iter(matches))
-    setting = f"--sources.{source.name}"
     if len(matches) > 1:
         places = "; ".join(f"{name} ({', '.join(FORMATS[name].columns)}): {where}" for name, where in matches.items())
-        fix = f"set {setting}.format to the one to read, and put the other columns into {setting}.ignore"
+        fix = "; or ".join(_to_read(name, matches, source) for name in matches)
         raise DataError(f"the rows have two readings: {' and '.join(matches)}", places, fix)
     if first is None:
         raise DataError("the file has no rows", source.path or source.hub, "write one JSON object per row")
@@ -297,11 +298,23 @@ def detect_format(rows: Iterable[tuple[str, Any]], source: SourceConfig) -> str:
     if not isinstance(row, dict):
         reason = f"; first: {row.reason}" if isinstance(row, Unreadable) else ""
         what = f"none of the first {seen} rows is a JSON object or a list of turns{reason}"
-        raise DataError(what, where, "write one object per row")
+        raise DataError(what, where, _encoding_fix(source) if NOT_UTF8 in reason else "write one object per row")
     has = ", ".join(map(str, row))
     known = "; ".join(", ".join(form.columns) for form in FORMATS.values() if form.columns)
-    fix = f"name the columns: {setting}.columns={{prompt: NAME, answer: NAME}}; known without it: {known}"
+    turns = [key for key, value in row.items() if isinstance(value, list) and value and isinstance(value[0], dict)]
+    columns = {"turns": str(turns[0])} if turns else {"prompt": "NAME", "answer": "NAME"}
+    fix = f"name the columns: {source.option('columns', columns)}; known without it: {known}"
     raise DataError(f"no source format matches the fields {has or '(none)'}", where, fix)
+
+
+def _to_read(name: str, matches: Iterable[str], source: SourceConfig) -> str:
+    """The settings that read one of the formats that match."""
+    others = {column for other in matches for column in FORMATS[other].columns} - set(FORMATS[name].fields.values())
+    return f"{source.option('format', name)} {source.option('ignore', sorted(others))}"
+
+
+def _encoding_fix(source: SourceConfig) -> str:
+    return f"repair the row, or name the encoding of the file, such as {source.option('encoding', 'cp1252')}"
 
 
 def _matches(row: Any, source: SourceConfig) -> list[str]:

@@ -12,7 +12,7 @@ import orjson
 from data_prep.build_config import SourceConfig
 from data_prep.columnar import ColumnarTable, as_bytes, open_hub, open_table
 from data_prep.csv_files import count_csv, csv_records
-from data_prep.forms import InputRow, Unreadable, check_schema
+from data_prep.forms import NOT_UTF8, InputRow, Unreadable, check_schema
 from data_prep.input_bytes import (
     MOST_LINE,
     file_type,
@@ -244,7 +244,8 @@ def _parse(line: bytes, kind: str = "line") -> Any:
     try:
         return json.loads(line)
     except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or nested too deeply
-        return Unreadable(f"the {kind} is not JSON: {error}", line.decode("utf-8", errors="backslashreplace").rstrip())
+        what = NOT_UTF8 if isinstance(error, UnicodeDecodeError) else "is not JSON"
+        return Unreadable(f"the {kind} {what}: {error}", line.decode("utf-8", errors="backslashreplace").rstrip())
 
 
 def count_lines(unit: InputUnit) -> int:

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shlex
 from dataclasses import replace
 from functools import cache
 from hashlib import sha256
@@ -15,7 +16,7 @@ from rich.console import Console
 from transformers import AutoTokenizer
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from data_prep.build import build
+from data_prep.build import build, read_command_line
 from data_prep.build_config import BuildConfig, SourceConfig
 from data_prep.chat import render_batch
 from data_prep.encoders import TextTokenizer
@@ -424,3 +425,34 @@ def test_mutated_rows_are_all_accounted_for(name: str, tmp_path: Path) -> None:
     rejects = [json.loads(line) for line in (Path(config.out) / "rejects.jsonl").read_text().splitlines()]
     assert len(rejects) == lost and all(line["reason"] for line in rejects)
     assert verify(config.out, QUIET) == []
+
+
+PAIR = {"prompt": "Why?", "response": "Because."}
+
+
+@pytest.mark.parametrize(
+    ("row", "name", "message", "used"),
+    [
+        ({**PAIR, "hint": "x", "no": "y"}, "my chats (1)", "does not read: `hint` in 1, `no` in 1", 1),
+        ({"instruction": "a", "output": "b", "text": "c"}, "alpaca", "two readings: instruction_output and text", 2),
+        ({"talk": [{"role": "user", "content": "Hi"}]}, "chats", "no source format matches the fields talk", 1),
+        ({"messages": [{"role": "user", "content": "é"}]}, "latin", "the line is not UTF-8", 1),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "pairs", "two answers in each row", 1),
+    ],
+)
+def test_advice_can_be_pasted_into_a_shell(
+    row: dict[str, Any], name: str, message: str, used: int, tmp_path: Path
+) -> None:
+    file = tmp_path / f"{name}.jsonl"
+    file.write_bytes(json.dumps(row, ensure_ascii=False).encode("latin-1"))
+
+    def read(*options: str) -> list[SourceConfig]:
+        config, _ = read_command_line(["--input", str(file), *options])
+        check_fields(config.sources, None)
+        return config.sources
+
+    with pytest.raises((ConfigError, DataError), match=message) as caught:
+        read()
+    options = [part for part in shlex.split(caught.value.fix.replace("; ", " ")) if part.startswith("--sources.")]
+    (source,) = read(*options[:used])
+    assert source.format and source.name == name

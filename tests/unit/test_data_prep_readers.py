@@ -132,7 +132,8 @@ def test_line_is_read_like_json_loads(line: bytes, tmp_path: Path) -> None:
         expected = json.loads(line)
     except (ValueError, RecursionError) as error:
         assert isinstance(input_row.content, Unreadable)
-        assert input_row.content.reason == f"the line is not JSON: {error}"
+        what = "UTF-8" if isinstance(error, UnicodeDecodeError) else "JSON"
+        assert input_row.content.reason == f"the line is not {what}: {error}"
         assert input_row.content.line == line.decode(errors="backslashreplace").rstrip()
     else:
         assert repr(input_row.content) == repr(expected)  # repr: NaN is not equal to itself
