@@ -1,4 +1,4 @@
-"""Compares the tensors of two models. A and B are Hugging Face folders, checkpoints or runs.
+"""Compare the tensors of two models. A and B are Hugging Face folders, checkpoints or runs.
 
 Tensors are compared under their Hugging Face names, in blocks, so that neither model is loaded whole. Biases of q, k
 and v that are zero equal missing ones. --logits also runs both (Hugging Face folders only) on a prompt with

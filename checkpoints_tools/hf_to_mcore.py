@@ -1,4 +1,4 @@
-"""Converts a Hugging Face folder to a Megatron-Core checkpoint that any TP / PP / DP layout can start from.
+"""Convert a Hugging Face folder to a Megatron-Core checkpoint that any TP / PP / DP layout can start from.
 
 Weights keep every bit. With --mask-token the folder also becomes an SDLM base: the token's row is set to the mean of
 the other tokens' rows. (Training can also start from the Hugging Face folder itself.) An interrupted conversion is

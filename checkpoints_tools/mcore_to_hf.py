@@ -1,4 +1,4 @@
-"""Exports a checkpoint of a run (or an imported base) as a Hugging Face folder, ready for SDLM decoding.
+"""Export a checkpoint of a run (or an imported base) as a Hugging Face folder, ready for SDLM decoding.
 
 --ckpt names a step folder, or a run: then its newest complete checkpoint is exported, saved under any parallel layout.
 An interrupted export is continued by the same command.
@@ -17,7 +17,7 @@ from checkpoints_tools.tokenizer_files import check_tokenizer
 from sdlm_megatron.config.command_line import make_parser
 from sdlm_megatron.errors import run_cli
 from sdlm_megatron.weights.checkpoint_folder import TrainState, find_checkpoint, read_run, read_state
-from sdlm_megatron.weights.dtypes import HF_DTYPES
+from sdlm_megatron.weights.dtypes import HF_DTYPES, PRECISIONS, hf_name, precision_name
 from sdlm_megatron.weights.hf_config import HFConfig, read_hf_config
 from sdlm_megatron.weights.resumable_folder import check_out, default_workers
 from sdlm_megatron.weights.tensors import CheckpointAsHF
@@ -70,12 +70,19 @@ def _config(ckpt: Path, state: TrainState) -> HFConfig:
     return replace(config, sdlm=state.sdlm_settings(config.sdlm) or config.sdlm)
 
 
+def _dtype(text: str) -> str:
+    """The name on command lines of a dtype, which may have that of config.json."""
+    return precision_name(HF_DTYPES[text]) if text in HF_DTYPES else text
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Options of the command."""
     parser = make_parser("sdlm export", __doc__, example="sdlm export --ckpt runs/sdlm_3b_d4 --out models/SDLM-3B-D4")
     parser.add_argument("--ckpt", type=Path, metavar="DIR", help="step folder, or a run folder")
     parser.add_argument("--out", type=Path, metavar="DIR", help="Hugging Face folder to write")
-    parser.add_argument("--dtype", choices=sorted(HF_DTYPES), help="dtype of the weights; default: as trained")
+    parser.add_argument(
+        "--dtype", type=_dtype, choices=sorted(PRECISIONS), help="dtype of the weights; default: as trained"
+    )
     parser.add_argument("--max-shard-gb", type=float, default=4.0, metavar="GB", help="size limit of a weight file")
     parser.add_argument("--workers", type=int, metavar="N", help="files written at a time; default: cores, up to 8")
     parser.add_argument("--dry-run", action="store_true", help="check the input, print what would be written, exit")
@@ -96,7 +103,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not args.ckpt or not args.out:
         parser.error("--ckpt and --out are required")
     limit = int(args.max_shard_gb * 1e9)
-    options = {"dtype": args.dtype, "max_shard_bytes": limit, "workers": args.workers, "dry_run": args.dry_run}
+    dtype = hf_name(PRECISIONS[args.dtype]) if args.dtype else None
+    options = {"dtype": dtype, "max_shard_bytes": limit, "workers": args.workers, "dry_run": args.dry_run}
     read = convert(args.ckpt, args.out, **options)
     if not args.dry_run:
         print(f"wrote {args.out} from {read}")

@@ -41,8 +41,8 @@ def report(manifest: dict[str, Any], config: BuildConfig, console: Console) -> N
         console.print(line)
     rows, clean, block = (sum(epoch[key] for epoch in manifest["counts"]) for key in ("rows", "clean", "block"))
     console.print(
-        f"{config.out}: {config.epochs} epoch(s), {rows:,} rows of {config.row_length} tokens, "
-        f"{(clean + block) / (rows * config.row_length):.2%} filled, "
+        f"wrote {config.out}: {config.epochs} epoch{'s' * (config.epochs != 1)}, {rows:,} rows of "
+        f"{config.row_length} tokens, {(clean + block) / (rows * config.row_length):.2%} filled, "
         f"{manifest['mean_documents_per_row']:.1f} documents per row"
     )
 
@@ -135,7 +135,7 @@ def dry_run(config: BuildConfig, console: Console, *, examples: bool = False) ->
     console.print(f"tokenizer: {describe(encoder)}; mask token {config.mask_token} = {mask}")
     console.print(
         f"disk: {work / 1e9:.2f} GB during the build and {final / 1e9:.2f} GB for the dataset "
-        f"({config.epochs} epoch(s)); {_free(config.out) / 1e9:.0f} GB are free"
+        f"({config.epochs} epoch{'s' * (config.epochs != 1)}); {_free(config.out) / 1e9:.0f} GB are free"
     )
     state = "would be created"
     if Path(config.out).exists():

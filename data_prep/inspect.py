@@ -367,7 +367,7 @@ def _print(console: Console, text: Text) -> None:
 def build_parser() -> argparse.ArgumentParser:
     """Options of the command."""
     parser = make_parser("sdlm inspect", __doc__, example="sdlm inspect DATA --row 3 --save mask.png")
-    parser.add_argument("dataset", help="dataset folder, written by `sdlm prepare`")
+    parser.add_argument("dataset", metavar="DATA", help="dataset folder, written by `sdlm prepare`")
     parser.add_argument("--row", type=int, metavar="N", help="row of the epoch, from 0 (default: 0)")
     parser.add_argument("--epoch", type=int, default=0, metavar="E", help="epoch, from 0")
     parser.add_argument("--document", type=int, metavar="NUMBER", help="show only this document; finds its row")

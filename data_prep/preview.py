@@ -91,7 +91,10 @@ def show_sample(config: BuildConfig, source: SourceConfig, sample: SourceSample,
     examples = np.flatnonzero(sample.fitted.n_blocks > 0)[:EXAMPLES].tolist()
     if examples:
         marks = Text("green", style=TRAINED) if colored else Text(f"between {OPEN} and {CLOSE}")
-        _print(console, Text(f"{len(examples)} example(s); what is trained is ").append_text(marks))
+        _print(
+            console,
+            Text(f"{len(examples)} example{'s' * (len(examples) != 1)}; what is trained is ").append_text(marks),
+        )
     for i in examples:
         _print(console, Text(f"\n{neutral(sample.places[i], one_line=True)}", style="bold"))
         _print(console, _example(sample.batch, i, text_of, colored))

@@ -291,7 +291,7 @@ def _add_source(section: PageSection, sample: RowSample) -> None:
 def build_parser() -> argparse.ArgumentParser:
     """Options of the command."""
     parser = make_parser("sdlm stats", __doc__, example="sdlm stats DATA --out stats.html")
-    parser.add_argument("dataset", help="dataset folder, written by `sdlm prepare`")
+    parser.add_argument("dataset", metavar="DATA", help="dataset folder, written by `sdlm prepare`")
     parser.add_argument("--out", type=Path, default=Path("stats.html"), metavar="FILE", help="HTML file to write")
     parser.add_argument("--rows", type=int, default=SAMPLE, metavar="N", help="number of rows to read")
     return parser
@@ -306,7 +306,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     console = make_console()
     sample = write_stats(args.dataset, args.out, console, rows=args.rows)
     console.print(
-        f"{args.out}: lengths, anchors and fill from {len(sample.used):,} of {sample.rows:,} rows, the rest exact"
+        f"wrote {args.out}: lengths, anchors and fill from {len(sample.used):,} of {sample.rows:,} rows, the rest exact"
     )
 
 

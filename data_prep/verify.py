@@ -291,7 +291,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Options of the command."""
     rules = "\n".join(f"  {name:<12}{text}" for name, text in RULES.items())
     parser = make_parser("sdlm verify", __doc__, example="sdlm verify DATA", notes=f"rules:\n{rules}")
-    parser.add_argument("dataset", help="dataset folder, written by `sdlm prepare`")
+    parser.add_argument("dataset", metavar="DATA", help="dataset folder, written by `sdlm prepare`")
     parser.add_argument("--workers", type=int, default=cpus(), metavar="N", help="number of processes")
     return parser
 

@@ -1,4 +1,4 @@
-"""Checks this machine's environment: each line says ok, or what is missing and how to fix it.
+"""Check this machine's environment: each line says ok, or what is missing and how to fix it.
 
 Exit code 0: training on the CPU is possible. 1: something that is always needed is broken (marked FAIL). Lines marked
 with -- only limit what can be used here, such as GPUs or Slurm.

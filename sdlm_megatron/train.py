@@ -1,4 +1,4 @@
-"""Entry point of training: `torchrun --nproc-per-node N -m sdlm_megatron.train --config PRESET_OR_FILE [--a.b=c]`."""
+"""Train a model, or resume its run: `torchrun --nproc-per-node N -m sdlm_megatron.train --config PRESET_OR_FILE`."""
 
 import argparse
 import sys

@@ -6,7 +6,7 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 # Exports the newest complete checkpoint of a run to a Hugging Face folder:
-#   RUN_DIR=RUN OUT=DIR slurm/export.sh --cluster NAME [--after JOB] [-- --dtype bfloat16 ...]
+#   RUN_DIR=RUN OUT=DIR slurm/export.sh --cluster NAME [--after JOB] [-- --dtype bf16 ...]
 # In a job, $0 is Slurm's copy of this script. Slurm knows the path of the original, which is next to common.sh.
 self=$0; [[ $0 != */slurm_script ]] || self=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=\([^ ]*\).*/\1/p' | head -1)
 source "$(dirname "$self")/common.sh"

@@ -5,10 +5,10 @@ import difflib
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from sdlm_megatron.config.explain import settings_help, settings_of
-from sdlm_megatron.errors import ConfigError
+from sdlm_megatron.errors import ConfigError, UserError, print_error
 
 T = TypeVar("T")
 
@@ -28,6 +28,11 @@ class CommandParser(argparse.ArgumentParser):
         """The help text. The settings are only read here: parsing their source takes longer than the parser itself."""
         text = super().format_help()
         return f"{text}\n{settings_help(self.settings)}\n" if self.settings and self.list_settings else text
+
+    def error(self, message: str) -> NoReturn:
+        """Ends the command with the form that all errors of this project have."""
+        print_error(UserError(message, "the command line", f"`{self.prog} --help` explains the options"))
+        raise SystemExit(2)
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):

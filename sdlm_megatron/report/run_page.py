@@ -1,4 +1,4 @@
-"""The command `sdlm report`: one HTML page about a run and all its restarts, whatever state it is in.
+"""Write one HTML page about a run and all its restarts, whatever state it is in.
 
 The page holds losses, other metrics, speed, goodput, events, samples, the visibility mask and the configuration. It
 can be written while the run is in progress.
@@ -208,7 +208,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"{goodput.share:.1%} of {format_duration(goodput.wall)} was spent in useful steps:")
         for cause, seconds in sorted(goodput.seconds.items(), key=lambda x: -x[1]):
             print(f"  {seconds / goodput.wall:6.1%}  {format_duration(seconds):>7}  {cause}")
-    print(f"report   {page}")
+    print(f"wrote {page}")
 
 
 def _config(run: Path) -> RunConfig:

@@ -91,7 +91,7 @@ def make_run_plan(config: RunConfig, dataset: PackedDataset, notice: Notice) -> 
         raise ConfigError(
             f"the dataset uses token id {needed - 1}, the model has {plan.state.shape.vocab_size} rows",
             "model.vocab_size",
-            "use the dataset of this model's tokenizer, or a larger model.vocab_size",
+            f"a dataset of this model's tokenizer; without a base, --model.vocab_size={-(-needed // 128) * 128}",
         )
     return plan
 

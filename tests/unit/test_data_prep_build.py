@@ -510,7 +510,7 @@ def test_examples_mark_what_is_trained(config: BuildConfig, capsys: pytest.Captu
     common = ["--tokenizer", config.tokenizer, "--max_rejected=0.2", "--workers=1"]
     main(["--input", source.path, "--format=sharegpt", "--out", config.out, *common])
     out = capsys.readouterr().out
-    assert "2 example(s); what is trained is between [[ and ]]" in out
+    assert "2 examples; what is trained is between [[ and ]]" in out
     answer = f"{source.path}, line 2\n<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
     answer += f"<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n[[{'answer ' * 4}<|im_end|>]]\n"
     assert answer in out

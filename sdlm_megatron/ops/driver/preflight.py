@@ -1,4 +1,4 @@
-"""Checks the nodes of a Slurm job before training starts on them: GPUs, disks, equal code and configuration, clocks,
+"""Check the nodes of a Slurm job before training starts on them: GPUs, disks, equal code and configuration, clocks,
 and the speed of an all-reduce inside and between nodes.
 
 Runs on the batch node and starts a short program on each node with srun (ops/node/node_program.py). Writes

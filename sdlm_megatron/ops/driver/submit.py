@@ -1,4 +1,4 @@
-"""Submits a batch script to Slurm with the settings of a cluster.
+"""Submit a batch script to Slurm with the settings of a cluster.
 
 SCRIPT is a name such as train_32b_d4 or a path; `slurm/X.sh --cluster NAME` in a checkout is the same command. A
 training job's command is kept as RUN/submit.sbatch and can be run again. `sdlm submit pipeline` submits all stages from
