@@ -87,7 +87,8 @@ def show_samples(
 
 def show_sample(config: BuildConfig, source: SourceConfig, sample: SourceSample, console: Console) -> None:
     """Prints examples with the trained text marked, the turns by role, and the reasons of rows that are left out."""
-    text_of, colored = open_text(config.tokenizer), console.is_terminal and not console.no_color
+    text_of = open_text(config.tokenizer)
+    colored = console.color_system is not None and not console.no_color  # no colors: a file, or a plain terminal
     examples = np.flatnonzero(sample.fitted.n_blocks > 0)[:EXAMPLES].tolist()
     if examples:
         marks = Text("green", style=TRAINED) if colored else Text(f"between {OPEN} and {CLOSE}")

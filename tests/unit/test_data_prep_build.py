@@ -505,7 +505,13 @@ def test_output_that_cannot_be_created_is_named(config: BuildConfig, tmp_path: P
             assert config.out.startswith(caught.value.where)
 
 
-def test_examples_mark_what_is_trained(config: BuildConfig, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("terminal", [False, True])
+def test_examples_mark_what_is_trained(
+    config: BuildConfig, terminal: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if terminal:  # one without colors
+        monkeypatch.setenv("FORCE_COLOR", "1")
+        monkeypatch.setenv("TERM", "dumb")
     source = config.sources[2]
     common = ["--tokenizer", config.tokenizer, "--max_rejected=0.2", "--workers=1"]
     main(["--input", source.path, "--format=sharegpt", "--out", config.out, *common])
