@@ -5,6 +5,7 @@ until everything is on the disk, and gathers a stage's optimizer on each data-pa
 """
 
 import argparse
+import pickle
 import shutil
 import statistics
 import sys
@@ -14,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from sdlm_megatron.parallel import compat, cpu
 
@@ -64,9 +66,10 @@ def measure_checkpoints(case: StepCase, out: Path, steps: int) -> None:
         for number in range(1, ROUNDS + 1):
             writer.save(replace(state, step=number), None)
             # Steps continue while the writer thread works: their slowdown is part of the cost.
-            while writer.busy:
+            while any(engine.groups.gather(writer.busy)):  # together: a step waits for all processes
                 during.append(timed(case.step, engine.groups.device)[0])
             writer.wait()
+    distributed_c10d._unpickler = pickle.Unpickler  # Megatron-Core's save exchanges objects, which training refuses
     megatron = [megatron_save_seconds(engine, out / "megatron") for _ in range(ROUNDS)]
     if not engine.groups.main:
         return
@@ -95,8 +98,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     args = build_parser().parse_args(argv)
     groups = init_groups(ParallelConfig(), seed=1)
-    heads, wide = args.hidden // 64, 3 * args.hidden
-    config = RunConfig(model=ModelConfig(8, args.hidden, wide, heads, heads // 4, 64, 1024, tied_embeddings=True))
+    wide, heads, pairs = 3 * args.hidden, args.hidden // 64, max(args.hidden // 256, 1)
+    config = RunConfig(model=ModelConfig(8, args.hidden, wide, heads, pairs, 64, 1024, tied_embeddings=True))
     config.train.precision = "bf16"
     case = StepCase.of(config, groups, "mixture", 1, 512)
     if groups.main:
