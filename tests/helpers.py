@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from functools import cache
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from sdlm_megatron.data.format import PartWriter, seal
 from sdlm_megatron.diffusion.layout import RowLayout, block_count, draw_starts, pack_row
 from sdlm_megatron.weights.tensors import TensorReader, read_rows
+from tests import ranks
 
 REPO = Path(__file__).resolve().parent.parent
 MASK, EOS, PAD = 259, 258, 256
@@ -179,18 +181,22 @@ def make_hf(
 def run_python(
     *arguments: str, processes: int = 1, check: bool = True, env: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess:
-    """Runs `python …` or, for more than one process, `torchrun … ` with the same arguments; output is captured."""
-    launcher = [sys.executable]
-    if processes > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    done = subprocess.run(
-        [*launcher, *arguments],
-        capture_output=True,
-        text=True,
-        env={**os.environ, **ENV, **(env or {})},
-        cwd=REPO,
-        timeout=600,
-    )
+    """Runs `python …` or, for more than one process, `torchrun … ` with the same arguments; output is captured.
+
+    Modules and scripts run in forks of a process that has imported Megatron-Core (ranks.py), except on a GPU.
+    """
+    environment = {**os.environ, **ENV, **(env or {})}
+    if arguments[0] != "-c" and "PYTHONPATH" not in (env or {}) and not torch.cuda.is_available():
+        with tempfile.TemporaryDirectory() as folder:
+            streams = [Path(folder) / name for name in ("out", "err")]
+            code = ranks.run(list(arguments), environment, [*map(str, streams)], processes, 600)
+            done = subprocess.CompletedProcess(arguments, code, *(file.read_text() for file in streams))
+    else:
+        launcher = [sys.executable]
+        if processes > 1:
+            launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        command = [*launcher, *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=REPO, timeout=600)
     if check and done.returncode:
         raise AssertionError(f"{arguments} failed with {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}")
     return done

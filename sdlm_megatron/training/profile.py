@@ -10,13 +10,16 @@ import resource
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
-from sdlm_megatron.report.page_kit import Page, PageSection
 from sdlm_megatron.training.hooks import Hook, TrainingRun
 from sdlm_megatron.training.trace import PARTS, TraceSummary, summarize
+
+if TYPE_CHECKING:
+    from sdlm_megatron.report.page_kit import Page, PageSection
 
 _LONGEST_NAME = 70
 """Characters of a kernel's name that are shown."""
@@ -105,8 +108,10 @@ def _peak_memory() -> str:
     return f"{used:.1f} GB ({reserved:.1f} reserved)"
 
 
-def summary_page(title: str, columns: Sequence[tuple[int, TraceSummary, str]]) -> Page:
+def summary_page(title: str, columns: Sequence[tuple[int, TraceSummary, str]]) -> "Page":
     """The page of some processes, one column each: (rank, summary, peak memory)."""
+    from sdlm_megatron.report.page_kit import Page  # not at the top: every rank would import matplotlib
+
     ranks = ["", *(f"rank {rank}" for rank, _, _ in columns)]
     summaries = [summary for _, summary, _ in columns]
     page = Page(title)
@@ -143,7 +148,7 @@ def _share(summary: TraceSummary, ms: float) -> str:
     return f"{ms / summary.steps:.1f} ({ms / summary.wall:.0%})" if summary.wall else "-"
 
 
-def _communication(section: PageSection, ranks: Sequence[str], summaries: Sequence[TraceSummary]) -> None:
+def _communication(section: "PageSection", ranks: Sequence[str], summaries: Sequence[TraceSummary]) -> None:
     keys = sorted({key for s in summaries for key in s.communication})
     if not keys:
         return

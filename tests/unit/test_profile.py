@@ -91,6 +91,11 @@ def test_steps_outside_the_run_are_refused() -> None:
         steps_to_profile((10, 12), 0, 11)
 
 
+def test_ranks_do_not_import_matplotlib() -> None:
+    """It takes half a second. run_python's processes start with all that training imports."""
+    run_python("-m", "timeit", "-n1", "-r1", "import sys; assert not {'matplotlib', 'transformers'} & set(sys.modules)")
+
+
 @pytest.mark.distributed
 def test_pipeline_of_two_writes_traces_and_a_page(tmp_path: Path) -> None:
     """A pipeline of two stages writes a trace with communication for each stage and a page; the run continues."""

@@ -1,0 +1,125 @@
+"""Processes for tests that start with torch and Megatron-Core imported: forks of one process, which imported both.
+
+Every process of a test would otherwise spend 4 s of CPU on imports, and torchrun 2 s more. `python tests/ranks.py` is
+that process: it reads one job per line of its input and answers each with the exit codes. The programs see what
+torchrun gives them, except its store: rank 0 serves one. tests/slurm, repo/test_installed.py and all programs given as
+`-c` start processes of their own.
+"""
+
+import contextlib
+import json
+import os
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import time
+from functools import cache
+from pathlib import Path
+from typing import IO
+
+REPO = Path(__file__).resolve().parent.parent
+_SEARCHED = os.pathsep.join([str(REPO), *filter(None, [os.environ.get("PYTHONPATH")])])
+_ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": _SEARCHED}
+"""As it is before any test changes it."""
+
+
+@cache
+def _server() -> subprocess.Popen[str]:
+    pipe = subprocess.PIPE
+    return subprocess.Popen([sys.executable, __file__], stdin=pipe, stdout=pipe, text=True, env=_ENVIRONMENT, cwd=REPO)
+
+
+def run(arguments: list[str], environment: dict[str, str], streams: list[str], processes: int, seconds: float) -> int:
+    """Runs `python ARGUMENTS` in forks; returns the exit code of the first that failed, or 0.
+
+    Args:
+        streams: files for the output and the errors of all processes.
+        seconds: after these all are killed; TimeoutExpired.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    ranks = []
+    for rank in map(str, range(processes) if processes > 1 else ()):
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+        ranks.append({**environment, **place, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port})
+    server = _server()
+    assert server.stdin is not None and server.stdout is not None
+    job = {"arguments": arguments, "environments": ranks or [environment], "streams": streams, "seconds": seconds}
+    print(json.dumps(job), file=server.stdin, flush=True)
+    code = json.loads(server.stdout.readline())
+    if code is None:
+        raise subprocess.TimeoutExpired(arguments, seconds)
+    return int(code)
+
+
+def _wait(running: set[int], seconds: float) -> int | None:
+    """As torchrun: the others are ended when one fails."""
+    end, failed, ended = time.monotonic() + seconds, 0, False
+    while running:
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        running.discard(pid)
+        if pid and (code := os.waitstatus_to_exitcode(status)) and not failed:
+            failed, end = code, min(end, time.monotonic() + 30)
+            _kill(running, signal.SIGTERM)
+        if not pid:
+            time.sleep(0.02)
+            if time.monotonic() > end:
+                ended = ended or not failed
+                _kill(running, signal.SIGKILL)
+    return None if ended else failed
+
+
+def _kill(running: set[int], number: signal.Signals) -> None:
+    for pid in running:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+
+
+def _become(arguments: list[str], environment: dict[str, str], streams: list[str]) -> None:
+    """Runs the program in this process, as `python -u` does."""
+    os.environ.clear()
+    os.environ.update(environment)
+    for fd, file in enumerate([os.devnull, *streams]):
+        opened = os.open(file, os.O_RDWR | os.O_CREAT | os.O_APPEND)
+        os.dup2(opened, fd)
+        os.close(opened)
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(write_through=True)
+    if arguments[0] == "-m":
+        sys.argv = arguments[1:]
+        sys.path[0] = str(REPO)
+        runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = arguments
+        sys.path[0] = str(Path(arguments[0]).resolve().parent)
+        runpy.run_path(arguments[0], run_name="__main__")
+
+
+def _serve(answers: IO[str]) -> None:
+    """Returns at the end of the input, and in every fork when its program has ended."""
+    for line in sys.stdin:
+        job = json.loads(line)
+        running: set[int] = set()
+        for environment in job["environments"]:
+            if (pid := os.fork()) == 0:
+                answers.close()
+                _become(job["arguments"], environment, job["streams"])
+                return
+            running.add(pid)
+        print(json.dumps(_wait(running, job["seconds"])), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    from sdlm_megatron.parallel import compat, cpu
+
+    compat.silence_known_notices()
+    cpu.install()
+    import sdlm_megatron.training.start  # noqa: F401
+
+    os.fsync = os.fstat  # as in conftest.py
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    _serve(answers)
