@@ -29,6 +29,7 @@ from sdlm_megatron.report.plots import BLOCK, CLEAN, INK, SERIES, figure_of, leg
 
 # Default number of rows read: the histograms do not change visibly beyond it.
 SAMPLE = 20_000
+MOST_REASONS = 20  # in the table; the list of first rows has all
 WIDTH = 5.4  # of the figures, in inches: they fit the screen of a phone
 
 
@@ -115,10 +116,14 @@ def _add_reasons(section: PageSection, manifest: Mapping[str, Any]) -> None:
     cards = [("dropped (no target)", dropped), ("rejected (not valid)", rejected)]
     section.cards([(f"{share:.1%}", "of the input rows"), *((f"{n:,}", name) for name, n in cards)])
     reasons = accounting.get("reasons", [])  # missing in datasets of older versions
-    rows = [[count["reason"], count["outcome"], count["source"], f"{count['rows']:,}"] for count in reasons]
-    section.table(["reason", "outcome", "source", "rows"], rows)
-    examples = "\n".join(f"{count['reason']}\n    {count['example']}" for count in reasons)
-    section.details("the first row of each reason", examples)
+    if reasons:
+        # The number comes second: a phone shows the first columns.
+        rows = [[count["reason"], f"{count['rows']:,}", count["outcome"], count["source"]] for count in reasons]
+        section.table(["reason", "rows", "outcome", "source"], rows[:MOST_REASONS])
+        if more := reasons[MOST_REASONS:]:
+            section.note(f"{sum(count['rows'] for count in more):,} rows for {len(more)} more reasons, listed below.")
+        examples = "\n".join(f"{count['rows']:,}: {count['reason']}\n    {count['example']}" for count in reasons)
+        section.details("the first row of each reason", examples)
     section.note("rejects.jsonl lists every row with its content.")
 
 

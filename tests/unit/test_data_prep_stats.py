@@ -16,9 +16,10 @@ from data_prep.build import build
 from data_prep.build_config import BuildConfig, SourceConfig
 from data_prep.chat import render
 from data_prep.encoders import TextTokenizer
-from data_prep.stats import main, take_sample, write_stats
+from data_prep.stats import _add_reasons, main, take_sample, write_stats
 from sdlm_megatron.data.format import PackedDataset
 from sdlm_megatron.errors import DataError, run_cli
+from sdlm_megatron.report.page_kit import Page
 from tests.byte_tokenizer import write_folder
 
 QUIET = Console(quiet=True)
@@ -78,7 +79,7 @@ def test_the_page_matches_the_dataset(config: BuildConfig, tmp_path: Path) -> No
     assert "<one> & only 62 60 0 0 2 two 10 9 0 1 0 all 72 69 0 1 2" in outcomes
     reasons = page_sections["Rows that are not in the dataset"]
     assert "4.2% of the input rows 1 dropped (no target) 2 rejected (not valid)" in reasons
-    assert "no assistant turn dropped two 1" in reasons and "the conversation has no turn rejected" in reasons
+    assert "no assistant turn 1 dropped two" in reasons and "the conversation has no turn 1 rejected" in reasons
     assert f"the conversation has no turn {config.sources[0].path}, line 61, field messages" in reasons
     assert "texts that spell a special token (encoded as plain text) 2" in outcomes
     first_tokens, second_tokens = (
@@ -99,6 +100,19 @@ def test_the_page_matches_the_dataset(config: BuildConfig, tmp_path: Path) -> No
     for key, value in (("row_length", "700"), ("seed", "42"), ("duplicates", "keep"), ("mask_token_id", "260")):
         assert f" {key} {value} " in page_sections["Settings"]
     assert "two messages" in page_sections["Settings"] and "CC $x_1$" in page_sections["Settings"]
+
+
+@pytest.mark.parametrize(("kinds", "table", "note"), [(0, 0, ""), (25, 20, "5 rows for 5 more reasons")])
+def test_page_shows_the_most_frequent_reasons(kinds: int, table: int, note: str, tmp_path: Path) -> None:
+    reason = {"outcome": "rejected", "source": "s", "rows": 1, "example": "FILE, line 1"}
+    reasons = [{**reason, "reason": f"reason {i}"} for i in range(kinds)]
+    page = Page("x")
+    accounting = {"dropped": {}, "rejected": 25, "rows": 25, "reasons": reasons}
+    _add_reasons(page.section("reasons", "Reasons"), {"accounting": accounting})
+    page.write(tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text()
+    assert text.count("<tr>") == (table and table + 1)
+    assert note in text and text.count("FILE, line 1") == kinds and ("<details" in text) == (kinds > 0)
 
 
 def test_lengths_and_anchors_match_the_documents(config: BuildConfig) -> None:
