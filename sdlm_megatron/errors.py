@@ -220,6 +220,9 @@ def make_console(*, stderr: bool = False) -> "Console":
 
         file = property(_stream, Console.file.fset)  # type: ignore[attr-defined]
 
+        def on_broken_pipe(self) -> None:
+            raise  # rich calls this while it handles the error, and would exit with 1
+
         def render_str(self, text: str, **options: Any) -> Text:
             return super().render_str(neutral(text), **options)
 

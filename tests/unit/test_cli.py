@@ -52,8 +52,8 @@ def test_command_receives_its_arguments(capsys: pytest.CaptureFixture[str]) -> N
 
 def test_a_reader_that_leaves_causes_no_traceback() -> None:
     """Output that is larger than the pipe's buffer, and output that is only flushed at the end."""
-    for size in (10**6, 10):
-        code = f"from sdlm_megatron.errors import run_cli; run_cli(lambda argv: print('x' * {size}))"
+    for call in ("print('x' * 10**6)", "print('x')", "errors.make_console().print('x' * 10**6)"):
+        code = f"from sdlm_megatron import errors; errors.run_cli(lambda argv: {call})"
         process = subprocess.Popen(
             [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=REPO
         )
