@@ -64,7 +64,7 @@ def convert(
     plan = plan_torch_dist(source, dtype.itemsize, file_bytes, CHUNK)
     if dry_run:
         size = sum(regions_size(regions, dtype) for regions in plan.values())
-        print(f"from     {hf}\nto       {out}\nweights  {size / 1e9:.3f} GB in {dtype}, {len(plan)} files")
+        print(f"from     {hf}\nto       {out}\nweights  {size / 1e9:.3f} GB in {state.precision}, files: {len(plan)}")
         print(f"memory   at most {2 * CHUNK * workers / 1e6:.0f} MB for {workers} workers, plus the program itself")
         return
     settings = {"format": 3, "weights": source.identity(), "state": asdict(state), "files": list(plan)}

@@ -43,7 +43,8 @@ def report(manifest: dict[str, Any], config: BuildConfig, console: Console) -> N
     console.print(
         f"wrote {config.out}: {config.epochs} epoch{'s' * (config.epochs != 1)}, {rows:,} rows of "
         f"{config.row_length} tokens, {(clean + block) / (rows * config.row_length):.2%} filled, "
-        f"{manifest['mean_documents_per_row']:.1f} documents per row"
+        f"{manifest['mean_documents_per_row']:.1f} documents per row",
+        soft_wrap=True,
     )
 
 

@@ -310,9 +310,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(f"--rows is {args.rows}: use a number above 0")
     console = make_console()
     sample = write_stats(args.dataset, args.out, console, rows=args.rows)
-    console.print(
-        f"wrote {args.out}: lengths, anchors and fill from {len(sample.used):,} of {sample.rows:,} rows, the rest exact"
-    )
+    used = f"{len(sample.used):,} of {sample.rows:,} rows"
+    console.print(f"wrote {args.out}: lengths, anchors and fill from {used}, the rest exact", soft_wrap=True)
 
 
 if __name__ == "__main__":

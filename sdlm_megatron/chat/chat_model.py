@@ -4,6 +4,7 @@ Every command that decodes an exported folder loads it here: the chat, the evalu
 """
 
 import difflib
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -321,6 +322,15 @@ class _Streamer:
 
     def end(self) -> None:
         pass
+
+
+def quiet_transformers() -> None:
+    """Silences advice of transformers, which is not about our settings, and its progress bars outside a terminal."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
 
 
 def load(folder: Path, *, dtype: str | None, device: str | None) -> ChatModel:

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from sdlm_megatron.chat.chat_model import Answer, AnswerSettings, ChatModel, load
+from sdlm_megatron.chat.chat_model import Answer, AnswerSettings, ChatModel, load, quiet_transformers
 from sdlm_megatron.chat.terminal_view import LiveAnswer, note, show_pair, statistics
 from sdlm_megatron.config.command_line import at_least, make_parser, threshold
 from sdlm_megatron.diffusion.decode import ALGORITHMS
@@ -170,7 +170,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _run(args: argparse.Namespace) -> None:
     prompt = args.prompt if args.prompt is not None else _piped_prompt()
-    _quiet_transformers()
+    quiet_transformers()
     chat = load(args.model, dtype=args.dtype, device=args.device)
     settings = settings_of(args, chat)
     session = Session(chat, settings, args.system, args.compare)
@@ -185,15 +185,6 @@ def _run(args: argparse.Namespace) -> None:
         session.converse()
     elif session.ask(prompt).interrupted:
         raise KeyboardInterrupt
-
-
-def _quiet_transformers() -> None:
-    """Silences advice of transformers, which is not about our settings, and its progress bars outside a terminal."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import transformers
 
-from sdlm_megatron.chat.chat_model import ChatModel, load
+from sdlm_megatron.chat.chat_model import ChatModel, load, quiet_transformers
 from sdlm_megatron.config import command_line
 from sdlm_megatron.config.secret_text import mask_text
 from sdlm_megatron.errors import CheckpointError, ConfigError
@@ -51,6 +51,7 @@ def load_folder(args: argparse.Namespace, folder: Path) -> ChatModel:
     """Loads a folder with --dtype, --device and --threads."""
     if args.threads is not None:
         torch.set_num_threads(args.threads)
+    quiet_transformers()
     return load(folder, dtype=args.dtype, device=args.device)
 
 

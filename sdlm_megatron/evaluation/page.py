@@ -317,7 +317,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"{len(labels)} labels for {len(args.folders)} folders", "--label", "pass one per folder, in their order"
         )
     write_page(args.folders, labels, args.out, args.title)
-    print(args.out)
+    print(f"wrote {args.out}")
 
 
 if __name__ == "__main__":

@@ -93,6 +93,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if sample:
         show(sample)
     write_json(args.out, {"prompts": len(prompts), "rows": rows, "baseline": baseline, "sample": sample})
+    print(f"wrote {args.out}")
 
 
 if __name__ == "__main__":
