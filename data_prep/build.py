@@ -35,14 +35,14 @@ from data_prep.encoding import TextEncoder
 from data_prep.first_rows import check_fields, check_results, with_formats
 from data_prep.outcomes import refusal
 from data_prep.planning import PackingPlan, dropped_files, make_plan, number_sources
-from data_prep.pool import cpus, work_on
-from data_prep.preview import show_samples
+from data_prep.pool import cpus, ending_on_interrupt, work_on
+from data_prep.preview import show_samples, take_samples
 from data_prep.readers import InputUnit, plan_units
 from data_prep.repetitions import repetition_entries
 from data_prep.row_rules import UNTRAINED_FILE
 from data_prep.rows import EpochPart, RowWriter, cut_parts, load_part
 from data_prep.source_formats import FORMATS, formats_help
-from data_prep.sources import expand
+from data_prep.sources import expand, input_sources
 from sdlm_megatron.config.command_line import add_preset, make_parser, parse_with_settings
 from sdlm_megatron.config.load import load_config, to_yaml
 from sdlm_megatron.config.secret_text import mask_values
@@ -78,7 +78,8 @@ def build(
         return manifest
     state = _begin(config, restart=True)
     if examples:
-        show_samples(config, state.sources, state.units, _encoder(config.tokenizer, config.mask_token), console)
+        samples = take_samples(config, state.sources, state.units, _encoder(config.tokenizer, config.mask_token))
+        show_samples(config, samples, console)
     return _complete(state, console, workers)
 
 
@@ -186,8 +187,8 @@ def _begin(config: BuildConfig, *, restart: bool = False) -> _BuildState:
     check_output(config.out)
     meta = _meta(config)
     sources = with_formats(expand(config.sources))
-    check_fields(sources, config.system_prompt)
     units = plan_units(sources)
+    check_fields(sources, units, config.system_prompt)
     meta["sources"] = [mask_values(asdict(source)) for source in sources]
     state = _BuildState(config, sources, units, meta, Path(f"{Path(config.out)}.partial"))
     settings: dict[str, Any] = {"config": lasting(_settings(config)), "tokenizer": meta["tokenizer"]}
@@ -327,10 +328,7 @@ def _finish(state: _BuildState, console: Console, workers: int) -> dict[str, Any
     """Stages two and three, and the manifest."""
     results = [result for i in range(len(state.units)) if (result := state.result(i)) is not None]
     _check_rows(state, results)
-    weights = [state.sources[unit.source].weight for unit in state.units]
-    n_documents = sum(result.documents * weight for result, weight in zip(results, weights, strict=True))
-    with track("pack", n_documents * state.config.epochs, "documents", console) as advance:
-        plan = make_plan(state.config, state.sources, state.units, results, state.work, advance)
+    plan = make_plan(state.config, state.sources, state.units, results, state.work, console)
     dropped = dropped_files(state.config)
     accounting = Accounting(state.work, state.sources, state.units, results, plan.numbering, dropped)
     if not all(plan.rows):
@@ -423,7 +421,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.list_settings = True
     inputs = parser.add_mutually_exclusive_group(required=True)
     add_preset(inputs, "--config", PRESETS)
-    inputs.add_argument("--input", metavar="PATH", help="single source: file, folder, or hub:NAME for a hub dataset")
+    text = "a source: files, folders and globs, or hub:NAME for a hub dataset; one --input for each source"
+    inputs.add_argument("--input", metavar="PATH", action="append", nargs="+", help=text)
     formats = "source format of --input; default: the one its fields match"
     parser.add_argument("--format", choices=FORMATS, metavar="FORMAT", help=formats)
     parser.add_argument("--tokenizer", metavar="FOLDER", help="tokenizer of the base model; overrides --config")
@@ -442,30 +441,28 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def read_command_line(argv: Sequence[str] | None) -> tuple[BuildConfig, argparse.Namespace]:
-    """Settings and options of the command; `--input` becomes the only source of an otherwise default configuration."""
+    """Settings and options of the command; each `--input` becomes a source of an otherwise default configuration."""
     args, overrides = parse_with_settings(build_parser(), argv)
     options = [f"--{key}={getattr(args, key)}" for key in ("tokenizer", "out") if getattr(args, key) is not None]
-    if args.input is not None:
-        hub = args.input.removeprefix("hub:") if args.input.startswith("hub:") else ""
-        name = (hub or str(Path(args.input).resolve())).rstrip("/").rsplit("/", 1)[-1].partition(".")[0] or "input"
-        location = {"hub": hub} if hub else {"path": args.input}
-        entry = [f"--sources.0.{key}={value}" for key, value in {"name": name, **location}.items()]
-        overrides = ["--sources=[{}]", *entry, *overrides]
+    for paths in args.input or ():
+        # argparse takes a setting with a space, such as --sources.a.columns={prompt: Q}, for one more path
+        overrides += [path for path in paths if path.startswith("--")]
+        paths[:] = [path for path in paths if not path.startswith("--")]
+    if args.input:
+        overrides = [f"--sources={json.dumps(input_sources(args.input), ensure_ascii=False)}", *overrides]
     elif args.format:
         raise ConfigError("--format needs --input", "the command line", "set `format` of each source in the config")
     # Later overrides win: --sources comes first, so that --sources.NAME.key can change it.
     config = load_config(BuildConfig, args.config or "", [*overrides, *options], PRESETS)
-    if args.input is not None:
-        config.sources[0].format = args.format or with_formats(expand(config.sources))[0].format
+    for source in config.sources if args.input else ():
+        source.format = args.format or source.format or with_formats(expand([source]))[0].format
     return config, args
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
-    try:
+    with ending_on_interrupt("interrupted; run the same command again to resume"):
         _run(*read_command_line(argv))
-    except KeyboardInterrupt:
-        raise SystemExit("interrupted; run the same command again to resume") from None
 
 
 def _run(config: BuildConfig, args: argparse.Namespace) -> None:
@@ -474,20 +471,19 @@ def _run(config: BuildConfig, args: argparse.Namespace) -> None:
         return
     if args.workers < 1:
         raise ConfigError(f"--workers is {args.workers}", "--workers", "use 1 or more")
-    if alone := args.input is not None:
-        form = FORMATS[config.sources[0].format]
-        print(f"{args.input}: source format {config.sources[0].format} ({form.description})")
+    for source, paths in zip(config.sources, args.input or (), strict=False):
+        print(f"{' '.join(paths)}: source format {source.format} ({FORMATS[source.format].description})")
     for line in unread_lines(config.sources):
         print(line)
     try:
         if args.dry_run:
-            dry_run(config, make_console(), examples=alone)
+            dry_run(config, make_console(), examples=bool(args.input))
         elif args.shard:
             build_shard(config, args.shard, workers=args.workers)
         elif args.merge:
             merge(config, workers=args.workers)
         else:
-            build(config, workers=args.workers, examples=alone)
+            build(config, workers=args.workers, examples=bool(args.input))
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise

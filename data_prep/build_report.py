@@ -2,8 +2,9 @@
 
 import os
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,9 @@ from data_prep.build_config import BuildConfig, SourceConfig, check
 from data_prep.encoders import describe, open_encoder
 from data_prep.first_rows import check_fields, with_formats
 from data_prep.input_bytes import limited_lines, open_utf8, skip
+from data_prep.minhash import SIGNATURE
 from data_prep.outcomes import ReasonCount, reason_lines, refusal
-from data_prep.preview import SAMPLE, SourceSample, show_sample, take_sample
+from data_prep.preview import SAMPLE, SourceSample, show_samples, take_samples
 from data_prep.readers import LINES, InputUnit, plan_units
 from data_prep.repetitions import repetition_lines
 from data_prep.sources import expand, unread_files
@@ -88,18 +90,6 @@ def short(number: int) -> str:
     return str(number)
 
 
-@dataclass(frozen=True)
-class _Estimate:
-    """Estimated size of a source, from a sample."""
-
-    rows: float
-    exact: bool
-    read: int  # bytes of its files; 0 if unknown
-    clean: float  # mean tokens per row without blocks
-    expanded: float  # mean tokens per row with blocks
-    unusable: float  # share of the sampled rows that are dropped or rejected
-
-
 def dry_run(config: BuildConfig, console: Console, *, examples: bool = False) -> None:
     """Checks settings, sources and tokenizer, and prints estimates of input, output and disk space; with `examples`
     also how the first rows are rendered. Raises DataError if a build would stop at the first rows."""
@@ -108,35 +98,40 @@ def dry_run(config: BuildConfig, console: Console, *, examples: bool = False) ->
     encoder = open_encoder(config.tokenizer, config.mask_token)
     mask = special_token_id(config.tokenizer, config.mask_token)
     sources = with_formats(expand(config.sources))
-    check_fields(sources, config.system_prompt)
     units = plan_units(sources)
+    check_fields(sources, units, config.system_prompt)
+    samples = take_samples(config, sources, units, encoder)
+    if examples:
+        show_samples(config, samples, console)
     names = ("rows", "to read", "tokens", "with blocks", "unusable")
     columns = [Column(name, justify="right", no_wrap=True) for name in names]
     table = Table(Column("source", no_wrap=True), *columns, box=SIMPLE_HEAD)
     work = final = 0.0
-    samples = []
     for i, source in enumerate(sources):
         own = [unit for unit in units if unit.source == i]
-        samples.append(take_sample(config, source, own, encoder))
-        if examples:
-            show_sample(config, source, samples[-1], console)
-        estimate = _estimate(config, source, own, samples[-1])
-        size = f"{estimate.read / 1e6:,.1f} MB" if estimate.read else "?"
-        rows = f"{'' if estimate.exact else '~'}{estimate.rows:,.0f}"
-        cells = (rows, size, f"{estimate.clean:,.0f}", f"{estimate.expanded:,.0f}", f"{estimate.unusable:.1%}")
+        fitted, (_, n, _, usable) = samples[i].used.fitted, samples[i].source_rows()
+        clean = np.where(fitted.n_blocks > 0, fitted.clean_lens, 0).sum() / max(1, n)
+        expanded = clean + fitted.n_blocks.sum() * config.block_size / max(1, n)
+        read = sum(Path(file).stat().st_size for file in {unit.file for unit in own}) if not source.hub else 0
+        rows = sum(expected_rows([source], [replace(unit, source=0) for unit in own], range(len(own))).values())
+        about = "~" if any(unit.kind == LINES for unit in own) else ""
+        unusable = 1 - usable / n if n else 0.0
+        size = f"{read / 1e6:,.1f} MB" if read else "?"
+        cells = (f"{about}{rows:,.0f}", size, f"{clean:,.0f}", f"{expanded:,.0f}", f"{unusable:.1%}")
         table.add_row(source.name + (f" x{source.weight:g}" if source.weight != 1 else ""), *cells)
-        # 4 bytes per token, about 100 bytes of records per document, about 5 % for layouts
-        work += estimate.rows * (4 * estimate.clean + 100)
-        final += estimate.rows * estimate.expanded * 4.2 * source.weight * config.epochs
+        # 4 bytes per token, about 100 bytes of records and two signatures per document, about 5 % for layouts
+        work += rows * (4 * clean + 100 + 4 * SIGNATURE * (config.near_duplicates != "off"))
+        final += rows * expanded * 4.2 * source.weight * config.epochs
     console.print(table)
     console.print(
-        f"tokens: mean per row over the first {SAMPLE} rows of each source; ~: the number of rows is estimated; "
-        f"{len(units)} units of work"
+        f"tokens: mean per row of about {SAMPLE} rows from the starts of the files of each source; "
+        f"~: the number of rows is estimated; {len(units)} units of work"
     )
     console.print(f"tokenizer: {describe(encoder)}; mask token {config.mask_token} = {mask}")
+    free = shutil.disk_usage(_existing_parent(config.out)).free
     console.print(
         f"disk: {work / 1e9:.2f} GB during the build and {final / 1e9:.2f} GB for the dataset "
-        f"({config.epochs} epoch{'s' * (config.epochs != 1)}); {_free(config.out) / 1e9:.0f} GB are free"
+        f"({config.epochs} epoch{'s' * (config.epochs != 1)}); {free / 1e9:.0f} GB are free"
     )
     state = "would be created"
     if Path(config.out).exists():
@@ -144,12 +139,24 @@ def dry_run(config: BuildConfig, console: Console, *, examples: bool = False) ->
     elif Path(config.out).with_name(Path(config.out).name + ".partial").exists():
         state = "is incomplete: the build would resume"
     console.print(f"{config.out} {state}")
-    sampled = [sample.source_rows(source.name) for source, sample in zip(sources, samples, strict=True)]
+    for line in _repetitions(config, samples):
+        console.print(line)
+    sampled = [sample.source_rows() for sample in samples]
     counts = sorted((count for sample in samples for count in sample.reasons.counts()), key=lambda count: -count.rows)
     if error := refusal(sampled, lambda: counts, config.max_rejected, sample=True):
         raise error
     for line in reason_lines(counts):
-        console.print(f"of the first {SAMPLE} rows of each source, {line}")
+        console.print(f"of the sampled rows, {line}")
+
+
+def _repetitions(config: BuildConfig, samples: Sequence[SourceSample]) -> list[str]:
+    """Lines about rows of a sample that repeat evaluation data, and about duplicates."""
+    overlaps = Counter(overlap.file for sample in samples for row in sample.used.overlaps.values() for overlap in row)
+    rows, verb = sum(len(sample.places) for sample in samples), {"report": "keep", "drop": "drop"}[config.contaminated]
+    return [
+        f"{file}: {overlaps[i]:,} of {rows:,} sampled rows share words with it; a build would {verb} such rows"
+        for i, file in enumerate(config.decontaminate)
+    ] + ["a dry run does not look for duplicates and near-duplicates: this needs all rows"]
 
 
 def check_output(out: str) -> None:
@@ -162,22 +169,6 @@ def _existing_parent(out: str) -> Path:
     while not os.path.lexists(folder):
         folder = folder.parent
     return folder
-
-
-def _free(out: str) -> int:
-    return shutil.disk_usage(_existing_parent(out)).free
-
-
-def _estimate(config: BuildConfig, source: SourceConfig, units: Sequence[InputUnit], sample: SourceSample) -> _Estimate:
-    fitted = sample.fitted
-    clean = np.where(fitted.n_blocks > 0, fitted.clean_lens, 0)
-    expanded = clean + fitted.n_blocks * config.block_size
-    read = sum(Path(file).stat().st_size for file in {unit.file for unit in units}) if not source.hub else 0
-    exact = all(unit.kind != LINES for unit in units)
-    rows = expected_rows([source], [replace(unit, source=0) for unit in units], range(len(units)))
-    sampled = max(1, sample.rows)
-    unusable = 1 - sample.source_rows("").usable / sampled if sample.rows else 0.0
-    return _Estimate(sum(rows.values()), exact, read, clean.sum() / sampled, expanded.sum() / sampled, unusable)
 
 
 def expected_rows(

@@ -42,24 +42,15 @@ class Overlap:
     row: int  # the first of them that has `words`
     words: str  # the first run of shared words
 
-    def to_dict(self, name: str) -> dict[str, Any]:
-        """Entry of the manifest and of rejects.jsonl."""
-        return {"file": name, "row": self.row, "words": self.words}
-
 
 def evaluation_files(paths: Sequence[str]) -> dict[str, str]:
-    """SHA-256 of every file of the evaluation files and folders. Raises DataError if one does not exist."""
-    return {str(file): sha256(file) for path in paths for file in files(_source(path))}
-
-
-def overlap_reason(name: str) -> str:
-    """Reason for dropping a row."""
-    return f"shares words with the evaluation file {name}"
-
-
-def find_overlaps(paths: Sequence[str], conversations: Sequence[Sequence[tuple[Any, ...]]]) -> dict[int, list[Overlap]]:
-    """The overlaps of each conversation that has some, at most one per evaluation file, in the order of `paths`."""
-    return open_evaluations(paths).find(conversations)
+    """Digest of the content of every evaluation file, folder and hub dataset. Raises DataError if one does not exist,
+    or is no source."""
+    digests = dict[str, str]()
+    for source in map(_source, paths):
+        hub = {unit.file: unit.stamp for unit in plan_units([source])} if source.hub else {}
+        digests |= hub or {str(file): sha256(file) for file in files(source)}
+    return digests
 
 
 class OverlapCounts:
@@ -82,19 +73,22 @@ class OverlapCounts:
         return {str(i): {**entry, "evaluation_rows": sorted(entry["evaluation_rows"])} for i, entry in entries}
 
 
-def open_evaluations(paths: Sequence[str]) -> "EvaluationTexts":
-    """The texts of evaluation files, read once per process."""
-    states = tuple((file.stat().st_size, file.stat().st_mtime_ns) for path in paths for file in files(_source(path)))
-    return _open(tuple(paths), states)
+def open_evaluations(paths: Sequence[str]) -> "EvaluationTexts | None":
+    """The texts of evaluation files, read once per process and content; None without files."""
+    return _open(tuple(paths), tuple(evaluation_files(paths).items())) if paths else None
 
 
 @lru_cache(maxsize=1)
-def _open(paths: tuple[str, ...], _: tuple[tuple[int, int], ...]) -> "EvaluationTexts":
+def _open(paths: tuple[str, ...], _: object) -> "EvaluationTexts":
     return EvaluationTexts(paths)
 
 
 def _source(path: str) -> SourceConfig:
-    return SourceConfig(name=path, path=path)
+    """The source of a path, or of hub:NAME, hub:NAME:SUBSET and hub:NAME:SUBSET:SPLIT."""
+    if not path.startswith("hub:"):
+        return SourceConfig(name=path, path=path)
+    name, subset, split = [*path.split(":")[1:4], "", ""][:3]
+    return SourceConfig(name=path, hub=name, subset=subset, split=split or "test")
 
 
 def _rows(path: str) -> Iterator[list[str]]:
@@ -137,7 +131,8 @@ class EvaluationTexts:
             self.rows.append(0)
             self.short.append(0)
             before = len(keys)
-            for rows in _chunks(_rows(path)):
+            texts = _rows(path)
+            while rows := list(islice(texts, _CHUNK)):
                 for new, row in self._hash(rows):
                     keys.append(new)
                     owners.append(np.stack([np.full(len(row), number), row + self.rows[-1]]))
@@ -173,7 +168,7 @@ class EvaluationTexts:
                 yield words.hashes(starts, length), row_of_text[text]
 
     def find(self, conversations: Sequence[Sequence[tuple[Any, ...]]]) -> dict[int, list[Overlap]]:
-        """The overlaps of each conversation that has some, at most one per evaluation file."""
+        """The overlaps of each conversation that has some, at most one per evaluation file, in their order."""
         result: dict[int, list[Overlap]] = {}
         for group in groups(conversations):
             texts = [turn[1] for i in group for turn in conversations[i]]
@@ -212,11 +207,6 @@ class EvaluationTexts:
             parts.append((starts, starts + length, entries))
         starts, ends, entries = (np.concatenate(column) for column in zip(*parts, strict=True))
         return starts, ends, entries
-
-
-def _chunks(rows: Iterator[list[str]]) -> Iterator[list[list[str]]]:
-    while chunk := list(islice(rows, _CHUNK)):
-        yield chunk
 
 
 def _first_run(starts: list[int], ends: list[int]) -> tuple[int, int]:

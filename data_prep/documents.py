@@ -13,22 +13,22 @@ The result of a unit is six or seven files in the work folder; it is complete wh
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from itertools import islice, pairwise
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import xxhash
 
 from data_prep.build_config import BuildConfig, SourceConfig
 from data_prep.chat import RenderedBatch, render_batch
-from data_prep.decontaminate import OverlapCounts, find_overlaps, overlap_reason
+from data_prep.decontaminate import EvaluationTexts, Overlap, OverlapCounts, open_evaluations
 from data_prep.encoders import describe
 from data_prep.encoding import TextEncoder
-from data_prep.forms import FormReader, InputRow, NotChosen, Unreadable, conversation
+from data_prep.forms import FormReader, InputRow, NotChosen, Unreadable
 from data_prep.minhash import signatures
 from data_prep.readers import LINES, InputUnit, count_lines, of_table, read_unit
 from data_prep.row_rules import turn_keys
@@ -94,7 +94,7 @@ def tokenize_unit(
 ) -> UnitResult:
     """Reads, renders, tokenizes and fits one unit, and writes its files. Raises DataError if its file cannot be read,
     TokenizerMismatch if the fast encoder returned wrong ids."""
-    with _UnitWriter(work, number, near_duplicates=config.near_duplicates != "off") as writer:
+    with _UnitWriter(config, work, number) as writer:
         reader = FormReader(source, config.system_prompt, columnar=of_table(unit, source))
         rows = read_unit(unit, source)
         while chunk := list(islice(rows, CHUNK)):
@@ -108,57 +108,74 @@ def tokenize_unit(
 def _tokenize_chunk(
     config: BuildConfig, reader: FormReader, rows: Sequence[InputRow], encoder: TextEncoder, writer: "_UnitWriter"
 ) -> None:
-    first = writer.result.rows
-    writer.result.rows += len(rows)
-    valid, conversations = [], []
-    for i, row in enumerate(rows):
+    first, writer.result.rows = writer.result.rows, writer.result.rows + len(rows)
+    used = use_rows(config, [(row, reader) for row in rows], writer.texts, encoder)
+    for i, overlap in used.overlaps.items():
+        writer.overlaps.add(first + i, overlap)
+    for left in used.left_out:
+        writer.reject(first + left.row, rows[left.row], left)
+    # The text stays as it is, but many matches hint at data that was rendered before.
+    writer.result.spelled += encoder.spelled([text for turns in used.conversations for _, text, _ in turns])
+    if used.rows:
+        signed = signatures(used.conversations) if config.near_duplicates != "off" else None
+        writer.add(used.batch, used.fitted, np.array(used.rows) + first, signed)
+
+
+class RowLeftOut(NamedTuple):
+    """A row that becomes no document."""
+
+    row: int  # index among the rows that were used
+    outcome: str  # rejected or dropped
+    error: DataError
+    evaluation: dict[str, Any] | None = None  # the text that it overlaps
+
+
+class UsedRows(NamedTuple):
+    """Some rows as a build uses them."""
+
+    rows: list[int]  # those that are valid; each is one document of the others
+    conversations: list[Conversation]
+    batch: RenderedBatch
+    fitted: FittedBatch
+    left_out: list[RowLeftOut]
+    overlaps: dict[int, list[Overlap]]  # with evaluation files, by row
+
+
+def use_rows(
+    config: BuildConfig, rows: Iterable[tuple[InputRow, FormReader]], data: EvaluationTexts | None, encoder: TextEncoder
+) -> UsedRows:
+    """Reads, checks, renders and fits rows, each with its reader. `data`: evaluation files."""
+    valid, conversations, left_out = list[int](), list[Conversation](), list[RowLeftOut]()
+    for i, (row, reader) in enumerate(rows):
         try:
-            conversations.append(conversation(row, reader))
+            conversations.append(reader.read(row.content))
             valid.append(i)
         except DataError as error:
-            writer.reject(first + i, row, "dropped" if isinstance(error, NotChosen) else "rejected", error)
-    if config.decontaminate:
-        valid, conversations = _check_overlaps(config, rows, valid, conversations, writer)
-    if not valid:
-        return
-    # The text stays as it is, but many matches hint at data that was rendered before.
-    writer.result.spelled += encoder.spelled([text for turns in conversations for _, text, _ in turns])
+            left_out.append(RowLeftOut(i, "dropped" if isinstance(error, NotChosen) else "rejected", error))
+    shared = data.find(conversations) if data else {}
+    overlaps = {valid[i]: overlap for i, overlap in shared.items()}
+    if config.contaminated == "drop" and shared:
+        for row_number, (overlap, *_) in overlaps.items():
+            where = {"file": config.decontaminate[overlap.file], "row": overlap.row, "words": overlap.words}
+            what = f"shares words with the evaluation file {where['file']}"
+            reason = DataError(what, fix="--contaminated=report keeps such rows")
+            left_out.append(RowLeftOut(row_number, "dropped", reason, where))
+        kept = [i for i in range(len(valid)) if i not in shared]
+        valid, conversations = [valid[i] for i in kept], [conversations[i] for i in kept]
     batch = render_batch(conversations, encoder, default_system=config.system_prompt)
     size = {"block_size": config.block_size, "repeat": config.repeat}
     fitted = fit_batch(batch, config.overlong, max_len=config.max_document_length, **size)
-    for i, reason in sorted(fitted.drop_reasons.items()):
-        writer.reject(first + valid[i], rows[valid[i]], "dropped", DataError(reason))
-    signed = signatures(conversations) if config.near_duplicates != "off" else None
-    writer.add(batch, fitted, np.array(valid) + first, signed)
-
-
-def _check_overlaps(
-    config: BuildConfig,
-    rows: Sequence[InputRow],
-    valid: list[int],
-    conversations: list[Conversation],
-    writer: "_UnitWriter",
-) -> tuple[list[int], list[Conversation]]:
-    """Counts the conversations that share words with evaluation files; returns those that remain, and their rows."""
-    overlaps, first = find_overlaps(config.decontaminate, conversations), writer.result.rows - len(rows)
-    for i, overlap in overlaps.items():
-        writer.overlaps.add(first + valid[i], overlap)
-        if config.contaminated == "drop":
-            where = overlap[0].to_dict(config.decontaminate[overlap[0].file])
-            reason = DataError(overlap_reason(where["file"]))
-            writer.reject(first + valid[i], rows[valid[i]], "dropped", reason, evaluation=where)
-    if config.contaminated == "report" or not overlaps:
-        return valid, conversations
-    kept = [i for i in range(len(valid)) if i not in overlaps]
-    return [valid[i] for i in kept], [conversations[i] for i in kept]
+    left_out += [RowLeftOut(valid[i], "dropped", DataError(why)) for i, why in sorted(fitted.drop_reasons.items())]
+    return UsedRows(valid, conversations, batch, fitted, left_out, overlaps)
 
 
 class _UnitWriter:
     """Files of one unit, under temporary names until they are complete."""
 
-    def __init__(self, work: Path, number: int, *, near_duplicates: bool) -> None:
+    def __init__(self, config: BuildConfig, work: Path, number: int) -> None:
         self.result, self.overlaps = UnitResult(), OverlapCounts()
-        self._kinds = (*UNIT_FILES, "minhash") if near_duplicates else UNIT_FILES
+        self.texts = open_evaluations(config.decontaminate)
+        self._kinds = UNIT_FILES if config.near_duplicates == "off" else (*UNIT_FILES, "minhash")
         self._work, self._number = work, number
         self._files: dict[str, IO[bytes]] = {}
         self._token = self._turn = 0
@@ -175,13 +192,13 @@ class _UnitWriter:
             file.close()
             Path(file.name).unlink(missing_ok=True)
 
-    def reject(self, index: int, row: InputRow, outcome: str, error: DataError, **more: Any) -> None:
-        """Records that row `index` of the unit becomes no document; `more` are further fields of its line."""
-        if outcome == "rejected":
+    def reject(self, index: int, row: InputRow, left: RowLeftOut) -> None:
+        """Records that row `index` of the unit becomes no document."""
+        if left.outcome == "rejected":
             self.result.rejected += 1
         else:
-            self.result.dropped[error.what] = self.result.dropped.get(error.what, 0) + 1
-        line = {"index": index, "place": row.place, "outcome": outcome, **reason_fields(row, error), **more}
+            self.result.dropped[left.error.what] = self.result.dropped.get(left.error.what, 0) + 1
+        line = {"index": index, "place": row.place, **reason_fields(row, left)}
         # A Parquet row may contain dates or bytes, which JSON cannot represent: `repr` of these.
         self._files["rejects.jsonl"].write(json.dumps(line, ensure_ascii=True, default=repr).encode() + b"\n")
 
@@ -228,13 +245,15 @@ class _UnitWriter:
         return self.result
 
 
-def reason_fields(row: InputRow, error: DataError) -> dict[str, Any]:
-    """Fields of a line of rejects.jsonl about a row: reason, field, fix and content."""
+def reason_fields(row: InputRow, left: RowLeftOut) -> dict[str, Any]:
+    """Fields of a line of rejects.jsonl about a row: outcome, reason, field, fix and content."""
     if isinstance(row.content, Unreadable):  # what a parser says about one row would make each reason unique
         reason, _, detail = row.content.reason.partition(": ")
-        return {"field": "", "reason": reason, "detail": detail, "content": row.content.line}
-    fix = {"fix": error.fix} if error.fix else {}
-    return {"field": error.where, "reason": error.what, **fix, "content": row.content}
+        return {"outcome": left.outcome, "field": "", "reason": reason, "detail": detail, "content": row.content.line}
+    fields = {"outcome": left.outcome, "field": left.error.where, "reason": left.error.what}
+    fix = {"fix": left.error.fix} if left.error.fix else {}
+    evaluation = {"evaluation": left.evaluation} if left.evaluation else {}
+    return {**fields, **fix, "content": row.content, **evaluation}
 
 
 def _answer_turns(batch: RenderedBatch, n_anchors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -261,10 +280,11 @@ def _untrained(batch: RenderedBatch, rows: np.ndarray) -> np.ndarray:
 
 
 def _digests(batch: RenderedBatch) -> np.ndarray:
-    """uint64 (documents, 2): 128-bit hash of the tokens of each whole document."""
-    data = np.ascontiguousarray(batch.input_ids, dtype="<i4").data.cast("B")
-    edges = (4 * batch.doc_edges).tolist()
-    digests = b"".join(xxhash.xxh3_128_digest(data[a:b]) for a, b in pairwise(edges))
+    """uint64 (documents, 2): 128-bit hash of the tokens of each whole document, and of which turns are trained."""
+    data = np.ascontiguousarray(batch.input_ids, dtype="<i4").tobytes()
+    trained, turns = (batch.n_anchors > 0).tobytes(), batch.turn_edges.tolist()
+    parts = zip(pairwise((4 * batch.doc_edges).tolist()), pairwise(turns), strict=True)
+    digests = b"".join(xxhash.xxh3_128_digest(data[a:b] + trained[c:d]) for (a, b), (c, d) in parts)
     return np.frombuffer(digests, dtype=">u8").reshape(-1, 2)
 
 

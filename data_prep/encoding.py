@@ -65,7 +65,9 @@ class SpelledTokens:
         groups: dict[str, list[str]] = {}
         for token in sorted(set(filter(None, tokens))):
             groups.setdefault(token[:2], []).append(token)
-        self._groups = [([*_punctuation(start := _common_prefix(group)), start], group) for group in groups.values()]
+        starts = map(_common_prefix, groups.values())
+        rare = ([*(sign for sign in dict.fromkeys(start) if not sign.isalnum()), start] for start in starts)
+        self._groups = list(zip(rare, groups.values(), strict=True))
 
     def count(self, texts: Sequence[str]) -> int:
         """Number of texts that spell at least one of the tokens."""
@@ -82,11 +84,6 @@ def _common_prefix(tokens: Sequence[str]) -> str:
     first, last = min(tokens), max(tokens)
     differing = (i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b)
     return first[: next(differing, len(first))]
-
-
-def _punctuation(text: str) -> list[str]:
-    """Distinct characters of `text` that are rare in prose."""
-    return [sign for sign in dict.fromkeys(text) if not sign.isalnum()]
 
 
 def require_id(token_id: int | None, token: str, name: str, alternative: str = "add it to the added tokens") -> int:

@@ -4,22 +4,30 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
+from typing import Any
 
 from data_prep.build_config import SourceConfig
 from data_prep.documents import UnitResult
 from data_prep.forms import FormReader, InputRow, detect_format
 from data_prep.readers import InputUnit, plan_units, read_unit, where
+from data_prep.source_formats import FORMATS
 from sdlm_megatron.errors import DataError
 
 # Rows that show the format, and rows of which every field is checked: both take well under a second per source.
 DETECTED, CHECKED = 100, 1000
+PER_FILE = 3  # rows of every file that show its format, however many files there are
 
 
-def first_rows(source: SourceConfig, most: int) -> Iterator[tuple[InputUnit, InputRow]]:
-    """Up to `most` rows from the starts of a source's files, in equal shares, with the units that contain them."""
-    units = [unit for unit in plan_units([source]) if not unit.start]
-    share = -(-most // max(1, len(units)))
-    for unit in units[:most]:
+def first_rows(
+    source: SourceConfig, units: Sequence[InputUnit], most: int, least: int = 0
+) -> Iterator[tuple[InputUnit, InputRow]]:
+    """Rows from the starts of a source's files, with the units that contain them: up to `most` in equal shares, of so
+    many files, evenly spaced; or `least` of every file, if that is set and more. `units` are those of the source."""
+    starts = [unit for unit in units if not unit.start]
+    share = max(-(-most // max(1, len(starts))), least)
+    if not least and len(starts) > most:
+        starts = [starts[i * len(starts) // most] for i in range(most)]
+    for unit in starts:
         for row in islice(read_unit(unit, source), share):
             yield unit, row
 
@@ -30,18 +38,30 @@ def with_formats(sources: list[SourceConfig]) -> list[SourceConfig]:
 
 
 def detect_source_format(source: SourceConfig) -> str:
-    """The format that the first rows of a source match; raises DataError if not exactly one does."""
-    rows = ((where(unit, row.place, 0), row.content) for unit, row in first_rows(source, DETECTED))
-    return detect_format(rows, source)
+    """The format that the first rows of each file of a source match; raises DataError if not exactly one does."""
+    rows, fields = list[tuple[str, Any]](), dict[str, list[frozenset[str]]]()
+    for unit, row in first_rows(source, plan_units([source]), DETECTED, PER_FILE):
+        rows.append((where(unit, row.place, 0), row.content))
+        if isinstance(row.content, dict):
+            fields.setdefault(unit.file, []).append(frozenset(row.content))
+    form = detect_format(rows, source)
+    columns = {source.columns.get(name, column) for name, column in FORMATS[form].required.items()}
+    fits = {file: any(columns <= names for names in own) for file, own in fields.items()}
+    if others := [file for file in fits if not fits[file]]:
+        what = f"the files of source {source.name!r} have two forms: {len(others):,} of {len(fits):,} are not {form}"
+        has = f"{others[0]} has {', '.join(map(str, sorted(fields[others[0]][0])))}"
+        same = next((f"; {form} is {file}" for file in fits if fits[file]), "")
+        raise DataError(what, has + same, "give each form an --input or source of its own, or leave the file out")
+    return form
 
 
-def check_fields(sources: list[SourceConfig], system_prompt: str | None) -> None:
+def check_fields(sources: list[SourceConfig], units: Sequence[InputUnit], system_prompt: str | None) -> None:
     """Raises DataError if the first rows of a source have fields that hold something and are neither read nor ignored,
     and ConfigError if its columns contradict its format."""
-    for source in sources:
+    for number, source in enumerate(sources):
         reader, places = FormReader(source, system_prompt), dict[str, str]()
         n_rows = 0
-        for unit, row in first_rows(source, CHECKED):
+        for unit, row in first_rows(source, [unit for unit in units if unit.source == number], CHECKED):
             n_rows += 1
             # A row that cannot be read is rejected later, with its reason.
             try:
@@ -69,6 +89,10 @@ def unread_error(source: SourceConfig, unread: Mapping[str, int], rows: int, pla
     if columns := [name for name in unread if "." not in name]:
         named = source.option("columns", {"NAME": columns[0]})
         fix += f"; {named} reads one (NAME: input, system, history, tools, weight)"
+    if any(name.endswith("reasoning_content") for name in unread):
+        fix += "; to train the reasoning, write it into the text of its turn"
+    if any(word in name.lower() for word in ("image", "audio", "video") for name in unread):
+        fix += "; only text can be trained, so rows that need images or sound are better removed"
     return DataError(what, place, fix)
 
 

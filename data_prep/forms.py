@@ -161,10 +161,12 @@ class FormReader:
         column = self.fields["label"]
         if not isinstance(label, bool):
             raise DataError(
-                f"`{column}` is not true or false", column, f"put `{column}` into `ignore` if it is no preference"
+                f"`{column}` is not true or false",
+                column,
+                f"write true or false, or put `{column}` into the source's `ignore` if it is no preference",
             )
         if not self.preference:
-            fix = f"{self._source.option('preference', 'chosen')} trains the good ones"
+            fix = f"{self._source.option('preference', 'chosen')} trains the answers with `{column}: true`"
             raise DataError(f"a preference file: `{column}` marks good and bad answers", column, fix)
         return label
 
@@ -264,11 +266,6 @@ def _fast_pair(prompt: Any, answer: Any) -> Conversation:
     return [_new(ChatTurn, ("user", prompt, True)), _new(ChatTurn, ("assistant", answer, answer != ""))]
 
 
-def conversation(row: InputRow, reader: FormReader) -> Conversation:
-    """The checked conversation of a row; raises DataError, which names the invalid field."""
-    return reader.read(row.content)
-
-
 def detect_format(rows: Iterable[tuple[str, Any]], source: SourceConfig) -> str:
     """The format of rows, from the fields that hold something; raises DataError if not exactly one matches.
 
@@ -279,19 +276,22 @@ def detect_format(rows: Iterable[tuple[str, Any]], source: SourceConfig) -> str:
     own = set(source.columns)
     if own & {"turns", "text"} or own >= {"prompt", "answer"} or own >= {"chosen", "rejected"}:
         return "columns"
-    seen, matches, first = 0, dict[str, str](), None
+    seen, matches, first, both = 0, dict[str, str](), None, False
     for where, row in rows:
         seen += 1
         if first is None or (isinstance(row, dict) and not isinstance(first[1], dict)):
             first = (where, row)
-        for name in _matches(row, source):
+        for name in (names := _matches(row, source)):
             matches.setdefault(name, where)
+        both |= len(names) > 1
     if len(matches) == 1:
         return next(iter(matches))
     if len(matches) > 1:
         places = "; ".join(f"{name} ({', '.join(FORMATS[name].columns)}): {where}" for name, where in matches.items())
         fix = "; or ".join(_to_read(name, matches, source) for name in matches)
-        raise DataError(f"the rows have two readings: {' and '.join(matches)}", places, fix)
+        if not both:
+            fix = "give the files of each form an --input or source of their own"
+        raise DataError(f"the rows have two {'readings' if both else 'forms'}: {' and '.join(matches)}", places, fix)
     if first is None:
         raise DataError("the file has no rows", source.path or source.hub, "write one JSON object per row")
     where, row = first

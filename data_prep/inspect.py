@@ -74,11 +74,6 @@ def open_text(folder: str | Path) -> TokenText:
     return lambda ids: _texts(backend, ids)
 
 
-def show_ids(ids: Sequence[int]) -> list[str]:
-    """`TokenText` without a tokenizer: the numbers."""
-    return [f"{int(i)} " for i in ids]
-
-
 def _texts(backend: Tokenizer, ids: Sequence[int]) -> list[str]:
     texts, stream, open_since = [], decoders.DecodeStream(skip_special_tokens=False), 0
     # The stream returns nothing until the last token of a character has arrived.
@@ -272,7 +267,7 @@ def _text_of(manifest: dict[str, Any], folder: str, console: Console) -> TokenTe
     if not folder or not has_tokenizer(folder):
         reason = f"there is no tokenizer in {folder}" if folder else "the manifest names no tokenizer"
         _print(console, Text(neutral(f"showing token ids instead of text: {reason}; set --tokenizer=FOLDER")))
-        return show_ids
+        return lambda ids: [f"{int(i)} " for i in ids]
     if same_tokenizer(folder, manifest) is False:
         _print(console, Text(f"{neutral(folder)} is not the tokenizer of this dataset", style="red"))
     return open_text(folder)

@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.console import Console
 
 from data_prep.build_config import BuildConfig
 from data_prep.documents import unit_file
 from data_prep.minhash import SIGNATURE
 from data_prep.words import mix
+from sdlm_megatron.progress import Advance, track
 
 FILES: dict[str, type] = {"near": np.int64, "similarity": np.float32}
 # Approximate number of documents that are compared at once: about 200 MB.
@@ -38,18 +40,20 @@ def bands(threshold: float) -> tuple[int, int]:
     return SIGNATURE // max(fits, default=1), max(fits, default=1)
 
 
-def find_near_duplicates(config: BuildConfig, work: Path, n_units: int, first: np.ndarray) -> None:
-    """Writes `near` and `similarity`.
+def find_near_duplicates(config: BuildConfig, work: Path, n_units: int, first: np.ndarray, console: Console) -> None:
+    """Writes `near` and `similarity`, and shows the progress.
 
     Args:
         first: int64 (documents,): the document that each exact copy repeats, or -1. A copy resembles what that one
             resembles; with `duplicates=drop` it is not counted here as well.
     """
-    total = _gather(work, n_units)
+    total, threshold = _gather(work, n_units), config.near_duplicate_similarity
     near, similarity = (np.memmap(work / name, kind, "w+", shape=(max(1, total),)) for name, kind in FILES.items())
     near[:], similarity[:] = -1, 0
     if total:
-        for document, head, value in _resolve(*_similar_pairs(config.near_duplicate_similarity, work, first[:total])):
+        with track("near-duplicates", bands(threshold)[0], "comparisons", console) as advance:
+            pairs = _similar_pairs(threshold, work, first[:total], advance)
+        for document, head, value in _resolve(*pairs):
             near[document], similarity[document] = head, value
     if config.duplicates == "keep":
         for at in range(0, total, BUCKET):
@@ -68,7 +72,7 @@ def _gather(work: Path, n_units: int) -> int:
         return file.tell() // (2 * SIGNATURE)
 
 
-def _similar_pairs(threshold: float, work: Path, first: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _similar_pairs(threshold: float, work: Path, first: np.ndarray, advance: Advance) -> tuple[np.ndarray, np.ndarray]:
     """Pairs of similar documents: document << 32 | earlier document, uint64 ascending; and their similarity."""
     values = np.memmap(work / "signatures", np.uint16, "r", shape=(len(first), SIGNATURE))
     pairs, similarity = np.empty(0, np.uint64), np.empty(0, np.float32)
@@ -81,6 +85,7 @@ def _similar_pairs(threshold: float, work: Path, first: np.ndarray) -> tuple[np.
             new = list(_compare(keys, documents, values, threshold))
             pairs, at = np.unique(np.concatenate([pairs, *(part for part, _ in new)]), return_index=True)
             similarity = np.concatenate([similarity, *(part for _, part in new)])[at]
+            advance(1 / n_buckets)
     return pairs, similarity
 
 

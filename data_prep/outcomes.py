@@ -22,10 +22,6 @@ class ReasonCount(NamedTuple):
     example: str  # file and row of the first, with the field
     fix: str  # what to do about it; may be empty
 
-    def line(self) -> str:
-        """The count as one line of a message."""
-        return f"{self.rows:,} {self.outcome}: {self.reason}" + (f" (first: {self.example})" if self.example else "")
-
 
 class Reasons:
     """Counts rejected and dropped rows by source, outcome and reason."""
@@ -53,7 +49,10 @@ class Reasons:
 
 def reason_lines(counts: Sequence[ReasonCount]) -> list[str]:
     """The most frequent reasons, one line each, and how many more there are."""
-    lines = [count.line() for count in counts[:SHOWN]]
+    lines = [
+        f"{count.rows:,} {count.outcome}: {count.reason}" + (f" (first: {count.example})" if count.example else "")
+        for count in counts[:SHOWN]
+    ]
     if rest := counts[SHOWN:]:
         lines.append(f"{sum(count.rows for count in rest):,} rows for {len(rest)} more reasons")
     return lines
@@ -83,7 +82,7 @@ def refusal(
         count: returns the reasons, the most frequent first; called if the build stops.
         max_rejected: largest share of rejected rows of a source, in [0, 1].
         listed: file with all rejected rows, for the message; empty: none.
-        sample: `rows` are the first rows of each source.
+        sample: `rows` are a sample of the rows of each source.
     """
     total = sum(source.rows for source in rows)
     if not total:
@@ -97,15 +96,17 @@ def refusal(
     # By source: one unusable source must not hide among larger ones.
     worst = max(over, key=lambda source: source.rejected / source.rows) if over else rows[0]
     if empty:
-        what = f"no rows to write: all {'of the first ' * sample}{total:,} rows were rejected or dropped"
+        what = f"no rows to write: all {total:,} {'sampled ' * sample}rows were rejected or dropped"
         fix = "check that the source's format matches its rows (`sdlm prepare --help` lists the formats)"
     else:
         share = worst.rejected / worst.rows
         counts = [own for own in counts if own.source == worst.name and own.outcome == "rejected"]
         what = (
-            f"source {worst.name!r}: {worst.rejected:,} of {'the first ' * sample}{worst.rows:,} rows ({share:.1%}) "
+            f"source {worst.name!r}: {worst.rejected:,} of {worst.rows:,} {'sampled ' * sample}rows ({share:.1%}) "
             f"were rejected, more than max_rejected allows ({max_rejected:.1%})"
         )
         fix = f"repair the rows, or leave them out with --max_rejected={math.ceil(100 * share) / 100:g}"
-    advice = [first.fix for first in counts[:1] if first.fix] + ([f"{listed} lists every such row"] if listed else [])
-    return DataError("\n    ".join([what, *reason_lines(counts)]), counts[0].example, "; ".join([*advice, fix]))
+    # What a reason says about itself is better advice than a look at the format.
+    advice = [counts[0].fix, f"{listed} lists every such row" if listed else "", "" if empty and counts[0].fix else fix]
+    where = counts[0].example
+    return DataError("\n    ".join([what, *reason_lines(counts)]), where, "; ".join(filter(None, advice)))

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.console import Console
 
 from data_prep.build_config import BuildConfig, SourceConfig
 from data_prep.documents import DOCUMENT, UnitResult, unit_file
@@ -28,7 +29,7 @@ from data_prep.readers import InputUnit
 from sdlm_megatron.data.order import shuffled_many
 from sdlm_megatron.errors import DataError
 from sdlm_megatron.files import fsync, write_json
-from sdlm_megatron.progress import Advance
+from sdlm_megatron.progress import Advance, track
 
 _COPIED = ("token", "turn", "clean", "turns", "blocks")  # fields of DOCUMENT
 # number: document number of the first copy
@@ -242,7 +243,7 @@ def make_plan(
     units: Sequence[InputUnit],
     results: Sequence[UnitResult],
     work: Path,
-    advance: Advance,
+    console: Console,
 ) -> PackingPlan:
     """Runs stage two, or loads its result if it has run before."""
     file = work / "plan.json"
@@ -255,16 +256,18 @@ def make_plan(
     pairs = _count_pairs(work, sources)
     near: list[dict[str, Any]] = []
     if config.near_duplicates != "off":
-        find_near_duplicates(config, work, len(units), load(work, "first", np.int64))
+        find_near_duplicates(config, work, len(units), load(work, "first", np.int64), console)
         index = load(work, "index", INDEX)
         near = count_near_pairs(work, [source.name for source in sources], index, numbering.first_number)
     if dropped := dropped_files(config):
         numbering = drop_documents(work, numbering, dropped)
     rows, trimmed = [], []
-    for epoch in range(config.epochs):
-        plan_epoch(config, EpochOrder(config, sources, numbering, epoch), work, epoch, advance)
-        rows.append(len(load(work, f"epoch{epoch}.rows", np.int64)) - 1)
-        trimmed.append(int(load(work, f"epoch{epoch}.cut", np.int32).sum()))
+    orders = [EpochOrder(config, sources, numbering, epoch) for epoch in range(config.epochs)]
+    with track("pack", sum(map(len, orders)), "documents", console) as advance:
+        for epoch, order in enumerate(orders):
+            plan_epoch(config, order, work, epoch, advance)
+            rows.append(len(load(work, f"epoch{epoch}.rows", np.int64)) - 1)
+            trimmed.append(int(load(work, f"epoch{epoch}.cut", np.int32).sum()))
     # Written last: without plan.json, stage two starts over.
     plan = PackingPlan(numbering, sum(int(pair["documents"]) for pair in pairs), pairs, near, rows, trimmed)
     write_json(file, asdict(plan))

@@ -78,6 +78,30 @@ def work_on(
 
 
 @contextmanager
+def ending_on_interrupt(message: str) -> Iterator[None]:
+    """Ctrl-C ends the process with a message once its workers are stopped, and a second Ctrl-C at once."""
+
+    def end(*_: object) -> None:
+        os.write(2, f"\n{message}\n".encode())
+        os._exit(1)  # workers end with it
+
+    def interrupt(*_: object) -> None:
+        signal.signal(signal.SIGINT, end)
+        raise KeyboardInterrupt
+
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.default_int_handler:  # a background job ignores Ctrl-C
+        signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    except KeyboardInterrupt:
+        before = signal.SIG_IGN  # nothing but Python's own end is left
+        raise SystemExit(message) from None
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
 def _interrupts_blocked() -> Iterator[None]:
     """Delays Ctrl-C: a process that is started inherits this, and one more Ctrl-C must not stop an orderly end."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})

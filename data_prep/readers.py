@@ -99,11 +99,11 @@ def _plan_text(
     """Units of a file of text, and their rows (of lines counted only with a limit, otherwise 0)."""
     mark, streamed = stamp(file), is_streamed(file, source.encoding)
     if file_type(file).content == ".csv":
-        rows = _limited(count_csv(file, source.encoding, mark), limit)
+        rows = min(count_csv(file, source.encoding, mark), limit or END)
         return [InputUnit(number, str(file), ROWS, 0, rows, mark, streamed)] if rows else [], rows
     if (elements := json_elements(file, source.encoding, mark)) is None:
         return _plan_lines(number, source, file, unit_bytes, limit)
-    rows = _limited(elements.rows, limit)
+    rows = min(elements.rows, limit or END)
     pieces = [elements.pieces[0]]
     for row, at in elements.pieces[1:]:
         if at - pieces[-1][1] >= unit_bytes and row < rows and not streamed:
@@ -117,10 +117,6 @@ def _plan_text(
     return units, rows
 
 
-def _limited(rows: int, limit: int) -> int:
-    return min(rows, limit) if limit else rows
-
-
 def _open_hub(source: SourceConfig) -> ColumnarTable:
     return open_hub(source.hub, source.subset, source.split, source.revision)
 
@@ -130,7 +126,7 @@ def _plan_table(
 ) -> tuple[list[InputUnit], int]:
     """Units of a columnar file, and their rows."""
     check_schema(table.schema, source, where)
-    rows = _limited(table.rows, limit)
+    rows = min(table.rows, limit or END)
     mark = table.stamp or stamp(Path(file))
     units, start = [], 0
     for edge in [*(cut for cut in table.cuts[1:] if cut < rows), rows]:
@@ -173,7 +169,7 @@ def read_unit(unit: InputUnit, source: SourceConfig) -> Iterator[InputRow]:
     """The rows of a unit, in order.
 
     A line that is not JSON, or a row that cannot be decoded, is returned as an `Unreadable`; blank lines are skipped.
-    In fields that `conversation` ignores, an integer beyond 64 bits may become a float.
+    In fields that are ignored, an integer beyond 64 bits may become a float.
 
     Raises:
         DataError: the file is damaged or was changed after it was planned.

@@ -1,12 +1,16 @@
 """Near-duplicates and overlaps with evaluation files in the manifest, on the console and on the page of a dataset."""
 
+import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from data_prep.accounting import Accounting
 from data_prep.build_config import BuildConfig
-from data_prep.decontaminate import open_evaluations
-from sdlm_megatron.report.page_kit import PageSection
+from data_prep.decontaminate import evaluation_files, open_evaluations
+from sdlm_megatron.errors import DataError
+
+if TYPE_CHECKING:
+    from sdlm_megatron.report.page_kit import PageSection  # imports matplotlib
 
 _SHOWN = 5
 
@@ -23,8 +27,12 @@ def repetition_entries(
             "documents": sum(pair["documents"] for pair in near),
             "pairs": list(near),
         }
-    if config.decontaminate:
-        texts = open_evaluations(config.decontaminate)
+    if texts := open_evaluations(config.decontaminate):
+        begun = json.loads((accounting.work / "build.json").read_text(encoding="utf-8"))["evaluation"]
+        now = evaluation_files(config.decontaminate)
+        if changed := [name for name in sorted({*begun, *now}) if begun.get(name) != now.get(name)]:
+            fix = "restore it and run the same command again, or remove the folder to start over"
+            raise DataError("an evaluation file changed during the build", ", ".join(changed), fix)
         overlaps, rows = _overlaps(config, accounting)
         figures = zip(config.decontaminate, texts.rows, rows, texts.short, strict=True)
         names = ("file", "rows", "overlapping", "short_texts")
@@ -78,7 +86,7 @@ def repetition_lines(manifest: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def add_repetitions(section: PageSection, manifest: Mapping[str, Any]) -> None:
+def add_repetitions(section: "PageSection", manifest: Mapping[str, Any]) -> None:
     """Tables of the page."""
     if near := manifest.get("near_duplicates"):
         verb = {"report": "kept", "drop": "dropped"}[near["policy"]]
@@ -86,8 +94,9 @@ def add_repetitions(section: PageSection, manifest: Mapping[str, Any]) -> None:
             f"{near['documents']:,} documents resemble an earlier one (similarity {near['similarity']:g} and more); "
             f"they were {verb}."
         )
+        example = "row {row:,} resembles row {resembles:,} ({similarity:.2f})"
         rows = [
-            [pair["duplicate"], pair["kept"], f"{pair['documents']:,}", _example(pair["example"])]
+            [pair["duplicate"], pair["kept"], f"{pair['documents']:,}", example.format(**pair["example"])]
             for pair in sorted(near["pairs"], key=lambda pair: -pair["documents"])
         ]
         if rows:
@@ -105,7 +114,3 @@ def add_repetitions(section: PageSection, manifest: Mapping[str, Any]) -> None:
         ]
         if overlaps:
             section.table(["source", "evaluation file", f"rows {verb}", "words of the first"], overlaps, align="left")
-
-
-def _example(example: Mapping[str, Any]) -> str:
-    return f"row {example['row']:,} resembles row {example['resembles']:,} ({example['similarity']:.2f})"

@@ -99,9 +99,3 @@ def formats_help() -> str:
     """List of the formats for `--help`."""
     lines = [f"  {name:21}{form.description.replace('`', '')}" for name, form in FORMATS.items()]
     return "\n".join(["source formats:", *lines, f"file types: {', '.join(FILE_TYPES)}, or a folder of such files"])
-
-
-def formats_table() -> str:
-    """Markdown table of the formats for docs/data.md."""
-    rows = [f"| `{name}` | {form.description} | {form.used_by} |" for name, form in FORMATS.items()]
-    return "\n".join(["| format | columns | used by |", "|---|---|---|", *rows])

@@ -3,7 +3,9 @@
 import glob
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import replace
+from itertools import takewhile
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -11,15 +13,7 @@ from typing import Any
 from data_prep.build_config import SourceConfig
 from data_prep.columnar import open_hub, open_table
 from data_prep.csv_files import count_csv
-from data_prep.input_bytes import (
-    COMPRESSIONS,
-    file_type,
-    is_columnar,
-    limited_lines,
-    open_utf8,
-    reading,
-    stamp,
-)
+from data_prep.input_bytes import COMPRESSIONS, file_type, is_columnar, limited_lines, open_utf8, reading, stamp
 from data_prep.json_files import is_entry, json_elements, read_meta
 from data_prep.source_formats import FILE_TYPES
 from sdlm_megatron.errors import DataError
@@ -58,6 +52,22 @@ def _from_meta(source: SourceConfig, name: str, entry: Any) -> SourceConfig:
         rows = max(1, int(count(result) * times))
         result = replace(result, limit=min(rows, source.limit or rows))
     return result
+
+
+def input_sources(inputs: Sequence[Sequence[str]]) -> list[dict[str, Any]]:
+    """Settings of one source for each list of paths of the command line: its location, and a name of its own, from the
+    end of the path, or of what the paths have in common."""
+    places, ends = list[dict[str, Any]](), []
+    for paths in inputs:
+        hub = paths[0].removeprefix("hub:") if paths[0].startswith("hub:") else ""
+        places.append({"hub": hub} if hub else {"path": paths[0]} if len(paths) == 1 else {"paths": list(paths)})
+        common = hub or os.path.commonpath([os.path.abspath(path) for path in paths])
+        *folders, last = [*takewhile(lambda part: not glob.has_magic(part), Path(common).parts)] or [""]
+        ends.append([*folders[-2:], last if hub else last.strip("/").partition(".")[0] or "input"])
+    choices = [["-".join(end[-depth:]) for end in ends] for depth in (1, 2, 3)]
+    choices.append([f"{name}-{i}" for i, name in enumerate(choices[0], 1)])
+    names = next(names for names in choices if len(set(names)) == len(names))
+    return [{"name": name, **place} for name, place in zip(names, places, strict=True)]
 
 
 def count(source: SourceConfig) -> int:

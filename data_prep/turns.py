@@ -109,7 +109,8 @@ def is_trained(fields: Mapping[str, Any], flags: Collection[str], where: str) ->
         if value is None:
             continue
         if not isinstance(value, bool | int | float) or value not in (0, 1):
-            fix = f"use 0 or 1, or put `{flag}` into the source's `ignore`"
+            name = f"{where.partition('[')[0]}.{flag}" if where else flag
+            fix = f"use 0 or 1, or put `{name}` into the source's `ignore`: then it is trained"
             raise DataError(f"`{flag}` is neither 0 nor 1: a token is trained or it is not", f"{where}{flag}", fix)
         result &= bool(value)
     return result
@@ -280,7 +281,8 @@ def _part_text(part: Any, where: str) -> str:
     for name in _NOT_TEXT:
         if name in kind or any(name in str(key) for key in filled):
             article = "an" if name[0] in "ia" else "a"
-            raise DataError(f"the message contains {article} {name}; only text can be trained", where)
+            fix = "remove such rows, or these parts of them"
+            raise DataError(f"the message contains {article} {name}; only text can be trained", where, fix)
     if kind not in ("text", "input_text", "output_text") or set(filled) - {"text", "annotations", "cache_control"}:
         raise DataError("the message contains a part that is no text", f"{where}: {kind[:40]!r}")
     return check_text(part.get("text"), f"{where}.text")

@@ -5,6 +5,7 @@ import errno
 import os
 import re
 import select
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -13,8 +14,8 @@ from typing import TYPE_CHECKING, Any, TextIO
 if TYPE_CHECKING:
     from rich.console import Console
 
-READER_LEFT = 141
-"""Exit code of a command whose output is cut off by its reader, as shells report SIGPIPE."""
+INTERRUPTED, READER_LEFT = 130, 141
+"""Exit codes of a command that Ctrl-C ends, and of one whose output is cut off by its reader, as shells report them."""
 STDOUT = "standard output"
 _SYSTEM_ERRORS = {
     errno.EMFILE: "raise the limit of open files, e.g. `ulimit -n 4096`",
@@ -247,6 +248,10 @@ def run_cli(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | 
         except OSError:  # the first error is the one to report
             _discard_output()
         raise SystemExit(error.exit_code) from None
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C
+        print("interrupted", file=sys.stderr, flush=True)
+        raise SystemExit(INTERRUPTED) from None
     except BrokenPipeError:
         if not _reader_left():
             raise

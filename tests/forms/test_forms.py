@@ -20,8 +20,8 @@ from data_prep.build import build, read_command_line
 from data_prep.build_config import BuildConfig, SourceConfig
 from data_prep.chat import render_batch
 from data_prep.encoders import TextTokenizer
-from data_prep.first_rows import check_fields, with_formats
-from data_prep.forms import FormReader, NotChosen, conversation
+from data_prep.first_rows import check_fields, unread_error, with_formats
+from data_prep.forms import FormReader, NotChosen
 from data_prep.readers import plan_units, read_unit
 from data_prep.row_rules import UNTRAINED_FILE
 from data_prep.truncate import NO_ANSWER, UNTRAINED
@@ -197,7 +197,7 @@ def conversations(source: SourceConfig) -> list[list[ChatTurn]]:
     for unit in plan_units([source]):
         for row in read_unit(unit, source):
             try:
-                result.append(conversation(row, reader))
+                result.append(reader.read(row.content))
             except NotChosen:
                 continue
     assert not reader.unread
@@ -232,7 +232,7 @@ def text_of(ids: Any) -> str:
 def test_form_is_detected_and_rendered_as_by_the_template(name: str) -> None:
     source = source_of(name)
     assert source.format == FORMS[name][0]
-    check_fields([source], SYSTEM)
+    check_fields([source], plan_units([source]), SYSTEM)
     batch = render_batch(conversations(source), TextTokenizer(definition(), "bytes"))
     rows = FORMS[name][2]
     assert len(batch) == len(rows)
@@ -333,6 +333,24 @@ def test_row_is_refused_with_a_reason(column: str, value: Any, where: str, what:
     assert where in error.value.where and what in error.value.what
 
 
+def test_advice_names_the_setting(tmp_path: Path) -> None:
+    for name, row, advice in (
+        ("flag", {"messages": [turn("user"), turn(weight=0.5)]}, "put `messages.weight` into"),
+        ("row", {"messages": [turn("user"), turn()], "loss": 0.5}, "put `loss` into"),
+        ("label", {"prompt": "q", "response": "a", "label": True}, "--sources.s.preference=chosen"),
+        ("image", {"messages": [turn("user", content=[{"type": "image"}])]}, "remove such rows"),
+    ):
+        form = "prompt_response" if name == "label" else "messages"
+        with pytest.raises(DataError) as error:
+            FormReader(SourceConfig(name="s", format=form)).read(row)
+        assert advice in error.value.fix
+        if name == "flag":
+            FormReader(SourceConfig(name="s", format=form, ignore=["messages.weight"])).read(row)
+    for field, advice in (("messages.reasoning_content", "write it into the text"), ("image_url", "only text can be")):
+        fix = unread_error(SourceConfig(name="s", format="messages"), {field: 1}, 2, "").fix
+        assert f"--sources.s.ignore=[{field}]" in fix and advice in fix and ("columns" in fix) == ("." not in field)
+
+
 def test_two_readings_of_a_row_are_refused() -> None:
     row = {"messages": [turn("system", "a"), turn()], "system": "b"}
     with pytest.raises(DataError, match="two system texts"):
@@ -374,11 +392,12 @@ def test_fields_with_meaning_are_never_dropped_in_silence(tmp_path: Path) -> Non
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     source = SourceConfig(name="s", format="messages", path=str(file))
     with pytest.raises(DataError) as error:
-        check_fields([source], SYSTEM)
+        check_fields([source], plan_units([source]), SYSTEM)
     assert "`hint` in 3, `messages.reasoning_content` in 2 of 3 rows" in error.value.what
     assert error.value.where == f"{file}, line 1"
     assert "--sources.s.ignore=[hint, messages.reasoning_content]" in error.value.fix
-    check_fields([replace(source, ignore=["hint", "messages.reasoning_content"])], SYSTEM)
+    source.ignore = ["hint", "messages.reasoning_content"]
+    check_fields([source], plan_units([source]), SYSTEM)
 
 
 ODD = [None, True, 7, -1.5, 10**30, "", " ", "\x00", "\ud800", "<|im_start|>", "[", [], {}, [[]], [None], {"role": "x"}]
@@ -448,7 +467,7 @@ def test_advice_can_be_pasted_into_a_shell(
 
     def read(*options: str) -> list[SourceConfig]:
         config, _ = read_command_line(["--input", str(file), *options])
-        check_fields(config.sources, None)
+        check_fields(config.sources, plan_units(config.sources), None)
         return config.sources
 
     with pytest.raises((ConfigError, DataError), match=message) as caught:

@@ -11,6 +11,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow.parquet
 import pytest
 import yaml
 from rich.console import Console
@@ -21,9 +22,11 @@ from data_prep.build_config import PRESETS, BuildConfig, SourceConfig, check
 from data_prep.build_report import dry_run, expected_rows, short
 from data_prep.chat import parse, render
 from data_prep.encoders import TextTokenizer
+from data_prep.first_rows import with_formats
 from data_prep.outcomes import Reasons, reason_lines
 from data_prep.readers import plan_units
 from data_prep.source_formats import FORMATS
+from data_prep.sources import input_sources
 from data_prep.truncate import NO_ANSWER, UNTRAINED
 from sdlm_megatron.config.load import load_config
 from sdlm_megatron.data.format import PackedDataset
@@ -287,7 +290,7 @@ def test_command_line(config: BuildConfig, tmp_path: Path, capsys: pytest.Captur
     out = capsys.readouterr().out
     assert re.search(r"query +~40 ", out)
     assert "fastokens" in out
-    assert "are free" in out.replace("\n", " ")
+    assert "are free" in " ".join(out.split())
     assert not Path(config.out).exists()
     main(["--config", str(file), "--max_rejected=1", "--block_size=2", "--seed=9"])
     assert "rejects.jsonl" in "".join(capsys.readouterr().out.split("\n"))
@@ -332,6 +335,73 @@ def test_single_source_builds_without_config_file(
     assert f"hub:{folder}: source format query_response" in capsys.readouterr().out
     folder_files, hub_files = (PackedDataset(tmp_path / f"{n}-out").manifest["files"] for n in ("folder", "hub"))
     assert folder_files == hub_files
+
+
+def test_several_inputs_are_sources_with_names_of_their_own(config: BuildConfig, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "rows.v1.jsonl").write_text(json.dumps(question(1)) + "\n")
+    first, two, chats = f"{tmp_path}/a/rows.v1.jsonl", f"{tmp_path}/b/*.jsonl", config.sources[1].path
+    argv = ["--input", first, "--input", chats, "--input", two, "--row_length=512", "--max_document_length=300"]
+    main([*argv, "--tokenizer", config.tokenizer, "--out", config.out, "--workers=1", "--sources.b.weight=2"])
+    sources = PackedDataset(config.out).manifest["sources"]
+    assert [(s["name"], s["format"], s["path"], s["weight"]) for s in sources] == [
+        ("rows", "query_response", first, 1),
+        ("messages", "messages", chats, 1),
+        ("b", "query_response", two, 2),
+    ]
+    read, _ = read_command_line(["--input", first, f"{tmp_path}/b/rows.v1.jsonl", "--format=query_response"])
+    assert len(read.sources) == 1 and read.sources[0].paths == [first, f"{tmp_path}/b/rows.v1.jsonl"]
+    for inputs, names in (
+        ([["a/x.jsonl.gz"], ["b/x.jsonl"], ["y z"]], ["a-x", "b-x", f"{Path.cwd().name}-y z"]),
+        ([["data/[ab]*.json", "data/c/d.csv"], ["hub:org/Set-3.5M"], ["/"]], ["data", "Set-3.5M", "input"]),
+        ([["d/x*.csv"], ["d/y*.csv"]], ["d-1", "d-2"]),
+    ):
+        assert [source["name"] for source in input_sources(inputs)] == names
+
+
+def test_every_file_of_a_source_must_have_its_form(tmp_path: Path) -> None:
+    for i in range(150):
+        row: Any = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
+        (tmp_path / f"{i:03}.jsonl").write_text(json.dumps(row if i else {"messages": []}) + "\n" + json.dumps(row))
+    source = SourceConfig(name="s", path=str(tmp_path))
+    assert with_formats([source])[0].format == "messages"
+    last = tmp_path / "149.jsonl"
+    last.write_text('{"loss": 2.5, "step": 1}')
+    with pytest.raises(DataError, match=r"two forms: 1 of 150 are not messages") as caught:
+        with_formats([source])
+    assert f"{last} has loss, step; messages is {tmp_path / '000.jsonl'}" in caught.value.where
+    last.write_text(json.dumps(question(1)))
+    with pytest.raises(DataError, match="the rows have two forms: messages and query_response") as caught:
+        with_formats([source])
+    assert f"{last}, line 1" in caught.value.where and "--input" in caught.value.fix
+
+
+def test_samples_are_of_all_files_and_say_what_the_build_says(config: BuildConfig, tmp_path: Path) -> None:
+    folder = tmp_path / "many"
+    folder.mkdir()
+    texts = ("answer 1", "answer 2", "A b c d e F g h!")
+    rows = [[{"role": "user", "content": "q"}, {"role": "assistant", "content": text}] for text in texts]
+    (folder / "a.jsonl").write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows[:2]))
+    tools = [{"name": "f", "strict": None}]
+    table = pyarrow.Table.from_pylist([{"messages": rows[0], "tools": tools}, {"messages": rows[1], "tools": None}])
+    pyarrow.parquet.write_table(table, folder / "b.parquet")
+    (tmp_path / "eval.jsonl").write_text('{"t": "you are an answer 1"}\n{"t": "a b c d e f g h"}\n')
+    (folder / "c.jsonl").write_text(json.dumps({"messages": rows[2]}))
+    source = SourceConfig(name="many", format="messages", path=str(folder))
+    change = {"decontaminate": [str(tmp_path / "eval.jsonl")], "contaminated": "drop", "duplicates": "drop"}
+    config = replace(config, sources=[source], max_rejected=0.5, **change)
+    out = StringIO()
+    dry_run(config, Console(file=out, width=400), examples=True)
+    text = out.getvalue()
+    assert "source 'many', 5 rows from the start of 3 file(s)" in text
+    assert f"\n{folder / 'a.jsonl'}, line 1\n" in text and f"\n{folder / 'a.jsonl'}, line 2\n" not in text
+    assert "eval.jsonl: 1 of 5 sampled rows share words with it; a build would drop such rows" in text
+    assert "a dry run does not look for duplicates and" in text
+    reasons = build(config, QUIET)["accounting"]["reasons"]
+    assert {r["outcome"] for r in reasons} == {"rejected", "dropped", "duplicate"}
+    for r in (r for r in reasons if r["outcome"] != "duplicate"):
+        assert f"{r['rows']} {r['outcome']}: {r['reason']} (first: {r['example']})" in text
 
 
 def test_a_json_file_that_is_no_list_of_rows_is_named(tmp_path: Path) -> None:
@@ -486,11 +556,11 @@ def test_dry_run_stops_where_the_build_would(config: BuildConfig) -> None:
     out = StringIO()
     dry_run(config, Console(file=out, width=400))
     assert f"1 dropped: {NO_ANSWER} (first: " in out.getvalue()
-    with pytest.raises(DataError, match="source 'mixed': 4 of the first 22 rows") as caught:
+    with pytest.raises(DataError, match="source 'mixed': 4 of 22 sampled rows") as caught:
         dry_run(replace(config, max_rejected=0.05), Console(file=out, width=400))
     assert "--max_rejected=0.19" in caught.value.fix
     bad = replace(config, sources=[replace(config.sources[0], format="sharegpt")])
-    with pytest.raises(DataError, match="no rows to write: all of the first 40 rows"):
+    with pytest.raises(DataError, match="no rows to write: all 40 sampled rows"):
         dry_run(bad, QUIET)
 
 
@@ -517,11 +587,11 @@ def test_examples_mark_what_is_trained(
     main(["--input", source.path, "--format=sharegpt", "--out", config.out, *common])
     out = capsys.readouterr().out
     assert "2 examples; what is trained is between [[ and ]]" in out
-    answer = f"{source.path}, line 2\n<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
-    answer += f"<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n[[{'answer ' * 4}<|im_end|>]]\n"
+    answer = f"{source.path}, line 1\n<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+    answer += f"<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n[[{'answer ' * 3}<|im_end|>]]\n"
     assert answer in out
     roles = "turns: system 18 (18 added by system_prompt), user 21, assistant 20 (19 trained)"
-    assert f"source 'mixed', first 22 rows: {roles}" in out
+    assert f"source 'mixed', 22 rows from the start of 1 file(s): {roles}" in out
     assert f"1 rejected: a row must be an object, not int (first: {source.path}, line 22)" in out
     assert PackedDataset(config.out).rows(0) > 0
 

@@ -222,11 +222,12 @@ def test_dead_worker_is_reported(config: BuildConfig) -> None:
         list(work_on([1, 2, 3], _dies, (), workers=2))
 
 
-@pytest.mark.parametrize("times", [1, 2])
-def test_interrupts_end_a_build_at_once(tmp_path: Path, times: int) -> None:
-    """Tasks of a minute do not delay it, no worker is left, and nothing but the message is printed."""
+@pytest.mark.parametrize(("times", "stuck"), [(1, ""), (2, ""), (2, "stuck")])
+def test_interrupts_end_a_build_at_once(tmp_path: Path, times: int, stuck: str) -> None:
+    """Tasks of a minute do not delay it, no worker is left, and nothing but the message is printed; a second Ctrl-C
+    ends it even if the first one is `stuck`."""
     (tmp_path / "slow.py").write_text(SLOW)
-    command = [sys.executable, str(tmp_path / "slow.py"), str(tmp_path)]
+    command = [sys.executable, str(tmp_path / "slow.py"), str(tmp_path), stuck]
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{tmp_path}"}
     # Ctrl-C in a terminal goes to the whole group.
     process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True, env=environment)
@@ -237,7 +238,7 @@ def test_interrupts_end_a_build_at_once(tmp_path: Path, times: int) -> None:
     for _ in range(times):
         os.killpg(process.pid, signal.SIGINT)
         time.sleep(0.05)
-    assert process.communicate(timeout=30)[1] == "interrupted\n"
+    assert process.communicate(timeout=30)[1].strip() == "interrupted"
     assert time.monotonic() - begin < 5  # 0.2 s on an idle machine
     for file in tmp_path.glob("*.pid"):
         with pytest.raises(ProcessLookupError):
@@ -247,7 +248,7 @@ def test_interrupts_end_a_build_at_once(tmp_path: Path, times: int) -> None:
 SLOW = """
 import os, signal, sys, time
 from pathlib import Path
-from data_prep.pool import work_on
+from data_prep.pool import ending_on_interrupt, work_on
 
 def make(folder):
     def work(task):
@@ -257,10 +258,11 @@ def make(folder):
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore it
-    try:
-        list(work_on(range(9), make, (sys.argv[1],), 2))
-    except KeyboardInterrupt:
-        raise SystemExit("interrupted")
+    with ending_on_interrupt("interrupted"):
+        try:
+            list(work_on(range(9), make, (sys.argv[1],), 2))
+        finally:
+            time.sleep(60 if sys.argv[2] else 0)
 """
 
 
@@ -321,6 +323,19 @@ def test_duplicates_are_counted_and_dropped_on_demand(config: BuildConfig) -> No
         ("two", 50, {"source": "one", "row": 40}),
     ]
     assert len(lines) == sum(dropped["accounting"]["dropped"].values()) + dropped["accounting"]["rejected"]
+
+
+def test_rows_that_train_other_turns_are_no_duplicates(config: BuildConfig, tmp_path: Path) -> None:
+    turns = [{"role": role, "content": f"{role} says this"} for role in ("user", "assistant") * 2]
+    flags = [{}, {"weight": 0}, {"train": False}, {"loss": True}]
+    rows = [{"messages": [*turns[:1], {**turns[1], **flag}, *turns[2:]]} for flag in flags]
+    path = tmp_path / "flags.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = SourceConfig(name="s", format="messages", path=str(path))
+    manifest = build(replace(config, sources=[source], near_duplicates="off", duplicates="drop", epochs=1), QUIET)
+    lines = [json.loads(line) for line in (Path(config.out) / "rejects.jsonl").read_text().splitlines()]
+    assert [(line["row"], line["same_as"]["row"]) for line in lines] == [(2, 1), (3, 0)]
+    assert manifest["accounting"]["packed"] == 2
 
 
 def test_many_buckets_find_the_same_duplicates(config: BuildConfig, monkeypatch: pytest.MonkeyPatch) -> None:

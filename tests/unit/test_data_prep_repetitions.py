@@ -1,6 +1,8 @@
 """Near-duplicates and overlaps with evaluation files: definition, planted cases, reports and reproducibility."""
 
 import json
+import os
+import re
 import string
 from collections.abc import Iterator
 from dataclasses import replace
@@ -9,6 +11,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 from rich.console import Console
@@ -18,9 +21,10 @@ from data_prep import near_duplicates
 from data_prep.accounting import NEAR_DUPLICATE
 from data_prep.build import build
 from data_prep.build_config import BuildConfig, SourceConfig
-from data_prep.decontaminate import EvaluationTexts
+from data_prep.decontaminate import EvaluationTexts, evaluation_files, open_evaluations
 from data_prep.minhash import SIGNATURE, signatures
 from data_prep.near_duplicates import bands
+from data_prep.planning import make_plan
 from data_prep.readers import plan_units
 from data_prep.stats import write_stats
 from data_prep.words import HashedWords, split_words
@@ -262,6 +266,7 @@ def test_report_counts_pairs_of_sources_and_changes_no_row(config: BuildConfig, 
     assert manifest["accounting"]["packed"] + manifest["accounting"]["truncated"] == 123
     text = output.getvalue()
     assert "near-duplicates (similarity 0.8 and more) kept: 30; 30 of b resemble a" in text
+    assert re.search(r"^near-duplicates 21/21 comparisons, .* ETA 0:00:00$", text, re.MULTILINE)
     assert "2 of 4 evaluation rows are in the sources" in text and "2 rows of b kept; row 60 has" in text
     write_stats(config.out, tmp_path / "stats.html", QUIET)
     page = (tmp_path / "stats.html").read_text(encoding="utf-8")
@@ -331,3 +336,44 @@ def test_changed_evaluation_file_and_invalid_settings_are_named(config: BuildCon
     write_rows(tmp_path / "eval.jsonl", [{"q": "another text of some words"}])
     with pytest.raises(ConfigError, match=r"begun with other settings: .*eval\.jsonl"):
         build(config, QUIET)
+
+
+def test_evaluation_texts_are_read_again_only_if_their_content_changed(tmp_path: Path) -> None:
+    path = Path(write_rows(tmp_path / "eval.jsonl", [{"q": "one text of some words"}]))
+    rows = [chat("One text of some words."), chat("Six text of some words.")]
+    before, state = open_evaluations([str(path)]), path.stat()
+    assert before and list(before.find(rows)) == [0]
+    path.touch()
+    assert open_evaluations([str(path)]) is before
+    write_rows(path, [{"q": "six text of some words"}])
+    os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
+    after = open_evaluations([str(path)])
+    assert after and list(after.find(rows)) == [1] and open_evaluations([]) is None
+
+
+def test_evaluation_data_may_be_on_the_hub(
+    config: BuildConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "hub").mkdir()
+    (tmp_path / "eval.jsonl").rename(tmp_path / "hub" / "test.jsonl")
+    config.decontaminate = [f"hub:{tmp_path / 'hub'}"]
+    config.near_duplicates = "off"
+    check = build(config, QUIET)["decontamination"]
+    assert check["files"] == [{"file": config.decontaminate[0], "rows": 4, "overlapping": 2, "short_texts": 1}]
+    with pytest.raises(DataError, match="cannot be loaded") as caught:
+        evaluation_files([f"hub:{tmp_path / 'hub'}::validation"])
+    assert "split validation" in caught.value.where
+
+
+def test_evaluation_file_that_changes_during_the_build_is_named(
+    config: BuildConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def changed(*args: Any) -> Any:
+        write_rows(tmp_path / "eval.jsonl", [{"q": "another text of some words"}])
+        return make_plan(*args)
+
+    monkeypatch.setattr(build_module, "make_plan", changed)
+    with pytest.raises(DataError, match="evaluation file changed during the build") as caught:
+        build(replace(config, near_duplicates="off"), QUIET)
+    assert str(tmp_path / "eval.jsonl") in caught.value.where
