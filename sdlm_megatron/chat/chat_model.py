@@ -26,7 +26,7 @@ from sdlm_megatron.errors import CheckpointError, ConfigError, DataError
 from sdlm_megatron.weights.dtypes import PRECISIONS
 from sdlm_megatron.weights.hf_config import HFConfig, read_hf_config
 from sdlm_megatron.weights.hf_weights import HFWeights
-from sdlm_megatron.weights.tensors import HFAsCheckpoint
+from sdlm_megatron.weights.tensors import HFAsCheckpoint, is_finite
 
 # Test and description of the valid values of a decoding rule; numpy's numbers are fine, bool is no number.
 RULE_VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
@@ -363,6 +363,8 @@ def load(folder: Path, *, dtype: str | None, device: str | None) -> ChatModel:
     missing = info["missing_keys"]
     if missing:
         raise CheckpointError(f"{len(missing)} weights are missing, e.g. {min(missing)}", str(folder), fix)
+    if wrong := next((name for name, weight in network.named_parameters() if not is_finite(weight.data)), ""):
+        raise CheckpointError(f"'{wrong}' has values that are NaN or infinite", str(folder), fix)
     # transformers would merge the folder's sampling settings into every call of `generate`
     network.generation_config = GenerationConfig()
     im_end = tokenizer.get_vocab().get(IM_END)

@@ -16,7 +16,7 @@ from sdlm_megatron.files import regular_file
 from sdlm_megatron.weights.dtypes import SAFETENSORS_DTYPES, safetensors_name
 from sdlm_megatron.weights.hf_config import NAME_A_MODEL, read_config_json, read_json
 from sdlm_megatron.weights.resumable_folder import BLOCK, OutputFile, PlannedFile
-from sdlm_megatron.weights.tensors import Index, TensorReader, file_stamps, row_blocks
+from sdlm_megatron.weights.tensors import Index, TensorReader, file_stamps, is_finite, row_blocks
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -195,8 +195,11 @@ def _write(reader: TensorReader, contents: Contents, out: OutputFile) -> None:
 
 
 def _cast(block: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
+    if not is_finite(block):
+        what = f"'{name:.200}' has values that are NaN or infinite"
+        raise CheckpointError(what, name, "export an earlier checkpoint of the run")
     cast = block.to(dtype)
-    if dtype is torch.float16 and block.dtype is not dtype and not cast.isfinite().all() and block.isfinite().all():
+    if dtype is torch.float16 and block.dtype is not dtype and not is_finite(cast):
         raise CheckpointError(
             f"'{name}' has values that float16 cannot hold (largest {block.abs().max().item():g})",
             name,

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from checkpoints_tools import compare, hf_to_mcore, mcore_to_hf
 from data_prep.encoders import open_encoder
 from sdlm_megatron.chat.chat_model import load
-from sdlm_megatron.errors import UserError
+from sdlm_megatron.errors import CheckpointError, UserError
 from sdlm_megatron.training.run_plan import check_weights
 from sdlm_megatron.weights.checkpoint_folder import checksums
 from sdlm_megatron.weights.hf_config import read_hf_config
@@ -354,6 +354,34 @@ def test_hostile_tokenizer_is_refused(good: Path, tmp_path: Path, limits: None, 
         refused(lambda m=mask_token: hf_to_mcore.convert(folder, tmp_path / "out", mask_token=m), message, folder)
     refused(lambda: load(folder, dtype=None, device="cpu"), message, folder)
     refused(lambda: open_encoder(folder), message, folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("model.layers.1.self_attn.k_proj.bias", "nan"),
+        ("model.layers.0.mlp.up_proj.weight", "-inf"),
+        ("model.embed_tokens.weight", "inf"),
+    ],
+)
+def test_values_that_are_not_finite_are_refused(
+    good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    shutil.copytree(good / "hf", tmp_path / "hf")
+    weights = load_file(tmp_path / "hf" / SINGLE_NAME)
+    weights[name].view(-1)[-3] = float(value)
+    save_file(weights, tmp_path / "hf" / SINGLE_NAME, metadata={"format": "pt"})
+    message = f"'{re.escape(name)}' has values that are NaN or infinite"
+    with pytest.raises(CheckpointError, match=message):
+        hf_to_mcore.convert(tmp_path / "hf", tmp_path / "out")
+    with pytest.raises(CheckpointError, match=message):
+        load(tmp_path / "hf", dtype=None, device="cpu")
+    with monkeypatch.context() as patched:
+        patched.setattr("sdlm_megatron.weights.tensors.is_finite", lambda tensor: True)
+        hf_to_mcore.convert(tmp_path / "hf", tmp_path / "mcore")
+    with pytest.raises(CheckpointError, match=message):
+        mcore_to_hf.convert(tmp_path / "mcore", tmp_path / "exported")
+    assert not (tmp_path / "out").exists() and not (tmp_path / "exported").exists()
 
 
 def test_class_of_sdlm_without_its_settings_is_refused(good: Path, tmp_path: Path) -> None:
