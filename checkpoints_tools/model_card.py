@@ -1,6 +1,8 @@
 """README.md of an export (the model card): how to use the model and how it was trained."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from sdlm_megatron.diffusion.settings import SDLMSettings
@@ -73,43 +75,48 @@ loads as plain `Qwen2ForCausalLM`. `sha256sum -c SHA256SUMS` verifies the files.
 
 
 def _recipe(run: Mapping[str, Any]) -> str:
-    settings = run["settings"]
-    train, optimizer, schedule, diffusion = (settings[k] for k in ("train", "optimizer", "schedule", "diffusion"))
+    settings = run.get("settings", {})
+    diffusion, fp8 = settings.get("diffusion", {}), settings.get("train", {}).get("fp8", "none")
     rows = {
-        "steps": run.get("step"),
-        "rows per step": run.get("rows_per_step"),
-        "rows trained on": run.get("consumed_rows"),
-        "block size D": diffusion["block_size"],
-        "attention inside a block": "causal" if diffusion["causal_attn"] else "bidirectional",
+        "steps": "{step}",
+        "rows per step": "{rows_per_step}",
+        "rows trained on": "{consumed_rows}",
+        "block size D": "{diffusion[block_size]}",
+        "attention inside a block": {True: "causal", False: "bidirectional"}.get(
+            diffusion.get("causal_attn"), "{diffusion[causal_attn]}"
+        ),
         "target of a slot": "the next token" if diffusion.get("target_shift", True) else "the token at its position",
-        "loss": f"mean over {train['loss_normalization']} of the global batch",
-        "weight of the next-token loss on clean tokens": diffusion.get("next_token_weight", 0.0),
-        "optimizer": f"AdamW, betas {optimizer['beta1']:g} and {optimizer['beta2']:g}, eps {optimizer['eps']:g}, "
-        f"weight decay {optimizer['weight_decay']:g}, gradient norm clipped at {optimizer['clip_grad']:g}",
-        "learning rate": f"{optimizer['lr']:g} {schedule['style']}, {schedule['warmup_steps']} warm-up steps",
-        "precision": train["precision"] + ("" if train["fp8"] == "none" else f", FP8 {train['fp8']}"),
-        "seed": train["seed"],
-        "parallel layout": f"TP {settings['parallel']['tensor']} x PP {settings['parallel']['pipeline']} x "
-        f"DP {run['data_parallel']}",
+        "loss": "mean over {train[loss_normalization]} of the global batch",
+        "weight of the next-token loss on clean tokens": f"{diffusion.get('next_token_weight', 0.0)}",
+        "optimizer": "AdamW, betas {optimizer[beta1]:g} and {optimizer[beta2]:g}, eps {optimizer[eps]:g}, "
+        "weight decay {optimizer[weight_decay]:g}, gradient norm clipped at {optimizer[clip_grad]:g}",
+        "learning rate": "{optimizer[lr]:g} {schedule[style]}, {schedule[warmup_steps]} warm-up steps",
+        "precision": "{train[precision]}" + ("" if fp8 == "none" else ", FP8 {train[fp8]}"),
+        "seed": "{train[seed]}",
+        "parallel layout": "TP {parallel[tensor]} x PP {parallel[pipeline]} x DP {data_parallel}",
     }
-    return "## Recipe\n\n" + _table(("setting", "value"), ((k, v) for k, v in rows.items() if v is not None))
+    known = {}
+    for name, template in rows.items():
+        with suppress(KeyError):  # a checkpoint of an older version records less
+            known[name] = template.format_map({**settings, **run})
+    return "## Recipe\n\n" + _table(("setting", "value"), known.items())
 
 
 def _data(data: Mapping[str, Any]) -> str:
     if not data:
         return ""
     epochs = data.get("epochs", [])
-    tokenizer = data.get("tokenizer", {})
+    tokenizer, first = data.get("tokenizer", {}), epochs[0] if epochs else {}
     facts = {
-        "dataset": data["name"],
+        "dataset": data.get("name"),
         "fingerprint of its manifest": data.get("checksum"),
         "tokenizer": tokenizer.get("name"),
         "fingerprint of the tokenizer": tokenizer.get("fingerprint"),
-        "rows in the first epoch": f"{epochs[0]['rows']} of {data['row_length']} tokens" if epochs else None,
-        "documents": epochs[0]["documents"] if epochs else None,
-        "clean tokens": epochs[0]["clean"] if epochs else None,
-        "block tokens": epochs[0]["block"] if epochs else None,
-        "targets": epochs[0]["targets"] if epochs else None,
+        "rows in the first epoch": f"{first['rows']} of {data.get('row_length')} tokens" if "rows" in first else None,
+        "documents": first.get("documents"),
+        "clean tokens": first.get("clean"),
+        "block tokens": first.get("block"),
+        "targets": first.get("targets"),
         "epochs packed": len(epochs) or None,
         "seed of the block positions": data.get("seed"),
         "default system turn": data.get("system_prompt"),
@@ -119,7 +126,7 @@ def _data(data: Mapping[str, Any]) -> str:
         (
             " ".join(str(s[k]) for k in ("name", "hub", "subset", "revision") if s.get(k)),
             *(s.get(k, "") for k in ("weight", "rows")),
-            s.get("packed", 0) + s.get("truncated", 0),
+            sum(n for key in ("packed", "truncated") if isinstance(n := s.get(key), int)),
             s.get("clean_tokens", ""),
             s.get("licence", ""),
         )
@@ -131,8 +138,8 @@ def _data(data: Mapping[str, Any]) -> str:
 
 
 def _losses(losses: Mapping[str, Any]) -> str:
-    slots = sorted((k for k in losses if k.startswith("loss_pos_")), key=lambda k: int(k.removeprefix("loss_pos_")))
-    if "loss" not in losses:
+    slots = sorted((k for k in losses if re.fullmatch(r"loss_pos_\d+", k, re.ASCII)), key=lambda k: int(k[9:]))
+    if not losses.keys() >= {"loss", "step"}:
         return ""
     rows = [("all", losses["loss"]), *((k.removeprefix("loss_pos_"), losses[k]) for k in slots)]
     return f"## Training loss at step {losses['step']}\n\nOver the rows of one step, in nats per token.\n\n" + _table(

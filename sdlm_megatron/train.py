@@ -87,6 +87,7 @@ def train(config: RunConfig, watch: Watch | None, *, profile: str | None = None,
     # processes of a checkpoint save, which import this module again, start at once.
     from sdlm_megatron.config.hardware import slow_bf16
     from sdlm_megatron.data.format import PackedDataset
+    from sdlm_megatron.model.layers import check_layers
     from sdlm_megatron.training import run_plan
     from sdlm_megatron.training.sample_prompts import choose_prompts
 
@@ -111,6 +112,8 @@ def train(config: RunConfig, watch: Watch | None, *, profile: str | None = None,
         profile_steps = run_plan.steps_to_profile(profile_steps, plan.state.step, last)
     if watch is None:
         run_plan.check_weights(plan)
+        if layers := check_layers(config.train, config.parallel):
+            log(f"layers   {layers}")
         return
     from sdlm_megatron.parallel import compat, cpu
 

@@ -3,7 +3,7 @@
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import is_dataclass
+from dataclasses import is_dataclass, replace
 from typing import Any
 
 from sdlm_megatron.config.schema import CheckpointConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
@@ -148,6 +148,7 @@ def check_run(config: RunConfig, world_size: int) -> None:
     _check_recompute(config.train)
     _check_checkpoint(config.checkpoint)
     _check_samples(config)
+    _check_layers(config)
 
 
 def check_length(train: TrainConfig) -> None:
@@ -255,6 +256,18 @@ def _check_recompute(train: TrainConfig) -> None:
     )
 
 
+def _check_layers(config: RunConfig) -> None:
+    train = config.train
+    for key, enabled in (
+        ("train.fp8", train.fp8 != "none"),
+        ("parallel.overlap_tensor", config.parallel.overlap_tensor),
+    ):
+        what, fix = f"{key} needs TransformerEngine's layers", "set train.layers=auto or transformer_engine"
+        _require(train.layers != "megatron" or not enabled, what, key, fix)
+    fix = "set train.precision=bf16 or train.fp8=none"
+    _require(train.fp8 == "none" or train.precision == "bf16", "FP8 needs bf16 weights", "train.fp8", fix)
+
+
 def _check_samples(config: RunConfig) -> None:
     validates = config.data.validation and config.observe.validate_every
     for enabled, key in ((config.observe.sample_every, "sample_every"), (validates, "validate_every")):
@@ -264,6 +277,26 @@ def _check_samples(config: RunConfig) -> None:
             f"observe.{key}",
             f"set observe.{key}=0 or train.fp8=current",
         )
+
+
+def resolve_shape(configured: ModelConfig, base: ModelConfig | None, where: str) -> ModelConfig:
+    """The shape to build: the base's if there is one; ConfigError where the config contradicts it."""
+    if base is None:
+        heads = max(1, configured.num_attention_heads)
+        return replace(configured, head_dim=configured.head_dim or configured.hidden_size // heads)
+    for key, value in vars(configured).items():
+        actual, stated = getattr(base, key), value != getattr(ModelConfig, key)
+        if configured.num_layers:
+            stated = stated or key != "head_dim"
+        elif configured.hidden_size:  # model.num_layers=0 takes the sizes of a preset back
+            stated = stated and key in ("rope_theta", "rms_norm_eps")
+        if stated and value != actual:
+            raise ConfigError(
+                f"model.{key} is {value}, the base has {actual}",
+                where,
+                f"--model.{key}={actual}, or leave the model section out to read it from the base",
+            )
+    return base
 
 
 def check_model(model: ModelConfig, config: RunConfig, row_length: int) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 from sdlm_megatron.config.command_line import add_preset, at_least, make_parser, parse_with_settings
 from sdlm_megatron.config.load import PRESETS, load_config
 from sdlm_megatron.config.schema import ModelConfig, RunConfig
-from sdlm_megatron.config.validate import check_length, check_model, check_values
+from sdlm_megatron.config.validate import check_length, check_model, check_values, resolve_shape
 from sdlm_megatron.errors import ConfigError, run_cli
 from sdlm_megatron.planner import plan_text
 from sdlm_megatron.planner.assumptions import DEVICES, Assumptions, assume, device_of, explain
@@ -65,7 +65,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ConfigError(what, "train.attention", "--train.attention=auto")
     check_length(config.train)
     if config.checkpoint.base and not config.model.num_layers:
-        config = replace(config, model=_base_shape(Path(config.checkpoint.base)))
+        base = config.checkpoint.base
+        config = replace(config, model=resolve_shape(config.model, _base_shape(Path(base)), base))
     assumed = assume(args.assume)
     work = workload(config, args.data or config.data.path, assumed)
     planner = Planner(config, work, device_of(args.gpu, assumed), assumed)

@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from sdlm_megatron.config.schema import DiffusionConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
-from sdlm_megatron.config.validate import check_model, check_schedule
+from sdlm_megatron.config.validate import check_model, check_schedule, resolve_shape
 from sdlm_megatron.data.format import PackedDataset
 from sdlm_megatron.data.tokenizer_identity import TEXT_MASK, same_tokenizer
 from sdlm_megatron.errors import CheckpointError, ConfigError, DataError
 from sdlm_megatron.weights.checkpoint_folder import TrainState, newest, read_run, read_state, step_of
 from sdlm_megatron.weights.hf_config import read_hf_config
 from sdlm_megatron.weights.hf_weights import HFWeights
-from sdlm_megatron.weights.shape import NewMaskToken, find_mask_token, resolve_shape
+from sdlm_megatron.weights.shape import NewMaskToken, find_mask_token
 from sdlm_megatron.weights.tensors import HFAsCheckpoint
 
 Notice = Callable[[str], None]

@@ -103,6 +103,11 @@ def read_run(folder: Path) -> dict[str, Any]:
     kinds = {"base": str, "settings": dict, "data_parallel": int, "data": dict, "losses": dict, "versions": dict}
     for key in content.keys() & kinds.keys():
         checked(content, key, kinds[key], path, CheckpointError)
+    data = content.get("data", {})
+    for key in data.keys() & {"epochs", "sources"}:
+        if not all(isinstance(entry, dict) for entry in checked(data, key, list, path, CheckpointError)):
+            raise CheckpointError(f"{key} is not a list of objects", str(path), "copy the checkpoint again")
+    checked({"tokenizer": {}, **data}, "tokenizer", dict, path, CheckpointError)
     sections, settings = get_type_hints(RunConfig), content.get("settings", {})
     for section in settings.keys() & sections.keys():
         section_values = checked(settings, section, dict, path, CheckpointError)

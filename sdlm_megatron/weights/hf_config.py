@@ -88,7 +88,7 @@ def read_config_json(folder: Path) -> dict[str, Any]:
         where = f"{folder / 'config.json'}, field 'transformers_weights'"
         raise CheckpointError("transformers would read the weights from another file", where, "remove the field")
     for path in (*folder.iterdir(), *folder.glob("additional_chat_templates/*")):
-        if path.suffix in _READ and not path.is_dir():
+        if path.suffix in _READ:
             regular_file(folder, str(path.relative_to(folder)), CheckpointError)
     return values
 

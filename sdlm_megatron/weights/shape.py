@@ -5,9 +5,8 @@ from pathlib import Path
 
 import torch
 
-from sdlm_megatron.config.schema import ModelConfig
 from sdlm_megatron.data.tokenizer_identity import has_tokenizer, special_token_id, vocabulary_size
-from sdlm_megatron.errors import CheckpointError, ConfigError
+from sdlm_megatron.errors import CheckpointError
 from sdlm_megatron.weights.hf_config import HFConfig
 
 
@@ -56,20 +55,3 @@ def mean_row(embedding: torch.Tensor, new_mask: NewMaskToken) -> torch.Tensor:
     if new_mask.row < count:
         total, count = total - tokens[new_mask.row].float(), count - 1
     return total / count
-
-
-def resolve_shape(configured: ModelConfig, base: ModelConfig | None, where: str) -> ModelConfig:
-    """The shape to build: the base's if there is one; ConfigError where the config contradicts it."""
-    if base is None:
-        head_dim = configured.head_dim or configured.hidden_size // max(1, configured.num_attention_heads)
-        return ModelConfig(**{**vars(configured), "head_dim": head_dim})
-    if configured.num_layers:
-        for key, value in vars(configured).items():
-            actual = getattr(base, key)
-            if value != actual and not (key == "head_dim" and value == 0):
-                raise ConfigError(
-                    f"model.{key} is {value}, the base has {actual}",
-                    where,
-                    f"--model.{key}={actual}, or leave the model section out to read it from the base",
-                )
-    return base

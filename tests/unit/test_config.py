@@ -144,6 +144,9 @@ def test_errors_in_a_file_name_the_file(tmp_path: Path) -> None:
         load_config(RunConfig, str(file))
 
 
+OVERLAP = ("--parallel.sequence=true", "--parallel.overlap_tensor=true")
+
+
 @pytest.mark.parametrize(
     ("arguments", "world", "text"),
     [
@@ -171,6 +174,9 @@ def test_errors_in_a_file_name_the_file(tmp_path: Path) -> None:
             "overlap_param_gather needs distributed_optimizer",
         ),
         (["--observe.sample_every=2", "--train.fp8=delayed"], 1, "delayed FP8 scaling also records"),
+        (["--train.layers=megatron", "--train.fp8=current"], 1, "train.fp8 needs TransformerEngine's layers"),
+        (["--train.layers=megatron", "--parallel.tensor=2", *OVERLAP], 2, "overlap_tensor needs TransformerEngine's"),
+        (["--train.fp8=current"], 1, "FP8 needs bf16 weights"),  # tiny is fp32
         (["--train.recompute_layers=1"], 1, "recompute is 'none'"),
         (["--train.recompute_layers=1", "--train.recompute=selective"], 1, "recompute is 'selective'"),
     ],

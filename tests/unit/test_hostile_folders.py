@@ -202,6 +202,7 @@ MODEL: dict[str, tuple[Change, str]] = {
     "lfs config": (write("config.json", POINTER), "git-lfs"),
     "lfs merges": (write("merges.txt", POINTER), "git-lfs"),
     # links and devices
+    "template folder": (lambda folder: (folder / "chat_template.jinja").mkdir(), "is not a regular file"),
     "link template": (link("chat_template.jinja"), "chat_template.jinja leads out of its folder, to /proc"),
     "link merges": (link("merges.txt"), "leads out"),
     "link other template": (link("additional_chat_templates/x.jinja"), "leads out"),
@@ -529,6 +530,9 @@ CHECKPOINT: dict[str, tuple[Change, str]] = {
     "link part": (link("weights/__0_0.distcp"), "leads out"),
     "link metadata": (link("weights/.metadata"), "leads out"),
     "link template": (link("hf/chat_template.jinja"), "leads out"),
+    "run epochs": (write("run.json", '{"data": {"epochs": 5}}'), "epochs is a whole number"),
+    "run sources": (write("run.json", '{"data": {"sources": ["x"]}}'), "sources is not a list of objects"),
+    "run tokenizer": (write("run.json", '{"data": {"tokenizer": "x"}}'), "tokenizer is text"),
     "link hf config": (link("hf/config.json"), "leads out"),
     "lfs part": (write("weights/__0_0.distcp", POINTER), "git-lfs"),
     "lfs metadata": (write("weights/.metadata", POINTER), "git-lfs"),

@@ -182,6 +182,29 @@ def test_model_card_shows_the_names() -> None:
     assert not UNSAFE & set(card)
 
 
+def test_model_card_without_some_facts() -> None:
+    """Whatever run.json lacks is left out of the card; the rest stays."""
+    config = HFConfig("qwen2", ModelConfig(), "bfloat16", sdlm=SDLMSettings(block_size=4, mask_token_id=5))
+    data = {"name": "d", "epochs": [{"rows": 2}], "row_length": 8, "sources": [{}], "tokenizer": {}}
+    losses = {"step": 3, "loss": 1.0, "loss_pos_1": 2.0}
+    run = {
+        "settings": asdict(RunConfig()),
+        "data_parallel": 1,
+        "data": data,
+        "losses": losses,
+        "versions": {},
+        "step": 3,
+    }
+    rows = set(model_card(config, "bf16", run, "x").splitlines())
+    assert {"| precision | bf16 |", "| seed | 42 |", "| rows in the first epoch | 2 of 8 tokens |"} <= rows
+    parts = [run, data, losses, run["settings"], *run["settings"].values()]
+    for part in (part for part in parts if isinstance(part, dict)):
+        for key in list(part):
+            value = part.pop(key)
+            assert len(rows - set(model_card(config, "bf16", run, "x").splitlines())) < 40
+            part[key] = value
+
+
 def test_undecodable_file_name_in_files(tmp_path: Path) -> None:
     write_json(tmp_path / "a.json", {"path": "run-\udcff"})
     assert read_json(tmp_path / "a.json", ConfigError) == {"path": "run-\udcff"}
