@@ -88,6 +88,16 @@ def most_open(most: int, share: int) -> int:
     return most if limit == resource.RLIM_INFINITY else max(1, min(most, limit // share))
 
 
+def need_open_files(least: int) -> None:
+    """Raises this process's limit of open files as far as it may; UserError where it stays below `least`."""
+    soft, hard = (2**20 if n == resource.RLIM_INFINITY else n for n in resource.getrlimit(resource.RLIMIT_NOFILE))
+    if soft < min(hard, 4096):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 4096), resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    if hard < least:
+        what = f"this process may open {hard} files, and {least} are needed"
+        raise UserError(what, "the limit of open files", "ulimit -n 4096, or LimitNOFILE of the service that starts it")
+
+
 def sha256(path: Path) -> str:
     """SHA-256 of a file, in hex."""
     with open(path, "rb") as file:

@@ -11,7 +11,7 @@ from sdlm_megatron.config.load import PRESETS
 from sdlm_megatron.config.schema import ModelConfig, ParallelConfig, RunConfig
 from sdlm_megatron.config.validate import check_run, process_place
 from sdlm_megatron.errors import ConfigError, drop_lost_output, run_cli
-from sdlm_megatron.files import make_folder
+from sdlm_megatron.files import make_folder, need_open_files
 from sdlm_megatron.ops.attempt import adopt_slurm_ranks, refuse_lone_tasks
 from sdlm_megatron.ops.node.local_environment import set_local_environment
 from sdlm_megatron.ops.rank.owner import RunOwner
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from sdlm_megatron.data.format import PackedDataset
     from sdlm_megatron.training.run_plan import RunPlan
 
+OPEN_FILES = 256
+"""gloo, NCCL and the files of data and checkpoints; torch's own message about a lack of them names neither."""
 EXAMPLE = """sdlm train --config tiny --data.path=DATA --dry-run
 torchrun --nproc-per-node 2 -m sdlm_megatron.train --config sdlm_3b_d4 --data.path=DATA --checkpoint.base=BASE"""
 
@@ -64,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         train(config, None, profile=args.profile, find_nan=args.find_nan)
         return
     drop_lost_output()
+    need_open_files(OPEN_FILES)
     refuse_lone_tasks()
     owner = None
     if rank == 0:

@@ -1,5 +1,6 @@
 """config.json and generation_config.json of a Hugging Face folder, as one frozen record, read and written."""
 
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ NAME_A_MODEL = (
     "name a Hugging Face folder on this machine; a training run becomes one with sdlm export --ckpt RUN --out FOLDER"
 )
 """The fix for an argument that is not a model folder."""
+log = logging.getLogger(__name__)
+
 _READ = {".json", ".jinja", ".txt", ".model"}
 """Suffixes of the files beside the weights that loaders read."""
 _KINDS = {str: "text", bool: "true or false", dict: "an object", list: "a list"}
@@ -95,6 +98,21 @@ def read_config_json(folder: Path) -> dict[str, Any]:
 
 STOCK_CLASS, SDLM_CLASS = "Qwen2ForCausalLM", "modeling_sdlm.SDLMForCausalLM"
 """Classes that config.json names under `architectures` and `auto_map`."""
+
+
+def warn_of_lost_code(folder: Path) -> None:
+    """Logs a warning about an SDLM folder that another program saved again without its code.
+
+    This project decodes it all the same; transformers and engines decode it one token a pass, and do not say so.
+    """
+    generation = read_json(folder, name) if os.path.lexists(folder / (name := "generation_config.json")) else {}
+    needed = {
+        "modeling_sdlm.py": SDLM_CLASS in str(read_json(folder, "config.json").get("auto_map")),
+        "custom_generate": "sdlm_alg" in generation,
+    }
+    if lost := [name for name, needs in needed.items() if needs and not (folder / name).exists()]:
+        text = "%s lacks %s: transformers would decode it one token a pass; `sdlm export --repair FOLDER` restores it"
+        log.warning(text, folder, " and ".join(lost))
 
 
 class _Fields:
@@ -208,9 +226,13 @@ def read_hf_config(folder: Path | str) -> HFConfig:
     except SettingError as error:
         raise CheckpointError(error.what, f"{folder / error.file}, field '{error.field}'", "correct it") from None
     classes = f"{values.get('architectures')} {values.get('auto_map')}"
-    if sdlm is None and SDLM_CLASS.rpartition(".")[2] in classes:
+    if sdlm is None and (SDLM_CLASS.rpartition(".")[2] in classes or "sdlm_alg" in generation.values):
         fix = "copy block_size, causal_attn, text_mask_token, text_mask_token_id from the original export's config.json"
-        raise fields.error("the model's class is SDLM's, but block_size is missing", "block_size", fix)
+        raise fields.error(
+            "the model is an SDLM by its class or its generation_config.json, but block_size is missing",
+            "block_size",
+            fix,
+        )
     name = "torch_dtype" if values.get("torch_dtype") is not None else "dtype"
     dtype = fields.typed(name, str, "").removeprefix("torch.")
     if (other := fields.typed("dtype", str, dtype).removeprefix("torch.")) != dtype:

@@ -1,6 +1,7 @@
 """Checked reads of files that others wrote: JSON with limits and types, and links that lead out of a folder."""
 
 import os
+import resource
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,15 @@ from helpers import make_dataset
 from sdlm_megatron import train
 from sdlm_megatron.data.format import PackedDataset
 from sdlm_megatron.errors import CheckpointError, DataError, UserError
-from sdlm_megatron.files import checked, make_folder, read_json, read_json_object, regular_file, write_text
+from sdlm_megatron.files import (
+    checked,
+    make_folder,
+    need_open_files,
+    read_json,
+    read_json_object,
+    regular_file,
+    write_text,
+)
 from sdlm_megatron.report.page_kit import Page
 from sdlm_megatron.weights.resumable_folder import check_out
 
@@ -129,3 +138,16 @@ def test_an_output_folder_that_cannot_be_created_is_a_user_error(
     assert sorted(os.listdir()) == ["data", "file"]
     make_folder(Path("new/a"), dry=True)
     assert not Path("new").exists()
+
+
+def test_few_open_files_are_raised_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = {"now": (64, 10_000)}
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: limits["now"])
+    monkeypatch.setattr(resource, "setrlimit", lambda kind, pair: limits.update(now=pair))
+    need_open_files(256)
+    assert limits["now"] == (4096, 10_000)
+    limits["now"] = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+    need_open_files(256)
+    limits["now"] = (64, 64)
+    with pytest.raises(UserError, match="may open 64 files, and 256 are needed"):
+        need_open_files(256)

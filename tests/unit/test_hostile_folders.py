@@ -390,10 +390,13 @@ def test_class_of_sdlm_without_its_settings_is_refused(good: Path, tmp_path: Pat
         (
             {"architectures": ["SDLMForCausalLM"]},
             {"auto_map": {"AutoModelForCausalLM": "modeling_sdlm.SDLMForCausalLM"}},
+            {},  # but generation_config.json has settings of SDLM
         )
     ):
         folder = Path(shutil.copytree(good / "hf", tmp_path / str(number)))
         edit("config.json", block_size=None, **fields)(folder)
+        if not fields:
+            edit("generation_config.json", sdlm_alg="prob_conf")(folder)
         refused(lambda f=folder: load(f, dtype=None, device="cpu"), "block_size is missing", folder)
 
 
