@@ -59,10 +59,8 @@ def open_any(path: Path) -> TensorReader:
     path = find_checkpoint(path)
     if (path / "complete.json").exists():
         return CheckpointAsHF(TorchDist(path / "weights"), read_state(path).shape, path)
-    weights = HFWeights(path)
-    if (path / "config.json").exists():
-        warn_of_lost_code(path)
-    return weights
+    warn_of_lost_code(path)
+    return HFWeights(path)
 
 
 def differences(a: TensorReader, b: TensorReader) -> list[Difference]:

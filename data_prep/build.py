@@ -26,7 +26,7 @@ from rich.console import Console
 
 from data_prep.accounting import Accounting
 from data_prep.build_config import PRESETS, BuildConfig, SourceConfig, check, lasting
-from data_prep.build_report import check_output, dry_run, expected_rows, report, unread_lines
+from data_prep.build_report import dry_run, expected_rows, report, unread_lines
 from data_prep.chat import frame_of
 from data_prep.decontaminate import evaluation_files
 from data_prep.documents import UnitResult, load_result, tokenize_unit
@@ -50,7 +50,7 @@ from sdlm_megatron.data.chatml import IM_END
 from sdlm_megatron.data.format import PartInfo, seal
 from sdlm_megatron.data.tokenizer_identity import fingerprint, special_token_id, vocabulary_size
 from sdlm_megatron.errors import ConfigError, DataError, make_console, run_cli
-from sdlm_megatron.files import sha256, write_json, write_text
+from sdlm_megatron.files import make_folder, sha256, write_json, write_text
 from sdlm_megatron.progress import track
 
 
@@ -184,7 +184,7 @@ def _settings(config: BuildConfig) -> dict[str, Any]:
 def _begin(config: BuildConfig, *, restart: bool = False) -> _BuildState:
     """Checks tokenizer and sources and opens the work folder. If that belongs to other settings: starts over with
     `restart` and if the build was refused, else raises ConfigError."""
-    check_output(config.out)
+    make_folder(Path(config.out).absolute().parent, dry=True)
     meta = _meta(config)
     sources = with_formats(expand(config.sources))
     units = plan_units(sources)

@@ -94,7 +94,7 @@ def dry_run(config: BuildConfig, console: Console, *, examples: bool = False) ->
     """Checks settings, sources and tokenizer, and prints estimates of input, output and disk space; with `examples`
     also how the first rows are rendered. Raises DataError if a build would stop at the first rows."""
     check(config)
-    check_output(config.out)
+    make_folder(Path(config.out).absolute().parent, dry=True)
     encoder = open_encoder(config.tokenizer, config.mask_token)
     mask = special_token_id(config.tokenizer, config.mask_token)
     sources = with_formats(expand(config.sources))
@@ -157,11 +157,6 @@ def _repetitions(config: BuildConfig, samples: Sequence[SourceSample]) -> list[s
         f"{file}: {overlaps[i]:,} of {rows:,} sampled rows share words with it; a build would {verb} such rows"
         for i, file in enumerate(config.decontaminate)
     ] + ["a dry run does not look for duplicates and near-duplicates: this needs all rows"]
-
-
-def check_output(out: str) -> None:
-    """Raises UserError unless the folder `out` can be created."""
-    make_folder(Path(out).absolute().parent, dry=True)
 
 
 def _existing_parent(out: str) -> Path:

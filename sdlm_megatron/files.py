@@ -35,14 +35,7 @@ def _open_no_link(path: str, flags: int) -> int:
 
 
 def make_folder(path: Path, *, dry: bool = False) -> None:
-    """Creates a folder for output, and its parents.
-
-    Args:
-        dry: create nothing that stays: only try to write to the part of the path that exists.
-
-    Raises:
-        UserError: the folder cannot be created or written to.
-    """
+    """Creates an output folder and its parents; `dry`: only tries to write to what exists. UserError if it cannot."""
     try:
         if not dry:
             path.mkdir(parents=True, exist_ok=True)
@@ -88,14 +81,10 @@ def most_open(most: int, share: int) -> int:
     return most if limit == resource.RLIM_INFINITY else max(1, min(most, limit // share))
 
 
-def need_open_files(least: int) -> None:
-    """Raises this process's limit of open files as far as it may; UserError where it stays below `least`."""
-    soft, hard = (2**20 if n == resource.RLIM_INFINITY else n for n in resource.getrlimit(resource.RLIMIT_NOFILE))
-    if soft < min(hard, 4096):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 4096), resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
-    if hard < least:
-        what = f"this process may open {hard} files, and {least} are needed"
-        raise UserError(what, "the limit of open files", "ulimit -n 4096, or LimitNOFILE of the service that starts it")
+def need_open_files(least: int = 256) -> None:
+    """UserError where this process may not open so few files: torch's own message does not name the limit."""
+    if 0 <= (limit := resource.getrlimit(resource.RLIMIT_NOFILE)[0]) < least:  # -1: no limit
+        raise UserError(f"a process may open {limit} files, and {least} are needed", "its limit", "ulimit -n 4096")
 
 
 def sha256(path: Path) -> str:

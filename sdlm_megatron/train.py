@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from sdlm_megatron.data.format import PackedDataset
     from sdlm_megatron.training.run_plan import RunPlan
 
-OPEN_FILES = 256
-"""gloo, NCCL and the files of data and checkpoints; torch's own message about a lack of them names neither."""
 EXAMPLE = """sdlm train --config tiny --data.path=DATA --dry-run
 torchrun --nproc-per-node 2 -m sdlm_megatron.train --config sdlm_3b_d4 --data.path=DATA --checkpoint.base=BASE"""
 
@@ -66,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         train(config, None, profile=args.profile, find_nan=args.find_nan)
         return
     drop_lost_output()
-    need_open_files(OPEN_FILES)
+    need_open_files()
     refuse_lone_tasks()
     owner = None
     if rank == 0:

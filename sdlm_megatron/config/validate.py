@@ -148,7 +148,7 @@ def check_run(config: RunConfig, world_size: int) -> None:
     _check_recompute(config.train)
     _check_checkpoint(config.checkpoint)
     _check_samples(config)
-    _check_layers(config)
+    _check_layers(config.train, config.parallel)
 
 
 def check_length(train: TrainConfig) -> None:
@@ -256,16 +256,12 @@ def _check_recompute(train: TrainConfig) -> None:
     )
 
 
-def _check_layers(config: RunConfig) -> None:
-    train = config.train
-    for key, enabled in (
-        ("train.fp8", train.fp8 != "none"),
-        ("parallel.overlap_tensor", config.parallel.overlap_tensor),
-    ):
-        what, fix = f"{key} needs TransformerEngine's layers", "set train.layers=auto or transformer_engine"
-        _require(train.layers != "megatron" or not enabled, what, key, fix)
-    fix = "set train.precision=bf16 or train.fp8=none"
-    _require(train.fp8 == "none" or train.precision == "bf16", "FP8 needs bf16 weights", "train.fp8", fix)
+def _check_layers(train: TrainConfig, parallel: ParallelConfig) -> None:
+    what = "train.fp8 and parallel.overlap_tensor need TransformerEngine's layers"
+    needed = train.fp8 != "none" or parallel.overlap_tensor
+    _require(train.layers != "megatron" or not needed, what, "train.layers", "set train.layers=auto")
+    bf16 = train.fp8 == "none" or train.precision == "bf16"
+    _require(bf16, "FP8 needs bf16 weights", "train.fp8", "set train.precision=bf16 or train.fp8=none")
 
 
 def _check_samples(config: RunConfig) -> None:
@@ -291,11 +287,8 @@ def resolve_shape(configured: ModelConfig, base: ModelConfig | None, where: str)
         elif configured.hidden_size:  # model.num_layers=0 takes the sizes of a preset back
             stated = stated and key in ("rope_theta", "rms_norm_eps")
         if stated and value != actual:
-            raise ConfigError(
-                f"model.{key} is {value}, the base has {actual}",
-                where,
-                f"--model.{key}={actual}, or leave the model section out to read it from the base",
-            )
+            fix = f"--model.{key}={actual}, or leave the model section out to read it from the base"
+            raise ConfigError(f"model.{key} is {value}, the base has {actual}", where, fix)
     return base
 
 

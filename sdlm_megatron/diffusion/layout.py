@@ -303,8 +303,6 @@ def expand_document(
 ) -> ExpandedDocument:
     """Expands one document, clean tokens (L,) and anchors (n,), to the sequence that is trained (module's example)."""
     tokens, layout = pack_row(
-        [(0, np.asarray(clean_ids), np.asarray(block_starts))],
-        block_size=block_size,
-        mask_token_id=mask_token_id,
+        [(0, np.asarray(clean_ids), np.asarray(block_starts))], block_size=block_size, mask_token_id=mask_token_id
     )
     return ExpandedDocument(tokens, row_positions(layout), row_targets(tokens, layout, eos_token_id))

@@ -57,11 +57,7 @@ class SDLMSettings:
     @property
     def decode_options(self) -> dict[str, Any]:
         """Arguments of `diffusion.decode.decode` that follow from how the model was trained."""
-        return {
-            "mask_token_id": self.mask_token_id,
-            "causal_attn": self.causal_attn,
-            "target_shift": self.target_shift,
-        }
+        return {"mask_token_id": self.mask_token_id, "causal_attn": self.causal_attn, "target_shift": self.target_shift}
 
     @property
     def trains_plain_pass(self) -> bool:

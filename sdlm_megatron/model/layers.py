@@ -59,10 +59,7 @@ def choose_layers(train: TrainConfig, parallel: ParallelConfig, packages: Packag
 
 
 def check_layers(train: TrainConfig, parallel: ParallelConfig) -> str:
-    """The layers in the words of a dry run, which a login node without a GPU may make; "" where there is no doubt.
-
-    Raises ConfigError where they cannot run on the GPU of this machine.
-    """
+    """The layers in the words of a dry run, which a machine without a GPU may make; ConfigError as `choose_layers`."""
     if gpu_available():
         return choose_layers(train, parallel, find_packages()).text
     wanted = {
@@ -107,19 +104,11 @@ def _problem(packages: Packages) -> str:
 
 
 def _check_fp8(train: TrainConfig, packages: Packages) -> None:
-    if train.precision != "bf16":
-        raise ConfigError("FP8 needs bf16 weights", FP8_KEY, f"--train.precision=bf16, or --{FP8_KEY}=none")
     assert packages.gpu is not None
     if packages.gpu < FP8_CAPABILITY:
         actual, needed = (".".join(map(str, x)) for x in (packages.gpu, FP8_CAPABILITY))
         raise ConfigError(
             f"this GPU has no FP8 (compute capability {actual}, {needed} is needed)", FP8_KEY, f"--{FP8_KEY}=none"
-        )
-    if train.fp8 == "delayed" and train.recompute == "selective":
-        raise ConfigError(
-            "delayed scaling cannot recompute norms: the second forward pass would update its statistics again",
-            FP8_KEY,
-            f"--{FP8_KEY}=current, or --train.recompute=full or none",
         )
 
 

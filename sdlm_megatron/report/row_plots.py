@@ -212,24 +212,12 @@ def fill_figure(fill: Fill) -> Figure:
     lefts = np.array([b[0] for b in bins], dtype=float)
     widths = np.array([len(b) for b in bins], dtype=float)
     total = rows * fill.row_length
-    kinds = (
-        ("clean", fill.clean, CLEAN),
-        ("blocks", fill.block, BLOCK),
-        ("padding", fill.padding, "#cfd6de"),
-    )
+    kinds = (("clean", fill.clean, CLEAN), ("blocks", fill.block, BLOCK), ("padding", fill.padding, "#cfd6de"))
     for name, tokens, color in kinds:
         height = np.array([tokens[b].mean() for b in bins])
         label = f"{name} {tokens.sum() / total:.1%}"
         axis.bar(
-            lefts,
-            height,
-            widths,
-            bottom,
-            align="edge",
-            color=color,
-            label=label,
-            edgecolor="white",
-            linewidth=0.2,
+            lefts, height, widths, bottom, align="edge", color=color, label=label, edgecolor="white", linewidth=0.2
         )
         bottom += height
     axis.set_xlim(0, rows)

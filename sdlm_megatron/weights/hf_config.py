@@ -18,8 +18,6 @@ NAME_A_MODEL = (
     "name a Hugging Face folder on this machine; a training run becomes one with sdlm export --ckpt RUN --out FOLDER"
 )
 """The fix for an argument that is not a model folder."""
-log = logging.getLogger(__name__)
-
 _READ = {".json", ".jinja", ".txt", ".model"}
 """Suffixes of the files beside the weights that loaders read."""
 _KINDS = {str: "text", bool: "true or false", dict: "an object", list: "a list"}
@@ -101,18 +99,14 @@ STOCK_CLASS, SDLM_CLASS = "Qwen2ForCausalLM", "modeling_sdlm.SDLMForCausalLM"
 
 
 def warn_of_lost_code(folder: Path) -> None:
-    """Logs a warning about an SDLM folder that another program saved again without its code.
-
-    This project decodes it all the same; transformers and engines decode it one token a pass, and do not say so.
-    """
-    generation = read_json(folder, name) if os.path.lexists(folder / (name := "generation_config.json")) else {}
-    needed = {
-        "modeling_sdlm.py": SDLM_CLASS in str(read_json(folder, "config.json").get("auto_map")),
-        "custom_generate": "sdlm_alg" in generation,
-    }
-    if lost := [name for name, needs in needed.items() if needs and not (folder / name).exists()]:
+    """Logs a warning about an SDLM folder saved again without its code: others decode it plainly, and do not say so."""
+    values = [
+        read_json(folder, f"{n}.json") for n in ("config", "generation_config") if (folder / f"{n}.json").exists()
+    ]
+    needed = {"modeling_sdlm.py": SDLM_CLASS in str(values), "custom_generate": any("sdlm_alg" in v for v in values)}
+    if lost := " and ".join(name for name, needs in needed.items() if needs and not (folder / name).exists()):
         text = "%s lacks %s: transformers would decode it one token a pass; `sdlm export --repair FOLDER` restores it"
-        log.warning(text, folder, " and ".join(lost))
+        logging.getLogger(__name__).warning(text, folder, lost)
 
 
 class _Fields:

@@ -174,8 +174,8 @@ OVERLAP = ("--parallel.sequence=true", "--parallel.overlap_tensor=true")
             "overlap_param_gather needs distributed_optimizer",
         ),
         (["--observe.sample_every=2", "--train.fp8=delayed"], 1, "delayed FP8 scaling also records"),
-        (["--train.layers=megatron", "--train.fp8=current"], 1, "train.fp8 needs TransformerEngine's layers"),
-        (["--train.layers=megatron", "--parallel.tensor=2", *OVERLAP], 2, "overlap_tensor needs TransformerEngine's"),
+        (["--train.layers=megatron", "--train.fp8=current"], 1, "need TransformerEngine's"),
+        (["--train.layers=megatron", "--parallel.tensor=2", *OVERLAP], 2, "need TransformerEngine's"),
         (["--train.fp8=current"], 1, "FP8 needs bf16 weights"),  # tiny is fp32
         (["--train.recompute_layers=1"], 1, "recompute is 'none'"),
         (["--train.recompute_layers=1", "--train.recompute=selective"], 1, "recompute is 'selective'"),
