@@ -77,14 +77,13 @@ loads as plain `Qwen2ForCausalLM`. `sha256sum -c SHA256SUMS` verifies the files.
 def _recipe(run: Mapping[str, Any]) -> str:
     settings = run.get("settings", {})
     diffusion, fp8 = settings.get("diffusion", {}), settings.get("train", {}).get("fp8", "none")
+    attention = {True: "causal", False: "bidirectional"}
     rows = {
         "steps": "{step}",
         "rows per step": "{rows_per_step}",
         "rows trained on": "{consumed_rows}",
         "block size D": "{diffusion[block_size]}",
-        "attention inside a block": {True: "causal", False: "bidirectional"}.get(
-            diffusion.get("causal_attn"), "{diffusion[causal_attn]}"
-        ),
+        "attention inside a block": attention.get(diffusion.get("causal_attn"), "{diffusion[causal_attn]}"),
         "target of a slot": "the next token" if diffusion.get("target_shift", True) else "the token at its position",
         "loss": "mean over {train[loss_normalization]} of the global batch",
         "weight of the next-token loss on clean tokens": f"{diffusion.get('next_token_weight', 0.0)}",
@@ -113,10 +112,8 @@ def _data(data: Mapping[str, Any]) -> str:
         "tokenizer": tokenizer.get("name"),
         "fingerprint of the tokenizer": tokenizer.get("fingerprint"),
         "rows in the first epoch": f"{first['rows']} of {data.get('row_length')} tokens" if "rows" in first else None,
-        "documents": first.get("documents"),
-        "clean tokens": first.get("clean"),
-        "block tokens": first.get("block"),
-        "targets": first.get("targets"),
+        **{f"{key} tokens": first.get(key) for key in ("clean", "block")},
+        **{key: first.get(key) for key in ("documents", "targets")},
         "epochs packed": len(epochs) or None,
         "seed of the block positions": data.get("seed"),
         "default system turn": data.get("system_prompt"),

@@ -81,12 +81,6 @@ def most_open(most: int, share: int) -> int:
     return most if limit == resource.RLIM_INFINITY else max(1, min(most, limit // share))
 
 
-def need_open_files(least: int = 256) -> None:
-    """UserError where this process may not open so few files: torch's own message does not name the limit."""
-    if 0 <= (limit := resource.getrlimit(resource.RLIMIT_NOFILE)[0]) < least:  # -1: no limit
-        raise UserError(f"a process may open {limit} files, and {least} are needed", "its limit", "ulimit -n 4096")
-
-
 def sha256(path: Path) -> str:
     """SHA-256 of a file, in hex."""
     with open(path, "rb") as file:

@@ -1,6 +1,5 @@
 """config.json and generation_config.json of a Hugging Face folder, as one frozen record, read and written."""
 
-import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -96,17 +95,6 @@ def read_config_json(folder: Path) -> dict[str, Any]:
 
 STOCK_CLASS, SDLM_CLASS = "Qwen2ForCausalLM", "modeling_sdlm.SDLMForCausalLM"
 """Classes that config.json names under `architectures` and `auto_map`."""
-
-
-def warn_of_lost_code(folder: Path) -> None:
-    """Logs a warning about an SDLM folder saved again without its code: others decode it plainly, and do not say so."""
-    values = [
-        read_json(folder, f"{n}.json") for n in ("config", "generation_config") if (folder / f"{n}.json").exists()
-    ]
-    needed = {"modeling_sdlm.py": SDLM_CLASS in str(values), "custom_generate": any("sdlm_alg" in v for v in values)}
-    if lost := " and ".join(name for name, needs in needed.items() if needs and not (folder / name).exists()):
-        text = "%s lacks %s: transformers would decode it one token a pass; `sdlm export --repair FOLDER` restores it"
-        logging.getLogger(__name__).warning(text, folder, lost)
 
 
 class _Fields:

@@ -196,8 +196,7 @@ def _write(reader: TensorReader, contents: Contents, out: OutputFile) -> None:
 
 def _cast(block: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
     if not is_finite(block):
-        what = f"'{name:.200}' has values that are NaN or infinite"
-        raise CheckpointError(what, name, "export an earlier checkpoint of the run")
+        raise CheckpointError(f"'{name}' has values that are NaN or infinite", name, "export an earlier checkpoint")
     cast = block.to(dtype)
     if dtype is torch.float16 and block.dtype is not dtype and not is_finite(cast):
         raise CheckpointError(

@@ -1,7 +1,6 @@
 """Checked reads of files that others wrote: JSON with limits and types, and links that lead out of a folder."""
 
 import os
-import resource
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,6 @@ from sdlm_megatron.errors import CheckpointError, DataError, UserError
 from sdlm_megatron.files import (
     checked,
     make_folder,
-    need_open_files,
     read_json,
     read_json_object,
     regular_file,
@@ -138,12 +136,3 @@ def test_an_output_folder_that_cannot_be_created_is_a_user_error(
     assert sorted(os.listdir()) == ["data", "file"]
     make_folder(Path("new/a"), dry=True)
     assert not Path("new").exists()
-
-
-def test_few_open_files_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    limits = iter([(resource.RLIM_INFINITY, 0), (256, 0), (64, 64)])
-    monkeypatch.setattr(resource, "getrlimit", lambda kind: next(limits))
-    need_open_files()
-    need_open_files()
-    with pytest.raises(UserError, match="may open 64 files, and 256 are needed"):
-        need_open_files()
