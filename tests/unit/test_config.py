@@ -179,6 +179,7 @@ OVERLAP = ("--parallel.sequence=true", "--parallel.overlap_tensor=true")
         (["--train.fp8=current"], 1, "FP8 needs bf16 weights"),  # tiny is fp32
         (["--train.recompute_layers=1"], 1, "recompute is 'none'"),
         (["--train.recompute_layers=1", "--train.recompute=selective"], 1, "recompute is 'selective'"),
+        (["--train.fp8=delayed", "--train.recompute=selective"], 1, "cannot be recomputed"),
     ],
 )
 def test_impossible_runs_are_refused(arguments: list[str], world: int, text: str) -> None:

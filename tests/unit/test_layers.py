@@ -86,15 +86,7 @@ def test_choice_and_reason(machine: str, train: dict[str, str], text: str) -> No
             "--train.layers=transformer_engine",
         ),
         ("H100", {"fp8": "current", "precision": "fp32"}, "train.fp8", "TF32", "--train.fp8=none"),
-        (
-            "H100",
-            {"fp8": "current", "precision": "fp32", "layers": "transformer_engine"},
-            "train.fp8",
-            "bf16",
-            "--train.precision=bf16",
-        ),
         ("A100", {"fp8": "current"}, "train.fp8", "compute capability 8.0, 8.9", "--train.fp8=none"),
-        ("H100", {"fp8": "delayed", "recompute": "selective"}, "train.fp8", "recompute norms", "--train.fp8=current"),
     ],
 )
 def test_unsupported_settings_are_refused(machine: str, train: dict[str, str], key: str, what: str, fix: str) -> None:
