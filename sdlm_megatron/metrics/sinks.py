@@ -15,6 +15,7 @@ import math
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, suppress
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from types import TracebackType
@@ -163,7 +164,11 @@ class Sinks(AbstractContextManager):
         if settings.tensorboard:
             sinks.append(TensorBoardSink(folder / "tensorboard", resume_step=resume_step))
         wandb_sink = open_wandb(
-            folder, mode=settings.wandb, project=settings.wandb_project, run_config=dict(run_config or {})
+            folder,
+            mode=settings.wandb,
+            project=settings.wandb_project,
+            run_config=dict(run_config or {}),
+            earlier=partial(_earlier, folder, resume_step),
         )
         if wandb_sink is not None:
             sinks.append(wandb_sink)
@@ -221,6 +226,19 @@ def sample_table(record: Mapping[str, Any]) -> list[dict[str, Any]]:
         answer = ["".join(token["text"] for token in tokens) for _, tokens in groups]
         rows.append({"prompt": sample["prompt"], "answer": "|".join(answer), "expected": sample.get("expected")})
     return rows
+
+
+def _earlier(folder: Path, resume_step: int) -> list[tuple[int, Record]]:
+    """The numbers of all steps up to the checkpoint, by step, as `Sinks` has logged them; without tables of samples."""
+    rows: list[tuple[int, Record]] = []
+    for file in (METRICS_FILE, SAMPLES_FILE, VALIDATION_FILE):
+        for record in read_metrics(folder / file) if (folder / file).exists() else ():
+            if "samples" in record:
+                record = {"step": record["step"], "sample_tokens_per_pass": record.get("tokens_per_pass")}
+            marks = ("step", "resumed_from", "resume_note")
+            row = {key: value for key, value in record.items() if key not in marks and value is not None}
+            rows += [(record["step"], row)] if record["step"] <= resume_step else []
+    return sorted(rows, key=lambda row: row[0])
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:

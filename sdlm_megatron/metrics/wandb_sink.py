@@ -10,8 +10,9 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +26,8 @@ FINISH_SECONDS, CLOSE_SECONDS = 20.0, 30.0
 """Time limits at the end of a run, for uploads and in total: a job that is being stopped has no more time."""
 MOST_WAITING = 10_000
 """Limit of the queue of records."""
+Row = Mapping[str, float | int | str]
+"""Fields of one step."""
 MODES = ("disabled", "offline", "online")
 
 
@@ -37,10 +40,14 @@ class WandbSink:
     Args:
         start: opens the run, or prints why it cannot and returns None; called in the thread.
         folder: RUN/wandb; holds what earlier attempts have logged.
+        earlier: gives (step, record) of the steps before this attempt, in order; those that a killed client has lost
+            are logged again. Called in the thread.
     """
 
-    def __init__(self, start: Callable[[], Any], folder: Path) -> None:
-        self._start, self._folder = start, folder
+    def __init__(
+        self, start: Callable[[], Any], folder: Path, earlier: Callable[[], Iterable[tuple[int, Row]]] = tuple
+    ) -> None:
+        self._start, self._folder, self._earlier = start, folder, earlier
         self._rows: queue.Queue[tuple[int, Callable[[], Mapping[str, Any]]] | None] = queue.Queue(MOST_WAITING)
         self._full = False
         self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
@@ -72,12 +79,16 @@ class WandbSink:
         run = None
         step = 0
         try:
+            _close_parts(self._folder)
             last, fields = _logged(self._folder)
             run = self._start()
             if run is not None:
                 # our own step as the x axis: W&B's counter never goes back, ours does when a resume repeats steps
                 run.define_metric("step")
                 run.define_metric("*", step_metric="step")
+                for step, row in self._earlier():
+                    if row := {k: v for k, v in row.items() if step > last or (step == last and k not in fields)}:
+                        run.log({**row, "step": step})
             while (item := self._rows.get()) is not None:
                 step, record = item
                 row = dict(record())
@@ -110,11 +121,19 @@ class WandbSink:
             _notice(f"W&B did not finish within {CLOSE_SECONDS} seconds: it may miss records", TimeoutError())
 
 
-def open_wandb(run_dir: Path, *, mode: str, project: str, run_config: dict[str, Any]) -> WandbSink | None:
+def open_wandb(
+    run_dir: Path,
+    *,
+    mode: str,
+    project: str,
+    run_config: dict[str, Any],
+    earlier: Callable[[], Iterable[tuple[int, Row]]] = tuple,
+) -> WandbSink | None:
     """The W&B sink of a run, or None if it is disabled.
 
     The environment variable WANDB_MODE overrides `mode` unless that is "disabled", for nodes without network. If the
-    server cannot be reached, "online" falls back to "offline"; `wandb sync` uploads such a run later.
+    server cannot be reached, "online" falls back to "offline"; `wandb sync` uploads such a run later. `earlier` as in
+    WandbSink.
 
     Raises:
         ConfigError: `mode` is not one of disabled, offline, online.
@@ -129,7 +148,8 @@ def open_wandb(run_dir: Path, *, mode: str, project: str, run_config: dict[str, 
         )
     if mode == "disabled":
         return None
-    return WandbSink(lambda: _open(run_dir, mode == "online", project, run_config), run_dir / "wandb")
+    start = partial(_open, run_dir, mode == "online", project, run_config)
+    return WandbSink(start, run_dir / "wandb", earlier)
 
 
 def _open(run_dir: Path, online: bool, project: str, run_config: dict[str, Any]) -> Any:
@@ -180,6 +200,7 @@ def _start(run_dir: Path, mode: Literal["offline", "online"], project: str, run_
             x_disable_meta=any(mask_text(argument) != argument for argument in sys.argv),
             init_timeout=60,
             finish_timeout=FINISH_SECONDS,
+            x_transaction_log_flush_interval=1.0,  # seconds of records that a killed process loses
         ),
     )
 
@@ -193,12 +214,28 @@ def _run_id(run_dir: Path) -> str:
     return file.read_text(encoding="utf-8").strip()
 
 
+def _close_parts(folder: Path) -> None:
+    """Ends the files of killed offline attempts after their last whole record; parts without one are set aside.
+
+    `wandb sync` stops at a part that ends within a record, and uploads none of those behind it.
+    """
+    for file in folder.glob("offline-run-*/*.wandb"):
+        end = max((end for _, end in read_wandb(file)), default=0)
+        if not end:
+            file.parent.rename(folder / f"empty-{file.parent.name}")
+        elif end < file.stat().st_size:
+            # a new file: the client of a process that was just killed may still write to the old one
+            whole = file.with_name(f"{file.name}.partial")
+            whole.write_bytes(file.read_bytes()[:end])
+            whole.replace(file)
+
+
 def _logged(folder: Path) -> tuple[int, set[str]]:
     """The last step that earlier attempts have logged, and the fields of its records; -1 before the first."""
     last = -1
     fields: set[str] = set()
     for file in folder.glob("*run-*/*.wandb"):
-        for record in read_wandb(file):
+        for record, _ in read_wandb(file):
             row = {item.key or ".".join(item.nested_key): item.value_json for item in record.history.item}
             step = int(json.loads(row.get("step", "-1")))
             fields = {*row} if step > last else fields | {*row} if step == last else fields
@@ -206,8 +243,10 @@ def _logged(folder: Path) -> tuple[int, set[str]]:
     return last, fields
 
 
-def read_wandb(file: Path) -> Iterator[Any]:
-    """The records of one of W&B's own files (wandb_internal_pb2.Record), without one that a crash has cut.
+def read_wandb(file: Path) -> Iterator[tuple[Any, int]]:
+    """The records of one of W&B's own files (wandb_internal_pb2.Record), each with the byte behind it.
+
+    A record that a crash has cut is left out.
 
     The format is LevelDB's log after 7 bytes: blocks of 32 KiB with chunks of checksum, length, kind and content.
     """
@@ -223,9 +262,9 @@ def read_wandb(file: Path) -> Iterator[Any]:
         length, kind = struct.unpack_from("<HB", data, at + 4)
         message += data[at + 7 : at + 7 + length]
         at += 7 + length
-        if kind in (1, 4):  # the whole record, or its last chunk; 2 and 3 are the chunks before
+        if kind in (1, 4) and at <= len(data):  # the whole record, or its last chunk; 2 and 3 are the chunks before
             with suppress(DecodeError):
-                yield protocol.Record.FromString(message)
+                yield protocol.Record.FromString(message), at
             message = b""
 
 

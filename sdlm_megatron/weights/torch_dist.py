@@ -10,10 +10,11 @@ import math
 import mmap
 import pickle
 import pickletools
+import random
 import struct
 import warnings
 import zipfile
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from functools import partial
@@ -187,7 +188,11 @@ class TorchDist:
 
         Later reads then allocate no more than the files hold.
         """
-        size, dtype, stored = tuple(entry.size), entry.properties.dtype, 0
+        size, dtype = tuple(entry.size), entry.properties.dtype
+        # Regions are measured by random numbers in place of their edges: the sum equals that of the whole only where
+        # they cover each element once, and no file can foresee the numbers.
+        edges: defaultdict[tuple[int, int], int] = defaultdict(lambda: random.getrandbits(64))
+        covered = 0
         if dtype not in PRECISIONS.values():
             raise TypeError(f"it is stored as {str(dtype).removeprefix('torch.')}, not in bf16, fp16 or fp32")
         if not size or not isinstance(key, str):
@@ -206,9 +211,9 @@ class TorchDist:
                     f"bytes {place.offset} to {place.offset + place.length} of {chunk.file} cannot hold it"
                 )
             layers.setdefault(start[0] if shape[0] == 1 else -1, []).append(chunk)
-            stored += elements
-        if stored < math.prod(size):
-            raise ValueError(f"{stored} of its {math.prod(size)} elements are stored")
+            covered += math.prod(edges[i, start[i] + shape[i]] - edges[i, start[i]] for i in range(len(size)))
+        if covered != math.prod(edges[i, size[i]] - edges[i, 0] for i in range(len(size))):
+            raise ValueError("its regions overlap or leave a part of it out")
 
     def _map(self, file: str) -> mmap.mmap:
         if file not in self._maps:

@@ -3,6 +3,7 @@ memory."""
 
 import io
 import json
+import math
 import os
 import pickle
 import re
@@ -496,6 +497,13 @@ def norm(**fields: Any) -> Change:
     return stored(change)
 
 
+def twice(content: Any) -> None:
+    """Two regions of a matrix's first half, which have the size of the whole together."""
+    name = "decoder.layers.self_attention.linear_qkv.weight"
+    (first, *_), size = content.state_dict_metadata[name].chunks, content.state_dict_metadata[name].size
+    content.state_dict_metadata[name].chunks = [first] * (math.prod(size) // math.prod(first.sizes))
+
+
 def place(**fields: Any) -> Change:
     def change(content: Any) -> None:
         for name, value in fields.items():
@@ -583,6 +591,7 @@ CHECKPOINT: dict[str, tuple[Change, str]] = {
     "chunk sizes text": (norm(sizes=("a",)), "'decoder.final_layernorm.weight'"),
     "chunk sizes number": (norm(sizes=16), "'decoder.final_layernorm.weight'"),
     "chunk sizes axes": (norm(sizes=torch.Size([4, 4])), "'decoder.final_layernorm.weight'"),
+    "chunk twice": (stored(twice), "'decoder.layers.self_attention.linear_qkv.weight'.*overlap"),
     "chunk smaller": (norm(sizes=torch.Size([8])), "'decoder.final_layernorm.weight'"),
     "place offset": (place(offset=2**62), "'decoder.final_layernorm.weight'"),
     "place negative": (place(offset=-5), "'decoder.final_layernorm.weight'"),

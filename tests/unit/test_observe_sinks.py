@@ -184,7 +184,7 @@ def finished_records(file):
     """All messages of a closed run: W&B's process may write the last ones after `finish` has returned."""
     end = time.monotonic() + 20
     while time.monotonic() < end:
-        records = list(wandb_sink.read_wandb(file))
+        records = [record for record, _ in wandb_sink.read_wandb(file)]
         if any(record.WhichOneof("record_type") == "exit" for record in records):
             return records
         time.sleep(0.05)

@@ -95,6 +95,26 @@ def test_offline_parts_are_one_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_parts_of_killed_attempts_do_not_stop_the_upload(tmp_path: Path) -> None:
+    """Parts cut within a record, and before the first: what they lost comes from metrics.jsonl, once."""
+    folder = tmp_path / "night"
+    for last in (6, 8):
+        attempt(folder, last - 5, last, last - 6)
+        part = max(folder.glob("wandb/offline-run-*/*.wandb"))
+        part.write_bytes(part.read_bytes()[: -900 if last == 6 else 7])
+    attempt(folder, 8, 9, 7)
+    parts = sorted(folder.glob("wandb/offline-run-*"))
+    assert len(parts) == 2 and len([*folder.glob("wandb/empty-offline-run-*")]) == 1
+    with serving() as (address, runs):
+        sync(address, *parts)
+        (run,) = runs.values()
+    assert [step for step, _ in column(run, "loss")] == [*range(1, 10)]
+    assert [step for step, _ in column(run, "val_loss")] == [3, 6, 9]
+    assert [step for step, _ in column(run, "sample_tokens_per_pass")] == [3, 6, 9]
+    assert sorted(run.history) == list(range(len(run.history))) and not run.replaced
+
+
+@pytest.mark.slow
 def test_crash_before_the_validation_of_a_logged_step(tmp_path: Path) -> None:
     """The record of step 6 is kept, its validation comes from the second attempt; the third logs nothing new."""
     folder = tmp_path / "night"
