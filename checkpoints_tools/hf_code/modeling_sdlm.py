@@ -45,7 +45,7 @@ from .decode_model import TransformersProposer  # type: ignore[import-not-found]
 from .decode_random import mix64  # type: ignore[import-not-found]  # noqa: F401
 from .decode_rules import Warp  # type: ignore[import-not-found]
 from .decode_step import Step  # type: ignore[import-not-found]  # noqa: F401
-from .settings import SDLMSettings  # type: ignore[import-not-found]
+from .settings import MOST_BLOCK, SDLMSettings  # type: ignore[import-not-found]
 
 logger = logging.get_logger(__name__)
 
@@ -101,10 +101,13 @@ class DecodeOptions:
         number = isinstance(self.threshold, Real) and not isinstance(self.threshold, bool)
         rules = {
             "alg": (self.alg in ALGORITHMS, f"one of {', '.join(map(repr, ALGORITHMS))}"),
-            "n": (whole and self.n >= 1, "a whole number of at least 1"),
+            "n": (whole and 1 <= self.n <= MOST_BLOCK, f"a whole number from 1 to {MOST_BLOCK}"),
             "threshold": (number and 0 <= self.threshold <= 1, "a number from 0 to 1"),
             "product": (isinstance(self.product, bool | np.bool_), "True or False"),
-            "seed": (self.seed is None or isinstance(self.seed, Integral), "a whole number or None"),
+            "seed": (
+                self.seed is None or (isinstance(self.seed, Integral) and abs(int(self.seed)) < 2**62),
+                "a whole number of less than 63 bits, or None",
+            ),
         }
         for name, (good, choices) in rules.items():
             if not good:

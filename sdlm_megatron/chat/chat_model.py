@@ -22,6 +22,7 @@ from sdlm_megatron.data.chatml import DEFAULT_SYSTEM, IM_END, IM_START
 from sdlm_megatron.data.tokenizer_identity import has_tokenizer, vocabulary_size
 from sdlm_megatron.diffusion.decode import ALGORITHMS, Decoded, Stop, decode
 from sdlm_megatron.diffusion.decode_rules import Warp
+from sdlm_megatron.diffusion.settings import MOST_BLOCK, MOST_DRAFTS
 from sdlm_megatron.errors import CheckpointError, ConfigError, DataError
 from sdlm_megatron.weights.dtypes import PRECISIONS
 from sdlm_megatron.weights.hf_config import HFConfig, read_hf_config
@@ -32,8 +33,8 @@ from sdlm_megatron.weights.tensors import HFAsCheckpoint, is_finite
 RULE_VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "alg": (lambda value: value in ALGORITHMS, f"one of {', '.join(ALGORITHMS)}"),
     "n": (
-        lambda value: isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 1,
-        "an integer of at least 1",
+        lambda value: isinstance(value, Integral) and not isinstance(value, bool) and 1 <= value <= MOST_BLOCK,
+        f"an integer from 1 to {MOST_BLOCK}",
     ),
     "threshold": (
         lambda value: isinstance(value, Real) and not isinstance(value, bool) and 0 <= float(value) <= 1,
@@ -182,6 +183,8 @@ class ChatModel:
                 "leave it out (ar is the only algorithm here), or name a folder that was trained as an SDLM",
             )
         window = 1 if values["alg"] == "ar" else int(values["n"])
+        if values["alg"] == "self_speculative" and window > MOST_DRAFTS:
+            raise ConfigError(f"n is {window}", where, f"use at most {MOST_DRAFTS} with self_speculative")
         return DecodingRule(values["alg"], window, float(values["threshold"]), bool(values["product"]))
 
     # --- conversations

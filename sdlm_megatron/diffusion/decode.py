@@ -35,6 +35,7 @@ from torch import Tensor
 
 from .decode_rules import Warp, choose, confidence, confident_prefix, cut, uniforms, verified_prefix
 from .decode_step import Proposer, Step
+from .settings import MOST_BLOCK, MOST_DRAFTS
 
 FIXED_COLUMNS = 256
 """With `fixed_shape`, T is a multiple of this, so that prompts of similar lengths share compiled shapes."""
@@ -193,8 +194,10 @@ def _check(input_ids: Tensor, attention_mask: Tensor | None, settings: _Settings
         )
     if settings.alg not in ALGORITHMS:
         raise ValueError(f"alg must be one of {', '.join(ALGORITHMS)}, got {settings.alg!r}")
-    if settings.window < 1 or max_new_tokens < 1:
-        raise ValueError(f"window and max_new_tokens must be at least 1, got {settings.window} and {max_new_tokens}")
+    most = MOST_DRAFTS if settings.speculates else MOST_BLOCK
+    if not 1 <= settings.window <= most or max_new_tokens < 1:
+        what = f"window must be from 1 to {most}, max_new_tokens at least 1"
+        raise ValueError(f"{what}; got {settings.window} and {max_new_tokens}")
     if not 0 <= settings.threshold <= 1:
         raise ValueError(f"threshold must be between 0 and 1, got {settings.threshold}")
 

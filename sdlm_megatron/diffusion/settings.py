@@ -9,6 +9,8 @@ from typing import Any
 
 MOST = 10_000_000
 """Largest number in a setting: more than any vocabulary."""
+MOST_BLOCK, MOST_DRAFTS = 4096, 128
+"""Largest block size and window n, and the one of self-speculation, which feeds n + n² tokens in a pass."""
 
 
 class SettingError(ValueError):
@@ -85,7 +87,8 @@ class SDLMSettings:
         def read_default(name: str, kind: type, default: Any, least: float = 0, most: float = MOST) -> Any:
             return _checked(generation or {}, "generation_config.json", name, kind, default, least, most)
 
-        block_size, n = read("block_size", int, None, 1), read_default("sdlm_n", int, None, 1)
+        block_size = read("block_size", int, None, 1, MOST_BLOCK)
+        n = read_default("sdlm_n", int, None, 1, MOST_BLOCK)
         # The folders published by the paper's authors spell the key `casual_attn`.
         causal, casual = read("causal_attn", bool, None), read("casual_attn", bool, None)
         if None not in (causal, casual) and causal != casual:
