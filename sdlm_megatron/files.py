@@ -151,6 +151,8 @@ def checked(
     number = kind is float and type(value) is int
     if not (number or (isinstance(value, kind) and (kind is bool or not isinstance(value, bool)))):
         raise error(f"{key} is {_kind(value)}, not {_NAMES.get(kind, kind.__name__)}", where, fix)
+    if kind is float and abs(value) > 1e300:  # an int that no float holds
+        raise error(f"{key} is too large a number", where, fix)
     if least is not None and value < least:
         raise error(f"{key} is {value}, below {least:g}", where, fix)
     return value

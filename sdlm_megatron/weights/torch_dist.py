@@ -41,9 +41,7 @@ _CLASSES = {
         ("torch.distributed.checkpoint.metadata", name): getattr(metadata, name)
         for name in (
             "BytesStorageMetadata",
-            "ChunkStorageMetadata",
             "Metadata",
-            "MetadataIndex",
             "StorageMeta",
             "TensorProperties",
             "TensorStorageMetadata",
@@ -67,6 +65,8 @@ class _Ignored:
 
 class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        if name in ("ChunkStorageMetadata", "MetadataIndex"):
+            return _Region if name == "ChunkStorageMetadata" else _Place
         if (module, name) in _CLASSES:
             return _CLASSES[module, name]
         if name in _PLANS:
@@ -111,6 +111,24 @@ MOST_METADATA_BYTES, MOST_TENSOR_PICKLE_BYTES = 256 << 20, 64 << 10
 """Largest pickles that are read: of a checkpoint (7 MB for 50,000 regions), and of one tensor (some 200 bytes)."""
 
 
+MOST_REACHED = 10_000_000
+"""Elements of tuples that may be reached through references; the list of a large checkpoint has thousands."""
+
+
+class _Region(metadata.ChunkStorageMetadata):
+    __hash__ = None  # type: ignore[assignment]  # of a frozen dataclass: it would visit whatever a file puts into it
+
+
+class _Place(MetadataIndex):
+    def __hash__(self) -> int:
+        if not isinstance(self.fqn, str):
+            raise TypeError("the name of a tensor is not text")
+        return hash((self.fqn, None if self.offset is None else torch.Size(self.offset)))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Place) and (self.fqn, self.offset) == (other.fqn, other.offset)
+
+
 def _checked_pickle(source: Any, size: int, most: int) -> io.BytesIO:
     """A pickle for an unpickler; ValueError where loading it would take far more memory than its bytes.
 
@@ -122,8 +140,24 @@ def _checked_pickle(source: Any, size: int, most: int) -> io.BytesIO:
     if size > most:
         raise ValueError(f"its pickle has {size:,} bytes, more than the {most:,} that are read")
     data = source.read_bytes()
+    tuples: dict[int, int] = {}  # by memo number: elements, counted as often as they are reached
+    last, count, reached = "", 0, [0]  # the latter by open mark
     # Python's unpickler allocates an array up to the largest number of a PUT, and lengths before it reads their bytes.
     for opcode, argument, _ in pickletools.genops(data):
+        # The hash of a tuple visits each element as often as it is reached: 2^n times in n tuples of twice the last.
+        if pickletools.markobject in opcode.stack_before:
+            within = reached.pop()
+            reached[-1] += within if opcode.name == "TUPLE" else 0
+        else:
+            within = reached[-1]
+        reached += [0] if opcode.name == "MARK" else []
+        if opcode.name == "MEMOIZE" or "PUT" in opcode.name:
+            tuples[len(tuples) if argument is None else int(argument)] = 1 + count if last.startswith("TUPLE") else 0
+        elif "GET" in opcode.name:
+            reached[-1] += tuples.get(int(argument or 0), 0)
+        last, count = opcode.name, within
+        if opcode.name == "DUP" or reached[-1] > MOST_REACHED:
+            raise ValueError("its pickle holds tuples within tuples without end")
         if "PUT" in opcode.name and int(argument or 0) > len(data):
             raise ValueError(f"its pickle stores object {argument} of at most {len(data)}")
         if opcode.name == "FRAME" and int(argument or 0) > len(data):
@@ -200,7 +234,7 @@ class TorchDist:
         layers = self._chunks[key] = {}
         self._tensors[key] = entry
         for region in entry.chunks:
-            start, shape, place = tuple(region.offsets), tuple(region.sizes), places[MetadataIndex(key, region.offsets)]
+            start, shape, place = tuple(region.offsets), tuple(region.sizes), places[_Place(key, region.offsets)]
             for low, count, whole in zip(start, shape, size, strict=True):
                 if not (low >= 0 and count > 0 and low + count <= whole):
                     raise ValueError(f"region {shape} at {start} is not inside {size}")

@@ -143,6 +143,7 @@ def _forge(**change: object):
         ({"target_shift": 1}, "target_shift is a whole number"),
         ({"vocab_size": 1e300}, "vocab_size is a number"),
         ({"accounting": {"by_source": [{"weight": "x"}]}}, "accounting has values"),
+        ({"mean_documents_per_row": 10**400}, "mean_documents_per_row is too large"),
     ],
 )
 def test_hostile_manifest_names_the_field(tmp_path: Path, change: dict, message: str) -> None:

@@ -535,6 +535,13 @@ def state(**shape: Any) -> Change:
 
 
 MEMO = b"\x80\x04Nr" + struct.pack("<I", 2**31) + b"."
+# 40 tuples or indices, each of twice the last; hashing them, for a dict, would take 2^40 steps
+TUPLES = b"\x80\x04})\x94" + b"".join(b"0h%ch%c\x86\x94" % (i, i) for i in range(40)) + b"Ns."
+STATE = b"}(\x8c\x03fqnh%c\x8c\x06offseth%cub"
+INDICES = b"\x80\x04ctorch.distributed.checkpoint.metadata\nMetadataIndex\n\x940" + b"".join(
+    b"h\x00)\x81\x94" + (STATE % (i, i) if i else b"}(\x8c\x03fqnN\x8c\x06offsetNub") + b"0" for i in range(40)
+)
+INDICES += b"}h\x28Ns."
 CHECKPOINT: dict[str, tuple[Change, str]] = {
     "link state": (link("state.json"), "leads out"),
     "link complete": (link("complete.json"), "leads out"),
@@ -565,6 +572,8 @@ CHECKPOINT: dict[str, tuple[Change, str]] = {
     "frame bomb": (write("weights/.metadata", b"\x80\x04\x95" + b"\xff" * 7 + b"\x7f."), "cannot be read"),
     "bytes bomb": (write("weights/.metadata", b"\x80\x04\x8e" + struct.pack("<Q", 2**40) + b"."), "cannot be read"),
     "array bomb": (write("weights/.metadata", b"\x80\x05\x96" + struct.pack("<Q", 2**40) + b"."), "cannot be read"),
+    "tuple bomb": (write("weights/.metadata", TUPLES), "tuples within tuples"),
+    "index bomb": (write("weights/.metadata", INDICES), "cannot be read"),
     "metadata text": (stored(only("x")), "cannot be read"),
     "metadata empty": (stored(lambda m: m.state_dict_metadata.clear()), "no '"),
     "tensors list": (stored(lambda m: setattr(m, "state_dict_metadata", [1])), "cannot be read"),
