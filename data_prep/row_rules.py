@@ -42,8 +42,12 @@ class RuleSettings:
         """The settings of the dataset in `folder`; raises DataError if `sdlm prepare` did not write its manifest."""
         size = ("row_length", "max_document_length", "block_size", "target_shift", "repeat")
         keys = (*size, "seed", "vocab_size", "trim")
+        fix = "use a dataset built with `sdlm prepare`, whose manifest describes its documents"
         try:
             chat = manifest["chat"]
+            numbers = [chat["im_start"], chat["header"]["assistant"], *chat["newline"], *chat["assistant"]]
+            if not all(type(n) is int and 0 <= n < 2**31 for n in numbers) or not 0 <= manifest["trim"] <= 1:
+                raise TypeError("chat or trim has a value of a wrong type or size")
             return cls(
                 **{key: manifest[key] for key in keys},
                 mask=manifest["mask_token_id"],
@@ -57,8 +61,10 @@ class RuleSettings:
                 untrained=_read_untrained(manifest, Path(folder)),
             )
         except KeyError as error:
-            fix = "use a dataset built with `sdlm prepare`, whose manifest describes its documents"
             raise DataError(f"the manifest lacks {error}", str(Path(folder) / "manifest.json"), fix) from None
+        except (TypeError, AttributeError) as error:
+            where = f"{Path(folder) / 'manifest.json'}, field chat or trim"
+            raise DataError(f"the manifest cannot be used: {error}", where, fix) from None
 
 
 UNTRAINED_FILE = "untrained.bin"

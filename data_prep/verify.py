@@ -22,7 +22,7 @@ from rich.console import Console
 from data_prep.pool import cpus, work_on
 from data_prep.row_rules import ROW_RULES, RuleSettings, check_row, check_targets
 from sdlm_megatron.config.command_line import make_parser
-from sdlm_megatron.data.format import KINDS, PartReader, RowCounts, prefix, read_manifest
+from sdlm_megatron.data.format import KINDS, REBUILD, PartReader, RowCounts, prefix, read_manifest
 from sdlm_megatron.diffusion.layout import IGNORE, slot_targets
 from sdlm_megatron.errors import DataError, make_console, run_cli
 from sdlm_megatron.files import sha256
@@ -62,7 +62,11 @@ Places = Iterator[tuple[str, str]]
 
 
 def _findings(rule: str, places: Places) -> list[DatasetFinding]:
-    return [DatasetFinding(rule, where, what) for where, what in places]
+    try:
+        return [DatasetFinding(rule, where, what) for where, what in places]
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        what = f"the rule {rule} cannot read the manifest: {type(error).__name__}: {error!s:.200}"
+        raise DataError(what, "manifest.json", REBUILD) from None
 
 
 @dataclass

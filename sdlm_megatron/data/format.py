@@ -333,7 +333,7 @@ def _check_values(manifest: dict[str, Any], file: Path) -> None:
         if checked(manifest, key, int, file, DataError, least) > MOST_TOKENS:
             raise DataError(f"{key} is {manifest[key]}, above {MOST_TOKENS}", f"{file}, field {key}", REBUILD)
     for key in ("mask_token_id", "eos_token_id", "pad_token_id", "vocab_size", "seed"):
-        if checked(manifest, key, int, file, DataError, -1) >= 2**63:
+        if checked(manifest, key, int, file, DataError, 0 if key == "seed" else -1) >= 2**63:
             raise DataError(f"{key} is {manifest[key]}, above 64 bits", f"{file}, field {key}", REBUILD)
     kinds: dict[str, type] = {
         "target_shift": bool,
@@ -370,7 +370,11 @@ def _is_count(value: Any) -> bool:
 def _is_origin(value: Any) -> bool:
     """Whether a value has the fields that `origin` reads."""
     numbers = isinstance(value, dict) and all(_is_count(value.get(key)) for key in ("first_document", "rows"))
-    return numbers and isinstance(value.get("name"), str) and type(value.get("weight")) in (int, float)
+    return numbers and isinstance(value.get("name"), str) and _is_weight(value.get("weight"))
+
+
+def _is_weight(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value <= 10_000
 
 
 def _is_counts(value: Any, block_size: int) -> bool:

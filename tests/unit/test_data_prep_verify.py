@@ -377,3 +377,24 @@ def test_command_line(config: BuildConfig, capsys: pytest.CaptureFixture[str]) -
         assert exit_.value.code == 2
     with pytest.raises(DataError):
         verify(config.out, QUIET)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": -1}, "seed is -1, below 0"),
+        ({"trim": None}, "manifest cannot be used"),
+        ({"chat": []}, "manifest cannot be used"),
+        ({"chat": {"im_start": 1, "newline": ["x"], "header": {"assistant": 3}, "assistant": []}}, "wrong type"),
+        ({"duplicates": {"pairs": [None], "documents": 0}}, "the rule accounting cannot read"),
+        ({"accounting": {"by_source": [{"name": "a", "weight": 1e308, "rows": 1, "first_document": 0}]}}, "accounting"),
+    ],
+)
+def test_hostile_manifest_is_an_error(config: BuildConfig, change: dict[str, Any], message: str) -> None:
+    """With a valid checksum."""
+    build(config, QUIET)
+    manifest = json.loads((Path(config.out) / "manifest.json").read_text()) | change
+    text = json.dumps(manifest | {"checksum": manifest_checksum(manifest)})
+    (Path(config.out) / "manifest.json").write_text(text)
+    with pytest.raises(DataError, match=message):
+        verify(config.out, QUIET)
