@@ -33,7 +33,7 @@ from sdlm_megatron.weights.tensors import HFAsCheckpoint, is_finite
 RULE_VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "alg": (lambda value: value in ALGORITHMS, f"one of {', '.join(ALGORITHMS)}"),
     "n": (
-        lambda value: isinstance(value, Integral) and not isinstance(value, bool) and 1 <= value <= MOST_BLOCK,
+        lambda value: isinstance(value, Integral) and not isinstance(value, bool) and 1 <= int(value) <= MOST_BLOCK,
         f"an integer from 1 to {MOST_BLOCK}",
     ),
     "threshold": (
