@@ -66,7 +66,7 @@ class _Ignored:
 class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if name in ("ChunkStorageMetadata", "MetadataIndex"):
-            return _Region if name == "ChunkStorageMetadata" else _Place
+            return _ListedRegion if name == "ChunkStorageMetadata" else _RegionIndex
         if (module, name) in _CLASSES:
             return _CLASSES[module, name]
         if name in _PLANS:
@@ -115,18 +115,18 @@ MOST_REACHED = 10_000_000
 """Elements of tuples that may be reached through references; the list of a large checkpoint has thousands."""
 
 
-class _Region(metadata.ChunkStorageMetadata):
+class _ListedRegion(metadata.ChunkStorageMetadata):
     __hash__ = None  # type: ignore[assignment]  # of a frozen dataclass: it would visit whatever a file puts into it
 
 
-class _Place(MetadataIndex):
+class _RegionIndex(MetadataIndex):
     def __hash__(self) -> int:
         if not isinstance(self.fqn, str):
             raise TypeError("the name of a tensor is not text")
         return hash((self.fqn, None if self.offset is None else torch.Size(self.offset)))
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Place) and (self.fqn, self.offset) == (other.fqn, other.offset)
+        return isinstance(other, _RegionIndex) and (self.fqn, self.offset) == (other.fqn, other.offset)
 
 
 def _checked_pickle(source: Any, size: int, most: int) -> io.BytesIO:
@@ -234,7 +234,7 @@ class TorchDist:
         layers = self._chunks[key] = {}
         self._tensors[key] = entry
         for region in entry.chunks:
-            start, shape, place = tuple(region.offsets), tuple(region.sizes), places[_Place(key, region.offsets)]
+            start, shape, place = tuple(region.offsets), tuple(region.sizes), places[_RegionIndex(key, region.offsets)]
             for low, count, whole in zip(start, shape, size, strict=True):
                 if not (low >= 0 and count > 0 and low + count <= whole):
                     raise ValueError(f"region {shape} at {start} is not inside {size}")
