@@ -8,7 +8,7 @@ class ModelConfig:
     """Shape of the transformer. All sizes zero (the default): read from the base's config.json."""
 
     num_layers: int = 0
-    """Transformer layers. 0: the shape is the base's, also where a preset has other sizes."""
+    """Transformer layers. 0: the whole model section is the base's, also where a preset has other values."""
     hidden_size: int = 0
     """Width of the residual stream."""
     ffn_hidden_size: int = 0

@@ -280,13 +280,11 @@ def resolve_shape(configured: ModelConfig, base: ModelConfig | None, where: str)
     if base is None:
         heads = max(1, configured.num_attention_heads)
         return replace(configured, head_dim=configured.head_dim or configured.hidden_size // heads)
+    if configured.hidden_size and not configured.num_layers:
+        return base  # model.num_layers=0 takes the model section of a preset back
     for key, value in vars(configured).items():
         actual, stated = getattr(base, key), value != getattr(ModelConfig, key)
-        if configured.num_layers:
-            stated = stated or key != "head_dim"
-        elif configured.hidden_size:  # model.num_layers=0 takes the sizes of a preset back
-            stated = stated and key in ("rope_theta", "rms_norm_eps")
-        if stated and value != actual:
+        if (stated or (configured.num_layers and key != "head_dim")) and value != actual:
             fix = f"--model.{key}={actual}, or leave the model section out to read it from the base"
             raise ConfigError(f"model.{key} is {value}, the base has {actual}", where, fix)
     return base

@@ -97,6 +97,8 @@ def test_a_dry_run_checks_the_weights_of_the_base(tmp_path: Path, capsys: pytest
         with pytest.raises(ConfigError, match=message) as caught:  # also where model.num_layers is not set
             train(load_config(RunConfig, "", [*settings, f"--model.{setting}"]), None)
         assert caught.value.where == str(base)
+    shrunk = [*settings, "--model.num_layers=0", "--model.hidden_size=9", "--model.rms_norm_eps=1e-5"]
+    train(load_config(RunConfig, "", shrunk), None)  # the whole model section of a preset gives way to the base
     (base / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match="neither model.safetensors"):
         train(config, None)
