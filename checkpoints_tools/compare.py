@@ -19,6 +19,7 @@ from sdlm_megatron.config.command_line import make_parser
 from sdlm_megatron.data.tokenizer_identity import has_tokenizer
 from sdlm_megatron.errors import CheckpointError, run_cli
 from sdlm_megatron.weights.checkpoint_folder import find_checkpoint, read_state
+from sdlm_megatron.weights.hf_config import warn_of_lost_code
 from sdlm_megatron.weights.hf_weights import HFWeights
 from sdlm_megatron.weights.resumable_folder import BLOCK, ByteProgress
 from sdlm_megatron.weights.tensors import CheckpointAsHF, TensorReader, read_rows, tensor_bytes
@@ -58,7 +59,9 @@ def open_any(path: Path) -> TensorReader:
     path = find_checkpoint(path)
     if (path / "complete.json").exists():
         return CheckpointAsHF(TorchDist(path / "weights"), read_state(path).shape, path)
-    return HFWeights(path)
+    reader = HFWeights(path)
+    warn_of_lost_code(path)
+    return reader
 
 
 def differences(a: TensorReader, b: TensorReader) -> list[Difference]:

@@ -81,6 +81,13 @@ def most_open(most: int, share: int) -> int:
     return most if limit == resource.RLIM_INFINITY else max(1, min(most, limit // share))
 
 
+def need_open_files(least: int = 256) -> None:
+    """UserError where this process may not open `least` files: torch's own errors do not name the limit."""
+    if 0 <= (limit := resource.getrlimit(resource.RLIMIT_NOFILE)[0]) < least:  # -1: no limit
+        what = f"a process may open {limit} files, and {least} are needed"
+        raise UserError(what, "ulimit -n, the limit of open files", "ulimit -n 4096, in the shell before the start")
+
+
 def sha256(path: Path) -> str:
     """SHA-256 of a file, in hex."""
     with open(path, "rb") as file:

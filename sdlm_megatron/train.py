@@ -11,7 +11,7 @@ from sdlm_megatron.config.load import PRESETS
 from sdlm_megatron.config.schema import ModelConfig, ParallelConfig, RunConfig
 from sdlm_megatron.config.validate import check_run, process_place
 from sdlm_megatron.errors import ConfigError, drop_lost_output, run_cli
-from sdlm_megatron.files import make_folder
+from sdlm_megatron.files import make_folder, need_open_files
 from sdlm_megatron.ops.attempt import adopt_slurm_ranks, refuse_lone_tasks
 from sdlm_megatron.ops.node.local_environment import set_local_environment
 from sdlm_megatron.ops.rank.owner import RunOwner
@@ -64,6 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         train(config, None, profile=args.profile, find_nan=args.find_nan)
         return
     drop_lost_output()
+    need_open_files()
     refuse_lone_tasks()
     owner = None
     if rank == 0:
@@ -87,6 +88,7 @@ def train(config: RunConfig, watch: Watch | None, *, profile: str | None = None,
     # processes of a checkpoint save, which import this module again, start at once.
     from sdlm_megatron.config.hardware import slow_bf16
     from sdlm_megatron.data.format import PackedDataset
+    from sdlm_megatron.model.layers import check_layers
     from sdlm_megatron.training import run_plan
     from sdlm_megatron.training.sample_prompts import choose_prompts
 
@@ -111,6 +113,8 @@ def train(config: RunConfig, watch: Watch | None, *, profile: str | None = None,
         profile_steps = run_plan.steps_to_profile(profile_steps, plan.state.step, last)
     if watch is None:
         run_plan.check_weights(plan)
+        if layers := check_layers(config.train, config.parallel):
+            log(f"layers   {layers}")
         return
     from sdlm_megatron.parallel import compat, cpu
 

@@ -25,7 +25,7 @@ from sdlm_megatron.diffusion.decode_rules import Warp
 from sdlm_megatron.diffusion.settings import MOST_BLOCK, MOST_DRAFTS
 from sdlm_megatron.errors import CheckpointError, ConfigError, DataError
 from sdlm_megatron.weights.dtypes import PRECISIONS
-from sdlm_megatron.weights.hf_config import HFConfig, read_hf_config
+from sdlm_megatron.weights.hf_config import HFConfig, read_hf_config, warn_of_lost_code
 from sdlm_megatron.weights.hf_weights import HFWeights
 from sdlm_megatron.weights.tensors import HFAsCheckpoint, is_finite
 
@@ -351,6 +351,7 @@ def load(folder: Path, *, dtype: str | None, device: str | None) -> ChatModel:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
     config = _check_folder(folder)
+    warn_of_lost_code(folder)
     where = _device(device)
     fix = "export or download the folder again"
     try:

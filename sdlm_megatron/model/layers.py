@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 from packaging.version import Version
 
+from sdlm_megatron.config.hardware import gpu_available
 from sdlm_megatron.config.schema import ParallelConfig, TrainConfig
 from sdlm_megatron.config.validate import CHOICES
 from sdlm_megatron.errors import ConfigError
-from sdlm_megatron.model.packages import NO_GPU, NOT_INSTALLED, Packages, first_line
+from sdlm_megatron.model.packages import NO_GPU, NOT_INSTALLED, Packages, find_packages, first_line
 
 if TYPE_CHECKING:
     from megatron.core.transformer.transformer_config import TransformerConfig
@@ -55,6 +56,15 @@ def choose_layers(train: TrainConfig, parallel: ParallelConfig, packages: Packag
         parts.append("tensor-parallel communication overlapped")
     name = f"transformer_engine {packages.transformer_engine.version}"
     return Layers(kind, f"{name}: {', '.join(parts)}", _arguments(kind, train, parallel, packages))
+
+
+def check_layers(train: TrainConfig, parallel: ParallelConfig) -> str:
+    """The layers in the words of a dry run, which a machine without a GPU may make; ConfigError as `choose_layers`."""
+    if gpu_available():
+        return choose_layers(train, parallel, find_packages()).text
+    uses = {KEY: train.layers == TRANSFORMER_ENGINE, FP8_KEY: train.fp8 != "none", OVERLAP_KEY: parallel.overlap_tensor}
+    named = ", ".join(key for key, used in uses.items() if used)
+    return f"NOT CHECKED: {named}: TransformerEngine needs a GPU, and torch sees none here" if named else ""
 
 
 def _kind(train: TrainConfig, packages: Packages) -> tuple[str, str]:

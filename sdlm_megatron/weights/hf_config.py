@@ -1,5 +1,6 @@
 """config.json and generation_config.json of a Hugging Face folder, as one frozen record, read and written."""
 
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from typing import Any, TypeVar
 from sdlm_megatron.config.schema import ModelConfig
 from sdlm_megatron.config.validate import RANGES
 from sdlm_megatron.diffusion.settings import SDLMSettings, SettingError
-from sdlm_megatron.errors import CheckpointError
+from sdlm_megatron.errors import CheckpointError, neutral
 from sdlm_megatron.files import read_json_object, regular_file
 
 _MODEL_TYPES = ("qwen2", "llama")
@@ -95,6 +96,17 @@ def read_config_json(folder: Path) -> dict[str, Any]:
 
 STOCK_CLASS, SDLM_CLASS = "Qwen2ForCausalLM", "modeling_sdlm.SDLMForCausalLM"
 """Classes that config.json names under `architectures` and `auto_map`."""
+
+
+def warn_of_lost_code(folder: Path) -> None:
+    """Logs a warning about an SDLM folder saved again without its code: others decode it plainly, and do not say so."""
+    name = "generation_config.json"
+    config, generation = read_json(folder, "config.json"), read_json(folder, name) if (folder / name).exists() else {}
+    has_class, has_settings = SDLM_CLASS in str(config.get("auto_map")), "sdlm_alg" in config | generation
+    needed = ["modeling_sdlm.py"] * has_class + ["custom_generate"] * has_settings
+    if lost := " and ".join(name for name in needed if not (folder / name).exists()):
+        text = "%s lacks %s: transformers would decode it one token a pass; `sdlm export --repair FOLDER` restores it"
+        logging.getLogger(__name__).warning(text, neutral(str(folder), one_line=True), lost)
 
 
 class _Fields:

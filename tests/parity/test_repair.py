@@ -8,7 +8,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2ForCausalLM
 
+from checkpoints_tools.compare import open_any
 from checkpoints_tools.mcore_to_hf import main
+from sdlm_megatron.chat.chat_model import load
 from sdlm_megatron.errors import CheckpointError
 from tests.parity import decode_oracle as o
 from tests.parity import exported
@@ -25,13 +27,18 @@ def passes(folder: Path, stock: bool = False) -> tuple[list[int], int]:
 
 @pytest.mark.parametrize("stock", [False, True], ids=["our class", "stock class"])
 def test_saved_again_and_repaired_folder_decodes_as_before(
-    tmp_path: Path, stock: bool, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, stock: bool, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     source, folder = exported.export("trained_d4", tmp_path / "m.v1"), tmp_path / "again"
     cls: Any = Qwen2ForCausalLM if stock else AutoModelForCausalLM
     cls.from_pretrained(source, trust_remote_code=not stock).save_pretrained(folder)
     AutoTokenizer.from_pretrained(source).save_pretrained(folder)
     assert not (folder / "custom_generate").exists()
+    open_any(folder)
+    load(folder, dtype=None, device="cpu")
+    text = "custom_generate: transformers would decode it one token a pass; `sdlm export --repair FOLDER`"
+    assert caplog.text.count(text) == 2
+    caplog.clear()
     weights = (folder / "model.safetensors").read_bytes()
     main(["--repair", str(folder)])
     text = capsys.readouterr().out
@@ -47,6 +54,8 @@ def test_saved_again_and_repaired_folder_decodes_as_before(
     assert ids[0] == ids[1]
     main(["--repair", str(folder)])
     assert "nothing: the folder is complete" in capsys.readouterr().out
+    open_any(folder)
+    assert not caplog.text
 
 
 def test_folder_without_the_settings_is_refused(tmp_path: Path) -> None:

@@ -1,22 +1,16 @@
 """Checked reads of files that others wrote: JSON with limits and types, and links that lead out of a folder."""
 
 import os
+import resource
 from pathlib import Path
 
 import pytest
 from helpers import make_dataset
 
-from sdlm_megatron import train
+from sdlm_megatron import files, train
 from sdlm_megatron.data.format import PackedDataset
 from sdlm_megatron.errors import CheckpointError, DataError, UserError
-from sdlm_megatron.files import (
-    checked,
-    make_folder,
-    read_json,
-    read_json_object,
-    regular_file,
-    write_text,
-)
+from sdlm_megatron.files import checked, make_folder, read_json, read_json_object, regular_file, write_text
 from sdlm_megatron.report.page_kit import Page
 from sdlm_megatron.weights.resumable_folder import check_out
 
@@ -136,3 +130,11 @@ def test_an_output_folder_that_cannot_be_created_is_a_user_error(
     assert sorted(os.listdir()) == ["data", "file"]
     make_folder(Path("new/a"), dry=True)
     assert not Path("new").exists()
+
+
+def test_few_open_files_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = iter([(resource.RLIM_INFINITY, 0), (256, 0), (64, 64)])
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: next(limits))
+    with pytest.raises(UserError, match="may open 64 files, and 256 are needed"):
+        while True:
+            files.need_open_files()

@@ -84,12 +84,19 @@ def test_dataset_without_mask_token_text() -> None:
     assert resolve_diffusion(named, dataset).diffusion.mask_token == "<m>"
 
 
-def test_a_dry_run_checks_the_weights_of_the_base(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dry_run_checks_the_weights_of_the_base(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     data, base = make_dataset(tmp_path / "data"), make_hf(tmp_path / "base")
     settings = [f"--run_dir={tmp_path / 'run'}", f"--data.path={data}", f"--checkpoint.base={base}"]
     config = load_config(RunConfig, "", settings)
     train(config, None)
     assert f"starts from {base}" in capsys.readouterr().out
+    cuda = load_config(RunConfig, "", [*settings, "--train.layers=transformer_engine", "--train.fp8=current"])
+    with monkeypatch.context() as patched:
+        patched.setattr("sdlm_megatron.model.layers.gpu_available", lambda: False)
+        train(cuda, None)
+    assert "layers   NOT CHECKED: train.layers, train.fp8: " in capsys.readouterr().out
     for setting, message in (
         ("rope_theta=5", "rope_theta is 5.0, the base has 10000.0"),
         ("vocab_size=9", "size is 9"),
