@@ -44,8 +44,7 @@ class Overlap:
 
 
 def evaluation_files(paths: Sequence[str]) -> dict[str, str]:
-    """Digest of the content of every evaluation file, folder and hub dataset. Raises DataError if one does not exist,
-    or is no source."""
+    """Digest of the content of every evaluation file, folder and hub dataset. DataError for a missing or wrong one."""
     digests = dict[str, str]()
     for source in map(_source, paths):
         hub = {unit.file: unit.stamp for unit in plan_units([source])} if source.hub else {}
