@@ -25,7 +25,8 @@ REASONS = {"first": DUPLICATE, "near": NEAR_DUPLICATE}
 
 @dataclass
 class Tally:
-    """Outcomes of the rows of a source or of all, each counted once. The field names are keys of the manifest."""
+    """Outcomes of the rows of one source or of all sources. A row counts once, regardless of its weight. The field
+    names are keys of the manifest."""
 
     rows: int = 0
     packed: int = 0  # documents packed completely

@@ -84,7 +84,8 @@ def build(
 
 
 def build_shard(config: BuildConfig, shard: TokenizeShard, console: Console | None = None, *, workers: int = 1) -> None:
-    """Tokenizes one share of the units; `merge` completes the dataset after all. Arguments, errors as for `build`."""
+    """Tokenizes one share of the units; `merge` completes the dataset once all shards are done. Arguments and errors
+    as for `build`."""
     console = console or make_console()
     check(config)
     if _existing_manifest(config, console):
@@ -96,7 +97,8 @@ def build_shard(config: BuildConfig, shard: TokenizeShard, console: Console | No
 
 
 def merge(config: BuildConfig, console: Console | None = None, *, workers: int = 1) -> dict[str, Any]:
-    """Completes the dataset from the work of all shards. As `build`; also DataError if one's work is missing."""
+    """Completes the dataset from the work of all shards. Arguments and errors as for `build`; also DataError if the
+    work of a shard is missing."""
     console = console or make_console()
     check(config)
     if manifest := _existing_manifest(config, console):

@@ -81,7 +81,8 @@ class BuildConfig:
     repeat: int = 3
     """Average number of times that each answer token is a target."""
     target_shift: bool = True
-    """Train slot j of a block on the token j + 1 positions ahead, as in SDLM. false (ablation): at its own position."""
+    """Train slot j of a block on the token j + 1 positions ahead, as in SDLM. false (ablation): on the token at its
+    own position."""
     max_document_length: int = 5632
     """Maximum length of a document including its blocks, in tokens."""
     row_length: int = 5632
@@ -91,7 +92,8 @@ class BuildConfig:
     epochs: int = 1
     """Number of epochs to write, each with its own blocks and order."""
     overlong: str = "keep_whole_turns"
-    """Rule for documents longer than max_document_length: keep_whole_turns | reference (of the published models)."""
+    """Rule for documents longer than max_document_length: keep_whole_turns | reference (as for the published
+    models)."""
     system_prompt: str | None = DEFAULT_SYSTEM
     """System turn prepended to conversations without one; null: none."""
     mask_token: str = "<text_mask>"
@@ -101,7 +103,8 @@ class BuildConfig:
     window: int = 65536
     """Number of documents that best-fit packing considers together."""
     trim: float = 0.0
-    """Largest share of its blocks that a document may lose to fill a row before another opens. 0: all are kept."""
+    """Largest share of its blocks that a document may lose to fill a row instead of opening another. 0: documents
+    keep all their blocks."""
     duplicates: str = "keep"
     """Documents whose tokens equal those of an earlier one: keep | drop. They are counted either way."""
     near_duplicates: str = "off"

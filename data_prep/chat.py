@@ -157,7 +157,8 @@ class ChatFrame:
     im_end: int
     newline: list[int]
     header: dict[str, int]
-    """Role -> number of tokens of `<|im_start|>ROLE\\n` (Qwen2.5: 3); also where the newline merged with the text."""
+    """Role -> number of tokens of `<|im_start|>ROLE\\n` (Qwen2.5: 3); also used where the newline merged with the
+    text."""
     assistant: list[int]  # ids of `assistant\n`
 
 

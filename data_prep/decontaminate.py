@@ -44,7 +44,8 @@ class Overlap:
 
 
 def evaluation_files(paths: Sequence[str]) -> dict[str, str]:
-    """Digest of the content of every evaluation file, folder and hub dataset. DataError for a missing or wrong one."""
+    """Digest of the content of every evaluation file, folder and hub dataset. Raises DataError if one does not exist,
+    or is no source."""
     digests = dict[str, str]()
     for source in map(_source, paths):
         hub = {unit.file: unit.stamp for unit in plan_units([source])} if source.hub else {}

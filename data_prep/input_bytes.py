@@ -83,7 +83,8 @@ def open_utf8(file: Path, encoding: str = "") -> BinaryIO:
 
 
 def encoding_of(file: Path, declared: str = "") -> str:
-    """Encoding of a text: declared, by its byte order mark, or UTF-16 if every other first byte is 0; "" for UTF-8."""
+    """Encoding of a text file: the declared one, or that of its byte order mark, or UTF-16 if every other of its first
+    bytes is 0; "" for UTF-8."""
     if declared:
         name = codecs.lookup(declared).name
         return "" if name in ("utf-8", "utf-8-sig", "ascii") else name

@@ -54,7 +54,8 @@ KINDS = ("clean sees clean, up to itself", "block sees clean, before its start",
 _LETTERS, _STYLES = "·█░▓", ("dim", "#3b6fb6", "#9cc3e6", "#e2803a")  # not visible, and KINDS in the colors of reports
 
 TokenText = Callable[[Sequence[int]], list[str]]
-"""Ids -> one string per id; concatenated they are the text. Of a character's tokens, only the last has it."""
+"""Ids -> one string per id; concatenated they are the text. Of the tokens of one character, all but the last yield an
+empty string."""
 
 
 def open_text(folder: str | Path) -> TokenText:

@@ -49,7 +49,8 @@ class _Scanner:
         self._depth = self._in_string = self._backslashes = 0  # state at the end of the last block
 
     def scan(self, block: bytes) -> tuple[np.ndarray, int]:
-        """Offsets (int64) of the commas between elements of the list and of its closing bracket, -1 if not here."""
+        """Offsets (int64) of the commas between elements of the list, and that of its closing bracket, or -1 if it is
+        not in this block."""
         codes = np.frombuffer(block, np.uint8)
         at = np.flatnonzero(np.frombuffer(block.translate(_MARKS), bool))
         kinds = codes[at]

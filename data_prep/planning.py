@@ -171,7 +171,8 @@ class EpochOrder:
         return int(self._edges[-1])
 
     def documents(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Index of the document at each place of the order, and offset of its copy's number; both int64 (places,)."""
+        """Index of the document at each place of the order, and the offset of its copy's document number; both int64
+        (places,)."""
         # place -> index into the concatenated segments -> segment and document
         drawn = shuffled_many(places, len(self), seed=self._seed, epoch=self._epoch, purpose="documents")
         segment = np.searchsorted(self._edges, drawn, side="right") - 1
@@ -287,7 +288,8 @@ def _count_pairs(work: Path, sources: Sequence[SourceConfig]) -> list[dict[str, 
 
 
 def iterate_duplicates(work: Path, n_documents: int, name: str = "first") -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Chunks of (duplicates, the earlier document that they repeat or resemble), int64 each, of a file of the plan."""
+    """Chunks of (duplicate documents, the earlier document that they repeat or resemble), int64 each, of a file of the
+    plan."""
     first = load(work, name, np.int64)[:n_documents]
     for at in range(0, n_documents, BUCKET):
         chunk = np.asarray(first[at : at + BUCKET])

@@ -64,7 +64,8 @@ def take_samples(
 
 
 def show_samples(config: BuildConfig, samples: Sequence[SourceSample], console: Console) -> None:
-    """Prints examples of each source with the trained text marked, turns by role, and reasons of rows left out."""
+    """Prints examples of each source with the trained text marked, the turns by role, and the reasons of rows that are
+    left out."""
     text_of = open_text(config.tokenizer)
     colored = console.color_system is not None and not console.no_color  # no colors: a file, or a plain terminal
     marks = Text("green", style=TRAINED) if colored else Text(f"between {OPEN} and {CLOSE}")

@@ -109,7 +109,8 @@ class FittedBatch:
 
 
 def fit_batch(batch: RenderedBatch, rule: str, *, max_len: int, block_size: int, repeat: int) -> FittedBatch:
-    """Applies a rule of `FITS` to a batch. Documents with room for all blocks, nearly all, are processed together."""
+    """Applies a rule of `FITS` to a batch. Documents with room for all their blocks, nearly all, need no rule and are
+    processed together."""
     clean, anchors = np.diff(batch.doc_edges), batch.anchors_per_document()
     wanted = np.minimum(repeat * anchors // block_size, anchors)
     result = FittedBatch(clean, anchors, wanted, np.zeros_like(clean), np.zeros_like(clean), np.zeros_like(clean), {})

@@ -84,7 +84,8 @@ def most_open(most: int, share: int) -> int:
 def need_open_files(least: int = 256) -> None:
     """UserError where this process may not open `least` files: torch's own errors do not name the limit."""
     if 0 <= (limit := resource.getrlimit(resource.RLIMIT_NOFILE)[0]) < least:  # -1: no limit
-        raise UserError(f"a process may open {limit} files, and {least} are needed", "ulimit -n", "ulimit -n 4096")
+        what = f"a process may open {limit} files, and {least} are needed"
+        raise UserError(what, "ulimit -n, the limit of open files", "ulimit -n 4096, in the shell before the start")
 
 
 def sha256(path: Path) -> str:

@@ -19,7 +19,8 @@ from dev.quickstart.task import Example, examples
 TASKS = {"json": "sentence to JSON", "categories": "words to categories"}
 """Name of a task in file names, and in tables."""
 DOCUMENTS_PER_STEP = 6
-"""Approximate number of documents in the one row of a step; rows are sized so that every arm makes as many steps."""
+"""Approximate number of documents in the one row of a step; rows are sized so that every arm makes the same number of
+steps."""
 SORTED_AT_A_TIME = 4
 WORDS = {
     "animal": "horse dog cat lion tiger bear goat sheep rabbit mouse snake frog whale shark eagle owl duck camel "

@@ -47,7 +47,8 @@ class DiffusionConfig:
     """Causal attention inside a block: a slot sees only itself and earlier slots."""
     # Three states, unlike the other two: false is a setting of its own, so it cannot mean "unset".
     target_shift: bool | None = None
-    """Each slot predicts the token after its position, as in SDLM; false (ablation): at it. null: the dataset's."""
+    """Each slot predicts the token after its position, as in SDLM; false (an ablation): the token at its position.
+    null: the dataset's."""
     next_token_weight: float = 0.0
     """Weight of the next-token loss on the clean tokens of the answers, relative to the blocks' loss, so that plain
     autoregressive decoding keeps working. 0, as in SDLM: off."""
@@ -85,7 +86,8 @@ class ParallelConfig:
     overlap_grad_reduce: bool = False
     """Reduce gradients over data parallelism during the backward pass."""
     overlap_param_gather: bool = False
-    """Gather updated weights during the next forward pass. Needs distributed_optimizer and overlap_grad_reduce."""
+    """Gather updated weights over data parallelism during the next forward pass. Needs distributed_optimizer and
+    overlap_grad_reduce."""
     overlap_tensor: bool = False
     """Overlap tensor-parallel communication with matrix products. Needs TransformerEngine's layers."""
 
@@ -145,7 +147,8 @@ class TrainConfig:
     """Attention backend: auto (the fastest available; printed at start) | per_document | decomposed | flex | dense
     (an S x S mask, for comparisons at small sizes)."""
     layers: str = "auto"
-    """Layer implementation: auto (TransformerEngine on a GPU where installed) | megatron | transformer_engine."""
+    """Layer implementation: auto (TransformerEngine on a GPU where installed; printed at start) | megatron |
+    transformer_engine."""
     fp8: str = "none"
     """Scaling of FP8 matrix products: none | delayed (by the maxima of earlier steps) | current (by the maximum of the
     operand). Needs TransformerEngine's layers. Delayed statistics restart when a run resumes."""
@@ -223,7 +226,8 @@ class FaultConfig:
     start_seconds: float = 3600.0
     """Time limit of phases other than a step: start, loading, the first step, a save, validation, samples."""
     straggler_factor: float = 1.2
-    """Flag a host as straggler if its compute time exceeds this multiple of the median 3 log steps in a row; 0: off."""
+    """Flag a host as a straggler if its compute time exceeds this multiple of the median for three consecutive log
+    steps. 0 disables."""
     spike_factor: float = 8.0
     """A loss or gradient norm this many robust standard deviations above the median of the last 100 steps is a spike;
     its worst rows are listed in RUN/spikes.jsonl. 0 disables."""

@@ -87,7 +87,8 @@ class PartWriter:
         self.add_rows(tokens, layout, [layout.n_docs])
 
     def add_rows(self, tokens: np.ndarray, layout: RowLayout, docs_per_row: Sequence[int]) -> None:
-        """Appends rows given as one long row (clean, then block parts), split after `docs_per_row[i]` documents."""
+        """Appends several rows, passed as one long row (all clean parts, then all block parts) and split after every
+        `docs_per_row[i]` documents."""
         if len(tokens) != layout.used or sum(docs_per_row) != layout.n_docs:
             raise ValueError(f"{len(tokens)} tokens and {sum(docs_per_row)} documents do not match {layout}")
         # Targets of the whole batch at once: per row, numpy's call overhead would dominate.
@@ -192,7 +193,8 @@ def manifest_checksum(manifest: dict[str, Any]) -> str:
 
 
 class PartReader:
-    """One part of an epoch, memory-mapped. DataError if it is no complete indexed dataset with the manifest's rows."""
+    """One part of an epoch, memory-mapped. Raises DataError if the files are not a complete indexed dataset with the
+    manifest's number of rows."""
 
     def __init__(self, folder: Path, epoch: int, part: int, manifest: dict[str, Any]) -> None:
         self._where, rows = f"{folder}, epoch {epoch}, part {part}", manifest["part_rows"][epoch][part]
@@ -215,7 +217,8 @@ class PartReader:
             raise DataError(f"the files contain {counts} rows, the manifest says {rows}", self._where, REBUILD)
 
     def read(self, row: int) -> tuple[np.ndarray, RowLayout]:
-        """Tokens int32 (used,) and layout of a row. DataError if its bytes contradict the crc32 or each other."""
+        """Tokens int32 (used,) and layout of a row. Raises DataError if the stored bytes do not match the row's crc32
+        or contradict each other."""
         try:
             tokens, ints = self._readers["rows"][row], self._readers["layout"][row]
             if not len(ints) or ints[0] != _checksum(tokens, ints[1:]):
@@ -299,7 +302,8 @@ def origin(number: int, manifest: dict[str, Any]) -> str:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of a dataset folder. Raises DataError if it is missing, damaged or of another format version."""
+    """The manifest of a dataset folder. Raises DataError if the manifest is missing, damaged or of another format
+    version."""
     file, rebuild = path / "manifest.json", "rebuild the dataset with `sdlm prepare`"
     if not file.exists():
         unfinished = Path(f"{path}.partial").exists()  # `.` has no name

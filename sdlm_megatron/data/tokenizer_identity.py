@@ -66,7 +66,8 @@ def _fingerprint(folder: Path, mask_token: str, stamps: tuple) -> str | None:
 
 
 def special_token_id(folder: str | Path, token: str) -> int:
-    """Id of `token`; if the tokenizer lacks it, the first after its own. DataError if the folder has no tokenizer."""
+    """Id of `token`; for a token the tokenizer lacks, the first id after all of its own. Raises DataError if the folder
+    contains no tokenizer."""
     ids = _ids(Path(folder))
     return ids[token] if token in ids else max(ids.values(), default=-1) + 1
 

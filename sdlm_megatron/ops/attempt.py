@@ -82,7 +82,8 @@ def record_event(run_dir: str | Path, kind: str, **fields: Any) -> None:
 
 
 def read_events(run_dir: str | Path) -> list[dict[str, Any]]:
-    """All events in the order of the file; [] without a file. A line that is no event, as after a crash, is skipped."""
+    """All events in the order of the file; [] without a file. A line that is no event, as one that a crash cut, is
+    skipped."""
     try:
         text = (Path(run_dir) / EVENTS_FILE).read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:

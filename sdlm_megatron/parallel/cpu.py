@@ -20,7 +20,8 @@ from sdlm_megatron.model.packages import find_packages
 _installed = False
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 _FIRST_STEPS, _GROWTH = 3, 1.25
-"""After the first 3 steps, the optimizer state and the usual shapes are allocated. 25 % more: rows of other shapes."""
+"""After the first 3 steps, the optimizer state and the usual shapes are allocated. 25 % above that is tolerated, for
+rows of other shapes."""
 
 
 class _CudaToCpu(TorchFunctionMode):

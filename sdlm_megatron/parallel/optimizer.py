@@ -22,7 +22,8 @@ from sdlm_megatron.config.schema import OptimizerConfig, ParallelConfig, Schedul
 from sdlm_megatron.model.gpt import SDLMModel
 
 BUCKET_PARAMETERS: int | None = None
-"""Parameters per bucket when the reduction overlaps; None: Megatron-Core's, max(40 M, 1 M per data-parallel rank)."""
+"""Parameters per bucket when the reduction overlaps; None: Megatron-Core's default, the larger of 40 M and 1 M per
+data-parallel rank."""
 
 
 def wrap_ddp(chunks: Sequence[SDLMModel], parallel: ParallelConfig) -> list[DistributedDataParallel]:

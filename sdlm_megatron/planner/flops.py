@@ -87,4 +87,6 @@ def step_flops(model: ModelConfig, layouts: Iterable[RowLayout], label_rows: int
 
 def model_flops_utilization(flops: int, seconds: float, devices: int, peak: float | None) -> float | None:
     """MFU, 0 to 1: model FLOPs of a step over the devices' peak; None where the peak is unknown."""
-    return None if peak is None or seconds <= 0 else flops / (seconds * devices * peak)
+    if peak is None or seconds <= 0:
+        return None
+    return flops / (seconds * devices * peak)
