@@ -1,4 +1,4 @@
-"""`python -m sdlm_megatron.train` with an injected fault in one rank: FAULT="KIND RANK STEP"."""
+"""`python -m sdlm_megatron.train` with an injected fault in one rank: FAULT="KIND RANK STEP", for nan also a token."""
 
 import os
 import signal
@@ -19,13 +19,16 @@ if __name__ == "__main__":
     from sdlm_megatron.parallel.engine import Engine
     from sdlm_megatron.parallel.results import QueuedStep
 
-    KIND, RANK, STEP = os.environ["FAULT"].split()
+    KIND, RANK, STEP, *TOKEN = os.environ["FAULT"].split()
     original_train_step = Engine.train_step
 
     def faulty(self: Engine, batches: Sequence[MicroBatch], step: int, **options: bool) -> QueuedStep:
         if os.environ["RANK"] == RANK and step == int(STEP):
             if KIND == "usr1":
                 os.kill(os.getpid(), signal.SIGUSR1)
+            elif KIND == "nan":
+                with torch.no_grad():
+                    self.module.embedding.word_embeddings.weight[int(TOKEN[0])] = torch.nan
             elif KIND == "flip":
                 with torch.no_grad():
                     self.module.decoder.layers[1].mlp.linear_fc1.weight.view(-1).view(torch.int32)[7] ^= 1

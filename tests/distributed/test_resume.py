@@ -1,11 +1,9 @@
 """Stop and resume under the same or another layout: same losses, every row trained once."""
 
-import json
 import shutil
 from pathlib import Path
 
 import pytest
-import torch
 from helpers import make_dataset, make_hf, read_metrics, train
 
 from sdlm_megatron.data.batch import load_micro_batch
@@ -153,22 +151,16 @@ def test_resuming_with_another_seed_is_refused(stopped: dict[str, Path], tmp_pat
 
 def test_non_finite_loss_stops_before_the_update(tmp_path: Path) -> None:
     """The error names the step and the rows, and no checkpoint is written."""
-    from safetensors.torch import load_file, save_file
-
-    paths = {"data": make_dataset(tmp_path / "data", rows=8), "hf": make_hf(tmp_path / "hf")}
-    weights = load_file(paths["hf"] / "model.safetensors")
+    paths = {"data": make_dataset(tmp_path / "data", rows=8), "hf": make_hf(tmp_path / "hf", tied=False)}
     dataset = PackedDataset(paths["data"])
     first = [load_micro_batch(dataset, n, seed=42) for n in range(2 * BATCH)]
     only_second = set(first[BATCH + 1].tokens.unique().tolist())
     for batch in [*first[: BATCH + 1], *first[BATCH + 2 :]]:
         only_second -= set(batch.tokens.unique().tolist())
-    weights["model.embed_tokens.weight"][min(only_second)] = torch.nan  # reached by row 5 only, in step 2
-    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].nan_to_num(0)
-    save_file(weights, paths["hf"] / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((paths["hf"] / "config.json").read_text())
-    (paths["hf"] / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}))
-    run = tmp_path / "run"
-    done = train(settings(paths, run, **{"parallel.pipeline": 2}), processes=2, check=False)
+    run, entry = tmp_path / "run", (str(Path(__file__).with_name("faulty_train.py")),)
+    fault = {"FAULT": f"nan 0 2 {min(only_second)}"}  # reached by row 5 only
+    config = settings(paths, run, **{"parallel.pipeline": 2})
+    done = train(config, processes=2, entry=entry, check=False, env=fault)
     assert done.returncode != 0
     assert "step 2: loss nan" in done.stderr
     assert f"rows of the run [{BATCH + 1}]" in done.stderr

@@ -56,7 +56,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def plain(folder: Path, tmp_path: Path) -> Path:
     """Copies the model without SDLM's keys."""
     stock = {"architectures": ["Qwen2ForCausalLM"], "auto_map": None}
-    return edit(copy(folder, tmp_path), block_size=None, text_mask_token_id=None, **stock)
+    made = edit(copy(folder, tmp_path), block_size=None, text_mask_token_id=None, **stock)
+    (made / "generation_config.json").unlink()  # it has settings of SDLM
+    return made
 
 
 def copy(folder: Path, tmp_path: Path) -> Path:
