@@ -17,7 +17,7 @@ from sdlm_megatron.config.schema import ModelConfig, RunConfig
 from sdlm_megatron.config.validate import check_length, check_model, check_values, resolve_shape
 from sdlm_megatron.errors import ConfigError, run_cli
 from sdlm_megatron.planner import plan_text
-from sdlm_megatron.planner.assumptions import DEVICES, Assumptions, assume, device_of, explain
+from sdlm_megatron.planner.assumptions import DEVICES, Assumptions, assume, device_of, explain, ranges
 from sdlm_megatron.planner.parallel_layout import layout_of
 from sdlm_megatron.planner.search import CLOSE, LayoutPlan, Planner, recommended
 from sdlm_megatron.planner.workload import workload
@@ -45,7 +45,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--fp8", action="store_true", help="same as --train.fp8=current")
     parser.add_argument(
-        "--assume", action="append", default=[], metavar="NAME=VALUE", help="set an assumption (below); repeatable"
+        "--assume",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="set an assumption (below), or its range by NAME=LOW..HIGH; repeatable",
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
     return parser
@@ -68,8 +72,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         base = config.checkpoint.base
         config = replace(config, model=resolve_shape(config.model, _base_shape(Path(base)), base))
     assumed = assume(args.assume)
-    work = workload(config, args.data or config.data.path, assumed)
-    planner = Planner(config, work, device_of(args.gpu, assumed), assumed)
+    data = args.data or config.data.path
+    work = workload(config, data, assumed)
+    planner = Planner(config, work, device_of(args.gpu, assumed), assumed, ranges(args.assume), data)
     check_model(config.model, RunConfig(), work.row.length)  # only the sizes: the layout is checked below
     own, problem = _preset_plan(planner, args.gpus)
     best = planner.best(args.gpus) if args.top > 0 else []

@@ -6,10 +6,10 @@ from dataclasses import fields
 from itertools import zip_longest
 from typing import Any
 
-from sdlm_megatron.planner.assumptions import Assumptions, explain
+from sdlm_megatron.planner.assumptions import Assumptions, explain, ranges
 from sdlm_megatron.planner.memory import GpuMemory
 from sdlm_megatron.planner.search import LayoutPlan, Planner
-from sdlm_megatron.planner.step_time import StepTime
+from sdlm_megatron.planner.step_time import StepTime, gpu_time, host_time
 from sdlm_megatron.planner.workload import Workload
 
 MEMORY, TIME = ({f.name: f.metadata.get("label", "") for f in fields(kind)} for kind in (GpuMemory, StepTime))
@@ -85,12 +85,17 @@ def details(plan: LayoutPlan, price: float) -> str:
     right += [f"{time.total * 1e3:8.1f} ms         total"]
     width = max(map(len, left)) + 3
     lines = [f"  {a:{width}}{b}".rstrip() for a, b in zip_longest(left, right, fillvalue="")]
-    cost = f", ${plan.gpu_hours * price:,.0f}" if price else ""
+    fast, slow = plan.band
+    cost = f", ${plan.gpu_hours * price:,.0f} ({fast.gpu_hours * price:,.0f}..{slow.gpu_hours * price:,.0f})"
     run = (
-        f"run: {plan.steps:,} steps, {plan.seconds / 3600:.1f} hours, {plan.gpu_hours:,.0f} GPU-hours{cost}; "
-        f"{plan.flops:.3g} model FLOPs, MFU {plan.mfu:.1%}"
+        f"run: {plan.steps:,} steps, {plan.seconds / 3600:.1f} hours ({fast.seconds / 3600:.1f}.."
+        f"{slow.seconds / 3600:.1f}), {plan.gpu_hours:,.0f} GPU-hours ({fast.gpu_hours:,.0f}..{slow.gpu_hours:,.0f})"
+        f"{cost if price else ''}; {plan.flops:.3g} model FLOPs, MFU {plan.mfu:.1%} ({slow.mfu:.1%}..{fast.mfu:.1%})"
     )
-    return "\n".join([*lines, f"  {run}"])
+    host, gpu, us = host_time(plan.costs), gpu_time(plan.costs), plan.costs.assumed.launch_us
+    state = "THE HOST BINDS" if host > gpu else f"hidden up to {us * gpu / host:.0f} us" if host else "hidden"
+    launches = f"{us:g} us per launch = {host * 1e3:,.0f} ms per micro-batch, GPU {gpu * 1e3:,.0f} ms: {state}"
+    return "\n".join([*lines, f"  {run}", f"  host: {launches}"])
 
 
 def table(plans: Sequence[LayoutPlan], labels: Sequence[str]) -> str:
@@ -138,6 +143,11 @@ def batch_note(plan: LayoutPlan) -> str:
             f"  {needed} GPUs would be as fast as {at.gpus}: they need the same {plan.micro_batches} micro-batches per "
             "rank."
         )
+    for rows, micro_batches, hours in plan.roundings:
+        lines.append(
+            f"  Rounding decides: {'from' if rows > plan.rows else 'up to'} {rows} rows "
+            f"({rows / plan.rows - 1:+.1%}) a step takes {micro_batches} micro-batches, the run {hours:,.0f} GPU-hours."
+        )
     if at.gpus > plan.rows:
         lines.append(
             f"  There are more GPUs than rows per step, so TP x PP must be at least {-(-at.gpus // plan.rows)}, or "
@@ -154,9 +164,11 @@ def batch_note(plan: LayoutPlan) -> str:
 
 def assumptions_text(assumed: Assumptions) -> str:
     """A table of the assumptions, for --help."""
-    rows = [f"  {name:22} {value:>14,.6g}  {meaning}" for name, value, meaning in explain(assumed)]
-    kernels = f"  {'(kernels per layer)':22} {'60 or 110':>14}  with or without TransformerEngine"
-    return "\n".join(["assumptions (--assume NAME=VALUE):", *rows, kernels])
+    between = {name: f"{low:g}..{high:g}" for name, (low, high) in ranges([]).items()}
+    rows = [
+        f"  {name:22} {value:>14,.6g} {between.get(name, ''):>10}  {text}" for name, value, text in explain(assumed)
+    ]
+    return "\n".join(["assumptions (--assume NAME=VALUE, or a range by NAME=LOW..HIGH):", *rows])
 
 
 def changed_assumptions(assumed: Assumptions) -> str:
@@ -183,6 +195,12 @@ def as_dict(plan: LayoutPlan, price: float) -> dict[str, Any]:
         "steps": plan.steps,
         "flops": plan.flops,
         "mfu": plan.mfu,
+        "host_seconds_per_micro_batch": host_time(plan.costs),
+        "gpu_seconds_per_micro_batch": gpu_time(plan.costs),
+        "host_binds": plan.time.host > 0,
+        "band_hours": [p.seconds / 3600 for p in plan.band],
+        "band_gpu_hours": [p.gpu_hours for p in plan.band],
+        "roundings": [dict(zip(("rows", "micro_batches", "gpu_hours"), x, strict=True)) for x in plan.roundings],
         "hours": plan.seconds / 3600,
         "gpu_hours": plan.gpu_hours,
         "cost_usd": plan.gpu_hours * price if price else None,

@@ -1,21 +1,24 @@
 """Search for the best parallel layouts: memory, time and cost of each layout that training would accept."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from sdlm_megatron.config.schema import ModelConfig, RunConfig
 from sdlm_megatron.config.validate import check_model, check_run
 from sdlm_megatron.errors import ConfigError
-from sdlm_megatron.planner.assumptions import Assumptions, Device
+from sdlm_megatron.planner.assumptions import Assumptions, Device, Range, device_of
 from sdlm_megatron.planner.memory import GpuMemory, peak_memory
 from sdlm_megatron.planner.parallel_layout import ON_GPU, Kernels, ParallelLayout, layout_of
 from sdlm_megatron.planner.step_time import Costs, StepTime, step_time
-from sdlm_megatron.planner.workload import Workload, rows_per_step, steps
+from sdlm_megatron.planner.workload import Workload, rows_per_step, steps, workload
 
 MOST_CHUNKS = 8
 """Largest number of model chunks per stage that the search tries."""
 CLOSE = 0.02
 """Differences in time below this share are within the error of the model."""
+NEAR = 0.10
+"""Share of a step's rows by which documents may turn out longer or shorter than assumed."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,8 @@ class LayoutPlan:
     """Model FLOPs over the GPUs' peak, during steps."""
     flops: float
     """Model FLOPs of the run."""
+    costs: Costs = field(repr=False, compare=False)
+    planner: "Planner" = field(repr=False, compare=False)
 
     @property
     def fits(self) -> bool:
@@ -53,6 +58,34 @@ class LayoutPlan:
         """Empty rows per step that fill the last micro-batches."""
         return self.micro_batches * self.layout.data - self.rows
 
+    @cached_property
+    def band(self) -> tuple["LayoutPlan", "LayoutPlan"]:
+        """The layout with each assumption at that end of its range which makes the run shorter, and longer."""
+        fast = slow = self
+        for name, between in self.planner.ranges.items():
+            fast, slow = (
+                pick(at, *(at.planner.change({name: end}).plan(at.layout) for end in between), key=lambda p: p.seconds)
+                for at, pick in ((fast, min), (slow, max))
+            )
+        return fast, slow
+
+    @property
+    def roundings(self) -> list[tuple[int, int, float]]:
+        """(rows, micro-batches, GPU-hours) of the nearest steps with fewer and with more micro-batches, if NEAR.
+
+        Rows of a step follow from the mean length of documents, and micro-batches from rows by rounding up, so a small
+        error of the one can be a large one of the other.
+        """
+        if self.planner.config.train.global_batch_unit == "rows":
+            return []
+        at, found = self.layout, []
+        group = at.pipeline if at.virtual > 1 else 1
+        for rows in ((self.micro_batches - group) * at.data, self.micro_batches * at.data + 1):
+            if rows > 0 and abs(rows - self.rows) <= NEAR * self.rows:
+                share = step_time(self.costs, rows).total / self.time.total
+                found.append((rows, at.micro_batches(rows), self.gpu_hours * share))
+        return found
+
 
 @dataclass(frozen=True)
 class Planner:
@@ -62,6 +95,16 @@ class Planner:
     work: Workload
     device: Device
     assumed: Assumptions
+    ranges: Mapping[str, Range] = field(default_factory=dict)
+    """Assumptions that are not certain."""
+    data: str = ""
+    """The dataset; empty for the mixture, which follows from the assumptions."""
+
+    def change(self, values: Mapping[str, float]) -> "Planner":
+        """The planner with other assumptions."""
+        assumed = replace(self.assumed, **values)
+        work = self.work if self.data else workload(self.config, "", assumed)
+        return replace(self, assumed=assumed, work=work, device=device_of(self.device.name, assumed))
 
     @property
     def model(self) -> ModelConfig:
@@ -79,8 +122,8 @@ class Planner:
 
     def plan(self, layout: ParallelLayout) -> LayoutPlan:
         """The plan of a layout, whether or not it fits."""
-        rows = self.rows
-        time = step_time(Costs(self.model, layout, self.work, self.device, self.assumed), rows)
+        rows, costs = self.rows, Costs(self.model, layout, self.work, self.device, self.assumed)
+        time = step_time(costs, rows)
         count = steps(self.config, self.work, rows)
         flops = self.work.row_flops(self.model) * rows
         return LayoutPlan(
@@ -94,6 +137,8 @@ class Planner:
             seconds=time.total * count / (1 - self.assumed.lost_time),
             mfu=flops / (time.total * layout.gpus * self.device.peak),
             flops=flops * count,
+            costs=costs,
+            planner=self,
         )
 
     def memory(self, layout: ParallelLayout) -> GpuMemory:

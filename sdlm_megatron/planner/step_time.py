@@ -1,21 +1,31 @@
 """Time of a step, item by item, from its arithmetic, the bytes it moves, and the planner's assumptions.
 
 A step takes the time of the slowest pipeline stage's micro-batches, the pipeline bubble, and the work that comes once
-per step: reduction of gradients, gathering of weights, optimizer.
+per step: reduction of gradients, gathering of weights, optimizer. A micro-batch takes what is longer: its kernels on
+the GPU, or their launches by the host. The two cannot be evened out over more than a pass, because a GPU queues only
+about a thousand launches.
 """
 
+import math
 from dataclasses import dataclass
 
 from sdlm_megatron.config.schema import ModelConfig
 from sdlm_megatron.planner.assumptions import Assumptions, Device
-from sdlm_megatron.planner.memory import RowTokens, labeled, linear_weights, stage_parameters
+from sdlm_megatron.planner.memory import RowTokens, head_rows, labeled, linear_weights, stage_parameters
 from sdlm_megatron.planner.parallel_layout import ParallelLayout, sizes_of
 from sdlm_megatron.planner.workload import Workload
 
 NORMS_AGAIN = 0.08
 """Element-wise work that selective recomputation adds, as a share: two norms forward, not fused with linear layers."""
-LAYER_KERNELS = {"megatron": 110, "transformer_engine": 60}
-"""Kernels per layer, forward and backward. Their launches overlap with other kernels, their tails do not."""
+LAUNCHES = {"megatron": 146, "transformer_engine": 100}
+"""Launches per layer and micro-batch, forward and backward.
+
+Counted with the CUDA builds of torch and TransformerEngine on a machine whose GPU library does nothing: a rank of the
+32B preset (32 layers, 6 micro-batches) makes 19,300 launches a step with TransformerEngine's layers, 28,000 with
+Megatron-Core's, about 85 a layer by the decomposed attention. They cost 1.2 s of CPU at best, 2.3 s on a busy machine:
+62 to 119 us each, everything else that the host does in a step included. Launches overlap with other kernels, the
+kernels' tails do not.
+"""
 
 
 @dataclass(frozen=True)
@@ -25,9 +35,11 @@ class StepTime:
     gemm: float = labeled("matrix products of the layers")  # without recomputation
     attention: float = labeled("attention")
     head: float = labeled("LM head and cross entropy")
-    elementwise: float = labeled("norms, RoPE, SwiGLU, residuals")  # and unfused accumulation of weight gradients
+    elementwise: float = labeled("norms, RoPE, SwiGLU, residuals")
+    weight_gradients: float = labeled("fp32 weight gradients of the layers")  # their sum over micro-batches
     recompute: float = labeled("recomputation")
-    empty_rows: float = labeled("empty rows")  # which fill the last micro-batches
+    empty_rows: float = labeled("empty rows")  # which fill the last micro-batches, on the GPUs that have fewest
+    host: float = labeled("waiting for launches by the host")
     tensor_communication: float = labeled("tensor-parallel communication")
     pipeline_bubble: float = labeled("pipeline bubble")
     pipeline_communication: float = labeled("pipeline communication")
@@ -73,53 +85,89 @@ def row_time(c: Costs) -> dict[str, float]:
     layers = c.model.num_layers // layout.pipeline
     local = s / layout.tensor if layout.parallel.sequence else s
     flops = 6 * linear_weights(c.model, layout) * s
-    overhead = LAYER_KERNELS[layout.kernels.name] * c.assumed.kernel_overhead_us * 1e-6
+    overhead = launches(c) * c.assumed.kernel_overhead_us * 1e-6
     # 4 per pair forward and 10 backward, because a flash kernel recomputes the scores
     attention = 14 * z.attention * c.work.pairs * layers
     norms = 10 * local * z.hidden  # two norms (read, write) and two residual sums (two reads, a write)
     rope = (2 if layout.kernels.fused_rope else 8) * s * (z.attention + z.kv)
     moved = 3 * (norms + rope + 3 * s * z.ffn) * layout.bytes * layers
-    summed = 0 if layout.kernels.fused_accumulation else linear_weights(c.model, layout) * (8 + layout.bytes)
+    # the fp32 sum is read and written; unfused, the gradient of the micro-batch is read again
+    summed = linear_weights(c.model, layout) * (8 if layout.kernels.fused_accumulation else 8 + layout.bytes)
     return {
         "gemm": c.products(flops, fp8=layout.train.fp8 != "none") + overhead * layers,
         "attention": attention / (c.device.peak * c.assumed.attention_efficiency),
-        "elementwise": c.moved(moved + summed),
+        "elementwise": c.moved(moved),
+        "weight_gradients": c.moved(summed),
     }
 
 
+def launches(c: Costs) -> float:
+    """Kernel launches per layer and micro-batch, without recomputation."""
+    return c.assumed.launches or LAUNCHES[c.layout.kernels.name]
+
+
+def host_time(c: Costs) -> float:
+    """Seconds of host CPU per micro-batch on a stage."""
+    layers = c.model.num_layers // c.layout.pipeline
+    again = c.layout.recomputed_layers(layers // c.layout.virtual) * c.layout.virtual
+    return launches(c) * (layers + again / 3) * c.assumed.launch_us * 1e-6
+
+
 def head_time(c: Costs) -> float:
-    """Seconds of the head for one row: three products, and about 20 bytes of memory traffic per logit."""
-    z = sizes_of(c.model, c.layout.tensor)
-    return c.products(6 * z.hidden * z.vocab * c.row.label_rows) + c.moved(20 * z.vocab * c.row.label_rows)
+    """Seconds of the head for one row: three products, about 20 bytes of memory traffic per logit, weight gradients."""
+    z, rows = sizes_of(c.model, c.layout.tensor), c.row.label_rows
+    chunks = math.ceil(rows / head_rows(z, c.layout, c.row))
+    # Bytes per weight. One chunk: scaled in bf16 4, added to the fp32 sum 10. Several: made fp32 6, 8 for each further
+    # chunk, scaled 8, made bf16 6, added 10.
+    summed = 14 if chunks == 1 else 6 + 8 * (chunks - 1) + 24
+    if c.layout.pipeline == 1:  # the embedding's dense gradient: zeroed 2, added 10 (6 to the head's, if tied)
+        summed += 8 if c.model.tied_embeddings else 12
+    return c.products(6 * z.hidden * z.vocab * rows) + c.moved(20 * z.vocab * rows + summed * z.vocab * z.hidden)
+
+
+def gpu_time(c: Costs) -> float:
+    """Seconds of the kernels of a micro-batch with a full row on the slowest stage, the last."""
+    return sum(_passes(c))
+
+
+def _passes(c: Costs) -> tuple[float, float, float, float]:
+    """Seconds of a row on a stage: layers, recomputation, TP communication; and of the head."""
+    layers = c.model.num_layers // (c.layout.pipeline * c.layout.virtual)
+    share, part = c.layout.recomputed_layers(layers) / layers, row_time(c)
+    forward = sum(part.values()) - part["weight_gradients"]
+    again = share * forward / 3  # the forward pass is a third, as in the FLOP count
+    if c.layout.train.recompute == "selective":
+        again = NORMS_AGAIN * part["elementwise"]
+    return sum(part.values()), again, _tensor_communication(c, share), head_time(c)
 
 
 def step_time(c: Costs, rows: int) -> StepTime:
     """Time of a step of `rows` rows."""
     layout, assumed = c.layout, c.assumed
     micro_batches = layout.micro_batches(rows)
-    part, head = row_time(c), head_time(c)
-    pp = layout.pipeline
-    layers = c.model.num_layers // (pp * layout.virtual)
-    share = layout.recomputed_layers(layers) / layers
-    again = share * sum(part.values()) / 3  # the forward pass is a third, as in the FLOP count
-    if layout.train.recompute == "selective":
-        again = NORMS_AGAIN * part["elementwise"]
-    tensor = _tensor_communication(c, share)
-    per_row = sum(part.values()) + again + tensor
+    part, (layers, again, tensor, head), host = row_time(c), _passes(c), host_time(c)
+    per_row = layers + again + tensor
     slowest = per_row + head  # the last stage
-    useful = rows / (layout.data * micro_batches)
+    spared = part["attention"] + head  # by an empty row
+    mean, most = rows / layout.data, math.ceil(rows / layout.data)  # rows of a rank
+    useful = mean / micro_batches
     pipes = _pipeline_communication(c, micro_batches)
     # all stages wait for the head on the last one; the bubble is the time the first and last micro-batch travel
-    bubble = (pp - 1) / layout.virtual * per_row
-    data = _data_communication(c, slowest / 3, 2 * slowest / 3)
+    travel = (layout.pipeline - 1) / layout.virtual
+    longest = max(slowest, host)
+    data = _data_communication(c, longest / 3, 2 * longest / 3)
     optimizer = _optimizer(c)
     items = {
         **{name: seconds * micro_batches * useful for name, seconds in part.items()},
         "head": head * micro_batches * useful,
         "recompute": again * micro_batches * useful,
-        "empty_rows": (part["gemm"] + part["elementwise"] + again) * micro_batches * (1 - useful),
+        # the rank with most rows decides
+        "empty_rows": (layers + again + head - spared) * (micro_batches - mean) + spared * (most - mean),
+        "host": (longest - slowest) * most
+        + max(0.0, host - slowest + spared) * (micro_batches - most)
+        + max(0.0, host - per_row) * travel,
         "tensor_communication": tensor * micro_batches,
-        "pipeline_bubble": bubble,
+        "pipeline_bubble": travel * per_row,
         "pipeline_communication": pipes,
         "data_communication": data,
         "optimizer": optimizer,
@@ -191,11 +239,11 @@ def _data_communication(c: Costs, forward: float, backward: float) -> float:
 
 
 def _optimizer(c: Costs) -> float:
-    """Seconds per step: zeroing gradients, their norm, clipping, and Adam on this GPU's share."""
+    """Seconds per step: zeroing gradients; scaling, norm, clipping and Adam on this GPU's share."""
     layout, numel = c.layout, _largest_stage(c)
     owned = numel / layout.data if layout.parallel.distributed_optimizer else numel
-    # bytes per element: zeroing 4; norm 4, clipping 8, Adam 28 and the new weight
-    return c.moved(4 * numel + (4 + 8 + 28 + layout.bytes) * owned)
+    # bytes per element: zeroing 4; division by the targets 8, norm 4, clipping 8, Adam 28 and the new weight
+    return c.moved(4 * numel + (8 + 4 + 8 + 28 + layout.bytes) * owned)
 
 
 def _largest_stage(c: Costs) -> int:

@@ -59,7 +59,7 @@ def mixture(block_size: int, causal_attn: bool, assumed: Assumptions, *, next_to
     `next_token`, each response token that is a target of some block is also a target of a clean token.
     """
     length = assumed.row_length
-    mean = assumed.clean_tokens / assumed.documents
+    mean = assumed.content_tokens / assumed.documents + assumed.template_tokens
     normal = NormalDist(0, assumed.length_spread) if assumed.length_spread else None
     quantiles = (np.arange(POINTS) + 0.5) / POINTS
     clean = np.exp([normal.inv_cdf(q) for q in quantiles]) if normal else np.ones(POINTS)
@@ -75,7 +75,10 @@ def mixture(block_size: int, causal_attn: bool, assumed: Assumptions, *, next_to
     per_row = float(length * assumed.fill / (clean + blocks * block_size).mean())  # documents
     means = [float(per_row * x.mean()) for x in (clean, blocks * block_size, response, targets, covered)]
     row = RowTokens(int(length), means[0], means[1], means[2], means[3], block_size, means[4])
-    source = f"published mixture: {assumed.documents:,.0f} documents, {assumed.clean_tokens:,.0f} clean tokens"
+    source = (
+        f"published mixture: {assumed.documents:,.0f} documents, {assumed.content_tokens:,.0f} tokens of text and "
+        f"{assumed.template_tokens:g} of the chat template each"
+    )
     return Workload(source, assumed.documents / per_row, assumed.documents, row, float(per_row * pairs.mean()))
 
 
