@@ -43,11 +43,7 @@ class Assumptions:
     network_gb: float = _assumption(40.0, "between nodes, GB/s per GPU; one 400 Gb/s port each at 80 %", (20.0, 45.0))
     collective_latency_us: float = _assumption(20.0, "latency of a collective, us", zero=True)
     hidden_dp: float = _assumption(
-        0.80,
-        "share of the last backward (first forward) pass that hides DP communication",
-        (0.5, 0.9),
-        zero=True,
-        share=True,
+        0.80, "share of a backward (forward) pass that hides DP communication", (0.5, 0.9), zero=True, share=True
     )
     hidden_tp: float = _assumption(
         0.60, "share of TP communication hidden by parallel.overlap_tensor", zero=True, share=True
@@ -119,8 +115,8 @@ def assume(texts: Sequence[str]) -> Assumptions:
 
 def ranges(texts: Sequence[str]) -> dict[str, Range]:
     """Name -> range of the assumptions that have one, with the same texts applied; NAME=VALUE ends a range."""
-    found = {f.name: f.metadata["between"] for f in fields(Assumptions)} | dict(map(_read, texts))
-    return {name: between for name, between in found.items() if between and between[0] < between[1]}
+    known = {f.name: f.metadata["between"] for f in fields(Assumptions)} | dict(map(_read, texts))
+    return {name: between for name, between in known.items() if between and between[0] < between[1]}
 
 
 def _read(text: str) -> tuple[str, Range]:

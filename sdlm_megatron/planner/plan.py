@@ -119,7 +119,7 @@ def _text(
     subject = choice or own
     if subject is not None:
         parts.append(plan_text.batch_note(subject))
-    parts.append(plan_text.changed_assumptions(planner.assumed))
+    parts.append(plan_text.changed_assumptions(planner))
     return "\n\n".join(parts)
 
 
@@ -159,6 +159,7 @@ def _document(
         "recommended": plan_text.as_dict(choice, args.price) if choice else None,
         "notes": plan_text.batch_note(subject).splitlines() if subject else [],
         "assumptions": {name: value for name, value, _ in explain(planner.assumed)},
+        "ranges": planner.ranges,
     }
 
 

@@ -171,10 +171,13 @@ def assumptions_text(assumed: Assumptions) -> str:
     return "\n".join(["assumptions (--assume NAME=VALUE, or a range by NAME=LOW..HIGH):", *rows])
 
 
-def changed_assumptions(assumed: Assumptions) -> str:
-    """The assumptions that differ from their defaults, in one line."""
-    defaults = dict(vars(Assumptions()))
-    changed = [f"{name}={value:g}" for name, value, _ in explain(assumed) if value != defaults[name]]
+def changed_assumptions(planner: Planner) -> str:
+    """The assumptions whose value or range differs from the default, in one line."""
+    values, between, changed = vars(Assumptions()), ranges([]), []
+    for name, value, _ in explain(planner.assumed):
+        now = planner.ranges.get(name)
+        if value != values[name] or now != between.get(name):
+            changed.append(f"{name}={now[0]:g}..{now[1]:g}" if now else f"{name}={value:g}")
     return (
         f"assumptions: {', '.join([*changed, 'otherwise defaults']) if changed else 'defaults'} (listed by "
         "`sdlm plan --help`). No time was measured on a GPU."

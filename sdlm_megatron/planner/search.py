@@ -78,13 +78,13 @@ class LayoutPlan:
         """
         if self.planner.config.train.global_batch_unit == "rows":
             return []
-        at, found = self.layout, []
+        at, nearest = self.layout, []
         group = at.pipeline if at.virtual > 1 else 1
         for rows in ((self.micro_batches - group) * at.data, self.micro_batches * at.data + 1):
             if rows > 0 and abs(rows - self.rows) <= NEAR * self.rows:
                 share = step_time(self.costs, rows).total / self.time.total
-                found.append((rows, at.micro_batches(rows), self.gpu_hours * share))
-        return found
+                nearest.append((rows, at.micro_batches(rows), self.gpu_hours * share))
+        return nearest
 
 
 @dataclass(frozen=True)

@@ -313,8 +313,8 @@ def test_assumptions_are_listed(capsys: pytest.CaptureFixture):
         with pytest.raises(ConfigError):
             assume([wrong])
     assert assume(["gemm_efficiency=0.5", "network_gb=25"]).network_gb == 25
-    command.main(["sdlm_3b_d4", "--gpus", "16", "--top", "1", "--assume", "straggler=0.5"])
-    assert "assumptions: straggler=0.5, otherwise defaults" in capsys.readouterr().out
+    command.main(["sdlm_3b_d4", "--gpus", "16", "--top", "1", "--assume", "straggler=0.5", "--assume", "fill=.9..1"])
+    assert "assumptions: straggler=0.5, fill=0.9..1, otherwise defaults" in capsys.readouterr().out
     assert "straggler" in command.build_parser().format_help()
 
 
