@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -97,6 +96,7 @@ def measure(name: str) -> tuple[Measured, RowTokens]:
     """Builds the case's model on this process and measures it."""
     from sdlm_megatron.parallel.engine import Engine
     from sdlm_megatron.parallel.groups import init_groups
+    from sdlm_megatron.parallel.simulate import static_bytes
 
     _, micro_batches, settings = CASES[name]
     config = config_of(settings)
@@ -121,29 +121,7 @@ def measure(name: str) -> tuple[Measured, RowTokens]:
     with live:
         engine.forward_backward(batches)
     labels = round(sum(len(x.label_index) for x in batches) / len(batches))
-    return Measured(groups.pp_rank, *_static(engine), live.peak), row_of(batches[0].layout, labels)
-
-
-def _static(engine: object) -> tuple[int, int, int]:
-    """Bytes of weights, gradients and optimizer state, each storage once."""
-    parameters = [p for module in engine.modules for p in module.parameters()]
-    weights = _storages(parameters)
-    gradients = _storages([p.main_grad for p in parameters])
-    optimizer: list[torch.Tensor] = []
-    for part in getattr(engine.optimizer, "chained_optimizers", [engine.optimizer]):
-        for group in part.optimizer.param_groups:
-            optimizer += group["params"]
-        for state in part.optimizer.state.values():
-            optimizer += [state["exp_avg"], state["exp_avg_sq"]]
-    return (
-        sum(weights.values()),
-        sum(gradients.values()),
-        sum(v for k, v in _storages(optimizer).items() if k not in weights),
-    )
-
-
-def _storages(tensors: list[torch.Tensor]) -> dict[int, int]:
-    return {x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in tensors}
+    return Measured(groups.pp_rank, **static_bytes(engine), peak=live.peak), row_of(batches[0].layout, labels)
 
 
 def main(names: list[str]) -> None:

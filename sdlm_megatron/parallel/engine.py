@@ -24,7 +24,7 @@ from sdlm_megatron.diffusion.decode_step import Step
 from sdlm_megatron.diffusion.layout import pack_row
 from sdlm_megatron.diffusion.loss import LabelRows, loss_terms, slot_sums
 from sdlm_megatron.diffusion.row import MicroBatch, make_micro_batch
-from sdlm_megatron.model.attention.choice import Heads, choose_attention
+from sdlm_megatron.model.attention.choice import AttentionBackend, Heads, choose_attention
 from sdlm_megatron.model.gpt import SDLMModel
 from sdlm_megatron.model.label_loss import LabelLosses
 from sdlm_megatron.model.layers import choose_layers, start_tensor_overlap
@@ -59,6 +59,7 @@ class Engine:
         steps: length of the learning rate schedule.
         initialize: initialize the weights at random; False where a checkpoint or a base follows.
         row_length: tokens of a row; needed for parallel.overlap_tensor.
+        attention: backend to use; None: that of train.attention on this device.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class Engine:
         steps: int,
         initialize: bool,
         row_length: int = 0,
+        attention: AttentionBackend | None = None,
     ) -> None:
         self.config, self.shape, self.groups = config, shape, groups
         self.dtype = PRECISIONS[config.train.precision]
@@ -81,7 +83,7 @@ class Engine:
             dim=shape.head_size,
             dtype=self.dtype,
         )
-        self.attention = choose_attention(
+        self.attention = attention or choose_attention(
             config.train.attention, causal_attn=config.diffusion.causal_attn, device=groups.device, heads=self.heads
         )
         mcore = transformer_config(
@@ -98,7 +100,7 @@ class Engine:
         self._prepare_training(mcore, steps)
 
     def _build_chunk(self, mcore: TransformerConfig, max_positions: int, chunk: int) -> SDLMModel:
-        return build_model(
+        model = build_model(
             self.shape,
             mcore,
             self.layers,
@@ -108,7 +110,10 @@ class Engine:
             row_attention=self.attention.row,
             logits_mb=self.config.train.logits_mb,
             chunk=chunk,
-        ).to(self.groups.device)
+        )
+        # only where needed: tensors without numbers, as parallel/simulate.py has them, cannot be moved in place
+        elsewhere = any(x.device != self.groups.device for x in (*model.parameters(), *model.buffers()))
+        return model.to(self.groups.device) if elsewhere else model
 
     def _prepare_training(self, mcore: TransformerConfig, steps: int) -> None:
         parallel = self.config.parallel

@@ -62,10 +62,14 @@ class Groups:
         return gather(local, self.device)
 
 
-def init_groups(config: ParallelConfig, *, seed: int, timeout_minutes: int = 30) -> Groups:
+def init_groups(config: ParallelConfig, *, seed: int, timeout_minutes: int = 30, random: bool = True) -> Groups:
     """Joins the process group and creates Megatron-Core's groups.
 
-    Rank and world size come from the environment (torchrun, srun); without it, the process runs alone.
+    A process group that exists is used, whatever its backend. Otherwise rank and world size come from the environment
+    (torchrun, srun); without it, the process runs alone.
+
+    Args:
+        random: give model-parallel regions random number generators of their own; False where nothing is drawn.
     """
     device = default_device()
     if cuda := device.type == "cuda":
@@ -86,7 +90,7 @@ def init_groups(config: ParallelConfig, *, seed: int, timeout_minutes: int = 30)
     )
     # as Megatron-LM does: pipeline stages must not start from the same random layers
     pp_rank = parallel_state.get_pipeline_model_parallel_rank()
-    tensor_parallel.model_parallel_cuda_manual_seed(seed + 100 * pp_rank)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed + 100 * pp_rank, inference_rng_tracker=not random)
     return Groups(
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),

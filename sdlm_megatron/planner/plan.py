@@ -1,6 +1,7 @@
 """Plan a run: memory of a GPU, time of a step, cost, and the fastest layouts for a number of GPUs.
 
-Nothing is built or started; the numbers come from a model of training.
+Nothing is built or started; the numbers come from a model of training. With --simulate, the real engine also makes one
+step of some ranks without their GPUs, on tensors without numbers: it finds what a job would stop at in its first step.
 """
 
 import argparse
@@ -14,12 +15,13 @@ from typing import Any
 from sdlm_megatron.config.command_line import add_preset, at_least, make_parser, parse_with_settings
 from sdlm_megatron.config.load import PRESETS, load_config
 from sdlm_megatron.config.schema import ModelConfig, RunConfig
-from sdlm_megatron.config.validate import check_length, check_model, check_values, resolve_shape
+from sdlm_megatron.config.validate import check_length, check_model, check_schedule, check_values, resolve_shape
 from sdlm_megatron.errors import ConfigError, run_cli
 from sdlm_megatron.planner import plan_text
 from sdlm_megatron.planner.assumptions import DEVICES, Assumptions, assume, device_of, explain, ranges
-from sdlm_megatron.planner.parallel_layout import layout_of
+from sdlm_megatron.planner.parallel_layout import ParallelLayout, layout_of
 from sdlm_megatron.planner.search import CLOSE, LayoutPlan, Planner, recommended
+from sdlm_megatron.planner.simulation import default_ranks, planned, run_simulation, simulation_text
 from sdlm_megatron.planner.workload import workload
 from sdlm_megatron.weights.checkpoint_folder import read_state
 from sdlm_megatron.weights.hf_config import read_hf_config
@@ -51,6 +53,12 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="NAME=VALUE",
         help="set an assumption (below), or its range by NAME=LOW..HIGH; repeatable",
     )
+    parser.add_argument(
+        "--simulate",
+        action="store_true",
+        help="make a step of the first, a middle stage's and the last rank, see above",
+    )
+    parser.add_argument("--rank", type=at_least(0), action="append", metavar="R", help="simulate this rank; repeatable")
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
     return parser
 
@@ -76,12 +84,27 @@ def main(argv: Sequence[str] | None = None) -> None:
     work = workload(config, data, assumed)
     planner = Planner(config, work, device_of(args.gpu, assumed), assumed, ranges(args.assume), data)
     check_model(config.model, RunConfig(), work.row.length)  # only the sizes: the layout is checked below
+    args.simulate |= args.rank is not None
+    if args.simulate:
+        _checked_layout(planner, args.gpus)  # its error has the place and the fix
+        if wrong := [r for r in args.rank or [] if r >= args.gpus]:
+            fix = f"a number from 0 to {args.gpus - 1}"
+            raise ConfigError(f"there is no rank {wrong[0]} of {args.gpus}", "the command line, --rank", fix)
     own, problem = _preset_plan(planner, args.gpus)
+    if own and args.simulate:
+        check_schedule(config, own.steps)
     best = planner.best(args.gpus) if args.top > 0 else []
+    if not args.json:
+        print(_text(args, planner, own, problem, best), flush=True)
+    simulated = []
+    if own and args.simulate:
+        simulated = run_simulation(planner, own, args.rank or default_ranks(own.layout))
     if args.json:
-        print(json.dumps(_document(args, planner, own, problem, best), indent=1))
-    else:
-        print(_text(args, planner, own, problem, best))
+        document = _document(args, planner, own, problem, best)
+        document["simulated"] = [vars(r) | {"planned": planned(planner, own, r)} for r in simulated if own]
+        print(json.dumps(document, indent=1))
+    elif own and simulated:
+        print(f"\n{simulation_text(planner, own, simulated)}")
 
 
 def _base_shape(base: Path) -> ModelConfig:
@@ -91,15 +114,20 @@ def _base_shape(base: Path) -> ModelConfig:
 
 def _preset_plan(planner: Planner, gpus: int) -> tuple[LayoutPlan | None, str]:
     """Plan of the preset's layout, or None and the reason where training would refuse it on `gpus` GPUs."""
-    size = planner.config.parallel.tensor * planner.config.parallel.pipeline
     try:
-        if gpus < size:
-            raise ConfigError(f"{gpus} GPUs are fewer than tensor x pipeline = {size}", fix="use more GPUs")
-        layout = layout_of(planner.config, gpus)
-        planner.check(layout)
+        return planner.plan(_checked_layout(planner, gpus)), ""
     except ConfigError as error:
         return None, error.what
-    return planner.plan(layout), ""
+
+
+def _checked_layout(planner: Planner, gpus: int) -> ParallelLayout:
+    """The preset's layout; ConfigError where training would refuse it."""
+    size = planner.config.parallel.tensor * planner.config.parallel.pipeline
+    if gpus < size:
+        raise ConfigError(f"{gpus} GPUs are fewer than tensor x pipeline = {size}", "--gpus", "use more GPUs")
+    layout = layout_of(planner.config, gpus)
+    planner.check(layout)
+    return layout
 
 
 def _text(

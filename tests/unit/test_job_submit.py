@@ -178,7 +178,7 @@ def test_dry_run_says_what_was_not_checked(user: dict[str, str], tmp_path: Path)
     """A folder that exists and is no dataset."""
     (tmp_path / "data").mkdir()
     line = (sys.executable, "-m", "sdlm_megatron.cli", "submit", "train_3b_d4", "--cluster", "mine", "--dry-run")
-    done = run(*line, cwd=tmp_path, env={**user, "PYTHONPATH": str(REPO)})
+    done = run(*line, "--no-simulate", cwd=tmp_path, env={**user, "PYTHONPATH": str(REPO)})
     assert done.returncode == 0, done.stderr
     assert f"{tmp_path / 'data'} is not a packed dataset on this machine" in done.stdout
 
@@ -203,11 +203,18 @@ def test_dry_run_of_a_run_that_training_refuses_ends_as_a_user_error(
         monkeypatch.setenv(name, value)
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "manifest.json").touch()
-    for codes, expected in ((0, 0), nullcontext()), ((2, 0), pytest.raises(SystemExit, match="^2$")):
-        answers = iter(codes)
-        monkeypatch.setattr(subprocess, "run", lambda *_, a=answers, **__: subprocess.CompletedProcess([], next(a)))
+    lines, codes = [], [0, 0, 2, 0, 0, 2]  # of training's dry run and of the planner, each time
+
+    def answer(line: list[str], **_: object) -> subprocess.CompletedProcess:
+        lines.append(line)
+        return subprocess.CompletedProcess(line, codes.pop(0))
+
+    monkeypatch.setattr(subprocess, "run", answer)
+    ends = pytest.raises(SystemExit, match="^2$")
+    for options, expected in ([], nullcontext()), (["--no-simulate"], ends), ([], ends):
         with expected:
-            main(["train_3b_d4", "--dry-run"])
+            main(["train_3b_d4", "--dry-run", *options])
+    assert ["--simulate" in line for line in lines] == [False, True, False, False, False, True]
 
 
 def test_saved_submission_masks_secrets(user: dict[str, str], tmp_path: Path) -> None:

@@ -67,6 +67,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--after", metavar="JOB", help="start when these jobs (A:B) have ended well; never, if one fails")
     add("--array", metavar="A-B", help="shards of prepare_data: 0-7 for eight")
     add("--dry-run", action="store_true", help="show and check everything (sbatch --test-only), submit nothing")
+    add(
+        "--no-simulate",
+        action="store_true",
+        help="dry run: leave out the simulated step, which takes half a minute for 32B",
+    )
     add("--parsable", action="store_true", help="print the job's number alone")
     add(
         "--spares",
@@ -231,7 +236,7 @@ class Submission:
         return passed and answer.code == 0
 
     def _check_training(self) -> bool:
-        """Checks the layout, and data and base model if they exist; prints the planner's memory and time."""
+        """Checks the layout, and data and base model if they exist; shows the plan, and simulates a step."""
         print(f"# layout: {self.nodes} nodes x {self.cluster.gpus_per_node} = {self.processes} processes", flush=True)
         passed, settings = True, list(self.settings)
         if (Path(self.run.data.path) / "manifest.json").exists():
@@ -242,9 +247,10 @@ class Submission:
             state = "is not a packed dataset" if Path(self.run.data.path).exists() else "does not exist"
             print(f"{self.run.data.path} {state} on this machine: data, base model and tokenizer were not checked")
             settings = [setting for setting in settings if not setting.startswith("--data.path=")]
-        print("\n# memory and time, by the planner", flush=True)
+        simulate = [] if self.args.no_simulate else ["--simulate"]
+        print(f"\n# memory and time, by the planner{', and a simulated step' if simulate else ''}", flush=True)
         plan = [sys.executable, "-m", "sdlm_megatron.cli", "plan", self.script.preset, "--gpus", str(self.processes)]
-        done = subprocess.run([*plan, "--gpu", self.cluster.gpu, "--top", "0", *settings])
+        done = subprocess.run([*plan, "--gpu", self.cluster.gpu, "--top", "0", *simulate, *settings])
         return passed and done.returncode == 0
 
 
