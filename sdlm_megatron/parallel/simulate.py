@@ -30,6 +30,7 @@ from sdlm_megatron.config.schema import RunConfig
 from sdlm_megatron.diffusion.layout import pack_row
 from sdlm_megatron.diffusion.row import MicroBatch, make_micro_batch
 from sdlm_megatron.errors import ConfigError, UserError, run_cli
+from sdlm_megatron.model import label_loss
 from sdlm_megatron.parallel import compat, cpu
 
 if TYPE_CHECKING:
@@ -131,8 +132,8 @@ def _fake_job(rank: int, world: int) -> Iterator[None]:
     library = torch.library.Library("c10d", "IMPL")
     for name in ("allgather_into_tensor_coalesced_", "reduce_scatter_tensor_coalesced_", "allreduce_coalesced_"):
         library.impl(name, lambda *_, **__: FakeWork().boxed(), "Meta")
-    # objects travel as the numbers of a tensor, which fake tensors do not have
-    with patch.object(dist, "all_gather_object", same):
+    # objects travel as the numbers of a tensor, which fake tensors do not have; the head takes whole chunks, as on a GPU
+    with patch.object(dist, "all_gather_object", same), patch.object(label_loss, "CACHED_ROWS", sys.maxsize):
         yield
 
 
