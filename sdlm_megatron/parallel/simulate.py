@@ -132,7 +132,7 @@ def _fake_job(rank: int, world: int) -> Iterator[None]:
     library = torch.library.Library("c10d", "IMPL")
     for name in ("allgather_into_tensor_coalesced_", "reduce_scatter_tensor_coalesced_", "allreduce_coalesced_"):
         library.impl(name, lambda *_, **__: FakeWork().boxed(), "Meta")
-    # objects travel as the numbers of a tensor, which fake tensors do not have; the head takes whole chunks, as on a GPU
+    # objects travel as numbers, which fake tensors do not have; the head takes whole chunks, as on a GPU
     with patch.object(dist, "all_gather_object", same), patch.object(label_loss, "CACHED_ROWS", sys.maxsize):
         yield
 

@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             fix = f"a number from 0 to {args.gpus - 1}"
             raise ConfigError(f"there is no rank {wrong[0]} of {args.gpus}", "the command line, --rank", fix)
     own, problem = _preset_plan(planner, args.gpus)
-    if own and args.simulate:
+    if own and args.simulate and data:  # of the published mixture the number of steps is an estimate
         check_schedule(config, own.steps)
     best = planner.best(args.gpus) if args.top > 0 else []
     if not args.json:

@@ -60,7 +60,7 @@ def run_simulation(planner: Planner, plan: LayoutPlan, ranks: Sequence[int]) -> 
         "ranks": list(ranks),
         "row_length": row.length,
         "micro_batches": simulated_micro_batches(plan),
-        "steps": plan.steps,
+        "steps": max(plan.steps, config.schedule.warmup_steps + config.schedule.decay_steps + 1),
     }
     line = [sys.executable, "-m", "sdlm_megatron.parallel.simulate"]
     environment = {**os.environ, "SDLM_DEVICE": "cpu", "RANK": "0"}

@@ -2,9 +2,10 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
-from helpers import run_python
+from helpers import make_dataset, run_python
 
 from sdlm_megatron.errors import ConfigError
 from sdlm_megatron.planner import plan
@@ -20,15 +21,12 @@ SIMULATED: list[tuple[int, list[str], str, list[int]]] = [  # GPUs, settings; th
     (12, STAGES, "", [0, 4, 11]),
     (2, ["--model.head_dim=15"], "rank 0 .* RuntimeError: Attempting to broadcast a dimension of length 16", []),
 ]
+SIX = ["--model.num_attention_heads=6"]
 REFUSED = {
     "2 GPUs are fewer than tensor x pipeline = 4": ["--parallel.tensor=4"],
     "3 processes are not a multiple of tensor 2 x pipeline": ["--parallel.tensor=2", "--gpus=3"],
-    "num_attention_heads = 6 is not divisible": ["--model.num_attention_heads=6", "--parallel.tensor=4", "--gpus=4"],
-    "3 KV heads cannot be split": [
-        "--model.num_attention_heads=6",
-        "--model.num_query_groups=3",
-        "--parallel.tensor=2",
-    ],
+    "num_attention_heads = 6 is not divisible": [*SIX, "--parallel.tensor=4", "--gpus=4"],
+    "3 KV heads cannot be split": [*SIX, "--model.num_query_groups=3", "--parallel.tensor=2"],
     "model.num_layers = 3 is not divisible": ["--model.num_layers=3", "--parallel.pipeline=2"],
     "only one stage": ["--parallel.virtual_pipeline=2"],
     "sequence parallelism needs tensor": ["--parallel.sequence=true"],
@@ -36,12 +34,6 @@ REFUSED = {
     "needs distributed_optimizer": ["--parallel.overlap_param_gather=true", "--parallel.distributed_optimizer=false"],
     "a model chunk has 2 layers": ["--train.recompute=full", "--train.recompute_layers=3"],
     "FP8 needs multiples of 16": ["--fp8", "--train.precision=bf16", "--model.ffn_hidden_size=164"],
-    "5000 warm-up steps": [
-        "--train.steps=0",
-        "--train.epochs=1",
-        "--train.global_batch=10000000",
-        "--schedule.warmup_steps=5000",
-    ],
     "there is no rank 2 of 2": ["--rank=2"],
 }
 
@@ -62,3 +54,11 @@ def test_simulated_steps_show_fixed_memory_and_errors() -> None:
 def test_wrong_configuration_is_refused_before_the_simulation(reason: str) -> None:
     with pytest.raises(ConfigError, match=reason):
         plan.main(["tiny", "--gpus=2", "--train.steps=3", "--top=0", "--simulate", *REFUSED[reason]])
+
+
+def test_a_warm_up_longer_than_the_dataset_is_refused(tmp_path: Path) -> None:
+    """Without a dataset the steps of an epoch are not known, and the simulation accepts the warm-up."""
+    data = make_dataset(tmp_path / "data", rows=20)
+    length = ["--train.epochs=1", "--schedule.warmup_steps=9"]
+    with pytest.raises(ConfigError, match="9 warm-up steps and 0 decay steps do not fit into the 5 steps"):
+        plan.main(["tiny", "--gpus=2", f"--data={data}", "--top=0", "--simulate", *length])
