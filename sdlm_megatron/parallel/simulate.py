@@ -24,7 +24,12 @@ from unittest.mock import patch
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode, UnsupportedOperatorException
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    UnsupportedOperatorException,
+)
 
 from sdlm_megatron.config.schema import RunConfig
 from sdlm_megatron.diffusion.layout import pack_row
@@ -39,6 +44,8 @@ if TYPE_CHECKING:
 SECTIONS = ("model", "diffusion", "parallel", "optimizer", "schedule", "train")
 """Sections of a run that the engine reads."""
 _DOCUMENTS, _LONGEST = 2, 500
+_LIMITS = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException, ImportError)
+"""Errors of what fake tensors cannot do, such as a number that the host reads from one."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -106,7 +113,7 @@ def simulate(config: RunConfig, rank: int, request: dict[str, Any]) -> dict[str,
 def _refusal(rank: int, error: Exception) -> ConfigError:
     """The error of a rank, with the innermost line of this project or Megatron-Core."""
     text, fix = " ".join(str(error).split()) or "no message", "change the setting that the message is about"
-    if isinstance(error, (DynamicOutputShapeException, UnsupportedOperatorException, ImportError)):
+    if isinstance(error, _LIMITS):
         fix = "the simulation itself cannot do this: leave it out, and report it as a fault of this program"
     frames = traceback.extract_tb(error.__traceback__)
     ours = [f for f in frames if "/sdlm_megatron/" in f.filename or "/megatron/" in f.filename]

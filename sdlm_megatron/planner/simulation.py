@@ -63,7 +63,7 @@ def run_simulation(planner: Planner, plan: LayoutPlan, ranks: Sequence[int]) -> 
         "steps": max(plan.steps, config.schedule.warmup_steps + config.schedule.decay_steps + 1),
     }
     line = [sys.executable, "-m", "sdlm_megatron.parallel.simulate"]
-    environment = {**os.environ, "SDLM_DEVICE": "cpu", "RANK": "0"}
+    environment = {**os.environ, "SDLM_DEVICE": "cpu", "RANK": "0", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
     done = subprocess.run(line, input=json.dumps(request), stdout=subprocess.PIPE, text=True, env=environment)
     if done.returncode:
         raise SystemExit(done.returncode)
