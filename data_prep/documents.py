@@ -15,7 +15,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -288,16 +288,17 @@ def _digests(batch: RenderedBatch) -> np.ndarray:
     return np.frombuffer(digests, dtype=">u8").reshape(-1, 2)
 
 
+def _map_file(work: Path, unit: int, kind: str) -> np.ndarray:
+    file = unit_file(work, unit, kind)
+    return np.asarray(np.memmap(file, np.int32, "r")) if file.stat().st_size else np.empty(0, np.int32)
+
+
 class DocumentStore:
     """Memory-mapped random access to tokens and anchors of the documents of all units, which must be complete."""
 
     def __init__(self, work: Path) -> None:
-        self._work = work
-        self._map = lru_cache(maxsize=most_open(256, 4))(self._open)
-
-    def _open(self, unit: int, kind: str) -> np.ndarray:
-        file = unit_file(self._work, unit, kind)
-        return np.asarray(np.memmap(file, np.int32, "r")) if file.stat().st_size else np.empty(0, np.int32)
+        # without self: in a reference cycle the files would stay open until the garbage collector runs
+        self._map = lru_cache(maxsize=most_open(256, 4))(partial(_map_file, work))
 
     def read(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Reads documents by their index records (planning.INDEX).

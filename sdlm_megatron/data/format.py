@@ -18,7 +18,7 @@ import os
 import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -256,7 +256,9 @@ class PackedDataset:
         for epoch in range(self.epochs):
             for part in range(len(self.part_rows(epoch))):
                 self._check_sizes(epoch, part)
-        self._part = lru_cache(maxsize=most_open(_OPEN_PARTS, 16))(self._open)
+        # without self: in a reference cycle the files would stay open until the garbage collector runs
+        reader = partial(PartReader, self.path, manifest=self.manifest)
+        self._part = lru_cache(maxsize=most_open(_OPEN_PARTS, 16))(reader)
 
     def rows(self, epoch: int) -> int:
         """Rows of an epoch. Epochs beyond the prepared ones reuse the prepared ones in turn."""
@@ -275,9 +277,6 @@ class PackedDataset:
             where = f"{self.path}, epoch {epoch}, row {row}"
             raise DataError(f"the row has {layout.used} tokens, the limit is {self.row_length}", where, REBUILD)
         return tokens, layout
-
-    def _open(self, epoch: int, part: int) -> PartReader:
-        return PartReader(self.path, epoch, part, self.manifest)
 
     def _check_sizes(self, epoch: int, part: int) -> None:
         """Compares file sizes with the manifest, so that a truncated copy fails at start and not hours later."""
