@@ -12,7 +12,7 @@ from multiprocessing.connection import wait as wait_for
 from threading import Thread
 from typing import Any, TypeVar
 
-from sdlm_megatron.errors import DataError
+from sdlm_megatron.errors import INTERRUPTED, DataError
 
 Task = TypeVar("Task")
 Worker = Callable[[Any], Any]
@@ -83,7 +83,7 @@ def ending_on_interrupt(message: str) -> Iterator[None]:
 
     def end(*_: object) -> None:
         os.write(2, f"\n{message}\n".encode())
-        os._exit(1)  # workers end with it
+        os._exit(INTERRUPTED)  # workers end with it
 
     def interrupt(*_: object) -> None:
         signal.signal(signal.SIGINT, end)
@@ -96,7 +96,8 @@ def ending_on_interrupt(message: str) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         before = signal.SIG_IGN  # nothing but Python's own end is left
-        raise SystemExit(message) from None
+        os.write(2, f"{message}\n".encode())
+        raise SystemExit(INTERRUPTED) from None
     finally:
         signal.signal(signal.SIGINT, before)
 

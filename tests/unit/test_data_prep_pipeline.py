@@ -26,7 +26,7 @@ from data_prep.build_config import BuildConfig, SourceConfig
 from data_prep.encoders import FastTokenizer
 from data_prep.readers import plan_units
 from sdlm_megatron.data.format import PackedDataset
-from sdlm_megatron.errors import ConfigError, DataError
+from sdlm_megatron.errors import INTERRUPTED, ConfigError, DataError
 from tests.byte_tokenizer import write_folder
 
 QUIET = Console(quiet=True)
@@ -239,6 +239,7 @@ def test_interrupts_end_a_build_at_once(tmp_path: Path, times: int, stuck: str) 
         os.killpg(process.pid, signal.SIGINT)
         time.sleep(0.05)
     assert process.communicate(timeout=30)[1].strip() == "interrupted"
+    assert process.returncode == INTERRUPTED  # as a shell names the end by SIGINT, and as the other commands
     assert time.monotonic() - begin < 5  # 0.2 s on an idle machine
     for file in tmp_path.glob("*.pid"):
         with pytest.raises(ProcessLookupError):
