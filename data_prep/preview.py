@@ -123,4 +123,5 @@ def _roles(sample: SourceSample) -> str:
     notes = {"system": f" ({added:,} added by system_prompt)"} if added else {}
     notes |= {role: f" ({n:,} trained)" for role, n in trained.items() if n}
     roles = ", ".join(f"{role} {n:,}{notes.get(role, '')}" for role, n in turns.items()) or "none"
-    return f"source {sample.source.name!r}, {rows:,} rows from the start of {sample.files:,} file(s): turns: {roles}"
+    files = f"{sample.files:,} file{'s' * (sample.files != 1)}"
+    return f"source {sample.source.name!r}, {rows:,} rows from the start of {files}: turns: {roles}"

@@ -105,7 +105,7 @@ def warn_of_lost_code(folder: Path) -> None:
     has_class, has_settings = SDLM_CLASS in str(config.get("auto_map")), "sdlm_alg" in config | generation
     needed = ["modeling_sdlm.py"] * has_class + ["custom_generate"] * has_settings
     if lost := " and ".join(name for name in needed if not (folder / name).exists()):
-        text = "%s lacks %s: transformers would decode it one token a pass; `sdlm export --repair FOLDER` restores it"
+        text = "%s lacks %s: transformers would decode it one token per pass; `sdlm export --repair FOLDER` restores it"
         logging.getLogger(__name__).warning(text, neutral(str(folder), one_line=True), lost)
 
 

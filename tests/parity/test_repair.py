@@ -36,7 +36,7 @@ def test_saved_again_and_repaired_folder_decodes_as_before(
     assert not (folder / "custom_generate").exists()
     open_any(folder)
     load(folder, dtype=None, device="cpu")
-    text = "custom_generate: transformers would decode it one token a pass; `sdlm export --repair FOLDER`"
+    text = "custom_generate: transformers would decode it one token per pass; `sdlm export --repair FOLDER`"
     assert caplog.text.count(text) == 2
     caplog.clear()
     weights = (folder / "model.safetensors").read_bytes()

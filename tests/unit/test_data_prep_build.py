@@ -394,7 +394,7 @@ def test_samples_are_of_all_files_and_say_what_the_build_says(config: BuildConfi
     out = StringIO()
     dry_run(config, Console(file=out, width=400), examples=True)
     text = out.getvalue()
-    assert "source 'many', 5 rows from the start of 3 file(s)" in text
+    assert "source 'many', 5 rows from the start of 3 files" in text
     assert f"\n{folder / 'a.jsonl'}, line 1\n" in text and f"\n{folder / 'a.jsonl'}, line 2\n" not in text
     assert "eval.jsonl: 1 of 5 sampled rows share words with it; a build would drop such rows" in text
     assert "a dry run does not look for duplicates and" in text
@@ -591,7 +591,7 @@ def test_examples_mark_what_is_trained(
     answer += f"<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n[[{'answer ' * 3}<|im_end|>]]\n"
     assert answer in out
     roles = "turns: system 18 (18 added by system_prompt), user 21, assistant 20 (19 trained)"
-    assert f"source 'mixed', 22 rows from the start of 1 file(s): {roles}" in out
+    assert f"source 'mixed', 22 rows from the start of 1 file: {roles}" in out
     assert f"1 rejected: a row must be an object, not int (first: {source.path}, line 22)" in out
     assert PackedDataset(config.out).rows(0) > 0
 
