@@ -109,7 +109,7 @@ def gather(local: Any, device: torch.device, group: dist.ProcessGroup | None = N
         device: device that the group's backend communicates from.
 
     Raises:
-        ConfigError: a process sent more than MOST_BYTES, or something that is no JSON.
+        ConfigError: a process sent more than MOST_BYTES, or something that is not JSON or of another type.
     """
     data, sizes = _sized(local, device, group)
     received = [torch.empty_like(data) for _ in sizes]
@@ -143,14 +143,19 @@ def _sized(local: Any, device: torch.device, group: dist.ProcessGroup | None) ->
 
 
 def _decoded(received: Sequence[torch.Tensor], sizes: Sequence[int]) -> list[Any]:
-    values = []
+    values: list[Any] = []
+    first = None
     for number, (data, size) in enumerate(zip(received, sizes, strict=False)):
         try:
-            values.append(json.loads(data[:size].cpu().numpy().tobytes()))
+            value = json.loads(data[:size].cpu().numpy().tobytes())
+            if value is not None and not isinstance(value, first or type(value)):
+                raise ValueError(f"{type(value).__name__}, where another sent {first.__name__ if first else ''}")
         except (ValueError, RecursionError) as error:
             raise ConfigError(
-                f"process {number} sent something that is not JSON: {error}",
+                f"process {number} sent something that cannot be read: {error}",
                 "the exchange between the processes",
                 "all processes must run the same version of this program, and no stranger may reach MASTER_PORT",
             ) from None
+        first = first or (None if value is None else type(value))
+        values.append(value)
     return values

@@ -1,5 +1,6 @@
 """Exchange between processes: a stranger as rank 1, tokens that differ, the interface that rank 0 listens on."""
 
+import json
 import os
 import socket
 import subprocess
@@ -7,7 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import ENV
+
+from sdlm_megatron.errors import ConfigError
+from sdlm_megatron.parallel import exchange
 
 pytestmark = pytest.mark.distributed
 
@@ -65,7 +70,7 @@ def test_a_pickle_of_another_rank_runs_nothing(tmp_path: Path, exchange: str) ->
     stranger.communicate()
     assert not proof.exists()
     assert victim.returncode
-    assert ("is not JSON" if exchange is OURS else "posix.system: only plain values are read") in errors
+    assert ("cannot be read" if exchange is OURS else "posix.system: only plain values are read") in errors
 
 
 def test_processes_of_one_token_exchange_values() -> None:
@@ -106,3 +111,11 @@ for host in ("127.0.0.1", "127.0.0.2"):
         child = start(program, 0, free_port(), WORLD_SIZE="1", MASTER_ADDR=address)
         out, errors = child.communicate(timeout=60)
         assert out.split() == ["open", "127.0.0.1", other, "127.0.0.2"], errors
+
+
+@pytest.mark.parametrize("values", [['{"a": 1}', "[1]"], ["null", "[]", "3"], ["1", '"text"']])
+def test_values_of_two_types_are_an_error(values: list[str]) -> None:
+    sent = [torch.frombuffer(bytearray(value.encode()), dtype=torch.uint8) for value in values]
+    with pytest.raises(ConfigError, match=f"process {len(values) - 1} sent something that cannot be read: .*, where"):
+        exchange._decoded(sent, [len(value) for value in values])
+    assert exchange._decoded(sent[:1] * 2, [len(values[0])] * 2) == [json.loads(values[0])] * 2
