@@ -105,7 +105,9 @@ class OptimizerConfig:
     eps: float = 1e-8
     """Term added to the denominator of the update."""
     weight_decay: float = 0.01
-    """Decoupled weight decay; biases and norms are exempt."""
+    """Decoupled weight decay."""
+    decay_norms_and_biases: bool = False
+    """Apply it to norms and biases too, as the reference does: one flat list of parameters."""
     clip_grad: float = 1.0
     """Maximum global gradient norm. 0: no clipping."""
 

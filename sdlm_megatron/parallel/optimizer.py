@@ -66,7 +66,7 @@ def _align_param_gather(parallel: ParallelConfig) -> bool:
 def build_optimizer(
     models: Sequence[DistributedDataParallel], config: OptimizerConfig, parallel: ParallelConfig
 ) -> MegatronOptimizer:
-    """AdamW with fp32 master weights; biases and norms have no weight decay."""
+    """AdamW with fp32 master weights."""
     mcore = McoreOptimizerConfig(
         optimizer="adam",
         lr=config.lr,
@@ -81,7 +81,9 @@ def build_optimizer(
         use_distributed_optimizer=parallel.distributed_optimizer,
         overlap_param_gather=parallel.overlap_param_gather,
     )
-    optimizer = get_megatron_optimizer(mcore, list(models), use_gloo_process_groups=False)
+    # by default (None), Megatron-Core exempts norms and biases from weight decay
+    exemptions: dict[Any, Any] | None = {} if config.decay_norms_and_biases else None
+    optimizer = get_megatron_optimizer(mcore, list(models), config_overrides=exemptions, use_gloo_process_groups=False)
     for part in _parts(optimizer):
         # Without Apex and TransformerEngine, Megatron-Core uses torch's Adam in its default multi-pass form. The fused
         # kernel makes one pass over the parameters: 110 ms instead of 571 ms for 53 M parameters on one core.
