@@ -10,6 +10,9 @@ writes their keys and values, and beside them
 - self_speculative: the last kept token, n-1 drafts, and a window behind each of these n tokens. Slot 0 of window j
   predicts the token after draft j. Drafts that agree with these predictions are kept, and the window behind the last
   kept token supplies the next drafts. The output is what slot 0 alone would produce token by token;
+- lossless, for models trained with `causal_attn`: the same with clean tokens in place of slots 0, so n * n tokens per
+  pass. Their logits p are those of next-token decoding. Greedy, drafts that agree with them are kept; sampled, draft
+  and p are compared by speculative sampling (`decode_rules.accept_drafts`). The output is that of `ar`;
 - ar, or n = 1: no window, one causal step.
 
 Example, n = 3, prompt x[0..4], prob_conf:
@@ -25,7 +28,7 @@ torch and transformers. Shapes: B rows, P prompt tokens, T columns, W windows, n
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
 from typing import Any
@@ -33,14 +36,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .decode_rules import Warp, choose, confidence, confident_prefix, cut, uniforms, verified_prefix
+from .decode_rules import (
+    ACCEPT,
+    REDRAW,
+    Warp,
+    accept_drafts,
+    choose,
+    confidence,
+    confident_prefix,
+    cut,
+    drawn,
+    uniforms,
+    verified_prefix,
+    warped,
+)
 from .decode_step import Proposer, Step
-from .settings import MOST_BLOCK, MOST_DRAFTS
+from .settings import MOST_BLOCK, MOST_DRAFTS, lossless_fault
 
 FIXED_COLUMNS = 256
 """With `fixed_shape`, T is a multiple of this, so that prompts of similar lengths share compiled shapes."""
 
-ALGORITHMS = ("prob_conf", "entropy_conf", "self_speculative", "ar")
+SPECULATIVE = ("self_speculative", "lossless")
+ALGORITHMS = ("prob_conf", "entropy_conf", *SPECULATIVE, "ar")
 
 Stop = Callable[[Tensor], Tensor]
 """int64 (B, P + k) prompts as the caller gave them and k kept tokens of each row -> bool (B,): the row ends here."""
@@ -79,12 +96,12 @@ class _Settings:
 
     @property
     def speculates(self) -> bool:
-        return self.alg == "self_speculative" and self.window > 1
+        return self.alg in SPECULATIVE and self.window > 1
 
     @property
     def by_confidence(self) -> bool:
         # a window of one token is kept whatever its confidence
-        return self.alg != "self_speculative" and self.window > 1
+        return self.alg not in SPECULATIVE and self.window > 1
 
 
 @dataclass
@@ -103,12 +120,13 @@ class _Rows:
     """int64 (B,); see uniforms."""
     drafts: int = 0
     """Draft tokens behind the kept ones."""
+    draft_probs: Tensor | None = None
+    """float32 (B, n-1, V): what the drafts were drawn from, when lossless decoding samples."""
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "_Rows":
         """A copy with `change` applied to each tensor."""
-        tensors = (self.ids, self.length, self.budget, self.cached, self.seeds)
-        ids, length, budget, cached, seeds = (change(x) for x in tensors)
-        return _Rows(ids, length, budget, cached, seeds, self.drafts)
+        changed: dict[str, Any] = {name: change(x) for name, x in vars(self).items() if isinstance(x, Tensor)}
+        return replace(self, **changed)
 
 
 def _one_pass(
@@ -130,31 +148,51 @@ def _one_pass(
         anchors=anchors,
         window=settings.window,
         kept_rows=kept_rows,
+        clean_anchors=settings.alg == "lossless" and settings.window > 1,
     )
-    uniform = None if not settings.sample else uniforms(now.seeds, anchors[:, :, None] + 1 + ahead)
     logits = propose(step).float()
-    proposals = choose(logits, settings.warp, uniform)  # (B, W, n)
-    if now.drafts:
-        tokens = proposals[:, :, 0]
-        kept = verified_prefix(tokens, now.ids.gather(1, anchors))
-    else:
-        tokens, kept = proposals[:, 0], torch.ones_like(now.length)
-        if settings.by_confidence:
-            confidences = confidence(tokens, logits[:, 0], settings.alg)
-            kept = confident_prefix(confidences, settings.threshold, settings.product)
+    # of the tokens at the positions length, length + 1, …: slots 0 of all windows, or all slots of the only window
+    tokens, kept = _kept_tokens(settings, now, logits[:, :, 0] if now.drafts else logits[:, 0])
     ids = now.ids.scatter(1, now.length[:, None] + ahead, tokens)
     ends = torch.isin(tokens, settings.eos)
     kept, budget = cut(kept, ends, now.budget)
     length = now.length + kept
-    cached, drafts = now.length, 0
+    cached, drafts, draft_probs = now.length, 0, None
     if settings.speculates:
         window = (kept - 1).clamp(min=0) if now.drafts else torch.zeros_like(kept)
-        drafts_next = proposals[torch.arange(len(proposals), device=proposals.device), window, 1:]
-        ids = ids.scatter(1, length[:, None] + ahead[:-1], drafts_next)
+        behind = logits[torch.arange(len(logits), device=logits.device), window, 1:]  # (B, n-1, V)
+        tokens_next, draft_probs = _drafts(settings, behind, now.seeds, length[:, None] + ahead[:-1])
+        ids = ids.scatter(1, length[:, None] + ahead[:-1], tokens_next)
         cached, drafts = length - 1, settings.window - 1
     if not settings.use_cache:
         cached = torch.zeros_like(cached)
-    return _Rows(ids, length, budget, cached, now.seeds, drafts), torch.cat([tokens, kept[:, None], budget[:, None]], 1)
+    table = torch.cat([tokens, kept[:, None], budget[:, None]], 1)
+    return _Rows(ids, length, budget, cached, now.seeds, drafts, draft_probs), table
+
+
+def _kept_tokens(settings: _Settings, now: _Rows, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens int64 (B, n) from the logits (B, n, V) of their positions, and the number int64 (B,) that are kept."""
+    positions = now.length[:, None] + torch.arange(settings.window, device=logits.device)
+    if now.draft_probs is not None:
+        accept, redraw = (uniforms(now.seeds, positions, stream) for stream in (ACCEPT, REDRAW))
+        drafts = now.ids.gather(1, positions[:, :-1])
+        return accept_drafts(warped(logits, settings.warp).softmax(-1), now.draft_probs, drafts, accept, redraw)
+    tokens = choose(logits, settings.warp, uniforms(now.seeds, positions) if settings.sample else None)
+    if now.drafts:
+        return tokens, verified_prefix(tokens, now.ids.gather(1, positions - 1))
+    if settings.by_confidence:
+        confidences = confidence(tokens, logits, settings.alg)
+        return tokens, confident_prefix(confidences, settings.threshold, settings.product)
+    return tokens, torch.ones_like(now.length)
+
+
+def _drafts(settings: _Settings, logits: Tensor, seeds: Tensor, positions: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Drafts int64 (B, n-1) from logits (B, n-1, V), and their distributions where they are accepted by these."""
+    uniform = uniforms(seeds, positions) if settings.sample else None
+    if uniform is None or settings.alg != "lossless":
+        return choose(logits, settings.warp, uniform), None
+    probs = warped(logits, settings.warp).softmax(-1)
+    return drawn(probs, uniform), probs
 
 
 def _columns(needed: int, fixed: bool) -> int:
@@ -185,7 +223,9 @@ def _start(
     return rows, lengths
 
 
-def _check(input_ids: Tensor, attention_mask: Tensor | None, settings: _Settings, max_new_tokens: int) -> None:
+def _check(
+    input_ids: Tensor, attention_mask: Tensor | None, settings: _Settings, max_new_tokens: int, trained: dict[str, bool]
+) -> None:
     if input_ids.dim() != 2 or not input_ids.numel():
         raise ValueError(f"input_ids must be (rows, tokens) with at least one token, got {tuple(input_ids.shape)}")
     if attention_mask is not None and attention_mask.shape != input_ids.shape:
@@ -194,6 +234,8 @@ def _check(input_ids: Tensor, attention_mask: Tensor | None, settings: _Settings
         )
     if settings.alg not in ALGORITHMS:
         raise ValueError(f"alg must be one of {', '.join(ALGORITHMS)}, got {settings.alg!r}")
+    if settings.alg == "lossless" and (fault := lossless_fault(**trained)):
+        raise ValueError(f"alg 'lossless' {fault}")
     most = MOST_DRAFTS if settings.speculates else MOST_BLOCK
     if not 1 <= settings.window <= most or max_new_tokens < 1:
         what = f"window must be from 1 to {most}, max_new_tokens at least 1"
@@ -234,7 +276,7 @@ def decode(
         mask_token_id: token of the slots 1..n-1.
         window: n, tokens proposed per pass; may differ from the block size D of training.
         max_new_tokens, alg: limit per row; one of ALGORITHMS, "ar" is window = 1.
-        threshold: tau; slots with a confidence above it are kept, slot 0 always. Unused by self_speculative.
+        threshold: tau; slots with a confidence above it are kept, slot 0 always. Unused by SPECULATIVE algorithms.
         product: compare the product of a prefix's confidences with the threshold instead of each confidence.
         eos_token_ids: tokens that end a row.
         attention_mask: (B, P), 0 at padding.
@@ -251,15 +293,15 @@ def decode(
         on_tokens: called with (row, kept tokens) after each pass.
 
     Raises:
-        ValueError: a setting out of range, wrong shapes, an empty prompt, or a model without dense attention masks.
+        ValueError: a setting out of range or unfit for the model, wrong shapes, an empty prompt, no dense masks.
     """
     eos = torch.tensor(list(eos_token_ids), dtype=torch.long, device=input_ids.device)
     n, sample = 1 if alg == "ar" else window, warp is not None if sample is None else sample
     settings = _Settings(alg, n, threshold, product, mask_token_id, eos, warp, sample, use_cache)
-    _check(input_ids, attention_mask, settings, max_new_tokens)
+    trained = {"causal_attn": causal_attn, "target_shift": target_shift}
+    _check(input_ids, attention_mask, settings, max_new_tokens, trained)
     columns = _columns(input_ids.shape[1] + max_new_tokens + 2 * n, bool(fixed_shape))
     now, lengths = _start(input_ids, attention_mask, columns, max_new_tokens, seed if sample else 0)
-    trained = {"causal_attn": causal_attn, "target_shift": target_shift}
     propose, prefilled = _proposer(model, now, settings, max(lengths), trained, bool(fixed_shape))
     rule = stop and _StopRule(stop, input_ids, pad_token_id)
     return _Loop(propose, settings, lengths, fixed_shape, rule, on_tokens).run(now, prefilled)

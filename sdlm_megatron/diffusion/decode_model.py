@@ -10,6 +10,8 @@ Example, n = 3, a row of 5 tokens of which 3 are cached; the pass feeds x[3], x[
     position       3     4  |   4    5    6
     cache column   3     4  |   5    6    7     the window sees columns 0..3 (not 4: slot 0 stands for x[4]) and 5..7
 
+With `clean_anchors` (lossless) slot 0 is not fed again: the window is [M M] at the columns 5, 6 and sees column 4 too.
+
 The exporter copies this file into the model folder unchanged. Shapes: B rows, C new clean tokens (of the longest
 row; shorter rows are filled on the left), W windows of n slots, K cache columns in use, V vocabulary.
 """
@@ -122,7 +124,8 @@ class TransformersProposer:
         if step.kept_rows is not None:
             self.cache.keep_rows(step.kept_rows)
         windows = step.anchors.shape[1] if step.window > 1 else 0
-        used = step.longest + windows * step.window
+        size = step.window - step.clean_anchors  # tokens of a window
+        used = step.longest + windows * size
         if not self.cache.fixed:
             self.cache.reserve(used)
         self.cache.used = self.cache.capacity if self.cache.fixed else used
@@ -131,10 +134,10 @@ class TransformersProposer:
         ids, columns = step.ids.gather(1, positions), torch.where(real, positions, self.cache.capacity - 1)
         visible = _up_to(positions, self.cache.used)
         if windows:
-            slots = torch.arange(windows * step.window, device=chunk.device).view(windows, -1)
-            place = step.end[:, None, None] + slots  # columns (B, W, n)
+            slots = torch.arange(windows * size, device=chunk.device).view(windows, -1)
+            place = step.end[:, None, None] + slots  # columns (B, W, tokens of a window)
             tokens, starts = torch.full_like(place, self.mask_token_id), step.anchors
-            if self.target_shift:
+            if self.target_shift and not step.clean_anchors:
                 tokens[:, :, 0] = step.ids.gather(1, step.anchors)
             else:
                 starts = starts + 1
@@ -150,8 +153,11 @@ class TransformersProposer:
             attention_mask=additive_mask(visible, self.model.dtype),
             past_key_values=self.cache,
             use_cache=True,
-            logits_to_keep=max(1, windows * step.window),
+            logits_to_keep=max(1, windows * step.window),  # n per window, its clean anchor included
         ).logits
+        if step.clean_anchors:  # the anchors are the last clean tokens, the windows follow them
+            anchors, masks = logits.split([windows, windows * size], 1)
+            return torch.cat([anchors[:, :, None], masks.unflatten(1, (windows, size))], 2)
         return logits.view(len(logits), max(1, windows), -1, logits.shape[-1])
 
 

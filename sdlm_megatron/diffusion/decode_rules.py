@@ -32,14 +32,27 @@ def choose(logits: Tensor, warp: Warp | None, uniform: Tensor | None) -> Tensor:
         uniform: None: the most likely token. Otherwise float32 (…) in [0, 1): a token is drawn from the softmax by
             inversion, the first one whose cumulative probability exceeds `uniform`.
     """
-    if warp is not None:
-        logits = warp(logits.flatten(0, -2)).view(logits.shape)
     if uniform is None:
-        return logits.argmax(-1)
-    cumulative = logits.softmax(-1).cumsum(-1)
+        return warped(logits, warp).argmax(-1)
+    return drawn(warped(logits, warp).softmax(-1), uniform)
+
+
+def warped(logits: Tensor, warp: Warp | None) -> Tensor:
+    """Logits (…, V) after `warp`, if there is one."""
+    return logits if warp is None else warp(logits.flatten(0, -2)).view(logits.shape)
+
+
+def drawn(weights: Tensor, uniform: Tensor) -> Tensor:
+    """Tokens int64 (…), drawn by inversion.
+
+    Args:
+        weights: float32 (…, V), proportional to the probabilities.
+        uniform: float32 (…) in [0, 1).
+    """
+    cumulative = weights.cumsum(-1)
     # the total differs from 1 by rounding; scaled by it, a token of probability 0 can never be drawn
     tokens = torch.searchsorted(cumulative, (uniform * cumulative[..., -1])[..., None], right=True)[..., 0]
-    return tokens.clamp(max=logits.shape[-1] - 1)
+    return tokens.clamp(max=weights.shape[-1] - 1)
 
 
 def confidence(tokens: Tensor, logits: Tensor, alg: str) -> Tensor:
@@ -83,6 +96,32 @@ def verified_prefix(tokens: Tensor, drafts: Tensor) -> Tensor:
     return 1 + (tokens[:, :-1] == drafts[:, 1:]).long().cumprod(-1).sum(-1)
 
 
+def accept_drafts(p: Tensor, q: Tensor, drafts: Tensor, accept: Tensor, redraw: Tensor) -> tuple[Tensor, Tensor]:
+    """Speculative sampling (Leviathan et al., arXiv 2211.17192): tokens that are distributed as p whatever q is.
+
+    Draft j with the probabilities p and q is kept with the probability min(1, p / q). The first draft that is not kept
+    is drawn again from max(0, p - q); behind the last draft a token is drawn from p. Of all rules that follow p, this
+    one keeps a draft most often: with the probability Σ min(p, q).
+
+    Args:
+        p: float32 (B, n, V), distribution j of the token after drafts 0..j-1.
+        q: float32 (B, n-1, V), the distribution that draft j was drawn from.
+        drafts: int64 (B, n-1).
+        accept, redraw: float32 (B, n) in [0, 1), random numbers, independent of each other and of the drafts.
+
+    Returns:
+        Tokens int64 (B, n), of which the first `kept` int64 (B,), at least 1, are valid.
+    """
+    here = drafts[..., None]
+    agrees = accept[:, :-1] * q.gather(-1, here)[..., 0] < p[:, :-1].gather(-1, here)[..., 0]
+    rest = (p[:, :-1] - q).clamp(min=0)
+    # where p equals q up to rounding nothing may be left to draw from; then p itself is as good
+    rest = torch.where(rest.sum(-1, keepdim=True) > 0, rest, p[:, :-1])
+    again = drawn(torch.cat([rest, p[:, -1:]], 1), redraw)
+    tokens = torch.cat([torch.where(agrees, drafts, again[:, :-1]), again[:, -1:]], 1)
+    return tokens, 1 + agrees.long().cumprod(-1).sum(-1)
+
+
 def cut(kept: Tensor, ends: Tensor, budget: Tensor) -> tuple[Tensor, Tensor]:
     """Limits the kept prefix to the first token that ends its row, and to the row's budget.
 
@@ -101,7 +140,11 @@ def cut(kept: Tensor, ends: Tensor, budget: Tensor) -> tuple[Tensor, Tensor]:
     return kept, torch.where(ended, 0, budget - kept)
 
 
-def uniforms(seeds: Tensor, positions: Tensor) -> Tensor:
+DRAW, ACCEPT, REDRAW = range(3)
+"""Streams of random numbers: a token is drawn or drafted; a draft is accepted; it is drawn again (`accept_drafts`)."""
+
+
+def uniforms(seeds: Tensor, positions: Tensor, stream: int = DRAW) -> Tensor:
     """Random numbers in [0, 1), float32 (B, …), a pure function of a row's seed and a token's position.
 
     A position has the same number in every pass. So drawing again after a rejected proposal adds no bias, drafts and
@@ -109,7 +152,8 @@ def uniforms(seeds: Tensor, positions: Tensor) -> Tensor:
 
     Args:
         seeds: int64 (B,).
-        positions: int64 (B, …).
+        positions: int64 (B, …), below 2**40.
+        stream: the streams are independent of each other.
     """
     seeds = seeds.view(-1, *[1] * (positions.dim() - 1))
-    return unit_interval(mix64(mix64(seeds) + positions))
+    return unit_interval(mix64(mix64(seeds) + positions + (stream << 40)))

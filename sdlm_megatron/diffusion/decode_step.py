@@ -17,7 +17,7 @@ class Step:
     ids: Tensor
     """int64 (B, T): tokens of each row, column = position; columns from `end` on are undefined."""
     end: Tensor
-    """int64 (B,): tokens of the row: prompt, kept tokens and, with self_speculative, drafts."""
+    """int64 (B,): tokens of the row: prompt, kept tokens and, with self_speculative and lossless, drafts."""
     cached: Tensor
     """int64 (B,): tokens of the row whose keys and values are already in the cache."""
     width: int
@@ -30,6 +30,10 @@ class Step:
     """n. With n = 1 there are no mask tokens: the proposal is the causal prediction of the last token (W = 1)."""
     kept_rows: Tensor | None
     """int64 (B,): indices of these rows in the batch of the previous pass; None: all rows are still there."""
+    clean_anchors: bool = False
+    """Slot 0 of a window is the clean token of its anchor, fed once, and the window holds only the n-1 mask tokens
+    behind it. The anchors are the last W tokens of each row. Only for models whose slot 0 sees what that token sees
+    (`causal_attn` with the target shift); a proposer may feed whole windows all the same."""
 
 
 class Proposer(Protocol):

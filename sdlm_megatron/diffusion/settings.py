@@ -27,6 +27,23 @@ class SettingError(ValueError):
         self.what, self.file, self.field = what, file, field
 
 
+LOSSLESS_UNTRAINED = (
+    "lossless follows the model's next-token distribution, which this model learned at the anchors of its blocks only "
+    "(config.json has no next_token_weight)"
+)
+
+
+def lossless_fault(causal_attn: bool, target_shift: bool) -> str | None:
+    """Why a model cannot be decoded with alg "lossless", and what to use instead; None if it can."""
+    if not causal_attn:
+        why = "causal_attn, and the slots of this one's blocks see each other both ways"
+    elif not target_shift:
+        why = "the target shift, and the blocks of this one have no slot for a clean token"
+    else:
+        return None
+    return f"needs a model trained with {why}: use self_speculative"
+
+
 @dataclass(frozen=True)
 class SDLMSettings:
     """Settings of the training that decoding depends on, and the default settings of decoding."""

@@ -45,14 +45,15 @@ def random_prompt(rng: np.random.Generator) -> list[int]:
 def random_options(rng: np.random.Generator) -> dict[str, Any]:
     """A random combination of all options."""
     sampled = rng.random() < 0.3
+    alg = ALGORITHMS[rng.integers(len(ALGORITHMS))]
     return {
-        "alg": ALGORITHMS[rng.integers(4)],
+        "alg": alg,
         "window": int(rng.integers(1, 8)),
         "threshold": float(rng.choice([0.0, 0.02, 0.3, 0.9])),
         "product": bool(rng.random() < 0.3),
         "max_new_tokens": int(rng.integers(1, 17)),
         "eos_token_ids": [o.EOS, *rng.integers(0, 256, 3).tolist()],
-        "causal_attn": bool(rng.random() < 0.3),
+        "causal_attn": bool(rng.random() < 0.3) or alg == "lossless",
         "mask_token_id": o.MASK,
         **({"warp": warp, "seed": int(rng.integers(-(2**40), 2**40))} if sampled else {}),
     }
@@ -154,7 +155,7 @@ def test_sampling_depends_on_the_seed_alone(models: dict[str, Any]) -> None:
 def test_sampling_from_one_token_is_greedy(models: dict[str, Any]) -> None:
     """Passes and accepted lengths too: confidence does not depend on the distribution that tokens are drawn from."""
     model, ids = models["trained_d4"], torch.tensor([o.prompt_ids(WORDS[0])])
-    options = {"mask_token_id": o.MASK, "window": 4, "max_new_tokens": 24}
+    options = {"mask_token_id": o.MASK, "window": 4, "max_new_tokens": 24, "causal_attn": True}
     for alg in ALGORITHMS:
         greedy = decode(model, ids, alg=alg, **options)
         assert decode(model, ids, alg=alg, warp=lambda x: TopKLogitsWarper(1)(None, x), **options) == greedy
@@ -189,7 +190,7 @@ def test_fixed_shape_compiles_one_graph(models: dict[str, Any]) -> None:
     """A whole pass is captured once as one graph: no graph break, no second shape, the same output."""
     model, prompts = models["trained_d4"], [o.prompt_ids(w) for w in WORDS[:3]]
     model.set_attn_implementation("sdpa")
-    for alg in ("prob_conf", "self_speculative"):
+    for alg in ("prob_conf", "self_speculative", "lossless"):
         torch.compiler.reset()
         graphs: list[Any] = []
 
@@ -201,6 +202,7 @@ def test_fixed_shape_compiles_one_graph(models: dict[str, Any]) -> None:
             return torch.compile(one_pass, backend=backend, fullgraph=True, dynamic=False)
 
         options = {"mask_token_id": o.MASK, "window": 4, "alg": alg, "max_new_tokens": 24, "eos_token_ids": [o.EOS]}
+        options |= {"causal_attn": True, "warp": warp, "seed": 1} if alg == "lossless" else {}
         expected = decode(model, **batch(prompts, [True] * 3), **options)
         assert decode(model, **batch(prompts, [True] * 3), **options, fixed_shape=capture) == expected
         assert expected.passes > 4
@@ -228,7 +230,13 @@ def test_cache_grows_and_finished_rows_are_removed(models: dict[str, Any], monke
 def test_host_reads_once_per_pass(models: dict[str, Any]) -> None:
     """The host reads only the table of each pass and the prompt lengths: no truth value, scalar or search."""
     model, prompts = models["trained_d4"], [o.prompt_ids(w) for w in WORDS[:3]]
-    options = {"mask_token_id": o.MASK, "window": 4, "max_new_tokens": 12, "eos_token_ids": [o.EOS]}
+    options = {
+        "mask_token_id": o.MASK,
+        "window": 4,
+        "max_new_tokens": 12,
+        "eos_token_ids": [o.EOS],
+        "causal_attn": True,
+    }
     waits = {"aten::item", "aten::_local_scalar_dense", "aten::is_nonzero", "aten::nonzero", "aten::equal"}
     for alg in ALGORITHMS:
         with torch.profiler.profile() as profile:

@@ -6,10 +6,14 @@ import torch
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from sdlm_megatron.diffusion.decode_rules import (
+    ACCEPT,
+    REDRAW,
+    accept_drafts,
     choose,
     confidence,
     confident_prefix,
     cut,
+    drawn,
     uniforms,
     verified_prefix,
 )
@@ -82,3 +86,29 @@ def test_draws_follow_the_distribution(warps: list) -> None:
     edge = torch.tensor([[0.0, 1 - 2**-24]])  # ends of the range: first and last possible token
     first, last = choose(logits.expand(1, 2, 9), warp, edge)[0].tolist()
     assert (first, last) == (expected.nonzero()[0].item(), expected.nonzero()[-1].item())
+
+
+def test_accepted_drafts_follow_p() -> None:
+    """Tokens follow p, drafts are kept with the probability Σ min(p, q), and drafts from p itself always."""
+    rows, size = 40_000, 6
+    p, q = torch.randn(2, 2, size, generator=torch.Generator().manual_seed(3)).mul(1.5).softmax(-1)
+    q[0, 2] = p[0, 4] = 0  # drafts that are never made, or never kept
+    p, q = p / p.sum(-1, keepdim=True), q[:1] / q[:1].sum(-1, keepdim=True)
+    seeds, positions = torch.arange(rows), torch.arange(2).expand(rows, 2)
+    accept, redraw = (uniforms(seeds, positions, stream) for stream in (ACCEPT, REDRAW))
+    drafts = drawn(q.expand(rows, 1, size), uniforms(seeds, positions[:, :1]))
+    tokens, kept = accept_drafts(p.expand(rows, 2, size), q.expand(rows, 1, size), drafts, accept, redraw)
+    noise = 4 * np.sqrt(0.25 / rows)
+    assert (torch.bincount(tokens[:, 0], minlength=size) / rows - p[0]).abs().max() < noise
+    assert (torch.bincount(tokens[kept == 2, 1], minlength=size) / (kept == 2).sum() - p[1]).abs().max() < 1.5 * noise
+    assert abs((kept == 2).float().mean() - torch.minimum(p[0], q[0]).sum()) < noise
+    same = p[:1].expand(rows, 1, size)
+    drafts = drawn(same, uniforms(seeds, positions[:, :1]))
+    assert accept_drafts(p.expand(rows, 2, size), same, drafts, accept, redraw)[1].eq(2).all()
+
+
+def test_streams_are_independent() -> None:
+    seeds, positions = torch.arange(300), torch.arange(300).expand(300, -1)
+    draw, accept, redraw = (uniforms(seeds, positions, s).double() - 0.5 for s in range(3))
+    for a, b in ((draw, accept), (draw, redraw), (accept, redraw)):
+        assert abs((a * b).mean() * 12) < 4 / np.sqrt(a.numel())
