@@ -60,6 +60,7 @@ def make_environment() -> NullEnvironment:
         "TRITON_LIBCUDA_PATH": str(library.parent),
         "TRITON_CACHE_DIR": str(home / "triton"),
         "TORCHINDUCTOR_CACHE_DIR": str(home / "inductor"),
+        "TORCHINDUCTOR_COMPILE_THREADS": "1",  # a pool of compilers would be waited for at the end
         "CUDA_DEVICE_MAX_CONNECTIONS": "1",
         "PYTHONPATH": os.pathsep.join(map(str, [REPO, *places[1:]])),
         LOADED: "1",

@@ -15,7 +15,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -172,36 +172,113 @@ def build(config: RunConfig, args: argparse.Namespace) -> tuple["Engine", list]:
 
 
 def measure_steps(engine: "Engine", rows: list, args: argparse.Namespace, device: NullDevice) -> dict[str, Any]:
-    """Warm-up and steps: the last one is a log step, the one before is measured."""
+    """Warm-up and steps: the last one is a log step, of the others after the first the quickest counts."""
     import torch
+    import torch.distributed as dist
 
     from sdlm_megatron.data.batch import Prefetch
 
-    facts: dict[str, Any] = {"waits": {}}
+    facts: dict[str, Any] = {"waits": {}, "cpu": float("inf")}
     load: Callable = lambda: [engine.prepare(row) for row in rows]  # noqa: E731
     with Prefetch([load] * args.steps, engine.groups.device) as data:
         queued = []
         for step in range(1, args.steps + 1):
-            batches = data.next_step()
+            batches, last = data.next_step(), step == args.steps
             if step == 1:
                 facts["warm_up"] = engine.warm_up(batches)
+            planted = exchanged(dist.all_reduce) if args.plant == "order" and last else dist.all_reduce
+            roof = open_roof() if args.roof and last else nullcontext()
             gc.collect()
             torch.cuda.reset_peak_memory_stats()
             device.reset()
-            loop, began, wall = loop_seconds(), time.process_time(), time.perf_counter()
-            with device.named_waits() as waits:
-                queued.append(engine.train_step(batches, step, measure=step == args.steps))
-            cpu, wall = time.process_time() - began, time.perf_counter() - wall
+            loop, began = loop_seconds(), time.process_time()
+            with device.named_waits() as waits, patch.object(dist, "all_reduce", planted), roof:
+                queued.append(engine.train_step(batches, step, measure=last))
+            cpu = time.process_time() - began
             facts["waits"] |= waits if step > 1 else {}
-            if 1 < step < args.steps and cpu < facts.get("cpu", float("inf")):
-                facts |= {"cpu": cpu, "wall": wall, "loop": min(loop, loop_seconds()), "launches": device.launches}
-                facts |= {"products": device.products, "copies": device.copies}
+            if last and args.roof:
+                facts["roof"] = roof.facts()
+            if 1 < step < args.steps and cpu < facts["cpu"]:
+                facts |= {"cpu": cpu, "loop": min(loop, loop_seconds()), "launches": device.launches}
+                facts |= {
+                    "products": device.products,
+                    "copies": device.copies,
+                    "peak": torch.cuda.max_memory_allocated(),
+                }
                 if args.kernels:
                     device.write_kernels(args.kernels)
-        stats = torch.cuda.memory_stats()
-        facts |= {"peak": stats["allocated_bytes.all.peak"], "reserved": stats["reserved_bytes.all.peak"]}
+        facts["reserved"] = torch.cuda.max_memory_reserved()
         engine.results(queued)
     return facts
+
+
+def open_roof() -> Any:
+    """The counter of traffic and FLOPs; it imports torch."""
+    from dev.nullgpu.roof import Roof
+
+    return Roof()
+
+
+def around_steps(engine: "Engine", rows: list) -> dict[str, Any]:
+    """What a run does between steps: the copy of a checkpoint to pinned memory, validation, a pass of samples."""
+    import torch
+
+    from sdlm_megatron.checkpoint import async_writer
+    from sdlm_megatron.diffusion.decode_step import Step
+    from sdlm_megatron.parallel.engine import EngineProposer
+
+    device, began = NullDevice(), time.perf_counter()
+    before = device.pinned
+    with patch.object(async_writer, "_lazy_group", lambda: None):  # gloo needs the other ranks
+        writer = async_writer.CheckpointWriter(engine, Path("."), engine.config.checkpoint)
+    needed = sum(part.nbytes for part in writer._copy())
+    copied = time.perf_counter()
+    # decoding itself needs numbers: this is one of its passes, over two prompts of 20 tokens
+    prompts, end = torch.zeros(2, 20, dtype=torch.long), torch.tensor([20, 20])
+    window = engine.config.diffusion.block_size
+    step = Step(prompts, end, torch.zeros_like(end), 20, 20, end[:, None] - 1, window, None)
+    with engine.inference():
+        engine.evaluate([rows])
+        validated = time.perf_counter()
+        EngineProposer(engine, mask_token_id=engine.shape.vocab_size - 1, row_length=TOKENS)(step)
+    return {
+        "checkpoint": {"bytes": needed, "pinned": device.pinned - before, "seconds": copied - began},
+        "validation": validated - copied,
+        "samples": time.perf_counter() - validated,
+    }
+
+
+# --- faults that the lab must detect
+
+
+def plant(kind: str, engine: "Engine", planned: float) -> None:
+    """Plants a fault into the engine: "sync", a value that the host reads; "memory", 5 % of the planned memory."""
+    import torch
+
+    def read_value(module: Any, arguments: tuple, out: Any) -> None:
+        (out[0] if isinstance(out, tuple) else out).flatten()[0].item()
+
+    if kind == "sync":
+        engine.modules[0].decoder.layers[0].register_forward_hook(read_value)
+    if kind == "memory":
+        _KEPT.append(torch.empty(int(0.05 * planned), dtype=torch.uint8, device=engine.groups.device))
+
+
+def exchanged(all_reduce: Callable) -> Callable:
+    """The function with two of its calls in the wrong order: one waits for the next one in another group."""
+    held: list = []
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        group = kwargs.get("group")
+        if not held and group is not None and group.size() > 1 and not kwargs.get("async_op"):
+            held.append((args, kwargs))
+            return None
+        result = all_reduce(*args, **kwargs)
+        if len(held) == 1 and held[0][1]["group"] is not group:
+            held.append(all_reduce(*held[0][0], **held[0][1]))
+        return result
+
+    return call
 
 
 def row_tokens(rows: list) -> RowTokens:
@@ -223,32 +300,44 @@ def build_parser() -> argparse.ArgumentParser:
     add("--micro-batches", type=int, default=6, help="micro-batches of a step")
     add("--steps", type=int, default=4, help="steps; the first warms up, the last is a log step")
     add("--kernels", type=Path, metavar="FILE", help="write the launches of each kernel in a step")
+    add("--roof", action="store_true", help="lower bound of the GPU's time by operator, of torch's operators only")
+    add("--around", action="store_true", help="also copy a checkpoint, validate and decode samples")
+    add("--dump", type=Path, metavar="FILE", help="write the dump of NCCL's flight recorder")
+    add("--plant", choices=("sync", "order", "memory"), help="plant a fault, to see that it is detected")
     return parser
+
+
+def run_rank(argv: Sequence[str]) -> dict[str, Any]:
+    """Builds the rank and measures it, in a process on the null GPU that has not used CUDA yet."""
+    import torch
+
+    config, args = parse_config(build_parser(), RunConfig, PRESETS, argv)
+    os.environ |= {"RANK": str(args.rank), "LOCAL_RANK": "0", "TORCH_FR_BUFFER_SIZE": "100000"}
+    started, device = time.perf_counter(), NullDevice()
+    engine, rows = build(config, args)
+    groups, kind = engine.groups, engine.layers.kind
+    facts = {"rank": args.rank, "stage": groups.pp_rank, "layers": kind, "attention": engine.attention.text}
+    layout = layout_of(config, args.world)
+    planned = stage_memory(config.model, layout, row_tokens(rows), args.micro_batches, groups.pp_rank)
+    facts |= {"planned": planned.total, "build": time.perf_counter() - started}
+    plant(args.plant, engine, planned.total)
+    facts |= measure_steps(engine, rows, args, device)
+    if args.around:
+        facts |= around_steps(engine, rows)
+    if args.dump:
+        recorder = torch._C._distributed_c10d
+        args.dump.write_bytes(recorder._dump_nccl_trace(includeStackTraces=False, onlyActive=False))
+    return facts | {"seconds": time.perf_counter() - started}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
     if not os.environ.get(LOADED):
         made = make_environment()
-        line = [str(made.python), "-m", "dev.nullgpu.rank", *(sys.argv[1:] if argv is None else argv)]
+        line = [str(made.python), "-m", "dev.nullgpu.rank", *arguments]
         os.execve(made.python, line, {**os.environ, **made.variables})
-    config, args = parse_config(build_parser(), RunConfig, PRESETS, argv)
-    os.environ |= {"RANK": str(args.rank), "LOCAL_RANK": "0"}
-    started, device = time.perf_counter(), NullDevice()
-    engine, rows = build(config, args)
-    groups = engine.groups
-    facts = {
-        "rank": args.rank,
-        "stage": groups.pp_rank,
-        "layers": engine.layers.kind,
-        "attention": engine.attention.text,
-    }
-    facts["build"] = time.perf_counter() - started
-    facts |= measure_steps(engine, rows, args, device)
-    layout = layout_of(config, args.world)
-    facts["planned"] = stage_memory(config.model, layout, row_tokens(rows), args.micro_batches, groups.pp_rank).total
-    print(json.dumps(facts))
-    sys.stdout.flush()
+    print(json.dumps(run_rank(arguments)), flush=True)
     os._exit(0)  # leaving the process groups would wait for the other ranks
 
 

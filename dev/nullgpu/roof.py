@@ -1,0 +1,85 @@
+"""Time of a step on a GPU by memory traffic and FLOPs of its operators: a lower bound, operator by operator.
+
+Seen are torch's operators. TransformerEngine's and Triton's kernels are not, and attention counts as nothing.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from sdlm_megatron.planner.assumptions import Assumptions, device_of
+
+_PRODUCTS = {"mm": 0, "bmm": 0, "addmm": 1, "addmm_": 1, "baddbmm": 1}
+"""Matrix products: place of their first factor among the arguments."""
+_FILLS = {"zero_", "zeros", "zeros_like", "new_zeros", "ones", "ones_like", "full", "full_like", "fill_", "arange"}
+_GATHERS = {"index", "index_select", "embedding", "gather"}
+_MOVES_NOTHING = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "resize_", "set_", "detach"}
+_TF32 = 0.068  # share of the bf16 peak that fp32 products reach without TF32
+
+
+class Roof(TorchDispatchMode):
+    """Seconds, bytes and FLOPs of the operators that run inside, by name and dtype."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        assumed = Assumptions()
+        device = device_of("h100", assumed)
+        self._bandwidth = device.bandwidth * assumed.memory_efficiency
+        self._flops, self._overhead = device.peak * assumed.gemm_efficiency, assumed.kernel_overhead_us * 1e-6
+        self.count: Counter[str] = Counter()
+        self.bytes: Counter[str] = Counter()
+        self.seconds: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        space, _, name = func._schema.name.partition("::")
+        before, after = (_on_gpu(tree_leaves(x)) for x in ((args, kwargs), out))
+        views = {x.untyped_storage()._cdata for x in before}
+        if space != "aten" or name in _MOVES_NOTHING or not (before or after) or "flash" in name:
+            return out
+        if after and not func._schema.is_mutable and all(x.untyped_storage()._cdata in views for x in after):
+            return out  # a view
+        moved, flops, peak = _bytes(name, before, after), 0.0, self._flops
+        if name in _PRODUCTS:
+            a, b = before[_PRODUCTS[name] : _PRODUCTS[name] + 2]
+            flops = 2.0 * a.numel() * b.shape[-1]
+            peak *= _TF32 if a.dtype is torch.float32 else 1
+        key = f"{name} {str((before or after)[0].dtype).removeprefix('torch.')}"
+        self.count[key] += 1
+        self.bytes[key] += moved
+        self.seconds[key] += max(moved / self._bandwidth, flops / peak, self._overhead)
+        return out
+
+    def facts(self, most: int = 12) -> dict[str, Any]:
+        """Total in seconds, number of operators, and the most expensive ones: seconds, number, bytes."""
+        top = {k: [s, self.count[k], self.bytes[k]] for k, s in self.seconds.most_common(most)}
+        return {"seconds": self.seconds.total(), "operators": self.count.total(), "most": top}
+
+
+def _on_gpu(values: Sequence[Any]) -> list[torch.Tensor]:
+    return [x for x in values if isinstance(x, torch.Tensor) and x.is_cuda]
+
+
+def _size(tensor: torch.Tensor) -> int:
+    """Bytes of a tensor; what is expanded counts once."""
+    elements = 1
+    for length, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        elements *= length if stride else 1
+    return elements * tensor.element_size()
+
+
+def _bytes(name: str, before: list[torch.Tensor], after: list[torch.Tensor]) -> int:
+    """Bytes that an operator reads and writes."""
+    if name in _FILLS:
+        return sum(map(_size, after or before[:1]))
+    if name in _GATHERS:
+        return 2 * sum(map(_size, after))
+    if name in ("index_put_", "index_put"):
+        return 2 * _size(before[-1])
+    if name == "copy_":
+        return sum(map(_size, before[:2]))
+    return sum(map(_size, before)) + sum(map(_size, after))
