@@ -5,6 +5,7 @@
 #                a laptop without a GPU does not need; the CPU build is a tenth of that:
 #                    make quickstart TORCH_INDEX=https://download.pytorch.org/whl/cpu
 # EXTRAS=…       extras of setup.py to install (default: test; on a GPU machine: test,gpu)
+# NULLGPU_ARGS=… arguments of the null-GPU lab, e.g. NULLGPU_ARGS=--quick; its other variables: CONTRIBUTING.md
 # PYTEST_ARGS=…  arguments of pytest, e.g. PYTEST_ARGS="-n 4 tests/unit"
 
 SHELL := /bin/sh
@@ -26,7 +27,7 @@ SUITABLE := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13 python; do \
 	if $$p -c '$(SUITABLE)' >/dev/null 2>&1; then echo $$p; break; fi; done)
 
-.PHONY: help venv docs wheel quickstart smoke test test-newest test-transformers drill evidence check lint format clean
+.PHONY: help venv docs wheel quickstart smoke test test-newest test-transformers drill nullgpu evidence check lint format clean
 
 help:  ## list the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -71,6 +72,9 @@ test-transformers: $(STAMP)  ## tests of decoding and the exported class, with t
 
 drill: $(STAMP)  ## fault drill on a real Slurm on this machine (needs root and Debian's packages), about 10 minutes
 	$(PY) tests/slurm/drill.py
+
+nullgpu: $(STAMP)  ## ranks of 16 to 232 GPUs under CUDA's host code without a GPU (CONTRIBUTING.md)
+	$(PY) -m dev.nullgpu $(NULLGPU_ARGS)
 
 evidence: $(STAMP)  ## train and measure the models of docs/evidence.md, about 6 hours on 2 cores with AMX; resumable
 	$(PY) -m dev.evidence.train_arms --out runs/evidence

@@ -21,7 +21,7 @@ from typing import Any
 from unittest.mock import patch
 
 from dev.nullgpu import cases
-from dev.nullgpu.cases import Case, all_cases
+from dev.nullgpu.cases import Case, all_cases, failures, table
 from dev.nullgpu.collective_order import problems, read_dump
 from dev.nullgpu.environment import LOADED, make_environment
 from dev.nullgpu.rank import run_rank
@@ -37,17 +37,16 @@ EXAMPLE = """
 python -m dev.nullgpu --quick
 python -m dev.nullgpu --only 3b_d4 --only 'rank 0'
 """
-Facts = dict[str, Any]
 
 
-def run_all(arguments: Sequence[Sequence[str]], processes: int) -> Iterator[Facts]:
-    """Facts of ranks in order, or their "error"; each in a process of its own."""
+def run_all(arguments: Sequence[Sequence[str]], processes: int) -> Iterator[dict[str, Any]]:
+    """dict[str, Any] of ranks in order, or their "error"; each in a process of its own."""
     context = multiprocessing.get_context("fork")
     with context.Pool(processes, maxtasksperchild=1) as pool:
         yield from pool.imap(_in_child, arguments, chunksize=1)
 
 
-def _in_child(arguments: Sequence[str]) -> Facts:
+def _in_child(arguments: Sequence[str]) -> dict[str, Any]:
     with tempfile.TemporaryFile() as log:  # notices of the libraries, from C++ too
         sys.stdout.flush()
         os.dup2(log.fileno(), 1)
@@ -60,49 +59,13 @@ def _in_child(arguments: Sequence[str]) -> Facts:
             return {"error": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()}
 
 
-def failures(case: Case, facts: Facts, limits: dict[str, Facts]) -> list[str]:
-    """What is wrong with a rank."""
-    if "error" in facts:
-        return [facts["error"], facts["trace"]]
-    wrong = [f"the host waits {n} times: {place}" for place, n in facts["waits"].items()]
-    if abs(ratio := facts["peak"] / facts["planned"] - 1) > cases.MEMORY:
-        wrong.append(f"peak memory {facts['peak'] / 1e9:.2f} GB is {ratio:+.1%} from {facts['planned'] / 1e9:.2f} GB")
-    if limit := limits.get(case.name):
-        if facts["launches"] > limit["launches"] * (1 + cases.LAUNCHES):
-            wrong.append(f"{facts['launches']:,} launches; {limit['launches']:,} are recorded")
-        if (loops := facts["cpu"] / facts["loop"]) > limit["loops"] * (1 + cases.HOST):
-            wrong.append(f"host time of {loops:.1f} loops; {limit['loops']:.1f} are recorded")
-    if pinned := facts.get("checkpoint"):
-        extra = pinned["pinned"] - pinned["bytes"]
-        if not 0 <= extra < 1e6:
-            wrong.append(f"a checkpoint of {pinned['bytes']:,} bytes takes {pinned['pinned']:,} of pinned memory")
-    return wrong
-
-
-def table(rows: Sequence[tuple[Case, Facts]]) -> str:
-    """Markdown table of the ranks."""
-    head = ("job", "rank", "stage", "peak GB", "planned", "waits", "launches", "of them products", "host s", "loops")
-    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
-    for case, facts in rows:
-        cells = [case.job, str(case.rank)]
-        if "error" in facts:
-            cells += [facts["error"].splitlines()[0][:60]] + [""] * 7
-        else:
-            peak, planned = facts["peak"], facts["planned"]
-            cells += [str(facts["stage"]), f"{peak / 1e9:.2f}", f"{planned / 1e9:.2f} ({peak / planned - 1:+.1%})"]
-            cells += [str(sum(facts["waits"].values())), f"{facts['launches']:,}", f"{facts['products']:,}"]
-            cells += [f"{facts['cpu']:.2f}", f"{facts['cpu'] / facts['loop']:.1f}"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
 def check_cases(args: argparse.Namespace) -> int:
     """Runs the cases; the number that fail."""
     chosen = [c for c in all_cases() if (c.quick or not args.quick) and all(x in c.name for x in args.only)]
     if args.without_te:
         chosen = [c for c in chosen if cases.MEGATRON in " ".join(c.arguments)]
     limits = json.loads(cases.LIMITS.read_text(encoding="utf-8")) if cases.LIMITS.exists() else {}
-    rows: list[tuple[Case, Facts]] = []
+    rows: list[tuple[Case, dict[str, Any]]] = []
     failed = 0
     for case, facts in zip(chosen, run_all([c.arguments for c in chosen], args.processes), strict=True):
         rows.append((case, facts))
@@ -132,10 +95,9 @@ def check_order(args: argparse.Namespace, planted: int | None = None) -> list[st
             errors = [f"rank {i}: {facts['error']}" for i, facts in enumerate(results) if "error" in facts]
             calls = {} if errors else {rank: read_dump(file.read_bytes()) for rank, file in enumerate(files)}
         messages = sum(call.message for rank in calls.values() for call in rank) // 2
-        found = errors or problems(calls)
+        wrong += (now := errors or problems(calls))
         print(f"{kind} layers: {sum(map(len, calls.values())):,} calls of 16 ranks, {messages:,} messages: ", end="")
-        print("; ".join(found) or "same order, all paired, no deadlock", flush=True)
-        wrong += found
+        print("; ".join(now) or "same order, all paired, no deadlock", flush=True)
     return wrong
 
 

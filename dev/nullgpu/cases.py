@@ -1,9 +1,12 @@
 """Cases of the lab: which ranks of which jobs are run, and the limits that they are checked against."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+Facts = dict[str, Any]
+"""Measurements of a rank, from `rank.run_rank`."""
 LIMITS = Path(__file__).with_name("limits.json")
 """Recorded launches of a step, and its host time as a multiple of `rank.loop_seconds`, by case."""
 MEMORY, LAUNCHES, HOST = 0.02, 0.01, 0.5
@@ -82,3 +85,39 @@ ORDER = ("--config", LARGE, "--world", "16", "--micro-batches", "4", "--model.nu
 
 def all_cases() -> list[Case]:
     return [case for job in JOBS for case in job.cases()]
+
+
+def failures(case: Case, facts: Facts, limits: dict[str, Facts]) -> list[str]:
+    """Reasons why a rank fails."""
+    if "error" in facts:
+        return [facts["error"], facts["trace"]]
+    wrong = [f"the host waits {n} times: {place}" for place, n in facts["waits"].items()]
+    if abs(ratio := facts["peak"] / facts["planned"] - 1) > MEMORY:
+        wrong.append(f"peak memory {facts['peak'] / 1e9:.2f} GB is {ratio:+.1%} from {facts['planned'] / 1e9:.2f} GB")
+    if limit := limits.get(case.name):
+        if facts["launches"] > limit["launches"] * (1 + LAUNCHES):
+            wrong.append(f"{facts['launches']:,} launches; {limit['launches']:,} are recorded")
+        if (loops := facts["cpu"] / facts["loop"]) > limit["loops"] * (1 + HOST):
+            wrong.append(f"host time of {loops:.1f} loops; {limit['loops']:.1f} are recorded")
+    if pinned := facts.get("checkpoint"):
+        extra = pinned["pinned"] - pinned["bytes"]
+        if not 0 <= extra < 1e6:
+            wrong.append(f"a checkpoint of {pinned['bytes']:,} bytes takes {pinned['pinned']:,} of pinned memory")
+    return wrong
+
+
+def table(rows: Sequence[tuple[Case, Facts]]) -> str:
+    """Markdown table of the ranks."""
+    head = ("job", "rank", "stage", "peak GB", "planned", "waits", "launches", "of them products", "host s", "loops")
+    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    for case, facts in rows:
+        cells = [case.job, str(case.rank)]
+        if "error" in facts:
+            cells += [facts["error"].splitlines()[0][:60]] + [""] * 7
+        else:
+            peak, planned = facts["peak"], facts["planned"]
+            cells += [str(facts["stage"]), f"{peak / 1e9:.2f}", f"{planned / 1e9:.2f} ({peak / planned - 1:+.1%})"]
+            cells += [str(sum(facts["waits"].values())), f"{facts['launches']:,}", f"{facts['products']:,}"]
+            cells += [f"{facts['cpu']:.2f}", f"{facts['cpu'] / facts['loop']:.1f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)

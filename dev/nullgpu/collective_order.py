@@ -140,7 +140,7 @@ def _meets(calls: Calls, at: Mapping[int, int], rank: int, other: int) -> bool:
     """Whether the other rank is in the same call."""
     if at[other] == len(calls[other]):
         return False
-    mine, theirs = calls[rank][at[rank]], calls[other][at[other]]
-    if mine.message:
-        return rank == other or (theirs.message and mine.kind != theirs.kind and mine.ranks == theirs.ranks)
-    return (mine.kind, mine.group) == (theirs.kind, theirs.group)
+    own, theirs = calls[rank][at[rank]], calls[other][at[other]]
+    if own.message:
+        return rank == other or (theirs.message and own.kind != theirs.kind and own.ranks == theirs.ranks)
+    return (own.kind, own.group) == (theirs.kind, theirs.group)

@@ -6,16 +6,13 @@ Prints one line of JSON.
 """
 
 import argparse
-import ctypes
 import gc
 import json
 import os
 import sys
 import time
-import traceback
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,66 +27,15 @@ from sdlm_megatron.planner.memory import RowTokens, stage_memory
 from sdlm_megatron.planner.parallel_layout import layout_of
 
 if TYPE_CHECKING:
+    from dev.nullgpu.instruments import NullDevice
     from sdlm_megatron.parallel.engine import Engine
 
 TOKENS, REPEAT = 5632, 3
-LOOP = 1_000_000
-"""Rounds of the Python loop that host time is compared with."""
 _KEPT: list = []
 EXAMPLE = """
 python -m dev.nullgpu.rank --config sdlm_32b_d4 --world 232 --rank 0 --micro-batches 6
 python -m dev.nullgpu.rank --config sdlm_3b_d4 --world 16 --rank 15 --train.layers=megatron --roof
 """
-
-
-class NullDevice:
-    """Counters of the null GPU in this process (runtime.c)."""
-
-    def __init__(self) -> None:
-        library = ctypes.CDLL(None)
-        for name in ("launches", "products", "copies", "waits", "pinned"):
-            getattr(library, f"nullgpu_{name}").restype = ctypes.c_long
-        self._library = library
-        self._type = ctypes.CFUNCTYPE(None, ctypes.c_char_p)
-
-    def __getattr__(self, name: str) -> int:
-        return getattr(self._library, f"nullgpu_{name}")()
-
-    def reset(self) -> None:
-        self._library.nullgpu_reset()
-
-    def write_kernels(self, path: Path) -> None:
-        """Launches of each kernel since the last reset, one line each."""
-        self._library.nullgpu_write_kernels(str(path).encode())
-
-    @contextmanager
-    def named_waits(self) -> Iterator[Counter]:
-        """Counts the calls in which the host waits for the device, by call and the lines that made it."""
-        facts: Counter = Counter()
-
-        def note(call: bytes) -> None:
-            frames = [f for f in traceback.extract_stack()[:-1] if "/torch/" not in f.filename]
-            places = [f"{_short(f.filename)}:{f.lineno} {f.name}" for f in reversed(frames)]
-            facts[f"{call.decode()} in {' < '.join(places[:4])}"] += 1
-
-        hook = self._type(note)
-        self._library.nullgpu_set_wait_hook(hook)
-        try:
-            yield facts
-        finally:
-            self._library.nullgpu_set_wait_hook(None)
-
-
-def _short(file: str) -> str:
-    return file.partition("/site-packages/")[2] or os.path.relpath(file)
-
-
-def loop_seconds() -> float:
-    """CPU seconds of a loop of LOOP additions in Python, the unit of host time."""
-    started, total = time.process_time(), 0
-    for i in range(LOOP):
-        total += i
-    return time.process_time() - started
 
 
 def join(rank: int, world: int) -> None:
@@ -171,12 +117,14 @@ def build(config: RunConfig, args: argparse.Namespace) -> tuple["Engine", list]:
     return engine, pack_documents(documents, TOKENS, config.model, size)[: args.micro_batches]
 
 
-def measure_steps(engine: "Engine", rows: list, args: argparse.Namespace, device: NullDevice) -> dict[str, Any]:
+def measure_steps(engine: "Engine", rows: list, args: argparse.Namespace, device: "NullDevice") -> dict[str, Any]:
     """Warm-up and steps: the last one is a log step, of the others after the first the quickest counts."""
     import torch
     import torch.distributed as dist
 
+    from dev.nullgpu.instruments import Roof, loop_seconds
     from sdlm_megatron.data.batch import Prefetch
+    from sdlm_megatron.parallel.results import read
 
     facts: dict[str, Any] = {"waits": {}, "cpu": float("inf")}
     load: Callable = lambda: [engine.prepare(row) for row in rows]  # noqa: E731
@@ -187,12 +135,16 @@ def measure_steps(engine: "Engine", rows: list, args: argparse.Namespace, device
             if step == 1:
                 facts["warm_up"] = engine.warm_up(batches)
             planted = exchanged(dist.all_reduce) if args.plant == "order" and last else dist.all_reduce
-            roof = open_roof() if args.roof and last else nullcontext()
+            roof = Roof()
             gc.collect()
             torch.cuda.reset_peak_memory_stats()
             device.reset()
             loop, began = loop_seconds(), time.process_time()
-            with device.named_waits() as waits, patch.object(dist, "all_reduce", planted), roof:
+            with (
+                device.named_waits() as waits,
+                patch.object(dist, "all_reduce", planted),
+                roof if args.roof and last else nullcontext(),
+            ):
                 queued.append(engine.train_step(batches, step, measure=last))
             cpu = time.process_time() - began
             facts["waits"] |= waits if step > 1 else {}
@@ -208,21 +160,15 @@ def measure_steps(engine: "Engine", rows: list, args: argparse.Namespace, device
                 if args.kernels:
                     device.write_kernels(args.kernels)
         facts["reserved"] = torch.cuda.max_memory_reserved()
-        engine.results(queued)
+        read(queued, engine.groups, engine.config.diffusion.block_size, check=False)  # the values are arbitrary
     return facts
 
 
-def open_roof() -> Any:
-    """The counter of traffic and FLOPs; it imports torch."""
-    from dev.nullgpu.roof import Roof
-
-    return Roof()
-
-
 def around_steps(engine: "Engine", rows: list) -> dict[str, Any]:
-    """What a run does between steps: the copy of a checkpoint to pinned memory, validation, a pass of samples."""
+    """Work of a run between its steps: the copy of a checkpoint to pinned memory, validation, a pass of samples."""
     import torch
 
+    from dev.nullgpu.instruments import NullDevice
     from sdlm_megatron.checkpoint import async_writer
     from sdlm_megatron.diffusion.decode_step import Step
     from sdlm_megatron.parallel.engine import EngineProposer
@@ -266,16 +212,16 @@ def plant(kind: str, engine: "Engine", planned: float) -> None:
 
 def exchanged(all_reduce: Callable) -> Callable:
     """The function with two of its calls in the wrong order: one waits for the next one in another group."""
-    held: list = []
+    waiting: list = []
 
     def call(*args: Any, **kwargs: Any) -> Any:
         group = kwargs.get("group")
-        if not held and group is not None and group.size() > 1 and not kwargs.get("async_op"):
-            held.append((args, kwargs))
+        if not waiting and group is not None and group.size() > 1 and not kwargs.get("async_op"):
+            waiting.append((args, kwargs))
             return None
         result = all_reduce(*args, **kwargs)
-        if len(held) == 1 and held[0][1]["group"] is not group:
-            held.append(all_reduce(*held[0][0], **held[0][1]))
+        if len(waiting) == 1 and waiting[0][1]["group"] is not group:
+            waiting.append(all_reduce(*waiting[0][0], **waiting[0][1]))
         return result
 
     return call
@@ -309,7 +255,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run_rank(argv: Sequence[str]) -> dict[str, Any]:
     """Builds the rank and measures it, in a process on the null GPU that has not used CUDA yet."""
-    import torch
+    from torch._C import _distributed_c10d as recorder
+
+    from dev.nullgpu.instruments import NullDevice
 
     config, args = parse_config(build_parser(), RunConfig, PRESETS, argv)
     os.environ |= {"RANK": str(args.rank), "LOCAL_RANK": "0", "TORCH_FR_BUFFER_SIZE": "100000"}
@@ -325,8 +273,8 @@ def run_rank(argv: Sequence[str]) -> dict[str, Any]:
     if args.around:
         facts |= around_steps(engine, rows)
     if args.dump:
-        recorder = torch._C._distributed_c10d
-        args.dump.write_bytes(recorder._dump_nccl_trace(includeStackTraces=False, onlyActive=False))
+        dump: Any = recorder._dump_nccl_trace  # type: ignore[attr-defined]  # only in builds with NCCL
+        args.dump.write_bytes(dump(includeStackTraces=False, onlyActive=False))
     return facts | {"seconds": time.perf_counter() - started}
 
 

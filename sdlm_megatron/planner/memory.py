@@ -152,13 +152,17 @@ def layer_memory(z: ShardSizes, layout: ParallelLayout, row: RowTokens) -> Layer
     """Tensors that autograd keeps of one layer and micro-batch."""
     k, b, s = layout.kernels, layout.bytes, row.length
     local = _local_tokens(layout, row)
+    # in FP8 a linear layer keeps its input quantized: instead of the norm's and SwiGLU's output, beside the attention's
+    fp8 = layout.train.fp8 != "none"
+    linear_input = 1 if fp8 else b
     # per norm: its input, which is a tensor of its own (the residual stream is not updated in place), and its output
-    kept_by_norm = 2 * b if k.fused_norm else (12 if layout.train.precision == "fp32" else 10)
+    kept_by_norm = b + linear_input if k.fused_norm else (12 if layout.train.precision == "fp32" else 10)
     norms = 2 * local * (kept_by_norm * z.hidden + 4)
     again = norms - 2 * local * b * z.hidden if layout.train.recompute == "selective" else 0
     rope = 0 if k.fused_rope else 4 * s * z.head_dim * b
     attention = s * b * (2 * z.attention + 2 * z.kv) + 4 * s * z.heads + rope  # q, k, v, output, log-sum-exp
-    mlp = s * b * (3 if k.fused_swiglu else 5) * z.ffn
+    attention += s * z.attention if fp8 else 0
+    mlp = s * (2 * b + linear_input if k.fused_swiglu else 5 * b) * z.ffn
     return LayerMemory(norms, attention, mlp, again)
 
 

@@ -1,10 +1,17 @@
-"""Time of a step on a GPU by memory traffic and FLOPs of its operators: a lower bound, operator by operator.
+"""Instruments of a rank on the null GPU: launches and waits, host time, and a lower bound of the GPU's time.
 
-Seen are torch's operators. TransformerEngine's and Triton's kernels are not, and attention counts as nothing.
+The bound is made of memory traffic and FLOPs, operator by operator. Seen are torch's operators; TransformerEngine's and
+Triton's kernels are not, and attention counts as nothing.
 """
 
+import ctypes
+import os
+import time
+import traceback
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,12 +20,64 @@ from torch.utils._pytree import tree_leaves
 
 from sdlm_megatron.planner.assumptions import Assumptions, device_of
 
+LOOP = 1_000_000
+"""Rounds of the Python loop that host time is compared with."""
 _PRODUCTS = {"mm": 0, "bmm": 0, "addmm": 1, "addmm_": 1, "baddbmm": 1}
 """Matrix products: place of their first factor among the arguments."""
 _FILLS = {"zero_", "zeros", "zeros_like", "new_zeros", "ones", "ones_like", "full", "full_like", "fill_", "arange"}
 _GATHERS = {"index", "index_select", "embedding", "gather"}
 _MOVES_NOTHING = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "resize_", "set_", "detach"}
 _TF32 = 0.068  # share of the bf16 peak that fp32 products reach without TF32
+
+
+class NullDevice:
+    """Counters of the null GPU in this process (runtime.c)."""
+
+    def __init__(self) -> None:
+        library = ctypes.CDLL(None)
+        for name in ("launches", "products", "copies", "waits", "pinned"):
+            getattr(library, f"nullgpu_{name}").restype = ctypes.c_long
+        self._library = library
+        self._type = ctypes.CFUNCTYPE(None, ctypes.c_char_p)
+
+    def __getattr__(self, name: str) -> int:
+        return getattr(self._library, f"nullgpu_{name}")()
+
+    def reset(self) -> None:
+        self._library.nullgpu_reset()
+
+    def write_kernels(self, path: Path) -> None:
+        """Launches of each kernel since the last reset, one line each."""
+        self._library.nullgpu_write_kernels(str(path).encode())
+
+    @contextmanager
+    def named_waits(self) -> Iterator[Counter]:
+        """Counts the calls in which the host waits for the device, by call and the lines that made it."""
+        facts: Counter = Counter()
+
+        def note(call: bytes) -> None:
+            frames = [f for f in traceback.extract_stack()[:-1] if "/torch/" not in f.filename]
+            places = [f"{_short(f.filename)}:{f.lineno} {f.name}" for f in reversed(frames)]
+            facts[f"{call.decode()} in {' < '.join(places[:4])}"] += 1
+
+        hook = self._type(note)
+        self._library.nullgpu_set_wait_hook(hook)
+        try:
+            yield facts
+        finally:
+            self._library.nullgpu_set_wait_hook(None)
+
+
+def _short(file: str) -> str:
+    return file.partition("/site-packages/")[2] or os.path.relpath(file)
+
+
+def loop_seconds() -> float:
+    """CPU seconds of a loop of LOOP additions in Python, the unit of host time."""
+    started, total = time.process_time(), 0
+    for i in range(LOOP):
+        total += i
+    return time.process_time() - started
 
 
 class Roof(TorchDispatchMode):
@@ -31,8 +90,8 @@ class Roof(TorchDispatchMode):
         self._bandwidth = device.bandwidth * assumed.memory_efficiency
         self._flops, self._overhead = device.peak * assumed.gemm_efficiency, assumed.kernel_overhead_us * 1e-6
         self.count: Counter[str] = Counter()
-        self.bytes: Counter[str] = Counter()
-        self.seconds: Counter[str] = Counter()
+        self.bytes: Any = Counter()
+        self.seconds: Any = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -43,7 +102,7 @@ class Roof(TorchDispatchMode):
             return out
         if after and not func._schema.is_mutable and all(x.untyped_storage()._cdata in views for x in after):
             return out  # a view
-        moved, flops, peak = _bytes(name, before, after), 0.0, self._flops
+        moved, flops, peak = float(_bytes(name, before, after)), 0.0, self._flops
         if name in _PRODUCTS:
             a, b = before[_PRODUCTS[name] : _PRODUCTS[name] + 2]
             flops = 2.0 * a.numel() * b.shape[-1]

@@ -1,0 +1,80 @@
+"""The null-GPU lab without its environment: comparison of the ranks' calls, and the functions that are generated."""
+
+import ctypes
+import pickle
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from dev.nullgpu.collective_order import Operation, deadlock, different_collectives, problems, read_dump
+from dev.nullgpu.environment import compile_object, functions, generated_source, run_tool
+
+TENSOR, DATA, PIPELINE = "TENSOR [0, 1]", "DATA [0, 1]", "PIPELINE [0, 1]"
+
+
+def call(group: str, kind: str = "all_reduce", data: str = "4") -> Operation:
+    return Operation(kind, group, (0, 1), data)
+
+
+def message(kind: str, sender: int, receiver: int, data: str = "8") -> Operation:
+    return Operation(kind, PIPELINE, (sender, receiver), data)
+
+
+def test_equal_calls_have_no_problems() -> None:
+    calls = [call(TENSOR), call(DATA), call(TENSOR, "all_gather")]
+    sides = {0: [message("send", 0, 1), message("recv", 1, 0)], 1: [message("recv", 0, 1), message("send", 1, 0)]}
+    assert not problems({rank: calls + sides[rank] for rank in (0, 1)})
+
+
+@pytest.mark.parametrize("other", [[call(TENSOR, data="5")], [call(TENSOR, "all_gather")], []])
+def test_a_different_collective_is_named(other: list[Operation]) -> None:
+    same = [call(TENSOR), call(TENSOR)]
+    (text,) = different_collectives({0: [*same, call(TENSOR)], 1: same + other})
+    assert text.startswith("call 2 of TENSOR [0, 1] differs") and "rank 1: " in text
+
+
+def test_groups_in_another_order_stop_the_job_although_each_group_agrees() -> None:
+    calls = {0: [call(TENSOR), call(DATA)], 1: [call(DATA), call(TENSOR)]}
+    assert not different_collectives(calls)
+    assert problems(calls) == [
+        "ranks [0] wait in all_reduce of 4 in TENSOR [0, 1]",
+        "ranks [1] wait in all_reduce of 4 in DATA [0, 1]",
+    ]
+
+
+def test_messages_must_be_received_in_size_and_order() -> None:
+    sent = [message("send", 0, 1), message("send", 0, 1, "9")]
+    received = [message("recv", 0, 1), message("recv", 0, 1, "7")]
+    assert problems({0: sent, 1: received}) == ["message 1 from rank 0 to 1: sent 9, received 7"]
+    assert problems({0: sent, 1: received[:1]})[0] == "message 1 from rank 0 to 1: sent 9, received None"
+    # both send first: with messages that wait for their receiver, neither receives
+    both = {0: [message("send", 0, 1), message("recv", 1, 0)], 1: [message("send", 1, 0), message("recv", 0, 1)]}
+    assert len(deadlock(both)) == 2
+
+
+def test_calls_are_read_from_a_dump_of_the_flight_recorder(tmp_path: Path) -> None:
+    groups = {"7": {"ranks": "[4, 6]"}, "0": {"ranks": "[4, 5, 6]"}}
+    entry = {"record_id": 0, "process_group": ("7", "PIPELINE"), "profiling_name": "nccl:recv 0<-1"}
+    entry |= {"input_sizes": [[3]], "input_dtypes": ["Float"]}
+    all_ranks = {**entry, "process_group": ("0", "default_pg"), "profiling_name": "nccl:all_reduce", "record_id": 1}
+    received, reduced = read_dump(pickle.dumps({"pg_config": groups, "entries": [entry, all_ranks]}))
+    assert received == Operation("recv", "PIPELINE [4, 6]", (6, 4), "['Float'] [[3]]")
+    assert reduced == replace(received, kind="all_reduce", group="default_pg [4, 5, 6]", ranks=(4, 5, 6))
+    with pytest.raises(ValueError, match="dropped calls"):
+        read_dump(pickle.dumps({"pg_config": groups, "entries": [all_ranks]}))
+
+
+@pytest.mark.skipif(not (shutil.which("gcc") and shutil.which("nm")), reason="there is no C compiler")
+def test_functions_that_are_not_written_are_generated(tmp_path: Path) -> None:
+    program, written = tmp_path / "program.c", tmp_path / "written.c"
+    program.write_text("int cudaOne(void), cudaTwo(void); int both(void) { return cudaOne() + cudaTwo(); }\n")
+    written.write_text("int cudaOne(void) { return 7; }\n")
+    objects = [compile_object(file, tmp_path) for file in (program, written)]
+    wanted = functions(objects[:1], "--undefined-only")
+    (tmp_path / "generated.c").write_text(generated_source(wanted, functions(objects[1:], "--defined-only")))
+    objects.append(compile_object(tmp_path / "generated.c", tmp_path))
+    library = tmp_path / "all.so"
+    run_tool(["gcc", "-shared", *map(str, objects), "-o", str(library)])
+    assert ctypes.CDLL(str(library)).both() == 7
