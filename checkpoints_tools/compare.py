@@ -70,8 +70,7 @@ def differences(a: TensorReader, b: TensorReader) -> list[Difference]:
     result, progress = [], ByteProgress(sum(tensor_bytes(a, name) for name in in_a & in_b), 0)
     for name in sorted(in_a | in_b):
         if name not in in_b or name not in in_a:
-            if not _is_zero_bias(a if name in in_a else b, name):
-                result.append(Difference(name, "only in A" if name in in_a else "only in B"))
+            result.append(Difference(name, "only in A" if name in in_a else "only in B"))
             continue
         if a.shape(name) != b.shape(name):
             result.append(Difference(name, "shape", str(a.shape(name)), str(b.shape(name))))
@@ -79,13 +78,6 @@ def differences(a: TensorReader, b: TensorReader) -> list[Difference]:
             result.append(difference)
         progress.add(tensor_bytes(a, name))
     return result
-
-
-def _is_zero_bias(tensors: TensorReader, name: str) -> bool:
-    """A bias of q, k or v that is zero everywhere: the export of a Llama model, which has none, adds these."""
-    if not name.endswith(tuple(f"self_attn.{x}_proj.bias" for x in "qkv")):
-        return False
-    return not read_rows(tensors, name, 0, tensors.shape(name)[0]).any()
 
 
 def _compare(a: TensorReader, b: TensorReader, name: str) -> Difference | None:

@@ -1,4 +1,5 @@
-"""Writes a Hugging Face folder that our class, the class of the paper's authors and plain Qwen2 loaders all read.
+"""Writes a Hugging Face folder that our class, the family's class of transformers and, for Qwen2, the class of the
+paper's authors all read.
 
 The files are written directly and not through `save_pretrained`: what transformers 5 saves has no top-level
 `rope_theta`, and older code then silently assumes 10000.
@@ -18,7 +19,7 @@ from sdlm_megatron.data.chatml import DEFAULT_SYSTEM
 from sdlm_megatron.errors import CheckpointError
 from sdlm_megatron.files import sha256, write_json, write_text
 from sdlm_megatron.weights.dtypes import HF_DTYPES, hf_name
-from sdlm_megatron.weights.hf_config import HFConfig, config_json, generation_json
+from sdlm_megatron.weights.hf_config import FAMILIES, HFConfig, config_json, generation_json
 from sdlm_megatron.weights.hf_weights import (
     INDEX_NAME,
     Contents,
@@ -28,7 +29,7 @@ from sdlm_megatron.weights.hf_weights import (
     safetensors_files,
 )
 from sdlm_megatron.weights.resumable_folder import BLOCK, PartialFolder, default_workers, open_partial
-from sdlm_megatron.weights.tensors import EMBEDDING, TensorReader, WithZeroBiases
+from sdlm_megatron.weights.tensors import EMBEDDING, TensorReader
 
 log = logging.getLogger(__name__)
 
@@ -58,8 +59,6 @@ def plan_export(tensors: TensorReader, config: HFConfig, *, dtype: str | None, m
     """Checks that the weights are those of `config`, and divides them into files; only shapes are read."""
     if dtype is not None and dtype not in HF_DTYPES:
         raise CheckpointError(f"unknown dtype '{dtype}'", "dtype", f"use one of {', '.join(HF_DTYPES)}")
-    if not config.shape.qkv_bias:
-        tensors = WithZeroBiases(tensors)
     names, expected = tensors.names(), (config.shape.vocab_size, config.shape.hidden_size)
     if "lm_head.weight" in names and config.shape.tied_embeddings:
         raise CheckpointError("a tied model has no output layer of its own", "lm_head.weight", "leave it out")
@@ -92,8 +91,7 @@ def write_hf_folder(
 
     Args:
         out: the new folder; must not exist.
-        tensors: Hugging Face names and shapes. A tied model has no lm_head.weight. Models without q/k/v biases (Llama)
-            get zero biases: as Qwen2 they compute the same function.
+        tensors: Hugging Face names and shapes. A tied model has no lm_head.weight.
         config: shape and SDLM settings; vocab_size must equal the rows of the embedding.
         assets: folder whose tokenizer files are copied; without any, a warning is logged and there is no tokenizer.
         dtype: "bfloat16", "float16" or "float32"; None keeps each tensor's own.
@@ -136,18 +134,21 @@ def _write_rest(
             add_token(folder, sdlm.mask_token, sdlm.mask_token_id)
         if has_tokenizer:
             remark = add_chat_template(folder, run.get("data", {}).get("system_prompt", DEFAULT_SYSTEM))
-        copy_code(folder)
+        copy_code(folder, config.model_type)
     if remark:
         log.warning("%s", remark)
     write_text(folder / "README.md", model_card(config, dtype, run, name, remark))
 
 
-def copy_code(folder: Path) -> None:
+def copy_code(folder: Path, model_type: str) -> None:
     """Copies the model class and all it imports: a folder must work on a machine without this project."""
-    for file in (HF_CODE / "modeling_sdlm.py", DIFFUSION / "settings.py", *sorted(DIFFUSION.glob("decode*.py"))):
+    for file in (DIFFUSION / "settings.py", *sorted(DIFFUSION.glob("decode*.py"))):
         shutil.copyfile(file, folder / file.name)
     (folder / "custom_generate").mkdir(exist_ok=True)
-    shutil.copyfile(HF_CODE / "custom_generate.py", folder / "custom_generate" / "generate.py")
+    targets = {"modeling_sdlm.py": "modeling_sdlm.py", "custom_generate.py": "custom_generate/generate.py"}
+    for name, target in targets.items():
+        text = (HF_CODE / name).read_text(encoding="utf-8")  # written for Qwen2; the class of a folder has one base
+        write_text(folder / target, text.replace("Qwen2ForCausalLM", FAMILIES[model_type].stock_class))
 
 
 def write_checksums(folder: Path, known: Mapping[str, str]) -> None:

@@ -18,7 +18,7 @@ from sdlm_megatron.config.command_line import make_parser
 from sdlm_megatron.errors import run_cli
 from sdlm_megatron.weights.checkpoint_folder import TrainState, find_checkpoint, read_run, read_state
 from sdlm_megatron.weights.dtypes import HF_DTYPES, PRECISIONS, hf_name, precision_name
-from sdlm_megatron.weights.hf_config import HFConfig, read_hf_config
+from sdlm_megatron.weights.hf_config import HFConfig, family_of, read_hf_config
 from sdlm_megatron.weights.resumable_folder import check_out, default_workers
 from sdlm_megatron.weights.tensors import CheckpointAsHF
 from sdlm_megatron.weights.torch_dist import TorchDist
@@ -66,7 +66,7 @@ def _config(ckpt: Path, state: TrainState) -> HFConfig:
         config = replace(base, shape=replace(base.shape, vocab_size=state.shape.vocab_size))
     else:
         eos = (state.eos_token_id,) if state.eos_token_id >= 0 else ()
-        config = HFConfig("qwen2" if state.shape.qkv_bias else "llama", state.shape, None, eos_token_ids=eos)
+        config = HFConfig(family_of(state.shape), state.shape, None, eos_token_ids=eos)
     return replace(config, sdlm=state.sdlm_settings(config.sdlm) or config.sdlm)
 
 

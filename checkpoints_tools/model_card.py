@@ -7,7 +7,7 @@ from typing import Any
 
 from sdlm_megatron.diffusion.settings import SDLMSettings
 from sdlm_megatron.errors import markdown
-from sdlm_megatron.weights.hf_config import HFConfig
+from sdlm_megatron.weights.hf_config import FAMILIES, HFConfig
 
 PLAIN_PASS = """\
 - Training put no loss on the predictions of a plain causal pass (`forward`, `sdlm_alg="ar"`): likelihoods and
@@ -25,8 +25,9 @@ def model_card(config: HFConfig, dtype: str, run: Mapping[str, Any], name: str, 
         remark: a limitation of this export, as a sentence without its full stop.
     """
     if config.sdlm is None:
-        return f"# {markdown(name)}\n\nA Qwen2-shaped language model in {dtype}, exported from Megatron-Core.\n"
-    parts = [_head(config, config.sdlm, dtype, run, name), _usage(config.sdlm)]
+        return f"# {markdown(name)}\n\nA {config.model_type} model in {dtype}, exported from Megatron-Core.\n"
+    stock = FAMILIES[config.model_type].stock_class
+    parts = [_head(config, config.sdlm, dtype, run, name), _usage(config.sdlm, stock)]
     if run:
         parts += [_recipe(run), _data(run.get("data", {})), _losses(run.get("losses", {})), _versions(run)]
     return "\n".join(filter(None, [*parts, _limits(remark, config.sdlm)]))
@@ -49,7 +50,7 @@ hidden size {config.shape.hidden_size}, vocabulary {config.shape.vocab_size}, we
 """
 
 
-def _usage(sdlm: SDLMSettings) -> str:
+def _usage(sdlm: SDLMSettings, stock: str) -> str:
     return f"""## Use
 
 ```python
@@ -70,7 +71,7 @@ print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1]:], skip_special_to
 `sdlm_alg` is one of `prob_conf` and `entropy_conf` (accept tokens by confidence), `self_speculative` (draft and verify:
 the same text as one token per pass) and `ar` (one token per pass). `sdlm_n` is the number of tokens proposed per pass.
 A higher `sdlm_threshold` accepts fewer tokens per pass. The model needs transformers 4.57 or newer; the folder also
-loads as plain `Qwen2ForCausalLM`. `sha256sum -c SHA256SUMS` verifies the files.
+loads as plain `{stock}`. `sha256sum -c SHA256SUMS` verifies the files.
 """
 
 

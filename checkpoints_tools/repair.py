@@ -8,7 +8,7 @@ from checkpoints_tools.tokenizer_files import add_token, keep_own_splitting
 from sdlm_megatron.diffusion.settings import SDLMSettings, SettingError
 from sdlm_megatron.errors import CheckpointError
 from sdlm_megatron.files import read_json_object, regular_file, write_json
-from sdlm_megatron.weights.hf_config import SDLM_CLASS, STOCK_CLASS
+from sdlm_megatron.weights.hf_config import FAMILIES, SDLM_CLASS
 
 
 def repair(folder: Path) -> list[str]:
@@ -35,13 +35,16 @@ def repair(folder: Path) -> list[str]:
             f"{folder / 'config.json'}, field block_size",
             "copy block_size, causal_attn, text_mask_token, text_mask_token_id from the original export's config.json",
         )
+    if (model_type := str(config.get("model_type"))) not in FAMILIES:
+        where, fix = f"{folder / 'config.json'}, field model_type", "copy it from the original export's config.json"
+        raise CheckpointError(f"model_type {model_type!r:.60} is none of {', '.join(FAMILIES)}", where, fix)
     before = _contents(folder)
     if (folder / "tokenizer.json").is_file():
         if sdlm.mask_token:
             add_token(folder, sdlm.mask_token, sdlm.mask_token_id)
         keep_own_splitting(folder)
-    copy_code(folder)
-    config |= {"architectures": [STOCK_CLASS], "auto_map": {"AutoModelForCausalLM": SDLM_CLASS}}
+    copy_code(folder, model_type)
+    config |= {"architectures": [FAMILIES[model_type].stock_class], "auto_map": {"AutoModelForCausalLM": SDLM_CLASS}}
     if isinstance(rope := config.get("rope_parameters"), dict) and "rope_theta" in rope:
         config.setdefault("rope_theta", rope["rope_theta"])
     if "dtype" in config:

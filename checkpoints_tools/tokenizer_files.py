@@ -42,7 +42,7 @@ def copy_tokenizer(folder: Path, assets: Path | None) -> bool:
 def keep_own_splitting(folder: Path) -> None:
     """Makes transformers 5 use a tokenizer.json that is not Qwen2's as it is.
 
-    For a folder of model_type qwen2 without auto_map in its tokenizer_config.json, transformers 5 replaces the
+    For a folder of model_type qwen2 or qwen3 without auto_map in its tokenizer_config.json, transformers 5 replaces the
     splitting rules by Qwen2's. An auto_map switches that off, also where remote code is not trusted.
     """
     path = folder / "tokenizer_config.json"

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from sdlm_megatron.data.format import PartWriter, seal
 from sdlm_megatron.diffusion.layout import RowLayout, block_count, draw_starts, pack_row
+from sdlm_megatron.weights.hf_config import FAMILIES
 from sdlm_megatron.weights.tensors import TensorReader, read_rows
 from tests import ranks
 
@@ -109,6 +110,19 @@ def make_dataset(
     return path
 
 
+# 32 positions, so that the three kinds of wavelengths occur within the rows of the tests
+LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+LLAMA3 |= {"rope_type": "llama3"}
+FAMILY_FIELDS: dict[str, dict[str, object]] = {
+    "qwen2": {},
+    "llama": {"rope_scaling": LLAMA3, "rope_theta": 500.0},
+    "mistral": {"sliding_window": None, "head_dim": 24},
+    "qwen3": {"head_dim": 32},
+    "smollm3": {"no_rope_layer_interval": 2, "pad_token_id": PAD},
+}
+"""Fields of config.json by which the families differ, for small models."""
+
+
 def make_hf(
     path: Path,
     *,
@@ -120,13 +134,19 @@ def make_hf(
     vocab: int = 264,
     tied: bool = True,
     bias: bool = True,
+    family: str = "",
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     **config: object,
 ) -> Path:
-    """Writes a Hugging Face folder with random weights, Qwen2-shaped (without bias: Llama), with SDLM's keys."""
+    """Writes a Hugging Face folder with random weights and SDLM's keys, of a family of FAMILY_FIELDS with its fields.
+
+    Without a family: Qwen2-shaped, or without bias Llama-shaped.
+    """
     generator = torch.Generator().manual_seed(seed)
-    head = hidden // heads
+    model_type = family or ("qwen2" if bias else "llama")
+    config = {**FAMILY_FIELDS.get(family, {}), **config}
+    head = int(str(config.get("head_dim", hidden // heads)))
 
     def normal(*shape: int, scale: float = 0.05) -> torch.Tensor:
         return (torch.randn(*shape, generator=generator) * scale).to(dtype)
@@ -141,8 +161,10 @@ def make_hf(
         p = f"model.layers.{i}."
         for x, n in (("q", heads), ("k", kv), ("v", kv)):
             tensors[f"{p}self_attn.{x}_proj.weight"] = normal(n * head, hidden, scale=0.15)
-            if bias:
+            if model_type == "qwen2":
                 tensors[f"{p}self_attn.{x}_proj.bias"] = normal(n * head)
+        for x in "qk" * (model_type == "qwen3"):
+            tensors[f"{p}self_attn.{x}_norm.weight"] = 1 + normal(head, scale=0.3)
         tensors[f"{p}self_attn.o_proj.weight"] = normal(hidden, heads * head)
         tensors[f"{p}mlp.gate_proj.weight"] = normal(ffn, hidden)
         tensors[f"{p}mlp.up_proj.weight"] = normal(ffn, hidden)
@@ -152,8 +174,8 @@ def make_hf(
     path.mkdir(parents=True)
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
     values = {
-        "architectures": ["Qwen2ForCausalLM" if bias else "LlamaForCausalLM"],
-        "model_type": "qwen2" if bias else "llama",
+        "architectures": [FAMILIES[model_type].stock_class],
+        "model_type": model_type,
         "num_hidden_layers": layers,
         "hidden_size": hidden,
         "intermediate_size": ffn,

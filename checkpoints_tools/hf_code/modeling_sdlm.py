@@ -1,4 +1,4 @@
-"""SDLM for transformers: Qwen2's weights and forward pass, with decoding of several tokens per pass.
+"""SDLM for transformers: the base's weights and forward pass, with decoding of several tokens per pass.
 
 Load with `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` and call `generate`. The
 folder also loads as plain `Qwen2ForCausalLM`; then `generate` is ordinary next-token decoding.
@@ -118,7 +118,7 @@ class DecodeOptions:
 
 # GenerationMixin is named again: without it, transformers derives a new class at each load, which cannot be pickled.
 class SDLMForCausalLM(Qwen2ForCausalLM, GenerationMixin):
-    """Qwen2 with block decoding; its config adds block_size, causal_attn, text_mask_token(_id)."""
+    """The base's class with block decoding; its config adds block_size, causal_attn, text_mask_token(_id)."""
 
     _auto_class = "AutoModelForCausalLM"  # save_pretrained of transformers 4 then copies this file and what it imports
 
@@ -169,7 +169,7 @@ class SDLMForCausalLM(Qwen2ForCausalLM, GenerationMixin):
             _first(kwargs.get("cache_implementation"), stored, "cache_implementation", None),
             streamer,
         ).checked()
-        stock: Any = GenerationMixin.generate  # not super(): a stock Qwen2 comes here too, see custom_generate.py
+        stock: Any = GenerationMixin.generate  # not super(): a stock model comes here too, see custom_generate.py
         if settings.alg == "ar":
             return stock(self, inputs, generation_config, streamer=streamer, tokenizer=tokenizer, **kwargs)
         _refuse_arguments(kwargs, settings.cache_implementation)

@@ -340,7 +340,7 @@ def load(folder: Path, *, dtype: str | None, device: str | None) -> ChatModel:
     """Loads a folder through transformers' stock class; none of the folder's own code is run.
 
     Args:
-        folder: an exported or published SDLM folder, or a plain Qwen2 or Llama.
+        folder: an exported or published SDLM folder, or a plain model of a supported family.
         dtype: "bf16", "fp16" or "fp32"; None: the folder's own.
         device: a torch device; None: a GPU if there is one, else the CPU.
 

@@ -28,7 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = make_parser("sdlm generate", __doc__, example=EXAMPLES)
     add = parser.add_argument
     folder = "default: the folder's generation_config.json"
-    add("--model", type=Path, required=True, metavar="DIR", help="exported SDLM folder, or a plain Qwen2 or Llama")
+    add("--model", type=Path, required=True, metavar="DIR", help="exported SDLM folder, or a plain base model")
     add("--prompt", metavar="TEXT", help="answer this prompt and exit")
     add("--system", metavar="TEXT", help="system turn; default: the chat template's")
     add("--compare", action="store_true", help="also run the greedy generate of transformers (ar) and compare")

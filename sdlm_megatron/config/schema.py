@@ -28,7 +28,19 @@ class ModelConfig:
     tied_embeddings: bool = False
     """Share the weights of the embedding and the output head."""
     qkv_bias: bool = True
-    """Biases on the query, key and value projections: Qwen2.5 has them, Llama shapes do not."""
+    """Biases on the query, key and value projections: Qwen2.5 has them, other families do not."""
+    qk_norm: bool = False
+    """RMSNorm of each query and key head, before the rotary embedding: Qwen3 has it."""
+    nope_interval: int = 0
+    """Each layer whose number (from 1) is a multiple of this has no rotary embedding: 4 in SmolLM3. 0: all have it."""
+    rope_factor: float = 1.0
+    """Rope scaling of Llama 3: divisor of the frequencies of long wavelengths. 1: no scaling."""
+    rope_low_freq: float = 1.0
+    """With rope_factor: wavelengths above rope_original_positions / this are scaled in full."""
+    rope_high_freq: float = 4.0
+    """With rope_factor: wavelengths below rope_original_positions / this are not scaled; in between, in part."""
+    rope_original_positions: int = 8192
+    """With rope_factor: positions of the model before its context was extended."""
 
     @property
     def head_size(self) -> int:

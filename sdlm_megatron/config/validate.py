@@ -23,6 +23,8 @@ CHOICES = {
 _START = "start with torchrun or sdlm submit"
 FP8_MULTIPLE = 16
 """Divisor of all dimensions of an FP8 matrix product."""
+SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "vocab_size")
+"""Fields of a model that must be above 0."""
 STEPS, ROWS = "[0, 1e9]", "[0, 1e12]"
 RANGES = {
     "model.num_layers": "[0, 10000]",
@@ -34,6 +36,11 @@ RANGES = {
     "model.vocab_size": "[0, 1e7]",
     "model.rope_theta": "(0, 1e12]",
     "model.rms_norm_eps": "(0, 1)",
+    "model.nope_interval": "[0, 10000]",
+    "model.rope_factor": "[1, 1e6]",
+    "model.rope_low_freq": "(0, 1e6]",
+    "model.rope_high_freq": "(0, 1e6]",
+    "model.rope_original_positions": "[1, 1e9]",
     "diffusion.block_size": "[0, 4096]",
     "diffusion.next_token_weight": "[0, 1000]",
     "data.skip_rows": ROWS,
@@ -293,8 +300,7 @@ def resolve_shape(configured: ModelConfig, base: ModelConfig | None, where: str)
 def check_model(model: ModelConfig, config: RunConfig, row_length: int) -> None:
     """Checks that the model can be split over the configured degrees. Raises ConfigError."""
     tp, chunks = config.parallel.tensor, config.parallel.pipeline * config.parallel.virtual_pipeline
-    sizes = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "vocab_size")
-    for key in sizes:
+    for key in SIZES:
         what, fix = f"model.{key} is {getattr(model, key)}", "set it, or set checkpoint.base to read it from there"
         _require(getattr(model, key) > 0, what, f"model.{key}", fix)
     heads, kv_heads = model.num_attention_heads, model.num_query_groups
@@ -303,6 +309,12 @@ def check_model(model: ModelConfig, config: RunConfig, row_length: int) -> None:
         f"{heads} heads are not a multiple of {kv_heads} KV heads",
         "model.num_query_groups",
         "set a divisor of model.num_attention_heads",
+    )
+    _require(
+        model.rope_high_freq > model.rope_low_freq,
+        f"rope_high_freq is {model.rope_high_freq:g}, rope_low_freq {model.rope_low_freq:g}",
+        "model.rope_high_freq",
+        "set a number above model.rope_low_freq",
     )
     for key in ("num_attention_heads", "ffn_hidden_size"):
         _check_divisible(f"model.{key}", getattr(model, key), "parallel.tensor", tp)

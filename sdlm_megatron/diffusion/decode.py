@@ -271,7 +271,7 @@ def decode(
     """Continues each prompt, independent of the others, to an end token or exactly `max_new_tokens` tokens.
 
     Args:
-        model: a causal LM of transformers with full, stock attention (Qwen2, Llama), in eval mode, or a Proposer.
+        model: a causal LM of transformers with full, stock attention, in eval mode, or a Proposer.
         input_ids: int64 (B, P) prompts, padded on either side when their lengths differ.
         mask_token_id: token of the slots 1..n-1.
         window: n, tokens proposed per pass; may differ from the block size D of training.

@@ -89,7 +89,7 @@ class RowCache(Cache):
 
 
 class TransformersProposer:
-    """Proposer over a causal LM of transformers (Qwen2, Llama) in eval mode.
+    """Proposer over a causal LM of transformers in eval mode.
 
     Args:
         model: with attn_implementation "sdpa" or "eager".

@@ -29,7 +29,7 @@ def make_parser(
     command = f"sdlm evaluate {kind}".rstrip()
     parser = command_line.make_parser(command, description, example=f"{command} {example}", notes=notes)
     add = parser.add_argument
-    add("--model", type=Path, required=True, metavar="DIR", help="exported SDLM folder, or a plain Qwen2 or Llama")
+    add("--model", type=Path, required=True, metavar="DIR", help="exported SDLM folder, or a plain base model")
     add("--out", type=Path, required=True, metavar="PATH", help=out)
     add("--dtype", choices=sorted(PRECISIONS), help="dtype of the weights; default: the folder's own")
     add("--device", help="torch device; default: a GPU if there is one, else cpu")

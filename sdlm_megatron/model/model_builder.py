@@ -1,6 +1,7 @@
 """Construction of this process's model chunks in Megatron-Core from our configuration."""
 
 import importlib.util
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -43,7 +44,7 @@ def transformer_config(
     dtype: torch.dtype,
     initialize: bool,
 ) -> TransformerConfig:
-    """Megatron-Core's configuration for a model of Qwen2.5 or Llama architecture."""
+    """Megatron-Core's configuration for a model of one of the families in weights/hf_config.py."""
     cuda = torch.cuda.is_available()
     interleaved = parallel.virtual_pipeline > 1
     return TransformerConfig(
@@ -59,6 +60,8 @@ def transformer_config(
         gated_linear_unit=True,
         activation_func=silu,
         normalization="RMSNorm",
+        qk_layernorm=shape.qk_norm,
+        no_rope_freq=_nope_layers(shape),
         hidden_dropout=0.0,
         attention_dropout=0.0,
         params_dtype=dtype,
@@ -81,6 +84,20 @@ def transformer_config(
         batch_p2p_sync=False,  # a workaround for old versions of torch that makes the host wait at each transfer
         **layers.arguments,
     )
+
+
+def _nope_layers(shape: ModelConfig) -> list[int] | None:
+    """1 for each layer without rotary embedding; None where all have it."""
+    n = shape.nope_interval
+    return [int((i + 1) % n == 0) for i in range(shape.num_layers)] if n else None
+
+
+def scaled_frequencies(frequencies: torch.Tensor, shape: ModelConfig) -> torch.Tensor:
+    """Llama 3's rope scaling of frequencies in radians per position, fp32 (head_dim / 2,)."""
+    turns = shape.rope_original_positions / (2 * math.pi / frequencies)  # within the original context
+    unscaled = (turns - shape.rope_low_freq) / (shape.rope_high_freq - shape.rope_low_freq)
+    share = unscaled.clamp(0, 1)  # 0: long wavelengths, 1: short ones
+    return (1 - share) * frequencies / shape.rope_factor + share * frequencies
 
 
 def _recompute(train: TrainConfig) -> dict[str, Any]:
@@ -114,6 +131,9 @@ def block_spec(config: TransformerConfig, kind: str) -> TransformerBlockSubmodul
     else:
         spec, norm = get_gpt_layer_local_spec(normalization="RMSNorm"), RMSNorm
         spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = norm
+        if config.qk_layernorm:
+            attention = spec.submodules.self_attention.submodules
+            attention.q_layernorm = attention.k_layernorm = norm
     spec.submodules.self_attention.submodules.core_attention = SDLMCoreAttention
     return TransformerBlockSubmodules(layer_specs=[spec] * get_num_layers_to_build(config), layer_norm=norm)
 
@@ -126,7 +146,7 @@ def _transformer_engine_spec(config: TransformerConfig) -> tuple[ModuleSpec, typ
     """
     from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TENorm
 
-    spec = get_gpt_layer_with_transformer_engine_spec()
+    spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
     if config.recompute_granularity == "selective" and "layernorm" in (config.recompute_modules or ()):
         layer, mlp = spec.submodules, spec.submodules.mlp
         layer.input_layernorm = layer.pre_mlp_layernorm = TENorm
@@ -179,6 +199,9 @@ def build_model(
         row_attention=row_attention,
         logits_mb=logits_mb,
     )
+    if shape.rope_factor != 1:
+        # not Megatron-Core's own scaling: it fixes all numbers but the factor
+        model.rotary_pos_emb.inv_freq = scaled_frequencies(model.rotary_pos_emb.inv_freq, shape)
     for module in model.modules():
         if hasattr(module, "fuse_wgrad_accumulation"):  # TransformerEngine's layers read it in each forward pass
             module.fuse_wgrad_accumulation = True

@@ -67,7 +67,8 @@ class GpuMemory:
 def stage_parameters(model: ModelConfig, layout: ParallelLayout, stage: int) -> list[list[int]]:
     """Number of elements of each parameter of a stage, one list per bucket of the gradient buffer, last layer first."""
     z, h = sizes_of(model, layout.tensor), model.hidden_size
-    layer = [h, z.attention * h, z.qkv * h, *([z.qkv] if model.qkv_bias else []), h, 2 * z.ffn * h, h * z.ffn]
+    biases, head_norms = [z.qkv] * model.qkv_bias, [z.head_dim] * 2 * model.qk_norm
+    layer = [h, z.attention * h, z.qkv * h, *biases, *head_norms, h, 2 * z.ffn * h, h * z.ffn]
     chunk = layer * (model.num_layers // (layout.pipeline * layout.virtual))
     first, last = stage == 0, stage == layout.pipeline - 1
     table = z.vocab * h
@@ -162,6 +163,8 @@ def layer_memory(z: ShardSizes, layout: ParallelLayout, row: RowTokens) -> Layer
     rope = 0 if k.fused_rope else 4 * s * z.head_dim * b
     attention = s * b * (2 * z.attention + 2 * z.kv) + 4 * s * z.heads + rope  # q, k, v, output, log-sum-exp
     attention += s * z.attention if fp8 else 0
+    kept_by_head_norm = b if k.fused_norm else (12 if layout.train.precision == "fp32" else 8)
+    attention += s * z.normed_heads * (kept_by_head_norm * z.head_dim + 4)
     mlp = s * (2 * b + linear_input if k.fused_swiglu else 5 * b) * z.ffn
     return LayerMemory(norms, attention, mlp, again)
 

@@ -120,6 +120,8 @@ class ShardSizes:
     """KV heads times their dimension; at least one head."""
     heads: int
     head_dim: int
+    normed_heads: int
+    """Query and KV heads with a norm of their own (model.qk_norm)."""
     ffn: int
     vocab: int
     """Rows of embedding and head, with padding."""
@@ -137,6 +139,7 @@ def sizes_of(model: ModelConfig, tensor: int) -> ShardSizes:
         kv=max(1, model.num_query_groups // tensor) * dim,
         heads=model.num_attention_heads // tensor,
         head_dim=dim,
+        normed_heads=model.qk_norm * (model.num_attention_heads // tensor + max(1, model.num_query_groups // tensor)),
         ffn=model.ffn_hidden_size // tensor,
         vocab=padded_vocab(model.vocab_size, tensor) // tensor,
         qkv=(model.num_attention_heads + 2 * model.num_query_groups) * dim // tensor,

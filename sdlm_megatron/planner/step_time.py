@@ -89,6 +89,7 @@ def row_time(c: Costs) -> dict[str, float]:
     # 4 per pair forward and 10 backward, because a flash kernel recomputes the scores
     attention = 14 * z.attention * c.work.pairs * layers
     norms = 10 * local * z.hidden  # two norms (read, write) and two residual sums (two reads, a write)
+    norms += 2 * s * z.normed_heads * z.head_dim
     rope = (2 if layout.kernels.fused_rope else 8) * s * (z.attention + z.kv)
     moved = 3 * (norms + rope + 3 * s * z.ffn) * layout.bytes * layers
     # the fp32 sum is read and written; unfused, the gradient of the micro-batch is read again

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
 from sdlm_megatron.config.schema import DiffusionConfig, ModelConfig, RunConfig
-from sdlm_megatron.config.validate import RANGES, check_ranges
+from sdlm_megatron.config.validate import RANGES, SIZES, check_ranges
 from sdlm_megatron.diffusion.settings import SDLMSettings
 from sdlm_megatron.errors import CheckpointError
 from sdlm_megatron.files import checked, optional_file, read_json_object, regular_file, sha256
@@ -87,7 +87,7 @@ def read_state(folder: Path) -> TrainState:
     }
     state = TrainState(**_typed(TrainState, {"eos_token_id": -1, **values}, path, whole=True))
     check_ranges(state.shape, RANGES, "model.", str(path))
-    for key in shape.keys() - {"head_dim", "rope_theta", "rms_norm_eps", "tied_embeddings", "qkv_bias"}:
+    for key in shape.keys() & {*SIZES}:
         checked(shape, key, int, path, CheckpointError, least=1)
     for key, least in (("step", 0), ("consumed_rows", 0), ("rows_per_step", 0 if state.step == 0 else 1)):
         checked(raw, key, int, path, CheckpointError, least)

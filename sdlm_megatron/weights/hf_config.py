@@ -1,9 +1,10 @@
 """config.json and generation_config.json of a Hugging Face folder, as one frozen record, read and written."""
 
+import json
 import logging
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,7 +14,49 @@ from sdlm_megatron.diffusion.settings import SDLMSettings, SettingError
 from sdlm_megatron.errors import CheckpointError, neutral
 from sdlm_megatron.files import read_json_object, regular_file
 
-_MODEL_TYPES = ("qwen2", "llama")
+
+@dataclass(frozen=True)
+class Family:
+    """Differences of a `model_type` of transformers from Llama; its tensors have Llama's names."""
+
+    stock_class: str
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    nope: bool = False
+    """Some layers have no rotary embedding (`no_rope_layers`)."""
+    off: Mapping[str, Any] = field(default_factory=dict)
+    """Fields that would change the result, with the value that switches each off; others are refused."""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """Values that transformers assumes for absent fields, where they are not Llama's."""
+
+    def fits(self, shape: ModelConfig) -> bool:
+        """Whether the class can hold a model of this shape."""
+        same = (self.qkv_bias, self.qk_norm) == (shape.qkv_bias, shape.qk_norm)
+        return same and (self.nope or not shape.nope_interval)
+
+
+_NO_BIAS, _NO_WINDOW = {"attention_bias": False}, {"use_sliding_window": False}
+_IDS = {"bos_token_id": 1, "eos_token_id": 2}
+FAMILIES = {
+    "llama": Family("LlamaForCausalLM", off={**_NO_BIAS, "mlp_bias": False}, defaults=_IDS),
+    "mistral": Family("MistralForCausalLM", off={"sliding_window": None}, defaults={"sliding_window": 4096, **_IDS}),
+    "qwen2": Family("Qwen2ForCausalLM", qkv_bias=True, off=_NO_WINDOW),
+    "qwen3": Family("Qwen3ForCausalLM", qk_norm=True, off={**_NO_BIAS, **_NO_WINDOW}, defaults={"head_dim": 128}),
+    "smollm3": Family(
+        "SmolLM3ForCausalLM",
+        nope=True,
+        off={**_NO_BIAS, **_NO_WINDOW, "mlp_bias": False},
+        defaults={
+            "rope_theta": 2e6,
+            "tie_word_embeddings": True,
+            "no_rope_layer_interval": 4,
+            "bos_token_id": 128000,
+            "eos_token_id": 128001,
+            "pad_token_id": 128004,
+        },
+    ),
+}
+"""Supported families by `model_type`; the first that fits a shape is the one of a model without a base."""
 NAME_A_MODEL = (
     "name a Hugging Face folder on this machine; a training run becomes one with sdlm export --ckpt RUN --out FOLDER"
 )
@@ -30,10 +73,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class HFConfig:
-    """Configuration of a Qwen2 or Llama shaped decoder, with SDLM's settings if the folder has them."""
+    """Configuration of a decoder, with SDLM's settings if the folder has them."""
 
     model_type: str
-    """"qwen2" or "llama"."""
+    """One of FAMILIES."""
     shape: ModelConfig
     """vocab_size counts the rows of the embedding, padding rows included."""
     dtype: str | None
@@ -94,8 +137,8 @@ def read_config_json(folder: Path) -> dict[str, Any]:
     return values
 
 
-STOCK_CLASS, SDLM_CLASS = "Qwen2ForCausalLM", "modeling_sdlm.SDLMForCausalLM"
-"""Classes that config.json names under `architectures` and `auto_map`."""
+SDLM_CLASS = "modeling_sdlm.SDLMForCausalLM"
+"""Class that config.json names under `auto_map`; under `architectures` it names the family's class of transformers."""
 
 
 def warn_of_lost_code(folder: Path) -> None:
@@ -146,37 +189,74 @@ class _Fields:
         return tuple(ids)
 
 
-def _rope_theta(fields: _Fields) -> float:
-    """rope_theta at the top level (transformers 4) or inside rope_parameters (transformers 5)."""
-    nested = None
+_LLAMA3 = {
+    "rope_factor": "factor",
+    "rope_low_freq": "low_freq_factor",
+    "rope_high_freq": "high_freq_factor",
+    "rope_original_positions": "original_max_position_embeddings",
+}
+"""Llama 3's rope scaling: field of ModelConfig -> key in config.json."""
+
+
+def _rope(fields: _Fields, default_theta: float) -> dict[str, Any]:
+    """Fields of ModelConfig about rotary embedding: at the top level and in rope_scaling, as transformers 4 writes
+    them, or in rope_parameters, as transformers 5 does."""
+    nested, scalings = default_theta, []
     for name in ("rope_scaling", "rope_parameters"):
         rope = _Fields(fields.typed(name, dict, {}), fields.path)
         kind = rope.values.get("rope_type", rope.values.get("type", "default"))
-        if kind != "default":
-            fix = "use a base without rope scaling (plain RoPE)"
+        if kind not in ("default", "llama3"):
+            fix = "use a base with plain RoPE or Llama 3's scaling"
             raise fields.error(f"rope scaling {kind!r:.60} is not supported", name, fix)
+        if rope.values.get("partial_rotary_factor", 1) != 1:
+            raise fields.error("a partial rotary embedding is not supported", name, "use a base without it")
+        if kind == "llama3":
+            kinds = {"rope_original_positions": int}
+            scalings.append({k: rope.number(v, kinds.get(k, float), MOST[k]) for k, v in _LLAMA3.items()})
         if name == "rope_parameters" and rope.values.get("rope_theta") is not None:
             nested = rope.number("rope_theta", float, MOST["rope_theta"])
-    return float(fields.number("rope_theta", float, MOST["rope_theta"], 10000.0 if nested is None else nested))
+    scaling = scalings[0] if scalings else {}
+    if scalings[1:] and scaling != scalings[1]:
+        raise fields.error("rope_scaling and rope_parameters differ", "rope_scaling", "keep one of them")
+    if scaling and not (scaling["rope_factor"] >= 1 and scaling["rope_high_freq"] > scaling["rope_low_freq"]):
+        raise fields.error("expected factor >= 1 and high_freq_factor > low_freq_factor", "rope_scaling")
+    return {"rope_theta": float(fields.number("rope_theta", float, MOST["rope_theta"], nested)), **scaling}
 
 
-def _check_supported(fields: _Fields, model_type: str) -> None:
-    if model_type not in _MODEL_TYPES:
-        fix = f"use a {' or '.join(_MODEL_TYPES)} model"
-        raise fields.error(f"model_type '{model_type:.60}' is not supported", "model_type", fix)
-    if fields.typed("use_sliding_window", bool, False):
-        raise fields.error("sliding-window attention is not supported", "use_sliding_window", "use a base without it")
+def _no_rope_layers(interval: int, layers: int) -> list[int]:
+    """SmolLM3's list of layers, 0 for those without rotary embedding."""
+    return [int(not interval or (i + 1) % interval != 0) for i in range(layers)]
+
+
+def _nope_interval(fields: _Fields, layers: int) -> int:
+    """ModelConfig.nope_interval of a SmolLM3."""
+    name = "no_rope_layers"
+    listed = fields.typed(name, list, [])[:layers]
+    if not listed:
+        return int(fields.number("no_rope_layer_interval", int, MOST["nope_interval"]))
+    interval = listed.index(0) + 1 if 0 in listed else 0
+    if listed != _no_rope_layers(interval, layers):
+        fix = "use a base where every n-th layer has no rotary embedding"
+        raise fields.error("the layers without rotary embedding are not evenly spaced", name, fix)
+    return interval
+
+
+_OFF_TEXTS = {"bias": "a bias outside Qwen2's q, k and v", "window": "sliding-window attention"}
+
+
+def _check_supported(fields: _Fields, family: Family) -> None:
+    for name, off in family.off.items():
+        if fields.values.get(name) not in (off, None):
+            what = _OFF_TEXTS[name.rpartition("_")[2]]
+            raise fields.error(f"{what} is not supported", name, f"use a base where {name} is {json.dumps(off)}")
     if other := [kind for kind in fields.typed("layer_types", list, []) if kind != "full_attention"]:
         fix = "use a base with full attention in every layer"
         raise fields.error(f"{other[0]!r:.60} is not supported", "layer_types", fix)
-    for name in ("mlp_bias", *(("attention_bias",) if model_type == "llama" else ())):
-        if fields.typed(name, bool, False):
-            raise fields.error("these biases are not supported", name, "only q/k/v may have a bias (Qwen2)")
     if (activation := fields.typed("hidden_act", str, "silu")) != "silu":
         raise fields.error(f"activation {activation!r:.60} is not supported", "hidden_act", "use SwiGLU: 'silu'")
 
 
-def _shape(fields: _Fields, model_type: str) -> ModelConfig:
+def _shape(fields: _Fields, family: Family) -> ModelConfig:
     def size(key: str, name: str, default: int | None = None) -> int:
         return int(fields.number(name, int, MOST[key], default))
 
@@ -186,18 +266,21 @@ def _shape(fields: _Fields, model_type: str) -> ModelConfig:
     kv_heads = size("num_query_groups", "num_key_value_heads", heads)
     if heads % kv_heads:
         raise fields.error(f"{heads} heads are not a multiple of {kv_heads} KV heads", "num_key_value_heads")
+    layers = size("num_layers", "num_hidden_layers")
     return ModelConfig(
-        num_layers=size("num_layers", "num_hidden_layers"),
+        num_layers=layers,
         hidden_size=hidden,
         ffn_hidden_size=size("ffn_hidden_size", "intermediate_size"),
         num_attention_heads=heads,
         num_query_groups=kv_heads,
         head_dim=size("head_dim", "head_dim", hidden // heads),
         vocab_size=size("vocab_size", "vocab_size"),
-        rope_theta=_rope_theta(fields),
         rms_norm_eps=fields.number("rms_norm_eps", float, MOST["rms_norm_eps"], 1e-6),
         tied_embeddings=fields.typed("tie_word_embeddings", bool, False),
-        qkv_bias=model_type == "qwen2",
+        qkv_bias=family.qkv_bias,
+        qk_norm=family.qk_norm,
+        nope_interval=_nope_interval(fields, layers) if family.nope else 0,
+        **_rope(fields, family.defaults.get("rope_theta", 10000.0)),
     )
 
 
@@ -206,14 +289,18 @@ def read_hf_config(folder: Path | str) -> HFConfig:
 
     Raises:
         CheckpointError: no config.json, a missing or malformed field, a folder that `read_config_json` refuses, or a
-            model this project cannot train: another model_type or dtype, rope scaling, sliding-window attention, other
-            biases than Qwen2's.
+            model this project cannot train: a model_type outside FAMILIES, another dtype or rope scaling,
+            sliding-window attention, other biases than Qwen2's.
     """
     folder = Path(folder)
     values = read_config_json(folder)
     fields, path = _Fields(values, folder / "config.json"), folder / "generation_config.json"
     model_type = fields.typed("model_type", str, "")
-    _check_supported(fields, model_type)
+    if (family := FAMILIES.get(model_type)) is None:
+        fix = f"use a model of one of {', '.join(FAMILIES)}"
+        raise fields.error(f"model_type '{model_type:.60}' is not supported", "model_type", fix)
+    fields = _Fields({k: v for k, v in family.defaults.items() if k != "rope_theta"} | values, folder / "config.json")
+    _check_supported(fields, family)
     generation = _Fields(read_json(folder, path.name) if os.path.lexists(path) else {}, path)
     try:
         sdlm = SDLMSettings.from_config_json(values, generation.values)
@@ -236,7 +323,7 @@ def read_hf_config(folder: Path | str) -> HFConfig:
     eos, pad = (
         [source.token_ids(name) for source in (generation, fields)] for name in ("eos_token_id", "pad_token_id")
     )
-    shape = _shape(fields, model_type)
+    shape = _shape(fields, family)
     if sdlm is not None and sdlm.mask_token_id >= shape.vocab_size:
         what = f"the mask token's id is {sdlm.mask_token_id}, but the vocabulary has {shape.vocab_size} tokens"
         raise fields.error(what, "text_mask_token_id")
@@ -252,12 +339,21 @@ def read_hf_config(folder: Path | str) -> HFConfig:
     )
 
 
+def family_of(shape: ModelConfig) -> str:
+    """The `model_type` of a model without a base; CheckpointError where transformers has no class for it."""
+    for name, family in FAMILIES.items():
+        if family.fits(shape):
+            return name
+    what = f"qkv_bias {shape.qkv_bias}, qk_norm {shape.qk_norm}, nope_interval {shape.nope_interval}"
+    raise CheckpointError(f"no model of transformers has {what}", "the model section of the run", "change one of them")
+
+
 def config_json(config: HFConfig, dtype: str) -> dict[str, Any]:
     """Content of config.json, in the spelling that transformers 4 and 5, the authors' code and serving engines read."""
-    shape = config.shape
+    shape, family = config.shape, FAMILIES[config.model_type]
     values: dict[str, Any] = {
-        "architectures": [STOCK_CLASS],  # serving engines read this; transformers prefers auto_map
-        "model_type": "qwen2",
+        "architectures": [family.stock_class],  # serving engines read this; transformers prefers auto_map
+        "model_type": config.model_type,
         "hidden_size": shape.hidden_size,
         "intermediate_size": shape.ffn_hidden_size,
         "num_hidden_layers": shape.num_layers,
@@ -272,12 +368,17 @@ def config_json(config: HFConfig, dtype: str) -> dict[str, Any]:
         "hidden_act": "silu",
         "attention_dropout": 0.0,
         "initializer_range": 0.02,
-        "use_sliding_window": False,
         "use_cache": True,
         "torch_dtype": dtype,
+        **family.off,
+        **{name: None for name in family.defaults if name.endswith("token_id")},  # for a model without such a token
     }
-    if shape.head_dim * shape.num_attention_heads != shape.hidden_size:
+    if shape.head_dim * shape.num_attention_heads != shape.hidden_size or "head_dim" in family.defaults:
         values["head_dim"] = shape.head_dim
+    if family.nope:
+        values["no_rope_layers"] = _no_rope_layers(shape.nope_interval, shape.num_layers)
+    if shape.rope_factor != 1:
+        values["rope_scaling"] = {"rope_type": "llama3", **{v: getattr(shape, k) for k, v in _LLAMA3.items()}}
     if config.bos_token_id is not None:
         values["bos_token_id"] = config.bos_token_id
     if config.eos_token_ids:

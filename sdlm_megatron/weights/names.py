@@ -21,6 +21,8 @@ _LAYER = {
     "input_layernorm.weight": "input_layernorm.weight",
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
     "self_attention.linear_proj.weight": "self_attn.o_proj.weight",
+    "self_attention.q_layernorm.weight": "self_attn.q_norm.weight",
+    "self_attention.k_layernorm.weight": "self_attn.k_norm.weight",
     "pre_mlp_layernorm.weight": "post_attention_layernorm.weight",
     "mlp.linear_fc1.layer_norm_weight": "post_attention_layernorm.weight",
     "mlp.linear_fc2.weight": "mlp.down_proj.weight",
@@ -31,6 +33,7 @@ _OUTER = {
     "output_layer.weight": "lm_head.weight",
 }
 _QKV = "self_attention.linear_qkv."
+_QK_NORMS = ("self_attention.q_layernorm.weight", "self_attention.k_layernorm.weight")
 _FC1 = "mlp.linear_fc1.weight"
 VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
 """Tensors with a row per token, padded with zero rows."""
@@ -65,7 +68,8 @@ def checkpoint_key(name: str) -> tuple[str, int | None]:
 def checkpoint_names(shape: ModelConfig) -> list[str]:
     """Every tensor of a whole model, norms named as a checkpoint names them."""
     # Checkpoints use the names of the fused layers, also for models built without them.
-    inner = [name for name in _LAYER if "layernorm." not in name]
+    inner = [name for name in _LAYER if not name.startswith(("input_layernorm", "pre_mlp_layernorm"))]
+    inner = [name for name in inner if shape.qk_norm or name not in _QK_NORMS]
     inner += [_FC1, *(_QKV + kind for kind in ("weight", "bias")[: 2 if shape.qkv_bias else 1])]
     layers = [f"decoder.layers.{i}.{name}" for i in range(shape.num_layers) for name in inner]
     outer = [name for name in _OUTER if name != "output_layer.weight" or not shape.tied_embeddings]
@@ -84,7 +88,7 @@ def hf_rows(name: str, shape: ModelConfig) -> list[Rows]:
         return [(_OUTER[name], 0, hidden if name == "decoder.final_layernorm.weight" else shape.vocab_size)]
     head, rest = f"model.layers.{inner[0]}.", inner[1]
     if rest in _LAYER:
-        return [(head + _LAYER[rest], 0, hidden)]
+        return [(head + _LAYER[rest], 0, dim if rest in _QK_NORMS else hidden)]
     if rest == _FC1:
         return [(f"{head}mlp.{x}_proj.weight", 0, shape.ffn_hidden_size) for x in ("gate", "up")]
     if rest in (_QKV + "weight", _QKV + "bias"):

@@ -264,31 +264,3 @@ class HFAsCheckpoint:
 
     def identity(self) -> dict[str, Any]:
         return self._folder.identity()
-
-
-class WithZeroBiases:
-    """A Llama model as Qwen2, which always has biases of q, k and v: zero ones compute the same function."""
-
-    def __init__(self, reader: TensorReader) -> None:
-        self._reader = reader
-        present = set(reader.names())
-        projections = tuple(f"self_attn.{x}_proj.weight" for x in "qkv")
-        biases = {n.removesuffix("weight") + "bias": n for n in reader.names() if n.endswith(projections)}
-        self._weight_of = {bias: weight for bias, weight in biases.items() if bias not in present}
-
-    def names(self) -> list[str]:
-        return [*self._reader.names(), *self._weight_of]
-
-    def shape(self, name: str) -> Index:
-        return self._reader.shape(self._weight_of[name])[:1] if name in self._weight_of else self._reader.shape(name)
-
-    def dtype(self, name: str) -> torch.dtype:
-        return self._reader.dtype(self._weight_of.get(name, name))
-
-    def read(self, name: str, start: Index, size: Index) -> torch.Tensor:
-        if name in self._weight_of:
-            return torch.zeros(size, dtype=self.dtype(name))
-        return self._reader.read(name, start, size)
-
-    def identity(self) -> dict[str, Any]:
-        return self._reader.identity()

@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers import (
     EOS,
+    FAMILY_FIELDS,
     MASK,
     PAD,
     assert_bitwise,
@@ -29,11 +30,20 @@ from sdlm_megatron.ops.attempt import rank_file
 pytestmark = pytest.mark.distributed
 
 
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_converter_round_trip_is_bitwise(tmp_path: Path, tied: bool, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("family", "tied", "dtype"),
+    [
+        ("qwen2", True, torch.float32),
+        ("qwen3", False, torch.float32),
+        ("smollm3", True, torch.bfloat16),
+        ("llama", False, torch.bfloat16),
+        ("qwen2", True, torch.float16),
+        ("mistral", False, torch.float16),
+    ],
+)
+def test_converter_round_trip_is_bitwise(tmp_path: Path, family: str, tied: bool, dtype: torch.dtype) -> None:
     """Vocabulary 264 is padded to 384 in between; SDLM's config keys are kept."""
-    hf = make_hf(tmp_path / "hf", tied=tied, dtype=dtype)
+    hf = make_hf(tmp_path / "hf", family=family, tied=tied, dtype=dtype)
     run_python("-m", "checkpoints_tools.hf_to_mcore", "--hf", str(hf), "--out", str(tmp_path / "mcore"))
     out = tmp_path / "out"
     done = run_python(
@@ -44,21 +54,22 @@ def test_converter_round_trip_is_bitwise(tmp_path: Path, tied: bool, dtype: torc
     assert len(list(out.glob("*.safetensors"))) > 1
     assert_bitwise(tensors(out), tensors(hf))
     before, after = (json.loads((f / "config.json").read_text()) for f in (hf, out))
-    for key in ("block_size", "causal_attn", "text_mask_token", "text_mask_token_id", "vocab_size", "rope_theta"):
+    kept = ("block_size", "causal_attn", "text_mask_token", "text_mask_token_id", "vocab_size", "rope_theta")
+    for key in (*kept, "architectures", "model_type"):
         assert after[key] == before[key]
     assert after["torch_dtype"] == str(dtype).removeprefix("torch.")
 
 
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(("family", "tied"), [("qwen2", True), ("qwen3", False)])
 @pytest.mark.parametrize("layout", [{"parallel.tensor": 2}, {"parallel.pipeline": 2}], ids=["TP2", "PP2"])
 def test_round_trip_through_a_training_checkpoint_is_bitwise(
-    tmp_path: Path, tied: bool, layout: dict[str, object]
+    tmp_path: Path, family: str, tied: bool, layout: dict[str, object]
 ) -> None:
     """Weights loaded into the shards of a TP2 or PP2 run, saved by it and exported are bitwise equal.
 
     Tied models start from the folder, untied ones from its import. The learning rate is too small to change weights.
     """
-    hf = base = make_hf(tmp_path / "hf", tied=tied)
+    hf = base = make_hf(tmp_path / "hf", family=family, tied=tied)
     if not tied:
         base = tmp_path / "import"
         hf_to_mcore.convert(hf, base, file_bytes=60_000)
@@ -99,7 +110,15 @@ def assert_card(folder: Path, out: Path, layout: dict[str, object]) -> None:
 
 
 @pytest.mark.parametrize(
-    "form", [{}, {"tied": False}, {"bias": False}, {"heads": 4, "kv": 4}], ids=["tied", "untied", "llama", "no GQA"]
+    "form",
+    [
+        {},
+        {"tied": False},
+        {"bias": False},
+        {"heads": 4, "kv": 4},
+        *({"family": x} for x in FAMILY_FIELDS if x != "qwen2"),
+    ],
+    ids=lambda form: ", ".join(f"{k} {v}" for k, v in form.items()) or "tied",
 )
 def test_logits_equal_transformers(make_engine: Callable, tmp_path: Path, form: dict) -> None:
     """Losses of every target against transformers' own model on the clean tokens of one document.

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import EOS, MASK, make_dataset, make_hf, read_metrics, run_python, train
+from helpers import EOS, FAMILY_FIELDS, MASK, make_dataset, make_hf, read_metrics, run_python, train
 from torch.distributed.checkpoint import FileSystemReader, TensorStorageMetadata, load
 
 pytestmark = pytest.mark.distributed
@@ -198,14 +198,17 @@ def test_next_token_loss_under_data_parallelism(
     assert alone[-1]["loss_next_token"] < first["loss_next_token"]
 
 
-def test_tied_llama_shape_trains_the_same_across_layouts(tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["qwen3", "smollm3"])
+def test_other_families_train_the_same_across_layouts(tmp_path: Path, family: str) -> None:
     """TP2+SP+PP2 against one process, and its samples against transformers with the export of the same step.
 
-    Tied embeddings on two stages, no biases, loss averaged over rows for blocks and clean tokens, causal blocks.
+    Tied embeddings on two stages, loss averaged over rows for blocks and clean tokens, causal blocks. Each TP rank has
+    the whole norms of q and k (Qwen3), and gradients of them from its own heads. SmolLM3's layer without rotary
+    embedding is on the second stage; here it also has Llama 3's rope scaling.
     """
     material = (
         make_dataset(tmp_path / "data", rows=20),
-        make_hf(tmp_path / "hf", tied=True, bias=False, causal_attn=True),
+        make_hf(tmp_path / "hf", tied=True, family=family, causal_attn=True, **FAMILY_FIELDS["llama"]),
     )
     settings = {
         "diffusion.causal_attn": True,

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2ForCausalLM
 
 from checkpoints_tools.export_folder import write_hf_folder
 from checkpoints_tools.tokenizer_files import add_token
@@ -17,7 +17,7 @@ from sdlm_megatron.diffusion.settings import SDLMSettings
 from sdlm_megatron.errors import CheckpointError
 from sdlm_megatron.weights.hf_config import HFConfig, read_hf_config
 from sdlm_megatron.weights.hf_weights import INDEX_NAME, HFWeights
-from tests.helpers import whole
+from tests.helpers import LLAMA3, whole
 from tests.parity import decode_oracle as o
 from tests.qwen_vocab import make_tiny_qwen
 
@@ -135,25 +135,6 @@ def test_written_config_suits_old_loaders(tmp_path: Path) -> None:
     assert generation["eos_token_id"] == [258]
 
 
-def test_llama_is_exported_as_qwen2(tmp_path: Path) -> None:
-    torch.manual_seed(1)
-    shape = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 99}
-    base = LlamaForCausalLM(LlamaConfig(hidden_size=32, intermediate_size=48, rope_theta=5e4, **shape)).eval()
-    base.save_pretrained(tmp_path / "llama")
-    config = read_hf_config(tmp_path / "llama")
-    assert (config.model_type, config.shape.qkv_bias, config.shape.rope_theta) == ("llama", False, 5e4)
-    out = copy(tmp_path / "llama", tmp_path / "out", dtype="float32")
-    ids = torch.arange(20)[None]
-    with torch.no_grad():
-        torch.testing.assert_close(
-            Qwen2ForCausalLM.from_pretrained(out)(ids).logits, base(ids).logits, atol=1e-6, rtol=1e-5
-        )
-    before, after = HFWeights(tmp_path / "llama"), HFWeights(out)
-    extra = set(after.names()) - set(before.names())
-    assert len(extra) == 6 and all(name.endswith("_proj.bias") and not whole(after, name).any() for name in extra)
-    assert all(whole(before, name).equal(whole(after, name)) for name in before.names())
-
-
 def test_export_converts_the_dtype(tmp_path: Path) -> None:
     source = tiny(tmp_path / "base")
     out = copy(source, tmp_path / "out", dtype="bfloat16")
@@ -229,9 +210,17 @@ def test_wrong_tensors_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "mistral"}, "'mistral' is not supported"),
+        ({"model_type": "gemma3"}, "'gemma3' is not supported.*llama, mistral, qwen2, qwen3, smollm3"),
+        ({"model_type": "mistral"}, "sliding-window attention is not supported.*'sliding_window'"),  # 4096 if absent
+        ({"model_type": "llama", "mlp_bias": True}, "bias.*'mlp_bias'"),
+        ({"model_type": "qwen3", "attention_bias": True}, "bias.*'attention_bias'"),
+        ({"model_type": "qwen3", "layer_types": ["sliding_attention"] * 2}, "'sliding_attention' is not supported"),
+        ({"model_type": "smollm3", "no_rope_layers": [0, 1]}, "not evenly spaced.*'no_rope_layers'"),
         ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope scaling 'yarn'"),
-        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1.0}}, "rope scaling 'llama3'"),
+        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1.0}}, "above 0.*got None.*field 'factor'"),
+        ({"rope_parameters": {**LLAMA3, "high_freq_factor": 1}}, "high_freq_factor > low_freq_factor"),
+        ({"rope_parameters": LLAMA3, "rope_scaling": {**LLAMA3, "factor": 4}}, "rope_parameters differ"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial rotary"),
         ({"use_sliding_window": True}, "sliding-window"),
         ({"hidden_size": None}, "field 'hidden_size'"),
         ({"hidden_size": "64"}, "field 'hidden_size'"),
@@ -241,7 +230,7 @@ def test_wrong_tensors_are_refused(tmp_path: Path) -> None:
     ],
 )
 def test_unsupported_configs_are_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises(CheckpointError, match=f"(?s){message}"):
         read_hf_config(rewrite(tiny(tmp_path / "base"), **changes))
 
 

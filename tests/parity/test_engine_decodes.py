@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import EOS, MASK, PAD, make_dataset, make_hf
+from helpers import EOS, FAMILY_FIELDS, MASK, PAD, make_dataset, make_hf
 
 from sdlm_megatron.data.batch import load_micro_batch
 from sdlm_megatron.data.format import PackedDataset
@@ -33,14 +33,20 @@ def reference(folder: Path) -> torch.nn.Module:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa").eval()
 
 
+CASES = [("prob_conf", 4), ("prob_conf", 3), ("self_speculative", 4), ("ar", 1)]
+
+
 @pytest.mark.parametrize("causal_attn", [False, True])
-@pytest.mark.parametrize(("alg", "window"), [("prob_conf", 4), ("prob_conf", 3), ("self_speculative", 4), ("ar", 1)])
+@pytest.mark.parametrize(
+    ("family", "alg", "window"),
+    [*(("qwen2", *case) for case in CASES), *((x, "prob_conf", 4) for x in FAMILY_FIELDS if x != "qwen2")],
+)
 def test_tokens_equal_transformers(
-    make_engine: Callable, tmp_path: Path, alg: str, window: int, causal_attn: bool
+    make_engine: Callable, tmp_path: Path, family: str, alg: str, window: int, causal_attn: bool
 ) -> None:
     from sdlm_megatron.parallel.engine import EngineProposer
 
-    folder = make_hf(tmp_path / "hf", tied=False)
+    folder = make_hf(tmp_path / "hf", tied=False, family=family)
     ids, real = prompts()
     settings = {
         "mask_token_id": MASK,

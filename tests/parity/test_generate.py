@@ -28,10 +28,12 @@ from transformers import (
     pipeline,
 )
 
-from checkpoints_tools.export_folder import HF_CODE
+from checkpoints_tools.export_folder import HF_CODE, write_hf_folder
 from checkpoints_tools.tokenizer_files import chat_template
 from sdlm_megatron.diffusion.decode import Decoded, decode
-from tests.helpers import run_python
+from sdlm_megatron.weights.hf_config import FAMILIES, read_hf_config
+from sdlm_megatron.weights.hf_weights import HFWeights
+from tests.helpers import FAMILY_FIELDS, assert_bitwise, make_hf, run_python, tensors
 from tests.parity import decode_oracle as o
 from tests.parity import exported
 
@@ -111,6 +113,30 @@ def test_generate_equals_the_library_decoding(models: dict[str, Any], name: str,
     finally:
         model.set_attn_implementation("sdpa")
     assert len(seen) > 3 or name == "random"  # the settings take effect; the random model is never confident
+
+
+@pytest.mark.parametrize("family", FAMILY_FIELDS)
+def test_each_family_is_exported_as_itself(tmp_path: Path, family: str) -> None:
+    """Weights and logits are bitwise the base's, tokens those of the library with the base's class and no cache."""
+    base, out = make_hf(tmp_path / "base", family=family), tmp_path / "out.v1"
+    write_hf_folder(out, HFWeights(base), read_hf_config(base))
+    ours: Any = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)
+    plain: Any = AutoModelForCausalLM.from_pretrained(base)
+    assert type(plain).__name__ == FAMILIES[family].stock_class and isinstance(ours, type(plain))
+    assert_bitwise(tensors(out), tensors(base))
+    ours.save_pretrained(tmp_path / "again")  # in the spelling of this version of transformers
+    for folder in (out, tmp_path / "again"):
+        assert read_hf_config(folder).shape == read_hf_config(base).shape
+    seen = set()
+    for seed in range(3):
+        ids = torch.randint(0, 256, (1, 40), generator=torch.Generator().manual_seed(seed))
+        with torch.no_grad():
+            assert ours(ids).logits.equal(plain(ids).logits)
+        done = ours.generate(ids, sdlm_threshold=0.05, max_new_tokens=30, return_dict_in_generate=True)
+        expected = library(plain, ids, threshold=0.05, use_cache=False)
+        assert (done.sequences[0, 40:].tolist(), done.accepted) == (expected.tokens[0], expected.accepted)
+        seen.update(*expected.accepted)
+    assert len(seen) > 1, "nothing to compare: one token per pass"
 
 
 @pytest.mark.parametrize("name", o.MODELS)

@@ -254,6 +254,8 @@ LAYER = {
     ],
     "self_attention.linear_qkv.bias": ["self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias"],
     "self_attention.linear_proj.weight": ["self_attn.o_proj.weight"],
+    "self_attention.q_layernorm.weight": ["self_attn.q_norm.weight"],
+    "self_attention.k_layernorm.weight": ["self_attn.k_norm.weight"],
     "mlp.linear_fc1.weight": ["mlp.gate_proj.weight", "mlp.up_proj.weight"],
     "mlp.linear_fc2.weight": ["mlp.down_proj.weight"],
     "input_layernorm.weight": ["input_layernorm.weight"],
@@ -264,15 +266,15 @@ LAYER = {
 @pytest.mark.parametrize("fused", [False, True])
 def test_tensor_names_round_trip_for_both_layer_kinds(fused: bool) -> None:
     """Every tensor name of a layer round-trips, and other names are rejected."""
-    heads = {"q": 8, "k": 4, "v": 4, "o": 8, "gate": 12, "up": 12}
+    rows = {"q_proj": 8, "k_proj": 4, "v_proj": 4, "q_norm": 2, "k_norm": 2, "gate_proj": 12, "up_proj": 12}
     for name, theirs in LAYER.items():
         ours = f"decoder.layers.1.{NORMS.get(name, name) if fused else name}"
-        hf = {f"model.layers.1.{t}": torch.randn(heads.get(t.split(".")[1].split("_")[0], 8), 3) for t in theirs}
+        hf = {f"model.layers.1.{t}": torch.randn(rows.get(t.split(".")[1], 8), 3) for t in theirs}
         whole = torch.cat([hf[name][start:stop] for name, start, stop in hf_rows(ours, SHAPE)])
         back = dict(to_hf(ours, whole, SHAPE))
         assert set(back) == set(hf)
         assert all(torch.equal(back[k], hf[k]) for k in hf)
-    for wrong in ("mlp.linear_fc1.layer_norm_bias", "mlp.linear_fc1.bias", "self_attention.q_layernorm.weight"):
+    for wrong in ("mlp.linear_fc1.layer_norm_bias", "mlp.linear_fc1.bias", "self_attention.q_layernorm.bias"):
         with pytest.raises(KeyError):
             hf_rows(f"decoder.layers.0.{wrong}", SHAPE)
         with pytest.raises(KeyError):
@@ -280,7 +282,7 @@ def test_tensor_names_round_trip_for_both_layer_kinds(fused: bool) -> None:
 
 
 def test_norms_are_replicated_on_every_rank() -> None:
-    for pair in NORMS.items():
+    for pair in (*NORMS.items(), ("self_attention.q_layernorm.weight", "self_attention.k_layernorm.weight")):
         for name in pair:
             assert partition_dim(f"decoder.layers.0.{name}") is None
     assert partition_dim("decoder.layers.0.self_attention.linear_qkv.bias") == 0

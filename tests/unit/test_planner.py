@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from helpers import make_dataset, make_hf, run_python
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,11 +21,12 @@ from sdlm_megatron.errors import ConfigError
 from sdlm_megatron.planner import plan as command
 from sdlm_megatron.planner import plan_text
 from sdlm_megatron.planner.assumptions import Assumptions, assume, device_of, ranges
-from sdlm_megatron.planner.memory import in_flight, peak_memory
+from sdlm_megatron.planner.memory import in_flight, peak_memory, stage_parameters
 from sdlm_megatron.planner.parallel_layout import MEGATRON, TRANSFORMER_ENGINE, ParallelLayout, layout_of
 from sdlm_megatron.planner.search import CLOSE, LayoutPlan, Planner, recommended
 from sdlm_megatron.planner.step_time import gpu_time, host_time
 from sdlm_megatron.planner.workload import dataset, mixture, rows_per_step, steps, workload
+from sdlm_megatron.weights.hf_config import HFConfig, config_json, family_of
 
 GIVEN = Assumptions()
 
@@ -360,3 +362,28 @@ def test_planner_imports_neither_torch_nor_megatron():
     code = "import sys, sdlm_megatron.planner.plan as p; p.main(['tiny', '--gpus', '2', '--train.steps=3']); "
     done = run_python("-c", code + "assert not {'torch', 'megatron'} & set(sys.modules), 'imported'")
     assert "recommended" in done.stdout
+
+
+# Elements of the published weights.
+PUBLISHED = {
+    "qwen3-0.6b": 596_049_920,
+    "qwen3-1.7b": 1_720_574_976,
+    "qwen3-4b": 4_022_468_096,
+    "qwen3-8b": 8_190_735_360,
+    "qwen3-14b": 14_768_307_200,
+    "qwen3-32b": 32_762_123_264,
+    "llama3.1-8b": 8_030_261_248,
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_presets_have_the_parameters_of_the_published_models(name: str) -> None:
+    """By the planner, and by transformers for the config.json of an export."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = load_config(RunConfig, name, [], PRESETS)
+    assert sum(map(sum, stage_parameters(config.model, layout_of(config, 1), 0))) == PUBLISHED[name]
+    values = config_json(HFConfig(family_of(config.model), config.model, None), "bfloat16")
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(values.pop("model_type"), **values))
+    assert model.num_parameters() == PUBLISHED[name]
