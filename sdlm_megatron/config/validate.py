@@ -12,7 +12,7 @@ from sdlm_megatron.errors import ConfigError
 CHOICES = {
     "train.global_batch_unit": ("documents", "rows"),
     "train.precision": ("bf16", "fp32"),
-    "train.attention": ("auto", "per_document", "decomposed", "flex", "dense"),
+    "train.attention": ("auto", "per_document", "triton", "decomposed", "flex", "dense"),
     "train.layers": ("auto", "megatron", "transformer_engine"),
     "train.fp8": ("none", "delayed", "current"),
     "train.recompute": ("none", "selective", "full"),

@@ -19,6 +19,7 @@ from sdlm_megatron.errors import ConfigError
 from sdlm_megatron.model.attention.contract import RowAttention
 from sdlm_megatron.model.attention.decomposed import Decomposed
 from sdlm_megatron.model.attention.flex import Flex
+from sdlm_megatron.model.attention.fused import Fused
 from sdlm_megatron.model.attention.masked import Dense, PerDocument
 from sdlm_megatron.model.attention.varlen import (
     TorchFlash,
@@ -30,6 +31,9 @@ from sdlm_megatron.model.attention.varlen import (
 from sdlm_megatron.model.packages import LIBRARY_ERRORS, first_line
 
 KEY = "train.attention"
+Row = Callable[[RowLayout, int], RowAttention]
+"""Builds the attention of a row, on the host, from its layout and length."""
+GPU_ONLY = {"triton": "Triton kernels", "flex": "FlexAttention's kernels"}
 TOLERANCE = 0.02
 """Accepted relative error (of norms) in bf16: a wrong convention gives at least 0.1, rounding about 0.005."""
 
@@ -40,8 +44,7 @@ class AttentionBackend:
 
     text: str
     """Name of the backend and reason for the choice, for the console."""
-    row: Callable[[RowLayout, int], RowAttention]
-    """Builds the attention of a row, on the host, from its layout and length."""
+    row: Row
 
 
 @dataclass(frozen=True)
@@ -67,8 +70,8 @@ def choose_attention(name: str, *, causal_attn: bool, device: torch.device, head
         return AttentionBackend(f"{name}, set by {KEY}", partial(masked[name], causal_attn=causal_attn))
     if device.type == "cuda":
         return _gpu_backend(name, causal_attn=causal_attn, device=device, heads=heads)
-    if name == "flex":
-        raise ConfigError("FlexAttention needs a GPU to train", KEY, f"--{KEY}=auto")
+    if name in GPU_ONLY:
+        raise ConfigError(f"{GPU_ONLY[name]} need a GPU to train", KEY, f"--{KEY}=auto")
     if name == "auto":
         return AttentionBackend("per_document: the fastest on a CPU", partial(PerDocument, causal_attn=causal_attn))
     kernel = TorchKernel()
@@ -81,23 +84,37 @@ def _gpu_backend(name: str, *, causal_attn: bool, device: torch.device, heads: H
     if name == "flex":
         return AttentionBackend(f"flex, set by {KEY}", flex)
     fp32 = heads.dtype is torch.float32
-    passed, failures = None, ["the fast kernels do not support fp32"]
+    chosen, failures = None, ["the fast kernels do not support fp32"]
     if not fp32:
-        passed, failures = first_good(gpu_kernels(), causal_attn=causal_attn, device=device, heads=heads)
+        chosen, failures = first_good(_fast(name, causal_attn, heads), causal_attn, device, heads)
+    if chosen is None and name == "auto":
+        chosen, more = first_good([("flex", flex)], causal_attn, device, heads)
+        failures += more
     notes = "".join(f"; {failure}" for failure in failures)
-    passes = "which passed the check against the definition"
-    if passed is not None:
-        return AttentionBackend(f"decomposed over {passed.name}, {passes}{notes}", _decomposed(passed, causal_attn))
-    if name == "auto":
-        if not (failure := _failure("flex", flex, causal_attn=causal_attn, device=device, heads=heads)):
-            return AttentionBackend(f"flex, {passes}{notes}", flex)
-        notes += f"; {failure}"
+    if chosen is not None:
+        return AttentionBackend(f"{chosen[0]}, which passed the check against the definition{notes}", chosen[1])
     fixes = ["--train.precision=bf16"] * fp32 + [f"--{KEY}=auto"] * (name != "auto")
     fixes.append(f"repair what the message names (see `sdlm doctor`), or --{KEY}=per_document, which is slow")
     raise ConfigError(f"no kernel for {name} attention works on this GPU{notes}", KEY, "; ".join(fixes))
 
 
-def _decomposed(kernel: VarlenKernel, causal_attn: bool) -> Callable[[RowLayout, int], RowAttention]:
+def _fast(name: str, causal_attn: bool, heads: Heads) -> Iterator[tuple[str, Row] | str]:
+    """Backends to try in bf16, fastest first: the name of each with its rows, or the reason why it cannot be used.
+
+    triton comes first for the few launches that it needs, 4 per layer and micro-batch instead of about 85.
+    """
+    if name in ("auto", "triton"):
+        if find_spec("triton") is None:
+            yield "triton is not installed"
+        else:
+            yield "triton", partial(Fused, causal_attn=causal_attn, group=heads.heads // heads.kv_heads)
+    if name in ("auto", "decomposed"):
+        for kernel in gpu_kernels():
+            failed = isinstance(kernel, str)
+            yield kernel if failed else (f"decomposed over {kernel.name}", _decomposed(kernel, causal_attn))
+
+
+def _decomposed(kernel: VarlenKernel, causal_attn: bool) -> Row:
     return lambda layout, row_length: Decomposed(layout, kernel, causal_attn=causal_attn)
 
 
@@ -115,35 +132,27 @@ def gpu_kernels() -> Iterator[VarlenKernel | str]:
 
 
 def first_good(
-    kernels: Iterable[VarlenKernel | str], *, causal_attn: bool, device: torch.device, heads: Heads
-) -> tuple[VarlenKernel | None, list[str]]:
-    """The first kernel that passes its check (None if none does), and the failures of those before it."""
+    backends: Iterable[tuple[str, Row] | str], causal_attn: bool, device: torch.device, heads: Heads
+) -> tuple[tuple[str, Row] | None, list[str]]:
+    """The first backend that passes its check (None if none does), and the failures of those before it."""
     failures = []
-    for kernel in kernels:
-        if isinstance(kernel, str):
-            failures.append(kernel)
+    for backend in backends:
+        if isinstance(backend, str):
+            failures.append(backend)
             continue
-        row = _decomposed(kernel, causal_attn)
-        if not (failure := _failure(kernel.name, row, causal_attn=causal_attn, device=device, heads=heads)):
-            return kernel, failures
-        failures.append(failure)
+        name, row = backend
+        try:
+            error = check_backend(row, causal_attn=causal_attn, device=device, heads=heads)
+        except LIBRARY_ERRORS as raised:
+            failures.append(f"{name} does not run ({first_line(raised)})")
+            continue
+        if error < TOLERANCE:
+            return backend, failures
+        failures.append(f"{name} has a relative error of {error:.2g}")
     return None, failures
 
 
-def _failure(
-    name: str, row: Callable[[RowLayout, int], RowAttention], *, causal_attn: bool, device: torch.device, heads: Heads
-) -> str:
-    """Why a backend cannot be used, "" if it agrees with the definition."""
-    try:
-        error = check_backend(row, causal_attn=causal_attn, device=device, heads=heads)
-    except LIBRARY_ERRORS as raised:
-        return f"{name} does not run ({first_line(raised)})"
-    return "" if error < TOLERANCE else f"{name} has a relative error of {error:.2g}"
-
-
-def check_backend(
-    row: Callable[[RowLayout, int], RowAttention], *, causal_attn: bool, device: torch.device, heads: Heads
-) -> float:
+def check_backend(row: Row, *, causal_attn: bool, device: torch.device, heads: Heads) -> float:
     """Largest relative error (of norms) of output and gradients against the definition in float64, on a small row."""
     # covers adjacent blocks, a block with a single clean key, a document of one token without blocks, and one longer
     # than QUERY_CHUNK

@@ -25,20 +25,15 @@ from sdlm_megatron.model.attention.flex import key_ranges
 
 @dataclass(frozen=True)
 class TileSizes:
-    """Sizes of the kernels' tiles."""
+    """Sizes of the kernels' tiles. The defaults fill tensor cores and registers on Hopper without spilling."""
 
-    query_rows: int = 128
-    """Rows (tokens x query heads of a KV head) of a query tile: output and query gradients."""
-    query_keys: int = 64
-    """Keys of a step of these kernels."""
-    key_rows: int = 64
-    """Rows of a step of the key gradients."""
+    rows: int = 128
+    """Queries: tokens x query heads of a KV head."""
     keys: int = 64
-    """Keys of a key tile."""
-    part: int = 16
-    """Fewest steps of a part of a key tile."""
+    part: int = 8
+    """Fewest steps over the queries of a part of a key tile."""
     parts: int = 128
-    """Parts that the steps of a row are split into, if each is long enough."""
+    """Parts that the key tiles of a row are split into, about, if each is long enough."""
 
 
 def query_tiles(ranges: np.ndarray, ends: np.ndarray, tokens: int) -> np.ndarray:
@@ -122,13 +117,13 @@ class Fused(RowAttention):
         self, layout: RowLayout, row_length: int, *, causal_attn: bool, group: int, sizes: TileSizes | None = None
     ) -> None:
         self.sizes, self.group = sizes or TileSizes(), group
-        if group > self.sizes.key_rows:
-            raise ValueError(f"{group} query heads per KV head; the kernels take up to {self.sizes.key_rows}")
+        if group > self.sizes.rows:
+            raise ValueError(f"{group} query heads per KV head; the kernels take up to {self.sizes.rows}")
         ranges = key_ranges(layout, row_length, causal_attn=causal_attn)
         padding = [row_length - layout.used]
         ends = np.cumsum(np.concatenate([layout.clean_lens, layout.n_blocks * layout.block_size, padding]))
-        queries = query_tiles(ranges, ends, max(1, self.sizes.query_rows // group))
-        keys, sums = key_tiles(layout, ranges, ends, max(1, self.sizes.key_rows // group), self.sizes)
+        queries = query_tiles(ranges, ends, self.sizes.rows // group)
+        keys, sums = key_tiles(layout, ranges, ends, self.sizes.rows // group, self.sizes)
         self.slots = int(keys[:, 9].max(initial=-1)) + 1
         self.ranges, self.queries, self.keys, self.sums = map(torch.from_numpy, (ranges, queries, keys, sums))
 
@@ -143,62 +138,55 @@ def _kernels() -> Any:
     return import_module("sdlm_megatron.model.attention.triton_kernels")
 
 
-def constants(kernel: str, q: Tensor, group: int, sizes: TileSizes) -> dict[str, Any]:
-    """Constants of a kernel for queries (S, heads, d), and how it is launched."""
+def constants(q: Tensor, group: int, sizes: TileSizes) -> dict[str, Any]:
+    """Constants of the kernels for queries (S, heads, d), and how they are launched."""
     dim = q.shape[-1]
-    width = max(16, 1 << (dim - 1).bit_length())  # tensor cores need 16
-    of_keys = kernel in ("key_gradients", "add_parts")
-    rows, keys = (sizes.key_rows, sizes.keys) if of_keys else (sizes.query_rows, sizes.query_keys)
-    values = {"KEYS": keys, "DIM": dim, "WIDTH": width, "num_warps": LAUNCH[kernel][0], "num_stages": LAUNCH[kernel][1]}
-    if kernel != "add_parts":
-        # tensor cores would round fp32 to TF32
-        values |= {"GROUP": group, "ROWS": rows, "PRECISION": "ieee"}
-    return values
+    return {
+        "GROUP": group,
+        "ROWS": sizes.rows,
+        "KEYS": sizes.keys,
+        "DIM": dim,
+        "WIDTH": max(16, 1 << (dim - 1).bit_length()),  # tensor cores take 16 and more
+        "PRECISION": "ieee",  # tensor cores would round fp32 to TF32
+        "num_warps": 8,
+        "num_stages": 2,
+    }
 
 
-LAUNCH = {"attend": (8, 2), "query_gradients": (8, 2), "key_gradients": (8, 2), "add_parts": (4, 1)}
-"""Warps and pipeline stages of each kernel."""
 LOG2_E = 1.4426950408889634
 
 
 class _FusedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, row: Fused, scale: float) -> Tensor:
-        q, (k, v) = q.contiguous(), (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
-        out = torch.empty_like(q)
-        lse = q.new_empty((k.shape[1], q.shape[0] * row.group), dtype=torch.float32)
-        _kernels().attend[k.shape[1], len(row.queries)](
-            *(q, k, v, out, lse, row.queries, row.ranges, scale * LOG2_E, *q.shape[:2], *_strides(k, v)),
-            **constants("attend", q, row.group, row.sizes),
+        q, k, v = q.contiguous(), k.contiguous(), v if v.stride(-1) == 1 else v.contiguous()
+        length, heads = q.shape[:2]
+        kv_heads = k.shape[1]
+        out, lse = torch.empty_like(q), q.new_empty((kv_heads, length * row.group), dtype=torch.float32)
+        kept = v if v.is_contiguous() else torch.empty_like(k)
+        _kernels().attend[kv_heads, len(row.queries)](
+            *(q, k, v, out, lse, kept, row.queries, row.ranges, scale * LOG2_E, length, heads, *v.stride()[:2]),
+            **constants(q, row.group, row.sizes),
+            COPY=kept is not v,
         )
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.row, ctx.scale = row, scale
+        ctx.save_for_backward(q, k, kept, out, lse)
+        ctx.row, ctx.fixed = row, (scale, scale * LOG2_E, length, heads)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
-        row, scales, kv_heads, kernels = ctx.row, (ctx.scale, ctx.scale * LOG2_E), k.shape[1], _kernels()
-        grad = grad.contiguous()
-        dq, dk, dv, delta = torch.empty_like(q), k.new_empty(k.shape), v.new_empty(v.shape), torch.empty_like(lse)
-        strides = _strides(k, v)
+        row, kv_heads, kernels = ctx.row, k.shape[1], _kernels()
+        grad, fixed = grad.contiguous(), constants(q, row.group, row.sizes)
+        dq, dk, dv, delta = map(torch.empty_like, (q, k, v, lse))
+        partial = lse.new_empty((max(1, row.slots), kv_heads, 2, row.sizes.keys, fixed["WIDTH"]))
         kernels.query_gradients[kv_heads, len(row.queries)](
-            *(q, k, v, out, grad, lse, delta, dq, row.queries, row.ranges, *scales, *q.shape[:2], *strides),
-            **constants("query_gradients", q, row.group, row.sizes),
+            *(q, k, v, out, grad, lse, delta, dq, row.queries, row.ranges, *ctx.fixed), **fixed
         )
-        sizes = constants("key_gradients", q, row.group, row.sizes)
-        partial = lse.new_empty(max(1, row.slots) * kv_heads * 2 * sizes["KEYS"] * sizes["WIDTH"])
         kernels.key_gradients[kv_heads, len(row.keys)](
-            *(q, k, v, grad, lse, delta, dk, dv, partial, row.keys, row.ranges, *scales, len(q), kv_heads, *strides),
-            **sizes,
+            *(q, k, v, grad, lse, delta, dk, dv, partial, row.keys, row.ranges, *ctx.fixed), **fixed
         )
         if row.slots:
-            kernels.add_parts[kv_heads, len(row.sums)](
-                *(partial, dk, dv, row.sums, kv_heads), **constants("add_parts", q, row.group, row.sizes)
-            )
+            sizes = {key: fixed[key] for key in ("KEYS", "DIM", "WIDTH")}
+            kernels.add_parts[kv_heads, len(row.sums)](partial, dk, dv, row.sums, kv_heads, **sizes)
         return dq, dk, dv, None, None
-
-
-def _strides(*tensors: Tensor) -> list[int]:
-    """Strides of tokens and heads of each tensor."""
-    return [stride for x in tensors for stride in x.stride()[:2]]

@@ -1,4 +1,4 @@
-"""Triton kernels of attention over a packed row: the forward pass, and three kernels of the backward pass.
+"""Triton kernels of attention over a packed row: the forward pass and three kernels of the backward pass.
 
 Import this module only where triton is installed; `fused` builds its tables and calls it.
 
@@ -12,7 +12,7 @@ Import this module only where triton is installed; `fused` builds its tables and
 - Every row and key of the outputs is written by one program, padding included, so none needs to be cleared, and
   results do not depend on the order in which programs run.
 
-k and v may be views with any stride of tokens and heads; everything else is contiguous. DIM is the size of a
+All tensors are contiguous, except V in the forward pass: it may have any stride of tokens and heads. DIM is the size of a
 head, WIDTH the next power of two.
 """
 
@@ -59,21 +59,12 @@ def _query_tile(TILES, RANGES, length, heads, GROUP: tl.constexpr, ROWS: tl.cons
 
 
 @triton.jit
-def _key_step(TILES, step, lo, hi, own_lo, own_hi, KEYS: tl.constexpr):
+def _key_step(step, steps, low, high, own_low, own_high, lo, hi, own_lo, own_hi, KEYS: tl.constexpr):
     """Keys of this step, which of them the tile sees, and which pairs are visible: (KEYS,), (KEYS,), (rows, KEYS)."""
-    low, high = tl.load(TILES + 2), tl.load(TILES + 3)
-    steps = tl.cdiv(high - low, KEYS)
     own = step >= steps
-    first = tl.where(own, tl.load(TILES + 4) + (step - steps) * KEYS, low + step * KEYS)
-    key = first + tl.arange(0, KEYS)
+    key = tl.where(own, own_low + (step - steps) * KEYS, low + step * KEYS) + tl.arange(0, KEYS)
     seen = (key[None, :] >= tl.where(own, own_lo, lo)[:, None]) & (key[None, :] < tl.where(own, own_hi, hi)[:, None])
-    return key, key < tl.where(own, tl.load(TILES + 5), high), seen
-
-
-@triton.jit
-def _key_steps(TILES, KEYS: tl.constexpr):
-    low, high, own_low, own_high = tl.load(TILES + 2), tl.load(TILES + 3), tl.load(TILES + 4), tl.load(TILES + 5)
-    return tl.cdiv(high - low, KEYS) + tl.cdiv(own_high - own_low, KEYS)
+    return key, key < tl.where(own, own_high, high), seen
 
 
 @triton.jit
@@ -83,13 +74,12 @@ def attend(
     V,
     OUT,
     LSE,
+    V_COPY,
     TILES,
     RANGES,
     scale_log2,
     length,
     heads,
-    k_token,
-    k_head,
     v_token,
     v_head,
     GROUP: tl.constexpr,
@@ -98,19 +88,31 @@ def attend(
     DIM: tl.constexpr,
     WIDTH: tl.constexpr,
     PRECISION: tl.constexpr,
+    COPY: tl.constexpr,
 ):
-    """Output and log-sum-exp of a query tile. Grid: (kv_heads, query tiles)."""
+    """Output and log-sum-exp of a query tile. Grid: (kv_heads, query tiles).
+
+    With COPY, also a contiguous copy of V for the backward pass: V itself is a view of a tensor several times as large.
+    """
     TILES += tl.program_id(1) * QUERY_COLUMNS
     kv_head = tl.program_id(0)
+    kv_heads = heads // GROUP
     at, at_lse, inside, lo, hi, own_lo, own_hi = _query_tile(TILES, RANGES, length, heads, GROUP, ROWS, DIM)
+    if COPY:
+        own = tl.load(TILES) + tl.arange(0, ROWS)
+        valid = own < tl.load(TILES + 1)
+        value = _load(V, own * v_token + kv_head * v_head, valid, DIM, WIDTH)
+        _store(V_COPY, (own * kv_heads + kv_head) * DIM, valid, value, DIM, WIDTH)
     q = _load(Q, at, inside, DIM, WIDTH)
     # a finite start: a row may see no key of the first tiles, and -inf - -inf would be NaN
     top = tl.full([ROWS], -1e30, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     out = tl.zeros([ROWS, WIDTH], tl.float32)
-    for step in range(_key_steps(TILES, KEYS)):
-        key, loaded, seen = _key_step(TILES, step, lo, hi, own_lo, own_hi, KEYS)
-        k = _load(K, key * k_token + kv_head * k_head, loaded, DIM, WIDTH)
+    low, high, own_low, own_high = tl.load(TILES + 2), tl.load(TILES + 3), tl.load(TILES + 4), tl.load(TILES + 5)
+    steps = tl.cdiv(high - low, KEYS)
+    for step in range(steps + tl.cdiv(own_high - own_low, KEYS)):
+        key, loaded, seen = _key_step(step, steps, low, high, own_low, own_high, lo, hi, own_lo, own_hi, KEYS)
+        k = _load(K, (key * kv_heads + kv_head) * DIM, loaded, DIM, WIDTH)
         v = _load(V, key * v_token + kv_head * v_head, loaded, DIM, WIDTH)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
         scores = tl.where(seen, scores, -float("inf"))
@@ -141,10 +143,6 @@ def query_gradients(
     scale_log2,
     length,
     heads,
-    k_token,
-    k_head,
-    v_token,
-    v_head,
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
@@ -155,6 +153,7 @@ def query_gradients(
     """DQ of a query tile, and DELTA, the sum of GRAD * OUT of each row. Grid: (kv_heads, query tiles)."""
     TILES += tl.program_id(1) * QUERY_COLUMNS
     kv_head = tl.program_id(0)
+    kv_heads = heads // GROUP
     at, at_lse, inside, lo, hi, own_lo, own_hi = _query_tile(TILES, RANGES, length, heads, GROUP, ROWS, DIM)
     q = _load(Q, at, inside, DIM, WIDTH)
     grad = _load(GRAD, at, inside, DIM, WIDTH)
@@ -163,10 +162,12 @@ def query_gradients(
     delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1)
     tl.store(DELTA + at_lse, delta, mask=inside)
     dq = tl.zeros([ROWS, WIDTH], tl.float32)
-    for step in range(_key_steps(TILES, KEYS)):
-        key, loaded, seen = _key_step(TILES, step, lo, hi, own_lo, own_hi, KEYS)
-        k = _load(K, key * k_token + kv_head * k_head, loaded, DIM, WIDTH)
-        v = _load(V, key * v_token + kv_head * v_head, loaded, DIM, WIDTH)
+    low, high, own_low, own_high = tl.load(TILES + 2), tl.load(TILES + 3), tl.load(TILES + 4), tl.load(TILES + 5)
+    steps = tl.cdiv(high - low, KEYS)
+    for step in range(steps + tl.cdiv(own_high - own_low, KEYS)):
+        key, loaded, seen = _key_step(step, steps, low, high, own_low, own_high, lo, hi, own_lo, own_hi, KEYS)
+        k = _load(K, (key * kv_heads + kv_head) * DIM, loaded, DIM, WIDTH)
+        v = _load(V, (key * kv_heads + kv_head) * DIM, loaded, DIM, WIDTH)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
         p = tl.where(seen, tl.exp2(scores - lse[:, None]), 0.0)
         dp = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
@@ -191,11 +192,7 @@ def key_gradients(
     scale,
     scale_log2,
     length,
-    kv_heads,
-    k_token,
-    k_head,
-    v_token,
-    v_head,
+    heads,
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
@@ -206,13 +203,14 @@ def key_gradients(
     """DK and DV of a key tile over some of its queries, to DK and DV or to PARTIAL. Grid: (kv_heads, key tiles)."""
     TILES += tl.program_id(1) * KEY_COLUMNS
     kv_head = tl.program_id(0)
+    kv_heads = heads // GROUP
     key = tl.load(TILES) + tl.arange(0, KEYS)
     valid = key < tl.load(TILES + 1)
     first, end = tl.load(TILES + 2), tl.load(TILES + 3)
     first2, end2 = tl.load(TILES + 4), tl.load(TILES + 5)
     RANGES += tl.load(TILES + 6) * 2 * length  # block tokens as keys: the ranges own_lo, own_hi
-    k = _load(K, key * k_token + kv_head * k_head, valid, DIM, WIDTH)
-    v = _load(V, key * v_token + kv_head * v_head, valid, DIM, WIDTH)
+    k = _load(K, (key * kv_heads + kv_head) * DIM, valid, DIM, WIDTH)
+    v = _load(V, (key * kv_heads + kv_head) * DIM, valid, DIM, WIDTH)
     dk = tl.zeros([KEYS, WIDTH], tl.float32)
     dv = tl.zeros([KEYS, WIDTH], tl.float32)
     TOKENS: tl.constexpr = ROWS // GROUP
@@ -224,7 +222,7 @@ def key_gradients(
         inside = (token < tl.where(second, end2, end)) & (row < TOKENS * GROUP)
         lo = tl.load(RANGES + token, mask=inside, other=0)
         hi = tl.load(RANGES + length + token, mask=inside, other=0)
-        at = (token * (kv_heads * GROUP) + kv_head * GROUP + row % GROUP) * DIM
+        at = (token * heads + kv_head * GROUP + row % GROUP) * DIM
         at_lse = (kv_head * length + token) * GROUP + row % GROUP
         lse = tl.load(LSE + at_lse, mask=inside, other=0.0)
         delta = tl.load(DELTA + at_lse, mask=inside, other=0.0)
@@ -250,9 +248,7 @@ def key_gradients(
 
 
 @triton.jit
-def add_parts(
-    PARTIAL, DK, DV, TILES, kv_heads, KEYS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr
-):
+def add_parts(PARTIAL, DK, DV, TILES, kv_heads, KEYS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr):
     """DK and DV of a key tile that `key_gradients` wrote in parts. Grid: (kv_heads, key tiles in parts)."""
     TILES += tl.program_id(1) * SUM_COLUMNS
     kv_head = tl.program_id(0)
