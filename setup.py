@@ -99,6 +99,7 @@ setup(
             "mypy>=1.13",
             "types-PyYAML>=6.0",
             "import-linter>=2.1",
+            "triton>=3.2",  # its interpreter runs the attention kernels without a GPU
             *EVAL,
         ],
     },

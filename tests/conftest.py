@@ -15,6 +15,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 os.environ.setdefault("WANDB_SILENT", "true")
 # Read when torch is imported. With a thread per core in each worker, small steps spend their time waiting for a core.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+if not Path("/dev/nvidiactl").exists():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton kernels run on the CPU; read when triton is imported
 os.fsync = os.fstat  # no test cuts the power, and each wait for the disk takes up to 0.1 s
 
 

@@ -158,8 +158,8 @@ class TrainConfig:
     precision: str = "bf16"
     """bf16 (with fp32 master weights and gradients) | fp32."""
     attention: str = "auto"
-    """Attention backend: auto (the fastest available; printed at start) | per_document | decomposed | flex | dense
-    (an S x S mask, for comparisons at small sizes)."""
+    """Attention backend: auto (the fastest available; printed at start) | per_document | triton | decomposed | flex |
+    dense (an S x S mask, for comparisons at small sizes)."""
     layers: str = "auto"
     """Layer implementation: auto (TransformerEngine on a GPU where installed; printed at start) | megatron |
     transformer_engine."""

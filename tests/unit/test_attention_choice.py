@@ -166,12 +166,12 @@ class Broken(TorchKernel):
 def test_failing_kernels_are_reported_and_skipped() -> None:
     broken, log2, good = Broken(), Log2(), TorchKernel()
     broken.name, log2.name = "A", "B"
-    kernels = ["X cannot be loaded (why)", broken, log2, good]
-    chosen, failures = first_good(kernels, causal_attn=False, device=CPU, heads=HEADS)
-    assert chosen is good
+    backends = [(k.name, lambda layout, _, k=k: Decomposed(layout, k, causal_attn=False)) for k in (broken, log2, good)]
+    chosen, failures = first_good(["X cannot be loaded (why)", *backends], False, CPU, HEADS)
+    assert chosen is backends[2]
     assert failures[:2] == ["X cannot be loaded (why)", "A does not run (undefined symbol)"]
     assert failures[2].startswith("B has a relative error of 0.")
-    assert first_good([broken], causal_attn=False, device=CPU, heads=HEADS)[0] is None
+    assert first_good(backends[:1], False, CPU, HEADS)[0] is None
 
 
 @pytest.mark.parametrize(
@@ -192,11 +192,15 @@ def test_choice_text_names_backend_and_reason(name: str, text: str) -> None:
 def test_gpu_without_working_kernels_is_an_error(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """The loop in Python over documents is not a fallback on a GPU. Here torch's kernels fail for lack of CUDA."""
     heads, gpu = Heads(heads=4, kv_heads=2, dim=16, dtype=dtype), torch.device("cuda")
+    monkeypatch.setattr(choice, "find_spec", lambda _: None)
     monkeypatch.setattr(choice, "gpu_kernels", lambda: iter(["X cannot be loaded (why)", TorchFlash()]))
     with pytest.raises(ConfigError, match="no kernel for auto attention works on this GPU") as caught:
         choose_attention("auto", causal_attn=False, device=gpu, heads=heads)
     assert "; flex does not run (" in caught.value.what
     assert ("do not support fp32" in caught.value.what) == (dtype is torch.float32)
+    assert ("; triton is not installed; X cannot be loaded (why)" in caught.value.what) == (dtype is torch.bfloat16)
+    with pytest.raises(ConfigError, match="no kernel for triton attention works on this GPU"):
+        choose_attention("triton", causal_attn=False, device=gpu, heads=heads)
     assert "--train.attention=per_document, which is slow" in caught.value.fix
     named = choose_attention("per_document", causal_attn=False, device=gpu, heads=heads)
     assert named.text == "per_document, set by train.attention"
@@ -206,18 +210,23 @@ def test_gpu_without_working_kernels_is_an_error(dtype: torch.dtype, monkeypatch
     with pytest.raises(ConfigError, match="no kernel for decomposed attention") as caught:
         choose_attention("decomposed", causal_attn=False, device=gpu, heads=heads)
     assert "--train.attention=auto" in caught.value.fix
+    monkeypatch.setattr(choice, "find_spec", lambda _: True)
+    for name in ("auto", "triton") if dtype is torch.bfloat16 else ():
+        chosen = choose_attention(name, causal_attn=False, device=gpu, heads=heads)
+        assert chosen.text == "triton, which passed the check against the definition"
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_unknown_backends_are_refused(device: str) -> None:
     with pytest.raises(ConfigError, match="no attention backend 'fles'") as caught:
         choose_attention("fles", causal_attn=False, device=torch.device(device), heads=HEADS)
-    assert caught.value.fix == "one of auto, per_document, decomposed, flex, dense"
+    assert caught.value.fix == "one of auto, per_document, triton, decomposed, flex, dense"
 
 
-def test_flex_is_refused_on_a_cpu() -> None:
-    with pytest.raises(ConfigError, match="needs a GPU") as caught:
-        choose_attention("flex", causal_attn=False, device=CPU, heads=HEADS)
+@pytest.mark.parametrize("name", ["triton", "flex"])
+def test_kernels_of_gpus_are_refused_on_a_cpu(name: str) -> None:
+    with pytest.raises(ConfigError, match="kernels need a GPU") as caught:
+        choose_attention(name, causal_attn=False, device=CPU, heads=HEADS)
     assert caught.value.fix == "--train.attention=auto"
 
 

@@ -110,8 +110,10 @@ def _fast(name: str, causal_attn: bool, heads: Heads) -> Iterator[tuple[str, Row
             yield "triton", partial(Fused, causal_attn=causal_attn, group=heads.heads // heads.kv_heads)
     if name in ("auto", "decomposed"):
         for kernel in gpu_kernels():
-            failed = isinstance(kernel, str)
-            yield kernel if failed else (f"decomposed over {kernel.name}", _decomposed(kernel, causal_attn))
+            if isinstance(kernel, str):
+                yield kernel
+            else:
+                yield f"decomposed over {kernel.name}", _decomposed(kernel, causal_attn)
 
 
 def _decomposed(kernel: VarlenKernel, causal_attn: bool) -> Row:

@@ -12,8 +12,8 @@ Import this module only where triton is installed; `fused` builds its tables and
 - Every row and key of the outputs is written by one program, padding included, so none needs to be cleared, and
   results do not depend on the order in which programs run.
 
-All tensors are contiguous, except V in the forward pass: it may have any stride of tokens and heads. DIM is the size of a
-head, WIDTH the next power of two.
+All tensors are contiguous, except V in the forward pass: it may have any stride of tokens and heads. DIM is the size
+of a head, WIDTH the next power of two.
 """
 
 import triton
@@ -65,6 +65,21 @@ def _key_step(step, steps, low, high, own_low, own_high, lo, hi, own_lo, own_hi,
     key = tl.where(own, own_low + (step - steps) * KEYS, low + step * KEYS) + tl.arange(0, KEYS)
     seen = (key[None, :] >= tl.where(own, own_lo, lo)[:, None]) & (key[None, :] < tl.where(own, own_hi, hi)[:, None])
     return key, key < tl.where(own, own_high, high), seen
+
+
+@triton.jit
+def _query_step(
+    step, first, end, first2, end2, length, heads, GROUP: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr
+):
+    """Rows of this step over two ranges of queries: tokens, validity, where they begin in Q and in LSE."""
+    row = tl.arange(0, ROWS)
+    TOKENS: tl.constexpr = ROWS // GROUP
+    steps = tl.cdiv(end - first, TOKENS)
+    second = step >= steps
+    token = tl.where(second, first2 + (step - steps) * TOKENS, first + step * TOKENS) + row // GROUP
+    inside = (token < tl.where(second, end2, end)) & (row < TOKENS * GROUP)
+    at = (token * heads + tl.program_id(0) * GROUP + row % GROUP) * DIM
+    return token, inside, at, (tl.program_id(0) * length + token) * GROUP + row % GROUP
 
 
 @triton.jit
@@ -213,17 +228,10 @@ def key_gradients(
     v = _load(V, (key * kv_heads + kv_head) * DIM, valid, DIM, WIDTH)
     dk = tl.zeros([KEYS, WIDTH], tl.float32)
     dv = tl.zeros([KEYS, WIDTH], tl.float32)
-    TOKENS: tl.constexpr = ROWS // GROUP
-    steps = tl.cdiv(end - first, TOKENS)
-    row = tl.arange(0, ROWS)
     for step in range(tl.load(TILES + 7), tl.load(TILES + 8)):
-        second = step >= steps
-        token = tl.where(second, first2 + (step - steps) * TOKENS, first + step * TOKENS) + row // GROUP
-        inside = (token < tl.where(second, end2, end)) & (row < TOKENS * GROUP)
+        token, inside, at, at_lse = _query_step(step, first, end, first2, end2, length, heads, GROUP, ROWS, DIM)
         lo = tl.load(RANGES + token, mask=inside, other=0)
         hi = tl.load(RANGES + length + token, mask=inside, other=0)
-        at = (token * heads + kv_head * GROUP + row % GROUP) * DIM
-        at_lse = (kv_head * length + token) * GROUP + row % GROUP
         lse = tl.load(LSE + at_lse, mask=inside, other=0.0)
         delta = tl.load(DELTA + at_lse, mask=inside, other=0.0)
         q = _load(Q, at, inside, DIM, WIDTH)
