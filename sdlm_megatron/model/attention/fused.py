@@ -153,9 +153,6 @@ def constants(q: Tensor, group: int, sizes: TileSizes) -> dict[str, Any]:
     }
 
 
-LOG2_E = 1.4426950408889634
-
-
 class _FusedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, row: Fused, scale: float) -> Tensor:
@@ -165,12 +162,12 @@ class _FusedAttention(torch.autograd.Function):
         out, lse = torch.empty_like(q), q.new_empty((kv_heads, length * row.group), dtype=torch.float32)
         kept = v if v.is_contiguous() else torch.empty_like(k)
         _kernels().attend[kv_heads, len(row.queries)](
-            *(q, k, v, out, lse, kept, row.queries, row.ranges, scale * LOG2_E, length, heads, *v.stride()[:2]),
+            *(q, k, v, out, lse, kept, row.queries, row.ranges, scale, length, heads, *v.stride()[:2]),
             **constants(q, row.group, row.sizes),
             COPY=kept is not v,
         )
         ctx.save_for_backward(q, k, kept, out, lse)
-        ctx.row, ctx.fixed = row, (scale, scale * LOG2_E, length, heads)
+        ctx.row, ctx.fixed = row, (scale, length, heads)
         return out
 
     @staticmethod

@@ -8,7 +8,7 @@ Import this module only where triton is installed; `fused` builds its tables and
   all of them.
 - Tiles are of one document, since a document's keys are neighbors. A tile of a few neighboring blocks loads their
   common prefix once.
-- `LSE` and `DELTA` are fp32 (kv_heads, S * GROUP); the log-sum-exp has base 2, and so has `scale_log2`.
+- `LSE` and `DELTA` are fp32 (kv_heads, S * GROUP); the log-sum-exp has base 2.
 - Every row and key of the outputs is written by one program, padding included, so none needs to be cleared, and
   results do not depend on the order in which programs run.
 
@@ -19,6 +19,7 @@ of a head, WIDTH the next power of two.
 import triton
 import triton.language as tl
 
+LOG2_E = tl.constexpr(1.4426950408889634)
 QUERY_COLUMNS = tl.constexpr(6)
 """Table of query tiles: first token, end, lo, hi, own_lo, own_hi; the ranges are the union over the tile."""
 KEY_COLUMNS = tl.constexpr(10)
@@ -92,7 +93,7 @@ def attend(
     V_COPY,
     TILES,
     RANGES,
-    scale_log2,
+    scale,
     length,
     heads,
     v_token,
@@ -129,7 +130,7 @@ def attend(
         key, loaded, seen = _key_step(step, steps, low, high, own_low, own_high, lo, hi, own_lo, own_hi, KEYS)
         k = _load(K, (key * kv_heads + kv_head) * DIM, loaded, DIM, WIDTH)
         v = _load(V, key * v_token + kv_head * v_head, loaded, DIM, WIDTH)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2_E)
         scores = tl.where(seen, scores, -float("inf"))
         new_top = tl.maximum(top, tl.max(scores, 1))
         shrink = tl.exp2(top - new_top)
@@ -155,7 +156,6 @@ def query_gradients(
     TILES,
     RANGES,
     scale,
-    scale_log2,
     length,
     heads,
     GROUP: tl.constexpr,
@@ -183,7 +183,7 @@ def query_gradients(
         key, loaded, seen = _key_step(step, steps, low, high, own_low, own_high, lo, hi, own_lo, own_hi, KEYS)
         k = _load(K, (key * kv_heads + kv_head) * DIM, loaded, DIM, WIDTH)
         v = _load(V, (key * kv_heads + kv_head) * DIM, loaded, DIM, WIDTH)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2_E)
         p = tl.where(seen, tl.exp2(scores - lse[:, None]), 0.0)
         dp = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
         ds = p * (dp - delta[:, None])
@@ -205,7 +205,6 @@ def key_gradients(
     TILES,
     RANGES,
     scale,
-    scale_log2,
     length,
     heads,
     GROUP: tl.constexpr,
@@ -221,8 +220,7 @@ def key_gradients(
     kv_heads = heads // GROUP
     key = tl.load(TILES) + tl.arange(0, KEYS)
     valid = key < tl.load(TILES + 1)
-    first, end = tl.load(TILES + 2), tl.load(TILES + 3)
-    first2, end2 = tl.load(TILES + 4), tl.load(TILES + 5)
+    first, end, first2, end2 = tl.load(TILES + 2), tl.load(TILES + 3), tl.load(TILES + 4), tl.load(TILES + 5)
     RANGES += tl.load(TILES + 6) * 2 * length  # block tokens as keys: the ranges own_lo, own_hi
     k = _load(K, (key * kv_heads + kv_head) * DIM, valid, DIM, WIDTH)
     v = _load(V, (key * kv_heads + kv_head) * DIM, valid, DIM, WIDTH)
@@ -236,7 +234,7 @@ def key_gradients(
         delta = tl.load(DELTA + at_lse, mask=inside, other=0.0)
         q = _load(Q, at, inside, DIM, WIDTH)
         grad = _load(GRAD, at, inside, DIM, WIDTH)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2_E)
         seen = (key[None, :] >= lo[:, None]) & (key[None, :] < hi[:, None])
         p = tl.where(seen, tl.exp2(scores - lse[:, None]), 0.0)
         dv = tl.dot(tl.trans(p.to(grad.dtype)), grad, dv, input_precision=PRECISION)
