@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sdlm_megatron.chat.template import render, template_file
-from sdlm_megatron.data.chatml import IM_END, IM_START
+from sdlm_megatron.data.chatml import CHATML, ChatFormat, format_of
 from sdlm_megatron.data.tokenizer_identity import added_beside, added_tokens, has_tokenizer
 from sdlm_megatron.errors import CheckpointError
 from sdlm_megatron.files import optional_file, read_json_object, write_json
@@ -69,7 +69,8 @@ def check_tokenizer(folder: Path) -> None:
 
 def end_tokens(folder: Path, config: HFConfig) -> tuple[int, ...]:
     """End tokens of the export. The one that ends a turn comes first for an SDLM, which is trained on chats."""
-    turn_end = added_tokens(folder).get(IM_END) if config.is_sdlm else None
+    known = added_tokens(folder)
+    turn_end = known.get(format_of(known.__contains__).end) if config.is_sdlm else None
     if turn_end is None:
         return config.eos_token_ids
     return (turn_end, *(i for i in config.eos_token_ids if i != turn_end))
@@ -124,16 +125,17 @@ def add_chat_template(folder: Path, system: str | None) -> str:
         system: system turn put before a conversation without one in the training data; None: no such turn.
     """
     known = added_tokens(folder)
-    if IM_START not in known or IM_END not in known:
-        return f"the tokenizer has no {IM_START}: no chat template was written"
+    chat = format_of(known.__contains__)
+    if missing := [token for token in chat.specials if token not in known]:
+        return f"the tokenizer has no {missing[0]}: no chat template was written"
     path, own = folder / "tokenizer_config.json", folder / "chat_template.jinja"
     settings = _read(path) if path.is_file() else {}
     template = own.read_text(encoding="utf-8") if own.is_file() else settings.get("chat_template")
     if not template:
-        write_json(path, settings | {"chat_template": chat_template(system)})
+        write_json(path, settings | {"chat_template": chat_template(system, chat)})
         return ""
     where, kept = template_file(folder), "the base's chat template is kept"
-    expected = _render(chat_template(system), settings, where)
+    expected = _render(chat_template(system, chat), settings, where)
     try:
         if isinstance(template, str) and _render(template, settings, where) == expected:
             return ""
@@ -142,16 +144,19 @@ def add_chat_template(folder: Path, system: str | None) -> str:
     return f"{kept}; it renders some conversations differently from the training data"
 
 
-def chat_template(system: str | None) -> str:
+def chat_template(system: str | None, chat: ChatFormat = CHATML) -> str:
     """Jinja template that renders a conversation as the training data was, up to the start of the answer."""
-    turn = "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
-    default = "" if system is None else f"<|im_start|>system\n{system}<|im_end|>\n"
+    start, before, after = (repr(x) for x in (chat.start, chat.role_end + chat.gap, chat.end + chat.tail))
+    content = "message['content']" + " | trim" * chat.strips
+    turn = f"{{{{ {start} + message['role'] + {before} + ({content}) + {after} }}}}"
+    default = "" if system is None else f"{chat.opening('system')}{chat.content(system)}{chat.end}{chat.tail}"
     return (
         "{% if tools %}{{ raise_exception('this model was not trained to call tools: leave out tools=') }}{% endif %}"
+        + (f"{{{{ {chat.document!r} }}}}" if chat.document else "")
         + ("{% if messages[0]['role'] != 'system' %}{{ " + json.dumps(default) + " }}{% endif %}" if default else "")
         + "{% for message in messages %}"
         + turn
-        + "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+        + f"{{% endfor %}}{{% if add_generation_prompt %}}{{{{ {chat.opening('assistant')!r} }}}}{{% endif %}}"
     )
 
 

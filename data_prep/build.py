@@ -46,7 +46,7 @@ from data_prep.sources import expand, input_sources
 from sdlm_megatron.config.command_line import add_preset, make_parser, parse_with_settings
 from sdlm_megatron.config.load import load_config, to_yaml
 from sdlm_megatron.config.secret_text import mask_values
-from sdlm_megatron.data.chatml import IM_END
+from sdlm_megatron.data.chatml import format_of
 from sdlm_megatron.data.format import PartInfo, seal
 from sdlm_megatron.data.tokenizer_identity import fingerprint, special_token_id, vocabulary_size
 from sdlm_megatron.errors import ConfigError, DataError, make_console, run_cli
@@ -251,16 +251,18 @@ def _meta(config: BuildConfig) -> dict[str, Any]:
     copied = (*sizes, "seed", "overlong", "trim", "system_prompt")
     folder = config.tokenizer
     mask, size = special_token_id(folder, config.mask_token), vocabulary_size(folder)
-    ids = {token: special_token_id(folder, token) for token in (IM_END, config.pad_token)}
+    end = format_of(lambda token: special_token_id(folder, token) < size).end
+    ids = {token: special_token_id(folder, token) for token in (end, config.pad_token)}
     for token, token_id in ids.items():
         if token_id >= size:  # special_token_id returns the first free id for a token the tokenizer lacks
-            fix = "set pad_token to one of its tokens" if token == config.pad_token else "use a ChatML tokenizer"
+            other = "use a tokenizer with ChatML or Llama 3's headers"
+            fix = "set pad_token to one of its tokens" if token == config.pad_token else other
             raise DataError(f"the tokenizer has no `{token}`", folder, fix)
     return {
         **{key: getattr(config, key) for key in copied},
         "mask_token": config.mask_token,
         "mask_token_id": mask,
-        "eos_token_id": ids[IM_END],
+        "eos_token_id": ids[end],
         "pad_token_id": ids[config.pad_token],
         "vocab_size": max(size, mask + 1),  # the mask token may extend the vocabulary of the base
         "tokenizer": {"fingerprint": fingerprint(folder, config.mask_token), "name": Path(folder).name},

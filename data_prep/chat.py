@@ -1,7 +1,8 @@
-"""Conversations to tokens: ChatML rendering, and the anchors at which a block may start (docs/method.md, section 1).
+"""Conversations to tokens: rendering, and the anchors at which a block may start (docs/method.md, section 1).
 
-A turn is `<|im_start|>ROLE\\nTEXT<|im_end|>\\n`. The answer tokens of an assistant turn are those after its
-header, up to and including `<|im_end|>`; an anchor is a token whose successor is an answer token.
+A turn is `<|im_start|>ROLE\\nTEXT<|im_end|>\\n` (ChatML; Llama 3's headers: sdlm_megatron/data/chatml.py). The answer
+tokens of an assistant turn are those after its header, up to and including the token that ends the turn; an anchor is a
+token whose successor is an answer token.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -12,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from data_prep.encoders import as_text_encoder
-from data_prep.encoding import TextEncoder, encode_flat
+from data_prep.encoding import TextEncoder, chat_format, encode_flat
 from data_prep.turns import CHATML_ROLES, ChatTurn, Conversation, TurnParser
-from sdlm_megatron.data.chatml import DEFAULT_SYSTEM, IM_END, IM_START
+from sdlm_megatron.data.chatml import DEFAULT_SYSTEM
 from sdlm_megatron.errors import DataError
 
 
@@ -23,7 +24,7 @@ class Turn:
     """Token range of a turn in its document."""
 
     role: str
-    start: int  # index of `<|im_start|>`
+    start: int  # index of the token that begins it: `<|im_start|>` in ChatML
     end: int  # index after the `\n` that follows `<|im_end|>`, or after the last token kept
     first_anchor: int  # index of the last header token
     n_anchors: int  # number of answer tokens, each with one anchor before it; 0 if the turn is not trained
@@ -119,28 +120,43 @@ def render_batch(
     """Renders checked conversations (see `parse`), whose texts are encoded in one call."""
     whole = [_with_system(turns, default_system) for turns in conversations]
     roles = [turn.role for turns in whole for turn in turns]
-    # ROLE\nTEXT is encoded as one text: leading white space may merge with the newline, as in the reference code.
-    pieces, edges = encode_flat(encoder, [f"{role}\n{text}" for turns in whole for role, text, _ in turns])
-    frame = frame_of(encoder)
+    chat, frame = chat_format(encoder), frame_of(encoder)
+    # ROLE\nTEXT is encoded as one text: leading white space may merge with the newline, as in the reference code. After
+    # a special token a text begins anew.
+    texts = [chat.encoded(role, text) for turns in whole for role, text, _ in turns]
+    pieces, edges = encode_flat(encoder, texts)
+    turn_edges = np.concatenate([[0], np.cumsum([len(turns) for turns in whole], dtype=np.int64)])
+    opening = np.zeros(len(roles), dtype=np.int64)
+    opening[turn_edges[:-1]] = len(frame.document)
+    before = np.array([len(frame.before[role]) for role in roles], dtype=np.int64)
     after = len(frame.newline) + 1  # <|im_end|> and the newline
     sizes = np.diff(edges)
-    lengths = 1 + sizes + after
+    lengths = opening + before + sizes + after
     ends = np.cumsum(lengths)
-    starts = ends - lengths
+    starts = ends - lengths + opening
     # Vectorized over all turns: a Python loop over tokens or turns would take longer than tokenizing.
     ids = np.empty(int(ends[-1]) if len(ends) else 0, dtype=np.int32)
-    ids[np.arange(len(pieces)) + np.repeat(starts + 1 - edges[:-1], sizes)] = pieces
-    ids[starts] = frame.im_start
+    ids[np.arange(len(pieces)) + np.repeat(starts + before - edges[:-1], sizes)] = pieces
+    for role in set(roles):
+        own = starts[[other == role for other in roles]]
+        for offset, token in enumerate(frame.before[role]):
+            ids[own + offset] = token
     for offset, token in enumerate([frame.im_end, *frame.newline]):
         ids[ends - after + offset] = token
-    turn_edges = np.concatenate([[0], np.cumsum([len(turns) for turns in whole], dtype=np.int64)])
+    for offset, token in enumerate(frame.document, -len(frame.document)):
+        ids[starts[turn_edges[:-1]] + offset] = token
     doc_edges = np.concatenate([[0], ends])[turn_edges]
     origin = np.repeat(doc_edges[:-1], np.diff(turn_edges))
     closing = ends - after - origin  # index of <|im_end|>
     header = np.array([frame.header[role] for role in roles], dtype=np.int64)
     # If the newline merged with the text, the turn is shorter than its nominal header: clip at <|im_end|>.
     first = np.minimum(starts - origin + header, closing) - 1
-    trained = [turn.trained and turn.role in answer_roles for turns in whole for turn in turns]
+    # an answer of white space alone may be empty now
+    trained = [
+        turn.trained and turn.role in answer_roles and chat.content(turn.text) != ""
+        for turns in whole
+        for turn in turns
+    ]
     answers = np.where(trained, closing - first, 0) if roles else first
     return RenderedBatch(ids, doc_edges, turn_edges, roles, starts - origin, ends - origin, first, answers)
 
@@ -154,24 +170,37 @@ class ChatFrame:
     """Token ids of the chat structure around the text of a turn. The field names are keys of the manifest."""
 
     im_start: int
+    """The token that begins a turn, in any format."""
     im_end: int
+    """The token that ends a turn."""
     newline: list[int]
+    """After a turn."""
     header: dict[str, int]
     """Role -> number of tokens of `<|im_start|>ROLE\\n` (Qwen2.5: 3); also used where the newline merged with the
     text."""
-    assistant: list[int]  # ids of `assistant\n`
+    assistant: list[int]  # ids of `assistant\n`; with Llama 3's headers, of `assistant<|end_header_id|>`
+    before: dict[str, list[int]]
+    """Role -> ids that begin a turn and do not depend on its text: `<|im_start|>`, or Llama 3's header."""
+    document: list[int]
+    """Before the first turn."""
 
 
 def frame_of(encoder: TextEncoder) -> ChatFrame:
-    """The chat structure of a tokenizer; raises DataError if it lacks ChatML's tokens."""
+    """The chat structure of a tokenizer; raises DataError if it lacks the tokens of every format."""
+    chat, roles = chat_format(encoder), CHATML_ROLES
+    start, end = encoder.token_id(chat.start), encoder.token_id(chat.end)
+    role_end, document = ([encoder.token_id(token)] if token else [] for token in (chat.role_end, chat.document))
     # Encoded with the newline, as in a turn: some tokenizers merge it with the role's last character.
-    roles = CHATML_ROLES
-    ids, edges = encode_flat(encoder, ["\n", *(f"{role}\n" for role in roles)])
-    newline, *headers = (ids[a:b].tolist() for a, b in pairwise(edges))
+    gap = "" if role_end else chat.gap
+    ids, edges = encode_flat(encoder, [chat.tail, chat.gap * len(role_end), *(role + gap for role in roles)])
+    tail, rest, *names = (ids[a:b].tolist() for a, b in pairwise(edges))
+    headers = {role: [*name, *role_end] for role, name in zip(roles, names, strict=True)}
     return ChatFrame(
-        encoder.token_id(IM_START),
-        encoder.token_id(IM_END),
-        newline,
-        {role: 1 + len(header) for role, header in zip(roles, headers, strict=True)},
-        headers[roles.index("assistant")],
+        start,
+        end,
+        tail,
+        {role: 1 + len(header) + len(rest) for role, header in headers.items()},
+        headers["assistant"],
+        {role: [start, *(header if role_end else [])] for role, header in headers.items()},
+        document,
     )

@@ -20,7 +20,7 @@ import numpy as np
 import tokenizers
 from tokenizers import Tokenizer
 
-from data_prep.encoding import SpelledTokens, TextEncoder, probe_texts, require_id
+from data_prep.encoding import SpelledTokens, TextEncoder, chat_format, probe_texts, require_id
 from data_prep.piece_tokenizer import PieceTokenizer
 from sdlm_megatron.data.chatml import IM_END, IM_START
 from sdlm_megatron.data.tokenizer_identity import MOST_TOKENIZER_BYTES, TEXT_MASK, added_tokens, sentencepiece_file
@@ -43,11 +43,11 @@ def open_encoder(folder: str | Path, mask_token: str = TEXT_MASK) -> TextEncoder
     Sets the libraries' thread counts to one unless the environment sets them: a build runs one process per core.
 
     Raises:
-        DataError: the tokenizer is missing, cannot be read, or lacks the tokens of ChatML.
+        DataError: the tokenizer is missing, cannot be read, or lacks the tokens of a chat format.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     encoder = _open(folder, mask_token)
-    for token in (IM_START, IM_END):
+    for token in chat_format(encoder).specials:
         encoder.token_id(token)
     return encoder
 

@@ -6,6 +6,7 @@ from itertools import chain
 
 import numpy as np
 
+from sdlm_megatron.data.chatml import ChatFormat, format_of
 from sdlm_megatron.errors import DataError
 
 
@@ -53,6 +54,19 @@ def encode_flat(encoder: TextEncoder, texts: Sequence[str]) -> tuple[np.ndarray,
     return encoder.encode_flat(texts) if hasattr(encoder, "encode_flat") else flatten(encoder.encode_batch(texts))
 
 
+def chat_format(encoder: TextEncoder) -> ChatFormat:
+    """The chat format whose tokens the tokenizer has."""
+
+    def has(token: str) -> bool:
+        try:
+            encoder.token_id(token)
+        except DataError:
+            return False
+        return True
+
+    return format_of(has)
+
+
 class SpelledTokens:
     """Counts texts that spell at least one of a set of tokens.
 
@@ -89,7 +103,7 @@ def _common_prefix(tokens: Sequence[str]) -> str:
 def require_id(token_id: int | None, token: str, name: str, alternative: str = "add it to the added tokens") -> int:
     """Returns `token_id`; raises DataError if it is None."""
     if token_id is None:
-        fix = f"use a tokenizer of the ChatML family (Qwen2.5, SmolLM2…), or {alternative}"
+        fix = f"use a tokenizer with ChatML (Qwen, SmolLM…) or Llama 3's headers, or {alternative}"
         raise DataError(f"the tokenizer has no `{token}`", where=name, fix=fix)
     return token_id
 

@@ -20,6 +20,7 @@ from tokenizers import Tokenizer, decoders, models
 from data_prep.encoders import TextTokenizer
 from data_prep.row_rules import ParsedRow, RuleSettings, read_row
 from sdlm_megatron.config.command_line import make_parser
+from sdlm_megatron.data.chatml import LLAMA3
 from sdlm_megatron.data.format import REBUILD, PackedDataset, origin, prefix
 from sdlm_megatron.data.indexed import IndexedReader
 from sdlm_megatron.data.tokenizer_identity import (
@@ -136,10 +137,10 @@ def clean_text(document: DocumentView, header: dict[str, int], *, whole: bool) -
     result, shown = Text(), _shown(document, whole)
     starts = set(document.starts.tolist())
     skipped = 0
-    for begin, closing, end in document.turns:
-        role = "".join(document.texts[begin + 1 : begin + 8]).split("\n")[0]
+    for n, (begin, closing, end) in enumerate(document.turns):
+        role = "".join(document.texts[begin + 1 : begin + 8]).split("\n")[0].removesuffix(LLAMA3.role_end)
         inside = range(begin + header.get(role, 1), closing)
-        for at in range(begin, end):
+        for at in range(begin if n else 0, end):  # with the tokens before the first turn
             skipped = 0 if shown[at] else skipped + 1
             if skipped:
                 if shown[at + 1]:  # the last token is always shown

@@ -29,7 +29,8 @@ class RuleSettings:
     eos: int
     pad: int
     vocab_size: int
-    im_start: int
+    im_start: int  # the token that begins a turn, in any chat format
+    document: list[int]  # ids before the first turn of a document
     newline: list[int]
     header: int  # number of tokens of an assistant turn's header
     assistant: list[int]  # ids of the header between `<|im_start|>` and the newline, which may merge with the text
@@ -45,7 +46,8 @@ class RuleSettings:
         fix = "use a dataset built with `sdlm prepare`, whose manifest describes its documents"
         try:
             chat = manifest["chat"]
-            numbers = [chat["im_start"], chat["header"]["assistant"], *chat["newline"], *chat["assistant"]]
+            document = chat.get("document", [])  # datasets of earlier versions are ChatML
+            numbers = [chat["im_start"], chat["header"]["assistant"], *chat["newline"], *chat["assistant"], *document]
             if not all(type(n) is int and 0 <= n < 2**31 for n in numbers) or not 0 <= manifest["trim"] <= 1:
                 raise TypeError("chat or trim has a value of a wrong type or size")
             return cls(
@@ -54,6 +56,7 @@ class RuleSettings:
                 eos=manifest["eos_token_id"],
                 pad=manifest["pad_token_id"],
                 im_start=chat["im_start"],
+                document=document,
                 newline=chat["newline"],
                 header=chat["header"]["assistant"],
                 assistant=chat["assistant"][: len(chat["assistant"]) - len(chat["newline"])],
@@ -165,7 +168,7 @@ def _vocabulary(row: ParsedRow, settings: RuleSettings) -> Iterator[Violation]:
         at = int(np.argmax(outside))
         yield "vocabulary", None, f"token {at} is {row.tokens[at]}, the largest id is {settings.vocab_size - 1}"
     for token, name in ((settings.mask, "mask"), (settings.pad, "padding")):
-        if token in (settings.eos, settings.im_start):  # some base models pad with a ChatML token
+        if token in (settings.eos, settings.im_start, *settings.document):  # some base models pad with such a token
             continue
         for at in np.flatnonzero(row.clean == token).tolist():
             i = int(np.searchsorted(row.first, at, side="right")) - 1
@@ -174,13 +177,16 @@ def _vocabulary(row: ParsedRow, settings: RuleSettings) -> Iterator[Violation]:
 
 def _turns(row: ParsedRow, settings: RuleSettings) -> Iterator[Violation]:
     layout = row.layout
-    for i in np.flatnonzero(row.clean[row.first] != settings.im_start).tolist():
-        yield "turns", _number(layout, i), "the document does not begin with <|im_start|>"
+    begins = np.ones(layout.n_docs, dtype=bool)
+    for offset, token in enumerate([*settings.document, settings.im_start]):
+        begins &= row.clean.take(row.first + offset, mode="clip") == token
+    for i in np.flatnonzero(~begins).tolist():
+        yield "turns", _number(layout, i), "the document does not begin with a turn (ChatML: <|im_start|>)"
     last = np.append(np.diff(row.turn_docs) > 0, True) if len(row.turn_docs) else np.empty(0, bool)
     open_turns = ~row.closed & ~(last & settings.cut_turns)
     for t in np.flatnonzero(open_turns).tolist():
         i = row.turn_docs[t]
-        yield "turns", _number(layout, i), f"the turn at {row.turn_starts[t] - row.first[i]} has no <|im_end|>"
+        yield "turns", _number(layout, i), f"the turn at {row.turn_starts[t] - row.first[i]} has no end token"
     ends = (row.first + layout.clean_lens)[row.turn_docs]
     after = np.where(last, ends, np.append(row.turn_starts[1:], 0)) if len(ends) else ends
     gap = after - row.closings - 1
@@ -193,10 +199,10 @@ def _turns(row: ParsedRow, settings: RuleSettings) -> Iterator[Violation]:
         yield (
             "turns",
             _number(layout, i),
-            f"<|im_end|> at {row.closings[t] - row.first[i]} is not followed by a newline",
+            f"the end token at {row.closings[t] - row.first[i]} is not followed by a newline or the next turn",
         )
     if (row.clean == settings.eos).sum() != row.closed.sum():
-        yield "turns", None, "the row has an <|im_end|> outside of any turn"
+        yield "turns", None, "the row has an end token outside of any turn"
 
 
 def _count(row: ParsedRow, settings: RuleSettings) -> Iterator[Violation]:
@@ -281,12 +287,12 @@ ROW_RULES = {
     "documents": "a row has documents, each with clean tokens and at least one block",
     "lengths": "no row exceeds row_length, no document max_document_length",
     "vocabulary": "ids are in the vocabulary; no clean token is the mask or padding token",
-    "turns": "documents consist of whole turns: <|im_start|> ... <|im_end|> newline",
+    "turns": "documents consist of whole turns (ChatML: <|im_start|> ... <|im_end|> newline)",
     "blocks": "the number of blocks of a document matches its length and anchors",
     "order": "block starts ascend strictly in a document",
-    "anchors": "blocks start at anchors: from the end of an assistant header to before its <|im_end|>",
+    "anchors": "blocks start at anchors: from the end of an assistant header to before its end token",
     "draw": "block starts match the draw for (seed, epoch, document number)",
     "slots": "slot 0 repeats the anchor, the other slots are mask tokens",
-    "targets": "in one row of 64: slot j's target is the token j + 1 after the start, up to an <|im_end|>",
+    "targets": "in one row of 64: slot j's target is the token j + 1 after the start, up to an end token",
 }
 """Rule -> description."""

@@ -43,6 +43,34 @@ def definition(*extra_special: str) -> dict[str, Any]:
     }
 
 
+LLAMA3 = dict(
+    zip(SPECIAL, ("<|begin_of_text|>", "<|start_header_id|>", "<|eot_id|>"), strict=True),
+    **{"<tool_call>": "<|end_header_id|>"},
+)
+"""Names of the same ids in a tokenizer with Llama 3's headers."""
+LLAMA3_TEMPLATE = (
+    "{% set loop_messages = messages %}{% for message in loop_messages %}{% set content = '<|start_header_id|>' + "
+    "message['role'] + '<|end_header_id|>\\n\\n'+ message['content'] | trim + '<|eot_id|>' %}{% if loop.index0 == 0 %}"
+    "{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}{% if add_generation_prompt %}"
+    "{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"
+)
+"""The template of Llama 3 (8B and 70B Instruct)."""
+
+
+def write_llama3_folder(folder: Path) -> Path:
+    """Writes a byte-level tokenizer with Llama 3's headers and template."""
+    write_folder(folder)
+    for path in (folder / "tokenizer.json", folder / "tokenizer_config.json"):
+        text = path.read_text()
+        for ours, theirs in LLAMA3.items():
+            text = text.replace(ours, theirs)
+        path.write_text(text.replace('"special": false', '"special": true'))
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings |= {"bos_token": "<|begin_of_text|>", "chat_template": LLAMA3_TEMPLATE}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
 def write_folder(folder: Path, *extra_special: str) -> Path:
     """Writes the tokenizer into `folder` in the layout of a base model."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,7 @@ import torch
 
 from sdlm_megatron.chat.template import render, template_file
 from sdlm_megatron.config.hardware import default_device, slow_bf16
-from sdlm_megatron.data.chatml import DEFAULT_SYSTEM, IM_END, IM_START
+from sdlm_megatron.data.chatml import DEFAULT_SYSTEM, format_of
 from sdlm_megatron.data.tokenizer_identity import has_tokenizer, vocabulary_size
 from sdlm_megatron.diffusion.decode import ALGORITHMS, Decoded, Stop, decode
 from sdlm_megatron.diffusion.decode_rules import Warp
@@ -192,7 +192,7 @@ class ChatModel:
     def encode(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of a conversation up to the point where the next answer begins.
 
-        Uses the tokenizer's chat template; a tokenizer without one gets ChatML, as the training data is rendered.
+        Uses the tokenizer's chat template; a tokenizer without one gets the format of the training data.
 
         Raises:
             CheckpointError: the template fails, or there is neither a template nor the tokens of ChatML.
@@ -213,18 +213,23 @@ class ChatModel:
 
     def _chatml(self, messages: Sequence[Message]) -> list[int]:
         vocabulary = self.tokenizer.get_vocab()
-        start, end = vocabulary.get(IM_START), vocabulary.get(IM_END)
-        if start is None or end is None:
+        chat = format_of(vocabulary.__contains__)
+        if any(token not in vocabulary for token in chat.specials):
             raise CheckpointError(
-                f"the tokenizer has no chat template and lacks {IM_START} or {IM_END}",
+                f"the tokenizer has no chat template and lacks {' or '.join(chat.specials)}",
                 str(self.folder),
                 "add a chat_template to its tokenizer_config.json",
             )
-        ids = []
-        for message in messages:
+        ids = [vocabulary[chat.document]] if chat.document else []
+        for message in [*messages, {"role": "assistant", "content": ""}]:
             # special tokens are added by id, so that a text which spells <|im_end|> does not end its turn
-            ids += [start, *self.encode_text(f"{message['role']}\n{message['content']}"), end, *self.encode_text("\n")]
-        return [*ids, start, *self.encode_text("assistant\n")]
+            ids.append(vocabulary[chat.start])
+            if chat.role_end:
+                ids += [*self.encode_text(message["role"]), vocabulary[chat.role_end]]
+            ids += self.encode_text(chat.encoded(message["role"], message["content"]))
+            ending = [vocabulary[chat.end], *self.encode_text(chat.tail)]
+            ids += ending
+        return ids[: -len(ending)]  # the last turn is the answer
 
     def encode_text(self, text: str) -> list[int]:
         """Token ids of plain text; a spelled special token is encoded as ordinary characters."""
@@ -371,8 +376,9 @@ def load(folder: Path, *, dtype: str | None, device: str | None) -> ChatModel:
         raise CheckpointError(f"'{wrong}' has values that are NaN or infinite", str(folder), fix)
     # transformers would merge the folder's sampling settings into every call of `generate`
     network.generation_config = GenerationConfig()
-    im_end = tokenizer.get_vocab().get(IM_END)
-    ends = dict.fromkeys([*config.eos_token_ids, *([] if im_end is None else [im_end])])
+    vocabulary = tokenizer.get_vocab()
+    turn_end = vocabulary.get(format_of(vocabulary.__contains__).end)
+    ends = dict.fromkeys([*config.eos_token_ids, *([] if turn_end is None else [turn_end])])
     return ChatModel(folder, config, network.eval().to(where), tokenizer, tuple(ends))
 
 

@@ -22,9 +22,10 @@ from tokenizers import AddedToken, Tokenizer
 
 from data_prep.build import build
 from data_prep.build_config import BuildConfig, SourceConfig
-from data_prep.chat import IM_END, RenderedDocument, render
+from data_prep.chat import RenderedDocument, render
 from data_prep.encoders import TextTokenizer
 from data_prep.truncate import LONG_PROMPT, FittedDocument, reference
+from sdlm_megatron.data.chatml import IM_END
 from sdlm_megatron.data.format import PackedDataset
 from sdlm_megatron.data.tokenizer_identity import special_token_id
 from sdlm_megatron.diffusion.layout import IGNORE, expand_document, row_positions, row_targets

@@ -24,7 +24,7 @@ from sdlm_megatron.weights.checkpoint_folder import TrainState, checksums, read_
 from sdlm_megatron.weights.shape import NewMaskToken, mean_row
 from sdlm_megatron.weights.tensors import MEAN_COLUMNS
 from sdlm_megatron.weights.torch_dist import Entry, TorchDist, write_index
-from tests.byte_tokenizer import write_folder
+from tests.byte_tokenizer import write_folder, write_llama3_folder
 from tests.qwen_vocab import qwen_tokenizer_folder
 
 SMALL = {"layers": 1, "hidden": 16, "heads": 2, "kv": 1, "ffn": 24}
@@ -209,7 +209,7 @@ def seal(folder: Path) -> None:
     marker.write_text(json.dumps(checksums(folder)))
 
 
-@pytest.mark.parametrize("name", ["bytes", "Qwen2.5"])
+@pytest.mark.parametrize("name", ["bytes", "Llama 3", "Qwen2.5"])
 @pytest.mark.parametrize("system", ["You are a helpful assistant.", "Be \"brief\".\nReally, {{ '中' }}", None])
 def test_default_template_renders_like_training(tmp_path: Path, name: str, system: str | None) -> None:
     """The ids up to the answer are equal, with and without a system turn, over several turns."""
@@ -217,7 +217,8 @@ def test_default_template_renders_like_training(tmp_path: Path, name: str, syste
 
     from checkpoints_tools.tokenizer_files import add_chat_template, copy_tokenizer
 
-    source = write_folder(tmp_path / "bytes") if name == "bytes" else qwen_tokenizer_folder()
+    made = {"bytes": write_folder, "Llama 3": write_llama3_folder}
+    source = made[name](tmp_path / "bytes") if name in made else qwen_tokenizer_folder()
     folder = tmp_path / "out"
     folder.mkdir()
     copy_tokenizer(folder, source)

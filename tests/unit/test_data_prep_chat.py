@@ -9,9 +9,9 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from data_prep.chat import parse, render
-from data_prep.encoders import TextTokenizer
+from data_prep.encoders import TextTokenizer, open_encoder
 from sdlm_megatron.errors import DataError
-from tests.byte_tokenizer import IM_END, IM_START, TOOL, definition, write_folder
+from tests.byte_tokenizer import IM_END, IM_START, LLAMA3, SPECIAL, TOOL, definition, write_folder, write_llama3_folder
 from tests.qwen_vocab import qwen_tokenizer_folder
 
 BYTES = TextTokenizer(definition("<text_mask>"), "bytes")
@@ -147,6 +147,44 @@ def test_invalid_conversation_error_names_turn_and_field(conversation: object, w
 
 def test_parse_returns_chatml_roles() -> None:
     assert parse(HI) == [("user", "Hi", True), ("assistant", "Yo", True)]
+
+
+def test_llama3_headers_equal_its_template(tmp_path: Path) -> None:
+    """Ids of the whole conversation and up to each answer; anchors precede the answer's tokens and <|eot_id|>."""
+    tokenizer = AutoTokenizer.from_pretrained(write_llama3_folder(tmp_path / "llama"))
+    encoder = open_encoder(tmp_path / "llama")
+    begin, start, end, stop = (encoder.token_id(LLAMA3[token]) for token in (*SPECIAL[:2], "<tool_call>", SPECIAL[2]))
+    conversation = [
+        {"role": "system", "content": " be brief "},
+        {"role": "user", "content": "\n\nHi <|eot_id|> ünï  "},
+        {"role": "assistant", "content": " Yo "},
+        {"role": "user", "content": "?"},
+        {"role": "assistant", "content": " \n"},
+        {"role": "assistant", "content": "\tBye."},
+    ]
+    spelled = [i for i, t in enumerate(conversation) if "<|eot_id|>" in t["content"]]
+    document = render(conversation, encoder, default_system=None)
+    ids = document.input_ids.tolist()
+    assert ids[:2] == [begin, start] and ids.count(begin) == 1
+    assert ids.count(stop) == len(conversation), "a spelled special token ended a turn"
+    for i in spelled:
+        conversation[i]["content"] = conversation[i]["content"].replace("<|eot_id|>", "or")
+    document = render(conversation, encoder, default_system=None)
+    expected = tokenizer.apply_chat_template(conversation, return_dict=True)["input_ids"]
+    assert document.input_ids.tolist() == expected
+    for n, turn in enumerate(document.turns):
+        assert expected[turn.start] == start
+        if turn.role == "assistant":
+            prompt = tokenizer.apply_chat_template(conversation[:n], add_generation_prompt=True, return_dict=True)
+            assert prompt["input_ids"] == expected[: turn.first_anchor + 1]
+    header = [start, *b"assistant", end, *b"\n\n"]
+    trained = [[*b"Yo", stop], [], [*b"Bye.", stop]]  # an empty answer is not trained
+    answers = [turn for turn in document.turns if turn.role == "assistant"]
+    for turn, answer in zip(answers, trained, strict=True):
+        assert expected[turn.start : turn.first_anchor + 1] == header
+        at = turn.first_anchor + 1
+        assert expected[at : at + turn.n_anchors] == answer
+    assert document.anchors.tolist() == [t.first_anchor + k for t in answers for k in range(t.n_anchors)]
 
 
 def test_tokenizer_without_chatml_is_refused(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 from helpers import make_dataset
 from rich.console import Console
 
+from data_prep import inspect
 from data_prep.build import build
 from data_prep.build_config import BuildConfig, SourceConfig
 from data_prep.chat import render
@@ -20,7 +21,7 @@ from data_prep.verify import RULES, main, verify
 from sdlm_megatron.data.format import PackedDataset, PartWriter, manifest_checksum, read_manifest
 from sdlm_megatron.diffusion.layout import IGNORE, RowLayout, add_blocks, draw_starts, slot_targets
 from sdlm_megatron.errors import DataError, run_cli
-from tests.byte_tokenizer import IM_END, IM_START, write_folder
+from tests.byte_tokenizer import IM_END, IM_START, write_folder, write_llama3_folder
 
 QUIET = Console(quiet=True)
 MASK, D = 260, 4
@@ -69,6 +70,23 @@ def config(tmp_path: Path) -> BuildConfig:
 def test_clean_dataset_has_no_findings(config: BuildConfig, change: dict[str, Any]) -> None:
     build(replace(config, **change), QUIET)
     assert verify(config.out, QUIET) == []
+
+
+def test_dataset_with_llama3_headers(config: BuildConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    """Clean as built; a start token or a begin of document that is replaced is found; inspect knows the roles."""
+    folder = write_llama3_folder(Path(config.tokenizer).with_name("llama"))
+    change = {"tokenizer": str(folder), "pad_token": "<|begin_of_text|>", "system_prompt": None}
+    build(replace(config, **change), QUIET)
+    assert verify(config.out, QUIET) == []
+    inspect.main([config.out, "--all"])
+    assert "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nQuestion" in capsys.readouterr().out
+    dataset = PackedDataset(config.out)
+    settings = RuleSettings.of(dataset.manifest, config.out)
+    tokens, layout = dataset.read(0, 0)
+    for at in (0, 1):
+        broken = tokens.copy()
+        broken[at] = 65
+        assert "turns" in {rule for rule, *_ in check_row(broken, layout, settings, 0)}
 
 
 def rewrite(folder: Path, edit: Callable[[Rows], Rows], *, counts: bool = True) -> None:
