@@ -19,6 +19,7 @@ from sdlm_megatron.model.attention.choice import TOLERANCE, Heads, check_backend
 from sdlm_megatron.model.packages import LIBRARY_ERRORS, find_packages, first_line
 
 TOKENS, WIDTH, INNER = 256, 512, 1024
+FIX = "install a build of the library for this GPU, this torch and its CUDA; or choose other layers or attention"
 
 
 def try_swiglu(device: torch.device) -> tuple[str, float]:
@@ -89,9 +90,9 @@ def run_trial(name: str, device: torch.device) -> str:
     try:
         text, error = TRIALS[name](device)
     except LIBRARY_ERRORS as raised:
-        raise ConfigError(f"does not run: {type(raised).__name__}: {first_line(raised)}", name) from raised
+        raise ConfigError(f"does not run: {type(raised).__name__}: {first_line(raised)}", name, FIX) from raised
     if not error < TOLERANCE:
-        raise ConfigError(f"{text}: runs, but its results are wrong: relative error {error:.2g}", name)
+        raise ConfigError(f"{text}: runs, but its results are wrong: relative error {error:.2g}", name, FIX)
     return f"{text}, relative error {error:.1g}"
 
 
