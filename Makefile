@@ -4,7 +4,8 @@
 # TORCH_INDEX=…  additional package index for torch. On Linux PyPI's torch includes the CUDA libraries, about 3 GB that
 #                a laptop without a GPU does not need; the CPU build is a tenth of that:
 #                    make quickstart TORCH_INDEX=https://download.pytorch.org/whl/cpu
-# EXTRAS=…       extras of setup.py to install (default: test; on a GPU machine: test,gpu)
+# EXTRAS=…       extras of setup.py to install (default: test; on a GPU machine: test,gpu). gpu needs gcc, g++ and Python's
+#                headers, and for PyPI's torch (CUDA 13.0) NVIDIA's driver 580 or newer; MAX_JOBS=N limits its compilers
 # NULLGPU_ARGS=… arguments of the null-GPU lab, e.g. NULLGPU_ARGS=--quick; its other variables: CONTRIBUTING.md
 # PYTEST_ARGS=…  arguments of pytest, e.g. PYTEST_ARGS="-n 4 tests/unit"
 
@@ -16,8 +17,7 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 EXTRAS ?= test
 COMMA := ,
-# TransformerEngine is compiled against the torch that is installed, so torch comes first, and pip may not build it in
-# an environment of its own with the newest torch.
+# TransformerEngine is compiled against the torch that is installed, so torch comes first.
 GPU := $(filter gpu,$(subst $(COMMA), ,$(EXTRAS)))
 CPU_EXTRAS := $(subst $() ,$(COMMA),$(strip $(filter-out gpu,$(subst $(COMMA), ,$(EXTRAS)))))
 # In file order: pytest-xdist would otherwise start the files with few tests, which take longest, at the end.
@@ -47,8 +47,7 @@ $(STAMP): setup.py constraints.txt pyproject.toml
 	@echo "[venv 2/2] installing the packages of constraints.txt: 2 to 10 minutes the first time"
 	@$(PY) -m pip install --disable-pip-version-check -c constraints.txt \
 		$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -e '.$(if $(CPU_EXTRAS),[$(CPU_EXTRAS)])'
-	@$(if $(GPU),$(PY) -m pip install --disable-pip-version-check setuptools wheel ninja pybind11)
-	@$(if $(GPU),$(PY) -m pip install --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[gpu]')
+	@$(if $(GPU),$(PY) -m dev.install_gpu)
 	@touch $(STAMP)
 	@echo "[venv] ready"
 

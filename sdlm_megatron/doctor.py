@@ -1,7 +1,8 @@
 """Check this machine's environment: each line says ok, or what is missing and how to fix it.
 
-Exit code 0: training on the CPU is possible. 1: something that is always needed is broken (marked FAIL). Lines marked
-with -- only limit what can be used here, such as GPUs or Slurm.
+On a GPU it also compiles SwiGLU, runs a TransformerEngine layer and the attention kernel, and compares their results
+with the definitions. Exit code 0: training is possible, on a CPU where torch has no GPU. 1: something that is needed is
+broken (marked FAIL). Lines marked with -- only limit what can be used here, such as GPUs or Slurm.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -24,12 +26,17 @@ from packaging.requirements import Requirement
 from sdlm_megatron import __version__
 from sdlm_megatron.config.command_line import make_parser
 from sdlm_megatron.errors import ConfigError, run_cli
+from sdlm_megatron.ops.node.local_environment import cache_variables
 
 DISTRIBUTION, MEGATRON = "sdlm-megatron", "megatron-core"
 OLDEST_PYTHON = (3, 11)
 LOW_DISK_GB = 20
 """A 0.5B checkpoint with optimizer state takes 7 GB, and two are kept."""
 SMI_SECONDS = 8
+TRIAL_SECONDS = 600
+"""Time limit of a trial. The first one compiles, and imports torch from a file system that may be slow."""
+OLDEST_DRIVERS = {"11": 450, "12": 525, "13": 580}
+"""Oldest release of NVIDIA's driver for torch's major version of CUDA."""
 TE_FIX = f"on a GPU machine: pip install --no-build-isolation '{DISTRIBUTION}[gpu]', after torch"
 MARKS = {"ok": "ok", "limited": "--", "broken": "FAIL"}
 """limited: something optional is missing; broken: something needed does not work."""
@@ -73,7 +80,8 @@ def _torch() -> str:
     return f"{torch.__version__}, {f'built for CUDA {cuda}' if cuda else 'built without CUDA'}"
 
 
-def _driver() -> str:
+def check_driver() -> str:
+    """Version of NVIDIA's driver; Problem if it is missing, or older than torch's CUDA needs."""
     if not shutil.which("nvidia-smi"):
         raise Problem("nvidia-smi is not installed")
     # The time limit is for nvidia-smi on a node whose GPU has fallen off the bus: it never returns.
@@ -83,6 +91,11 @@ def _driver() -> str:
     output = (done.stdout + done.stderr).split("\n")[0].strip()
     if done.returncode or not output:
         raise Problem(output or "nvidia-smi printed nothing")
+    import torch
+
+    oldest = OLDEST_DRIVERS.get((cuda := torch.version.cuda or "").split(".")[0], 0)
+    if int(output.split(".")[0]) < oldest:
+        raise Problem(f"{output}; torch's CUDA {cuda} needs {oldest} or newer")
     return output
 
 
@@ -120,7 +133,8 @@ def _bf16() -> str:
     return f"{bf16_cost():.2f} times the CPU time of fp32" if bf16_cost() else "computed on the GPU"
 
 
-def _compiler() -> str:
+def check_compiler() -> str:
+    """C and C++ compiler and Python's header; Problem if one is missing."""
     # Triton and torch.compile build C sources for GPU kernels. A training run on the CPU compiles nothing.
     header = Path(sysconfig.get_path("include")) / "Python.h"
     missing = [name for name in ("gcc", "g++") if not shutil.which(name)] + [str(header)] * (not header.exists())
@@ -150,6 +164,20 @@ def _cache() -> Path:
     return Path(os.environ.get("HF_HOME") or cache).expanduser()
 
 
+def _trial(name: str) -> str:
+    """A trial of model/gpu_trials.py in a process of its own, which a library may end; with its seconds."""
+    started = time.perf_counter()
+    command = [sys.executable, "-m", "sdlm_megatron.model.gpu_trials", name]
+    environment = {**os.environ, **cache_variables()}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=TRIAL_SECONDS, check=False, env=environment)
+    seconds = f"{time.perf_counter() - started:.0f} s"
+    if done.returncode:
+        errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")] or done.stderr.splitlines()
+        how = f"exit code {done.returncode}" if done.returncode > 0 else f"signal {-done.returncode}"
+        raise Problem(f"{errors[-1].removeprefix('error: ') if errors else 'no message'} ({how}, {seconds})")
+    return f"{done.stdout.strip().splitlines()[-1]}, {seconds}"
+
+
 def _slurm() -> str:
     if not (sbatch := shutil.which("sbatch")):
         raise Problem("sbatch is not installed; needed only by `sdlm submit`")
@@ -162,14 +190,14 @@ CHECKS: tuple[tuple[str, Callable[[], str], bool, str], ...] = (
     (MEGATRON, partial(_requirements, megatron=True), True, f"pip install --upgrade {DISTRIBUTION}"),
     ("packages", partial(_requirements, megatron=False), True, f"pip install --upgrade {DISTRIBUTION}"),
     ("torch", _torch, True, "pip install --force-reinstall torch"),
-    ("NVIDIA driver", _driver, False, "install NVIDIA's driver to train on GPUs; search `dmesg` for GPU errors"),
+    ("NVIDIA driver", check_driver, False, "install a driver for torch's CUDA; search `dmesg` for GPU errors"),
     ("GPUs", _gpus, False, "use a machine with an NVIDIA GPU, and a torch build for a CUDA version of its driver"),
     ("TransformerEngine", partial(_optional, "transformer_engine", "transformer_engine.pytorch"), False, TE_FIX),
     ("Apex", partial(_optional, "apex", "amp_C"), False, "optional; build github.com/NVIDIA/apex against this torch"),
     ("Triton", partial(_optional, "triton"), False, "comes with torch's CUDA builds; needed on GPUs only"),
     ("NVML", partial(_optional, "pynvml"), False, "pip install nvidia-ml-py; for the GPU checks of a job"),
     ("bf16", _bf16, False, "train with --train.precision=fp32 on this CPU"),
-    ("compiler", _compiler, False, "apt install gcc g++ python3-dev"),
+    ("compiler", check_compiler, False, "apt install gcc g++ python3-dev"),
     # multiprocessing keeps its sockets there: data preparation and background saves need it.
     ("temporary files", partial(_folder, lambda: Path(tempfile.gettempdir())), True, "set TMPDIR to another folder"),
     ("current folder", partial(_folder, Path.cwd), False, "use another folder, or absolute output paths"),
@@ -179,16 +207,34 @@ CHECKS: tuple[tuple[str, Callable[[], str], bool, str], ...] = (
 """Name, check, whether every run needs it, and how to fix it."""
 
 
+_UNTIL_THEN = "repair it, or until then --train.{}"
+GPU_CHECKS: tuple[tuple[str, Callable[[], str], bool, str], ...] = (
+    ("SwiGLU", partial(_trial, "SwiGLU"), True, "install gcc and Python.h, or another torch for this driver"),
+    ("layer", partial(_trial, "layer"), True, f"{TE_FIX}; {_UNTIL_THEN.format('layers=megatron')}"),
+    ("attention", partial(_trial, "attention"), True, _UNTIL_THEN.format("attention=flex")),
+)
+"""The same for machines with a GPU. A run there uses all of them."""
+
+
 def diagnose() -> list[dict[str, str]]:
     """Runs all checks; a result has name, state (a key of MARKS), detail, and the fix where the state is not ok."""
-    results = []
+    results: list[dict[str, str]] = []
     for name, check, needed, fix in CHECKS:
-        try:
-            results.append({"name": name, "state": "ok", "detail": check()})
-        except (Problem, ImportError, OSError, subprocess.SubprocessError) as error:
-            state = "broken" if needed else "limited"
-            results.append({"name": name, "state": state, "detail": str(error)[:300], "fix": fix})
+        results.append(_result(name, check, needed, fix))
+    states = {result["name"]: result["state"] for result in results}
+    for name, check, needed, fix in GPU_CHECKS if states["GPUs"] == "ok" else ():
+        # without TransformerEngine, layers are Megatron-Core's: its own line says so
+        if name != "layer" or states["TransformerEngine"] == "ok":
+            results.append(_result(name, check, needed, fix))
     return results
+
+
+def _result(name: str, check: Callable[[], str], needed: bool, fix: str) -> dict[str, str]:
+    try:
+        return {"name": name, "state": "ok", "detail": check()}
+    except (Problem, ImportError, OSError, subprocess.SubprocessError) as error:
+        state = "broken" if needed else "limited"
+        return {"name": name, "state": state, "detail": str(error)[:300], "fix": fix}
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -135,7 +135,7 @@ def _interleaved(parallel: ParallelConfig, shape: ModelConfig) -> str:
 def _settings(config: RunConfig) -> list[str]:
     """Precision, recomputation and overlap."""
     train, parallel = config.train, config.parallel
-    words = [train.precision]
+    words = [train.precision + (", gradients summed in bf16" if train.gradient_dtype == "bf16" else "")]
     if train.recompute == "selective":
         words.append("selective recompute (norms)")
     elif train.recompute == "full":

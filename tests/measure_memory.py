@@ -50,6 +50,7 @@ CASES: dict[str, tuple[int, int, dict[str, object]]] = {
     "PP2 x VPP2": (2, 4, {"parallel.pipeline": 2, "parallel.virtual_pipeline": 2}),
     "DP2": (2, 1, {}),
     "norms of q and k": (1, 1, {"model.qk_norm": True, "model.qkv_bias": False, "model.head_dim": 48}),
+    "DP2, bf16 gradients": (2, 1, {"train.gradient_dtype": "bf16"}),
 }  # fmt: skip
 
 

@@ -1,13 +1,16 @@
 """Attention backends on one packed row with the document lengths of the training mixture.
 
 The table has the time of the forward pass and of forward and backward together, TFLOP/s on visible (query, key) pairs
-only (4 * heads * dim FLOPs per pair forward, 2.5 times that backward), and the peak memory of forward and backward.
+only (4 * heads * dim FLOPs per pair forward, 2.5 times that backward), the peak memory of forward and backward, and the
+largest relative error of output and gradients on a small row, against the definition in float64.
 """
 
 import argparse
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +21,8 @@ from sdlm_megatron.config.hardware import default_device
 from sdlm_megatron.diffusion.layout import RowLayout, block_count, draw_starts, pack_row
 from sdlm_megatron.diffusion.mask import visible_pairs
 from sdlm_megatron.errors import run_cli
-from sdlm_megatron.model.attention.choice import LIBRARY_ERRORS, gpu_kernels
+from sdlm_megatron.files import write_json
+from sdlm_megatron.model.attention.choice import LIBRARY_ERRORS, Heads, check_backend, gpu_kernels
 from sdlm_megatron.model.attention.contract import RowAttention
 from sdlm_megatron.model.attention.decomposed import Decomposed
 from sdlm_megatron.model.attention.flex import Flex
@@ -28,7 +32,7 @@ from sdlm_megatron.weights.dtypes import PRECISIONS
 
 # Measured on the tokenized training mixture: clean tokens per document (lognormal), and the share of answers.
 MEAN_CLEAN, SPREAD, RESPONSE_SHARE, REPEAT = 663, 0.8, 0.68, 3
-HEAD = ("backend", "forward, ms", "forward + backward, ms", "TFLOP/s", "of the backward", "peak, MB")
+HEAD = ("backend", "forward, ms", "forward + backward, ms", "TFLOP/s", "of the backward", "peak, MB", "error")
 Builder = Callable[[RowLayout, int], RowAttention]
 
 
@@ -95,27 +99,40 @@ def measure_backend(
     return median_ms(forward, runs, device), median_ms(both, runs, device), peak_bytes(both, device)
 
 
-def backend_rows(
+def measure_backends(
     layout: RowLayout, heads: int, kv_heads: int, args: argparse.Namespace, device: torch.device
-) -> Iterator[Sequence[str]]:
-    """Rows of the table for one head shape."""
+) -> Iterator[dict[str, Any]]:
+    """Results of one head shape: of each backend its name and figures, or the `problem` that it has here."""
     dtype = PRECISIONS[args.dtype]
     tflop = 4 * heads * args.dim * visible_pairs(layout) / 1e12
     generator = torch.Generator().manual_seed(0)
     sizes = (heads, kv_heads, kv_heads, heads)
     values = [torch.randn(args.tokens, n, args.dim, generator=generator).to(device, dtype) for n in sizes]
     for name, build in backends(device, dtype, dense=args.dense):
+        result: dict[str, Any] = {"heads": heads, "kv_heads": kv_heads, "backend": name}
         if build is None:
-            yield name, *[""] * 5
+            yield result | {"problem": "not measured"}
             continue
         try:
             forward, both, peak = measure_backend(build(layout, args.tokens).to(device), values, args.runs, device)
-        except LIBRARY_ERRORS as error:
+            error = check_backend(
+                build, causal_attn=False, device=device, heads=Heads(heads, kv_heads, args.dim, dtype)
+            )
+        except LIBRARY_ERRORS as raised:
             # One kernel that fails on this GPU must not hide the results of the others.
-            yield f"{name}: {str(error).splitlines()[0]}", *[""] * 5
+            yield result | {"problem": (str(raised).splitlines() or [type(raised).__name__])[0]}
             continue
-        speeds = (f"{1e3 * tflop * 3.5 / both:.3g}", f"{1e3 * tflop * 2.5 / (both - forward):.3g}")
-        yield name, f"{forward:.2f}", f"{both:.2f}", *speeds, f"{peak / 1e6:.0f}"
+        speeds = {"tflops": 1e3 * tflop * 3.5 / both, "backward_tflops": 1e3 * tflop * 2.5 / (both - forward)}
+        yield result | {"forward_ms": forward, "both_ms": both, **speeds, "peak_bytes": peak, "error": error}
+
+
+def backend_row(result: dict[str, Any]) -> Sequence[str]:
+    """Row of the table of a result."""
+    if "problem" in result:
+        return f"{result['backend']}: {result['problem']}", *[""] * 6
+    times = (f"{result['forward_ms']:.2f}", f"{result['both_ms']:.2f}")
+    speeds = (f"{result['tflops']:.3g}", f"{result['backward_tflops']:.3g}")
+    return result["backend"], *times, *speeds, f"{result['peak_bytes'] / 1e6:.0f}", f"{result['error']:.1g}"
 
 
 EXAMPLE = """
@@ -137,6 +154,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--runs", type=int, default=20, help="timed calls; medians are reported")
     add("--seed", type=int, default=0, help="seed of the row's documents")
     add("--threads", type=int, default=1, help="CPU threads of torch")
+    add("--json", type=Path, metavar="FILE", help="also write the figures to this file")
     return parser
 
 
@@ -153,10 +171,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"{len(layout.starts)} blocks of {args.block_size}, {layout.used} tokens used, "
         f"{visible_pairs(layout) / args.tokens**2:.1%} of all pairs visible"
     )
+    results: list[dict[str, Any]] = []
     for shape in args.heads:
         heads, kv_heads = (int(x) for x in shape.split("/"))
         print(f"\n{heads} heads, {kv_heads} KV heads of {args.dim}, {args.dtype}", flush=True)
-        print_table(HEAD, backend_rows(layout, heads, kv_heads, args, device))
+        shape_results = list(measure_backends(layout, heads, kv_heads, args, device))
+        print_table(HEAD, map(backend_row, shape_results))
+        results += shape_results
+    if args.json:
+        write_json(args.json, {"pairs": visible_pairs(layout), "tokens": args.tokens, "results": results})
 
 
 if __name__ == "__main__":

@@ -12,8 +12,9 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -24,11 +25,13 @@ cpu.install()  # before anything imports megatron
 
 from dev.bench.engine_case import StepCase  # noqa: E402
 from dev.bench.reference_step import ReferenceProcess  # noqa: E402
-from dev.bench.timing import matmul_flops, parts_of, peak_bytes, print_table, timed  # noqa: E402
+from dev.bench.timing import host_seconds, matmul_flops, parts_of, peak_bytes, print_table, timed  # noqa: E402
 from sdlm_megatron.config.command_line import make_config_parser, parse_config  # noqa: E402
 from sdlm_megatron.config.load import PRESETS  # noqa: E402
 from sdlm_megatron.config.schema import ParallelConfig, RunConfig  # noqa: E402
+from sdlm_megatron.diffusion.mask import visible_pairs  # noqa: E402
 from sdlm_megatron.errors import TrainingError, run_cli  # noqa: E402
+from sdlm_megatron.files import write_json  # noqa: E402
 from sdlm_megatron.parallel.groups import Groups, close_groups, init_groups  # noqa: E402
 from sdlm_megatron.planner.flops import peak_flops  # noqa: E402
 from sdlm_megatron.weights.dtypes import PRECISIONS  # noqa: E402
@@ -102,14 +105,40 @@ def measure_step(config: RunConfig, args: argparse.Namespace, groups: Groups) ->
             if reference:
                 theirs.add(reference.ask("step"))
             whole.add(timed(case.step, groups.device))
-        print_speed(case, whole, inner, config.train.precision)
+        facts = print_speed(case, whole, inner, config.train.precision)
         if reference:
             print_reference(case, inner, theirs, reference)
-        print_parts(parts_of(case.step, groups.device), reference)
+        parts, launches = parts_of(case.step, groups.device)
+        print_parts(parts, reference)
+    if args.json:
+        write_json(args.json, facts | step_facts(case, config) | {"parts": parts, "launches": launches})
 
 
-def print_speed(case: StepCase, whole: Durations, inner: Durations, precision: str) -> None:
-    """Prints times, tokens per second, MFU and peak memory of our step."""
+def step_facts(case: StepCase, config: RunConfig) -> dict[str, Any]:
+    """Facts about a case for --json: its settings, rows, and the memory that the process has needed, all in all."""
+    layouts, device = [row.layout for row in case.rows], case.engine.groups.device
+    cuda = device.type == "cuda"
+    return {
+        "device": case.engine.groups.device_name,
+        "model": asdict(case.engine.shape),
+        "train": asdict(config.train) | {"layers": case.engine.layers.kind},
+        "attention": case.engine.attention.text,
+        "rows": len(layouts),
+        "row_length": case.row_tokens // len(layouts),
+        "clean": sum(x.n_clean for x in layouts),
+        "block": sum(x.n_block_tokens for x in layouts),
+        "block_size": layouts[0].block_size,
+        "targets": case.targets,
+        "pairs": sum(map(visible_pairs, layouts)),
+        "peak_bytes": torch.cuda.max_memory_allocated() if cuda else 0,
+        "reserved_bytes": torch.cuda.max_memory_reserved() if cuda else 0,
+        "host_seconds": min(host_seconds(case.step, device) for _ in range(3)),
+        "product_flops": matmul_flops(PRECISIONS[config.train.precision], device),
+    }
+
+
+def print_speed(case: StepCase, whole: Durations, inner: Durations, precision: str) -> dict[str, Any]:
+    """Prints times, tokens per second, MFU and peak memory of our step; the figures for --json."""
     device = case.engine.groups.device
     # The table of peaks is for bf16 tensor cores; other cases use a measured product.
     known = peak_flops(case.engine.groups.device_name) if precision == "bf16" else None
@@ -125,6 +154,8 @@ def print_speed(case: StepCase, whole: Durations, inner: Durations, precision: s
     measured = "" if known else ", measured with a matrix product"
     print(f"MFU {mfu:.1%} (forward and backward {inner_mfu:.1%}) of {peak / 1e12:.4g} TFLOP/s{measured}")
     print(f"peak memory of a step {memory / 1e6:.0f} MB\n", flush=True)
+    times = {"seconds": whole.median, "inner_seconds": inner.median, "cpu_seconds": statistics.median(whole.cpu)}
+    return {**times, "useful": case.useful, "flops": case.flops, "peak_flops": peak, "mfu": mfu, "step_bytes": memory}
 
 
 def print_reference(case: StepCase, inner: Durations, theirs: Durations, reference: ReferenceProcess) -> None:
@@ -192,6 +223,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--reference", type=Path, metavar="DIR", help="checkout of OpenGVLab/SDLM to compare with, on a CPU")
     add("--reference-python", default=sys.executable, metavar="FILE", help="interpreter with transformers 4.37.2")
     add("--reference-batch", type=int, default=2, help="documents per batch of the reference, padded to the longest")
+    add("--json", type=Path, metavar="FILE", help="also write the figures to this file")
     add("--memory", action="store_true", help="report peak memory by row length instead")
     add("--sizes", type=int, nargs="+", default=MEMORY_TOKENS, help="row lengths of --memory")
     return parser

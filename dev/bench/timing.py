@@ -87,8 +87,21 @@ def matmul_flops(dtype: torch.dtype, device: torch.device, runs: int = 5) -> flo
     return 2 * size**3 / min(timed(lambda: a @ b, device)[0] for _ in range(runs))
 
 
-def parts_of(step: Callable[[], object], device: torch.device) -> dict[str, float]:
-    """Seconds of each part of one profiled step, as sdlm_megatron.training.trace attributes them."""
+def host_seconds(step: Callable[[], object], device: torch.device) -> float:
+    """CPU seconds in which the host queues a call, without waiting for the GPU's results."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    started = time.process_time()
+    step()
+    return time.process_time() - started
+
+
+LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel")
+"""Beginnings of the names of the calls that start a kernel."""
+
+
+def parts_of(step: Callable[[], object], device: torch.device) -> tuple[dict[str, float], int]:
+    """Seconds of each part of one profiled step, as sdlm_megatron.training.trace attributes them; launched kernels."""
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
     # summarize() looks for the steps that torch.profiler names ProfilerStep#N when it has a schedule.
     with profile(activities=activities) as profiler, record_function("ProfilerStep#1"):
@@ -96,8 +109,9 @@ def parts_of(step: Callable[[], object], device: torch.device) -> dict[str, floa
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(file))
-        summary = summarize(json.loads(file.read_text(encoding="utf-8"))["traceEvents"])
-    return {part: ms / 1e3 for part, ms in summary.parts.items()}
+        events = json.loads(file.read_text(encoding="utf-8"))["traceEvents"]
+    launches = sum(str(event.get("name", "")).startswith(LAUNCHES) for event in events)
+    return {part: ms / 1e3 for part, ms in summarize(events).parts.items()}, launches
 
 
 def print_table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> None:

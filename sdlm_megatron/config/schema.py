@@ -156,7 +156,10 @@ class TrainConfig:
     stop_after: int = 0
     """Save and stop after this step; the schedule keeps its length. 0: run to the end."""
     precision: str = "bf16"
-    """bf16 (with fp32 master weights and gradients) | fp32."""
+    """bf16 (with fp32 master weights) | fp32."""
+    gradient_dtype: str = "fp32"
+    """Dtype in which gradients are summed over micro-batches and over data parallelism: fp32 | bf16 (half the memory
+    and traffic; each sum is rounded). Norm, clipping and update are in fp32 either way."""
     attention: str = "auto"
     """Attention backend: auto (the fastest available; printed at start) | per_document | triton | decomposed | flex |
     dense (an S x S mask, for comparisons at small sizes)."""

@@ -13,6 +13,7 @@ CHOICES = {
     "train.global_batch_unit": ("documents", "rows"),
     "train.precision": ("bf16", "fp32"),
     "train.attention": ("auto", "per_document", "triton", "decomposed", "flex", "dense"),
+    "train.gradient_dtype": ("fp32", "bf16"),
     "train.layers": ("auto", "megatron", "transformer_engine"),
     "train.fp8": ("none", "delayed", "current"),
     "train.recompute": ("none", "selective", "full"),
@@ -156,6 +157,7 @@ def check_run(config: RunConfig, world_size: int) -> None:
     _check_checkpoint(config.checkpoint)
     _check_samples(config)
     _check_layers(config.train, config.parallel)
+    _check_precision(config.train)
 
 
 def check_length(train: TrainConfig) -> None:
@@ -267,8 +269,14 @@ def _check_layers(train: TrainConfig, parallel: ParallelConfig) -> None:
     what = "train.fp8 and parallel.overlap_tensor need TransformerEngine's layers"
     needed = train.fp8 != "none" or parallel.overlap_tensor
     _require(train.layers != "megatron" or not needed, what, "train.layers", "set train.layers=auto")
-    bf16 = train.fp8 == "none" or train.precision == "bf16"
-    _require(bf16, "FP8 needs bf16 weights", "train.fp8", "set train.precision=bf16 or train.fp8=none")
+
+
+def _check_precision(train: TrainConfig) -> None:
+    bf16 = train.precision == "bf16"
+    fix = "set train.precision=bf16 or train.{}"
+    _require(bf16 or train.fp8 == "none", "FP8 needs bf16 weights", "train.fp8", fix.format("fp8=none"))
+    what = "bf16 gradients need bf16 weights"
+    _require(bf16 or train.gradient_dtype == "fp32", what, "train.gradient_dtype", fix.format("gradient_dtype=fp32"))
 
 
 def _check_samples(config: RunConfig) -> None:

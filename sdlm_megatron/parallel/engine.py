@@ -119,7 +119,7 @@ class Engine:
         parallel = self.config.parallel
         for module in self.modules:
             module.train()
-        self.models = wrap_ddp(self.modules, parallel)
+        self.models = wrap_ddp(self.modules, parallel, self.config.train.gradient_dtype)
         self.optimizer = build_optimizer(self.models, self.config.optimizer, parallel)
         self.schedule = build_schedule(self.optimizer, self.config.schedule, self.config.optimizer.lr, steps)
         mcore.finalize_model_grads_func = finalizer(self.groups.collection, partial(self.clock.mark, "reduce"))

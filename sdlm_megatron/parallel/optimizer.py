@@ -26,10 +26,15 @@ BUCKET_PARAMETERS: int | None = None
 data-parallel rank."""
 
 
-def wrap_ddp(chunks: Sequence[SDLMModel], parallel: ParallelConfig) -> list[DistributedDataParallel]:
-    """Wraps each model chunk with fp32 gradient buffers that are reduced over data parallelism."""
+def wrap_ddp(
+    chunks: Sequence[SDLMModel], parallel: ParallelConfig, gradient_dtype: str
+) -> list[DistributedDataParallel]:
+    """Wraps each model chunk with gradient buffers, of the dtype named as in `train.gradient_dtype`.
+
+    Micro-batches are added to the buffers, which are then reduced over data parallelism.
+    """
     config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
+        grad_reduce_in_fp32=gradient_dtype == "fp32",
         use_distributed_optimizer=parallel.distributed_optimizer,
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,

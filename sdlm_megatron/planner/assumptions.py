@@ -30,7 +30,9 @@ class Assumptions:
     )
     fp8_speedup: float = _assumption(1.4, "layer matrix products in FP8 with casts, speedup over bf16")
     attention_efficiency: float = _assumption(0.25, "attention on visible pairs, share of the bf16 peak", (0.12, 0.4))
-    memory_efficiency: float = _assumption(0.80, "element-wise kernels, share of the HBM bandwidth", (0.6, 0.85))
+    memory_efficiency: float = _assumption(
+        0.80, "element-wise kernels, share of the HBM bandwidth", (0.6, 0.85), share=True
+    )
     launches: float = _assumption(
         0, "kernel launches per layer and micro-batch; 0: 100 with TransformerEngine, 146 without", zero=True
     )

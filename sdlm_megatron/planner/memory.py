@@ -49,10 +49,10 @@ class GpuMemory:
 
     stage: int
     weights: float = labeled("weights")
-    gradients: float = labeled("gradients, fp32")  # buffers that are reduced over data parallelism
+    gradients: float = labeled("gradients")  # buffers that are reduced over data parallelism
     optimizer: float = labeled("optimizer state")  # fp32 master weights and Adam's two moments
     activations: float = labeled("activations")  # kept for the backward pass, of all micro-batches in flight
-    working: float = labeled("peak of a backward pass")  # on top: of one layer, or of the head without its logits
+    working: float = labeled("peak of a backward pass")  # on top: of a layer, the head without logits, or the update
     logits: float = labeled("logits")  # of a chunk with softmax and gradient, if the head is that peak
     buffers: float = labeled("buffers")  # gathered sequence (sequence parallelism) and FP8 copies of the weights
 
@@ -97,10 +97,13 @@ def stage_memory(
     states = (2 if layout.train.precision == "fp32" else 3) * 4  # fp32 weights are their own masters
     owned = min(numel, buffer / dp) if sharded else numel
     kept, working, logits = _activations(model, layout, row, micro_batches, stage)
+    if layout.gradient_bytes < 4:  # the update reads them in fp32, when the activations are gone
+        working += max(0.0, 4 * owned - kept - working - logits)
     gathered = row.length * model.hidden_size * b if layout.parallel.sequence else 0
     # FP8 keeps each weight and its transpose, one byte each
     fp8 = 2 * linear_weights(model, layout) if layout.train.fp8 != "none" else 0
-    return GpuMemory(stage, buffer * b, buffer * 4, owned * states, kept, working, logits, gathered + fp8)
+    gradients = buffer * layout.gradient_bytes
+    return GpuMemory(stage, buffer * b, gradients, owned * states, kept, working, logits, gathered + fp8)
 
 
 def peak_memory(model: ModelConfig, layout: ParallelLayout, row: RowTokens, micro_batches: int) -> GpuMemory:

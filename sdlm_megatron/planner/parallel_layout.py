@@ -23,7 +23,7 @@ class Kernels:
     fused_rope: bool
     """RoPE keeps nothing; otherwise cosines and sines in the weights' dtype, for queries and for keys."""
     fused_accumulation: bool
-    """The matrix product adds weight gradients to the fp32 buffer; otherwise they are separate tensors first."""
+    """The matrix product adds weight gradients to their buffer; otherwise they are separate tensors first."""
     logit_bytes: int
     """Bytes that the head allocates per logit of a chunk, in bf16."""
     logit_fp32: int
@@ -72,6 +72,11 @@ class ParallelLayout:
         """Bytes of a weight or activation."""
         return BYTES[self.train.precision]
 
+    @property
+    def gradient_bytes(self) -> int:
+        """Bytes of a gradient in the buffers that are summed over micro-batches and data parallelism."""
+        return BYTES[self.train.gradient_dtype]
+
     def micro_batches(self, rows: int) -> int:
         """Micro-batches per data-parallel rank of a step of `rows` rows."""
         # the interleaved schedule processes them in groups of PP
@@ -97,7 +102,7 @@ class ParallelLayout:
     def settings(self) -> dict[str, object]:
         """Settings of a run with this layout."""
         train = {"layers": self.kernels.name}
-        train |= {key: getattr(self.train, key) for key in ("fp8", "recompute", "recompute_layers")}
+        train |= {key: getattr(self.train, key) for key in ("gradient_dtype", "fp8", "recompute", "recompute_layers")}
         return {f"parallel.{key}": value for key, value in asdict(self.parallel).items()} | {
             f"train.{key}": value for key, value in train.items()
         }

@@ -36,7 +36,7 @@ class StepTime:
     attention: float = labeled("attention")
     head: float = labeled("LM head and cross entropy")
     elementwise: float = labeled("norms, RoPE, SwiGLU, residuals")
-    weight_gradients: float = labeled("fp32 weight gradients of the layers")  # their sum over micro-batches
+    weight_gradients: float = labeled("weight gradients of the layers")  # their sum over micro-batches
     recompute: float = labeled("recomputation")
     empty_rows: float = labeled("empty rows")  # which fill the last micro-batches, on the GPUs that have fewest
     host: float = labeled("waiting for launches by the host")
@@ -92,8 +92,9 @@ def row_time(c: Costs) -> dict[str, float]:
     norms += 2 * s * z.normed_heads * z.head_dim
     rope = (2 if layout.kernels.fused_rope else 8) * s * (z.attention + z.kv)
     moved = 3 * (norms + rope + 3 * s * z.ffn) * layout.bytes * layers
-    # the fp32 sum is read and written; unfused, the gradient of the micro-batch is read again
-    summed = linear_weights(c.model, layout) * (8 if layout.kernels.fused_accumulation else 8 + layout.bytes)
+    # the sum is read and written; unfused, the gradient of the micro-batch is read again
+    again = 0 if layout.kernels.fused_accumulation else layout.bytes
+    summed = linear_weights(c.model, layout) * (2 * layout.gradient_bytes + again)
     return {
         "gemm": c.products(flops, fp8=layout.train.fp8 != "none") + overhead * layers,
         "attention": attention / (c.device.peak * c.assumed.attention_efficiency),
@@ -118,11 +119,12 @@ def head_time(c: Costs) -> float:
     """Seconds of the head for one row: three products, about 20 bytes of memory traffic per logit, weight gradients."""
     z, rows = sizes_of(c.model, c.layout.tensor), c.row.label_rows
     chunks = math.ceil(rows / head_rows(z, c.layout, c.row))
-    # Bytes per weight. One chunk: scaled in bf16 4, added to the fp32 sum 10. Several: made fp32 6, 8 for each further
-    # chunk, scaled 8, made bf16 6, added 10.
-    summed = 14 if chunks == 1 else 6 + 8 * (chunks - 1) + 24
-    if c.layout.pipeline == 1:  # the embedding's dense gradient: zeroed 2, added 10 (6 to the head's, if tied)
-        summed += 8 if c.model.tied_embeddings else 12
+    added = 2 + 2 * c.layout.gradient_bytes
+    # Bytes per weight, beside its addition to the sum over micro-batches. One chunk: scaled in bf16 4. Several: made
+    # fp32 6, 8 for each further chunk, scaled 8, made bf16 6.
+    summed = added + (4 if chunks == 1 else 6 + 8 * (chunks - 1) + 14)
+    if c.layout.pipeline == 1:  # the embedding's dense gradient: zeroed 2, added (6 to the head's, if tied)
+        summed += 8 if c.model.tied_embeddings else 2 + added
     return c.products(6 * z.hidden * z.vocab * rows) + c.moved(20 * z.vocab * rows + summed * z.vocab * z.hidden)
 
 
@@ -222,14 +224,16 @@ def _pipeline_communication(c: Costs, micro_batches: int) -> float:
 
 
 def _data_communication(c: Costs, forward: float, backward: float) -> float:
-    """Seconds per step: reduction of fp32 gradients and gather of weights, minus what one micro-batch's pass hides."""
+    """Seconds per step: reduction of gradients and gather of weights, minus what one micro-batch's pass hides."""
     layout, dp = c.layout, c.layout.data
     if dp == 1:
         return 0.0
     numel = _largest_stage(c)
     in_node = min(dp, c.assumed.gpus_per_node / min(layout.tensor, c.assumed.gpus_per_node))
     speed = c.device.nvlink if layout.gpus <= c.assumed.gpus_per_node else _network(c, in_node)
-    reduced = _collective(c, 4 * numel, dp, speed) * (1 if layout.parallel.distributed_optimizer else 2)
+    reduced = _collective(c, layout.gradient_bytes * numel, dp, speed)
+    if not layout.parallel.distributed_optimizer:
+        reduced *= 2  # an all-reduce
     gathered = _collective(c, layout.bytes * numel, dp, speed) if layout.parallel.distributed_optimizer else 0.0
     # at least 5 % stays visible: the last bucket is ready only when the backward pass ends
     if layout.parallel.overlap_grad_reduce:
@@ -243,8 +247,10 @@ def _optimizer(c: Costs) -> float:
     """Seconds per step: zeroing gradients; scaling, norm, clipping and Adam on this GPU's share."""
     layout, numel = c.layout, _largest_stage(c)
     owned = numel / layout.data if layout.parallel.distributed_optimizer else numel
-    # bytes per element: zeroing 4; division by the targets 8, norm 4, clipping 8, Adam 28 and the new weight
-    return c.moved(4 * numel + (8 + 4 + 8 + 28 + layout.bytes) * owned)
+    gradient = layout.gradient_bytes
+    # bytes per element: division by the targets, a copy in fp32, norm 4, clipping 8, Adam 28 and the new weight
+    copied = gradient + 4 if gradient < 4 else 0
+    return c.moved(gradient * numel + (2 * gradient + copied + 4 + 8 + 28 + layout.bytes) * owned)
 
 
 def _largest_stage(c: Costs) -> int:

@@ -262,3 +262,13 @@ def test_bf16_trains_under_pipeline(material: tuple[Path, Path], single: list[di
     records = run(material, tmp_path / "run", 2, {"train.precision": "bf16", "parallel.pipeline": 2})
     assert_equal(records[:3], single[:3], rel=0.02)
     assert records[-1]["loss"] == pytest.approx(single[-1]["loss"], rel=0.1)
+
+
+def test_bf16_gradients_train_and_resume(material: tuple[Path, Path], single: list[dict], tmp_path: Path) -> None:
+    """DP 2 with every overlap and checks of the replicas, then PP 2: as `test_bf16_trains_under_pipeline`."""
+    bf16 = {"train.precision": "bf16", "train.gradient_dtype": "bf16"}
+    first = {**OVERLAPPED, "fault.replica_check_every": 2, "train.stop_after": 3}
+    run(material, tmp_path / "run", 2, {**bf16, **first})
+    records = run(material, tmp_path / "run", 2, {**bf16, "parallel.pipeline": 2})
+    assert_equal(records[:3], single[:3], rel=0.02)
+    assert records[-1]["loss"] == pytest.approx(single[-1]["loss"], rel=0.1)

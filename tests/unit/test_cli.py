@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from sdlm_megatron import __version__, doctor
 from sdlm_megatron.cli import COMMANDS, main
@@ -164,16 +166,73 @@ def test_doctor_lists_gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     smi.write_text("#!/bin/sh\necho 570.1\necho 570.1\n")
     smi.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    assert doctor._driver() == "570.1"
+    assert doctor.check_driver() == "570.1"
     for name, value in (("is_available", True), ("device_count", 2)):
         monkeypatch.setattr(f"torch.cuda.{name}", lambda value=value: value)
     monkeypatch.setattr("torch.cuda.get_device_name", lambda index: "NVIDIA H100")
     monkeypatch.setattr("torch.cuda.get_device_properties", lambda index: SimpleNamespace(total_memory=80 * 2**30))
     assert doctor._gpus() == "2 x NVIDIA H100, 80 GiB each"
+    monkeypatch.setattr("torch.version.cuda", "13.0")
+    with pytest.raises(doctor.Problem, match="^570.1; torch's CUDA 13.0 needs 580 or newer$"):
+        doctor.check_driver()
     smi.write_text("#!/bin/sh\necho 'no devices were found'\nexit 6\n")
     with pytest.raises(doctor.Problem, match="^no devices were found$"):
-        doctor._driver()
+        doctor.check_driver()
     smi.write_text("#!/bin/sh\nexec sleep 60\n")
     monkeypatch.setattr(doctor, "SMI_SECONDS", 0.1)
     with pytest.raises(subprocess.TimeoutExpired):
-        doctor._driver()
+        doctor.check_driver()
+
+
+def gpu_trial(name: str) -> str:
+    """A trial on the CPU. What torch would compile there, it runs as it is: compiling takes half a minute."""
+    from sdlm_megatron.model.gpu_trials import run_trial
+
+    with torch.compiler.set_stance("force_eager"):
+        return run_trial(name, torch.device("cpu"))
+
+
+def test_trials_compare_with_the_definition(monkeypatch: pytest.MonkeyPatch) -> None:
+    import megatron.core.fusions.fused_bias_swiglu as fused
+
+    from sdlm_megatron.model import gpu_trials
+
+    assert gpu_trial("SwiGLU").startswith("Megatron-Core's, compiled by torch, relative error 0.00")
+    assert gpu_trial("attention").startswith("per_document")
+    monkeypatch.setattr(fused, "bias_swiglu_impl", lambda x, bias: x.chunk(2, -1)[0] * 0.5)
+    with pytest.raises(UserError, match="runs, but its results are wrong: relative error 1"):
+        gpu_trial("SwiGLU")
+    monkeypatch.setattr(fused, "bias_swiglu_impl", lambda x, bias: x.chunk(2, -1)[0] * float("nan"))
+    with pytest.raises(UserError, match="runs, but its results are wrong: relative error inf"):
+        gpu_trial("SwiGLU")
+
+    class LayerNormLinear(torch.nn.Linear):
+        """TransformerEngine's, with the arguments that the trial uses."""
+
+        def __init__(self, inputs: int, outputs: int, *, normalization: str, **options: object) -> None:
+            super().__init__(inputs, outputs, bias=False, dtype=options["params_dtype"])
+            assert (normalization, options["eps"], options["bias"]) == ("RMSNorm", 1e-6, False)
+            self.layer_norm_weight = torch.nn.Parameter(torch.ones(inputs, dtype=torch.bfloat16))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(torch.nn.functional.rms_norm(x, x.shape[-1:], self.layer_norm_weight, 1e-6))
+
+    package = SimpleNamespace(LayerNormLinear=LayerNormLinear)
+    monkeypatch.setitem(sys.modules, "transformer_engine", SimpleNamespace(pytorch=package))
+    monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", package)
+    assert gpu_trial("layer").startswith("norm and linear layer in bf16, relative error 0.00")
+    assert set(gpu_trials.TRIALS) == {name for name, *_ in doctor.GPU_CHECKS}
+
+
+def test_doctor_reports_trials_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They run where there is a GPU, each in its own process; a failure is broken, with its message and time."""
+    sound = [(name, lambda: "fine", needed, fix) for name, _, needed, fix in doctor.CHECKS]
+    monkeypatch.setattr(doctor, "CHECKS", sound)
+    monkeypatch.setattr(doctor, "GPU_CHECKS", doctor.GPU_CHECKS[1:])  # without SwiGLU, which takes long to compile
+    results = {result["name"]: result for result in doctor.diagnose()}
+    assert (
+        results["attention"]["state"] == "ok" and "per_document: the fastest on a CPU" in results["attention"]["detail"]
+    )
+    layer = results["layer"]
+    assert layer["state"] == "broken" and "train.layers=megatron" in layer["fix"]
+    assert re.match(r"does not run: .*transformer_engine.* \(exit code 2, \d+ s\)$", layer["detail"])

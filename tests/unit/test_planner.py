@@ -87,6 +87,18 @@ def test_traffic_of_fp32_gradients():
     assert preset(160).time.head == pytest.approx(8 * head)
 
 
+def test_bf16_gradients_halve_buffers_and_traffic():
+    fp32, bf16 = preset(232), preset(232, gradient_dtype="bf16")
+    assert bf16.memory.gradients == bf16.memory.weights == fp32.memory.gradients / 2
+    assert bf16.memory.total == pytest.approx(fp32.memory.total - fp32.memory.gradients / 2)
+    assert bf16.time.weight_gradients == fp32.time.weight_gradients / 2
+    assert 0.05 < bf16.time.data_communication / fp32.time.data_communication < 0.5  # a fixed part of a pass hides it
+    assert bf16.layout.settings()["train.gradient_dtype"] == "bf16"
+    # one rank, all layers recomputed: the update reads all gradients in fp32, which are more than the activations
+    alone = preset(8, gradient_dtype="bf16", recompute="full").memory
+    assert alone.activations + alone.working + alone.logits == pytest.approx(2 * alone.gradients, rel=1e-3)
+
+
 def test_memory_of_gpus_is_what_programs_see():
     """torch reports 79.1 GiB, 139.8 GiB and 178.4 GiB."""
     for gpu, gib in (("h100", 79.15), ("h200", 139.8), ("b200", 178.35)):
