@@ -76,6 +76,7 @@ nullgpu: $(STAMP)  ## ranks of 16 to 232 GPUs under CUDA's host code without a G
 	$(PY) -m dev.nullgpu $(NULLGPU_ARGS)
 
 evidence: $(STAMP)  ## train and measure the models of docs/evidence.md, about 6 hours on 2 cores with AMX; resumable
+	@echo "about 6 hours on 2 cores with AMX, three times as long without; a second start keeps what is finished"
 	$(PY) -m dev.evidence.train_arms --out runs/evidence
 	$(PY) -m dev.evidence.train_arms --out runs/evidence --arms d4_half d4_quarter d2 random --seeds 0
 	$(PY) -m dev.evidence.run_measurements --out runs/evidence --arms ar d4 d8 unshifted causal next_token ar_slow d4_slow

@@ -7,6 +7,7 @@ from setuptools import find_packages, setup
 PACKAGES = ("sdlm_megatron", "data_prep", "checkpoints_tools")
 ROOT = Path(__file__).parent
 EVAL = ["lm_eval>=0.4.13,<0.5", "accelerate>=0.26"]
+PAPER = [*EVAL, "lm_eval[ifeval,math]"]
 
 
 def read_version() -> str:
@@ -89,6 +90,7 @@ setup(
         # compiled against the installed torch: pip install --no-build-isolation, after torch
         "gpu": ["transformer-engine[pytorch]==2.20.2", "nvidia-ml-py>=12"],
         "eval": EVAL,
+        "paper": PAPER,
         "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.5", "mkdocstrings[python]>=0.27"],
         "test": [
             "pytest>=8.0",
@@ -100,7 +102,7 @@ setup(
             "types-PyYAML>=6.0",
             "import-linter>=2.1",
             "triton>=3.2",  # its interpreter runs the attention kernels without a GPU
-            *EVAL,
+            *PAPER,
         ],
     },
 )

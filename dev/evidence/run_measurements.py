@@ -27,6 +27,8 @@ ENTROPY = ("0.9", "0.95", "0.98", "0.99", "0.995")
 FEW_PROB = ("0.9", "0.98")
 TIMED = 16
 """Prompts of a task that are answered with a clock, and with each number of examples before them."""
+MINUTES = 26
+"""Minutes of a model's measurements without a clock, in fp32 (docs/evidence.md); fewer in bf16 and for most arms."""
 CONTEXTS, SHOTS = ("64", "1024"), (0, 1, 4, 16)
 
 
@@ -129,11 +131,19 @@ def measure_model(measurements: Sequence[Measurement], log: Path) -> float:
     return time.perf_counter() - started
 
 
-def measure_all(work: Sequence[tuple[Path, list[Measurement]]], processes: int) -> None:
-    """Runs the measurements that have no result yet, models side by side, each in a process with one thread."""
+def measure_all(work: Sequence[tuple[Path, list[Measurement]]], processes: int, estimate: str = "") -> None:
+    """Runs the measurements that have no result yet, models side by side, each in a process with one thread.
+
+    `estimate`: text with a place for the usual minutes, printed before the start.
+    """
     remaining = [(model, [item for item in items if not item.done()]) for model, items in work]
     pending = [(model, items) for model, items in remaining if items]
-    print(f"{len(pending)} models to measure, {processes} at a time", flush=True)
+    kept = sum(map(len, (items for _, items in work))) - sum(map(len, (items for _, items in pending)))
+    usual = estimate.format(len(pending) * MINUTES / processes)
+    print(
+        f"{len(pending)} models to measure, {processes} at a time{usual}; finished measurements are kept ({kept})",
+        flush=True,
+    )
     started = time.perf_counter()
     # Spawned, not forked: torch's threads do not survive a fork.
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
@@ -174,7 +184,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         fix = "train first: python -m dev.evidence.train_arms"
         raise DataError("no held-out prompts", str(args.out / "tasks"), fix)
     amounts, models = Amounts(args.prompts, args.few), trained_models(args.out, args.arms)
-    measure_all([(model, quality_measurements(model, arm, tasks, amounts)) for model, arm in models], args.jobs)
+    quality = [(model, quality_measurements(model, arm, tasks, amounts)) for model, arm in models]
+    measure_all(quality, args.jobs, ", at most about {:.0f} min")
     if args.clock:
         timed = [model for model, arm in models if arm in MAIN]
         measure_all([(model, timed_measurements(model, tasks, amounts)) for model in timed], 1)

@@ -30,6 +30,8 @@ from sdlm_megatron.files import write_json, write_text
 
 CONVERSATIONS = {"json": 300, "categories": 300}
 HELD_OUT_SEED = 0
+MINUTES = {"bf16": 8, "fp32": 19}
+"""Usual minutes of a model, by precision (docs/evidence.md), until one of this campaign is finished."""
 UNUSED_TOKEN = "<file_sep>"
 """A special token that SmolLM2 has and was never trained on: its mask token. Another base gets <text_mask>."""
 
@@ -157,14 +159,22 @@ def train_all(out: Path, arms: Sequence[Arm], seeds: Sequence[int], budget: Budg
         for arm in arms
     ]
     pending = [training for training in trainings if not training.done]
-    print(f"{len(pending)} models to train in {out}, {jobs} at a time, in {precision}", flush=True)
+    finished = [
+        json.loads((training.dir / "facts.json").read_text())["seconds"] for training in trainings if training.done
+    ]
+    minutes = sum(finished) / len(finished) / 60 if finished else MINUTES[precision]
+    print(
+        f"{len(pending)} models to train in {out}, {jobs} at a time, in {precision}: about "
+        f"{len(pending) * minutes / jobs:.0f} min; finished ones are kept ({len(finished)})",
+        flush=True,
+    )
     started, failed = time.perf_counter(), []
     with ThreadPoolExecutor(jobs) as pool:
         running = {pool.submit(training.run): training for training in pending}
-        for finished, future in enumerate(as_completed(running), 1):
+        for number, future in enumerate(as_completed(running), 1):
             name = running[future].dir.name
-            minutes = (time.perf_counter() - started) / finished * (len(pending) - finished) / 60
-            progress = f"{finished}/{len(pending)}, {minutes:.0f} min left"
+            minutes = (time.perf_counter() - started) / number * (len(pending) - number) / 60
+            progress = f"{number}/{len(pending)}, {minutes:.0f} min left"
             try:
                 print(f"{name:16} {future.result():5.0f} s   {progress}", flush=True)
             # The log names the reason; the remaining trainings take hours and should not be lost.

@@ -25,6 +25,7 @@ KINDS = {
     "context": "quality and speed with longer contexts",
     "perplexity": "perplexity of unrelated text: what training made the model forget",
     "page": "one page for the results of one or several models",
+    "paper": "the tasks of the paper's tables, beside its figures (needs datasets)",
     "lm_eval": "lm-evaluation-harness with the model `sdlm`",
 }
 NOTES = "kinds, as sdlm evaluate KIND; sdlm evaluate KIND --help explains the options of a kind:\n" + "\n".join(

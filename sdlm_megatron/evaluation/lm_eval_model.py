@@ -97,7 +97,10 @@ class SDLMForLMEval(HFLM):
                 "likelihood=plain: no loss was put on the plain causal pass of this model (next_token_weight 0)"
             )
         self.counts: dict[str, TaskCounts] = {}  # by task, of the latest `generate_until`
+        # by task, of the latest `generate_until`: tokens and those that each pass kept, in the order of decoding
+        self.answers: dict[str, list[tuple[list[int], list[int]]]] = {}
         self._task = TaskCounts()
+        self._answers: list[tuple[list[int], list[int]]] = []
         super().__init__(self.chat.model, backend="causal", tokenizer=self.chat.tokenizer, **options)
         # the harness looks a relative name up on the hub
         self.pretrained = str(self.chat.folder.resolve())
@@ -105,11 +108,12 @@ class SDLMForLMEval(HFLM):
         log.info("%s: %s", self.chat.describe(), self.rule.name)
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """The answers in the order of the requests; updates `counts`."""
+        """The answers in the order of the requests; updates `counts` and `answers`."""
         texts = [""] * len(requests)
         for task in dict.fromkeys(request.task_name for request in requests):
             rows = [i for i, request in enumerate(requests) if request.task_name == task]
             self._task = counts = self.counts[task] = TaskCounts()
+            self._answers = self.answers[task] = []
             answers = super().generate_until([requests[i] for i in rows], disable_tqdm=disable_tqdm)
             for i, text in zip(rows, answers, strict=True):
                 texts[i] = text
@@ -153,6 +157,7 @@ class SDLMForLMEval(HFLM):
         self._task.prompts += len(decoded.tokens)
         self._task.tokens += sum(map(len, decoded.tokens))
         self._task.passes += sum(map(len, decoded.accepted))
+        self._answers += zip(decoded.tokens, decoded.accepted, strict=True)
         width = max(map(len, decoded.tokens))
         padded = [tokens + [self.tokenizer.pad_token_id] * (width - len(tokens)) for tokens in decoded.tokens]
         return torch.cat([context, torch.tensor(padded, device=context.device)], 1)

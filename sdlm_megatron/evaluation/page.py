@@ -15,6 +15,7 @@ from sdlm_megatron.errors import ConfigError, DataError, run_cli
 from sdlm_megatron.evaluation import figures, figures_slots, intervals, result_files
 from sdlm_megatron.evaluation.intervals import Estimate
 from sdlm_megatron.evaluation.result_files import KINDS, Result, Results, name_of, points, pooled
+from sdlm_megatron.evaluation.signatures import GRAM, STALL_RATE, STALL_TOKENS
 from sdlm_megatron.report.page_kit import Page
 
 TAU = 0.98  # threshold of the precision and recall in the table of slots
@@ -126,6 +127,28 @@ def _add_sweep(page: Page, sweeps: Results) -> None:
         section.text("A lower threshold keeps more tokens per pass and costs quality.")
         section.figure(figures.threshold_figure(sweeps), "tokens per pass and exact answers by threshold")
     _add_differences(page, sweeps)
+    _add_signatures(page, sweeps)
+
+
+def _add_signatures(page: Page, sweeps: Results) -> None:
+    rows, beyond = [], []
+    for label, seeds in sweeps.items():
+        for name, by_length in result_files.signatures_of(seeds):
+            beyond += [f"{label}, {name}: {warning}." for warning in by_length["all"].warnings()]
+            for length, s in by_length.items():
+                shares = (s.repetition, s.expected_repetition, s.early, s.cut, s.stalled)
+                rows.append((label, name, length, s.answers, *("–" if x is None else f"{x:.1%}" for x in shares)))
+    if rows:
+        section = page.section("signatures", "Failure signatures")
+        section.text(
+            f"Repetition: runs of {GRAM} tokens that occurred earlier in the same answer. Early end: answers that end "
+            "before half of the expected length. No end: answers cut at the length of the longest expected one. "
+            f"Stall: answers of at least {STALL_TOKENS} tokens with fewer than {STALL_RATE} tokens per pass."
+        )
+        names = ["repetition", "of the expected", "early end", "no end", "stall"]
+        section.table(["", "decoding", "expected tokens", "answers", *names], rows)
+        for text in beyond:
+            section.note(text)
 
 
 def _add_differences(page: Page, sweeps: Results) -> None:

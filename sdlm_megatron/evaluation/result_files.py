@@ -15,6 +15,7 @@ import numpy as np
 
 from sdlm_megatron.chat.chat_model import DecodingRule
 from sdlm_megatron.errors import DataError
+from sdlm_megatron.evaluation import signatures
 from sdlm_megatron.evaluation.intervals import Estimate, over_seeds, ratio, share
 
 KINDS = ("sweep", "calibration", "speed", "context", "perplexity")
@@ -124,6 +125,27 @@ def pick(measured: Sequence[SweepPoint], alg: str, threshold: float | None = Non
     """The point of a rule at its widest window; None if it was not measured."""
     matching = [p for p in measured if (p.alg, p.threshold) == (alg, threshold)]
     return max(matching, key=lambda p: p.n, default=None)
+
+
+def signatures_of(sweeps: Sequence[Result]) -> list[tuple[str, dict[str, signatures.Signatures]]]:
+    """Name and signatures by length of each rule that all sweeps of a label have, over the prompts of all of them.
+
+    Empty for files written before the signatures were measured.
+    """
+    if not all("expected" in sweep for sweep in sweeps):
+        return []
+
+    def pool(rows: Sequence[Result], *names: str) -> dict[str, list[int]]:
+        return {name: [value for row in rows for value in row[name]] for name in names}
+
+    expected = pool([sweep["expected"] for sweep in sweeps], "tokens", "repeated")
+    return [
+        (
+            name_of(key),
+            signatures.by_length(pool(rows, "tokens", "passes", "repeated", "ended"), expected, several=key[1] > 1),
+        )
+        for key, rows in _shared([sweep["rows"] for sweep in sweeps])
+    ]
 
 
 def timings(speeds: Sequence[Result]) -> list[RuleTiming]:

@@ -14,7 +14,7 @@ from sdlm_megatron.chat.chat_model import ChatModel, DecodingRule
 from sdlm_megatron.config.command_line import at_least, threshold
 from sdlm_megatron.diffusion.decode import ALGORITHMS
 from sdlm_megatron.errors import make_console, run_cli
-from sdlm_megatron.evaluation import held_out, measurement
+from sdlm_megatron.evaluation import held_out, measurement, signatures
 from sdlm_megatron.evaluation.held_out import DecodedPrompts, HeldOutPrompt
 from sdlm_megatron.evaluation.probe import follow, probe
 from sdlm_megatron.progress import track
@@ -71,7 +71,8 @@ class Sweep:
             f"   ({decoded} of {len(exact)} decoded)",
             flush=True,
         )
-        return {**rule.row, "exact": exact, **answers.counts, "decoded": decoded}
+        more = signatures.vectors(answers.tokens, self.chat.end_tokens)
+        return {**rule.row, "exact": exact, **answers.counts, **more, "decoded": decoded}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -98,7 +99,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for window in args.windows or [chat.config.decoding.block_size]:
         if window > 1:
             rows += sweep.window(window, args.prob, args.entropy)
-    measurement.write_result(chat, args, argv, "sweep", {"rows": rows}, n_prompts=len(prompts))
+    expected = signatures.of_expected([held_out.encode_answer(chat, prompt.expected) for prompt in prompts])
+    measurement.write_result(chat, args, argv, "sweep", {"rows": rows, "expected": expected}, n_prompts=len(prompts))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from sdlm_megatron.chat.chat_model import ChatModel, DecodingRule
 from sdlm_megatron.chat.passes import colored, token_texts
 from sdlm_megatron.config.command_line import threshold
 from sdlm_megatron.errors import make_console, run_cli
-from sdlm_megatron.evaluation import held_out, measurement
+from sdlm_megatron.evaluation import held_out, measurement, signatures
 from sdlm_megatron.evaluation.held_out import HeldOutPrompt
 from sdlm_megatron.files import make_folder, write_json
 
@@ -29,11 +29,13 @@ def measure(
     Answers are cut at the length of the longest expected one.
     """
     encoded, length = [held_out.encode(chat, prompt) for prompt in prompts], held_out.longest_answer(chat, prompts)
+    expected = [held_out.encode_answer(chat, prompt.expected) for prompt in prompts]
     rows: list[dict[str, Any]] = []
     sample: dict[str, Any] = {}
     for name, rule in rules:
         decoded = held_out.decode_prompts(chat, encoded, rule, max_new_tokens=length, batch=BATCH)
         blocks = rule.alg != "ar"
+        answer_signatures = signatures.of_answers(decoded.tokens, decoded.accepted, expected, chat.end_tokens)
         row = {
             "name": name,
             **rule.row,
@@ -42,6 +44,8 @@ def measure(
             "exact": sum(held_out.exact_matches(chat, prompts, decoded)) / len(prompts),
             "n_prompts": len(prompts),
             "seconds": decoded.seconds,
+            **signatures.fields(answer_signatures),
+            "warnings": answer_signatures.warnings(),
         }
         rows.append(row)
         print(
@@ -49,6 +53,8 @@ def measure(
             f"  ({len(prompts)} prompts, {decoded.seconds:.0f} s)",
             flush=True,
         )
+        for warning in answer_signatures.warnings():
+            print(f"  {name}: {warning}", flush=True)
         if blocks and not sample:
             tokens = [token for token in decoded.tokens[0] if token not in chat.end_tokens]
             answer = token_texts(chat.tokenizer, tokens, decoded.accepted[0])

@@ -180,7 +180,7 @@ class Sinks(AbstractContextManager):
             sink.log(step, record)
 
     def log_samples(self, step: int, record: Mapping[str, Any]) -> None:
-        """Writes samples.jsonl, tokens per pass to TensorBoard and W&B, and a table to W&B.
+        """Writes samples.jsonl, its numbers to TensorBoard and W&B, and a table to W&B.
 
         Args:
             step: steps ascend.
@@ -191,7 +191,7 @@ class Sinks(AbstractContextManager):
             if isinstance(sink, WandbSink):
                 sink.log_table(step, "samples", sample_table(record))
             if not isinstance(sink, JsonlSink):
-                sink.log(step, {"sample_tokens_per_pass": record["tokens_per_pass"]})
+                sink.log(step, sample_numbers(record))
 
     def log_validation(self, step: int, record: Record) -> None:
         """Writes validation.jsonl, and its numbers to TensorBoard and W&B; steps ascend."""
@@ -218,6 +218,11 @@ class Sinks(AbstractContextManager):
         self.close()
 
 
+def sample_numbers(record: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of a record of samples, by their names in TensorBoard and W&B."""
+    return {f"sample_{name}": value for name, value in record.items() if isinstance(value, float)}
+
+
 def sample_table(record: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The samples of a record as rows of a table; bars separate the tokens of different passes."""
     rows = []
@@ -234,7 +239,7 @@ def _earlier(folder: Path, resume_step: int) -> list[tuple[int, Record]]:
     for file in (METRICS_FILE, SAMPLES_FILE, VALIDATION_FILE):
         for record in read_metrics(folder / file) if (folder / file).exists() else ():
             if "samples" in record:
-                record = {"step": record["step"], "sample_tokens_per_pass": record.get("tokens_per_pass")}
+                record = {"step": record["step"], **sample_numbers(record)}
             marks = ("step", "resumed_from", "resume_note")
             row = {key: value for key, value in record.items() if key not in marks and value is not None}
             rows += [(record["step"], row)] if record["step"] <= resume_step else []

@@ -7,7 +7,8 @@
      "sample":   {"prompt": "...", "answer_tokens": [{"text": "{", "pass": 1}, ...], "expected": "..."}}
 
 `exact` is a share (0..1) of n_prompts, `pass` counts from 1, `threshold` is null for n = 1. `baseline` and `sample` are
-optional; a row may hold more fields. The samples of samples.jsonl have the form of `sample`.
+optional; a row may hold more fields, such as `warnings`, sentences that are shown. The samples of samples.jsonl have
+the form of `sample`.
 """
 
 import json
@@ -113,6 +114,9 @@ def evaluation_sections(page: Page, record: Mapping[str, Any]) -> None:
             for row in [*rows, *baseline]
         ]
         section.table(("", "algorithm", "n", "τ", "tokens per pass", "exact", "prompts"), lines)
+        for row in [*rows, *baseline]:
+            for warning in row.get("warnings", ()):
+                section.note(f"{row['name']}: {warning}.")
         section.figure(threshold_figure(rows, baseline), "tokens per pass and exact answers by threshold")
     if "sample" in record:
         _show_answer(page.section("sample", "One answer, pass by pass"), record["sample"])
@@ -128,6 +132,8 @@ def samples_section(page: Page, records: Records) -> None:
     for i in sorted({round(k * last / (MAX_SAMPLED_STEPS - 1)) for k in range(MAX_SAMPLED_STEPS)}):
         record = records[i]
         section.subheading(f"Step {record['step']}, {record['tokens_per_pass']:.2f} tokens per pass")
+        for warning in record.get("warnings", ()):
+            section.note(f"{warning}.")
         for sample in record["samples"] if i == last else record["samples"][:1]:
             _show_answer(section, sample)
 

@@ -15,6 +15,7 @@ from sdlm_megatron.data.order import step_rows
 from sdlm_megatron.data.tokenizer_identity import has_tokenizer
 from sdlm_megatron.diffusion.decode import Decoded, decode
 from sdlm_megatron.diffusion.row import MicroBatch
+from sdlm_megatron.evaluation import signatures
 from sdlm_megatron.metrics.formats import format_duration
 from sdlm_megatron.metrics.metric_table import VALIDATION
 from sdlm_megatron.metrics.sinks import sample_table
@@ -148,9 +149,15 @@ class SampleHook(Hook):
             )
 
     def record(self, done: Decoded) -> dict[str, Any]:
-        """A record for samples.jsonl: `tokens_per_pass`, and `samples` as in report/evaluation_record.py."""
+        """A record for samples.jsonl: `tokens_per_pass`, failure signatures (evaluation/signatures.py), `warnings`
+        about those beyond their limits, and `samples` as in report/evaluation_record.py.
+        """
+        expected, ends = [prompt.answer for prompt in self.prompts], [self.run.state.eos_token_id]
+        answer_signatures = signatures.of_answers(done.tokens, done.accepted, expected, ends)
         answers = zip(self.prompts, done.tokens, done.accepted, strict=True)
-        return {"tokens_per_pass": done.tokens_per_pass, "samples": [self._sample(*answer) for answer in answers]}
+        samples = [self._sample(*answer) for answer in answers]
+        numbers = {"tokens_per_pass": done.tokens_per_pass, **signatures.fields(answer_signatures)}
+        return {**numbers, "warnings": answer_signatures.warnings(), "samples": samples}
 
     def _sample(self, prompt: SamplePrompt, tokens: list[int], accepted: list[int]) -> dict[str, Any]:
         return {
@@ -169,6 +176,7 @@ def sample_lines(record: dict[str, Any], width: int = 100) -> str:
     for sample in sample_table(record):
         answer = sample["answer"].replace("\n", "⏎")
         lines.append(f"  {answer if len(answer) <= width else answer[: width - 1] + '…'}")
+    lines += [f"warning: {text}" for text in record.get("warnings", ())]
     return "\n".join(lines)
 
 
