@@ -26,6 +26,7 @@ from sdlm_megatron.model.attention.choice import LIBRARY_ERRORS, Heads, check_ba
 from sdlm_megatron.model.attention.contract import RowAttention
 from sdlm_megatron.model.attention.decomposed import Decomposed
 from sdlm_megatron.model.attention.flex import Flex
+from sdlm_megatron.model.attention.fused import Fused
 from sdlm_megatron.model.attention.masked import Dense, PerDocument
 from sdlm_megatron.model.attention.varlen import TorchKernel, VarlenKernel
 from sdlm_megatron.weights.dtypes import PRECISIONS
@@ -59,7 +60,9 @@ def mixture_row(tokens: int, block_size: int, seed: int) -> RowLayout:
         room -= clean + blocks * block_size
 
 
-def backends(device: torch.device, dtype: torch.dtype, *, dense: bool) -> Iterator[tuple[str, Builder | None]]:
+def backends(
+    device: torch.device, dtype: torch.dtype, group: int, *, dense: bool
+) -> Iterator[tuple[str, Builder | None]]:
     """Name and constructor of every backend of this machine; None for an installed kernel that cannot run."""
     if dense:
         yield "dense", partial(Dense, causal_attn=False)
@@ -67,6 +70,8 @@ def backends(device: torch.device, dtype: torch.dtype, *, dense: bool) -> Iterat
     kernels: Iterable[VarlenKernel | str] = [TorchKernel()]
     if device.type == "cuda":
         yield "flex", partial(Flex, causal_attn=False)
+        if dtype is not torch.float32:
+            yield "triton", partial(Fused, causal_attn=False, group=group)
         kernels = gpu_kernels() if dtype is not torch.float32 else []
     # gpu_kernels is a generator that selects one kernel after the other: each is measured before the next is yielded.
     for kernel in kernels:
@@ -108,7 +113,7 @@ def measure_backends(
     generator = torch.Generator().manual_seed(0)
     sizes = (heads, kv_heads, kv_heads, heads)
     values = [torch.randn(args.tokens, n, args.dim, generator=generator).to(device, dtype) for n in sizes]
-    for name, build in backends(device, dtype, dense=args.dense):
+    for name, build in backends(device, dtype, heads // kv_heads, dense=args.dense):
         result: dict[str, Any] = {"heads": heads, "kv_heads": kv_heads, "backend": name}
         if build is None:
             yield result | {"problem": "not measured"}

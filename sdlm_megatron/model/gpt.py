@@ -51,7 +51,9 @@ class SDLMCoreAttention(torch.nn.Module):
         """query [S, 1, heads, d], key and value [S, 1, kv_heads, d] after RoPE -> [S, 1, heads * d]."""
         assert query.shape[1] == 1, "a micro-batch is one packed row"
         with record_function("sdlm::attention"):
-            out = packed_seq_params.attention(query[:, 0], key[:, 0], value[:, 0], self.scale)
+            # squeeze, because the gradient of an index is a cleared tensor and a copy into it
+            q, k, v = (x.squeeze(1) for x in (query, key, value))
+            out = packed_seq_params.attention(q, k, v, self.scale)
         return out.reshape(out.shape[0], 1, -1)
 
 

@@ -15,6 +15,7 @@ from sdlm_megatron.model.attention.choice import TOLERANCE, Heads, check_backend
 from sdlm_megatron.model.attention.contract import RowAttention
 from sdlm_megatron.model.attention.decomposed import Decomposed
 from sdlm_megatron.model.attention.flex import Flex
+from sdlm_megatron.model.attention.fused import Fused
 from sdlm_megatron.model.attention.masked import PerDocument
 from sdlm_megatron.model.attention.varlen import TorchKernel, VarlenKernel
 
@@ -26,8 +27,8 @@ Build = Callable[[RowLayout, int, bool], RowAttention]
 SHAPES = pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(40, 8, 128), (16, 2, 128), (14, 2, 64), (4, 4, 64)])
 
 
-def builds(dtype: torch.dtype) -> Iterator[tuple[str, Build]]:
-    """Backends that can run, one at a time, because FlashAttention 3 is enabled only for its turn."""
+def builds(dtype: torch.dtype, group: int) -> Iterator[tuple[str, Build]]:
+    """Backends for this number of query heads per KV head, one at a time: FlashAttention 3 is enabled for its turn."""
 
     def over(kernel: VarlenKernel) -> Build:
         return lambda layout, length, causal: Decomposed(layout, kernel, causal_attn=causal)
@@ -36,6 +37,7 @@ def builds(dtype: torch.dtype) -> Iterator[tuple[str, Build]]:
     yield "flex", lambda layout, length, causal: Flex(layout, length, causal_attn=causal)
     yield "decomposed, plain torch", over(TorchKernel())
     if dtype is torch.bfloat16:
+        yield "triton", lambda layout, length, causal: Fused(layout, length, causal_attn=causal, group=group)
         for kernel in gpu_kernels():
             assert not isinstance(kernel, str), kernel
             yield f"decomposed, {kernel.name}", over(kernel)
@@ -63,7 +65,7 @@ def test_backends_equal_the_definition(heads, kv_heads, dim, block_size, causal,
     exact = run(definition, [x.double() for x in values])
     plain = run(definition, values)
     failures = []
-    for name, build in builds(dtype):
+    for name, build in builds(dtype, heads // kv_heads):
         outputs = run(build(layout, length, causal).to(torch.device("cuda")), values)
         for quantity, ours, other, expected in zip(("out", "dq", "dk", "dv"), outputs, plain, exact, strict=True):
             error, plain_error = (float((x.double() - expected).norm() / expected.norm()) for x in (ours, other))
@@ -74,7 +76,7 @@ def test_backends_equal_the_definition(heads, kv_heads, dim, block_size, causal,
 
 
 def test_row_of_padding_gives_zeros() -> None:
-    for _, build in builds(torch.bfloat16):
+    for _, build in builds(torch.bfloat16, 2):
         row = build(layout_of([], 4), 256, False).to(torch.device("cuda"))
         outputs = run(row, [x.cuda() for x in inputs(256, 4, 2, torch.bfloat16, dim=64)])
         assert not any(x.any() for x in outputs)
@@ -83,17 +85,17 @@ def test_row_of_padding_gives_zeros() -> None:
 def test_every_installed_kernel_passes_its_check() -> None:
     heads = Heads(heads=16, kv_heads=2, dim=128, dtype=torch.bfloat16)
     gpu = torch.device("cuda")
-    for name, build in builds(torch.bfloat16):
+    for name, build in builds(torch.bfloat16, 8):
         row = partial(build, causal=False)
         assert check_backend(row, causal_attn=False, device=gpu, heads=heads) < TOLERANCE / 2, name
-    assert choose_attention("auto", causal_attn=False, device=gpu, heads=heads).text.startswith("dec")
+    assert choose_attention("auto", causal_attn=False, device=gpu, heads=heads).text.startswith("triton")
     exact = Heads(heads=16, kv_heads=2, dim=128, dtype=torch.float32)
     assert choose_attention("auto", causal_attn=False, device=gpu, heads=exact).text.startswith("flex, which passed")
 
 
 def test_host_never_waits_for_the_device() -> None:
     """From the row on the host to the gradients, with the kernels already loaded."""
-    for name, build in builds(torch.bfloat16):
+    for name, build in builds(torch.bfloat16, 8):
         if name == "decomposed, plain torch":  # reads the lengths
             continue
         values = [x.cuda() for x in inputs(1024, 16, 2, torch.bfloat16, dim=128)]
@@ -118,7 +120,16 @@ def test_flex_is_compiled_once_for_all_rows() -> None:
     assert graphs[0] == graphs[-1]
 
 
-@pytest.mark.parametrize("name", ["decomposed", "flex"])
+def test_triton_gives_the_same_bits_each_time() -> None:
+    values = [x.cuda() for x in inputs(4608, 16, 2, torch.bfloat16, dim=128)]
+    layout = layout_of([(1700, list(range(400, 1690, 2)))], 4)
+    row = Fused(layout, 4608, causal_attn=False, group=8).to(torch.device("cuda"))
+    assert row.slots  # the sum over queries is made in parts
+    first, second = run(row, values), run(row, values)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("name", ["triton", "decomposed", "flex"])
 def test_training_equals_per_document(tmp_path: Path, name: str) -> None:
     data, hf = make_dataset(tmp_path / "data"), make_hf(tmp_path / "hf")
     runs = {}

@@ -74,11 +74,14 @@ def test_output_and_gradients_match_the_definition(row, group, kv_heads, sizes) 
 DOCUMENTS = [(40, [0, 1, 2, 9, 38]), (1, []), (60, [5, 33, 50, 59]), (1, [0]), (10, [])]
 
 
-@pytest.mark.parametrize(("group", "dim", "dtype"), [(5, 24, torch.float32), (2, 16, torch.bfloat16)])
-def test_tiles_of_the_default_size(group, dim, dtype) -> None:
-    """Rows that no power of two divides, and a size of heads that is none."""
-    layout = layout_of(DOCUMENTS, 4)
-    check(layout, layout.used + 5, False, group, 1, dim=dim, dtype=dtype)
+@pytest.mark.parametrize(
+    ("block_size", "group", "dim", "dtype", "sizes"),
+    [(4, 5, 24, torch.float32, None), (4, 2, 16, torch.bfloat16, None), (3, 2, 8, torch.float32, SMALL)],
+)
+def test_blocks_and_heads_that_do_not_fill_tiles(block_size, group, dim, dtype, sizes) -> None:
+    """Block tokens in two tiles, rows that no power of two divides, and a size of heads that is none."""
+    layout = layout_of(DOCUMENTS if sizes is None else [(20, [3, 4, 5, 6, 9, 12, 15, 19]), (1, [0])], block_size)
+    check(layout, layout.used + 5, False, group, 1, sizes, dim=dim, dtype=dtype)
 
 
 def test_views_of_one_tensor_give_the_same_bits() -> None:
