@@ -129,11 +129,11 @@ def deadlock(calls: Calls) -> list[str]:
         if not moved:
             break
         waiting = {r for r in calls if at[r] < len(calls[r])}
-    stopped: dict[str, list[int]] = defaultdict(list)
+    stopped: dict[Operation, list[int]] = defaultdict(list)
     for rank in sorted(waiting):
         if at[rank] < len(calls[rank]):
-            stopped[str(calls[rank][at[rank]])].append(rank)
-    return [f"ranks {ranks} wait in {operation}" for operation, ranks in stopped.items()]
+            stopped[calls[rank][at[rank]]].append(rank)
+    return [f"ranks {ranks} wait for {sorted({*x.ranks} - {*ranks})} in {x}" for x, ranks in stopped.items()]
 
 
 def _meets(calls: Calls, at: Mapping[int, int], rank: int, other: int) -> bool:

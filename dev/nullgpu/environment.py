@@ -103,7 +103,9 @@ def _install(home: Path) -> None:
     kept = [line for line in text.splitlines() if not (torch and line.startswith(own))]
     constraints = home / "constraints.txt"
     constraints.write_text("\n".join(kept) + "\n", encoding="utf-8")
-    wanted = [f"torch=={torch}" if torch else "torch", *PACKAGES, *BUILD]
+    version = torch or next(line.removeprefix("torch==") for line in text.splitlines() if line.startswith("torch=="))
+    # three equal signs: PyPI's build, which has no suffix, also where an index with "+cpu" is configured
+    wanted = [f"torch==={version}", *PACKAGES, *BUILD]
     _run([str(python), "-m", "pip", "install", "--disable-pip-version-check", "-q", "-c", str(constraints), *wanted])
 
 
@@ -113,10 +115,8 @@ def _build_transformer_engine(home: Path) -> str:
     if next((home / "venv" / "lib").glob("python3*/site-packages/transformer_engine_torch*.so"), None):
         return ""
     if not failed.exists():
-        packages = next((home / "venv" / "lib").glob("python3*/site-packages"))
-        include = os.pathsep.join(str(packages / "nvidia" / name / "include") for name in ("cu13", "cudnn", "nccl"))
         options = {"NVTE_FRAMEWORK": "pytorch", "NVTE_PYTORCH_FORCE_BUILD": "TRUE", "NVTE_WITH_NCCL_EP": "0"}
-        options |= {"CPLUS_INCLUDE_PATH": include, "CUDA_HOME": str(packages / "nvidia" / "cu13")}
+        options["NVTE_BUILD_USE_NVIDIA_WHEELS"] = "1"  # CUDA's headers from the packages, without a toolkit
         name = f"transformer_engine[pytorch]=={TRANSFORMER_ENGINE}"
         line = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "--no-build-isolation", name]
         done = subprocess.run(line, env={**os.environ, **options}, capture_output=True, text=True, check=False)

@@ -211,16 +211,16 @@ def plant(kind: str, engine: "Engine", planned: float) -> None:
 
 
 def exchanged(all_reduce: Callable) -> Callable:
-    """The function with two of its calls in the wrong order: one waits for the next one in another group."""
+    """The function with two of its calls in the wrong order: one comes after the next one in a larger group."""
     waiting: list = []
 
     def call(*args: Any, **kwargs: Any) -> Any:
         group = kwargs.get("group")
-        if not waiting and group is not None and group.size() > 1 and not kwargs.get("async_op"):
+        if not waiting and group is not None and group.size() > 1:
             waiting.append((args, kwargs))
             return None
         result = all_reduce(*args, **kwargs)
-        if len(waiting) == 1 and waiting[0][1]["group"] is not group:
+        if len(waiting) == 1 and group is not None and group.size() > waiting[0][1]["group"].size():
             waiting.append(all_reduce(*waiting[0][0], **waiting[0][1]))
         return result
 
@@ -244,7 +244,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--world", type=int, default=232, help="GPUs of the job")
     add("--rank", type=int, default=0, help="rank of this process")
     add("--micro-batches", type=int, default=6, help="micro-batches of a step")
-    add("--steps", type=int, default=4, help="steps; the first warms up, the last is a log step")
+    add("--steps", type=int, default=3, help="steps; the first warms up, the last is a log step")
     add("--kernels", type=Path, metavar="FILE", help="write the launches of each kernel in a step")
     add("--roof", action="store_true", help="lower bound of the GPU's time by operator, of torch's operators only")
     add("--around", action="store_true", help="also copy a checkpoint, validate and decode samples")

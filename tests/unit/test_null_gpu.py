@@ -39,8 +39,8 @@ def test_groups_in_another_order_stop_the_job_although_each_group_agrees() -> No
     calls = {0: [call(TENSOR), call(DATA)], 1: [call(DATA), call(TENSOR)]}
     assert not different_collectives(calls)
     assert problems(calls) == [
-        "ranks [0] wait in all_reduce of 4 in TENSOR [0, 1]",
-        "ranks [1] wait in all_reduce of 4 in DATA [0, 1]",
+        "ranks [0] wait for [1] in all_reduce of 4 in TENSOR [0, 1]",
+        "ranks [1] wait for [0] in all_reduce of 4 in DATA [0, 1]",
     ]
 
 

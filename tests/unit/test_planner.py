@@ -190,6 +190,20 @@ def test_memory_options_never_increase_memory(layout):
     assert BIG.memory(layout.change(logits_mb=64)).logits <= BIG.memory(layout).logits + 64e6
 
 
+@pytest.mark.parametrize(("gpus", "recompute", "peak"), [(232, "none", 54.70), (64, "selective", 58.12)])
+def test_fp8_memory_is_that_of_the_null_gpu(gpus, recompute, peak):
+    """GB of rank 0, as in docs/benchmarks.md; the difference to bf16 is counted by hand."""
+    plans = [preset(gpus, recompute=recompute, fp8=fp8) for fp8 in ("none", "current")]
+    plain, quantized = (p.memory for p in plans)
+    assert quantized.total == pytest.approx(peak * 1e9, rel=0.005)
+    # on TP 4, one byte less for the inputs after norms and SwiGLU, one more for the input after attention
+    norms, attention, swiglu = 2 * 5632 * 5120 // 4, 5632 * 5120 // 4, 5632 * 27648 // 4
+    freed = swiglu - attention + (norms if recompute == "none" else 0)
+    chunks = 9  # in flight, of 8 layers each
+    assert plain.activations - quantized.activations == pytest.approx(chunks * 8 * freed)
+    assert quantized.buffers - plain.buffers == 2 * LAYER * 32 // 4
+
+
 @settings(max_examples=60)
 @given(layouts())
 def test_items_sum_to_the_total_and_time_is_positive(layout):
