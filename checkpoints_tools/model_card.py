@@ -14,6 +14,8 @@ PLAIN_PASS = """\
   perplexities computed that way do not measure this model.
 """
 
+LOSSLESS = """, `lossless` (draft and verify: the text of `ar`, or samples of its distribution, in fewer passes)"""
+
 
 def model_card(config: HFConfig, dtype: str, run: Mapping[str, Any], name: str, remark: str = "") -> str:
     """The card as Markdown.
@@ -69,9 +71,9 @@ print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1]:], skip_special_to
 ```
 
 `sdlm_alg` is one of `prob_conf` and `entropy_conf` (accept tokens by confidence), `self_speculative` (draft and verify:
-the text of the first slot of a window alone) and `ar` (one token per pass). `sdlm_n` is the number of tokens proposed
-per pass. A higher `sdlm_threshold` accepts fewer tokens per pass. The model needs transformers 4.57 or newer; the
-folder also loads as plain `{stock}`. `sha256sum -c SHA256SUMS` verifies the files.
+the text of the first slot of a window alone){LOSSLESS * sdlm.lossless} and `ar` (one token per pass). `sdlm_n` is the
+number of tokens proposed per pass. A higher `sdlm_threshold` accepts fewer tokens per pass. The model needs
+transformers 4.57 or newer; the folder also loads as plain `{stock}`. `sha256sum -c SHA256SUMS` verifies the files.
 """
 
 

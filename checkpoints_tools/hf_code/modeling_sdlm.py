@@ -45,7 +45,7 @@ from .decode_model import TransformersProposer  # type: ignore[import-not-found]
 from .decode_random import mix64  # type: ignore[import-not-found]  # noqa: F401
 from .decode_rules import Warp  # type: ignore[import-not-found]
 from .decode_step import Step  # type: ignore[import-not-found]  # noqa: F401
-from .settings import MOST_BLOCK, SDLMSettings  # type: ignore[import-not-found]
+from .settings import LOSSLESS_UNTRAINED, MOST_BLOCK, SDLMSettings  # type: ignore[import-not-found]
 
 logger = logging.get_logger(__name__)
 
@@ -140,7 +140,8 @@ class SDLMForCausalLM(Qwen2ForCausalLM, GenerationMixin):
 
         Args:
             sdlm_alg: "prob_conf" (default) or "entropy_conf": accept tokens by confidence; "self_speculative": draft
-                and verify, with the text of one token per pass; "ar": transformers' own next-token decoding.
+                and verify, with the text of one token per pass; "ar": transformers' own next-token decoding;
+                "lossless", for models trained with causal_attn: the text, or the distribution, of "ar" by drafts.
             sdlm_n: tokens proposed per pass; default block_size.
             sdlm_threshold: confidence, 0 to 1, that an accepted token must exceed; default 0.9.
             sdlm_product: apply the threshold to the product of the confidences of all accepted tokens.
@@ -296,6 +297,9 @@ def _sdlm(  # called by transformers' generate; a parameter named attention_mask
         streamer.put(input_ids.cpu())
     ends = [token for c in criteria if isinstance(c, EosTokenCriteria) for token in c.eos_token_id.flatten().tolist()]
     lengths = [c.max_length for c in criteria if isinstance(c, MaxLengthCriteria)]
+    trained = SDLMSettings.from_config_json(model.config.to_dict())
+    if settings.alg == "lossless" and not trained.next_token_weight:
+        logger.warning_once(LOSSLESS_UNTRAINED)
     pad = generation_config.pad_token_id
     pad = pad if pad is not None else (ends or [0])[0]
     result = decode(
@@ -308,7 +312,7 @@ def _sdlm(  # called by transformers' generate; a parameter named attention_mask
         product=settings.product,
         eos_token_ids=ends,
         attention_mask=model_kwargs.get("attention_mask"),
-        **SDLMSettings.from_config_json(model.config.to_dict()).decode_options,
+        **trained.decode_options,
         warp=_warp(processors) if processors else None,
         sample=bool(generation_config.do_sample),
         seed=settings.seed,

@@ -20,9 +20,9 @@ from sdlm_megatron.chat.template import render, template_file
 from sdlm_megatron.config.hardware import default_device, slow_bf16
 from sdlm_megatron.data.chatml import DEFAULT_SYSTEM, format_of
 from sdlm_megatron.data.tokenizer_identity import has_tokenizer, vocabulary_size
-from sdlm_megatron.diffusion.decode import ALGORITHMS, Decoded, Stop, decode
+from sdlm_megatron.diffusion.decode import ALGORITHMS, SPECULATIVE, Decoded, Stop, decode
 from sdlm_megatron.diffusion.decode_rules import Warp
-from sdlm_megatron.diffusion.settings import MOST_BLOCK, MOST_DRAFTS
+from sdlm_megatron.diffusion.settings import MOST_BLOCK, MOST_DRAFTS, lossless_fault
 from sdlm_megatron.errors import CheckpointError, ConfigError, DataError
 from sdlm_megatron.weights.dtypes import PRECISIONS
 from sdlm_megatron.weights.hf_config import HFConfig, read_hf_config, warn_of_lost_code
@@ -52,7 +52,7 @@ class DecodingRule:
 
     alg: str = "ar"
     window: int = 1  # n, the tokens proposed in a pass; 1 with "ar"
-    # Smallest confidence, exclusive, of a token that is kept. Unused by "ar" and "self_speculative".
+    # Smallest confidence, exclusive, of a token that is kept. Unused by "ar", "self_speculative" and "lossless".
     threshold: float = 1.0
     # Compare the product of the confidences up to a token with the threshold, not the token's own.
     product: bool = False
@@ -62,8 +62,8 @@ class DecodingRule:
         """Short label for tables and figures, such as "prob 0.98, n = 4"."""
         if self.alg == "ar":
             return "n = 1"
-        if self.alg == "self_speculative":
-            return f"self-speculative, n = {self.window}"
+        if self.alg in SPECULATIVE:
+            return f"{self.alg.replace('_', '-')}, n = {self.window}"
         kind = "prob" if self.alg == "prob_conf" else "entropy"
         return f"{kind} {self.threshold:g}{', product' * self.product}, n = {self.window}"
 
@@ -183,8 +183,12 @@ class ChatModel:
                 "leave it out (ar is the only algorithm here), or name a folder that was trained as an SDLM",
             )
         window = 1 if values["alg"] == "ar" else int(values["n"])
-        if values["alg"] == "self_speculative" and window > MOST_DRAFTS:
-            raise ConfigError(f"n is {window}", where, f"use at most {MOST_DRAFTS} with self_speculative")
+        if values["alg"] in SPECULATIVE and window > MOST_DRAFTS:
+            raise ConfigError(f"n is {window}", where, f"use at most {MOST_DRAFTS} with {values['alg']}")
+        if values["alg"] == "lossless" and (fault := lossless_fault(folder.causal_attn, folder.target_shift)):
+            raise ConfigError(
+                f"alg lossless {fault}", str(self.folder), "use self_speculative, which any SDLM supports"
+            )
         return DecodingRule(values["alg"], window, float(values["threshold"]), bool(values["product"]))
 
     # --- conversations

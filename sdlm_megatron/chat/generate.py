@@ -14,6 +14,7 @@ from sdlm_megatron.chat.chat_model import Answer, AnswerSettings, ChatModel, loa
 from sdlm_megatron.chat.terminal_view import LiveAnswer, note, show_pair, statistics
 from sdlm_megatron.config.command_line import at_least, make_parser, threshold
 from sdlm_megatron.diffusion.decode import ALGORITHMS
+from sdlm_megatron.diffusion.settings import LOSSLESS_UNTRAINED
 from sdlm_megatron.errors import ConfigError, UserError, make_console, run_cli
 from sdlm_megatron.weights.dtypes import PRECISIONS
 
@@ -176,6 +177,8 @@ def _run(args: argparse.Namespace) -> None:
     session = Session(chat, settings, args.system, args.compare)
     console = make_console(stderr=True)
     note(console, f"{chat.describe()}: {settings}")
+    if settings.alg == "lossless" and chat.config.decoding.next_token_weight == 0:
+        note(console, LOSSLESS_UNTRAINED)
     if not chat.config.is_sdlm:
         note(console, "not an SDLM (its config.json has no block_size): plain next-token decoding, one token per pass")
     if prompt is None:

@@ -180,6 +180,9 @@ class TrainConfig:
     in chunks of this size; larger chunks are faster."""
     loss_normalization: str = "targets"
     """targets (mean over all targets of the global batch) | rows (mean of the rows' means, as in the reference)."""
+    next_token_balance: bool = False
+    """Scale diffusion.next_token_weight by the ratio of the blocks' loss to the next-token loss over the last steps
+    (running sums; 1/10 to 10), so that the two parts of the loss keep the proportion 1 : next_token_weight."""
 
     @property
     def full_epochs(self) -> float:

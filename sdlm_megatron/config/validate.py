@@ -158,6 +158,12 @@ def check_run(config: RunConfig, world_size: int) -> None:
     _check_samples(config)
     _check_layers(config.train, config.parallel)
     _check_precision(config.train)
+    _require(
+        config.diffusion.next_token_weight or not config.train.next_token_balance,
+        "next_token_balance scales diffusion.next_token_weight, which is 0",
+        "train.next_token_balance",
+        "set diffusion.next_token_weight, e.g. to 1, or leave next_token_balance out",
+    )
 
 
 def check_length(train: TrainConfig) -> None:

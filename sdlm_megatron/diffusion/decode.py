@@ -235,7 +235,7 @@ def _check(
     if settings.alg not in ALGORITHMS:
         raise ValueError(f"alg must be one of {', '.join(ALGORITHMS)}, got {settings.alg!r}")
     if settings.alg == "lossless" and (fault := lossless_fault(**trained)):
-        raise ValueError(f"alg 'lossless' {fault}")
+        raise ValueError(f"alg 'lossless' {fault}; use 'self_speculative'")
     most = MOST_DRAFTS if settings.speculates else MOST_BLOCK
     if not 1 <= settings.window <= most or max_new_tokens < 1:
         what = f"window must be from 1 to {most}, max_new_tokens at least 1"

@@ -24,6 +24,29 @@ def slot_sums(nll: torch.Tensor, targets: torch.Tensor, slots: torch.Tensor, n_s
     return torch.zeros(2, n_slots, dtype=torch.float32, device=nll.device).index_add_(1, slots, both)
 
 
+BALANCE_DECAY, MOST_BALANCE = 0.99, 10.0
+"""Share of the running sums of losses that a step keeps: they cover about 100 steps. Limit of their ratio."""
+
+
+def balanced_weights(
+    weights: torch.Tensor, slots: torch.Tensor, block_size: int, running: torch.Tensor
+) -> torch.Tensor:
+    """Weights float32 (N,) of label rows, those of clean tokens scaled so that the two parts of the loss are balanced.
+
+    The factor is the ratio of the running sums, from 1 / MOST_BALANCE to MOST_BALANCE, and 1 before the first step.
+    The limits keep a loss near 0 from being amplified without bound. The host does not wait for the device.
+
+    Args:
+        weights: float32 (N,), `MicroBatch.label_weights`.
+        slots: int64 (N,), slot of each label row, D for a clean token.
+        block_size: D.
+        running: float64 (2,), running sums of the losses of block targets and of clean targets before this step.
+    """
+    ratio = (running[0] / running[1]).clamp(1 / MOST_BALANCE, MOST_BALANCE)
+    ratio = torch.where(running.min() > 0, ratio, 1.0).float()  # 0 / 0 before the first step
+    return torch.where(slots == block_size, weights * ratio, weights)
+
+
 def loss_terms(
     total: torch.Tensor, targets: torch.Tensor, slots: torch.Tensor, block_size: int, *, by_row: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:

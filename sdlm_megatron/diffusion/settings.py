@@ -34,14 +34,14 @@ LOSSLESS_UNTRAINED = (
 
 
 def lossless_fault(causal_attn: bool, target_shift: bool) -> str | None:
-    """Why a model cannot be decoded with alg "lossless", and what to use instead; None if it can."""
+    """What a model lacks that alg "lossless" needs, as the end of a sentence; None if it has all."""
     if not causal_attn:
         why = "causal_attn, and the slots of this one's blocks see each other both ways"
     elif not target_shift:
         why = "the target shift, and the blocks of this one have no slot for a clean token"
     else:
         return None
-    return f"needs a model trained with {why}: use self_speculative"
+    return f"needs a model trained with {why}"
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,11 @@ class SDLMSettings:
     def decode_options(self) -> dict[str, Any]:
         """Arguments of `diffusion.decode.decode` that follow from how the model was trained."""
         return {"mask_token_id": self.mask_token_id, "causal_attn": self.causal_attn, "target_shift": self.target_shift}
+
+    @property
+    def lossless(self) -> bool:
+        """Whether the model can be decoded with alg "lossless"."""
+        return lossless_fault(self.causal_attn, self.target_shift) is None
 
     @property
     def trains_plain_pass(self) -> bool:

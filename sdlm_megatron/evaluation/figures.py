@@ -21,13 +21,14 @@ from sdlm_megatron.report.plots import INK, SERIES, SOFT, figure_of, legend
 DASHED = (0, (3, 2))
 LINES = {"prob_conf": "-", "entropy_conf": DASHED}
 NAMES = {"prob_conf": "prob", "entropy_conf": "entropy", "self_speculative": "self-speculative", "ar": "n = 1"}
-MARKERS = {"prob_conf": "o", "entropy_conf": "s", "self_speculative": "D", "ar": "*"}
+MARKERS = {"prob_conf": "o", "entropy_conf": "s", "self_speculative": "D", "lossless": "P", "ar": "*"}
 TICK_GAP = 0.16  # smallest distance between two labeled thresholds, in decades of 1 - threshold
 # Line style and label of each kind of pass in speed.json.
 PASS_STYLES = {
     "window": ("-", "n kept tokens and a window"),
     "window_one": (DASHED, "one kept token and a window"),
     "self_speculative": ("", "self-speculation, a pass"),
+    "lossless": ("", "lossless, a pass"),
 }
 Values = Sequence[float] | Sequence[Estimate]
 
@@ -251,7 +252,7 @@ def _cost_lines(axis: Axes, rows: Sequence[Result], context: int, color: str) ->
                 [Estimate(row["tokens"], row["low"], row["high"]) for row in line],
                 color=color,
                 linestyle=style,
-                marker="D" if what == "self_speculative" else "o",
+                marker=MARKERS.get(what, "o"),
                 markersize=3 if what == "window_one" else 4.5,
                 label=f"at {context} tokens: {name}",
             )

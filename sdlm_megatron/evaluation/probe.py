@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sdlm_megatron.chat.chat_model import ChatModel, DecodingRule
+from sdlm_megatron.diffusion.decode import SPECULATIVE
 from sdlm_megatron.diffusion.decode_model import additive_mask
 from sdlm_megatron.diffusion.decode_rules import choose, confidence, confident_prefix, verified_prefix
 from sdlm_megatron.diffusion.layout import pack_row, row_positions
@@ -113,7 +114,7 @@ def follow(text: Sequence[int], probed: Probe, rule: DecodingRule) -> list[int] 
         probed: the text's probe with the rule's window.
     """
     target = torch.tensor(text)
-    if rule.alg == "self_speculative":
+    if rule.alg in SPECULATIVE:
         return _follow_drafts(target, probed)
     confidences = probed.prob if rule.alg == "prob_conf" else probed.entropy
     assert confidences is not None, "probed without the entropy"
@@ -129,7 +130,10 @@ def follow(text: Sequence[int], probed: Probe, rule: DecodingRule) -> list[int] 
 
 
 def _follow_drafts(target: Tensor, probed: Probe) -> list[int] | None:
-    """`follow` for self-speculation, which writes the proposals of slot 0; diffusion.decode defines its passes."""
+    """`follow` for self-speculation, which writes the proposals of slot 0; diffusion.decode defines its passes.
+
+    Lossless decoding has the same ones: its models predict by a clean token what they predict by slot 0.
+    """
     first = probed.tokens[:, 0]
     if not torch.equal(first, target):
         return None

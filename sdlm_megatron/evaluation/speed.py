@@ -20,7 +20,7 @@ from torch import Tensor
 
 from sdlm_megatron.chat.chat_model import ChatModel, DecodingRule
 from sdlm_megatron.config.command_line import at_least
-from sdlm_megatron.diffusion.decode import decode
+from sdlm_megatron.diffusion.decode import SPECULATIVE, decode
 from sdlm_megatron.diffusion.decode_model import TransformersProposer
 from sdlm_megatron.diffusion.decode_step import Step
 from sdlm_megatron.errors import make_console, run_cli
@@ -45,6 +45,7 @@ class PassTiming:
     what: str
     """"causal": n = 1. "window": n slots and n kept tokens, the most expensive pass a threshold can cause.
     "window_one": n slots and one kept token, the cheapest. "self_speculative": n windows of n slots and n tokens.
+    "lossless": n tokens and n-1 mask tokens behind each.
     "prefill": the first pass, over the whole prompt and a window."""
     n: int
     seconds: list[float] = field(default_factory=list)  # seconds of one pass, one value per repetition
@@ -52,8 +53,8 @@ class PassTiming:
     @property
     def options(self) -> dict[str, Any]:
         """Options of `decode` that cause such passes with any model: every confidence exceeds 0, none exceeds 1."""
-        if self.what == "self_speculative":
-            return {"alg": "self_speculative", "window": self.n}
+        if self.what in SPECULATIVE:
+            return {"alg": self.what, "window": self.n, "causal_attn": self.what == "lossless"}
         return {"alg": "prob_conf", "window": self.n, "threshold": 1.0 if self.what == "window_one" else 0.0}
 
 
@@ -127,14 +128,14 @@ def time_passes(
 ) -> list[PassTiming]:
     """Times all kinds of passes after a prompt, for at least ROUNDS rounds and until `seconds` have passed.
 
-    Self-speculation uses the first of `windows` only; the prefill is timed for a batch of one row only.
+    Verified drafts use the first of `windows` only; the prefill is timed for a batch of one row only.
 
     Args:
         progress: called with increments of the share of the ROUNDS that is done.
     """
     wide = [n for n in windows if n > 1]
     kinds = [PassTiming("causal", 1), *(PassTiming(what, n) for n in wide for what in ("window", "window_one"))]
-    kinds += [PassTiming("self_speculative", n) for n in wide[:1]]
+    kinds += [PassTiming(alg, n) for n in wide[:1] for alg in SPECULATIVE[: 1 + chat.config.decoding.lossless]]
     prefills = [PassTiming("prefill", n) for n in (1, *wide[:1])] if batch == 1 else []
     prefilled = PrefilledProposer(chat, ids, batch)
     for kind in kinds:  # warm-up: memory is allocated, kernels are selected
@@ -166,7 +167,7 @@ def break_even(timed: Sequence[PassTiming]) -> list[dict[str, Any]]:
     causal = next(kind.seconds for kind in timed if kind.what == "causal")
     rows = []
     for kind in timed:
-        if kind.what in ("window", "window_one", "self_speculative"):
+        if kind.what in ("window", "window_one", *SPECULATIVE):
             ratios = [seconds / step for seconds, step in zip(kind.seconds, causal, strict=True)]
             low, middle, high = (round(x, 4) for x in quartiles(ratios))
             rows.append({"what": kind.what, "n": kind.n, "tokens": middle, "low": low, "high": high})
@@ -177,7 +178,7 @@ def break_even(timed: Sequence[PassTiming]) -> list[dict[str, Any]]:
 
 
 def rules_of(chat: ChatModel) -> list[DecodingRule]:
-    """n = 1 and, for an SDLM, two thresholds of the probability, one of the entropy, and self-speculation."""
+    """n = 1 and, for an SDLM, two thresholds of the probability, one of the entropy, and what verifies drafts."""
     n = chat.config.decoding.block_size
     if n == 1:
         return [DecodingRule()]
@@ -186,7 +187,7 @@ def rules_of(chat: ChatModel) -> list[DecodingRule]:
         DecodingRule("prob_conf", n, 0.98),
         DecodingRule("prob_conf", n, 0.9),
         DecodingRule("entropy_conf", n, 0.98),
-        DecodingRule("self_speculative", n),
+        *(DecodingRule(alg, n) for alg in SPECULATIVE[: 1 + chat.config.decoding.lossless]),
     ]
 
 

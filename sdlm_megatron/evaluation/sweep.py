@@ -12,7 +12,7 @@ from typing import Any
 
 from sdlm_megatron.chat.chat_model import ChatModel, DecodingRule
 from sdlm_megatron.config.command_line import at_least, threshold
-from sdlm_megatron.diffusion.decode import ALGORITHMS
+from sdlm_megatron.diffusion.decode import ALGORITHMS, SPECULATIVE
 from sdlm_megatron.errors import make_console, run_cli
 from sdlm_megatron.evaluation import held_out, measurement, signatures
 from sdlm_megatron.evaluation.held_out import DecodedPrompts, HeldOutPrompt
@@ -37,7 +37,7 @@ class Sweep:
         return self._row(DecodingRule(), self._decode(everything, DecodingRule()), len(everything))
 
     def window(self, window: int, prob: Sequence[float], entropy: Sequence[float]) -> list[dict[str, Any]]:
-        """Rows of all thresholds and of self-speculation, with windows of `window` tokens."""
+        """Rows of all thresholds and of verified drafts, with windows of `window` tokens."""
         # the highest threshold comes closest to what n = 1 writes, so that most other rules follow its text
         base = DecodingRule("prob_conf", window, max(prob))
         text = self._decode(range(len(self.prompts)), base)
@@ -45,7 +45,7 @@ class Sweep:
             probes = probe(self.chat, self.encoded, text.tokens, window=window, entropy=bool(entropy), progress=advance)
         rules = [DecodingRule("prob_conf", window, t) for t in prob if t != base.threshold]
         rules += [DecodingRule("entropy_conf", window, t) for t in entropy]
-        rules.append(DecodingRule("self_speculative", window))
+        rules += [DecodingRule(alg, window) for alg in SPECULATIVE[: 1 + self.chat.config.decoding.lossless]]
         rows = [self._row(base, text, len(self.prompts))]
         for rule in rules:
             accepted = [follow(tokens, probed, rule) for tokens, probed in zip(text.tokens, probes, strict=True)]

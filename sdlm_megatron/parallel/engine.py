@@ -22,7 +22,7 @@ from torch.profiler import record_function
 from sdlm_megatron.config.schema import ModelConfig, RunConfig
 from sdlm_megatron.diffusion.decode_step import Step
 from sdlm_megatron.diffusion.layout import pack_row
-from sdlm_megatron.diffusion.loss import LabelRows, loss_terms, slot_sums
+from sdlm_megatron.diffusion.loss import BALANCE_DECAY, LabelRows, balanced_weights, loss_terms, slot_sums
 from sdlm_megatron.diffusion.row import MicroBatch, make_micro_batch
 from sdlm_megatron.model.attention.choice import AttentionBackend, Heads, choose_attention
 from sdlm_megatron.model.gpt import SDLMModel
@@ -96,6 +96,9 @@ class Engine:
         self.clock = StepClock(groups.device)
         """Stretches of a step: "forward_backward" up to the gradient reduction, "reduce" (the part of the reduction
         that did not overlap), "update"."""
+        self.running_losses = torch.zeros(2, dtype=torch.float64, device=groups.device)
+        """Running sums over all processes of the losses of block targets and of clean targets, on the last stage;
+        for train.next_token_balance."""
         self.heap = HeapLimit(lambda: psutil.Process().memory_info().rss if groups.device.type == "cpu" else 0)
         self._prepare_training(mcore, steps)
 
@@ -153,6 +156,7 @@ class Engine:
         set_rate(self.schedule, step)
         self.clock.mark("forward_backward")
         outputs = self.forward_backward([replace(b, measure=True) for b in batches] if measure else batches)
+        self._count_losses(outputs)
         self.clock.mark("update")
         with record_function("sdlm::optimizer"):
             grad_norm = self._update()
@@ -167,6 +171,7 @@ class Engine:
             self.groups,
             causal_attn=self.config.diffusion.causal_attn,
             seconds=self.clock.last("forward_backward"),
+            running_losses=self.running_losses,
         )
 
     def forward_backward(self, batches: Sequence[MicroBatch]) -> list[dict]:
@@ -194,6 +199,11 @@ class Engine:
 
     def _forward_step(self, batches: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[torch.Tensor, partial]:
         batch = next(batches).to(self.groups.device)
+        # a validation loss has constant weights, so that it can be compared between steps
+        if self.config.train.next_token_balance and torch.is_grad_enabled() and batch.label_weights is not None:
+            size, running = self.config.diffusion.block_size, self.running_losses
+            weights = balanced_weights(batch.label_weights, batch.label_slots, size, running)
+            batch = replace(batch, label_weights=weights)
         return model(batch), partial(self._loss, batch)
 
     def _loss(self, batch: MicroBatch, losses: LabelLosses) -> tuple[torch.Tensor, torch.Tensor, dict]:
@@ -205,6 +215,16 @@ class Engine:
         if losses.confidence is not None and losses.correct is not None:
             sums["metrics"] = measure(LabelRows(batch, losses.nll, losses.confidence, losses.correct, size))
         return total, count, sums
+
+    def _count_losses(self, outputs: Sequence[dict[str, torch.Tensor]]) -> None:
+        """Adds the losses of a step to `running_losses`, which weigh the next one."""
+        if not (self.config.train.next_token_balance and self.groups.last_stage):
+            return
+        slots = torch.stack([part["slots"][0] for part in outputs]).double().sum(0)
+        sums = torch.stack([slots[:-1].sum(), slots[-1]])
+        dist.all_reduce(sums, group=self.groups.collection.dp_cp)
+        # a new tensor: steps that are still queued keep theirs
+        self.running_losses = BALANCE_DECAY * self.running_losses + sums
 
     def _update(self) -> torch.Tensor:
         """Clips gradients and updates the weights; the gradient norm before clipping, float64 on the device."""

@@ -41,6 +41,8 @@ class StepResult:
     documents: int
     visible_pairs: int
     """(query, key) pairs that attention had to compute."""
+    running_losses: tuple[float, float] = (0.0, 0.0)
+    """`Engine.running_losses` after the step."""
     stop: bool = False
     """Whether any process had been asked to stop the run when the step was read."""
     measured: dict[str, float] = field(default_factory=dict)
@@ -72,6 +74,8 @@ class QueuedStep:
     steps that did not measure."""
     grad_norm: torch.Tensor
     """float64 scalar on the device."""
+    running_losses: torch.Tensor
+    """float64 (2,) on the device: `Engine.running_losses` after the step; 0 on all processes but one."""
     rows: tuple[int, int, int]
     """Useful tokens, documents and visible pairs of this process's micro-batches."""
     numbers: list[int | None]
@@ -122,6 +126,7 @@ def queued_step(
     *,
     causal_attn: bool,
     seconds: Callable[[], float] = float,  # 0.0
+    running_losses: torch.Tensor | None = None,
 ) -> QueuedStep:
     """The QueuedStep of what forward_backward returned for each micro-batch. The host does not wait for the device."""
     sums, metrics, rows = None, None, (0, 0, 0)
@@ -132,7 +137,9 @@ def queued_step(
             metrics = _combine([part["metrics"] for part in outputs], sums.shape[2] - 2)
         pairs = sum(visible_pairs(b.layout, causal_attn=causal_attn) for b in batches)
         rows = (sum(b.layout.used for b in batches), sum(b.layout.n_docs for b in batches), pairs)
-    return QueuedStep(step, lr, sums, metrics, grad_norm, rows, [b.number for b in batches], seconds)
+    if sums is None or groups.dp_rank or running_losses is None:
+        running_losses = torch.zeros(2, dtype=torch.float64, device=groups.device)
+    return QueuedStep(step, lr, sums, metrics, grad_norm, running_losses, rows, [b.number for b in batches], seconds)
 
 
 def read(
@@ -166,16 +173,17 @@ def read(
     # each rank fills its own place, so that the sum over ranks is the list of all
     seconds[groups.rank] = sum(step.seconds() for step in queued) / len(queued)
     # one all-reduce for everything: its latency counts, not its size
-    parts = [losses, metrics, rows, flags, seconds.to(device)]
+    running = torch.stack([step.running_losses for step in queued])
+    parts = [losses, metrics, rows, flags, running, seconds.to(device)]
     shared = torch.cat([part.flatten() for part in parts])
     dist.all_reduce(shared)
     if maxima.numel():
         dist.all_reduce(maxima, dist.ReduceOp.MAX)
     split = shared.split([part.numel() for part in parts])
-    losses, metrics, rows, flags, seconds = (x.view_as(part) for x, part in zip(split, parts, strict=True))
+    losses, metrics, rows, flags, running, seconds = (x.view_as(part) for x, part in zip(split, parts, strict=True))
     metrics[:, 0, summed:] = maxima
-    values = zip(queued, losses.tolist(), metrics.tolist(), rows.tolist(), flags.tolist(), strict=True)
-    results = [_result(step.lr, block_size, *reduced) for step, *reduced in values]
+    reduced = [x.tolist() for x in (losses, metrics, rows, flags, running)]
+    results = [_result(step.lr, block_size, *sums) for step, *sums in zip(queued, *reduced, strict=True)]
     results[-1] = replace(results[-1], rank_seconds=seconds.tolist())
     if check:
         for step, result, (not_finite, *_) in zip(queued, results, flags.tolist(), strict=True):
@@ -208,6 +216,7 @@ def _result(
     metrics: Sequence[Sequence[float]],
     rows: Sequence[float],
     flags: Sequence[float],
+    running: Sequence[float],
 ) -> StepResult:
     """A StepResult from sums over all processes."""
     (total, *slots), (count, *slot_counts) = losses
@@ -223,6 +232,7 @@ def _result(
         useful_tokens=int(rows[0]),
         documents=int(rows[1]),
         visible_pairs=int(rows[2]),
+        running_losses=(running[0], running[1]),
         stop=flags[2] > 0,
         measured=_measured(block_size, *metrics),
     )

@@ -5,6 +5,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 
+import torch
 from torch.profiler import record_function
 
 from sdlm_megatron.checkpoint import restore
@@ -98,6 +99,8 @@ class Trainer:
         results = run.engine.results(self._queued, stop=run.watch.asked_to_stop())
         run.watch.end_read()
         queued, self._queued = self._queued, []
+        blocks, next_token = results[-1].running_losses
+        run.state = replace(run.state, running_block_loss=blocks, running_next_token_loss=next_token)
         run.stopping = results[-1].stop  # reduced over all ranks, so that all stop after the same step
         for hook in self.hooks:
             hook.on_results(queued, results)
@@ -120,6 +123,8 @@ class Trainer:
             restore.load_base(plan.source, engine, new_mask=plan.new_mask)
         else:
             restore.load(plan.source, engine, step=self.run.state.step if plan.kind == "resume" else None)
+            losses = (self.run.state.running_block_loss, self.run.state.running_next_token_loss)
+            engine.running_losses.copy_(torch.tensor(losses, dtype=torch.float64))
 
     def _loads(self, last: int) -> Iterator[Callable[[], list[MicroBatch]]]:
         """For each step to come, a function that reads this rank's micro-batches."""

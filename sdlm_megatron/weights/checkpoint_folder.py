@@ -61,6 +61,10 @@ class TrainState:
     """Identity of the packed dataset: checksums of its files, row length; {} for an imported base."""
     eos_token_id: int = -1
     """Token that ends a turn in the dataset; -1 for an imported base."""
+    running_block_loss: float = 0.0
+    """Running sum of the losses of block targets, for train.next_token_balance; 0 without it."""
+    running_next_token_loss: float = 0.0
+    """The same of clean targets."""
 
     def sdlm_settings(self, decoding: SDLMSettings | None = None) -> SDLMSettings | None:
         """Settings for the export; None without a mask token.
@@ -85,7 +89,8 @@ def read_state(folder: Path) -> TrainState:
         "shape": ModelConfig(**_typed(ModelConfig, shape, path)),
         "diffusion": DiffusionConfig(**_typed(DiffusionConfig, {"target_shift": True, **diffusion}, path)),
     }
-    state = TrainState(**_typed(TrainState, {"eos_token_id": -1, **values}, path, whole=True))
+    absent = {"eos_token_id": -1, "running_block_loss": 0.0, "running_next_token_loss": 0.0}  # in older checkpoints
+    state = TrainState(**_typed(TrainState, {**absent, **values}, path, whole=True))
     check_ranges(state.shape, RANGES, "model.", str(path))
     for key in shape.keys() & {*SIZES}:
         checked(shape, key, int, path, CheckpointError, least=1)

@@ -188,7 +188,7 @@ def test_next_token_loss_under_data_parallelism(
     material: tuple[Path, Path], single: list[dict], tmp_path: Path
 ) -> None:
     """DP2 with an empty row and a chunked head against one process; slot losses of step 1 equal those without it."""
-    settings = {"diffusion.next_token_weight": 0.3, "train.steps": 3}
+    settings = {"diffusion.next_token_weight": 0.3, "train.next_token_balance": True, "train.steps": 3}
     alone = run(material, tmp_path / "alone", 1, settings)
     assert_equal(run(material, tmp_path / "spread", 2, {**settings, **OVERLAPPED, "train.logits_mb": 0.02}), alone)
     first, plain = alone[0], single[0]
@@ -213,6 +213,7 @@ def test_other_families_train_the_same_across_layouts(tmp_path: Path, family: st
     settings = {
         "diffusion.causal_attn": True,
         "diffusion.next_token_weight": 0.5,
+        "train.next_token_balance": True,
         "train.loss_normalization": "rows",
         "train.steps": 4,
     }

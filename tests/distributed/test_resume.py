@@ -42,6 +42,8 @@ def settings(paths: dict[str, Path], run_dir: Path, **more: object) -> dict[str,
         "schedule.warmup_steps": 2,
         "checkpoint.save_every": 0,
         "checkpoint.keep_last": 0,
+        "diffusion.next_token_weight": 0.3,
+        "train.next_token_balance": True,  # the running sums resume too
         "observe.tensorboard": False,
         **more,
     }

@@ -50,7 +50,7 @@ def test_probe_predicts_decoding(chat: ChatModel, options: dict[str, Any]) -> No
     base = decode_prompts(chat, encoded, DecodingRule("prob_conf", 4, 0.999), max_new_tokens=ROOM)
     probes = probe(chat, encoded, base.tokens, window=4, batch=3)
     followed = 0
-    for setting in SETTINGS:
+    for setting in [*SETTINGS, *([DecodingRule("lossless", 4)] if chat.config.decoding.lossless else [])]:
         real = decode_prompts(chat, encoded, setting, max_new_tokens=ROOM)
         for i, (text, probed) in enumerate(zip(base.tokens, probes, strict=True)):
             accepted = follow(text, probed, setting)

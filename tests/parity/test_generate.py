@@ -215,6 +215,18 @@ def test_settings_come_from_the_call_then_its_config_then_the_folder(model: Any)
         model.generation_config.sdlm_alg = "prob_conf"
 
 
+def test_lossless_text_is_that_of_ar(models: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """In fewer passes, with a warning where no next-token loss was trained; sampled: a function of the seed."""
+    model = models["trained_d4"]
+    monkeypatch.setattr(model.config, "causal_attn", True)
+    options = {"max_new_tokens": 30, "return_dict_in_generate": True, "sdlm_alg": "lossless"}
+    done = model.generate(prompt(), **options)
+    assert done.sequences[0].tolist() == prompt()[0].tolist() + answer(model, prompt(), sdlm_alg="ar")[:30]
+    assert done.passes < len(done.sequences[0]) - prompt().shape[1]
+    sampled = [model.generate(prompt(), do_sample=True, sdlm_seed=s, **options).sequences.tolist() for s in (1, 1, 2)]
+    assert sampled[0] == sampled[1] != sampled[2]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -222,6 +234,7 @@ def test_settings_come_from_the_call_then_its_config_then_the_folder(model: Any)
         ({"sdlm_n": 0}, "sdlm_n must be a whole number from 1 to 4096, got 0"),
         ({"sdlm_n": 10**9}, "sdlm_n must be a whole number from 1 to 4096, got 1000000000"),
         ({"sdlm_n": 129, "sdlm_alg": "self_speculative"}, "window must be from 1 to 128"),
+        ({"sdlm_alg": "lossless"}, "needs a model trained with causal_attn.*use 'self_speculative'"),
         ({"sdlm_seed": 2**62, "do_sample": True}, "sdlm_seed must be a whole number of less than 63 bits"),
         ({"sdlm_n": 2.5}, "sdlm_n must be .* got 2.5"),
         ({"sdlm_threshold": 1.5}, "sdlm_threshold must be a number from 0 to 1, got 1.5"),

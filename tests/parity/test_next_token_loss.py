@@ -9,6 +9,7 @@ import torch
 from helpers import EOS, MASK, PAD, make_hf
 
 from sdlm_megatron.diffusion.layout import IGNORE, RowLayout, draw_starts, next_token_targets, pack_row, row_positions
+from sdlm_megatron.diffusion.loss import BALANCE_DECAY, MOST_BALANCE, balanced_weights
 from sdlm_megatron.diffusion.mask import visible_row
 from sdlm_megatron.diffusion.row import MicroBatch, make_micro_batch
 
@@ -114,3 +115,30 @@ def test_loss_and_every_gradient_equal_transformers(
     assert result.next_token_loss == pytest.approx(float(torch.cat(clean_losses).mean()), rel=1e-5)
     assert result.next_token_targets == sum(map(len, clean_losses))
     assert result.targets == sum(len(defined_targets(*packed(s))[0]) for s in (0, 1))
+
+
+def test_balance_scales_the_weight_by_the_losses_before(make_engine: Callable, tmp_path: Path) -> None:
+    """Losses of three steps by hand; gradients are those of the scaled weight; the ratio is limited."""
+    engine, plain = (make_engine(make_hf(tmp_path / name)) for name in ("a", "b"))
+    engine.config.train.next_token_balance = True
+    batches = [micro_batch(0), micro_batch(1)]
+    ratio, before = 1.0, (0.0, 0.0)
+    for step in (1, 2, 3):
+        (result,) = engine.results([engine.train_step(batches, step)])
+        sums = [now - BALANCE_DECAY * then for now, then in zip(result.running_losses, before, strict=True)]
+        assert sums[1] == pytest.approx(result.next_token_loss * result.next_token_targets, rel=1e-5)
+        assert result.loss == pytest.approx((sums[0] + WEIGHT * ratio * sums[1]) / result.targets, rel=1e-5)
+        ratio, before = result.running_losses[0] / result.running_losses[1], result.running_losses
+    assert ratio > 1.2
+    for running, expected in ((4.0, 4.0), (40.0, MOST_BALANCE), (1e-3, 1 / MOST_BALANCE)):
+        engine.running_losses = torch.tensor([running, 1.0], dtype=torch.float64)
+        weights = batches[0].label_weights
+        assert weights is not None
+        scaled = balanced_weights(weights, batches[0].label_slots, D, engine.running_losses)
+        assert scaled.unique().tolist() == pytest.approx(sorted({1.0, WEIGHT * expected}))
+    engine.running_losses = torch.tensor([2.0, 1.0], dtype=torch.float64)
+    for e, weight in ((engine, WEIGHT), (plain, 2 * WEIGHT)):
+        e.module.load_state_dict(plain.module.state_dict())
+        e.forward_backward([micro_batch(0, weight)])
+    for a, b in zip(engine.module.parameters(), plain.module.parameters(), strict=True):
+        torch.testing.assert_close(a.main_grad, b.main_grad, rtol=1e-5, atol=1e-7)

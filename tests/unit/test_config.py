@@ -156,6 +156,7 @@ OVERLAP = ("--parallel.sequence=true", "--parallel.overlap_tensor=true")
         (["--optimizer.lr=0"], 1, "optimizer.lr"),
         (["--optimizer.lr=.nan"], 1, "optimizer.lr"),
         (["--diffusion.next_token_weight=-0.1"], 1, "diffusion.next_token_weight is -0.1"),
+        (["--train.next_token_balance=true"], 1, "next_token_balance scales diffusion.next_token_weight, which is 0"),
         (["--train.seed=-1"], 1, "train.seed is -1"),
         (["--train.epochs=0"], 1, "train.steps and train.epochs are both 0"),
         (["--train.steps=3", "--train.epochs=1"], 1, "train.steps is 3 and train.epochs 1: two lengths"),

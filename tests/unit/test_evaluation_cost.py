@@ -99,8 +99,13 @@ def expected(
 def test_timed_burst_matches_decode(chat: ChatModel, batch: int) -> None:
     """A burst returns the tokens of diffusion.decode with the same settings, also when the cache is reused."""
     ids = o.prompt_ids("count 12 to 15")
+    chat = dataclasses.replace(
+        chat,
+        config=dataclasses.replace(chat.config, sdlm=dataclasses.replace(chat.config.decoding, causal_attn=True)),
+    )
     filled = speed.PrefilledProposer(chat, ids, batch)
-    kinds = [("causal", 1), ("window", 4), ("window", 2), ("self_speculative", 4), ("window_one", 4), ("window", 4)]
+    kinds = [("causal", 1), ("window", 4), ("window", 2), ("lossless", 4), ("self_speculative", 4), ("window_one", 4)]
+    assert [rule.alg for rule in speed.rules_of(chat)][-2:] == ["self_speculative", "lossless"]
     for what, n in kinds:
         kind = speed.PassTiming(what, n)
         seconds, tokens = filled.burst(kind, 3)
@@ -113,11 +118,12 @@ def test_timed_burst_matches_decode(chat: ChatModel, batch: int) -> None:
             alg=alg,
             threshold=threshold,
             max_new_tokens=40,
+            causal_attn=True,
         )
         kept = wanted.accepted[0][:4]  # the prompt's pass and the three timed passes
         assert tokens == wanted.tokens[0][: sum(kept)]
         assert seconds > 0
-        if what != "self_speculative":
+        if what not in ("self_speculative", "lossless"):
             assert kept == [n if what == "window" else 1] * 4
 
 

@@ -286,6 +286,22 @@ def test_sampling_and_stops(folder: Path, capsys: pytest.CaptureFixture) -> None
     assert "5 tokens in" in (err := capsys.readouterr().err) and "(cut at --max-new-tokens 5)" in err
 
 
+def test_lossless_needs_causal_blocks(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The text of plain decoding, with a note where the folder records no next-token loss; else an error."""
+    causal = edit(copy(folder, tmp_path), causal_attn=True)
+    texts = {}
+    for alg in ("lossless", "ar"):
+        main(["--model", str(causal), "--prompt", PROMPT, "--max-new-tokens", "20", "--alg", alg])
+        out, err = capsys.readouterr()
+        texts[alg] = out
+        assert ("has no next_token_weight" in " ".join(err.split())) == (alg == "lossless")
+    assert texts["lossless"] == texts["ar"]
+    with pytest.raises(ConfigError, match="alg lossless needs a model trained with causal_attn"):
+        main(["--model", str(folder), "--prompt", PROMPT, "--alg", "lossless"])
+
+
 def test_published_folder_is_loaded_as_stock_qwen2(folder: Path, tmp_path: Path) -> None:
     auto_map = {"AutoModelForCausalLM": "modeling_qwen2.Qwen2ForCausalLM"}  # outdated code, which must never run
     published = edit(copy(folder, tmp_path), auto_map=auto_map, causal_attn=None, casual_attn=True)
