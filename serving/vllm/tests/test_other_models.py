@@ -8,7 +8,6 @@ import engine_runs
 import pytest
 from served_models import make_folder, random_request
 
-
 MODELS: dict[str, dict[str, Any]] = {
     "causal": {"causal_attn": True},
     "unshifted": {"target_shift": False},
