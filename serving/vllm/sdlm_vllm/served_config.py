@@ -22,8 +22,8 @@ ARCHITECTURES = {
     "llama": "SDLMLlamaForCausalLM",
     "mistral": "SDLMMistralForCausalLM",
 }
-"""Classes of sdlm_model.py by `model_type`, known to vLLM only: config.json names the stock class, so that other engines
-and transformers load the folder."""
+"""Classes of sdlm_model.py by `model_type`, known to vLLM only: config.json names the stock class, so that other
+engines and transformers load the folder."""
 
 
 class SDLMFolderParser(HFConfigParser):
