@@ -27,7 +27,7 @@ SUITABLE := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13 python; do \
 	if $$p -c '$(SUITABLE)' >/dev/null 2>&1; then echo $$p; break; fi; done)
 
-.PHONY: help venv docs wheel quickstart smoke test test-newest test-transformers drill nullgpu evidence check lint format clean
+.PHONY: help venv docs wheel quickstart smoke test test-newest test-transformers test-vllm drill nullgpu evidence check lint format clean
 
 help:  ## list the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -68,6 +68,11 @@ test-transformers: $(STAMP)  ## tests of decoding and the exported class, with t
 	PYTHONPATH=$$($(PY) tests/oldest_transformers.py .cache) \
 		$(PY) -m pytest $(PYTEST_ARGS) tests/parity/test_generate.py tests/parity/test_decode_oracle.py \
 		tests/parity/test_transformers_mixins.py
+
+# Not part of CI: the environment alone is 1.5 GB.
+test-vllm: $(STAMP)  ## tests of serving/vllm with vLLM for CPUs, in an environment of its own; about 5 minutes
+	python=$$($(PY) serving/vllm/tests/cpu_environment.py .cache) && cd serving/vllm && \
+		PYTHONPATH=tests/cpu_shim SDLM_VLLM_CPU=1 $$python -m pytest
 
 drill: $(STAMP)  ## fault drill on a real Slurm on this machine (needs root and Debian's packages), about 10 minutes
 	$(PY) tests/slurm/drill.py

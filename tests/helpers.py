@@ -38,8 +38,9 @@ def tracked_files() -> list[str]:
 
 @cache
 def sources() -> dict[str, tuple[str, ast.Module]]:
-    """Text and syntax tree of every Python file outside tests/, by its path in the repository."""
-    files = [name for name in tracked_files() if name.endswith(".py") and not name.startswith("tests/")]
+    """Text and syntax tree of every Python file outside tests, by its path in the repository."""
+    files = [name for name in tracked_files() if name.endswith(".py") and "tests" not in name.split("/")]
+    files = [name for name in files if not (REPO / name).is_symlink()]
     texts = {name: (REPO / name).read_text() for name in files}
     return {name: (text, ast.parse(text)) for name, text in texts.items()}
 

@@ -1,0 +1,67 @@
+"""The canvas of a request: the tokens that one pass feeds, and which of them see which.
+
+A pass needs the keys of all known tokens before the window, and the window itself. A token that was kept from a window
+has no keys of its own yet, since a mask token stood in its place; so the pass also feeds the last tokens before the
+window again. Example, n = 4, 20 known tokens x[0..19], of which up to 4 have no keys yet:
+
+    canvas        x[15] x[16] x[17] x[18] | x[19]  M    M    M        one pass, 8 queries
+    position        15    16    17    18  |   19   20   21   22
+    attention             causal          |   both directions, and everything before position 19
+    key cache       written, clean        |   overwritten by the next pass
+
+Slot 0 stands at the position of the last known token and hides nothing else: no token occurs twice. Always feeding n
+tokens, whatever the previous pass kept, makes the shape of a pass known before the previous pass has ended.
+`n` tokens are fed again, except
+
+- with `causal_attn`, or n = 1, slot 0 has the keys of a clean token, so one less;
+- without the target shift, the window starts behind the last known token.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """What the layout of a canvas depends on besides the request. All methods take ints, NumPy arrays or tensors."""
+
+    most: int
+    """The largest window of a request."""
+    causal_attn: bool
+    target_shift: bool
+    max_model_len: int
+
+    @property
+    def width(self) -> int:
+        """Tokens of the largest canvas."""
+        return 2 * self.most
+
+    def lead(self, n: Any) -> Any:
+        """1 where slot 0 repeats the last known token."""
+        return (n == 1) | self.target_shift
+
+    def causal(self, n: Any) -> Any:
+        """Whether the window is causal, so that the whole canvas is."""
+        return (n == 1) | self.causal_attn
+
+    def clean(self, total: Any, n: Any) -> Any:
+        """Known tokens that precede the window in the canvas of a request with `total` known tokens."""
+        before = total - self.lead(n) * 1
+        needed = self._refed(n)
+        fed = before - (before - needed) * (before > needed)
+        # Where a full canvas does not fit into max_model_len, the keys of a prompt are all clean, and a request
+        # that has answered has ended, see `limit`.
+        return fed * (total + fed + n <= self.max_model_len)
+
+    def rows(self, total: Any, n: Any) -> Any:
+        """Tokens of the canvas; the window is what follows the first `clean` of them."""
+        full = self.clean(total, n) + n
+        room = self.max_model_len - total
+        return full - (full - room) * (full > room)
+
+    def limit(self, n: Any) -> Any:
+        """Known tokens at which a request ends, so that a full canvas fits into max_model_len until then."""
+        return self.max_model_len - self._refed(n) - n + 1
+
+    def _refed(self, n: Any) -> Any:
+        return n - (self.causal(n) & self.lead(n)) * 1

@@ -1,0 +1,1 @@
+../../../sdlm_megatron/diffusion/settings.py

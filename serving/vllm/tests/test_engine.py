@@ -1,0 +1,135 @@
+"""The engine's answers are those of the folder's own `generate`: tokens, and how many each pass kept."""
+
+import random
+import re
+from pathlib import Path
+from typing import Any
+
+import engine_runs
+import pytest
+import torch
+from served_models import EOS, Asked, generated, make_folder, random_request
+from vllm.exceptions import VLLMValidationError
+
+COUNT = 300
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_folder(tmp_path_factory.mktemp("served") / "both_ways")
+
+
+@pytest.fixture(scope="module")
+def llm(folder: Path) -> Any:
+    return engine_runs.start(folder, **engine_runs.CROWDED)
+
+
+def test_random_requests_are_answered_as_by_generate(folder: Path, llm: Any, capsys: pytest.CaptureFixture) -> None:
+    rng = random.Random(0)
+    prefixes: list[list[int]] = [
+        [],
+        [],
+        [rng.randrange(256) for _ in range(70)],
+        [rng.randrange(256) for _ in range(100)],
+    ]
+    requests = [random_request(rng, prefixes) for _ in range(COUNT)]
+    answers = engine_runs.run(llm, requests)
+    wrong, ties = engine_runs.differences(folder, requests, answers)
+    passes, tokens = (sum(map(len, x)) for x in (answers.accepted, answers.tokens))
+    with capsys.disabled():
+        print(
+            f"\n{COUNT} requests, {answers.steps} steps, {tokens} tokens in {passes} passes, {ties} near ties, "
+            f"{answers.counts['preemptions']} preemptions, {sum(map(bool, answers.cached))} with cached prefix"
+        )
+    assert not wrong, "\n".join(wrong[:5]) + f"\n{len(wrong)} differ"
+    assert ties <= 3
+    # the run has to contain what it is to test
+    assert answers.counts["preemptions"] >= 10
+    assert sum(map(bool, answers.cached)) >= 30
+    assert tokens > 1.1 * passes and max(map(max, answers.accepted)) == 4
+    assert {"stop", "length"} <= set(answers.reasons)
+
+
+def test_defaults_are_those_of_the_folder(folder: Path, llm: Any) -> None:
+    asked = Asked(prompt=[5, 6, 7], most=30)
+    answers = engine_runs.run(llm, [asked])
+    assert (answers.tokens[0], answers.accepted[0]) == generated(folder, asked)
+    assert llm.get_default_sampling_params().temperature == 0, "do_sample is false in generation_config.json"
+
+
+def test_an_answer_ends_where_a_window_no_longer_fits(folder: Path, llm: Any) -> None:
+    limit = 256 - 2 * 4 + 1
+    long = [i % 251 for i in range(limit - 20)]
+    cases = [Asked(long, 100, {"sdlm_threshold": 0.02}), Asked(long + [9] * 24, 100), Asked([*long, *[9] * 26], 100)]
+    answers = engine_runs.run(llm, cases)
+    tokens, accepted = answers.tokens, answers.accepted
+    expected = generated(folder, Asked(long, 20, {"sdlm_threshold": 0.02}))
+    if EOS not in expected[0]:
+        assert (tokens[0], accepted[0]) == expected
+        assert answers.reasons == ["length"] * 3
+    assert len(tokens[1]) == len(tokens[2]) == 1
+
+
+def test_logprobs_are_those_of_the_kept_tokens(folder: Path, llm: Any) -> None:
+    asked = Asked([7, 8, 9, 10, 11], 40, {"sdlm_threshold": 0.05})
+    answers = engine_runs.run(llm, [asked], logprobs=2)
+    tokens, accepted = generated(folder, asked)
+    assert answers.tokens[0] == tokens and len(answers.logprobs[0]) == len(tokens)
+    sure = [found[token].logprob for token, found in zip(tokens, answers.logprobs[0], strict=True)]
+    assert all(found[token].rank == 1 for token, found in zip(tokens, answers.logprobs[0], strict=True))
+    start = 0
+    for kept in accepted:  # all but the first token of a pass exceeded the threshold
+        assert all(value > torch.tensor(0.05).log() for value in sure[start + 1 : start + kept])
+        start += kept
+
+
+def test_min_tokens_and_several_answers(folder: Path, llm: Any) -> None:
+    asked = Asked([1, 2, 3], 12, {"sdlm_threshold": 0.05}, stop_ids=tuple(range(120)))
+    answers = engine_runs.run(llm, [asked], min_tokens=9)
+    assert len(answers.tokens[0]) >= 9 and not set(answers.tokens[0][:8]) & set(range(120))
+    sampled = llm.generate(
+        {"prompt_token_ids": [3, 4, 5]},
+        engine_runs.SamplingParams(n=2, seed=5, temperature=1.0, max_tokens=10),
+        use_tqdm=False,
+    )
+    for row, completion in enumerate(sampled[0].outputs):
+        one = Asked([3, 4, 5], 10, sampling={"temperature": 1.0, "seed": 5 + row})
+        assert list(completion.token_ids) == generated(folder, one)[0]
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ({"sdlm_threshold": 1.5}, "sdlm_threshold must be a number from 0 to 1, got 1.5"),
+        ({"sdlm_threshold": "high"}, "sdlm_threshold must be a number"),
+        ({"sdlm_alg": "self_speculative"}, "sdlm_alg must be one of prob_conf, entropy_conf, ar"),
+        ({"sdlm_n": 0}, "sdlm_n must be a whole number from 1"),
+        ({"sdlm_n": 9}, "--diffusion-config '{\"canvas_length\": 18}'"),
+        ({"sdlm_treshold": 0.5}, "sdlm_treshold is no option"),
+        ({"sdlm_seed": 1}, "use `seed`"),
+        ({"sdlm_product": 2}, "sdlm_product must be true or false"),
+    ],
+)
+def test_wrong_options_of_a_request_are_named(llm: Any, extra: dict[str, Any], message: str) -> None:
+    with pytest.raises(VLLMValidationError, match=re.escape(message)) as error:
+        engine_runs.run(llm, [Asked([1], 1, extra)])
+    assert "sdlm_" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("more", "name"),
+    [
+        ({"repetition_penalty": 1.1}, "repetition_penalty"),
+        ({"presence_penalty": 0.5}, "presence_penalty"),
+        ({"frequency_penalty": 0.5}, "frequency_penalty"),
+        ({"structured_outputs": {"regex": "a+"}}, "structured_outputs"),
+        ({"bad_words": ["a"]}, "bad_words"),
+    ],
+)
+def test_unsupported_parameters_are_named(llm: Any, more: dict[str, Any], name: str) -> None:
+    from vllm.sampling_params import StructuredOutputsParams
+
+    if "structured_outputs" in more:
+        more = {"structured_outputs": StructuredOutputsParams(**more["structured_outputs"])}
+    with pytest.raises(VLLMValidationError, match=f"SDLM does not support {name}"):
+        engine_runs.run(llm, [Asked([1], 1)], **more)

@@ -1,0 +1,95 @@
+"""Folders and engine options that cannot be served say so before the engine starts."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import engine_runs
+import pytest
+from served_models import edit_json, make_folder
+from vllm.engine.arg_utils import EngineArgs
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return make_folder(tmp_path / "hf")
+
+
+def configured(folder: Path, **options: Any) -> Any:
+    """The engine's configuration, as at the start of a server."""
+    return EngineArgs(model=str(folder), dtype="float32", **options).create_engine_config()
+
+
+def test_a_folder_is_recognized_without_any_option(folder: Path) -> None:
+    config = configured(folder, max_num_batched_tokens=2048)
+    assert config.model_config.architectures == ["SDLMQwen2ForCausalLM"]
+    assert config.diffusion_config.canvas_length == 8 and not config.scheduler_config.async_scheduling
+    assert config.scheduler_config.max_num_seqs <= 2048 // 8
+
+
+def test_lost_or_wrong_settings_are_named(folder: Path) -> None:
+    edit_json(folder / "config.json", "text_mask_token_id")
+    with pytest.raises(ValueError, match="text_mask_token_id"):
+        configured(folder)
+    edit_json(folder / "config.json", "block_size")
+    with pytest.raises(ValueError, match="field 'block_size' is missing.*Copy block_size"):
+        configured(folder)
+
+
+def test_a_family_without_a_class_in_vllm_is_named(folder: Path) -> None:
+    edit_json(folder / "config.json", model_type="smollm3")
+    with pytest.raises(ValueError, match="serves model_type qwen2, qwen3, llama, mistral, not 'smollm3'"):
+        configured(folder)
+
+
+def test_a_folder_that_is_no_sdlm_is_served_as_ever(folder: Path) -> None:
+    edit_json(folder / "config.json", "block_size", "auto_map", "text_mask_token_id", "text_mask_token", "causal_attn")
+    config = configured(folder)
+    assert config.model_config.architectures == ["Qwen2ForCausalLM"] and config.diffusion_config is None
+
+
+def test_another_version_of_vllm_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vllm.__version__", "0.41.0")
+    with pytest.raises(ValueError, match=r"vLLM 0\.32\.\*, and this is 0\.41\.0.*VLLM_PLUGINS"):
+        configured(folder)
+    edit_json(folder / "config.json", "block_size", "auto_map")
+    assert configured(folder).model_config.architectures == ["Qwen2ForCausalLM"]
+
+
+def test_without_the_plugin_the_folder_is_plain_qwen2(folder: Path) -> None:
+    code = "import sys; from vllm.engine.arg_utils import EngineArgs as A; "
+    code += "print(A(model=sys.argv[1]).create_engine_config().model_config.architectures)"
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(folder)],
+        env=os.environ | {"VLLM_PLUGINS": ""},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "['Qwen2ForCausalLM']" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"enable_lora": True}, "--enable-lora"),
+        ({"async_scheduling": True}, "--async-scheduling"),
+        ({"max_num_batched_tokens": 6, "max_num_seqs": 2}, "--max-num-batched-tokens is 6"),
+        ({"override_generation_config": {"sdlm_alg": "self_speculative"}}, "self_speculative"),
+        ({"override_generation_config": {"sdlm_threshold": 3}}, "sdlm_threshold is 3"),
+    ],
+)
+def test_engine_options_that_do_not_fit_are_named(folder: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        configured(folder, max_model_len=64, **options)
+
+
+def test_a_larger_window_is_served_with_a_larger_canvas(folder: Path) -> None:
+    from served_models import Asked, generated
+
+    llm = engine_runs.start(folder, diffusion_config={"canvas_length": 16})
+    asked = Asked([1, 2, 3], 20, {"sdlm_n": 8, "sdlm_threshold": 0.02})
+    answers = engine_runs.run(llm, [asked])
+    assert (answers.tokens[0], answers.accepted[0]) == generated(folder, asked)
