@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import make_dataset, read_metrics, train
+from helpers import load_micro_batch, make_dataset, read_metrics, train
 
-from sdlm_megatron.data.batch import load_micro_batch
 from sdlm_megatron.data.format import PackedDataset
 from sdlm_megatron.metrics.metric_table import METRICS, Metric, metric_of, register, tab_of
 from sdlm_megatron.report.run_page import write_report
