@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from sdlm_megatron.data.format import PackedDataset, PartWriter, seal
 from sdlm_megatron.data.order import locate
 from sdlm_megatron.diffusion.layout import RowLayout, block_count, draw_starts, pack_row
-from sdlm_megatron.weights.hf_config import FAMILIES
 from sdlm_megatron.diffusion.row import MicroBatch, make_micro_batch
+from sdlm_megatron.weights.hf_config import FAMILIES
 from sdlm_megatron.weights.tensors import TensorReader, read_rows
 from tests import ranks
 

@@ -252,12 +252,12 @@ class FaultConfig:
     steps. 0 disables."""
     spike_factor: float = 8.0
     """A loss or gradient norm this many robust standard deviations above the median of the last 100 steps is a spike;
-    its worst rows are listed in RUN/spikes.jsonl. 0 disables."""
+    its worst documents are listed in RUN/spikes.jsonl. 0 disables."""
     replica_check_every: int = 0
     """Steps between bitwise comparisons of the weights of all data-parallel ranks. 0: never. With a distributed
     optimizer the weights are rewritten from one master at each update, so a wrong copy lasts for one step."""
     log_rows: bool = False
-    """Write the row numbers that each step loads to RUN/rows/ATTEMPT."""
+    """Write the documents that each step trains, and their rows, to RUN/rows/ATTEMPT."""
 
 
 @dataclass

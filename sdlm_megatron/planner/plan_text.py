@@ -134,9 +134,10 @@ def batch_note(plan: LayoutPlan) -> str:
     at, grid, size = plan.layout, plan.grid, plan.layout.tensor * plan.layout.pipeline
     lines = [
         f"global batch: the documents of {plan.rows} rows per step, {plan.rows / at.gpus:.2f} rows per GPU, are cut "
-        f"into {grid.micro_batches * grid.ranks} rows of {grid.row_length:,} tokens: {grid.micro_batches} micro-"
-        f"batches for each of {at.data} data-parallel ranks ({size} GPU{'s' if size > 1 else ''}). {plan.padding:.1%} "
-        f"is padding. Most visible pairs over their mean: {plan.spread[0]:.2f} of a row, {plan.spread[1]:.2f} of a rank."
+        f"into {grid.micro_batches * grid.ranks} rows of {grid.row_length:,} tokens, {plan.padding:.1%} padding: "
+        f"{grid.micro_batches} micro-batches for each of {at.data} data-parallel ranks ({size} GPU"
+        f"{'s' if size > 1 else ''}).",
+        f"  Most visible pairs over their mean: {plan.spread[0]:.2f} of a row, {plan.spread[1]:.2f} of a rank.",
     ]
     if plan.padding > 0.05:
         lines.append(
