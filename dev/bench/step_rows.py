@@ -3,6 +3,7 @@
 Computed by the planner for documents drawn from the published mixture; nothing is measured.
 """
 
+import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -79,14 +80,19 @@ def table(preset: str, gpus: Sequence[int], best: bool) -> Iterator[tuple[str, .
         yield after(planner.plan(layout))
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Command line."""
-    example = "python -m dev.bench.step_rows sdlm_32b_d4 --gpus 32 64 208 232"
-    parser = make_parser("python -m dev.bench.step_rows", __doc__, example=example)
+def build_parser() -> argparse.ArgumentParser:
+    """Options of the command."""
+    command = "python -m dev.bench.step_rows"
+    parser = make_parser(command, __doc__, example=f"{command} sdlm_32b_d4 --gpus 32 64 208 232")
     add_preset(parser, "preset", PRESETS)
     parser.add_argument("--gpus", type=int, nargs="+", default=[32, 64, 208, 232], metavar="N", help="numbers of GPUs")
     parser.add_argument("--best", action="store_true", help="the recommended layout instead of the preset's")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line."""
+    args = build_parser().parse_args(argv)
     print_table(COLUMNS, table(args.preset, args.gpus, args.best))
 
 

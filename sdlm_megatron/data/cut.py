@@ -117,17 +117,17 @@ def _deal(pairs: np.ndarray, ranks: int) -> np.ndarray:
         poorest = np.argsort(sums, kind="stable")
         owned[round_, poorest] = rows
         sums[poorest] += pairs[rows]
-    held = pairs[owned]
+    owned_pairs = pairs[owned]
     for _ in range(4 * ranks):  # swaps of a row between the rank with most pairs and another
         rich = int(sums.argmax())
-        gain = held[:, rich][:, None, None] - held[None]  # (own row, other row, other rank)
+        gain = owned_pairs[:, rich][:, None, None] - owned_pairs[None]  # (own row, other row, other rank)
         most = np.maximum(sums[rich] - gain, sums + gain)
         most[:, :, rich] = sums[rich]
         own, row, other = np.unravel_index(int(most.argmin()), most.shape)
         if most[own, row, other] >= sums[rich]:
             break
         sums[rich], sums[other] = sums[rich] - gain[own, row, other], sums[other] + gain[own, row, other]
-        for table in (owned, held):
+        for table in (owned, owned_pairs):
             table[own, rich], table[row, other] = table[row, other], table[own, rich]
     numbers = np.empty(len(pairs), dtype=np.int64)
     numbers[owned.reshape(-1)] = np.arange(len(pairs))

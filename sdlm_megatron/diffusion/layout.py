@@ -303,8 +303,15 @@ def pick_document(tokens: np.ndarray, layout: RowLayout, index: int) -> tuple[np
     clean, block = int(layout.clean_lens[:index].sum()), int(layout.n_blocks[:index].sum())
     after, blocks, size = clean + int(layout.clean_lens[index]), int(layout.n_blocks[index]), layout.block_size
     begin = layout.n_clean + block * size
-    one, starts = slice(index, index + 1), layout.starts[block : block + blocks]
-    alone = (layout.doc_ids[one], layout.clean_lens[one], layout.n_blocks[one], starts, size, layout.target_shift)
+    itself, starts = slice(index, index + 1), layout.starts[block : block + blocks]
+    alone = (
+        layout.doc_ids[itself],
+        layout.clean_lens[itself],
+        layout.n_blocks[itself],
+        starts,
+        size,
+        layout.target_shift,
+    )
     return np.concatenate([tokens[clean:after], tokens[begin : begin + blocks * size]]), RowLayout(*alone)
 
 

@@ -266,16 +266,16 @@ def document_losses(queued: QueuedStep, groups: Groups) -> list[DocumentLoss]:
     local: list[tuple[float, int, int]] = []
     where = zip(queued.targets, queued.rows_of_documents, queued.documents, strict=bool(queued.targets))
     for (nll, owners), rows, numbers in where:
-        losses, real = nll.double().cpu().numpy(), owners >= 0
-        sums = np.bincount(owners[real], losses[real], len(rows))
+        values, real = nll.double().cpu().numpy(), owners >= 0
+        sums = np.bincount(owners[real], values[real], len(rows))
         counts = np.bincount(owners[real], minlength=len(rows))
         local += [
             (total / count, row, int(number))
             for total, count, row, number in zip(sums.tolist(), counts.tolist(), rows, numbers, strict=True)
             if count
         ]
-    found = [DocumentLoss(*fields) for part in groups.gather(local) for fields in part]
-    return sorted(found, key=lambda document: (not math.isfinite(document.loss), document))
+    losses = [DocumentLoss(*fields) for part in groups.gather(local) for fields in part]
+    return sorted(losses, key=lambda document: (not math.isfinite(document.loss), document))
 
 
 def _not_finite_error(queued: QueuedStep, result: StepResult, groups: Groups) -> TrainingError:

@@ -156,7 +156,7 @@ class Planner:
 
     def best(self, gpus: int) -> list[LayoutPlan]:
         """The layouts that fit on `gpus` GPUs, fastest first."""
-        plans = (self._fitting(layout) for one in self.layouts(gpus) for layout in self._shorter_rows(one))
+        plans = (self._fitting(layout) for longest in self.layouts(gpus) for layout in self._shorter_rows(longest))
         return sorted((p for p in plans if p is not None), key=lambda p: (p.seconds, p.memory.total))
 
     def _shorter_rows(self, layout: ParallelLayout) -> list[ParallelLayout]:

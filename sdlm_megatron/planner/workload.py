@@ -33,7 +33,7 @@ class StepSample:
     """Steps of a workload, from which training chooses its rows; results are kept.
 
     Args:
-        draw: the documents of some steps of so many rows.
+        draw: the documents of some steps, by the number of their rows.
     """
 
     def __init__(self, draw: Callable[[int], Sequence[StepDocuments]]) -> None:
@@ -55,12 +55,12 @@ class StepSample:
 
     def _spread(self, rows: int, grid: StepGrid) -> tuple[float, float]:
         """Largest visible pairs over their mean: of a row, and of the sum of a rank; mean over the steps."""
-        found = []
+        spreads = []
         for docs in self.steps(rows):
             places, count = cut(docs, grid)
             pairs = np.bincount(places, docs.pairs, count * grid.ranks).reshape(count, grid.ranks)
-            found.append((pairs.max() / pairs.mean(), pairs.sum(0).max() / pairs.sum(0).mean()))
-        return tuple(np.mean(found, axis=0).tolist())
+            spreads.append((pairs.max() / pairs.mean(), pairs.sum(0).max() / pairs.sum(0).mean()))
+        return tuple(np.mean(spreads, axis=0).tolist())
 
 
 @dataclass(frozen=True)

@@ -138,16 +138,16 @@ def test_micro_batches_have_the_documents_of_the_step(tmp_path: Path, ranks: int
         for i in range(row.layout.n_docs):
             document = pick_document(row.tokens[0].numpy(), row.layout, i)
             expected[number, int(row.layout.doc_ids[i])] = [x.tolist() for x in (document[0], document[1].to_ints())]
-    found = {}
+    loaded = {}
     for batch in batches:
         assert batch.tokens.shape[1] == step.grid.row_length >= batch.layout.used
         for i, number in enumerate(batch.rows):
             document = pick_document(batch.tokens[0].numpy(), batch.layout, i)
-            found[number, int(batch.layout.doc_ids[i])] = [x.tolist() for x in (document[0], document[1].to_ints())]
+            loaded[number, int(batch.layout.doc_ids[i])] = [x.tolist() for x in (document[0], document[1].to_ints())]
             own = batch.label_index[torch.from_numpy(batch.label_documents == i)].numpy()
             begin = batch.layout.n_clean + batch.layout.block_size * int(batch.layout.n_blocks[:i].sum())
             assert ((own >= begin) & (own < begin + batch.layout.block_size * batch.layout.n_blocks[i])).all()
-    assert found == expected
+    assert loaded == expected
     assert sum(len(batch.rows) for batch in batches) == len(expected)
 
 

@@ -286,7 +286,7 @@ def test_epochs_are_read_in_sequence(tmp_path: Path) -> None:
 
 def test_many_rows_are_located_as_one_by_one() -> None:
     rows = [5, 3, 7].__getitem__
-    found = {}
+    located = {}
     for epoch, numbers, places in locate_many(np.array([1, 4, 6, 9, 14]), rows, seed=3):
-        found |= {int(n): (epoch, int(row)) for n, row in zip(numbers, places, strict=True)}
-    assert found == {n: (p.epoch, p.row) for n in (1, 4, 6, 9, 14) for p in [locate(n, rows, seed=3)]}
+        located |= {int(n): (epoch, int(row)) for n, row in zip(numbers, places, strict=True)}
+    assert located == {n: (p.epoch, p.row) for n in (1, 4, 6, 9, 14) for p in [locate(n, rows, seed=3)]}

@@ -112,12 +112,12 @@ def test_spike_event_names_the_worst_document(monitored: Callable, tmp_path: Pat
     alone = {}
     for batch in batches[:4]:
         for i in range(batch.layout.n_docs):
-            one = pick_document(batch.tokens[0].numpy(), batch.layout, i)
+            alone_row = pick_document(batch.tokens[0].numpy(), batch.layout, i)
             fields = {"row_length": dataset.row_length, "pad_token_id": PAD, "eos_token_id": EOS}
-            document = engine.prepare(make_micro_batch(*one, **fields))
+            document = engine.prepare(make_micro_batch(*alone_row, **fields))
             ((total, count),) = [part["sums"].tolist() for part in engine.forward_backward([document])]
             if count:
-                alone[batch.rows[0], int(one[1].doc_ids[0])] = total / count
+                alone[batch.rows[0], int(alone_row[1].doc_ids[0])] = total / count
     queued = engine.train_step(batches, 30)
     (result,) = engine.results([queued])
     for _ in range(WINDOW_MINIMUM):

@@ -216,12 +216,12 @@ def suspects(losses: Sequence[DocumentLoss], factor: float) -> list[DocumentLoss
     return [x for i, x in enumerate(reversed(losses)) if i == 0 or x.loss > limit][:MAX_DOCUMENTS]
 
 
-def describe_document(found: DocumentLoss, dataset: PackedDataset, *, seed: int) -> dict[str, Any]:
+def describe_document(worst: DocumentLoss, dataset: PackedDataset, *, seed: int) -> dict[str, Any]:
     """Source of a document: its row of the run, epoch and row of the dataset's file, and the input row."""
-    place = locate(found.row, dataset.rows, seed=seed)
-    documents = [{"document": found.document, "origin": origin(found.document, dataset.manifest)}]
-    where = {"row": found.row, "epoch": place.epoch, "file_row": place.row}
-    return where | {"loss": found.loss, "documents": documents}
+    place = locate(worst.row, dataset.rows, seed=seed)
+    documents = [{"document": worst.document, "origin": origin(worst.document, dataset.manifest)}]
+    where = {"row": worst.row, "epoch": place.epoch, "file_row": place.row}
+    return where | {"loss": worst.loss, "documents": documents}
 
 
 def documents_of_run(run_dir: str | Path) -> dict[int, list[tuple[int, int]]]:
