@@ -22,7 +22,8 @@ from rich.console import Console
 from data_prep.pool import cpus, work_on
 from data_prep.row_rules import ROW_RULES, RuleSettings, check_row, check_targets
 from sdlm_megatron.config.command_line import make_parser
-from sdlm_megatron.data.format import KINDS, REBUILD, PartReader, RowCounts, prefix, read_manifest
+from sdlm_megatron.data.format import KINDS, REBUILD, PartReader, RowCounts, epoch_sizes, prefix, read_manifest
+from sdlm_megatron.data.sizes import read_sizes, sizes_prefix
 from sdlm_megatron.diffusion.layout import IGNORE, slot_targets
 from sdlm_megatron.errors import DataError, make_console, run_cli
 from sdlm_megatron.files import sha256
@@ -33,6 +34,7 @@ RULES = {
     "parts": "the index of each part matches its data and the manifest's number of rows",
     "checksum": "each row matches its crc32, and its tokens match its layout",
     **ROW_RULES,
+    "sizes": "the sizes of an epoch's documents are those of its layouts",
     "numbers": "an epoch has no document twice, none beyond the sources' rows, and as many as the weights require",
     "counts": "the manifest's counts match the rows",
     "accounting": "the outcomes of the input rows add up per source, in total, and to the tokens of the epochs",
@@ -104,6 +106,7 @@ def verify(path: str | Path, console: Console | None = None, *, workers: int = 1
     for epoch, reports in enumerate(epochs):
         findings += _findings("numbers", _numbers(manifest, epoch, [report.numbers for report in reports]))
         findings += _findings("counts", _counts(manifest, epoch, [report.counts for report in reports]))
+        findings += _findings("sizes", _sizes(path, manifest, epoch))
         if more := sum(report.more for report in reports):
             findings.append(DatasetFinding("more", f"epoch {epoch}", f"{more:,} more findings are not listed"))
     return findings
@@ -182,6 +185,19 @@ def _other_files(path: Path, manifest: dict[str, Any]) -> Places:
     for file in sorted(path.iterdir()):
         if file.name not in manifest["files"] and file.name != "manifest.json":
             yield file.name, "the file is not part of the dataset"
+
+
+def _sizes(path: Path, manifest: dict[str, Any], epoch: int) -> Places:
+    where = sizes_prefix(path, epoch)
+    if f"{Path(where).name}.bin" not in manifest["files"]:
+        return  # a dataset of an older version
+    try:
+        stored, actual = read_sizes(where, sum(manifest["part_rows"][epoch])), epoch_sizes(path, epoch, manifest)
+    except (DataError, ValueError, OSError) as error:
+        yield Path(where).name, error.what if isinstance(error, DataError) else str(error)
+        return
+    if not (np.array_equal(stored.first, actual.first) and np.array_equal(stored.table, actual.table)):
+        yield Path(where).name, "they differ from those of the layouts"
 
 
 def _accounting(manifest: dict[str, Any]) -> Places:

@@ -19,6 +19,7 @@ from sdlm_megatron.ops.rank.stop import StopRequests, refuse_to_start
 from sdlm_megatron.ops.rank.watchdog import Watch
 
 if TYPE_CHECKING:
+    from sdlm_megatron.data.cut import StepGrid
     from sdlm_megatron.data.format import PackedDataset
     from sdlm_megatron.training.run_plan import RunPlan
 
@@ -99,7 +100,8 @@ def train(config: RunConfig, watch: Watch | None, *, profile: str | None = None,
     dataset = PackedDataset(config.data.path)
     plan = run_plan.make_run_plan(config, dataset, log)
     dp_size = world // (config.parallel.tensor * config.parallel.pipeline)
-    log(describe(plan.config, plan, dataset, dp_size))
+    grid = run_plan.make_grid(plan.config, dataset, plan.state.rows_per_step, dp_size)
+    log(describe(plan.config, plan, dataset, grid))
     if main_process and config.train.precision == "bf16" and (reason := slow_bf16()):
         log(f"note     {reason}: --train.precision=fp32 is faster here")
     validation = run_plan.open_validation(config, dataset)
@@ -122,7 +124,9 @@ def train(config: RunConfig, watch: Watch | None, *, profile: str | None = None,
     cpu.install()  # before anything imports megatron
     from sdlm_megatron.training.start import start_training
 
-    start_training(config, plan, dataset, validation, watch, profile_steps=profile_steps, find_nan=find_nan, log=log)
+    start_training(
+        config, plan, dataset, grid, validation, watch, profile_steps=profile_steps, find_nan=find_nan, log=log
+    )
 
 
 def _interleaved(parallel: ParallelConfig, shape: ModelConfig) -> str:
@@ -153,18 +157,11 @@ def _settings(config: RunConfig) -> list[str]:
     return words
 
 
-def describe(config: RunConfig, plan: "RunPlan", dataset: "PackedDataset", dp_size: int) -> str:
+def describe(config: RunConfig, plan: "RunPlan", dataset: "PackedDataset", grid: "StepGrid") -> str:
     """The run in five lines for the console: model, data, layout, step and length."""
-    from sdlm_megatron.data.order import micro_batches
-    from sdlm_megatron.training.run_plan import micro_batch_multiple
-
     shape, state, parallel = plan.state.shape, plan.state, config.parallel
-    multiple = micro_batch_multiple(parallel)
-    count = micro_batches(state.rows_per_step, dp_size, multiple)
-    idle = count * dp_size - state.rows_per_step
-    divisor = f"{dp_size}" + (
-        f" x {multiple}, data-parallel ranks x pipeline stages" if multiple > 1 else " data-parallel ranks"
-    )
+    rows = grid.ranks * grid.micro_batches
+    padding = 1 - state.rows_per_step * dataset.mean_tokens / (rows * grid.row_length)
     source = {"resume": f"resumes from {plan.source} at step {state.step}", "random": "random weights"}.get(
         plan.kind, f"starts from {plan.source}"
     )
@@ -175,9 +172,9 @@ def describe(config: RunConfig, plan: "RunPlan", dataset: "PackedDataset", dp_si
         f"data     {dataset.path}: {dataset.rows(0)} rows of {dataset.row_length} tokens, "
         f"{dataset.manifest['mean_documents_per_row']:.2f} documents per row, block size {dataset.block_size}",
         f"layout   TP {parallel.tensor} (sequence parallel {'on' if parallel.sequence else 'off'}) x PP "
-        f"{parallel.pipeline}{_interleaved(parallel, shape)} x DP {dp_size}, {', '.join(_settings(config))}",
-        f"step     {state.rows_per_step} rows = {count} micro-batches per data-parallel rank"
-        + (f" ({idle} empty in total: rows per step is not a multiple of {divisor})" if idle else ""),
+        f"{parallel.pipeline}{_interleaved(parallel, shape)} x DP {grid.ranks}, {', '.join(_settings(config))}",
+        f"step     {state.rows_per_step} rows' documents in {rows} rows of {grid.row_length} tokens, {padding:.1%} "
+        f"padding: {grid.micro_batches} micro-batches per data-parallel rank",
         f"length   {plan.steps} steps, {plan.total_rows} rows, learning rate {config.optimizer.lr:g} "
         f"{config.schedule.style}",
     ]

@@ -13,8 +13,10 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from sdlm_megatron.data.format import PartWriter, seal
+from sdlm_megatron.data.format import PackedDataset, PartWriter, seal
+from sdlm_megatron.data.order import locate
 from sdlm_megatron.diffusion.layout import RowLayout, block_count, draw_starts, pack_row
+from sdlm_megatron.diffusion.row import MicroBatch, make_micro_batch
 from sdlm_megatron.weights.hf_config import FAMILIES
 from sdlm_megatron.weights.tensors import TensorReader, read_rows
 from tests import ranks
@@ -122,6 +124,25 @@ FAMILY_FIELDS: dict[str, dict[str, object]] = {
     "smollm3": {"no_rope_layer_interval": 2, "pad_token_id": PAD},
 }
 """Fields of config.json by which the families differ, for small models."""
+
+
+def load_micro_batch(
+    dataset: PackedDataset, number: int | None, *, seed: int, next_token_weight: float = 0.0
+) -> MicroBatch:
+    """Row `number` of the run as it is in the dataset; None: an empty row."""
+    tokens, layout = pack_row([], block_size=dataset.block_size, mask_token_id=MASK)
+    if number is not None:
+        place = locate(number, dataset.rows, seed=seed)
+        tokens, layout = dataset.read(place.epoch, place.row)
+    return make_micro_batch(
+        tokens,
+        layout,
+        row_length=dataset.row_length,
+        pad_token_id=dataset.manifest["pad_token_id"],
+        eos_token_id=dataset.manifest["eos_token_id"],
+        rows=[number] * layout.n_docs,
+        next_token_weight=next_token_weight,
+    )
 
 
 def make_hf(

@@ -108,7 +108,7 @@ def measure(name: str) -> tuple[Measured, RowTokens]:
     batches = []
     for i in range(micro_batches):
         tokens, layout = packed_row(i)
-        made = make_micro_batch(tokens, layout, row_length=LENGTH, pad_token_id=0, eos_token_id=2, number=i)
+        made = make_micro_batch(tokens, layout, row_length=LENGTH, pad_token_id=0, eos_token_id=2)
         batches.append(engine.prepare(made))
     engine.train_step(batches, 1)
     parameters = [p for module in engine.modules for p in module.parameters()]

@@ -85,14 +85,13 @@ def pack_documents(
         rows[target].append(number)
         room[target] -= sizes[number]
     batches = []
-    for number, row in enumerate(rows):
+    for row in rows:
         content = [(i, documents[i].ids, documents[i].starts) for i in row]
         batch = make_micro_batch(
             *pack_row(content, block_size=block_size, mask_token_id=special["mask"]),
             row_length=tokens,
             pad_token_id=special["pad"],
             eos_token_id=special["eos"],
-            number=number,
             next_token_weight=next_token_weight,
         )
         batches.append(_drop_last_targets(batch))

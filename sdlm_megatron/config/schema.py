@@ -78,7 +78,7 @@ class DataConfig:
     """Folder of a held-out packed dataset with the same row length, block size and tokenizer; its loss is logged every
     observe.validate_every steps."""
     skip_rows: list[int] = field(default_factory=list)
-    """Row numbers of the run, as in spikes.jsonl, that are replaced by empty rows. All other rows keep their place."""
+    """Row numbers of the run, as in spikes.jsonl, whose documents are left out. All others stay in their steps."""
 
 
 @dataclass
@@ -102,6 +102,11 @@ class ParallelConfig:
     overlap_grad_reduce."""
     overlap_tensor: bool = False
     """Overlap tensor-parallel communication with matrix products. Needs TransformerEngine's layers."""
+
+    @property
+    def group(self) -> int:
+        """The number that divides a rank's micro-batches: the interleaved schedule processes them in groups of PP."""
+        return self.pipeline if self.virtual_pipeline > 1 else 1
 
 
 @dataclass
@@ -153,6 +158,9 @@ class TrainConfig:
     """Batch of one step, in global_batch_unit."""
     global_batch_unit: str = "documents"
     """documents (converted to rows by the dataset's mean documents per row) | rows."""
+    micro_batches: int = 0
+    """Micro-batches of a data-parallel rank and step. The documents of a step fill them; fewer have longer rows, which
+    take more memory. 0: the number with least padding."""
     stop_after: int = 0
     """Save and stop after this step; the schedule keeps its length. 0: run to the end."""
     precision: str = "bf16"
@@ -250,12 +258,12 @@ class FaultConfig:
     steps. 0 disables."""
     spike_factor: float = 8.0
     """A loss or gradient norm this many robust standard deviations above the median of the last 100 steps is a spike;
-    its worst rows are listed in RUN/spikes.jsonl. 0 disables."""
+    its worst documents are listed in RUN/spikes.jsonl. 0 disables."""
     replica_check_every: int = 0
     """Steps between bitwise comparisons of the weights of all data-parallel ranks. 0: never. With a distributed
     optimizer the weights are rewritten from one master at each update, so a wrong copy lasts for one step."""
     log_rows: bool = False
-    """Write the row numbers that each step loads to RUN/rows/ATTEMPT."""
+    """Write the documents that each step trains, and their rows, to RUN/rows/ATTEMPT."""
 
 
 @dataclass

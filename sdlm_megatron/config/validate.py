@@ -1,5 +1,6 @@
 """Checks of a configuration before anything is built. No check changes a setting."""
 
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -61,6 +62,7 @@ RANGES = {
     "train.steps": STEPS,
     "train.epochs": "[0, 10000]",
     "train.global_batch": "[1, 1e7]",
+    "train.micro_batches": "[0, 1e6]",
     "train.stop_after": STEPS,
     "train.recompute_layers": "[0, 10000]",
     "train.logits_mb": "(0, 1e6]",
@@ -157,6 +159,7 @@ def check_run(config: RunConfig, world_size: int) -> None:
     _check_checkpoint(config.checkpoint)
     _check_samples(config)
     _check_layers(config.train, config.parallel)
+    _check_micro_batches(config.train, config.parallel)
     _check_precision(config.train)
     _require(
         config.diffusion.next_token_weight or not config.train.next_token_balance,
@@ -244,6 +247,21 @@ def _check_parallel(parallel: ParallelConfig, world_size: int) -> None:
         f"{world_size} processes are not a multiple of tensor {parallel.tensor} x pipeline {parallel.pipeline}",
         "parallel",
         f"start a multiple of {model_size} processes, or change parallel.tensor / parallel.pipeline",
+    )
+
+
+def _check_micro_batches(train: TrainConfig, parallel: ParallelConfig) -> None:
+    _require(
+        train.micro_batches % parallel.group == 0,
+        f"micro_batches is {train.micro_batches}, but the interleaved schedule processes them in groups of pipeline",
+        "train.micro_batches",
+        f"set a multiple of {parallel.group}, or 0",
+    )
+    _require(
+        not train.micro_batches or train.loss_normalization == "targets",
+        "a loss by rows needs the dataset's rows, whose number decides the micro-batches",
+        "train.micro_batches",
+        "set train.loss_normalization=targets or micro_batches=0",
     )
 
 
@@ -352,6 +370,16 @@ def check_model(model: ModelConfig, config: RunConfig, row_length: int) -> None:
         _check_divisible("the dataset's row_length", row_length, "parallel.tensor", tp)
     if config.train.fp8 != "none":
         _check_fp8(model, tp, row_length // (tp if config.parallel.sequence else 1))
+
+
+def row_unit(row_length: int, parallel: ParallelConfig, train: TrainConfig) -> int:
+    """Number of tokens of which row lengths other than the dataset's are multiples, so that `check_model` accepts them.
+
+    About an 80th of a row, and no more than 64 tokens unless the layout needs it.
+    """
+    power = 1 << min(6, (row_length // 80).bit_length() - 1) if row_length >= 80 else 1
+    ranks, size = parallel.tensor if parallel.sequence else 1, FP8_MULTIPLE if train.fp8 != "none" else 1
+    return math.lcm(power, ranks * size)
 
 
 def _check_fp8(model: ModelConfig, tp: int, tokens: int) -> None:

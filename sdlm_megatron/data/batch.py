@@ -1,36 +1,82 @@
-"""Micro-batches of a step: rows of the run as tensors, loaded one step ahead by a background thread."""
+"""Micro-batches of a step: its documents as rows of tensors, loaded one step ahead by a background thread."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
 import torch
 
-from sdlm_megatron.data.format import PackedDataset
-from sdlm_megatron.data.order import locate
-from sdlm_megatron.diffusion.row import MicroBatch, empty_layout, make_micro_batch
+from sdlm_megatron.data.cut import StepDocuments, StepGrid, cut
+from sdlm_megatron.data.format import REBUILD, PackedDataset
+from sdlm_megatron.data.order import locate_many
+from sdlm_megatron.data.sample import step_documents
+from sdlm_megatron.diffusion.layout import RowLayout, join_documents, pick_document
+from sdlm_megatron.diffusion.row import MicroBatch, make_micro_batch
+from sdlm_megatron.errors import DataError
+
+Row = tuple[np.ndarray, RowLayout]
+"""Tokens int32 (used,) and layout."""
 
 
-def load_micro_batch(
-    dataset: PackedDataset, number: int | None, *, seed: int, next_token_weight: float = 0.0
-) -> MicroBatch:
-    """Row `number` of the run as a micro-batch; None returns an empty row (padding without targets)."""
-    if number is None:
-        tokens, layout = np.empty(0, dtype=np.int32), empty_layout(dataset.block_size)
-    else:
-        place = locate(number, dataset.rows, seed=seed)
-        tokens, layout = dataset.read(place.epoch, place.row)
-    return make_micro_batch(
-        tokens,
-        layout,
-        row_length=dataset.row_length,
-        pad_token_id=dataset.manifest["pad_token_id"],
-        eos_token_id=dataset.manifest["eos_token_id"],
-        number=number,
-        next_token_weight=next_token_weight,
-    )
+@dataclass(frozen=True)
+class StepLoader:
+    """Reads the micro-batches of steps. A step has the documents of the next `rows_per_step` rows of the run."""
+
+    dataset: PackedDataset
+    grid: StepGrid
+    rows_per_step: int
+    total_rows: int
+    """Rows of the run; its last step may have fewer."""
+    seed: int
+    skipped: frozenset[int] = frozenset()
+    """Rows of the run whose documents are left out."""
+    next_token_weight: float = 0.0
+
+    def load(self, consumed: int, rank: int) -> list[MicroBatch]:
+        """Micro-batches of data-parallel rank `rank` in the step after `consumed` rows.
+
+        All ranks have the same number of them, `grid.micro_batches` but for rare steps. Raises DataError if a row is
+        damaged.
+        """
+        end = min(consumed + self.rows_per_step, self.total_rows)
+        numbers = np.array([n for n in range(consumed, end) if n not in self.skipped], dtype=np.int64)
+        docs = step_documents(self.dataset, numbers, seed=self.seed)
+        places, count = cut(docs, self.grid)
+        own = [np.flatnonzero(places == m * self.grid.ranks + rank) for m in range(count)]
+        rows = self._read(np.unique(docs.rows[np.concatenate(own)]))
+        return [self._micro_batch(docs, members, rows) for members in own]
+
+    def _read(self, numbers: np.ndarray) -> dict[int, Row]:
+        """Tokens and layouts of rows of the run."""
+        places = locate_many(numbers, self.dataset.rows, seed=self.seed)
+        return {
+            number: self.dataset.read(epoch, row)
+            for epoch, some, rows in places
+            for number, row in zip(some.tolist(), rows.tolist(), strict=True)
+        }
+
+    def _micro_batch(self, docs: StepDocuments, members: np.ndarray, rows: dict[int, Row]) -> MicroBatch:
+        data = self.dataset
+        parts = []
+        for member in members.tolist():
+            row, index = rows[int(docs.rows[member])], int(docs.index[member])
+            parts.append(pick_document(*row, index))
+            if parts[-1][1].used != docs.tokens[member]:
+                what = f"document {parts[-1][1].doc_ids[0]} has {parts[-1][1].used} tokens, not {docs.tokens[member]}"
+                raise DataError(f"the sizes of documents are not those of the rows: {what}", str(data.path), REBUILD)
+        tokens, layout = join_documents(parts, data.block_size, data.target_shift)
+        return make_micro_batch(
+            tokens,
+            layout,
+            row_length=self.grid.row_length,
+            pad_token_id=data.manifest["pad_token_id"],
+            eos_token_id=data.manifest["eos_token_id"],
+            rows=docs.rows[members].tolist(),
+            next_token_weight=self.next_token_weight,
+        )
 
 
 class Prefetch:

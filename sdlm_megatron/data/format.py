@@ -5,6 +5,7 @@
       epoch0.00000.rows.bin/.idx       Megatron-Core indexed dataset, int32: tokens of each row (clean, then blocks)
       epoch0.00000.layout.bin/.idx     indexed dataset, int32: crc32 of the row and RowLayout.to_ints()
       epoch0.00001.rows.bin…           next part of the epoch
+      epoch0.sizes.bin/.idx            sizes of all documents of the epoch, derived from its layouts (sizes.py)
 
 Padding is not stored; positions and targets are derived (diffusion.layout), so stored data cannot contradict them.
 An epoch is split into parts so that several processes can write it. Each row carries a crc32 of its tokens and layout
@@ -25,9 +26,10 @@ from typing import Any
 import numpy as np
 
 from sdlm_megatron.data.indexed import IndexedReader, IndexedWriter
+from sdlm_megatron.data.sizes import EpochSizes, read_sizes, scan_layouts, sizes_prefix, write_sizes
 from sdlm_megatron.diffusion.layout import IGNORE, RowLayout, slot_targets
 from sdlm_megatron.errors import DataError
-from sdlm_megatron.files import checked, most_open, read_json_object, regular_file, rename_whole, write_json
+from sdlm_megatron.files import checked, most_open, read_json_object, regular_file, rename_whole, sha256, write_json
 
 FORMAT = "sdlm-packed"
 VERSION = 2
@@ -37,7 +39,7 @@ REQUIRED = ("row_length", "max_document_length", "block_size", "repeat", "target
 KINDS = ("rows", "layout")
 MOST_TOKENS = 1 << 24
 """Largest row length and block size of a manifest; a row is held in memory several times."""
-_OPEN_PARTS = 64
+_OPEN_PARTS = 512
 """Parts that are open at once: a corpus may have more, with four files each, than a process may have open files."""
 REBUILD = "the file is damaged or was replaced: copy it again or rebuild the dataset"
 
@@ -179,6 +181,8 @@ def seal(
         "files": {name: files[name] for name in sorted(files)}
         | {name: entry for epoch in parts for part in epoch for name, entry in sorted(part.files.items())},
     }
+    for i in range(len(parts)):
+        manifest["files"] |= write_sizes(sizes_prefix(partial, i), epoch_sizes(partial, i, manifest))
     # The rename is the last step: a folder with the final name is complete.
     manifest["checksum"] = manifest_checksum(manifest)
     write_json(partial / "manifest.json", manifest)
@@ -190,6 +194,15 @@ def manifest_checksum(manifest: dict[str, Any]) -> str:
     """sha256 (hex) of a manifest without its `checksum` field."""
     content = {key: value for key, value in manifest.items() if key != "checksum"}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def epoch_sizes(folder: Path, epoch: int, manifest: dict[str, Any]) -> EpochSizes:
+    """Sizes of an epoch's documents, from its layouts. Raises DataError if they are damaged."""
+    names = [prefix(folder, epoch, part, "layout") for part in range(len(manifest["part_rows"][epoch]))]
+    try:
+        return scan_layouts(map(IndexedReader, names))
+    except (ValueError, OSError, IndexError) as error:
+        raise DataError(f"the layouts cannot be read: {error}", f"{folder}, epoch {epoch}", REBUILD) from None
 
 
 class PartReader:
@@ -252,13 +265,19 @@ class PackedDataset:
         self.row_length: int = self.manifest["row_length"]
         self.epochs: int = self.manifest["epochs"]
         self._edges = [np.cumsum([0, *self.part_rows(epoch)]) for epoch in range(self.epochs)]
+        self._sizes: dict[int, EpochSizes] = {}
         # All files are checked, but none is opened before a row of it is read.
         for epoch in range(self.epochs):
-            for part in range(len(self.part_rows(epoch))):
-                self._check_sizes(epoch, part)
+            self._check_sizes(epoch)
         # without self: in a reference cycle the files would stay open until the garbage collector runs
         reader = partial(PartReader, self.path, manifest=self.manifest)
         self._part = lru_cache(maxsize=most_open(_OPEN_PARTS, 16))(reader)
+
+    @property
+    def mean_tokens(self) -> float:
+        """Clean and block tokens of a row, over all prepared epochs."""
+        counts = self.manifest["counts"]
+        return sum(c["clean"] + c["block"] for c in counts) / max(1, sum(c["rows"] for c in counts))
 
     def rows(self, epoch: int) -> int:
         """Rows of an epoch. Epochs beyond the prepared ones reuse the prepared ones in turn."""
@@ -278,16 +297,36 @@ class PackedDataset:
             raise DataError(f"the row has {layout.used} tokens, the limit is {self.row_length}", where, REBUILD)
         return tokens, layout
 
-    def _check_sizes(self, epoch: int, part: int) -> None:
+    def sizes(self, epoch: int) -> EpochSizes:
+        """Sizes of all documents of an epoch. Raises DataError if they cannot be read."""
+        epoch %= self.epochs
+        if epoch not in self._sizes:
+            where = sizes_prefix(self.path, epoch)
+            names = [Path(where).name + suffix for suffix in (".bin", ".idx")]
+            if names[0] not in self.manifest["files"]:  # a dataset of an older version
+                self._sizes[epoch] = epoch_sizes(self.path, epoch, self.manifest)
+                return self._sizes[epoch]
+            try:
+                # every rank must see the same sizes: otherwise documents would be trained twice, or not at all
+                for name in names:
+                    if sha256(self.path / name) != self.manifest["files"][name].get("sha256"):
+                        raise ValueError(f"the sha256 of {name} differs from the manifest")
+                self._sizes[epoch] = read_sizes(where, self.rows(epoch))
+            except (ValueError, OSError) as error:
+                raise DataError(f"the sizes of documents cannot be read: {error}", where, REBUILD) from None
+        return self._sizes[epoch]
+
+    def _check_sizes(self, epoch: int) -> None:
         """Compares file sizes with the manifest, so that a truncated copy fails at start and not hours later."""
-        for kind in KINDS:
-            for suffix in (".bin", ".idx"):
-                file = Path(prefix(self.path, epoch, part, kind) + suffix)
-                expected = self.manifest["files"].get(file.name, {}).get("bytes")
-                regular_file(self.path, file.name, DataError)
-                if (size := file.stat().st_size) != expected:
-                    what = f"{file.name} has {size} bytes, the manifest says {expected}"
-                    raise DataError(what, str(file), REBUILD)
+        names = [prefix(self.path, epoch, part, kind) for part in range(len(self.part_rows(epoch))) for kind in KINDS]
+        if (sizes := sizes_prefix(self.path, epoch)) and f"{Path(sizes).name}.bin" in self.manifest["files"]:
+            names.append(sizes)
+        for file in (Path(name + suffix) for name in names for suffix in (".bin", ".idx")):
+            expected = self.manifest["files"].get(file.name, {}).get("bytes")
+            regular_file(self.path, file.name, DataError)
+            if (size := file.stat().st_size) != expected:
+                what = f"{file.name} has {size} bytes, the manifest says {expected}"
+                raise DataError(what, str(file), REBUILD)
 
 
 def origin(number: int, manifest: dict[str, Any]) -> str:

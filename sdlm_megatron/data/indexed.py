@@ -93,20 +93,23 @@ class IndexedReader:
         if index.stat().st_size != expected:
             raise ValueError(f"the index has {index.stat().st_size} bytes, {sequences} rows need {expected}")
         bytes_map = np.memmap(index, dtype=np.uint8, mode="r", offset=_HEADER.size)
-        self._lengths = bytes_map[: 4 * sequences].view(np.int32)
-        self._offsets = bytes_map[4 * sequences : 12 * sequences].view(np.int64)
+        self.lengths = bytes_map[: 4 * sequences].view(np.int32)
+        """int32 (sequences,)."""
+        self.offsets = bytes_map[4 * sequences : 12 * sequences].view(np.int64)
+        """int64 (sequences,), in bytes."""
         # A truncated data file would otherwise fail only when its last rows are read.
         size = os.path.getsize(prefix + ".bin")
-        if sequences and size != int(self._offsets[-1]) + 4 * int(self._lengths[-1]):
+        if sequences and size != int(self.offsets[-1]) + 4 * int(self.lengths[-1]):
             raise ValueError(f"the data file has {size} bytes, which does not match its index")
-        self._data = np.memmap(prefix + ".bin", dtype=np.int32, mode="r") if size else np.empty(0, np.int32)
+        self.integers = np.memmap(prefix + ".bin", dtype=np.int32, mode="r") if size else np.empty(0, np.int32)
+        """int32: those of all sequences."""
 
     def __len__(self) -> int:
-        return len(self._lengths)
+        return len(self.lengths)
 
     def __getitem__(self, number: int) -> np.ndarray:
         """A copy of sequence `number`, int32. Raises ValueError if the index leads out of the data."""
-        offset, length = int(self._offsets[number]), int(self._lengths[number])
-        if offset < 0 or offset % 4 or not 0 <= length <= min(self._longest, len(self._data) - offset // 4):
+        offset, length = int(self.offsets[number]), int(self.lengths[number])
+        if offset < 0 or offset % 4 or not 0 <= length <= min(self._longest, len(self.integers) - offset // 4):
             raise ValueError(f"its index has offset {offset} and length {length}; at most {self._longest} fit")
-        return np.array(self._data[offset // 4 : offset // 4 + length])
+        return np.array(self.integers[offset // 4 : offset // 4 + length])

@@ -1,11 +1,12 @@
 """Training order of the rows: a pure function of (seed, epoch), independent of the parallel layout.
 
 Rows are numbered 0, 1, 2, … over the whole run. `locate` maps a number to an epoch and a row of its file; a step takes
-the next `rows_per_step` numbers. The position of a run is therefore one integer: the rows consumed.
+the documents of the next `rows_per_step` rows, in micro-batches that cut.py packs anew. The position of a run is
+therefore one integer: the rows consumed.
 """
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -64,21 +65,16 @@ def locate(number: int, rows: Callable[[int], int], *, seed: int) -> Location:
     return Location(epoch, shuffled(number, rows(epoch), seed=seed, epoch=epoch))
 
 
-def micro_batches(rows_per_step: int, dp_size: int, multiple: int) -> int:
-    """Micro-batches per step on each data-parallel rank: enough for the step's rows, rounded up to `multiple`."""
-    return -(-rows_per_step // (dp_size * multiple)) * multiple
-
-
-def step_rows(
-    consumed: int, rows_per_step: int, total: int, *, dp_rank: int, dp_size: int, multiple: int = 1
-) -> list[int | None]:
-    """Row numbers of one step on one data-parallel rank, in micro-batch order; None is an empty row.
-
-    Row consumed + m*dp_size + dp_rank is micro-batch m of rank dp_rank. Every rank gets the same number of
-    micro-batches, a multiple of `multiple`. Where rows_per_step does not divide evenly or the data ends, empty rows
-    (padding only, no targets) fill the step; they do not change its loss.
-    """
-    last = min(consumed + rows_per_step, total)
-    steps = range(micro_batches(rows_per_step, dp_size, multiple))
-    numbers = (consumed + m * dp_size + dp_rank for m in steps)
-    return [n if n < last else None for n in numbers]
+def locate_many(
+    numbers: np.ndarray, rows: Callable[[int], int], *, seed: int
+) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """`locate` for ascending row numbers of the run, int64 (n,): for each of their epochs, the epoch, the numbers and
+    their file rows."""
+    epoch = before = 0
+    while len(numbers):
+        count = rows(epoch)
+        inside = numbers[numbers < before + count]
+        if len(inside):
+            yield epoch, inside, shuffled_many(inside - before, count, seed=seed, epoch=epoch)
+        numbers = numbers[len(inside) :]
+        epoch, before = epoch + 1, before + count

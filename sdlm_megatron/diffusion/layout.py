@@ -298,6 +298,37 @@ def add_blocks(clean: np.ndarray, layout: RowLayout, mask_token_id: int) -> np.n
     return tokens
 
 
+def pick_document(tokens: np.ndarray, layout: RowLayout, index: int) -> tuple[np.ndarray, RowLayout]:
+    """Document `index` of a row, as a row of its own: tokens int32 (used,) and layout."""
+    clean, block = int(layout.clean_lens[:index].sum()), int(layout.n_blocks[:index].sum())
+    after, blocks, size = clean + int(layout.clean_lens[index]), int(layout.n_blocks[index]), layout.block_size
+    begin = layout.n_clean + block * size
+    itself, starts = slice(index, index + 1), layout.starts[block : block + blocks]
+    alone = (
+        layout.doc_ids[itself],
+        layout.clean_lens[itself],
+        layout.n_blocks[itself],
+        starts,
+        size,
+        layout.target_shift,
+    )
+    return np.concatenate([tokens[clean:after], tokens[begin : begin + blocks * size]]), RowLayout(*alone)
+
+
+def join_documents(
+    documents: Sequence[tuple[np.ndarray, RowLayout]], block_size: int, target_shift: bool
+) -> tuple[np.ndarray, RowLayout]:
+    """Rows as one row, in their order: tokens int32 (used,) and layout."""
+    empty = np.empty(0, dtype=np.int32)
+    names = ("doc_ids", "clean_lens", "n_blocks", "starts")
+    whole = {name: np.concatenate([empty, *(getattr(layout, name) for _, layout in documents)]) for name in names}
+    clean = [tokens[: layout.n_clean] for tokens, layout in documents]
+    blocks = [tokens[layout.n_clean :] for tokens, layout in documents]
+    return np.concatenate([empty, *clean, *blocks]), RowLayout(
+        **whole, block_size=block_size, target_shift=target_shift
+    )
+
+
 def expand_document(
     clean_ids: np.ndarray, block_starts: np.ndarray, *, block_size: int, mask_token_id: int, eos_token_id: int
 ) -> ExpandedDocument:

@@ -1,6 +1,7 @@
 """Micro-batch of training: one packed row as tensors, complete for every pipeline stage."""
 
-from dataclasses import dataclass, is_dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, is_dataclass, replace
 from typing import Any, Protocol, Self
 
 import numpy as np
@@ -35,8 +36,10 @@ class MicroBatch:
     label_slots: torch.Tensor
     """(N,) slot 0..D-1 of each label row; D for a clean token."""
     layout: RowLayout
-    number: int | None
-    """Number of the row in the run; None for an empty row."""
+    rows: tuple[int, ...] = ()
+    """Number of the row of the run that each document of the layout comes from."""
+    label_documents: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64), compare=False)
+    """int64 (N,), on the host: index in the layout of each label row's document; -1 for the stand-in."""
     attention: Movable | None = None
     """Attention of the layers over this row; None: the model builds it from the layout."""
     label_weights: torch.Tensor | None = None
@@ -76,7 +79,7 @@ def make_micro_batch(
     row_length: int,
     pad_token_id: int,
     eos_token_id: int,
-    number: int | None,
+    rows: Sequence[int] = (),
     next_token_weight: float = 0.0,
 ) -> MicroBatch:
     """The tensors of one row.
@@ -87,7 +90,7 @@ def make_micro_batch(
         row_length: S; the row is padded to it.
         pad_token_id: token of the padding; any id will do, since padding has no target and no other token sees it.
         eos_token_id: token that closes a turn; see `row_targets`.
-        number: number of the row in the run.
+        rows: see MicroBatch.
         next_token_weight: above 0, clean tokens get targets with this weight too (`layout.next_token_targets`).
     """
     padded = np.full(row_length, pad_token_id, dtype=np.int64)
@@ -98,11 +101,18 @@ def make_micro_batch(
     if next_token_weight:
         targets[: layout.n_clean] = next_token_targets(tokens, layout, eos_token_id)
     index = np.flatnonzero(targets != IGNORE)
+    block = np.maximum(index - layout.n_clean, 0) // layout.block_size
+    documents = np.where(
+        index < layout.n_clean,
+        np.searchsorted(np.cumsum(layout.clean_lens), index, side="right"),
+        np.append(layout.block_documents(), 0)[block],
+    )
     if len(index):
         label_targets, slots = targets[index].astype(np.int64), (index - layout.n_clean) % layout.block_size
         slots[index < layout.n_clean] = layout.block_size
     else:  # without label rows, the last stage would skip the collectives of the loss and the other ranks would hang
         index, label_targets, slots = np.zeros(1, np.int64), np.full(1, IGNORE, np.int64), np.zeros(1, np.int64)
+        documents = np.full(1, -1)
     if next_token_weight:
         weights = torch.from_numpy(np.where(slots < layout.block_size, 1.0, next_token_weight).astype(np.float32))
     return MicroBatch(
@@ -112,12 +122,7 @@ def make_micro_batch(
         torch.from_numpy(label_targets),
         torch.from_numpy(slots),
         layout,
-        number,
+        tuple(rows),
+        documents,
         label_weights=weights,
     )
-
-
-def empty_layout(block_size: int) -> RowLayout:
-    """Layout of a row that is padding only."""
-    none = np.empty(0, dtype=np.int32)
-    return RowLayout(none, none, none, none, block_size)

@@ -212,6 +212,7 @@ class Engine:
         total, count = loss_terms(losses.total, batch.label_targets, batch.label_slots, size, by_row=by_row)
         slots = slot_sums(losses.nll, batch.label_targets, batch.label_slots, size + 1)
         sums = {"sums": torch.stack([total.detach().float(), count.float()]), "slots": slots}
+        sums["nll"] = losses.nll.detach()
         if losses.confidence is not None and losses.correct is not None:
             sums["metrics"] = measure(LabelRows(batch, losses.nll, losses.confidence, losses.correct, size))
         return total, count, sums
@@ -346,7 +347,7 @@ class EngineProposer:
             mask_token_id=self.mask_token_id,
             target_shift=self.engine.config.diffusion.target_shift is not False,
         )
-        row = make_micro_batch(tokens, layout, row_length=self.row_length, pad_token_id=0, eos_token_id=-1, number=None)
+        row = make_micro_batch(tokens, layout, row_length=self.row_length, pad_token_id=0, eos_token_id=-1)
         index = torch.arange(layout.n_clean, layout.used)  # the logits of all block tokens, with or without a target
         none = torch.zeros_like(index)
         logits = self.engine.logits(

@@ -7,8 +7,8 @@ with one all-reduce, waits for the device, and checks that loss and gradient nor
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -78,8 +78,13 @@ class QueuedStep:
     """float64 (2,) on the device: `Engine.running_losses` after the step; 0 on all processes but one."""
     rows: tuple[int, int, int]
     """Useful tokens, documents and visible pairs of this process's micro-batches."""
-    numbers: list[int | None]
-    """Row numbers of the run, in micro-batch order; None for empty rows."""
+    rows_of_documents: list[tuple[int, ...]]
+    """Of each micro-batch, the number of the row of the run that each of its documents comes from."""
+    documents: list[np.ndarray]
+    """Of each micro-batch, int32 (docs,), the number of each document in the dataset."""
+    targets: list[tuple[torch.Tensor, np.ndarray]]
+    """Of each micro-batch, where `sums` is: loss of each label row, float (N,) on the device, and its document's index
+    in the micro-batch, int64 (N,), -1 for none."""
     seconds: Callable[[], float]
     """Compute time before the gradient reduction, in seconds; see device.StepClock."""
 
@@ -112,7 +117,9 @@ def joined(parts: Sequence[QueuedStep], block_size: int) -> QueuedStep:
         sums=torch.cat(sums) if sums else None,
         metrics=_combine(metrics, block_size) if metrics else None,
         rows=(useful, documents, pairs),
-        numbers=[number for part in parts for number in part.numbers],
+        rows_of_documents=[rows for part in parts for rows in part.rows_of_documents],
+        documents=[numbers for part in parts for numbers in part.documents],
+        targets=[],
     )
 
 
@@ -129,7 +136,7 @@ def queued_step(
     running_losses: torch.Tensor | None = None,
 ) -> QueuedStep:
     """The QueuedStep of what forward_backward returned for each micro-batch. The host does not wait for the device."""
-    sums, metrics, rows = None, None, (0, 0, 0)
+    sums, metrics, rows, targets = None, None, (0, 0, 0), []
     # the ranks of a TP group hold the same numbers: one of them counts
     if groups.last_stage and groups.tp_rank == 0:
         sums = torch.stack([torch.cat([part["sums"][:, None], part["slots"]], dim=1) for part in outputs])
@@ -137,9 +144,11 @@ def queued_step(
             metrics = _combine([part["metrics"] for part in outputs], sums.shape[2] - 2)
         pairs = sum(visible_pairs(b.layout, causal_attn=causal_attn) for b in batches)
         rows = (sum(b.layout.used for b in batches), sum(b.layout.n_docs for b in batches), pairs)
+        targets = [(part["nll"], b.label_documents) for part, b in zip(outputs, batches, strict=True)]
     if sums is None or groups.dp_rank or running_losses is None:
         running_losses = torch.zeros(2, dtype=torch.float64, device=groups.device)
-    return QueuedStep(step, lr, sums, metrics, grad_norm, running_losses, rows, [b.number for b in batches], seconds)
+    origin = [b.rows for b in batches], [b.layout.doc_ids for b in batches]
+    return QueuedStep(step, lr, sums, metrics, grad_norm, running_losses, rows, *origin, targets, seconds)
 
 
 def read(
@@ -248,28 +257,48 @@ def _measured(block_size: int, values: Sequence[float], counts: Sequence[float])
     }
 
 
-def row_losses(queued: QueuedStep, groups: Groups) -> list[tuple[int, float]]:
-    """The rows of a step as (row number of the run, its mean loss), by ascending loss; all processes call it."""
-    local: list[tuple[int, float]] = []
-    if queued.sums is not None:
-        sums = queued.sums[:, :, 0].tolist()
-        local = [(n, t / c) for n, (t, c) in zip(queued.numbers, sums, strict=True) if n is not None and c]
-    return sorted(((row, loss) for rows in groups.gather(local) for row, loss in rows), key=lambda row: row[1])
+@dataclass(frozen=True, order=True)
+class DocumentLoss:
+    """A document of a step."""
+
+    loss: float
+    """Mean over its targets."""
+    row: int
+    """Number of the row of the run that it comes from."""
+    document: int
+    """Number in the dataset."""
+
+
+def document_losses(queued: QueuedStep, groups: Groups) -> list[DocumentLoss]:
+    """The documents of a step that have a target, by ascending loss, the same on all processes, which all call it.
+
+    Waits for the device."""
+    local: list[tuple[float, int, int]] = []
+    where = zip(queued.targets, queued.rows_of_documents, queued.documents, strict=bool(queued.targets))
+    for (nll, owners), rows, numbers in where:
+        values, real = nll.double().cpu().numpy(), owners >= 0
+        sums = np.bincount(owners[real], values[real], len(rows))
+        counts = np.bincount(owners[real], minlength=len(rows))
+        local += [
+            (total / count, row, int(number))
+            for total, count, row, number in zip(sums.tolist(), counts.tolist(), rows, numbers, strict=True)
+            if count
+        ]
+    losses = [DocumentLoss(*fields) for part in groups.gather(local) for fields in part]
+    return sorted(losses, key=lambda document: (not math.isfinite(document.loss), document))
 
 
 def _not_finite_error(queued: QueuedStep, result: StepResult, groups: Groups) -> TrainingError:
-    """The error for a step, with the rows whose loss is not finite, or all of its rows if only gradients are bad."""
-    rows = [number for number in queued.numbers if number is not None]
-    bad: list[Any] = []
-    if queued.sums is not None:
-        finite = queued.sums[:, :, 0].isfinite().all(1).tolist()
-        bad = [number for number, ok in zip(queued.numbers, finite, strict=True) if not ok]
-    gathered = groups.gather((bad, rows))
-    named = sorted({n for b, _ in gathered for n in b}) or sorted({n for _, r in gathered for n in r})
+    """The error for a step, with the rows that have a document whose loss is not finite, or all of its rows if only
+    gradients are bad."""
+    documents = document_losses(queued, groups)
+    bad = [document for document in documents if not math.isfinite(document.loss)]
+    named = sorted({document.row for document in bad or documents})
+    numbers = f", documents {sorted({document.document for document in bad})}" if bad else ""
     return TrainingError(
         f"step {queued.step}: loss {result.loss}, gradient norm {result.grad_norm}: not finite; "
         "the weights in memory are lost",
-        f"rows of the run {named}",
+        f"rows of the run {named}{numbers}",
         "start again to resume from the last checkpoint; use a lower optimizer.lr, or inspect the documents of "
         "these rows",
         queued.step,

@@ -151,9 +151,7 @@ def _row(config: RunConfig, length: int) -> MicroBatch:
     ids, starts = np.zeros(clean, np.int32), np.arange(1, blocks + 1, dtype=np.int32)
     tokens, layout = pack_row([(i, ids, starts) for i in range(_DOCUMENTS)], block_size=size, mask_token_id=0)
     weight = config.diffusion.next_token_weight
-    return make_micro_batch(
-        tokens, layout, row_length=length, pad_token_id=0, eos_token_id=1, number=0, next_token_weight=weight
-    )
+    return make_micro_batch(tokens, layout, row_length=length, pad_token_id=0, eos_token_id=1, next_token_weight=weight)
 
 
 def static_bytes(engine: "Engine") -> dict[str, int]:

@@ -4,7 +4,6 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from sdlm_megatron.config.schema import ModelConfig, ParallelConfig, RunConfig, TrainConfig
-from sdlm_megatron.data.order import micro_batches
 from sdlm_megatron.weights.names import padded_vocab
 
 BYTES = {"bf16": 2, "fp32": 4}
@@ -77,12 +76,6 @@ class ParallelLayout:
         """Bytes of a gradient in the buffers that are summed over micro-batches and data parallelism."""
         return BYTES[self.train.gradient_dtype]
 
-    def micro_batches(self, rows: int) -> int:
-        """Micro-batches per data-parallel rank of a step of `rows` rows."""
-        # the interleaved schedule processes them in groups of PP
-        multiple = self.pipeline if self.virtual > 1 else 1
-        return micro_batches(rows, self.data, multiple)
-
     def recomputed_layers(self, layers: int) -> int:
         """Layers of a model chunk of `layers` layers that full recomputation runs again."""
         if self.train.recompute != "full":
@@ -102,7 +95,8 @@ class ParallelLayout:
     def settings(self) -> dict[str, object]:
         """Settings of a run with this layout."""
         train = {"layers": self.kernels.name}
-        train |= {key: getattr(self.train, key) for key in ("gradient_dtype", "fp8", "recompute", "recompute_layers")}
+        keys = ("gradient_dtype", "fp8", "micro_batches", "recompute", "recompute_layers")
+        train |= {key: getattr(self.train, key) for key in keys}
         return {f"parallel.{key}": value for key, value in asdict(self.parallel).items()} | {
             f"train.{key}": value for key, value in train.items()
         }

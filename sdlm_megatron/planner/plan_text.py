@@ -1,6 +1,5 @@
 """Output of the planner: one screen of text for people, a dictionary for programs."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import fields
 from itertools import zip_longest
@@ -23,6 +22,7 @@ COLUMNS = (
     "dist. opt.",
     "recompute",
     "layers",
+    "micro-batches",
     "GB",
     "step s",
     "hours",
@@ -114,6 +114,7 @@ def table(plans: Sequence[LayoutPlan], labels: Sequence[str]) -> str:
                 "yes" if at.parallel.distributed_optimizer else "no",
                 _recompute(plan),
                 {"transformer_engine": "TE"}.get(at.kernels.name, at.kernels.name),
+                f"{plan.grid.micro_batches} x {plan.grid.row_length}",
                 f"{plan.memory.total / 1e9:.1f}",
                 f"{plan.time.total:.3f}",
                 f"{plan.seconds / 3600:.1f}",
@@ -130,23 +131,18 @@ def table(plans: Sequence[LayoutPlan], labels: Sequence[str]) -> str:
 
 def batch_note(plan: LayoutPlan) -> str:
     """Effect of the size of the global batch on this number of GPUs."""
-    at, size = plan.layout, plan.layout.tensor * plan.layout.pipeline
-    slots = plan.micro_batches * at.data
+    at, grid, size = plan.layout, plan.grid, plan.layout.tensor * plan.layout.pipeline
     lines = [
-        f"global batch: {plan.rows} rows per step, {plan.rows / at.gpus:.2f} per GPU. Each of {at.data} data-parallel "
-        f"ranks ({size} GPU{'s' if size > 1 else ''}) runs {plan.micro_batches} micro-batches; {plan.empty_rows} of "
-        f"{slots} are empty ({plan.empty_rows / slots:.1%})."
+        f"global batch: the documents of {plan.rows} rows per step, {plan.rows / at.gpus:.2f} rows per GPU, are cut "
+        f"into {grid.micro_batches * grid.ranks} rows of {grid.row_length:,} tokens, {plan.padding:.1%} padding: "
+        f"{grid.micro_batches} micro-batches for each of {at.data} data-parallel ranks ({size} GPU"
+        f"{'s' if size > 1 else ''}).",
+        f"  Most visible pairs over their mean: {plan.spread[0]:.2f} of a row, {plan.spread[1]:.2f} of a rank.",
     ]
-    needed = math.ceil(plan.rows / plan.micro_batches) * size
-    if needed < at.gpus:
+    if plan.padding > 0.05:
         lines.append(
-            f"  {needed} GPUs would be as fast as {at.gpus}: they need the same {plan.micro_batches} micro-batches per "
-            "rank."
-        )
-    for rows, micro_batches, hours in plan.roundings:
-        lines.append(
-            f"  Rounding decides: {'from' if rows > plan.rows else 'up to'} {rows} rows "
-            f"({rows / plan.rows - 1:+.1%}) a step takes {micro_batches} micro-batches, the run {hours:,.0f} GPU-hours."
+            f"  Fewer data-parallel ranks would have less padding: rows must hold the longest document, "
+            f"{plan.planner.work.row.length:,} tokens, and micro-batches come in groups of {at.parallel.group}."
         )
     if at.gpus > plan.rows:
         lines.append(
@@ -194,7 +190,9 @@ def as_dict(plan: LayoutPlan, price: float) -> dict[str, Any]:
         "step_seconds": {**vars(plan.time), "total": plan.time.total},
         "rows_per_step": plan.rows,
         "micro_batches": plan.micro_batches,
-        "empty_rows": plan.empty_rows,
+        "row_length": plan.grid.row_length,
+        "padding": plan.padding,
+        "pairs_spread": dict(zip(("row", "rank"), plan.spread, strict=True)),
         "steps": plan.steps,
         "flops": plan.flops,
         "mfu": plan.mfu,
@@ -203,7 +201,6 @@ def as_dict(plan: LayoutPlan, price: float) -> dict[str, Any]:
         "host_binds": plan.time.host > 0,
         "band_hours": [p.seconds / 3600 for p in plan.band],
         "band_gpu_hours": [p.gpu_hours for p in plan.band],
-        "roundings": [dict(zip(("rows", "micro_batches", "gpu_hours"), x, strict=True)) for x in plan.roundings],
         "hours": plan.seconds / 3600,
         "gpu_hours": plan.gpu_hours,
         "cost_usd": plan.gpu_hours * price if price else None,

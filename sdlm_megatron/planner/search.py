@@ -5,10 +5,11 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from sdlm_megatron.config.schema import ModelConfig, RunConfig
-from sdlm_megatron.config.validate import check_model, check_run
+from sdlm_megatron.config.validate import check_model, check_run, row_unit
+from sdlm_megatron.data.cut import StepGrid
 from sdlm_megatron.errors import ConfigError
 from sdlm_megatron.planner.assumptions import Assumptions, Device, Range, device_of
-from sdlm_megatron.planner.memory import GpuMemory, peak_memory
+from sdlm_megatron.planner.memory import GpuMemory, RowTokens, peak_memory
 from sdlm_megatron.planner.parallel_layout import ON_GPU, Kernels, ParallelLayout, layout_of
 from sdlm_megatron.planner.step_time import Costs, StepTime, step_time
 from sdlm_megatron.planner.workload import Workload, rows_per_step, steps, workload
@@ -17,8 +18,7 @@ MOST_CHUNKS = 8
 """Largest number of model chunks per stage that the search tries."""
 CLOSE = 0.02
 """Differences in time below this share are within the error of the model."""
-NEAR = 0.10
-"""Share of a step's rows by which documents may turn out longer or shorter than assumed."""
+_OF_MIXTURE = {"documents", "content_tokens", "template_tokens", "length_spread", "response_share", "repeat", "fill"}
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,11 @@ class LayoutPlan:
     """Bytes available to tensors on a GPU."""
     time: StepTime
     rows: int
-    """Rows per step."""
-    micro_batches: int
-    """Micro-batches per data-parallel rank and step."""
+    """Rows of the dataset per step."""
+    grid: StepGrid
+    """The rows that their documents are cut into."""
+    spread: tuple[float, float]
+    """Largest visible pairs over their mean: of a row, and of the sum of a rank."""
     steps: int
     seconds: float
     """Duration of the run, with checkpoints, starts and stops."""
@@ -54,9 +56,16 @@ class LayoutPlan:
         return self.seconds * self.layout.gpus / 3600
 
     @property
-    def empty_rows(self) -> int:
-        """Empty rows per step that fill the last micro-batches."""
-        return self.micro_batches * self.layout.data - self.rows
+    def micro_batches(self) -> int:
+        """Micro-batches per data-parallel rank and step."""
+        return self.grid.micro_batches
+
+    @property
+    def padding(self) -> float:
+        """Share of a step's tokens that is padding."""
+        row = self.planner.work.row
+        tokens = self.grid.ranks * self.grid.micro_batches * self.grid.row_length
+        return 1 - self.rows * (row.clean + row.block) / tokens
 
     @cached_property
     def band(self) -> tuple["LayoutPlan", "LayoutPlan"]:
@@ -68,23 +77,6 @@ class LayoutPlan:
                 for at, pick in ((fast, min), (slow, max))
             )
         return fast, slow
-
-    @property
-    def roundings(self) -> list[tuple[int, int, float]]:
-        """(rows, micro-batches, GPU-hours) of the nearest steps with fewer and with more micro-batches, if NEAR.
-
-        Rows of a step follow from the mean length of documents, and micro-batches from rows by rounding up, so a small
-        error of the one can be a large one of the other.
-        """
-        if self.planner.config.train.global_batch_unit == "rows":
-            return []
-        at, nearest = self.layout, []
-        group = at.pipeline if at.virtual > 1 else 1
-        for rows in ((self.micro_batches - group) * at.data, self.micro_batches * at.data + 1):
-            if rows > 0 and abs(rows - self.rows) <= NEAR * self.rows:
-                share = step_time(self.costs, rows).total / self.time.total
-                nearest.append((rows, at.micro_batches(rows), self.gpu_hours * share))
-        return nearest
 
 
 @dataclass(frozen=True)
@@ -103,7 +95,8 @@ class Planner:
     def change(self, values: Mapping[str, float]) -> "Planner":
         """The planner with other assumptions."""
         assumed = replace(self.assumed, **values)
-        work = self.work if self.data else workload(self.config, "", assumed)
+        same = self.data or not values.keys() & {*_OF_MIXTURE, "row_length"}
+        work = self.work if same else workload(self.config, "", assumed)
         return replace(self, assumed=assumed, work=work, device=device_of(self.device.name, assumed))
 
     @property
@@ -122,8 +115,11 @@ class Planner:
 
     def plan(self, layout: ParallelLayout) -> LayoutPlan:
         """The plan of a layout, whether or not it fits."""
-        rows, costs = self.rows, Costs(self.model, layout, self.work, self.device, self.assumed)
-        time = step_time(costs, rows)
+        rows, grid = self.rows, self.grid(layout)
+        spread = self.work.sample.spread(rows, grid)
+        work = self.work.scaled(grid.row_length, rows / (grid.ranks * grid.micro_batches))
+        costs = Costs(self.model, layout, work, self.device, self.assumed)
+        time = step_time(costs, grid.micro_batches, spread[1])
         count = steps(self.config, self.work, rows)
         flops = self.work.row_flops(self.model) * rows
         return LayoutPlan(
@@ -132,7 +128,8 @@ class Planner:
             room=self.room,
             time=time,
             rows=rows,
-            micro_batches=layout.micro_batches(rows),
+            grid=grid,
+            spread=spread,
             steps=count,
             seconds=time.total * count / (1 - self.assumed.lost_time),
             mfu=flops / (time.total * layout.gpus * self.device.peak),
@@ -143,12 +140,31 @@ class Planner:
 
     def memory(self, layout: ParallelLayout) -> GpuMemory:
         """Memory of the stage that needs most."""
-        return peak_memory(self.model, layout, self.work.row, layout.micro_batches(self.rows))
+        grid = self.grid(layout)
+        return peak_memory(self.model, layout, self.full_row(grid), grid.micro_batches)
+
+    def grid(self, layout: ParallelLayout) -> StepGrid:
+        """The rows of a step in a layout."""
+        length, train = self.work.row.length, layout.train
+        parallel = (layout.data, layout.parallel.group, row_unit(length, layout.parallel, train))
+        by_row = train.loss_normalization == "rows"
+        return self.work.sample.grid(self.rows, length, parallel, (train.micro_batches, by_row))
+
+    def full_row(self, grid: StepGrid) -> RowTokens:
+        """A row of a step that documents fill."""
+        return self.work.scaled(grid.row_length, grid.row_length / self.work.row.length).row
 
     def best(self, gpus: int) -> list[LayoutPlan]:
         """The layouts that fit on `gpus` GPUs, fastest first."""
-        plans = (self._fitting(layout) for layout in self.layouts(gpus))
+        plans = (self._fitting(layout) for longest in self.layouts(gpus) for layout in self._shorter_rows(longest))
         return sorted((p for p in plans if p is not None), key=lambda p: (p.seconds, p.memory.total))
+
+    def _shorter_rows(self, layout: ParallelLayout) -> list[ParallelLayout]:
+        """The layout, and the one with more micro-batches if that makes rows shorter: they take less memory."""
+        grid = self.grid(layout)
+        if layout.train.micro_batches or grid.row_length == self.work.row.length:
+            return [layout]
+        return [layout, layout.change(micro_batches=grid.micro_batches + grid.multiple)]
 
     def _fitting(self, layout: ParallelLayout) -> LayoutPlan | None:
         """The layout with the least recomputation that fits; None if it does not fit even with all layers."""
@@ -224,7 +240,8 @@ def recommended(plans: list[LayoutPlan]) -> LayoutPlan | None:
 
     def complexity(plan: LayoutPlan) -> tuple:
         at = plan.layout
-        return at.train.recompute != "none", at.virtual, at.pipeline * at.tensor, at.pipeline, plan.seconds
+        plain = at.train.recompute != "none", at.train.micro_batches > 0
+        return *plain, at.virtual, at.pipeline * at.tensor, at.pipeline, plan.seconds
 
     near = [p for p in plans if p.seconds <= plans[0].seconds * (1 + CLOSE)]
     return min(near, key=complexity, default=None)

@@ -58,7 +58,7 @@ def run_simulation(planner: Planner, plan: LayoutPlan, ranks: Sequence[int]) -> 
         "train": asdict(plan.layout.train) | {"layers": "megatron", "fp8": "none"},
         "gpus": plan.layout.gpus,
         "ranks": list(ranks),
-        "row_length": row.length,
+        "row_length": plan.grid.row_length,
         "micro_batches": simulated_micro_batches(plan),
         "steps": max(plan.steps, config.schedule.warmup_steps + config.schedule.decay_steps + 1),
     }
@@ -86,5 +86,5 @@ def simulation_text(planner: Planner, plan: LayoutPlan, ranks: Sequence[Simulate
 
 def planned(planner: Planner, plan: LayoutPlan, rank: SimulatedRank) -> dict[str, float]:
     """The planner's bytes of weights, gradients and optimizer state on the stage of a rank."""
-    memory = stage_memory(planner.model, plan.layout, planner.work.row, plan.micro_batches, rank.stage)
+    memory = stage_memory(planner.model, plan.layout, planner.full_row(plan.grid), plan.micro_batches, rank.stage)
     return {name: getattr(memory, name) for name in FIXED}

@@ -38,7 +38,7 @@ class StepTime:
     elementwise: float = labeled("norms, RoPE, SwiGLU, residuals")
     weight_gradients: float = labeled("weight gradients of the layers")  # their sum over micro-batches
     recompute: float = labeled("recomputation")
-    empty_rows: float = labeled("empty rows")  # which fill the last micro-batches, on the GPUs that have fewest
+    imbalance: float = labeled("attention of the rank with most visible pairs")  # what it has above the mean
     host: float = labeled("waiting for launches by the host")
     tensor_communication: float = labeled("tensor-parallel communication")
     pipeline_bubble: float = labeled("pipeline bubble")
@@ -144,16 +144,12 @@ def _passes(c: Costs) -> tuple[float, float, float, float]:
     return sum(part.values()), again, _tensor_communication(c, share), head_time(c)
 
 
-def step_time(c: Costs, rows: int) -> StepTime:
-    """Time of a step of `rows` rows."""
+def step_time(c: Costs, micro_batches: int, spread: float) -> StepTime:
+    """Time of a step. `spread`: visible pairs of the rank with most, over the ranks' mean."""
     layout, assumed = c.layout, c.assumed
-    micro_batches = layout.micro_batches(rows)
     part, (layers, again, tensor, head), host = row_time(c), _passes(c), host_time(c)
     per_row = layers + again + tensor
     slowest = per_row + head  # the last stage
-    spared = part["attention"] + head  # by an empty row
-    mean, most = rows / layout.data, math.ceil(rows / layout.data)  # rows of a rank
-    useful = mean / micro_batches
     pipes = _pipeline_communication(c, micro_batches)
     # all stages wait for the head on the last one; the bubble is the time the first and last micro-batch travel
     travel = (layout.pipeline - 1) / layout.virtual
@@ -161,14 +157,11 @@ def step_time(c: Costs, rows: int) -> StepTime:
     data = _data_communication(c, longest / 3, 2 * longest / 3)
     optimizer = _optimizer(c)
     items = {
-        **{name: seconds * micro_batches * useful for name, seconds in part.items()},
-        "head": head * micro_batches * useful,
-        "recompute": again * micro_batches * useful,
-        # the rank with most rows decides
-        "empty_rows": (layers + again + head - spared) * (micro_batches - mean) + spared * (most - mean),
-        "host": (longest - slowest) * most
-        + max(0.0, host - slowest + spared) * (micro_batches - most)
-        + max(0.0, host - per_row) * travel,
+        **{name: seconds * micro_batches for name, seconds in part.items()},
+        "imbalance": part["attention"] * micro_batches * (spread - 1),
+        "head": head * micro_batches,
+        "recompute": again * micro_batches,
+        "host": (longest - slowest) * micro_batches + max(0.0, host - per_row) * travel,
         "tensor_communication": tensor * micro_batches,
         "pipeline_bubble": travel * per_row,
         "pipeline_communication": pipes,

@@ -9,9 +9,8 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from sdlm_megatron.chat.passes import token_texts
-from sdlm_megatron.data.batch import load_micro_batch
+from sdlm_megatron.data.batch import StepLoader
 from sdlm_megatron.data.format import PackedDataset
-from sdlm_megatron.data.order import step_rows
 from sdlm_megatron.data.tokenizer_identity import has_tokenizer
 from sdlm_megatron.diffusion.decode import Decoded, decode
 from sdlm_megatron.diffusion.row import MicroBatch
@@ -21,7 +20,6 @@ from sdlm_megatron.metrics.metric_table import VALIDATION
 from sdlm_megatron.metrics.sinks import sample_table
 from sdlm_megatron.parallel.engine import EngineProposer
 from sdlm_megatron.training.hooks import Hook, TrainingRun
-from sdlm_megatron.training.run_plan import micro_batch_multiple
 from sdlm_megatron.training.sample_prompts import NEW_TOKENS, SamplePrompt, choose_prompts
 
 THRESHOLD = 0.9
@@ -66,25 +64,18 @@ class ValidationHook(Hook):
         return {**fields, "val_targets": result.targets, "val_rows": self.rows}
 
     def _steps(self) -> Iterator[list[MicroBatch]]:
-        """This rank's rows, as many at a time as a training step has.
+        """This rank's micro-batches, with the documents of as many rows at a time as a training step has.
 
         They are the first rows of the training order with a fixed seed: a random sample of all held-out rows, and the
         same in every validation and every run.
         """
-        run, groups = self.run, self.run.engine.groups
+        run = self.run
         together = run.state.rows_per_step
+        # the same weight as in training: val_loss and loss are comparable
+        weight = run.config.diffusion.next_token_weight
+        loader = StepLoader(self.dataset, run.grid, together, self.rows, seed=0, next_token_weight=weight)
         for begin in range(0, self.rows, together):
-            numbers = step_rows(
-                begin,
-                together,
-                self.rows,
-                dp_rank=groups.dp_rank,
-                dp_size=groups.dp_size,
-                multiple=micro_batch_multiple(run.config.parallel),
-            )
-            weight = run.config.diffusion.next_token_weight
-            # the same weight as in training: val_loss and loss are comparable
-            yield [load_micro_batch(self.dataset, n, seed=0, next_token_weight=weight) for n in numbers]
+            yield loader.load(begin, run.engine.groups.dp_rank)
 
 
 def summary_line(record: dict[str, Any], seconds: float) -> str:

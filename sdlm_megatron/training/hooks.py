@@ -14,6 +14,7 @@ from typing import Self
 
 from sdlm_megatron.checkpoint.async_writer import CheckpointWriter
 from sdlm_megatron.config.schema import RunConfig
+from sdlm_megatron.data.cut import StepGrid
 from sdlm_megatron.data.format import PackedDataset
 from sdlm_megatron.diffusion.row import MicroBatch
 from sdlm_megatron.metrics.sinks import Record, Sinks
@@ -34,6 +35,7 @@ class TrainingRun:
     plan: RunPlan
     engine: Engine
     dataset: PackedDataset
+    grid: StepGrid
     watch: Watch
     sinks: Sinks | None
     """On the main process only."""

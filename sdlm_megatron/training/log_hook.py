@@ -75,7 +75,7 @@ class LogHook(Hook):
     def _record(self, step: int, steps: Sequence[StepResult], step_time: float) -> dict[str, float | int | str]:
         """The fields that the loop itself knows; an unknown MFU is left out instead of written as 0."""
         run, result, device = self.run, steps[-1], self.run.engine.groups.device
-        tokens = run.state.rows_per_step * run.dataset.row_length  # empty rows that fill up micro-batches not counted
+        tokens = run.grid.ranks * run.grid.micro_batches * run.grid.row_length  # with padding
         useful = sum(r.useful_tokens for r in steps) / len(steps)
         mfu = self._mfu(steps, step_time * len(steps))
         return {

@@ -9,9 +9,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sdlm_megatron.config.schema import DiffusionConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
-from sdlm_megatron.config.validate import check_model, check_schedule, resolve_shape
+from sdlm_megatron.config.schema import DiffusionConfig, ModelConfig, RunConfig, TrainConfig
+from sdlm_megatron.config.validate import check_model, check_schedule, resolve_shape, row_unit
+from sdlm_megatron.data.cut import StepGrid, choose_grid
 from sdlm_megatron.data.format import PackedDataset
+from sdlm_megatron.data.sample import sample_steps
 from sdlm_megatron.data.tokenizer_identity import TEXT_MASK, same_tokenizer
 from sdlm_megatron.errors import CheckpointError, ConfigError, DataError
 from sdlm_megatron.weights.checkpoint_folder import TrainState, newest, read_run, read_state, step_of
@@ -26,7 +28,7 @@ KEPT, TAKEN, REFUSED = "kept", "taken", "refused"
 _CLASSES = {
     KEPT: "model checkpoint.base",
     TAKEN: "run_dir data parallel checkpoint observe fault train.steps train.epochs train.stop_after train.attention "
-    "train.layers train.recompute train.recompute_layers train.logits_mb",
+    "train.layers train.micro_batches train.recompute train.recompute_layers train.logits_mb",
     REFUSED: "diffusion optimizer schedule train.seed train.global_batch train.global_batch_unit train.precision "
     "train.gradient_dtype train.fp8 train.loss_normalization",
 }
@@ -344,9 +346,18 @@ def _resumed_length(
     return total, steps
 
 
-def micro_batch_multiple(parallel: ParallelConfig) -> int:
-    """The number that divides the micro-batches of a rank: the interleaved schedule processes them in groups of PP."""
-    return parallel.pipeline if parallel.virtual_pipeline > 1 else 1
+def make_grid(config: RunConfig, dataset: PackedDataset, rows_per_step: int, ranks: int) -> StepGrid:
+    """The grid of a run on `ranks` data-parallel ranks: the same on every process, and after a resume."""
+    return choose_grid(
+        sample_steps(dataset, rows_per_step, seed=config.train.seed),
+        rows_per_step,
+        dataset.row_length,
+        ranks=ranks,
+        multiple=config.parallel.group,
+        unit=row_unit(dataset.row_length, config.parallel, config.train),
+        micro_batches=config.train.micro_batches,
+        whole_rows=config.train.loss_normalization == "rows",
+    )
 
 
 def parse_profile_steps(text: str) -> tuple[int, int]:

@@ -16,6 +16,7 @@ from sdlm_megatron.checkpoint.restore import damage
 from sdlm_megatron.config.load import save_config
 from sdlm_megatron.config.schema import RunConfig
 from sdlm_megatron.config.secret_text import mask_values
+from sdlm_megatron.data.cut import StepGrid
 from sdlm_megatron.data.format import PackedDataset
 from sdlm_megatron.errors import CheckpointError
 from sdlm_megatron.metrics.console import Console
@@ -42,6 +43,7 @@ def start_training(
     config: RunConfig,
     plan: RunPlan,
     dataset: PackedDataset,
+    grid: StepGrid,
     validation: PackedDataset | None,
     watch: Watch,
     *,
@@ -53,6 +55,7 @@ def start_training(
 
     Args:
         plan: this process's own; the processes agree on one here.
+        grid: rows of a step.
         validation: held-out rows, or None.
         profile_steps: first and last step to profile.
         find_nan: step to search for the module where numbers stop being finite; 0: none.
@@ -67,7 +70,7 @@ def start_training(
         plan.state.shape,
         groups,
         max_positions=dataset.row_length + config.diffusion.block_size,
-        row_length=dataset.row_length,
+        row_length=grid.row_length,
         steps=plan.steps,
         initialize=plan.kind == "random",  # weights that are loaded would overwrite random ones
     )
@@ -75,7 +78,7 @@ def start_training(
     log(f"attention {engine.attention.text}")
     log(f"layers {engine.layers.text}; {optimizer_text()}")
     sinks = _open_sinks(config, plan, watch, groups) if groups.main else None
-    run = TrainingRun(config, plan, engine, dataset, watch, sinks, plan.state)
+    run = TrainingRun(config, plan, engine, dataset, grid, watch, sinks, plan.state)
     with sinks or nullcontext():
         Trainer(run, make_hooks(run, validation, profile_steps, find_nan)).fit()
     watch.at("end")  # leaving the process groups waits for all processes, and may hang

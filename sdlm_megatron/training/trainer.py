@@ -9,12 +9,10 @@ import torch
 from torch.profiler import record_function
 
 from sdlm_megatron.checkpoint import restore
-from sdlm_megatron.data.batch import Prefetch, load_micro_batch
-from sdlm_megatron.data.order import step_rows
+from sdlm_megatron.data.batch import Prefetch, StepLoader
 from sdlm_megatron.diffusion.row import MicroBatch
 from sdlm_megatron.parallel.results import QueuedStep
 from sdlm_megatron.training.hooks import Hook, TrainingRun
-from sdlm_megatron.training.run_plan import micro_batch_multiple
 
 
 class Trainer:
@@ -27,7 +25,15 @@ class Trainer:
 
     def __init__(self, run: TrainingRun, hooks: Sequence[Hook]) -> None:
         self.run, self.hooks = run, hooks
-        self._skipped_rows = frozenset(run.config.data.skip_rows)
+        self._loader = StepLoader(
+            run.dataset,
+            run.grid,
+            run.state.rows_per_step,
+            run.plan.total_rows,
+            run.config.train.seed,
+            frozenset(run.config.data.skip_rows),
+            run.config.diffusion.next_token_weight,
+        )
         self._queued: list[QueuedStep] = []
         """Steps whose results have not been read yet: the device may still be working on them."""
 
@@ -135,20 +141,8 @@ class Trainer:
 
     def _load(self, consumed: int) -> list[MicroBatch]:
         """This rank's micro-batches of the step after `consumed` rows; the same on its TP and PP ranks."""
-        run, groups, config = self.run, self.run.engine.groups, self.run.config
-        numbers = step_rows(
-            consumed,
-            run.state.rows_per_step,
-            run.plan.total_rows,
-            dp_rank=groups.dp_rank,
-            dp_size=groups.dp_size,
-            multiple=micro_batch_multiple(config.parallel),
-        )
-        # an empty row takes the place of a skipped one, so that the other rows stay in their steps
-        kept = (None if number in self._skipped_rows else number for number in numbers)
-        seed, weight = config.train.seed, config.diffusion.next_token_weight
-        rows = (load_micro_batch(run.dataset, number, seed=seed, next_token_weight=weight) for number in kept)
-        return [run.engine.prepare(row) for row in rows]
+        engine = self.run.engine
+        return [engine.prepare(batch) for batch in self._loader.load(consumed, engine.groups.dp_rank)]
 
     def _rows_after(self, consumed: int) -> int:
         """Rows consumed after one more step."""

@@ -27,9 +27,9 @@ cpu.install()
 from sdlm_megatron.checkpoint import restore as checkpointing  # noqa: E402
 from sdlm_megatron.checkpoint.async_writer import CheckpointWriter  # noqa: E402
 from sdlm_megatron.config.schema import CheckpointConfig, DiffusionConfig, ParallelConfig, RunConfig  # noqa: E402
-from sdlm_megatron.data.batch import load_micro_batch  # noqa: E402
+from sdlm_megatron.data.batch import StepLoader  # noqa: E402
+from sdlm_megatron.data.cut import StepGrid  # noqa: E402
 from sdlm_megatron.data.format import PackedDataset  # noqa: E402
-from sdlm_megatron.data.order import step_rows  # noqa: E402
 from sdlm_megatron.parallel import optimizer  # noqa: E402
 from sdlm_megatron.parallel.engine import Engine  # noqa: E402
 from sdlm_megatron.parallel.groups import init_groups  # noqa: E402
@@ -123,12 +123,11 @@ class Run:
 
     def steps(self, engine: Engine, first: int, last: int) -> None:
         """Trains steps `first` to `last`; `engine.results` checks each of them."""
-        dataset, groups = PackedDataset(self.data), engine.groups
+        groups = engine.groups
+        grid = StepGrid(groups.dp_size, -(-ROWS // (2 * groups.dp_size)) * 2, 2, 128)
+        loader = StepLoader(PackedDataset(self.data), grid, ROWS, 1000, seed=1)
         for step in range(first, last + 1):
-            numbers = step_rows(
-                (step - 1) * ROWS, ROWS, 1000, dp_rank=groups.dp_rank, dp_size=groups.dp_size, multiple=2
-            )
-            rows = [engine.prepare(load_micro_batch(dataset, n, seed=1)) for n in numbers]
+            rows = [engine.prepare(batch) for batch in loader.load((step - 1) * ROWS, groups.dp_rank)]
             engine.results([engine.train_step(rows, step)])
 
     def begin(self, layout: Layout, out: Path) -> None:

@@ -12,12 +12,12 @@ cpu.install()  # before anything imports megatron
 
 from sdlm_megatron.checkpoint import restore  # noqa: E402
 from sdlm_megatron.config.schema import ParallelConfig, RunConfig  # noqa: E402
-from sdlm_megatron.data.batch import load_micro_batch  # noqa: E402
 from sdlm_megatron.data.format import PackedDataset  # noqa: E402
 from sdlm_megatron.parallel import optimizer  # noqa: E402
 from sdlm_megatron.parallel.engine import Engine  # noqa: E402
 from sdlm_megatron.parallel.groups import close_groups, init_groups  # noqa: E402
 from sdlm_megatron.weights.hf_config import read_hf_config  # noqa: E402
+from tests.helpers import load_micro_batch  # noqa: E402
 
 own_scale, written = optimizer.scale_gradients, [0, 0]
 

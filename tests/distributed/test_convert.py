@@ -130,7 +130,7 @@ def test_logits_equal_transformers(make_engine: Callable, tmp_path: Path, form: 
     folder = make_hf(tmp_path / "hf", **form)
     ids = torch.randint(0, 256, (1, 40), generator=torch.Generator().manual_seed(1))
     tokens, layout = pack_row([(0, ids[0].numpy(), torch.arange(1, 39).numpy())], block_size=1, mask_token_id=MASK)
-    batch = make_micro_batch(tokens, layout, row_length=96, pad_token_id=PAD, eos_token_id=EOS, number=0)
+    batch = make_micro_batch(tokens, layout, row_length=96, pad_token_id=PAD, eos_token_id=EOS)
     engine = make_engine(folder, block_size=1)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     with torch.no_grad():
@@ -153,7 +153,7 @@ def test_block_logits_equal_transformers_with_our_mask(make_engine: Callable, tm
         for i, (n, starts) in enumerate([(20, [3, 9, 10, 17]), (12, [5, 10])])
     ]
     tokens, layout = pack_row(documents, block_size=4, mask_token_id=MASK)
-    batch = make_micro_batch(tokens, layout, row_length=64, pad_token_id=PAD, eos_token_id=EOS, number=0)
+    batch = make_micro_batch(tokens, layout, row_length=64, pad_token_id=PAD, eos_token_id=EOS)
     engine = make_engine(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
     mask = torch.from_numpy(visible_row(layout, layout.used))[None, None]

@@ -4,11 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
-from helpers import make_dataset, make_hf, train
+from helpers import load_micro_batch, make_dataset, make_hf, train
 
+from sdlm_megatron.data.format import PackedDataset
 from sdlm_megatron.ops.attempt import rank_file, read_events
 from sdlm_megatron.ops.driver.attempt_summary import summarize
-from sdlm_megatron.ops.rank.monitor import rows_of_run
+from sdlm_megatron.ops.rank.monitor import documents_of_run
 from sdlm_megatron.weights.checkpoint_folder import newest
 
 pytestmark = pytest.mark.distributed
@@ -35,7 +36,11 @@ def test_stop_signal_at_one_rank_stops_both(tmp_path: Path) -> None:
     config = settings(tmp_path, **{"data.skip_rows": "[5]"})
     train(config, processes=2, entry=ENTRY, env={"FAULT": "usr1 1 3"})
     run = tmp_path / "run"
-    assert rows_of_run(run) == {1: [0, 1, 2, 3], 2: [4, 6, 7], 3: [8, 9, 10, 11]}
+    trained, data = documents_of_run(run), PackedDataset(tmp_path / "data")
+    for step, rows in {1: [0, 1, 2, 3], 2: [4, 6, 7], 3: [8, 9, 10, 11]}.items():
+        layouts = [load_micro_batch(data, row, seed=42).layout for row in rows]
+        whole = [(row, n) for row, layout in zip(rows, layouts, strict=True) for n in layout.doc_ids.tolist()]
+        assert trained[step] == sorted(whole)
     assert newest(run / "ckpt", print) == run / "ckpt" / "step-0000003"
     summary = summarize(run, "local", 2)
     assert (summary.outcome, summary.why, summary.step, summary.culprits) == ("stopped", "signal SIGUSR1", 3, [])

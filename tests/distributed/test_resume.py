@@ -4,12 +4,13 @@ import shutil
 from pathlib import Path
 
 import pytest
-from helpers import make_dataset, make_hf, read_metrics, train
+from helpers import load_micro_batch, make_dataset, make_hf, read_metrics, train
 
-from sdlm_megatron.data.batch import load_micro_batch
+from sdlm_megatron.config.schema import RunConfig
+from sdlm_megatron.data.batch import StepLoader
 from sdlm_megatron.data.format import PackedDataset
-from sdlm_megatron.data.order import step_rows
 from sdlm_megatron.ops.goodput import goodput_of
+from sdlm_megatron.training.run_plan import make_grid
 
 pytestmark = pytest.mark.distributed
 
@@ -99,13 +100,14 @@ def test_rows_are_neither_skipped_nor_repeated(stopped: dict[str, Path], dp_size
     """Document ids for any DP size and any place where the run is cut: each epoch has each document once."""
     dataset = PackedDataset(stopped["data"])
     steps, total = 2 * ROWS // 5 + 1, 2 * ROWS
+    loader = StepLoader(dataset, make_grid(RunConfig(), dataset, 5, dp_size), 5, total, seed=42)
     seen: list[list[int]] = [[], []]
     for step in range(steps):  # each step depends only on the rows consumed, as after a resume
         for rank in range(dp_size):
-            for number in step_rows(step * 5, 5, total, dp_rank=rank, dp_size=dp_size):
-                batch = load_micro_batch(dataset, number, seed=42)
-                if number is not None:
-                    seen[number // ROWS].extend(batch.layout.doc_ids.tolist())
+            for batch in loader.load(step * 5, rank):
+                for row, document in zip(batch.rows, batch.layout.doc_ids.tolist(), strict=True):
+                    assert step * 5 <= row < step * 5 + 5
+                    seen[row // ROWS].append(document)
     everything = sorted(d for i in range(ROWS) for d in dataset.read(0, i)[1].doc_ids.tolist())
     assert sorted(seen[0]) == everything
     assert sorted(seen[1]) == everything

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import make_dataset, make_hf, read_metrics, run_python
+from helpers import load_micro_batch, make_dataset, make_hf, read_metrics, run_python
 
-from sdlm_megatron.data.batch import Prefetch, load_micro_batch
+from sdlm_megatron.data.batch import Prefetch
 from sdlm_megatron.data.format import PackedDataset
 from sdlm_megatron.training.trace import summarize
 

@@ -7,9 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import EOS, FAMILY_FIELDS, MASK, PAD, make_dataset, make_hf
+from helpers import EOS, FAMILY_FIELDS, MASK, PAD, load_micro_batch, make_dataset, make_hf
 
-from sdlm_megatron.data.batch import load_micro_batch
 from sdlm_megatron.data.format import PackedDataset
 from sdlm_megatron.diffusion.decode import decode
 from sdlm_megatron.diffusion.layout import IGNORE, pack_row
@@ -73,7 +72,7 @@ def anchored_row(n: int = 20) -> tuple[MicroBatch, int]:
     rng = np.random.default_rng(1)
     documents = [(i, rng.integers(0, 256, n).astype(np.int32), np.arange(n)) for i in range(2)]
     tokens, layout = pack_row(documents, block_size=4, mask_token_id=MASK)
-    row = make_micro_batch(tokens, layout, row_length=208, pad_token_id=PAD, eos_token_id=EOS, number=0)
+    row = make_micro_batch(tokens, layout, row_length=208, pad_token_id=PAD, eos_token_id=EOS)
     index = torch.arange(layout.used)
     return replace(row, label_index=index, label_targets=index * 0 + IGNORE, label_slots=index * 0), layout.n_clean
 

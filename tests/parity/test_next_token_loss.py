@@ -64,7 +64,7 @@ def test_clean_token_targets_equal_the_definition(seed: int) -> None:
 
 def micro_batch(seed: int, weight: float = WEIGHT) -> MicroBatch:
     return make_micro_batch(
-        *packed(seed), row_length=LENGTH, pad_token_id=PAD, eos_token_id=EOS, number=seed, next_token_weight=weight
+        *packed(seed), row_length=LENGTH, pad_token_id=PAD, eos_token_id=EOS, next_token_weight=weight
     )
 
 
@@ -101,7 +101,7 @@ def test_loss_and_every_gradient_equal_transformers(
     engine.module.logits_mb = 0.05  # splits the head into several chunks
     empty = make_micro_batch(
         *pack_row([], block_size=D, mask_token_id=MASK),
-        row_length=LENGTH, pad_token_id=PAD, eos_token_id=EOS, number=None, next_token_weight=WEIGHT,
+        row_length=LENGTH, pad_token_id=PAD, eos_token_id=EOS, next_token_weight=WEIGHT,
     )  # fmt: skip
     batches = [micro_batch(0), empty, micro_batch(1)]
     engine.forward_backward(batches)

@@ -50,7 +50,7 @@ def micro_batch(documents: list[tuple[np.ndarray, np.ndarray]], block_size: int,
         block_size=block_size,
         mask_token_id=MASK,
     )
-    return make_micro_batch(tokens, layout, row_length=row_length, pad_token_id=PAD, eos_token_id=EOS, number=0)
+    return make_micro_batch(tokens, layout, row_length=row_length, pad_token_id=PAD, eos_token_id=EOS)
 
 
 def without_lost_target(batch: MicroBatch, golden: Golden, row: int) -> MicroBatch:

@@ -41,7 +41,7 @@ def counted(make_engine: Callable, folder: Path, attention: type, recompute: str
         config = engine.module.config
         config.recompute_granularity, config.recompute_method, config.recompute_num_layers = "full", "uniform", 1
     tokens, layout = packed_row()
-    batch = make_micro_batch(tokens, layout, row_length=LENGTH, pad_token_id=0, eos_token_id=2, number=0)
+    batch = make_micro_batch(tokens, layout, row_length=LENGTH, pad_token_id=0, eos_token_id=2)
     batch = MicroBatch(**{**vars(batch), "attention": attention(layout, LENGTH, causal_attn=False)})
     # the counter covers matrix products, but not torch's fused attention for CPUs
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):

@@ -30,7 +30,7 @@ from helpers import read_metrics
 from small_job import small_job
 
 from sdlm_megatron.ops.attempt import read_events
-from sdlm_megatron.ops.rank.monitor import rows_of_run
+from sdlm_megatron.ops.rank.monitor import documents_of_run
 
 DISK_STEPS, DISK_SAVES = 100, 10
 
@@ -252,14 +252,16 @@ def check_end(job: Job, reference: Run, steps: int, *, wandb: bool = True) -> li
     assert curves[0] == curves[1], "the losses differ from the undisturbed run's"
     parts = [p.name.rsplit("-", 1)[1] for p in (job.run.folder / "wandb").glob("offline-run-*")]
     assert len(set(parts)) == 1 or not wandb, f"W&B runs {set(parts)}, expected one"
-    rows = [row for numbers in rows_of_run(job.run.folder).values() for row in numbers]
-    all_rows = list(range(metrics[-1]["consumed_rows"]))
-    assert rows == all_rows, "some rows were trained twice or never"
+    documents = [pair for pairs in documents_of_run(job.run.folder).values() for pair in pairs]
+    expected_documents = [pair for pairs in documents_of_run(reference.folder).values() for pair in pairs]
+    assert documents == expected_documents and len(set(documents)) == len(documents), "documents trained twice or never"
+    rows = sorted({row for row, _ in documents})
+    assert rows == list(range(metrics[-1]["consumed_rows"])), "some rows were never trained"
     return [
         f"final weights and optimizer equal, bit for bit, over {len(job.run.attempts())} starts",
         f"metrics.jsonl: {steps} steps, each once, losses and gradient norms equal",
         f"one W&B run ({', '.join(set(parts))}) of {len(parts)} parts, no network",
-        f"{len(rows)} rows, each trained once",
+        f"{len(documents)} documents of {len(rows)} rows, each trained once",
     ]
 
 

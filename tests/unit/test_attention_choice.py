@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import make_dataset, make_hf, read_metrics, train
+from helpers import load_micro_batch, make_dataset, make_hf, read_metrics, train
 
-from sdlm_megatron.data.batch import load_micro_batch
 from sdlm_megatron.data.format import PackedDataset
 from sdlm_megatron.errors import ConfigError
 from sdlm_megatron.model.attention import choice

@@ -18,7 +18,8 @@ from data_prep.chat import render
 from data_prep.encoders import TextTokenizer
 from data_prep.row_rules import RuleSettings, check_row, check_targets, read_row
 from data_prep.verify import RULES, main, verify
-from sdlm_megatron.data.format import PackedDataset, PartWriter, manifest_checksum, read_manifest
+from sdlm_megatron.data.format import PackedDataset, PartWriter, epoch_sizes, manifest_checksum, read_manifest
+from sdlm_megatron.data.sizes import sizes_prefix, write_sizes
 from sdlm_megatron.diffusion.layout import IGNORE, RowLayout, add_blocks, draw_starts, slot_targets
 from sdlm_megatron.errors import DataError, run_cli
 from tests.byte_tokenizer import IM_END, IM_START, write_folder, write_llama3_folder
@@ -101,6 +102,7 @@ def rewrite(folder: Path, edit: Callable[[Rows], Rows], *, counts: bool = True) 
     info = writer.finish()
     manifest["files"].update(info.files)
     manifest["part_rows"][0] = [len(rows)]
+    manifest["files"].update(write_sizes(sizes_prefix(folder, 0), epoch_sizes(folder, 0, manifest)))
     if counts:
         manifest["counts"][0] = asdict(info.counts)
     save(folder, manifest)
@@ -267,6 +269,7 @@ PLANTED: list[tuple[str, str, Callable[[Path], None]]] = [
     ("a flipped bit of a token", "checksum", flip("epoch1.00000.rows.bin", 40)),
     ("a flipped bit of a layout", "checksum", flip("epoch0.00000.layout.bin", 5)),
     ("a flipped bit of an index", "files", flip("epoch0.00000.rows.idx", 40)),
+    ("another mean start", "sizes", flip("epoch1.sizes.bin", 8)),
     ("truncated file", "parts", cut("epoch0.00000.rows.bin")),
     ("missing file", "files", lambda f: (f / "epoch1.00000.layout.idx").unlink()),
     ("extra file", "files", lambda f: (f / "epoch2.00000.rows.bin").write_bytes(b"")),
@@ -314,7 +317,7 @@ def test_every_flipped_byte_is_detected(config: BuildConfig) -> None:
     build(config, QUIET)
     rng = np.random.default_rng(0)
     files = sorted(Path(config.out).iterdir())
-    assert len(files) == 10
+    assert len(files) == 14
     for n in range(60):
         file = files[n % len(files)]
         whole = file.read_bytes()

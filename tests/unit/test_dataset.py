@@ -17,7 +17,7 @@ from helpers import MASK, make_dataset, write_dataset
 
 from sdlm_megatron.data.format import PackedDataset, PartWriter, manifest_checksum
 from sdlm_megatron.data.indexed import IndexedReader, IndexedWriter
-from sdlm_megatron.data.order import locate, shuffled, shuffled_many, step_rows
+from sdlm_megatron.data.order import locate, locate_many, shuffled, shuffled_many
 from sdlm_megatron.diffusion.layout import pack_row
 from sdlm_megatron.errors import DataError
 
@@ -284,9 +284,9 @@ def test_epochs_are_read_in_sequence(tmp_path: Path) -> None:
     np.testing.assert_array_equal(first, third)  # beyond the prepared epochs: restarts with the first
 
 
-@pytest.mark.parametrize("dp_size", [1, 2, 3, 4, 8])
-@pytest.mark.parametrize("multiple", [1, 2, 4])
-def test_step_takes_the_next_rows(dp_size: int, multiple: int) -> None:
-    ranks = [step_rows(20, 6, 24, dp_rank=r, dp_size=dp_size, multiple=multiple) for r in range(dp_size)]
-    assert {len(r) for r in ranks} == {-(-6 // (dp_size * multiple)) * multiple}
-    assert sorted(n for r in ranks for n in r if n is not None) == [20, 21, 22, 23]
+def test_many_rows_are_located_as_one_by_one() -> None:
+    rows = [5, 3, 7].__getitem__
+    located = {}
+    for epoch, numbers, places in locate_many(np.array([1, 4, 6, 9, 14]), rows, seed=3):
+        located |= {int(n): (epoch, int(row)) for n, row in zip(numbers, places, strict=True)}
+    assert located == {n: (p.epoch, p.row) for n in (1, 4, 6, 9, 14) for p in [locate(n, rows, seed=3)]}

@@ -8,13 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import make_dataset, make_hf
+from helpers import EOS, PAD, load_micro_batch, make_dataset, make_hf
 
 from sdlm_megatron.config.schema import FaultConfig, RunConfig
 from sdlm_megatron.config.validate import check_run
-from sdlm_megatron.data.batch import load_micro_batch
 from sdlm_megatron.data.format import PackedDataset
 from sdlm_megatron.data.order import locate
+from sdlm_megatron.diffusion.layout import pick_document
+from sdlm_megatron.diffusion.row import make_micro_batch
 from sdlm_megatron.errors import ConfigError
 from sdlm_megatron.ops.attempt import read_events
 from sdlm_megatron.ops.rank.find_nan import irreproducible
@@ -24,12 +25,13 @@ from sdlm_megatron.ops.rank.monitor import (
     Monitor,
     Outliers,
     Stragglers,
-    rows_of_run,
+    documents_of_run,
     suspects,
 )
 from sdlm_megatron.ops.rank.replicas import _differing, checksum
 from sdlm_megatron.ops.rank.stop import StopRequests
 from sdlm_megatron.ops.rank.watchdog import Watch
+from sdlm_megatron.parallel.results import DocumentLoss, document_losses
 
 
 def test_spike_is_far_above_the_usual_loss() -> None:
@@ -45,10 +47,11 @@ def test_spike_is_far_above_the_usual_loss() -> None:
     assert constant.add(2.5)
 
 
-def test_suspects_are_rows_far_above_the_others() -> None:
-    losses = [(n, 1.0 + n / 100) for n in range(8)]
-    assert suspects(losses, 8.0) == [(7, 1.07)]  # the worst row in any case
-    assert suspects([*losses, (20, 5.0), (21, 6.0)], 8.0) == [(21, 6.0), (20, 5.0)]
+def test_suspects_are_documents_far_above_the_others() -> None:
+    losses = [DocumentLoss(1.0 + n / 100, n, 2 * n) for n in range(8)]
+    assert suspects(losses, 8.0) == [losses[7]]  # the worst in any case
+    far = [DocumentLoss(5.0, 20, 0), DocumentLoss(6.0, 20, 1)]
+    assert suspects([*losses, *far], 8.0) == far[::-1]
     assert suspects([], 8.0) == []
 
 
@@ -104,12 +107,17 @@ def monitored(make_engine: Callable, tmp_path: Path) -> Callable:
     return build
 
 
-def test_spike_event_names_the_worst_row(monitored: Callable, tmp_path: Path) -> None:
+def test_spike_event_names_the_worst_document(monitored: Callable, tmp_path: Path) -> None:
     engine, monitor, batches, dataset = monitored()
     alone = {}
     for batch in batches[:4]:
-        ((total, count),) = [part["sums"].tolist() for part in engine.forward_backward([batch])]
-        alone[batch.number] = total / count
+        for i in range(batch.layout.n_docs):
+            alone_row = pick_document(batch.tokens[0].numpy(), batch.layout, i)
+            fields = {"row_length": dataset.row_length, "pad_token_id": PAD, "eos_token_id": EOS}
+            document = engine.prepare(make_micro_batch(*alone_row, **fields))
+            ((total, count),) = [part["sums"].tolist() for part in engine.forward_backward([document])]
+            if count:
+                alone[batch.rows[0], int(alone_row[1].doc_ids[0])] = total / count
     queued = engine.train_step(batches, 30)
     (result,) = engine.results([queued])
     for _ in range(WINDOW_MINIMUM):
@@ -121,28 +129,27 @@ def test_spike_event_names_the_worst_row(monitored: Callable, tmp_path: Path) ->
     worst = spike["rows"][0]
     place = locate(worst["row"], dataset.rows, seed=engine.config.train.seed)
     assert (worst["epoch"], worst["file_row"]) == (place.epoch, place.row)
-    _, layout = dataset.read(place.epoch, place.row)
-    assert worst["documents"] == [{"document": int(n), "origin": f"row {n} of talks"} for n in layout.doc_ids]
+    ((number, origin),) = [document.values() for document in worst["documents"]]
+    assert number in dataset.read(place.epoch, place.row)[1].doc_ids and origin == f"row {number} of talks"
     assert spike["skip"] == f"--data.skip_rows=[{worst['row']}]"
     assert [e["kind"] for e in read_events(tmp_path)] == ["spike"]
-    from sdlm_megatron.parallel.results import row_losses
-
-    losses = dict(row_losses(queued, engine.groups))
-    assert set(losses) == {0, 1, 2, 3} and max(losses.items(), key=lambda x: x[1]) == (worst["row"], worst["loss"])
-    assert losses == pytest.approx(alone, rel=1e-6)
+    losses = document_losses(queued, engine.groups)
+    assert losses[-1] == DocumentLoss(worst["loss"], worst["row"], number)
+    assert {(x.row, x.document): x.loss for x in losses} == pytest.approx(alone, rel=1e-5)
 
 
 def test_rows_are_logged(monitored: Callable, tmp_path: Path) -> None:
     _, monitor, batches, _ = monitored()
     monitor.loaded(1, batches)
     assert monitor.watch.rows == [0, 1, 2, 3]
-    assert rows_of_run(tmp_path) == {1: [0, 1, 2, 3]}
+    whole = [(row, int(n)) for batch in batches for row, n in zip(batch.rows, batch.layout.doc_ids, strict=True)]
+    assert documents_of_run(tmp_path) == {1: sorted(whole)} and len(set(whole)) == len(whole)
     later = tmp_path / "rows" / "8-0-1"
     later.mkdir()
     for rank, rows in enumerate(([0, 2], [1])):
-        line = json.dumps({"step": 1, "rows": rows, "time": 1e11})
+        line = json.dumps({"step": 1, "rows": rows, "documents": [7] * len(rows), "time": 1e11})
         (later / f"rank-0000{rank}.jsonl").write_text(f"{line}\n{line[:9]}")  # the second line is truncated by a kill
-    assert rows_of_run(tmp_path) == {1: [0, 1, 2]}  # step repeated with another row skipped
+    assert documents_of_run(tmp_path) == {1: [(0, 7), (1, 7), (2, 7)]}  # step repeated with another row skipped
 
 
 @pytest.mark.parametrize("where", ["forward", "backward", "weights", "nowhere"])
@@ -188,11 +195,12 @@ def test_first_non_finite_location_is_reported(
         return
     finding = report["found"][0]
     expected = {
-        "forward": ("layer 2, mlp.linear_fc1", 2),
-        "backward": ("layer 2, mlp.linear_fc1.weight", 2),
-        "weights": ("layer 2, mlp.linear_fc1.weight", None),
+        "forward": ("layer 2, mlp.linear_fc1", [2]),
+        "backward": ("layer 2, mlp.linear_fc1.weight", [2]),
+        "weights": ("layer 2, mlp.linear_fc1.weight", []),
     }[where]
-    assert (finding["place"], finding["row"]) == expected
+    assert (finding["place"], finding["rows"]) == expected
+    assert finding["documents"] == (batches[2].layout.doc_ids.tolist() if expected[1] else [])
     assert finding["rank"] == 0 and finding["host"] and finding["text"] in printed
 
 

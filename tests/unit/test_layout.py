@@ -51,7 +51,7 @@ def test_documented_examples_are_correct() -> None:
     assert np.flatnonzero(visible(6, anchors, block_size=3)[7]).tolist() == [0, 1, 6, 7, 8]
     tokens, layout = pack_row([(0, clean, anchors)], block_size=3, mask_token_id=0)
     assert next_token_targets(tokens, layout, 99).tolist() == [N, N, 13, 14, 99, N]
-    row = make_micro_batch(tokens, layout, row_length=16, pad_token_id=0, eos_token_id=99, number=0)
+    row = make_micro_batch(tokens, layout, row_length=16, pad_token_id=0, eos_token_id=99)
     labels = (row.label_index, row.label_targets, row.label_slots)
     assert [x.tolist() for x in labels] == [[6, 7, 8, 9], [13, 14, 99, 99], [0, 1, 2, 0]]
     seen = visible(4, np.array([2]), block_size=2)

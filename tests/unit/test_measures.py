@@ -5,9 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import EOS, make_dataset, make_hf
+from helpers import EOS, load_micro_batch, make_dataset, make_hf
 
-from sdlm_megatron.data.batch import load_micro_batch
 from sdlm_megatron.data.format import PackedDataset
 from sdlm_megatron.diffusion.layout import IGNORE
 from sdlm_megatron.diffusion.row import MicroBatch

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import make_dataset, read_metrics, train
+from helpers import load_micro_batch, make_dataset, read_metrics, train
 
-from sdlm_megatron.data.batch import load_micro_batch
 from sdlm_megatron.data.format import PackedDataset
 from sdlm_megatron.metrics.metric_table import METRICS, Metric, metric_of, register, tab_of
 from sdlm_megatron.report.run_page import write_report
@@ -127,7 +126,7 @@ def test_reductions_cover_all_micro_batches(make_engine: Callable, tmp_path: Pat
         return torch.stack([rows.nll.max()[None], rows.nll.new_ones(1)])
 
     def rows_with_number(rows: object) -> torch.Tensor:
-        return rows.host_value(2.0, float(rows.batch.number is not None))
+        return rows.host_value(2.0, float(bool(rows.batch.rows)))
 
     register(Metric("largest_nll", "max", "loss", "nats", "", measure=largest))
     register(Metric("twos", "sum", "data", "", "", measure=rows_with_number))

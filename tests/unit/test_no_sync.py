@@ -8,11 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import make_dataset, make_hf
+from helpers import load_micro_batch, make_dataset, make_hf
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sdlm_megatron.data.batch import load_micro_batch
 from sdlm_megatron.data.format import PackedDataset
 from sdlm_megatron.errors import TrainingError
 
@@ -151,5 +150,5 @@ def test_first_bad_step_and_its_row_are_reported(make_engine: Callable, tmp_path
     queued.append(engine.train_step([good, empty], 4))
     with pytest.raises(TrainingError, match="step 3: loss nan.*the weights in memory are lost") as caught:
         engine.results(queued)
-    assert caught.value.where == "rows of the run [1]"
+    assert caught.value.where.startswith("rows of the run [1], documents [")
     assert "from the last checkpoint" in caught.value.fix

@@ -7,13 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import make_dataset, make_hf, run_python
+from helpers import load_micro_batch, make_dataset, make_hf, run_python
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sdlm_megatron.config.load import PRESETS, load_config
 from sdlm_megatron.config.schema import RunConfig
-from sdlm_megatron.data.batch import load_micro_batch
 from sdlm_megatron.data.format import PackedDataset
 from sdlm_megatron.diffusion.layout import IGNORE, block_count, draw_starts, next_token_targets, pack_row
 from sdlm_megatron.diffusion.mask import visible_pairs
@@ -51,20 +50,20 @@ def preset(gpus: int, *texts: str, **train: object) -> LayoutPlan:
 
 @pytest.mark.parametrize(("layers", "counted"), [("transformer_engine", 19_300), ("megatron", 28_000)])
 def test_host_time_is_that_of_the_counted_launches(layers, counted):
-    plan = preset(232, layers=layers)
+    plan = preset(232, layers=layers, micro_batches=6)
     assert plan.micro_batches * host_time(plan.costs) == pytest.approx(counted * 62e-6, rel=0.01)
     assert gpu_time(plan.costs) > host_time(plan.costs)
     assert plan.time.host < 0.001  # launches of Megatron-Core's layers show in the bubble, where no head hides them
 
 
 def test_a_slow_host_decides_the_time_of_a_pass():
-    for gpus, empty in ((160, 0), (208, 48)):  # 8 micro-batches each; the bubble is a fourth of a pass
+    for gpus, micro_batches in ((160, 8), (208, 6)):  # the bubble is a fourth of a pass
         plan = preset(gpus, "launch_us=500")
         items = dict(vars(plan.time))
-        for outside in ("pipeline_communication", "data_communication", "optimizer", "overhead"):
+        for outside in ("pipeline_communication", "data_communication", "optimizer", "overhead", "imbalance"):
             del items[outside]
-        assert plan.empty_rows == empty
-        assert sum(items.values()) == pytest.approx((8 + 1 / 4) * 100 * 32 * 500e-6)
+        assert plan.micro_batches == micro_batches
+        assert sum(items.values()) == pytest.approx((micro_batches + 1 / 4) * 100 * 32 * 500e-6)
     again = preset(160, "launch_us=500", recompute="full", recompute_layers=4)  # 4 of the 8 layers of a chunk
     assert host_time(again.costs) == pytest.approx(100 * (32 + 16 / 3) * 500e-6)
     assert preset(160, "launch_us=500", "launches=10").time.host == 0
@@ -114,22 +113,30 @@ def test_the_mixture_counts_the_chat_template():
     assert exact.clean_tokens == pytest.approx(2_322_943_969 + 21 * 3_506_808)
     bare = preset(208, "template_tokens=0")
     assert (bare.rows, bare.micro_batches) == (156, 6)
-    assert (preset(208).rows, preset(208).micro_batches) == (160, 8)
+    assert (preset(208).rows, preset(208).micro_batches) == (160, 6)
 
 
-def test_the_rank_with_most_rows_decides():
-    most, fewer = (preset(208, global_batch_unit="rows", global_batch=rows) for rows in (7 * 26, 6 * 26 + 1))
-    assert most.time.total == pytest.approx(fewer.time.total)
-    assert (most.empty_rows, fewer.empty_rows) == (26, 51)
+def test_rows_of_a_step_fill_the_grid():
+    """Tokens of a rank are those of the dataset's rows, with little padding; explicit micro-batches are kept."""
+    for gpus in (32, 64, 208, 232):
+        plan = preset(gpus)
+        assert plan.padding < 0.03
+        content = plan.rows * (BIG.work.row.clean + BIG.work.row.block) / plan.layout.data
+        assert plan.micro_batches * plan.grid.row_length * (1 - plan.padding) == pytest.approx(content)
+        assert plan.time.gemm - 100 * 32 * plan.micro_batches * 2e-6 == pytest.approx(
+            preset(160).time.gemm * plan.micro_batches * plan.grid.row_length / (8 * 5632), rel=0.05
+        )
+    more = preset(232, micro_batches=6)
+    assert (more.micro_batches, more.grid.row_length) == (6, 5632)
+    assert more.memory.activations < preset(232).memory.activations
+    assert any(p.layout.train.micro_batches for p in BIG.best(232))  # the search knows shorter rows, too
+    assert "4 micro-batches for each of 29" in plan_text.batch_note(preset(232))
 
 
-def test_a_rounding_that_decides_is_shown():
-    plan = preset(208)
-    share = preset(208, global_batch_unit="rows", global_batch=156).time.total / plan.time.total
-    assert plan.roundings == [(156, 6, pytest.approx(plan.gpu_hours * share))]
-    assert 0.7 < share < 0.8
-    assert preset(208, global_batch_unit="rows", global_batch=160).roundings == []  # rows are exact
-    assert "up to 156 rows (-2.5%) a step takes 6 micro-batches" in plan_text.batch_note(plan)
+def test_the_rank_with_most_visible_pairs_decides():
+    plan = preset(232)
+    assert 1 < plan.spread[1] < 1.1 < plan.spread[0]
+    assert plan.time.imbalance == pytest.approx(plan.time.attention * (plan.spread[1] - 1))
 
 
 def test_ranges_give_a_band():
@@ -215,7 +222,7 @@ def test_items_sum_to_the_total_and_time_is_positive(layout):
     assert 0 < plan.mfu < GIVEN.gemm_efficiency
     # lower bound: all GPUs at the speed of their matrix products
     assert plan.seconds >= plan.flops / (layout.gpus * BIG.device.peak * GIVEN.gemm_efficiency)
-    assert plan.micro_batches * layout.data - plan.empty_rows == plan.rows
+    assert plan.micro_batches % layout.parallel.group == 0 and 0 <= plan.padding < 1 <= min(plan.spread)
 
 
 def test_more_memory_never_makes_a_layout_infeasible():
@@ -257,11 +264,11 @@ def test_faster_machines_and_fewer_rows():
     assert b200 < h200 <= h100
     fast = replace(BIG.config, train=replace(BIG.config.train, fp8="current"))
     assert replace(BIG, config=fast).best(64)[0].seconds < h100
-    # 160 rows on 29 ranks are 6 micro-batches each, as on 27 ranks
+    # no rounding: the documents of 160 rows fill the rows of 29 ranks as those of 27
     layout = layout_of(BIG.config, 232).change(virtual_pipeline=1)
     wide, narrow = BIG.plan(layout), BIG.plan(replace(layout, gpus=216))
-    assert (wide.micro_batches, wide.empty_rows, narrow.empty_rows) == (6, 14, 2)
-    assert wide.time.total > 0.97 * narrow.time.total
+    assert max(wide.padding, narrow.padding) < 0.03
+    assert wide.time.gemm / narrow.time.gemm == pytest.approx(27 / 29, rel=0.03)
 
 
 @pytest.mark.parametrize(
@@ -347,7 +354,8 @@ def test_assumptions_are_listed(capsys: pytest.CaptureFixture):
 
 
 def test_the_command_prints_json(capsys: pytest.CaptureFixture):
-    command.main(["sdlm_3b_d4", "--gpus", "32", "--json", "--price", "2", "--train.recompute=full", "--fp8", "--top=2"])
+    options = ["--train.recompute=full", "--fp8", "--top=2", "--assume=launch_us=119"]
+    command.main(["sdlm_3b_d4", "--gpus", "32", "--json", "--price", "2", *options])
     printed = json.loads(capsys.readouterr().out)
     assert printed["preset_layout"]["settings"]["train.recompute"] == "full"
     assert printed["preset_layout"]["settings"]["train.fp8"] == "current"

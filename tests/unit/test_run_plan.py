@@ -14,7 +14,6 @@ from helpers import make_dataset, make_hf
 from sdlm_megatron.config.load import PRESETS, load_config, preset_names
 from sdlm_megatron.config.schema import RunConfig
 from sdlm_megatron.data.format import PackedDataset
-from sdlm_megatron.data.order import step_rows
 from sdlm_megatron.errors import CheckpointError, ConfigError, DataError
 from sdlm_megatron.ops.run_facts import run_facts
 from sdlm_megatron.train import train
@@ -143,9 +142,9 @@ def trained(plan: RunPlan) -> list[int]:
     """Row numbers that the steps to come train on, in order."""
     numbers, consumed = [], plan.state.consumed_rows
     for _ in range(plan.state.step, plan.steps):
-        rows = step_rows(consumed, plan.state.rows_per_step, plan.total_rows, dp_rank=0, dp_size=1)
-        numbers += [n for n in rows if n is not None]
-        consumed = min(consumed + plan.state.rows_per_step, plan.total_rows)
+        end = min(consumed + plan.state.rows_per_step, plan.total_rows)
+        numbers += range(consumed, end)
+        consumed = end
     return numbers
 
 

@@ -12,6 +12,7 @@ from helpers import EOS, MASK, PAD, make_dataset, make_hf, write_dataset
 from tokenizers import Tokenizer
 
 from sdlm_megatron.config.schema import ObserveConfig
+from sdlm_megatron.data.cut import StepGrid
 from sdlm_megatron.data.format import PackedDataset
 from sdlm_megatron.diffusion.layout import pack_row
 from sdlm_megatron.errors import ConfigError
@@ -87,7 +88,8 @@ def training_run(engine: "Engine", data: PackedDataset, state: "TrainState", ass
     from sdlm_megatron.training.run_plan import RunPlan
 
     plan = RunPlan(engine.config, state, None, "random", assets, None, total_rows=2, steps=2)
-    return TrainingRun(engine.config, plan, engine, data, None, None, state)
+    grid = StepGrid(1, 1, 1, data.row_length)
+    return TrainingRun(engine.config, plan, engine, data, grid, None, None, state)
 
 
 def test_sampler_has_text_if_there_is_a_tokenizer(make_engine: Callable, tmp_path: Path) -> None:

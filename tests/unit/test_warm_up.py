@@ -5,9 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import make_dataset, make_hf
+from helpers import load_micro_batch, make_dataset, make_hf
 
-from sdlm_megatron.data.batch import load_micro_batch
 from sdlm_megatron.data.format import PackedDataset
 from sdlm_megatron.model.attention.choice import Heads, choose_attention
 

@@ -29,11 +29,12 @@ class NonFiniteTensor:
     rank: int
     host: str
     place: str  # module or parameter, with the layer's number in the whole model
-    row: int | None  # row of the run in the micro-batch; None: an empty row, or a tensor that belongs to no row
+    rows: list[int]  # rows of the run that the micro-batch's documents come from; []: it belongs to no micro-batch
+    documents: list[int]  # their numbers in the dataset
 
     def text(self) -> str:
-        row = f", row {self.row} of the run" if self.row is not None else ""
-        return f"{self.place} in {KINDS[self.kind]}, rank {self.rank} on {self.host}{row}"
+        where = f", documents {self.documents} of rows {self.rows} of the run" if self.rows else ""
+        return f"{self.place} in {KINDS[self.kind]}, rank {self.rank} on {self.host}{where}"
 
 
 @contextmanager
@@ -96,7 +97,7 @@ class _Search:
             for name, part in module.named_modules():
                 self._handles.append(part.register_forward_hook(partial(self._output, chunk, name)))
             for name, parameter in module.named_parameters():
-                self._check(0, 0, self._place(chunk, name), None, parameter)
+                self._check(0, 0, self._place(chunk, name), parameter)
                 counter = [0]  # backward passes come in the order of the forward passes
                 self._handles.append(parameter.register_hook(partial(self._gradient, chunk, name, counter)))
 
@@ -105,22 +106,23 @@ class _Search:
 
     def _output(self, chunk: int, name: str, module: torch.nn.Module, arguments: Any, output: Any) -> None:
         number = self._forward[chunk] - 1
-        self._check(1, number, self._place(chunk, name), self._row(number), output)
+        self._check(1, number, self._place(chunk, name), output)
 
     def _gradient(self, chunk: int, name: str, counter: list[int], gradient: torch.Tensor) -> None:
-        self._check(2, counter[0], self._place(chunk, name), self._row(counter[0]), gradient)
+        self._check(2, counter[0], self._place(chunk, name), gradient)
         counter[0] += 1
 
-    def _row(self, number: int) -> int | None:
-        return self.batches[number].number if 0 <= number < len(self.batches) else None
-
-    def _check(self, kind: int, number: int, place: str, row: int | None, value: Any) -> None:
+    def _check(self, kind: int, number: int, place: str, value: Any) -> None:
         self._checked += 1
         if kind in self._first or _finite(value):
             return
         groups = self.engine.groups
         stage = groups.pp_size - 1 - groups.pp_rank if kind == 2 else groups.pp_rank
-        self._first[kind] = NonFiniteTensor(kind, number, stage, self._checked, groups.rank, self.host, place, row)
+        inside = kind in (1, 2) and number < len(self.batches)
+        rows = sorted(set(self.batches[number].rows)) if inside else []
+        documents = self.batches[number].layout.doc_ids.tolist() if inside else []
+        where = (kind, number, stage, self._checked, groups.rank, self.host, place)
+        self._first[kind] = NonFiniteTensor(*where, rows, documents)
 
     def _place(self, chunk: int, name: str) -> str:
         match = re.match(r"(.*?layers\.\d+)(?:\.(.*))?$", name)
@@ -134,7 +136,7 @@ class _Search:
             handle.remove()
         for chunk, module in enumerate(self.engine.modules):
             for name, parameter in module.named_parameters():
-                self._check(3, 0, self._place(chunk, name), None, getattr(parameter, "main_grad", None))
+                self._check(3, 0, self._place(chunk, name), getattr(parameter, "main_grad", None))
 
     def first(self) -> NonFiniteTensor | None:
         return min(self._first.values(), default=None)

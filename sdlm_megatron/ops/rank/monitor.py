@@ -1,7 +1,8 @@
 """Health of a run while it trains: slow hosts, spikes with their rows, replica checks, the rows of each step.
 
-RUN/rows/ATTEMPT/rank-00000.jsonl   fault.log_rows: {"step", "rows", "time"}, one file per data-parallel rank
-RUN/spikes.jsonl                    one line per spike, with its worst rows and the setting that skips them
+RUN/rows/ATTEMPT/rank-00000.jsonl   fault.log_rows: {"step", "rows", "documents", "time"}, one file per data-parallel
+                                    rank: each document's row of the run, and its number in the dataset
+RUN/spikes.jsonl                    one line per spike, with its worst documents and the setting that skips their rows
 """
 
 import json
@@ -14,8 +15,6 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, TextIO
 
-import numpy as np
-
 from sdlm_megatron.config.schema import RunConfig
 from sdlm_megatron.data.format import PackedDataset, origin
 from sdlm_megatron.data.order import locate
@@ -25,14 +24,14 @@ from sdlm_megatron.ops.rank.find_nan import looking_for_nan
 from sdlm_megatron.ops.rank.replicas import check_replicas
 from sdlm_megatron.ops.rank.watchdog import Watch
 from sdlm_megatron.parallel.engine import Engine
-from sdlm_megatron.parallel.results import QueuedStep, StepResult, row_losses
+from sdlm_megatron.parallel.results import DocumentLoss, QueuedStep, StepResult, document_losses
 
 SPIKES_FILE = "spikes.jsonl"
 SLOW_STEPS = 3  # consecutive log steps in which a host must be slow to be reported
 WINDOW, WINDOW_MINIMUM = 100, 20
 """Number of steps that define the usual value, and how many of them are needed."""
 SPREAD_FLOOR = 0.02  # minimum spread as a fraction of the median: a converged run still varies a little
-MAX_ROWS = 4  # maximum number of rows reported for a spike
+MAX_DOCUMENTS = 4  # maximum number of documents reported for a spike
 
 
 class Monitor:
@@ -59,10 +58,13 @@ class Monitor:
 
     def loaded(self, step: int, batches: Sequence[MicroBatch]) -> None:
         """Notes the rows of this process in `step`."""
-        self.watch.rows = [b.number for b in batches if b.number is not None]
+        rows = [row for batch in batches for row in batch.rows]
+        self.watch.rows = sorted(set(rows))
         if self._rows is not None:
+            documents = [int(number) for batch in batches for number in batch.layout.doc_ids]
+            entry = {"step": step, "rows": rows, "documents": documents, "time": time.time()}
             try:
-                self._rows.write(json.dumps({"step": step, "rows": self.watch.rows, "time": time.time()}) + "\n")
+                self._rows.write(json.dumps(entry) + "\n")
             except OSError as problem:  # a full disk must not end a run; the buffered line comes with the next one
                 print(f"cannot write the rows of step {step}: {problem}", file=sys.stderr, flush=True)
 
@@ -97,19 +99,19 @@ class Monitor:
     def _report_spike(
         self, queued: QueuedStep, result: StepResult, over: Sequence[str], usual: dict[str, float | None]
     ) -> None:
-        losses = row_losses(queued, self.engine.groups)
+        losses = document_losses(queued, self.engine.groups)
         if not self.engine.groups.main:
             return
         seed = self.config.train.seed
-        rows = suspects(losses, self.config.fault.spike_factor)
-        skip = sorted({*self.config.data.skip_rows, *(number for number, _ in rows)})
+        worst = suspects(losses, self.config.fault.spike_factor)
+        skip = sorted({*self.config.data.skip_rows, *(document.row for document in worst)})
         spike: dict[str, Any] = {
             "step": queued.step,
             "what": list(over),
             "loss": result.loss,
             "grad_norm": result.grad_norm,
             "usual": usual,
-            "rows": [describe_row(number, loss, self.dataset, seed=seed) for number, loss in rows],
+            "rows": [describe_document(document, self.dataset, seed=seed) for document in worst],
             "skip": f"--data.skip_rows={json.dumps(skip, separators=(',', ':'))}",
         }
         self.watch.event("spike", **spike)
@@ -119,8 +121,9 @@ class Monitor:
         except OSError as problem:
             print(f"cannot write {SPIKES_FILE}: {problem}", file=sys.stderr)
         values = ", ".join(f"{key} {getattr(result, key):.4g} (usually {usual[key]:.4g})" for key in over)
-        numbers = ", ".join(f"{n} (loss {loss:.3f})" for n, loss in rows)
-        print(f"spike in step {queued.step}: {values}; worst rows {numbers}; to skip them: {spike['skip']}", flush=True)
+        numbers = ", ".join(f"{d.document} of row {d.row} (loss {d.loss:.3f})" for d in worst)
+        text = f"spike in step {queued.step}: {values}; worst documents {numbers}; to skip their rows: {spike['skip']}"
+        print(text, flush=True)
 
 
 class Stragglers:
@@ -200,33 +203,33 @@ def outlier_limit(values: Sequence[float] | deque[float], factor: float) -> floa
     return median + factor * max(spread, SPREAD_FLOOR * abs(median))
 
 
-def suspects(losses: Sequence[tuple[int, float]], factor: float) -> list[tuple[int, float]]:
-    """Rows of a step whose loss is far above the others', worst first: at least the worst one, at most MAX_ROWS.
+def suspects(losses: Sequence[DocumentLoss], factor: float) -> list[DocumentLoss]:
+    """Documents of a step whose loss is far above the others', worst first: at least the worst, at most MAX_DOCUMENTS.
 
     Args:
-        losses: (number, own loss) of each row, ascending by loss.
+        losses: of all documents, ascending.
         factor: robust standard deviations above the median.
     """
     if not losses:
         return []
-    limit = outlier_limit([loss for _, loss in losses], factor)
-    return [row for i, row in enumerate(reversed(losses)) if i == 0 or row[1] > limit][:MAX_ROWS]
+    limit = outlier_limit([document.loss for document in losses], factor)
+    return [x for i, x in enumerate(reversed(losses)) if i == 0 or x.loss > limit][:MAX_DOCUMENTS]
 
 
-def describe_row(number: int, loss: float, dataset: PackedDataset, *, seed: int) -> dict[str, Any]:
-    """Source of a row of the run: epoch, row of the dataset's file, documents and the input rows they come from."""
-    place = locate(number, dataset.rows, seed=seed)
-    _, layout = dataset.read(place.epoch, place.row)
-    documents = [{"document": int(n), "origin": origin(int(n), dataset.manifest)} for n in np.asarray(layout.doc_ids)]
-    return {"row": number, "loss": loss, "epoch": place.epoch, "file_row": place.row, "documents": documents}
+def describe_document(worst: DocumentLoss, dataset: PackedDataset, *, seed: int) -> dict[str, Any]:
+    """Source of a document: its row of the run, epoch and row of the dataset's file, and the input row."""
+    place = locate(worst.row, dataset.rows, seed=seed)
+    documents = [{"document": worst.document, "origin": origin(worst.document, dataset.manifest)}]
+    where = {"row": worst.row, "epoch": place.epoch, "file_row": place.row}
+    return where | {"loss": worst.loss, "documents": documents}
 
 
-def rows_of_run(run_dir: str | Path) -> dict[int, list[int]]:
-    """Rows of the run in each step, ascending, from the files of fault.log_rows.
+def documents_of_run(run_dir: str | Path) -> dict[int, list[tuple[int, int]]]:
+    """Documents in each step as (row of the run, number), ascending, from the files of fault.log_rows.
 
     A step that several attempts did counts as done by the last one that began it.
     """
-    attempts: dict[int, dict[str, tuple[float, list[int]]]] = {}
+    attempts: dict[int, dict[str, tuple[float, list[tuple[int, int]]]]] = {}
     for file in Path(run_dir).glob("rows/*/rank-*.jsonl"):
         for line in file.read_text(encoding="utf-8").splitlines():
             try:
@@ -234,6 +237,7 @@ def rows_of_run(run_dir: str | Path) -> dict[int, list[int]]:
             except ValueError:  # cut by a kill
                 continue
             of_step = attempts.setdefault(entry["step"], {})
-            began, rows = of_step.get(file.parent.name, (0.0, []))
-            of_step[file.parent.name] = (max(began, entry["time"]), rows + entry["rows"])
+            began, known = of_step.get(file.parent.name, (0.0, []))
+            pairs = list(zip(entry["rows"], entry["documents"], strict=True))
+            of_step[file.parent.name] = (max(began, entry["time"]), known + pairs)
     return {step: sorted(max(of_step.values())[1]) for step, of_step in sorted(attempts.items())}
