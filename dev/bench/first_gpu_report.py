@@ -22,7 +22,7 @@ from sdlm_megatron.planner.flops import peak_flops
 from sdlm_megatron.planner.memory import RowTokens, linear_weights, stage_memory
 from sdlm_megatron.planner.parallel_layout import ON_GPU, ParallelLayout
 from sdlm_megatron.planner.step_time import Costs, launches, row_time, step_time
-from sdlm_megatron.planner.workload import Workload
+from sdlm_megatron.planner.workload import StepSample, Workload
 
 DEFAULT = Assumptions()
 STEPS = {"step_3b": "3B", "layers_32b": "layers of 32B, bf16", "layers_32b_fp8": "layers of 32B, FP8"}
@@ -40,7 +40,7 @@ def costs_of(facts: Facts) -> Costs | None:
     rows, block = facts["rows"], facts["block"] / facts["rows"]
     clean, targets = facts["clean"] / rows, facts["targets"] / rows
     row = RowTokens(facts["row_length"], clean, block, block / REPEAT, targets, facts["block_size"])
-    work = Workload("the measured rows", rows, rows, row, facts["pairs"] / rows)
+    work = Workload("the measured rows", rows, rows, row, facts["pairs"] / rows, StepSample(lambda _: ()))
     return Costs(ModelConfig(**facts["model"]), layout, work, device_of(name, DEFAULT), DEFAULT)
 
 
@@ -78,7 +78,7 @@ def step_lines(name: str, facts: Facts) -> Iterator[str]:
     yield f"{facts['rows']} rows of {facts['row_length']}; {train['layers']} layers, attention {facts['attention']}."
     table = [("", "measured", "planned")]
     c = costs_of(facts)
-    planned = step_time(c, facts["rows"]) if c else None
+    planned = step_time(c, facts["rows"], 1.0) if c else None
     memory = stage_memory(c.model, c.layout, c.row, facts["rows"], 0).total if c else 0
     peak = facts["peak_flops"]
 

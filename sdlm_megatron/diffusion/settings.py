@@ -34,7 +34,7 @@ LOSSLESS_UNTRAINED = (
 
 
 def lossless_fault(causal_attn: bool, target_shift: bool) -> str | None:
-    """What a model lacks that alg "lossless" needs, as the end of a sentence; None if it has all."""
+    """Reason why a model cannot be decoded with alg "lossless", as the end of a sentence; None if it can."""
     if not causal_attn:
         why = "causal_attn, and the slots of this one's blocks see each other both ways"
     elif not target_shift:
