@@ -64,7 +64,7 @@ def without_lost_target(batch: MicroBatch, golden: Golden, row: int) -> MicroBat
         batch.label_targets[keep],
         batch.label_slots[keep],
         batch.layout,
-        batch.number,
+        batch.rows,
     )
 
 
