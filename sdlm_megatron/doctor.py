@@ -17,7 +17,7 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -216,17 +216,17 @@ GPU_CHECKS: tuple[tuple[str, Callable[[], str], bool, str], ...] = (
 """The same for machines with a GPU. A run there uses all of them."""
 
 
-def diagnose() -> list[dict[str, str]]:
-    """Runs all checks; a result has name, state (a key of MARKS), detail, and the fix where the state is not ok."""
-    results: list[dict[str, str]] = []
+def diagnose() -> Iterator[dict[str, str]]:
+    """Runs one check after the other: name, state (a key of MARKS), detail, and the fix where the state is not ok."""
+    states = {}
     for name, check, needed, fix in CHECKS:
-        results.append(_result(name, check, needed, fix))
-    states = {result["name"]: result["state"] for result in results}
+        result = _result(name, check, needed, fix)
+        states[name] = result["state"]
+        yield result
     for name, check, needed, fix in GPU_CHECKS if states["GPUs"] == "ok" else ():
         # without TransformerEngine, layers are Megatron-Core's: its own line says so
         if name != "layer" or states["TransformerEngine"] == "ok":
-            results.append(_result(name, check, needed, fix))
-    return results
+            yield _result(name, check, needed, fix)
 
 
 def _result(name: str, check: Callable[[], str], needed: bool, fix: str) -> dict[str, str]:
@@ -247,15 +247,17 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     args = build_parser().parse_args(argv)
-    results = diagnose()
+    results = []
+    for result in diagnose():
+        results.append(result)
+        if not args.json:  # at once: a trial on a GPU can take minutes
+            print(f"{MARKS[result['state']]:5} {result['name']:18} {result['detail']}", flush=True)
+            if "fix" in result:
+                print(f"{'':24} fix: {result['fix']}")
     healthy = all(result["state"] != "broken" for result in results)
     if args.json:
         print(json.dumps({"ok": healthy, "checks": results}, indent=1))
     else:
-        for result in results:
-            print(f"{MARKS[result['state']]:5} {result['name']:18} {result['detail']}")
-            if "fix" in result:
-                print(f"{'':24} fix: {result['fix']}")
         print(f"\ntraining is {'possible' if healthy else 'not possible: see the lines marked FAIL'}")
     if not healthy:
         raise SystemExit(1)
