@@ -34,9 +34,9 @@ class Assumptions:
         0.80, "element-wise kernels, share of the HBM bandwidth", (0.6, 0.85), share=True
     )
     launches: float = _assumption(
-        0, "kernel launches per layer and micro-batch; 0: 100 with TransformerEngine, 146 without", zero=True
+        0, "kernel launches per layer and micro-batch; 0: 38 with TransformerEngine, 79 without", zero=True
     )
-    launch_us: float = _assumption(62.0, "host CPU time per launch, us", (62.0, 119.0), zero=True)
+    host_ms: float = _assumption(4.2, "host CPU time per layer and micro-batch, ms", (4.2, 8.0), zero=True)
     kernel_overhead_us: float = _assumption(4.0, "start and tail of a kernel on the GPU, us", zero=True)
     gpus_per_node: float = _assumption(8, "GPUs joined by NVLink; tensor parallelism stays inside a node")
     nvlink_efficiency: float = _assumption(

@@ -72,8 +72,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         overrides = [*overrides, "--train.fp8=current"]
     config = load_config(RunConfig, args.preset, overrides, PRESETS)
     check_values(config)
-    if config.train.attention not in ("auto", "decomposed"):
-        what = f"attention is planned for the decomposed kernels only, not {config.train.attention}"
+    if config.train.attention not in ("auto", "triton"):
+        what = f"attention is planned for the Triton kernels only, not {config.train.attention}"
         raise ConfigError(what, "train.attention", "--train.attention=auto")
     check_length(config.train)
     if config.checkpoint.base and not config.model.num_layers:

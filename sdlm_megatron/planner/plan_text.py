@@ -92,10 +92,10 @@ def details(plan: LayoutPlan, price: float) -> str:
         f"{slow.seconds / 3600:.1f}), {plan.gpu_hours:,.0f} GPU-hours ({fast.gpu_hours:,.0f}..{slow.gpu_hours:,.0f})"
         f"{cost if price else ''}; {plan.flops:.3g} model FLOPs, MFU {plan.mfu:.1%} ({slow.mfu:.1%}..{fast.mfu:.1%})"
     )
-    host, gpu, us = host_time(plan.costs), gpu_time(plan.costs), plan.costs.assumed.launch_us
-    state = "THE HOST BINDS" if host > gpu else f"hidden up to {us * gpu / host:.0f} us" if host else "hidden"
-    launches = f"{us:g} us per launch = {host * 1e3:,.0f} ms per micro-batch, GPU {gpu * 1e3:,.0f} ms: {state}"
-    return "\n".join([*lines, f"  {run}", f"  host: {launches}"])
+    host, gpu, ms = host_time(plan.costs), gpu_time(plan.costs), plan.costs.assumed.host_ms
+    state = "THE HOST BINDS" if host > gpu else f"hidden up to {ms * gpu / host:.1f} ms" if host else "hidden"
+    text = f"{ms:g} ms per layer = {host * 1e3:,.0f} ms per micro-batch, GPU {gpu * 1e3:,.0f} ms: {state}"
+    return "\n".join([*lines, f"  {run}", f"  host: {text}"])
 
 
 def table(plans: Sequence[LayoutPlan], labels: Sequence[str]) -> str:

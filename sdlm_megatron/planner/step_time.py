@@ -2,7 +2,7 @@
 
 A step takes the time of the slowest pipeline stage's micro-batches, the pipeline bubble, and the work that comes once
 per step: reduction of gradients, gathering of weights, optimizer. A micro-batch takes what is longer: its kernels on
-the GPU, or their launches by the host. The two cannot be evened out over more than a pass, because a GPU queues only
+the GPU, or the work of the host that launches them. The two cannot be evened out over more than a pass, because a GPU queues only
 about a thousand launches.
 """
 
@@ -17,14 +17,13 @@ from sdlm_megatron.planner.workload import Workload
 
 NORMS_AGAIN = 0.08
 """Element-wise work that selective recomputation adds, as a share: two norms forward, not fused with linear layers."""
-LAUNCHES = {"megatron": 146, "transformer_engine": 100}
-"""Launches per layer and micro-batch, forward and backward.
+LAUNCHES = {"megatron": 79, "transformer_engine": 38}
+"""Launches per layer and micro-batch, forward and backward, with attention in Triton kernels (4 of them).
 
 Counted with the CUDA builds of torch and TransformerEngine on a machine whose GPU library does nothing: a rank of the
-32B preset (32 layers, 6 micro-batches) makes 19,300 launches a step with TransformerEngine's layers, 28,000 with
-Megatron-Core's, about 85 a layer by the decomposed attention. They cost 1.2 s of CPU at best, 2.3 s on a busy machine:
-62 to 119 us each, everything else that the host does in a step included. Launches overlap with other kernels, the
-kernels' tails do not.
+32B preset (32 layers, 6 micro-batches) makes 7,291 launches a step with TransformerEngine's layers, 15,163 with
+Megatron-Core's, matrix products included (docs/benchmarks.md). Launches overlap with other kernels, the kernels' tails
+do not.
 """
 
 
@@ -39,7 +38,7 @@ class StepTime:
     weight_gradients: float = labeled("weight gradients of the layers")  # their sum over micro-batches
     recompute: float = labeled("recomputation")
     imbalance: float = labeled("attention of the rank with most visible pairs")  # what it has above the mean
-    host: float = labeled("waiting for launches by the host")
+    host: float = labeled("waiting for the host")
     tensor_communication: float = labeled("tensor-parallel communication")
     pipeline_bubble: float = labeled("pipeline bubble")
     pipeline_communication: float = labeled("pipeline communication")
@@ -112,7 +111,7 @@ def host_time(c: Costs) -> float:
     """Seconds of host CPU per micro-batch on a stage."""
     layers = c.model.num_layers // c.layout.pipeline
     again = c.layout.recomputed_layers(layers // c.layout.virtual) * c.layout.virtual
-    return launches(c) * (layers + again / 3) * c.assumed.launch_us * 1e-6
+    return (layers + again / 3) * c.assumed.host_ms * 1e-3
 
 
 def head_time(c: Costs) -> float:
