@@ -2,8 +2,8 @@
 
 A step takes the time of the slowest pipeline stage's micro-batches, the pipeline bubble, and the work that comes once
 per step: reduction of gradients, gathering of weights, optimizer. A micro-batch takes what is longer: its kernels on
-the GPU, or the work of the host that launches them. The two cannot be evened out over more than a pass, because a GPU queues only
-about a thousand launches.
+the GPU, or the work of the host that launches them. The two cannot be evened out over more than a pass, because a GPU
+queues only about a thousand launches.
 """
 
 import math

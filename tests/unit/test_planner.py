@@ -358,7 +358,7 @@ def test_assumptions_are_listed(capsys: pytest.CaptureFixture):
 
 
 def test_the_command_prints_json(capsys: pytest.CaptureFixture):
-    options = ["--train.recompute=full", "--fp8", "--top=2", "--assume=launch_us=119"]
+    options = ["--train.recompute=full", "--fp8", "--top=2", "--assume=host_ms=20"]
     command.main(["sdlm_3b_d4", "--gpus", "32", "--json", "--price", "2", *options])
     printed = json.loads(capsys.readouterr().out)
     assert printed["preset_layout"]["settings"]["train.recompute"] == "full"
