@@ -366,7 +366,7 @@ def test_the_command_prints_json(capsys: pytest.CaptureFixture):
     assert len(printed["best"]) == 2
     low, high = printed["best"][0]["band_gpu_hours"]
     assert low < printed["best"][0]["gpu_hours"] < high
-    assert not printed["best"][0]["host_binds"]
+    assert printed["best"][0]["host_binds"]
     assert printed["recommended"]["cost_usd"] == pytest.approx(2 * printed["recommended"]["gpu_hours"])
 
 
