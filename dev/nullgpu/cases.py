@@ -58,16 +58,17 @@ LARGE, SMALL = "sdlm_32b_d4", "sdlm_3b_d4"
 MEGATRON, FP8 = "train.layers=megatron", "train.fp8=current"
 PP4 = "parallel.tensor=2 parallel.pipeline=4 parallel.virtual_pipeline=8 train.recompute=selective"
 JOBS = (
-    # the layouts of docs/planning.md: first rank, first of a middle or the last stage, last rank
+    # the layouts of docs/planning.md: first rank, first of a middle or the last stage, last rank; a job without stages
+    # has the same on each rank
     Job(LARGE, 232, 6, (0, 116, 231), around=True, quick=True),
     Job(LARGE, 64, 4, (0, 32, 63)),
     Job(LARGE, 16, 4, (0, 8, 15)),
     Job(LARGE, 64, 8, (0, 32, 63), PP4),
-    Job(SMALL, 16, 6, (0, 8, 15), around=True),
-    Job(SMALL, 64, 2, (0, 32, 63)),
-    Job(SMALL, 232, 1, (0, 116, 231), "parallel.tensor=2 parallel.sequence=true"),
+    Job(SMALL, 16, 6, (0, 15), around=True),
+    Job(SMALL, 64, 2, (0, 63)),
+    Job(SMALL, 232, 1, (0, 231), "parallel.tensor=2 parallel.sequence=true"),
     # Megatron-Core's layers, FP8, recomputation
-    Job(LARGE, 232, 6, (0, 116, 231), MEGATRON, quick=True),
+    Job(LARGE, 232, 6, (0, 231), MEGATRON, quick=True),
     Job(LARGE, 16, 4, (0, 15), f"{MEGATRON} train.recompute=selective"),
     Job(LARGE, 64, 4, (0,), f"{MEGATRON} train.recompute=full"),
     Job(SMALL, 16, 2, (0,), MEGATRON, quick=True),
