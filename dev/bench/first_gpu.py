@@ -7,7 +7,6 @@ A part that failed or ran out of time does not stop the next one; a second call 
 
 import argparse
 import contextlib
-import ctypes
 import json
 import os
 import platform
@@ -20,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dev.bench.timing import rehearsal
 from sdlm_megatron.config.command_line import make_parser
 from sdlm_megatron.errors import TrainingError, run_cli
 from sdlm_megatron.files import make_folder, write_json
@@ -54,7 +54,7 @@ def parts(layers: int) -> tuple[Part, ...]:
         "--json",
         "JSON",
     )
-    tests = ("-m", "pytest", "-m", "gpu and not slow", "tests/gpu", "-q", "-n", "0", "-p", "no:cacheprovider")
+    tests = ("-m", "pytest", "-m", "gpu and not slow", "tests/gpu", "-q", "-p", "no:xdist", "-p", "no:cacheprovider")
     return (
         Part("doctor", 100, ("-m", "sdlm_megatron.doctor")),
         Part("attention", 60, ("-m", "dev.bench.attention_speed", *_HEADS, "--runs", "10", "--json", "JSON")),
@@ -90,11 +90,6 @@ def run_part(part: Part, folder: Path) -> dict[str, Any]:
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
     return {"state": state, "seconds": round(time.perf_counter() - started, 1)}
-
-
-def rehearsal() -> bool:
-    """Whether this process runs on a CUDA library that computes nothing, so that no figure means anything."""
-    return hasattr(ctypes.CDLL(None), "nullgpu_reset")  # dev/nullgpu/runtime.c
 
 
 def machine() -> dict[str, Any]:

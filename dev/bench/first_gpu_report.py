@@ -55,7 +55,7 @@ def measured_assumptions(facts: dict[str, Facts]) -> dict[str, float]:
     """Name -> value of the planner's assumptions that these files measure."""
     values: dict[str, float | None] = {}
     bf16, fp8 = facts.get("layers_32b"), facts.get("layers_32b_fp8")
-    if bf16 and (c := costs_of(bf16)):
+    if bf16 and bf16["parts"] and (c := costs_of(bf16)):
         parts, rows, planned = bf16["parts"], bf16["rows"], row_time(c)
         # the sum of weight gradients, which the planner counts apart, is part of these products
         products = parts[LINEAR] - rows * planned["weight_gradients"]
@@ -64,7 +64,7 @@ def measured_assumptions(facts: dict[str, Facts]) -> dict[str, float]:
         rest = rows * planned["elementwise"] * DEFAULT.memory_efficiency
         values["memory_efficiency"] = rest / parts[REST] if parts[REST] else None
         values["launch_us"] = 1e6 * bf16["host_seconds"] / bf16["launches"] if bf16["launches"] else None
-    if bf16 and fp8 and fp8["parts"][LINEAR]:
+    if bf16 and fp8 and bf16["parts"] and fp8["parts"].get(LINEAR):
         values["fp8_speedup"] = bf16["parts"][LINEAR] / fp8["parts"][LINEAR]
     if "attention" in facts:
         values["attention_efficiency"] = attention_efficiency(facts)
@@ -99,7 +99,7 @@ def step_lines(name: str, facts: Facts) -> Iterator[str]:
     row("large matrix product, TFLOP/s", f"{facts['product_flops'] / 1e12:.0f}", f"{peak / 1e12:.0f} (peak)")
     yield from _table(table)
     parts = facts["parts"]
-    yield "Parts of a profiled step: " + ", ".join(f"{k} {v:.3f} s" for k, v in parts.items() if v) + "."
+    yield "Parts of a profiled step: " + (", ".join(f"{k} {v:.3f} s" for k, v in parts.items() if v) or "none") + "."
 
 
 def attention_lines(facts: Facts) -> Iterator[str]:

@@ -25,7 +25,15 @@ cpu.install()  # before anything imports megatron
 
 from dev.bench.engine_case import StepCase  # noqa: E402
 from dev.bench.reference_step import ReferenceProcess  # noqa: E402
-from dev.bench.timing import host_seconds, matmul_flops, parts_of, peak_bytes, print_table, timed  # noqa: E402
+from dev.bench.timing import (  # noqa: E402
+    host_seconds,
+    matmul_flops,
+    parts_of,
+    peak_bytes,
+    print_table,
+    rehearsal,
+    timed,
+)
 from sdlm_megatron.config.command_line import make_config_parser, parse_config  # noqa: E402
 from sdlm_megatron.config.load import PRESETS  # noqa: E402
 from sdlm_megatron.config.schema import ParallelConfig, RunConfig  # noqa: E402
@@ -108,10 +116,16 @@ def measure_step(config: RunConfig, args: argparse.Namespace, groups: Groups) ->
         facts = print_speed(case, whole, inner, config.train.precision)
         if reference:
             print_reference(case, inner, theirs, reference)
-        parts, launches = parts_of(case.step, groups.device)
-        print_parts(parts, reference)
+        facts |= step_facts(case, config) | {"parts": {}, "launches": 0}
+        if args.json:
+            write_json(args.json, facts)  # the profiler needs CUPTI, which may end the process
+        if rehearsal():
+            print("no profile: CUPTI ends a process without a driver")
+            return
+        facts["parts"], facts["launches"] = parts_of(case.step, groups.device)
+        print_parts(facts["parts"], reference)
     if args.json:
-        write_json(args.json, facts | step_facts(case, config) | {"parts": parts, "launches": launches})
+        write_json(args.json, facts)
 
 
 def step_facts(case: StepCase, config: RunConfig) -> dict[str, Any]:
