@@ -128,7 +128,7 @@ def test_samples_follow_the_next_token_distribution(models: list[Any], monkeypat
 
 def test_models_trained_otherwise_are_refused(models: list[Any]) -> None:
     ids = {"input_ids": torch.tensor([[1, 2]]), "mask_token_id": MASK, "window": 4, "max_new_tokens": 4}
-    with pytest.raises(ValueError, match="causal_attn.*use self_speculative"):
+    with pytest.raises(ValueError, match="causal_attn.*use 'self_speculative'"):
         decode(models[0], alg="lossless", **ids)
     with pytest.raises(ValueError, match="target shift"):
         decode(models[0], alg="lossless", causal_attn=True, target_shift=False, **ids)
