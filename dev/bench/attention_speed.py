@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dev.bench.timing import median_ms, peak_bytes, print_table
+from dev.bench.timing import median_ms, peak_bytes, print_table, rehearsal
 from sdlm_megatron.config.command_line import make_parser
 from sdlm_megatron.config.hardware import default_device
 from sdlm_megatron.diffusion.layout import RowLayout, block_count, draw_starts, pack_row
@@ -28,7 +28,7 @@ from sdlm_megatron.model.attention.decomposed import Decomposed
 from sdlm_megatron.model.attention.flex import Flex
 from sdlm_megatron.model.attention.fused import Fused
 from sdlm_megatron.model.attention.masked import Dense, PerDocument
-from sdlm_megatron.model.attention.varlen import TorchKernel, VarlenKernel
+from sdlm_megatron.model.attention.varlen import TorchKernel, TransformerEngineFused, VarlenKernel
 from sdlm_megatron.weights.dtypes import PRECISIONS
 
 # Measured on the tokenized training mixture: clean tokens per document (lognormal), and the share of answers.
@@ -77,6 +77,8 @@ def backends(
     for kernel in kernels:
         if isinstance(kernel, str):
             yield kernel, None
+        elif rehearsal() and isinstance(kernel, TransformerEngineFused):
+            yield f"{kernel.name}: cuDNN needs a GPU", None
         else:
             yield f"decomposed, {kernel.name}", partial(build_decomposed, kernel)
 

@@ -94,13 +94,13 @@ def run_part(part: Part, folder: Path) -> dict[str, Any]:
 
 def machine() -> dict[str, Any]:
     """Versions, and the GPU as nvidia-smi lists it."""
-    try:
-        import torch
+    import torch
 
-        versions = {"torch": torch.__version__, "cuda": torch.version.cuda}
+    versions = {"torch": torch.__version__, "cuda": torch.version.cuda}
+    try:
         smi = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20, check=False).stdout
-    except (ImportError, OSError, subprocess.TimeoutExpired) as error:
-        versions, smi = {}, str(error)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        smi = str(error)
     return {"python": platform.python_version(), **versions, "gpus": smi.strip(), "cpus": os.cpu_count()}
 
 

@@ -93,7 +93,7 @@ def step_lines(name: str, facts: Facts) -> Iterator[str]:
     row("peak memory, GB", f"{facts['peak_bytes'] / 1e9:.2f}{ratio}", f"{memory / 1e9:.2f}" if memory else "")
     row("reserved by the allocator, GB", f"{facts['reserved_bytes'] / 1e9:.2f}")
     per = facts["launches"] / layers / facts["rows"]
-    row("launches per layer and micro-batch, all in", f"{per:.0f}", f"{launches(c):.0f}" if c else "")
+    row("launches per layer and micro-batch, all in", f"{per:.0f}" if per else "", f"{launches(c):.0f}" if c else "")
     host = facts["host_seconds"]
     row("host CPU of a step, s", f"{host:.3f}", f"{launches(c) * layers * facts['rows'] * 62e-6:.3f}" if c else "")
     row("large matrix product, TFLOP/s", f"{facts['product_flops'] / 1e12:.0f}", f"{peak / 1e12:.0f} (peak)")
