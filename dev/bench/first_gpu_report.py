@@ -21,7 +21,7 @@ from sdlm_megatron.planner.assumptions import DEVICES, Assumptions, assume, devi
 from sdlm_megatron.planner.flops import peak_flops
 from sdlm_megatron.planner.memory import RowTokens, linear_weights, stage_memory
 from sdlm_megatron.planner.parallel_layout import ON_GPU, ParallelLayout
-from sdlm_megatron.planner.step_time import Costs, launches, row_time, step_time
+from sdlm_megatron.planner.step_time import Costs, host_time, launches, row_time, step_time
 from sdlm_megatron.planner.workload import StepSample, Workload
 
 DEFAULT = Assumptions()
@@ -63,7 +63,7 @@ def measured_assumptions(facts: dict[str, Facts]) -> dict[str, float]:
         values["gemm_efficiency"] = ideal / products if products > 0 else None
         rest = rows * planned["elementwise"] * DEFAULT.memory_efficiency
         values["memory_efficiency"] = rest / parts[REST] if parts[REST] else None
-        values["launch_us"] = 1e6 * bf16["host_seconds"] / bf16["launches"] if bf16["launches"] else None
+        values["host_ms"] = 1e3 * bf16["host_seconds"] / rows / c.model.num_layers
     if bf16 and fp8 and bf16["parts"] and fp8["parts"].get(LINEAR):
         values["fp8_speedup"] = bf16["parts"][LINEAR] / fp8["parts"][LINEAR]
     if "attention" in facts:
@@ -95,7 +95,7 @@ def step_lines(name: str, facts: Facts) -> Iterator[str]:
     per = facts["launches"] / layers / facts["rows"]
     row("launches per layer and micro-batch, all in", f"{per:.0f}" if per else "", f"{launches(c):.0f}" if c else "")
     host = facts["host_seconds"]
-    row("host CPU of a step, s", f"{host:.3f}", f"{launches(c) * layers * facts['rows'] * 62e-6:.3f}" if c else "")
+    row("host CPU of a step, s", f"{host:.3f}", f"{host_time(c) * facts['rows']:.3f}" if c else "")
     row("large matrix product, TFLOP/s", f"{facts['product_flops'] / 1e12:.0f}", f"{peak / 1e12:.0f} (peak)")
     yield from _table(table)
     parts = facts["parts"]

@@ -115,7 +115,7 @@ def test_report_finds_the_assumptions(folder: Path) -> None:
     first_gpu_report.main([str(folder)])
     text = (folder / "report.md").read_text()
     line = next(x for x in text.splitlines() if x.strip().startswith("sdlm plan"))
-    expected = ("gemm_efficiency=0.6", "memory_efficiency=0.8", "launch_us=100", "attention_efficiency=0.152")
+    expected = ("gemm_efficiency=0.6", "memory_efficiency=0.8", "host_ms=10", "attention_efficiency=0.152")
     assert line.split("232 ")[1] == " ".join(f"--assume {x}" for x in expected)
     assert "fast but wrong | 1.00 | 4.00 | 400 | 0.5, WRONG" in text and "absent: no kernel / here" in text
     assert "FP8 |" not in text and "fp8_speedup" not in text  # that part failed
