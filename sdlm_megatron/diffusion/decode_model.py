@@ -157,7 +157,7 @@ class TransformersProposer:
         ).logits
         if step.clean_anchors:  # the anchors are the last clean tokens, the windows follow them
             anchors, masks = logits.split([windows, windows * size], 1)
-            return torch.cat([anchors[:, :, None], masks.unflatten(1, (windows, size))], 2)
+            return torch.cat([anchors[:, :, None], masks.view(len(masks), windows, size, -1)], 2)
         return logits.view(len(logits), max(1, windows), -1, logits.shape[-1])
 
 

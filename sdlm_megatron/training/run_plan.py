@@ -30,7 +30,7 @@ _CLASSES = {
     TAKEN: "run_dir data parallel checkpoint observe fault train.steps train.epochs train.stop_after train.attention "
     "train.layers train.micro_batches train.recompute train.recompute_layers train.logits_mb",
     REFUSED: "diffusion optimizer schedule train.seed train.global_batch train.global_batch_unit train.precision "
-    "train.gradient_dtype train.fp8 train.loss_normalization",
+    "train.gradient_dtype train.fp8 train.loss_normalization train.next_token_balance",
 }
 RESUME = {name: kind for kind, names in _CLASSES.items() for name in names.split()}
 """Classes of settings on a resume; a section stands for those of its settings that are not listed themselves.

@@ -70,7 +70,7 @@ def test_block_size_of_a_preset_is_checked() -> None:
     assert stating
     for name in stating:
         config = load_config(RunConfig, name, [], PRESETS)
-        size = int(name.rpartition("_d")[2])
+        size = int(name.rpartition("_d")[2].partition("_")[0])
         assert resolve_diffusion(config, _dataset(block_size=size)).diffusion.block_size == size
         with pytest.raises(DataError, match=f"block_size is {size}"):
             resolve_diffusion(config, _dataset(block_size=size + 1))
