@@ -1,44 +1,55 @@
-"""Tokens per second of vLLM's server: SDLM by the plugin beside the same folder as plain Qwen2, one token per pass.
+"""Tokens per second of vLLM's server: SDLM by the plugin beside the same folder as its stock class, one token per pass.
 
-Starts one server after the other and sends it requests over HTTP, a fixed number at a time. Answers have a fixed length
-(end tokens are ignored). A threshold of 0 keeps every window and 1 only its first token, so that the cost of a pass is
-measured whatever the weights: between the two lie all models.
+Starts one server after the other and sends it held-out prompts over HTTP, a fixed number at a time. A threshold of 1
+keeps the first token of a window only: the row shows what a pass costs when nothing is gained.
 """
 
 import argparse
 import json
 import os
-import random
 import socket
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from sdlm_megatron.config.command_line import make_parser
 from sdlm_megatron.errors import UserError
 
 START_SECONDS = 600
+CPU_ONLY = ("SDLM_VLLM_CPU", "TRITON_INTERPRET", "VLLM_USE_V2_MODEL_RUNNER")
+"""Variables of serving/vllm/tests/conftest.py that the plugin needs on a CPU: vLLM's second runner with interpreted
+Triton kernels. The stock class has a runner without such kernels there."""
+
+
+class Speed(NamedTuple):
+    """A measurement."""
+
+    tokens: int
+    seconds: float
+    passes: float
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Options of this program."""
-    example = "python -m dev.bench.serving_speed --model SDLM-3B-D4 --vllm vllm -- --max-model-len 4096"
+    example = "python -m dev.bench.serving_speed --model SDLM-3B-D4 --prompts held_out.jsonl -- --max-model-len 4096"
     parser = make_parser("python -m dev.bench.serving_speed", __doc__, example=example)
     parser.add_argument("--model", required=True, metavar="DIR", help="exported SDLM folder")
-    parser.add_argument("--vllm", default="vllm", metavar="PATH", help="vLLM's program, with sdlm-vllm installed there")
+    parser.add_argument("--prompts", required=True, type=Path, metavar="FILE", help="JSON lines with the key prompt")
+    parser.add_argument("--python", default=sys.executable, metavar="PATH", help="Python with vLLM and sdlm-vllm")
     parser.add_argument(
         "--at-once", type=int, nargs="+", default=[1, 4, 16, 64], metavar="N", help="requests at a time"
     )
-    parser.add_argument("--thresholds", type=float, nargs="+", default=[0.0, 1.0], metavar="TAU", help="of SDLM")
-    parser.add_argument("--requests", type=int, default=64, metavar="N", help="least requests per measurement")
-    parser.add_argument("--prompt", type=int, default=64, metavar="TOKENS", help="length of the prompts")
-    parser.add_argument("--answer", type=int, default=64, metavar="TOKENS", help="length of the answers")
+    parser.add_argument("--thresholds", type=float, nargs="+", default=[0.9, 1.0], metavar="TAU", help="of SDLM")
+    parser.add_argument(
+        "--rounds", type=int, default=2, metavar="N", help="requests per measurement, by requests at a time"
+    )
+    parser.add_argument("--most", type=int, default=64, metavar="TOKENS", help="longest answer")
     parser.add_argument("serve", nargs="*", metavar="OPTION", help="options of `vllm serve`, after --")
     return parser
 
@@ -49,8 +60,13 @@ def server(args: argparse.Namespace, plugins: str | None) -> Iterator[str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [args.vllm, "serve", args.model, "--served-model-name", "model", "--port", str(port), *args.serve]
-    environment = dict(os.environ) if plugins is None else os.environ | {"VLLM_PLUGINS": plugins}
+    # as `vllm serve` does; that program is missing in builds of vLLM with another name
+    command = [args.python, "-m", "vllm.entrypoints.openai.api_server", "--model", args.model]
+    command += ["--served-model-name", "model", "--port", str(port), *args.serve]
+    environment = dict(os.environ)
+    if plugins is not None:
+        environment = {name: value for name, value in environment.items() if name not in CPU_ONLY}
+        environment["VLLM_PLUGINS"] = plugins
     process = subprocess.Popen(command, env=environment, stdout=sys.stderr)
     address = f"http://127.0.0.1:{port}"
     try:
@@ -73,14 +89,14 @@ def _answers(url: str) -> bool:
         return False
 
 
-def answer(address: str, prompt: list[int], tokens: int, threshold: float | None) -> int:
+def answer(address: str, prompt: str, most: int, threshold: float | None) -> int:
     """Sends one request; returns the number of generated tokens."""
-    body: dict[str, Any] = {"model": "model", "prompt": prompt, "max_tokens": tokens, "temperature": 0}
-    body["ignore_eos"] = True
+    body: dict[str, Any] = {"model": "model", "messages": [{"role": "user", "content": prompt}], "max_tokens": most}
+    body["temperature"] = 0
     if threshold is not None:
         body["vllm_xargs"] = {"sdlm_threshold": threshold}
     request = urllib.request.Request(
-        f"{address}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        f"{address}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
     with urllib.request.urlopen(request, timeout=3600) as response:
         return int(json.load(response)["usage"]["completion_tokens"])
@@ -93,37 +109,33 @@ def passes(address: str) -> float:
     return sum(float(line.split()[-1]) for line in lines if line.startswith("sdlm:passes_total"))
 
 
-def measure(address: str, args: argparse.Namespace, at_once: int, threshold: float | None) -> tuple[float, float]:
-    """Tokens per second of all requests together, and tokens per pass."""
-    rng = random.Random(0)
-    prompts = [[rng.randrange(10, 250) for _ in range(args.prompt)] for _ in range(max(args.requests, 2 * at_once))]
-    if at_once == 1:
-        prompts = prompts[: max(4, args.requests // 8)]
-    answer(address, prompts[0], args.answer, threshold)
+def measure(address: str, args: argparse.Namespace, prompts: list[str], at_once: int, threshold: float | None) -> Speed:
+    """Answers `prompts`, `at_once` at a time; the first is answered once before."""
+    answer(address, prompts[0], args.most, threshold)
     before, start = passes(address), time.perf_counter()
     with ThreadPoolExecutor(at_once) as pool:
-        tokens = sum(pool.map(lambda prompt: answer(address, prompt, args.answer, threshold), prompts))
+        tokens = sum(pool.map(lambda prompt: answer(address, prompt, args.most, threshold), prompts))
     seconds = time.perf_counter() - start
     time.sleep(1)  # the counters follow the answers
-    counted = passes(address) - before
-    return tokens / seconds, tokens / counted if counted else 1.0
+    return Speed(tokens, seconds, passes(address) - before or tokens)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Prints the table. UserError: a server did not start."""
     args = build_parser().parse_args(argv)
-    rows: list[tuple[str, str | None, float | None]] = [("plain Qwen2", "", None)]
-    rows += [(f"SDLM, threshold {threshold:g}", None, threshold) for threshold in args.thresholds]
+    prompts = [json.loads(line)["prompt"] for line in args.prompts.read_text().splitlines()]
+    prompts *= 1 + args.rounds * max(args.at_once) // len(prompts)
     print("| | tokens per pass | " + " | ".join(f"{n} at a time" for n in args.at_once) + " |")
     print("|---" * (2 + len(args.at_once)) + "|")
-    for plugins in ("", None):
+    for plugins, thresholds in (("", [None]), (None, args.thresholds)):
         with server(args, plugins) as address:
-            for name, needs, threshold in rows:
-                if needs != plugins:
-                    continue
-                results = [measure(address, args, n, threshold) for n in args.at_once]
-                cells = " | ".join(f"{speed:,.0f}" for speed, _ in results)
-                print(f"| {name} | {results[0][1]:.2f} | {cells} |", flush=True)
+            for tau in thresholds:
+                # one request at a time would show chance with fewer than 4
+                speeds = [measure(address, args, prompts[: max(4, n * args.rounds)], n, tau) for n in args.at_once]
+                mean = sum(speed.tokens for speed in speeds) / sum(speed.passes for speed in speeds)
+                cells = " | ".join(f"{speed.tokens / speed.seconds:,.1f}" for speed in speeds)
+                name = "stock class" if tau is None else f"SDLM, threshold {tau:g}"
+                print(f"| {name} | {mean:.2f} | {cells} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -37,9 +37,8 @@ def read_options(extra: dict[str, Any] | None, defaults: SDLMSettings, most: int
         raise ValueError(f"{unknown[0]} is no option of a request; {fix}")
     alg = given.get("sdlm_alg", defaults.alg)
     if alg not in ALGORITHMS:
-        why = (
-            " (its n + n² tokens per pass need key slots that vLLM does not have)" if alg == "self_speculative" else ""
-        )
+        verifies = alg in ("self_speculative", "lossless")
+        why = " (a window behind each draft needs key slots that vLLM does not have)" if verifies else ""
         raise ValueError(f"sdlm_alg must be one of {', '.join(ALGORITHMS)}, got {alg!r:.60}{why}")
     n, threshold = given.get("sdlm_n", defaults.window), given.get("sdlm_threshold", defaults.threshold)
     if isinstance(n, float) and n.is_integer():

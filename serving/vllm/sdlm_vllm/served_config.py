@@ -97,6 +97,7 @@ class SDLMEngineRules(VerifyAndUpdateConfig):
         if vllm_config.diffusion_config is None:
             vllm_config.diffusion_config = DiffusionConfig(canvas_length=2 * max(settings.block_size, settings.window))
         _refuse_engine_options(vllm_config)
+        _refuse_beam_search()
         scheduler, canvas = vllm_config.scheduler_config, served_canvas(vllm_config)
         scheduler.async_scheduling = False
         scheduler.scheduler_cls = "sdlm_vllm.canvas_scheduler.CanvasScheduler"
@@ -138,6 +139,20 @@ def _refuse_engine_options(vllm_config: Any) -> None:
         raise ValueError(f"SDLM cannot be served with {', '.join(names)}. Leave out.")
     if not vllm_config.use_v2_model_runner:
         raise ValueError("SDLM needs vLLM's second model runner, and that needs Triton; VLLM_USE_V2_MODEL_RUNNER=1")
+
+
+def _refuse_beam_search() -> None:
+    """From now on in this process: vLLM sends a beam search as requests of one token, which look like any other."""
+    from vllm.entrypoints.generate.beam_search.offline import BeamSearchOfflineMixin
+    from vllm.entrypoints.generate.beam_search.online import BeamSearchOnlineMixin
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise ValueError(
+            "SDLM does not support beam search: it extends every beam by one token. Leave out, or serve the "
+            'folder as plain Qwen2: VLLM_PLUGINS="" vllm serve …'
+        )
+
+    BeamSearchOfflineMixin.beam_search = BeamSearchOnlineMixin.beam_search = refuse  # type: ignore[method-assign]
 
 
 def _limit_requests(scheduler: Any, canvas: Canvas) -> None:

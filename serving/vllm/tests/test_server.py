@@ -88,11 +88,13 @@ def server(folder: Path) -> Iterator[Server]:
 MESSAGES: Any = [{"role": "user", "content": "hello"}]
 
 
-def expected(folder: Path, **options: Any) -> tuple[str, list[int]]:
-    """Text and accepted lengths of `generate` for MESSAGES."""
-    ids = tokenizer(folder).apply_chat_template(MESSAGES, add_generation_prompt=True, return_dict=True)["input_ids"]
+def expected(folder: Path, question: str = "hello", **options: Any) -> tuple[str, list[int]]:
+    """Text and accepted lengths of `generate` for a question; that of MESSAGES is the default."""
+    chat = [{"role": "user", "content": question}]
+    ids = tokenizer(folder).apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
     tokens, accepted = generated(folder, Asked(ids, **options))
-    return tokenizer(folder).decode(tokens, skip_special_tokens=True), accepted
+    # vLLM leaves out the first bytes of a character whose last ones are missing at the end of an answer
+    return tokenizer(folder).decode(tokens, skip_special_tokens=True).rstrip("\N{REPLACEMENT CHARACTER}"), accepted
 
 
 def test_chat_without_any_setting_is_greedy_with_the_folders_defaults(folder: Path, server: Server) -> None:
@@ -128,6 +130,8 @@ def test_streaming_and_sampling(folder: Path, server: Server) -> None:
         ({"extra_body": {"vllm_xargs": {"sdlm_threshold": 7}}}, "sdlm_threshold must be a number from 0 to 1, got 7"),
         ({"response_format": {"type": "json_object"}}, "SDLM does not support structured_outputs"),
         ({"frequency_penalty": 1}, "SDLM does not support frequency_penalty"),
+        ({"extra_body": {"use_beam_search": True}, "n": 2}, "SDLM does not support beam search"),
+        ({"extra_body": {"use_beam_search": True}, "n": 2, "stream": True}, "SDLM does not support beam search"),
     ],
 )
 def test_what_cannot_be_served_is_a_bad_request(server: Server, options: dict[str, Any], message: str) -> None:
@@ -142,10 +146,7 @@ def test_lm_evaluation_harness_measures_what_generate_answers(folder: Path, serv
     questions = ["hello", "count 1 to 3", "abc", "weather", "spell cloud", "xyz"]
     rows = []
     for index, question in enumerate(questions):
-        chat = [{"role": "user", "content": question}]
-        ids = tokenizer(folder).apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
-        tokens, _ = generated(folder, Asked(ids, 20))
-        text = tokenizer(folder).decode(tokens, skip_special_tokens=True)
+        text, _ = expected(folder, question, most=20)
         rows.append({"prompt": question, "expected": text if index < 4 else f"{text} and more"})
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     task = {
