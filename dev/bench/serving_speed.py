@@ -15,8 +15,11 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import psutil
 
 from sdlm_megatron.config.command_line import make_parser
 from sdlm_megatron.errors import UserError
@@ -50,13 +53,14 @@ def build_parser() -> argparse.ArgumentParser:
         "--rounds", type=int, default=2, metavar="N", help="requests per measurement, by requests at a time"
     )
     parser.add_argument("--most", type=int, default=64, metavar="TOKENS", help="longest answer")
+    parser.add_argument("--cpu-time", action="store_true", help="count the server's CPU seconds: for a busy machine")
     parser.add_argument("serve", nargs="*", metavar="OPTION", help="options of `vllm serve`, after --")
     return parser
 
 
 @contextmanager
-def server(args: argparse.Namespace, plugins: str | None) -> Iterator[str]:
-    """A running server's address; it is stopped at the end. UserError: it did not start."""
+def server(args: argparse.Namespace, plugins: str | None) -> Iterator[tuple[str, psutil.Process]]:
+    """A running server's address and process; it is stopped at the end. UserError: it did not start."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -75,7 +79,7 @@ def server(args: argparse.Namespace, plugins: str | None) -> Iterator[str]:
             if process.poll() is not None or time.monotonic() > deadline:
                 raise UserError("the server did not start", " ".join(command), "its log above names the cause")
             time.sleep(0.5)
-        yield address
+        yield address, psutil.Process(process.pid)
     finally:
         process.terminate()
         process.wait(60)
@@ -109,13 +113,27 @@ def passes(address: str) -> float:
     return sum(float(line.split()[-1]) for line in lines if line.startswith("sdlm:passes_total"))
 
 
-def measure(address: str, args: argparse.Namespace, prompts: list[str], at_once: int, threshold: float | None) -> Speed:
+def cpu_seconds(process: psutil.Process) -> float:
+    """CPU time of a process and what it started so far."""
+    times = [each.cpu_times() for each in (process, *process.children(recursive=True))]
+    return float(sum(each.user + each.system for each in times))
+
+
+def measure(
+    running: tuple[str, psutil.Process],
+    args: argparse.Namespace,
+    prompts: list[str],
+    at_once: int,
+    threshold: float | None,
+) -> Speed:
     """Answers `prompts`, `at_once` at a time; the first is answered once before."""
+    address, process = running
+    clock = partial(cpu_seconds, process) if args.cpu_time else time.perf_counter
     answer(address, prompts[0], args.most, threshold)
-    before, start = passes(address), time.perf_counter()
+    before, start = passes(address), clock()
     with ThreadPoolExecutor(at_once) as pool:
         tokens = sum(pool.map(lambda prompt: answer(address, prompt, args.most, threshold), prompts))
-    seconds = time.perf_counter() - start
+    seconds = clock() - start
     time.sleep(1)  # the counters follow the answers
     return Speed(tokens, seconds, passes(address) - before or tokens)
 
@@ -128,10 +146,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     print("| | tokens per pass | " + " | ".join(f"{n} at a time" for n in args.at_once) + " |")
     print("|---" * (2 + len(args.at_once)) + "|")
     for plugins, thresholds in (("", [None]), (None, args.thresholds)):
-        with server(args, plugins) as address:
+        with server(args, plugins) as running:
             for tau in thresholds:
                 # one request at a time would show chance with fewer than 4
-                speeds = [measure(address, args, prompts[: max(4, n * args.rounds)], n, tau) for n in args.at_once]
+                speeds = [measure(running, args, prompts[: max(4, n * args.rounds)], n, tau) for n in args.at_once]
                 mean = sum(speed.tokens for speed in speeds) / sum(speed.passes for speed in speeds)
                 cells = " | ".join(f"{speed.tokens / speed.seconds:,.1f}" for speed in speeds)
                 name = "stock class" if tau is None else f"SDLM, threshold {tau:g}"
