@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from dev.nullgpu.instruments import NullDevice
     from sdlm_megatron.parallel.engine import Engine
 
-TOKENS, REPEAT = 5632, 3
+REPEAT = 3
 _KEPT: list = []
 EXAMPLE = """
 python -m dev.nullgpu.rank --config sdlm_32b_d4 --world 232 --rank 0 --micro-batches 6
@@ -107,14 +107,14 @@ def build(config: RunConfig, args: argparse.Namespace) -> tuple["Engine", list]:
             config,
             config.model,
             groups,
-            max_positions=TOKENS + config.diffusion.block_size,
-            row_length=TOKENS,
+            max_positions=args.row_length + config.diffusion.block_size,
+            row_length=args.row_length,
             steps=10_000,
             initialize=False,
         )
     size = config.diffusion.block_size
-    documents = make_documents("mixture", 4 * args.micro_batches + 8, TOKENS, config.model, size)
-    return engine, pack_documents(documents, TOKENS, config.model, size)[: args.micro_batches]
+    documents = make_documents("mixture", 4 * args.micro_batches + 8, args.row_length, config.model, size)
+    return engine, pack_documents(documents, args.row_length, config.model, size)[: args.micro_batches]
 
 
 def measure_steps(engine: "Engine", rows: list, args: argparse.Namespace, device: "NullDevice") -> dict[str, Any]:
@@ -186,7 +186,7 @@ def around_steps(engine: "Engine", rows: list) -> dict[str, Any]:
     with engine.inference():
         engine.evaluate([rows])
         validated = time.perf_counter()
-        EngineProposer(engine, mask_token_id=engine.shape.vocab_size - 1, row_length=TOKENS)(step)
+        EngineProposer(engine, mask_token_id=engine.shape.vocab_size - 1, row_length=rows[0].tokens.shape[1])(step)
     return {
         "checkpoint": {"bytes": needed, "pinned": device.pinned - before, "seconds": copied - began},
         "validation": validated - copied,
@@ -229,7 +229,7 @@ def exchanged(all_reduce: Callable) -> Callable:
 
 def row_tokens(rows: list) -> RowTokens:
     """The planner's description of the largest row."""
-    most = {"length": TOKENS, "block_size": rows[0].layout.block_size}
+    most = {"length": rows[0].tokens.shape[1], "block_size": rows[0].layout.block_size}
     most["clean"] = max(r.layout.n_clean for r in rows)
     most["block"] = max(r.layout.n_block_tokens for r in rows)
     return RowTokens(**most, response=most["block"] / REPEAT, targets=max(len(r.label_index) for r in rows))
@@ -244,6 +244,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--world", type=int, default=232, help="GPUs of the job")
     add("--rank", type=int, default=0, help="rank of this process")
     add("--micro-batches", type=int, default=6, help="micro-batches of a step")
+    add("--row-length", type=int, default=5632, help="tokens of a micro-batch")
     add("--steps", type=int, default=3, help="steps; the first warms up, the last is a log step")
     add("--kernels", type=Path, metavar="FILE", help="write the launches of each kernel in a step")
     add("--roof", action="store_true", help="lower bound of the GPU's time by operator, of torch's operators only")
