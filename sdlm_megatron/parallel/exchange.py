@@ -3,6 +3,7 @@
 Imports torch only: the pre-flight's measurement meets through the same store.
 """
 
+import contextlib
 import hashlib
 import hmac
 import ipaddress
@@ -85,10 +86,15 @@ def verified(store: dist.Store, rank: int, world: int) -> dist.Store:
         store.set(f"sdlm/{rank}", _proof(f"rank {rank}"))
         other = "rank 0"
         matches = hmac.compare_digest(store.get("sdlm/0").decode(errors="replace"), _proof("all ranks"))
+        if not matches:
+            store.set(f"sdlm/{rank}/refused", "")
     else:
         wrong = [r for r in range(1, world) if store.get(f"sdlm/{r}") != _proof(f"rank {r}").encode()]
         store.set("sdlm/0", "refused" if wrong else _proof("all ranks"))
         other, matches = f"rank {', '.join(map(str, wrong))}", not wrong
+        if wrong:  # the store ends with this process: the others first read its answer
+            with contextlib.suppress(dist.DistError):
+                store.wait([f"sdlm/{r}/refused" for r in range(1, world)], timedelta(seconds=10))
     if not matches:
         raise ConfigError(
             f"{other} does not have the token of this job",

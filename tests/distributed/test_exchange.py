@@ -89,7 +89,7 @@ def test_another_token_is_refused_on_both_sides() -> None:
     first, second = start(program, 0, port, SDLM_JOB_TOKEN="secret-a"), start(program, 1, port)
     for child, other in ((first, "rank 1"), (second, "rank 0")):
         _, errors = child.communicate(timeout=120)
-        assert child.returncode == 2 and f"error: {other} does not have the token of this job" in errors
+        assert child.returncode == 2 and f"error: {other} does not have the token of this job" in errors, errors
         assert "secret-a" not in errors
 
 
