@@ -5,10 +5,12 @@ import os
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from helpers import ENV
 
 from sdlm_megatron.errors import ConfigError
@@ -119,3 +121,17 @@ def test_values_of_two_types_are_an_error(values: list[str]) -> None:
     with pytest.raises(ConfigError, match=f"process {len(values) - 1} sent something that cannot be read: .*, where"):
         exchange._decoded(sent, [len(value) for value in values])
     assert exchange._decoded(sent[:1] * 2, [len(values[0])] * 2) == [json.loads(values[0])] * 2
+
+
+def test_rank_0_stays_until_its_refusal_is_read() -> None:
+    """The store ends with its process; a slow rank would see a lost connection instead of the reason."""
+    store = dist.HashStore()
+    store.set("sdlm/1", "the proof of another token")
+    with ThreadPoolExecutor(1) as pool:
+        rank_0 = pool.submit(exchange.verified, store, 0, 2)
+        assert store.get("sdlm/0") == b"refused"
+        with pytest.raises(TimeoutError):
+            rank_0.result(timeout=0.3)
+        store.set("sdlm/1/refused", "")
+        with pytest.raises(ConfigError, match="rank 1 does not have the token of this job"):
+            rank_0.result(timeout=5)
