@@ -70,7 +70,7 @@ def _fit(docs: StepDocuments, rows: int, grid: StepGrid) -> np.ndarray | None:
     if not grid.whole_rows:
         level = int(_LEVEL * docs.tokens.sum()) // rows
         # rows that are filled alike, if possible
-        for length in {min(max(level, int(docs.tokens.max(initial=1))), grid.row_length): 0, grid.row_length: 0}:
+        for length in (min(max(level, int(docs.tokens.max(initial=1))), grid.row_length), grid.row_length):
             if (bins := best_fit(docs.tokens, length, rows)) is not None:
                 return bins
     numbers, own = np.unique(docs.rows, return_inverse=True)
