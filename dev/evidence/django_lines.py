@@ -79,6 +79,17 @@ def write_parts(folder: Path, out: Path) -> None:
         print(f"{out / part}.jsonl: {len(taken):,} pairs, {end - first - len(taken)} long ones left out")
 
 
+def read_part(path: Path) -> list[dict[str, str]]:
+    """The rows of a file that `write_parts` wrote."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+
+
+def new_prompts(data: Path) -> str:
+    """A text of 1 for each test prompt that does not occur in the training part, and 0 for the others."""
+    known = {row["prompt"] for row in read_part(data / "train.jsonl")}
+    return "".join(str(int(row["prompt"] not in known)) for row in read_part(data / "test.jsonl"))
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Options of the command."""
     command = "python -m dev.evidence.django_lines"

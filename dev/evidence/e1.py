@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dev.evidence import e1_results
-from dev.evidence.django_lines import write_parts
+from dev.evidence.django_lines import new_prompts, read_part, write_parts
 from dev.evidence.e1_measure import read_vectors
 from dev.evidence.e1_results import E1_ARMS, GRID, WIDER, Key, best_rate
 from dev.evidence.e1_statistics import power_rows
@@ -44,7 +44,7 @@ STEP_SECONDS, ANSWER_SECONDS = {1: 4.3, 4: 6.0, 16: 6.5}, 0.25
 
 @dataclass(frozen=True)
 class Design:
-    """What is trained and measured; the defaults are the plan's."""
+    """Amounts of the experiment; the defaults are the plan's."""
 
     arms: tuple[str, ...] = ("ar", "d4", "d4_nt", "d4_causal")
     grid: tuple[float, ...] = GRID
@@ -82,14 +82,14 @@ class LineTraining(ArmTraining):
         return {"steps": self.key.steps}
 
     def _conversations(self) -> Iterator[tuple[str, Iterable[Example]]]:
-        rows = [json.loads(line) for line in self.data.read_text(encoding="utf-8").split("\n") if line]
+        rows = read_part(self.data)
         wanted = round(CONVERSATIONS_PER_STEP * self.key.steps)
         drawn = random.Random(f"E1, {self.key.seed}").sample(rows, min(wanted, len(rows)))
         yield "django", (Example(row["prompt"], row["expected"]) for row in drawn)
 
 
 @dataclass(frozen=True)
-class Job:
+class LineJob:
     """One model and what to measure of it."""
 
     key: Key
@@ -101,30 +101,30 @@ class Job:
         return e1_results.rules_of(self.key.arm, self.part)
 
 
-class Campaign:
+class LineCampaign:
     """The whole experiment in one folder."""
 
     def __init__(self, out: Path, base: Path, design: Design) -> None:
         self.out, self.base, self.design = out, base, design
 
-    def phases(self) -> Iterator[tuple[str, list[Job]]]:
-        """Name and jobs of each phase; a phase may be asked for only when those before it are done."""
+    def phases(self) -> Iterator[tuple[str, list[LineJob]]]:
+        """Name and jobs of each phase; a phase may be questions for only when those before it are done."""
         d = self.design
-        yield "learning rates", [Job(Key(arm, lr, d.steps, 0), "dev") for lr in d.grid for arm in d.arms]
+        yield "learning rates", [LineJob(Key(arm, lr, d.steps, 0), "dev") for lr in d.grid for arm in d.arms]
         yield (
             "rates beyond the grid",
             [
-                Job(Key(arm, lr, d.steps, 0), "dev")
+                LineJob(Key(arm, lr, d.steps, 0), "dev")
                 for arm in d.arms
                 for end, lr in zip((min(d.grid), max(d.grid)), d.wider, strict=True)
                 if self.rate(arm) in (end, lr)
             ],
         )
-        yield "comparison", [Job(Key(arm, self.rate(arm), d.steps, s), "test") for s in d.seeds for arm in d.arms]
+        yield "comparison", [LineJob(Key(arm, self.rate(arm), d.steps, s), "test") for s in d.seeds for arm in d.arms]
         yield (
             "budgets",
             [
-                Job(Key(arm, self.rate("d4_nt" if arm == "d16_nt" else arm), factor * d.steps, seed), "test")
+                LineJob(Key(arm, self.rate("d4_nt" if arm == "d16_nt" else arm), factor * d.steps, seed), "test")
                 for arm, factor, seeds in d.budgets
                 for seed in seeds
             ],
@@ -132,13 +132,13 @@ class Campaign:
 
     def rate(self, arm: str) -> float:
         """The learning rate that dev chooses among those measured."""
-        return best_rate(self.found(), arm, self.design.steps)
+        return best_rate(self.results(), arm, self.design.steps)
 
-    def found(self) -> dict[tuple[Key, str], dict]:
+    def results(self) -> dict[tuple[Key, str], dict]:
         """Vectors measured so far."""
         return e1_results.read_folder(self.out / "results")
 
-    def missing(self, job: Job) -> bool:
+    def missing(self, job: LineJob) -> bool:
         path = self.out / "results" / f"{job.key.name}-{job.part}.json"
         return not path.exists() or not set(job.rules) <= read_vectors(path)["rules"].keys()
 
@@ -171,25 +171,25 @@ class Campaign:
 
     def drop_losers(self) -> None:
         """Removes the weights of models whose learning rate was not chosen: 0.5 GB each."""
-        for key, part in self.found():
+        for key, part in self.results():
             if part == "dev" and key.lr != self.rate(key.arm):
                 shutil.rmtree(self.out / "models" / key.name / "hf", ignore_errors=True)
 
-    def announcement(self, name: str, work: Sequence[Job], pending: Sequence[Job], jobs: int) -> str:
-        """What a phase has to do, and about how long that takes."""
+    def announcement(self, name: str, work: Sequence[LineJob], pending: Sequence[LineJob], jobs: int) -> str:
+        """A line about the models of a phase and the hours that they take."""
         seconds, models = 0.0, 0
         for job in pending:
             if not LineTraining(self.out, job.key, self.base).done:
                 models += 1
                 seconds += job.key.steps * STEP_SECONDS.get(E1_ARMS[job.key.arm].block_size, 6.0)
-            prompts = sum(1 for _ in (self.out / "data" / f"{job.part}.jsonl").open(encoding="utf-8"))
+            prompts = len(read_part(self.out / "data" / f"{job.part}.jsonl"))
             seconds += prompts * len(job.rules) * ANSWER_SECONDS
         return (
             f"{name}: {models} models to train, {len(pending)} to measure, {jobs} at a time: about "
             f"{seconds / jobs / 3600:.1f} h on idle cores; finished ones are kept ({len(work) - len(pending)})"
         )
 
-    def do(self, job: Job) -> float:
+    def do(self, job: LineJob) -> float:
         """Trains, unless that is done, and measures; returns the seconds."""
         started = time.perf_counter()
         training = LineTraining(self.out, job.key, self.base)
@@ -214,7 +214,7 @@ def run(args: argparse.Namespace) -> None:
             fix = "--dataset DIR, a clone of https://github.com/odashi/ase15-django-dataset"
             raise DataError("the data set is not there yet", str(args.out / "data"), fix)
         write_parts(args.dataset, args.out / "data")
-    Campaign(args.out, args.base or make_smollm2(args.out / "base"), Design()).run(args.jobs)
+    LineCampaign(args.out, args.base or make_smollm2(args.out / "base"), Design()).run(args.jobs)
 
 
 def collect(args: argparse.Namespace) -> None:
@@ -224,12 +224,7 @@ def collect(args: argparse.Namespace) -> None:
     for path in files:
         read_vectors(path)
         shutil.copyfile(path, args.results / path.name)
-    texts = {}
-    for part in ("train", "test"):
-        lines = (args.out / "data" / f"{part}.jsonl").read_text(encoding="utf-8").split("\n")
-        texts[part] = [json.loads(line)["prompt"] for line in lines if line]
-    known = set(texts["train"])
-    write_text(args.results / e1_results.NEW, "".join(str(int(p not in known)) for p in texts["test"]) + "\n")
+    write_text(args.results / e1_results.NEW, new_prompts(args.out / "data") + "\n")
     print(f"{len(files)} files in {args.results}")
 
 
@@ -243,7 +238,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Options of the command."""
     command = "python -m dev.evidence.e1"
     parser = make_parser(command, __doc__, example=f"{command} recompute")
-    commands = parser.add_subparsers(dest="command", required=True)
+    commands = parser.add_subparsers(dest="command", required=True, help="part of the experiment")
     parts = {}
     for name, do in (("run", run), ("collect", collect), ("recompute", e1_results.recompute), ("power", power)):
         parts[name] = commands.add_parser(name, help=do.__doc__)

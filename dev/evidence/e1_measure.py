@@ -40,17 +40,17 @@ def read_vectors(path: Path) -> dict[str, Any]:
     """
     fix = "remove it, and measure again"
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        results = json.loads(path.read_text(encoding="utf-8"))
         rules = {
             name: {"exact": [int(c) for c in row["exact"]]} | {k: list(map(int, row[k].split())) for k in KEPT}
-            for name, row in found["rules"].items()
+            for name, row in results["rules"].items()
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"not a file of vectors: {error!r}", str(path), fix) from None
     lengths = {len(values) for row in rules.values() for values in row.values()}
-    if not lengths <= {found.get("prompts")}:
-        raise DataError(f"vectors of {sorted(lengths)} prompts, not {found.get('prompts')}", str(path), fix)
-    return {**found, "rules": rules}
+    if not lengths <= {results.get("prompts")}:
+        raise DataError(f"vectors of {sorted(lengths)} prompts, not {results.get('prompts')}", str(path), fix)
+    return {**results, "rules": rules}
 
 
 KEPT = ("tokens", "passes")
@@ -64,25 +64,25 @@ def measure(folder: Path, prompts: Path, out: Path, names: Sequence[str], about:
         prompts: JSONL of {prompt, expected}.
         about: facts to keep at the top of the file.
     """
-    found = json.loads(out.read_text(encoding="utf-8"))["rules"] if out.exists() else {}
-    asked = held_out.read_prompts(prompts)
+    results = json.loads(out.read_text(encoding="utf-8"))["rules"] if out.exists() else {}
+    questions = held_out.read_prompts(prompts)
     quiet_transformers()
     chat = load(folder, dtype="fp32", device="cpu")
-    encoded = [held_out.encode(chat, prompt) for prompt in asked]
-    longest = held_out.longest_answer(chat, asked)
+    encoded = [held_out.encode(chat, prompt) for prompt in questions]
+    longest = held_out.longest_answer(chat, questions)
     for name in names:
-        if name in found:
+        if name in results:
             continue
         rule = decoding_rule(name, chat.config.decoding.block_size)
-        with track(rule.name, len(asked), "prompts", make_console()) as advance:
+        with track(rule.name, len(questions), "prompts", make_console()) as advance:
             answers = held_out.decode_prompts(
                 chat, encoded, rule, max_new_tokens=longest, batch=batch, progress=advance
             )
-        exact = held_out.exact_matches(chat, asked, answers)
+        exact = held_out.exact_matches(chat, questions, answers)
         counts = {key: " ".join(map(str, answers.counts[key])) for key in KEPT}
-        found[name] = {"exact": "".join(map(str, exact)), **counts, "seconds": round(answers.seconds)}
+        results[name] = {"exact": "".join(map(str, exact)), **counts, "seconds": round(answers.seconds)}
         print(f"{rule.name}: {sum(exact) / len(exact):.1%} exact, {answers.tokens_per_pass:.2f} tokens per pass")
-        value = {**about, "prompts": len(asked), "rules": {key: found[key] for key in RULES if key in found}}
+        value = {**about, "prompts": len(questions), "rules": {key: results[key] for key in RULES if key in results}}
         write_text(out, json.dumps(value, indent=1) + "\n")
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from dev.evidence.e1_measure import read_vectors
-from dev.evidence.e1_statistics import MARGIN, Crossed, crossed, gap, holm, tokens_per_pass
+from dev.evidence.e1_statistics import MARGIN, SEEDS, Crossed, crossed, gap, holm, tokens_per_pass
 from dev.evidence.evidence_tables import markdown
 from dev.evidence.experiment import Arm
 from sdlm_megatron.errors import DataError
@@ -62,7 +62,7 @@ class Key:
         return f"{self.arm}-{self.lr:.0e}-{self.steps}-{self.seed}"
 
 
-Found = Mapping[tuple[Key, str], dict[str, Any]]
+ResultFiles = Mapping[tuple[Key, str], dict[str, Any]]
 """(model, dev or test) to the content of its file."""
 
 
@@ -83,7 +83,7 @@ def read_folder(folder: Path) -> dict[tuple[Key, str], dict[str, Any]]:
     Raises:
         DataError: a file's name differs from what it says about itself.
     """
-    found = {}
+    results = {}
     for path in sorted(folder.glob("*.json")):
         value = read_vectors(path)
         try:
@@ -92,11 +92,11 @@ def read_folder(folder: Path) -> dict[tuple[Key, str], dict[str, Any]]:
             raise DataError(f"no {error}", str(path), "measure again") from None
         if path.name != f"{key.name}-{part}.json":
             raise DataError(f"the file says that it is {key.name}-{part}", str(path), "restore its name")
-        found[key, part] = value
-    return found
+        results[key, part] = value
+    return results
 
 
-def best_rate(found: Found, arm: str, steps: int) -> float:
+def best_rate(results: ResultFiles, arm: str, steps: int) -> float:
     """The learning rate with the most exact answers on dev in the decoding that counts; of equals the smallest.
 
     Raises:
@@ -105,7 +105,7 @@ def best_rate(found: Found, arm: str, steps: int) -> float:
     rule = rules_of(arm, "dev")[0]
     scores = {
         key.lr: sum(value["rules"][rule]["exact"])
-        for (key, part), value in found.items()
+        for (key, part), value in results.items()
         if part == "dev" and (key.arm, key.steps) == (arm, steps) and rule in value["rules"]
     }
     if not scores:
@@ -116,11 +116,11 @@ def best_rate(found: Found, arm: str, steps: int) -> float:
 class Comparison:
     """Vectors of the arms with their chosen rates."""
 
-    def __init__(self, found: Found, steps: int, new: np.ndarray | None = None) -> None:
+    def __init__(self, results: ResultFiles, steps: int, new: np.ndarray | None = None) -> None:
         self.seeds: dict[str, dict[int, dict[str, Any]]] = {}
-        for key, part in sorted(found, key=lambda item: item[0].seed):
+        for key, part in sorted(results, key=lambda item: item[0].seed):
             if part == "test" and key.steps == steps:
-                self.seeds.setdefault(key.arm, {})[key.seed] = found[key, part]["rules"]
+                self.seeds.setdefault(key.arm, {})[key.seed] = results[key, part]["rules"]
         self.new = new
 
     def with_rule(self, arm: str, rule: str) -> list[int]:
@@ -151,12 +151,14 @@ class Comparison:
 
 
 def verdicts(comparison: Comparison) -> Iterator[tuple[str, Crossed, float, str]]:
-    """Hypothesis, estimate, Holm's adjusted p-value and verdict, once all of them have an estimate."""
-    found = {name: comparison.quality(arm, COUNTS[arm], "ar", "n1") for name, arm in HYPOTHESES.items()}
-    found["H4"] = comparison.speed(SPEED_ARM, COUNTS[SPEED_ARM])
-    estimates = {name: value for name, value in found.items() if value is not None and value.freedom > 0}
-    if len(estimates) < len(found):
+    """Hypothesis, estimate, Holm's adjusted p-value and verdict; nothing before all seeds are measured."""
+    if any(len(comparison.with_rule(arm, COUNTS[arm])) < SEEDS for arm in ("ar", *HYPOTHESES.values())):
         return
+    quality = {name: comparison.quality(arm, COUNTS[arm], "ar", "n1") for name, arm in HYPOTHESES.items()}
+    estimates = {name: value for name, value in quality.items() if value is not None}
+    speed = comparison.speed(SPEED_ARM, COUNTS[SPEED_ARM])
+    if speed is not None:
+        estimates["H4"] = speed
     bounds = {name: LEAST_SPEED if name == "H4" else -MARGIN for name in estimates}
     tested = holm({name: value.above(bounds[name]) for name, value in estimates.items()})
     for name, value in estimates.items():
@@ -174,15 +176,15 @@ def _verdict(name: str, interval: Estimate, rejected: bool) -> str:
     return "worse" if interval.high < 0 else "not decided"
 
 
-def rate_rows(found: Found) -> Rows:
+def rate_rows(results: ResultFiles) -> Rows:
     """The learning rates on dev."""
     for (key, part), value in sorted(
-        found.items(), key=lambda item: (list(E1_ARMS).index(item[0][0].arm), item[0][0].lr)
+        results.items(), key=lambda item: (list(E1_ARMS).index(item[0][0].arm), item[0][0].lr)
     ):
         if part == "dev":
             rule = rules_of(key.arm, "dev")[0]
             exact = value["rules"][rule]["exact"]
-            chosen = "chosen" if key.lr == best_rate(found, key.arm, key.steps) else ""
+            chosen = "chosen" if key.lr == best_rate(results, key.arm, key.steps) else ""
             yield E1_ARMS[key.arm].text, f"{key.lr:g}", RULE_TEXTS[rule], f"{np.mean(exact):.1%}", chosen
 
 
@@ -221,11 +223,11 @@ def difference_rows(comparison: Comparison) -> Rows:
             yield *names, change(value.interval)
 
 
-def budget_rows(found: Found) -> Rows:
+def budget_rows(results: ResultFiles) -> Rows:
     """Speed and quality by the sum of learning rate x steps."""
-    for steps in sorted({key.steps for key, part in found if part == "test"}):
-        comparison = Comparison(found, steps)
-        rates = {key.arm: key.lr for key, part in found if part == "test" and key.steps == steps}
+    for steps in sorted({key.steps for key, part in results if part == "test"}):
+        comparison = Comparison(results, steps)
+        rates = {key.arm: key.lr for key, part in results if part == "test" and key.steps == steps}
         for arm in (name for name in E1_ARMS if name in comparison.seeds):
             exact, speed = comparison.exact(arm, COUNTS[arm]), comparison.speed(arm, COUNTS[arm])
             if exact is not None and speed is not None:
@@ -238,22 +240,22 @@ def budget_rows(found: Found) -> Rows:
 
 def tables(folder: Path, steps: int) -> dict[str, str]:
     """Name to Markdown of every table; "" without results."""
-    found = read_folder(folder)
-    comparison = Comparison(found, steps)
+    results = read_folder(folder)
+    comparison = Comparison(results, steps)
     new = folder / NEW
     unseen = None
     if new.exists():
-        unseen = Comparison(found, steps, np.array([c == "1" for c in new.read_text(encoding="utf-8").strip()]))
+        unseen = Comparison(results, steps, np.array([c == "1" for c in new.read_text(encoding="utf-8").strip()]))
     verdict_head = ("", "arm and decoding", "estimate", "degrees of freedom", "p (Holm)", "verdict")
     head = ("arm", "decoding", "seeds", "exact", "tokens per pass")
     budget = ("arm", "steps", "learning rate", "sum of rates", "seeds", "exact", "tokens per pass")
     return {
-        "rates": markdown(("arm", "learning rate", "decoding", "exact on dev", ""), rate_rows(found)),
+        "rates": markdown(("arm", "learning rate", "decoding", "exact on dev", ""), rate_rows(results)),
         "verdicts": markdown(verdict_head, verdict_rows(comparison)),
         "main": markdown(head, main_rows(comparison)),
         "differences": markdown(("", "against", "points"), difference_rows(comparison)),
         "unseen": "" if unseen is None else markdown(verdict_head, verdict_rows(unseen)),
-        "budget": markdown(budget, budget_rows(found)),
+        "budget": markdown(budget, budget_rows(results)),
     }
 
 

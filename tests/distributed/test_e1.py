@@ -23,7 +23,7 @@ def test_lines_become_vectors(tmp_path, capsys) -> None:
     lines = [{"prompt": f"add {i} to total.", "expected": f"total += {i}", "line": i} for i in range(40)]
     for part, taken in (("train", lines[:30]), ("dev", lines[30:33]), ("test", lines[28:36])):
         (out / "data" / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in taken))
-    campaign = e1.Campaign(out, exported.export("trained_d4", tmp_path / "base"), SMALL)
+    campaign = e1.LineCampaign(out, exported.export("trained_d4", tmp_path / "base"), SMALL)
     campaign.run(jobs=1)
     assert "learning rates: 1 models to train, 1 to measure" in capsys.readouterr().out
     path = out / "results" / f"{Key('d4_causal', 1e-3, 2, 0).name}-test.json"
