@@ -3,14 +3,15 @@
 import random
 from collections import Counter
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import engine_runs
 import pytest
 import torch
-from served_models import EOS, MASK, Asked, make_folder, random_request, tokenizer, train_to_count
 from sdlm_vllm import decode_rules
+from served_models import EOS, MASK, Asked, make_folder, random_request, tokenizer, train_to_count
 from transformers import LogitsProcessorList, Qwen2ForCausalLM, SequenceBiasLogitsProcessor
 
 COUNT, LOSSLESS = 240, 160
@@ -35,8 +36,9 @@ def llm(folder: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def roomy(folder: Path) -> Any:
-    """Without preemption, and no canvas is cut."""
-    return engine_runs.start(folder, max_num_seqs=50, max_num_batched_tokens=1000)
+    """Without preemption, no canvas is cut, and the default is `lossless`."""
+    default = {"override_generation_config": {"sdlm_alg": "lossless"}}
+    return engine_runs.start(folder, max_num_seqs=50, max_num_batched_tokens=1000, **default)
 
 
 def greedy(folder: Path, stock: dict[torch.dtype, Any], asked: Asked, dtype: torch.dtype = torch.float32) -> list[int]:
@@ -128,14 +130,29 @@ def test_greedy_requests_among_others(
     assert {"stop", "length"} <= set(answers.reasons[:LOSSLESS])
 
 
-def test_passes_keep_what_the_schedule_says(folder: Path, stock: dict[torch.dtype, Any], roomy: Any) -> None:
+def test_passes_keep_what_the_schedule_says(
+    folder: Path, stock: dict[torch.dtype, Any], roomy: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also the logprobs, and the counted passes; some requests take `lossless` from the folder's defaults."""
     requests = random_requests(random.Random(1), 40, 40)
-    answers = engine_runs.run(roomy, requests, logprobs=0)
+    sent = [replace(x, sdlm={}) if x.sdlm["sdlm_n"] == 4 else x for x in requests]
+    counted = [0]
+    scheduler = roomy.llm_engine.engine_core.engine_core.scheduler
+    monkeypatch.setattr(scheduler, "log_stats", True)
+
+    def counting(stats: Any = None, *args: Any, **kwargs: Any) -> Any:
+        counted[0] += stats.num_drafts if stats else 0
+        return make_stats(stats, *args, **kwargs)
+
+    make_stats = scheduler.make_stats
+    monkeypatch.setattr(scheduler, "make_stats", counting)
+    answers = engine_runs.run(roomy, sent, logprobs=0)
     wrong, ties = wrong_answers(folder, stock, requests, answers)
     assert not wrong and not ties, wrong
     expected = [passes(stock, asked, tokens) for asked, tokens in zip(requests, answers.tokens, strict=True)]
     assert answers.accepted == expected
-    assert {1, 2, 3, 4} <= set(sum(expected, []))
+    assert {1, 2, 3, 4} <= set(chain(*expected))
+    assert counted == [sum(map(len, expected))]
     for asked, tokens, found in zip(requests, answers.tokens, answers.logprobs, strict=True):
         with torch.no_grad():
             logits = stock[torch.float32](torch.tensor([[*asked.prompt, *tokens]])).logits[0, len(asked.prompt) - 1 :]
@@ -213,7 +230,7 @@ def test_samples_follow_the_next_token_distribution(
     assert probability(statistic, degrees) > 1e-4
 
     def keep_all(p: torch.Tensor, q: torch.Tensor, *rest: torch.Tensor) -> Any:
-        tokens, kept = decode_rules.accept_drafts(p, q, *rest)
+        tokens, _ = decode_rules.accept_drafts(p, q, *rest)
         is_draft = q[..., 0].isfinite()
         tokens[:, :-1] = torch.where(is_draft, rest[0], tokens[:, :-1])
         return tokens, 1 + is_draft.sum(-1)
