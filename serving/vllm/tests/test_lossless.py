@@ -175,7 +175,7 @@ def test_answers_are_those_of_ar_to_the_end_of_the_context_and_with_min_tokens(l
         assert len(answers.accepted[0]) < len(answers.accepted[1])
 
 
-SEQUENCES, LENGTH, LETTERS, HEAT = 1000, 4, (0, 1, 2), 2.0
+SEQUENCES, LENGTH, LETTERS, HEAT = 800, 4, (0, 1, 2), 2.0
 """Sampled answers, tokens of each, the allowed ones, and the temperature."""
 
 
@@ -226,7 +226,7 @@ def test_samples_follow_the_next_token_distribution(
     with capsys.disabled():
         print(f"\nchi square {statistic:.1f}, {degrees} degrees of freedom, p {probability(statistic, degrees):.3f}")
         print(f"{per_pass:.2f} tokens per pass")
-    assert degrees > 20 and per_pass > 1.3
+    assert degrees > 15 and per_pass > 1.3
     assert probability(statistic, degrees) > 1e-4
 
     def keep_all(p: torch.Tensor, q: torch.Tensor, *rest: torch.Tensor) -> Any:
