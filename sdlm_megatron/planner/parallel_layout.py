@@ -72,6 +72,11 @@ class ParallelLayout:
         return self.gpus // self.parallel.model_size
 
     @property
+    def replicas(self) -> int:
+        """GPUs with the same weights, over which gradients are reduced and the distributed optimizer is sharded."""
+        return self.data * self.context
+
+    @property
     def bytes(self) -> int:
         """Bytes of a weight or activation."""
         return BYTES[self.train.precision]
