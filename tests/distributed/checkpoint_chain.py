@@ -60,7 +60,13 @@ CHAINS = {
         Layout(4, {"tensor": 2, "distributed_optimizer": False}),
         Layout(2, {"pipeline": 2, "virtual_pipeline": 2}),
     ],
-    "fp32": [Layout(2, ALL), Layout(4, {"context": 2, "distributed_optimizer": False}), Layout(2, {"tensor": 2, "distributed_optimizer": False}), Layout(1, {})],
+    "fp32": [
+        Layout(2, ALL),
+        Layout(4, {"context": 2, "distributed_optimizer": False}),
+        Layout(2, {"tensor": 2, "distributed_optimizer": False}),
+        Layout(1, {}),
+        Layout(4, {"context": 4}),
+    ],
 }
 
 
