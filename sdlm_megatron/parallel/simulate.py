@@ -16,7 +16,6 @@ import time
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
@@ -29,6 +28,7 @@ from torch._subclasses.fake_tensor import (
     DynamicOutputShapeException,
     FakeTensorMode,
     UnsupportedOperatorException,
+    unset_fake_temporarily,
 )
 
 from sdlm_megatron.config.schema import RunConfig
@@ -77,11 +77,11 @@ def simulate(config: RunConfig, rank: int, request: dict[str, Any]) -> dict[str,
     from sdlm_megatron.parallel.groups import close_groups, init_groups
 
     started, length = time.perf_counter(), request["row_length"]
-    kernel = partial(Decomposed, causal_attn=config.diffusion.causal_attn)
-    attention = AttentionBackend("simulated", lambda layout, row_length: kernel(layout, TorchFlash()))
     try:
         with _fake_job(rank, request["gpus"]), FakeTensorMode(allow_non_fake_inputs=True):
             groups = init_groups(config.parallel, seed=config.train.seed, random=False)
+            split = {"causal_attn": config.diffusion.causal_attn, "group": groups.collection.cp}
+            attention = AttentionBackend("simulated", lambda part, length: Decomposed(part, TorchFlash(), **split))
             engine = Engine(
                 config,
                 config.model,
@@ -93,7 +93,9 @@ def simulate(config: RunConfig, rank: int, request: dict[str, Any]) -> dict[str,
                 attention=attention,
             )
             built = time.perf_counter()
-            engine.train_step([engine.prepare(_row(config, length))] * request["micro_batches"], 1)
+            with unset_fake_temporarily():  # a data loader's work, with numbers
+                row = engine.prepare(_row(config, length))
+            engine.train_step([row] * request["micro_batches"], 1)
             return {
                 "rank": rank,
                 "stage": groups.pp_rank,
