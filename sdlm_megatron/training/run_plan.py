@@ -19,6 +19,7 @@ from sdlm_megatron.errors import CheckpointError, ConfigError, DataError
 from sdlm_megatron.weights.checkpoint_folder import TrainState, newest, read_run, read_state, step_of
 from sdlm_megatron.weights.hf_config import read_hf_config
 from sdlm_megatron.weights.hf_weights import HFWeights
+from sdlm_megatron.weights.positions import check_dataset
 from sdlm_megatron.weights.shape import NewMaskToken, find_mask_token
 from sdlm_megatron.weights.tensors import HFAsCheckpoint
 
@@ -87,6 +88,8 @@ def make_run_plan(config: RunConfig, dataset: PackedDataset, notice: Notice) -> 
     check_schedule(config, plan.steps)
     _check_end(plan)
     check_model(plan.state.shape, config, dataset.row_length)
+    if plan.assets:
+        check_dataset(dataset, plan.assets)
     # the mask token usually has the highest id of a dataset: it is appended to the vocabulary
     needed = max(dataset.manifest["mask_token_id"] + 1, 1)
     if needed > plan.state.shape.vocab_size:
