@@ -56,15 +56,15 @@ def fill(engine: Engine, source: TensorReader, *, where: Path, step: int | None 
     first, problem = dist.get_global_rank(group, 0), None
     with torch.no_grad():
         for shard in shards:
-            shared = shard.replicated and engine.groups.dp_size > 1
-            if problem is None and not (shared and engine.groups.dp_rank):
+            shared = shard.replicated and engine.groups.dp_cp_size > 1
+            if problem is None and not (shared and engine.groups.dp_cp_rank):
                 try:
                     _read(shard, source)
                 except CheckpointError as error:
                     problem = error  # raised below: the other ranks already wait in the next broadcast
             if shared:
                 dist.broadcast(shard.flat.view(torch.uint8), src=first, group=group)  # as bytes: any dtype, any backend
-    if engine.groups.dp_size > 1:
+    if engine.groups.dp_cp_size > 1:
         fields = gather(problem and [problem.what, problem.where, problem.fix], engine.groups.device, group)
         problem = next((CheckpointError(*texts) for texts in fields if texts), None)
     if problem is not None:

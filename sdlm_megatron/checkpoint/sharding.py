@@ -114,7 +114,8 @@ def local_shards(engine: Engine, *, with_optimizer: bool) -> list[LocalShard]:
         states = _states(engine.optimizer)
     groups, total, before = engine.groups, sum(p.numel() for p, _, _ in parameters), 0
     # Equal numbers of elements, so that all data-parallel ranks write equally much.
-    share = (total * groups.dp_rank // groups.dp_size, total * (groups.dp_rank + 1) // groups.dp_size)
+    rank, size = groups.dp_cp_rank, groups.dp_cp_size
+    share = (total * rank // size, total * (rank + 1) // size)
     sharded = any(state.sharded for state in states.values())
     shards = []
     for parameter, placed, first_replica in parameters:

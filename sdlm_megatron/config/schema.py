@@ -104,6 +104,9 @@ class ParallelConfig:
     """Pipeline stages (PP). num_layers must be a multiple of pipeline x virtual_pipeline."""
     virtual_pipeline: int = 1
     """Model chunks per pipeline stage. Above 1: the interleaved schedule, which divides the bubble by this number."""
+    context: int = 1
+    """Context parallelism (CP): the tokens of a row are split over this many processes, which exchange keys and values.
+    For rows that do not fit into memory; docs/long_context.md."""
     sequence: bool = False
     """Sequence parallelism: split activations outside attention and MLP over TP. Needs tensor > 1."""
     distributed_optimizer: bool = True
@@ -115,6 +118,11 @@ class ParallelConfig:
     overlap_grad_reduce."""
     overlap_tensor: bool = False
     """Overlap tensor-parallel communication with matrix products. Needs TransformerEngine's layers."""
+
+    @property
+    def model_size(self) -> int:
+        """Processes of one copy of the model: data parallelism counts these copies."""
+        return self.tensor * self.pipeline * self.context
 
     @property
     def group(self) -> int:

@@ -23,6 +23,8 @@ CHOICES = {
     "schedule.style": ("constant", "linear", "cosine", "wsd"),
     "observe.wandb": ("disabled", "offline", "online"),
 }
+SPLIT_ATTENTION = ("auto", "decomposed")
+"""Values of train.attention that work on a part of a row, for context parallelism."""
 _START = "start with torchrun or sdlm submit"
 FP8_MULTIPLE = 16
 """Divisor of all dimensions of an FP8 matrix product."""
@@ -51,6 +53,7 @@ RANGES = {
     "parallel.tensor": "[1, 10000]",
     "parallel.pipeline": "[1, 10000]",
     "parallel.virtual_pipeline": "[1, 10000]",
+    "parallel.context": "[1, 10000]",
     "optimizer.lr": "(0, 10]",
     "optimizer.beta1": "[0, 1)",
     "optimizer.beta2": "[0, 1)",
@@ -157,6 +160,7 @@ def check_run(config: RunConfig, world_size: int) -> None:
     _require(config.data.path, "no dataset", "data.path", "--data.path=DIR, a folder written by `sdlm prepare`")
     check_schedule(config, config.train.steps or None)
     _check_parallel(config.parallel, world_size)
+    _check_context(config.train, config.parallel)
     _check_recompute(config.train)
     _check_checkpoint(config.checkpoint)
     _check_samples(config)
@@ -243,12 +247,22 @@ def _check_parallel(parallel: ParallelConfig, world_size: int) -> None:
         "parallel.overlap_tensor",
         "set parallel.tensor > 1 and parallel.sequence=true, or overlap_tensor=false",
     )
-    model_size = parallel.tensor * parallel.pipeline
     _require(
-        world_size % model_size == 0,
-        f"{world_size} processes are not a multiple of tensor {parallel.tensor} x pipeline {parallel.pipeline}",
+        world_size % parallel.model_size == 0,
+        f"{world_size} processes are not a multiple of tensor {parallel.tensor} x pipeline {parallel.pipeline} x "
+        f"context {parallel.context}",
         "parallel",
-        f"start a multiple of {model_size} processes, or change parallel.tensor / parallel.pipeline",
+        f"start a multiple of {parallel.model_size} processes, or change parallel.tensor / parallel.pipeline / "
+        "parallel.context",
+    )
+
+
+def _check_context(train: TrainConfig, parallel: ParallelConfig) -> None:
+    _require(
+        parallel.context == 1 or train.attention in SPLIT_ATTENTION,
+        f"train.attention={train.attention} needs whole rows, but context parallelism {parallel.context} splits them",
+        "train.attention",
+        f"set train.attention to one of {', '.join(SPLIT_ATTENTION)}, or parallel.context=1",
     )
 
 
@@ -368,10 +382,17 @@ def check_model(model: ModelConfig, config: RunConfig, row_length: int) -> None:
         "train.recompute_layers",
         "set a smaller number, or 0 for all layers",
     )
-    if config.parallel.sequence:
+    split = config.parallel.context > 1  # a rank's part of a row is padded to a multiple of `token_multiple`
+    if config.parallel.sequence and not split:
         _check_divisible("the dataset's row_length", row_length, "parallel.tensor", tp)
     if config.train.fp8 != "none":
-        _check_fp8(model, tp, row_length // (tp if config.parallel.sequence else 1))
+        tokens = row_length // (tp if config.parallel.sequence else 1)
+        _check_fp8(model, tp, FP8_MULTIPLE if split else tokens)
+
+
+def token_multiple(parallel: ParallelConfig, train: TrainConfig) -> int:
+    """Divisor of the number of tokens that the TP ranks of a pipeline stage process together."""
+    return (parallel.tensor if parallel.sequence else 1) * (FP8_MULTIPLE if train.fp8 != "none" else 1)
 
 
 def row_unit(row_length: int, parallel: ParallelConfig, train: TrainConfig) -> int:
@@ -380,8 +401,7 @@ def row_unit(row_length: int, parallel: ParallelConfig, train: TrainConfig) -> i
     About an 80th of a row, and no more than 64 tokens unless the layout needs it.
     """
     power = 1 << min(6, (row_length // 80).bit_length() - 1) if row_length >= 80 else 1
-    ranks, size = parallel.tensor if parallel.sequence else 1, FP8_MULTIPLE if train.fp8 != "none" else 1
-    return math.lcm(power, ranks * size)
+    return math.lcm(power, token_multiple(parallel, train))
 
 
 def _check_fp8(model: ModelConfig, tp: int, tokens: int) -> None:

@@ -1,6 +1,5 @@
 """GPTModel of Megatron-Core with three changes: RoPE by position id, attention by row layout, head on label rows."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -11,9 +10,8 @@ from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.profiler import record_function
 
-from sdlm_megatron.diffusion.layout import RowLayout
 from sdlm_megatron.diffusion.row import MicroBatch
-from sdlm_megatron.model.attention.contract import RowAttention
+from sdlm_megatron.model.attention.contract import BuildAttention, RowAttention
 from sdlm_megatron.model.label_loss import LabelLosses, Vocabulary, label_logits, label_losses
 
 
@@ -64,7 +62,7 @@ class SDLMModel(GPTModel):
     Args:
         args, kwargs: of GPTModel.
         real_vocab_size: rows of the Hugging Face embedding; rows added for tensor parallelism stay out of the softmax.
-        row_attention: builds the attention of a row from its layout and length S.
+        row_attention: builds the attention of a row.
         logits_mb: memory limit of a chunk of logits, MB; see label_loss.
     """
 
@@ -72,11 +70,12 @@ class SDLMModel(GPTModel):
         self,
         *args: Any,
         real_vocab_size: int,
-        row_attention: Callable[[RowLayout, int], RowAttention],
+        row_attention: BuildAttention,
         logits_mb: float,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, position_embedding_type="rope", **kwargs)
+        self.rotary_pos_emb.cp_group = None  # it would take this rank's part by index; see _preprocess
         self.real_vocab_size, self.row_attention, self.logits_mb = real_vocab_size, row_attention, logits_mb
         if self.post_process:
             # Replacing forward and calling the layer as a module keeps its hooks: with overlap_param_gather, one of
@@ -93,7 +92,7 @@ class SDLMModel(GPTModel):
         self._batch = batch
         attention = cast("RowAttention | None", batch.attention)
         if attention is None:
-            attention = self.row_attention(batch.layout, batch.tokens.shape[1]).to(batch.tokens.device)
+            attention = self.row_attention(batch.shard or batch.layout, batch.tokens.shape[1]).to(batch.tokens.device)
         return super().forward(
             batch.tokens,
             batch.positions,

@@ -2,7 +2,6 @@
 
 import importlib.util
 import math
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -18,8 +17,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn.functional import silu
 
 from sdlm_megatron.config.schema import ModelConfig, ParallelConfig, TrainConfig
-from sdlm_megatron.diffusion.layout import RowLayout
-from sdlm_megatron.model.attention.contract import RowAttention
+from sdlm_megatron.model.attention.contract import BuildAttention
 from sdlm_megatron.model.gpt import SDLMCoreAttention, SDLMModel
 from sdlm_megatron.model.layers import TRANSFORMER_ENGINE, Layers
 from sdlm_megatron.weights.names import padded_vocab, partition_dim
@@ -74,6 +72,7 @@ def transformer_config(
         # several chunks could not be matched
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
+        context_parallel_size=parallel.context,
         sequence_parallel=parallel.sequence,
         **_recompute(train),
         calculate_per_token_loss=True,  # numerators and denominators are summed, so empty rows weigh nothing
@@ -188,7 +187,7 @@ def build_model(
     first_stage: bool,
     last_stage: bool,
     max_positions: int,
-    row_attention: Callable[[RowLayout, int], RowAttention],
+    row_attention: BuildAttention,
     logits_mb: float,
     chunk: int = 0,
 ) -> SDLMModel:

@@ -16,7 +16,6 @@ import time
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
@@ -77,11 +76,11 @@ def simulate(config: RunConfig, rank: int, request: dict[str, Any]) -> dict[str,
     from sdlm_megatron.parallel.groups import close_groups, init_groups
 
     started, length = time.perf_counter(), request["row_length"]
-    kernel = partial(Decomposed, causal_attn=config.diffusion.causal_attn)
-    attention = AttentionBackend("simulated", lambda layout, row_length: kernel(layout, TorchFlash()))
     try:
         with _fake_job(rank, request["gpus"]), FakeTensorMode(allow_non_fake_inputs=True):
             groups = init_groups(config.parallel, seed=config.train.seed, random=False)
+            split = {"causal_attn": config.diffusion.causal_attn, "group": groups.collection.cp}
+            attention = AttentionBackend("simulated", lambda part, length: Decomposed(part, TorchFlash(), **split))
             engine = Engine(
                 config,
                 config.model,

@@ -91,7 +91,7 @@ def stage_memory(
     """Peak memory of tensors in a step, on a GPU of this stage."""
     buckets = stage_parameters(model, layout, stage)
     numel = sum(sum(b) for b in buckets)
-    b, dp, sharded = layout.bytes, layout.data, layout.parallel.distributed_optimizer
+    b, dp, sharded = layout.bytes, layout.replicas, layout.parallel.distributed_optimizer
     padded = [_padded(bucket, dp) for bucket in buckets] if sharded else []
     buffer = sum(padded) or numel
     states = (2 if layout.train.precision == "fp32" else 3) * 4  # fp32 weights are their own masters

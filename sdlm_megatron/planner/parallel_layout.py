@@ -62,9 +62,19 @@ class ParallelLayout:
         return self.parallel.virtual_pipeline
 
     @property
+    def context(self) -> int:
+        """Ranks that share a row."""
+        return self.parallel.context
+
+    @property
     def data(self) -> int:
         """Data-parallel size."""
-        return self.gpus // (self.tensor * self.pipeline)
+        return self.gpus // self.parallel.model_size
+
+    @property
+    def replicas(self) -> int:
+        """GPUs with the same weights, over which gradients are reduced and the distributed optimizer is sharded."""
+        return self.data * self.context
 
     @property
     def bytes(self) -> int:

@@ -141,9 +141,10 @@ def _preset_plan(planner: Planner, gpus: int) -> tuple[LayoutPlan | None, str]:
 
 def _checked_layout(planner: Planner, gpus: int) -> ParallelLayout:
     """The preset's layout; ConfigError where training would refuse it."""
-    size = planner.config.parallel.tensor * planner.config.parallel.pipeline
+    size = planner.config.parallel.model_size
     if gpus < size:
-        raise ConfigError(f"{gpus} GPUs are fewer than tensor x pipeline = {size}", "--gpus", "use more GPUs")
+        what = f"{gpus} GPUs are fewer than tensor x pipeline x context = {size}"
+        raise ConfigError(what, "--gpus", "use more GPUs")
     layout = layout_of(planner.config, gpus)
     planner.check(layout)
     return layout

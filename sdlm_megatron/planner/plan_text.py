@@ -57,6 +57,8 @@ def layout_text(plan: LayoutPlan) -> str:
     degrees = [f"TP {at.tensor}", f"PP {at.pipeline}", f"DP {at.data}"]
     if at.virtual > 1:
         degrees.insert(2, f"VPP {at.virtual}")
+    if at.context > 1:
+        degrees.insert(-1, f"CP {at.context}")
     parts = [" x ".join(degrees)]
     parts += ["sequence parallelism"] if at.parallel.sequence else []
     parts += ["distributed optimizer" if at.parallel.distributed_optimizer else "replicated optimizer"]
@@ -131,7 +133,7 @@ def table(plans: Sequence[LayoutPlan], labels: Sequence[str]) -> str:
 
 def batch_note(plan: LayoutPlan) -> str:
     """Effect of the size of the global batch on this number of GPUs."""
-    at, grid, size = plan.layout, plan.grid, plan.layout.tensor * plan.layout.pipeline
+    at, grid, size = plan.layout, plan.grid, plan.layout.parallel.model_size
     lines = [
         f"global batch: the documents of {plan.rows} rows per step, {plan.rows / at.gpus:.2f} rows per GPU, are cut "
         f"into {grid.micro_batches * grid.ranks} rows of {grid.row_length:,} tokens, {plan.padding:.1%} padding: "
@@ -146,7 +148,7 @@ def batch_note(plan: LayoutPlan) -> str:
         )
     if at.gpus > plan.rows:
         lines.append(
-            f"  There are more GPUs than rows per step, so TP x PP must be at least {-(-at.gpus // plan.rows)}, or "
+            f"  There are more GPUs than rows per step, so TP x PP x CP must be at least {-(-at.gpus // plan.rows)}, or "
             "GPUs stay idle."
         )
     time = plan.time

@@ -217,7 +217,7 @@ def _pipeline_communication(c: Costs, micro_batches: int) -> float:
 
 def _data_communication(c: Costs, forward: float, backward: float) -> float:
     """Seconds per step: reduction of gradients and gather of weights, minus what one micro-batch's pass hides."""
-    layout, dp = c.layout, c.layout.data
+    layout, dp = c.layout, c.layout.replicas
     if dp == 1:
         return 0.0
     numel = _largest_stage(c)
@@ -238,7 +238,7 @@ def _data_communication(c: Costs, forward: float, backward: float) -> float:
 def _optimizer(c: Costs) -> float:
     """Seconds per step: zeroing gradients; scaling, norm, clipping and Adam on this GPU's share."""
     layout, numel = c.layout, _largest_stage(c)
-    owned = numel / layout.data if layout.parallel.distributed_optimizer else numel
+    owned = numel / layout.replicas if layout.parallel.distributed_optimizer else numel
     gradient = layout.gradient_bytes
     # bytes per element: division by the targets, a copy in fp32, norm 4, clipping 8, Adam 28 and the new weight
     copied = gradient + 4 if gradient < 4 else 0

@@ -23,7 +23,7 @@ SIMULATED: list[tuple[int, list[str], str, list[int]]] = [  # GPUs, settings; th
 ]
 SIX = ["--model.num_attention_heads=6"]
 REFUSED = {
-    "2 GPUs are fewer than tensor x pipeline = 4": ["--parallel.tensor=4"],
+    "2 GPUs are fewer than tensor x pipeline x context = 4": ["--parallel.tensor=4"],
     "3 processes are not a multiple of tensor 2 x pipeline": ["--parallel.tensor=2", "--gpus=3"],
     "num_attention_heads = 6 is not divisible": [*SIX, "--parallel.tensor=4", "--gpus=4"],
     "3 KV heads cannot be split": [*SIX, "--model.num_query_groups=3", "--parallel.tensor=2"],
