@@ -148,8 +148,8 @@ def batch_note(plan: LayoutPlan) -> str:
         )
     if at.gpus > plan.rows:
         lines.append(
-            f"  There are more GPUs than rows per step, so TP x PP x CP must be at least {-(-at.gpus // plan.rows)}, or "
-            "GPUs stay idle."
+            f"  There are more GPUs than rows per step, so TP x PP x CP must be at least {-(-at.gpus // plan.rows)}, "
+            "or GPUs stay idle."
         )
     time = plan.time
     once = time.pipeline_bubble + time.data_communication + time.optimizer

@@ -87,6 +87,7 @@ def make_run_plan(config: RunConfig, dataset: PackedDataset, notice: Notice) -> 
         plan = _plan(config, dataset, shape, dataset.manifest["mask_token_id"], None, "random")
     check_schedule(config, plan.steps)
     _check_end(plan)
+    _check_step(plan, dataset.row_length)
     check_model(plan.state.shape, config, dataset.row_length)
     if plan.assets:
         check_dataset(dataset, plan.assets)
@@ -99,6 +100,15 @@ def make_run_plan(config: RunConfig, dataset: PackedDataset, notice: Notice) -> 
             f"a dataset of this model's tokenizer; without a base, --model.vocab_size={-(-needed // 128) * 128}",
         )
     return plan
+
+
+def _check_step(plan: RunPlan, row_length: int) -> None:
+    """ConfigError for steps with more targets than Megatron-Core's int32 counter holds; a row's tokens bound them."""
+    tokens = plan.state.rows_per_step * row_length
+    if tokens >= 2**31:
+        rows = plan.state.rows_per_step
+        what = f"a step has {rows:,} rows of {row_length:,} tokens = {tokens:,} tokens, the limit is 2^31"
+        raise ConfigError(what, "train.global_batch", f"at most {(2**31 - 1) // row_length:,} rows")
 
 
 def _check_end(plan: RunPlan) -> None:
