@@ -251,11 +251,15 @@ def _meta(config: BuildConfig) -> dict[str, Any]:
     copied = (*sizes, "seed", "overlong", "trim", "system_prompt")
     folder = config.tokenizer
     mask, size = special_token_id(folder, config.mask_token), vocabulary_size(folder)
-    end = format_of(lambda token: special_token_id(folder, token) < size).end
+    chat = format_of(lambda token: special_token_id(folder, token) < size)
+    if chat.exchanges and config.system_prompt is not None:
+        what = "the tokenizer's [INST] template has no place for a system turn before the first question"
+        raise ConfigError(what, "system_prompt", "--system_prompt=null")
+    end = chat.end
     ids = {token: special_token_id(folder, token) for token in (end, config.pad_token)}
     for token, token_id in ids.items():
         if token_id >= size:  # special_token_id returns the first free id for a token the tokenizer lacks
-            other = "use a tokenizer with ChatML or Llama 3's headers"
+            other = "use a tokenizer with the tokens of ChatML, Llama 3's headers or [INST]"
             fix = "set pad_token to one of its tokens" if token == config.pad_token else other
             raise DataError(f"the tokenizer has no `{token}`", folder, fix)
     return {
@@ -389,7 +393,7 @@ def _seal(
             "accounting": {**accounting.summarize(), "reasons": mask_values([r._asdict() for r in reasons])},
             "duplicates": {"policy": config.duplicates, "documents": plan.duplicates, "pairs": plan.pairs},
             **repetition_entries(config, plan.near, accounting),
-            "chat": asdict(frame_of(_encoder(config.tokenizer, config.mask_token))),
+            "chat": frame_of(_encoder(config.tokenizer, config.mask_token)).to_manifest(),
             "blocks_trimmed": plan.blocks_trimmed,
             "build": _settings(config),
         },

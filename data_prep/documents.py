@@ -27,8 +27,9 @@ from data_prep.build_config import BuildConfig, SourceConfig
 from data_prep.chat import RenderedBatch, render_batch
 from data_prep.decontaminate import EvaluationTexts, Overlap, OverlapCounts, open_evaluations
 from data_prep.encoders import describe
-from data_prep.encoding import TextEncoder
+from data_prep.encoding import TextEncoder, chat_format
 from data_prep.forms import FormReader, InputRow, NotChosen, Unreadable
+from data_prep.inst_template import check_exchanges
 from data_prep.minhash import signatures
 from data_prep.readers import LINES, InputUnit, count_lines, of_table, read_unit
 from data_prep.row_rules import turn_keys
@@ -147,10 +148,14 @@ def use_rows(
 ) -> UsedRows:
     """Reads, checks, renders and fits rows, each with its reader. `data`: evaluation files."""
     valid, conversations, left_out, places = list[int](), list[Conversation](), list[RowLeftOut](), list[str]()
+    exchanges = chat_format(encoder).exchanges
     for i, (row, reader) in enumerate(rows):
         places.append(f"row {row.place} of {reader.name}")
         try:
-            conversations.append(reader.read(row.content))
+            conversation = reader.read(row.content)
+            if exchanges:
+                check_exchanges(conversation)
+            conversations.append(conversation)
             valid.append(i)
         except DataError as error:
             left_out.append(RowLeftOut(i, "dropped" if isinstance(error, NotChosen) else "rejected", error))
