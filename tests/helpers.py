@@ -184,9 +184,9 @@ def make_hf(
         p = f"model.layers.{i}."
         for x, n in (("q", heads), ("k", kv), ("v", kv)):
             tensors[f"{p}self_attn.{x}_proj.weight"] = normal(n * head, hidden, scale=0.15)
-            if model_type == "qwen2":
+            if FAMILIES[model_type].qkv_bias:
                 tensors[f"{p}self_attn.{x}_proj.bias"] = normal(n * head)
-        for x in "qk" * (model_type == "qwen3"):
+        for x in "qk" * FAMILIES[model_type].qk_norm:
             tensors[f"{p}self_attn.{x}_norm.weight"] = 1 + normal(head, scale=0.3)
         tensors[f"{p}self_attn.o_proj.weight"] = normal(hidden, heads * head)
         tensors[f"{p}mlp.gate_proj.weight"] = normal(ffn, hidden)
