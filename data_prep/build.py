@@ -33,6 +33,7 @@ from data_prep.documents import UnitResult, load_result, tokenize_unit
 from data_prep.encoders import TextTokenizer, TokenizerMismatch, open_encoder
 from data_prep.encoding import TextEncoder
 from data_prep.first_rows import check_fields, check_results, with_formats
+from data_prep.inst_template import check_system
 from data_prep.outcomes import refusal
 from data_prep.planning import PackingPlan, dropped_files, make_plan, number_sources
 from data_prep.pool import cpus, ending_on_interrupt, work_on
@@ -252,11 +253,8 @@ def _meta(config: BuildConfig) -> dict[str, Any]:
     folder = config.tokenizer
     mask, size = special_token_id(folder, config.mask_token), vocabulary_size(folder)
     chat = format_of(lambda token: special_token_id(folder, token) < size)
-    if chat.exchanges and config.system_prompt is not None:
-        what = "the tokenizer's [INST] template has no place for a system turn before the first question"
-        raise ConfigError(what, "system_prompt", "--system_prompt=null")
-    end = chat.end
-    ids = {token: special_token_id(folder, token) for token in (end, config.pad_token)}
+    check_system(chat, config.system_prompt)
+    ids = {token: special_token_id(folder, token) for token in (chat.end, config.pad_token)}
     for token, token_id in ids.items():
         if token_id >= size:  # special_token_id returns the first free id for a token the tokenizer lacks
             other = "use a tokenizer with the tokens of ChatML, Llama 3's headers or [INST]"
@@ -266,7 +264,7 @@ def _meta(config: BuildConfig) -> dict[str, Any]:
         **{key: getattr(config, key) for key in copied},
         "mask_token": config.mask_token,
         "mask_token_id": mask,
-        "eos_token_id": ids[end],
+        "eos_token_id": ids[chat.end],
         "pad_token_id": ids[config.pad_token],
         "vocab_size": max(size, mask + 1),  # the mask token may extend the vocabulary of the base
         "tokenizer": {"fingerprint": fingerprint(folder, config.mask_token), "name": Path(folder).name},

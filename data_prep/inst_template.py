@@ -14,7 +14,7 @@ from typing import Any
 from data_prep.turns import ChatTurn
 from sdlm_megatron.chat.template import render, template_file
 from sdlm_megatron.data.chatml import INST, ChatFormat
-from sdlm_megatron.errors import DataError
+from sdlm_megatron.errors import ConfigError, DataError
 from sdlm_megatron.files import read_json_object
 
 _PROBE = [("user", " Q "), ("assistant", " A "), ("user", "Q"), ("assistant", "B")]
@@ -64,6 +64,13 @@ def rendered(turns: Sequence[tuple[str, str]], chat: ChatFormat) -> str:
     return chat.document + "".join(parts)
 
 
+def check_system(chat: ChatFormat, system_prompt: str | None) -> None:
+    """ConfigError for a default system turn in a format that has none."""
+    if chat.exchanges and system_prompt is not None:
+        what = "the tokenizer's [INST] template has no place for a system turn before the first question"
+        raise ConfigError(what, "system_prompt", "--system_prompt=null")
+
+
 def check_exchanges(turns: Sequence[ChatTurn]) -> None:
     """Raises DataError unless questions and answers take turns, as these templates demand."""
     if turns[0].role == "system":
@@ -71,6 +78,7 @@ def check_exchanges(turns: Sequence[ChatTurn]) -> None:
         raise DataError(what, "turn 1", "put its text into the first question; --system_prompt=null adds none")
     for i, turn in enumerate(turns):
         if turn.role != ("user", "assistant")[i % 2]:
-            raise DataError(f"a turn of {turn.role} where [INST] templates have another role", f"turn {i + 1}")
+            what = f"a turn of {turn.role} where [INST] templates have another role"
+            raise DataError(what, f"turn {i + 1}", "question and answer in turn, or another base")
     if len(turns) % 2:
-        raise DataError("the last question has no answer", f"turn {len(turns)}")
+        raise DataError("the last question has no answer", f"turn {len(turns)}", "remove the question")

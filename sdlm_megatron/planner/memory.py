@@ -42,7 +42,7 @@ class RowTokens:
         return self.targets + self.next_token_targets
 
     def part(self, layout: ParallelLayout) -> "RowTokens":
-        """What a rank has of the row under context parallelism; without it, the row."""
+        """The share of a rank under context parallelism; without it, the row."""
         if layout.context == 1:
             return self
         multiple = token_multiple(layout.parallel, layout.train)

@@ -26,6 +26,12 @@ Megatron-Core's, matrix products included (docs/benchmarks.md). Launches overlap
 do not.
 """
 
+SPLIT_LAUNCHES = 145
+"""Launches per layer and micro-batch in addition, of decomposed attention over a part of a row.
+
+Counted in the same way: rank 63 of 64 makes 11,855 launches for 32 layers and 2 micro-batches (docs/long_context.md).
+"""
+
 
 @dataclass(frozen=True)
 class StepTime:
@@ -105,7 +111,7 @@ def row_time(c: Costs) -> dict[str, float]:
 
 def launches(c: Costs) -> float:
     """Kernel launches per layer and micro-batch, without recomputation."""
-    return c.assumed.launches or LAUNCHES[c.layout.kernels.name]
+    return c.assumed.launches or LAUNCHES[c.layout.kernels.name] + SPLIT_LAUNCHES * (c.layout.context > 1)
 
 
 def host_time(c: Costs) -> float:

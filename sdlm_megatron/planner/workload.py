@@ -96,7 +96,7 @@ class Workload:
         return replace(self, rows=self.rows / share, row=row, pairs=self.pairs * share)
 
     def part(self, layout: ParallelLayout) -> "Workload":
-        """What a rank computes of a row under context parallelism; without it, the row."""
+        """The share of a rank in each row under context parallelism; without it, whole rows."""
         return replace(self, row=self.row.part(layout), pairs=self.pairs / layout.context)
 
     def row_flops(self, model: ModelConfig) -> float:

@@ -43,8 +43,9 @@ def test_pairs_of_the_longest_document() -> None:
 def test_blocks_of_long_documents() -> None:
     """repeat x anchors and blocks x block size are above int32."""
     n = LONG // 2 - 10
-    one, edges = np.zeros(1, np.int64), np.array([0, 1])
-    batch = RenderedBatch(np.empty(0, np.int32), np.array([0, n]), edges, ["assistant"], one, one + n, one, one + n - 1)
+    turn, edges = np.zeros(1, np.int64), np.array([0, 1])
+    places = (turn, turn + n, turn, turn + n - 1)
+    batch = RenderedBatch(np.empty(0, np.int32), np.array([0, n]), edges, ["assistant"], *places)
     fitted = fit_batch(batch, "keep_whole_turns", max_len=1000 * LONG, block_size=4, repeat=1000)
     assert fitted.n_blocks.tolist() == [block_count(n, n - 1, 1000 * LONG, 4, 1000)] == [n - 1]
     assert int((fitted.clean_lens + fitted.n_blocks * 4096)[0]) == n + (n - 1) * 4096

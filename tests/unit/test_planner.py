@@ -385,14 +385,14 @@ def long(context: int, gpus: int = 64, *texts: str, **train: object) -> LayoutPl
 @pytest.mark.parametrize("context", [2, 8])
 def test_context_parallelism_divides_what_grows_with_the_row(context):
     """Activations, buffers and time of a row by N; weights and gradients stay; the optimizer is sharded as before."""
-    one, split = long(1), long(context)
+    whole, split = (long(n, 64, "kernel_overhead_us=0") for n in (1, context))
     for name in ("activations", "buffers"):
-        assert getattr(split.memory, name) == pytest.approx(getattr(one.memory, name) / context, rel=0.002)
+        assert getattr(split.memory, name) == pytest.approx(getattr(whole.memory, name) / context, rel=0.002)
     for name in ("weights", "gradients", "optimizer"):
-        assert getattr(split.memory, name) == getattr(one.memory, name)
+        assert getattr(split.memory, name) == getattr(whole.memory, name)
     # as many rows: each takes 1/N of the time on N times as many GPUs
     for name in ("gemm", "attention", "elementwise"):
-        expected = getattr(one.time, name) / one.micro_batches * split.micro_batches / context
+        expected = getattr(whole.time, name) / whole.micro_batches * split.micro_batches / context
         assert getattr(split.time, name) == pytest.approx(expected, rel=0.02), name
     assert (split.layout.data, split.layout.replicas) == (8 // context, 8)
 
