@@ -28,6 +28,7 @@ from torch._subclasses.fake_tensor import (
     DynamicOutputShapeException,
     FakeTensorMode,
     UnsupportedOperatorException,
+    unset_fake_temporarily,
 )
 
 from sdlm_megatron.config.schema import RunConfig
@@ -92,7 +93,9 @@ def simulate(config: RunConfig, rank: int, request: dict[str, Any]) -> dict[str,
                 attention=attention,
             )
             built = time.perf_counter()
-            engine.train_step([engine.prepare(_row(config, length))] * request["micro_batches"], 1)
+            with unset_fake_temporarily():  # a data loader's work, with numbers
+                row = engine.prepare(_row(config, length))
+            engine.train_step([row] * request["micro_batches"], 1)
             return {
                 "rank": rank,
                 "stage": groups.pp_rank,
