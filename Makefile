@@ -28,7 +28,7 @@ SUITABLE := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13 python; do \
 	if $$p -c '$(SUITABLE)' >/dev/null 2>&1; then echo $$p; break; fi; done)
 
-.PHONY: help venv docs wheel quickstart smoke test test-newest test-transformers test-vllm drill nullgpu evidence check lint format clean
+.PHONY: help venv docs wheel quickstart smoke smoke-qwen3 test test-newest test-transformers test-vllm drill nullgpu evidence check lint format clean
 
 help:  ## list the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -57,6 +57,9 @@ quickstart: $(STAMP)  ## the whole job on a real model, 7 to 17 minutes on 2 cor
 
 smoke: $(STAMP)  ## the same stages with a tiny random model, under a minute
 	$(PY) -m tests.smoke
+
+smoke-qwen3: $(STAMP)  ## the smoke run with a tiny Qwen3 and YaRN
+	$(PY) -m tests.smoke --family qwen3
 
 # The smoke run comes first: it is short, and pytest's summary is then the last output.
 test: smoke  ## the smoke run, then all tests

@@ -50,6 +50,10 @@ CASES: dict[str, tuple[int, int, dict[str, object]]] = {
     "PP2 x VPP2": (2, 4, {"parallel.pipeline": 2, "parallel.virtual_pipeline": 2}),
     "DP2": (2, 1, {}),
     "norms of q and k": (1, 1, {"model.qk_norm": True, "model.qkv_bias": False, "model.head_dim": 48}),
+    "CP2": (2, 1, {"parallel.context": 2}),
+    "CP2, full recompute, wide": (
+        2, 1, {"parallel.context": 2, "train.recompute": "full", "model.ffn_hidden_size": 1024}
+    ),
     "DP2, bf16 gradients": (2, 1, {"train.gradient_dtype": "bf16"}),
 }  # fmt: skip
 
@@ -122,7 +126,7 @@ def measure(name: str) -> tuple[Measured, RowTokens]:
     live.known.update(x.untyped_storage()._cdata for x in known)
     with live:
         engine.forward_backward(batches)
-    labels = round(sum(len(x.label_index) for x in batches) / len(batches))
+    labels = round(sum(x.row_labels or len(x.label_index) for x in batches) / len(batches))
     return Measured(groups.pp_rank, **static_bytes(engine), peak=live.peak), row_of(batches[0].layout, labels)
 
 

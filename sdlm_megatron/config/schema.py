@@ -1,5 +1,6 @@
 """Every setting of a training run. The text below a field is its help in `sdlm train --help`."""
 
+import math
 from dataclasses import dataclass, field
 
 
@@ -34,18 +35,30 @@ class ModelConfig:
     nope_interval: int = 0
     """Each layer whose number (from 1) is a multiple of this has no rotary embedding: 4 in SmolLM3. 0: all have it."""
     rope_factor: float = 1.0
-    """Rope scaling of Llama 3: divisor of the frequencies of long wavelengths. 1: no scaling."""
+    """Rope scaling: divisor of the frequencies of long wavelengths. 1: no scaling."""
+    rope_type: str = "llama3"
+    """With rope_factor, the kind of scaling: llama3 | yarn."""
     rope_low_freq: float = 1.0
-    """With rope_factor: wavelengths above rope_original_positions / this are scaled in full."""
+    """With rope_factor: wavelengths above rope_original_positions / this are scaled in full. beta_slow of YaRN."""
     rope_high_freq: float = 4.0
-    """With rope_factor: wavelengths below rope_original_positions / this are not scaled; in between, in part."""
+    """With rope_factor: wavelengths below rope_original_positions / this are not scaled; in between, in part.
+    beta_fast of YaRN, where 32 is usual."""
     rope_original_positions: int = 8192
     """With rope_factor: positions of the model before its context was extended."""
+    rope_attention_factor: float = 0.0
+    """With yarn: factor of queries and keys. 0: 0.1 ln(rope_factor) + 1."""
 
     @property
     def head_size(self) -> int:
         """Dimension of an attention head: head_dim, or where that is 0 hidden_size / num_attention_heads."""
         return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def rope_magnitude(self) -> float:
+        """Factor of queries and keys after the rotary embedding; 1 without YaRN."""
+        if self.rope_type != "yarn" or self.rope_factor == 1:
+            return 1.0
+        return self.rope_attention_factor or 0.1 * math.log(self.rope_factor) + 1
 
 
 @dataclass

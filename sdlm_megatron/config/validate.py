@@ -11,6 +11,7 @@ from sdlm_megatron.config.schema import CheckpointConfig, ModelConfig, ParallelC
 from sdlm_megatron.errors import ConfigError
 
 CHOICES = {
+    "model.rope_type": ("llama3", "yarn"),
     "train.global_batch_unit": ("documents", "rows"),
     "train.precision": ("bf16", "fp32"),
     "train.attention": ("auto", "per_document", "triton", "decomposed", "flex", "dense"),
@@ -45,6 +46,7 @@ RANGES = {
     "model.rope_low_freq": "(0, 1e6]",
     "model.rope_high_freq": "(0, 1e6]",
     "model.rope_original_positions": "[1, 1e9]",
+    "model.rope_attention_factor": "[0, 100]",
     "diffusion.block_size": "[0, 4096]",
     "diffusion.next_token_weight": "[0, 1000]",
     "data.skip_rows": ROWS,

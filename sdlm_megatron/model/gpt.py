@@ -34,6 +34,7 @@ class SDLMCoreAttention(torch.nn.Module):
     def __init__(self, config: TransformerConfig, layer_number: int, *args: Any, **kwargs: Any) -> None:
         super().__init__()
         assert config.kv_channels is not None
+        self.layer_number = layer_number
         self.scale = kwargs.get("softmax_scale") or config.kv_channels**-0.5
 
     def forward(

@@ -87,16 +87,38 @@ def transformer_config(
 
 def _nope_layers(shape: ModelConfig) -> list[int] | None:
     """1 for each layer without rotary embedding; None where all have it."""
-    n = shape.nope_interval
-    return [int((i + 1) % n == 0) for i in range(shape.num_layers)] if n else None
+    return [int(_is_nope(i + 1, shape)) for i in range(shape.num_layers)] if shape.nope_interval else None
+
+
+def _is_nope(number: int, shape: ModelConfig) -> bool:
+    """Whether layer `number`, from 1, has no rotary embedding."""
+    return shape.nope_interval > 0 and number % shape.nope_interval == 0
 
 
 def scaled_frequencies(frequencies: torch.Tensor, shape: ModelConfig) -> torch.Tensor:
-    """Llama 3's rope scaling of frequencies in radians per position, fp32 (head_dim / 2,)."""
-    turns = shape.rope_original_positions / (2 * math.pi / frequencies)  # within the original context
-    unscaled = (turns - shape.rope_low_freq) / (shape.rope_high_freq - shape.rope_low_freq)
-    share = unscaled.clamp(0, 1)  # 0: long wavelengths, 1: short ones
+    """Rope scaling of frequencies in radians per position, fp32 (head_dim / 2,)."""
+    if shape.rope_type == "yarn":
+        share = _yarn_share(shape).to(frequencies)
+    else:
+        turns = shape.rope_original_positions / (2 * math.pi / frequencies)  # within the original context
+        unscaled = (turns - shape.rope_low_freq) / (shape.rope_high_freq - shape.rope_low_freq)
+        share = unscaled.clamp(0, 1)  # 0: long wavelengths, 1: short ones
     return (1 - share) * frequencies / shape.rope_factor + share * frequencies
+
+
+def _yarn_share(shape: ModelConfig) -> torch.Tensor:
+    """Unscaled share of each frequency in YaRN: a ramp over their indices, where Llama 3 has one over the turns."""
+
+    def index(turns: float) -> float:
+        """Index of the frequency with this number of turns within the original context."""
+        log = math.log(shape.rope_original_positions / (turns * 2 * math.pi)) / math.log(shape.rope_theta)
+        return shape.head_size / 2 * log
+
+    first = max(math.floor(index(shape.rope_high_freq)), 0)
+    last = min(math.ceil(index(shape.rope_low_freq)), shape.head_size - 1)
+    # the width of 0.001 of a ramp without any is transformers'
+    ramp = (torch.arange(shape.head_size // 2, dtype=torch.float32) - first) / (last - first or 0.001)
+    return 1 - ramp.clamp(0, 1)
 
 
 def _recompute(train: TrainConfig) -> dict[str, Any]:
@@ -201,6 +223,9 @@ def build_model(
     if shape.rope_factor != 1:
         # not Megatron-Core's own scaling: it fixes all numbers but the factor
         model.rotary_pos_emb.inv_freq = scaled_frequencies(model.rotary_pos_emb.inv_freq, shape)
+    for module in model.modules():
+        if isinstance(module, SDLMCoreAttention) and not _is_nope(module.layer_number, shape):
+            module.scale *= shape.rope_magnitude**2  # here, because TransformerEngine's fused RoPE takes no factor
     for module in model.modules():
         if hasattr(module, "fuse_wgrad_accumulation"):  # TransformerEngine's layers read it in each forward pass
             module.fuse_wgrad_accumulation = True

@@ -8,9 +8,11 @@ backward pass or of the head. Memory that the allocator and the CUDA libraries u
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from sdlm_megatron.config.schema import ModelConfig
+from sdlm_megatron.config.validate import token_multiple
+from sdlm_megatron.diffusion.shard import shard_length
 from sdlm_megatron.planner.parallel_layout import ParallelLayout, ShardSizes, sizes_of
 
 LABEL_LOSS_BYTES = 8
@@ -31,11 +33,23 @@ class RowTokens:
     block_size: int
     next_token_targets: float = 0.0
     """Targets of clean tokens."""
+    gathered: float = 0.0
+    """Clean tokens of the whole row, whose keys and values a rank gathers where the others are those of its part."""
 
     @property
     def label_rows(self) -> float:
         """Tokens that pass through the head."""
         return self.targets + self.next_token_targets
+
+    def part(self, layout: ParallelLayout) -> "RowTokens":
+        """The share of a rank under context parallelism; without it, the row."""
+        if layout.context == 1:
+            return self
+        multiple = token_multiple(layout.parallel, layout.train)
+        names = ("clean", "block", "response", "targets", "next_token_targets")
+        shares = {name: getattr(self, name) / layout.context for name in names}
+        length = shard_length(self.length, self.block_size, layout.context, multiple)
+        return replace(self, length=length, gathered=self.clean, **shares)
 
 
 def labeled(label: str) -> float:
@@ -88,7 +102,8 @@ def linear_weights(model: ModelConfig, layout: ParallelLayout) -> int:
 def stage_memory(
     model: ModelConfig, layout: ParallelLayout, row: RowTokens, micro_batches: int, stage: int
 ) -> GpuMemory:
-    """Peak memory of tensors in a step, on a GPU of this stage."""
+    """Peak memory of tensors in a step of whole rows like `row`, on a GPU of this stage."""
+    row = row.part(layout)
     buckets = stage_parameters(model, layout, stage)
     numel = sum(sum(b) for b in buckets)
     b, dp, sharded = layout.bytes, layout.replicas, layout.parallel.distributed_optimizer
@@ -183,6 +198,8 @@ def backward_peak(z: ShardSizes, layout: ParallelLayout, row: RowTokens) -> floa
     blocks = row.block * z.attention
     prefix = row.response * row.block_size * z.attention  # queries of part (2) of model/attention/decomposed.py
     attention_work = b * (s * (z.attention + 2 * z.kv) + 3 * blocks + 4 * prefix) + 16 * blocks
+    # keys and values of the whole row: as they arrive and in order, the gradients of a part, and their sums in fp32
+    attention_work += row.gathered * 2 * z.kv * (3 * b + 4)
     moments = {
         "second matrix": kept.total + residual + whole + ffn + weight * z.ffn * h,
         "SwiGLU": kept.total - ffn + residual + 3 * ffn,

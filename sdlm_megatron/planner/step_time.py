@@ -26,6 +26,12 @@ Megatron-Core's, matrix products included (docs/benchmarks.md). Launches overlap
 do not.
 """
 
+SPLIT_LAUNCHES = 145
+"""Launches per layer and micro-batch in addition, of decomposed attention over a part of a row.
+
+Counted in the same way: rank 63 of 64 makes 11,855 launches for 32 layers and 2 micro-batches (docs/long_context.md).
+"""
+
 
 @dataclass(frozen=True)
 class StepTime:
@@ -40,6 +46,7 @@ class StepTime:
     imbalance: float = labeled("attention of the rank with most visible pairs")  # what it has above the mean
     host: float = labeled("waiting for the host")
     tensor_communication: float = labeled("tensor-parallel communication")
+    context_communication: float = labeled("keys and values of context parallelism")
     pipeline_bubble: float = labeled("pipeline bubble")
     pipeline_communication: float = labeled("pipeline communication")
     data_communication: float = labeled("data-parallel communication, not hidden")
@@ -104,7 +111,7 @@ def row_time(c: Costs) -> dict[str, float]:
 
 def launches(c: Costs) -> float:
     """Kernel launches per layer and micro-batch, without recomputation."""
-    return c.assumed.launches or LAUNCHES[c.layout.kernels.name]
+    return c.assumed.launches or LAUNCHES[c.layout.kernels.name] + SPLIT_LAUNCHES * (c.layout.context > 1)
 
 
 def host_time(c: Costs) -> float:
@@ -132,22 +139,22 @@ def gpu_time(c: Costs) -> float:
     return sum(_passes(c))
 
 
-def _passes(c: Costs) -> tuple[float, float, float, float]:
-    """Seconds of a row on a stage: layers, recomputation, TP communication; and of the head."""
+def _passes(c: Costs) -> tuple[float, float, float, float, float]:
+    """Seconds of a row on a stage: layers, recomputation, TP and CP communication; and of the head."""
     layers = c.model.num_layers // (c.layout.pipeline * c.layout.virtual)
     share, part = c.layout.recomputed_layers(layers) / layers, row_time(c)
     forward = sum(part.values()) - part["weight_gradients"]
     again = share * forward / 3  # the forward pass is a third, as in the FLOP count
     if c.layout.train.recompute == "selective":
         again = NORMS_AGAIN * part["elementwise"]
-    return sum(part.values()), again, _tensor_communication(c, share), head_time(c)
+    return sum(part.values()), again, _tensor_communication(c, share), _context_communication(c, share), head_time(c)
 
 
 def step_time(c: Costs, micro_batches: int, spread: float) -> StepTime:
     """Time of a step. `spread`: visible pairs of the rank with most, over the ranks' mean."""
     layout, assumed = c.layout, c.assumed
-    part, (layers, again, tensor, head), host = row_time(c), _passes(c), host_time(c)
-    per_row = layers + again + tensor
+    part, (layers, again, tensor, context, head), host = row_time(c), _passes(c), host_time(c)
+    per_row = layers + again + tensor + context
     slowest = per_row + head  # the last stage
     pipes = _pipeline_communication(c, micro_batches)
     # all stages wait for the head on the last one; the bubble is the time the first and last micro-batch travel
@@ -162,6 +169,7 @@ def step_time(c: Costs, micro_batches: int, spread: float) -> StepTime:
         "recompute": again * micro_batches,
         "host": (longest - slowest) * micro_batches + max(0.0, host - per_row) * travel,
         "tensor_communication": tensor * micro_batches,
+        "context_communication": context * micro_batches,
         "pipeline_bubble": travel * per_row,
         "pipeline_communication": pipes,
         "data_communication": data,
@@ -194,6 +202,18 @@ def _tensor_communication(c: Costs, recomputed: float) -> float:
         halves += (2 + recomputed) * whole / half
     hidden = c.assumed.hidden_tp if layout.parallel.overlap_tensor else 0.0
     return halves * half * layers * (1 - hidden)
+
+
+def _context_communication(c: Costs, recomputed: float) -> float:
+    """Seconds per micro-batch and stage: keys and values of all clean tokens are gathered in both passes of a layer,
+    and once more where it is recomputed; their gradients are scattered in the backward pass."""
+    layout, count = c.layout, c.layout.context
+    if count == 1:
+        return 0.0
+    nodes = c.assumed.gpus_per_node / layout.tensor  # neighbors of a row: TP comes first in the order of ranks
+    speed = c.device.nvlink if count <= nodes else _network(c, nodes)
+    transfer = _collective(c, 2 * c.row.gathered * sizes_of(c.model, layout.tensor).kv * layout.bytes, count, speed)
+    return (3 + recomputed) * transfer * (c.model.num_layers // layout.pipeline)
 
 
 def _network(c: Costs, members_of_a_node: float) -> float:

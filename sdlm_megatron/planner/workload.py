@@ -19,6 +19,7 @@ from sdlm_megatron.errors import DataError
 from sdlm_megatron.planner.assumptions import Assumptions
 from sdlm_megatron.planner.flops import training_flops
 from sdlm_megatron.planner.memory import RowTokens
+from sdlm_megatron.planner.parallel_layout import ParallelLayout
 
 _STEPS = 8
 """Steps of the mixture that are drawn to choose a row length."""
@@ -93,6 +94,10 @@ class Workload:
         means = {name: getattr(self.row, name) * share for name in _CONTENT}
         row = replace(self.row, length=length, **means)
         return replace(self, rows=self.rows / share, row=row, pairs=self.pairs * share)
+
+    def part(self, layout: ParallelLayout) -> "Workload":
+        """The share of a rank in each row under context parallelism; without it, whole rows."""
+        return replace(self, row=self.row.part(layout), pairs=self.pairs / layout.context)
 
     def row_flops(self, model: ModelConfig) -> float:
         """Model FLOPs per row, forward and backward."""

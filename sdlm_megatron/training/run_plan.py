@@ -19,6 +19,7 @@ from sdlm_megatron.errors import CheckpointError, ConfigError, DataError
 from sdlm_megatron.weights.checkpoint_folder import TrainState, newest, read_run, read_state, step_of
 from sdlm_megatron.weights.hf_config import read_hf_config
 from sdlm_megatron.weights.hf_weights import HFWeights
+from sdlm_megatron.weights.positions import check_dataset
 from sdlm_megatron.weights.shape import NewMaskToken, find_mask_token
 from sdlm_megatron.weights.tensors import HFAsCheckpoint
 
@@ -86,7 +87,10 @@ def make_run_plan(config: RunConfig, dataset: PackedDataset, notice: Notice) -> 
         plan = _plan(config, dataset, shape, dataset.manifest["mask_token_id"], None, "random")
     check_schedule(config, plan.steps)
     _check_end(plan)
+    _check_step(plan, dataset.row_length)
     check_model(plan.state.shape, config, dataset.row_length)
+    if plan.assets:
+        check_dataset(dataset, plan.assets)
     # the mask token usually has the highest id of a dataset: it is appended to the vocabulary
     needed = max(dataset.manifest["mask_token_id"] + 1, 1)
     if needed > plan.state.shape.vocab_size:
@@ -96,6 +100,15 @@ def make_run_plan(config: RunConfig, dataset: PackedDataset, notice: Notice) -> 
             f"a dataset of this model's tokenizer; without a base, --model.vocab_size={-(-needed // 128) * 128}",
         )
     return plan
+
+
+def _check_step(plan: RunPlan, row_length: int) -> None:
+    """ConfigError for steps with more targets than Megatron-Core's int32 counter holds; a row's tokens bound them."""
+    tokens = plan.state.rows_per_step * row_length
+    if tokens >= 2**31:
+        rows = plan.state.rows_per_step
+        what = f"a step has {rows:,} rows of {row_length:,} tokens = {tokens:,} tokens, the limit is 2^31"
+        raise ConfigError(what, "train.global_batch", f"at most {(2**31 - 1) // row_length:,} rows")
 
 
 def _check_end(plan: RunPlan) -> None:

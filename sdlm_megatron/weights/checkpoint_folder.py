@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
 from sdlm_megatron.config.schema import DiffusionConfig, ModelConfig, RunConfig
-from sdlm_megatron.config.validate import RANGES, SIZES, check_ranges
+from sdlm_megatron.config.validate import CHOICES, RANGES, SIZES, check_ranges
 from sdlm_megatron.diffusion.settings import SDLMSettings
 from sdlm_megatron.errors import CheckpointError
 from sdlm_megatron.files import checked, optional_file, read_json_object, regular_file, sha256
@@ -92,6 +92,9 @@ def read_state(folder: Path) -> TrainState:
     absent = {"eos_token_id": -1, "running_block_loss": 0.0, "running_next_token_loss": 0.0}  # in older checkpoints
     state = TrainState(**_typed(TrainState, {**absent, **values}, path, whole=True))
     check_ranges(state.shape, RANGES, "model.", str(path))
+    if state.shape.rope_type not in (kinds := CHOICES["model.rope_type"]):
+        what = f"rope_type is {state.shape.rope_type!r:.60}, not one of {', '.join(kinds)}"
+        raise CheckpointError(what, str(path), "use the version that wrote it")
     for key in shape.keys() & {*SIZES}:
         checked(shape, key, int, path, CheckpointError, least=1)
     for key, least in (("step", 0), ("consumed_rows", 0), ("rows_per_step", 0 if state.step == 0 else 1)):
