@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from sdlm_megatron.errors import ConfigError, UserError
 
@@ -191,15 +191,20 @@ class VLLMServer:
                     if not line.startswith(b"data: ") or line.startswith(b"data: [DONE]"):
                         continue
                     part = json.loads(line[6:])
-                    if "error" in part:
-                        raise UserError(f"the server failed: {part['error']}", self.address, "its log names the cause")
+                    if "error" in part:  # of a stream, whose status is 200 whatever follows
+                        self._raise(part["error"])
                     tokens = (part.get("usage") or {}).get("completion_tokens", tokens)
                     new = "".join(choice["delta"].get("content") or "" for choice in part["choices"])
                     if new and first is None:
                         first = time.perf_counter() - started
                     text += new
         except urllib.error.HTTPError as problem:
-            raise RefusedRequest(f"the server refused a request: {_message(problem)}", self.address) from None
+            text = problem.read().decode(errors="replace")
+            try:
+                error = json.loads(text)["error"]
+            except (ValueError, KeyError, TypeError):
+                error = {"code": problem.code, "message": text[:200]}
+            self._raise(error)
         except (OSError, http.client.HTTPException, ValueError) as problem:
             what = f"the server broke off an answer: {type(problem).__name__}: {problem}"
             raise UserError(what, self.address, "its log names the cause; then run the same command again") from None
@@ -227,6 +232,14 @@ class VLLMServer:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
 
+    def _raise(self, error: Any) -> NoReturn:
+        """Raises what an error of the server says; vLLM's own have a message and a code."""
+        fields = error if isinstance(error, dict) else {"message": error}
+        message, where = fields.get("message"), self.address
+        if str(fields.get("code")).startswith("4"):
+            raise RefusedRequest(f"the server refused a request: {message}", where, "the message says why")
+        raise UserError(f"the server failed: {message}", where, "its log names the cause")
+
     def _open(self, path: str, data: bytes | None = None, timeout: float = 60) -> Any:
         request = urllib.request.Request(self.address + path, data, self.headers)
         return self._opener.open(request, timeout=timeout)
@@ -234,12 +247,3 @@ class VLLMServer:
 
 class RefusedRequest(UserError):
     """A request that the server answers with an error of the client (status 400 and above)."""
-
-
-def _message(problem: urllib.error.HTTPError) -> str:
-    """The server's own message, or its first characters."""
-    text = problem.read().decode(errors="replace")
-    try:
-        return str(json.loads(text)["error"]["message"])
-    except (ValueError, KeyError, TypeError):
-        return f"status {problem.code}: {text[:200]}"

@@ -66,8 +66,12 @@ class Answering(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         server, body = self.server, json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         alg = body.get("vllm_xargs", {}).get("sdlm_alg")
-        if alg == "lossless" or server.broken == body["messages"][0]["content"]:
-            self.reply('{"error": {"message": "SDLM does not support it"}}', 400)
+        refusal = '{"error": {"message": "SDLM does not support it", "code": 400}}'
+        if alg == "lossless":  # vLLM checks these options once the stream has begun
+            self.reply(f"data: {refusal}\n\ndata: [DONE]\n\n")
+            return
+        if server.broken == body["messages"][0]["content"]:
+            self.reply(refusal, 400)
             return
         with server.lock:
             server.bodies.append(body)
