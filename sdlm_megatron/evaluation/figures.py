@@ -313,7 +313,7 @@ def serving_figure(servings: Results) -> Figure:
         rates = served_rates(seeds[0])
         for number, name in enumerate(dict.fromkeys(rate.name for rate in rates)):
             line = [rate for rate in rates if rate.name == name]
-            style = {
+            style: dict[str, Any] = {
                 "color": SOFT if name == STOCK else color_of(number - 1 if len(servings) == 1 else index),
                 "linestyle": DASHED if name == STOCK else "-",
                 "marker": "*" if name == STOCK else "osD^v"[number % 5],

@@ -222,12 +222,12 @@ def served_rates(serving: Result) -> list[ServedRate]:
 def served_comparison(rates: Sequence[ServedRate]) -> Iterator[str]:
     """A sentence about each rule of the plugin: where it is slower than plain serving, and where it is faster."""
     for name in dict.fromkeys(rate.name for rate in rates if rate.name != STOCK):
-        compared = [rate for rate in rates if rate.name == name and rate.ratio is not None]
+        compared = [(r.at, r.ratio) for r in rates if r.name == name and r.ratio is not None]
         for slower in (True, False):
-            part = [rate for rate in compared if (rate.ratio < 1) == slower]
+            part = [f"{at} ({ratio:.2f} times its tokens/s)" for at, ratio in compared if (ratio < 1) == slower]
             if part:
-                at_once = ", ".join(f"{rate.at} ({rate.ratio:.2f} times its tokens/s)" for rate in part)
-                yield f"{name} {'LOSES to' if slower else 'is faster than'} plain serving at {at_once} at a time."
+                verb = "LOSES to" if slower else "is faster than"
+                yield f"{name} {verb} plain serving at {', '.join(part)} at a time."
 
 
 def context_rows(contexts: Sequence[Result]) -> list[dict[str, Any]]:
