@@ -24,6 +24,7 @@ KINDS = {
     "speed": "cost of a pass, wall time of answers",
     "context": "quality and speed with longer contexts",
     "perplexity": "perplexity of unrelated text: what training made the model forget",
+    "serving": "throughput and latency of vLLM, beside plain serving (needs vLLM)",
     "page": "one page for the results of one or several models",
     "paper": "the tasks of the paper's tables, beside its figures (needs datasets)",
     "lm_eval": "lm-evaluation-harness with the model `sdlm`",

@@ -15,7 +15,17 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator, PercentFormatter
 
 from sdlm_megatron.evaluation.intervals import Estimate
-from sdlm_megatron.evaluation.result_files import Result, Results, RuleTiming, SweepPoint, context_rows, points, timings
+from sdlm_megatron.evaluation.result_files import (
+    STOCK,
+    Result,
+    Results,
+    RuleTiming,
+    SweepPoint,
+    context_rows,
+    points,
+    served_rates,
+    timings,
+)
 from sdlm_megatron.report.plots import INK, SERIES, SOFT, figure_of, legend
 
 DASHED = (0, (3, 2))
@@ -293,6 +303,33 @@ def context_figure(contexts: Results) -> Figure:
     axes[2].set_xscale("log", base=2)
     axes[2].xaxis.set_major_formatter(_plain_numbers)
     legend_once(figure, axes)
+    return figure
+
+
+def serving_figure(servings: Results) -> Figure:
+    """Tokens per second (above) and their ratio to plain serving (below) against the number of requests at a time."""
+    figure, (upper, lower) = figure_of(7.2, 5.6, 2, sharex=True)
+    for index, (label, seeds) in enumerate(servings.items()):
+        rates = served_rates(seeds[0])
+        for number, name in enumerate(dict.fromkeys(rate.name for rate in rates)):
+            line = [rate for rate in rates if rate.name == name]
+            style: dict[str, Any] = {
+                "color": SOFT if name == STOCK else color_of(number - 1 if len(servings) == 1 else index),
+                "linestyle": DASHED if name == STOCK else "-",
+                "marker": "*" if name == STOCK else "osD^v"[number % 5],
+            }
+            draw_line(upper, [r.at for r in line], [r.rate for r in line], label=f"{label}: {name}", **style)
+            compared = [(r.at, r.ratio) for r in line if r.ratio is not None]
+            if compared and name != STOCK:
+                draw_line(lower, *zip(*compared, strict=True), **style)
+    lower.axhline(1, color=SOFT, linewidth=1, linestyle=":")
+    for axis in (upper, lower):
+        axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter(_plain_numbers)
+        axis.set_ylim(bottom=0)
+    label_axis(upper, y="tokens per second")
+    label_axis(lower, x="requests at a time", y="times plain serving")
+    legend(figure, loc="outside upper left", ncols=2)
     return figure
 
 

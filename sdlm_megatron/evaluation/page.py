@@ -1,6 +1,6 @@
 """Page: one HTML page with figures and tables for the measurements of one or several models.
 
-Reads sweep.json, calibration.json, speed.json, context.json and perplexity.json from each folder, as far as they exist.
+Reads the files of sweep, calibration, speed, context, perplexity and serving from each folder, as far as they exist.
 Folders with the same --label are seeds of one model: their values are averaged, and intervals cover the seeds too.
 """
 
@@ -19,6 +19,7 @@ from sdlm_megatron.evaluation.signatures import GRAM, STALL_RATE, STALL_TOKENS
 from sdlm_megatron.report.page_kit import Page
 
 TAU = 0.98  # threshold of the precision and recall in the table of slots
+CLIENT_BUSY = 0.7  # share of a core from which on the client that sends requests may be the bottleneck
 # Facts that have a column in the first table.
 FACTS = ("block_size", "parameters", "dtype", "device", "threads", "date", "torch", "transformers")
 
@@ -292,12 +293,33 @@ def _add_perplexity(page: Page, results: Results) -> None:
     section.table(["", *results], rows)
 
 
+def _add_serving(page: Page, servings: Results) -> None:
+    section = page.section("serving", "Serving with vLLM")
+    section.text(
+        "vLLM with the plugin sdlm-vllm beside vLLM without it (plain serving: the same folder, one token per pass), "
+        "with the same prompts. Below the dotted line SDLM serves fewer tokens per second. Times of a request are "
+        "medians, with the 90th percentile. Where a model has several seeds, the first is shown."
+    )
+    section.figure(figures.serving_figure(servings), "tokens per second by requests at a time")
+    rates = [(label, rate) for label, seeds in servings.items() for rate in result_files.served_rates(seeds[0])]
+    head = ["", "at a time", "decoding", "tokens/s", "of plain", "tokens per pass", "first text, s", "answer, s"]
+    section.table([*head, "tokens", "exact"], [(label, rate.at, *rate.cells) for label, rate in rates])
+    for label, seeds in servings.items():
+        for sentence in result_files.served_comparison(result_files.served_rates(seeds[0])):
+            section.note(f"{label}: {sentence}")
+        for name, why in seeds[0]["refused"].items():
+            section.note(f"{label}: {name} was not measured: {why}.")
+        if any(row["client_cpu"] > CLIENT_BUSY for row in seeds[0]["rows"]):
+            section.note(f"{label}: the client of this measurement was busy; the servers may be faster than shown.")
+
+
 SECTIONS: dict[str, Callable[[Page, Results], None]] = {
     "sweep": _add_sweep,
     "calibration": _add_calibration,
     "speed": _add_speed,
     "context": _add_context,
     "perplexity": _add_perplexity,
+    "serving": _add_serving,
 }
 
 

@@ -6,7 +6,7 @@ rows that the kind's module describes.
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,9 @@ from sdlm_megatron.errors import DataError
 from sdlm_megatron.evaluation import signatures
 from sdlm_megatron.evaluation.intervals import Estimate, over_seeds, ratio, share
 
-KINDS = ("sweep", "calibration", "speed", "context", "perplexity")
+KINDS = ("sweep", "calibration", "speed", "context", "perplexity", "serving")
+STOCK = "plain serving"
+"""The rule of a server of vLLM without the plugin: one token per pass."""
 Result = Mapping[str, Any]  # one result file
 Results = Mapping[str, Sequence[Result]]  # result files of one kind by label; a label has one file per seed
 RuleKey = tuple[str, int, float | None]  # Algorithm, n and threshold
@@ -56,9 +58,34 @@ class RuleTiming(MeasuredRule):
     seconds: Estimate  # seconds per prompt
 
 
+@dataclass(frozen=True)
+class ServedRate(MeasuredRule):
+    """A server with some number of requests at a time."""
+
+    at: int
+    rate: float  # tokens per second of all requests together
+    ratio: float | None  # to the rate of plain serving with as many requests at a time; None: not measured
+    speed: float  # tokens per pass
+    first: tuple[float, float]  # seconds until the first text, median and 90th percentile
+    seconds: tuple[float, float]  # seconds of an answer
+    tokens: float  # tokens of an answer, mean
+    exact: float | None  # share of exact answers; None: the expected ones are unknown
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        """Cells of a table: name, tokens/s, ratio, tokens per pass, first text, seconds, tokens, exact."""
+        ratio, exact = (
+            "–" if x is None else form.format(x) for x, form in ((self.ratio, "{:.2f}"), (self.exact, "{:.1%}"))
+        )
+        times = [f"{middle:.2f} ({high:.2f})" for middle, high in (self.first, self.seconds)]
+        return self.name, f"{self.rate:,.1f}", ratio, f"{self.speed:.2f}", *times, f"{self.tokens:.1f}", exact
+
+
 def name_of(key: RuleKey) -> str:
     """Label of a decoding rule, such as "prob 0.98, n = 4"."""
     alg, n, threshold = key
+    if alg == STOCK:
+        return STOCK
     return DecodingRule(alg, n, 1.0 if threshold is None else threshold).name
 
 
@@ -161,6 +188,46 @@ def timings(speeds: Sequence[Result]) -> list[RuleTiming]:
         prompts = sum(row["prompts"] for row in rows)
         timed.append(RuleTiming(alg, n, threshold, batch, prompts, exact, rate, per_prompt))
     return timed
+
+
+def served_rates(serving: Result) -> list[ServedRate]:
+    """The measurements of serving.json, by requests at a time; plain serving first."""
+    rates = {
+        (row["alg"], row["n"], row["threshold"], row["at"]): sum(row["tokens"]) / row["wall"] for row in serving["rows"]
+    }
+
+    def middle_and_high(values: Sequence[float]) -> tuple[float, float]:
+        middle, high = np.quantile(values, [0.5, 0.9]).tolist()
+        return middle, high
+
+    rows = []
+    for row in sorted(serving["rows"], key=lambda row: (row["at"], row["alg"] != STOCK)):
+        key, plain = (row["alg"], row["n"], row["threshold"]), rates.get((STOCK, 1, None, row["at"]))
+        rows.append(
+            ServedRate(
+                *key,
+                row["at"],
+                rates[*key, row["at"]],
+                None if plain is None else rates[*key, row["at"]] / plain,
+                sum(row["tokens"]) / row["passes"],
+                middle_and_high(row["first"]),
+                middle_and_high(row["seconds"]),
+                sum(row["tokens"]) / len(row["tokens"]),
+                float(np.mean(row["exact"])) if "exact" in row else None,
+            )
+        )
+    return rows
+
+
+def served_comparison(rates: Sequence[ServedRate]) -> Iterator[str]:
+    """A sentence about each rule of the plugin: where it is slower than plain serving, and where it is faster."""
+    for name in dict.fromkeys(rate.name for rate in rates if rate.name != STOCK):
+        compared = [(r.at, r.ratio) for r in rates if r.name == name and r.ratio is not None]
+        for slower in (True, False):
+            part = [f"{at} ({ratio:.2f} times its tokens/s)" for at, ratio in compared if (ratio < 1) == slower]
+            if part:
+                verb = "LOSES to" if slower else "is faster than"
+                yield f"{name} {verb} plain serving at {', '.join(part)} at a time."
 
 
 def context_rows(contexts: Sequence[Result]) -> list[dict[str, Any]]:

@@ -50,6 +50,10 @@ def make_folder(
         max_position_embeddings=2048,
         tie_word_embeddings=True,
         initializer_range=0.25,
+        # Llama's and Mistral's own are 1 and 2, which random prompts contain
+        bos_token_id=None,
+        eos_token_id=EOS,
+        pad_token_id=256,
     )
     source = out.with_name(f"{out.name}_source")
     model = AutoModelForCausalLM.from_config(config)

@@ -57,6 +57,15 @@ def test_defaults_are_those_of_the_folder(folder: Path, llm: Any) -> None:
     assert llm.get_default_sampling_params().temperature == 0, "do_sample is false in generation_config.json"
 
 
+def test_threshold_one_keeps_one_token_a_pass(folder: Path, llm: Any) -> None:
+    requests = [Asked([i, 7 * i, 9], 25, {"sdlm_threshold": 1}) for i in range(1, 9)]
+    answers = engine_runs.run(llm, requests)
+    assert all(kept == [1] * len(tokens) for kept, tokens in zip(answers.accepted, answers.tokens, strict=True))
+    assert list(zip(answers.tokens, answers.accepted, strict=True)) == [generated(folder, each) for each in requests]
+    # the first slot of this model sees the rest of its window, so that this is not next-token decoding
+    assert answers.tokens != engine_runs.run(llm, [Asked(r.prompt, r.most, {"sdlm_n": 1}) for r in requests]).tokens
+
+
 def test_an_answer_ends_where_a_window_no_longer_fits(folder: Path, llm: Any) -> None:
     limit = 256 - 2 * 4 + 1
     long = [i % 251 for i in range(limit - 20)]
