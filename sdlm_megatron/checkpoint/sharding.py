@@ -229,16 +229,19 @@ def chained(optimizer: Any) -> Sequence[Any]:
 
 
 def hf_tensors(
-    engine: Engine, tensor_of: Callable[[Any], torch.Tensor] = torch.Tensor.detach
+    engine: Engine, tensor_of: Callable[[Any], torch.Tensor] = torch.Tensor.detach, *, trained_only: bool = False
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Hugging Face (name, tensor) pairs of an engine that has the whole model (TP = PP = 1).
 
     Args:
         tensor_of: the tensor of a parameter, such as its value or its gradient.
+        trained_only: leave out frozen parameters.
     """
     model = engine.module
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad and trained_only:
+            continue
         inner = layer_of(name)
         if inner is not None:
             name = f"decoder.layers.{model.decoder.layers[inner[0]].layer_number - 1}.{inner[1]}"
-        yield from to_hf(name, tensor_of(parameter), engine.shape)
+        yield from to_hf(name, tensor_of(parameter), engine.shape, engine.config.lora)
