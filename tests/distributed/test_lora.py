@@ -95,3 +95,71 @@ def test_gradients_equal_those_of_peft(name: str, data: Path, tmp_path: Path) ->
     for key, gradient in expected.items():
         error = (actual["gradient"][key] - gradient).abs().max() / gradient.abs().max()
         assert gradient.abs().max() > 0 and error < 1e-5, f"{key}: {error:.2g}"
+
+
+SETTINGS: dict[str, Any] = {
+    "model.num_layers": 0,
+    "train.precision": "fp32",
+    "train.steps": 4,
+    "train.global_batch": 4,
+    "train.global_batch_unit": "rows",
+    "optimizer.lr": 0.01,
+    "lora.rank": 3,
+    "lora.alpha": 6,
+    "observe.tensorboard": False,
+}
+
+
+def losses(folder: Path, data: Path, base: Path, processes: int = 1, **settings: Any) -> list[float]:
+    """Trains; losses and gradient norms of all steps of the run."""
+    paths = {"run_dir": folder, "data.path": data, "checkpoint.base": base}
+    train({**SETTINGS, **paths, **{k.replace("__", "."): v for k, v in settings.items()}}, processes=processes)
+    return [record[key] for record in read_metrics(folder) for key in ("loss", "grad_norm")]
+
+
+@pytest.fixture(scope="module")
+def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, list[float]]:
+    """A run on one process, with a mask token that the base does not know: folder, base, losses."""
+    folder = tmp_path_factory.mktemp("lora-run")
+    base = make_hf(folder / "hf", layers=4, text_mask_token_id=None, block_size=None, text_mask_token=None, causal_attn=None)
+    return folder / "run", base, losses(folder / "run", data, base)
+
+
+def checkpoint(run: Path, step: int) -> TorchDist:
+    return TorchDist(run / "ckpt" / f"step-{step:07d}" / "weights")
+
+
+def test_only_adapters_and_the_mask_row_are_trained(run: tuple[Path, Path, list[float]]) -> None:
+    folder, base, values = run
+    assert values[-2] < values[0] - 0.05
+    trained, shape = checkpoint(folder, 4), read_hf_config(base).shape
+    before = HFAsCheckpoint(HFWeights(base), shape, NewMaskToken(MASK, MASK), where=base)
+    adapters = adapter_shapes(shape, LoraConfig(rank=3))
+    for name in before.names():
+        assert torch.equal(whole(trained, name), whole(before, name)), f"{name} is not frozen"
+    states = {name for name in trained.names() if name.startswith("optimizer.")}
+    assert states == {f"optimizer.state.{kind}.{name}" for name in adapters for kind in ("exp_avg", "exp_avg_sq")}
+    row = whole(trained, "embedding.mask_row.weight")
+    assert all(whole(trained, name).abs().max() > 1e-3 for name in adapters)
+    assert (row - whole(before, "embedding.word_embeddings.weight")[MASK]).abs().max() > 1e-3
+
+
+def test_runs_of_other_layouts_and_a_resume_have_the_same_losses(
+    run: tuple[Path, Path, list[float]], data: Path, tmp_path: Path
+) -> None:
+    """TP2 + SP x PP2 to step 2, then DP 2 with every overlap from its checkpoint: all losses and gradient norms."""
+    _, base, expected = run
+    checks = {"fault__replica_check_every": 1, "train__stop_after": 2}
+    losses(tmp_path / "run", data, base, 4, **SP, **{"parallel.pipeline": 2}, **checks)
+    actual = losses(tmp_path / "run", data, base, 2, **OVERLAPPED, fault__replica_check_every=1)
+    assert actual == pytest.approx(expected, rel=2e-5)
+    with pytest.raises(AssertionError, match=r"lora.rank is 4, the run has trained with 3"):
+        losses(tmp_path / "run", data, base, lora__rank=4, train__steps=5)
+    with pytest.raises(AssertionError, match="the base holds adapters beside its weights"):
+        losses(tmp_path / "other", data, tmp_path / "run" / "ckpt" / "step-0000004")
+
+
+def test_exports_equal_the_engine(run: tuple[Path, Path, list[float]], data: Path, tmp_path: Path) -> None:
+    """Logits of the merged folder, of peft with the adapter folder beside the base, and of the engine."""
+    folder, hf, _ = run
+    ...
