@@ -106,7 +106,7 @@ def local_shards(engine: Engine, *, with_optimizer: bool) -> list[LocalShard]:
     """Everything of this process that belongs in a checkpoint, in the same order on all data-parallel ranks.
 
     Each element of the model is saved by one process: with a distributed optimizer by the one that owns its state, else
-    (all data-parallel ranks have the same) in equal shares of the parameters.
+    (all data-parallel ranks have the same, also of frozen parameters) in equal shares of the parameters.
     """
     parameters = [entry for module in engine.modules for entry in _place(engine, module)]
     states: dict[torch.nn.Parameter, _State] = {}
@@ -120,7 +120,7 @@ def local_shards(engine: Engine, *, with_optimizer: bool) -> list[LocalShard]:
     for parameter, placed, first_replica in parameters:
         state, count = states.get(parameter), parameter.numel()
         low, high = (max(0, min(at - before, count)) for at in share)
-        if sharded:
+        if sharded and parameter.requires_grad:
             low, high = (0, 0) if state is None else (state.low, state.low + state.main.numel())
         saved = (low, high) if first_replica else (0, 0)
         shards.append(LocalShard("", parameter.detach().view(-1), 0, placed, saved, True))
