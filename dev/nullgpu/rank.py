@@ -111,6 +111,7 @@ def build(config: RunConfig, args: argparse.Namespace) -> tuple["Engine", list]:
             row_length=args.row_length,
             steps=10_000,
             initialize=False,
+            mask_token_id=0,
         )
     size = config.diffusion.block_size
     documents = make_documents("mixture", 4 * args.micro_batches + 8, args.row_length, config.model, size)

@@ -65,19 +65,18 @@ class Adapter(torch.nn.Module):
             places = [row * len(kinds) + kind for row, kind in enumerate(rows) if kind >= 0]
             self.register_buffer("places", torch.tensor(places, device=device), persistent=False)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Input of the layer [S, 1, inputs] -> what is added to its output, split over TP as these are."""
-        low = linear(x, self.A) * self.factor
-        if not self.column:
-            reduce = mappings.reduce_scatter_to_sequence_parallel_region
-            if not self.sequence:
-                reduce = mappings.reduce_from_tensor_model_parallel_region
-            return linear(reduce(low, group=self.tp), self.B)
-        if self.sequence:
-            low = mappings.gather_from_sequence_parallel_region(low, group=self.tp)
-        else:
-            low = mappings.copy_to_tensor_model_parallel_region(low, group=self.tp)
-        return linear(low, self._wide())
+    def forward(self, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        """Input [S, 1, inputs] and output [S, 1, outputs] of the layer, split as they are -> the adapted output."""
+        exchange = {  # by (column-parallel, sequence parallelism)
+            (True, True): mappings.gather_from_sequence_parallel_region,
+            (True, False): mappings.copy_to_tensor_model_parallel_region,
+            (False, True): mappings.reduce_scatter_to_sequence_parallel_region,
+            (False, False): mappings.reduce_from_tensor_model_parallel_region,
+        }[self.column, self.sequence]
+        low = exchange(linear(x, self.A), group=self.tp)
+        # in one product, so that bf16 rounds the sum once
+        flat = torch.addmm(output.flatten(0, 1), low.flatten(0, 1), self._wide().t(), alpha=self.factor)
+        return flat.view_as(output)
 
     def _wide(self) -> torch.Tensor:
         """B with a column for each row of A: 0 where they belong to different Hugging Face layers."""
@@ -196,4 +195,4 @@ def add_adapters(model: Any, shape: ModelConfig, lora: LoraConfig) -> None:
 
 def _add(adapter: Adapter, layer: torch.nn.Module, inputs: tuple, output: tuple) -> tuple:
     """Forward hook of a linear layer, whose output is (output, bias)."""
-    return output[0] + adapter(inputs[0]), *output[1:]
+    return adapter(inputs[0], output[0]), *output[1:]
