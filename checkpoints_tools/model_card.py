@@ -130,9 +130,10 @@ def _recipe(run: Mapping[str, Any]) -> str:
         "seed": "{train[seed]}",
         "parallel layout": "TP {parallel[tensor]} x PP {parallel[pipeline]} x DP {data_parallel}",
     }
-    if lora.get("rank"):
-        rows["adapters"] = "rank {lora[rank]}, alpha {lora[alpha]:g}, of " + ", ".join(map(str, lora.get("targets", [])))
     known = {}
+    if lora.get("rank"):
+        targets = ", ".join(map(str, lora.get("targets", [])))
+        known["adapters"] = f"rank {lora['rank']}, alpha {lora.get('alpha')}, of {targets}"
     for name, template in rows.items():
         with suppress(KeyError):  # a checkpoint of an older version records less
             known[name] = template.format_map({**settings, **run})

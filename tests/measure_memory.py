@@ -112,7 +112,9 @@ def measure(name: str) -> tuple[Measured, RowTokens]:
     config = config_of(settings)
     groups = init_groups(config.parallel, seed=1)
     shape: ModelConfig = config.model
-    engine = Engine(config, shape, groups, row_length=LENGTH, max_positions=LENGTH + D, steps=10, initialize=True, mask_token_id=3)
+    engine = Engine(
+        config, shape, groups, row_length=LENGTH, max_positions=LENGTH + D, steps=10, initialize=True, mask_token_id=3
+    )
     batches = []
     for i in range(micro_batches):
         tokens, layout = packed_row(i)
@@ -120,7 +122,11 @@ def measure(name: str) -> tuple[Measured, RowTokens]:
         batches.append(engine.prepare(made))
     engine.train_step(batches, 1)
     parameters = [p for module in engine.modules for p in module.parameters()]
-    known = [*parameters, *(x for m in engine.modules for x in m.buffers()), *(p.main_grad for p in parameters if p.requires_grad)]
+    known = [
+        *parameters,
+        *(x for m in engine.modules for x in m.buffers()),
+        *(p.main_grad for p in parameters if p.requires_grad),
+    ]
     for x in batches:
         known += [x.tokens, x.positions, x.label_index, x.label_targets, x.label_slots]
     from megatron.core import parallel_state

@@ -123,8 +123,8 @@ def _inputs(name: str, shape: ModelConfig) -> int:
 class MaskRow(torch.nn.Module):
     """The mask token's row of the embedding (1, hidden), in place of the row of the frozen matrix.
 
-    A tied head has the same row. On another pipeline stage than the embedding it has a copy, as Megatron-Core has one of
-    a tied embedding: the gradients of both are summed.
+    A tied head has the same row. On another pipeline stage than the embedding it has a copy, as Megatron-Core has one
+    of a tied embedding: the gradients of both are summed.
 
     Args:
         config: Megatron-Core's.

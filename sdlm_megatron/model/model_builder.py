@@ -146,8 +146,8 @@ def block_spec(config: TransformerConfig, kind: str, *, separate_norms: bool = F
 def _transformer_engine_spec(config: TransformerConfig, separate_norms: bool) -> tuple[ModuleSpec, type]:
     """Specification of TransformerEngine's layers, and their norm.
 
-    Norm and linear layer are one module, except where the output of the norm is to be recomputed or an adapter reads it.
-    Parameter names in checkpoints are the same either way.
+    Norm and linear layer are one module, except where the output of the norm is to be recomputed or an adapter reads
+    it. Parameter names in checkpoints are the same either way.
     """
     from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TENorm
 

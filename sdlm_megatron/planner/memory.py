@@ -225,9 +225,10 @@ def backward_peak(z: ShardSizes, layout: ParallelLayout, row: RowTokens) -> floa
     blocks = row.block * z.attention
     prefix = row.response * row.block_size * z.attention  # queries of part (2) of model/attention/decomposed.py
     attention_work = b * (s * (z.attention + 2 * z.kv) + 3 * blocks + 4 * prefix) + 16 * blocks
+    freed = 0 if layout.frozen and "down_proj" not in layout.lora.targets else ffn
     moments = {
         "second matrix": kept.total + residual + whole + ffn + weight * z.ffn * h,
-        "SwiGLU": kept.total - (0 if layout.frozen and "down_proj" not in layout.lora.targets else ffn) + residual + 3 * ffn,
+        "SwiGLU": kept.total - freed + residual + 3 * ffn,
         "first matrix": kept.norms + kept.attention + residual + 2 * ffn + s * h * b + weight * 2 * z.ffn * h,
         "attention": one_norm + kept.attention + residual + s * b * z.attention + attention_work,
     }
@@ -252,12 +253,13 @@ def _activations(
     # candidates for the peak: backward pass of a chunk's last layer, or of the last layer that is recomputed
     final_norm = local * h * ((b if layout.kernels.fused_norm else 8) + b) if last else 0
     table = z.vocab * h
-    waiting = table * b if first and last and model.tied_embeddings and not layout.frozen else 0  # the head's gradient of the shared table
+    # the head's gradient of the shared table
+    waiting = table * b if first and last and model.tied_embeddings and not layout.frozen else 0
     body = backward_peak(z, layout, row)
     # with all layers recomputed, the layer's input is counted twice, but its recomputed output exists as well
     moment = body if again == layers else body - (layer.total - layer.recomputed)
     candidates = [(moment + waiting, 0.0)]
-    if first and not layout.frozen:  # the embedding's gradient is computed after the layers of the micro-batch have been freed
+    if first and not layout.frozen:  # the embedding's gradient comes after the micro-batch's layers have been freed
         candidates.append((table * b * (3 if waiting else 1) - chunk, 0.0))
     if last:
         candidates += _head(model, z, layout, row, final_norm)
@@ -276,9 +278,11 @@ def _head(
     part = table * b if chunks > 1 and b < 4 and weight else 0  # product of one chunk, before it is added in fp32
     # output of the last norm, gathered
     hidden = row.length * h * b * (1 / layout.tensor + 1 if layout.parallel.sequence else 1)
+    # without a sum of weight gradients the softmax is the peak, which first converts a bf16 chunk to fp32
+    per_logit = k.logit_bytes + (4 if layout.frozen and k.fused_norm else 0)
     yield (
         final_norm + hidden + 2 * n * h * b + weight + part,
-        rows * z.vocab * (k.logit_bytes if b < 4 else k.logit_fp32),
+        rows * z.vocab * (per_logit if b < 4 else k.logit_fp32),
     )
     padding = weight if z.vocab * layout.tensor > model.vocab_size else 0
     yield final_norm + n * h * b + weight + max(padding, part), 0.0

@@ -184,7 +184,7 @@ def partition_dim(name: str) -> int | None:
     """Dimension of a tensor that is split over TP; None: every rank holds all of it."""
     if name.endswith(("layernorm.weight", "layer_norm_weight", MASK_ROW)):
         return None
-    # An adapter is split where its layer is: B by the rows of a column-parallel layer, A by the input of a row-parallel.
+    # An adapter is split where its layer is: B by the rows of a column-parallel layer, A by a row-parallel one's input.
     if name.endswith((".A", ".B")):
         row_parallel = name.endswith(("linear_proj_adapter.A", "linear_fc2_adapter.A"))
         column_parallel = name.endswith(("linear_qkv_adapter.B", "linear_fc1_adapter.B"))

@@ -34,7 +34,11 @@ CASES: dict[str, tuple[dict[str, Any], int, dict[str, Any]]] = {
     "TP2 + SP, PP2 interleaved": (TIED, 4, {**SP, "parallel.pipeline": 2, "parallel.virtual_pipeline": 2, **SELECTIVE}),
     "TP2, DP2, one KV head, untied": ({"tied": False, "kv": 1}, 4, {"parallel.tensor": 2}),
     "TP2, PP2, full recompute": ({}, 4, {"parallel.tensor": 2, "parallel.pipeline": 2, "train.recompute": "full"}),
-    "DP2, overlapped, some layers": ({}, 2, {**OVERLAPPED, "lora.targets": ["v_proj", "q_proj", "up_proj", "down_proj"]}),
+    "DP2, overlapped, some layers": (
+        {},
+        2,
+        {**OVERLAPPED, "lora.targets": ["v_proj", "q_proj", "up_proj", "down_proj"]},
+    ),
 }
 
 
@@ -49,7 +53,9 @@ def assembled(files: list[Path], shape: ModelConfig, lora: LoraConfig) -> dict[s
     for file in files:
         for key, size, start, *parts in torch.load(file):
             place = tuple(slice(a, a + n) for a, n in zip(start, parts[0].shape, strict=True))
-            for tensor, part in zip(kept.setdefault(key, [torch.full(size, torch.nan) for _ in parts]), parts, strict=True):
+            for tensor, part in zip(
+                kept.setdefault(key, [torch.full(size, torch.nan) for _ in parts]), parts, strict=True
+            ):
                 before = tensor[place]
                 torch.testing.assert_close(torch.where(before.isnan(), part, before), part, rtol=1e-5, atol=1e-7)
                 tensor[place] = part
@@ -62,14 +68,18 @@ def assembled(files: list[Path], shape: ModelConfig, lora: LoraConfig) -> dict[s
     return result
 
 
-def peft_gradients(base: Path, data: Path, values: dict[str, torch.Tensor], lora: LoraConfig) -> dict[str, torch.Tensor]:
+def peft_gradients(
+    base: Path, data: Path, values: dict[str, torch.Tensor], lora: LoraConfig
+) -> dict[str, torch.Tensor]:
     """Gradients of the mean loss of ROWS rows by peft's names, from peft and transformers."""
     import peft
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="sdpa")
     tokens = {"embed_tokens": [MASK]}
-    config = peft.LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=lora.targets, trainable_token_indices=tokens)
+    config = peft.LoraConfig(
+        r=lora.rank, lora_alpha=lora.alpha, target_modules=lora.targets, trainable_token_indices=tokens
+    )
     model = peft.get_peft_model(model, config)
     trained = {n.removeprefix("base_model.model."): p for n, p in model.named_parameters() if p.requires_grad}
     trained = {n.replace(".default", ""): p for n, p in trained.items()}
@@ -90,7 +100,9 @@ def peft_gradients(base: Path, data: Path, values: dict[str, torch.Tensor], lora
 def test_gradients_equal_those_of_peft(name: str, data: Path, tmp_path: Path) -> None:
     model, processes, settings = CASES[name]
     base = make_hf(tmp_path / "hf", **model)
-    lora = LoraConfig(rank=3, alpha=6.0, **{k.partition(".")[2]: v for k, v in settings.items() if k.startswith("lora")})
+    lora = LoraConfig(
+        rank=3, alpha=6.0, **{k.partition(".")[2]: v for k, v in settings.items() if k.startswith("lora")}
+    )
     script, out = str(Path(__file__).with_name("lora_gradients.py")), tmp_path / "gradients"
     run_python(script, str(data), str(base), str(out), json.dumps(settings), processes=processes)
     files = sorted(tmp_path.glob("gradients.*"))
