@@ -39,6 +39,9 @@ class Adapter(torch.nn.Module):
         tp: tensor-parallel group.
     """
 
+    places: torch.Tensor | None
+    """Place of each row of B among those of `_wide`, row by row; None where the layer is one Hugging Face layer."""
+
     def __init__(
         self,
         name: str,
@@ -61,9 +64,9 @@ class Adapter(torch.nn.Module):
         self.B = torch.nn.Parameter(torch.zeros(sum(kind >= 0 for kind in rows), lora.rank, **options))
         whole = self.A if self.column else self.B
         whole.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-        if len(kinds) > 1 or -1 in rows:
-            places = [row * len(kinds) + kind for row, kind in enumerate(rows) if kind >= 0]
-            self.register_buffer("places", torch.tensor(places, device=device), persistent=False)
+        places = [row * len(kinds) + kind for row, kind in enumerate(rows) if kind >= 0]
+        several = len(kinds) > 1 or -1 in rows
+        self.register_buffer("places", torch.tensor(places, device=device) if several else None, persistent=False)
 
     def forward(self, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         """Input [S, 1, inputs] and output [S, 1, outputs] of the layer, split as they are -> the adapted output."""
@@ -80,7 +83,7 @@ class Adapter(torch.nn.Module):
 
     def _wide(self) -> torch.Tensor:
         """B with a column for each row of A: 0 where they belong to different Hugging Face layers."""
-        if not hasattr(self, "places"):
+        if self.places is None:
             return self.B
         rank = self.B.shape[1]
         wide = self.B.new_zeros(self.rows * len(self.kinds), rank).index_copy(0, self.places, self.B)
