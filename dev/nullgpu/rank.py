@@ -111,6 +111,7 @@ def build(config: RunConfig, args: argparse.Namespace) -> tuple["Engine", list]:
             row_length=args.row_length,
             steps=10_000,
             initialize=False,
+            mask_token_id=0,
         )
     size = config.diffusion.block_size
     count = args.micro_batches * (1 if args.documents == "full" else 4) + 8

@@ -130,6 +130,23 @@ class ParallelConfig:
         return self.pipeline if self.virtual_pipeline > 1 else 1
 
 
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""Linear layers of a transformer layer, by their names in Hugging Face folders."""
+
+
+@dataclass
+class LoraConfig:
+    """Low-rank adapters (LoRA): the base's weights are frozen; adapters and the mask token's row of the embedding are
+    trained."""
+
+    rank: int = 0
+    """Rank r of the adapters. 0: no adapters, all weights are trained."""
+    alpha: float = 32.0
+    """An adapter's output is multiplied by alpha / rank."""
+    targets: list[str] = field(default_factory=lambda: list(PROJECTIONS))
+    """Linear layers that get an adapter."""
+
+
 @dataclass
 class OptimizerConfig:
     """AdamW."""
@@ -297,6 +314,7 @@ class RunConfig:
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     data: DataConfig = field(default_factory=DataConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     train: TrainConfig = field(default_factory=TrainConfig)

@@ -7,7 +7,15 @@ from collections.abc import Mapping
 from dataclasses import is_dataclass, replace
 from typing import Any
 
-from sdlm_megatron.config.schema import CheckpointConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
+from sdlm_megatron.config.schema import (
+    PROJECTIONS,
+    CheckpointConfig,
+    LoraConfig,
+    ModelConfig,
+    ParallelConfig,
+    RunConfig,
+    TrainConfig,
+)
 from sdlm_megatron.errors import ConfigError
 
 CHOICES = {
@@ -54,6 +62,8 @@ RANGES = {
     "parallel.pipeline": "[1, 10000]",
     "parallel.virtual_pipeline": "[1, 10000]",
     "parallel.context": "[1, 10000]",
+    "lora.rank": "[0, 10000]",
+    "lora.alpha": "(0, 1e6]",
     "optimizer.lr": "(0, 10]",
     "optimizer.beta1": "[0, 1)",
     "optimizer.beta2": "[0, 1)",
@@ -167,6 +177,7 @@ def check_run(config: RunConfig, world_size: int) -> None:
     _check_layers(config.train, config.parallel)
     _check_micro_batches(config.train, config.parallel)
     _check_precision(config.train)
+    check_lora(config.lora, "lora.targets")
     _require(
         config.diffusion.next_token_weight or not config.train.next_token_balance,
         "next_token_balance scales diffusion.next_token_weight, which is 0",
@@ -319,6 +330,15 @@ def _check_precision(train: TrainConfig) -> None:
     _require(bf16 or train.gradient_dtype == "fp32", what, "train.gradient_dtype", fix.format("gradient_dtype=fp32"))
 
 
+def check_lora(lora: LoraConfig, where: str) -> None:
+    """Checks the names of the layers that get an adapter. Raises ConfigError."""
+    wrong = [name for name in lora.targets if name not in PROJECTIONS]
+    fix = f"some of {', '.join(PROJECTIONS)}"
+    _require(not wrong, f"there is no linear layer {', '.join(map(repr, wrong))}", where, fix)
+    _require(lora.targets, "no linear layer gets an adapter", where, fix)
+    _require(len({*lora.targets}) == len(lora.targets), "lora.targets names a layer twice", where, fix)
+
+
 def _check_samples(config: RunConfig) -> None:
     validates = config.data.validation and config.observe.validate_every
     for enabled, key in ((config.observe.sample_every, "sample_every"), (validates, "validate_every")):
@@ -372,6 +392,13 @@ def check_model(model: ModelConfig, config: RunConfig, row_length: int) -> None:
         f"{kv_heads} KV heads cannot be split or replicated over tensor parallelism {tp}",
         "parallel.tensor",
         f"use a divisor or a multiple of {kv_heads} that divides {heads} heads",
+    )
+    split = {"q_proj", "k_proj", "v_proj"} & {*config.lora.targets}
+    _require(
+        kv_heads % tp == 0 or not config.lora.rank or len(split) in (0, 3),
+        f"with more TP ranks ({tp}) than KV heads ({kv_heads}), adapters of some of q, k and v cannot be split evenly",
+        "lora.targets",
+        "name all of q_proj, k_proj, v_proj or none, or use a smaller parallel.tensor",
     )
     setting = "parallel.pipeline" + (" x virtual_pipeline" if config.parallel.virtual_pipeline > 1 else "")
     _check_divisible("model.num_layers", model.num_layers, setting, chunks)

@@ -16,10 +16,11 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn.functional import silu
 
-from sdlm_megatron.config.schema import ModelConfig, ParallelConfig, TrainConfig
+from sdlm_megatron.config.schema import LoraConfig, ModelConfig, ParallelConfig, TrainConfig
 from sdlm_megatron.model.attention.contract import BuildAttention
 from sdlm_megatron.model.gpt import SDLMCoreAttention, SDLMModel
 from sdlm_megatron.model.layers import TRANSFORMER_ENGINE, Layers
+from sdlm_megatron.model.lora_layers import add_adapters
 from sdlm_megatron.weights.names import padded_vocab, partition_dim
 
 
@@ -145,10 +146,14 @@ def fuses_gradient_accumulation() -> bool:
     return torch.cuda.is_available() and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
 
 
-def block_spec(config: TransformerConfig, kind: str) -> TransformerBlockSubmodules:
-    """Specification of this stage's layers, of the kind chosen by `choose_layers`, with our core attention."""
+def block_spec(config: TransformerConfig, kind: str, *, separate_norms: bool = False) -> TransformerBlockSubmodules:
+    """Specification of this stage's layers, of the kind chosen by `choose_layers`, with our core attention.
+
+    Args:
+        separate_norms: norms are modules of their own also in TransformerEngine's layers.
+    """
     if kind == TRANSFORMER_ENGINE:
-        spec, norm = _transformer_engine_spec(config)
+        spec, norm = _transformer_engine_spec(config, separate_norms)
     else:
         spec, norm = get_gpt_layer_local_spec(normalization="RMSNorm"), RMSNorm
         spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = norm
@@ -159,16 +164,17 @@ def block_spec(config: TransformerConfig, kind: str) -> TransformerBlockSubmodul
     return TransformerBlockSubmodules(layer_specs=[spec] * get_num_layers_to_build(config), layer_norm=norm)
 
 
-def _transformer_engine_spec(config: TransformerConfig) -> tuple[ModuleSpec, type]:
+def _transformer_engine_spec(config: TransformerConfig, separate_norms: bool) -> tuple[ModuleSpec, type]:
     """Specification of TransformerEngine's layers, and their norm.
 
-    Norm and linear layer are one module, except where the output of the norm is to be recomputed. Parameter names in
-    checkpoints are the same either way.
+    Norm and linear layer are one module, except where the output of the norm is to be recomputed or an adapter reads
+    it. Parameter names in checkpoints are the same either way.
     """
     from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TENorm
 
     spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
-    if config.recompute_granularity == "selective" and "layernorm" in (config.recompute_modules or ()):
+    recomputed = config.recompute_granularity == "selective" and "layernorm" in (config.recompute_modules or ())
+    if recomputed or separate_norms:
         layer, mlp = spec.submodules, spec.submodules.mlp
         layer.input_layernorm = layer.pre_mlp_layernorm = TENorm
         layer.self_attention.submodules.linear_qkv = TEColumnParallelLinear
@@ -190,6 +196,8 @@ def build_model(
     row_attention: BuildAttention,
     logits_mb: float,
     chunk: int = 0,
+    lora: LoraConfig | None = None,
+    mask_token_id: int = -1,
 ) -> SDLMModel:
     """Builds one of this process's model chunks.
 
@@ -204,11 +212,14 @@ def build_model(
         max_positions: longest position id + 1.
         row_attention, logits_mb: see SDLMModel.
         chunk: index of the chunk on this stage.
+        lora: adapters; None or rank 0: all weights are trained.
+        mask_token_id: token whose row of the embedding is trained with adapters.
     """
     chunks = config.virtual_pipeline_model_parallel_size or 1
+    adapters = lora if lora is not None and lora.rank else None
     model = SDLMModel(
         config=config,
-        transformer_layer_spec=block_spec(config, layers.kind),
+        transformer_layer_spec=block_spec(config, layers.kind, separate_norms=adapters is not None),
         vocab_size=padded_vocab(shape.vocab_size, config.tensor_model_parallel_size),
         max_sequence_length=max_positions,
         pre_process=first_stage and chunk == 0,
@@ -219,7 +230,10 @@ def build_model(
         real_vocab_size=shape.vocab_size,
         row_attention=row_attention,
         logits_mb=logits_mb,
+        mask_token_id=mask_token_id,
     )
+    if adapters is not None:
+        add_adapters(model, shape, adapters)
     if shape.rope_factor != 1:
         # not Megatron-Core's own scaling: it fixes all numbers but the factor
         model.rotary_pos_emb.inv_freq = scaled_frequencies(model.rotary_pos_emb.inv_freq, shape)

@@ -62,6 +62,7 @@ class Engine:
         initialize: initialize the weights at random; False where a checkpoint or a base follows.
         row_length: tokens of a row; needed for parallel.overlap_tensor.
         attention: backend to use; None: that of train.attention on this device.
+        mask_token_id: of the dataset; with adapters (lora.rank) the token whose row of the embedding is trained.
     """
 
     def __init__(
@@ -75,8 +76,10 @@ class Engine:
         initialize: bool,
         row_length: int = 0,
         attention: AttentionBackend | None = None,
+        mask_token_id: int = -1,
     ) -> None:
         self.config, self.shape, self.groups = config, shape, groups
+        self.mask_token_id = mask_token_id
         self.dtype = PRECISIONS[config.train.precision]
         self.layers = choose_layers(config.train, config.parallel, find_packages())
         self.heads = Heads(
@@ -123,6 +126,8 @@ class Engine:
             row_attention=self.attention.row,
             logits_mb=self.config.train.logits_mb,
             chunk=chunk,
+            lora=self.config.lora,
+            mask_token_id=self.mask_token_id,
         )
         # only where needed: tensors without numbers, as parallel/simulate.py has them, cannot be moved in place
         elsewhere = any(x.device != self.groups.device for x in (*model.parameters(), *model.buffers()))

@@ -41,7 +41,7 @@ from sdlm_megatron.parallel import compat, cpu
 if TYPE_CHECKING:
     from sdlm_megatron.parallel.engine import Engine
 
-SECTIONS = ("model", "diffusion", "parallel", "optimizer", "schedule", "train")
+SECTIONS = ("model", "diffusion", "parallel", "lora", "optimizer", "schedule", "train")
 """Sections of a run that the engine reads."""
 _DOCUMENTS, _LONGEST = 2, 500
 _LIMITS = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException, ImportError)
@@ -91,6 +91,7 @@ def simulate(config: RunConfig, rank: int, request: dict[str, Any]) -> dict[str,
                 steps=request["steps"],
                 initialize=False,
                 attention=attention,
+                mask_token_id=0,
             )
             built = time.perf_counter()
             with unset_fake_temporarily():  # a data loader's work, with numbers
@@ -163,7 +164,8 @@ def static_bytes(engine: "Engine") -> dict[str, int]:
     for part in getattr(engine.optimizer, "chained_optimizers", [engine.optimizer]):
         optimizer += [p for group in part.optimizer.param_groups for p in group["params"]]
         optimizer += [state[key] for state in part.optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
-    weights, gradients = _storages(parameters), _storages([p.main_grad for p in parameters])
+    weights = _storages(parameters)
+    gradients = _storages([p.main_grad for p in parameters if p.requires_grad])
     masters = {key: size for key, size in _storages(optimizer).items() if key not in weights}
     sizes = {"weights": weights, "gradients": gradients, "optimizer": masters}
     return {name: sum(storages.values()) for name, storages in sizes.items()}

@@ -37,7 +37,7 @@ def header(planner: Planner, name: str, gpus: int) -> str:
     work, device, row, train = planner.work, planner.device, planner.work.row, planner.config.train
     clean = f" and {row.next_token_targets:,.0f} clean targets" if row.next_token_targets else ""
     rows = f" = {planner.rows} rows" if train.global_batch_unit != "rows" else ""
-    flops = work.row_flops(planner.model) * work.rows
+    flops = work.row_flops(planner.model, frozen=planner.config.lora.rank > 0) * work.rows
     return "\n".join(
         [
             f"{name} on {gpus} x {device.name.upper()} ({device.memory / 1e9:.0f} GB, "

@@ -123,7 +123,7 @@ class Planner:
         costs = Costs(self.model, layout, work.part(layout), self.device, self.assumed)
         time = step_time(costs, grid.micro_batches, spread[1])
         count = steps(self.config, self.work, rows)
-        flops = self.work.row_flops(self.model) * rows
+        flops = self.work.row_flops(self.model, frozen=self.config.lora.rank > 0) * rows
         return LayoutPlan(
             layout=layout,
             memory=self.memory(layout),

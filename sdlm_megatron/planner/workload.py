@@ -99,10 +99,10 @@ class Workload:
         """The share of a rank in each row under context parallelism; without it, whole rows."""
         return replace(self, row=self.row.part(layout), pairs=self.pairs / layout.context)
 
-    def row_flops(self, model: ModelConfig) -> float:
-        """Model FLOPs per row, forward and backward."""
-        tokens = round(self.row.clean + self.row.block)
-        return training_flops(model, tokens=tokens, pairs=round(self.pairs), label_rows=round(self.row.label_rows))
+    def row_flops(self, model: ModelConfig, *, frozen: bool) -> float:
+        """Model FLOPs per row, forward and backward; `frozen`: of a run with adapters."""
+        counts = {"pairs": round(self.pairs), "label_rows": round(self.row.label_rows)}
+        return training_flops(model, tokens=round(self.row.clean + self.row.block), **counts, frozen=frozen)
 
 
 def mixture(block_size: int, causal_attn: bool, assumed: Assumptions, *, next_token: bool = False) -> Workload:

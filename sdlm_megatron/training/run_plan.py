@@ -30,7 +30,7 @@ _CLASSES = {
     KEPT: "model checkpoint.base",
     TAKEN: "run_dir data parallel checkpoint observe fault train.steps train.epochs train.stop_after train.attention "
     "train.layers train.micro_batches train.recompute train.recompute_layers train.logits_mb",
-    REFUSED: "diffusion optimizer schedule train.seed train.global_batch train.global_batch_unit train.precision "
+    REFUSED: "diffusion lora optimizer schedule train.seed train.global_batch train.global_batch_unit train.precision "
     "train.gradient_dtype train.fp8 train.loss_normalization train.next_token_balance",
 }
 RESUME = {name: kind for kind, names in _CLASSES.items() for name in names.split()}
@@ -82,6 +82,9 @@ def make_run_plan(config: RunConfig, dataset: PackedDataset, notice: Notice) -> 
     elif config.checkpoint.base:
         plan = _from_base(config, dataset, Path(config.checkpoint.base), notice)
     else:
+        if config.lora.rank:
+            what = "adapters are trained beside the weights of a base, and there is none"
+            raise ConfigError(what, "lora.rank", "set checkpoint.base, or lora.rank=0")
         notice("no base model: training starts from random weights")
         shape = resolve_shape(config.model, None, "model")
         plan = _plan(config, dataset, shape, dataset.manifest["mask_token_id"], None, "random")
@@ -218,6 +221,7 @@ def _plan(
         eos_token_id=dataset.manifest["eos_token_id"],
         with_optimizer=True,
         dataset=_identity(dataset),
+        lora=config.lora,
     )
     return RunPlan(config, state, source, kind, assets, new_mask, *_length(config.train, dataset, state))
 
@@ -226,6 +230,9 @@ def _from_base(config: RunConfig, dataset: PackedDataset, base: Path, notice: No
     """Starts from a Hugging Face folder, or from one converted by hf_to_mcore."""
     if (base / "complete.json").exists():
         state = read_state(base)
+        if state.lora.rank:
+            what, fix = "the base holds adapters beside its weights", f"sdlm export --ckpt {base}, and start from that"
+            raise CheckpointError(what, str(base), fix)
         shape = resolve_shape(config.model, state.shape, str(base))
         mask_id = state.mask_token_id
         if mask_id < 0:
@@ -293,7 +300,7 @@ def _resume(config: RunConfig, dataset: PackedDataset, folder: Path, notice: Not
             f"start a new run with --run_dir=… and --checkpoint.base={folder}",
         )
     before: dict[str, dict[str, Any]] = run.get("settings", {})
-    before = before | {"diffusion": asdict(state.diffusion)}
+    before = before | {"diffusion": asdict(state.diffusion), "lora": asdict(state.lora)}
     before["train"] = before.get("train", {}) | {"precision": state.precision}
     _refuse_changes(config, before, folder)
     if (rows := _rows_per_step(config, dataset)) != state.rows_per_step:  # of a run that did not record its settings
@@ -332,7 +339,9 @@ def _refuse_changes(config: RunConfig, before: Mapping[str, Mapping[str, Any]], 
                 changed[f"{section}.{key}"] = (now[key], values[key])
     if changed:
         differences = [f"{key} is {new}, the run has trained with {old}" for key, (new, old) in sorted(changed.items())]
-        options = " ".join(f"--{key}={str(old).lower()}" for key, (_, old) in sorted(changed.items()))
+        texts = {key: str(old).lower() for key, (_, old) in sorted(changed.items())}
+        # a list without the quotes and spaces that a shell would take away
+        options = " ".join("--" + key + "=" + old.translate({39: None, 32: None}) for key, old in texts.items())
         raise CheckpointError(
             "; ".join(differences),
             str(folder),

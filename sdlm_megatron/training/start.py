@@ -73,6 +73,7 @@ def start_training(
         row_length=grid.row_length,
         steps=plan.steps,
         initialize=plan.kind == "random",  # weights that are loaded would overwrite random ones
+        mask_token_id=plan.state.mask_token_id,
     )
     log(f"device {groups.device_text}")
     log(f"attention {engine.attention.text}")

@@ -20,6 +20,7 @@ SIMULATED: list[tuple[int, list[str], str, list[int]]] = [  # GPUs, settings; th
     (3, ["--train.recompute=selective", "--parallel.distributed_optimizer=false"], "", [0, 2]),
     (12, STAGES, "", [0, 4, 11]),
     (12, [*STAGES, "--parallel.context=2"], "", [0, 4, 11]),
+    (8, [*STAGES, "--parallel.pipeline=2", "--parallel.virtual_pipeline=3", "--lora.rank=4"], "", [0, 7]),
     (2, ["--model.head_dim=15"], "rank 0 .* RuntimeError: Attempting to broadcast a dimension of length 16", []),
 ]
 SIX = ["--model.num_attention_heads=6"]
