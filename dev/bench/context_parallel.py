@@ -97,7 +97,8 @@ def compare(config: RunConfig, groups: "Groups", job: dict[str, Any], *, by_row:
     from sdlm_megatron.parallel.engine import Engine
     from sdlm_megatron.weights.hf_config import read_hf_config
 
-    base, result = Path(job["base"]), {}
+    base = Path(job["base"])
+    result: dict[str, Any] = {}
     shape = read_hf_config(base).shape
     for sharded in (False, True):
         chosen = replace(config, parallel=replace(config.parallel, distributed_optimizer=sharded))
@@ -125,7 +126,7 @@ def step_rows(config: RunConfig, shape: ModelConfig) -> list["MicroBatch"]:
         documents = make_documents(kind, samples, LENGTH, shape, 4)
         rows += pack_documents(documents, LENGTH, shape, 4, next_token_weight=weight)
     nothing = pack_row([], block_size=4, mask_token_id=0)
-    empty = {"row_length": LENGTH, "pad_token_id": 0, "eos_token_id": 1, "next_token_weight": weight}
+    empty: dict[str, Any] = {"row_length": LENGTH, "pad_token_id": 0, "eos_token_id": 1, "next_token_weight": weight}
     return [*rows[: ROWS - 1], *[make_micro_batch(*nothing, **empty) for _ in range(ROWS - len(rows[: ROWS - 1]))]]
 
 
@@ -188,11 +189,12 @@ def print_equality(layouts: Sequence[str]) -> None:
 
 def write_base(folder: Path) -> Path:
     """A Hugging Face folder with random weights."""
+    compat.silence_known_notices()
     cpu.install()
     from dev.bench.engine_case import StepCase
     from sdlm_megatron.parallel.groups import close_groups, init_groups
 
-    sizes = {"hidden_size": 64, "ffn_hidden_size": 160, "num_attention_heads": 4, "num_query_groups": 2}
+    sizes: dict[str, Any] = {"hidden_size": 64, "ffn_hidden_size": 160, "num_attention_heads": 4, "num_query_groups": 2}
     shape = ModelConfig(num_layers=LAYERS, **sizes, vocab_size=512, tied_embeddings=True)
     config = RunConfig(model=shape)
     config.train.precision = "fp32"
@@ -211,7 +213,7 @@ def measure(config: RunConfig, groups: "Groups", job: dict[str, Any]) -> dict[st
     from sdlm_megatron.model.attention import key_exchange, varlen
 
     varlen.QUERY_CHUNK = 16
-    sizes = {"hidden_size": 64, "ffn_hidden_size": 160, "num_attention_heads": 2, "num_query_groups": 1}
+    sizes: dict[str, Any] = {"hidden_size": 64, "ffn_hidden_size": 160, "num_attention_heads": 2, "num_query_groups": 1}
     config.model = ModelConfig(num_layers=1, **sizes, head_dim=16, vocab_size=512, tied_embeddings=True)
     engine = make_engine(config, groups, job["tokens"])
     documents = make_documents("full", 1, job["tokens"], engine.shape, 4)
