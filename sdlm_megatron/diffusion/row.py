@@ -50,7 +50,7 @@ class MicroBatch:
     measure: bool = False
     """Requests confidence and correctness in addition to the losses."""
     shard: RowShard | None = None
-    """Which part of the row the tensors hold; None: all of it. `layout`, `rows` stay those of the whole row."""
+    """The part of the row that the tensors hold; None: all of it. `layout` and `rows` are always the whole row's."""
     label_numbers: np.ndarray | None = field(default=None, compare=False)
     """Of a shard, int64 on the host: numbers of its label rows among those of the whole row, without the stand-in."""
     row_targets: int = 0

@@ -36,7 +36,7 @@ from sdlm_megatron.model.attention.varlen import KernelOutput, Sequences, Varlen
 
 
 @dataclass(frozen=True)
-class _Chunk:
+class _CleanPiece:
     """Consecutive clean tokens, for part (1)."""
 
     queries: slice
@@ -77,7 +77,7 @@ class _RowIndex:
     block_size: int
     causal: bool
     """A slot sees only itself and earlier slots of its block."""
-    chunks: list[_Chunk]
+    chunks: list[_CleanPiece]
     runs: list[_Run]
     exchange: KeyExchange | None
     """None: this process has all clean tokens."""
@@ -112,14 +112,14 @@ class _Documents:
         self.of_blocks = np.searchsorted(numbers, layout.block_documents())
 
 
-def _chunk(documents: _Documents, clean: slice, begin: int) -> _Chunk:
+def _chunk(documents: _Documents, clean: slice, begin: int) -> _CleanPiece:
     """The clean tokens `clean` of a row; the first of them is token `begin` of this process."""
     first, last = np.searchsorted(documents.ends, [clean.start, clean.stop - 1], side="right")
     touched = slice(first, last + 1)
     heads = documents.ends[touched] - documents.lens[touched]
     ends = np.minimum(documents.ends[touched], clean.stop)
     at = _sequences(ends - np.maximum(heads, clean.start), ends - heads)
-    return _Chunk(slice(begin, begin + clean.stop - clean.start), slice(int(heads[0]), clean.stop), at)
+    return _CleanPiece(slice(begin, begin + clean.stop - clean.start), slice(int(heads[0]), clean.stop), at)
 
 
 def _run(documents: _Documents, blocks: slice, begin: int, *, whole: bool) -> _Run:
@@ -228,8 +228,8 @@ class _Attention(torch.autograd.Function):
         for chunk in index.chunks:
             chunk_lse, *state = next(saved)
             output = KernelOutput(out[chunk.queries], chunk_lse, tuple(state))
-            given = (grad[chunk.queries], q[chunk.queries], keys[chunk.keys], values[chunk.keys])
-            dq[chunk.queries], dk_chunk, dv_chunk = kernel.backward(*given, output, chunk.at, scale)
+            inputs = (grad[chunk.queries], q[chunk.queries], keys[chunk.keys], values[chunk.keys])
+            dq[chunk.queries], dk_chunk, dv_chunk = kernel.backward(*inputs, output, chunk.at, scale)
             d_keys[chunk.keys] += dk_chunk
             d_values[chunk.keys] += dv_chunk
         if blocks:
@@ -238,8 +238,8 @@ class _Attention(torch.autograd.Function):
                 rows = (_to_prefix(x[run.blocks], run) for x in (*blocks, lse[..., None]))
                 queries, d_out, o, run_lse = rows
                 output = KernelOutput(o, run_lse[..., 0], next(saved))
-                given = (d_out, queries, keys[run.keys], values[run.keys])
-                dq_run, dk_run, dv_run = kernel.backward(*given, output, run.at, scale)
+                inputs = (d_out, queries, keys[run.keys], values[run.keys])
+                dq_run, dk_run, dv_run = kernel.backward(*inputs, output, run.at, scale)
                 d_keys[run.keys] += dk_run
                 d_values[run.keys] += dv_run
                 parts.append(_from_prefix(dq_run, run, 0.0))
