@@ -53,7 +53,7 @@ LAYERS, LENGTH, ROWS = 4, 1024, 8
 
 
 def launch(processes: int, **job: Any) -> Any:
-    """What `measure` or `compare` returns on rank 0 of this many processes."""
+    """The result of rank 0 of this many processes."""
     with tempfile.TemporaryDirectory() as folder:
         job["out"] = str(Path(folder) / "out.pt")
         line = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
@@ -97,7 +97,8 @@ def compare(config: RunConfig, groups: "Groups", job: dict[str, Any], *, by_row:
     from sdlm_megatron.parallel.engine import Engine
     from sdlm_megatron.weights.hf_config import read_hf_config
 
-    base, result = Path(job["base"]), {}
+    base = Path(job["base"])
+    result: dict[str, Any] = {}
     shape = read_hf_config(base).shape
     for sharded in (False, True):
         chosen = replace(config, parallel=replace(config.parallel, distributed_optimizer=sharded))
@@ -125,7 +126,7 @@ def step_rows(config: RunConfig, shape: ModelConfig) -> list["MicroBatch"]:
         documents = make_documents(kind, samples, LENGTH, shape, 4)
         rows += pack_documents(documents, LENGTH, shape, 4, next_token_weight=weight)
     nothing = pack_row([], block_size=4, mask_token_id=0)
-    empty = {"row_length": LENGTH, "pad_token_id": 0, "eos_token_id": 1, "next_token_weight": weight}
+    empty: dict[str, Any] = {"row_length": LENGTH, "pad_token_id": 0, "eos_token_id": 1, "next_token_weight": weight}
     return [*rows[: ROWS - 1], *[make_micro_batch(*nothing, **empty) for _ in range(ROWS - len(rows[: ROWS - 1]))]]
 
 
@@ -144,10 +145,10 @@ def regions(engine: "Engine") -> Iterator[tuple[str, tuple[int, ...], tuple[slic
 
 def whole_gradients(engine: "Engine") -> dict[str, torch.Tensor]:
     """Gradients by name, of one process."""
-    found: dict[str, torch.Tensor] = {}
+    gradients: dict[str, torch.Tensor] = {}
     for key, shape, where, part in regions(engine):
-        found.setdefault(key, torch.zeros(shape))[where] = part
-    return found
+        gradients.setdefault(key, torch.zeros(shape))[where] = part
+    return gradients
 
 
 def difference(engine: "Engine", reference: dict[str, torch.Tensor]) -> float:
@@ -176,11 +177,11 @@ def print_equality(layouts: Sequence[str]) -> None:
         for name in layouts:
             processes, parallel = LAYOUTS[name]
             both = launch(processes, **common, parallel=parallel, reference=str(reference))
-            for variant, found, expected in zip(("targets", "rows"), both, alone, strict=True):
-                cells = [f"{found['gradients']:.1e}"]
+            for variant, measured, expected in zip(("targets", "rows"), both, alone, strict=True):
+                cells = [f"{measured['gradients']:.1e}"]
                 for kind in ("losses", "norms"):
                     keys = [f"{kind}, sharded={x}" for x in (False, True)]
-                    cells.append(f"{max(relative(found[key], expected[keys[0]]) for key in keys):.1e}")
+                    cells.append(f"{max(relative(measured[key], expected[keys[0]]) for key in keys):.1e}")
                 rows.append((name, variant, *cells))
                 print(*rows[-1], file=sys.stderr, flush=True)
     print_table(("layout", "loss by", "gradients", "losses", "gradient norms"), rows)
@@ -188,11 +189,12 @@ def print_equality(layouts: Sequence[str]) -> None:
 
 def write_base(folder: Path) -> Path:
     """A Hugging Face folder with random weights."""
+    compat.silence_known_notices()
     cpu.install()
     from dev.bench.engine_case import StepCase
     from sdlm_megatron.parallel.groups import close_groups, init_groups
 
-    sizes = {"hidden_size": 64, "ffn_hidden_size": 160, "num_attention_heads": 4, "num_query_groups": 2}
+    sizes: dict[str, Any] = {"hidden_size": 64, "ffn_hidden_size": 160, "num_attention_heads": 4, "num_query_groups": 2}
     shape = ModelConfig(num_layers=LAYERS, **sizes, vocab_size=512, tied_embeddings=True)
     config = RunConfig(model=shape)
     config.train.precision = "fp32"
@@ -211,7 +213,7 @@ def measure(config: RunConfig, groups: "Groups", job: dict[str, Any]) -> dict[st
     from sdlm_megatron.model.attention import key_exchange, varlen
 
     varlen.QUERY_CHUNK = 16
-    sizes = {"hidden_size": 64, "ffn_hidden_size": 160, "num_attention_heads": 2, "num_query_groups": 1}
+    sizes: dict[str, Any] = {"hidden_size": 64, "ffn_hidden_size": 160, "num_attention_heads": 2, "num_query_groups": 1}
     config.model = ModelConfig(num_layers=1, **sizes, head_dim=16, vocab_size=512, tied_embeddings=True)
     engine = make_engine(config, groups, job["tokens"])
     documents = make_documents("full", 1, job["tokens"], engine.shape, 4)
@@ -255,18 +257,18 @@ def print_memory(tokens: Sequence[int], ranks: Sequence[int]) -> None:
     for length in tokens:
         alone: dict[str, float] = {}
         for size in ranks:
-            found = launch(size, kind="memory", parallel={"context": size}, tokens=length)
-            alone = alone or found
+            measured = launch(size, kind="memory", parallel={"context": size}, tokens=length)
+            alone = alone or measured
             rows.append(
                 (
-                    f"{length:,} ({found['clean']:,} clean)",
+                    f"{length:,} ({measured['clean']:,} clean)",
                     size,
-                    f"{found['kept'] / 1e6:.1f} ({alone['kept'] / found['kept']:.2f})",
-                    f"{found['peak'] / 1e6:.1f} ({alone['peak'] / found['peak']:.2f})",
-                    f"{found['seconds']:.1f} ({alone['seconds'] / found['seconds']:.2f})",
-                    f"{found['gather'] / 2e6:.3f}",
-                    f"{found['reduce'] / 1e6:.3f}",
-                    f"{found['formula'] / 1e6:.3f}",
+                    f"{measured['kept'] / 1e6:.1f} ({alone['kept'] / measured['kept']:.2f})",
+                    f"{measured['peak'] / 1e6:.1f} ({alone['peak'] / measured['peak']:.2f})",
+                    f"{measured['seconds']:.1f} ({alone['seconds'] / measured['seconds']:.2f})",
+                    f"{measured['gather'] / 2e6:.3f}",
+                    f"{measured['reduce'] / 1e6:.3f}",
+                    f"{measured['formula'] / 1e6:.3f}",
                 )
             )
             print(*rows[-1], file=sys.stderr, flush=True)

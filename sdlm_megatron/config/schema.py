@@ -106,7 +106,7 @@ class ParallelConfig:
     """Model chunks per pipeline stage. Above 1: the interleaved schedule, which divides the bubble by this number."""
     context: int = 1
     """Context parallelism (CP): the tokens of a row are split over this many processes, which exchange keys and values.
-    For rows that do not fit into memory; docs/long_context.md."""
+    For rows that do not fit into memory."""
     sequence: bool = False
     """Sequence parallelism: split activations outside attention and MLP over TP. Needs tensor > 1."""
     distributed_optimizer: bool = True

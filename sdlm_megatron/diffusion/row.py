@@ -50,7 +50,7 @@ class MicroBatch:
     measure: bool = False
     """Requests confidence and correctness in addition to the losses."""
     shard: RowShard | None = None
-    """Which part of the row the tensors hold; None: all of it. `layout`, `rows` stay those of the whole row."""
+    """The part of the row that the tensors hold; None: all of it. `layout` and `rows` are always the whole row's."""
     label_numbers: np.ndarray | None = field(default=None, compare=False)
     """Of a shard, int64 on the host: numbers of its label rows among those of the whole row, without the stand-in."""
     row_targets: int = 0
@@ -183,5 +183,5 @@ def shard_row(batch: MicroBatch, rank: int, size: int, *, multiple: int = 1) -> 
     if len(numbers):
         return part
     zero = torch.zeros(1, dtype=torch.int64)  # a stand-in, as in make_micro_batch
-    alone = {"label_index": zero, "label_targets": zero + IGNORE, "label_slots": zero}
-    return replace(part, **alone, label_documents=np.full(1, -1))
+    nowhere = np.full(1, -1)
+    return replace(part, label_index=zero, label_targets=zero + IGNORE, label_slots=zero, label_documents=nowhere)

@@ -23,7 +23,7 @@ from sdlm_megatron.diffusion.layout import RowLayout
 
 @dataclass(frozen=True)
 class RowShard:
-    """What one rank has of a row: clean tokens, then block tokens, both in the order of the row, then padding."""
+    """The part of a row on one rank: clean tokens, then block tokens, both in the order of the row, then padding."""
 
     layout: RowLayout
     """Of the whole row."""

@@ -93,7 +93,7 @@ def gradients(folder: Path, processes: int, parallel: dict) -> list:
 def test_gradients_of_unusual_rows(folder: Path, whole_rows: list, parallel: dict) -> None:
     """Every gradient, and the losses by slot and document; D 1, 4, 16 and both losses; see context_gradients.py."""
     for ours, reference in zip(gradients(folder, 4, parallel), whole_rows, strict=True):
-        (result, found, documents), (expected, wanted, theirs) = ours, reference
+        (result, gradient_of, documents), (expected, wanted, theirs) = ours, reference
         for key in ("loss", "grad_norm", "running_losses", "measured"):
             assert result[key] == pytest.approx(expected[key], rel=1e-5), key
         losses = [[x or 0 for x in (*r["slot_loss"], r["next_token_loss"])] for r in (result, expected)]
@@ -103,6 +103,6 @@ def test_gradients_of_unusual_rows(folder: Path, whole_rows: list, parallel: dic
         assert [(d["row"], d["document"]) for d in documents] == [(d["row"], d["document"]) for d in theirs]
         assert [d["loss"] for d in documents] == pytest.approx([d["loss"] for d in theirs], rel=1e-5)
         if "tensor" not in parallel:
-            assert found.keys() == wanted.keys()
+            assert gradient_of.keys() == wanted.keys()
             for name, gradient in wanted.items():
-                assert (found[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
+                assert (gradient_of[name] - gradient).norm() <= 1e-5 * gradient.norm(), name

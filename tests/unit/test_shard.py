@@ -132,7 +132,7 @@ def test_label_rows_of_shards_are_those_of_the_row(
 ) -> None:
     whole = row_of(layout, spare, weight)
     parts = [shard_row(whole, rank, size) for rank in range(size)]
-    found, total, count = {}, 0.0, 0
+    of_shards, total, count = {}, 0.0, 0
     nll = torch.arange(len(whole.label_index)).double() + 1
     for part in parts:
         index = part.shard.index
@@ -143,7 +143,7 @@ def test_label_rows_of_shards_are_those_of_the_row(
         places = [index[i] for i in part.label_index.tolist()] if len(part.label_numbers) else []
         fields = (part.label_targets, part.label_slots, part.label_documents, part.label_weights)
         for i, place in enumerate(places):
-            found[place] = [float(x[i]) for x in fields if x is not None]
+            of_shards[place] = [float(x[i]) for x in fields if x is not None]
         assert places or (part.label_targets.tolist(), part.label_documents.tolist()) == ([IGNORE], [-1])
         own = nll[part.label_numbers] * (1 if weight == 0 else part.label_weights[: len(part.label_numbers)])
         numerator, denominator = loss_terms(own.sum(), part, layout.block_size, by_row=by_row)
@@ -153,7 +153,7 @@ def test_label_rows_of_shards_are_those_of_the_row(
     for i, place in enumerate(whole.label_index.tolist()):
         if whole.label_documents[i] >= 0:
             expected[place] = [float(x[i]) for x in fields if x is not None]
-    assert found == expected
+    assert of_shards == expected
     real = nll * (whole.label_targets != IGNORE) * (1 if weight == 0 else whole.label_weights)
     numerator, denominator = loss_terms(real.sum(), whole, layout.block_size, by_row=by_row)
     assert float(total) == pytest.approx(float(numerator)) and int(count) == int(denominator)

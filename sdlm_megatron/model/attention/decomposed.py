@@ -36,7 +36,7 @@ from sdlm_megatron.model.attention.varlen import KernelOutput, Sequences, Varlen
 
 
 @dataclass(frozen=True)
-class _Chunk:
+class _CleanPiece:
     """Consecutive clean tokens, for part (1)."""
 
     queries: slice
@@ -77,7 +77,7 @@ class _RowIndex:
     block_size: int
     causal: bool
     """A slot sees only itself and earlier slots of its block."""
-    chunks: list[_Chunk]
+    chunks: list[_CleanPiece]
     runs: list[_Run]
     exchange: KeyExchange | None
     """None: this process has all clean tokens."""
@@ -112,14 +112,14 @@ class _Documents:
         self.of_blocks = np.searchsorted(numbers, layout.block_documents())
 
 
-def _chunk(documents: _Documents, clean: slice, begin: int) -> _Chunk:
+def _chunk(documents: _Documents, clean: slice, begin: int) -> _CleanPiece:
     """The clean tokens `clean` of a row; the first of them is token `begin` of this process."""
     first, last = np.searchsorted(documents.ends, [clean.start, clean.stop - 1], side="right")
     touched = slice(first, last + 1)
     heads = documents.ends[touched] - documents.lens[touched]
     ends = np.minimum(documents.ends[touched], clean.stop)
     at = _sequences(ends - np.maximum(heads, clean.start), ends - heads)
-    return _Chunk(slice(begin, begin + clean.stop - clean.start), slice(int(heads[0]), clean.stop), at)
+    return _CleanPiece(slice(begin, begin + clean.stop - clean.start), slice(int(heads[0]), clean.stop), at)
 
 
 def _run(documents: _Documents, blocks: slice, begin: int, *, whole: bool) -> _Run:
@@ -216,20 +216,20 @@ class _Attention(torch.autograd.Function):
         saved = iter([tuple(islice(left, count)) for count in ctx.counts])
         dq, dk, dv = (torch.zeros_like(x) for x in (q, k, v))
         keys, values, d_keys, d_values, own = k[:n], v[:n], dk[:n], dv[:n], None
-        blocks: Any = None  # queries, gradient and output of the blocks
+        blocks: tuple[Tensor, ...] = ()  # queries, gradient and output of the blocks
         if index.runs:
-            blocks = [_fold(x[n : index.used], k.shape[1], index.block_size) for x in (q, grad, out)]
+            blocks = tuple(_fold(x[n : index.used], k.shape[1], index.block_size) for x in (q, grad, out))
         if index.exchange is not None:
             arrive = index.exchange.gather(keys, values)
-            own = _own_backward(*blocks, lse, k, v, (dk, dv), index, scale) if blocks else None
+            own = _own_backward(blocks, lse, k, v, (dk, dv), index, scale) if blocks else None
             keys, values = arrive()
             wide = torch.promote_types(k.dtype, torch.float32)  # up to four parts are added
             d_keys, d_values = (torch.zeros_like(x, dtype=wide) for x in (keys, values))
         for chunk in index.chunks:
             chunk_lse, *state = next(saved)
             output = KernelOutput(out[chunk.queries], chunk_lse, tuple(state))
-            given = (grad[chunk.queries], q[chunk.queries], keys[chunk.keys], values[chunk.keys])
-            dq[chunk.queries], dk_chunk, dv_chunk = kernel.backward(*given, output, chunk.at, scale)
+            inputs = (grad[chunk.queries], q[chunk.queries], keys[chunk.keys], values[chunk.keys])
+            dq[chunk.queries], dk_chunk, dv_chunk = kernel.backward(*inputs, output, chunk.at, scale)
             d_keys[chunk.keys] += dk_chunk
             d_values[chunk.keys] += dv_chunk
         if blocks:
@@ -238,12 +238,12 @@ class _Attention(torch.autograd.Function):
                 rows = (_to_prefix(x[run.blocks], run) for x in (*blocks, lse[..., None]))
                 queries, d_out, o, run_lse = rows
                 output = KernelOutput(o, run_lse[..., 0], next(saved))
-                given = (d_out, queries, keys[run.keys], values[run.keys])
-                dq_run, dk_run, dv_run = kernel.backward(*given, output, run.at, scale)
+                inputs = (d_out, queries, keys[run.keys], values[run.keys])
+                dq_run, dk_run, dv_run = kernel.backward(*inputs, output, run.at, scale)
                 d_keys[run.keys] += dk_run
                 d_values[run.keys] += dv_run
                 parts.append(_from_prefix(dq_run, run, 0.0))
-            own = own if own is not None else _own_backward(*blocks, lse, k, v, (dk, dv), index, scale)
+            own = own if own is not None else _own_backward(blocks, lse, k, v, (dk, dv), index, scale)
             d_folded = _joined(parts).view(own.shape).to(own.dtype) + own
             dq[n : index.used] = _unfold(d_folded.to(q.dtype), index.block_size)
         if index.exchange is not None:
@@ -271,9 +271,7 @@ def _joined(parts: list[Tensor]) -> Tensor:
 
 
 def _own_backward(
-    folded: Tensor,
-    d_out: Tensor,
-    out: Tensor,
+    blocks: tuple[Tensor, ...],
     lse: Tensor,
     k: Tensor,
     v: Tensor,
@@ -281,8 +279,12 @@ def _own_backward(
     index: _RowIndex,
     scale: float,
 ) -> Tensor:
-    """Part (3)'s gradient of the folded queries, fp32 or fp64; those of its keys and values are written to `into`."""
-    dk, dv = into
+    """Part (3)'s gradient of the folded queries, fp32 or fp64; those of its keys and values are written to `into`.
+
+    Args:
+        blocks: folded queries, output gradient and output (blocks, kv_heads, groups * D, d).
+    """
+    (folded, d_out, out), (dk, dv) = blocks, into
     scores, own_k, own_v = _own_scores(folded, k, v, index, scale)
     wide = scores.dtype
     probabilities = (scores - lse[..., None]).exp()
