@@ -71,11 +71,15 @@ def run_rank(job: dict[str, Any]) -> None:
     config = RunConfig(parallel=ParallelConfig(**job["parallel"]))
     config.train.precision, config.train.attention = "fp32", "decomposed"
     config.diffusion.block_size, config.diffusion.target_shift = 4, True
-    if job.get("by_row"):
+    groups = init_groups(config.parallel, seed=1)
+    result: Any
+    if job["kind"] == "memory":
+        result = measure(config, groups, job)
+    else:
+        result = [compare(config, groups, job, by_row=False)]
         config.train.loss_normalization, config.diffusion.causal_attn = "rows", True
         config.diffusion.next_token_weight = 0.3
-    groups = init_groups(config.parallel, seed=1)
-    result = {"equal": compare, "memory": measure}[job["kind"]](config, groups, job)
+        result.append(compare(config, groups, job, by_row=True))
     if groups.main:
         torch.save(result, job["out"])
     close_groups()
@@ -84,7 +88,7 @@ def run_rank(job: dict[str, Any]) -> None:
 # --- equality
 
 
-def compare(config: RunConfig, groups: "Groups", job: dict[str, Any]) -> dict[str, Any]:
+def compare(config: RunConfig, groups: "Groups", job: dict[str, Any], *, by_row: bool) -> dict[str, Any]:
     """Losses and norms of two steps, and the gradients of the first.
 
     Gradients are whole tensors on one process, otherwise the largest difference from those of `job["reference"]`.
@@ -93,7 +97,8 @@ def compare(config: RunConfig, groups: "Groups", job: dict[str, Any]) -> dict[st
     from sdlm_megatron.parallel.engine import Engine
     from sdlm_megatron.weights.hf_config import read_hf_config
 
-    base, result = Path(job["base"]), {}
+    base = Path(job["base"])
+    result: dict[str, Any] = {}
     shape = read_hf_config(base).shape
     for sharded in (False, True):
         chosen = replace(config, parallel=replace(config.parallel, distributed_optimizer=sharded))
@@ -102,7 +107,8 @@ def compare(config: RunConfig, groups: "Groups", job: dict[str, Any]) -> dict[st
         rows = [engine.prepare(row) for row in step_rows(chosen, shape)[groups.dp_rank :: groups.dp_size]]
         if not sharded:
             engine.forward_backward(rows)
-            result["gradients"] = whole_gradients(engine) if job["reference"] is None else difference(engine, job)
+            reference = job["reference"] and torch.load(job["reference"])[by_row]["gradients"]
+            result["gradients"] = difference(engine, reference) if reference else whole_gradients(engine)
         steps = [engine.results([engine.train_step(rows, step)])[0] for step in (1, 2)]
         result[f"losses, sharded={sharded}"] = [step.loss for step in steps]
         result[f"norms, sharded={sharded}"] = [step.grad_norm for step in steps]
@@ -120,7 +126,7 @@ def step_rows(config: RunConfig, shape: ModelConfig) -> list["MicroBatch"]:
         documents = make_documents(kind, samples, LENGTH, shape, 4)
         rows += pack_documents(documents, LENGTH, shape, 4, next_token_weight=weight)
     nothing = pack_row([], block_size=4, mask_token_id=0)
-    empty = {"row_length": LENGTH, "pad_token_id": 0, "eos_token_id": 1, "next_token_weight": weight}
+    empty: dict[str, Any] = {"row_length": LENGTH, "pad_token_id": 0, "eos_token_id": 1, "next_token_weight": weight}
     return [*rows[: ROWS - 1], *[make_micro_batch(*nothing, **empty) for _ in range(ROWS - len(rows[: ROWS - 1]))]]
 
 
@@ -145,9 +151,8 @@ def whole_gradients(engine: "Engine") -> dict[str, torch.Tensor]:
     return found
 
 
-def difference(engine: "Engine", job: dict[str, Any]) -> float:
+def difference(engine: "Engine", reference: dict[str, torch.Tensor]) -> float:
     """Largest difference of a gradient's element, relative to the largest element of that gradient, over all ranks."""
-    reference = torch.load(job["reference"])["gradients"]
     worst = 0.0
     for key, _, where, part in regions(engine):
         expected = reference[key]
@@ -165,31 +170,31 @@ def print_equality(layouts: Sequence[str]) -> None:
     """The table of layouts."""
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        base = write_base(Path(folder))
-        for by_row in (False, True):
-            common = {"kind": "equal", "base": str(base), "by_row": by_row}
-            alone = launch(1, **common, parallel={}, reference=None)
-            reference = Path(folder) / f"reference-{by_row}.pt"
-            torch.save(alone, reference)
-            for name in layouts:
-                processes, parallel = LAYOUTS[name]
-                found = launch(processes, **common, parallel=parallel, reference=str(reference))
+        common = {"kind": "equal", "base": str(write_base(Path(folder)))}
+        reference = Path(folder) / "reference.pt"
+        alone = launch(1, **common, parallel={}, reference=None)
+        torch.save(alone, reference)
+        for name in layouts:
+            processes, parallel = LAYOUTS[name]
+            both = launch(processes, **common, parallel=parallel, reference=str(reference))
+            for variant, found, expected in zip(("targets", "rows"), both, alone, strict=True):
                 cells = [f"{found['gradients']:.1e}"]
                 for kind in ("losses", "norms"):
                     keys = [f"{kind}, sharded={x}" for x in (False, True)]
-                    cells.append(f"{max(relative(found[key], alone[keys[0]]) for key in keys):.1e}")
-                rows.append((name, "rows" if by_row else "targets", *cells))
+                    cells.append(f"{max(relative(found[key], expected[keys[0]]) for key in keys):.1e}")
+                rows.append((name, variant, *cells))
                 print(*rows[-1], file=sys.stderr, flush=True)
     print_table(("layout", "loss by", "gradients", "losses", "gradient norms"), rows)
 
 
 def write_base(folder: Path) -> Path:
     """A Hugging Face folder with random weights."""
+    compat.silence_known_notices()
     cpu.install()
     from dev.bench.engine_case import StepCase
     from sdlm_megatron.parallel.groups import close_groups, init_groups
 
-    sizes = {"hidden_size": 64, "ffn_hidden_size": 160, "num_attention_heads": 4, "num_query_groups": 2}
+    sizes: dict[str, Any] = {"hidden_size": 64, "ffn_hidden_size": 160, "num_attention_heads": 4, "num_query_groups": 2}
     shape = ModelConfig(num_layers=LAYERS, **sizes, vocab_size=512, tied_embeddings=True)
     config = RunConfig(model=shape)
     config.train.precision = "fp32"
@@ -208,7 +213,7 @@ def measure(config: RunConfig, groups: "Groups", job: dict[str, Any]) -> dict[st
     from sdlm_megatron.model.attention import key_exchange, varlen
 
     varlen.QUERY_CHUNK = 16
-    sizes = {"hidden_size": 64, "ffn_hidden_size": 160, "num_attention_heads": 2, "num_query_groups": 1}
+    sizes: dict[str, Any] = {"hidden_size": 64, "ffn_hidden_size": 160, "num_attention_heads": 2, "num_query_groups": 1}
     config.model = ModelConfig(num_layers=1, **sizes, head_dim=16, vocab_size=512, tied_embeddings=True)
     engine = make_engine(config, groups, job["tokens"])
     documents = make_documents("full", 1, job["tokens"], engine.shape, 4)

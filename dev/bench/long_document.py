@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -66,7 +67,13 @@ def write_base(folder: Path, positions: int) -> Path:
     from dev.bench.engine_case import StepCase
     from sdlm_megatron.parallel.groups import close_groups, init_groups
 
-    sizes = {"num_layers": 1, "hidden_size": 32, "ffn_hidden_size": 64, "num_attention_heads": 1, "num_query_groups": 1}
+    sizes: dict[str, Any] = {
+        "num_layers": 1,
+        "hidden_size": 32,
+        "ffn_hidden_size": 64,
+        "num_attention_heads": 1,
+        "num_query_groups": 1,
+    }
     config = RunConfig(model=ModelConfig(**sizes, vocab_size=VOCABULARY, tied_embeddings=True))
     config.train.precision = "fp32"
     groups = init_groups(ParallelConfig(), seed=1)

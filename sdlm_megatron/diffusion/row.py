@@ -183,5 +183,5 @@ def shard_row(batch: MicroBatch, rank: int, size: int, *, multiple: int = 1) -> 
     if len(numbers):
         return part
     zero = torch.zeros(1, dtype=torch.int64)  # a stand-in, as in make_micro_batch
-    alone = {"label_index": zero, "label_targets": zero + IGNORE, "label_slots": zero}
-    return replace(part, **alone, label_documents=np.full(1, -1))
+    nowhere = np.full(1, -1)
+    return replace(part, label_index=zero, label_targets=zero + IGNORE, label_slots=zero, label_documents=nowhere)

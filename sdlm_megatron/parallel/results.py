@@ -292,8 +292,10 @@ def document_losses(queued: QueuedStep, groups: Groups) -> list[DocumentLoss]:
     for part in groups.gather(local):
         for place, total, count in part:
             whole.setdefault(tuple(place), []).append((total, count))
-    means = ((sum(t for t, _ in parts) / sum(n for _, n in parts), *place[3:]) for place, parts in whole.items())
-    losses = [DocumentLoss(*fields) for fields in means]
+    losses = [
+        DocumentLoss(sum(total for total, _ in parts) / sum(count for _, count in parts), row, number)
+        for (*_, row, number), parts in whole.items()
+    ]
     return sorted(losses, key=lambda document: (not math.isfinite(document.loss), document))
 
 

@@ -216,12 +216,12 @@ class _Attention(torch.autograd.Function):
         saved = iter([tuple(islice(left, count)) for count in ctx.counts])
         dq, dk, dv = (torch.zeros_like(x) for x in (q, k, v))
         keys, values, d_keys, d_values, own = k[:n], v[:n], dk[:n], dv[:n], None
-        blocks: Any = None  # queries, gradient and output of the blocks
+        blocks: tuple[Tensor, ...] = ()  # queries, gradient and output of the blocks
         if index.runs:
-            blocks = [_fold(x[n : index.used], k.shape[1], index.block_size) for x in (q, grad, out)]
+            blocks = tuple(_fold(x[n : index.used], k.shape[1], index.block_size) for x in (q, grad, out))
         if index.exchange is not None:
             arrive = index.exchange.gather(keys, values)
-            own = _own_backward(*blocks, lse, k, v, (dk, dv), index, scale) if blocks else None
+            own = _own_backward(blocks, lse, k, v, (dk, dv), index, scale) if blocks else None
             keys, values = arrive()
             wide = torch.promote_types(k.dtype, torch.float32)  # up to four parts are added
             d_keys, d_values = (torch.zeros_like(x, dtype=wide) for x in (keys, values))
@@ -243,7 +243,7 @@ class _Attention(torch.autograd.Function):
                 d_keys[run.keys] += dk_run
                 d_values[run.keys] += dv_run
                 parts.append(_from_prefix(dq_run, run, 0.0))
-            own = own if own is not None else _own_backward(*blocks, lse, k, v, (dk, dv), index, scale)
+            own = own if own is not None else _own_backward(blocks, lse, k, v, (dk, dv), index, scale)
             d_folded = _joined(parts).view(own.shape).to(own.dtype) + own
             dq[n : index.used] = _unfold(d_folded.to(q.dtype), index.block_size)
         if index.exchange is not None:
@@ -271,9 +271,7 @@ def _joined(parts: list[Tensor]) -> Tensor:
 
 
 def _own_backward(
-    folded: Tensor,
-    d_out: Tensor,
-    out: Tensor,
+    blocks: tuple[Tensor, ...],
     lse: Tensor,
     k: Tensor,
     v: Tensor,
@@ -281,8 +279,12 @@ def _own_backward(
     index: _RowIndex,
     scale: float,
 ) -> Tensor:
-    """Part (3)'s gradient of the folded queries, fp32 or fp64; those of its keys and values are written to `into`."""
-    dk, dv = into
+    """Part (3)'s gradient of the folded queries, fp32 or fp64; those of its keys and values are written to `into`.
+
+    Args:
+        blocks: folded queries, output gradient and output (blocks, kv_heads, groups * D, d).
+    """
+    (folded, d_out, out), (dk, dv) = blocks, into
     scores, own_k, own_v = _own_scores(folded, k, v, index, scale)
     wide = scores.dtype
     probabilities = (scores - lse[..., None]).exp()
