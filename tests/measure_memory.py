@@ -52,9 +52,6 @@ CASES: dict[str, tuple[int, int, dict[str, object]]] = {
     "DP2": (2, 1, {}),
     "norms of q and k": (1, 1, {"model.qk_norm": True, "model.qkv_bias": False, "model.head_dim": 48}),
     "CP2": (2, 1, {"parallel.context": 2}),
-    "CP2, full recompute, wide": (
-        2, 1, {"parallel.context": 2, "train.recompute": "full", "model.ffn_hidden_size": 1024}
-    ),
     "LoRA, tied": (1, 2, {"model.tied_embeddings": True, **LORA}),
     "LoRA, 3 layers, full recompute": (1, 1, {"train.recompute": "full", "lora.targets": SOME, **LORA}),
     "LoRA, 3 layers": (1, 1, {"lora.targets": SOME, **LORA}),
