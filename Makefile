@@ -7,6 +7,7 @@
 # EXTRAS=…       extras of setup.py to install (default: test; on a GPU machine: test,gpu). gpu needs gcc, g++ and Python's
 #                headers, and for PyPI's torch (CUDA 13.0) NVIDIA's driver 580 or newer; MAX_JOBS=N limits its compilers
 # NULLGPU_ARGS=… arguments of the null-GPU lab, e.g. NULLGPU_ARGS=--quick; its other variables: CONTRIBUTING.md
+# DJANGO=DIR     clone of odashi/ase15-django-dataset: `make evidence` then also runs experiment E1 (docs/evidence.md)
 # PYTEST_ARGS=…  arguments of pytest, e.g. PYTEST_ARGS="-n 4 tests/unit"
 
 SHELL := /bin/sh
@@ -27,7 +28,7 @@ SUITABLE := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13 python; do \
 	if $$p -c '$(SUITABLE)' >/dev/null 2>&1; then echo $$p; break; fi; done)
 
-.PHONY: help venv docs wheel quickstart smoke test test-newest test-transformers test-vllm drill nullgpu evidence check lint format clean
+.PHONY: help venv docs wheel quickstart smoke smoke-qwen3 test test-newest test-transformers test-vllm drill nullgpu evidence check lint format clean
 
 help:  ## list the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -57,6 +58,9 @@ quickstart: $(STAMP)  ## the whole job on a real model, 7 to 17 minutes on 2 cor
 smoke: $(STAMP)  ## the same stages with a tiny random model, under a minute
 	$(PY) -m tests.smoke
 
+smoke-qwen3: $(STAMP)  ## the smoke run with a tiny Qwen3 and YaRN
+	$(PY) -m tests.smoke --family qwen3
+
 # The smoke run comes first: it is short, and pytest's summary is then the last output.
 test: smoke  ## the smoke run, then all tests
 	$(PY) -m pytest $(PYTEST_ARGS)
@@ -82,11 +86,13 @@ nullgpu: $(STAMP)  ## ranks of 16 to 232 GPUs under CUDA's host code without a G
 
 evidence: $(STAMP)  ## train and measure the models of docs/evidence.md, about 6 hours on 2 cores with AMX; resumable
 	@echo "about 6 hours on 2 cores with AMX, three times as long without; a second start keeps what is finished"
+	@echo "E1: $(if $(DJANGO),then about 9 hours more without AMX,left out; it needs DJANGO=DIR)"
 	$(PY) -m dev.evidence.train_arms --out runs/evidence
 	$(PY) -m dev.evidence.train_arms --out runs/evidence --arms d4_half d4_quarter d2 random --seeds 0
 	$(PY) -m dev.evidence.run_measurements --out runs/evidence --arms ar d4 d8 unshifted causal next_token ar_slow d4_slow
 	$(PY) -m dev.evidence.run_measurements --out runs/evidence --few 64 --clock
 	$(PY) -m dev.evidence.document runs/evidence --out docs
+	$(if $(DJANGO),$(PY) -m dev.evidence.e1 run --out runs/e1 --dataset $(DJANGO))
 
 docs: $(STAMP)  ## the documentation site, in build/site: docs/ and an API reference from the docstrings
 	@$(PY) -c 'import mkdocs, material, mkdocstrings' 2>/dev/null || \

@@ -101,6 +101,7 @@ setup(
             "mypy>=1.13",
             "types-PyYAML>=6.0",
             "import-linter>=2.1",
+            "peft>=0.18",  # adapters are compared with its own
             "triton>=3.2",  # its interpreter runs the attention kernels without a GPU
             *PAPER,
         ],

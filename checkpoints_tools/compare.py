@@ -18,12 +18,12 @@ import torch
 from sdlm_megatron.config.command_line import make_parser
 from sdlm_megatron.data.tokenizer_identity import has_tokenizer
 from sdlm_megatron.errors import CheckpointError, run_cli
-from sdlm_megatron.weights.checkpoint_folder import find_checkpoint, read_state
+from sdlm_megatron.weights.adapter_tensors import checkpoint_weights
+from sdlm_megatron.weights.checkpoint_folder import find_checkpoint
 from sdlm_megatron.weights.hf_config import warn_of_lost_code
 from sdlm_megatron.weights.hf_weights import HFWeights
 from sdlm_megatron.weights.resumable_folder import BLOCK, ByteProgress
-from sdlm_megatron.weights.tensors import CheckpointAsHF, TensorReader, read_rows, tensor_bytes
-from sdlm_megatron.weights.torch_dist import TorchDist
+from sdlm_megatron.weights.tensors import TensorReader, read_rows, tensor_bytes
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def open_any(path: Path) -> TensorReader:
     """The tensors of a Hugging Face folder, a checkpoint, or a run's newest checkpoint; CheckpointError for others."""
     path = find_checkpoint(path)
     if (path / "complete.json").exists():
-        return CheckpointAsHF(TorchDist(path / "weights"), read_state(path).shape, path)
+        return checkpoint_weights(path)
     reader = HFWeights(path)
     warn_of_lost_code(path)
     return reader

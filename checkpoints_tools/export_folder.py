@@ -7,17 +7,20 @@ The files are written directly and not through `save_pretrained`: what transform
 
 import logging
 import shutil
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import sdlm_megatron.diffusion
-from checkpoints_tools.model_card import model_card
+from checkpoints_tools.model_card import adapter_card, model_card
 from checkpoints_tools.tokenizer_files import HF_CODE, add_chat_template, add_token, copy_tokenizer, end_tokens
 from sdlm_megatron.data.chatml import DEFAULT_SYSTEM
 from sdlm_megatron.errors import CheckpointError
 from sdlm_megatron.files import sha256, write_json, write_text
+from sdlm_megatron.weights.adapter_tensors import AdapterFile, AdaptersAsHF, peft_config
+from sdlm_megatron.weights.checkpoint_folder import TrainState
 from sdlm_megatron.weights.dtypes import HF_DTYPES, hf_name
 from sdlm_megatron.weights.hf_config import FAMILIES, HFConfig, config_json, generation_json
 from sdlm_megatron.weights.hf_weights import (
@@ -115,6 +118,34 @@ def write_hf_folder(
             write_json(partial.files / INDEX_NAME, index_json(plan.files))
         _write_rest(partial, config, plan.dtype, assets, run or {}, out.name)
         write_checksums(partial.files, {file: record["sha256"] for file, record in records.items()})
+        partial.finish()
+
+
+def write_adapter_folder(
+    out: Path,
+    adapters: AdaptersAsHF,
+    state: TrainState,
+    *,
+    dtype: str | None = None,
+    run: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes adapters and the mask token's row in peft's format; the folder appears complete or not at all.
+
+    Args:
+        out: the new folder; must not exist.
+        state: of the checkpoint.
+        dtype, run: as of `write_hf_folder`.
+    """
+    tensors, run = AdapterFile(adapters), run or {}
+    (contents,) = plan_safetensors(tensors, HF_DTYPES.get(dtype or ""), sys.maxsize).values()
+    base, settings = str(run.get("base", "")), {"weights": tensors.identity(), "dtype": dtype}
+    with open_partial(out, settings, workers=1) as partial:
+        if partial is None:
+            return
+        partial.write(safetensors_files(tensors, {"adapter_model.safetensors": contents}), workers=1)
+        write_json(partial.files / "adapter_config.json", peft_config(state.lora, state.mask_token_id, base))
+        write_text(partial.files / "README.md", adapter_card(base, run, out.name))
+        write_checksums(partial.files, {})
         partial.finish()
 
 

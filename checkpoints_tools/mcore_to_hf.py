@@ -1,6 +1,7 @@
 """Export a checkpoint of a run (or an imported base) as a Hugging Face folder, ready for SDLM decoding.
 
 --ckpt names a step folder, or a run: then its newest complete checkpoint is exported, saved under any parallel layout.
+Adapters (lora.rank) are added to the weights; --adapter writes them alone.
 An interrupted export is continued by the same command.
 """
 
@@ -11,17 +12,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from checkpoints_tools.export_folder import plan_export, write_hf_folder
+from checkpoints_tools.export_folder import plan_export, write_adapter_folder, write_hf_folder
 from checkpoints_tools.repair import repair
 from checkpoints_tools.tokenizer_files import check_tokenizer
 from sdlm_megatron.config.command_line import make_parser
 from sdlm_megatron.errors import run_cli
+from sdlm_megatron.weights.adapter_tensors import adapters_of, checkpoint_weights
 from sdlm_megatron.weights.checkpoint_folder import TrainState, find_checkpoint, read_run, read_state
 from sdlm_megatron.weights.dtypes import HF_DTYPES, PRECISIONS, hf_name, precision_name
 from sdlm_megatron.weights.hf_config import HFConfig, family_of, read_hf_config
 from sdlm_megatron.weights.resumable_folder import check_out, default_workers
-from sdlm_megatron.weights.tensors import CheckpointAsHF
-from sdlm_megatron.weights.torch_dist import TorchDist
 
 
 def convert(
@@ -32,11 +32,13 @@ def convert(
     max_shard_bytes: int = 4 * 1024**3,
     workers: int | None = None,
     dry_run: bool = False,
+    adapter: bool = False,
 ) -> Path:
     """Exports `ckpt` to `out`; returns the step folder that was read. CheckpointError when it is incomplete.
 
     Args:
         dry_run: print what would be written instead.
+        adapter: write the adapters alone, in peft's format; otherwise they are added to the weights.
 
     See `export_folder.write_hf_folder` for the other arguments.
     """
@@ -44,15 +46,18 @@ def convert(
     check_out(out, workers)
     ckpt = find_checkpoint(ckpt)
     state = read_state(ckpt)
-    tensors, config = CheckpointAsHF(TorchDist(ckpt / "weights"), state.shape, ckpt), _config(ckpt, state)
+    run = read_run(ckpt)
+    if run:
+        run |= {key: getattr(state, key) for key in ("step", "rows_per_step", "consumed_rows")}
+    if adapter:
+        write_adapter_folder(out, adapters_of(ckpt, state), state, dtype=dtype, run=run)
+        return ckpt
+    tensors, config = checkpoint_weights(ckpt, state), _config(ckpt, state)
     check_tokenizer(ckpt / "hf")
     if dry_run:
         plan = plan_export(tensors, config, dtype=dtype, max_shard_bytes=max_shard_bytes)
         print(f"from     {ckpt}\nto       {out}\n{plan.describe(workers)}")
         return ckpt
-    run = read_run(ckpt)
-    if run:
-        run |= {key: getattr(state, key) for key in ("step", "rows_per_step", "consumed_rows")}
     options: dict[str, Any] = {"dtype": dtype, "max_shard_bytes": max_shard_bytes, "workers": workers}
     write_hf_folder(out, tensors, config, assets=ckpt / "hf", run=run, **options)
     return ckpt
@@ -86,6 +91,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-shard-gb", type=float, default=4.0, metavar="GB", help="size limit of a weight file")
     parser.add_argument("--workers", type=int, metavar="N", help="files written at a time; default: cores, up to 8")
     parser.add_argument("--dry-run", action="store_true", help="check the input, print what would be written, exit")
+    parser.add_argument(
+        "--adapter",
+        action="store_true",
+        help="write the adapters of a run with lora.rank alone, in peft's format; default: added to the weights",
+    )
     repair_help = "restore what another program lost when it saved an export again: code, classes, decoding settings"
     parser.add_argument("--repair", type=Path, metavar="FOLDER", help=f"{repair_help}; the weights stay as they are")
     return parser
@@ -102,10 +112,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     if not args.ckpt or not args.out:
         parser.error("--ckpt and --out are required")
+    if args.adapter and args.dry_run:
+        parser.error("--adapter and --dry-run exclude each other")
     limit = int(args.max_shard_gb * 1e9)
     dtype = hf_name(PRECISIONS[args.dtype]) if args.dtype else None
     options = {"dtype": dtype, "max_shard_bytes": limit, "workers": args.workers, "dry_run": args.dry_run}
-    read = convert(args.ckpt, args.out, **options)
+    read = convert(args.ckpt, args.out, adapter=args.adapter, **options)
     if not args.dry_run:
         print(f"wrote {args.out} from {read}")
 

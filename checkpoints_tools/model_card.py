@@ -77,10 +77,43 @@ transformers 4.57 or newer; the folder also loads as plain `{stock}`. `sha256sum
 """
 
 
+def adapter_card(base: str, run: Mapping[str, Any], name: str) -> str:
+    """README.md of a folder with adapters alone.
+
+    Args:
+        base: name of the base.
+        run, name: as of `model_card`.
+    """
+    recipe = f"\n{_recipe(run)}" if run else ""
+    return f"""---
+library_name: peft
+---
+# {markdown(name)}
+
+Adapters (LoRA) and the mask token's row of the embedding, trained for SDLM (arXiv 2509.24007) beside the frozen weights
+of {markdown(base or "a base")}.
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+base = AutoModelForCausalLM.from_pretrained(BASE, trust_remote_code=True, dtype="auto")
+model = PeftModel.from_pretrained(base, FOLDER)
+```
+
+BASE is the base as an SDLM folder, which has the decoding code and a row for the mask token:
+
+```
+sdlm import --hf BASE_MODEL --mask-token '<text_mask>' --out BASE_CHECKPOINT
+sdlm export --ckpt BASE_CHECKPOINT --out BASE
+```
+{recipe}"""
+
+
 def _recipe(run: Mapping[str, Any]) -> str:
     settings = run.get("settings", {})
     diffusion, fp8 = settings.get("diffusion", {}), settings.get("train", {}).get("fp8", "none")
-    attention = {True: "causal", False: "bidirectional"}
+    attention, lora = {True: "causal", False: "bidirectional"}, settings.get("lora", {})
     rows = {
         "steps": "{step}",
         "rows per step": "{rows_per_step}",
@@ -98,6 +131,9 @@ def _recipe(run: Mapping[str, Any]) -> str:
         "parallel layout": "TP {parallel[tensor]} x PP {parallel[pipeline]} x DP {data_parallel}",
     }
     known = {}
+    if lora.get("rank"):
+        targets = ", ".join(map(str, lora.get("targets", [])))
+        known["adapters"] = f"rank {lora['rank']}, alpha {lora.get('alpha')}, of {targets}"
     for name, template in rows.items():
         with suppress(KeyError):  # a checkpoint of an older version records less
             known[name] = template.format_map({**settings, **run})

@@ -134,6 +134,8 @@ def add_chat_template(folder: Path, system: str | None) -> str:
     if not template:
         write_json(path, settings | {"chat_template": chat_template(system, chat)})
         return ""
+    if chat.exchanges:  # data preparation has compared the template
+        return ""
     where, kept = template_file(folder), "the base's chat template is kept"
     expected = _render(chat_template(system, chat), settings, where)
     try:
@@ -146,6 +148,10 @@ def add_chat_template(folder: Path, system: str | None) -> str:
 
 def chat_template(system: str | None, chat: ChatFormat = CHATML) -> str:
     """Jinja template that renders a conversation as the training data was, up to the start of the answer."""
+    if chat.exchanges:
+        question, answer = (f"{chat.start!r} + m['content'] + {chat.role_end!r}", f"m['content'] + {chat.end!r}")
+        turn = f"{{% if m['role'] == 'user' %}}{{{{ {question} }}}}{{% else %}}{{{{ {answer} }}}}{{% endif %}}"
+        return f"{{{{ {chat.document!r} }}}}{{% for m in messages %}}{turn}{{% endfor %}}"
     start, before, after = (repr(x) for x in (chat.start, chat.role_end + chat.gap, chat.end + chat.tail))
     content = "message['content']" + " | trim" * chat.strips
     turn = f"{{{{ {start} + message['role'] + {before} + ({content}) + {after} }}}}"

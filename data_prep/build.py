@@ -33,6 +33,7 @@ from data_prep.documents import UnitResult, load_result, tokenize_unit
 from data_prep.encoders import TextTokenizer, TokenizerMismatch, open_encoder
 from data_prep.encoding import TextEncoder
 from data_prep.first_rows import check_fields, check_results, with_formats
+from data_prep.inst_template import check_system
 from data_prep.outcomes import refusal
 from data_prep.planning import PackingPlan, dropped_files, make_plan, number_sources
 from data_prep.pool import cpus, ending_on_interrupt, work_on
@@ -251,18 +252,19 @@ def _meta(config: BuildConfig) -> dict[str, Any]:
     copied = (*sizes, "seed", "overlong", "trim", "system_prompt")
     folder = config.tokenizer
     mask, size = special_token_id(folder, config.mask_token), vocabulary_size(folder)
-    end = format_of(lambda token: special_token_id(folder, token) < size).end
-    ids = {token: special_token_id(folder, token) for token in (end, config.pad_token)}
+    chat = format_of(lambda token: special_token_id(folder, token) < size)
+    check_system(chat, config.system_prompt)
+    ids = {token: special_token_id(folder, token) for token in (chat.end, config.pad_token)}
     for token, token_id in ids.items():
         if token_id >= size:  # special_token_id returns the first free id for a token the tokenizer lacks
-            other = "use a tokenizer with ChatML or Llama 3's headers"
+            other = "use a tokenizer with the tokens of ChatML, Llama 3's headers or [INST]"
             fix = "set pad_token to one of its tokens" if token == config.pad_token else other
             raise DataError(f"the tokenizer has no `{token}`", folder, fix)
     return {
         **{key: getattr(config, key) for key in copied},
         "mask_token": config.mask_token,
         "mask_token_id": mask,
-        "eos_token_id": ids[end],
+        "eos_token_id": ids[chat.end],
         "pad_token_id": ids[config.pad_token],
         "vocab_size": max(size, mask + 1),  # the mask token may extend the vocabulary of the base
         "tokenizer": {"fingerprint": fingerprint(folder, config.mask_token), "name": Path(folder).name},
@@ -389,7 +391,7 @@ def _seal(
             "accounting": {**accounting.summarize(), "reasons": mask_values([r._asdict() for r in reasons])},
             "duplicates": {"policy": config.duplicates, "documents": plan.duplicates, "pairs": plan.pairs},
             **repetition_entries(config, plan.near, accounting),
-            "chat": asdict(frame_of(_encoder(config.tokenizer, config.mask_token))),
+            "chat": frame_of(_encoder(config.tokenizer, config.mask_token)).to_manifest(),
             "blocks_trimmed": plan.blocks_trimmed,
             "build": _settings(config),
         },

@@ -6,7 +6,7 @@ token whose successor is an answer token.
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -14,6 +14,7 @@ import numpy as np
 
 from data_prep.encoders import as_text_encoder
 from data_prep.encoding import TextEncoder, chat_format, encode_flat
+from data_prep.inst_template import check_exchanges
 from data_prep.turns import CHATML_ROLES, ChatTurn, Conversation, TurnParser
 from sdlm_megatron.data.chatml import DEFAULT_SYSTEM
 from sdlm_megatron.errors import DataError
@@ -118,6 +119,8 @@ def render_batch(
     answer_roles: Collection[str] = ("assistant",),
 ) -> RenderedBatch:
     """Renders checked conversations (see `parse`), whose texts are encoded in one call."""
+    if chat_format(encoder).exchanges:
+        return _render_exchanges(conversations, encoder, answer_roles)
     whole = [_with_system(turns, default_system) for turns in conversations]
     roles = [turn.role for turns in whole for turn in turns]
     chat, frame = chat_format(encoder), frame_of(encoder)
@@ -161,6 +164,38 @@ def render_batch(
     return RenderedBatch(ids, doc_edges, turn_edges, roles, starts - origin, ends - origin, first, answers)
 
 
+def _render_exchanges(
+    conversations: Sequence[Conversation], encoder: TextEncoder, answer_roles: Collection[str]
+) -> RenderedBatch:
+    """`render_batch` of [INST] templates: a question and its answer are one turn, whose header ends with [/INST]."""
+    chat, turns = chat_format(encoder), [turn for conversation in conversations for turn in conversation]
+    for conversation in conversations:
+        check_exchanges(conversation)
+    answers = turns[1::2]
+    texts = [chat.gap + (chat.content(t.text) if t.role == "assistant" else t.text) for t in turns]
+    pieces, edges = encode_flat(encoder, texts)
+    sizes = np.diff(edges)
+    questions, own = sizes[::2], sizes[1::2]
+    counts = np.array([len(conversation) // 2 for conversation in conversations], dtype=np.int64)
+    turn_edges = np.concatenate([[0], np.cumsum(counts)])
+    lengths = questions + own + 3
+    ends = np.cumsum(lengths + np.isin(np.arange(len(lengths)), turn_edges[:-1]))  # <s> before the first
+    starts = ends - lengths
+    closings = starts + questions + 1  # of [/INST]
+    ids = np.empty(int(ends[-1]) if len(ends) else 0, dtype=np.int32)
+    begins = np.stack([starts, closings], axis=1).reshape(-1) + 1
+    ids[np.arange(len(pieces)) + np.repeat(begins - edges[:-1], sizes)] = pieces
+    places = (starts[turn_edges[:-1]] - 1, starts, closings, ends - 1)
+    for place, token in zip(places, chat.specials, strict=True):
+        ids[place] = encoder.token_id(token)
+    doc_edges = np.concatenate([[0], ends])[turn_edges]
+    origin = np.repeat(doc_edges[:-1], counts)
+    trained = [t.trained and t.role in answer_roles and chat.content(t.text) != "" for t in answers]
+    anchors = np.where(np.array(trained, dtype=bool), own + 1, 0)
+    roles = [turn.role for turn in answers]
+    return RenderedBatch(ids, doc_edges, turn_edges, roles, starts - origin, ends - origin, closings - origin, anchors)
+
+
 def _with_system(turns: Conversation, default: str | None) -> Conversation:
     return turns if default is None or turns[0].role == "system" else [ChatTurn("system", default), *turns]
 
@@ -183,12 +218,21 @@ class ChatFrame:
     """Role -> ids that begin a turn and do not depend on its text: `<|im_start|>`, or Llama 3's header."""
     document: list[int]
     """Before the first turn."""
+    header_end: int = -1
+    """The token that ends a header whose length varies, [/INST]; -1: headers have the lengths of `header`."""
+
+    def to_manifest(self) -> dict[str, Any]:
+        """The entry of the manifest."""
+        return {key: value for key, value in asdict(self).items() if (key, value) != ("header_end", -1)}
 
 
 def frame_of(encoder: TextEncoder) -> ChatFrame:
     """The chat structure of a tokenizer; raises DataError if it lacks the tokens of every format."""
     chat, roles = chat_format(encoder), CHATML_ROLES
     start, end = encoder.token_id(chat.start), encoder.token_id(chat.end)
+    if chat.exchanges:
+        first, middle = encoder.token_id(chat.document), encoder.token_id(chat.role_end)
+        return ChatFrame(start, end, [], {"assistant": 1}, [], {}, [first], middle)
     role_end, document = ([encoder.token_id(token)] if token else [] for token in (chat.role_end, chat.document))
     # Encoded with the newline, as in a turn: some tokenizers merge it with the role's last character.
     gap = "" if role_end else chat.gap

@@ -27,8 +27,9 @@ from data_prep.build_config import BuildConfig, SourceConfig
 from data_prep.chat import RenderedBatch, render_batch
 from data_prep.decontaminate import EvaluationTexts, Overlap, OverlapCounts, open_evaluations
 from data_prep.encoders import describe
-from data_prep.encoding import TextEncoder
+from data_prep.encoding import TextEncoder, chat_format
 from data_prep.forms import FormReader, InputRow, NotChosen, Unreadable
+from data_prep.inst_template import check_exchanges
 from data_prep.minhash import signatures
 from data_prep.readers import LINES, InputUnit, count_lines, of_table, read_unit
 from data_prep.row_rules import turn_keys
@@ -36,6 +37,7 @@ from data_prep.truncate import FittedBatch, fit_batch
 from data_prep.turns import Conversation
 from sdlm_megatron.errors import DataError
 from sdlm_megatron.files import most_open, write_json
+from sdlm_megatron.weights.positions import base_config, check_positions
 
 # Rows tokenized per call: enough to amortize the call, few enough to bound memory if rows are a megabyte each.
 CHUNK = 512
@@ -145,10 +147,15 @@ def use_rows(
     config: BuildConfig, rows: Iterable[tuple[InputRow, FormReader]], data: EvaluationTexts | None, encoder: TextEncoder
 ) -> UsedRows:
     """Reads, checks, renders and fits rows, each with its reader. `data`: evaluation files."""
-    valid, conversations, left_out = list[int](), list[Conversation](), list[RowLeftOut]()
+    valid, conversations, left_out, places = list[int](), list[Conversation](), list[RowLeftOut](), list[str]()
+    exchanges = chat_format(encoder).exchanges
     for i, (row, reader) in enumerate(rows):
+        places.append(f"row {row.place} of {reader.name}")
         try:
-            conversations.append(reader.read(row.content))
+            conversation = reader.read(row.content)
+            if exchanges:
+                check_exchanges(conversation)
+            conversations.append(conversation)
             valid.append(i)
         except DataError as error:
             left_out.append(RowLeftOut(i, "dropped" if isinstance(error, NotChosen) else "rejected", error))
@@ -165,8 +172,16 @@ def use_rows(
     batch = render_batch(conversations, encoder, default_system=config.system_prompt)
     size = {"block_size": config.block_size, "repeat": config.repeat}
     fitted = fit_batch(batch, config.overlong, max_len=config.max_document_length, **size)
+    _check_lengths(config, fitted, [places[i] for i in valid])
     left_out += [RowLeftOut(valid[i], "dropped", DataError(why)) for i, why in sorted(fitted.drop_reasons.items())]
     return UsedRows(valid, conversations, batch, fitted, left_out, overlaps)
+
+
+def _check_lengths(config: BuildConfig, fitted: FittedBatch, places: Sequence[str]) -> None:
+    """DataError for a document that is longer than the tokenizer's model was trained for. `places`: of the rows."""
+    clean = np.where(fitted.n_blocks > 0, fitted.clean_lens, 0)
+    if len(clean) and (base := base_config(config.tokenizer)):
+        check_positions(int(clean.max()), f"the document of {places[clean.argmax()]}", base, config.tokenizer)
 
 
 class _UnitWriter:

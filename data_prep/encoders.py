@@ -21,6 +21,7 @@ import tokenizers
 from tokenizers import Tokenizer
 
 from data_prep.encoding import SpelledTokens, TextEncoder, chat_format, probe_texts, require_id
+from data_prep.inst_template import inst_format
 from data_prep.piece_tokenizer import PieceTokenizer
 from sdlm_megatron.data.chatml import IM_END, IM_START
 from sdlm_megatron.data.tokenizer_identity import MOST_TOKENIZER_BYTES, TEXT_MASK, added_tokens, sentencepiece_file
@@ -47,6 +48,8 @@ def open_encoder(folder: str | Path, mask_token: str = TEXT_MASK) -> TextEncoder
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     encoder = _open(folder, mask_token)
+    if chat_format(encoder).exchanges:
+        encoder.chat = inst_format(folder)
     for token in chat_format(encoder).specials:
         encoder.token_id(token)
     return encoder
@@ -86,6 +89,7 @@ class TextTokenizer(TextEncoder):
             for entry in definition.get("added_tokens") or []
         ]
         text_only = {**definition, "added_tokens": added, "truncation": None, "padding": None}
+        text_only["pre_tokenizer"] = _after_special(definition.get("pre_tokenizer"))
         self.definition = json.dumps(text_only)
         self.added_tokens = [entry["content"] for entry in added]
         self._spelled = SpelledTokens([mask_token, *(entry["content"] for entry in added if entry["special"])])
@@ -121,6 +125,16 @@ class TextTokenizer(TextEncoder):
 
     def token_id(self, token: str) -> int:
         return require_id(self._backend.token_to_id(token), token, self.name)
+
+
+def _after_special(pre_tokenizer: Any) -> Any:
+    """A pre-tokenizer for texts that follow a special token: no space is put before them, as at the start of a text."""
+    if not isinstance(pre_tokenizer, dict):
+        return pre_tokenizer
+    if isinstance(steps := pre_tokenizer.get("pretokenizers"), list):
+        return {**pre_tokenizer, "pretokenizers": list(map(_after_special, steps))}
+    first = pre_tokenizer.get("type") == "Metaspace" and pre_tokenizer.get("prepend_scheme") == "first"
+    return {**pre_tokenizer, "prepend_scheme": "never"} if first else pre_tokenizer
 
 
 def _converted(folder: Path) -> dict[str, Any]:

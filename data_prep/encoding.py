@@ -22,6 +22,8 @@ class TextEncoder:
 
     backend = ""
     """Name and version of the library, such as "fastokens 0.3.5"."""
+    chat: ChatFormat | None = None
+    """The chat format, where its tokens alone do not tell; None: `format_of` its tokens."""
     reason = ""
     """Reason why the fast library is not used; empty if it is."""
     _spelled: "SpelledTokens"
@@ -55,7 +57,9 @@ def encode_flat(encoder: TextEncoder, texts: Sequence[str]) -> tuple[np.ndarray,
 
 
 def chat_format(encoder: TextEncoder) -> ChatFormat:
-    """The chat format whose tokens the tokenizer has."""
+    """The chat format of the tokenizer's template, or the one whose tokens it has."""
+    if chat := getattr(encoder, "chat", None):
+        return chat
 
     def has(token: str) -> bool:
         try:

@@ -72,7 +72,7 @@ class FormReader:
     def __init__(
         self, source: SourceConfig, system_prompt: str | None = DEFAULT_SYSTEM, *, columnar: bool = False
     ) -> None:
-        self._columnar = columnar
+        self.name, self._columnar = source.name, columnar
         form = FORMATS[source.format]
         named = {**form.fields, **source.columns}
         self.fields = {name: column for name, column in named.items() if column not in source.ignore}

@@ -33,6 +33,7 @@ class RuleSettings:
     document: list[int]  # ids before the first turn of a document
     newline: list[int]
     header: int  # number of tokens of an assistant turn's header
+    header_end: int  # the token that ends a header of varying length; -1: none
     assistant: list[int]  # ids of the header between `<|im_start|>` and the newline, which may merge with the text
     trim: float  # largest share of its blocks that a document may have lost to fill a row
     cut_turns: bool  # whether a document may end inside a turn (overlong: reference)
@@ -48,6 +49,7 @@ class RuleSettings:
             chat = manifest["chat"]
             document = chat.get("document", [])  # datasets of earlier versions are ChatML
             numbers = [chat["im_start"], chat["header"]["assistant"], *chat["newline"], *chat["assistant"], *document]
+            numbers.append(chat.get("header_end", 0))
             if not all(type(n) is int and 0 <= n < 2**31 for n in numbers) or not 0 <= manifest["trim"] <= 1:
                 raise TypeError("chat or trim has a value of a wrong type or size")
             return cls(
@@ -59,6 +61,7 @@ class RuleSettings:
                 document=document,
                 newline=chat["newline"],
                 header=chat["header"]["assistant"],
+                header_end=chat.get("header_end", -1),
                 assistant=chat["assistant"][: len(chat["assistant"]) - len(chat["newline"])],
                 cut_turns=manifest["overlong"] == "reference",
                 untrained=_read_untrained(manifest, Path(folder)),
@@ -125,7 +128,11 @@ def read_row(tokens: np.ndarray, layout: RowLayout, settings: RuleSettings, epoc
     if len(settings.untrained):
         keys = turn_keys(layout.doc_ids[docs], starts - first[docs])
         name &= settings.untrained.take(np.searchsorted(settings.untrained, keys), mode="clip") != keys
-    begin = np.minimum(starts + settings.header, closing) - 1
+    header = starts + settings.header
+    if settings.header_end >= 0:
+        marks = np.append(np.flatnonzero(clean == settings.header_end), layout.n_clean)
+        header = marks[np.searchsorted(marks, starts)] + 1
+    begin = np.minimum(header, closing) - 1
     count = np.where(name, np.maximum(closing - begin, 0), 0)
     anchors = np.arange(count.sum()) + np.repeat(begin - first[docs] - (np.cumsum(count) - count), count)
     n_anchors = np.bincount(docs, weights=count, minlength=layout.n_docs).astype(np.int64)

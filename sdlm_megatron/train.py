@@ -99,7 +99,7 @@ def train(config: RunConfig, watch: Watch | None, *, profile: str | None = None,
     profile_steps = run_plan.parse_profile_steps(profile) if profile is not None else None
     dataset = PackedDataset(config.data.path)
     plan = run_plan.make_run_plan(config, dataset, log)
-    dp_size = world // (config.parallel.tensor * config.parallel.pipeline)
+    dp_size = world // config.parallel.model_size
     grid = run_plan.make_grid(plan.config, dataset, plan.state.rows_per_step, dp_size)
     log(describe(plan.config, plan, dataset, grid))
     if main_process and config.train.precision == "bf16" and (reason := slow_bf16()):
@@ -165,6 +165,7 @@ def describe(config: RunConfig, plan: "RunPlan", dataset: "PackedDataset", grid:
     source = {"resume": f"resumes from {plan.source} at step {state.step}", "random": "random weights"}.get(
         plan.kind, f"starts from {plan.source}"
     )
+    context = f" x CP {parallel.context}" if parallel.context > 1 else ""
     lines = [
         f"model    {shape.num_layers} layers, hidden {shape.hidden_size}, {shape.num_attention_heads} heads / "
         f"{shape.num_query_groups} KV, FFN {shape.ffn_hidden_size}, vocabulary {shape.vocab_size}"
@@ -172,7 +173,8 @@ def describe(config: RunConfig, plan: "RunPlan", dataset: "PackedDataset", grid:
         f"data     {dataset.path}: {dataset.rows(0)} rows of {dataset.row_length} tokens, "
         f"{dataset.manifest['mean_documents_per_row']:.2f} documents per row, block size {dataset.block_size}",
         f"layout   TP {parallel.tensor} (sequence parallel {'on' if parallel.sequence else 'off'}) x PP "
-        f"{parallel.pipeline}{_interleaved(parallel, shape)} x DP {grid.ranks}, {', '.join(_settings(config))}",
+        f"{parallel.pipeline}{_interleaved(parallel, shape)}{context} x DP {grid.ranks}, "
+        f"{', '.join(_settings(config))}",
         f"step     {state.rows_per_step} rows' documents in {rows} rows of {grid.row_length} tokens, {padding:.1%} "
         f"padding: {grid.micro_batches} micro-batches per data-parallel rank",
         f"length   {plan.steps} steps, {plan.total_rows} rows, learning rate {config.optimizer.lr:g} "

@@ -47,13 +47,16 @@ def make_engine(groups: Any) -> Callable:
     from sdlm_megatron.parallel.engine import Engine
     from sdlm_megatron.weights.hf_config import read_hf_config
 
-    def build(folder: Path, *, block_size: int = 4, causal_attn: bool = False, rows: bool = False) -> Engine:
+    def build(
+        folder: Path, *, block_size: int = 4, causal_attn: bool = False, rows: bool = False, rank: int = 0
+    ) -> Engine:
         config = RunConfig()
         config.train.precision = "fp32"
         config.train.loss_normalization = "rows" if rows else "targets"
         config.diffusion.block_size, config.diffusion.causal_attn = block_size, causal_attn
-        shape = read_hf_config(folder).shape
-        engine = Engine(config, shape, groups, max_positions=4096, steps=10, initialize=False)
+        config.lora.rank = rank
+        shape, options = read_hf_config(folder).shape, {"max_positions": 4096, "steps": 10, "initialize": False}
+        engine = Engine(config, shape, groups, mask_token_id=3, **options)
         load_base(folder, engine, new_mask=None)
         return engine
 

@@ -116,11 +116,12 @@ def make_dataset(
 # 32 positions, so that the three kinds of wavelengths occur within the rows of the tests
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
 LLAMA3 |= {"rope_type": "llama3"}
+YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 FAMILY_FIELDS: dict[str, dict[str, object]] = {
     "qwen2": {},
     "llama": {"rope_scaling": LLAMA3, "rope_theta": 500.0},
     "mistral": {"sliding_window": None, "head_dim": 24},
-    "qwen3": {"head_dim": 32},
+    "qwen3": {"head_dim": 32, "rope_scaling": YARN, "rope_theta": 500.0},
     "smollm3": {"no_rope_layer_interval": 2, "pad_token_id": PAD},
 }
 """Fields of config.json by which the families differ, for small models."""
@@ -183,9 +184,9 @@ def make_hf(
         p = f"model.layers.{i}."
         for x, n in (("q", heads), ("k", kv), ("v", kv)):
             tensors[f"{p}self_attn.{x}_proj.weight"] = normal(n * head, hidden, scale=0.15)
-            if model_type == "qwen2":
+            if FAMILIES[model_type].qkv_bias:
                 tensors[f"{p}self_attn.{x}_proj.bias"] = normal(n * head)
-        for x in "qk" * (model_type == "qwen3"):
+        for x in "qk" * FAMILIES[model_type].qk_norm:
             tensors[f"{p}self_attn.{x}_norm.weight"] = 1 + normal(head, scale=0.3)
         tensors[f"{p}self_attn.o_proj.weight"] = normal(hidden, heads * head)
         tensors[f"{p}mlp.gate_proj.weight"] = normal(ffn, hidden)

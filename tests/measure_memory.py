@@ -34,6 +34,7 @@ BASE = {
     "diffusion.block_size": D,
 }
 LARGE = {"model.vocab_size": 16000, "train.recompute": "full", "train.logits_mb": 8}
+LORA, SOME = {"lora.rank": 8}, ["q_proj", "v_proj", "up_proj"]
 CASES: dict[str, tuple[int, int, dict[str, object]]] = {
     # name: processes, micro-batches, settings
     "bf16, tied": (1, 2, {"model.tied_embeddings": True}),
@@ -50,6 +51,17 @@ CASES: dict[str, tuple[int, int, dict[str, object]]] = {
     "PP2 x VPP2": (2, 4, {"parallel.pipeline": 2, "parallel.virtual_pipeline": 2}),
     "DP2": (2, 1, {}),
     "norms of q and k": (1, 1, {"model.qk_norm": True, "model.qkv_bias": False, "model.head_dim": 48}),
+    "CP2": (2, 1, {"parallel.context": 2}),
+    "CP2, full recompute, wide": (
+        2, 1, {"parallel.context": 2, "train.recompute": "full", "model.ffn_hidden_size": 1024}
+    ),
+    "LoRA, tied": (1, 2, {"model.tied_embeddings": True, **LORA}),
+    "LoRA, 3 layers, full recompute": (1, 1, {"train.recompute": "full", "lora.targets": SOME, **LORA}),
+    "LoRA, 3 layers": (1, 1, {"lora.targets": SOME, **LORA}),
+    "LoRA, large vocabulary": (1, 1, {**LARGE, **LORA}),
+    "LoRA, TP2 + SP": (2, 1, {"parallel.tensor": 2, "parallel.sequence": True, **LORA}),
+    "LoRA, PP2, tied": (2, 4, {"parallel.pipeline": 2, "model.tied_embeddings": True, **LORA}),
+    "LoRA, DP2": (2, 1, LORA),
     "DP2, bf16 gradients": (2, 1, {"train.gradient_dtype": "bf16"}),
 }  # fmt: skip
 
@@ -104,7 +116,9 @@ def measure(name: str) -> tuple[Measured, RowTokens]:
     config = config_of(settings)
     groups = init_groups(config.parallel, seed=1)
     shape: ModelConfig = config.model
-    engine = Engine(config, shape, groups, row_length=LENGTH, max_positions=LENGTH + D, steps=10, initialize=True)
+    engine = Engine(
+        config, shape, groups, row_length=LENGTH, max_positions=LENGTH + D, steps=10, initialize=True, mask_token_id=3
+    )
     batches = []
     for i in range(micro_batches):
         tokens, layout = packed_row(i)
@@ -112,7 +126,11 @@ def measure(name: str) -> tuple[Measured, RowTokens]:
         batches.append(engine.prepare(made))
     engine.train_step(batches, 1)
     parameters = [p for module in engine.modules for p in module.parameters()]
-    known = [*parameters, *(x for m in engine.modules for x in m.buffers()), *(p.main_grad for p in parameters)]
+    known = [
+        *parameters,
+        *(x for m in engine.modules for x in m.buffers()),
+        *(p.main_grad for p in parameters if p.requires_grad),
+    ]
     for x in batches:
         known += [x.tokens, x.positions, x.label_index, x.label_targets, x.label_slots]
     from megatron.core import parallel_state
@@ -122,7 +140,7 @@ def measure(name: str) -> tuple[Measured, RowTokens]:
     live.known.update(x.untyped_storage()._cdata for x in known)
     with live:
         engine.forward_backward(batches)
-    labels = round(sum(len(x.label_index) for x in batches) / len(batches))
+    labels = round(sum(x.row_labels or len(x.label_index) for x in batches) / len(batches))
     return Measured(groups.pp_rank, **static_bytes(engine), peak=live.peak), row_of(batches[0].layout, labels)
 
 

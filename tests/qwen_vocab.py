@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, Qwen2Config, Qwen3Config
 
 from dev.quickstart.base_model import PinnedWheel, holds_model, new_folder
 from sdlm_megatron.errors import DataError, UserError
@@ -165,8 +165,11 @@ def make_tiny_qwen(
     ffn: int = 128,
     vocab: int = 151936,
     tied: bool = True,
+    family: str = "qwen2",
 ) -> Path:
     """Writes a Qwen2.5-shaped fp32 model with random weights and nonzero q/k/v biases; an existing one is reused.
+
+    The family "qwen3" has norms of q and k, heads wider than hidden / 4, and here YaRN from 64 positions.
 
     Args:
         folder: the folder to make; returned.
@@ -177,7 +180,9 @@ def make_tiny_qwen(
     if holds_model(folder):
         return folder
     ids: dict[str, Any] = QWEN_IDS if vocab > max(QWEN_IDS.values()) else {}
-    config = Qwen2Config(
+    long = {"rope_type": "yarn", "factor": 64.0, "original_max_position_embeddings": 64}
+    kind: Any = {"qwen2": Qwen2Config, "qwen3": Qwen3Config}[family]
+    config = kind(
         vocab_size=vocab,
         hidden_size=hidden,
         intermediate_size=ffn,
@@ -186,10 +191,11 @@ def make_tiny_qwen(
         num_key_value_heads=2,
         max_position_embeddings=4096,
         tie_word_embeddings=tied,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+        rope_parameters={**(long if family == "qwen3" else {"rope_type": "default"}), "rope_theta": 1e6},
+        **({"head_dim": 32} if family == "qwen3" else {}),
         **ids,
     )
-    model = Qwen2ForCausalLM(config)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in model.named_parameters():

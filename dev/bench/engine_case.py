@@ -103,7 +103,7 @@ def _drop_last_targets(batch: MicroBatch) -> MicroBatch:
     layout = batch.layout
     last = layout.n_clean + np.cumsum(layout.n_blocks) * layout.block_size - 1
     keep = torch.from_numpy(~np.isin(batch.label_index.numpy(), last))
-    names = ("label_index", "label_targets", "label_slots", "label_weights")
+    names = ("label_index", "label_targets", "label_slots", "label_weights", "label_documents")
     return replace(batch, **{n: values[keep] for n in names if (values := getattr(batch, n)) is not None})
 
 

@@ -10,7 +10,7 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from itertools import islice
@@ -21,7 +21,7 @@ import yaml
 from dev.evidence.experiment import ARMS, DOCUMENTS_PER_STEP, MAIN, RATES, VARIANTS, Arm, task_examples
 from dev.quickstart.base_model import make_smollm2
 from dev.quickstart.pipeline import run_command
-from dev.quickstart.task import messages_row
+from dev.quickstart.task import Example, messages_row
 from sdlm_megatron.config.command_line import make_parser
 from sdlm_megatron.config.hardware import best_precision
 from sdlm_megatron.data.tokenizer_identity import special_token_id, vocabulary_size
@@ -58,6 +58,9 @@ def write_tasks(out: Path, budget: Budget) -> None:
 class ArmTraining:
     """Training of one arm with one seed, from conversations to a Hugging Face folder."""
 
+    save_every = 0
+    """Steps between checkpoints, from which an interrupted training continues; 0: none but the last."""
+
     def __init__(self, out: Path, arm: Arm, seed: int, base: Path, budget: Budget, precision: str) -> None:
         self.arm, self.seed, self.base, self.budget, self.precision = arm, seed, base, budget, precision
         has_unused = special_token_id(base, UNUSED_TOKEN) < vocabulary_size(base)
@@ -89,13 +92,26 @@ class ArmTraining:
         write_text(path, yaml.safe_dump(config, sort_keys=False))
         return path
 
+    @property
+    def steps(self) -> int:
+        return round(self.arm.share * sum(self.budget.conversations.values()) / DOCUMENTS_PER_STEP)
+
+    def _length(self) -> dict[str, object]:
+        """The setting that ends the training; an epoch has about `steps` steps."""
+        return {"epochs": 1}
+
+    def _conversations(self) -> Iterator[tuple[str, Iterable[Example]]]:
+        """Name and training examples of each task."""
+        for task, amount in self.budget.conversations.items():
+            # Training seeds start at 100: the held-out prompts of seed 0 are drawn from another stream.
+            examples = task_examples(task, 100 + self.seed, held_out=False)
+            yield task, islice(examples, round(amount * self.arm.share))
+
     def _data_config(self) -> dict[str, object]:
         sources = []
-        for task, amount in self.budget.conversations.items():
+        for task, examples in self._conversations():
             path = self.dir / f"{task}.jsonl"
-            # Training seeds start at 100: the held-out prompts of seed 0 are drawn from another stream.
-            rows = islice(task_examples(task, 100 + self.seed, held_out=False), round(amount * self.arm.share))
-            write_text(path, "".join(json.dumps(messages_row(row)) + "\n" for row in rows))
+            write_text(path, "".join(json.dumps(messages_row(example)) + "\n" for example in examples))
             sources.append({"name": task, "format": "messages", "path": str(path)})
         return {
             "tokenizer": str(self.base),
@@ -111,17 +127,16 @@ class ArmTraining:
         }
 
     def _train_config(self) -> dict[str, object]:
-        arm = self.arm
-        steps = round(arm.share * sum(self.budget.conversations.values()) / DOCUMENTS_PER_STEP)
+        arm, steps = self.arm, self.steps
         return {
             "run_dir": str(self.dir),
             "data": {"path": str(self.dir / "data")},
             "diffusion": {"causal_attn": arm.causal_attn, "next_token_weight": arm.next_token_weight},
-            "checkpoint": {"base": str(self.base), "save_every": 0},
+            "checkpoint": {"base": str(self.base), "save_every": self.save_every, "keep_last": 1},
             "optimizer": {"lr": arm.lr, "beta2": 0.95},
             "schedule": {"style": "wsd", "warmup_steps": max(1, steps // 8), "decay_steps": max(1, 2 * steps // 5)},
             "train": {
-                "epochs": 1,
+                **self._length(),
                 "seed": self.seed,
                 "global_batch": 1,
                 "global_batch_unit": "rows",

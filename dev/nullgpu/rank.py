@@ -111,9 +111,11 @@ def build(config: RunConfig, args: argparse.Namespace) -> tuple["Engine", list]:
             row_length=args.row_length,
             steps=10_000,
             initialize=False,
+            mask_token_id=0,
         )
     size = config.diffusion.block_size
-    documents = make_documents("mixture", 4 * args.micro_batches + 8, args.row_length, config.model, size)
+    count = args.micro_batches * (1 if args.documents == "full" else 4) + 8
+    documents = make_documents(args.documents, count, args.row_length, config.model, size)
     return engine, pack_documents(documents, args.row_length, config.model, size)[: args.micro_batches]
 
 
@@ -245,6 +247,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--rank", type=int, default=0, help="rank of this process")
     add("--micro-batches", type=int, default=6, help="micro-batches of a step")
     add("--row-length", type=int, default=5632, help="tokens of a micro-batch")
+    documents = "lengths of the published mixture, or one document per row"
+    add("--documents", choices=("mixture", "full"), default="mixture", help=documents)
     add("--steps", type=int, default=3, help="steps; the first warms up, the last is a log step")
     add("--kernels", type=Path, metavar="FILE", help="write the launches of each kernel in a step")
     add("--roof", action="store_true", help="lower bound of the GPU's time by operator, of torch's operators only")

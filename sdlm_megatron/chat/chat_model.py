@@ -218,9 +218,11 @@ class ChatModel:
     def _chatml(self, messages: Sequence[Message]) -> list[int]:
         vocabulary = self.tokenizer.get_vocab()
         chat = format_of(vocabulary.__contains__)
-        if any(token not in vocabulary for token in chat.specials):
+        lacking = any(token not in vocabulary for token in chat.specials)
+        if chat.exchanges or lacking:
+            lacks = f" and lacks {' or '.join(chat.specials)}" if lacking else ""
             raise CheckpointError(
-                f"the tokenizer has no chat template and lacks {' or '.join(chat.specials)}",
+                f"the tokenizer has no chat template{lacks}",
                 str(self.folder),
                 "add a chat_template to its tokenizer_config.json",
             )

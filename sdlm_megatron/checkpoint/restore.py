@@ -11,6 +11,7 @@ from sdlm_megatron.errors import CheckpointError
 from sdlm_megatron.parallel.engine import Engine
 from sdlm_megatron.parallel.exchange import gather
 from sdlm_megatron.parallel.groups import Groups
+from sdlm_megatron.weights.adapter_tensors import InitialAdapters
 from sdlm_megatron.weights.checkpoint_folder import check_files
 from sdlm_megatron.weights.hf_config import read_hf_config
 from sdlm_megatron.weights.hf_weights import HFWeights
@@ -28,7 +29,7 @@ def load_base(folder: Path, engine: Engine, *, new_mask: NewMaskToken | None) ->
     Raises CheckpointError where tensors are missing, not named by config.json, quantized, or have another shape.
     """
     source = HFAsCheckpoint(HFWeights(folder), read_hf_config(folder).shape, new_mask, where=folder)
-    fill(engine, source, where=folder)
+    fill(engine, _with_adapters(engine, source), where=folder)
 
 
 def load(folder: Path, engine: Engine, *, step: int | None) -> None:
@@ -39,7 +40,16 @@ def load(folder: Path, engine: Engine, *, step: int | None) -> None:
 
     Raises CheckpointError where a tensor is missing, damaged or has another shape.
     """
-    fill(engine, TorchDist(folder / "weights"), where=folder, step=step)
+    source = TorchDist(folder / "weights")
+    fill(engine, source if step is not None else _with_adapters(engine, source), where=folder, step=step)
+
+
+def _with_adapters(engine: Engine, base: TensorReader) -> TensorReader:
+    """The base, with the adapters' initial values if the engine has any."""
+    lora, seed = engine.config.lora, engine.config.train.seed
+    if not lora.rank:
+        return base
+    return InitialAdapters(base, engine.shape, lora, mask_token_id=engine.mask_token_id, seed=seed)
 
 
 def fill(engine: Engine, source: TensorReader, *, where: Path, step: int | None = None) -> None:
@@ -56,15 +66,15 @@ def fill(engine: Engine, source: TensorReader, *, where: Path, step: int | None 
     first, problem = dist.get_global_rank(group, 0), None
     with torch.no_grad():
         for shard in shards:
-            shared = shard.replicated and engine.groups.dp_size > 1
-            if problem is None and not (shared and engine.groups.dp_rank):
+            shared = shard.replicated and engine.groups.dp_cp_size > 1
+            if problem is None and not (shared and engine.groups.dp_cp_rank):
                 try:
                     _read(shard, source)
                 except CheckpointError as error:
                     problem = error  # raised below: the other ranks already wait in the next broadcast
             if shared:
                 dist.broadcast(shard.flat.view(torch.uint8), src=first, group=group)  # as bytes: any dtype, any backend
-    if engine.groups.dp_size > 1:
+    if engine.groups.dp_cp_size > 1:
         fields = gather(problem and [problem.what, problem.where, problem.fix], engine.groups.device, group)
         problem = next((CheckpointError(*texts) for texts in fields if texts), None)
     if problem is not None:

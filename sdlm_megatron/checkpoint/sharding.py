@@ -106,7 +106,7 @@ def local_shards(engine: Engine, *, with_optimizer: bool) -> list[LocalShard]:
     """Everything of this process that belongs in a checkpoint, in the same order on all data-parallel ranks.
 
     Each element of the model is saved by one process: with a distributed optimizer by the one that owns its state, else
-    (all data-parallel ranks have the same) in equal shares of the parameters.
+    (all data-parallel ranks have the same, also of frozen parameters) in equal shares of the parameters.
     """
     parameters = [entry for module in engine.modules for entry in _place(engine, module)]
     states: dict[torch.nn.Parameter, _State] = {}
@@ -114,13 +114,14 @@ def local_shards(engine: Engine, *, with_optimizer: bool) -> list[LocalShard]:
         states = _states(engine.optimizer)
     groups, total, before = engine.groups, sum(p.numel() for p, _, _ in parameters), 0
     # Equal numbers of elements, so that all data-parallel ranks write equally much.
-    share = (total * groups.dp_rank // groups.dp_size, total * (groups.dp_rank + 1) // groups.dp_size)
+    rank, size = groups.dp_cp_rank, groups.dp_cp_size
+    share = (total * rank // size, total * (rank + 1) // size)
     sharded = any(state.sharded for state in states.values())
     shards = []
     for parameter, placed, first_replica in parameters:
         state, count = states.get(parameter), parameter.numel()
         low, high = (max(0, min(at - before, count)) for at in share)
-        if sharded:
+        if sharded and parameter.requires_grad:
             low, high = (0, 0) if state is None else (state.low, state.low + state.main.numel())
         saved = (low, high) if first_replica else (0, 0)
         shards.append(LocalShard("", parameter.detach().view(-1), 0, placed, saved, True))
@@ -229,16 +230,19 @@ def chained(optimizer: Any) -> Sequence[Any]:
 
 
 def hf_tensors(
-    engine: Engine, tensor_of: Callable[[Any], torch.Tensor] = torch.Tensor.detach
+    engine: Engine, tensor_of: Callable[[Any], torch.Tensor] = torch.Tensor.detach, *, trained_only: bool = False
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Hugging Face (name, tensor) pairs of an engine that has the whole model (TP = PP = 1).
 
     Args:
         tensor_of: the tensor of a parameter, such as its value or its gradient.
+        trained_only: leave out frozen parameters.
     """
     model = engine.module
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad and trained_only:
+            continue
         inner = layer_of(name)
         if inner is not None:
             name = f"decoder.layers.{model.decoder.layers[inner[0]].layer_number - 1}.{inner[1]}"
-        yield from to_hf(name, tensor_of(parameter), engine.shape)
+        yield from to_hf(name, tensor_of(parameter), engine.shape, engine.config.lora)

@@ -1,5 +1,6 @@
 """Every setting of a training run. The text below a field is its help in `sdlm train --help`."""
 
+import math
 from dataclasses import dataclass, field
 
 
@@ -34,18 +35,30 @@ class ModelConfig:
     nope_interval: int = 0
     """Each layer whose number (from 1) is a multiple of this has no rotary embedding: 4 in SmolLM3. 0: all have it."""
     rope_factor: float = 1.0
-    """Rope scaling of Llama 3: divisor of the frequencies of long wavelengths. 1: no scaling."""
+    """Rope scaling: divisor of the frequencies of long wavelengths. 1: no scaling."""
+    rope_type: str = "llama3"
+    """With rope_factor, the kind of scaling: llama3 | yarn."""
     rope_low_freq: float = 1.0
-    """With rope_factor: wavelengths above rope_original_positions / this are scaled in full."""
+    """With rope_factor: wavelengths above rope_original_positions / this are scaled in full. beta_slow of YaRN."""
     rope_high_freq: float = 4.0
-    """With rope_factor: wavelengths below rope_original_positions / this are not scaled; in between, in part."""
+    """With rope_factor: wavelengths below rope_original_positions / this are not scaled; in between, in part.
+    beta_fast of YaRN, where 32 is usual."""
     rope_original_positions: int = 8192
     """With rope_factor: positions of the model before its context was extended."""
+    rope_attention_factor: float = 0.0
+    """With yarn: factor of queries and keys. 0: 0.1 ln(rope_factor) + 1."""
 
     @property
     def head_size(self) -> int:
         """Dimension of an attention head: head_dim, or where that is 0 hidden_size / num_attention_heads."""
         return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def rope_magnitude(self) -> float:
+        """Factor of queries and keys after the rotary embedding; 1 without YaRN."""
+        if self.rope_type != "yarn" or self.rope_factor == 1:
+            return 1.0
+        return self.rope_attention_factor or 0.1 * math.log(self.rope_factor) + 1
 
 
 @dataclass
@@ -91,6 +104,9 @@ class ParallelConfig:
     """Pipeline stages (PP). num_layers must be a multiple of pipeline x virtual_pipeline."""
     virtual_pipeline: int = 1
     """Model chunks per pipeline stage. Above 1: the interleaved schedule, which divides the bubble by this number."""
+    context: int = 1
+    """Context parallelism (CP): the tokens of a row are split over this many processes, which exchange keys and values.
+    For rows that do not fit into memory; docs/long_context.md."""
     sequence: bool = False
     """Sequence parallelism: split activations outside attention and MLP over TP. Needs tensor > 1."""
     distributed_optimizer: bool = True
@@ -104,9 +120,31 @@ class ParallelConfig:
     """Overlap tensor-parallel communication with matrix products. Needs TransformerEngine's layers."""
 
     @property
+    def model_size(self) -> int:
+        """Processes of one copy of the model: data parallelism counts these copies."""
+        return self.tensor * self.pipeline * self.context
+
+    @property
     def group(self) -> int:
         """The number that divides a rank's micro-batches: the interleaved schedule processes them in groups of PP."""
         return self.pipeline if self.virtual_pipeline > 1 else 1
+
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""Linear layers of a transformer layer, by their names in Hugging Face folders."""
+
+
+@dataclass
+class LoraConfig:
+    """Low-rank adapters (LoRA): the base's weights are frozen; adapters and the mask token's row of the embedding are
+    trained."""
+
+    rank: int = 0
+    """Rank r of the adapters. 0: no adapters, all weights are trained."""
+    alpha: float = 32.0
+    """An adapter's output is multiplied by alpha / rank."""
+    targets: list[str] = field(default_factory=lambda: list(PROJECTIONS))
+    """Linear layers that get an adapter."""
 
 
 @dataclass
@@ -276,6 +314,7 @@ class RunConfig:
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     data: DataConfig = field(default_factory=DataConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     train: TrainConfig = field(default_factory=TrainConfig)

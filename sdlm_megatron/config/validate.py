@@ -7,10 +7,19 @@ from collections.abc import Mapping
 from dataclasses import is_dataclass, replace
 from typing import Any
 
-from sdlm_megatron.config.schema import CheckpointConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
+from sdlm_megatron.config.schema import (
+    PROJECTIONS,
+    CheckpointConfig,
+    LoraConfig,
+    ModelConfig,
+    ParallelConfig,
+    RunConfig,
+    TrainConfig,
+)
 from sdlm_megatron.errors import ConfigError
 
 CHOICES = {
+    "model.rope_type": ("llama3", "yarn"),
     "train.global_batch_unit": ("documents", "rows"),
     "train.precision": ("bf16", "fp32"),
     "train.attention": ("auto", "per_document", "triton", "decomposed", "flex", "dense"),
@@ -22,6 +31,8 @@ CHOICES = {
     "schedule.style": ("constant", "linear", "cosine", "wsd"),
     "observe.wandb": ("disabled", "offline", "online"),
 }
+SPLIT_ATTENTION = ("auto", "decomposed")
+"""Values of train.attention that work on a part of a row, for context parallelism."""
 _START = "start with torchrun or sdlm submit"
 FP8_MULTIPLE = 16
 """Divisor of all dimensions of an FP8 matrix product."""
@@ -43,12 +54,16 @@ RANGES = {
     "model.rope_low_freq": "(0, 1e6]",
     "model.rope_high_freq": "(0, 1e6]",
     "model.rope_original_positions": "[1, 1e9]",
+    "model.rope_attention_factor": "[0, 100]",
     "diffusion.block_size": "[0, 4096]",
     "diffusion.next_token_weight": "[0, 1000]",
     "data.skip_rows": ROWS,
     "parallel.tensor": "[1, 10000]",
     "parallel.pipeline": "[1, 10000]",
     "parallel.virtual_pipeline": "[1, 10000]",
+    "parallel.context": "[1, 10000]",
+    "lora.rank": "[0, 10000]",
+    "lora.alpha": "(0, 1e6]",
     "optimizer.lr": "(0, 10]",
     "optimizer.beta1": "[0, 1)",
     "optimizer.beta2": "[0, 1)",
@@ -155,12 +170,14 @@ def check_run(config: RunConfig, world_size: int) -> None:
     _require(config.data.path, "no dataset", "data.path", "--data.path=DIR, a folder written by `sdlm prepare`")
     check_schedule(config, config.train.steps or None)
     _check_parallel(config.parallel, world_size)
+    _check_context(config.train, config.parallel)
     _check_recompute(config.train)
     _check_checkpoint(config.checkpoint)
     _check_samples(config)
     _check_layers(config.train, config.parallel)
     _check_micro_batches(config.train, config.parallel)
     _check_precision(config.train)
+    check_lora(config.lora, "lora.targets")
     _require(
         config.diffusion.next_token_weight or not config.train.next_token_balance,
         "next_token_balance scales diffusion.next_token_weight, which is 0",
@@ -241,12 +258,22 @@ def _check_parallel(parallel: ParallelConfig, world_size: int) -> None:
         "parallel.overlap_tensor",
         "set parallel.tensor > 1 and parallel.sequence=true, or overlap_tensor=false",
     )
-    model_size = parallel.tensor * parallel.pipeline
     _require(
-        world_size % model_size == 0,
-        f"{world_size} processes are not a multiple of tensor {parallel.tensor} x pipeline {parallel.pipeline}",
+        world_size % parallel.model_size == 0,
+        f"{world_size} processes are not a multiple of tensor {parallel.tensor} x pipeline {parallel.pipeline} x "
+        f"context {parallel.context}",
         "parallel",
-        f"start a multiple of {model_size} processes, or change parallel.tensor / parallel.pipeline",
+        f"start a multiple of {parallel.model_size} processes, or change parallel.tensor / parallel.pipeline / "
+        "parallel.context",
+    )
+
+
+def _check_context(train: TrainConfig, parallel: ParallelConfig) -> None:
+    _require(
+        parallel.context == 1 or train.attention in SPLIT_ATTENTION,
+        f"train.attention={train.attention} needs whole rows, but context parallelism {parallel.context} splits them",
+        "train.attention",
+        f"set train.attention to one of {', '.join(SPLIT_ATTENTION)}, or parallel.context=1",
     )
 
 
@@ -303,6 +330,15 @@ def _check_precision(train: TrainConfig) -> None:
     _require(bf16 or train.gradient_dtype == "fp32", what, "train.gradient_dtype", fix.format("gradient_dtype=fp32"))
 
 
+def check_lora(lora: LoraConfig, where: str) -> None:
+    """Checks the names of the layers that get an adapter. Raises ConfigError."""
+    wrong = [name for name in lora.targets if name not in PROJECTIONS]
+    fix = f"some of {', '.join(PROJECTIONS)}"
+    _require(not wrong, f"there is no linear layer {', '.join(map(repr, wrong))}", where, fix)
+    _require(lora.targets, "no linear layer gets an adapter", where, fix)
+    _require(len({*lora.targets}) == len(lora.targets), "lora.targets names a layer twice", where, fix)
+
+
 def _check_samples(config: RunConfig) -> None:
     validates = config.data.validation and config.observe.validate_every
     for enabled, key in ((config.observe.sample_every, "sample_every"), (validates, "validate_every")):
@@ -357,6 +393,13 @@ def check_model(model: ModelConfig, config: RunConfig, row_length: int) -> None:
         "parallel.tensor",
         f"use a divisor or a multiple of {kv_heads} that divides {heads} heads",
     )
+    split = {"q_proj", "k_proj", "v_proj"} & {*config.lora.targets}
+    _require(
+        kv_heads % tp == 0 or not config.lora.rank or len(split) in (0, 3),
+        f"with more TP ranks ({tp}) than KV heads ({kv_heads}), adapters of some of q, k and v cannot be split evenly",
+        "lora.targets",
+        "name all of q_proj, k_proj, v_proj or none, or use a smaller parallel.tensor",
+    )
     setting = "parallel.pipeline" + (" x virtual_pipeline" if config.parallel.virtual_pipeline > 1 else "")
     _check_divisible("model.num_layers", model.num_layers, setting, chunks)
     layers, recomputed = model.num_layers // chunks, config.train.recompute_layers
@@ -366,10 +409,17 @@ def check_model(model: ModelConfig, config: RunConfig, row_length: int) -> None:
         "train.recompute_layers",
         "set a smaller number, or 0 for all layers",
     )
-    if config.parallel.sequence:
+    split = config.parallel.context > 1  # a rank's part of a row is padded to a multiple of `token_multiple`
+    if config.parallel.sequence and not split:
         _check_divisible("the dataset's row_length", row_length, "parallel.tensor", tp)
     if config.train.fp8 != "none":
-        _check_fp8(model, tp, row_length // (tp if config.parallel.sequence else 1))
+        tokens = row_length // (tp if config.parallel.sequence else 1)
+        _check_fp8(model, tp, FP8_MULTIPLE if split else tokens)
+
+
+def token_multiple(parallel: ParallelConfig, train: TrainConfig) -> int:
+    """Divisor of the number of tokens that the TP ranks of a pipeline stage process together."""
+    return (parallel.tensor if parallel.sequence else 1) * (FP8_MULTIPLE if train.fp8 != "none" else 1)
 
 
 def row_unit(row_length: int, parallel: ParallelConfig, train: TrainConfig) -> int:
@@ -378,8 +428,7 @@ def row_unit(row_length: int, parallel: ParallelConfig, train: TrainConfig) -> i
     About an 80th of a row, and no more than 64 tokens unless the layout needs it.
     """
     power = 1 << min(6, (row_length // 80).bit_length() - 1) if row_length >= 80 else 1
-    ranks, size = parallel.tensor if parallel.sequence else 1, FP8_MULTIPLE if train.fp8 != "none" else 1
-    return math.lcm(power, ranks * size)
+    return math.lcm(power, token_multiple(parallel, train))
 
 
 def _check_fp8(model: ModelConfig, tp: int, tokens: int) -> None:

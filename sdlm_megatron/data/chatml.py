@@ -1,4 +1,4 @@
-"""Chat formats shared by data preparation, export and chat: ChatML and Llama 3's headers."""
+"""Chat formats shared by data preparation, export and chat: ChatML, Llama 3's headers and Mistral's [INST]."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,7 +24,10 @@ class ChatFormat:
     end: str
     tail: str
     strips: bool
-    """White space around the content is removed."""
+    """White space around the content is removed; with `exchanges` around that of answers."""
+    exchanges: bool = False
+    """A question and its answer are one turn, without roles: start, question, role_end, answer, end. There is no system
+    turn."""
 
     @property
     def specials(self) -> list[str]:
@@ -48,6 +51,8 @@ CHATML = ChatFormat("", IM_START, "", "\n", IM_END, "\n", strips=False)
 LLAMA3 = ChatFormat(
     "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "\n\n", "<|eot_id|>", "", strips=True
 )
+INST = ChatFormat("<s>", "[INST]", "[/INST]", "", "</s>", "", strips=False, exchanges=True)
+"""Mistral's templates with tokens for their marks; some have a space before the content (`inst_format`)."""
 
 
 def format_of(has: Callable[[str], bool]) -> ChatFormat:
@@ -56,4 +61,4 @@ def format_of(has: Callable[[str], bool]) -> ChatFormat:
     Args:
         has: whether a text is a token of the tokenizer.
     """
-    return next((known for known in (CHATML, LLAMA3) if all(map(has, known.specials))), CHATML)
+    return next((known for known in (CHATML, LLAMA3, INST) if all(map(has, known.specials))), CHATML)

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from sdlm_megatron.data.indexed import IndexedReader, IndexedWriter
-from sdlm_megatron.data.sizes import EpochSizes, read_sizes, scan_layouts, sizes_prefix, write_sizes
+from sdlm_megatron.data.sizes import CLEAN, EpochSizes, read_sizes, scan_layouts, sizes_prefix, write_sizes
 from sdlm_megatron.diffusion.layout import IGNORE, RowLayout, slot_targets
 from sdlm_megatron.errors import DataError
 from sdlm_megatron.files import checked, most_open, read_json_object, regular_file, rename_whole, sha256, write_json
@@ -315,6 +315,10 @@ class PackedDataset:
             except (ValueError, OSError) as error:
                 raise DataError(f"the sizes of documents cannot be read: {error}", where, REBUILD) from None
         return self._sizes[epoch]
+
+    def longest_document(self, epoch: int) -> int:
+        """Clean tokens of the longest document of an epoch. Raises DataError if the sizes cannot be read."""
+        return int(self.sizes(epoch).table[:, CLEAN].max(initial=0))
 
     def _check_sizes(self, epoch: int) -> None:
         """Compares file sizes with the manifest, so that a truncated copy fails at start and not hours later."""

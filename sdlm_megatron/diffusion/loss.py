@@ -48,7 +48,7 @@ def balanced_weights(
 
 
 def loss_terms(
-    total: torch.Tensor, targets: torch.Tensor, slots: torch.Tensor, block_size: int, *, by_row: bool
+    total: torch.Tensor, batch: MicroBatch, block_size: int, *, by_row: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Numerator (float, differentiable) and denominator (int32) that a micro-batch adds to the loss of the step.
 
@@ -60,15 +60,18 @@ def loss_terms(
     - by_row=True: the mean over the row's own targets, and 1, so the loss is a mean of rows' means. It is the nearest
       equivalent of the reference code, which averages over each rank's micro-batch.
 
-    Targets of clean tokens add their weighted losses to the numerator and are not counted.
+    Targets of clean tokens add their weighted losses to the numerator and are not counted. The terms of a row's shards
+    add up to those of the row.
 
     Args:
         total: float (), sum of the weighted losses of the row's targets; 0 for a row without targets.
-        targets: int64 (N,), IGNORE where there is none.
-        slots: int64 (N,), slot of each label row, D for a clean token.
+        batch: the row, or a shard of it.
         block_size: D.
     """
-    count = ((targets != IGNORE) & (slots < block_size)).sum()
+    if by_row and batch.shard:
+        first = batch.row_targets > 0 and batch.shard.rank == 0  # a row counts once
+        return total / max(1, batch.row_targets), torch.full_like(batch.label_targets[0], first, dtype=torch.int32)
+    count = ((batch.label_targets != IGNORE) & (batch.label_slots < block_size)).sum()
     if by_row:
         return total / count.clamp(min=1), (count > 0).int()
     return total, count.int()
@@ -106,11 +109,11 @@ class LabelRows:
         pass. Decoding accepts the longest prefix of slots with a confidence above the threshold, at least the first
         slot. The prefix ends where the targets end, because decoding drops tokens after the end of a turn.
         """
-        targets, slots, layout = self.batch.label_targets, self.batch.label_slots, self.batch.layout
-        n_blocks, size = len(layout.starts), self.block_size
+        targets, slots = self.batch.label_targets, self.batch.label_slots
+        n_blocks, size = self.batch.n_blocks, self.block_size
         in_block = (targets != IGNORE) & (slots < size)
         # label rows outside of blocks go to an extra row and column, which are cut off: no mask, so no host wait
-        block = torch.where(in_block, (self.batch.label_index - layout.n_clean) // size, n_blocks)
+        block = torch.where(in_block, (self.batch.label_index - self.batch.n_clean) // size, n_blocks)
         table = torch.zeros(n_blocks + 1, size + 1, dtype=torch.float32, device=self.confidence.device)
         table.index_put_((block, slots), self.confidence)
         table = table[:n_blocks, :size]

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from sdlm_megatron.diffusion.layout import IGNORE, RowLayout, next_token_targets, row_positions, row_targets
+from sdlm_megatron.diffusion.shard import RowShard, shard_length
 
 
 class Movable(Protocol):
@@ -48,6 +49,23 @@ class MicroBatch:
     """Requests the logits of the label rows instead of their losses."""
     measure: bool = False
     """Requests confidence and correctness in addition to the losses."""
+    shard: RowShard | None = None
+    """Which part of the row the tensors hold; None: all of it. `layout`, `rows` stay those of the whole row."""
+    label_numbers: np.ndarray | None = field(default=None, compare=False)
+    """Of a shard, int64 on the host: numbers of its label rows among those of the whole row, without the stand-in."""
+    row_targets: int = 0
+    row_labels: int = 0
+    """Of a shard: block targets, and label rows, of the whole row."""
+
+    @property
+    def n_clean(self) -> int:
+        """Clean tokens among `tokens`, which come first."""
+        return (self.shard or self.layout).n_clean
+
+    @property
+    def n_blocks(self) -> int:
+        """Blocks among `tokens`, which follow."""
+        return self.shard.n_blocks if self.shard else len(self.layout.starts)
 
     def to(self, device: torch.device | str) -> "MicroBatch":
         """A copy on `device`."""
@@ -126,3 +144,44 @@ def make_micro_batch(
         documents,
         label_weights=weights,
     )
+
+
+def shard_row(batch: MicroBatch, rank: int, size: int, *, multiple: int = 1) -> MicroBatch:
+    """The part of a row that rank `rank` of `size` ranks has, padded to the same length on all of them.
+
+    Its label rows keep the targets, slots and weights that they have in the row.
+
+    Args:
+        batch: a whole row, on the host.
+        multiple: the length is a multiple of it.
+    """
+    shard = RowShard(batch.layout, rank, size)
+    length = shard_length(batch.tokens.shape[1], batch.layout.block_size, size, multiple)
+    tokens, positions = (torch.zeros(1, length, dtype=torch.int64) for _ in range(2))
+    index = torch.from_numpy(shard.index)
+    tokens[0, : shard.used], positions[0, : shard.used] = batch.tokens[0, index], batch.positions[0, index]
+    place = np.full(batch.tokens.shape[1], -1)
+    place[shard.index] = np.arange(shard.used)
+    of_labels = place[batch.label_index.numpy()]
+    numbers = np.flatnonzero((of_labels >= 0) & (batch.label_documents >= 0))
+    picked = numbers if len(numbers) else np.zeros(1, np.int64)
+    counted = (batch.label_targets != IGNORE) & (batch.label_slots < batch.layout.block_size)
+    part = replace(
+        batch,
+        tokens=tokens,
+        positions=positions,
+        label_index=torch.from_numpy(of_labels[picked]),
+        label_targets=batch.label_targets[picked],
+        label_slots=batch.label_slots[picked],
+        label_documents=batch.label_documents[picked],
+        label_weights=None if batch.label_weights is None else batch.label_weights[picked],
+        shard=shard,
+        label_numbers=numbers,
+        row_targets=int(counted.sum()),
+        row_labels=len(batch.label_index),
+    )
+    if len(numbers):
+        return part
+    zero = torch.zeros(1, dtype=torch.int64)  # a stand-in, as in make_micro_batch
+    alone = {"label_index": zero, "label_targets": zero + IGNORE, "label_slots": zero}
+    return replace(part, **alone, label_documents=np.full(1, -1))

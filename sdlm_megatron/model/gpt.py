@@ -1,6 +1,5 @@
 """GPTModel of Megatron-Core with three changes: RoPE by position id, attention by row layout, head on label rows."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -11,10 +10,10 @@ from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.profiler import record_function
 
-from sdlm_megatron.diffusion.layout import RowLayout
 from sdlm_megatron.diffusion.row import MicroBatch
-from sdlm_megatron.model.attention.contract import RowAttention
+from sdlm_megatron.model.attention.contract import BuildAttention, RowAttention
 from sdlm_megatron.model.label_loss import LabelLosses, Vocabulary, label_logits, label_losses
+from sdlm_megatron.model.lora_layers import MaskRow
 
 
 @dataclass
@@ -36,6 +35,7 @@ class SDLMCoreAttention(torch.nn.Module):
     def __init__(self, config: TransformerConfig, layer_number: int, *args: Any, **kwargs: Any) -> None:
         super().__init__()
         assert config.kv_channels is not None
+        self.layer_number = layer_number
         self.scale = kwargs.get("softmax_scale") or config.kv_channels**-0.5
 
     def forward(
@@ -63,24 +63,33 @@ class SDLMModel(GPTModel):
     Args:
         args, kwargs: of GPTModel.
         real_vocab_size: rows of the Hugging Face embedding; rows added for tensor parallelism stay out of the softmax.
-        row_attention: builds the attention of a row from its layout and length S.
+        row_attention: builds the attention of a row.
         logits_mb: memory limit of a chunk of logits, MB; see label_loss.
+        mask_token_id: token whose row is trained apart, in a model with adapters (lora_layers).
     """
 
     def __init__(
         self,
         *args: Any,
         real_vocab_size: int,
-        row_attention: Callable[[RowLayout, int], RowAttention],
+        row_attention: BuildAttention,
         logits_mb: float,
+        mask_token_id: int = -1,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, position_embedding_type="rope", **kwargs)
+        self.rotary_pos_emb.cp_group = None  # it would take this rank's part by index; see _preprocess
         self.real_vocab_size, self.row_attention, self.logits_mb = real_vocab_size, row_attention, logits_mb
+        self.mask_token_id = mask_token_id
         if self.post_process:
             # Replacing forward and calling the layer as a module keeps its hooks: with overlap_param_gather, one of
             # them waits for the gather of this layer's weight.
             self.output_layer.forward = self._label_losses
+
+    @property
+    def trained_row(self) -> MaskRow | None:
+        """The mask token's row on this chunk, in a model with adapters."""
+        return getattr(self.embedding if self.pre_process else self, "mask_row", None)
 
     def forward(self, batch: MicroBatch) -> torch.Tensor | LabelLosses:
         """Forward pass of this chunk over one row.
@@ -92,7 +101,7 @@ class SDLMModel(GPTModel):
         self._batch = batch
         attention = cast("RowAttention | None", batch.attention)
         if attention is None:
-            attention = self.row_attention(batch.layout, batch.tokens.shape[1]).to(batch.tokens.device)
+            attention = self.row_attention(batch.shard or batch.layout, batch.tokens.shape[1]).to(batch.tokens.device)
         return super().forward(
             batch.tokens,
             batch.positions,
@@ -105,6 +114,8 @@ class SDLMModel(GPTModel):
         """GPTModel's inputs of the decoder, with RoPE angles by position id instead of by index in the row."""
         # Blocks repeat positions of the clean part and documents restart at 0, so indices would be wrong.
         embedded, _, *rest = super()._preprocess(input_ids, position_ids, *args, **kwargs)
+        if self.pre_process and self.trained_row is not None:
+            embedded = self.trained_row.embedded(embedded, input_ids, self.mask_token_id)
         inverse = self.rotary_pos_emb.inv_freq.to(position_ids.device)
         angles = position_ids[0].float()[:, None] * inverse  # fp32: bf16 represents integers only up to 256
         freqs = torch.cat([angles, angles], dim=-1)[:, None, None, :]  # [S, 1, 1, d]
@@ -132,6 +143,9 @@ class SDLMModel(GPTModel):
             real=min(max(0, self.real_vocab_size - first), len(weight)),
             group=tp if tp.size() > 1 else None,
         )
+        row = None
+        if tied and self.trained_row is not None:
+            row = self.trained_row.of_head(weight, self.mask_token_id - first)
         with record_function("sdlm::head"):
             rows = hidden_states[batch.label_index, 0]
             if batch.logits:
@@ -144,4 +158,6 @@ class SDLMModel(GPTModel):
                 logits_mb=self.logits_mb,
                 loss_weights=batch.label_weights,
                 measure=batch.measure,
+                trained_row=row,
+                trained_index=self.mask_token_id - first,
             )

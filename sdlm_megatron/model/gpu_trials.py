@@ -19,6 +19,7 @@ from sdlm_megatron.model.attention.choice import TOLERANCE, Heads, check_backend
 from sdlm_megatron.model.packages import LIBRARY_ERRORS, find_packages, first_line
 
 TOKENS, WIDTH, INNER = 256, 512, 1024
+FIX_DEVICE = "restart the machine; if it stays, use another GPU: this one or its driver is broken"
 FIX = "install a build of the library for this GPU, this torch and its CUDA; or choose other layers or attention"
 
 
@@ -87,6 +88,9 @@ def _error(
 
 def run_trial(name: str, device: torch.device) -> str:
     """Runs a trial of TRIALS; a sentence about its result. Raises ConfigError where it fails or differs."""
+    # On a device that returns zeros whatever it is asked, the errors below would be 0, too.
+    if (computed := float(torch.arange(5.0).to(device).square().sum())) != 30:
+        raise ConfigError(f"the device computes 0 + 1 + 4 + 9 + 16 = {computed:g}", name, FIX_DEVICE)
     try:
         text, error = TRIALS[name](device)
     except LIBRARY_ERRORS as raised:

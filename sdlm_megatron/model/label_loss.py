@@ -53,6 +53,8 @@ def label_losses(
     logits_mb: float,
     loss_weights: torch.Tensor | None = None,
     measure: bool = False,
+    trained_row: torch.Tensor | None = None,
+    trained_index: int = -1,
 ) -> LabelLosses:
     """Losses of the label rows.
 
@@ -64,12 +66,18 @@ def label_losses(
         logits_mb: memory limit of a chunk, MB.
         loss_weights: float32 (N,), weight of each row's loss in `total`; None: 1.
         measure: also compute `confidence` and `correct`, which costs another pass over the probabilities.
+        trained_row: (1, hidden), the only row of a frozen `weight` that has a gradient; None: none has, or all have.
+        trained_index: its index in `weight`; outside of it the gradient is 0.
     """
     # len(weight) and not vocabulary.real, which is smaller on the last rank: TP ranks must cut the same chunks,
     # since each chunk takes part in collectives
     rows = max(1, int(logits_mb * 1e6) // (BYTES * len(weight)))
     gradients = torch.is_grad_enabled()
-    return LabelLosses(*_LabelLoss.apply(hidden, weight, targets, loss_weights, vocabulary, rows, gradients, measure))
+    local = slice(0, vocabulary.real) if weight.requires_grad else slice(0, 0)
+    if trained_row is not None and 0 <= trained_index < vocabulary.real:
+        local = slice(trained_index, trained_index + 1)
+    options = (vocabulary, rows, local, gradients, measure)
+    return LabelLosses(*_LabelLoss.apply(hidden, weight, trained_row, targets, loss_weights, *options))
 
 
 def label_logits(hidden: torch.Tensor, weight: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
@@ -88,10 +96,12 @@ class _LabelLoss(torch.autograd.Function):
         ctx: Any,
         hidden: torch.Tensor,
         weight: torch.Tensor,
+        trained_row: torch.Tensor | None,
         targets: torch.Tensor,
         loss_weights: torch.Tensor | None,
         vocabulary: Vocabulary,
         rows: int,
+        trained: slice,
         with_gradients: bool,
         measure: bool,
     ) -> tuple[torch.Tensor | None, ...]:
@@ -99,7 +109,7 @@ class _LabelLoss(torch.autograd.Function):
         used = weight[: vocabulary.real]
         # one buffer for all chunks: on a CPU, touching fresh memory costs more than the arithmetic on it
         buffer = hidden.new_empty(min(rows, len(hidden)), len(used))
-        product = _WeightGradient(used) if with_gradients else None
+        product = _WeightGradient(used[trained]) if with_gradients else None
         grad_hidden = torch.empty_like(hidden) if with_gradients else None
         parts = []
         for begin in range(0, len(hidden), rows):
@@ -116,11 +126,14 @@ class _LabelLoss(torch.autograd.Function):
                 if loss_weights is not None:  # multiplied by an fp32 tensor: bf16 would round a weight of 0.1
                     grad_hidden[chunk].mul_(loss_weights[chunk, None])
                     inputs.mul_(loss_weights[chunk, None])
-                product.add(gradient, inputs, last=begin + rows >= len(hidden))
+                if trained.stop > trained.start:
+                    product.add(gradient[:, trained], inputs, last=begin + rows >= len(hidden))
         nlls, *measured = zip(*parts, strict=True)
         all_nll = torch.cat(nlls)
         confidence, correct = (torch.cat(p) if measure else None for p in measured)
-        ctx.group, ctx.weight_rows = vocabulary.group, len(weight)
+        ctx.group, ctx.row = vocabulary.group, trained_row is not None
+        # rows of the gradient that is returned; 0: of none
+        ctx.weight_rows = 1 if trained_row is not None else len(weight) if weight.requires_grad else 0
         ctx.save_for_backward(grad_hidden, product and product.total)
         ctx.mark_non_differentiable(*(t for t in (all_nll, confidence, correct) if t is not None))
         losses = torch.where(real, all_nll, 0.0)
@@ -134,11 +147,14 @@ class _LabelLoss(torch.autograd.Function):
         grad_hidden.mul_(grad_total)
         if ctx.group is not None:  # each rank has the contribution of its shard of the vocabulary
             dist.all_reduce(grad_hidden, group=ctx.group)
+        if grad_weight is None:  # frozen, or the trained row is on another rank
+            grad_weight = grad_hidden.new_zeros(0, grad_hidden.shape[1])
         grad_weight.mul_(grad_total)
         if len(grad_weight) < ctx.weight_rows:
             padding = grad_weight.new_zeros(ctx.weight_rows - len(grad_weight), grad_weight.shape[1])
             grad_weight = torch.cat([grad_weight, padding])
-        return grad_hidden, grad_weight, None, None, None, None, None, None
+        gradients = (None, grad_weight) if ctx.row else (grad_weight if ctx.weight_rows else None, None)
+        return grad_hidden, *gradients, None, None, None, None, None, None, None
 
 
 def _cross_entropy(

@@ -2,7 +2,6 @@
 
 import importlib.util
 import math
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -17,11 +16,11 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn.functional import silu
 
-from sdlm_megatron.config.schema import ModelConfig, ParallelConfig, TrainConfig
-from sdlm_megatron.diffusion.layout import RowLayout
-from sdlm_megatron.model.attention.contract import RowAttention
+from sdlm_megatron.config.schema import LoraConfig, ModelConfig, ParallelConfig, TrainConfig
+from sdlm_megatron.model.attention.contract import BuildAttention
 from sdlm_megatron.model.gpt import SDLMCoreAttention, SDLMModel
 from sdlm_megatron.model.layers import TRANSFORMER_ENGINE, Layers
+from sdlm_megatron.model.lora_layers import add_adapters
 from sdlm_megatron.weights.names import padded_vocab, partition_dim
 
 
@@ -74,6 +73,7 @@ def transformer_config(
         # several chunks could not be matched
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
+        context_parallel_size=parallel.context,
         sequence_parallel=parallel.sequence,
         **_recompute(train),
         calculate_per_token_loss=True,  # numerators and denominators are summed, so empty rows weigh nothing
@@ -88,16 +88,38 @@ def transformer_config(
 
 def _nope_layers(shape: ModelConfig) -> list[int] | None:
     """1 for each layer without rotary embedding; None where all have it."""
-    n = shape.nope_interval
-    return [int((i + 1) % n == 0) for i in range(shape.num_layers)] if n else None
+    return [int(_is_nope(i + 1, shape)) for i in range(shape.num_layers)] if shape.nope_interval else None
+
+
+def _is_nope(number: int, shape: ModelConfig) -> bool:
+    """Whether layer `number`, from 1, has no rotary embedding."""
+    return shape.nope_interval > 0 and number % shape.nope_interval == 0
 
 
 def scaled_frequencies(frequencies: torch.Tensor, shape: ModelConfig) -> torch.Tensor:
-    """Llama 3's rope scaling of frequencies in radians per position, fp32 (head_dim / 2,)."""
-    turns = shape.rope_original_positions / (2 * math.pi / frequencies)  # within the original context
-    unscaled = (turns - shape.rope_low_freq) / (shape.rope_high_freq - shape.rope_low_freq)
-    share = unscaled.clamp(0, 1)  # 0: long wavelengths, 1: short ones
+    """Rope scaling of frequencies in radians per position, fp32 (head_dim / 2,)."""
+    if shape.rope_type == "yarn":
+        share = _yarn_share(shape).to(frequencies)
+    else:
+        turns = shape.rope_original_positions / (2 * math.pi / frequencies)  # within the original context
+        unscaled = (turns - shape.rope_low_freq) / (shape.rope_high_freq - shape.rope_low_freq)
+        share = unscaled.clamp(0, 1)  # 0: long wavelengths, 1: short ones
     return (1 - share) * frequencies / shape.rope_factor + share * frequencies
+
+
+def _yarn_share(shape: ModelConfig) -> torch.Tensor:
+    """Unscaled share of each frequency in YaRN: a ramp over their indices, where Llama 3 has one over the turns."""
+
+    def index(turns: float) -> float:
+        """Index of the frequency with this number of turns within the original context."""
+        log = math.log(shape.rope_original_positions / (turns * 2 * math.pi)) / math.log(shape.rope_theta)
+        return shape.head_size / 2 * log
+
+    first = max(math.floor(index(shape.rope_high_freq)), 0)
+    last = min(math.ceil(index(shape.rope_low_freq)), shape.head_size - 1)
+    # the width of 0.001 of a ramp without any is transformers'
+    ramp = (torch.arange(shape.head_size // 2, dtype=torch.float32) - first) / (last - first or 0.001)
+    return 1 - ramp.clamp(0, 1)
 
 
 def _recompute(train: TrainConfig) -> dict[str, Any]:
@@ -124,10 +146,14 @@ def fuses_gradient_accumulation() -> bool:
     return torch.cuda.is_available() and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
 
 
-def block_spec(config: TransformerConfig, kind: str) -> TransformerBlockSubmodules:
-    """Specification of this stage's layers, of the kind chosen by `choose_layers`, with our core attention."""
+def block_spec(config: TransformerConfig, kind: str, *, separate_norms: bool = False) -> TransformerBlockSubmodules:
+    """Specification of this stage's layers, of the kind chosen by `choose_layers`, with our core attention.
+
+    Args:
+        separate_norms: norms are modules of their own also in TransformerEngine's layers.
+    """
     if kind == TRANSFORMER_ENGINE:
-        spec, norm = _transformer_engine_spec(config)
+        spec, norm = _transformer_engine_spec(config, separate_norms)
     else:
         spec, norm = get_gpt_layer_local_spec(normalization="RMSNorm"), RMSNorm
         spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = norm
@@ -138,16 +164,17 @@ def block_spec(config: TransformerConfig, kind: str) -> TransformerBlockSubmodul
     return TransformerBlockSubmodules(layer_specs=[spec] * get_num_layers_to_build(config), layer_norm=norm)
 
 
-def _transformer_engine_spec(config: TransformerConfig) -> tuple[ModuleSpec, type]:
+def _transformer_engine_spec(config: TransformerConfig, separate_norms: bool) -> tuple[ModuleSpec, type]:
     """Specification of TransformerEngine's layers, and their norm.
 
-    Norm and linear layer are one module, except where the output of the norm is to be recomputed. Parameter names in
-    checkpoints are the same either way.
+    Norm and linear layer are one module, except where the output of the norm is to be recomputed or an adapter reads
+    it. Parameter names in checkpoints are the same either way.
     """
     from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TENorm
 
     spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
-    if config.recompute_granularity == "selective" and "layernorm" in (config.recompute_modules or ()):
+    recomputed = config.recompute_granularity == "selective" and "layernorm" in (config.recompute_modules or ())
+    if recomputed or separate_norms:
         layer, mlp = spec.submodules, spec.submodules.mlp
         layer.input_layernorm = layer.pre_mlp_layernorm = TENorm
         layer.self_attention.submodules.linear_qkv = TEColumnParallelLinear
@@ -166,9 +193,11 @@ def build_model(
     first_stage: bool,
     last_stage: bool,
     max_positions: int,
-    row_attention: Callable[[RowLayout, int], RowAttention],
+    row_attention: BuildAttention,
     logits_mb: float,
     chunk: int = 0,
+    lora: LoraConfig | None = None,
+    mask_token_id: int = -1,
 ) -> SDLMModel:
     """Builds one of this process's model chunks.
 
@@ -183,11 +212,14 @@ def build_model(
         max_positions: longest position id + 1.
         row_attention, logits_mb: see SDLMModel.
         chunk: index of the chunk on this stage.
+        lora: adapters; None or rank 0: all weights are trained.
+        mask_token_id: token whose row of the embedding is trained with adapters.
     """
     chunks = config.virtual_pipeline_model_parallel_size or 1
+    adapters = lora if lora is not None and lora.rank else None
     model = SDLMModel(
         config=config,
-        transformer_layer_spec=block_spec(config, layers.kind),
+        transformer_layer_spec=block_spec(config, layers.kind, separate_norms=adapters is not None),
         vocab_size=padded_vocab(shape.vocab_size, config.tensor_model_parallel_size),
         max_sequence_length=max_positions,
         pre_process=first_stage and chunk == 0,
@@ -198,10 +230,16 @@ def build_model(
         real_vocab_size=shape.vocab_size,
         row_attention=row_attention,
         logits_mb=logits_mb,
+        mask_token_id=mask_token_id,
     )
+    if adapters is not None:
+        add_adapters(model, shape, adapters)
     if shape.rope_factor != 1:
         # not Megatron-Core's own scaling: it fixes all numbers but the factor
         model.rotary_pos_emb.inv_freq = scaled_frequencies(model.rotary_pos_emb.inv_freq, shape)
+    for module in model.modules():
+        if isinstance(module, SDLMCoreAttention) and not _is_nope(module.layer_number, shape):
+            module.scale *= shape.rope_magnitude**2  # here, because TransformerEngine's fused RoPE takes no factor
     for module in model.modules():
         if hasattr(module, "fuse_wgrad_accumulation"):  # TransformerEngine's layers read it in each forward pass
             module.fuse_wgrad_accumulation = True

@@ -13,7 +13,7 @@ import sdlm_megatron
 from sdlm_megatron.config.schema import RunConfig
 
 PACKAGES = ("torch", "megatron-core", "transformers", "transformer-engine")
-_SECTIONS = ("diffusion", "optimizer", "schedule", "train", "parallel")
+_SECTIONS = ("diffusion", "optimizer", "schedule", "train", "parallel", "lora")
 _DATA = ("row_length", "max_document_length", "block_size", "repeat", "seed", "overlong", "system_prompt", "checksum")
 _TALLY = ("rows", "packed", "truncated", "clean_tokens", "blocks")
 

@@ -107,7 +107,7 @@ def _connect(optimizer: MegatronOptimizer, groups: Groups) -> int:
     """A small all-reduce in each group that a step uses; returns the number of groups with more than one member."""
     collection = groups.collection
     # in the same order on all processes, or two of them could wait for each other in different groups
-    used = [dist.group.WORLD, collection.tp, collection.pp, collection.dp_cp, collection.embd]
+    used = [dist.group.WORLD, collection.tp, collection.pp, collection.cp, collection.dp_cp, collection.embd]
     used.append(optimizer.get_grad_stats_parallel_group())
     connected = 0
     for i, group in enumerate(used):

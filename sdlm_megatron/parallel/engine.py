@@ -20,10 +20,12 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.profiler import record_function
 
 from sdlm_megatron.config.schema import ModelConfig, RunConfig
+from sdlm_megatron.config.validate import token_multiple
 from sdlm_megatron.diffusion.decode_step import Step
 from sdlm_megatron.diffusion.layout import pack_row
 from sdlm_megatron.diffusion.loss import BALANCE_DECAY, LabelRows, balanced_weights, loss_terms, slot_sums
-from sdlm_megatron.diffusion.row import MicroBatch, make_micro_batch
+from sdlm_megatron.diffusion.row import MicroBatch, make_micro_batch, shard_row
+from sdlm_megatron.diffusion.shard import shard_length
 from sdlm_megatron.model.attention.choice import AttentionBackend, Heads, choose_attention
 from sdlm_megatron.model.gpt import SDLMModel
 from sdlm_megatron.model.label_loss import LabelLosses
@@ -60,6 +62,7 @@ class Engine:
         initialize: initialize the weights at random; False where a checkpoint or a base follows.
         row_length: tokens of a row; needed for parallel.overlap_tensor.
         attention: backend to use; None: that of train.attention on this device.
+        mask_token_id: of the dataset; with adapters (lora.rank) the token whose row of the embedding is trained.
     """
 
     def __init__(
@@ -73,8 +76,10 @@ class Engine:
         initialize: bool,
         row_length: int = 0,
         attention: AttentionBackend | None = None,
+        mask_token_id: int = -1,
     ) -> None:
         self.config, self.shape, self.groups = config, shape, groups
+        self.mask_token_id = mask_token_id
         self.dtype = PRECISIONS[config.train.precision]
         self.layers = choose_layers(config.train, config.parallel, find_packages())
         self.heads = Heads(
@@ -84,13 +89,21 @@ class Engine:
             dtype=self.dtype,
         )
         self.attention = attention or choose_attention(
-            config.train.attention, causal_attn=config.diffusion.causal_attn, device=groups.device, heads=self.heads
+            config.train.attention,
+            causal_attn=config.diffusion.causal_attn,
+            device=groups.device,
+            heads=self.heads,
+            context=groups.collection.cp if groups.cp_size > 1 else None,
         )
+        self.token_multiple = token_multiple(config.parallel, config.train)
         mcore = transformer_config(
             shape, config.parallel, config.train, self.layers, dtype=self.dtype, initialize=initialize
         )
         compat.recompute_without_transformer_engine()
         if config.parallel.overlap_tensor:
+            if groups.cp_size > 1:
+                size = config.diffusion.block_size
+                row_length = shard_length(row_length, size, groups.cp_size, self.token_multiple)
             start_tensor_overlap(mcore, row_length)
         self.modules = [self._build_chunk(mcore, max_positions, i) for i in range(config.parallel.virtual_pipeline)]
         self.clock = StepClock(groups.device)
@@ -113,6 +126,8 @@ class Engine:
             row_attention=self.attention.row,
             logits_mb=self.config.train.logits_mb,
             chunk=chunk,
+            lora=self.config.lora,
+            mask_token_id=self.mask_token_id,
         )
         # only where needed: tensors without numbers, as parallel/simulate.py has them, cannot be moved in place
         elsewhere = any(x.device != self.groups.device for x in (*model.parameters(), *model.buffers()))
@@ -133,8 +148,13 @@ class Engine:
     # --- a training step
 
     def prepare(self, batch: MicroBatch) -> MicroBatch:
-        """The row with its attention tables, computed on the host so that a data loader can call it."""
-        return replace(batch, attention=self.attention.row(batch.layout, batch.tokens.shape[1]))
+        """This rank's part of a row with its attention tables, computed on the host so that a data loader can call it.
+
+        Without context parallelism it is the whole row.
+        """
+        if self.groups.cp_size > 1:
+            batch = shard_row(batch, self.groups.cp_rank, self.groups.cp_size, multiple=self.token_multiple)
+        return replace(batch, attention=self.attention.row(batch.shard or batch.layout, batch.tokens.shape[1]))
 
     def warm_up(self, batches: Sequence[MicroBatch]) -> str | None:
         """Runs `device.warm_up` with the rows of the first step. None on a CPU, which has nothing to warm up."""
@@ -192,7 +212,7 @@ class Engine:
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
             model=self.models,
             num_microbatches=len(batches),
-            seq_length=batches[0].tokens.shape[1],
+            seq_length=batches[0].tokens.shape[1] * self.groups.cp_size,  # the schedule divides it
             micro_batch_size=1,
             **options,
         )
@@ -209,7 +229,7 @@ class Engine:
     def _loss(self, batch: MicroBatch, losses: LabelLosses) -> tuple[torch.Tensor, torch.Tensor, dict]:
         """Numerator and denominator of a micro-batch's loss for the schedule, and its sums for the metrics."""
         by_row, size = self.config.train.loss_normalization == "rows", self.config.diffusion.block_size
-        total, count = loss_terms(losses.total, batch.label_targets, batch.label_slots, size, by_row=by_row)
+        total, count = loss_terms(losses.total, batch, size, by_row=by_row)
         slots = slot_sums(losses.nll, batch.label_targets, batch.label_slots, size + 1)
         sums = {"sums": torch.stack([total.detach().float(), count.float()]), "slots": slots}
         sums["nll"] = losses.nll.detach()
@@ -304,7 +324,7 @@ class Engine:
         """Logits (N, V) of the label rows, on all processes of this copy of the model, inside `inference`.
 
         The processes of all TP ranks and pipeline stages call it with the same batch, each data-parallel rank on its
-        own.
+        own. Under context parallelism each rank has its part of a row, from `prepare`, and N is that of the row.
         """
         parallel, pipeline = self.config.parallel, self.groups.collection.pp
         # the interleaved schedule needs at least one micro-batch per stage
@@ -317,7 +337,15 @@ class Engine:
             logits = torch.empty(size, dtype=self.dtype, device=self.groups.device)
         if self.groups.pp_size > 1:
             dist.broadcast(logits, src=dist.get_global_rank(pipeline, pipeline.size() - 1), group=pipeline)
-        return logits
+        return logits if batch.shard is None else self._all_logits(logits, batch)
+
+    def _all_logits(self, logits: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
+        """Logits (N, V) of a row's label rows, from those of each rank's part."""
+        numbers = torch.from_numpy(batch.label_numbers).to(logits.device)
+        whole = logits.new_zeros(batch.row_labels, logits.shape[1])
+        whole[numbers] = logits[: len(numbers)]  # without the stand-in
+        dist.all_reduce(whole, group=self.groups.collection.cp)
+        return whole
 
     def _logits_step(self, batches: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[torch.Tensor, Callable]:
         return model(next(batches).to(self.groups.device)), lambda logits, non_loss_data: logits
@@ -351,6 +379,8 @@ class EngineProposer:
         index = torch.arange(layout.n_clean, layout.used)  # the logits of all block tokens, with or without a target
         none = torch.zeros_like(index)
         logits = self.engine.logits(
-            self.engine.prepare(replace(row, label_index=index, label_targets=none, label_slots=none))
+            self.engine.prepare(
+                replace(row, label_index=index, label_targets=none, label_slots=none, label_documents=none.numpy())
+            )
         )
         return logits.view(*step.anchors.shape, step.window, -1)

@@ -28,6 +28,11 @@ class Groups:
     pp_size: int
     dp_rank: int
     dp_size: int
+    cp_rank: int
+    cp_size: int
+    dp_cp_rank: int
+    dp_cp_size: int
+    """Of all processes with the same weights: data and context parallelism."""
     device: torch.device
     collection: ProcessGroupCollection
     """Groups of Megatron-Core, for its modules."""
@@ -51,6 +56,12 @@ class Groups:
         if self.device.type == "cpu":
             return f"cpu over gloo: {cpu_reason()}"
         return f"{self.device} over NCCL: {self.device_name}"
+
+    @property
+    def layout_text(self) -> str:
+        """Degrees of parallelism, such as "TP 2, PP 1, DP 4"."""
+        context = f", CP {self.cp_size}" if self.cp_size > 1 else ""
+        return f"TP {self.tp_size}, PP {self.pp_size}{context}, DP {self.dp_size}"
 
     @property
     def main(self) -> bool:
@@ -86,6 +97,7 @@ def init_groups(config: ParallelConfig, *, seed: int, timeout_minutes: int = 30,
         tensor_model_parallel_size=config.tensor,
         pipeline_model_parallel_size=config.pipeline,
         virtual_pipeline_model_parallel_size=config.virtual_pipeline if config.virtual_pipeline > 1 else None,
+        context_parallel_size=config.context,
         create_gloo_process_groups=False,  # for optimizer checkpoints of Megatron-Core, which are not used here
     )
     # as Megatron-LM does: pipeline stages must not start from the same random layers
@@ -100,6 +112,10 @@ def init_groups(config: ParallelConfig, *, seed: int, timeout_minutes: int = 30,
         pp_size=config.pipeline,
         dp_rank=parallel_state.get_data_parallel_rank(),
         dp_size=parallel_state.get_data_parallel_world_size(),
+        cp_rank=parallel_state.get_context_parallel_rank(),
+        cp_size=config.context,
+        dp_cp_rank=parallel_state.get_data_parallel_rank(with_context_parallel=True),
+        dp_cp_size=parallel_state.get_data_parallel_world_size(with_context_parallel=True),
         device=device,
         collection=ProcessGroupCollection.use_mpu_process_groups(),
     )

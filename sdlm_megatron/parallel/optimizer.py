@@ -140,6 +140,12 @@ def finalizer(groups: ProcessGroupCollection, before: Callable[[], None]) -> Cal
     def finalize(chunks: Sequence[Any], num_tokens: torch.Tensor | None = None, **keywords: Any) -> None:
         before()
         finalize_model_grads(chunks, None, **keywords)
+        for chunk in chunks:
+            # Megatron-Core sums the gradients of the two copies of a tied embedding, but not those of its one row that
+            # is trained with adapters
+            row = chunk.module.trained_row
+            if row is not None and row.weight.shared_embedding:
+                dist.all_reduce(row.weight.main_grad, group=groups.embd)
         if num_tokens is None:
             return
         last = dist.get_global_rank(groups.pp, groups.pp.size() - 1)

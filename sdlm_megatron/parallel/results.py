@@ -139,13 +139,15 @@ def queued_step(
     sums, metrics, rows, targets = None, None, (0, 0, 0), []
     # the ranks of a TP group hold the same numbers: one of them counts
     if groups.last_stage and groups.tp_rank == 0:
+        # under context parallelism each has the targets of its part of a row; the first counts the row itself
         sums = torch.stack([torch.cat([part["sums"][:, None], part["slots"]], dim=1) for part in outputs])
         if "metrics" in outputs[0]:
             metrics = _combine([part["metrics"] for part in outputs], sums.shape[2] - 2)
         pairs = sum(visible_pairs(b.layout, causal_attn=causal_attn) for b in batches)
-        rows = (sum(b.layout.used for b in batches), sum(b.layout.n_docs for b in batches), pairs)
+        if groups.cp_rank == 0:
+            rows = (sum(b.layout.used for b in batches), sum(b.layout.n_docs for b in batches), pairs)
         targets = [(part["nll"], b.label_documents) for part, b in zip(outputs, batches, strict=True)]
-    if sums is None or groups.dp_rank or running_losses is None:
+    if sums is None or groups.dp_cp_rank or running_losses is None:
         running_losses = torch.zeros(2, dtype=torch.float64, device=groups.device)
     origin = [b.rows for b in batches], [b.layout.doc_ids for b in batches]
     return QueuedStep(step, lr, sums, metrics, grad_norm, running_losses, rows, *origin, targets, seconds)
@@ -273,18 +275,25 @@ def document_losses(queued: QueuedStep, groups: Groups) -> list[DocumentLoss]:
     """The documents of a step that have a target, by ascending loss, the same on all processes, which all call it.
 
     Waits for the device."""
-    local: list[tuple[float, int, int]] = []
+    local: list[tuple[list[int], float, int]] = []
     where = zip(queued.targets, queued.rows_of_documents, queued.documents, strict=bool(queued.targets))
-    for (nll, owners), rows, numbers in where:
+    for micro_batch, ((nll, owners), rows, numbers) in enumerate(where):
         values, real = nll.double().cpu().numpy(), owners >= 0
         sums = np.bincount(owners[real], values[real], len(rows))
         counts = np.bincount(owners[real], minlength=len(rows))
         local += [
-            (total / count, row, int(number))
-            for total, count, row, number in zip(sums.tolist(), counts.tolist(), rows, numbers, strict=True)
+            ([groups.dp_rank, micro_batch, i, row, int(number)], total, count)
+            for i, (total, count, row, number) in enumerate(
+                zip(sums.tolist(), counts.tolist(), rows, numbers, strict=True)
+            )
             if count
         ]
-    losses = [DocumentLoss(*fields) for part in groups.gather(local) for fields in part]
+    whole: dict[tuple[int, ...], list[tuple[float, int]]] = {}  # context parallelism splits documents over ranks
+    for part in groups.gather(local):
+        for place, total, count in part:
+            whole.setdefault(tuple(place), []).append((total, count))
+    means = ((sum(t for t, _ in parts) / sum(n for _, n in parts), *place[3:]) for place, parts in whole.items())
+    losses = [DocumentLoss(*fields) for fields in means]
     return sorted(losses, key=lambda document: (not math.isfinite(document.loss), document))
 
 

@@ -16,7 +16,6 @@ import time
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
@@ -29,6 +28,7 @@ from torch._subclasses.fake_tensor import (
     DynamicOutputShapeException,
     FakeTensorMode,
     UnsupportedOperatorException,
+    unset_fake_temporarily,
 )
 
 from sdlm_megatron.config.schema import RunConfig
@@ -41,7 +41,7 @@ from sdlm_megatron.parallel import compat, cpu
 if TYPE_CHECKING:
     from sdlm_megatron.parallel.engine import Engine
 
-SECTIONS = ("model", "diffusion", "parallel", "optimizer", "schedule", "train")
+SECTIONS = ("model", "diffusion", "parallel", "lora", "optimizer", "schedule", "train")
 """Sections of a run that the engine reads."""
 _DOCUMENTS, _LONGEST = 2, 500
 _LIMITS = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException, ImportError)
@@ -77,11 +77,11 @@ def simulate(config: RunConfig, rank: int, request: dict[str, Any]) -> dict[str,
     from sdlm_megatron.parallel.groups import close_groups, init_groups
 
     started, length = time.perf_counter(), request["row_length"]
-    kernel = partial(Decomposed, causal_attn=config.diffusion.causal_attn)
-    attention = AttentionBackend("simulated", lambda layout, row_length: kernel(layout, TorchFlash()))
     try:
         with _fake_job(rank, request["gpus"]), FakeTensorMode(allow_non_fake_inputs=True):
             groups = init_groups(config.parallel, seed=config.train.seed, random=False)
+            split = {"causal_attn": config.diffusion.causal_attn, "group": groups.collection.cp}
+            attention = AttentionBackend("simulated", lambda part, length: Decomposed(part, TorchFlash(), **split))
             engine = Engine(
                 config,
                 config.model,
@@ -91,9 +91,12 @@ def simulate(config: RunConfig, rank: int, request: dict[str, Any]) -> dict[str,
                 steps=request["steps"],
                 initialize=False,
                 attention=attention,
+                mask_token_id=0,
             )
             built = time.perf_counter()
-            engine.train_step([engine.prepare(_row(config, length))] * request["micro_batches"], 1)
+            with unset_fake_temporarily():  # a data loader's work, with numbers
+                row = engine.prepare(_row(config, length))
+            engine.train_step([row] * request["micro_batches"], 1)
             return {
                 "rank": rank,
                 "stage": groups.pp_rank,
@@ -161,7 +164,8 @@ def static_bytes(engine: "Engine") -> dict[str, int]:
     for part in getattr(engine.optimizer, "chained_optimizers", [engine.optimizer]):
         optimizer += [p for group in part.optimizer.param_groups for p in group["params"]]
         optimizer += [state[key] for state in part.optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
-    weights, gradients = _storages(parameters), _storages([p.main_grad for p in parameters])
+    weights = _storages(parameters)
+    gradients = _storages([p.main_grad for p in parameters if p.requires_grad])
     masters = {key: size for key, size in _storages(optimizer).items() if key not in weights}
     sizes = {"weights": weights, "gradients": gradients, "optimizer": masters}
     return {name: sum(storages.values()) for name, storages in sizes.items()}

@@ -69,9 +69,16 @@ def forward_flops(model: ModelConfig, *, tokens: int, pairs: int, label_rows: in
     return linear + attention + head
 
 
-def training_flops(model: ModelConfig, *, tokens: int, pairs: int, label_rows: int) -> int:
-    """FLOPs of a forward and backward pass: 3 times `forward_flops`, same arguments."""
-    return 3 * forward_flops(model, tokens=tokens, pairs=pairs, label_rows=label_rows)
+def training_flops(model: ModelConfig, *, tokens: int, pairs: int, label_rows: int, frozen: bool = False) -> int:
+    """FLOPs of a forward and backward pass: 3 times `forward_flops`, same arguments.
+
+    Args:
+        frozen: no weight has a gradient, so linear layers and head count twice; adapters are not counted.
+    """
+    whole = forward_flops(model, tokens=tokens, pairs=pairs, label_rows=label_rows)
+    if not frozen:
+        return 3 * whole
+    return 2 * whole + forward_flops(model, tokens=0, pairs=pairs, label_rows=0)
 
 
 def step_flops(model: ModelConfig, layouts: Iterable[RowLayout], label_rows: int, *, causal_attn: bool = False) -> int:

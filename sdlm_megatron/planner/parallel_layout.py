@@ -1,9 +1,9 @@
 """Parallel layout of a run: how model and step are spread over the GPUs, and the sizes on one GPU."""
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from sdlm_megatron.config.schema import ModelConfig, ParallelConfig, RunConfig, TrainConfig
+from sdlm_megatron.config.schema import LoraConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from sdlm_megatron.weights.names import padded_vocab
 
 BYTES = {"bf16": 2, "fp32": 4}
@@ -45,6 +45,12 @@ class ParallelLayout:
     parallel: ParallelConfig
     train: TrainConfig
     kernels: Kernels
+    lora: LoraConfig = field(default_factory=LoraConfig)
+
+    @property
+    def frozen(self) -> bool:
+        """Whether adapters are trained and the base's weights are not."""
+        return self.lora.rank > 0
 
     @property
     def tensor(self) -> int:
@@ -62,9 +68,19 @@ class ParallelLayout:
         return self.parallel.virtual_pipeline
 
     @property
+    def context(self) -> int:
+        """Ranks that share a row."""
+        return self.parallel.context
+
+    @property
     def data(self) -> int:
         """Data-parallel size."""
-        return self.gpus // (self.tensor * self.pipeline)
+        return self.gpus // self.parallel.model_size
+
+    @property
+    def replicas(self) -> int:
+        """GPUs with the same weights, over which gradients are reduced and the distributed optimizer is sharded."""
+        return self.data * self.context
 
     @property
     def bytes(self) -> int:
@@ -105,7 +121,7 @@ class ParallelLayout:
 def layout_of(config: RunConfig, gpus: int, kernels: Kernels | None = None) -> ParallelLayout:
     """The layout of a configuration; `train.layers=auto` means TransformerEngine, as on a GPU."""
     name = "transformer_engine" if config.train.layers == "auto" else config.train.layers
-    return ParallelLayout(gpus, config.parallel, config.train, kernels or ON_GPU[name])
+    return ParallelLayout(gpus, config.parallel, config.train, kernels or ON_GPU[name], config.lora)
 
 
 @dataclass(frozen=True)

@@ -16,15 +16,17 @@ from sdlm_megatron.config.command_line import add_preset, at_least, make_parser,
 from sdlm_megatron.config.load import PRESETS, load_config
 from sdlm_megatron.config.schema import ModelConfig, RunConfig
 from sdlm_megatron.config.validate import check_length, check_model, check_schedule, check_values, resolve_shape
+from sdlm_megatron.data.format import PackedDataset
 from sdlm_megatron.errors import ConfigError, run_cli
 from sdlm_megatron.planner import plan_text
 from sdlm_megatron.planner.assumptions import DEVICES, Assumptions, assume, device_of, explain, ranges
 from sdlm_megatron.planner.parallel_layout import ParallelLayout, layout_of
 from sdlm_megatron.planner.search import CLOSE, LayoutPlan, Planner, recommended
 from sdlm_megatron.planner.simulation import default_ranks, planned, run_simulation, simulation_text
-from sdlm_megatron.planner.workload import workload
+from sdlm_megatron.planner.workload import Workload, workload
 from sdlm_megatron.weights.checkpoint_folder import read_state
 from sdlm_megatron.weights.hf_config import read_hf_config
+from sdlm_megatron.weights.positions import base_config, check_dataset, check_positions
 
 EXAMPLES = """sdlm plan sdlm_32b_d4 --gpus 64
 sdlm plan sdlm_3b_d4 --gpus 32 --gpu h200 --price 2.5 --assume gemm_efficiency=0.6
@@ -66,22 +68,12 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     args, overrides = parse_with_settings(build_parser(), argv)
-    if not 1 <= args.gpus <= MOST_GPUS:
-        raise ConfigError(f"--gpus is {args.gpus}", "the command line", f"a number from 1 to {MOST_GPUS}")
-    if args.fp8:
-        overrides = [*overrides, "--train.fp8=current"]
-    config = load_config(RunConfig, args.preset, overrides, PRESETS)
-    check_values(config)
-    if config.train.attention not in ("auto", "triton"):
-        what = f"attention is planned for the Triton kernels only, not {config.train.attention}"
-        raise ConfigError(what, "train.attention", "--train.attention=auto")
-    check_length(config.train)
-    if config.checkpoint.base and not config.model.num_layers:
-        base = config.checkpoint.base
-        config = replace(config, model=resolve_shape(config.model, _base_shape(Path(base)), base))
+    config = _read_config(args, overrides)
     assumed = assume(args.assume)
     data = args.data or config.data.path
     work = workload(config, data, assumed)
+    if config.checkpoint.base:
+        _check_positions(work, data, Path(config.checkpoint.base))
     planner = Planner(config, work, device_of(args.gpu, assumed), assumed, ranges(args.assume), data)
     check_model(config.model, RunConfig(), work.row.length)  # only the sizes: the layout is checked below
     args.simulate |= args.rank is not None
@@ -107,9 +99,36 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"\n{simulation_text(planner, own, simulated)}")
 
 
+def _read_config(args: argparse.Namespace, overrides: Sequence[str]) -> RunConfig:
+    """Settings of the run, with the base's shape; ConfigError for one that cannot be planned."""
+    if not 1 <= args.gpus <= MOST_GPUS:
+        raise ConfigError(f"--gpus is {args.gpus}", "the command line", f"a number from 1 to {MOST_GPUS}")
+    if args.fp8:
+        overrides = [*overrides, "--train.fp8=current"]
+    config = load_config(RunConfig, args.preset, overrides, PRESETS)
+    check_values(config)
+    if config.train.attention not in ("auto", "triton"):
+        what = f"attention is planned for the Triton kernels only, not {config.train.attention}"
+        raise ConfigError(what, "train.attention", "--train.attention=auto")
+    check_length(config.train)
+    if config.checkpoint.base and not config.model.num_layers:
+        base = config.checkpoint.base
+        config = replace(config, model=resolve_shape(config.model, _base_shape(Path(base)), base))
+    return config
+
+
 def _base_shape(base: Path) -> ModelConfig:
     """Shape of a base, a Hugging Face folder or one that `sdlm import` wrote."""
     return read_state(base).shape if (base / "complete.json").exists() else read_hf_config(base).shape
+
+
+def _check_positions(work: Workload, data: str, base: Path) -> None:
+    """Raises DataError if documents are longer than the base was trained for."""
+    folder = base / "hf" if (base / "complete.json").exists() else base
+    if data:
+        check_dataset(PackedDataset(data), folder)
+    elif work.row.length != Assumptions.row_length and (config := base_config(folder)):
+        check_positions(work.row.length - work.row.block_size, "the longest document (row_length)", config, folder)
 
 
 def _preset_plan(planner: Planner, gpus: int) -> tuple[LayoutPlan | None, str]:
@@ -122,9 +141,10 @@ def _preset_plan(planner: Planner, gpus: int) -> tuple[LayoutPlan | None, str]:
 
 def _checked_layout(planner: Planner, gpus: int) -> ParallelLayout:
     """The preset's layout; ConfigError where training would refuse it."""
-    size = planner.config.parallel.tensor * planner.config.parallel.pipeline
+    size = planner.config.parallel.model_size
     if gpus < size:
-        raise ConfigError(f"{gpus} GPUs are fewer than tensor x pipeline = {size}", "--gpus", "use more GPUs")
+        what = f"{gpus} GPUs are fewer than tensor x pipeline x context = {size}"
+        raise ConfigError(what, "--gpus", "use more GPUs")
     layout = layout_of(planner.config, gpus)
     planner.check(layout)
     return layout

@@ -17,6 +17,7 @@ COLUMNS = (
     "TP",
     "PP",
     "VPP",
+    "CP",
     "DP",
     "SP",
     "dist. opt.",
@@ -36,7 +37,7 @@ def header(planner: Planner, name: str, gpus: int) -> str:
     work, device, row, train = planner.work, planner.device, planner.work.row, planner.config.train
     clean = f" and {row.next_token_targets:,.0f} clean targets" if row.next_token_targets else ""
     rows = f" = {planner.rows} rows" if train.global_batch_unit != "rows" else ""
-    flops = work.row_flops(planner.model) * work.rows
+    flops = work.row_flops(planner.model, frozen=planner.config.lora.rank > 0) * work.rows
     return "\n".join(
         [
             f"{name} on {gpus} x {device.name.upper()} ({device.memory / 1e9:.0f} GB, "
@@ -57,6 +58,8 @@ def layout_text(plan: LayoutPlan) -> str:
     degrees = [f"TP {at.tensor}", f"PP {at.pipeline}", f"DP {at.data}"]
     if at.virtual > 1:
         degrees.insert(2, f"VPP {at.virtual}")
+    if at.context > 1:
+        degrees.insert(-1, f"CP {at.context}")
     parts = [" x ".join(degrees)]
     parts += ["sequence parallelism"] if at.parallel.sequence else []
     parts += ["distributed optimizer" if at.parallel.distributed_optimizer else "replicated optimizer"]
@@ -109,6 +112,7 @@ def table(plans: Sequence[LayoutPlan], labels: Sequence[str]) -> str:
                 str(at.tensor),
                 str(at.pipeline),
                 str(at.virtual),
+                str(at.context),
                 str(at.data),
                 "yes" if at.parallel.sequence else "no",
                 "yes" if at.parallel.distributed_optimizer else "no",
@@ -131,7 +135,7 @@ def table(plans: Sequence[LayoutPlan], labels: Sequence[str]) -> str:
 
 def batch_note(plan: LayoutPlan) -> str:
     """Effect of the size of the global batch on this number of GPUs."""
-    at, grid, size = plan.layout, plan.grid, plan.layout.tensor * plan.layout.pipeline
+    at, grid, size = plan.layout, plan.grid, plan.layout.parallel.model_size
     lines = [
         f"global batch: the documents of {plan.rows} rows per step, {plan.rows / at.gpus:.2f} rows per GPU, are cut "
         f"into {grid.micro_batches * grid.ranks} rows of {grid.row_length:,} tokens, {plan.padding:.1%} padding: "
@@ -146,8 +150,8 @@ def batch_note(plan: LayoutPlan) -> str:
         )
     if at.gpus > plan.rows:
         lines.append(
-            f"  There are more GPUs than rows per step, so TP x PP must be at least {-(-at.gpus // plan.rows)}, or "
-            "GPUs stay idle."
+            f"  There are more GPUs than rows per step, so TP x PP x CP must be at least {-(-at.gpus // plan.rows)}, "
+            "or GPUs stay idle."
         )
     time = plan.time
     once = time.pipeline_bubble + time.data_communication + time.optimizer

@@ -14,6 +14,8 @@ from sdlm_megatron.planner.parallel_layout import ON_GPU, Kernels, ParallelLayou
 from sdlm_megatron.planner.step_time import Costs, StepTime, step_time
 from sdlm_megatron.planner.workload import Workload, rows_per_step, steps, workload
 
+LEAST_PART = 4096
+"""Fewest tokens of a row per rank of context parallelism in the search: shorter parts make matrix products slow."""
 MOST_CHUNKS = 8
 """Largest number of model chunks per stage that the search tries."""
 CLOSE = 0.02
@@ -118,10 +120,10 @@ class Planner:
         rows, grid = self.rows, self.grid(layout)
         spread = self.work.sample.spread(rows, grid)
         work = self.work.scaled(grid.row_length, rows / (grid.ranks * grid.micro_batches))
-        costs = Costs(self.model, layout, work, self.device, self.assumed)
+        costs = Costs(self.model, layout, work.part(layout), self.device, self.assumed)
         time = step_time(costs, grid.micro_batches, spread[1])
         count = steps(self.config, self.work, rows)
-        flops = self.work.row_flops(self.model) * rows
+        flops = self.work.row_flops(self.model, frozen=self.config.lora.rank > 0) * rows
         return LayoutPlan(
             layout=layout,
             memory=self.memory(layout),
@@ -199,19 +201,19 @@ class Planner:
                     continue
                 chunks = _divisors(self.model.num_layers // pipeline) if pipeline > 1 else [1]
                 for virtual in filter(lambda n: n <= MOST_CHUNKS, chunks):
-                    yield from self._variants(gpus, tensor, pipeline, virtual, kernels)
+                    for context in _divisors(gpus // (tensor * pipeline)):
+                        if context == 1 or self.work.row.length >= context * LEAST_PART:
+                            degrees = {"tensor": tensor, "pipeline": pipeline, "context": context}
+                            yield from self._variants(gpus, {**degrees, "virtual_pipeline": virtual}, kernels)
 
-    def _variants(
-        self, gpus: int, tensor: int, pipeline: int, virtual: int, kernels: list[Kernels]
-    ) -> Iterator[ParallelLayout]:
+    def _variants(self, gpus: int, degrees: dict[str, int], kernels: list[Kernels]) -> Iterator[ParallelLayout]:
         """The layouts with these degrees: both kinds of layers, sequence parallelism and distributed optimizer."""
+        tensor = degrees["tensor"]
         for kernel in kernels:
             for sequence in (False, True) if tensor > 1 else (False,):
                 for sharded in (True, False):
                     layout = layout_of(self.config, gpus, kernel).change(
-                        tensor=tensor,
-                        pipeline=pipeline,
-                        virtual_pipeline=virtual,
+                        **degrees,
                         sequence=sequence,
                         distributed_optimizer=sharded,
                         overlap_grad_reduce=True,
@@ -241,7 +243,7 @@ def recommended(plans: list[LayoutPlan]) -> LayoutPlan | None:
     def complexity(plan: LayoutPlan) -> tuple:
         at = plan.layout
         plain = at.train.recompute != "none", at.train.micro_batches > 0
-        return *plain, at.virtual, at.pipeline * at.tensor, at.pipeline, plan.seconds
+        return *plain, at.virtual, at.parallel.model_size, at.context, at.pipeline, plan.seconds
 
     near = [p for p in plans if p.seconds <= plans[0].seconds * (1 + CLOSE)]
     return min(near, key=complexity, default=None)

@@ -49,7 +49,7 @@ def simulated_micro_batches(plan: LayoutPlan) -> int:
 def run_simulation(planner: Planner, plan: LayoutPlan, ranks: Sequence[int]) -> list[SimulatedRank]:
     """A step of these ranks in the layout of the plan; SystemExit where one fails, after its reason was printed."""
     config, row = planner.config, planner.work.row
-    request: dict[str, Any] = {name: asdict(getattr(config, name)) for name in ("optimizer", "schedule")}
+    request: dict[str, Any] = {name: asdict(getattr(config, name)) for name in ("lora", "optimizer", "schedule")}
     request |= {
         "model": asdict(resolve_shape(config.model, None, "")),
         "diffusion": asdict(config.diffusion) | {"block_size": row.block_size},

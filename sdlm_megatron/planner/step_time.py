@@ -11,9 +11,17 @@ from dataclasses import dataclass
 
 from sdlm_megatron.config.schema import ModelConfig
 from sdlm_megatron.planner.assumptions import Assumptions, Device
-from sdlm_megatron.planner.memory import RowTokens, head_rows, labeled, linear_weights, stage_parameters
+from sdlm_megatron.planner.memory import (
+    RowTokens,
+    adapter_parameters,
+    head_rows,
+    labeled,
+    linear_weights,
+    trained_parameters,
+)
 from sdlm_megatron.planner.parallel_layout import ParallelLayout, sizes_of
 from sdlm_megatron.planner.workload import Workload
+from sdlm_megatron.weights.names import adapted
 
 NORMS_AGAIN = 0.08
 """Element-wise work that selective recomputation adds, as a share: two norms forward, not fused with linear layers."""
@@ -25,6 +33,21 @@ Counted with the CUDA builds of torch and TransformerEngine on a machine whose G
 Megatron-Core's, matrix products included (docs/benchmarks.md). Launches overlap with other kernels, the kernels' tails
 do not.
 """
+
+SPLIT_LAUNCHES = 145
+"""Launches per layer and micro-batch in addition, of decomposed attention over a part of a row.
+
+Counted in the same way: rank 63 of 64 makes 11,855 launches for 32 layers and 2 micro-batches (docs/long_context.md).
+"""
+
+
+ADAPTER_LAUNCHES = 10
+"""The same of an adapter of a layer, net of the weight gradients that it saves: with adapters at all 4 fused layers, 16
+layers of the 32B preset in 2 micro-batches make 2,865 instead of 1,734 launches, 64 layers in 4 make 20,763."""
+
+ADAPTER_HOST = 0.17
+"""Host time that an adapter of a layer adds, as a share of `host_ms`: 0.232 instead of 0.138 s of CPU in the first case
+above, with 4 of them."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +63,7 @@ class StepTime:
     imbalance: float = labeled("attention of the rank with most visible pairs")  # what it has above the mean
     host: float = labeled("waiting for the host")
     tensor_communication: float = labeled("tensor-parallel communication")
+    context_communication: float = labeled("keys and values of context parallelism")
     pipeline_bubble: float = labeled("pipeline bubble")
     pipeline_communication: float = labeled("pipeline communication")
     data_communication: float = labeled("data-parallel communication, not hidden")
@@ -83,7 +107,9 @@ def row_time(c: Costs) -> dict[str, float]:
     layout, z, s = c.layout, sizes_of(c.model, c.layout.tensor), c.row.length
     layers = c.model.num_layers // layout.pipeline
     local = s / layout.tensor if layout.parallel.sequence else s
-    flops = 6 * linear_weights(c.model, layout) * s
+    # with adapters a linear layer computes no gradient of its weight
+    trained = linear_weights(c.model, layout) if not layout.frozen else adapter_weights(c)
+    flops = 6 * trained * s + (4 * linear_weights(c.model, layout) * s if layout.frozen else 0)
     overhead = launches(c) * c.assumed.kernel_overhead_us * 1e-6
     # 4 per pair forward and 10 backward, because a flash kernel recomputes the scores
     attention = 14 * z.attention * c.work.pairs * layers
@@ -91,9 +117,10 @@ def row_time(c: Costs) -> dict[str, float]:
     norms += 2 * s * z.normed_heads * z.head_dim
     rope = (2 if layout.kernels.fused_rope else 8) * s * (z.attention + z.kv)
     moved = 3 * (norms + rope + 3 * s * z.ffn) * layout.bytes * layers
+    moved += 6 * s * adapter_outputs(c) * layout.bytes * layers  # a sum (two reads, a write) forward and backward
     # the sum is read and written; unfused, the gradient of the micro-batch is read again
     again = 0 if layout.kernels.fused_accumulation else layout.bytes
-    summed = linear_weights(c.model, layout) * (2 * layout.gradient_bytes + again)
+    summed = trained * (2 * layout.gradient_bytes + again)
     return {
         "gemm": c.products(flops, fp8=layout.train.fp8 != "none") + overhead * layers,
         "attention": attention / (c.device.peak * c.assumed.attention_efficiency),
@@ -102,16 +129,30 @@ def row_time(c: Costs) -> dict[str, float]:
     }
 
 
+def adapter_weights(c: Costs) -> int:
+    """Elements of A and B of all adapters on a stage."""
+    layers = c.model.num_layers // c.layout.pipeline
+    return layers * sum(map(sum, adapter_parameters(c.model, c.layout)))
+
+
+def adapter_outputs(c: Costs) -> float:
+    """Numbers per token and layer that adapters are added to."""
+    rank = max(1, c.layout.lora.rank)
+    return sum(b / rank for _, b in adapter_parameters(c.model, c.layout))
+
+
 def launches(c: Costs) -> float:
     """Kernel launches per layer and micro-batch, without recomputation."""
-    return c.assumed.launches or LAUNCHES[c.layout.kernels.name]
+    adapters = ADAPTER_LAUNCHES * len(adapted(c.layout.lora))
+    return c.assumed.launches or LAUNCHES[c.layout.kernels.name] + SPLIT_LAUNCHES * (c.layout.context > 1) + adapters
 
 
 def host_time(c: Costs) -> float:
     """Seconds of host CPU per micro-batch on a stage."""
     layers = c.model.num_layers // c.layout.pipeline
     again = c.layout.recomputed_layers(layers // c.layout.virtual) * c.layout.virtual
-    return (layers + again / 3) * c.assumed.host_ms * 1e-3
+    adapters = 1 + ADAPTER_HOST * len(adapted(c.layout.lora))
+    return (layers + again / 3) * c.assumed.host_ms * adapters * 1e-3
 
 
 def head_time(c: Costs) -> float:
@@ -122,6 +163,8 @@ def head_time(c: Costs) -> float:
     # Bytes per weight, beside its addition to the sum over micro-batches. One chunk: scaled in bf16 4. Several: made
     # fp32 6, 8 for each further chunk, scaled 8, made bf16 6.
     summed = added + (4 if chunks == 1 else 6 + 8 * (chunks - 1) + 14)
+    if c.layout.frozen:  # logits and the gradient of the hidden states
+        return c.products(4 * z.hidden * z.vocab * rows) + c.moved(20 * z.vocab * rows)
     if c.layout.pipeline == 1:  # the embedding's dense gradient: zeroed 2, added (6 to the head's, if tied)
         summed += 8 if c.model.tied_embeddings else 2 + added
     return c.products(6 * z.hidden * z.vocab * rows) + c.moved(20 * z.vocab * rows + summed * z.vocab * z.hidden)
@@ -132,22 +175,22 @@ def gpu_time(c: Costs) -> float:
     return sum(_passes(c))
 
 
-def _passes(c: Costs) -> tuple[float, float, float, float]:
-    """Seconds of a row on a stage: layers, recomputation, TP communication; and of the head."""
+def _passes(c: Costs) -> tuple[float, float, float, float, float]:
+    """Seconds of a row on a stage: layers, recomputation, TP and CP communication; and of the head."""
     layers = c.model.num_layers // (c.layout.pipeline * c.layout.virtual)
     share, part = c.layout.recomputed_layers(layers) / layers, row_time(c)
     forward = sum(part.values()) - part["weight_gradients"]
-    again = share * forward / 3  # the forward pass is a third, as in the FLOP count
+    again = share * forward / (2 if c.layout.frozen else 3)  # the forward pass's part, as in the FLOP count
     if c.layout.train.recompute == "selective":
         again = NORMS_AGAIN * part["elementwise"]
-    return sum(part.values()), again, _tensor_communication(c, share), head_time(c)
+    return sum(part.values()), again, _tensor_communication(c, share), _context_communication(c, share), head_time(c)
 
 
 def step_time(c: Costs, micro_batches: int, spread: float) -> StepTime:
     """Time of a step. `spread`: visible pairs of the rank with most, over the ranks' mean."""
     layout, assumed = c.layout, c.assumed
-    part, (layers, again, tensor, head), host = row_time(c), _passes(c), host_time(c)
-    per_row = layers + again + tensor
+    part, (layers, again, tensor, context, head), host = row_time(c), _passes(c), host_time(c)
+    per_row = layers + again + tensor + context
     slowest = per_row + head  # the last stage
     pipes = _pipeline_communication(c, micro_batches)
     # all stages wait for the head on the last one; the bubble is the time the first and last micro-batch travel
@@ -162,6 +205,7 @@ def step_time(c: Costs, micro_batches: int, spread: float) -> StepTime:
         "recompute": again * micro_batches,
         "host": (longest - slowest) * micro_batches + max(0.0, host - per_row) * travel,
         "tensor_communication": tensor * micro_batches,
+        "context_communication": context * micro_batches,
         "pipeline_bubble": travel * per_row,
         "pipeline_communication": pipes,
         "data_communication": data,
@@ -196,6 +240,18 @@ def _tensor_communication(c: Costs, recomputed: float) -> float:
     return halves * half * layers * (1 - hidden)
 
 
+def _context_communication(c: Costs, recomputed: float) -> float:
+    """Seconds per micro-batch and stage: keys and values of all clean tokens are gathered in both passes of a layer,
+    and once more where it is recomputed; their gradients are scattered in the backward pass."""
+    layout, count = c.layout, c.layout.context
+    if count == 1:
+        return 0.0
+    nodes = c.assumed.gpus_per_node / layout.tensor  # neighbors of a row: TP comes first in the order of ranks
+    speed = c.device.nvlink if count <= nodes else _network(c, nodes)
+    transfer = _collective(c, 2 * c.row.gathered * sizes_of(c.model, layout.tensor).kv * layout.bytes, count, speed)
+    return (3 + recomputed) * transfer * (c.model.num_layers // layout.pipeline)
+
+
 def _network(c: Costs, members_of_a_node: float) -> float:
     """Bytes/s per GPU in a ring that leaves the node: it uses the network ports of its members on the node."""
     return min(c.device.nvlink, c.assumed.network_gb * 1e9 * max(1.0, members_of_a_node))
@@ -217,7 +273,7 @@ def _pipeline_communication(c: Costs, micro_batches: int) -> float:
 
 def _data_communication(c: Costs, forward: float, backward: float) -> float:
     """Seconds per step: reduction of gradients and gather of weights, minus what one micro-batch's pass hides."""
-    layout, dp = c.layout, c.layout.data
+    layout, dp = c.layout, c.layout.replicas
     if dp == 1:
         return 0.0
     numel = _largest_stage(c)
@@ -238,7 +294,7 @@ def _data_communication(c: Costs, forward: float, backward: float) -> float:
 def _optimizer(c: Costs) -> float:
     """Seconds per step: zeroing gradients; scaling, norm, clipping and Adam on this GPU's share."""
     layout, numel = c.layout, _largest_stage(c)
-    owned = numel / layout.data if layout.parallel.distributed_optimizer else numel
+    owned = numel / layout.replicas if layout.parallel.distributed_optimizer else numel
     gradient = layout.gradient_bytes
     # bytes per element: division by the targets, a copy in fp32, norm 4, clipping 8, Adam 28 and the new weight
     copied = gradient + 4 if gradient < 4 else 0
@@ -247,4 +303,4 @@ def _optimizer(c: Costs) -> float:
 
 def _largest_stage(c: Costs) -> int:
     """Parameters on a GPU of the first or the last stage, whichever has more."""
-    return max(sum(map(sum, stage_parameters(c.model, c.layout, s))) for s in (0, c.layout.pipeline - 1))
+    return max(sum(map(sum, trained_parameters(c.model, c.layout, s))) for s in (0, c.layout.pipeline - 1))

@@ -19,6 +19,7 @@ from sdlm_megatron.errors import DataError
 from sdlm_megatron.planner.assumptions import Assumptions
 from sdlm_megatron.planner.flops import training_flops
 from sdlm_megatron.planner.memory import RowTokens
+from sdlm_megatron.planner.parallel_layout import ParallelLayout
 
 _STEPS = 8
 """Steps of the mixture that are drawn to choose a row length."""
@@ -94,10 +95,14 @@ class Workload:
         row = replace(self.row, length=length, **means)
         return replace(self, rows=self.rows / share, row=row, pairs=self.pairs * share)
 
-    def row_flops(self, model: ModelConfig) -> float:
-        """Model FLOPs per row, forward and backward."""
-        tokens = round(self.row.clean + self.row.block)
-        return training_flops(model, tokens=tokens, pairs=round(self.pairs), label_rows=round(self.row.label_rows))
+    def part(self, layout: ParallelLayout) -> "Workload":
+        """The share of a rank in each row under context parallelism; without it, whole rows."""
+        return replace(self, row=self.row.part(layout), pairs=self.pairs / layout.context)
+
+    def row_flops(self, model: ModelConfig, *, frozen: bool) -> float:
+        """Model FLOPs per row, forward and backward; `frozen`: of a run with adapters."""
+        counts = {"pairs": round(self.pairs), "label_rows": round(self.row.label_rows)}
+        return training_flops(model, tokens=round(self.row.clean + self.row.block), **counts, frozen=frozen)
 
 
 def mixture(block_size: int, causal_attn: bool, assumed: Assumptions, *, next_token: bool = False) -> Workload:

@@ -107,6 +107,7 @@ class LogHook(Hook):
             tokens=sum(r.useful_tokens for r in steps),
             pairs=sum(r.visible_pairs for r in steps),
             label_rows=sum(r.targets + r.next_token_targets for r in steps),
+            frozen=self.run.config.lora.rank > 0,
         )
         groups = self.run.engine.groups
         return model_flops_utilization(flops, seconds, groups.world_size, peak_flops(groups.device_name))

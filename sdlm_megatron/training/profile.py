@@ -36,7 +36,7 @@ class ProfileHook(Hook):
     def before_step(self, step: int) -> None:
         groups = self.run.engine.groups
         # one step to warm the profiler up, if there is one before `first`
-        wanted = groups.tp_rank == groups.dp_rank == 0 and self.first - 1 <= step <= self.last
+        wanted = groups.tp_rank == groups.dp_cp_rank == 0 and self.first - 1 <= step <= self.last
         if not wanted or self._profile is not None:
             return
         with self.run.optional("the profile"):
@@ -88,7 +88,7 @@ class ProfileHook(Hook):
             return
         with self.run.optional("the profile"):
             groups = self.run.engine.groups
-            layout = f"TP {groups.tp_size}, PP {groups.pp_size}, DP {groups.dp_size} on {groups.device_name}"
+            layout = f"{groups.layout_text} on {groups.device_name}"
             text = summary_page(f"Steps {self.first} to {self.last}: {layout}", columns).markdown()
             (self.folder / "summary.md").write_text(text, encoding="utf-8")
             print(f"{text}written to {self.folder}", flush=True)

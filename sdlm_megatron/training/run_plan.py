@@ -19,6 +19,7 @@ from sdlm_megatron.errors import CheckpointError, ConfigError, DataError
 from sdlm_megatron.weights.checkpoint_folder import TrainState, newest, read_run, read_state, step_of
 from sdlm_megatron.weights.hf_config import read_hf_config
 from sdlm_megatron.weights.hf_weights import HFWeights
+from sdlm_megatron.weights.positions import check_dataset
 from sdlm_megatron.weights.shape import NewMaskToken, find_mask_token
 from sdlm_megatron.weights.tensors import HFAsCheckpoint
 
@@ -29,7 +30,7 @@ _CLASSES = {
     KEPT: "model checkpoint.base",
     TAKEN: "run_dir data parallel checkpoint observe fault train.steps train.epochs train.stop_after train.attention "
     "train.layers train.micro_batches train.recompute train.recompute_layers train.logits_mb",
-    REFUSED: "diffusion optimizer schedule train.seed train.global_batch train.global_batch_unit train.precision "
+    REFUSED: "diffusion lora optimizer schedule train.seed train.global_batch train.global_batch_unit train.precision "
     "train.gradient_dtype train.fp8 train.loss_normalization train.next_token_balance",
 }
 RESUME = {name: kind for kind, names in _CLASSES.items() for name in names.split()}
@@ -81,12 +82,18 @@ def make_run_plan(config: RunConfig, dataset: PackedDataset, notice: Notice) -> 
     elif config.checkpoint.base:
         plan = _from_base(config, dataset, Path(config.checkpoint.base), notice)
     else:
+        if config.lora.rank:
+            what = "adapters are trained beside the weights of a base, and there is none"
+            raise ConfigError(what, "lora.rank", "set checkpoint.base, or lora.rank=0")
         notice("no base model: training starts from random weights")
         shape = resolve_shape(config.model, None, "model")
         plan = _plan(config, dataset, shape, dataset.manifest["mask_token_id"], None, "random")
     check_schedule(config, plan.steps)
     _check_end(plan)
+    _check_step(plan, dataset.row_length)
     check_model(plan.state.shape, config, dataset.row_length)
+    if plan.assets:
+        check_dataset(dataset, plan.assets)
     # the mask token usually has the highest id of a dataset: it is appended to the vocabulary
     needed = max(dataset.manifest["mask_token_id"] + 1, 1)
     if needed > plan.state.shape.vocab_size:
@@ -96,6 +103,15 @@ def make_run_plan(config: RunConfig, dataset: PackedDataset, notice: Notice) -> 
             f"a dataset of this model's tokenizer; without a base, --model.vocab_size={-(-needed // 128) * 128}",
         )
     return plan
+
+
+def _check_step(plan: RunPlan, row_length: int) -> None:
+    """ConfigError for steps with more targets than Megatron-Core's int32 counter holds; a row's tokens bound them."""
+    tokens = plan.state.rows_per_step * row_length
+    if tokens >= 2**31:
+        rows = plan.state.rows_per_step
+        what = f"a step has {rows:,} rows of {row_length:,} tokens = {tokens:,} tokens, the limit is 2^31"
+        raise ConfigError(what, "train.global_batch", f"at most {(2**31 - 1) // row_length:,} rows")
 
 
 def _check_end(plan: RunPlan) -> None:
@@ -205,6 +221,7 @@ def _plan(
         eos_token_id=dataset.manifest["eos_token_id"],
         with_optimizer=True,
         dataset=_identity(dataset),
+        lora=config.lora,
     )
     return RunPlan(config, state, source, kind, assets, new_mask, *_length(config.train, dataset, state))
 
@@ -213,6 +230,9 @@ def _from_base(config: RunConfig, dataset: PackedDataset, base: Path, notice: No
     """Starts from a Hugging Face folder, or from one converted by hf_to_mcore."""
     if (base / "complete.json").exists():
         state = read_state(base)
+        if state.lora.rank:
+            what, fix = "the base holds adapters beside its weights", f"sdlm export --ckpt {base}, and start from that"
+            raise CheckpointError(what, str(base), fix)
         shape = resolve_shape(config.model, state.shape, str(base))
         mask_id = state.mask_token_id
         if mask_id < 0:
@@ -280,7 +300,7 @@ def _resume(config: RunConfig, dataset: PackedDataset, folder: Path, notice: Not
             f"start a new run with --run_dir=… and --checkpoint.base={folder}",
         )
     before: dict[str, dict[str, Any]] = run.get("settings", {})
-    before = before | {"diffusion": asdict(state.diffusion)}
+    before = before | {"diffusion": asdict(state.diffusion), "lora": asdict(state.lora)}
     before["train"] = before.get("train", {}) | {"precision": state.precision}
     _refuse_changes(config, before, folder)
     if (rows := _rows_per_step(config, dataset)) != state.rows_per_step:  # of a run that did not record its settings
@@ -319,7 +339,9 @@ def _refuse_changes(config: RunConfig, before: Mapping[str, Mapping[str, Any]], 
                 changed[f"{section}.{key}"] = (now[key], values[key])
     if changed:
         differences = [f"{key} is {new}, the run has trained with {old}" for key, (new, old) in sorted(changed.items())]
-        options = " ".join(f"--{key}={str(old).lower()}" for key, (_, old) in sorted(changed.items()))
+        texts = {key: str(old).lower() for key, (_, old) in sorted(changed.items())}
+        # a list without the quotes and spaces that a shell would take away
+        options = " ".join("--" + key + "=" + old.translate({39: None, 32: None}) for key, old in texts.items())
         raise CheckpointError(
             "; ".join(differences),
             str(folder),

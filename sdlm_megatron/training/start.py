@@ -73,6 +73,7 @@ def start_training(
         row_length=grid.row_length,
         steps=plan.steps,
         initialize=plan.kind == "random",  # weights that are loaded would overwrite random ones
+        mask_token_id=plan.state.mask_token_id,
     )
     log(f"device {groups.device_text}")
     log(f"attention {engine.attention.text}")
@@ -119,7 +120,7 @@ def _open_sinks(config: RunConfig, plan: RunPlan, watch: Watch, groups: Groups) 
     run_dir.mkdir(parents=True, exist_ok=True)
     # before the first step, so that `sdlm report` works for a run that crashes in it
     save_config(config, run_dir / "config.yaml")
-    layout = f"TP {groups.tp_size}, PP {groups.pp_size}, DP {groups.dp_size}"
+    layout = groups.layout_text
     watch.event(
         "start",
         step=plan.state.step,

@@ -25,6 +25,7 @@ GROUPS = {
     "TENSOR_MODEL": "TP",
     "PIPELINE_MODEL": "PP",
     "DATA_PARALLEL": "DP",
+    "CONTEXT_PARALLEL": "CP",
     "EMBEDDING": "embeddings",
     "MODEL_PARALLEL": "TP x PP",
     "INTRA_DISTRIBUTED": "all",

@@ -16,14 +16,14 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
-from sdlm_megatron.config.schema import DiffusionConfig, ModelConfig, RunConfig
-from sdlm_megatron.config.validate import RANGES, SIZES, check_ranges
+from sdlm_megatron.config.schema import DiffusionConfig, LoraConfig, ModelConfig, RunConfig
+from sdlm_megatron.config.validate import CHOICES, RANGES, SIZES, check_lora, check_ranges
 from sdlm_megatron.diffusion.settings import SDLMSettings
-from sdlm_megatron.errors import CheckpointError
+from sdlm_megatron.errors import CheckpointError, ConfigError
 from sdlm_megatron.files import checked, optional_file, read_json_object, regular_file, sha256
 
 TOKENIZER_FILES = (
@@ -65,6 +65,8 @@ class TrainState:
     """Running sum of the losses of block targets, for train.next_token_balance; 0 without it."""
     running_next_token_loss: float = 0.0
     """The same of clean targets."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """Adapters in the checkpoint; rank 0: none."""
 
     def sdlm_settings(self, decoding: SDLMSettings | None = None) -> SDLMSettings | None:
         """Settings for the export; None without a mask token.
@@ -89,9 +91,19 @@ def read_state(folder: Path) -> TrainState:
         "shape": ModelConfig(**_typed(ModelConfig, shape, path)),
         "diffusion": DiffusionConfig(**_typed(DiffusionConfig, {"target_shift": True, **diffusion}, path)),
     }
+    lora = checked(raw, "lora", dict, path, CheckpointError) if "lora" in raw else {}
+    values["lora"] = LoraConfig(**_typed(LoraConfig, lora, path))
     absent = {"eos_token_id": -1, "running_block_loss": 0.0, "running_next_token_loss": 0.0}  # in older checkpoints
     state = TrainState(**_typed(TrainState, {**absent, **values}, path, whole=True))
     check_ranges(state.shape, RANGES, "model.", str(path))
+    if state.shape.rope_type not in (kinds := CHOICES["model.rope_type"]):
+        what = f"rope_type is {state.shape.rope_type!r:.60}, not one of {', '.join(kinds)}"
+        raise CheckpointError(what, str(path), "use the version that wrote it")
+    check_ranges(state.lora, RANGES, "lora.", str(path))
+    try:
+        check_lora(state.lora, str(path))
+    except ConfigError as error:
+        raise CheckpointError(error.what, str(path), "use another checkpoint") from None
     for key in shape.keys() & {*SIZES}:
         checked(shape, key, int, path, CheckpointError, least=1)
     for key, least in (("step", 0), ("consumed_rows", 0), ("rows_per_step", 0 if state.step == 0 else 1)):
@@ -135,7 +147,8 @@ def _typed(kind: type, raw: dict[str, Any], path: Path, *, whole: bool = False) 
         raise CheckpointError(f"unknown keys {unknown}: written by another version", str(path), "use that version")
     for key in hints if whole else raw:
         hint = hints[key]
-        options = (dict,) if get_origin(hint) is dict else get_args(hint) or (hint,)  # bool | None has two
+        kind_of = get_origin(hint)
+        options = (kind_of,) if kind_of in (dict, list) else get_args(hint) or (hint,)  # bool | None has two
         if not (raw.get(key) is None and type(None) in options):
             checked(raw, key, options[0], path, CheckpointError)
     return raw

@@ -189,13 +189,21 @@ class _Fields:
         return tuple(ids)
 
 
-_LLAMA3 = {
-    "rope_factor": "factor",
-    "rope_low_freq": "low_freq_factor",
-    "rope_high_freq": "high_freq_factor",
-    "rope_original_positions": "original_max_position_embeddings",
+_SCALING = {"rope_factor": "factor", "rope_original_positions": "original_max_position_embeddings"}
+_ROPE = {
+    "llama3": {**_SCALING, "rope_low_freq": "low_freq_factor", "rope_high_freq": "high_freq_factor"},
+    "yarn": {
+        **_SCALING,
+        "rope_low_freq": "beta_slow",
+        "rope_high_freq": "beta_fast",
+        "rope_attention_factor": "attention_factor",
+    },
 }
-"""Llama 3's rope scaling: field of ModelConfig -> key in config.json."""
+"""Kinds of rope scaling: field of ModelConfig -> key in config.json."""
+_ROPE_DEFAULTS = {"beta_slow": 1.0, "beta_fast": 32.0, "attention_factor": 0.0}
+"""Values that transformers assumes for absent keys of YaRN; 0: computed from the factor."""
+_ROPE_OFF = {"mscale": 0, "mscale_all_dim": 0, "truncate": True, "partial_rotary_factor": 1}
+"""Keys of a rope scaling that would change the result, with the value that switches each off."""
 
 
 def _rope(fields: _Fields, default_theta: float) -> dict[str, Any]:
@@ -205,22 +213,37 @@ def _rope(fields: _Fields, default_theta: float) -> dict[str, Any]:
     for name in ("rope_scaling", "rope_parameters"):
         rope = _Fields(fields.typed(name, dict, {}), fields.path)
         kind = rope.values.get("rope_type", rope.values.get("type", "default"))
-        if kind not in ("default", "llama3"):
-            fix = "use a base with plain RoPE or Llama 3's scaling"
+        if kind not in ("default", *_ROPE):
+            fix = f"use a base with plain RoPE or one of {', '.join(_ROPE)}"
             raise fields.error(f"rope scaling {kind!r:.60} is not supported", name, fix)
-        if rope.values.get("partial_rotary_factor", 1) != 1:
-            raise fields.error("a partial rotary embedding is not supported", name, "use a base without it")
-        if kind == "llama3":
-            kinds = {"rope_original_positions": int}
-            scalings.append({k: rope.number(v, kinds.get(k, float), MOST[k]) for k, v in _LLAMA3.items()})
+        for key, off in _ROPE_OFF.items():
+            if rope.values.get(key) not in (off, None):
+                fix = f"use a base without it, or with {key} {json.dumps(off)}"
+                raise fields.error(f"{key} {rope.values[key]!r:.60} is not supported", name, fix)
+        if kind in _ROPE:
+            scalings.append({"rope_type": kind, **_scaling(rope, kind)})
         if name == "rope_parameters" and rope.values.get("rope_theta") is not None:
             nested = rope.number("rope_theta", float, MOST["rope_theta"])
     scaling = scalings[0] if scalings else {}
     if scalings[1:] and scaling != scalings[1]:
         raise fields.error("rope_scaling and rope_parameters differ", "rope_scaling", "keep one of them")
     if scaling and not (scaling["rope_factor"] >= 1 and scaling["rope_high_freq"] > scaling["rope_low_freq"]):
-        raise fields.error("expected factor >= 1 and high_freq_factor > low_freq_factor", "rope_scaling")
+        keys = _ROPE[scaling["rope_type"]]
+        raise fields.error(
+            f"expected factor >= 1 and {keys['rope_high_freq']} > {keys['rope_low_freq']}", "rope_scaling"
+        )
     return {"rope_theta": float(fields.number("rope_theta", float, MOST["rope_theta"], nested)), **scaling}
+
+
+def _scaling(rope: _Fields, kind: str) -> dict[str, Any]:
+    """Fields of ModelConfig of one kind of rope scaling."""
+    values = {}
+    for field_name, key in _ROPE[kind].items():
+        default = _ROPE_DEFAULTS.get(key)
+        if default != 0 or rope.values.get(key) is not None:  # `number` takes values above 0
+            number = int if field_name == "rope_original_positions" else float
+            values[field_name] = rope.number(key, number, MOST[field_name], default)
+    return values
 
 
 def _no_rope_layers(interval: int, layers: int) -> list[int]:
@@ -378,7 +401,9 @@ def config_json(config: HFConfig, dtype: str) -> dict[str, Any]:
     if family.nope:
         values["no_rope_layers"] = _no_rope_layers(shape.nope_interval, shape.num_layers)
     if shape.rope_factor != 1:
-        values["rope_scaling"] = {"rope_type": "llama3", **{v: getattr(shape, k) for k, v in _LLAMA3.items()}}
+        scaling = {key: getattr(shape, name) for name, key in _ROPE[shape.rope_type].items()}
+        stated = {key: value for key, value in scaling.items() if value != _ROPE_DEFAULTS.get(key)}
+        values["rope_scaling"] = {"rope_type": shape.rope_type, **stated}
     if config.bos_token_id is not None:
         values["bos_token_id"] = config.bos_token_id
     if config.eos_token_ids:

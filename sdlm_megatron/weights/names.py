@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from sdlm_megatron.config.schema import ModelConfig
+from sdlm_megatron.config.schema import LoraConfig, ModelConfig
 
 if TYPE_CHECKING:  # the planner pads vocabularies by this module, and starts fast because it needs no torch
     import torch
@@ -37,6 +37,15 @@ _QK_NORMS = ("self_attention.q_layernorm.weight", "self_attention.k_layernorm.we
 _FC1 = "mlp.linear_fc1.weight"
 VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
 """Tensors with a row per token, padded with zero rows."""
+MASK_ROW = "mask_row.weight"
+"""End of the name of the mask token's row, (1, hidden), which adapters are trained with."""
+ADAPTED = {
+    "self_attention.linear_qkv": ("q_proj", "k_proj", "v_proj"),
+    "self_attention.linear_proj": ("o_proj",),
+    "mlp.linear_fc1": ("gate_proj", "up_proj"),
+    "mlp.linear_fc2": ("down_proj",),
+}
+"""Linear layers that can have an adapter, and the Hugging Face layers they consist of."""
 VOCAB_MULTIPLE = 128
 """The vocabulary is padded to a multiple of this for any TP degree: Qwen2.5's 151,936 and 152,064 already are."""
 
@@ -108,33 +117,77 @@ def columns(name: str, shape: ModelConfig) -> tuple[int, ...]:
     return (shape.ffn_hidden_size if name.endswith("linear_fc2.weight") else shape.hidden_size,)
 
 
-def checkpoint_rows(shape: ModelConfig) -> dict[str, list[Rows]]:
-    """The inverse of `hf_rows`: each tensor of a Hugging Face folder, as rows of Megatron-Core tensors."""
+def inverse_rows(tables: dict[str, list[Rows]]) -> dict[str, list[Rows]]:
+    """Each tensor of a Hugging Face folder, as rows of Megatron-Core tensors, from the tables of `hf_rows` by name."""
     segments: dict[str, list[tuple[int, Rows]]] = {}
-    for name in checkpoint_names(shape):
+    for name, table in tables.items():
         offset = 0
-        for hf, start, stop in hf_rows(name, shape):
+        for hf, start, stop in table:
             segments.setdefault(hf, []).append((start, (name, offset, offset + stop - start)))
             offset += stop - start
     return {hf: [rows for _, rows in sorted(parts)] for hf, parts in segments.items()}
 
 
-def to_hf(name: str, tensor: "torch.Tensor", shape: ModelConfig) -> "Iterator[tuple[str, torch.Tensor]]":
-    """Hugging Face (name, tensor) pairs of one whole Megatron-Core tensor."""
+def adapted(lora: LoraConfig) -> dict[str, list[str]]:
+    """The layers of ADAPTED that get an adapter, and which of their Hugging Face layers; {} without adapters."""
+    kinds = {linear: [k for k in kinds if k in lora.targets] for linear, kinds in ADAPTED.items()}
+    return {linear: names for linear, names in kinds.items() if names and lora.rank}
+
+
+def adapter_names(shape: ModelConfig, lora: LoraConfig) -> list[str]:
+    """Every tensor that is trained with adapters, for a whole model."""
+    numbers, linears = range(shape.num_layers), adapted(lora)
+    layers = [f"decoder.layers.{i}.{linear}_adapter.{x}" for i in numbers for linear in linears for x in "AB"]
+    return [*layers, f"embedding.{MASK_ROW}"] if linears else []
+
+
+def adapter_rows(name: str, shape: ModelConfig, lora: LoraConfig) -> list[Rows]:
+    """`hf_rows` for a tensor of `adapter_names`, in the names of peft's adapters without their prefix.
+
+    A has `rank` rows for each Hugging Face layer, B the rows of the linear layer.
+    """
+    if name.endswith(MASK_ROW):
+        return [("model.embed_tokens.token_adapter.trainable_tokens_delta", 0, 1)]
+    linear, _, factor = name.partition("_adapter.")
+    rows = hf_rows(f"{linear}.weight", shape)
+    kinds = adapted(lora)[linear.split(".", 3)[3]]
+    of_kinds = [(hf.removesuffix("weight"), a, b) for hf, a, b in rows if hf.split(".")[-2] in kinds]
+    if factor == "A":
+        return [(f"{hf}lora_A.weight", 0, lora.rank) for hf in dict.fromkeys(hf for hf, _, _ in of_kinds)]
+    return [(f"{hf}lora_B.weight", a, b) for hf, a, b in of_kinds]
+
+
+def adapter_columns(name: str, shape: ModelConfig, lora: LoraConfig) -> int:
+    """Columns of a tensor of `adapter_names`."""
+    if name.endswith(".B"):
+        return lora.rank
+    return shape.hidden_size if name.endswith(MASK_ROW) else columns(name.replace("_adapter.A", ".weight"), shape)[0]
+
+
+def to_hf(
+    name: str, tensor: "torch.Tensor", shape: ModelConfig, lora: LoraConfig | None = None
+) -> "Iterator[tuple[str, torch.Tensor]]":
+    """Hugging Face (name, tensor) pairs of one whole Megatron-Core tensor; `lora`: may be one of `adapter_names`."""
     import torch
 
     offset = 0
     parts: dict[str, list[torch.Tensor]] = {}
-    for hf, start, stop in hf_rows(name, shape):
+    of_adapters = name.endswith((".A", ".B", MASK_ROW))
+    for hf, start, stop in adapter_rows(name, shape, lora) if lora and of_adapters else hf_rows(name, shape):
         parts.setdefault(hf, []).append(tensor[offset : offset + stop - start])
         offset += stop - start
-    for hf, rows in parts.items():
-        yield hf, rows[0] if len(rows) == 1 else torch.cat(rows)
+    for hf, tensors in parts.items():
+        yield hf, tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
 
 def partition_dim(name: str) -> int | None:
     """Dimension of a tensor that is split over TP; None: every rank holds all of it."""
-    if name.endswith(("layernorm.weight", "layer_norm_weight")):
+    if name.endswith(("layernorm.weight", "layer_norm_weight", MASK_ROW)):
         return None
+    # An adapter is split where its layer is: B by the rows of a column-parallel layer, A by a row-parallel one's input.
+    if name.endswith((".A", ".B")):
+        row_parallel = name.endswith(("linear_proj_adapter.A", "linear_fc2_adapter.A"))
+        column_parallel = name.endswith(("linear_qkv_adapter.B", "linear_fc1_adapter.B"))
+        return 1 if row_parallel else 0 if column_parallel else None
     # Row-parallel layers split their input: the layer before leaves its output split over TP.
     return 1 if name.endswith(("linear_proj.weight", "linear_fc2.weight")) else 0

@@ -20,9 +20,9 @@ from sdlm_megatron.weights.names import (
     Rows,
     checkpoint_key,
     checkpoint_names,
-    checkpoint_rows,
     columns,
     hf_rows,
+    inverse_rows,
     padded_vocab,
 )
 from sdlm_megatron.weights.shape import NewMaskToken, mean_row
@@ -124,7 +124,7 @@ class CheckpointAsHF:
             if len(stored) != len(expected) or stored[at] < rows or _without(stored, at) != _without(expected, at):
                 what = f"'{key}' is {stored}, the state.json says {expected}"
                 raise CheckpointError(what, str(where), "use another checkpoint")
-        self._segments = checkpoint_rows(shape)
+        self._segments = inverse_rows({name: hf_rows(name, shape) for name in checkpoint_names(shape)})
 
     def names(self) -> list[str]:
         return list(self._segments)

@@ -54,12 +54,19 @@ CHAINS = {
     "bf16": [
         Layout(8, {"tensor": 2, "sequence": True, "pipeline": 2, "virtual_pipeline": 2, **ALL}),
         Layout(1, {"distributed_optimizer": False}),
+        Layout(4, {"context": 2, "tensor": 2, "sequence": True}),
         Layout(3, {}, buckets=None),
         Layout(4, {"tensor": 4}),  # more than KV heads
         Layout(4, {"tensor": 2, "distributed_optimizer": False}),
         Layout(2, {"pipeline": 2, "virtual_pipeline": 2}),
     ],
-    "fp32": [Layout(2, ALL), Layout(2, {"tensor": 2, "distributed_optimizer": False}), Layout(1, {})],
+    "fp32": [
+        Layout(2, ALL),
+        Layout(4, {"context": 2, "distributed_optimizer": False}),
+        Layout(2, {"tensor": 2, "distributed_optimizer": False}),
+        Layout(1, {}),
+        Layout(4, {"context": 4}),
+    ],
 }
 
 

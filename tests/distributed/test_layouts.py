@@ -204,11 +204,12 @@ def test_other_families_train_the_same_across_layouts(tmp_path: Path, family: st
 
     Tied embeddings on two stages, loss averaged over rows for blocks and clean tokens, causal blocks. Each TP rank has
     the whole norms of q and k (Qwen3), and gradients of them from its own heads. SmolLM3's layer without rotary
-    embedding is on the second stage; here it also has Llama 3's rope scaling.
+    embedding is on the second stage; here it also has Llama 3's rope scaling, and Qwen3 has YaRN.
     """
+    scaling = FAMILY_FIELDS["llama"] if family == "smollm3" else {}
     material = (
         make_dataset(tmp_path / "data", rows=20),
-        make_hf(tmp_path / "hf", tied=True, family=family, causal_attn=True, **FAMILY_FIELDS["llama"]),
+        make_hf(tmp_path / "hf", tied=True, family=family, causal_attn=True, **scaling),
     )
     settings = {
         "diffusion.causal_attn": True,

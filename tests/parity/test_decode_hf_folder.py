@@ -17,7 +17,7 @@ from sdlm_megatron.diffusion.settings import SDLMSettings
 from sdlm_megatron.errors import CheckpointError
 from sdlm_megatron.weights.hf_config import HFConfig, read_hf_config
 from sdlm_megatron.weights.hf_weights import INDEX_NAME, HFWeights
-from tests.helpers import LLAMA3, whole
+from tests.helpers import LLAMA3, YARN, whole
 from tests.parity import decode_oracle as o
 from tests.qwen_vocab import make_tiny_qwen
 
@@ -216,11 +216,15 @@ def test_wrong_tensors_are_refused(tmp_path: Path) -> None:
         ({"model_type": "qwen3", "attention_bias": True}, "bias.*'attention_bias'"),
         ({"model_type": "qwen3", "layer_types": ["sliding_attention"] * 2}, "'sliding_attention' is not supported"),
         ({"model_type": "smollm3", "no_rope_layers": [0, 1]}, "not evenly spaced.*'no_rope_layers'"),
-        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope scaling 'yarn'"),
+        ({"rope_scaling": {"type": "linear", "factor": 4.0}}, "rope scaling 'linear'.*llama3, yarn"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "got None.*field 'original_max_position_embeddings'"),
+        ({"rope_scaling": {**YARN, "beta_fast": 1}}, "beta_fast > beta_slow"),
+        ({"rope_scaling": {**YARN, "truncate": False}}, "truncate False is not supported"),
+        ({"rope_scaling": {**YARN, "mscale": 1.0}}, "mscale 1.0 is not supported"),
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1.0}}, "above 0.*got None.*field 'factor'"),
         ({"rope_parameters": {**LLAMA3, "high_freq_factor": 1}}, "high_freq_factor > low_freq_factor"),
         ({"rope_parameters": LLAMA3, "rope_scaling": {**LLAMA3, "factor": 4}}, "rope_parameters differ"),
-        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial rotary"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor 0.5"),
         ({"use_sliding_window": True}, "sliding-window"),
         ({"hidden_size": None}, "field 'hidden_size'"),
         ({"hidden_size": "64"}, "field 'hidden_size'"),

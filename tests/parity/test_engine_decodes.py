@@ -14,6 +14,7 @@ from sdlm_megatron.diffusion.decode import decode
 from sdlm_megatron.diffusion.layout import IGNORE, pack_row
 from sdlm_megatron.diffusion.row import MicroBatch, make_micro_batch
 from sdlm_megatron.model.attention.choice import choose_attention
+from sdlm_megatron.weights.hf_config import config_json, read_hf_config
 
 LENGTHS = (9, 5, 14)
 
@@ -91,6 +92,44 @@ def test_slot_0_of_a_causal_block_equals_the_clean_token(make_engine: Callable, 
     torch.testing.assert_close(*by_mode[True], rtol=1e-5, atol=1e-5)
     assert (by_mode[False][0] - by_mode[False][1]).abs().max() > 0.1
     torch.testing.assert_close(by_mode[False][0], by_mode[True][0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        {"type": "yarn", "factor": 4.0},
+        {"rope_type": "yarn", "factor": 2.5, "beta_fast": 8, "beta_slow": 2.5, "attention_factor": 1.7},
+        {"rope_type": "yarn", "factor": 4.0, "beta_fast": 40000, "beta_slow": 30000},  # no frequency between
+    ],
+    ids=["qwen", "every key", "no ramp"],
+)
+def test_yarn_equals_transformers_at_positions_beyond_the_original(
+    make_engine: Callable, tmp_path: Path, scaling: dict
+) -> None:
+    """Qwen2.5's recipe for 131,072 positions: frequencies, factor and logits, with its head size and theta."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    from sdlm_megatron.model.model_builder import scaled_frequencies
+
+    scaling = {**scaling, "original_max_position_embeddings": 32768}
+    folder = make_hf(tmp_path / "hf", tied=False, head_dim=128, rope_theta=1e6, rope_scaling=scaling)
+    model, engine = reference(folder), make_engine(folder)
+    shape = engine.shape
+    expected, factor = ROPE_INIT_FUNCTIONS["yarn"](model.config, "cpu")
+    plain = 1 / 1e6 ** (torch.arange(0, 128, 2) / 128)
+    torch.testing.assert_close(scaled_frequencies(plain, shape), expected)
+    assert shape.rope_magnitude == pytest.approx(factor) and factor > 1
+    row, _ = anchored_row()
+    positions = torch.zeros(1, 208, dtype=torch.long)
+    positions[0, :20] = torch.arange(20) * 6553  # the first document's, up to 124,507
+    with engine.inference(), torch.no_grad():
+        actual = engine.logits(engine.prepare(replace(row, positions=positions)))[:20]
+        logits = model(row.tokens[:, :20], position_ids=positions[:, :20]).logits[0]
+        unscaled = model(row.tokens[:, :20]).logits[0]
+    torch.testing.assert_close(actual, logits, rtol=1e-4, atol=1e-4)
+    assert (logits - unscaled).abs().max() > 0.01
+    del scaling[next(iter(scaling))]
+    assert config_json(read_hf_config(folder), "float32")["rope_scaling"] == {"rope_type": "yarn", **scaling}
 
 
 def test_causal_self_speculation_equals_greedy(tmp_path: Path) -> None:

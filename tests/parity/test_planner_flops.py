@@ -34,9 +34,11 @@ def packed_row() -> tuple[np.ndarray, RowLayout]:
     return pack_row(documents, block_size=D, mask_token_id=3)
 
 
-def counted(make_engine: Callable, folder: Path, attention: type, recompute: str = "none") -> tuple[int, MicroBatch]:
+def counted(
+    make_engine: Callable, folder: Path, attention: type, recompute: str = "none", rank: int = 0
+) -> tuple[int, MicroBatch]:
     """FLOPs of a forward and backward pass, and the row that was passed."""
-    engine = make_engine(make_hf(folder, vocab=SHAPE.vocab_size, ffn=SHAPE.ffn_hidden_size, tied=False))
+    engine = make_engine(make_hf(folder, vocab=SHAPE.vocab_size, ffn=SHAPE.ffn_hidden_size, tied=False), rank=rank)
     if recompute == "full":
         config = engine.module.config
         config.recompute_granularity, config.recompute_method, config.recompute_num_layers = "full", "uniform", 1
@@ -71,3 +73,12 @@ def test_full_recompute_adds_a_forward_pass_of_the_layers(make_engine: Callable,
     again, _ = counted(make_engine, tmp_path / "b", Dense, "full")
     layers = training_flops(SHAPE, tokens=LENGTH, pairs=LENGTH**2, label_rows=0)
     assert again - plain == pytest.approx(layers / 3, rel=1e-12)
+
+
+def test_frozen_weights_have_no_gradient_product(make_engine: Callable, tmp_path: Path) -> None:
+    """With adapters, whose products come on top: A has `rank` rows for each of q, k, v, gate, up; B as many columns."""
+    total, batch = counted(make_engine, tmp_path / "hf", Dense, rank=3)
+    counts = {"tokens": LENGTH, "pairs": LENGTH**2, "label_rows": len(batch.label_index)}
+    fused = ((3, 64, 64 + 2 * 32), (1, 64, 64), (2, 64, 2 * 96), (1, 96, 64))  # Hugging Face layers, inputs, outputs
+    adapters = sum(6 * 3 * kinds * (inputs + outputs) * LENGTH for kinds, inputs, outputs in fused)
+    assert total == training_flops(SHAPE, **counts, frozen=True) + SHAPE.num_layers * adapters

@@ -222,6 +222,27 @@ def test_unknown_backends_are_refused(device: str) -> None:
     assert caught.value.fix == "one of auto, per_document, triton, decomposed, flex, dense"
 
 
+def test_context_parallelism_takes_the_decomposed_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    group = types.SimpleNamespace(size=lambda: 2)
+    where = {"causal_attn": False, "heads": HEADS, "context": group}
+    assert (
+        choose_attention("auto", device=CPU, **where).text == "decomposed over plain torch: it works on parts of rows"
+    )
+    for name in ("per_document", "triton", "flex", "dense"):
+        with pytest.raises(ConfigError, match=f"{name} attention needs whole rows, .* parallelism 2 splits") as caught:
+            choose_attention(name, device=CPU, **where)
+        assert caught.value.fix == "--train.attention=auto or --parallel.context=1"
+    monkeypatch.setattr(choice, "gpu_kernels", lambda: iter([TorchFlash()]))
+    heads = {**where, "heads": Heads(heads=4, kv_heads=2, dim=16, dtype=torch.bfloat16)}
+    monkeypatch.setattr(choice, "check_backend", lambda row, **_: 0.3)
+    with pytest.raises(ConfigError, match="no kernel for decomposed attention") as caught:
+        choose_attention("auto", device=torch.device("cuda"), **heads)
+    assert caught.value.fix.endswith("or --parallel.context=1")
+    monkeypatch.setattr(choice, "check_backend", lambda row, **_: 0.001)
+    chosen = choose_attention("auto", device=torch.device("cuda"), **heads)
+    assert chosen.text.startswith("decomposed over torch's flash attention, which passed the check")
+
+
 @pytest.mark.parametrize("name", ["triton", "flex"])
 def test_kernels_of_gpus_are_refused_on_a_cpu(name: str) -> None:
     with pytest.raises(ConfigError, match="kernels need a GPU") as caught:

@@ -224,6 +224,12 @@ def test_trials_compare_with_the_definition(monkeypatch: pytest.MonkeyPatch) -> 
     assert set(gpu_trials.TRIALS) == {name for name, *_ in doctor.GPU_CHECKS}
 
 
+def test_trials_refuse_a_device_that_computes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.Tensor, "square", lambda x: x * 0)
+    with pytest.raises(UserError, match=r"the device computes 0 \+ 1 \+ 4 \+ 9 \+ 16 = 0"):
+        gpu_trial("SwiGLU")
+
+
 def test_doctor_reports_trials_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """They run where there is a GPU, each in its own process; a failure is broken, with its message and time."""
     sound = [(name, lambda: "fine", needed, fix) for name, _, needed, fix in doctor.CHECKS]

@@ -151,6 +151,8 @@ OVERLAP = ("--parallel.sequence=true", "--parallel.overlap_tensor=true")
     ("arguments", "world", "text"),
     [
         (["--parallel.tensor=2"], 3, "3 processes are not a multiple of tensor 2"),
+        (["--parallel.context=2", "--parallel.tensor=2"], 6, "6 processes .* tensor 2 x pipeline 1 x context 2"),
+        (["--parallel.context=2", "--train.attention=triton"], 2, "train.attention=triton needs whole rows"),
         (["--parallel.sequence=true"], 1, "needs tensor parallelism"),
         (["--train.precision=fp8"], 1, "train.precision"),
         (["--optimizer.lr=0"], 1, "optimizer.lr"),

@@ -561,6 +561,7 @@ CHECKPOINT: dict[str, tuple[Change, str]] = {
     "state groups": (state(num_layers=10000, num_query_groups=10000), "'decoder.layers"),
     "state no heads": (state(num_attention_heads=0), "num_attention_heads is 0"),
     "state theta": (state(rope_theta=10**400), "rope_theta"),
+    "state rope": (state(rope_type="linear"), "rope_type is .linear."),
     "hf config": (edit("hf/config.json", num_hidden_layers=10**12), "num_hidden_layers"),
     "hf tokenizer deep": (write("hf/tokenizer.json", DEEP), "nested too deeply"),
     "hf tokenizer list": (write("hf/tokenizer.json", "[]"), "not an object"),

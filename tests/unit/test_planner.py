@@ -370,6 +370,55 @@ def test_the_command_prints_json(capsys: pytest.CaptureFixture):
     assert printed["recommended"]["cost_usd"] == pytest.approx(2 * printed["recommended"]["gpu_hours"])
 
 
+LONG = ("row_length=131072", "documents=20000", "content_tokens=1e9")
+
+
+def long(context: int, gpus: int = 64, *texts: str, **train: object) -> LayoutPlan:
+    """The plan of 32B on rows of 131,072 tokens with TP 8, sequence parallelism and this degree of CP."""
+    config = load_config(RunConfig, "sdlm_32b_d4", [f"--train.{k}={v}" for k, v in train.items()], PRESETS)
+    degrees = {"tensor": 8, "pipeline": 1, "virtual_pipeline": 1, "context": context}
+    config = replace(config, parallel=replace(config.parallel, **degrees))
+    p = replace(planner(assumed=assume([*LONG, *texts])), config=config)
+    return p.plan(layout_of(config, gpus))
+
+
+@pytest.mark.parametrize("context", [2, 8])
+def test_context_parallelism_divides_what_grows_with_the_row(context):
+    """Activations, buffers and time of a row by N; weights and gradients stay; the optimizer is sharded as before."""
+    whole, split = (long(n, 64, "kernel_overhead_us=0") for n in (1, context))
+    for name in ("activations", "buffers"):
+        assert getattr(split.memory, name) == pytest.approx(getattr(whole.memory, name) / context, rel=0.002)
+    for name in ("weights", "gradients", "optimizer"):
+        assert getattr(split.memory, name) == getattr(whole.memory, name)
+    # as many rows: each takes 1/N of the time on N times as many GPUs
+    for name in ("gemm", "attention", "elementwise"):
+        expected = getattr(whole.time, name) / whole.micro_batches * split.micro_batches / context
+        assert getattr(split.time, name) == pytest.approx(expected, rel=0.02), name
+    assert (split.layout.data, split.layout.replicas) == (8 // context, 8)
+
+
+def test_keys_and_values_of_context_parallelism_travel_three_times():
+    """Gathered in both passes, scattered once; again for recomputed layers. 8 KV heads over TP 8: 128 numbers each."""
+    work = long(8).planner.work
+    count = 2 * work.row.clean * 128 * 2 * 7 / 8
+    for train, times in ({}, 3), ({"recompute": "full"}, 4):
+        plan = long(8, **train)
+        per_layer = plan.time.context_communication / plan.micro_batches / 64
+        # TP 8 fills a node: a neighbor of the row is on another one
+        rows = plan.rows / (plan.grid.ranks * plan.grid.micro_batches)
+        assert per_layer == pytest.approx(times * (count * rows / 40e9 + 20e-6), rel=1e-3)
+    near = long(8, 64, "gpus_per_node=64").time.context_communication
+    assert near < 0.2 * long(8).time.context_communication
+    assert long(1).time.context_communication == 0
+
+
+def test_long_rows_of_32b_get_context_parallelism():
+    plans = planner(assumed=assume(LONG), layers="transformer_engine").best(16)
+    choice = recommended(plans)
+    assert choice is not None and choice.fits and choice.layout.context > 1
+    assert {p.layout.context for p in plans} == {1, 2}
+
+
 def test_impossible_layout_is_reported(capsys: pytest.CaptureFixture):
     command.main(["sdlm_32b_d4", "--gpus", "20", "--parallel.tensor=8", "--parallel.virtual_pipeline=1", "--top", "1"])
     assert "cannot run on 20 GPUs: 20 processes are not a multiple" in capsys.readouterr().out

@@ -19,11 +19,13 @@ STAGES = [
 SIMULATED: list[tuple[int, list[str], str, list[int]]] = [  # GPUs, settings; the error, or the ranks that pass
     (3, ["--train.recompute=selective", "--parallel.distributed_optimizer=false"], "", [0, 2]),
     (12, STAGES, "", [0, 4, 11]),
+    (12, [*STAGES, "--parallel.context=2"], "", [0, 4, 11]),
+    (8, [*STAGES, "--parallel.pipeline=2", "--parallel.virtual_pipeline=3", "--lora.rank=4"], "", [0, 7]),
     (2, ["--model.head_dim=15"], "rank 0 .* RuntimeError: Attempting to broadcast a dimension of length 16", []),
 ]
 SIX = ["--model.num_attention_heads=6"]
 REFUSED = {
-    "2 GPUs are fewer than tensor x pipeline = 4": ["--parallel.tensor=4"],
+    "2 GPUs are fewer than tensor x pipeline x context = 4": ["--parallel.tensor=4"],
     "3 processes are not a multiple of tensor 2 x pipeline": ["--parallel.tensor=2", "--gpus=3"],
     "num_attention_heads = 6 is not divisible": [*SIX, "--parallel.tensor=4", "--gpus=4"],
     "3 KV heads cannot be split": [*SIX, "--model.num_query_groups=3", "--parallel.tensor=2"],

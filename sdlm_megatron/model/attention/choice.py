@@ -5,18 +5,19 @@ that `auto` takes on a GPU is checked before use: on a small row, forward and ba
 definition in float64.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
+from typing import Any
 
 import numpy as np
 import torch
 
-from sdlm_megatron.config.validate import CHOICES
+from sdlm_megatron.config.validate import CHOICES, SPLIT_ATTENTION
 from sdlm_megatron.diffusion.layout import RowLayout
 from sdlm_megatron.errors import ConfigError
-from sdlm_megatron.model.attention.contract import RowAttention
+from sdlm_megatron.model.attention.contract import BuildAttention, RowAttention
 from sdlm_megatron.model.attention.decomposed import Decomposed
 from sdlm_megatron.model.attention.flex import Flex
 from sdlm_megatron.model.attention.fused import Fused
@@ -31,8 +32,6 @@ from sdlm_megatron.model.attention.varlen import (
 from sdlm_megatron.model.packages import LIBRARY_ERRORS, first_line
 
 KEY = "train.attention"
-Row = Callable[[RowLayout, int], RowAttention]
-"""Builds the attention of a row, on the host, from its layout and length."""
 GPU_ONLY = {"triton": "Triton kernels", "flex": "FlexAttention's kernels"}
 TOLERANCE = 0.02
 """Accepted relative error (of norms) in bf16: a wrong convention gives at least 0.1, rounding about 0.005."""
@@ -44,7 +43,7 @@ class AttentionBackend:
 
     text: str
     """Name of the backend and reason for the choice, for the console."""
-    row: Row
+    row: BuildAttention
 
 
 @dataclass(frozen=True)
@@ -57,14 +56,28 @@ class Heads:
     dtype: torch.dtype
 
 
-def choose_attention(name: str, *, causal_attn: bool, device: torch.device, heads: Heads) -> AttentionBackend:
+def choose_attention(
+    name: str, *, causal_attn: bool, device: torch.device, heads: Heads, context: Any = None
+) -> AttentionBackend:
     """The backend for `train.attention`.
+
+    Args:
+        context: process group of the ranks that share a row; None without context parallelism.
 
     Raises:
         ConfigError: it is unknown or cannot run here; with "auto" on a GPU, no backend for GPUs works.
     """
     if name not in CHOICES[KEY]:
         raise ConfigError(f"there is no attention backend '{name}'", KEY, f"one of {', '.join(CHOICES[KEY])}")
+    if context is not None:
+        if name not in SPLIT_ATTENTION:
+            what = f"{name} attention needs whole rows, but context parallelism {context.size()} splits them"
+            raise ConfigError(what, KEY, f"--{KEY}=auto or --parallel.context=1")
+        if device.type == "cuda":
+            return _gpu_backend("decomposed", causal_attn=causal_attn, device=device, heads=heads, context=context)
+        kernel, why = TorchKernel(), "it works on parts of rows"
+        row = _decomposed(kernel, causal_attn, context)
+        return AttentionBackend(f"decomposed over {kernel.name}: {why}", row)
     masked = {"per_document": PerDocument, "dense": Dense}
     if name in masked:
         return AttentionBackend(f"{name}, set by {KEY}", partial(masked[name], causal_attn=causal_attn))
@@ -78,7 +91,9 @@ def choose_attention(name: str, *, causal_attn: bool, device: torch.device, head
     return AttentionBackend(f"decomposed over {kernel.name}, set by {KEY}", _decomposed(kernel, causal_attn))
 
 
-def _gpu_backend(name: str, *, causal_attn: bool, device: torch.device, heads: Heads) -> AttentionBackend:
+def _gpu_backend(
+    name: str, *, causal_attn: bool, device: torch.device, heads: Heads, context: Any = None
+) -> AttentionBackend:
     """The backend on a GPU: flex, or the fastest that passes its check. per_document would be a loop in Python."""
     flex = partial(Flex, causal_attn=causal_attn)
     if name == "flex":
@@ -86,19 +101,20 @@ def _gpu_backend(name: str, *, causal_attn: bool, device: torch.device, heads: H
     fp32 = heads.dtype is torch.float32
     chosen, failures = None, ["the fast kernels do not support fp32"]
     if not fp32:
-        chosen, failures = first_good(_fast(name, causal_attn, heads), causal_attn, device, heads)
+        chosen, failures = first_good(_fast(name, causal_attn, heads, context), causal_attn, device, heads)
     if chosen is None and name == "auto":
         chosen, more = first_good([("flex", flex)], causal_attn, device, heads)
         failures += more
     notes = "".join(f"; {failure}" for failure in failures)
     if chosen is not None:
         return AttentionBackend(f"{chosen[0]}, which passed the check against the definition{notes}", chosen[1])
-    fixes = ["--train.precision=bf16"] * fp32 + [f"--{KEY}=auto"] * (name != "auto")
-    fixes.append(f"repair what the message names (see `sdlm doctor`), or --{KEY}=per_document, which is slow")
+    fixes = ["--train.precision=bf16"] * fp32 + [f"--{KEY}=auto"] * (name != "auto" and context is None)
+    instead = f"--{KEY}=per_document, which is slow" if context is None else "--parallel.context=1"
+    fixes.append(f"repair what the message names (see `sdlm doctor`), or {instead}")
     raise ConfigError(f"no kernel for {name} attention works on this GPU{notes}", KEY, "; ".join(fixes))
 
 
-def _fast(name: str, causal_attn: bool, heads: Heads) -> Iterator[tuple[str, Row] | str]:
+def _fast(name: str, causal_attn: bool, heads: Heads, context: Any) -> Iterator[tuple[str, BuildAttention] | str]:
     """Backends to try in bf16, fastest first: the name of each with its rows, or the reason why it cannot be used.
 
     triton comes first for the few launches that it needs, 4 per layer and micro-batch instead of about 85.
@@ -113,11 +129,11 @@ def _fast(name: str, causal_attn: bool, heads: Heads) -> Iterator[tuple[str, Row
             if isinstance(kernel, str):
                 yield kernel
             else:
-                yield f"decomposed over {kernel.name}", _decomposed(kernel, causal_attn)
+                yield f"decomposed over {kernel.name}", _decomposed(kernel, causal_attn, context)
 
 
-def _decomposed(kernel: VarlenKernel, causal_attn: bool) -> Row:
-    return lambda layout, row_length: Decomposed(layout, kernel, causal_attn=causal_attn)
+def _decomposed(kernel: VarlenKernel, causal_attn: bool, context: Any = None) -> BuildAttention:
+    return lambda part, length: Decomposed(part, kernel, causal_attn=causal_attn, group=context)
 
 
 def gpu_kernels() -> Iterator[VarlenKernel | str]:
@@ -134,8 +150,8 @@ def gpu_kernels() -> Iterator[VarlenKernel | str]:
 
 
 def first_good(
-    backends: Iterable[tuple[str, Row] | str], causal_attn: bool, device: torch.device, heads: Heads
-) -> tuple[tuple[str, Row] | None, list[str]]:
+    backends: Iterable[tuple[str, BuildAttention] | str], causal_attn: bool, device: torch.device, heads: Heads
+) -> tuple[tuple[str, BuildAttention] | None, list[str]]:
     """The first backend that passes its check (None if none does), and the failures of those before it."""
     failures = []
     for backend in backends:
@@ -154,7 +170,7 @@ def first_good(
     return None, failures
 
 
-def check_backend(row: Row, *, causal_attn: bool, device: torch.device, heads: Heads) -> float:
+def check_backend(row: BuildAttention, *, causal_attn: bool, device: torch.device, heads: Heads) -> float:
     """Largest relative error (of norms) of output and gradients against the definition in float64, on a small row."""
     # covers adjacent blocks, a block with a single clean key, a document of one token without blocks, and one longer
     # than QUERY_CHUNK

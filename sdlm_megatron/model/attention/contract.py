@@ -2,7 +2,8 @@
 
 import copy
 from abc import ABC, abstractmethod
-from typing import Self
+from collections.abc import Callable
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -30,3 +31,8 @@ class RowAttention(ABC):
         The result depends on q, k and v in the autograd graph even for a row of padding only, because every rank has
         to take part in every collective of the backward pass.
         """
+
+
+BuildAttention = Callable[[Any, int], RowAttention]
+"""Builds the attention of a row, on the host, from its RowLayout and length; under context parallelism from this rank's
+RowShard and its length."""

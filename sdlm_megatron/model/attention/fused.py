@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from sdlm_megatron.diffusion.layout import RowLayout
+from sdlm_megatron.errors import ConfigError
 from sdlm_megatron.model.attention.contract import RowAttention
 from sdlm_megatron.model.attention.flex import key_ranges
 
@@ -132,6 +133,13 @@ class Fused(RowAttention):
         return _FusedAttention.apply(q, k, v, self, scale)
 
 
+def check_offsets(tokens: int, stride: int) -> None:
+    """ConfigError for tensors of a row, `stride` numbers per token, that the kernels' int32 offsets do not reach."""
+    if tokens * stride >= 2**31:
+        what = f"a row of {tokens:,} tokens has {tokens * stride:,} numbers per GPU, the Triton kernels reach 2^31"
+        raise ConfigError(what, "train.attention", "a larger parallel.tensor, or parallel.context above 1")
+
+
 @cache
 def _kernels() -> Any:
     """The module of the kernels; ImportError without triton."""
@@ -158,6 +166,7 @@ class _FusedAttention(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, row: Fused, scale: float) -> Tensor:
         q, k, v = q.contiguous(), k.contiguous(), v if v.stride(-1) == 1 else v.contiguous()
         length, heads = q.shape[:2]
+        check_offsets(length, max(q.stride(0), v.stride(0)))
         kv_heads = k.shape[1]
         out, lse = torch.empty_like(q), q.new_empty((kv_heads, length * row.group), dtype=torch.float32)
         kept = v if v.is_contiguous() else torch.empty_like(k)

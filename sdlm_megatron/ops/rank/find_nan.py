@@ -98,6 +98,8 @@ class _Search:
                 self._handles.append(part.register_forward_hook(partial(self._output, chunk, name)))
             for name, parameter in module.named_parameters():
                 self._check(0, 0, self._place(chunk, name), parameter)
+                if not parameter.requires_grad:  # frozen, with adapters
+                    continue
                 counter = [0]  # backward passes come in the order of the forward passes
                 self._handles.append(parameter.register_hook(partial(self._gradient, chunk, name, counter)))
 

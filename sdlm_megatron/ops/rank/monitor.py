@@ -51,7 +51,7 @@ class Monitor:
         self._stragglers = Stragglers(self.hosts, fault.straggler_factor)
         self._outliers = {"loss": Outliers(fault.spike_factor), "grad_norm": Outliers(fault.spike_factor)}
         self._rows: TextIO | None = None
-        if fault.log_rows and engine.groups.tp_rank == engine.groups.pp_rank == 0:
+        if fault.log_rows and engine.groups.tp_rank == engine.groups.pp_rank == engine.groups.cp_rank == 0:
             folder = self.run_dir / "rows" / attempt()
             folder.mkdir(parents=True, exist_ok=True)
             self._rows = open(folder / f"rank-{watch.rank:05d}.jsonl", "a", buffering=1, encoding="utf-8")  # noqa: SIM115
@@ -75,7 +75,7 @@ class Monitor:
             ReplicaError: a check of the replicas was due and they differ.
         """
         every = self.config.fault.replica_check_every
-        if every and step % every == 0 and self.engine.groups.dp_size > 1:
+        if every and step % every == 0 and self.engine.groups.dp_cp_size > 1:
             check_replicas(self.engine, self.hosts, step)
         if step != self.find_nan:
             return nullcontext()

@@ -84,7 +84,7 @@ def _error(differences: list[tuple[tuple[int, ...], str]], hosts: list[str], ste
     return ReplicaError(
         f"before step {step}: data-parallel ranks hold different weights: {shown}",
         ", ".join(f"rank {rank} on {hosts[rank]}" for rank in ranks)
-        + (" differ from the others" if groups.dp_size > 2 else " differ from each other"),
+        + (" differ from the others" if groups.dp_cp_size > 2 else " differ from each other"),
         "restart from the last checkpoint without these hosts: their memory or a device may be broken",
         ranks,
     )

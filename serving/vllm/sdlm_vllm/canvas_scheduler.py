@@ -11,7 +11,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
-from sdlm_vllm.request_options import read_options
+from sdlm_vllm.request_options import WindowOptions, read_options
 from sdlm_vllm.served_config import folder_settings, served_canvas
 
 
@@ -28,9 +28,19 @@ class CanvasScheduler(Scheduler):
         """Adds the canvases and schedules; a canvas that is cut to the token budget is tried again in the next step."""
         for request in self.running:
             past_prompt = request.num_computed_tokens >= request.num_tokens
-            rows = int(self.canvas.rows(np.int64(request.num_tokens), self._window(request))) if past_prompt else 0
-            request.spec_token_ids = [-1] * rows
+            request.spec_token_ids = [-1] * (self._rows(request) if past_prompt else 0)
         return super().schedule(throttle_prefills)
+
+    def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
+        """Also notes which lossless requests have drafts for their next pass."""
+        canvases = scheduler_output.scheduled_spec_decode_tokens
+        for name, index in model_runner_output.req_id_to_index.items():
+            request: Any = self.requests.get(name)
+            if request is not None and (options := self._options(request)).lossless:
+                # Only the proposals of a whole window count, and only where all tokens before it were kept.
+                kept = len(model_runner_output.sampled_token_ids[index])
+                request.sdlm_has_drafts = kept and kept - 1 == len(canvases.get(name, ())) - options.n
+        return super().update_from_output(scheduler_output, model_runner_output)
 
     def make_spec_decoding_stats(
         self, spec_decoding_stats: Any, num_draft_tokens: int, num_accepted_tokens: int, *_: Any, **__: Any
@@ -42,12 +52,18 @@ class CanvasScheduler(Scheduler):
         stats.observe_draft(num_draft_tokens=num_draft_tokens - 1, num_accepted_tokens=num_accepted_tokens - 1)
         return stats
 
-    def _window(self, request: Request) -> int:
+    def _options(self, request: Request) -> WindowOptions:
         params = request.sampling_params
-        return read_options(params and params.extra_args, self.defaults, self.canvas.most).n
+        return read_options(params and params.extra_args, self.defaults, self.canvas.most)
+
+    def _rows(self, request: Any) -> int:
+        options, total = self._options(request), np.int64(request.num_tokens)
+        drafts = self.canvas.drafts(total, options.n) if getattr(request, "sdlm_has_drafts", False) else 0
+        return int(self.canvas.rows(total, options.n, options.lossless, drafts))
 
     def _update_request_with_output(self, request: Request, *args: Any, **kwargs: Any) -> Any:
-        limit, self.max_model_len = self.max_model_len, self.canvas.limit(self._window(request))
+        options = self._options(request)
+        limit, self.max_model_len = self.max_model_len, self.canvas.limit(options.n, options.lossless)
         try:
             return super()._update_request_with_output(request, *args, **kwargs)
         finally:

@@ -8,9 +8,9 @@ from typing import Any
 
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor
 
-from sdlm_vllm.settings import MOST_BLOCK, SDLMSettings
+from sdlm_vllm.settings import MOST_BLOCK, SDLMSettings, lossless_fault
 
-ALGORITHMS = ("prob_conf", "entropy_conf", "ar")
+ALGORITHMS = ("prob_conf", "entropy_conf", "lossless", "ar")
 NAMES = ("sdlm_alg", "sdlm_n", "sdlm_threshold", "sdlm_product")
 
 
@@ -23,6 +23,11 @@ class WindowOptions:
     """Proposed tokens per pass; 1 with the algorithm `ar`."""
     threshold: float
     product: bool
+
+    @property
+    def lossless(self) -> bool:
+        """Whether passes verify drafts; a window of one token has none."""
+        return self.alg == "lossless" and self.n > 1
 
 
 def read_options(extra: dict[str, Any] | None, defaults: SDLMSettings, most: int) -> WindowOptions:
@@ -37,9 +42,11 @@ def read_options(extra: dict[str, Any] | None, defaults: SDLMSettings, most: int
         raise ValueError(f"{unknown[0]} is no option of a request; {fix}")
     alg = given.get("sdlm_alg", defaults.alg)
     if alg not in ALGORITHMS:
-        verifies = alg in ("self_speculative", "lossless")
+        verifies = alg == "self_speculative"
         why = " (a window behind each draft needs key slots that vLLM does not have)" if verifies else ""
         raise ValueError(f"sdlm_alg must be one of {', '.join(ALGORITHMS)}, got {alg!r:.60}{why}")
+    if alg == "lossless" and (fault := lossless_fault(defaults.causal_attn, defaults.target_shift)):
+        raise ValueError(f"sdlm_alg 'lossless' {fault}; use prob_conf")
     n, threshold = given.get("sdlm_n", defaults.window), given.get("sdlm_threshold", defaults.threshold)
     if isinstance(n, float) and n.is_integer():
         n = int(n)  # `vllm_xargs` may turn numbers into floats

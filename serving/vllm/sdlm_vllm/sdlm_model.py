@@ -64,6 +64,7 @@ class SDLMModelState(DefaultModelState):
         self.defaults, self.canvas = folder_settings(vllm_config.model_config), served_canvas(vllm_config)
         self.step_windows: StepWindows | None = None
         self.window = np.full(self.max_num_reqs, 1, dtype=np.int64)  # n of each request slot
+        self.lossless = np.zeros(self.max_num_reqs, dtype=bool)
 
     def get_supported_generation_tasks(self) -> tuple[str, ...]:
         """Text generation only."""
@@ -73,7 +74,8 @@ class SDLMModelState(DefaultModelState):
         """Called by vLLM for a request that enters, also when it comes back after a preemption."""
         super().add_request(req_index, new_req_data)
         params = new_req_data.sampling_params
-        self.window[req_index] = read_options(params and params.extra_args, self.defaults, self.canvas.most).n
+        options = read_options(params and params.extra_args, self.defaults, self.canvas.most)
+        self.window[req_index], self.lossless[req_index] = options.n, options.lossless
 
     def prepare_inputs(self, input_batch: Any, req_states: Any) -> dict[str, Any]:
         """vLLM's hook: arguments of the model. Writes the canvases that vLLM takes for the end of a prompt."""
@@ -83,6 +85,7 @@ class SDLMModelState(DefaultModelState):
             slots = input_batch.idx_mapping[single]
             tokens = req_states.draft_tokens[slots, 0].to(input_batch.input_ids.dtype)
             input_batch.input_ids[input_batch.query_start_loc[single].long()] = tokens
+            input_batch.input_ids[self.step_windows.masked] = self.defaults.mask_token_id
         return super().prepare_inputs(input_batch, req_states)
 
     def custom_sampler(self, sampler: Any) -> tuple[Any, Any]:
@@ -104,16 +107,19 @@ class SDLMModelState(DefaultModelState):
         """Attention metadata of a step: for a canvas two rows on one block table, clean tokens and window."""
         count = input_batch.num_reqs
         lengths = np.diff(input_batch.query_start_loc_np[: count + 1]).astype(np.int64)
-        drafts = np.diff(input_batch.cu_num_logits_np[: count + 1])
-        n = self.window[input_batch.idx_mapping_np[:count]]
+        is_canvas = np.diff(input_batch.cu_num_logits_np[: count + 1]) > 0
+        slot = input_batch.idx_mapping_np[:count]
+        n, lossless = self.window[slot], self.lossless[slot]
         known = input_batch.num_computed_tokens_np[:count].astype(np.int64)  # of a canvas: all known tokens
-        clean, rows = self.canvas.clean(known, n), self.canvas.rows(known, n)
-        whole = (drafts > 0) & (lengths == rows)
+        # A canvas with drafts that the scheduler cut to n tokens is as good as one without.
+        drafts = (n - 1) * (lossless & is_canvas & (lengths == 2 * n - 1))
+        clean, rows = self.canvas.clean(known, n, lossless), self.canvas.rows(known, n, lossless, drafts)
+        whole = is_canvas & (lengths == rows)
         if not for_capture:
-            self.step_windows = self._windows(input_batch, np.flatnonzero(whole), clean, rows, n)
+            self.step_windows = self._windows(input_batch, np.flatnonzero(whole), clean, rows, n, lossless, drafts)
             self.model.windows = self.step_windows
         # A prompt's tokens end at known + length; a canvas begins `clean` tokens before its window.
-        end = np.where(drafts > 0, known - self.canvas.lead(n) - clean + lengths, known + lengths)
+        end = np.where(is_canvas, known - self.canvas.lead(n) - clean + lengths, known + lengths)
         causal_part = np.where(whole & ~self.canvas.causal(n), clean, lengths)
         parts = np.stack([causal_part, lengths - causal_part], 1)
         ends = np.stack([end - parts[:, 1], end], 1)
@@ -131,13 +137,21 @@ class SDLMModelState(DefaultModelState):
         )
 
     def _windows(
-        self, batch: Any, whole: np.ndarray, clean: np.ndarray, rows: np.ndarray, n: np.ndarray
+        self,
+        batch: Any,
+        whole: np.ndarray,
+        clean: np.ndarray,
+        rows: np.ndarray,
+        n: np.ndarray,
+        lossless: np.ndarray,
+        drafts: np.ndarray,
     ) -> StepWindows:
         """Windows of the requests `whole`; a canvas that the scheduler cut has none."""
         sizes = rows[whole] - clean[whole]
         owner = np.repeat(np.arange(len(whole)), sizes)
         slot = np.arange(len(owner)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
         first = batch.cu_num_logits_np[:-1][whole] + clean[whole]
+        masked = lossless[whole][owner] & (slot > drafts[whole][owner])
         lengths = np.diff(batch.query_start_loc_np[: batch.num_reqs + 1])
         prefilled = batch.num_computed_tokens_np[: batch.num_reqs] + lengths
         in_prompt = (np.diff(batch.cu_num_logits_np[: batch.num_reqs + 1]) == 0) & (prefilled < batch.prefill_len_np)
@@ -147,6 +161,7 @@ class SDLMModelState(DefaultModelState):
 
         starts = np.zeros(batch.num_reqs, dtype=np.int64)
         starts[whole] = np.cumsum(sizes) - sizes
+        verified = whole[lossless[whole]]
         return StepWindows(
             request=whole,
             sizes=sizes,
@@ -158,6 +173,13 @@ class SDLMModelState(DefaultModelState):
             single=put(whole[rows[whole] == 1]),
             n=put(n),
             in_prompt=put(in_prompt).bool(),
+            lossless=put(lossless).bool(),
+            verified=verified,
+            most_drafts=int(drafts[verified].max(initial=0)),
+            verified_row=put(verified),
+            first=put(starts[verified]),
+            drafts=put(drafts[verified]),
+            masked=put((batch.query_start_loc_np[whole][owner] + slot)[masked]),
         )
 
     def _metadata(

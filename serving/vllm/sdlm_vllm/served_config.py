@@ -12,7 +12,7 @@ from vllm.transformers_utils.config import HFConfigParser
 from sdlm_vllm import wrong_version
 from sdlm_vllm.canvas import Canvas
 from sdlm_vllm.request_options import ALGORITHMS, RequestRules
-from sdlm_vllm.settings import SDLMSettings, SettingError
+from sdlm_vllm.settings import LOSSLESS_UNTRAINED, SDLMSettings, SettingError, lossless_fault
 
 logger = init_logger(__name__)
 
@@ -89,11 +89,7 @@ class SDLMEngineRules(VerifyAndUpdateConfig):
 
         model = vllm_config.model_config
         settings = folder_settings(model)
-        if settings.alg not in ALGORITHMS:
-            raise ValueError(
-                f"generation_config.json: sdlm_alg is {settings.alg!r}, and vLLM serves {', '.join(ALGORITHMS)}. Start "
-                """with --override-generation-config '{"sdlm_alg": "prob_conf"}'"""
-            )
+        _check_algorithm(settings)
         if vllm_config.diffusion_config is None:
             vllm_config.diffusion_config = DiffusionConfig(canvas_length=2 * max(settings.block_size, settings.window))
         _refuse_engine_options(vllm_config)
@@ -121,6 +117,20 @@ class SDLMEngineRules(VerifyAndUpdateConfig):
             settings.threshold,
             canvas.width,
         )
+
+
+def _check_algorithm(settings: SDLMSettings) -> None:
+    """The folder's default. ValueError: it cannot be served."""
+    why = f"and vLLM serves {', '.join(ALGORITHMS)}" if settings.alg not in ALGORITHMS else ""
+    if settings.alg == "lossless" and (fault := lossless_fault(settings.causal_attn, settings.target_shift)):
+        why = f"which {fault}"
+    if why:
+        raise ValueError(
+            f"generation_config.json: sdlm_alg is {settings.alg!r}, {why}. Start with "
+            """--override-generation-config '{"sdlm_alg": "prob_conf"}'"""
+        )
+    if settings.alg == "lossless" and not settings.next_token_weight:
+        logger.warning("SDLM: %s", LOSSLESS_UNTRAINED)
 
 
 def _refuse_engine_options(vllm_config: Any) -> None:

@@ -20,6 +20,7 @@ from vllm.v1.worker.gpu.sample.output import SamplerOutput
 
 from sdlm_vllm.decode_rules import choose, confidence, confident_prefix, uniforms
 from sdlm_vllm.logit_warp import warp_rows
+from sdlm_vllm.lossless_drafts import LosslessDrafts
 from sdlm_vllm.request_options import read_options
 
 
@@ -47,6 +48,20 @@ class StepWindows:
     """int64 (R,): window of each request of the step, whether it has one in this step or not."""
     in_prompt: Tensor
     """bool (R,): the prompt does not end in this step."""
+    lossless: Tensor
+    """bool (R,): requests whose passes verify drafts; L of them have a window."""
+    verified: np.ndarray
+    """(L,) those of `request`."""
+    verified_row: Tensor
+    """int64 (L,): `verified` on the device."""
+    first: Tensor
+    """int64 (L,): first row of logits of each of their windows."""
+    drafts: Tensor
+    """int64 (L,): drafts in each of them: slots 1, 2, …"""
+    most_drafts: int
+    """The largest of these numbers."""
+    masked: Tensor
+    """int64: their mask tokens, as indices of the step's tokens."""
 
 
 class WindowSampler:
@@ -59,6 +74,7 @@ class WindowSampler:
         self.req_states, self.sampling_states = sampler.req_states, sampler.sampling_states
         self.logprob_token_ids_state = sampler.logprob_token_ids_state
         self.get_logprobs_dims = sampler.get_logprobs_dims
+        self.drafts = LosslessDrafts(state, sampler)
         self.penalties_state = SimpleNamespace(output_bin_counts=None)  # no counts of tokens: penalties are refused
         self.bias: Any = next(item for item in sampler.logits_processors if isinstance(item, LogitBiasState))
         size = state.max_num_reqs
@@ -96,6 +112,10 @@ class WindowSampler:
             flat, warped, raw = self._choose(logits, windows, batch, slots, known)
             tokens[windows.batch_row[windows.owner], windows.slot] = flat
             kept[windows.batch_row] = self._kept(flat, raw, windows, slots, batch, tokens.shape[1])
+            if len(windows.verified):
+                on_host = batch.idx_mapping_np[: batch.num_reqs]
+                kept[windows.verified_row] = self.drafts.verify(tokens, warped, windows, slots, known, on_host)
+                flat = tokens[windows.batch_row[windows.owner], windows.slot]
             logprobs = self._logprobs(raw, warped, flat, windows, slots, batch)
         rejected = self._lay_out(slots, known, tokens, kept, windows, batch)
         return SamplerOutput(
@@ -177,13 +197,15 @@ class WindowSampler:
         vLLM subtracts it from the computed ones, and the next step begins there."""
         states, canvas = self.req_states, self.state.canvas
         total = known + kept
-        start = total - canvas.lead(windows.n) * 1 - canvas.clean(total, windows.n)
+        start = total - canvas.lead(windows.n) * 1 - canvas.clean(total, windows.n, windows.lossless)
         ahead = torch.arange(canvas.width, device=slots.device)
         position = start[:, None] + ahead
         old = states.all_token_ids.gpu[slots[:, None], position.clamp(max=canvas.max_model_len - 1)].long()
         new = tokens.gather(1, (position - known[:, None]).clamp(0, tokens.shape[1] - 1))
         content = torch.where(position < known[:, None], old, new)
-        content = torch.where(position < total[:, None], content, self.state.defaults.mask_token_id)
+        # Drafts of a lossless request; where a next canvas has none, `prepare_inputs` writes masks over them.
+        written = total + (windows.n - 1) * windows.lossless
+        content = torch.where(position < written[:, None], content, self.state.defaults.mask_token_id)
         states.draft_tokens[slots] = content[:, : states.draft_tokens.shape[1]].to(states.draft_tokens.dtype)
         ends = batch.query_start_loc[: batch.num_reqs + 1].long()
         computed = states.num_computed_tokens.gpu[slots].long() + ends[1:] - ends[:-1]

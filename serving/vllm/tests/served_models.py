@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -25,9 +26,17 @@ CHAT = (
 
 
 def make_folder(
-    out: Path, *, seed: int = 0, layers: int = 2, hidden: int = 64, family: str = "qwen2", **sdlm: Any
+    out: Path,
+    *,
+    seed: int = 0,
+    layers: int = 2,
+    hidden: int = 64,
+    family: str = "qwen2",
+    prepare: Callable[[Any], None] = lambda model: None,
+    **sdlm: Any,
 ) -> Path:
-    """An exported random model: heads of 32, as vLLM's CPU attention wants them, and logits far from uniform."""
+    """An exported random model: heads of 32, as vLLM's CPU attention wants them, and logits far from uniform. `prepare`
+    changes its weights."""
     torch.manual_seed(seed)
     heads = hidden // 32
     shape = {"vocab_size": 288, "hidden_size": hidden, "intermediate_size": 2 * hidden, "num_hidden_layers": layers}
@@ -47,12 +56,31 @@ def make_folder(
         pad_token_id=256,
     )
     source = out.with_name(f"{out.name}_source")
-    AutoModelForCausalLM.from_config(config).save_pretrained(source)
+    model = AutoModelForCausalLM.from_config(config)
+    prepare(model)
+    model.save_pretrained(source)
     _write_tokenizer(source)
     settings = {"block_size": 4, "causal_attn": False, "text_mask_token": "<text_mask>", "text_mask_token_id": MASK}
     edit_json(source / "config.json", rope_theta=10000.0, torch_dtype="float32", eos_token_id=EOS, **(settings | sdlm))
     write_hf_folder(out, HFWeights(source), read_hf_config(source), assets=source)
     return out
+
+
+def train_to_count(model: Any, steps: int = 300, n: int = 4) -> None:
+    """Teaches a causal model to count from the last of some random tokens, modulo 8; its windows are then often right,
+    and not always. Mask tokens behind a clean one are its window, so the ordinary forward pass trains them."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, weight_decay=0)
+    made, place = torch.Generator().manual_seed(0), torch.arange(24 + n)
+    for _ in range(steps):
+        start = torch.randint(1, 24, (32, 1), generator=made)
+        ids = torch.randint(256, (32, 24 + n), generator=made)
+        ids = torch.where(place <= start, ids, (ids.gather(1, start) + place - start) % 8)
+        clean = start + torch.randint(1, 4, (32, 1), generator=made)
+        used = ((place >= clean) & (place < clean + n))[:, 1:]
+        logits = model(torch.where(place < clean, ids, MASK)[:, :-1]).logits
+        torch.nn.functional.cross_entropy(logits[used], ids[:, 1:][used]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 def _write_tokenizer(folder: Path) -> None:

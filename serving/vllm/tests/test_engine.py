@@ -111,11 +111,9 @@ def test_min_tokens_and_several_answers(folder: Path, llm: Any) -> None:
     [
         ({"sdlm_threshold": 1.5}, "sdlm_threshold must be a number from 0 to 1, got 1.5"),
         ({"sdlm_threshold": "high"}, "sdlm_threshold must be a number"),
-        ({"sdlm_alg": "self_speculative"}, "sdlm_alg must be one of prob_conf, entropy_conf, ar"),
-        (
-            {"sdlm_alg": "lossless"},
-            "(a window behind each draft needs key slots that vLLM does not have)",
-        ),
+        ({"sdlm_alg": "self_speculative"}, "sdlm_alg must be one of prob_conf, entropy_conf, lossless, ar"),
+        ({"sdlm_alg": "self_speculative"}, "(a window behind each draft needs key slots that vLLM does not have)"),
+        ({"sdlm_alg": "lossless"}, "sdlm_alg 'lossless' needs a model trained with causal_attn"),
         ({"sdlm_n": 0}, "sdlm_n must be a whole number from 1"),
         ({"sdlm_n": 9}, "--diffusion-config '{\"canvas_length\": 18}'"),
         ({"sdlm_treshold": 0.5}, "sdlm_treshold is no option"),

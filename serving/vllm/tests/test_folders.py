@@ -78,6 +78,10 @@ def test_without_the_plugin_the_folder_is_plain_qwen2(folder: Path) -> None:
         ({"async_scheduling": True}, "--async-scheduling"),
         ({"max_num_batched_tokens": 6, "max_num_seqs": 2}, "--max-num-batched-tokens is 6"),
         ({"override_generation_config": {"sdlm_alg": "self_speculative"}}, "self_speculative"),
+        (
+            {"override_generation_config": {"sdlm_alg": "lossless"}},
+            "'lossless', which needs a model trained with causal",
+        ),
         ({"override_generation_config": {"sdlm_threshold": 3}}, "sdlm_threshold is 3"),
     ],
 )

@@ -1,0 +1,267 @@
+"""Experiment E1 of docs/evidence.md: SDLM against autoregressive fine-tuning on public data, with a written plan.
+
+    python -m dev.evidence.e1 run --out runs/e1 --dataset DIR    # train and measure; a second start continues
+    python -m dev.evidence.e1 collect --out runs/e1              # the vectors into docs/evidence/e1
+    python -m dev.evidence.e1 recompute                          # all tables and verdicts from docs/evidence/e1
+    python -m dev.evidence.e1 power                              # the power table of the plan, 2 minutes
+
+The plan is docs/evidence/preregistration_e1.md. The work goes in phases, each determined by the results before it: the
+grid of learning rates on dev, seed 0; rates beyond its ends; the test prompts with the chosen rate, seed after seed;
+then other budgets. A model that was trained, and each decoding rule that was measured, is kept.
+"""
+
+import argparse
+import json
+import random
+import shutil
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from dev.evidence import e1_results
+from dev.evidence.django_lines import new_prompts, read_part, write_parts
+from dev.evidence.e1_measure import read_vectors
+from dev.evidence.e1_results import E1_ARMS, GRID, WIDER, Key, best_rate
+from dev.evidence.e1_statistics import power_rows
+from dev.evidence.evidence_tables import markdown
+from dev.evidence.train_arms import ArmTraining, Budget
+from dev.quickstart.base_model import make_smollm2
+from dev.quickstart.pipeline import run_command
+from dev.quickstart.task import Example
+from sdlm_megatron.config.command_line import make_parser
+from sdlm_megatron.errors import DataError, UserError, run_cli
+from sdlm_megatron.files import write_text
+
+RESULTS = Path("docs/evidence/e1")
+CONVERSATIONS_PER_STEP = 8.6
+"""Conversations drawn per step: more than the 8.1 that a row holds, so that no conversation is used twice."""
+STEP_SECONDS, ANSWER_SECONDS = {1: 4.3, 4: 6.0, 16: 6.5}, 0.25
+"""Seconds of a step by block size, and of an answer by one rule, on one core without bf16 instructions (measured)."""
+
+
+@dataclass(frozen=True)
+class Design:
+    """Amounts of the experiment; the defaults are the plan's."""
+
+    arms: tuple[str, ...] = ("ar", "d4", "d4_nt", "d4_causal")
+    grid: tuple[float, ...] = GRID
+    wider: tuple[float, float] = WIDER
+    """Rates that are added below and above the grid."""
+    seeds: tuple[int, ...] = (0, 1, 2, 3)
+    steps: int = 300
+    budgets: tuple[tuple[str, int, tuple[int, ...]], ...] = (
+        *((arm, 2, (0, 1)) for arm in ("ar", "d4", "d4_nt")),
+        ("d16_nt", 1, (0,)),
+        *((arm, 4, (0, 1)) for arm in ("ar", "d4", "d4_nt")),
+        ("d16_nt", 4, (0,)),
+        *((arm, 8, (0,)) for arm in ("ar", "d4", "d4_nt")),
+    )
+    """Arm, factor of the steps, seeds. D = 16 takes the rate of `d4_nt`."""
+
+
+class LineTraining(ArmTraining):
+    """Training of one model of E1."""
+
+    save_every = 50
+
+    def __init__(self, out: Path, key: Key, base: Path, precision: str = "fp32") -> None:
+        arm = replace(E1_ARMS[key.arm], lr=key.lr)
+        super().__init__(out / "models", arm, key.seed, base, Budget({}, 0), precision)
+        self.key, self.data = key, out / "data" / "train.jsonl"
+        self.dir = out / "models" / key.name
+        self.log = self.dir / "log.txt"
+
+    @property
+    def steps(self) -> int:
+        return self.key.steps
+
+    def _length(self) -> dict[str, object]:
+        return {"steps": self.key.steps}
+
+    def _conversations(self) -> Iterator[tuple[str, Iterable[Example]]]:
+        rows = read_part(self.data)
+        wanted = round(CONVERSATIONS_PER_STEP * self.key.steps)
+        drawn = random.Random(f"E1, {self.key.seed}").sample(rows, min(wanted, len(rows)))
+        yield "django", (Example(row["prompt"], row["expected"]) for row in drawn)
+
+
+@dataclass(frozen=True)
+class LineJob:
+    """One model and what to measure of it."""
+
+    key: Key
+    part: str
+    """dev or test."""
+
+    @property
+    def rules(self) -> tuple[str, ...]:
+        return e1_results.rules_of(self.key.arm, self.part)
+
+
+class LineCampaign:
+    """The whole experiment in one folder."""
+
+    def __init__(self, out: Path, base: Path, design: Design) -> None:
+        self.out, self.base, self.design = out, base, design
+
+    def phases(self) -> Iterator[tuple[str, list[LineJob]]]:
+        """Name and jobs of each phase; a phase may be questions for only when those before it are done."""
+        d = self.design
+        yield "learning rates", [LineJob(Key(arm, lr, d.steps, 0), "dev") for lr in d.grid for arm in d.arms]
+        yield (
+            "rates beyond the grid",
+            [
+                LineJob(Key(arm, lr, d.steps, 0), "dev")
+                for arm in d.arms
+                for end, lr in zip((min(d.grid), max(d.grid)), d.wider, strict=True)
+                if self.rate(arm) in (end, lr)
+            ],
+        )
+        yield "comparison", [LineJob(Key(arm, self.rate(arm), d.steps, s), "test") for s in d.seeds for arm in d.arms]
+        yield (
+            "budgets",
+            [
+                LineJob(Key(arm, self.rate("d4_nt" if arm == "d16_nt" else arm), factor * d.steps, seed), "test")
+                for arm, factor, seeds in d.budgets
+                for seed in seeds
+            ],
+        )
+
+    def rate(self, arm: str) -> float:
+        """The learning rate that dev chooses among those measured."""
+        return best_rate(self.results(), arm, self.design.steps)
+
+    def results(self) -> dict[tuple[Key, str], dict]:
+        """Vectors measured so far."""
+        return e1_results.read_folder(self.out / "results")
+
+    def missing(self, job: LineJob) -> bool:
+        path = self.out / "results" / f"{job.key.name}-{job.part}.json"
+        return not path.exists() or not set(job.rules) <= read_vectors(path)["rules"].keys()
+
+    def run(self, jobs: int) -> None:
+        """All phases, `jobs` models at a time.
+
+        Raises:
+            UserError: a model failed; the others of its phase were still run.
+        """
+        (self.out / "results").mkdir(parents=True, exist_ok=True)
+        for name, work in self.phases():
+            if name == "comparison":
+                self.drop_losers()
+            pending = [job for job in work if self.missing(job)]
+            print(self.announcement(name, work, pending, jobs), flush=True)
+            failed = []
+            with ThreadPoolExecutor(jobs) as pool:
+                running = {pool.submit(self.do, job): job for job in pending}
+                for done, future in enumerate(as_completed(running), 1):
+                    label = f"{running[future].key.name} {running[future].part}"
+                    try:
+                        text = f"{future.result() / 60:.0f} min"
+                    # The others of a phase take hours and should not be lost.
+                    except UserError as error:
+                        failed.append(error)
+                        text = f"failed: {error}"
+                    print(f"{time.strftime('%H:%M')} {label:32} {text}   {done}/{len(pending)}", flush=True)
+            if failed:
+                raise failed[0]
+
+    def drop_losers(self) -> None:
+        """Removes the weights of models whose learning rate was not chosen: 0.5 GB each."""
+        for key, part in self.results():
+            if part == "dev" and key.lr != self.rate(key.arm):
+                shutil.rmtree(self.out / "models" / key.name / "hf", ignore_errors=True)
+
+    def announcement(self, name: str, work: Sequence[LineJob], pending: Sequence[LineJob], jobs: int) -> str:
+        """A line about the models of a phase and the hours that they take."""
+        seconds, models = 0.0, 0
+        for job in pending:
+            if not LineTraining(self.out, job.key, self.base).done:
+                models += 1
+                seconds += job.key.steps * STEP_SECONDS.get(E1_ARMS[job.key.arm].block_size, 6.0)
+            prompts = len(read_part(self.out / "data" / f"{job.part}.jsonl"))
+            seconds += prompts * len(job.rules) * ANSWER_SECONDS
+        return (
+            f"{name}: {models} models to train, {len(pending)} to measure, {jobs} at a time: about "
+            f"{seconds / jobs / 3600:.1f} h on idle cores; finished ones are kept ({len(work) - len(pending)})"
+        )
+
+    def do(self, job: LineJob) -> float:
+        """Trains, unless that is done, and measures; returns the seconds."""
+        started = time.perf_counter()
+        training = LineTraining(self.out, job.key, self.base)
+        if not training.done:
+            training.run()
+        facts = json.loads((training.dir / "facts.json").read_text(encoding="utf-8"))
+        about = {**vars(job.key), "part": job.part, "train_seconds": round(facts["seconds"])}
+        run_command(
+            *("dev.evidence.e1_measure", "--model", training.dir / "hf"),
+            *("--prompts", self.out / "data" / f"{job.part}.jsonl"),
+            *("--out", self.out / "results" / f"{job.key.name}-{job.part}.json"),
+            *("--rules", *job.rules, "--about", json.dumps(about)),
+            log=training.log,
+        )
+        return time.perf_counter() - started
+
+
+def run(args: argparse.Namespace) -> None:
+    """Prepares the data and the base and runs the campaign."""
+    if not (args.out / "data" / "test.jsonl").exists():
+        if args.dataset is None:
+            fix = "--dataset DIR, a clone of https://github.com/odashi/ase15-django-dataset"
+            raise DataError("the data set is not there yet", str(args.out / "data"), fix)
+        write_parts(args.dataset, args.out / "data")
+    LineCampaign(args.out, args.base or make_smollm2(args.out / "base"), Design()).run(args.jobs)
+
+
+def collect(args: argparse.Namespace) -> None:
+    """Copies complete vectors to the results folder, and which test prompts are new."""
+    args.results.mkdir(parents=True, exist_ok=True)
+    files = sorted((args.out / "results").glob("*.json"))
+    for path in files:
+        read_vectors(path)
+        shutil.copyfile(path, args.results / path.name)
+    write_text(args.results / e1_results.NEW, new_prompts(args.out / "data") + "\n")
+    print(f"{len(files)} files in {args.results}")
+
+
+def power(args: argparse.Namespace) -> None:
+    """Prints the power table."""
+    head = ("SD of seeds", "different outcomes", "true difference", "power, .05", "power, .0125", "half interval")
+    print(markdown(head, power_rows()))
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Options of the command."""
+    command = "python -m dev.evidence.e1"
+    parser = make_parser(command, __doc__, example=f"{command} recompute")
+    commands = parser.add_subparsers(dest="command", required=True, help="part of the experiment")
+    parts = {}
+    for name, do in (("run", run), ("collect", collect), ("recompute", e1_results.recompute), ("power", power)):
+        parts[name] = commands.add_parser(name, help=do.__doc__)
+        parts[name].set_defaults(do=do)
+    for name in ("run", "collect"):
+        parts[name].add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the campaign")
+    for name in ("collect", "recompute"):
+        parts[name].add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="committed vectors")
+    add = parts["run"].add_argument
+    add("--dataset", type=Path, metavar="DIR", help="clone of odashi/ase15-django-dataset; needed once")
+    add("--base", type=Path, metavar="DIR", help="Hugging Face folder; default: SmolLM2-135M-Instruct")
+    add("--jobs", type=int, default=2, help="models at a time, one core and about 6 GB each")
+    add = parts["recompute"].add_argument
+    add("--docs", type=Path, default=Path("docs"), metavar="DIR", help="folder of evidence.md")
+    add("--check", action="store_true", help="fail if evidence.md differs, instead of writing it")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line."""
+    args = build_parser().parse_args(argv)
+    args.do(args)
+
+
+if __name__ == "__main__":
+    run_cli(main, sys.argv[1:])

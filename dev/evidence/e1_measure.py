@@ -1,0 +1,111 @@
+"""Answers the dev or test prompts of experiment E1 with one model and keeps what each prompt gave.
+
+Writes a JSON file: who was measured, and for each decoding rule a text of 0 and 1 (exact answers), and the tokens and
+passes of each prompt. The file is written again after each rule, and rules that it already has are not repeated.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sdlm_megatron.chat.chat_model import DecodingRule, load, quiet_transformers
+from sdlm_megatron.config.command_line import make_parser
+from sdlm_megatron.errors import DataError, make_console, run_cli
+from sdlm_megatron.evaluation import held_out
+from sdlm_megatron.files import write_text
+from sdlm_megatron.progress import track
+
+RULES = ("n1", "p98", "p90", "self", "lossless")
+
+
+def decoding_rule(name: str, window: int) -> DecodingRule:
+    """The decoding rule of a name in RULES for a model of this block size."""
+    return {
+        "n1": DecodingRule(),
+        "p98": DecodingRule("prob_conf", window, 0.98),
+        "p90": DecodingRule("prob_conf", window, 0.9),
+        "self": DecodingRule("self_speculative", window),
+        "lossless": DecodingRule("lossless", window),
+    }[name]
+
+
+def read_vectors(path: Path) -> dict[str, Any]:
+    """A file that `measure` wrote; every rule has `exact`, `tokens` and `passes`, lists of int.
+
+    Raises:
+        DataError: not such a file, or its parts differ in length.
+    """
+    fix = "remove it, and measure again"
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+        rules = {
+            name: {"exact": [int(c) for c in row["exact"]]} | {k: list(map(int, row[k].split())) for k in KEPT}
+            for name, row in results["rules"].items()
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"not a file of vectors: {error!r}", str(path), fix) from None
+    lengths = {len(values) for row in rules.values() for values in row.values()}
+    if not lengths <= {results.get("prompts")}:
+        raise DataError(f"vectors of {sorted(lengths)} prompts, not {results.get('prompts')}", str(path), fix)
+    return {**results, "rules": rules}
+
+
+KEPT = ("tokens", "passes")
+
+
+def measure(folder: Path, prompts: Path, out: Path, names: Sequence[str], about: dict[str, Any], batch: int) -> None:
+    """Adds the missing rules to the file `out`.
+
+    Args:
+        folder: exported model.
+        prompts: JSONL of {prompt, expected}.
+        about: facts to keep at the top of the file.
+    """
+    results = json.loads(out.read_text(encoding="utf-8"))["rules"] if out.exists() else {}
+    questions = held_out.read_prompts(prompts)
+    quiet_transformers()
+    chat = load(folder, dtype="fp32", device="cpu")
+    encoded = [held_out.encode(chat, prompt) for prompt in questions]
+    longest = held_out.longest_answer(chat, questions)
+    for name in names:
+        if name in results:
+            continue
+        rule = decoding_rule(name, chat.config.decoding.block_size)
+        with track(rule.name, len(questions), "prompts", make_console()) as advance:
+            answers = held_out.decode_prompts(
+                chat, encoded, rule, max_new_tokens=longest, batch=batch, progress=advance
+            )
+        exact = held_out.exact_matches(chat, questions, answers)
+        counts = {key: " ".join(map(str, answers.counts[key])) for key in KEPT}
+        results[name] = {"exact": "".join(map(str, exact)), **counts, "seconds": round(answers.seconds)}
+        print(f"{rule.name}: {sum(exact) / len(exact):.1%} exact, {answers.tokens_per_pass:.2f} tokens per pass")
+        value = {**about, "prompts": len(questions), "rules": {key: results[key] for key in RULES if key in results}}
+        write_text(out, json.dumps(value, indent=1) + "\n")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Options of the command."""
+    command = "python -m dev.evidence.e1_measure"
+    example = f"{command} --model hf --prompts test.jsonl --out vectors.json --rules n1 p98"
+    parser = make_parser(command, __doc__, example=example)
+    add = parser.add_argument
+    add("--model", type=Path, required=True, metavar="DIR", help="exported folder")
+    add("--prompts", type=Path, required=True, metavar="JSONL", help="prompts with their expected answers")
+    add("--out", type=Path, required=True, metavar="JSON", help="file of the vectors")
+    add("--rules", nargs="+", choices=RULES, required=True, metavar="RULE", help=f"some of: {', '.join(RULES)}")
+    add("--about", type=json.loads, default={}, metavar="JSON", help="facts to keep in the file, as JSON")
+    add("--batch", type=int, default=held_out.BATCH, help="prompts per batch")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line."""
+    args = build_parser().parse_args(argv)
+    measure(args.model, args.prompts, args.out, args.rules, args.about, args.batch)
+
+
+if __name__ == "__main__":
+    run_cli(main, sys.argv[1:])

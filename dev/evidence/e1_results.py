@@ -1,0 +1,277 @@
+"""Arms of experiment E1, its committed vectors, and the tables and verdicts that follow from them.
+
+docs/evidence/e1 has one file for each measured model and part, written by `e1_measure`, and `new_prompts.txt`: 1 for
+each test prompt that does not occur in the training part.
+"""
+
+import argparse
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dev.evidence.e1_measure import read_vectors
+from dev.evidence.e1_statistics import MARGIN, SEEDS, Crossed, crossed, gap, holm, tokens_per_pass
+from dev.evidence.evidence_tables import markdown
+from dev.evidence.experiment import Arm
+from sdlm_megatron.errors import DataError
+from sdlm_megatron.evaluation.intervals import Estimate
+from sdlm_megatron.evaluation.page import change, number, percent
+from sdlm_megatron.files import write_text
+
+GRID, WIDER = (1e-4, 3e-4, 1e-3), (3e-5, 3e-3)
+NEW = "new_prompts.txt"
+LEAST_SPEED = 1.5
+"""Tokens per pass of H4."""
+_D4 = Arm("d4", "SDLM, D = 4", row_length=640)
+_NT = replace(_D4, name="d4_nt", text="SDLM, D = 4, with the next-token loss", next_token_weight=1.0)
+E1_ARMS = {
+    arm.name: arm
+    for arm in (
+        Arm("ar", "autoregressive (D = 1)", block_size=1, row_length=432),
+        _D4,
+        _NT,
+        replace(_NT, name="d4_causal", text="SDLM, D = 4, with the next-token loss and causal_attn", causal_attn=True),
+        replace(_NT, name="d16_nt", text="SDLM, D = 16, with the next-token loss", block_size=16),
+    )
+}
+COUNTS = {"ar": "n1", "d4": "p98", "d4_nt": "p98", "d4_causal": "lossless", "d16_nt": "p98"}
+"""Decoding rule of each arm that counts in the comparison."""
+RULE_TEXTS = {"n1": "n = 1", "p98": "τ = .98", "p90": "τ = .9", "self": "self-speculative", "lossless": "lossless"}
+HYPOTHESES = {"H1": "d4", "H2": "d4_nt", "H3": "d4_causal"}
+"""Arm that is compared with `ar`."""
+SPEED_ARM = "d4_nt"
+MARKED = re.compile(r"(<!-- e1 (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+Rows = Iterator[Sequence[object]]
+
+
+@dataclass(frozen=True)
+class Key:
+    """One model."""
+
+    arm: str
+    lr: float
+    steps: int
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.arm}-{self.lr:.0e}-{self.steps}-{self.seed}"
+
+
+ResultFiles = Mapping[tuple[Key, str], dict[str, Any]]
+"""(model, dev or test) to the content of its file."""
+
+
+def rules_of(arm: str, part: str) -> tuple[str, ...]:
+    """Decoding rules that are measured of an arm."""
+    if part == "dev":
+        # Lossless answers are those of n = 1, at twice the cost.
+        return ("n1",) if COUNTS[arm] == "lossless" else (COUNTS[arm],)
+    if E1_ARMS[arm].block_size == 1:
+        return ("n1",)
+    most = E1_ARMS[arm].block_size <= 4
+    return ("n1", "p98", "p90", *(("self",) if most else ()), *(("lossless",) if COUNTS[arm] == "lossless" else ()))
+
+
+def read_folder(folder: Path) -> dict[tuple[Key, str], dict[str, Any]]:
+    """All vectors of a folder.
+
+    Raises:
+        DataError: a file's name differs from what it says about itself.
+    """
+    results = {}
+    for path in sorted(folder.glob("*.json")):
+        value = read_vectors(path)
+        try:
+            key, part = Key(*(value[name] for name in Key.__dataclass_fields__)), value["part"]
+        except KeyError as error:
+            raise DataError(f"no {error}", str(path), "measure again") from None
+        if path.name != f"{key.name}-{part}.json":
+            raise DataError(f"the file says that it is {key.name}-{part}", str(path), "restore its name")
+        results[key, part] = value
+    return results
+
+
+def best_rate(results: ResultFiles, arm: str, steps: int) -> float:
+    """The learning rate with the most exact answers on dev in the decoding that counts; of equals the smallest.
+
+    Raises:
+        DataError: no rate was measured.
+    """
+    rule = rules_of(arm, "dev")[0]
+    scores = {
+        key.lr: sum(value["rules"][rule]["exact"])
+        for (key, part), value in results.items()
+        if part == "dev" and (key.arm, key.steps) == (arm, steps) and rule in value["rules"]
+    }
+    if not scores:
+        raise DataError("no learning rate was measured on dev", arm, "python -m dev.evidence.e1 run")
+    return min(scores, key=lambda lr: (-scores[lr], lr))
+
+
+class Comparison:
+    """Vectors of the arms with their chosen rates."""
+
+    def __init__(self, results: ResultFiles, steps: int, new: np.ndarray | None = None) -> None:
+        self.seeds: dict[str, dict[int, dict[str, Any]]] = {}
+        for key, part in sorted(results, key=lambda item: item[0].seed):
+            if part == "test" and key.steps == steps:
+                self.seeds.setdefault(key.arm, {})[key.seed] = results[key, part]["rules"]
+        self.new = new
+
+    def with_rule(self, arm: str, rule: str) -> list[int]:
+        """Seeds of the arm with this rule."""
+        return [seed for seed, rules in self.seeds.get(arm, {}).items() if rule in rules]
+
+    def matrix(self, arm: str, rule: str, seeds: Sequence[int], field: str = "exact") -> np.ndarray:
+        """int (seeds, prompts)"""
+        values = np.array([self.seeds[arm][seed][rule][field] for seed in seeds])
+        return values if self.new is None else values[:, self.new]
+
+    def exact(self, arm: str, rule: str) -> Crossed | None:
+        """Share of exact answers; None without results."""
+        seeds = self.with_rule(arm, rule)
+        return crossed(self.matrix(arm, rule, seeds)) if seeds else None
+
+    def quality(self, arm: str, rule: str, other: str, other_rule: str) -> Crossed | None:
+        """Difference of the shares of exact answers on the seeds that both have; None without any."""
+        seeds = [seed for seed in self.with_rule(arm, rule) if seed in self.with_rule(other, other_rule)]
+        return gap(self.matrix(arm, rule, seeds), self.matrix(other, other_rule, seeds)) if seeds else None
+
+    def speed(self, arm: str, rule: str) -> Crossed | None:
+        """Tokens per pass; None without results."""
+        seeds = self.with_rule(arm, rule)
+        if not seeds:
+            return None
+        return tokens_per_pass(*(self.matrix(arm, rule, seeds, field) for field in ("tokens", "passes")))
+
+
+def verdicts(comparison: Comparison) -> Iterator[tuple[str, Crossed, float, str]]:
+    """Hypothesis, estimate, Holm's adjusted p-value and verdict; nothing before all seeds are measured."""
+    if any(len(comparison.with_rule(arm, COUNTS[arm])) < SEEDS for arm in ("ar", *HYPOTHESES.values())):
+        return
+    quality = {name: comparison.quality(arm, COUNTS[arm], "ar", "n1") for name, arm in HYPOTHESES.items()}
+    estimates = {name: value for name, value in quality.items() if value is not None}
+    speed = comparison.speed(SPEED_ARM, COUNTS[SPEED_ARM])
+    if speed is not None:
+        estimates["H4"] = speed
+    bounds = {name: LEAST_SPEED if name == "H4" else -MARGIN for name in estimates}
+    tested = holm({name: value.above(bounds[name]) for name, value in estimates.items()})
+    for name, value in estimates.items():
+        adjusted, rejected = tested[name]
+        yield name, value, adjusted, _verdict(name, value.interval, rejected)
+
+
+def _verdict(name: str, interval: Estimate, rejected: bool) -> str:
+    if name == "H4":
+        return f"more than {LEAST_SPEED}" if rejected else "not more" if interval.high < LEAST_SPEED else "not decided"
+    if rejected:
+        return "within 3 points"
+    if interval.high < -MARGIN:
+        return "worse by more than 3 points"
+    return "worse" if interval.high < 0 else "not decided"
+
+
+def rate_rows(results: ResultFiles) -> Rows:
+    """The learning rates on dev."""
+    for (key, part), value in sorted(
+        results.items(), key=lambda item: (list(E1_ARMS).index(item[0][0].arm), item[0][0].lr)
+    ):
+        if part == "dev":
+            rule = rules_of(key.arm, "dev")[0]
+            exact = value["rules"][rule]["exact"]
+            chosen = "chosen" if key.lr == best_rate(results, key.arm, key.steps) else ""
+            yield E1_ARMS[key.arm].text, f"{key.lr:g}", RULE_TEXTS[rule], f"{np.mean(exact):.1%}", chosen
+
+
+def main_rows(comparison: Comparison) -> Rows:
+    """Every arm and decoding rule: exact answers and tokens per pass."""
+    for arm in (name for name in E1_ARMS if name in comparison.seeds):
+        for rule, text in RULE_TEXTS.items():
+            exact, speed = comparison.exact(arm, rule), comparison.speed(arm, rule)
+            if exact is not None and speed is not None:
+                seeds = len(comparison.with_rule(arm, rule))
+                yield E1_ARMS[arm].text, text, seeds, percent(exact.interval), number(speed.interval)
+
+
+def verdict_rows(comparison: Comparison) -> Rows:
+    """The four hypotheses."""
+    for name, value, adjusted, verdict in verdicts(comparison):
+        arm = HYPOTHESES.get(name, SPEED_ARM)
+        text = f"{E1_ARMS[arm].text}, {RULE_TEXTS[COUNTS[arm]]}"
+        shown = number(value.interval) + " tokens per pass" if name == "H4" else change(value.interval) + " points"
+        yield name, text, shown, f"{value.freedom:.0f}", f"{adjusted:.4f}", verdict
+
+
+def difference_rows(comparison: Comparison) -> Rows:
+    """Differences without a verdict."""
+    pairs = [
+        *((arm, rule, "ar", "n1") for arm in HYPOTHESES.values() for rule in ("n1", "p98", "p90")),
+        *(("d4_nt", rule, "d4", rule) for rule in ("n1", "p98", "p90")),
+        ("d4_causal", "p98", "d4_nt", "p98"),
+        *((arm, "p90", arm, "p98") for arm in HYPOTHESES.values()),
+        ("d4_causal", "lossless", "d4_causal", "n1"),
+    ]
+    for arm, rule, other, other_rule in pairs:
+        value = comparison.quality(arm, rule, other, other_rule)
+        if value is not None:
+            names = [f"{E1_ARMS[a].text}, {RULE_TEXTS[r]}" for a, r in ((arm, rule), (other, other_rule))]
+            yield *names, change(value.interval)
+
+
+def budget_rows(results: ResultFiles) -> Rows:
+    """Speed and quality by the sum of learning rate x steps."""
+    for steps in sorted({key.steps for key, part in results if part == "test"}):
+        comparison = Comparison(results, steps)
+        rates = {key.arm: key.lr for key, part in results if part == "test" and key.steps == steps}
+        for arm in (name for name in E1_ARMS if name in comparison.seeds):
+            exact, speed = comparison.exact(arm, COUNTS[arm]), comparison.speed(arm, COUNTS[arm])
+            if exact is not None and speed is not None:
+                # Warm-up (an eighth of the steps) and decay (two fifths) have half of the rate on average.
+                total = rates[arm] * steps * (1 - 1 / 16 - 1 / 5)
+                seeds = len(comparison.with_rule(arm, COUNTS[arm]))
+                cells = (f"{rates[arm]:g}", f"{total:.3f}", seeds, percent(exact.interval), number(speed.interval))
+                yield E1_ARMS[arm].text, steps, *cells
+
+
+def tables(folder: Path, steps: int) -> dict[str, str]:
+    """Name to Markdown of every table; "" without results."""
+    results = read_folder(folder)
+    comparison = Comparison(results, steps)
+    new = folder / NEW
+    unseen = None
+    if new.exists():
+        unseen = Comparison(results, steps, np.array([c == "1" for c in new.read_text(encoding="utf-8").strip()]))
+    verdict_head = ("", "arm and decoding", "estimate", "degrees of freedom", "p (Holm)", "verdict")
+    head = ("arm", "decoding", "seeds", "exact", "tokens per pass")
+    budget = ("arm", "steps", "learning rate", "sum of rates", "seeds", "exact", "tokens per pass")
+    return {
+        "rates": markdown(("arm", "learning rate", "decoding", "exact on dev", ""), rate_rows(results)),
+        "verdicts": markdown(verdict_head, verdict_rows(comparison)),
+        "main": markdown(head, main_rows(comparison)),
+        "differences": markdown(("", "against", "points"), difference_rows(comparison)),
+        "unseen": "" if unseen is None else markdown(verdict_head, verdict_rows(unseen)),
+        "budget": markdown(budget, budget_rows(results)),
+    }
+
+
+def recompute(args: argparse.Namespace) -> None:
+    """Prints all tables and verdicts from the committed vectors, and puts them into evidence.md."""
+    made = tables(args.results, 300)
+    for name, text in made.items():
+        print(f"\n{name}\n{text or 'no results yet'}")
+    path = args.docs / "evidence.md"
+    old = path.read_text(encoding="utf-8")
+
+    def replaced(match: re.Match[str]) -> str:
+        return f"{match[1]}\n{made[match[2]] or 'No results yet.'}\n\n{match[4]}"
+
+    filled = MARKED.sub(replaced, old)
+    if args.check and filled != old:
+        raise DataError("its E1 tables are not those of the vectors", str(path), "python -m dev.evidence.e1 recompute")
+    if not args.check:
+        write_text(path, filled)

@@ -1,0 +1,216 @@
+"""Adapters (LoRA) as tensors: their initial values beside a base, their names in peft, and the weights with them added.
+
+A checkpoint of a run with adapters holds the base's weights as they were and, under names of their own
+(`names.adapter_names`), the factors A and B of each adapter and the mask token's row.
+"""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sdlm_megatron.config.schema import LoraConfig, ModelConfig
+from sdlm_megatron.errors import CheckpointError
+from sdlm_megatron.weights.checkpoint_folder import TrainState, read_state
+from sdlm_megatron.weights.names import (
+    MASK_ROW,
+    VOCABULARY,
+    adapter_columns,
+    adapter_names,
+    adapter_rows,
+    checkpoint_key,
+    inverse_rows,
+)
+from sdlm_megatron.weights.tensors import EMBEDDING, CheckpointAsHF, Index, TensorReader
+from sdlm_megatron.weights.torch_dist import TorchDist
+
+PREFIX = "base_model.model."
+"""Before the names of a Hugging Face model in peft's files."""
+
+
+def adapter_shapes(shape: ModelConfig, lora: LoraConfig) -> dict[str, Index]:
+    """Shapes of the adapters' tensors in a checkpoint, where layers are stacked, by key."""
+    shapes: dict[str, Index] = {}
+    for name in adapter_names(shape, lora):
+        key, layer = checkpoint_key(name)
+        if key not in shapes:
+            rows = sum(stop - start for _, start, stop in adapter_rows(name, shape, lora))
+            size = (rows, adapter_columns(name, shape, lora))
+            shapes[key] = size if layer is None else (shape.num_layers, *size)
+    return shapes
+
+
+class InitialAdapters:
+    """A base under a checkpoint's keys (a `tensors.TensorReader`), with adapters before their first update.
+
+    A is uniform in ±1 / sqrt(inputs of the layer), as in peft, and a function of (seed, layer, name) whatever the
+    parallel layout; B is 0, and the mask token's row is the base's.
+
+    Args:
+        base: tensors of the base.
+        shape: of the model.
+        lora: which layers have adapters.
+        mask_token_id: row of the embedding.
+        seed: of the run.
+    """
+
+    def __init__(
+        self, base: TensorReader, shape: ModelConfig, lora: LoraConfig, *, mask_token_id: int, seed: int
+    ) -> None:
+        self._base, self._mask, self._seed = base, mask_token_id, seed
+        self._shapes = adapter_shapes(shape, lora)
+
+    def names(self) -> list[str]:
+        return [*self._base.names(), *self._shapes]
+
+    def shape(self, name: str) -> Index:
+        return self._shapes[name] if name in self._shapes else self._base.shape(name)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._base.dtype(VOCABULARY[0] if name in self._shapes else name)
+
+    def read(self, name: str, start: Index, size: Index) -> torch.Tensor:
+        if name not in self._shapes:
+            return self._base.read(name, start, size)
+        if name.endswith(MASK_ROW):
+            return self._base.read(VOCABULARY[0], (self._mask + start[0], start[1]), size)
+        if name.endswith(".B"):
+            return torch.zeros(size)
+        layers, rows, columns = (slice(a, a + n) for a, n in zip(start, size, strict=True))
+        return torch.stack([self._random(name, i)[rows, columns] for i in range(layers.start, layers.stop)])
+
+    def _random(self, name: str, layer: int) -> torch.Tensor:
+        """A of one layer, whole."""
+        _, rows, columns = self._shapes[name]
+        kinds = list(self._shapes)
+        # different numbers for every tensor of every layer, and for neighboring seeds
+        number = (self._seed * len(kinds) + kinds.index(name)) * 10_000 + layer
+        values = torch.rand(rows, columns, generator=torch.Generator().manual_seed(number), dtype=torch.float64)
+        return ((values * 2 - 1) / math.sqrt(columns)).float()
+
+    def identity(self) -> dict[str, Any]:
+        return self._base.identity()
+
+
+class AdaptersAsHF(CheckpointAsHF):
+    """The adapters of a checkpoint under peft's names without PREFIX, such as
+    "model.layers.0.self_attn.q_proj.lora_A.weight"; see CheckpointAsHF."""
+
+    def __init__(self, checkpoint: TensorReader, shape: ModelConfig, lora: LoraConfig, where: Path) -> None:
+        present = set(checkpoint.names())
+        for key, expected in adapter_shapes(shape, lora).items():
+            if key not in present or checkpoint.shape(key) != expected:
+                stored = checkpoint.shape(key) if key in present else "missing"
+                what = f"'{key}' is {stored}, the state.json says {expected}"
+                raise CheckpointError(what, str(where), "use another checkpoint")
+        self._checkpoint = checkpoint
+        self._segments = inverse_rows({name: adapter_rows(name, shape, lora) for name in adapter_names(shape, lora)})
+
+    def whole(self, name: str) -> torch.Tensor:
+        return self.read(name, (0, 0), self.shape(name))
+
+
+class MergedAdapters:
+    """The weights of a checkpoint with the adapters added, under Hugging Face names (a `tensors.TensorReader`).
+
+    Sums are computed in fp32 and rounded once, to the dtype of the weights.
+
+    Args:
+        weights: of the base.
+        adapters: of the same checkpoint.
+        factor: alpha / rank.
+        mask_token_id: row of the embedding that was trained.
+    """
+
+    def __init__(self, weights: TensorReader, adapters: AdaptersAsHF, *, factor: float, mask_token_id: int) -> None:
+        self._weights, self._adapters, self._factor, self._mask = weights, adapters, factor, mask_token_id
+        self._adapted = {
+            name.removesuffix("lora_B.weight") + "weight" for name in adapters.names() if name.endswith("lora_B.weight")
+        }
+
+    def names(self) -> list[str]:
+        return self._weights.names()
+
+    def shape(self, name: str) -> Index:
+        return self._weights.shape(name)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._weights.dtype(name)
+
+    def read(self, name: str, start: Index, size: Index) -> torch.Tensor:
+        region = self._weights.read(name, start, size)
+        if name in self._adapted:
+            head = name.removesuffix("weight")
+            a = self._adapters.whole(f"{head}lora_A.weight")[:, start[1] : start[1] + size[1]].float()
+            b = self._adapters.read(f"{head}lora_B.weight", (start[0], 0), (size[0], len(a))).float()
+            return (region.float() + self._factor * (b @ a)).to(region.dtype)
+        if name == EMBEDDING and start[0] <= self._mask < start[0] + size[0]:
+            region = region.clone()
+            (row,) = (n for n in self._adapters.names() if n.startswith(EMBEDDING.removesuffix("weight")))
+            region[self._mask - start[0]] = self._adapters.whole(row)[0, start[1] : start[1] + size[1]]
+        return region
+
+    def identity(self) -> dict[str, Any]:
+        return self._weights.identity()
+
+
+class AdapterFile:
+    """The adapters of a checkpoint under the names of peft's adapter_model.safetensors (a `tensors.TensorReader`)."""
+
+    def __init__(self, adapters: AdaptersAsHF) -> None:
+        self._adapters = adapters
+
+    def names(self) -> list[str]:
+        return sorted(PREFIX + name for name in self._adapters.names())
+
+    def shape(self, name: str) -> Index:
+        return self._adapters.shape(name.removeprefix(PREFIX))
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._adapters.dtype(name.removeprefix(PREFIX))
+
+    def read(self, name: str, start: Index, size: Index) -> torch.Tensor:
+        return self._adapters.read(name.removeprefix(PREFIX), start, size)
+
+    def identity(self) -> dict[str, Any]:
+        return self._adapters.identity()
+
+
+def adapters_of(ckpt: Path, state: TrainState) -> AdaptersAsHF:
+    """The adapters of a checkpoint; CheckpointError where it has none."""
+    if not state.lora.rank:
+        raise CheckpointError("the checkpoint has no adapters", str(ckpt), "leave --adapter out to export its weights")
+    return AdaptersAsHF(TorchDist(ckpt / "weights"), state.shape, state.lora, ckpt)
+
+
+def checkpoint_weights(ckpt: Path, state: TrainState | None = None) -> TensorReader:
+    """The model of a checkpoint folder under Hugging Face names, with adapters added to the weights."""
+    state = state or read_state(ckpt)
+    weights = CheckpointAsHF(TorchDist(ckpt / "weights"), state.shape, ckpt)
+    if not state.lora.rank:
+        return weights
+    factor = state.lora.alpha / state.lora.rank
+    return MergedAdapters(weights, adapters_of(ckpt, state), factor=factor, mask_token_id=state.mask_token_id)
+
+
+def peft_config(lora: LoraConfig, mask_token_id: int, base: str) -> Mapping[str, Any]:
+    """Content of peft's adapter_config.json; fields that are not listed have peft's defaults.
+
+    Args:
+        base: name of the base model.
+    """
+    return {
+        "base_model_name_or_path": base,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": 0.0,
+        "peft_type": "LORA",
+        "r": lora.rank,
+        "target_modules": lora.targets,
+        "task_type": "CAUSAL_LM",
+        "trainable_token_indices": {"embed_tokens": [mask_token_id]},
+    }

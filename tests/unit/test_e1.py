@@ -1,0 +1,166 @@
+"""Experiment E1: the statistics against other forms, the verdicts, the committed vectors, the age of the plan."""
+
+import json
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from dev.evidence import django_lines, e1, e1_results
+from dev.evidence.e1_results import COUNTS, E1_ARMS, Key, rules_of
+from dev.evidence.e1_statistics import Crossed, crossed, gap, holm, tokens_per_pass
+from sdlm_megatron.errors import DataError
+
+REPO = Path(__file__).parents[2]
+PLAN, RESULTS = "docs/evidence/preregistration_e1.md", "docs/evidence/e1"
+
+
+def test_interval_is_students_where_only_seeds_or_only_prompts_differ() -> None:
+    rng = np.random.default_rng(0)
+    for values, axis in (
+        (np.repeat(rng.normal(size=(4, 1)), 50, 1), 1),
+        (np.repeat(rng.normal(size=(1, 50)), 4, 0), 0),
+    ):
+        estimate, sample = crossed(values), values.mean(axis)
+        student = stats.ttest_1samp(sample, 0.1, alternative="greater")
+        assert estimate.above(0.1) == pytest.approx(student.pvalue)
+        low, high = stats.t.interval(0.95, len(sample) - 1, sample.mean(), stats.sem(sample))
+        assert (estimate.interval.low, estimate.interval.high) == pytest.approx((low, high))
+
+
+def test_intervals_cover_the_truth_when_seeds_and_prompts_scatter() -> None:
+    rng = np.random.default_rng(1)
+    hits = 0
+    for _ in range(400):
+        d = 0.2 + rng.normal(0, 0.1, (4, 1)) + rng.normal(0, 1, 100) + rng.normal(0, 1, (4, 100))
+        interval = crossed(d).interval
+        hits += interval.low <= 0.2 <= interval.high
+    assert 0.93 <= hits / 400 <= 0.995
+
+
+def test_tokens_per_pass_agrees_with_a_jackknife_over_prompts() -> None:
+    rng = np.random.default_rng(2)
+    passes = np.repeat(rng.integers(2, 9, (1, 300)), 4, 0)
+    tokens = passes + np.repeat(rng.integers(0, 12, (1, 300)), 4, 0)
+    estimate = tokens_per_pass(tokens, passes)
+    assert estimate.value == pytest.approx(tokens[0].sum() / passes[0].sum())
+    left_out = (tokens[0].sum() - tokens[0]) / (passes[0].sum() - passes[0])
+    jackknife = np.sqrt(299 / 300 * ((left_out - left_out.mean()) ** 2).sum())
+    assert estimate.error == pytest.approx(jackknife, rel=0.02)
+
+
+def test_holm_against_its_definition() -> None:
+    p = {"a": 0.011, "b": 0.02, "c": 0.3, "d": 0.012}
+    assert holm(p) == {
+        "a": (pytest.approx(0.044), True),
+        "d": (pytest.approx(0.044), True),
+        "b": (pytest.approx(0.044), True),
+        "c": (pytest.approx(0.3), False),
+    }
+    # b alone is below .05, but a comes first and stops the procedure.
+    assert not any(rejected for _, rejected in holm({"a": 0.03, "b": 0.04}).values())
+
+
+def test_one_seed_has_no_interval_and_no_verdict() -> None:
+    single = gap([[1, 0, 1]], [[0, 0, 1]])
+    assert single.value == pytest.approx(1 / 3) and single.interval.low == single.interval.high
+    assert crossed(np.ones((4, 9))) == Crossed(1.0, 0.0, float("inf"))
+
+
+def write_vectors(folder: Path, shares: dict[str, float], seeds: int = 4) -> None:
+    """Vectors of all arms with these shares of exact answers at 1e-4; the grid is best at 1e-4."""
+    rng, count = np.random.default_rng(3), 600
+    folder.mkdir(exist_ok=True)
+    for arm, share in shares.items():
+        for lr, part, seed in [(1e-4, "dev", 0), (3e-4, "dev", 0), *((1e-4, "test", s) for s in range(seeds))]:
+            exact = (rng.random(count) < share * (0.5 if lr > 1e-4 else 1)).astype(int)
+            row = {"exact": "".join(map(str, exact)), "tokens": " ".join(["12"] * count)}
+            rules = {rule: {**row, "passes": " ".join(["6"] * count)} for rule in rules_of(arm, part)}
+            key = Key(arm, lr, 300, seed)
+            value = {**vars(key), "part": part, "prompts": count, "rules": rules}
+            (folder / f"{key.name}-{part}.json").write_text(json.dumps(value))
+    (folder / e1_results.NEW).write_text("10" * (count // 2) + "\n")
+
+
+def test_verdicts_and_tables_follow_from_vectors(tmp_path) -> None:
+    write_vectors(tmp_path / "v", {"ar": 0.9, "d4": 0.6, "d4_nt": 0.93, "d4_causal": 0.885})
+    results = e1_results.read_folder(tmp_path / "v")
+    assert e1_results.best_rate(results, "d4", 300) == 1e-4
+    verdicts = {name: verdict for name, _, _, verdict in e1_results.verdicts(e1_results.Comparison(results, 300))}
+    without = {key: value for key, value in results.items() if (key[0].arm, key[0].seed) != ("d4", 3)}
+    assert not list(e1_results.verdicts(e1_results.Comparison(without, 300)))  # no interim test
+    assert verdicts == {
+        "H1": "worse by more than 3 points",
+        "H2": "within 3 points",
+        "H3": "not decided",
+        "H4": "more than 1.5",
+    }
+    (tmp_path / "evidence.md").write_text(
+        "before\n<!-- e1 verdicts -->\n\n<!-- end -->\nafter <!-- e1 rates -->\n<!-- end -->"
+    )
+    arguments = ["recompute", "--results", str(tmp_path / "v"), "--docs", str(tmp_path)]
+    with pytest.raises(DataError, match="not those of the vectors"):
+        e1.main([*arguments, "--check"])
+    e1.main(arguments)
+    e1.main([*arguments, "--check"])
+    text = (tmp_path / "evidence.md").read_text()
+    assert "| H2 |" in text and "| chosen |" in text and text.startswith("before")
+    path = tmp_path / "v" / f"{Key('ar', 1e-4, 300, 0).name}-test.json"
+    path.write_text(path.read_text().replace('"prompts": 600', '"prompts": 601'))
+    with pytest.raises(DataError, match="not 601"):
+        e1_results.read_folder(tmp_path / "v")
+
+
+def test_phases_follow_the_results(tmp_path) -> None:
+    """The best rate is the smallest of the grid, so the next smaller one is tried; then seeds, arm after arm."""
+    write_vectors(tmp_path / "results", {arm: 0.5 for arm in COUNTS if arm != "d16_nt"}, seeds=1)
+    design = e1.Design(grid=(1e-4, 3e-4))
+    phases = dict(e1.LineCampaign(tmp_path, tmp_path, design).phases())
+    beyond = phases["rates beyond the grid"]
+    assert [job.key.name for job in beyond] == [f"{arm}-3e-05-300-0" for arm in design.arms]
+    assert [job.key.name for job in phases["comparison"]][:5] == [
+        *(f"{arm}-1e-04-300-0" for arm in design.arms),
+        "ar-1e-04-300-1",
+    ]
+    steps = {(job.key.arm, job.key.steps) for job in phases["budgets"]}
+    assert {("ar", 600), ("d4_nt", 2400), ("d16_nt", 1200)} <= steps
+    assert all(E1_ARMS[arm].name == arm for arm in COUNTS)
+
+
+def test_data_set_is_split_in_order_and_checked(tmp_path) -> None:
+    (tmp_path / "django").mkdir()
+    (tmp_path / "django" / "all.anno").write_text("  set x\x0c to  1.\n" + "y" * 501 + "\n")
+    (tmp_path / "django" / "all.code").write_text("    x = 1\n y\n")
+    rows = django_lines.read_lines(tmp_path, checked=False)
+    assert rows[0] == {"prompt": "set x to 1.", "expected": "x = 1", "line": 1}
+    assert django_lines.part_rows(rows, "train") == rows[:1]
+    with pytest.raises(DataError, match="SHA-256 differs"):
+        django_lines.read_lines(tmp_path)
+    with pytest.raises(DataError, match="no such file"):
+        django_lines.read_lines(tmp_path / "django")
+
+
+def git(*arguments: str) -> str:
+    done = subprocess.run(["git", "-C", str(REPO), *arguments], capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"git {arguments[0]}: {done.stderr.strip()}")
+    return done.stdout
+
+
+def test_plan_is_older_than_the_first_result_and_was_only_added_to() -> None:
+    if git("rev-parse", "--is-shallow-repository").strip() == "true":
+        pytest.skip("a shallow clone has no history")
+    added = git("log", "--diff-filter=A", "--format=%H", "--", PLAN).split()
+    assert added, "the plan is not committed"
+    first = added[-1]
+    assert git("show", "--name-only", "--format=", first).split() == [PLAN]
+    assert (REPO / PLAN).read_text().startswith(git("show", f"{first}:{PLAN}"))
+    results = git("log", "--diff-filter=A", "--format=%H", "--", RESULTS).split()
+    for result in results[-1:]:
+        assert first != result and first in git("rev-list", result).split()
+
+
+def test_tables_of_the_document_are_those_of_the_vectors() -> None:
+    e1.main(["recompute", "--check", "--results", str(REPO / RESULTS), "--docs", str(REPO / "docs")])

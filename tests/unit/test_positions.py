@@ -1,0 +1,90 @@
+"""Documents longer than the base was trained for: refused when they are prepared, planned and trained."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from helpers import make_dataset, make_hf
+from rich.console import Console
+
+from data_prep.build import build
+from data_prep.build_config import BuildConfig, SourceConfig
+from sdlm_megatron.config.load import load_config
+from sdlm_megatron.config.schema import RunConfig
+from sdlm_megatron.data.format import PackedDataset
+from sdlm_megatron.errors import DataError
+from sdlm_megatron.planner import plan
+from sdlm_megatron.train import train
+from sdlm_megatron.weights.hf_config import read_hf_config
+from sdlm_megatron.weights.positions import check_positions, trained_positions
+from tests.byte_tokenizer import write_folder
+
+YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+
+
+def test_positions_of_published_models(tmp_path: Path) -> None:
+    def positions(name: str, **config: object) -> int:
+        return trained_positions(read_hf_config(make_hf(tmp_path / name, **config)))
+
+    llama = {"factor": 32.0, "low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192}
+    assert positions("qwen2.5", max_position_embeddings=32768) == 32768
+    assert positions("qwen2.5-long", max_position_embeddings=32768, rope_scaling=YARN) == 131072
+    assert positions("qwen3", family="qwen3", max_position_embeddings=40960, rope_scaling=YARN) == 131072
+    llama3_2 = {"max_position_embeddings": 131072, "rope_scaling": {**llama, "rope_type": "llama3"}}
+    assert positions("llama3.2", family="llama", **llama3_2) == 131072
+
+
+def test_the_error_names_both_numbers_and_a_config_that_is_accepted(tmp_path: Path) -> None:
+    folder = make_hf(tmp_path / "hf", max_position_embeddings=32768)
+    base = read_hf_config(folder)
+    check_positions(32768, "it", base, folder)
+    with pytest.raises(DataError, match="70,000 tokens, the base was trained for 32,768 positions") as caught:
+        check_positions(70_000, "it", base, folder)
+    assert "--max_document_length=32768" in caught.value.fix
+    text = re.search(r"\{\{?(.*?)\}", caught.value.fix)
+    assert text is not None
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**values, "rope_scaling": json.loads("{" + text[1] + "}")}))
+    check_positions(70_000, "it", read_hf_config(folder), folder)
+    assert read_hf_config(folder).shape.rope_factor == 3
+
+
+def test_long_documents_are_refused(tmp_path: Path) -> None:
+    """In prepare, plan and train, unless YaRN covers them; a base of tokenizer files alone has no limit."""
+    data = make_dataset(tmp_path / "data", rows=4)
+    longest = PackedDataset(data).longest_document(0)
+    bases = {n: make_hf(tmp_path / f"hf{n}", max_position_embeddings=n) for n in (longest, longest - 1)}
+    scaling = {**YARN, "factor": 2.0, "original_max_position_embeddings": longest - 1}
+    bases[0] = make_hf(tmp_path / "yarn", max_position_embeddings=longest - 1, rope_scaling=scaling)
+
+    def trains(base: Path) -> None:
+        options = [f"--run_dir={tmp_path / 'run'}", f"--data.path={data}", f"--checkpoint.base={base}"]
+        train(load_config(RunConfig, "", options), None)
+
+    def plans(base: Path) -> None:
+        plan.main(
+            ["tiny", "--gpus=1", "--top=0", f"--data={data}", f"--checkpoint.base={base}", "--model.num_layers=0"]
+        )
+
+    for command in (trains, plans):
+        command(bases[longest])
+        command(bases[0])
+        with pytest.raises(DataError, match=f"has {longest} tokens, .* {longest - 1} positions"):
+            command(bases[longest - 1])
+
+
+def test_prepare_refuses_the_row(tmp_path: Path) -> None:
+    rows = [{"query": "Q", "response": "x" * n} for n in (5, 60, 7)]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokenizer = write_folder(tmp_path / "base")
+    source = SourceConfig(name="mine", format="query_response", path=str(tmp_path / "in.jsonl"))
+    config = BuildConfig(str(tmp_path / "out"), str(tokenizer), [source], system_prompt=None)
+    values = json.loads((make_hf(tmp_path / "hf") / "config.json").read_text())
+    for positions, accepted in ((50, False), (200, True)):
+        (tokenizer / "config.json").write_text(json.dumps({**values, "max_position_embeddings": positions}))
+        if accepted:
+            build(config, Console(quiet=True))
+        else:
+            with pytest.raises(DataError, match=r"row 2 of mine has \d+ tokens, .* 50 positions"):
+                build(config, Console(quiet=True))
