@@ -252,7 +252,7 @@ def _check_plugin(server: VLLMServer, plugin: bool) -> None:
 
 
 def plan_lines(run: ServingRun, args: argparse.Namespace) -> Iterator[str]:
-    """What --dry-run prints: commands, measurements, and about how long they take."""
+    """Lines of --dry-run: commands, measurements, and about how long they take."""
     most = 0
     for plugin, rules in ((True, run.rules), (False, [None])):
         cells = run.missing(rules)

@@ -220,12 +220,12 @@ class VLLMServer:
             salt: text that no other call has: no request may find its prompt in the cache of prefixes.
         """
 
-        def one(number: int) -> StreamedAnswer:
+        def send(number: int) -> StreamedAnswer:
             return self.ask(prompts[number], most, extra | {"cache_salt": f"{salt}-{number}"})
 
         self.name()  # not in several threads, and not in the time of a request
         with ThreadPoolExecutor(at_once) as pool:
-            futures = [pool.submit(one, number) for number in range(len(prompts))]
+            futures = [pool.submit(send, number) for number in range(len(prompts))]
             try:
                 return [future.result() for future in futures]
             except BaseException:

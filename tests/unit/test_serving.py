@@ -145,7 +145,7 @@ def test_measures_both_servers_with_the_same_requests(
     assert Counter(b["messages"][0]["content"] for b in measured) == Counter(
         f"question {i % 6}" for count in (8, 10) for i in range(count)
     )
-    assert len(servers[1].bodies) == len(measured) + 1 + 5 and servers[1].most_at_once == 5
+    assert len(servers[1].bodies) == len(measured) + 1 + 5 and 1 < servers[1].most_at_once <= 5
     assert not any("vllm_xargs" in body for body in servers[1].bodies)
     assert all(b["temperature"] == 0 and b["model"] == "served" and b["stream"] for b in measured)
     asked_of_sdlm = Counter(json.dumps(b["vllm_xargs"], sort_keys=True) for b in servers[0].bodies)
