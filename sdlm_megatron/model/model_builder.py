@@ -195,9 +195,9 @@ def build_model(
     max_positions: int,
     row_attention: BuildAttention,
     logits_mb: float,
-    chunk: int = 0,
-    lora: LoraConfig | None = None,
+    lora: LoraConfig,
     mask_token_id: int = -1,
+    chunk: int = 0,
 ) -> SDLMModel:
     """Builds one of this process's model chunks.
 
@@ -211,15 +211,14 @@ def build_model(
         first_stage, last_stage: whether this process is the first or last stage of the pipeline.
         max_positions: longest position id + 1.
         row_attention, logits_mb: see SDLMModel.
-        chunk: index of the chunk on this stage.
-        lora: adapters; None or rank 0: all weights are trained.
+        lora: adapters.
         mask_token_id: token whose row of the embedding is trained with adapters.
+        chunk: index of the chunk on this stage.
     """
     chunks = config.virtual_pipeline_model_parallel_size or 1
-    adapters = lora if lora is not None and lora.rank else None
     model = SDLMModel(
         config=config,
-        transformer_layer_spec=block_spec(config, layers.kind, separate_norms=adapters is not None),
+        transformer_layer_spec=block_spec(config, layers.kind, separate_norms=lora.rank > 0),
         vocab_size=padded_vocab(shape.vocab_size, config.tensor_model_parallel_size),
         max_sequence_length=max_positions,
         pre_process=first_stage and chunk == 0,
@@ -232,8 +231,8 @@ def build_model(
         logits_mb=logits_mb,
         mask_token_id=mask_token_id,
     )
-    if adapters is not None:
-        add_adapters(model, shape, adapters)
+    if lora.rank:
+        add_adapters(model, shape, lora)
     if shape.rope_factor != 1:
         # not Megatron-Core's own scaling: it fixes all numbers but the factor
         model.rotary_pos_emb.inv_freq = scaled_frequencies(model.rotary_pos_emb.inv_freq, shape)

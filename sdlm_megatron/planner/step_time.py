@@ -117,7 +117,7 @@ def row_time(c: Costs) -> dict[str, float]:
     norms += 2 * s * z.normed_heads * z.head_dim
     rope = (2 if layout.kernels.fused_rope else 8) * s * (z.attention + z.kv)
     moved = 3 * (norms + rope + 3 * s * z.ffn) * layout.bytes * layers
-    moved += 6 * s * adapter_outputs(c) * layout.bytes * layers  # a sum (two reads, a write) forward and backward
+    moved += adapter_traffic(c) * layout.bytes * layers
     # the sum is read and written; unfused, the gradient of the micro-batch is read again
     again = 0 if layout.kernels.fused_accumulation else layout.bytes
     summed = trained * (2 * layout.gradient_bytes + again)
@@ -135,10 +135,17 @@ def adapter_weights(c: Costs) -> int:
     return layers * sum(map(sum, adapter_parameters(c.model, c.layout)))
 
 
-def adapter_outputs(c: Costs) -> float:
-    """Numbers per token and layer that adapters are added to."""
-    rank = max(1, c.layout.lora.rank)
-    return sum(b / rank for _, b in adapter_parameters(c.model, c.layout))
+def adapter_traffic(c: Costs) -> float:
+    """Numbers that adapters move per row and layer beside their products: the layers' outputs, to which they add, are
+    read and written twice, and the gradients of their inputs added (two reads, a write)."""
+    s, total = c.row.length, 0.0
+    local = s / c.layout.tensor if c.layout.parallel.sequence else s
+    names, rank = adapted(c.layout.lora), c.layout.lora.rank
+    for (name, kinds), (a, b) in zip(names.items(), adapter_parameters(c.model, c.layout), strict=True):
+        column = name in ("self_attention.linear_qkv", "mlp.linear_fc1")
+        inputs, outputs = (local, s) if column else (s, local)
+        total += 3 * inputs * a / (rank * len(kinds)) + 4 * outputs * b / rank
+    return total
 
 
 def launches(c: Costs) -> float:

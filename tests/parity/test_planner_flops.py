@@ -76,7 +76,7 @@ def test_full_recompute_adds_a_forward_pass_of_the_layers(make_engine: Callable,
 
 
 def test_frozen_weights_have_no_gradient_product(make_engine: Callable, tmp_path: Path) -> None:
-    """With adapters, whose products come on top: A has `rank` rows for each of q, k, v, gate, up; B as many columns."""
+    """With adapters, whose products come on top: A has `rank` rows for each of q, k, v and gate, up, B such columns."""
     total, batch = counted(make_engine, tmp_path / "hf", Dense, rank=3)
     counts = {"tokens": LENGTH, "pairs": LENGTH**2, "label_rows": len(batch.label_index)}
     fused = ((3, 64, 64 + 2 * 32), (1, 64, 64), (2, 64, 2 * 96), (1, 96, 64))  # Hugging Face layers, inputs, outputs
