@@ -233,12 +233,7 @@ def build_model(
     )
     if lora.rank:
         add_adapters(model, shape, lora)
-    if shape.rope_factor != 1:
-        # not Megatron-Core's own scaling: it fixes all numbers but the factor
-        model.rotary_pos_emb.inv_freq = scaled_frequencies(model.rotary_pos_emb.inv_freq, shape)
-    for module in model.modules():
-        if isinstance(module, SDLMCoreAttention) and not _is_nope(module.layer_number, shape):
-            module.scale *= shape.rope_magnitude**2  # here, because TransformerEngine's fused RoPE takes no factor
+    _scale_positions(model, shape)
     for module in model.modules():
         if hasattr(module, "fuse_wgrad_accumulation"):  # TransformerEngine's layers read it in each forward pass
             module.fuse_wgrad_accumulation = True
@@ -249,3 +244,13 @@ def build_model(
         if dim is not None and not hasattr(parameter, "tensor_model_parallel"):
             set_tensor_model_parallel_attributes(parameter, True, dim, 1)
     return model
+
+
+def _scale_positions(model: SDLMModel, shape: ModelConfig) -> None:
+    """The base's rope scaling, in the rotary frequencies and the scale of attention."""
+    if shape.rope_factor != 1:
+        # not Megatron-Core's own scaling: it fixes all numbers but the factor
+        model.rotary_pos_emb.inv_freq = scaled_frequencies(model.rotary_pos_emb.inv_freq, shape)
+    for module in model.modules():
+        if isinstance(module, SDLMCoreAttention) and not _is_nope(module.layer_number, shape):
+            module.scale *= shape.rope_magnitude**2  # here, because TransformerEngine's fused RoPE takes no factor
