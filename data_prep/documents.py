@@ -181,7 +181,7 @@ def _check_lengths(config: BuildConfig, fitted: FittedBatch, places: Sequence[st
     """DataError for a document that is longer than the tokenizer's model was trained for. `places`: of the rows."""
     clean = np.where(fitted.n_blocks > 0, fitted.clean_lens, 0)
     if len(clean) and (base := base_config(config.tokenizer)):
-        check_positions(int(clean.max()), f"the document of {places[clean.argmax()]}", base, config.tokenizer)
+        check_positions(int(clean.max()), f"the document of {places[int(clean.argmax())]}", base, config.tokenizer)
 
 
 class _UnitWriter:

@@ -393,9 +393,9 @@ def check_model(model: ModelConfig, config: RunConfig, row_length: int) -> None:
         "parallel.tensor",
         f"use a divisor or a multiple of {kv_heads} that divides {heads} heads",
     )
-    split = {"q_proj", "k_proj", "v_proj"} & {*config.lora.targets}
+    of_qkv = {"q_proj", "k_proj", "v_proj"} & {*config.lora.targets}
     _require(
-        kv_heads % tp == 0 or not config.lora.rank or len(split) in (0, 3),
+        kv_heads % tp == 0 or not config.lora.rank or len(of_qkv) in (0, 3),
         f"with more TP ranks ({tp}) than KV heads ({kv_heads}), adapters of some of q, k and v cannot be split evenly",
         "lora.targets",
         "name all of q_proj, k_proj, v_proj or none, or use a smaller parallel.tensor",
