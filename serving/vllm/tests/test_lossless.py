@@ -172,7 +172,7 @@ def test_answers_are_those_of_ar_to_the_end_of_the_context_and_with_min_tokens(l
         assert answers.tokens[0] == answers.tokens[1]
         assert answers.reasons[0] == answers.reasons[1]
         assert length in (None, len(answers.tokens[0]))
-        assert len(answers.accepted[0]) < len(answers.accepted[1])
+        assert len(answers.accepted[0]) <= len(answers.accepted[1])
 
 
 SEQUENCES, LENGTH, LETTERS, HEAT = 800, 4, (0, 1, 2), 2.0
