@@ -211,8 +211,7 @@ def build_model(
         first_stage, last_stage: whether this process is the first or last stage of the pipeline.
         max_positions: longest position id + 1.
         row_attention, logits_mb: see SDLMModel.
-        lora: adapters.
-        mask_token_id: token whose row of the embedding is trained with adapters.
+        lora, mask_token_id: adapters, and the token whose row of the embedding is trained with them.
         chunk: index of the chunk on this stage.
     """
     chunks = config.virtual_pipeline_model_parallel_size or 1
