@@ -167,11 +167,12 @@ def test_only_adapters_and_the_mask_row_are_trained(run: tuple[Path, Path, list[
 def test_runs_of_other_layouts_and_a_resume_have_the_same_losses(
     run: tuple[Path, Path, list[float]], data: Path, tmp_path: Path
 ) -> None:
-    """TP2 + SP x PP2 to step 2, then DP 2 with every overlap from its checkpoint: all losses and gradient norms."""
+    """TP2 + SP x PP2 to step 2, then CP2 x DP2 with every overlap from its checkpoint: losses and gradient norms."""
     _, base, expected = run
     checks = {"fault__replica_check_every": 1, "train__stop_after": 2}
     losses(tmp_path / "run", data, base, 4, **SP, **{"parallel.pipeline": 2}, **checks)
-    actual = losses(tmp_path / "run", data, base, 2, **OVERLAPPED, fault__replica_check_every=1)
+    settings = {**OVERLAPPED, "parallel.context": 2}
+    actual = losses(tmp_path / "run", data, base, 4, **settings, fault__replica_check_every=1)
     assert actual == pytest.approx(expected, rel=2e-5)
     with pytest.raises(AssertionError, match=r"lora.rank is 4, the run has trained with 3"):
         losses(tmp_path / "run", data, base, lora__rank=4, train__steps=5)
