@@ -91,7 +91,7 @@ def test_document_fills_every_table_and_draws_every_picture(campaign, tmp_path, 
     tables = re.compile(r"(<!-- table \w+ -->).*?(<!-- end -->)", re.DOTALL)
     (tmp_path / "evidence.md").write_text(tables.sub(r"\1\n\2", text))  # all committed figures are replaced
     document([str(campaign), "--out", str(tmp_path)])
-    shown = set(re.findall(r"\]\(evidence/([\w.]+)\)", text))
+    shown = set(re.findall(r"\]\(evidence/([\w.]+\.png)\)", text))
     other = {name for name in shown if "categories" in name}  # not measured, and reported
     assert shown - other == {path.name for path in (tmp_path / "evidence").iterdir()}
     assert f"missing pictures: {', '.join(sorted(other))}" in capsys.readouterr().out
