@@ -132,7 +132,7 @@ def write_document(campaign: Campaign, docs: Path) -> None:
     print(document)
     if empty:
         print(f"no results yet for: {', '.join(empty)}")
-    shown = set(re.findall(r"\]\(evidence/([\w.]+)\)", text))
+    shown = set(re.findall(r"\]\(evidence/([\w.]+\.png)\)", text))
     missing = sorted(name for name in shown if not (pictures / name).exists())
     if missing:
         print(f"missing pictures: {', '.join(missing)}")
