@@ -74,7 +74,7 @@ test-transformers: $(STAMP)  ## tests of decoding and the exported class, with t
 		tests/parity/test_transformers_mixins.py
 
 # Not part of CI: the environment alone is 3.2 GB. It is made once in .cache, which needs a package index.
-test-vllm: $(STAMP)  ## tests of serving/vllm with vLLM for CPUs, in an environment of its own; about 5 minutes
+test-vllm: $(STAMP)  ## tests of serving/vllm with vLLM for CPUs, in an environment of its own; about 10 minutes
 	python=$$($(PY) serving/vllm/tests/cpu_environment.py .cache) && cd serving/vllm && \
 		PYTHONPATH=tests/cpu_shim SDLM_VLLM_CPU=1 $$python -m pytest
 
