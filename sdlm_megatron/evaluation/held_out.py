@@ -18,7 +18,7 @@ BATCH = 64  # prompts per batch, unless --batch says otherwise
 
 @dataclass(frozen=True)
 class HeldOutPrompt:
-    """One user turn and its expected answer."""
+    """One user turn and its expected answer; "": unknown."""
 
     text: str
     expected: str
@@ -42,18 +42,23 @@ class DecodedPrompts:
         return {"tokens": [sum(kept) for kept in self.accepted], "passes": [len(kept) for kept in self.accepted]}
 
 
-def read_prompts(path: Path, most: int = 0) -> list[HeldOutPrompt]:
+def read_prompts(path: Path, most: int = 0, *, answered: bool = True) -> list[HeldOutPrompt]:
     """The first `most` prompts of a JSONL file of {"prompt": …, "expected": …}; 0: all.
+
+    Args:
+        answered: every prompt has an expected answer; False: a line may leave it out.
 
     Raises:
         DataError: the file cannot be read or has no prompts, or a line lacks a field.
     """
     fix = 'each line is an object {"prompt": text, "expected": text}'
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")  # a text may hold U+2028
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise DataError(f"the prompts cannot be read: {reason}", str(path), fix) from None
+    if lines == [""]:
+        raise DataError("the file has no prompts", str(path), fix)
     prompts = []
     for number, line in enumerate(lines[: most or None], 1):
         where = f"{path}, line {number}"
@@ -62,11 +67,10 @@ def read_prompts(path: Path, most: int = 0) -> list[HeldOutPrompt]:
         except ValueError as error:
             raise DataError(f"not JSON: {error}", where, fix) from None
         for field in ("prompt", "expected"):
-            if not isinstance(row, dict) or not isinstance(row.get(field), str) or not row[field]:
+            absent = field == "expected" and not answered and isinstance(row, dict) and field not in row
+            if not absent and (not isinstance(row, dict) or not isinstance(row.get(field), str) or not row[field]):
                 raise DataError(f"no text under {field!r}", where, fix)
-        prompts.append(HeldOutPrompt(row["prompt"], row["expected"]))
-    if not prompts:
-        raise DataError("the file has no prompts", str(path), fix)
+        prompts.append(HeldOutPrompt(row["prompt"], row.get("expected", "")))
     return prompts
 
 

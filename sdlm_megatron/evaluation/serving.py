@@ -23,6 +23,7 @@ from sdlm_megatron.config.secret_text import mask_text
 from sdlm_megatron.diffusion.settings import SDLMSettings
 from sdlm_megatron.errors import CheckpointError, ConfigError, DataError, UserError, run_cli
 from sdlm_megatron.evaluation import vllm_server
+from sdlm_megatron.evaluation.held_out import HeldOutPrompt, read_prompts
 from sdlm_megatron.evaluation.page import write_page
 from sdlm_megatron.evaluation.result_files import STOCK, ServedRate, served_comparison, served_rates
 from sdlm_megatron.evaluation.vllm_server import RefusedRequest, StreamedAnswer, VLLMServer
@@ -42,32 +43,10 @@ sdlm evaluate serving --model SDLM-3B-D4 --out results --url http://node1:8000 h
 # --- what is measured
 
 
-def built_in_prompts() -> list[str]:
+def built_in_prompts() -> list[HeldOutPrompt]:
     """A question about each module of Python's standard library."""
     names = sorted(name for name in sys.stdlib_module_names if not name.startswith("_"))
-    return [f"Explain in a few sentences what Python's module {name} is for." for name in names]
-
-
-def read_questions(path: Path | None) -> tuple[list[str], list[str | None]]:
-    """Prompts, and the expected answer of each where the file has one; None: the built-in prompts.
-
-    Raises:
-        DataError: the file cannot be read, or a line has no prompt.
-    """
-    if path is None:
-        prompts = built_in_prompts()
-        return prompts, [None] * len(prompts)
-    fix = 'each line is an object {"prompt": text}, with "expected" where the answer is known'
-    try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError) as problem:
-        raise DataError(f"the prompts cannot be read: {problem}", str(path), fix) from None
-    for number, row in enumerate(rows, 1):
-        if not isinstance(row, dict) or not isinstance(row.get("prompt"), str) or not row["prompt"]:
-            raise DataError("no text under 'prompt'", f"{path}, line {number}", fix)
-    if not rows:
-        raise DataError("the file has no prompts", str(path), fix)
-    return [row["prompt"] for row in rows], [row.get("expected") for row in rows]
+    return [HeldOutPrompt(f"Explain in a few sentences what Python's module {name} is for.", "") for name in names]
 
 
 def rules_of(settings: SDLMSettings, thresholds: Sequence[float]) -> list[DecodingRule]:
@@ -106,17 +85,17 @@ def measure(
     server: VLLMServer,
     rule: DecodingRule | None,
     at_once: int,
-    questions: Sequence[tuple[str, str | None]],
+    questions: Sequence[HeldOutPrompt],
     most: int,
 ) -> dict[str, Any]:
     """A row of serving.json: `first` and `seconds` of each answer in seconds, `wall` of all, `passes` of the server.
 
     Args:
         rule: None: of a server without the plugin.
-        questions: a prompt and its expected answer for each request.
+        questions: of each request.
         most: largest number of tokens of an answer.
     """
-    prompts, extra, salt = [prompt for prompt, _ in questions], request_fields(rule), f"sdlm-{time.time_ns()}"
+    prompts, extra, salt = [question.text for question in questions], request_fields(rule), f"sdlm-{time.time_ns()}"
     before = 0.0 if rule is None else server.counter(TOKENS) or 0.0
 
     def settle(answers: Sequence[StreamedAnswer]) -> float:
@@ -136,8 +115,9 @@ def measure(
     row = row_key(rule, at_once) | {"wall": round(wall, 4), "client_cpu": round(cpu / wall, 3), "passes": passes}
     row |= {"tokens": tokens, "first": [round(answer.first, 4) for answer in answers]}
     row |= {"seconds": [round(answer.seconds, 4) for answer in answers]}
-    known = [answer.text == expected for answer, (_, expected) in zip(answers, questions, strict=True) if expected]
-    return row | ({"exact": list(map(int, known))} if known else {})
+    pairs = zip(answers, questions, strict=True)
+    known = [int(answer.text == question.expected) for answer, question in pairs if question.expected]
+    return row | ({"exact": known} if known else {})
 
 
 class ServingRun:
@@ -149,12 +129,12 @@ class ServingRun:
             what = "the model is not an SDLM: its config.json has no block_size"
             raise CheckpointError(what, str(args.model), "name a folder that `sdlm export` wrote")
         self.args, self.path = args, args.out / "serving.json"
-        prompts, expected = read_questions(args.prompts)
-        self.questions = list(zip(prompts, expected, strict=True))
+        self.questions = read_prompts(args.prompts, answered=False) if args.prompts else built_in_prompts()
         self.rules = rules_of(settings, args.thresholds)
+        texts = [question.text for question in self.questions]
         self.settings = {
             "model": str(args.model),
-            "prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:16],
+            "prompts": hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16],
             "tokens": args.tokens,
             "rounds": args.rounds,
             "serve": args.serve,
@@ -182,7 +162,7 @@ class ServingRun:
             if (had := former.get("settings", {}).get(name)) != value:
                 raise DataError(f"it was measured with {name} {had!r:.80}, not {value!r:.80}", str(self.path), fix)
         self.result |= {name: former[name] for name in ("rows", "refused")}
-        self.result["facts"] |= {name: former["facts"][name] for name in ("vllm",) if name in former["facts"]}
+        self.result["facts"] = former["facts"] | self.result["facts"]
 
     def missing(self, rules: Sequence[DecodingRule | None]) -> list[tuple[DecodingRule | None, int]]:
         """Measurements that serving.json does not hold yet; the rules take turns."""
@@ -190,7 +170,7 @@ class ServingRun:
         cells = [(rule, at_once) for at_once in self.args.at for rule in rules]
         return [cell for cell in cells if row_key(*cell) not in done and _name(cell[0]) not in self.result["refused"]]
 
-    def requests(self, at_once: int) -> list[tuple[str, str | None]]:
+    def requests(self, at_once: int) -> list[HeldOutPrompt]:
         """Questions of a measurement; they repeat where there are too few."""
         count = max(LEAST_REQUESTS, self.args.rounds * at_once)
         return [self.questions[i % len(self.questions)] for i in range(count)]

@@ -10,7 +10,7 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -150,12 +150,21 @@ class VLLMServer:
 
     def name(self) -> str:
         """The name of the model, which a request has to contain."""
-        self.model = self.model or str(json.loads(self.get("/v1/models"))["data"][0]["id"])
+        self.model = self.model or self._fact("/v1/models", lambda models: models["data"][0]["id"])
         return self.model
 
     def version(self) -> str:
         """The version of vLLM."""
-        return str(json.loads(self.get("/version"))["version"])
+        return self._fact("/version", lambda fields: fields["version"])
+
+    def _fact(self, path: str, pick: Callable[[Any], str]) -> str:
+        """A text within a JSON page; UserError if the page is not vLLM's."""
+        text = self.get(path)
+        try:
+            return str(pick(json.loads(text)))
+        except (ValueError, LookupError, TypeError):
+            what = f"the answer is not that of vLLM: {text[:100]!r}"
+            raise UserError(what, self.address + path, "name the address of a server of vLLM") from None
 
     def counter(self, name: str) -> float | None:
         """The value of a counter of /metrics, summed over its labels; None: there is no such counter."""
@@ -184,11 +193,12 @@ class VLLMServer:
         """
         body = {"model": self.name(), "messages": [{"role": "user", "content": prompt}], "max_tokens": most}
         body |= {"temperature": 0, "stream": True, "stream_options": {"include_usage": True}, **extra}
-        text, tokens, first, started = "", 0, None, time.perf_counter()
+        text, tokens, first, ended, started = "", 0, None, False, time.perf_counter()
         try:
             with self._open("/v1/chat/completions", json.dumps(body).encode(), SILENCE_SECONDS) as response:
                 for line in response:
-                    if not line.startswith(b"data: ") or line.startswith(b"data: [DONE]"):
+                    ended = ended or line.startswith(b"data: [DONE]")
+                    if ended or not line.startswith(b"data: "):
                         continue
                     part = json.loads(line[6:])
                     if "error" in part:  # of a stream, whose status is 200 whatever follows
@@ -198,6 +208,8 @@ class VLLMServer:
                     if new and first is None:
                         first = time.perf_counter() - started
                     text += new
+            if not ended:  # http.client takes a stream that ends between two of its chunks for a whole one
+                raise http.client.IncompleteRead(text.encode())
         except urllib.error.HTTPError as problem:
             text = problem.read().decode(errors="replace")
             try:

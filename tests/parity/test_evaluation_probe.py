@@ -176,6 +176,16 @@ def test_options_out_of_range_are_refused(
     assert f"argument {option[0]}: {option[1]} is " in capsys.readouterr().err
 
 
+def test_lines_of_prompts_end_at_line_feeds_only(tmp_path: Path) -> None:
+    rows = [{"prompt": "a\u2028b", "expected": "c\x85"}, {"prompt": "d"}]
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    (tmp_path / "p.jsonl").write_text("".join(lines), encoding="utf-8")
+    read = read_prompts(tmp_path / "p.jsonl", answered=False)
+    assert read == [HeldOutPrompt("a\u2028b", "c\x85"), HeldOutPrompt("d", "")]
+    with pytest.raises(DataError, match="no text under 'expected'"):
+        read_prompts(tmp_path / "p.jsonl")
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [("{", "line 1"), ('{"prompt": "a", "expected": "b"}\n{"prompt": "a"}', "line 2"), ("", "no prompts")],

@@ -35,7 +35,7 @@ class VLLMLike(ThreadingHTTPServer):
         self.plugin, self.lock = plugin, threading.Lock()
         self.bodies: list[dict[str, Any]] = []
         self.now = self.most_at_once = self.passes = self.tokens = 0
-        self.broken: str = ""
+        self.broken, self.dying = "", False
 
     @property
     def address(self) -> str:
@@ -81,6 +81,8 @@ class Answering(BaseHTTPRequestHandler):
         self.end_headers()
         deltas = [{"role": "assistant", "content": ""}, *({"content": word} for word in WORDS)]
         for number, delta in enumerate(deltas):
+            if server.dying and number == 2:  # the connection ends within the answer
+                return
             time.sleep(DELAY / 2 * (number > 0))
             self.wfile.write(f"data: {json.dumps({'choices': [{'delta': delta}]})}\n\n".encode())
         usage = {"choices": [], "usage": {"completion_tokens": 4}}
@@ -215,6 +217,13 @@ def test_disturbed_and_mistaken_servers_are_reported(
         serving.main([*command, "--out", str(tmp_path / "c")])
     with pytest.raises(UserError, match="does not answer"):
         serving.main([*command, "--url", "http://127.0.0.1:9", "--out", str(tmp_path / "d")])
+    monkeypatch.setattr(VLLMServer, "ask_all", ask_all)
+    servers[0].dying = True
+    with pytest.raises(UserError, match="broke off an answer"):
+        serving.main([*command, "--out", str(tmp_path / "e")])
+    with pytest.raises(UserError, match=r"not that of vLLM: '\[\]'[\s\S]*/version"):
+        monkeypatch.setattr(VLLMServer, "get", lambda *_: "[]")
+        VLLMServer("http://x").version()
 
 
 def test_wrong_input_is_named(folder: Path, command: list[str], tmp_path: Path) -> None:
