@@ -191,17 +191,10 @@ def write_base(folder: Path) -> Path:
     """A Hugging Face folder with random weights."""
     compat.silence_known_notices()
     cpu.install()
-    from dev.bench.engine_case import StepCase
-    from sdlm_megatron.parallel.groups import close_groups, init_groups
+    from dev.bench.engine_case import write_random_base
 
     sizes: dict[str, Any] = {"hidden_size": 64, "ffn_hidden_size": 160, "num_attention_heads": 4, "num_query_groups": 2}
-    shape = ModelConfig(num_layers=LAYERS, **sizes, vocab_size=512, tied_embeddings=True)
-    config = RunConfig(model=shape)
-    config.train.precision = "fp32"
-    groups = init_groups(ParallelConfig(), seed=1)
-    StepCase.of(config, groups, "mixture", 1, LENGTH).write_reference_inputs(folder)
-    close_groups()
-    return folder / "model"
+    return write_random_base(folder, ModelConfig(num_layers=LAYERS, **sizes, vocab_size=512, tied_embeddings=True))
 
 
 # --- memory, time and bytes

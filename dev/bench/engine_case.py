@@ -11,13 +11,14 @@ from safetensors.torch import save_file
 
 from dev.bench.attention_speed import REPEAT, RESPONSE_SHARE, clean_length
 from sdlm_megatron.checkpoint.sharding import hf_tensors
-from sdlm_megatron.config.schema import ModelConfig, RunConfig
+from sdlm_megatron.config.schema import ModelConfig, ParallelConfig, RunConfig
 from sdlm_megatron.diffusion.layout import block_count, draw_starts, pack_row
 from sdlm_megatron.diffusion.row import MicroBatch, make_micro_batch
 from sdlm_megatron.parallel.engine import Engine
-from sdlm_megatron.parallel.groups import Groups
+from sdlm_megatron.parallel.groups import Groups, close_groups, init_groups
 from sdlm_megatron.planner.flops import step_flops
 from sdlm_megatron.weights.dtypes import PRECISIONS, hf_name
+from sdlm_megatron.weights.hf_config import HFConfig, config_json
 
 
 @dataclass(frozen=True)
@@ -170,40 +171,37 @@ class StepCase:
 
     def write_reference_inputs(self, folder: Path) -> None:
         """Writes weights (Hugging Face folder `model`) and documents (`documents.npz`) for the reference's code."""
-        shape, diffusion, special = self.engine.shape, self.engine.config.diffusion, special_tokens(self.engine.shape)
+        special = special_tokens(self.engine.shape)
         arrays = {
             "ids": np.concatenate([d.ids for d in self.documents]),
             "lengths": np.array([len(d.ids) for d in self.documents]),
             "starts": np.concatenate([d.starts for d in self.documents]),
             "blocks": np.array([len(d.starts) for d in self.documents]),
-            "block_size": np.array(diffusion.block_size),
+            "block_size": np.array(self.engine.config.diffusion.block_size),
             **{name: np.array(token) for name, token in special.items()},
         }
         np.savez(folder / "documents.npz", **arrays)  # type: ignore[arg-type]  # the stub takes keywords for allow_pickle
-        model = folder / "model"
-        model.mkdir()
-        tensors = {name: tensor.contiguous() for name, tensor in hf_tensors(self.engine)}
-        save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
-        # Written by hand: transformers 5 would nest rope_theta, and the reference's version would silently use 10000.
-        config = {
-            "architectures": ["Qwen2ForCausalLM"],
-            "model_type": "qwen2",
-            "num_hidden_layers": shape.num_layers,
-            "hidden_size": shape.hidden_size,
-            "intermediate_size": shape.ffn_hidden_size,
-            "num_attention_heads": shape.num_attention_heads,
-            "num_key_value_heads": shape.num_query_groups,
-            "vocab_size": shape.vocab_size,
-            "rope_theta": shape.rope_theta,
-            "rms_norm_eps": shape.rms_norm_eps,
-            "tie_word_embeddings": shape.tied_embeddings,
-            "torch_dtype": hf_name(PRECISIONS[self.engine.config.train.precision]),
-            "max_position_embeddings": 32768,
-            "bos_token_id": special["pad"],
-            "eos_token_id": special["eos"],
-            "block_size": diffusion.block_size,
-            "causal_attn": False,
-            "text_mask_token_id": special["mask"],
-            "use_cache": False,
-        }
-        (model / "config.json").write_text(json.dumps(config))
+        write_model(self.engine, folder / "model")
+
+
+def write_model(engine: Engine, folder: Path, positions: int = 32768) -> None:
+    """Writes an engine's weights as a Hugging Face folder; `positions`: max_position_embeddings of its config.json."""
+    folder.mkdir()
+    tensors = {name: tensor.contiguous() for name, tensor in hf_tensors(engine)}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    special = special_tokens(engine.shape)
+    config = HFConfig("qwen2", engine.shape, None, positions, (special["eos"],), bos_token_id=special["pad"])
+    sdlm = {"block_size": engine.config.diffusion.block_size, "causal_attn": False}
+    sdlm |= {"text_mask_token_id": special["mask"], "use_cache": False}
+    dtype = hf_name(PRECISIONS[engine.config.train.precision])
+    (folder / "config.json").write_text(json.dumps(config_json(config, dtype) | sdlm))
+
+
+def write_random_base(folder: Path, shape: ModelConfig, positions: int = 32768) -> Path:
+    """Writes a Hugging Face folder with random fp32 weights, in a process without process groups; returns it."""
+    config = RunConfig(model=shape)
+    config.train.precision, config.diffusion.block_size = "fp32", 4
+    groups = init_groups(ParallelConfig(), seed=1)
+    write_model(make_engine(config, groups, 1024), folder / "model", positions)
+    close_groups()
+    return folder / "model"

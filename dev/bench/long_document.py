@@ -20,7 +20,7 @@ import torch
 
 from dev.bench.timing import print_table
 from sdlm_megatron.config.command_line import make_parser
-from sdlm_megatron.config.schema import ModelConfig, ParallelConfig, RunConfig
+from sdlm_megatron.config.schema import ModelConfig
 from sdlm_megatron.data.format import PartWriter, seal
 from sdlm_megatron.diffusion.layout import pack_row
 from sdlm_megatron.errors import run_cli
@@ -64,24 +64,11 @@ def write_base(folder: Path, positions: int) -> Path:
     """A Hugging Face folder with random weights."""
     compat.silence_known_notices()
     cpu.install()
-    from dev.bench.engine_case import StepCase
-    from sdlm_megatron.parallel.groups import close_groups, init_groups
+    from dev.bench.engine_case import write_random_base
 
-    sizes: dict[str, Any] = {
-        "num_layers": 1,
-        "hidden_size": 32,
-        "ffn_hidden_size": 64,
-        "num_attention_heads": 1,
-        "num_query_groups": 1,
-    }
-    config = RunConfig(model=ModelConfig(**sizes, vocab_size=VOCABULARY, tied_embeddings=True))
-    config.train.precision = "fp32"
-    groups = init_groups(ParallelConfig(), seed=1)
-    StepCase.of(config, groups, "mixture", 1, 1024).write_reference_inputs(folder)
-    close_groups()
-    file = folder / "model" / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"max_position_embeddings": positions}))
-    return file.parent
+    sizes: dict[str, Any] = {"hidden_size": 32, "ffn_hidden_size": 64, "num_attention_heads": 1, "num_query_groups": 1}
+    shape = ModelConfig(num_layers=1, **sizes, vocab_size=VOCABULARY, tied_embeddings=True)
+    return write_random_base(folder, shape, positions)
 
 
 def train(folder: Path, base: Path, run: Path, context: int) -> list[dict]:
