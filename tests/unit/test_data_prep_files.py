@@ -24,7 +24,7 @@ from data_prep.build_config import SourceConfig
 from data_prep.forms import Unreadable
 from data_prep.input_bytes import stamp
 from data_prep.readers import plan_units, read_unit, where
-from data_prep.sources import count, files, unread_files
+from data_prep.sources import count, expand, files, unread_files
 from sdlm_megatron.errors import DataError
 from tests.byte_tokenizer import write_folder
 
@@ -237,6 +237,12 @@ JSON_TEXTS: list[tuple[str, Any]] = [
     (f"[{TURN}]\n[{TURN}]\n", [[json.loads(TURN)]] * 2),
     ("\ufeff[1, 2]", [1, 2]),
     ("[ ]", []),
+    ("[]", []),
+    ('{"query": "a"}', [{"query": "a"}]),
+    ('\n{"query": {}}\n{"query": {}}\n', [{"query": {}}] * 2),
+    ('null\n{"query": "b"}\n', [None, {"query": "b"}]),
+    ('[1]\n{"query": "b"}\n', [[1], {"query": "b"}]),
+    ('[\n {"query": "a"},\n\n {"query": "b"}\n]\n', [{"query": "a"}, {"query": "b"}]),
 ]
 
 
@@ -247,6 +253,14 @@ def test_json_in_an_object_or_over_lines(text: str, rows: list[Any], name: str, 
     source = source_of(tmp_path / name)
     assert contents(source) == rows
     assert count(source) == len(rows)
+    if name == "x.json":  # no description of ShareGPT files either
+        assert expand([replace(source, format="sharegpt")]) == [replace(source, format="sharegpt")]
+
+
+def test_a_row_of_a_json_file_that_cannot_be_read_is_one_of_its_lines(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text('{"query": \n{"query": "b"}\n')
+    bad, good = contents(source_of(tmp_path / "x.json"))
+    assert isinstance(bad, Unreadable) and good == {"query": "b"} and count(source_of(tmp_path / "x.json")) == 2
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from data_prep import input_bytes, readers
 from data_prep.build_config import SourceConfig
 from data_prep.forms import FormReader, InputRow, Unreadable
 from data_prep.readers import LINES, ROWS, InputUnit, count_lines, plan_units, read_unit, where
+from data_prep.sources import count
 from sdlm_megatron.errors import DataError
 from tests.fixtures.hub_sets import sciriff, tulu
 
@@ -143,6 +144,7 @@ def test_line_is_read_like_json_loads(line: bytes, tmp_path: Path) -> None:
 def test_limit_counts_rows_and_not_lines(limit: int, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(b'\n{"n": 0}\n\n{"n": 1}\n\n{"n": 2}\n\n')
     write_lines(tmp_path / "b.jsonl", [{"n": 3}, {"n": 4}])
+    assert count(source_of(tmp_path, limit=limit)) == min(limit, 5)
     read_rows = read_all(source_of(tmp_path, limit=limit), unit_bytes=4)
     assert [got.content["n"] for got in read_rows] == list(range(min(limit, 5)))
 

@@ -123,15 +123,6 @@ def test_missing_subset_or_split_error_lists_available_ones(tmp_path: Path) -> N
         files(SourceConfig(name="s", path=str(tmp_path / "saved")))
 
 
-def test_folder_is_read_by_name_and_limit_counts_over_its_files(tmp_path: Path) -> None:
-    for name in ("b", "a"):
-        jsonl(tmp_path / f"{name}.jsonl", [{"query": name, "response": str(i)} for i in range(2)])
-    (tmp_path / "notes.txt").write_text("no rows")
-    source = SourceConfig(name="s", format="query_response", path=str(tmp_path), limit=3)
-    assert count(source) == 3
-    assert [row["query"] for row in contents(source)] == ["a", "a", "b"]
-
-
 def test_files_named_after_splits_are_not_mixed(tmp_path: Path) -> None:
     for name in ("train-0", "train-1", "test-0"):
         jsonl(tmp_path / f"{name}.jsonl", [{"query": name, "response": "a"}])
@@ -347,28 +338,6 @@ def test_invalid_meta_error_names_the_entry(entry: Any, tmp_path: Path) -> None:
     meta.write_text(json.dumps({"mine": entry}, indent=1))
     with pytest.raises(DataError, match="mine"):
         expand([SourceConfig(name="m", format="sharegpt", path=str(meta))])
-
-
-JSON_FILES: list[tuple[bytes, int]] = [
-    (b'{"query": "a"}', 1),
-    (b'{"query": "a"}\n{"query": "b"}\n', 2),
-    (b'\n{"query": {}}\n{"query": {}}\n', 2),
-    (b'{"query": \n{"query": "b"}\n', 2),  # a row that is not JSON
-    (b'[1]\n{"query": "b"}\n', 2),
-    (b'null\n{"query": "b"}\n', 2),
-    (b'[{"query": "a"}, {"query": "b"}]', 2),
-    (b'[{"query": "a"},\n{"query": "b"}\n]', 2),
-    (b'[\n {"query": "a"},\n\n {"query": "b"}\n]\n', 2),
-    (b"[]", 0),
-]
-
-
-@pytest.mark.parametrize(("content", "rows"), JSON_FILES)
-def test_a_json_file_is_a_list_or_lines(content: bytes, rows: int, tmp_path: Path) -> None:
-    (tmp_path / "x.json").write_bytes(content)
-    source = SourceConfig(name="s", format="sharegpt", path=str(tmp_path / "x.json"))
-    assert expand([source]) == [source]
-    assert len(contents(source)) == count(source) == rows
 
 
 def test_unusable_files_are_refused(tmp_path: Path) -> None:
