@@ -35,7 +35,7 @@ def settings_of(schema: type, head: str = "") -> Iterator[Setting]:
             yield from settings_of(typing.cast(type, kind), f"{key}.")
             continue
         default = field.default if field.default_factory is MISSING else field.default_factory()
-        yield Setting(key, _type_name(kind), _yaml(default), texts.get(field.name, ""))
+        yield Setting(key, _type_name(kind), typed(default), texts.get(field.name, ""))
         # list[SourceConfig]: the settings of one entry follow the list itself
         for part in typing.get_args(kind):
             if is_dataclass(part):
@@ -62,10 +62,12 @@ def _type_name(kind: Any) -> str:
     return str(typing.get_args(kind)[0].__name__)  # X | None
 
 
-def _yaml(value: Any) -> str:
-    # A YAML library would add document ends and quotes that are not typed on a command line.
+def typed(value: Any) -> str:
+    """A value as it is typed on a command line, without the quotes that a YAML library would add."""
     if isinstance(value, bool) or value is None:
         return {True: "true", False: "false", None: "null"}[value]
+    if isinstance(value, list):
+        return f"[{','.join(map(typed, value))}]"
     return f'"{value}"' if value == "" else str(value)
 
 

@@ -4,11 +4,13 @@ This module does not import Megatron-Core, so that errors are reported before it
 """
 
 import math
+import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from sdlm_megatron.config.explain import typed
 from sdlm_megatron.config.schema import DiffusionConfig, ModelConfig, RunConfig, TrainConfig
 from sdlm_megatron.config.validate import check_model, check_schedule, resolve_shape, row_unit
 from sdlm_megatron.data.cut import StepGrid, choose_grid
@@ -339,9 +341,7 @@ def _refuse_changes(config: RunConfig, before: Mapping[str, Mapping[str, Any]], 
                 changed[f"{section}.{key}"] = (now[key], values[key])
     if changed:
         differences = [f"{key} is {new}, the run has trained with {old}" for key, (new, old) in sorted(changed.items())]
-        texts = {key: str(old).lower() for key, (_, old) in sorted(changed.items())}
-        # a list without the quotes and spaces that a shell would take away
-        options = " ".join("--" + key + "=" + old.translate({39: None, 32: None}) for key, old in texts.items())
+        options = shlex.join(f"--{key}={typed(old)}" for key, (_, old) in sorted(changed.items()))
         raise CheckpointError(
             "; ".join(differences),
             str(folder),
