@@ -132,25 +132,18 @@ def test_interrupted_save_is_ignored(stopped: dict[str, Path], tmp_path: Path) -
     assert f"resumes from {good}" in done.stdout
 
 
-def test_resuming_with_another_dataset_is_refused(stopped: dict[str, Path], tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    shutil.copytree(stopped["half"], run)
-    other = make_dataset(tmp_path / "other", rows=ROWS, seed=5)
-    done = train({**settings(stopped, run), "data.path": other}, check=False)
-    assert done.returncode == 2
-    assert "the run was started with another dataset" in done.stderr
-    assert "Traceback" not in done.stderr
-
-
-def test_resuming_with_another_seed_is_refused(stopped: dict[str, Path], tmp_path: Path) -> None:
-    """The rows would be drawn in another order: some twice, others never."""
-    run = tmp_path / "run"
+def test_resuming_with_another_dataset_or_seed_is_refused(stopped: dict[str, Path], tmp_path: Path) -> None:
+    """Rows would be drawn in another order: some twice, others never."""
+    run, other = tmp_path / "run", make_dataset(tmp_path / "other", rows=ROWS, seed=5)
     shutil.copytree(stopped["half"], run)
     before = (run / "config.yaml").read_bytes()
-    done = train(settings(stopped, run, **{"train.seed": 7}), check=False)
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert "train.seed is 7, the run has trained with 42" in done.stderr
-    assert (run / "config.yaml").read_bytes() == before
+    for change, message in (
+        ({"data.path": other}, "the run was started with another dataset"),
+        ({"train.seed": 7}, "train.seed is 7, the run has trained with 42"),
+    ):
+        done = train(settings(stopped, run, **change), check=False)
+        assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+        assert (run / "config.yaml").read_bytes() == before
 
 
 def test_non_finite_loss_stops_before_the_update(tmp_path: Path) -> None:

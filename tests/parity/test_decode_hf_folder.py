@@ -226,11 +226,7 @@ def test_wrong_tensors_are_refused(tmp_path: Path) -> None:
         ({"rope_parameters": LLAMA3, "rope_scaling": {**LLAMA3, "factor": 4}}, "rope_parameters differ"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor 0.5"),
         ({"use_sliding_window": True}, "sliding-window"),
-        ({"hidden_size": None}, "field 'hidden_size'"),
-        ({"hidden_size": "64"}, "field 'hidden_size'"),
-        ({"num_key_value_heads": 3}, "field 'num_key_value_heads'"),
         ({"hidden_act": "gelu"}, "field 'hidden_act'"),
-        ({"block_size": 4}, "field 'text_mask_token_id'"),
     ],
 )
 def test_unsupported_configs_are_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
@@ -238,41 +234,9 @@ def test_unsupported_configs_are_refused(tmp_path: Path, changes: dict[str, Any]
         read_hf_config(rewrite(tiny(tmp_path / "base"), **changes))
 
 
-def test_unreadable_folders_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"config\.json"):
-        read_hf_config(tmp_path)
-    with pytest.raises(CheckpointError, match="neither"):
-        HFWeights(tmp_path)
-    whole = tiny(tmp_path / "base")
-    (whole / "config.json").write_text("{")
-    with pytest.raises(CheckpointError, match="config.json is not valid JSON"):
-        read_hf_config(whole)
-    whole = tiny(tmp_path / "cut")
-    weights = whole / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(CheckpointError, match=r"cannot be read[\s\S]*model\.safetensors"):
-        HFWeights(whole)
-
-
-def test_unreadable_shards_are_refused(tmp_path: Path) -> None:
-    sharded = copy(tiny(tmp_path / "base"), tmp_path / "out", max_shard_bytes=20_000)
-    with pytest.raises(CheckpointError, match=r"no tensor 'model\.nothing'"):
-        HFWeights(sharded).shape("model.nothing")
-    shard = sorted(sharded.glob("model-*"))[1]
-    tensors, bytes_before = load_file(shard), shard.read_bytes()
-    name = sorted(tensors)[0]
-    save_file({"other": tensors[name]} | {k: v for k, v in tensors.items() if k != name}, shard)
-    with pytest.raises(CheckpointError, match=f"(?s){name}.*{shard.name}"):
-        HFWeights(sharded)
-    shard.write_bytes(bytes_before[:50])
-    with pytest.raises(CheckpointError, match=shard.name):
-        HFWeights(sharded)
-    shard.unlink()
-    with pytest.raises(CheckpointError, match=f"{shard.name}.*missing"):
-        HFWeights(sharded)
-
-
 def test_slices_equal_parts_of_the_tensor(tmp_path: Path) -> None:
     tensors = HFWeights(tiny(tmp_path / "base"))
+    with pytest.raises(CheckpointError, match=r"no tensor 'model\.nothing'"):
+        tensors.shape("model.nothing")
     name = "model.layers.1.mlp.down_proj.weight"
     assert tensors.read(name, (4, 2), (4, 16)).equal(whole(tensors, name)[4:8, 2:18])

@@ -128,7 +128,6 @@ def test_errors_in_a_file_name_the_file(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     for content, text in (
         ("model: {num_layer: 2}", "model.num_layer"),
-        ("[1]", "contains a list"),
         ("a: [", "readable YAML"),
     ):
         file.write_text(content)
@@ -139,9 +138,6 @@ def test_errors_in_a_file_name_the_file(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no config file or preset named sdlm_3b") as caught:
         load_config(RunConfig, "sdlm_3b", [], PRESETS)
     assert "sdlm_3b_d" in caught.value.fix
-    file.write_text("extends: run.yaml")
-    with pytest.raises(ConfigError, match="extends itself"):
-        load_config(RunConfig, str(file))
 
 
 OVERLAP = ("--parallel.sequence=true", "--parallel.overlap_tensor=true")
@@ -155,15 +151,10 @@ OVERLAP = ("--parallel.sequence=true", "--parallel.overlap_tensor=true")
         (["--parallel.context=2", "--train.attention=triton"], 2, "train.attention=triton needs whole rows"),
         (["--parallel.sequence=true"], 1, "needs tensor parallelism"),
         (["--train.precision=fp8"], 1, "train.precision"),
-        (["--optimizer.lr=0"], 1, "optimizer.lr"),
-        (["--optimizer.lr=.nan"], 1, "optimizer.lr"),
-        (["--diffusion.next_token_weight=-0.1"], 1, "diffusion.next_token_weight is -0.1"),
         (["--train.next_token_balance=true"], 1, "next_token_balance scales diffusion.next_token_weight, which is 0"),
-        (["--train.seed=-1"], 1, "train.seed is -1"),
         (["--train.epochs=0"], 1, "train.steps and train.epochs are both 0"),
         (["--train.steps=3", "--train.epochs=1"], 1, "train.steps is 3 and train.epochs 1: two lengths"),
         (["--data.path="], 1, "no dataset"),
-        (["--checkpoint.keep_last=-1"], 1, "checkpoint.keep_last"),
         (["--checkpoint.keep_every=750"], 1, "keep_every 750 is not a multiple of save_every 500"),
         (["--parallel.virtual_pipeline=2"], 1, "there is only one stage"),
         (["--parallel.overlap_param_gather=true"], 1, "overlap_param_gather needs overlap_grad_reduce"),

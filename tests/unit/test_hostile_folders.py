@@ -34,6 +34,7 @@ from sdlm_megatron.weights.torch_dist import TorchDist
 from tests.byte_tokenizer import write_folder
 
 SMALL = {"layers": 2, "hidden": 16, "heads": 2, "kv": 1, "ffn": 24}
+SHARD = "model-00002-of-00002.safetensors"
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 12345\n"
 DEEP = "[" * 100_000 + "]" * 100_000
 Change = Callable[[Path], Any]
@@ -152,6 +153,16 @@ def vocabulary(*added: Any, **model: Any) -> Change:
     return change
 
 
+def shorten(name: str) -> Change:
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:-8])
+
+
+def rename_in_shard(folder: Path) -> None:
+    """The second shard has a tensor under another name than the index."""
+    tensors = load_file(folder / SHARD)
+    save_file({"other": tensors.pop(min(tensors)), **tensors}, folder / SHARD, metadata={"format": "pt"})
+
+
 def stale(folder: Path) -> None:
     content = (folder / SINGLE_NAME).read_bytes()
     shards(folder)
@@ -195,6 +206,13 @@ MODEL: dict[str, tuple[Change, str]] = {
     "explicit file": (config(transformers_weights="other.safetensors"), "transformers_weights"),
     "adapter": (write("adapter_config.json", "{}"), "adapter_config.json"),
     "unlisted tensor": (index(lambda m: {k: v for k, v in m.items() if k != f"{Q}.bias"}), f"'{Q}.bias' is in .*00002"),
+    # damaged
+    "no config": (lambda folder: (folder / "config.json").unlink(), "it has no config.json"),
+    "no weights": (lambda folder: (folder / SINGLE_NAME).unlink(), "neither"),
+    "cut weights": (shorten(SINGLE_NAME), f"(?s)cannot be read.*{SINGLE_NAME}"),
+    "no shard": (both(shards, lambda folder: (folder / SHARD).unlink()), f"{SHARD}.*missing"),
+    "cut shard": (both(shards, shorten(SHARD)), SHARD),
+    "renamed in shard": (both(shards, rename_in_shard), f"(?s)model.*{SHARD}"),
     # git-lfs
     "lfs weights": (write(SINGLE_NAME, POINTER), f"{SINGLE_NAME} is a git-lfs pointer"),
     "lfs shard": (both(shards, write("model-00001-of-00002.safetensors", POINTER)), "git-lfs"),
@@ -256,7 +274,7 @@ MODEL: dict[str, tuple[Change, str]] = {
         "hidden_size": (10**9, "x"),
         "num_attention_heads": (0, 10**6),
         "vocab_size": (10**12, "json:-Infinity"),
-        "intermediate_size": (2**40, None),
+        "intermediate_size": (2**40, None, "48"),
         "head_dim": ([8], 10**7),
         "num_key_value_heads": ("1", 3),
         "rope_theta": (0, "json:1e999", "1e6", 1e300, -1),
