@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import load_micro_batch, make_dataset, make_hf, read_metrics, train
+from helpers import load_micro_batch, make_dataset, make_hf
 
 from sdlm_megatron.data.format import PackedDataset
 from sdlm_megatron.errors import ConfigError
@@ -264,29 +264,6 @@ def test_backends_give_equal_loss_and_gradient_norm(make_engine: Callable, tmp_p
         results[name] = (float(sum(part["sums"][0] for part in seen)), float(engine.optimizer.get_grad_norm()))
     for name in ("per_document", "decomposed"):
         assert results[name] == pytest.approx(results["dense"], rel=1e-5)
-
-
-@pytest.mark.slow
-@pytest.mark.distributed
-def test_parallel_decomposed_matches_single_process(tmp_path: Path) -> None:
-    """With tensor, sequence and pipeline parallelism, five steps of `decomposed` equal those of `per_document`."""
-    data, hf = make_dataset(tmp_path / "data"), make_hf(tmp_path / "hf")
-    common = {
-        "data.path": data,
-        "checkpoint.base": hf,
-        "model.num_layers": 0,
-        "train.steps": 5,
-        "train.recompute": "full",
-    }
-    split = {"parallel.tensor": 2, "parallel.sequence": True, "parallel.pipeline": 2}
-    runs = {}
-    for name, layout, processes in (("per_document", {}, 1), ("decomposed", split, 4)):
-        runs[name] = tmp_path / name
-        done = train({**common, **layout, "run_dir": runs[name], "train.attention": name}, processes=processes)
-        assert f"attention {name}" in done.stdout
-    for reference, other in zip(*(read_metrics(run) for run in runs.values()), strict=True):
-        assert other["loss"] == pytest.approx(reference["loss"], rel=1e-4)
-        assert other["grad_norm"] == pytest.approx(reference["grad_norm"], rel=1e-3)
 
 
 def test_rows_are_prepared_by_the_chosen_backend(make_engine: Callable, tmp_path: Path) -> None:

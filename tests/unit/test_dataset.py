@@ -80,6 +80,7 @@ def _edit(**change: object):
         (lambda f: (f / "epoch0.00000.rows.idx").unlink(), "epoch0.00000.rows.idx is missing"),
         (lambda f: (f / "manifest.json").unlink(), "no manifest.json"),
         (lambda f: (f / "manifest.json").write_text("{"), "not valid JSON"),
+        (lambda f: (f / "manifest.json").write_text('{"a":' * 100_000), "nested too deeply"),
         (_edit(version=0), "version 0"),
         (_edit(mask_token_id=None, format="other"), "format .other."),
     ],
@@ -160,13 +161,6 @@ def test_hostile_manifest_names_the_field(tmp_path: Path, change: dict, message:
     assert "manifest.json" in caught.value.where
 
 
-def test_deeply_nested_manifest_is_refused(tmp_path: Path) -> None:
-    folder = make_dataset(tmp_path / "data")
-    (folder / "manifest.json").write_text('{"a":' * 100_000)
-    with pytest.raises(DataError, match="nested too deeply"):
-        PackedDataset(folder)
-
-
 @pytest.mark.parametrize("name", ["manifest.json", "epoch0.00000.rows.bin", "epoch0.00000.layout.idx"])
 def test_links_out_of_a_dataset_are_refused(tmp_path: Path, name: str) -> None:
     folder = make_dataset(tmp_path / "data")
@@ -239,14 +233,6 @@ def test_wrong_index_is_detected(tmp_path: Path) -> None:
         PackedDataset(folder).read(0, 0)
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 10, 97, 1000])
-def test_the_order_is_a_permutation(n: int) -> None:
-    orders = {tuple(shuffled(i, n, seed=seed, epoch=epoch) for i in range(n)) for seed in (0, 42) for epoch in (0, 1)}
-    assert all(sorted(order) == list(range(n)) for order in orders)
-    if n >= 10:
-        assert len(orders) == 4
-
-
 @pytest.mark.parametrize("n", [1, 2, 3, 97, 1000, 4097])
 def test_batched_order_matches_single_order(n: int) -> None:
     for seed, epoch in ((0, 0), (42, 3), (2**40, 1)):
@@ -254,8 +240,9 @@ def test_batched_order_matches_single_order(n: int) -> None:
         assert sorted(order) == list(range(n))
         assert [shuffled(i, n, seed=seed, epoch=epoch) for i in range(0, n, 97)] == order[::97]
     others = [shuffled_many(np.arange(n), n, seed=1, epoch=0, purpose=p).tolist() for p in ("rows", "documents")]
-    assert [sorted(order) for order in others] == [list(range(n))] * 2
-    assert n < 10 or others[0] != others[1]
+    others += [shuffled_many(np.arange(n), n, seed=s, epoch=e).tolist() for s, e in ((1, 1), (2, 0))]
+    assert [sorted(order) for order in others] == [list(range(n))] * 4
+    assert n < 10 or len(set(map(tuple, others))) == 4
 
 
 def test_order_is_stable_across_versions() -> None:
