@@ -31,7 +31,8 @@ def model_card(config: HFConfig, dtype: str, run: Mapping[str, Any], name: str, 
     stock = FAMILIES[config.model_type].stock_class
     parts = [_head(config, config.sdlm, dtype, run, name), _usage(config.sdlm, stock)]
     if run:
-        parts += [_recipe(run), _data(run.get("data", {})), _losses(run.get("losses", {})), _versions(run)]
+        parts += [_recipe(run), _data(run.get("data", {})), _losses(run.get("losses", {}))]
+        parts.append("## Versions\n\n" + _table(("package", "version"), run.get("versions", {}).items()))
     return "\n".join(filter(None, [*parts, _limits(remark, config.sdlm)]))
 
 
@@ -183,10 +184,6 @@ def _losses(losses: Mapping[str, Any]) -> str:
     )
 
 
-def _versions(run: Mapping[str, Any]) -> str:
-    return "## Versions\n\n" + _table(("package", "version"), run.get("versions", {}).items())
-
-
 def _limits(remark: str, sdlm: SDLMSettings) -> str:
     likelihoods = "" if sdlm.trains_plain_pass else PLAIN_PASS
     own = f"- {remark[0].upper()}{remark[1:]}.\n" if remark else ""
@@ -201,8 +198,4 @@ def _limits(remark: str, sdlm: SDLMSettings) -> str:
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
-    return "".join("| " + " | ".join(_cell(value) for value in line) + " |\n" for line in lines)
-
-
-def _cell(value: Any) -> str:
-    return markdown(str(value))
+    return "".join("| " + " | ".join(markdown(str(value)) for value in line) + " |\n" for line in lines)

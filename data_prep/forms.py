@@ -105,7 +105,7 @@ class FormReader:
         """The checked conversation of a row; raises DataError, which names the invalid field, and NotChosen."""
         # Valid rows of the usual kinds take the fast path, which raises anything on others.
         try:
-            if not self._plain.issuperset(content) and self._holds_more(content):
+            if not self._plain.issuperset(content) and any(holds(content[k]) for k in content if k not in self._plain):
                 raise ValueError
             if self._kind == "turns":
                 return _fast_turns(content[self._columns[0]], *self._keys)
@@ -114,9 +114,6 @@ class FormReader:
         except (LookupError, TypeError, ValueError):
             pass
         return self._read(content)
-
-    def _holds_more(self, content: Mapping[str, Any]) -> bool:
-        return any(holds(content[key]) for key in content if key not in self._plain)
 
     def _read(self, row: Any) -> Conversation:
         if isinstance(row, Unreadable):

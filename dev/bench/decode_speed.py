@@ -5,7 +5,6 @@ exported class. Every prompt is decoded with each setting in turn, so slow perio
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from dev.bench.timing import print_table, timed
 from sdlm_megatron.config.command_line import make_parser
 from sdlm_megatron.config.hardware import default_device
 from sdlm_megatron.errors import run_cli
+from sdlm_megatron.evaluation.held_out import read_prompts
 
 HEAD = ("", "tokens per pass", "ms per pass", "ms per token", "speedup per token", "share of the pass ratio")
 
@@ -73,7 +73,7 @@ def make_settings(thresholds: Sequence[float]) -> list[DecodeSetting]:
 
 def read_prompt_ids(path: Path, tokenizer: Any, count: int) -> list[torch.Tensor]:
     """Prompts (1, P) of a JSONL file of {"prompt": …}."""
-    texts = [json.loads(line)["prompt"] for line in path.read_text(encoding="utf-8").splitlines()[:count]]
+    texts = [prompt.text for prompt in read_prompts(path, count, answered=False)]
     # The quickstart trains without a system turn, so the template is written out here.
     turns = [f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n" for text in texts]
     return [torch.tensor([tokenizer(turn, add_special_tokens=False)["input_ids"]]) for turn in turns]

@@ -9,7 +9,7 @@ import os
 import time
 import traceback
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -96,7 +96,8 @@ class Roof(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         out = func(*args, **(kwargs or {}))
         space, _, name = func._schema.name.partition("::")
-        before, after = (_on_gpu(tree_leaves(x)) for x in ((args, kwargs), out))
+        both = (tree_leaves((args, kwargs)), tree_leaves(out))
+        before, after = ([x for x in leaves if isinstance(x, torch.Tensor) and x.is_cuda] for leaves in both)
         views = {x.untyped_storage()._cdata for x in before}
         if space != "aten" or name in _MOVES_NOTHING or not (before or after) or "flash" in name:
             return out
@@ -117,10 +118,6 @@ class Roof(TorchDispatchMode):
         """Total in seconds, number of operators, and the most expensive ones: seconds, number, bytes."""
         top = {k: [s, self.count[k], self.bytes[k]] for k, s in self.seconds.most_common(most)}
         return {"seconds": self.seconds.total(), "operators": self.count.total(), "most": top}
-
-
-def _on_gpu(values: Sequence[Any]) -> list[torch.Tensor]:
-    return [x for x in values if isinstance(x, torch.Tensor) and x.is_cuda]
 
 
 def _size(tensor: torch.Tensor) -> int:

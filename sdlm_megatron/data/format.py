@@ -412,11 +412,8 @@ def _is_count(value: Any) -> bool:
 def _is_origin(value: Any) -> bool:
     """Whether a value has the fields that `origin` reads."""
     numbers = isinstance(value, dict) and all(_is_count(value.get(key)) for key in ("first_document", "rows"))
-    return numbers and isinstance(value.get("name"), str) and _is_weight(value.get("weight"))
-
-
-def _is_weight(value: Any) -> bool:
-    return type(value) in (int, float) and 0 <= value <= 10_000
+    weight: Any = value.get("weight") if numbers else None
+    return numbers and isinstance(value.get("name"), str) and type(weight) in (int, float) and 0 <= weight <= 10_000
 
 
 def _is_counts(value: Any, block_size: int) -> bool:

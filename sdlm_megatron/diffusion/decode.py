@@ -98,11 +98,6 @@ class _Settings:
     def speculates(self) -> bool:
         return self.alg in SPECULATIVE and self.window > 1
 
-    @property
-    def by_confidence(self) -> bool:
-        # a window of one token is kept whatever its confidence
-        return self.alg not in SPECULATIVE and self.window > 1
-
 
 @dataclass
 class _Rows:
@@ -180,7 +175,7 @@ def _kept_tokens(settings: _Settings, now: _Rows, logits: Tensor) -> tuple[Tenso
     tokens = choose(logits, settings.warp, uniforms(now.seeds, positions) if settings.sample else None)
     if now.drafts:
         return tokens, verified_prefix(tokens, now.ids.gather(1, positions - 1))
-    if settings.by_confidence:
+    if settings.alg not in SPECULATIVE and settings.window > 1:  # a single token is kept whatever its confidence
         confidences = confidence(tokens, logits, settings.alg)
         return tokens, confident_prefix(confidences, settings.threshold, settings.product)
     return tokens, torch.ones_like(now.length)

@@ -132,7 +132,8 @@ class TransformersProposer:
         chunk = step.end[:, None] - step.width + torch.arange(step.width, device=step.end.device)  # positions (B, C)
         real, positions = chunk >= step.cached[:, None], chunk.clamp(min=0)
         ids, columns = step.ids.gather(1, positions), torch.where(real, positions, self.cache.capacity - 1)
-        visible = _up_to(positions, self.cache.used)
+        # bool (B, C, K): a clean token sees the columns up to its own
+        visible = torch.arange(self.cache.used, device=positions.device) <= positions[:, :, None]
         if windows:
             slots = torch.arange(windows * size, device=chunk.device).view(windows, -1)
             place = step.end[:, None, None] + slots  # columns (B, W, tokens of a window)
@@ -159,11 +160,6 @@ class TransformersProposer:
             anchors, masks = logits.split([windows, windows * size], 1)
             return torch.cat([anchors[:, :, None], masks.view(len(masks), windows, size, -1)], 2)
         return logits.view(len(logits), max(1, windows), -1, logits.shape[-1])
-
-
-def _up_to(positions: Tensor, columns: int) -> Tensor:
-    """Visibility of clean tokens, bool (B, C, K): the columns up to their own."""
-    return torch.arange(columns, device=positions.device) <= positions[:, :, None]
 
 
 def window_rows(starts: Tensor, place: Tensor, columns: int, causal_attn: bool) -> Tensor:

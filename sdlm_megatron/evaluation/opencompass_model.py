@@ -78,7 +78,8 @@ class SDLMForOpenCompass(BaseModel):
         batch = self._encode([self._render(each) for each in inputs])
         answers, passes = self._answers(batch, max_out_len, stop)
         for i, answer in enumerate(answers):
-            if self._ended_early(answer, max_out_len) and not self._stops(answer, stop):
+            ended_early = len(answer) < max_out_len and answer[-1] not in self._ends()
+            if ended_early and not any(end in self.tokenizer.decode(answer) for end in stop):
                 # the stop string began in the prompt, where it does not count: decode the row again without it
                 again, again_passes = self._answers({k: v[i : i + 1] for k, v in batch.items()}, max_out_len, [])
                 answers[i], passes[i] = again[0], again_passes[0]
@@ -111,13 +112,6 @@ class SDLMForOpenCompass(BaseModel):
     def _ends(self) -> list[int]:
         ends = self.model.generation_config.eos_token_id
         return list(ends) if isinstance(ends, list) else [ends]
-
-    def _ended_early(self, answer: list[int], most: int) -> bool:
-        return len(answer) < most and answer[-1] not in self._ends()
-
-    def _stops(self, answer: list[int], stop: list[str]) -> bool:
-        text = self.tokenizer.decode(answer)
-        return any(end in text for end in stop)
 
     # --- prompts
 

@@ -90,19 +90,6 @@ class Metric:
         return "{slot}" in self.name
 
 
-# ------------------------------------------------------------------------------------------- device functions
-def _correct(rows: "LabelRows") -> "Tensor":
-    return rows.by_slot(rows.correct.float())
-
-
-def _confidence(rows: "LabelRows") -> "Tensor":
-    return rows.by_slot(rows.confidence)
-
-
-def _accepted_length(rows: "LabelRows") -> "Tensor":
-    return rows.accepted_length(THRESHOLDS)
-
-
 def _exponent_if_large(value: float) -> str:
     return f"{value:.2f}" if value < 1000 else f"{value:.0e}"  # keeps the column narrow when gradients explode
 
@@ -121,14 +108,14 @@ METRICS: list[Metric] = [
            Column("clean", 6, "{:.3f}".format)),
     Metric("accuracy_{slot or clean}", "mean", "decoding", "share",
            "Share of the targets that were the model's most likely token, on the rows of the step, before its update.",
-           chart="accuracy", measure=_correct),
+           chart="accuracy", measure=lambda rows: rows.by_slot(rows.correct.float())),
     Metric("confidence_{slot or clean}", "mean", "decoding", "share",
            "Mean probability of the model's most likely token.",
-           measure=_confidence),
+           measure=lambda rows: rows.by_slot(rows.confidence)),
     Metric("accepted_{threshold}", "mean", "decoding", "tokens per pass",
            "Tokens that decoding would accept of a block whose context is correct: the longest prefix of slots with a "
            "confidence above τ, at least one. It counts confident tokens, correct or not.",
-           chart="accepted length", measure=_accepted_length),
+           chart="accepted length", measure=lambda rows: rows.accepted_length(THRESHOLDS)),
     Metric("grad_norm", "last", "optimizer", "", "Norm of the gradient before clipping.",
            Column("grad", 6, _exponent_if_large)),
     Metric("lr", "last", "optimizer", "", "Learning rate.", Column("lr", 7, "{:.1e}".format)),

@@ -60,7 +60,7 @@ def transformer_config(
         activation_func=silu,
         normalization="RMSNorm",
         qk_layernorm=shape.qk_norm,
-        no_rope_freq=_nope_layers(shape),
+        no_rope_freq=[int(_is_nope(i + 1, shape)) for i in range(shape.num_layers)] if shape.nope_interval else None,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         params_dtype=dtype,
@@ -84,11 +84,6 @@ def transformer_config(
         batch_p2p_sync=False,  # a workaround for old versions of torch that makes the host wait at each transfer
         **layers.arguments,
     )
-
-
-def _nope_layers(shape: ModelConfig) -> list[int] | None:
-    """1 for each layer without rotary embedding; None where all have it."""
-    return [int(_is_nope(i + 1, shape)) for i in range(shape.num_layers)] if shape.nope_interval else None
 
 
 def _is_nope(number: int, shape: ModelConfig) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 
 from sdlm_megatron.config.command_line import add_preset, at_least, make_parser, parse_with_settings
 from sdlm_megatron.config.load import PRESETS, load_config
-from sdlm_megatron.config.schema import ModelConfig, RunConfig
+from sdlm_megatron.config.schema import RunConfig
 from sdlm_megatron.config.validate import check_length, check_model, check_schedule, check_values, resolve_shape
 from sdlm_megatron.data.format import PackedDataset
 from sdlm_megatron.errors import ConfigError, run_cli
@@ -112,14 +112,10 @@ def _read_config(args: argparse.Namespace, overrides: Sequence[str]) -> RunConfi
         raise ConfigError(what, "train.attention", "--train.attention=auto")
     check_length(config.train)
     if config.checkpoint.base and not config.model.num_layers:
-        base = config.checkpoint.base
-        config = replace(config, model=resolve_shape(config.model, _base_shape(Path(base)), base))
+        base = Path(config.checkpoint.base)  # a Hugging Face folder or one that `sdlm import` wrote
+        shape = read_state(base).shape if (base / "complete.json").exists() else read_hf_config(base).shape
+        config = replace(config, model=resolve_shape(config.model, shape, str(base)))
     return config
-
-
-def _base_shape(base: Path) -> ModelConfig:
-    """Shape of a base, a Hugging Face folder or one that `sdlm import` wrote."""
-    return read_state(base).shape if (base / "complete.json").exists() else read_hf_config(base).shape
 
 
 def _check_positions(work: Workload, data: str, base: Path) -> None:

@@ -154,18 +154,14 @@ def validation_section(page: Page, run: Path, records: Records) -> None:
     figure = curves_figure(validated, losses, "loss (nats)", dashed="val_loss", resumes=records)
     section.figure(figure, "losses on held-out rows by step")
     section.text(f"After step {last['step']}:")
-    rows = [
-        (name, *(_decimal(last.get(f"val_{what}_pos_{n}")) for what in ("loss", "accuracy", "confidence")))
-        for n, name in names.items()
-    ]
+    rows = []
+    for n, name in names.items():
+        values = [last.get(f"val_{what}_pos_{n}") for what in ("loss", "accuracy", "confidence")]
+        rows.append((name, *(f"{x:.4f}" if isinstance(x, (int, float)) else "–" for x in values)))
     section.table(("", "loss", "accuracy", "mean confidence"), rows)
     accepted = {key.rpartition("_")[2]: x for key, x in last.items() if key.startswith("val_accepted_")}
     if accepted:
         section.text(f"Tokens per pass: {', '.join(f'{x:.2f} at τ {tau}' for tau, x in accepted.items())}.")
-
-
-def _decimal(value: Any) -> str:
-    return f"{value:.4f}" if isinstance(value, (int, float)) else "–"
 
 
 # ------------------------------------------------------------------------------------------------- time of a step

@@ -188,7 +188,7 @@ def _host_threads(complete: Iterable[dict[str, Any]]) -> dict[Any, list[_Host]]:
         open_nodes: list[_Host] = []
         for event in events:
             start, end = _span(event)
-            if _is_talk(event["name"]) and not event["name"].startswith("c10d::"):
+            if event["name"].startswith(("gloo:", "nccl", "record_param_comms")):
                 continue  # lasts until the peer arrives, so it overlaps later events instead of nesting
             while open_nodes and open_nodes[-1].end <= start:
                 open_nodes.pop()
@@ -223,10 +223,6 @@ def _part(host: _Host | None, name: str) -> str:
     """The part of a kernel or operator: by its caller, otherwise by its name."""
     part = host.find_part() if host is not None else None
     return part or (LINEAR if any(word in name.lower() for word in GEMM) else REST)
-
-
-def _is_talk(name: str) -> bool:
-    return name.startswith(("gloo:", "nccl:", "nccl", "c10d::", "record_param_comms"))
 
 
 def _host_work(host: dict[Any, list[_Host]], complete: Iterable[dict[str, Any]]) -> tuple[list, list]:

@@ -150,6 +150,7 @@ def _forge(**change: object):
         ({"target_shift": 1}, "target_shift is a whole number"),
         ({"vocab_size": 1e300}, "vocab_size is a number"),
         ({"accounting": {"by_source": [{"weight": "x"}]}}, "accounting has values"),
+        ({"accounting": {"by_source": [3]}}, "accounting has values"),
         ({"mean_documents_per_row": 10**400}, "mean_documents_per_row is too large"),
     ],
 )

@@ -85,9 +85,9 @@ def nodes_to_replace(nodes: Sequence[NodeReport]) -> dict[str, str]:
 
     A full shared disk or a limit that is too high fails everywhere, and another node would do no better.
     """
-    bad = {}
+    bad, passed = {}, {check.name for node in nodes for check in node.checks if check.ok}
     for node in nodes:
-        own = [c for c in node.failed if not _may_be_external(c.name, nodes) or _passed_somewhere(c.name, nodes)]
+        own = [c for c in node.failed if not _may_be_external(c.name, nodes) or c.name in passed]
         if own:
             bad[node.name] = "; ".join(f"{check.name}: {check.why}" for check in own)
     return bad
@@ -107,10 +107,6 @@ def common_failures(nodes: Sequence[NodeReport]) -> str:
 def _may_be_external(name: str, nodes: Sequence[NodeReport]) -> bool:
     # Three or more nodes hardly break at the same time: more likely the cluster file promises too much.
     return name in EXTERNAL_CHECKS or len(nodes) > 2
-
-
-def _passed_somewhere(name: str, nodes: Sequence[NodeReport]) -> bool:
-    return any(check.ok for node in nodes for check in node.checks if check.name == name)
 
 
 def format_table(nodes: Sequence[NodeReport]) -> str:
