@@ -115,6 +115,7 @@ def _recipe(run: Mapping[str, Any]) -> str:
     settings = run.get("settings", {})
     diffusion, fp8 = settings.get("diffusion", {}), settings.get("train", {}).get("fp8", "none")
     attention, lora = {True: "causal", False: "bidirectional"}, settings.get("lora", {})
+    context = " x CP {parallel[context]}" if settings.get("parallel", {}).get("context", 1) > 1 else ""
     rows = {
         "steps": "{step}",
         "rows per step": "{rows_per_step}",
@@ -129,7 +130,7 @@ def _recipe(run: Mapping[str, Any]) -> str:
         "learning rate": "{optimizer[lr]:g} {schedule[style]}, {schedule[warmup_steps]} warm-up steps",
         "precision": "{train[precision]}" + ("" if fp8 == "none" else ", FP8 {train[fp8]}"),
         "seed": "{train[seed]}",
-        "parallel layout": "TP {parallel[tensor]} x PP {parallel[pipeline]} x DP {data_parallel}",
+        "parallel layout": "TP {parallel[tensor]} x PP {parallel[pipeline]}" + context + " x DP {data_parallel}",
     }
     known = {}
     if lora.get("rank"):

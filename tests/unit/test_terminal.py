@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from checkpoints_tools.model_card import model_card
-from sdlm_megatron.config.schema import ModelConfig, RunConfig
+from sdlm_megatron.config.schema import ModelConfig, ParallelConfig, RunConfig
 from sdlm_megatron.diffusion.settings import SDLMSettings
 from sdlm_megatron.errors import ConfigError, make_console, markdown, neutral
 from sdlm_megatron.files import read_json, write_json
@@ -197,6 +197,9 @@ def test_model_card_without_some_facts() -> None:
     }
     rows = set(model_card(config, "bf16", run, "x").splitlines())
     assert {"| precision | bf16 |", "| seed | 42 |", "| rows in the first epoch | 2 of 8 tokens |"} <= rows
+    assert "| parallel layout | TP 1 x PP 1 x DP 1 |" in rows
+    split = {**run, "settings": asdict(RunConfig(parallel=ParallelConfig(context=2)))}
+    assert "| parallel layout | TP 1 x PP 1 x CP 2 x DP 1 |" in model_card(config, "bf16", split, "x")
     parts = [run, data, losses, run["settings"], *run["settings"].values()]
     for part in (part for part in parts if isinstance(part, dict)):
         for key in list(part):
