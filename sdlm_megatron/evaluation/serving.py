@@ -54,11 +54,9 @@ def rules_of(settings: SDLMSettings, thresholds: Sequence[float]) -> list[Decodi
 
     Lossless is among them where the model can be decoded so; the plugin may still refuse it.
     """
-    alg = settings.alg if settings.alg.endswith("_conf") else "prob_conf"
-    rules = [
-        DecodingRule(alg, settings.block_size, tau, settings.product) for tau in thresholds or [settings.threshold]
-    ]
-    lossless = [DecodingRule("lossless", settings.block_size)] if settings.lossless else []
+    alg, n = settings.alg if settings.alg.endswith("_conf") else "prob_conf", settings.window
+    rules = [DecodingRule(alg, n, tau, settings.product) for tau in thresholds or [settings.threshold]]
+    lossless = [DecodingRule("lossless", n)] if settings.lossless else []
     return [*rules, *lossless, DecodingRule()]
 
 

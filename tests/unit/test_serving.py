@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from sdlm_megatron.chat.chat_model import DecodingRule
+from sdlm_megatron.diffusion.settings import SDLMSettings
 from sdlm_megatron.errors import CheckpointError, ConfigError, DataError, UserError
 from sdlm_megatron.evaluation import serving
 from sdlm_megatron.evaluation.page import main as page
@@ -240,6 +242,14 @@ def test_wrong_input_is_named(folder: Path, command: list[str], tmp_path: Path) 
     with pytest.raises(ConfigError, match="no such program"):
         serve_command("no-vllm-here", folder, [])
     assert len(set(serving.built_in_prompts())) > 100
+
+
+def test_the_folders_rule_is_measured() -> None:
+    own = {"block_size": 4, "mask_token_id": 5, "alg": "entropy_conf", "n": 2, "threshold": 0.7, "product": True}
+    entropy, plain = DecodingRule("entropy_conf", 2, 0.7, True), DecodingRule()
+    assert serving.rules_of(SDLMSettings(**own), []) == [entropy, plain]
+    causal = serving.rules_of(SDLMSettings(**own, causal_attn=True), [0.5])
+    assert causal == [DecodingRule("entropy_conf", 2, 0.5, True), DecodingRule("lossless", 2), plain]
 
 
 def test_rates_are_those_of_the_rows() -> None:
