@@ -104,8 +104,8 @@ class WindowSampler:
             return _nothing(batch, logits.device)
         slots = batch.idx_mapping[: batch.num_reqs]
         known = self.req_states.total_len.gpu[slots].long()
-        tokens = torch.zeros(batch.num_reqs, max(1, int(windows.sizes.max(initial=1))), dtype=torch.int64)
-        tokens = tokens.to(logits.device)
+        width = int(windows.sizes.max(initial=1))
+        tokens = torch.zeros(batch.num_reqs, width, dtype=torch.int64, device=logits.device)  # no copy, no wait
         kept = torch.zeros_like(known)
         logprobs = None
         if len(windows.request):

@@ -17,17 +17,8 @@ import pytest
 import yaml
 from served_models import Asked, generated, make_folder, tokenizer
 
-OPTIONS = (
-    "--dtype",
-    "float32",
-    "--enforce-eager",
-    "--max-model-len",
-    "512",
-    "--max-num-seqs",
-    "8",
-    "--block-size",
-    "32",
-)
+OPTIONS = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "512", "--max-num-seqs", "8"]
+OPTIONS += ["--block-size", "32"]
 
 
 class Server:
@@ -152,10 +143,7 @@ def test_lm_evaluation_harness_measures_what_generate_answers(folder: Path, serv
     task = {
         "task": "served",
         "dataset_path": "json",
-        "dataset_kwargs": {
-            "data_files": {"test": str(tmp_path / "rows.jsonl")},
-            "cache_dir": str(tmp_path / "cache"),
-        },
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.jsonl")}, "cache_dir": str(tmp_path / "cache")},
         "test_split": "test",
         "doc_to_text": "{{prompt}}",
         "doc_to_target": "{{expected}}",
@@ -166,15 +154,8 @@ def test_lm_evaluation_harness_measures_what_generate_answers(folder: Path, serv
     (tmp_path / "served.yaml").write_text(yaml.safe_dump(task))
     arguments = f"model=sdlm,base_url={server.address}/v1/chat/completions,num_concurrent=3,max_retries=1"
     command = [python, "-m", "lm_eval", "run", "--model", "local-chat-completions", "--model_args", arguments]
-    command += [
-        "--tasks",
-        "served",
-        "--include_path",
-        tmp_path,
-        "--apply_chat_template",
-        "--output_path",
-        tmp_path / "out",
-    ]
+    command += ["--tasks", "served", "--include_path", tmp_path, "--apply_chat_template"]
+    command += ["--output_path", tmp_path / "out"]
     clean = {key: value for key, value in os.environ.items() if key != "SDLM_VLLM_CPU"}
     clean["PYTHONPATH"] = str(Path(sys.prefix) / "lm_eval_extra")  # what this model of the harness wants besides
     subprocess.run([*map(str, command)], env=clean | {"OPENAI_API_KEY": "none"}, check=True, cwd=tmp_path)
