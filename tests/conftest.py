@@ -1,6 +1,7 @@
 """Fixtures shared by the tests."""
 
 import os
+import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +26,25 @@ def pytest_configure(config: pytest.Config) -> None:
     flash = ("flash_attn_test", "flash_attn_3_test", "flash_attn_4_test")
     for name in ("accelerate_tests", "torch_compile_test", "torch_export_test", "order", *flash):
         config.addinivalue_line("markers", f"{name}: used by tests of transformers")
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any connection is an error."""
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("unexpected network access")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
+@pytest.fixture
+def datasets_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Redirects the cache of `datasets` to a temporary folder."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="session")

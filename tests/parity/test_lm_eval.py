@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import shutil
-import socket
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -41,15 +40,6 @@ def few_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
     from lm_eval import tasks
 
     monkeypatch.setattr(tasks, "TaskManager", partial(tasks.TaskManager, include_defaults=False))
-
-
-@pytest.fixture
-def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: Any) -> None:
-        raise AssertionError("unexpected network access")
-
-    monkeypatch.setattr(socket.socket, "connect", refuse)
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
 
 
 def manual_answer(chat: ChatModel, prompt: str, **options: Any) -> Answer:

@@ -9,7 +9,6 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import pyarrow.parquet
 import pytest
@@ -312,7 +311,7 @@ def test_command_line(config: BuildConfig, tmp_path: Path, capsys: pytest.Captur
 
 
 def test_single_source_builds_without_config_file(
-    config: BuildConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    config: BuildConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str], datasets_cache: None
 ) -> None:
     """The short form builds the same dataset as a config file; the format is detected from the fields."""
     source = config.sources[1]
@@ -330,7 +329,6 @@ def test_single_source_builds_without_config_file(
     (folder / "a.jsonl").write_text(json.dumps(question(1)) + "\n")
     main(["--input", str(folder), "--out", str(tmp_path / "folder-out"), *common])
     assert "source format query_response (`query`, `response`)" in capsys.readouterr().out
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     main(["--input", f"hub:{folder}", "--out", str(tmp_path / "hub-out"), *common])
     assert f"hub:{folder}: source format query_response" in capsys.readouterr().out
     folder_files, hub_files = (PackedDataset(tmp_path / f"{n}-out").manifest["files"] for n in ("folder", "hub"))

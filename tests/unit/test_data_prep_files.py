@@ -378,8 +378,7 @@ def test_stamp_is_of_the_content(tmp_path: Path) -> None:
             content[at] ^= 1
 
 
-def test_hub_rows_with_unequal_fields_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+def test_hub_rows_with_unequal_fields_are_read(tmp_path: Path, datasets_cache: None) -> None:
     rows = [{"query": "q", "response": "a"}, {"query": "q", "response": "a", "meta": {"x": 1}}]
     folder = tmp_path / "set"
     folder.mkdir()

@@ -24,13 +24,8 @@ from data_prep.sources import count
 from sdlm_megatron.errors import DataError
 from tests.fixtures.hub_sets import sciriff, tulu
 
+pytestmark = pytest.mark.usefixtures("datasets_cache")
 READERS = {name: FormReader(SourceConfig(format=name)) for name in ("messages", "query_response")}
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Redirects the cache of `datasets` to a temporary folder."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
 
 
 def row(i: int) -> dict[str, Any]:

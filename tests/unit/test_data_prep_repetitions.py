@@ -11,7 +11,6 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import pytest
 from rich.console import Console
@@ -351,10 +350,7 @@ def test_evaluation_texts_are_read_again_only_if_their_content_changed(tmp_path:
     assert after and list(after.find(rows)) == [1] and open_evaluations([]) is None
 
 
-def test_evaluation_data_may_be_on_the_hub(
-    config: BuildConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+def test_evaluation_data_may_be_on_the_hub(config: BuildConfig, tmp_path: Path, datasets_cache: None) -> None:
     (tmp_path / "hub").mkdir()
     (tmp_path / "eval.jsonl").rename(tmp_path / "hub" / "test.jsonl")
     config.decontaminate = [f"hub:{tmp_path / 'hub'}"]

@@ -19,6 +19,7 @@ from data_prep.turns import Conversation
 from sdlm_megatron.errors import DataError
 from tests.fixtures.hub_sets import OPC_EXTRA, SETS, opc
 
+pytestmark = pytest.mark.usefixtures("datasets_cache")
 EXPECTED = [("user", "q", True), ("assistant", "a", True)]
 SHAREGPT = {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}
 MESSAGES = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}], "source": "x"}
@@ -35,12 +36,6 @@ ROWS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Redirects the cache of `datasets` to a temporary folder."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-
-
 def jsonl(path: Path, rows: list[Any]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
@@ -50,15 +45,9 @@ def contents(source: SourceConfig) -> list[Any]:
     return [row.content for unit in plan_units([source]) for row in read_unit(unit, source)]
 
 
-def arrow_stream(path: Path, rows: list[Any]) -> None:
+def arrow(path: Path, rows: list[Any], form: Any = pyarrow.ipc.new_stream) -> None:
     table = pyarrow.Table.from_pylist(rows)
-    with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_stream(file, table.schema) as writer:
-        writer.write_table(table, max_chunksize=2)
-
-
-def arrow_file(path: Path, rows: list[Any]) -> None:
-    table = pyarrow.Table.from_pylist(rows)
-    with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_file(file, table.schema) as writer:
+    with pyarrow.OSFile(str(path), "wb") as file, form(file, table.schema) as writer:
         writer.write_table(table, max_chunksize=2)
 
 
@@ -67,8 +56,8 @@ WRITERS = {
     "json": lambda path, rows: path.write_text(json.dumps(rows, indent=1)),
     "lines.json": jsonl,
     "parquet": lambda path, rows: pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path),
-    "stream.arrow": arrow_stream,
-    "file.arrow": arrow_file,
+    "stream.arrow": arrow,
+    "file.arrow": lambda path, rows: arrow(path, rows, pyarrow.ipc.new_file),
     "saved": lambda path, rows: datasets.Dataset.from_list(rows).save_to_disk(path, num_shards=2),
     "dict": lambda path, rows: datasets.DatasetDict(
         {"train": datasets.Dataset.from_list(rows), "test": datasets.Dataset.from_list(rows[:1])}

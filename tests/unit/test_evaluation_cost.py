@@ -5,6 +5,7 @@ import importlib
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -65,18 +66,10 @@ def file(prompts: list[HeldOutPrompt], tmp_path: Path) -> Path:
     return path
 
 
-def by_hand(chat: ChatModel, ids: list[int], room: int, *, n: int = 1, threshold: float = 1.0, alg: str = "prob_conf"):
+def by_hand(chat: ChatModel, ids: list[int], room: int, *, n: int = 1, **options: Any):
     """Decodes one prompt with diffusion.decode."""
-    return decode(
-        chat.model,
-        torch.tensor([ids]),
-        mask_token_id=o.MASK,
-        window=n,
-        alg=alg,
-        threshold=threshold,
-        max_new_tokens=room,
-        eos_token_ids=chat.end_tokens,
-    )
+    options = {"threshold": 1.0, "eos_token_ids": chat.end_tokens, **options}
+    return decode(chat.model, torch.tensor([ids]), mask_token_id=o.MASK, window=n, max_new_tokens=room, **options)
 
 
 def expected(
@@ -109,17 +102,8 @@ def test_timed_burst_matches_decode(chat: ChatModel, batch: int) -> None:
     for what, n in kinds:
         kind = speed.PassTiming(what, n)
         seconds, tokens = filled.burst(kind, 3)
-        alg, threshold = kind.options["alg"], kind.options.get("threshold", 1.0)
-        wanted = decode(
-            chat.model,
-            torch.tensor([ids]),
-            mask_token_id=o.MASK,
-            window=n,
-            alg=alg,
-            threshold=threshold,
-            max_new_tokens=40,
-            causal_attn=True,
-        )
+        options = {"alg": kind.options["alg"], "threshold": kind.options.get("threshold", 1.0)}
+        wanted = by_hand(chat, ids, 40, n=n, **options, eos_token_ids=(), causal_attn=True)
         kept = wanted.accepted[0][:4]  # the prompt's pass and the three timed passes
         assert tokens == wanted.tokens[0][: sum(kept)]
         assert seconds > 0
