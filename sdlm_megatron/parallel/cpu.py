@@ -151,7 +151,7 @@ def _without_compile() -> Iterator[None]:
 
 def _skip_own_copies() -> None:
     """Makes collectives of Megatron-Core's buffers do nothing where the only rank would receive what it sends."""
-    # In each step gloo would copy all gradients and weights twice: 14 % of a step of 135 M parameters (docs/benchmarks.md).
+    # In each step gloo would copy all gradients and weights twice, 14 % of the time (docs/benchmarks.md).
     import megatron.core.distributed.param_and_grad_buffer as buffers
 
     def skipping(collective: Callable) -> Callable:
