@@ -155,11 +155,11 @@ def _skip_own_copies() -> None:
     import megatron.core.distributed.param_and_grad_buffer as buffers
 
     def skipping(collective: Callable) -> Callable:
-        def call(output: torch.Tensor, given: torch.Tensor, *, group: Any, async_op: bool, **kwargs: Any) -> Any:
+        def call(output: torch.Tensor, source: torch.Tensor, *, group: Any, async_op: bool, **kwargs: Any) -> Any:
             # an asynchronous one has to return something to wait for
-            if group.size() == 1 and not async_op and output.data_ptr() == given.data_ptr():
+            if group.size() == 1 and not async_op and output.data_ptr() == source.data_ptr():
                 return None
-            return collective(output, given, group=group, async_op=async_op, **kwargs)
+            return collective(output, source, group=group, async_op=async_op, **kwargs)
 
         return call
 

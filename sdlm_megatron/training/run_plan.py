@@ -312,16 +312,16 @@ def _resume(config: RunConfig, dataset: PackedDataset, folder: Path, notice: Not
     # without notices: they were printed when the run started
     _check_tokenizer(dataset, folder / "hf", state.mask_token_id, lambda text: None)
     total, steps = _resumed_length(config, before["train"], dataset, state, notice)
-    if "base" in run and run["base"] != Path(config.checkpoint.base).name:
-        if config.checkpoint.base:
-            started = run["base"] or "random weights"
-            notice(f"checkpoint.base {config.checkpoint.base} is not read: the run started from {started} and resumes")
-        config = replace(config, checkpoint=replace(config.checkpoint, base=run["base"]))
     if run.get("base") and not (folder / "hf" / "config.json").exists():  # lost by earlier versions after a resume
         notice(
             f"{folder / 'hf'} lacks the config and tokenizer of {run['base']}, and so will exports: stop, copy the "
             "base's config.json, generation_config.json and tokenizer files there, and start again"
         )
+    if "base" in run and run["base"] != Path(config.checkpoint.base).name:
+        if config.checkpoint.base:
+            started = run["base"] or "random weights"
+            notice(f"checkpoint.base {config.checkpoint.base} is not read: the run started from {started} and resumes")
+        config = replace(config, checkpoint=replace(config.checkpoint, base=run["base"]))
     return RunPlan(config, replace(state, shape=shape), folder, "resume", folder / "hf", None, total, steps)
 
 
