@@ -320,6 +320,11 @@ def _resume(config: RunConfig, dataset: PackedDataset, folder: Path, notice: Not
             started = run["base"] or "random weights"
             notice(f"checkpoint.base {config.checkpoint.base} is not read: the run started from {started} and resumes")
         config = replace(config, checkpoint=replace(config.checkpoint, base=run["base"]))
+    if run.get("base") and not (folder / "hf" / "config.json").exists():  # lost by earlier versions after a resume
+        notice(
+            f"{folder / 'hf'} lacks the config and tokenizer of {run['base']}, and so will exports: stop, copy the "
+            "base's config.json, generation_config.json and tokenizer files there, and start again"
+        )
     return RunPlan(config, replace(state, shape=shape), folder, "resume", folder / "hf", None, total, steps)
 
 
