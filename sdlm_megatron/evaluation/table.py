@@ -36,7 +36,7 @@ def measure(
         decoded = held_out.decode_prompts(chat, encoded, rule, max_new_tokens=length, batch=BATCH)
         blocks = rule.alg != "ar"
         answer_signatures = signatures.of_answers(
-            decoded.tokens, decoded.accepted, expected, chat.end_tokens, several=rule.n > 1
+            decoded.tokens, decoded.accepted, expected, chat.end_tokens, several=rule.window > 1
         )
         row = {
             "name": name,
