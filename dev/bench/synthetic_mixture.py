@@ -30,8 +30,6 @@ CHARACTERS_PER_TOKEN = 3.2
 """Of the text, with Qwen2.5's vocabulary."""
 SIGMA, ANSWER_SHARE = 0.8, 0.68
 PARQUET = "train-{i:05}-of-{n:05}.parquet"
-Turns = list[tuple[str, str]]
-"""[(ChatML role, text)…]"""
 
 
 @dataclass(frozen=True)

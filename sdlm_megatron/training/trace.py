@@ -10,7 +10,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-COMMUNICATION = "communication"
 LINEAR, REST = "linear layers", "elementwise and the rest"
 RANGES = {
     "sdlm::attention": "attention",
