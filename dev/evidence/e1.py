@@ -16,7 +16,7 @@ import random
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +27,7 @@ from dev.evidence.e1_measure import read_vectors
 from dev.evidence.e1_results import E1_ARMS, GRID, WIDER, Key, best_rate
 from dev.evidence.e1_statistics import power_rows
 from dev.evidence.evidence_tables import markdown
+from dev.evidence.experiment import Arm
 from dev.evidence.train_arms import ArmTraining, Budget
 from dev.quickstart.base_model import make_smollm2
 from dev.quickstart.pipeline import run_command
@@ -66,9 +67,12 @@ class LineTraining(ArmTraining):
     """Training of one model of E1."""
 
     save_every = 50
+    arms: Mapping[str, Arm] = E1_ARMS
+    data_name = "django"
+    conversations_per_step = CONVERSATIONS_PER_STEP
 
     def __init__(self, out: Path, key: Key, base: Path, precision: str = "fp32") -> None:
-        arm = replace(E1_ARMS[key.arm], lr=key.lr)
+        arm = replace(self.arms[key.arm], lr=key.lr)
         super().__init__(out / "models", arm, key.seed, base, Budget({}, 0), precision)
         self.key, self.data = key, out / "data" / "train.jsonl"
         self.dir = out / "models" / key.name
@@ -83,9 +87,9 @@ class LineTraining(ArmTraining):
 
     def _conversations(self) -> Iterator[tuple[str, Iterable[Example]]]:
         rows = read_part(self.data)
-        wanted = round(CONVERSATIONS_PER_STEP * self.key.steps)
+        wanted = round(self.conversations_per_step * self.key.steps)
         drawn = random.Random(f"E1, {self.key.seed}").sample(rows, min(wanted, len(rows)))
-        yield "django", (Example(row["prompt"], row["expected"]) for row in drawn)
+        yield self.data_name, (Example(row["prompt"], row["expected"]) for row in drawn)
 
 
 @dataclass(frozen=True)
@@ -103,6 +107,9 @@ class LineJob:
 
 class LineCampaign:
     """The whole experiment in one folder."""
+
+    training: type[LineTraining] = LineTraining
+    measured_by = "dev.evidence.e1_measure"
 
     def __init__(self, out: Path, base: Path, design: Design) -> None:
         self.out, self.base, self.design = out, base, design
@@ -179,30 +186,38 @@ class LineCampaign:
         """A line about the models of a phase and the hours that they take."""
         seconds, models = 0.0, 0
         for job in pending:
-            if not LineTraining(self.out, job.key, self.base).done:
+            if not self.training(self.out, job.key, self.base).done:
                 models += 1
-                seconds += job.key.steps * STEP_SECONDS.get(E1_ARMS[job.key.arm].block_size, 6.0)
-            prompts = len(read_part(self.out / "data" / f"{job.part}.jsonl"))
-            seconds += prompts * len(job.rules) * ANSWER_SECONDS
+                seconds += job.key.steps * self.step_seconds(job)
+            seconds += len(read_part(self.out / "data" / f"{job.part}.jsonl")) * self.answer_seconds(job)
         return (
             f"{name}: {models} models to train, {len(pending)} to measure, {jobs} at a time: about "
             f"{seconds / jobs / 3600:.1f} h on idle cores; finished ones are kept ({len(work) - len(pending)})"
         )
 
+    def step_seconds(self, job: LineJob) -> float:
+        """Expected seconds of a training step."""
+        return STEP_SECONDS.get(E1_ARMS[job.key.arm].block_size, 6.0)
+
+    def answer_seconds(self, job: LineJob) -> float:
+        """Expected seconds of the answers to one prompt by all rules."""
+        return len(job.rules) * ANSWER_SECONDS
+
     def do(self, job: LineJob) -> float:
         """Trains, unless that is done, and measures; returns the seconds."""
         started = time.perf_counter()
-        training = LineTraining(self.out, job.key, self.base)
+        training = self.training(self.out, job.key, self.base)
         if not training.done:
             training.run()
         facts = json.loads((training.dir / "facts.json").read_text(encoding="utf-8"))
         about = {**vars(job.key), "part": job.part, "train_seconds": round(facts["seconds"])}
         run_command(
-            *("dev.evidence.e1_measure", "--model", training.dir / "hf"),
+            *(self.measured_by, "--model", training.dir / "hf"),
             *("--prompts", self.out / "data" / f"{job.part}.jsonl"),
             *("--out", self.out / "results" / f"{job.key.name}-{job.part}.json"),
             *("--rules", *job.rules, "--about", json.dumps(about)),
             log=training.log,
+            threads=training.threads,
         )
         return time.perf_counter() - started
 
