@@ -20,7 +20,7 @@ from sdlm_megatron.data.tokenizer_identity import TEXT_MASK
 from sdlm_megatron.diffusion.settings import SDLMSettings
 from sdlm_megatron.errors import CheckpointError, run_cli
 from sdlm_megatron.files import write_json
-from sdlm_megatron.weights.checkpoint_folder import TrainState, checksums, copy_assets
+from sdlm_megatron.weights.checkpoint_folder import TrainState, checksums, read_assets, write_assets
 from sdlm_megatron.weights.dtypes import PRECISIONS, hf_name, precision_name
 from sdlm_megatron.weights.hf_config import HFConfig, read_hf_config
 from sdlm_megatron.weights.hf_weights import HFWeights
@@ -75,7 +75,7 @@ def convert(
         entries = {Path(file).name: entries_of(record.pop("notes")) for file, record in records.items()}
         tensors = {name: (source.shape(name), dtype) for name in source.names()}
         write_index(work.files / "weights", entries, tensors)
-        copy_assets(hf, work.files / "hf")
+        write_assets(read_assets(hf), work.files / "hf")
         write_json(work.files / "state.json", asdict(state))
         write_json(work.files / "complete.json", checksums(work.files, records))
         work.finish()

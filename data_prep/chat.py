@@ -61,8 +61,11 @@ def render(
         DataError: names the invalid turn and field. A conversation without an assistant turn is valid and has no
             anchors.
     """
+    turns, encoder = parse(conversation), as_text_encoder(tokenizer)
+    if chat_format(encoder).exchanges:
+        check_exchanges(turns)
     options: dict[str, Any] = {"default_system": default_system, "answer_roles": answer_roles}
-    return render_batch([parse(conversation)], as_text_encoder(tokenizer), **options).document(0)
+    return render_batch([turns], encoder, **options).document(0)
 
 
 def parse(conversation: Any) -> Conversation:
@@ -118,7 +121,7 @@ def render_batch(
     default_system: str | None = DEFAULT_SYSTEM,
     answer_roles: Collection[str] = ("assistant",),
 ) -> RenderedBatch:
-    """Renders checked conversations (see `parse`), whose texts are encoded in one call."""
+    """Renders checked conversations (see `parse`, `check_exchanges`), whose texts are encoded in one call."""
     if chat_format(encoder).exchanges:
         return _render_exchanges(conversations, encoder, answer_roles)
     whole = [_with_system(turns, default_system) for turns in conversations]
@@ -169,8 +172,6 @@ def _render_exchanges(
 ) -> RenderedBatch:
     """`render_batch` of [INST] templates: a question and its answer are one turn, whose header ends with [/INST]."""
     chat, turns = chat_format(encoder), [turn for conversation in conversations for turn in conversation]
-    for conversation in conversations:
-        check_exchanges(conversation)
     answers = turns[1::2]
     texts = [chat.gap + (chat.content(t.text) if t.role == "assistant" else t.text) for t in turns]
     pieces, edges = encode_flat(encoder, texts)

@@ -37,6 +37,7 @@ from data_prep.truncate import FittedBatch, fit_batch
 from data_prep.turns import Conversation
 from sdlm_megatron.errors import DataError
 from sdlm_megatron.files import most_open, write_json
+from sdlm_megatron.weights.hf_config import HFConfig
 from sdlm_megatron.weights.positions import base_config, check_positions
 
 # Rows tokenized per call: enough to amortize the call, few enough to bound memory if rows are a megabyte each.
@@ -111,7 +112,7 @@ def _tokenize_chunk(
     config: BuildConfig, reader: FormReader, rows: Sequence[InputRow], encoder: TextEncoder, writer: "_UnitWriter"
 ) -> None:
     first, writer.result.rows = writer.result.rows, writer.result.rows + len(rows)
-    used = use_rows(config, [(row, reader) for row in rows], writer.texts, encoder)
+    used = use_rows(config, [(row, reader) for row in rows], writer.texts, encoder, writer.base)
     for i, overlap in used.overlaps.items():
         writer.overlaps.add(first + i, overlap)
     for left in used.left_out:
@@ -144,9 +145,13 @@ class UsedRows(NamedTuple):
 
 
 def use_rows(
-    config: BuildConfig, rows: Iterable[tuple[InputRow, FormReader]], data: EvaluationTexts | None, encoder: TextEncoder
+    config: BuildConfig,
+    rows: Iterable[tuple[InputRow, FormReader]],
+    data: EvaluationTexts | None,
+    encoder: TextEncoder,
+    base: HFConfig | None,
 ) -> UsedRows:
-    """Reads, checks, renders and fits rows, each with its reader. `data`: evaluation files."""
+    """Reads, checks, renders and fits rows, each with its reader. `data`: evaluation files; `base`: the tokenizer's."""
     valid, conversations, left_out, places = list[int](), list[Conversation](), list[RowLeftOut](), list[str]()
     exchanges = chat_format(encoder).exchanges
     for i, (row, reader) in enumerate(rows):
@@ -172,15 +177,15 @@ def use_rows(
     batch = render_batch(conversations, encoder, default_system=config.system_prompt)
     size = {"block_size": config.block_size, "repeat": config.repeat}
     fitted = fit_batch(batch, config.overlong, max_len=config.max_document_length, **size)
-    _check_lengths(config, fitted, [places[i] for i in valid])
+    _check_lengths(config, fitted, [places[i] for i in valid], base)
     left_out += [RowLeftOut(valid[i], "dropped", DataError(why)) for i, why in sorted(fitted.drop_reasons.items())]
     return UsedRows(valid, conversations, batch, fitted, left_out, overlaps)
 
 
-def _check_lengths(config: BuildConfig, fitted: FittedBatch, places: Sequence[str]) -> None:
+def _check_lengths(config: BuildConfig, fitted: FittedBatch, places: Sequence[str], base: HFConfig | None) -> None:
     """DataError for a document that is longer than the tokenizer's model was trained for. `places`: of the rows."""
     clean = np.where(fitted.n_blocks > 0, fitted.clean_lens, 0)
-    if len(clean) and (base := base_config(config.tokenizer)):
+    if len(clean) and base:
         check_positions(int(clean.max()), f"the document of {places[int(clean.argmax())]}", base, config.tokenizer)
 
 
@@ -189,7 +194,7 @@ class _UnitWriter:
 
     def __init__(self, config: BuildConfig, work: Path, number: int) -> None:
         self.result, self.overlaps = UnitResult(), OverlapCounts()
-        self.texts = open_evaluations(config.decontaminate)
+        self.texts, self.base = open_evaluations(config.decontaminate), base_config(config.tokenizer)
         self._kinds = UNIT_FILES if config.near_duplicates == "off" else (*UNIT_FILES, "minhash")
         self._work, self._number = work, number
         self._files: dict[str, IO[bytes]] = {}

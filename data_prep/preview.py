@@ -20,6 +20,7 @@ from data_prep.inspect import FRAME, TokenText, open_text
 from data_prep.outcomes import Reasons, SourceRows, reason_lines
 from data_prep.readers import InputUnit, of_table, where
 from sdlm_megatron.errors import neutral
+from sdlm_megatron.weights.positions import base_config
 
 # Rows read per source: a few seconds for all sources of the published mixture.
 SAMPLE = 200
@@ -49,12 +50,13 @@ def take_samples(
 ) -> list[SourceSample]:
     """Reads and renders rows of each source as a build does, from the starts of all its files, or of SAMPLE files.
     `units` are those of all sources. Raises DataError if a file cannot be read."""
-    samples, texts = [], open_evaluations(config.decontaminate)
+    samples, texts, base = [], open_evaluations(config.decontaminate), base_config(config.tokenizer)
     for number, source in enumerate(sources):
         own = [unit for unit in units if unit.source == number]
         rows = list(first_rows(source, own, SAMPLE))
         readers = {table: FormReader(source, config.system_prompt, columnar=table) for table in (False, True)}
-        used = use_rows(config, ((row, readers[of_table(unit, source)]) for unit, row in rows), texts, encoder)
+        each = ((row, readers[of_table(unit, source)]) for unit, row in rows)
+        used = use_rows(config, each, texts, encoder, base)
         places, reasons = [where(unit, row.place, 0) for unit, row in rows], Reasons()
         for left in used.left_out:
             head = {"source": source.name, "row": left.row, "where": places[left.row]}

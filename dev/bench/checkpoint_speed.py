@@ -64,7 +64,7 @@ def measure_checkpoints(case: StepCase, out: Path, steps: int) -> None:
     during: list[float] = []
     with CheckpointWriter(engine, out, CheckpointConfig(keep_last=1)) as writer:
         for number in range(1, ROUNDS + 1):
-            writer.save(replace(state, step=number), None)
+            writer.save(replace(state, step=number))
             # Steps continue while the writer thread works: their slowdown is part of the cost.
             while any(engine.groups.gather(writer.busy)):  # together: a step waits for all processes
                 during.append(timed(case.step, engine.groups.device)[0])

@@ -29,7 +29,7 @@ def measure(folder: Path, prompts: Path, out: Path, names: Sequence[str], about:
     quiet_transformers()
     lm = SDLMForLMEval(str(folder), dtype="fp32", device="cpu", batch_size=batch)
     questions = held_out.read_prompts(prompts)
-    expected = signatures.of_expected([held_out.encode_answer(lm.chat, question.expected) for question in questions])
+    expected = signatures.of_expected(held_out.encode_answers(lm.chat, questions))
     data = {"data_files": {"test": str(prompts.resolve())}, "cache_dir": str(out.resolve().parent / "cache")}
     definition = yaml.safe_load(TASK.read_text(encoding="utf-8")) | {"dataset_kwargs": data}
     task = TaskManager(include_defaults=False).load([definition])

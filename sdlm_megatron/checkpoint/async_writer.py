@@ -31,7 +31,7 @@ from sdlm_megatron.files import HashedFile, rename_whole, write_json
 from sdlm_megatron.ops.attempt import record_event
 from sdlm_megatron.parallel.engine import Engine
 from sdlm_megatron.parallel.exchange import gather, gather_on_first
-from sdlm_megatron.weights.checkpoint_folder import TrainState, checksums, copy_assets, prune, step_folder
+from sdlm_megatron.weights.checkpoint_folder import TrainState, checksums, prune, read_assets, step_folder, write_assets
 from sdlm_megatron.weights.dtypes import HF_DTYPES, hf_name
 from sdlm_megatron.weights.torch_dist import Entry, entries_of, write_index, write_tensor
 
@@ -81,7 +81,6 @@ class _Save:
     folder: Path
     parts: list[_Part]
     state: TrainState
-    assets: Path | None
     facts: dict[str, Any] | None
     final: bool
     blocked: float
@@ -128,10 +127,13 @@ class CheckpointWriter:
         engine: source of the weights and the optimizer state.
         run_dir: checkpoints go to RUN/ckpt.
         config: retention, and whether to write in the background.
+        assets: folder of the base's config and tokenizer files, which travel with each checkpoint.
     """
 
-    def __init__(self, engine: Engine, run_dir: Path, config: CheckpointConfig) -> None:
+    def __init__(self, engine: Engine, run_dir: Path, config: CheckpointConfig, assets: Path | None = None) -> None:
         self.engine, self.run_dir, self.config = engine, run_dir, config
+        # Read now: after a resume the folder is that of a checkpoint, which is removed when newer ones exist.
+        self._assets = read_assets(assets) if self._main else {}
         self._local = local_root(config, run_dir)
         # A group of its own: NCCL allows no collectives of a second thread beside those of training.
         self._group = _lazy_group()
@@ -150,14 +152,11 @@ class CheckpointWriter:
         if kind is None or isinstance(error, UserError):
             self.wait()
 
-    def save(
-        self, state: TrainState, assets: Path | None, facts: dict[str, Any] | None = None, *, final: bool = False
-    ) -> None:
+    def save(self, state: TrainState, facts: dict[str, Any] | None = None, *, final: bool = False) -> None:
         """Saves the engine's current state. Returns once it is copied; if `final` or synchronous, once it is written.
 
         Args:
             state: becomes state.json; its step names the folder.
-            assets: folder of the base's config and tokenizer files.
             facts: becomes run.json; the main process's are used.
             final: last save of the run: retried on failure, then raises CheckpointError on all processes.
         """
@@ -166,7 +165,7 @@ class CheckpointWriter:
             print("waiting for the previous checkpoint, which is still being written", flush=True)
         self.wait()
         folder = step_folder(self.run_dir, state.step)
-        save = _Save(folder, self._copy(), state, assets, facts, final, 0.0, began)
+        save = _Save(folder, self._copy(), state, facts, final, 0.0, began)
         save.blocked = time.perf_counter() - began
         self._begin(save)
         if final or not self.config.async_save:
@@ -300,7 +299,7 @@ class CheckpointWriter:
         }
         entries = {Path(name).name: entries_of([e.values() for e in file["entries"]]) for name, file in files.items()}
         write_index(place / "weights", entries, tensors)
-        copy_assets(save.assets, place / "hf")
+        write_assets(self._assets, place / "hf")
         write_json(place / "state.json", asdict(save.state))
         if save.facts:
             write_json(place / "run.json", save.facts)

@@ -11,7 +11,7 @@ from sdlm_megatron.errors import CheckpointError
 from sdlm_megatron.parallel.engine import Engine
 from sdlm_megatron.parallel.exchange import gather
 from sdlm_megatron.parallel.groups import Groups
-from sdlm_megatron.weights.adapter_tensors import InitialAdapters
+from sdlm_megatron.weights.adapter_tensors import InitialAdapters, saved_adapters
 from sdlm_megatron.weights.checkpoint_folder import check_files
 from sdlm_megatron.weights.hf_config import read_hf_config
 from sdlm_megatron.weights.hf_weights import HFWeights
@@ -46,10 +46,11 @@ def load(folder: Path, engine: Engine, *, step: int | None) -> None:
 
 def _with_adapters(engine: Engine, base: TensorReader) -> TensorReader:
     """The base, with the adapters' initial values if the engine has any."""
-    lora, seed = engine.config.lora, engine.config.train.seed
+    lora, seed, mask = engine.config.lora, engine.config.train.seed, engine.mask_token_id
     if not lora.rank:
         return base
-    return InitialAdapters(base, engine.shape, lora, mask_token_id=engine.mask_token_id, seed=seed)
+    saved = saved_adapters(engine.config, engine.shape, mask)
+    return InitialAdapters(base, engine.shape, lora, mask_token_id=mask, seed=seed, saved=saved)
 
 
 def fill(engine: Engine, source: TensorReader, *, where: Path, step: int | None = None) -> None:

@@ -242,6 +242,9 @@ class CheckpointConfig:
 
     base: str = ""
     """Hugging Face folder, or checkpoint written by `sdlm import`, with the initial weights. Empty: random weights."""
+    adapter: str = ""
+    """Folder of adapters in peft's format, written by `sdlm export --adapter`: with lora.rank, the adapters start from
+    it. Empty: they start at random."""
     save_every: int = 500
     """Steps between checkpoints; the last step is always saved. 0: only the last step."""
     keep_last: int = 2

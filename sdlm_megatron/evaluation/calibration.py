@@ -22,7 +22,7 @@ from sdlm_megatron.progress import track
 
 def slots_of(chat: ChatModel, prompts: Sequence[HeldOutPrompt], window: int, batch: int) -> list[dict[str, Any]]:
     """Confidence and correctness of each slot at the positions where every slot has a target, as calibration.json."""
-    answers = [held_out.encode_answer(chat, prompt.expected) for prompt in prompts]
+    answers = held_out.encode_answers(chat, prompts)
     encoded = [held_out.encode(chat, prompt) for prompt in prompts]
     with track("probe", len(prompts), "prompts", make_console()) as advance:
         probes = probe(chat, encoded, answers, window=window, batch=batch, progress=advance)

@@ -13,7 +13,7 @@ from typing import Any
 from sdlm_megatron.chat.chat_model import ChatModel, DecodingRule
 from sdlm_megatron.config.command_line import at_least, threshold
 from sdlm_megatron.errors import DataError, make_console, run_cli
-from sdlm_megatron.evaluation import held_out, measurement
+from sdlm_megatron.evaluation import held_out, measurement, signatures
 from sdlm_megatron.evaluation.held_out import HeldOutPrompt
 from sdlm_megatron.progress import track
 
@@ -66,7 +66,7 @@ def measure(
             exact = held_out.exact_matches(chat, prompts, decoded)
             seconds = round(decoded.seconds, 3)
             row = {"shots": shots, "context": round(mean, 1), **rule.row, "exact": exact, **decoded.counts}
-            rows.append({**row, "seconds": seconds})
+            rows.append({**row, **signatures.vectors(decoded.tokens, chat.end_tokens), "seconds": seconds})
             print(
                 f"{shots:3} shots, {mean:6.0f} tokens  {rule.name:20} {sum(exact)}/{len(exact)} exact, "
                 f"{decoded.tokens_per_pass:5.2f} tokens per pass, {seconds:.0f} s",
@@ -116,7 +116,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     tokens = len(rules) * sum(len(ids) for rows in encoded.values() for ids in rows)
     with track("decode", tokens, "prompt tokens", make_console()) as advance:
         rows = measure(chat, encoded, measured, rules, advance)
-    measurement.write_result(chat, args, argv, "context", {"rows": rows}, n_prompts=len(measured))
+    result = {"rows": rows, "expected": signatures.of_expected(held_out.encode_answers(chat, measured))}
+    measurement.write_result(chat, args, argv, "context", result, n_prompts=len(measured))
 
 
 if __name__ == "__main__":

@@ -83,9 +83,14 @@ def encode_answer(chat: ChatModel, text: str) -> list[int]:
     return [*chat.encode_text(text), chat.end_tokens[-1]]
 
 
+def encode_answers(chat: ChatModel, prompts: Sequence[HeldOutPrompt]) -> list[list[int]]:
+    """`encode_answer` of the expected answer of each prompt."""
+    return [encode_answer(chat, prompt.expected) for prompt in prompts]
+
+
 def longest_answer(chat: ChatModel, prompts: Sequence[HeldOutPrompt]) -> int:
     """Tokens of the longest expected answer, end token included: any longer answer is wrong already."""
-    return max(len(encode_answer(chat, prompt.expected)) for prompt in prompts)
+    return max(map(len, encode_answers(chat, prompts)))
 
 
 def decode_prompts(

@@ -16,7 +16,7 @@ from sdlm_megatron.evaluation import figures, figures_slots, intervals, result_f
 from sdlm_megatron.evaluation.intervals import Estimate
 from sdlm_megatron.evaluation.result_files import KINDS, Result, Results, name_of, points, pooled
 from sdlm_megatron.evaluation.signatures import GRAM, STALL_RATE, STALL_TOKENS
-from sdlm_megatron.report.page_kit import Page
+from sdlm_megatron.report.page_kit import Page, PageSection
 
 TAU = 0.98  # threshold of the precision and recall in the table of slots
 CLIENT_BUSY = 0.7  # share of a core from which on the client that sends requests may be the bottleneck
@@ -132,22 +132,35 @@ def _add_sweep(page: Page, sweeps: Results) -> None:
 
 
 def _add_signatures(page: Page, sweeps: Results) -> None:
-    rows, beyond = [], []
-    for label, seeds in sweeps.items():
-        for name, by_length in result_files.signatures_of(seeds):
-            beyond += [f"{label}, {name}: {warning}." for warning in by_length["all"].warnings()]
-            for length, s in by_length.items():
-                shares = (s.repetition, s.expected_repetition, s.early, s.cut, s.stalled)
-                rows.append((label, name, length, s.answers, *("–" if x is None else f"{x:.1%}" for x in shares)))
-    if rows:
+    if any(result_files.signatures_of(seeds) for seeds in sweeps.values()):
         section = page.section("signatures", "Failure signatures")
         section.text(
             f"Repetition: runs of {GRAM} tokens that occurred earlier in the same answer. Early end: answers that end "
             "before half of the expected length. No end: answers cut at the length of the longest expected one. "
             f"Stall: answers of at least {STALL_TOKENS} tokens with fewer than {STALL_RATE} tokens per pass."
         )
+        _signatures_table(section, sweeps, "rows")
+
+
+def _signatures_table(section: PageSection, results: Results, rows_name: str, **fields: str) -> None:
+    """A table of the signatures of all rows, unless there are none, and a note for each beyond its limit.
+
+    Args:
+        rows_name: of the rows in a result file.
+        fields: fields that tell rows of one rule apart, and the heads of their columns.
+    """
+    rows, beyond = [], []
+    for label, seeds in results.items():
+        for key, by_length in result_files.signatures_of(seeds, rows_name, *fields):
+            place = [f"{name} {value}" for name, value in zip(fields.values(), key[1:], strict=True)]
+            where = ", ".join([label, key[0], *place])
+            beyond += [f"{where}: {warning}." for warning in by_length["all"].warnings()]
+            for length, s in by_length.items():
+                shares = (s.repetition, s.expected_repetition, s.early, s.cut, s.stalled)
+                rows.append((label, *key, length, s.answers, *("–" if x is None else f"{x:.1%}" for x in shares)))
+    if rows:
         names = ["repetition", "of the expected", "early end", "no end", "stall"]
-        section.table(["", "decoding", "expected tokens", "answers", *names], rows)
+        section.table(["", "decoding", *fields.values(), "expected tokens", "answers", *names], rows)
         for text in beyond:
             section.note(text)
 
@@ -247,6 +260,7 @@ def _add_speed(page: Page, speeds: Results) -> None:
                 for label, t in timed
             ],
         )
+        _signatures_table(section, speeds, "decodes", batch="batch")
     if any(seeds[0].get("break_even") for seeds in speeds.values()):
         section = page.section("overhead", "Cost of a window")
         section.text(
@@ -282,6 +296,7 @@ def _add_context(page: Page, contexts: Results) -> None:
         for row in result_files.context_rows(seeds)
     ]
     section.table(["", "examples", "tokens before", "decoding", "exact", "tokens per pass", "tokens/s"], rows)
+    _signatures_table(section, contexts, "rows", shots="examples")
 
 
 def _add_perplexity(page: Page, results: Results) -> None:

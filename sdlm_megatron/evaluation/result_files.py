@@ -154,24 +154,27 @@ def pick(measured: Sequence[SweepPoint], alg: str, threshold: float | None = Non
     return max(matching, key=lambda p: p.n, default=None)
 
 
-def signatures_of(sweeps: Sequence[Result]) -> list[tuple[str, dict[str, signatures.Signatures]]]:
-    """Name and signatures by length of each rule that all sweeps of a label have, over the prompts of all of them.
+def signatures_of(
+    results: Sequence[Result], rows_name: str = "rows", *fields: str
+) -> list[tuple[tuple[Any, ...], dict[str, signatures.Signatures]]]:
+    """Key (name of the rule, `fields`) and signatures by length of the rows that all files of a label have, over the
+    prompts of all of them.
 
     Empty for files written before the signatures were measured.
     """
-    if not all("expected" in sweep for sweep in sweeps):
+    if not all("expected" in result for result in results):
         return []
 
     def pool(rows: Sequence[Result], *names: str) -> dict[str, list[int]]:
-        return {name: [value for row in rows for value in row[name]] for name in names}
+        return {name: [value for row in rows for value in row.get("answers", row)[name]] for name in names}
 
-    expected = pool([sweep["expected"] for sweep in sweeps], "tokens", "repeated")
+    expected = pool([result["expected"] for result in results], "tokens", "repeated")
     return [
         (
-            name_of(key),
+            (name_of(key[:3]), *key[3:]),
             signatures.by_length(pool(rows, "tokens", "passes", "repeated", "ended"), expected, several=key[1] > 1),
         )
-        for key, rows in _shared([sweep["rows"] for sweep in sweeps])
+        for key, rows in _shared([result[rows_name] for result in results], *fields)
     ]
 
 

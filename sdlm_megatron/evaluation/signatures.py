@@ -112,10 +112,16 @@ def of_answers(
     accepted: Sequence[Sequence[int]],
     expected: Sequence[Sequence[int]],
     end_tokens: Collection[int],
+    *,
+    several: bool = True,
 ) -> Signatures:
-    """Signatures of decoded answers, from the tokens of each, what each pass kept, and the expected tokens."""
+    """Signatures of decoded answers, from the tokens of each, what each pass kept, and the expected tokens.
+
+    Args:
+        several: whether a pass can keep several tokens.
+    """
     rows = {"tokens": [len(a) for a in answers], "passes": [len(a) for a in accepted], **vectors(answers, end_tokens)}
-    return measure(rows, several=True, expected=of_expected(expected))
+    return measure(rows, several=several, expected=of_expected(expected))
 
 
 def of_expected(expected: Sequence[Sequence[int]]) -> dict[str, list[int]]:

@@ -24,7 +24,7 @@ from sdlm_megatron.diffusion.decode import SPECULATIVE, decode
 from sdlm_megatron.diffusion.decode_model import TransformersProposer
 from sdlm_megatron.diffusion.decode_step import Step
 from sdlm_megatron.errors import make_console, run_cli
-from sdlm_megatron.evaluation import held_out, measurement
+from sdlm_megatron.evaluation import held_out, measurement, signatures
 from sdlm_megatron.evaluation.held_out import HeldOutPrompt
 from sdlm_megatron.evaluation.result_files import name_of
 from sdlm_megatron.progress import track
@@ -196,12 +196,13 @@ def time_decodes(
 ) -> list[dict[str, Any]]:
     """Rows of speed.json for every rule; the rules take turns on each chunk of prompts.
 
-    "parts" are the seconds of each chunk, the same chunks for all rules.
+    "parts" are the seconds of each chunk, the same chunks for all rules; "answers" are the counts of each answer from
+    which its failure signatures follow.
     """
     rules = rules_of(chat)
     encoded = [held_out.encode(chat, prompt) for prompt in prompts]
     sums = {"batch": batch, "prompts": len(prompts), "exact": 0, "tokens": 0, "passes": 0, "seconds": 0.0}
-    rows: list[dict[str, Any]] = [{**rule.row, **sums, "parts": []} for rule in rules]
+    rows: list[dict[str, Any]] = [{**rule.row, **sums, "parts": [], "answers": {}} for rule in rules]
     size = max(CHUNK, batch)
     for rule in rules:  # warm-up
         held_out.decode_prompts(chat, encoded[:batch], rule, max_new_tokens=2, batch=batch)
@@ -214,6 +215,8 @@ def time_decodes(
             row["passes"] += sum(map(len, decoded.accepted))
             row["seconds"] += decoded.seconds
             row["parts"].append(round(decoded.seconds, 4))
+            for name, counts in {**decoded.counts, **signatures.vectors(decoded.tokens, chat.end_tokens)}.items():
+                row["answers"].setdefault(name, []).extend(counts)
             progress(len(decoded.tokens))
     return rows
 
@@ -243,7 +246,8 @@ def measure(chat: ChatModel, prompts: Sequence[HeldOutPrompt], args: argparse.Na
     with track("answers", answers, "answers", make_console()) as advance:
         for batch in args.batches:
             decodes += time_decodes(chat, answered, batch, held_out.longest_answer(chat, answered), advance)
-    return {"passes": passes, "break_even": costs, "decodes": decodes}
+    expected = signatures.of_expected(held_out.encode_answers(chat, answered))
+    return {"passes": passes, "break_even": costs, "decodes": decodes, "expected": expected}
 
 
 def summary_lines(result: dict[str, Any]) -> Iterator[str]:

@@ -99,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for window in args.windows or [chat.config.decoding.block_size]:
         if window > 1:
             rows += sweep.window(window, args.prob, args.entropy)
-    expected = signatures.of_expected([held_out.encode_answer(chat, prompt.expected) for prompt in prompts])
+    expected = signatures.of_expected(held_out.encode_answers(chat, prompts))
     measurement.write_result(chat, args, argv, "sweep", {"rows": rows, "expected": expected}, n_prompts=len(prompts))
 
 

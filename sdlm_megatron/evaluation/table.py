@@ -29,13 +29,15 @@ def measure(
     Answers are cut at the length of the longest expected one.
     """
     encoded, length = [held_out.encode(chat, prompt) for prompt in prompts], held_out.longest_answer(chat, prompts)
-    expected = [held_out.encode_answer(chat, prompt.expected) for prompt in prompts]
+    expected = held_out.encode_answers(chat, prompts)
     rows: list[dict[str, Any]] = []
     sample: dict[str, Any] = {}
     for name, rule in rules:
         decoded = held_out.decode_prompts(chat, encoded, rule, max_new_tokens=length, batch=BATCH)
         blocks = rule.alg != "ar"
-        answer_signatures = signatures.of_answers(decoded.tokens, decoded.accepted, expected, chat.end_tokens)
+        answer_signatures = signatures.of_answers(
+            decoded.tokens, decoded.accepted, expected, chat.end_tokens, several=rule.window > 1
+        )
         row = {
             "name": name,
             **rule.row,

@@ -164,7 +164,7 @@ class CheckpointHook(Hook):
 
     def __init__(self, run: TrainingRun) -> None:
         super().__init__(run)
-        self._writer = CheckpointWriter(run.engine, Path(run.config.run_dir), run.config.checkpoint)
+        self._writer = CheckpointWriter(run.engine, Path(run.config.run_dir), run.config.checkpoint, run.plan.assets)
 
     def due(self, step: int) -> bool:
         return self.run.stopping or self.run.every(self.run.config.checkpoint.save_every, step)
@@ -179,7 +179,7 @@ class CheckpointHook(Hook):
         # nothing follows a final save: it is retried, and its failure is an error of the run
         final = run.stopping or step == run.last_step
         with run.pause("save"):
-            self._writer.save(run.state, run.plan.assets, facts, final=final)
+            self._writer.save(run.state, facts, final=final)
 
     def log_fields(self) -> dict[str, float | str]:
         self._writer.check()  # an error of a background save ends the run here, not only at the next save

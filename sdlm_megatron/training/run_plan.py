@@ -16,6 +16,7 @@ from sdlm_megatron.data.format import PackedDataset
 from sdlm_megatron.data.sample import sample_steps
 from sdlm_megatron.data.tokenizer_identity import TEXT_MASK, same_tokenizer
 from sdlm_megatron.errors import CheckpointError, ConfigError, DataError
+from sdlm_megatron.weights.adapter_tensors import saved_adapters
 from sdlm_megatron.weights.checkpoint_folder import TrainState, newest, read_run, read_state, step_of
 from sdlm_megatron.weights.hf_config import read_hf_config
 from sdlm_megatron.weights.hf_weights import HFWeights
@@ -27,7 +28,7 @@ Notice = Callable[[str], None]
 
 KEPT, TAKEN, REFUSED = "kept", "taken", "refused"
 _CLASSES = {
-    KEPT: "model checkpoint.base",
+    KEPT: "model checkpoint.base checkpoint.adapter",
     TAKEN: "run_dir data parallel checkpoint observe fault train.steps train.epochs train.stop_after train.attention "
     "train.layers train.micro_batches train.recompute train.recompute_layers train.logits_mb",
     REFUSED: "diffusion lora optimizer schedule train.seed train.global_batch train.global_batch_unit train.precision "
@@ -82,9 +83,9 @@ def make_run_plan(config: RunConfig, dataset: PackedDataset, notice: Notice) -> 
     elif config.checkpoint.base:
         plan = _from_base(config, dataset, Path(config.checkpoint.base), notice)
     else:
-        if config.lora.rank:
+        if config.lora.rank or config.checkpoint.adapter:
             what = "adapters are trained beside the weights of a base, and there is none"
-            raise ConfigError(what, "lora.rank", "set checkpoint.base, or lora.rank=0")
+            raise ConfigError(what, "lora.rank", "set checkpoint.base, or lora.rank=0 and no checkpoint.adapter")
         notice("no base model: training starts from random weights")
         shape = resolve_shape(config.model, None, "model")
         plan = _plan(config, dataset, shape, dataset.manifest["mask_token_id"], None, "random")
@@ -251,6 +252,8 @@ def _from_base(config: RunConfig, dataset: PackedDataset, base: Path, notice: No
             notice(f"mask token {config.diffusion.mask_token} = id {mask_id}: its row starts as the mean of all others")
         assets, kind = base, "huggingface"
     _check_tokenizer(dataset, assets, mask_id, notice)
+    if saved_adapters(config, shape, mask_id):
+        notice(f"adapters start from {config.checkpoint.adapter}")
     return _plan(config, dataset, shape, mask_id, base, kind, assets=assets, new_mask=new_mask)
 
 
@@ -312,6 +315,11 @@ def _resume(config: RunConfig, dataset: PackedDataset, folder: Path, notice: Not
     # without notices: they were printed when the run started
     _check_tokenizer(dataset, folder / "hf", state.mask_token_id, lambda text: None)
     total, steps = _resumed_length(config, before["train"], dataset, state, notice)
+    if run.get("base") and not (folder / "hf" / "config.json").exists():  # lost by earlier versions after a resume
+        notice(
+            f"{folder / 'hf'} lacks the config and tokenizer of {run['base']}, and so will exports: stop, copy the "
+            "base's config.json, generation_config.json and tokenizer files there, and start again"
+        )
     if "base" in run and run["base"] != Path(config.checkpoint.base).name:
         if config.checkpoint.base:
             started = run["base"] or "random weights"

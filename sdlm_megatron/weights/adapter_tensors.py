@@ -11,23 +11,28 @@ from typing import Any
 
 import torch
 
-from sdlm_megatron.config.schema import LoraConfig, ModelConfig
+from sdlm_megatron.config.schema import LoraConfig, ModelConfig, RunConfig
 from sdlm_megatron.errors import CheckpointError
+from sdlm_megatron.files import read_json_object, regular_file
 from sdlm_megatron.weights.checkpoint_folder import TrainState, read_state
+from sdlm_megatron.weights.hf_weights import HFWeights
 from sdlm_megatron.weights.names import (
     MASK_ROW,
     VOCABULARY,
+    Rows,
     adapter_columns,
     adapter_names,
     adapter_rows,
     checkpoint_key,
     inverse_rows,
 )
-from sdlm_megatron.weights.tensors import EMBEDDING, CheckpointAsHF, Index, TensorReader
+from sdlm_megatron.weights.tensors import EMBEDDING, CheckpointAsHF, HFAsCheckpoint, Index, TensorReader
 from sdlm_megatron.weights.torch_dist import TorchDist
 
 PREFIX = "base_model.model."
 """Before the names of a Hugging Face model in peft's files."""
+_OTHER_FORMS = ("use_rslora", "use_dora", "alpha_pattern", "rank_pattern", "layers_to_transform", "modules_to_save")
+"""Fields of adapter_config.json that make adapters of another form, where they are set."""
 
 
 def adapter_shapes(shape: ModelConfig, lora: LoraConfig) -> dict[str, Index]:
@@ -54,12 +59,20 @@ class InitialAdapters:
         lora: which layers have adapters.
         mask_token_id: row of the embedding.
         seed: of the run.
+        saved: adapters that take the place of these values.
     """
 
     def __init__(
-        self, base: TensorReader, shape: ModelConfig, lora: LoraConfig, *, mask_token_id: int, seed: int
+        self,
+        base: TensorReader,
+        shape: ModelConfig,
+        lora: LoraConfig,
+        *,
+        mask_token_id: int,
+        seed: int,
+        saved: "SavedAdapters | None" = None,
     ) -> None:
-        self._base, self._mask, self._seed = base, mask_token_id, seed
+        self._base, self._mask, self._seed, self._saved = base, mask_token_id, seed, saved
         self._shapes = adapter_shapes(shape, lora)
 
     def names(self) -> list[str]:
@@ -74,6 +87,8 @@ class InitialAdapters:
     def read(self, name: str, start: Index, size: Index) -> torch.Tensor:
         if name not in self._shapes:
             return self._base.read(name, start, size)
+        if self._saved is not None:
+            return self._saved.read(name, start, size)
         if name.endswith(MASK_ROW):
             return self._base.read(VOCABULARY[0], (self._mask + start[0], start[1]), size)
         if name.endswith(".B"):
@@ -92,6 +107,75 @@ class InitialAdapters:
 
     def identity(self) -> dict[str, Any]:
         return self._base.identity()
+
+
+class SavedAdapters(HFAsCheckpoint):
+    """The adapters of a folder in peft's format under a checkpoint's keys; see HFAsCheckpoint.
+
+    Args:
+        folder: with adapter_config.json and adapter_model.safetensors, as `sdlm export --adapter` writes it.
+        shape: of the model.
+        lora: of the run.
+        mask_token_id: row of the embedding.
+        base: name of the run's base.
+
+    Raises CheckpointError where the folder's adapters are not those that the run trains.
+    """
+
+    def __init__(self, folder: Path, shape: ModelConfig, lora: LoraConfig, *, mask_token_id: int, base: str) -> None:
+        _check_peft_config(folder, lora, mask_token_id, base)
+        self._folder, self._where = HFWeights(folder, "adapter_model.safetensors"), folder
+        self._shape, self._lora, self._keys = shape, lora, adapter_shapes(shape, lora)
+        stored = {name: self._folder.shape(name) for name in self._folder.names()}
+        expected: dict[str, Index] = {}
+        for name in adapter_names(shape, lora):
+            width = adapter_columns(name, shape, lora)
+            expected |= {PREFIX + hf: (stop, width) for hf, _, stop in adapter_rows(name, shape, lora)}
+        for name in sorted(stored.keys() | expected):
+            if stored.get(name) != expected.get(name):
+                what = f"'{name:.200}' is {stored.get(name)} in the adapters, {expected.get(name)} in this model"
+                raise CheckpointError(what, str(folder), "use adapters of this base, or leave checkpoint.adapter out")
+
+    def _rows(self, key: str, layer: int) -> list[Rows]:
+        name = key.replace("layers.", f"layers.{layer}.", 1)
+        return [(PREFIX + hf, start, stop) for hf, start, stop in adapter_rows(name, self._shape, self._lora)]
+
+
+def _check_peft_config(folder: Path, lora: LoraConfig, mask_token_id: int, base: str) -> None:
+    """CheckpointError unless adapter_config.json has the form that `peft_config` writes, with the run's values."""
+    path = regular_file(folder, "adapter_config.json", CheckpointError)
+    values = read_json_object(path, CheckpointError, "export the adapters again")
+    for field in _OTHER_FORMS:
+        if values.get(field):
+            what = f"{field} is {values[field]!r:.60}: adapters of another form than this project trains"
+            raise CheckpointError(what, str(path), "merge them into the base with peft, and start from that folder")
+    other, name = values.get("target_modules"), Path(str(values.get("base_model_name_or_path") or base)).name
+    targets = sorted(other) if isinstance(other, list) else other
+    listed = ",".join(map(str, targets)) if isinstance(targets, list) else targets
+    same = "start from that base; of a copy with another name, write its name to base_model_name_or_path"
+    for key, ours, theirs, fix in (
+        ("lora.rank", lora.rank, values.get("r"), f"--lora.rank={values.get('r')}"),
+        ("lora.alpha", lora.alpha, values.get("lora_alpha"), f"--lora.alpha={values.get('lora_alpha')}"),
+        ("lora.targets", sorted(lora.targets), targets, f"--lora.targets=[{listed}]"),
+        ("checkpoint.base", base, name, same),
+        (
+            "the trained row of the embedding",
+            {"embed_tokens": [mask_token_id]},
+            values.get("trainable_token_indices"),
+            "use adapters that were trained with this mask token",
+        ),
+    ):
+        if ours != theirs:
+            raise CheckpointError(f"{key} is {ours}, the adapters were trained with {theirs!s:.200}", str(path), fix)
+
+
+def saved_adapters(config: RunConfig, shape: ModelConfig, mask_token_id: int) -> SavedAdapters | None:
+    """The adapters that a run starts from; None where checkpoint.adapter is empty. CheckpointError as of the class."""
+    start = config.checkpoint
+    if not start.adapter:
+        return None
+    name = Path(start.base).name
+    return SavedAdapters(Path(start.adapter), shape, config.lora, mask_token_id=mask_token_id, base=name)
 
 
 class AdaptersAsHF(CheckpointAsHF):

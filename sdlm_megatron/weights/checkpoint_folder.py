@@ -329,12 +329,17 @@ def step_folder(run_dir: Path, step: int) -> Path:
     return run_dir / "ckpt" / f"step-{step:07d}"
 
 
-def copy_assets(source: Path | None, target: Path) -> None:
-    """Copies those of ASSETS that `source` has into the folder `target`."""
-    target.mkdir(parents=True, exist_ok=True)
-    for name in ASSETS:
-        if source is not None and (file := optional_file(source, name, CheckpointError)):
-            shutil.copyfile(file, target / name)
+def read_assets(folder: Path | None) -> dict[str, bytes]:
+    """Name to content of those of ASSETS that the folder has."""
+    files = {} if folder is None else {name: optional_file(folder, name, CheckpointError) for name in ASSETS}
+    return {name: file.read_bytes() for name, file in files.items() if file}
+
+
+def write_assets(assets: Mapping[str, bytes], folder: Path) -> None:
+    """Writes what `read_assets` returned into the folder, which is made if needed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in assets.items():
+        (folder / name).write_bytes(content)
 
 
 def checksums(folder: Path, known: Mapping[str, dict[str, Any]] | None = None) -> dict[str, dict[str, Any]]:

@@ -29,16 +29,19 @@ class HFWeights:
 
     Opening checks that every file exists and is readable, and that index and files name the same tensors.
 
+    Args:
+        file: name of the only file; "": as transformers finds the weights of a model.
+
     Raises:
         CheckpointError: no weights, a quantized model, a dtype other than bf16, fp16 and fp32, a missing, truncated or
             wrong file, or two files of which transformers reads another one. File and tensor are named.
     """
 
-    def __init__(self, folder: Path | str) -> None:
+    def __init__(self, folder: Path | str, file: str = "") -> None:
         self.folder = Path(folder)
         if os.path.lexists(self.folder / "config.json"):
             read_config_json(self.folder)
-        self._file_of = _locate(self.folder)
+        self._file_of = dict.fromkeys(_open(self.folder, file).keys(), file) if file else _locate(self.folder)
         self._open = {file: _open(self.folder, file) for file in sorted(set(self._file_of.values()))}
         # An index of another download does not name the tensors that its files hold; fail now, not half-way.
         present = [(name, file) for file, handle in self._open.items() for name in handle.keys()]  # noqa: SIM118  no dict

@@ -148,7 +148,7 @@ class Run:
                 out.with_suffix(".connections.json").write_text(json.dumps(made))
             for step in (2, 4):
                 self.steps(engine, step - 1, step)
-                writer.save(replace(state, step=step), None, final=step == 4)
+                writer.save(replace(state, step=step), final=step == 4)
 
     def resume(self, layout: Layout, source: Path, out: Path, last: int) -> None:
         """Loads the newest checkpoint of `source`, trains to `last`, saves to `out`."""
@@ -158,7 +158,7 @@ class Run:
         state = read_state(folder)
         checkpointing.load(folder, engine, step=state.step)
         self.steps(engine, state.step + 1, last)
-        CheckpointWriter(engine, out, CheckpointConfig()).save(replace(state, step=last), None, final=True)
+        CheckpointWriter(engine, out, CheckpointConfig()).save(replace(state, step=last), final=True)
 
 
 def main(data: Path, base: Path, out: Path, precision: str) -> None:

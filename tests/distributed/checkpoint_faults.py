@@ -40,7 +40,7 @@ def save_forever(run: Run, out: Path) -> None:
         for parameter in engine.module.parameters():
             parameter.data.fill_(step)
         engine.weights_changed()
-        writer.save(replace(state, step=step), None)
+        writer.save(replace(state, step=step))
 
 
 def kill(run: Run, out: Path) -> None:
@@ -80,15 +80,15 @@ def refused(run: Run, out: Path) -> None:
 
     with CheckpointWriter(engine, out, CheckpointConfig()) as writer:
         limit(LIMIT)
-        writer.save(replace(state, step=steps["first"]), None)
+        writer.save(replace(state, step=steps["first"]))
         writer.wait()
         assert not list((out / "ckpt").iterdir()), "the failed save left files behind"
         limit(soft)
-        writer.save(replace(state, step=steps["again"]), None)
+        writer.save(replace(state, step=steps["again"]))
         writer.wait()
         limit(LIMIT)
         try:
-            writer.save(replace(state, step=steps["last"]), None, final=True)
+            writer.save(replace(state, step=steps["last"]), final=True)
         except CheckpointError as error:
             assert f"[Errno {errno.EFBIG}]" in error.what, error.what
         else:
@@ -107,7 +107,7 @@ def no_room(run: Run, out: Path) -> None:
     engine, state = run.engine(DP2)
     with CheckpointWriter(engine, out, CheckpointConfig()) as writer:
         for step in range(1, MAX_FAILED_SAVES + 1):
-            writer.save(replace(state, step=step), None)  # waits for the previous save, whose failure raises nothing
+            writer.save(replace(state, step=step))  # waits for the previous save, whose failure raises nothing
         try:
             writer.wait()
         except CheckpointError as error:
@@ -123,7 +123,7 @@ def local(run: Run, out: Path) -> None:
     groups, config = engine.groups, CheckpointConfig(local_dir=str(out / "node-$LOCAL_RANK"))
     with CheckpointWriter(engine, out, config) as writer:
         for step in (1, 2):
-            writer.save(replace(state, step=step), None)
+            writer.save(replace(state, step=step))
     groups.gather(None)
     steps = [sorted(int(p.name[5:]) for p in folder.glob("step-*")) for folder in (out / "ckpt", *_disks(out))]
     assert steps == [[1, 2], [2], [2]], steps

@@ -7,6 +7,8 @@ import pytest
 import torch
 from helpers import make_dataset, make_hf, run_python, train
 
+from sdlm_megatron.ops.rank.monitor import documents_of_run
+
 pytestmark = pytest.mark.distributed
 
 CP2 = {"parallel.context": 2}
@@ -76,6 +78,24 @@ def test_pipeline_and_resume_under_other_degrees(folder: Path, alone: Path) -> N
     assert files == {"rank-00000.jsonl", "rank-00002.jsonl"}
     layouts = [event["layout"] for event in lines(spread / "events.jsonl") if event["kind"] == "start"]
     assert layouts == ["TP 1, PP 2, CP 2, DP 1", "TP 1, PP 1, CP 2, DP 2"]
+
+
+def test_chain_of_degrees_with_skipped_rows(folder: Path) -> None:
+    """CP 2, then CP 1, then CP 4, each from the checkpoint before, with checks of the replicas before every step."""
+    common = {"train.steps": 6, "train.global_batch": 4, "train.global_batch_unit": "rows", "data.skip_rows": "[5,17]"}
+    reference = run(folder, "unchained", 1, common)
+    common["fault.replica_check_every"] = 1
+    for degree, stop in ((2, 2), (1, 4), (4, 6)):
+        chain = run(folder, "chain", degree, {**common, "parallel.context": degree, "train.stop_after": stop})
+    records, expected = lines(chain / "metrics.jsonl"), lines(reference / "metrics.jsonl")
+    assert [r["step"] for r in records] == [r["step"] for r in expected] == [1, 2, 3, 4, 5, 6]
+    assert [r["loss"] for r in records] == pytest.approx([r["loss"] for r in expected], rel=1e-6)
+    assert [r["targets"] for r in records] == [r["targets"] for r in expected]
+    trained = documents_of_run(chain)
+    assert trained == documents_of_run(reference)
+    assert sorted({row for pairs in trained.values() for row, _ in pairs}) == [n for n in range(24) if n not in (5, 17)]
+    layouts = [event["layout"] for event in lines(chain / "events.jsonl") if event["kind"] == "start"]
+    assert layouts == ["TP 1, PP 1, CP 2, DP 1", "TP 1, PP 1, DP 1", "TP 1, PP 1, CP 4, DP 1"]
 
 
 @pytest.fixture(scope="module")

@@ -50,8 +50,11 @@ def test_stop_signal_at_one_rank_stops_both(tmp_path: Path) -> None:
     assert (stop["step"], stop["reason"]) == (3, "signal SIGUSR1")
 
 
-def test_flipped_bit_in_one_replica_is_detected(tmp_path: Path) -> None:
-    config = settings(tmp_path, **{"parallel.distributed_optimizer": False, "fault.replica_check_every": 2})
+@pytest.mark.parametrize("context", [1, 2])
+def test_flipped_bit_in_one_replica_is_detected(tmp_path: Path, context: int) -> None:
+    """On two data-parallel ranks, and on two ranks that share the tokens of each row."""
+    parallel = {"parallel.distributed_optimizer": False, "parallel.context": context}
+    config = settings(tmp_path, **parallel, **{"fault.replica_check_every": 2})
     done = train(config, processes=2, entry=ENTRY, check=False, env={"FAULT": "flip 1 3"})
     assert done.returncode and "data-parallel ranks hold different weights" in done.stderr
     record = json.loads(rank_file(tmp_path / "run", "exit", 1, "local").read_text())

@@ -1,6 +1,8 @@
 """Adapters (LoRA): gradients of every layout equal peft's on one process; training, resume and both exports."""
 
 import json
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +11,14 @@ import torch
 from helpers import MASK, load_micro_batch, make_dataset, make_hf, read_metrics, run_python, train, whole
 
 from checkpoints_tools import hf_to_mcore, mcore_to_hf
+from sdlm_megatron.config.load import load_config
 from sdlm_megatron.config.schema import LoraConfig, ModelConfig, RunConfig
 from sdlm_megatron.data.format import PackedDataset
 from sdlm_megatron.diffusion.mask import visible_row
 from sdlm_megatron.diffusion.row import MicroBatch
-from sdlm_megatron.weights.adapter_tensors import InitialAdapters, adapter_shapes
+from sdlm_megatron.errors import CheckpointError
+from sdlm_megatron.training.run_plan import make_run_plan
+from sdlm_megatron.weights.adapter_tensors import InitialAdapters, SavedAdapters, adapter_shapes
 from sdlm_megatron.weights.checkpoint_folder import read_state
 from sdlm_megatron.weights.hf_config import read_hf_config
 from sdlm_megatron.weights.hf_weights import HFWeights
@@ -205,6 +210,45 @@ def test_exports_equal_the_engine(run: tuple[Path, Path, list[float]], groups: A
     prompt = {"input_ids": row.tokens[:, :12], "max_new_tokens": 8, "sdlm_alg": "prob_conf", "sdlm_n": 4}
     first, second = (model.eval().generate(**prompt).tolist() for model in models)
     assert first == second
+
+
+def test_training_starts_from_exported_adapters(
+    run: tuple[Path, Path, list[float]], data: Path, tmp_path: Path
+) -> None:
+    """TP2 + SP: the first loss is that of the merged folder, the base stays frozen; other adapters are refused."""
+    folder, base, values = run
+    adapter, first = tmp_path / "adapter", {"train__steps": 1}
+    mcore_to_hf.convert(folder, adapter, adapter=True)
+    mcore_to_hf.convert(folder, tmp_path / "merged")
+    shape, lora = read_hf_config(base).shape, LoraConfig(rank=3, alpha=6.0)
+    saved, before = SavedAdapters(adapter, shape, lora, mask_token_id=MASK, base="hf"), checkpoint(folder, 4)
+    for name in adapter_shapes(shape, lora):
+        assert torch.equal(whole(saved, name), whole(before, name)), name
+    merged = losses(tmp_path / "of-merged", data, tmp_path / "merged", **first)
+    started = losses(tmp_path / "started", data, base, 2, **SP, checkpoint__adapter=adapter, **first)
+    assert started[0] == pytest.approx(merged[0], rel=1e-6) and started[0] < values[0] - 0.05
+    trained, original = checkpoint(tmp_path / "started", 1), HFAsCheckpoint(HFWeights(base), shape, where=base)
+    for name in original.names():
+        now, then = whole(trained, name).clone(), whole(original, name)
+        if name.endswith("word_embeddings.weight"):
+            now[MASK] = then[MASK]
+        assert torch.equal(now, then), f"{name} is not frozen"
+    assert not torch.equal(whole(trained, "embedding.mask_row.weight"), whole(before, "embedding.mask_row.weight"))
+
+    copied = shutil.copytree(base, tmp_path / "copied")
+    other = make_hf(tmp_path / "other" / "hf", layers=2)
+    targets = "lora.targets is ['q_proj'], the adapters were trained with ['down_proj', 'gate_proj',"
+    for changed, message in (
+        ({"lora.rank": 0}, "lora.rank is 0, the adapters were trained with 3"),
+        ({"lora.alpha": 3}, "lora.alpha is 3.0, the adapters were trained with 6.0"),
+        ({"lora.targets": "[q_proj]"}, targets),
+        ({"checkpoint.base": copied}, "checkpoint.base is copied, the adapters were trained with hf"),
+        ({"checkpoint.base": other}, "layers.2.mlp.down_proj.lora_A.weight' is (3, 96) in the adapters, None in this"),
+    ):
+        paths = {"run_dir": tmp_path / "none", "checkpoint.base": base, "checkpoint.adapter": adapter}
+        options = [f"--{key}={value}" for key, value in {**SETTINGS, **paths, **changed}.items()]
+        with pytest.raises(CheckpointError, match=re.escape(message)):
+            make_run_plan(load_config(RunConfig, "", options), PackedDataset(data), print)
 
 
 def engine_logits(ckpt: Path, groups: Any, row: MicroBatch) -> torch.Tensor:

@@ -53,7 +53,7 @@ def settings(paths: dict[str, Path], run_dir: Path, **more: object) -> dict[str,
 @pytest.mark.parametrize(
     ("processes", "layout"),
     [
-        pytest.param(1, {}, id="one process"),
+        pytest.param(1, {"checkpoint.save_every": 1, "checkpoint.keep_last": 1}, id="one process"),
         pytest.param(2, {"parallel.pipeline": 2, "parallel.virtual_pipeline": 2}, id="PP2 interleaved"),
         pytest.param(
             2, {"parallel.overlap_grad_reduce": True, "parallel.overlap_param_gather": True}, id="DP2 overlapped"
@@ -66,6 +66,9 @@ def test_resumed_losses_equal_the_uninterrupted_run(
     run = tmp_path / "run"
     shutil.copytree(stopped["half"], run)
     assert_resumed(run, train(settings(stopped, run, **layout), processes=processes).stdout, stopped["whole"], rel=1e-5)
+    # the base's files, also where the checkpoint that the run resumed from was removed meanwhile
+    kept, base = run / "ckpt" / f"step-{LAST:07d}" / "hf", stopped["hf"]
+    assert {f.name: f.read_bytes() for f in kept.iterdir()} == {n: (base / n).read_bytes() for n in ("config.json",)}
 
 
 def assert_resumed(run: Path, output: str, whole: Path, rel: float) -> None:

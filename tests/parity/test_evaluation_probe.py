@@ -147,6 +147,7 @@ def test_report_reads_the_table(folder: Path, prompts: Path, tmp_path: Path) -> 
     exact = [answer_text(chat, a.tokens[0]) == p.expected for a, p in zip(alone, heldout, strict=True)]
     assert any(exact) and record["baseline"][0]["exact"] == sum(exact) / len(exact)
     assert record["sample"]["prompt"] == PROMPTS[0].text
+    assert "stalled" in record["rows"][0] and "stalled" not in record["baseline"][0]  # one token per pass cannot stall
 
 
 def test_report_measures_everything_once(folder: Path, prompts: Path, tmp_path: Path, capsys: Any) -> None:

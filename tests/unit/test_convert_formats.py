@@ -66,7 +66,7 @@ def test_import_equals_a_checkpoint_of_the_engine(
     engine = Engine(config, state.shape, groups, max_positions=1, steps=1, initialize=False)
     checkpointing.load_base(hf, engine, new_mask=new_mask)
     engine.optimizer = None  # only the weights are compared
-    CheckpointWriter(engine, tmp_path, CheckpointConfig()).save(state, hf, final=True)
+    CheckpointWriter(engine, tmp_path, CheckpointConfig(), hf).save(state, final=True)
     ours, theirs = (TorchDist(tmp_path / side / "weights") for side in ("ours", "ckpt/step-0000000"))
     assert ours.names() == theirs.names()
     for key in theirs.names():

@@ -92,6 +92,23 @@ def expected(
     return exact, tokens, passes
 
 
+def assert_signatures(
+    chat: ChatModel, encoded: list[list[int]], prompts: list[HeldOutPrompt], rows: dict[tuple, dict], result: dict
+) -> None:
+    """Rows of n = 1 and probability 0.9: counts of the answers and of the expected ones, by hand."""
+
+    def repeated(tokens: list[int]) -> int:
+        return sum(tokens[i : i + 4] in [tokens[j : j + 4] for j in range(i)] for i in range(len(tokens) - 3))
+
+    texts = [[*prompt.expected.encode(), o.EOS] for prompt in prompts]
+    assert result["expected"] == {"tokens": [*map(len, texts)], "repeated": [*map(repeated, texts)]}
+    for key in rows.keys() & {(1, None), (4, 0.9)}:
+        room = longest_answer(chat, prompts)
+        answers = [by_hand(chat, ids, room, n=key[0], threshold=key[1] or 1.0).tokens[0] for ids in encoded]
+        assert rows[key]["repeated"] == [*map(repeated, answers)]
+        assert rows[key]["ended"] == [int(tokens[-1] == o.EOS) for tokens in answers]
+
+
 # --- speed
 
 
@@ -151,6 +168,10 @@ def test_speed_command(chat: ChatModel, folder: Path, prompts: list[HeldOutPromp
         if row["alg"] in ("ar", "prob_conf"):
             exact, tokens, passes = expected(chat, encoded, prompts, room, row["n"], row["threshold"] or 1.0)
             assert (row["exact"], row["tokens"], row["passes"]) == (sum(exact), sum(tokens), sum(passes))
+            assert (row["answers"]["tokens"], row["answers"]["passes"]) == (tokens, passes)
+    assert_signatures(
+        chat, encoded, prompts, {(r["n"], r["threshold"]): r["answers"] for r in result["decodes"]}, result
+    )
     greedy, confident, *_, speculative = result["decodes"][:5]
     assert greedy["exact"] == len(prompts) - 1  # wrong by construction of the fixture
     assert greedy["tokens"] == greedy["passes"] > confident["passes"] > speculative["passes"]
@@ -209,6 +230,7 @@ def test_context_command(
         room = longest_answer(chat, measured)
         wanted = expected(chat, encoded, measured, room, row["n"], row["threshold"] or 1.0)
         assert (row["exact"], row["tokens"], row["passes"]) == wanted
+        assert_signatures(chat, encoded, measured, {(row["n"], row["threshold"]): row}, result)
     assert result["rows"][0]["exact"] == [1, 0, 1]
 
 

@@ -10,11 +10,12 @@ from rich.console import Console
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 
-from data_prep import inspect
+from data_prep import chat, documents, inspect
 from data_prep.build import build
 from data_prep.build_config import BuildConfig, SourceConfig
 from data_prep.chat import render
 from data_prep.encoders import open_encoder
+from data_prep.inst_template import check_exchanges
 from data_prep.row_rules import RuleSettings, check_row
 from data_prep.verify import verify
 from sdlm_megatron.data.format import PackedDataset
@@ -117,9 +118,12 @@ def test_other_templates_are_refused(tmp_path: Path) -> None:
         open_encoder(bytes_folder(tmp_path / "mistral", other))
 
 
-def test_datasets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_datasets(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Clean as built; marks that are replaced are found; rows that the template cannot render are rejected."""
     folder = bytes_folder(tmp_path / "mistral", V3)
+    checked: list[Any] = []
+    for module in (documents, chat):
+        monkeypatch.setattr(module, "check_exchanges", lambda turns: checked.append(turns) or check_exchanges(turns))
     rows = [{"messages": plain(CONVERSATION)[: 2 * (1 + i % 3)]} for i in range(40)]
     bad = [[*rows[0]["messages"], CONVERSATION[0]], rows[2]["messages"][1:], [{"role": "system", "content": "S"}] * 2]
     lines = [*rows, *({"messages": turns} for turns in bad)]
@@ -131,6 +135,9 @@ def test_datasets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         build(config, QUIET)
     manifest = build(replace(config, system_prompt=None), QUIET)
     assert (manifest["accounting"]["packed"], manifest["accounting"]["rejected"]) == (40, 3)
+    assert len(checked) == 43, "each row once"
+    with pytest.raises(DataError, match="the last question has no answer"):
+        render(CONVERSATION[:1], open_encoder(folder), default_system=None)
     assert verify(config.out, QUIET) == []
     inspect.main([config.out, "--all"])
     assert "<s>[INST]  Hi\nor " in capsys.readouterr().out

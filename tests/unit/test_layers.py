@@ -313,7 +313,7 @@ def test_checkpoints_of_other_layer_kinds_load(written: bool, make_engine: Calla
     own, saved = type(norm), norm.weight.detach().clone()
     norm.__class__ = NormWithState if written else own
     state = TrainState(0, 0, 0, engine.shape, engine.config.diffusion, -1, "fp32", True, {})
-    CheckpointWriter(engine, tmp_path, CheckpointConfig()).save(state, None, final=True)
+    CheckpointWriter(engine, tmp_path, CheckpointConfig()).save(state, final=True)
     norm.__class__ = NormWithState
     with torch.no_grad():
         norm.weight.zero_()

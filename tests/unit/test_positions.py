@@ -8,6 +8,7 @@ import pytest
 from helpers import make_dataset, make_hf
 from rich.console import Console
 
+from data_prep import documents
 from data_prep.build import build
 from data_prep.build_config import BuildConfig, SourceConfig
 from sdlm_megatron.config.load import load_config
@@ -17,7 +18,7 @@ from sdlm_megatron.errors import DataError
 from sdlm_megatron.planner import plan
 from sdlm_megatron.train import train
 from sdlm_megatron.weights.hf_config import read_hf_config
-from sdlm_megatron.weights.positions import check_positions, trained_positions
+from sdlm_megatron.weights.positions import base_config, check_positions, trained_positions
 from tests.byte_tokenizer import write_folder
 
 YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
@@ -74,7 +75,11 @@ def test_long_documents_are_refused(tmp_path: Path) -> None:
             command(bases[longest - 1])
 
 
-def test_prepare_refuses_the_row(tmp_path: Path) -> None:
+def test_prepare_refuses_the_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In any batch of rows; the base's config.json is read once for all of them."""
+    read: list[Path | str] = []
+    monkeypatch.setattr(documents, "CHUNK", 1)
+    monkeypatch.setattr(documents, "base_config", lambda folder: read.append(folder) or base_config(folder))
     rows = [{"query": "Q", "response": "x" * n} for n in (5, 60, 7)]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     tokenizer = write_folder(tmp_path / "base")
@@ -88,3 +93,4 @@ def test_prepare_refuses_the_row(tmp_path: Path) -> None:
         else:
             with pytest.raises(DataError, match=r"row 2 of mine has \d+ tokens, .* 50 positions"):
                 build(config, Console(quiet=True))
+    assert read == [str(tokenizer)] * 2, "once per build of one file"

@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 from made_results import write_results
@@ -18,7 +19,7 @@ from sdlm_megatron.evaluation.signatures import (
     vectors,
 )
 from sdlm_megatron.report.evaluation_record import samples_section
-from sdlm_megatron.report.page_kit import Page
+from sdlm_megatron.report.page_kit import Page, PageSection
 from sdlm_megatron.training.evaluation_hooks import sample_lines
 
 END = 99
@@ -64,6 +65,7 @@ def test_signatures_of_answers():
     # exactly half of the expected tokens is not early, nor is a short answer without an end token
     halves = of_answers([[1, 2, 3, 4, END], [1]], [[5], [1]], expected[:2], [END])
     assert (halves.early, halves.cut, halves.stalled) == (0.0, 0.5, None)
+    assert of_answers(answers, accepted, expected, [END], several=False).stalled is None
 
 
 def test_stalls_need_windows_and_length():
@@ -104,28 +106,43 @@ def test_what_is_beyond_a_limit_is_said_everywhere(tmp_path):
     assert early.warnings()[0] in shown.html()
 
 
-def test_page_pools_the_signatures_of_seeds(tmp_path):
+def add_counts(file: Path, rows: str, inside: str | None, count: int, seed: int) -> None:
+    """Adds counts of `count` answers of 20 tokens less the seed in 20 passes, all expected to have 40."""
+    value = json.loads(file.read_text())
+    value["expected"] = {"tokens": [40] * count, "repeated": [0] * count}
+    made = {"tokens": [20 - seed] * count, "passes": [20] * count, "repeated": [0] * count, "ended": [1] * count}
+    for row in value[rows]:
+        row |= made if inside is None else {inside: made}
+    file.write_text(json.dumps(value))
+
+
+def section_of(text: str, name: str) -> str:
+    return text[text.index(f'<section id="{name}"') :].partition("</section>")[0]
+
+
+def rows_of(section: str) -> list[list[str]]:
+    return [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in re.findall(r"<tr>(.*?)</tr>", section, re.DOTALL)]
+
+
+def test_page_pools_the_signatures_of_seeds(tmp_path, monkeypatch):
+    for name in ("quality_figure", "threshold_figure", "wall_figure", "overhead_figure", "context_figure"):
+        monkeypatch.setattr(page.figures, name, lambda results: None)  # they take seconds
+    monkeypatch.setattr(PageSection, "figure", lambda *_: None)
     folders = [write_results(tmp_path / f"d4-{seed}", n=4, seed=seed) for seed in (0, 1)]
     for seed, folder in enumerate(folders):
-        value = json.loads((folder / "sweep.json").read_text())
-        count = len(value["rows"][0]["exact"])
-        value["expected"] = {"tokens": [40] * count, "repeated": [0] * count}
-        for row in value["rows"]:
-            row |= {
-                "tokens": [20 - seed] * count,
-                "passes": [20] * count,
-                "repeated": [0] * count,
-                "ended": [1] * count,
-            }
-        (folder / "sweep.json").write_text(json.dumps(value))
-        for kind in ("calibration", "speed", "context", "perplexity"):  # their figures take seconds
+        add_counts(folder / "sweep.json", "rows", None, 60, seed)
+        for kind in ("calibration", "perplexity"):
             (folder / f"{kind}.json").unlink()
+        add_counts(folder / "speed.json", "decodes", "answers", 48, seed)
+        add_counts(folder / "context.json", "rows", None, 20, seed)
     page.main([*map(str, folders), "--label", "D=4", "D=4", "--out", str(tmp_path / "index.html")])
     text = (tmp_path / "index.html").read_text()
-    section = text[text.index('<section id="signatures"') :]
-    section = section[: section.index("</section>")]
-    rows = [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in re.findall(r"<tr>(.*?)</tr>", section, re.DOTALL)]
-    row = next(cells for cells in rows if "prob 0.98, n = 4" in cells)
+    section = section_of(text, "signatures")
+    row = next(cells for cells in rows_of(section) if "prob 0.98, n = 4" in cells)
     # 20 of 40 tokens is half, 19 is early: the answers of the second seed
     assert row[-6:] == ["120", "0.0%", "0.0%", "50.0%", "0.0%", "100.0%"]
     assert "D=4, prob 0.98, n = 4: 50% of the answers end before half of the expected length." in section
+    for kind, note, cells in (("wall", "batch 16", ["16", "all", "96"]), ("context", "examples 4", ["4", "all", "40"])):
+        section = section_of(text, kind)
+        assert ["prob 0.98, n = 4", *cells, "0.0%", "0.0%", "50.0%", "0.0%", "100.0%"] in rows_of(section)
+        assert f"D=4, prob 0.98, n = 4, {note}: 50% of the answers end before half" in section
