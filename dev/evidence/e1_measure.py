@@ -101,8 +101,13 @@ def measure(folder: Path, prompts: Path, out: Path, names: Sequence[str], about:
     measure_rules(out, names, {**about, "prompts": len(questions)}, measured)
 
 
-def build_parser(command: str = "python -m dev.evidence.e1_measure", about: str = __doc__) -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
     """Options of the command."""
+    return measuring_parser("python -m dev.evidence.e1_measure", __doc__)
+
+
+def measuring_parser(command: str, about: str | None) -> argparse.ArgumentParser:
+    """Options of a command that measures one model."""
     example = f"{command} --model hf --prompts test.jsonl --out vectors.json --rules n1 p98"
     parser = make_parser(command, about, example=example)
     add = parser.add_argument

@@ -5,6 +5,7 @@ behind ####, `flexible` that of the last number of the answer, `repeated` and `e
 `answers` the texts. `expected` has the tokens and repetitions of the reference answers.
 """
 
+import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -66,9 +67,14 @@ def as_text(vectors: dict[str, list[int]]) -> dict[str, str]:
     return {name: " ".join(map(str, values)) for name, values in vectors.items()}
 
 
+def build_parser() -> argparse.ArgumentParser:
+    """Options of the command."""
+    return e1_measure.measuring_parser("python -m dev.evidence.e2_measure", __doc__)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
-    args = e1_measure.build_parser("python -m dev.evidence.e2_measure", __doc__).parse_args(argv)
+    args = build_parser().parse_args(argv)
     measure(args.model, args.prompts, args.out, args.rules, args.about, args.batch)
 
 
