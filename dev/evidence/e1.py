@@ -16,10 +16,11 @@ import random
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from dev.evidence import e1_results
 from dev.evidence.django_lines import new_prompts, read_part, write_parts
@@ -32,7 +33,7 @@ from dev.evidence.train_arms import ArmTraining, Budget
 from dev.quickstart.base_model import make_smollm2
 from dev.quickstart.pipeline import run_command
 from dev.quickstart.task import Example
-from sdlm_megatron.config.command_line import make_parser
+from sdlm_megatron.config.command_line import CommandParser, make_parser
 from sdlm_megatron.errors import DataError, UserError, run_cli
 from sdlm_megatron.files import write_text
 
@@ -249,26 +250,34 @@ def power(args: argparse.Namespace) -> None:
     print(markdown(head, power_rows()))
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Options of the command."""
-    command = "python -m dev.evidence.e1"
-    parser = make_parser(command, __doc__, example=f"{command} recompute")
+def campaign_parser(
+    experiment: str, about: str | None, results: Path, parts: Sequence[Callable[[argparse.Namespace], None]]
+) -> tuple[CommandParser, dict[str, Any]]:
+    """The parser of an experiment's command and those of its parts by name; `parts` has run, collect and recompute."""
+    command = f"python -m dev.evidence.{experiment}"
+    parser = make_parser(command, about, example=f"{command} recompute")
     commands = parser.add_subparsers(dest="command", required=True, help="part of the experiment")
-    parts = {}
-    for name, do in (("run", run), ("collect", collect), ("recompute", e1_results.recompute), ("power", power)):
-        parts[name] = commands.add_parser(name, help=do.__doc__)
-        parts[name].set_defaults(do=do)
+    parsers: dict[str, Any] = {}
+    for do in parts:
+        parsers[do.__name__] = commands.add_parser(do.__name__, help=do.__doc__)
+        parsers[do.__name__].set_defaults(do=do)
     for name in ("run", "collect"):
-        parts[name].add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the campaign")
+        parsers[name].add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the campaign")
     for name in ("collect", "recompute"):
-        parts[name].add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="committed vectors")
+        parsers[name].add_argument("--results", type=Path, default=results, metavar="DIR", help="committed vectors")
+    add = parsers["recompute"].add_argument
+    add("--docs", type=Path, default=Path("docs"), metavar="DIR", help="folder of evidence.md")
+    add("--check", action="store_true", help="fail if evidence.md differs, instead of writing it")
+    return parser, parsers
+
+
+def build_parser() -> CommandParser:
+    """Options of the command."""
+    parser, parts = campaign_parser("e1", __doc__, RESULTS, (run, collect, e1_results.recompute, power))
     add = parts["run"].add_argument
     add("--dataset", type=Path, metavar="DIR", help="clone of odashi/ase15-django-dataset; needed once")
     add("--base", type=Path, metavar="DIR", help="Hugging Face folder; default: SmolLM2-135M-Instruct")
     add("--jobs", type=int, default=2, help="models at a time, one core and about 6 GB each")
-    add = parts["recompute"].add_argument
-    add("--docs", type=Path, default=Path("docs"), metavar="DIR", help="folder of evidence.md")
-    add("--check", action="store_true", help="fail if evidence.md differs, instead of writing it")
     return parser
 
 

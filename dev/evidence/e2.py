@@ -18,11 +18,11 @@ from pathlib import Path
 
 from dev.evidence import e2_results
 from dev.evidence.django_lines import check_file, read_part
-from dev.evidence.e1 import Design, LineCampaign, LineJob, LineTraining
+from dev.evidence.e1 import Design, LineCampaign, LineJob, LineTraining, campaign_parser
 from dev.evidence.e1_measure import read_vectors
 from dev.evidence.e1_results import Key
 from dev.evidence.e2_results import E2_ARMS, KEPT, LEARNING_RATE, number_behind_mark
-from sdlm_megatron.config.command_line import make_parser
+from sdlm_megatron.config.command_line import CommandParser
 from sdlm_megatron.data.chatml import DEFAULT_SYSTEM
 from sdlm_megatron.errors import DataError, run_cli
 from sdlm_megatron.files import write_json, write_text
@@ -147,25 +147,12 @@ def collect(args: argparse.Namespace) -> None:
     print(f"{len(files)} files in {args.results}")
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> CommandParser:
     """Options of the command."""
-    command = "python -m dev.evidence.e2"
-    parser = make_parser(command, __doc__, example=f"{command} recompute")
-    commands = parser.add_subparsers(dest="command", required=True, help="part of the experiment")
-    parts = {}
-    for name, do in (("run", run), ("collect", collect), ("recompute", e2_results.recompute)):
-        parts[name] = commands.add_parser(name, help=do.__doc__)
-        parts[name].set_defaults(do=do)
-    for name in ("run", "collect"):
-        parts[name].add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the campaign")
-    for name in ("collect", "recompute"):
-        parts[name].add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="committed vectors")
+    parser, parts = campaign_parser("e2", __doc__, RESULTS, (run, collect, e2_results.recompute))
     add = parts["run"].add_argument
     add("--dataset", type=Path, metavar="DIR", help="clone of openai/grade-school-math; needed once")
     add("--base", type=Path, required=True, metavar="DIR", help="Hugging Face folder of Qwen2.5-0.5B-Instruct")
-    add = parts["recompute"].add_argument
-    add("--docs", type=Path, default=Path("docs"), metavar="DIR", help="folder of evidence.md")
-    add("--check", action="store_true", help="fail if evidence.md differs, instead of writing it")
     return parser
 
 
