@@ -35,6 +35,14 @@ MOST_CHARACTERS = {"prompt": 500, "expected": 300}
 """Longer texts are left out: a limit on the tokens of an answer keeps the cost of answers that do not end small."""
 
 
+def check_file(path: Path, expected: str, repository: str, commit: str) -> None:
+    """DataError unless `path` is the file of a GitHub repository's commit with the SHA-256 `expected`."""
+    if not path.is_file():
+        raise DataError("the data set has no such file", str(path), f"name a clone of https://github.com/{repository}")
+    if sha256(path) != expected:
+        raise DataError("not the expected file: SHA-256 differs", str(path), f"check out commit {commit}")
+
+
 def read_lines(folder: Path, *, checked: bool = True) -> list[dict[str, str | int]]:
     """Rows {prompt, expected, line} of the whole data set, in its order.
 
@@ -48,11 +56,8 @@ def read_lines(folder: Path, *, checked: bool = True) -> list[dict[str, str | in
     texts = []
     for name, expected in SHA256.items():
         path = folder / "django" / name
-        if not path.is_file():
-            fix = "name a clone of https://github.com/odashi/ase15-django-dataset"
-            raise DataError("the data set has no such file", str(path), fix)
-        if checked and sha256(path) != expected:
-            raise DataError("not the expected file: SHA-256 differs", str(path), "check out commit c37fa28")
+        if checked:
+            check_file(path, expected, "odashi/ase15-django-dataset", "c37fa28")
         # str.splitlines would also split at form feeds and other rare characters.
         texts.append([" ".join(line.split()) for line in path.read_text(encoding="utf-8").rstrip("\n").split("\n")])
     if len(texts[0]) != len(texts[1]):

@@ -16,10 +16,11 @@ import random
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from dev.evidence import e1_results
 from dev.evidence.django_lines import new_prompts, read_part, write_parts
@@ -27,11 +28,12 @@ from dev.evidence.e1_measure import read_vectors
 from dev.evidence.e1_results import E1_ARMS, GRID, WIDER, Key, best_rate
 from dev.evidence.e1_statistics import power_rows
 from dev.evidence.evidence_tables import markdown
+from dev.evidence.experiment import Arm
 from dev.evidence.train_arms import ArmTraining, Budget
 from dev.quickstart.base_model import make_smollm2
 from dev.quickstart.pipeline import run_command
 from dev.quickstart.task import Example
-from sdlm_megatron.config.command_line import make_parser
+from sdlm_megatron.config.command_line import CommandParser, make_parser
 from sdlm_megatron.errors import DataError, UserError, run_cli
 from sdlm_megatron.files import write_text
 
@@ -66,9 +68,12 @@ class LineTraining(ArmTraining):
     """Training of one model of E1."""
 
     save_every = 50
+    arms: Mapping[str, Arm] = E1_ARMS
+    data_name = "django"
+    conversations_per_step = CONVERSATIONS_PER_STEP
 
     def __init__(self, out: Path, key: Key, base: Path, precision: str = "fp32") -> None:
-        arm = replace(E1_ARMS[key.arm], lr=key.lr)
+        arm = replace(self.arms[key.arm], lr=key.lr)
         super().__init__(out / "models", arm, key.seed, base, Budget({}, 0), precision)
         self.key, self.data = key, out / "data" / "train.jsonl"
         self.dir = out / "models" / key.name
@@ -83,9 +88,9 @@ class LineTraining(ArmTraining):
 
     def _conversations(self) -> Iterator[tuple[str, Iterable[Example]]]:
         rows = read_part(self.data)
-        wanted = round(CONVERSATIONS_PER_STEP * self.key.steps)
+        wanted = round(self.conversations_per_step * self.key.steps)
         drawn = random.Random(f"E1, {self.key.seed}").sample(rows, min(wanted, len(rows)))
-        yield "django", (Example(row["prompt"], row["expected"]) for row in drawn)
+        yield self.data_name, (Example(row["prompt"], row["expected"]) for row in drawn)
 
 
 @dataclass(frozen=True)
@@ -103,6 +108,9 @@ class LineJob:
 
 class LineCampaign:
     """The whole experiment in one folder."""
+
+    training: type[LineTraining] = LineTraining
+    measured_by = "dev.evidence.e1_measure"
 
     def __init__(self, out: Path, base: Path, design: Design) -> None:
         self.out, self.base, self.design = out, base, design
@@ -179,30 +187,38 @@ class LineCampaign:
         """A line about the models of a phase and the hours that they take."""
         seconds, models = 0.0, 0
         for job in pending:
-            if not LineTraining(self.out, job.key, self.base).done:
+            if not self.training(self.out, job.key, self.base).done:
                 models += 1
-                seconds += job.key.steps * STEP_SECONDS.get(E1_ARMS[job.key.arm].block_size, 6.0)
-            prompts = len(read_part(self.out / "data" / f"{job.part}.jsonl"))
-            seconds += prompts * len(job.rules) * ANSWER_SECONDS
+                seconds += job.key.steps * self.step_seconds(job)
+            seconds += len(read_part(self.out / "data" / f"{job.part}.jsonl")) * self.answer_seconds(job)
         return (
             f"{name}: {models} models to train, {len(pending)} to measure, {jobs} at a time: about "
             f"{seconds / jobs / 3600:.1f} h on idle cores; finished ones are kept ({len(work) - len(pending)})"
         )
 
+    def step_seconds(self, job: LineJob) -> float:
+        """Expected seconds of a training step."""
+        return STEP_SECONDS.get(E1_ARMS[job.key.arm].block_size, 6.0)
+
+    def answer_seconds(self, job: LineJob) -> float:
+        """Expected seconds of the answers to one prompt by all rules."""
+        return len(job.rules) * ANSWER_SECONDS
+
     def do(self, job: LineJob) -> float:
         """Trains, unless that is done, and measures; returns the seconds."""
         started = time.perf_counter()
-        training = LineTraining(self.out, job.key, self.base)
+        training = self.training(self.out, job.key, self.base)
         if not training.done:
             training.run()
         facts = json.loads((training.dir / "facts.json").read_text(encoding="utf-8"))
         about = {**vars(job.key), "part": job.part, "train_seconds": round(facts["seconds"])}
         run_command(
-            *("dev.evidence.e1_measure", "--model", training.dir / "hf"),
+            *(self.measured_by, "--model", training.dir / "hf"),
             *("--prompts", self.out / "data" / f"{job.part}.jsonl"),
             *("--out", self.out / "results" / f"{job.key.name}-{job.part}.json"),
             *("--rules", *job.rules, "--about", json.dumps(about)),
             log=training.log,
+            threads=training.threads,
         )
         return time.perf_counter() - started
 
@@ -234,26 +250,34 @@ def power(args: argparse.Namespace) -> None:
     print(markdown(head, power_rows()))
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Options of the command."""
-    command = "python -m dev.evidence.e1"
-    parser = make_parser(command, __doc__, example=f"{command} recompute")
+def campaign_parser(
+    experiment: str, about: str | None, results: Path, parts: Sequence[Callable[[argparse.Namespace], None]]
+) -> tuple[CommandParser, dict[str, Any]]:
+    """The parser of an experiment's command and those of its parts by name; `parts` has run, collect and recompute."""
+    command = f"python -m dev.evidence.{experiment}"
+    parser = make_parser(command, about, example=f"{command} recompute")
     commands = parser.add_subparsers(dest="command", required=True, help="part of the experiment")
-    parts = {}
-    for name, do in (("run", run), ("collect", collect), ("recompute", e1_results.recompute), ("power", power)):
-        parts[name] = commands.add_parser(name, help=do.__doc__)
-        parts[name].set_defaults(do=do)
+    parsers: dict[str, Any] = {}
+    for do in parts:
+        parsers[do.__name__] = commands.add_parser(do.__name__, help=do.__doc__)
+        parsers[do.__name__].set_defaults(do=do)
     for name in ("run", "collect"):
-        parts[name].add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the campaign")
+        parsers[name].add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the campaign")
     for name in ("collect", "recompute"):
-        parts[name].add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="committed vectors")
+        parsers[name].add_argument("--results", type=Path, default=results, metavar="DIR", help="committed vectors")
+    add = parsers["recompute"].add_argument
+    add("--docs", type=Path, default=Path("docs"), metavar="DIR", help="folder of evidence.md")
+    add("--check", action="store_true", help="fail if evidence.md differs, instead of writing it")
+    return parser, parsers
+
+
+def build_parser() -> CommandParser:
+    """Options of the command."""
+    parser, parts = campaign_parser("e1", __doc__, RESULTS, (run, collect, e1_results.recompute, power))
     add = parts["run"].add_argument
     add("--dataset", type=Path, metavar="DIR", help="clone of odashi/ase15-django-dataset; needed once")
     add("--base", type=Path, metavar="DIR", help="Hugging Face folder; default: SmolLM2-135M-Instruct")
     add("--jobs", type=int, default=2, help="models at a time, one core and about 6 GB each")
-    add = parts["recompute"].add_argument
-    add("--docs", type=Path, default=Path("docs"), metavar="DIR", help="folder of evidence.md")
-    add("--check", action="store_true", help="fail if evidence.md differs, instead of writing it")
     return parser
 
 

@@ -7,7 +7,7 @@ passes of each prompt. The file is written again after each rule, and rules that
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +32,11 @@ def decoding_rule(name: str, window: int) -> DecodingRule:
     }[name]
 
 
-def read_vectors(path: Path) -> dict[str, Any]:
-    """A file that `measure` wrote; every rule has `exact`, `tokens` and `passes`, lists of int.
+KEPT = ("tokens", "passes")
+
+
+def read_vectors(path: Path, kept: Sequence[str] = KEPT) -> dict[str, Any]:
+    """A file that `measure_rules` wrote; every rule has `exact` and the fields `kept`, lists of int.
 
     Raises:
         DataError: not such a file, or its parts differ in length.
@@ -42,7 +45,7 @@ def read_vectors(path: Path) -> dict[str, Any]:
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
         rules = {
-            name: {"exact": [int(c) for c in row["exact"]]} | {k: list(map(int, row[k].split())) for k in KEPT}
+            name: {"exact": [int(c) for c in row["exact"]]} | {k: list(map(int, row[k].split())) for k in kept}
             for name, row in results["rules"].items()
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -53,7 +56,21 @@ def read_vectors(path: Path) -> dict[str, Any]:
     return {**results, "rules": rules}
 
 
-KEPT = ("tokens", "passes")
+def measure_rules(
+    out: Path, names: Sequence[str], about: dict[str, Any], measured: Callable[[str], dict[str, Any]]
+) -> None:
+    """Adds the missing rules to the file `out`, which is written after each.
+
+    Args:
+        about: facts to keep at the top of the file, with the number of `prompts`.
+        measured: gives the vectors of a rule, as texts.
+    """
+    results = json.loads(out.read_text(encoding="utf-8"))["rules"] if out.exists() else {}
+    for name in names:
+        if name not in results:
+            results[name] = measured(name)
+            value = {**about, "rules": {key: results[key] for key in RULES if key in results}}
+            write_text(out, json.dumps(value, indent=1) + "\n")
 
 
 def measure(folder: Path, prompts: Path, out: Path, names: Sequence[str], about: dict[str, Any], batch: int) -> None:
@@ -64,15 +81,13 @@ def measure(folder: Path, prompts: Path, out: Path, names: Sequence[str], about:
         prompts: JSONL of {prompt, expected}.
         about: facts to keep at the top of the file.
     """
-    results = json.loads(out.read_text(encoding="utf-8"))["rules"] if out.exists() else {}
     questions = held_out.read_prompts(prompts)
     quiet_transformers()
     chat = load(folder, dtype="fp32", device="cpu")
     encoded = [held_out.encode(chat, prompt) for prompt in questions]
     longest = held_out.longest_answer(chat, questions)
-    for name in names:
-        if name in results:
-            continue
+
+    def measured(name: str) -> dict[str, Any]:
         rule = decoding_rule(name, chat.config.decoding.block_size)
         with track(rule.name, len(questions), "prompts", make_console()) as advance:
             answers = held_out.decode_prompts(
@@ -80,17 +95,21 @@ def measure(folder: Path, prompts: Path, out: Path, names: Sequence[str], about:
             )
         exact = held_out.exact_matches(chat, questions, answers)
         counts = {key: " ".join(map(str, answers.counts[key])) for key in KEPT}
-        results[name] = {"exact": "".join(map(str, exact)), **counts, "seconds": round(answers.seconds)}
         print(f"{rule.name}: {sum(exact) / len(exact):.1%} exact, {answers.tokens_per_pass:.2f} tokens per pass")
-        value = {**about, "prompts": len(questions), "rules": {key: results[key] for key in RULES if key in results}}
-        write_text(out, json.dumps(value, indent=1) + "\n")
+        return {"exact": "".join(map(str, exact)), **counts, "seconds": round(answers.seconds)}
+
+    measure_rules(out, names, {**about, "prompts": len(questions)}, measured)
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Options of the command."""
-    command = "python -m dev.evidence.e1_measure"
+    return measuring_parser("python -m dev.evidence.e1_measure", __doc__)
+
+
+def measuring_parser(command: str, about: str | None) -> argparse.ArgumentParser:
+    """Options of a command that measures one model."""
     example = f"{command} --model hf --prompts test.jsonl --out vectors.json --rules n1 p98"
-    parser = make_parser(command, __doc__, example=example)
+    parser = make_parser(command, about, example=example)
     add = parser.add_argument
     add("--model", type=Path, required=True, metavar="DIR", help="exported folder")
     add("--prompts", type=Path, required=True, metavar="JSONL", help="prompts with their expected answers")

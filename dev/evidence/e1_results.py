@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from dev.evidence.e1_measure import read_vectors
+from dev.evidence.e1_measure import KEPT, read_vectors
 from dev.evidence.e1_statistics import MARGIN, SEEDS, Crossed, crossed, gap, holm, tokens_per_pass
 from dev.evidence.evidence_tables import markdown
 from dev.evidence.experiment import Arm
@@ -44,7 +44,6 @@ RULE_TEXTS = {"n1": "n = 1", "p98": "τ = .98", "p90": "τ = .9", "self": "self-
 HYPOTHESES = {"H1": "d4", "H2": "d4_nt", "H3": "d4_causal"}
 """Arm that is compared with `ar`."""
 SPEED_ARM = "d4_nt"
-MARKED = re.compile(r"(<!-- e1 (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 Rows = Iterator[Sequence[object]]
 
 
@@ -77,7 +76,7 @@ def rules_of(arm: str, part: str) -> tuple[str, ...]:
     return ("n1", "p98", "p90", *(("self",) if most else ()), *(("lossless",) if COUNTS[arm] == "lossless" else ()))
 
 
-def read_folder(folder: Path) -> dict[tuple[Key, str], dict[str, Any]]:
+def read_folder(folder: Path, kept: Sequence[str] = KEPT) -> dict[tuple[Key, str], dict[str, Any]]:
     """All vectors of a folder.
 
     Raises:
@@ -85,7 +84,7 @@ def read_folder(folder: Path) -> dict[tuple[Key, str], dict[str, Any]]:
     """
     results = {}
     for path in sorted(folder.glob("*.json")):
-        value = read_vectors(path)
+        value = read_vectors(path, kept)
         try:
             key, part = Key(*(value[name] for name in Key.__dataclass_fields__)), value["part"]
         except KeyError as error:
@@ -261,7 +260,11 @@ def tables(folder: Path, steps: int) -> dict[str, str]:
 
 def recompute(args: argparse.Namespace) -> None:
     """Prints all tables and verdicts from the committed vectors, and puts them into evidence.md."""
-    made = tables(args.results, 300)
+    publish(tables(args.results, 300), "e1", args)
+
+
+def publish(made: Mapping[str, str], experiment: str, args: argparse.Namespace) -> None:
+    """Prints tables and puts each into evidence.md between its marks, or compares them with those there (--check)."""
     for name, text in made.items():
         print(f"\n{name}\n{text or 'no results yet'}")
     path = args.docs / "evidence.md"
@@ -270,8 +273,9 @@ def recompute(args: argparse.Namespace) -> None:
     def replaced(match: re.Match[str]) -> str:
         return f"{match[1]}\n{made[match[2]] or 'No results yet.'}\n\n{match[4]}"
 
-    filled = MARKED.sub(replaced, old)
+    filled = re.sub(rf"(<!-- {experiment} (\w+) -->\n)(.*?)(<!-- end -->)", replaced, old, flags=re.DOTALL)
     if args.check and filled != old:
-        raise DataError("its E1 tables are not those of the vectors", str(path), "python -m dev.evidence.e1 recompute")
+        fix = f"python -m dev.evidence.{experiment} recompute"
+        raise DataError(f"its {experiment.upper()} tables are not those of the vectors", str(path), fix)
     if not args.check:
         write_text(path, filled)

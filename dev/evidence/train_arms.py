@@ -60,6 +60,9 @@ class ArmTraining:
 
     save_every = 0
     """Steps between checkpoints, from which an interrupted training continues; 0: none but the last."""
+    threads = 1
+    system_prompt: str | None = None
+    """System turn of every conversation."""
 
     def __init__(self, out: Path, arm: Arm, seed: int, base: Path, budget: Budget, precision: str) -> None:
         self.arm, self.seed, self.base, self.budget, self.precision = arm, seed, base, budget, precision
@@ -78,7 +81,7 @@ class ArmTraining:
         self.dir.mkdir(parents=True, exist_ok=True)
         data, train = self._write("data", self._data_config()), self._write("train", self._train_config())
         run_command("prepare", "--config", data, f"--out={self.dir / 'data'}", log=self.log)
-        run_command("sdlm_megatron.train", "--config", train, log=self.log)
+        run_command("sdlm_megatron.train", "--config", train, log=self.log, threads=self.threads)
         run_command("export", "--ckpt", self.dir, "--out", self.dir / "hf", log=self.log)
         seconds = time.perf_counter() - started
         facts = {"arm": vars(self.arm), "seed": self.seed, "precision": self.precision, "seconds": seconds}
@@ -116,7 +119,7 @@ class ArmTraining:
         return {
             "tokenizer": str(self.base),
             "mask_token": self.mask_token,
-            "system_prompt": None,
+            "system_prompt": self.system_prompt,
             "block_size": self.arm.block_size,
             "repeat": self.arm.repeat,
             "target_shift": self.arm.target_shift,

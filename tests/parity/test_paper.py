@@ -123,12 +123,12 @@ def test_decoded_answers_are_kept_and_not_mixed(data, model, tmp_path, monkeypat
     paper.main(words)
     chat, result = load(model, dtype="fp32", device="cpu"), results_of(out)["gsm8k"]
     tokens, passes = [], []
-    for question in ("What is 12 + 1?", "What is 11 + 1?"):
+    for question in ("What is 11 + 1?", "What is 12 + 1?"):
         ids = chat.encode([{"role": "user", "content": f"{question}\n{BOXED}"}])
         decoded = chat.decode(torch.tensor([ids]), alg="prob_conf", window=4, threshold=0.5, max_new_tokens=12)
         tokens.append(len(decoded.tokens[0]))
         passes.append(len(decoded.accepted[0]))
-    assert sorted(zip(result["tokens"], result["passes"], strict=True)) == sorted(zip(tokens, passes, strict=True))
+    assert (result["tokens"], result["passes"]) == (tokens, passes)
     assert result["rule"] == {"alg": "prob_conf", "n": 4, "threshold": 0.5}
     capsys.readouterr()
     with monkeypatch.context() as patched:

@@ -1,4 +1,4 @@
-"""Experiment E1: the statistics against other forms, the verdicts, the committed vectors, the age of the plan."""
+"""Experiment E1: statistics against other forms, verdicts, committed vectors; the age of the plans of E1 and E2."""
 
 import json
 import subprocess
@@ -14,7 +14,7 @@ from dev.evidence.e1_statistics import Crossed, crossed, gap, holm, tokens_per_p
 from sdlm_megatron.errors import DataError
 
 REPO = Path(__file__).parents[2]
-PLAN, RESULTS = "docs/evidence/preregistration_e1.md", "docs/evidence/e1"
+PLAN, RESULTS = "docs/evidence/preregistration_{}.md", "docs/evidence/{}"
 
 
 def test_interval_is_students_where_only_seeds_or_only_prompts_differ() -> None:
@@ -149,18 +149,20 @@ def git(*arguments: str) -> str:
     return done.stdout
 
 
-def test_plan_is_older_than_the_first_result_and_was_only_added_to() -> None:
+@pytest.mark.parametrize("experiment", ["e1", "e2"])
+def test_plan_is_older_than_the_first_result_and_was_only_added_to(experiment: str) -> None:
     if git("rev-parse", "--is-shallow-repository").strip() == "true":
         pytest.skip("a shallow clone has no history")
-    added = git("log", "--diff-filter=A", "--format=%H", "--", PLAN).split()
+    plan = PLAN.format(experiment)
+    added = git("log", "--diff-filter=A", "--format=%H", "--", plan).split()
     assert added, "the plan is not committed"
     first = added[-1]
-    assert git("show", "--name-only", "--format=", first).split() == [PLAN]
-    assert (REPO / PLAN).read_text().startswith(git("show", f"{first}:{PLAN}"))
-    results = git("log", "--diff-filter=A", "--format=%H", "--", RESULTS).split()
+    assert git("show", "--name-only", "--format=", first).split() == [plan]
+    assert (REPO / plan).read_text().startswith(git("show", f"{first}:{plan}"))
+    results = git("log", "--diff-filter=A", "--format=%H", "--", RESULTS.format(experiment)).split()
     for result in results[-1:]:
         assert first != result and first in git("rev-list", result).split()
 
 
 def test_tables_of_the_document_are_those_of_the_vectors() -> None:
-    e1.main(["recompute", "--check", "--results", str(REPO / RESULTS), "--docs", str(REPO / "docs")])
+    e1.main(["recompute", "--check", "--results", str(REPO / RESULTS.format("e1")), "--docs", str(REPO / "docs")])
