@@ -6,8 +6,9 @@
     python -m dev.evidence.e1 power                              # the power table of the plan, 2 minutes
 
 The plan is docs/evidence/preregistration_e1.md. The work goes in phases, each determined by the results before it: the
-grid of learning rates on dev, seed 0; rates beyond its ends; the test prompts with the chosen rate, seed after seed;
-then other budgets. A model that was trained, and each decoding rule that was measured, is kept.
+learning rates on dev, seed 0; the test prompts with the chosen rate, seed after seed; then other budgets. A model that
+was trained, and each decoding rule that was measured, is kept; models whose vectors are in docs/evidence/e1 are not
+trained again.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from typing import Any
 from dev.evidence import e1_results
 from dev.evidence.django_lines import new_prompts, read_part, write_parts
 from dev.evidence.e1_measure import read_vectors
-from dev.evidence.e1_results import E1_ARMS, GRID, WIDER, Key, best_rate
+from dev.evidence.e1_results import E1_ARMS, FIRST_RATES, RATES, STEPS, Key, best_rate
 from dev.evidence.e1_statistics import power_rows
 from dev.evidence.evidence_tables import markdown
 from dev.evidence.experiment import Arm
@@ -49,11 +50,8 @@ class Design:
     """Amounts of the experiment; the defaults are the plan's."""
 
     arms: tuple[str, ...] = ("ar", "d4", "d4_nt", "d4_causal")
-    grid: tuple[float, ...] = GRID
-    wider: tuple[float, float] = WIDER
-    """Rates that are added below and above the grid."""
     seeds: tuple[int, ...] = (0, 1, 2, 3)
-    steps: int = 300
+    steps: int = STEPS
     budgets: tuple[tuple[str, int, tuple[int, ...]], ...] = (
         *((arm, 2, (0, 1)) for arm in ("ar", "d4", "d4_nt")),
         ("d16_nt", 1, (0,)),
@@ -62,6 +60,12 @@ class Design:
         *((arm, 8, (0,)) for arm in ("ar", "d4", "d4_nt")),
     )
     """Arm, factor of the steps, seeds. D = 16 takes the rate of `d4_nt`."""
+
+
+def around(rate: float) -> tuple[float, ...]:
+    """A rate of RATES and its neighbours."""
+    at = RATES.index(rate)
+    return RATES[max(at - 1, 0) : at + 2]
 
 
 class LineTraining(ArmTraining):
@@ -118,16 +122,9 @@ class LineCampaign:
     def phases(self) -> Iterator[tuple[str, list[LineJob]]]:
         """Name and jobs of each phase; a phase may be questions for only when those before it are done."""
         d = self.design
-        yield "learning rates", [LineJob(Key(arm, lr, d.steps, 0), "dev") for lr in d.grid for arm in d.arms]
-        yield (
-            "rates beyond the grid",
-            [
-                LineJob(Key(arm, lr, d.steps, 0), "dev")
-                for arm in d.arms
-                for end, lr in zip((min(d.grid), max(d.grid)), d.wider, strict=True)
-                if self.rate(arm) in (end, lr)
-            ],
-        )
+        yield "learning rates", [LineJob(Key(arm, lr, d.steps, 0), "dev") for lr in FIRST_RATES for arm in d.arms]
+        for name in ("further rates", "further rates, again"):
+            yield name, [LineJob(Key(arm, lr, d.steps, 0), "dev") for arm in d.arms for lr in around(self.rate(arm))]
         yield "comparison", [LineJob(Key(arm, self.rate(arm), d.steps, s), "test") for s in d.seeds for arm in d.arms]
         yield (
             "budgets",
@@ -230,7 +227,18 @@ def run(args: argparse.Namespace) -> None:
             fix = "--dataset DIR, a clone of https://github.com/odashi/ase15-django-dataset"
             raise DataError("the data set is not there yet", str(args.out / "data"), fix)
         write_parts(args.dataset, args.out / "data")
+    take_measured(args.results, args.out / "results")
     LineCampaign(args.out, args.base or make_smollm2(args.out / "base"), Design()).run(args.jobs)
+
+
+def take_measured(committed: Path, results: Path) -> None:
+    """Copies the vectors that an earlier campaign committed, unless this one has measured the same model."""
+    results.mkdir(parents=True, exist_ok=True)
+    files = [path for path in sorted(committed.glob("*.json")) if not (results / path.name).exists()]
+    for path in files:
+        shutil.copyfile(path, results / path.name)
+    if files:
+        print(f"{len(files)} measured models are taken from {committed}")
 
 
 def collect(args: argparse.Namespace) -> None:
@@ -263,7 +271,7 @@ def campaign_parser(
         parsers[do.__name__].set_defaults(do=do)
     for name in ("run", "collect"):
         parsers[name].add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the campaign")
-    for name in ("collect", "recompute"):
+    for name in ("run", "collect", "recompute"):
         parsers[name].add_argument("--results", type=Path, default=results, metavar="DIR", help="committed vectors")
     add = parsers["recompute"].add_argument
     add("--docs", type=Path, default=Path("docs"), metavar="DIR", help="folder of evidence.md")

@@ -22,7 +22,10 @@ from sdlm_megatron.evaluation.intervals import Estimate
 from sdlm_megatron.evaluation.page import change, number, percent
 from sdlm_megatron.files import write_text
 
-GRID, WIDER = (1e-4, 3e-4, 1e-3), (3e-5, 3e-3)
+STEPS = 150
+"""Steps of the models that are compared."""
+RATES, FIRST_RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3), (3e-4, 1e-3)
+"""Learning rates, and those that are measured first."""
 NEW = "new_prompts.txt"
 LEAST_SPEED = 1.5
 """Tokens per pass of H4."""
@@ -238,9 +241,11 @@ def budget_rows(results: ResultFiles) -> Rows:
 
 
 def tables(folder: Path, steps: int) -> dict[str, str]:
-    """Name to Markdown of every table; "" without results."""
+    """Name to Markdown of every table; "" before all models of the comparison are measured: no interim test."""
     results = read_folder(folder)
     comparison = Comparison(results, steps)
+    if not list(verdicts(comparison)):
+        return dict.fromkeys(("rates", "verdicts", "main", "differences", "unseen", "budget"), "")
     new = folder / NEW
     unseen = None
     if new.exists():
@@ -260,7 +265,7 @@ def tables(folder: Path, steps: int) -> dict[str, str]:
 
 def recompute(args: argparse.Namespace) -> None:
     """Prints all tables and verdicts from the committed vectors, and puts them into evidence.md."""
-    publish(tables(args.results, 300), "e1", args)
+    publish(tables(args.results, STEPS), "e1", args)
 
 
 def publish(made: Mapping[str, str], experiment: str, args: argparse.Namespace) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from dev.evidence import e2_results
 from dev.evidence.django_lines import check_file, read_part
-from dev.evidence.e1 import Design, LineCampaign, LineJob, LineTraining, campaign_parser
+from dev.evidence.e1 import Design, LineCampaign, LineJob, LineTraining, campaign_parser, take_measured
 from dev.evidence.e1_measure import read_vectors
 from dev.evidence.e1_results import Key
 from dev.evidence.e2_results import E2_ARMS, KEPT, LEARNING_RATE, number_behind_mark
@@ -123,6 +123,7 @@ def run(args: argparse.Namespace) -> None:
             fix = "--dataset DIR, a clone of https://github.com/openai/grade-school-math"
             raise DataError("the data set is not there yet", str(args.out / "data"), fix)
         write_problems(args.dataset, args.out / "data")
+    take_measured(args.results, args.out / "results")
     ProblemCampaign(args.out, args.base, DESIGN).run(jobs=1)
 
 
@@ -134,6 +135,8 @@ def collect(args: argparse.Namespace) -> None:
         value, raw = read_vectors(path, KEPT), json.loads(path.read_text(encoding="utf-8"))
         rows = read_part(args.out / "data" / f"{value['part']}.jsonl")
         for rule, row in raw["rules"].items():
+            if "answers" not in row:
+                continue  # from docs/evidence/e2: checked when it was collected
             pairs = zip(row.pop("answers"), rows, value["rules"][rule]["exact"], strict=True)
             differ = [
                 number
