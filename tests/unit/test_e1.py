@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 
 from dev.evidence import django_lines, e1, e1_results
-from dev.evidence.e1_results import COUNTS, E1_ARMS, Key, rules_of
+from dev.evidence.e1_results import COUNTS, E1_ARMS, STEPS, Key, rules_of
 from dev.evidence.e1_statistics import Crossed, crossed, gap, holm, tokens_per_pass
 from sdlm_megatron.errors import DataError
 
@@ -70,7 +70,7 @@ def test_one_seed_has_no_interval_and_no_verdict() -> None:
 
 
 def write_vectors(folder: Path, shares: dict[str, float], seeds: int = 4) -> None:
-    """Vectors of all arms with these shares of exact answers at 1e-4; the grid is best at 1e-4."""
+    """Vectors of all arms with these shares of exact answers at 1e-4, which is better than 3e-4."""
     rng, count = np.random.default_rng(3), 600
     folder.mkdir(exist_ok=True)
     for arm, share in shares.items():
@@ -78,7 +78,7 @@ def write_vectors(folder: Path, shares: dict[str, float], seeds: int = 4) -> Non
             exact = (rng.random(count) < share * (0.5 if lr > 1e-4 else 1)).astype(int)
             row = {"exact": "".join(map(str, exact)), "tokens": " ".join(["12"] * count)}
             rules = {rule: {**row, "passes": " ".join(["6"] * count)} for rule in rules_of(arm, part)}
-            key = Key(arm, lr, 300, seed)
+            key = Key(arm, lr, STEPS, seed)
             value = {**vars(key), "part": part, "prompts": count, "rules": rules}
             (folder / f"{key.name}-{part}.json").write_text(json.dumps(value))
     (folder / e1_results.NEW).write_text("10" * (count // 2) + "\n")
@@ -87,10 +87,10 @@ def write_vectors(folder: Path, shares: dict[str, float], seeds: int = 4) -> Non
 def test_verdicts_and_tables_follow_from_vectors(tmp_path) -> None:
     write_vectors(tmp_path / "v", {"ar": 0.9, "d4": 0.6, "d4_nt": 0.93, "d4_causal": 0.885})
     results = e1_results.read_folder(tmp_path / "v")
-    assert e1_results.best_rate(results, "d4", 300) == 1e-4
-    verdicts = {name: verdict for name, _, _, verdict in e1_results.verdicts(e1_results.Comparison(results, 300))}
+    assert e1_results.best_rate(results, "d4", STEPS) == 1e-4
+    verdicts = {name: verdict for name, _, _, verdict in e1_results.verdicts(e1_results.Comparison(results, STEPS))}
     without = {key: value for key, value in results.items() if (key[0].arm, key[0].seed) != ("d4", 3)}
-    assert not list(e1_results.verdicts(e1_results.Comparison(without, 300)))  # no interim test
+    assert not list(e1_results.verdicts(e1_results.Comparison(without, STEPS)))  # no interim test
     assert verdicts == {
         "H1": "worse by more than 3 points",
         "H2": "within 3 points",
@@ -107,26 +107,49 @@ def test_verdicts_and_tables_follow_from_vectors(tmp_path) -> None:
     e1.main([*arguments, "--check"])
     text = (tmp_path / "evidence.md").read_text()
     assert "| H2 |" in text and "| chosen |" in text and text.startswith("before")
-    path = tmp_path / "v" / f"{Key('ar', 1e-4, 300, 0).name}-test.json"
+    path = tmp_path / "v" / f"{Key('ar', 1e-4, STEPS, 0).name}-test.json"
     path.write_text(path.read_text().replace('"prompts": 600', '"prompts": 601'))
     with pytest.raises(DataError, match="not 601"):
         e1_results.read_folder(tmp_path / "v")
 
 
 def test_phases_follow_the_results(tmp_path) -> None:
-    """The best rate is the smallest of the grid, so the next smaller one is tried; then seeds, arm after arm."""
-    write_vectors(tmp_path / "results", {arm: 0.5 for arm in COUNTS if arm != "d16_nt"}, seeds=1)
-    design = e1.Design(grid=(1e-4, 3e-4))
-    phases = dict(e1.LineCampaign(tmp_path, tmp_path, design).phases())
-    beyond = phases["rates beyond the grid"]
-    assert [job.key.name for job in beyond] == [f"{arm}-3e-05-300-0" for arm in design.arms]
-    assert [job.key.name for job in phases["comparison"]][:5] == [
-        *(f"{arm}-1e-04-300-0" for arm in design.arms),
-        "ar-1e-04-300-1",
+    """The best rate is the smallest so far, so the next smaller one is tried; then seeds, arm after arm."""
+    arms = [arm for arm in COUNTS if arm != "d16_nt"]
+    write_vectors(tmp_path / "results", dict.fromkeys(arms, 0.5), seeds=1)
+    campaign = e1.LineCampaign(tmp_path, tmp_path, e1.Design())
+    phases = dict(campaign.phases())
+    assert [(job.key.arm, job.key.lr) for job in phases["learning rates"]] == [
+        (a, r) for r in (3e-4, 1e-3) for a in arms
     ]
+    further = [job.key.name for job in phases["further rates"] if campaign.missing(job)]
+    assert further == [f"{arm}-3e-05-150-0" for arm in arms]
+    assert [job.key.name for job in phases["comparison"]][:5] == [*(f"{a}-1e-04-150-0" for a in arms), "ar-1e-04-150-1"]
     steps = {(job.key.arm, job.key.steps) for job in phases["budgets"]}
-    assert {("ar", 600), ("d4_nt", 2400), ("d16_nt", 1200)} <= steps
+    assert {("ar", 300), ("d4_nt", 1200), ("d16_nt", 600)} <= steps
     assert all(E1_ARMS[arm].name == arm for arm in COUNTS)
+    assert (e1.around(3e-5), e1.around(3e-4), e1.around(3e-3)) == ((3e-5, 1e-4), (1e-4, 3e-4, 1e-3), (1e-3, 3e-3))
+
+
+def test_committed_vectors_are_not_measured_again(tmp_path, capsys) -> None:
+    write_vectors(tmp_path / "committed", {"ar": 0.5}, seeds=1)
+    e1.take_measured(tmp_path / "committed", tmp_path / "results")
+    assert "3 measured models" in capsys.readouterr().out
+    campaign = e1.LineCampaign(tmp_path, tmp_path, e1.Design())
+    assert not campaign.missing(e1.LineJob(Key("ar", 1e-4, STEPS, 0), "test"))
+    assert campaign.missing(e1.LineJob(Key("ar", 1e-4, STEPS, 1), "test"))
+    own = tmp_path / "results" / f"{Key('ar', 1e-4, STEPS, 0).name}-test.json"
+    own.write_text("{}")
+    e1.take_measured(tmp_path / "committed", tmp_path / "results")
+    assert own.read_text() == "{}" and capsys.readouterr().out == ""
+
+
+def test_no_table_before_all_models_are_measured(tmp_path) -> None:
+    shares = {"ar": 0.9, "d4": 0.6, "d4_nt": 0.93, "d4_causal": 0.885}
+    write_vectors(tmp_path, shares, seeds=3)
+    assert set(e1_results.tables(tmp_path, STEPS).values()) == {""}
+    write_vectors(tmp_path, shares, seeds=4)
+    assert e1_results.tables(tmp_path, STEPS)["verdicts"]
 
 
 def test_data_set_is_split_in_order_and_checked(tmp_path) -> None:
