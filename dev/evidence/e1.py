@@ -122,10 +122,15 @@ class LineCampaign:
     def phases(self) -> Iterator[tuple[str, list[LineJob]]]:
         """Name and jobs of each phase; a phase may be questions for only when those before it are done."""
         d = self.design
-        yield "learning rates", [LineJob(Key(arm, lr, d.steps, 0), "dev") for lr in FIRST_RATES for arm in d.arms]
-        for name in ("further rates", "further rates, again"):
-            yield name, [LineJob(Key(arm, lr, d.steps, 0), "dev") for arm in d.arms for lr in around(self.rate(arm))]
-        yield "comparison", [LineJob(Key(arm, self.rate(arm), d.steps, s), "test") for s in d.seeds for arm in d.arms]
+        for arms in (d.arms[:2], d.arms[2:]):
+            names = " and ".join(arms)
+            yield f"learning rates of {names}", [self.dev(arm, lr) for lr in FIRST_RATES for arm in arms]
+            for again in ("", " again"):
+                further = [self.dev(arm, lr) for arm in arms for lr in around(self.rate(arm))]
+                yield f"further rates of {names}{again}", further
+            # Now, while the chosen models exist: a machine may not last until all rates are chosen.
+            yield f"seed 0 of {names}", [self.test(arm, 0) for arm in arms]
+        yield "comparison", [self.test(arm, seed) for seed in d.seeds for arm in d.arms]
         yield (
             "budgets",
             [
@@ -134,6 +139,14 @@ class LineCampaign:
                 for seed in seeds
             ],
         )
+
+    def dev(self, arm: str, rate: float) -> LineJob:
+        """A model of seed 0 on the dev prompts."""
+        return LineJob(Key(arm, rate, self.design.steps, 0), "dev")
+
+    def test(self, arm: str, seed: int) -> LineJob:
+        """A model of the comparison on the test prompts."""
+        return LineJob(Key(arm, self.rate(arm), self.design.steps, seed), "test")
 
     def rate(self, arm: str) -> float:
         """The learning rate that dev chooses among those measured."""

@@ -121,15 +121,17 @@ class HeapLimit:
 
     def __init__(self, resident: Callable[[], int]) -> None:
         self._resident, self._steps, self._limit = resident, 0, 0.0
+        self._measured = _FIRST_STEPS  # step whose memory determines the limit
 
     def after_step(self) -> None:
         """Call after each step."""
         self._steps += 1
-        if self._steps == _FIRST_STEPS:
-            self._limit = _GROWTH * self._resident()
-        elif self._steps > _FIRST_STEPS and self._resident() > self._limit:
-            _trim()
+        if self._steps == self._measured:
             self._limit = max(self._limit, _GROWTH * self._resident())
+        elif self._steps > self._measured and self._resident() > self._limit:
+            _trim()
+            # What the next step takes again is needed; with a lower limit, every step would map and clear it again.
+            self._measured = self._steps + 1
 
 
 def _trim() -> None:

@@ -119,11 +119,13 @@ def test_phases_follow_the_results(tmp_path) -> None:
     write_vectors(tmp_path / "results", dict.fromkeys(arms, 0.5), seeds=1)
     campaign = e1.LineCampaign(tmp_path, tmp_path, e1.Design())
     phases = dict(campaign.phases())
-    assert [(job.key.arm, job.key.lr) for job in phases["learning rates"]] == [
-        (a, r) for r in (3e-4, 1e-3) for a in arms
-    ]
-    further = [job.key.name for job in phases["further rates"] if campaign.missing(job)]
-    assert further == [f"{arm}-3e-05-150-0" for arm in arms]
+    first = [(job.key.arm, job.key.lr) for job in phases["learning rates of ar and d4"]]
+    assert first == [("ar", 3e-4), ("d4", 3e-4), ("ar", 1e-3), ("d4", 1e-3)]
+    for two in (arms[:2], arms[2:]):
+        names = " and ".join(two)
+        further = [job.key.name for job in phases[f"further rates of {names}"] if campaign.missing(job)]
+        assert further == [f"{arm}-3e-05-150-0" for arm in two]
+        assert [job.key.name for job in phases[f"seed 0 of {names}"]] == [f"{arm}-1e-04-150-0" for arm in two]
     assert [job.key.name for job in phases["comparison"]][:5] == [*(f"{a}-1e-04-150-0" for a in arms), "ar-1e-04-150-1"]
     steps = {(job.key.arm, job.key.steps) for job in phases["budgets"]}
     assert {("ar", 300), ("d4_nt", 1200), ("d16_nt", 600)} <= steps
