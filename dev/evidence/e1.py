@@ -26,7 +26,7 @@ from typing import Any
 from dev.evidence import e1_results
 from dev.evidence.django_lines import new_prompts, read_part, write_parts
 from dev.evidence.e1_measure import read_vectors
-from dev.evidence.e1_results import E1_ARMS, FIRST_RATES, RATES, STEPS, Key, best_rate
+from dev.evidence.e1_results import E1_ARMS, FIRST_RATES, RATES, STEPS, Key, best_rate, rules_of
 from dev.evidence.e1_statistics import power_rows
 from dev.evidence.evidence_tables import markdown
 from dev.evidence.experiment import Arm
@@ -53,11 +53,9 @@ class Design:
     seeds: tuple[int, ...] = (0, 1, 2, 3)
     steps: int = STEPS
     budgets: tuple[tuple[str, int, tuple[int, ...]], ...] = (
-        *((arm, 2, (0, 1)) for arm in ("ar", "d4", "d4_nt")),
-        ("d16_nt", 1, (0,)),
-        *((arm, 4, (0, 1)) for arm in ("ar", "d4", "d4_nt")),
-        ("d16_nt", 4, (0,)),
+        *((arm, factor, (0, 1)) for factor in (2, 4) for arm in ("ar", "d4", "d4_nt")),
         *((arm, 8, (0,)) for arm in ("ar", "d4", "d4_nt")),
+        *(("d16_nt", factor, (0,)) for factor in (1, 4)),
     )
     """Arm, factor of the steps, seeds. D = 16 takes the rate of `d4_nt`."""
 
@@ -107,7 +105,7 @@ class LineJob:
 
     @property
     def rules(self) -> tuple[str, ...]:
-        return e1_results.rules_of(self.key.arm, self.part)
+        return rules_of(self.key.arm, self.part)
 
 
 class LineCampaign:
@@ -122,7 +120,7 @@ class LineCampaign:
     def phases(self) -> Iterator[tuple[str, list[LineJob]]]:
         """Name and jobs of each phase; a phase may be questions for only when those before it are done."""
         d = self.design
-        for arms in (d.arms[:2], d.arms[2:]):
+        for arms in filter(None, (d.arms[:2], d.arms[2:])):
             names = " and ".join(arms)
             yield f"learning rates of {names}", [self.dev(arm, lr) for lr in FIRST_RATES for arm in arms]
             for again in ("", " again"):
@@ -157,7 +155,7 @@ class LineCampaign:
         return e1_results.read_folder(self.out / "results")
 
     def missing(self, job: LineJob) -> bool:
-        path = self.out / "results" / f"{job.key.name}-{job.part}.json"
+        path = self.out / "results" / job.key.file(job.part)
         return not path.exists() or not set(job.rules) <= read_vectors(path)["rules"].keys()
 
     def run(self, jobs: int) -> None:
@@ -225,7 +223,7 @@ class LineCampaign:
         run_command(
             *(self.measured_by, "--model", training.dir / "hf"),
             *("--prompts", self.out / "data" / f"{job.part}.jsonl"),
-            *("--out", self.out / "results" / f"{job.key.name}-{job.part}.json"),
+            *("--out", self.out / "results" / job.key.file(job.part)),
             *("--rules", *job.rules, "--about", json.dumps(about)),
             log=training.log,
             threads=training.threads,
@@ -249,20 +247,37 @@ def take_measured(committed: Path, results: Path) -> None:
     results.mkdir(parents=True, exist_ok=True)
     files = [path for path in sorted(committed.glob("*.json")) if not (results / path.name).exists()]
     for path in files:
-        shutil.copyfile(path, results / path.name)
+        write_text(results / path.name, path.read_text(encoding="utf-8"))
     if files:
         print(f"{len(files)} measured models are taken from {committed}")
 
 
 def collect(args: argparse.Namespace) -> None:
     """Copies complete vectors to the results folder, and which test prompts are new."""
-    args.results.mkdir(parents=True, exist_ok=True)
-    files = sorted((args.out / "results").glob("*.json"))
-    for path in files:
-        read_vectors(path)
-        shutil.copyfile(path, args.results / path.name)
+    results = LineCampaign(args.out, args.out, Design()).results()
+    complete = [
+        key.file(part)
+        for (key, part), value in results.items()
+        if value["rules"].keys() >= set(rules_of(key.arm, part))
+    ]
+    add_results({name: (args.out / "results" / name).read_text(encoding="utf-8") for name in complete}, args.results)
     write_text(args.results / e1_results.NEW, new_prompts(args.out / "data") + "\n")
-    print(f"{len(files)} files in {args.results}")
+
+
+def add_results(files: Mapping[str, str], folder: Path) -> None:
+    """Writes result files by name to the folder of committed ones.
+
+    Raises:
+        DataError: the folder has another version of one; no file was written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        if (folder / name).exists() and (folder / name).read_text(encoding="utf-8") != text:
+            fix = "results are measured once: remove the file of the campaign, or find out why it was measured again"
+            raise DataError("the campaign has measured this model again, with another result", str(folder / name), fix)
+    for name, text in files.items():
+        write_text(folder / name, text)
+    print(f"{len(files)} complete results in {folder}")
 
 
 def power(args: argparse.Namespace) -> None:

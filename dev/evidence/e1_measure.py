@@ -1,21 +1,25 @@
 """Answers the dev or test prompts of experiment E1 with one model and keeps what each prompt gave.
 
-Writes a JSON file: who was measured, and for each decoding rule a text of 0 and 1 (exact answers), and the tokens and
-passes of each prompt. The file is written again after each rule, and rules that it already has are not repeated.
+Writes a JSON file: who was measured, where, and for each decoding rule a text of 0 and 1 (exact answers), and the
+tokens, the passes and a checksum of the answer of each prompt. The file is written again after each rule; rules that it
+already has are not repeated if they were measured with the same weights.
 """
 
 import argparse
 import json
 import sys
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from sdlm_megatron.chat.chat_model import DecodingRule, load, quiet_transformers
 from sdlm_megatron.config.command_line import make_parser
 from sdlm_megatron.errors import DataError, make_console, run_cli
 from sdlm_megatron.evaluation import held_out
-from sdlm_megatron.files import write_text
+from sdlm_megatron.files import sha256, write_text
 from sdlm_megatron.progress import track
 
 RULES = ("n1", "p98", "p90", "self", "lossless")
@@ -32,7 +36,8 @@ def decoding_rule(name: str, window: int) -> DecodingRule:
     }[name]
 
 
-KEPT = ("tokens", "passes")
+COUNTS, KEPT = ("tokens", "passes"), ("tokens", "passes", "checksums")
+"""Fields of a decoding rule besides `exact`."""
 
 
 def read_vectors(path: Path, kept: Sequence[str] = KEPT) -> dict[str, Any]:
@@ -62,15 +67,25 @@ def measure_rules(
     """Adds the missing rules to the file `out`, which is written after each.
 
     Args:
-        about: facts to keep at the top of the file, with the number of `prompts`.
+        about: facts to keep at the top of the file, with the number of `prompts` and what identifies the model: rules
+            that the file has of another model are measured again.
         measured: gives the vectors of a rule, as texts.
     """
-    results = json.loads(out.read_text(encoding="utf-8"))["rules"] if out.exists() else {}
+    old = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}
+    results = old.pop("rules", {})
+    if old != about:
+        results = {}
     for name in names:
         if name not in results:
             results[name] = measured(name)
             value = {**about, "rules": {key: results[key] for key in RULES if key in results}}
             write_text(out, json.dumps(value, indent=1) + "\n")
+
+
+def identity(folder: Path) -> dict[str, Any]:
+    """SHA-256 of a folder's weights, and what they were computed with: another machine may give other weights."""
+    weights = " ".join(sha256(path) for path in sorted(folder.glob("*.safetensors")))
+    return {"weights": weights, "cpu": torch.backends.cpu.get_cpu_capability(), "torch": torch.__version__}
 
 
 def measure(folder: Path, prompts: Path, out: Path, names: Sequence[str], about: dict[str, Any], batch: int) -> None:
@@ -94,11 +109,13 @@ def measure(folder: Path, prompts: Path, out: Path, names: Sequence[str], about:
                 chat, encoded, rule, max_new_tokens=longest, batch=batch, progress=advance
             )
         exact = held_out.exact_matches(chat, questions, answers)
-        counts = {key: " ".join(map(str, answers.counts[key])) for key in KEPT}
-        print(f"{rule.name}: {sum(exact) / len(exact):.1%} exact, {answers.tokens_per_pass:.2f} tokens per pass")
-        return {"exact": "".join(map(str, exact)), **counts, "seconds": round(answers.seconds)}
+        texts = {key: " ".join(map(str, answers.counts[key])) for key in COUNTS}
+        texts["checksums"] = " ".join(str(zlib.crc32(json.dumps(tokens).encode())) for tokens in answers.tokens)
+        if about.get("part") != "test":  # not before all models are measured
+            print(f"{rule.name}: {sum(exact) / len(exact):.1%} exact, {answers.tokens_per_pass:.2f} tokens per pass")
+        return {"exact": "".join(map(str, exact)), **texts, "seconds": round(answers.seconds)}
 
-    measure_rules(out, names, {**about, "prompts": len(questions)}, measured)
+    measure_rules(out, names, {**about, "prompts": len(questions), **identity(folder)}, measured)
 
 
 def build_parser() -> argparse.ArgumentParser:

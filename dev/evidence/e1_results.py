@@ -18,6 +18,7 @@ from dev.evidence.e1_statistics import MARGIN, SEEDS, Crossed, crossed, gap, hol
 from dev.evidence.evidence_tables import markdown
 from dev.evidence.experiment import Arm
 from sdlm_megatron.errors import DataError
+from sdlm_megatron.evaluation import intervals
 from sdlm_megatron.evaluation.intervals import Estimate
 from sdlm_megatron.evaluation.page import change, number, percent
 from sdlm_megatron.files import write_text
@@ -63,6 +64,10 @@ class Key:
     def name(self) -> str:
         return f"{self.arm}-{self.lr:.0e}-{self.steps}-{self.seed}"
 
+    def file(self, part: str) -> str:
+        """Name of the file of its vectors."""
+        return f"{self.name}-{part}.json"
+
 
 ResultFiles = Mapping[tuple[Key, str], dict[str, Any]]
 """(model, dev or test) to the content of its file."""
@@ -92,8 +97,8 @@ def read_folder(folder: Path, kept: Sequence[str] = KEPT) -> dict[tuple[Key, str
             key, part = Key(*(value[name] for name in Key.__dataclass_fields__)), value["part"]
         except KeyError as error:
             raise DataError(f"no {error}", str(path), "measure again") from None
-        if path.name != f"{key.name}-{part}.json":
-            raise DataError(f"the file says that it is {key.name}-{part}", str(path), "restore its name")
+        if path.name != key.file(part):
+            raise DataError(f"the file says that it is {key.file(part)}", str(path), "restore its name")
         results[key, part] = value
     return results
 
@@ -125,6 +130,15 @@ class Comparison:
                 self.seeds.setdefault(key.arm, {})[key.seed] = results[key, part]["rules"]
         self.new = new
 
+    @property
+    def complete(self) -> bool:
+        """Whether all seeds of all compared arms have all their rules."""
+        return all(
+            sorted(self.seeds.get(arm, {})) == list(range(SEEDS))
+            and all(set(rules_of(arm, "test")) <= rules.keys() for rules in self.seeds[arm].values())
+            for arm in ("ar", *HYPOTHESES.values())
+        )
+
     def with_rule(self, arm: str, rule: str) -> list[int]:
         """Seeds of the arm with this rule."""
         return [seed for seed, rules in self.seeds.get(arm, {}).items() if rule in rules]
@@ -153,8 +167,8 @@ class Comparison:
 
 
 def verdicts(comparison: Comparison) -> Iterator[tuple[str, Crossed, float, str]]:
-    """Hypothesis, estimate, Holm's adjusted p-value and verdict; nothing before all seeds are measured."""
-    if any(len(comparison.with_rule(arm, COUNTS[arm])) < SEEDS for arm in ("ar", *HYPOTHESES.values())):
+    """Hypothesis, estimate, Holm's adjusted p-value and verdict; nothing before all models are measured."""
+    if not comparison.complete:
         return
     quality = {name: comparison.quality(arm, COUNTS[arm], "ar", "n1") for name, arm in HYPOTHESES.items()}
     estimates = {name: value for name, value in quality.items() if value is not None}
@@ -187,7 +201,7 @@ def rate_rows(results: ResultFiles) -> Rows:
             rule = rules_of(key.arm, "dev")[0]
             exact = value["rules"][rule]["exact"]
             chosen = "chosen" if key.lr == best_rate(results, key.arm, key.steps) else ""
-            yield E1_ARMS[key.arm].text, f"{key.lr:g}", RULE_TEXTS[rule], f"{np.mean(exact):.1%}", chosen
+            yield E1_ARMS[key.arm].text, f"{key.lr:g}", RULE_TEXTS[rule], percent(intervals.share([exact])), chosen
 
 
 def main_rows(comparison: Comparison) -> Rows:
@@ -236,30 +250,57 @@ def budget_rows(results: ResultFiles) -> Rows:
                 # Warm-up (an eighth of the steps) and decay (two fifths) have half of the rate on average.
                 total = rates[arm] * steps * (1 - 1 / 16 - 1 / 5)
                 seeds = len(comparison.with_rule(arm, COUNTS[arm]))
-                cells = (f"{rates[arm]:g}", f"{total:.3f}", seeds, percent(exact.interval), number(speed.interval))
+                shown = (exact.interval, speed.interval)
+                if seeds == 1:  # over the prompts alone
+                    exacts, tokens, passes = (
+                        comparison.matrix(arm, COUNTS[arm], [0], field) for field in ("exact", "tokens", "passes")
+                    )
+                    shown = (intervals.share(exacts), intervals.ratio(tokens, passes))
+                cells = (f"{rates[arm]:g}", f"{total:.3f}", seeds, percent(shown[0]), number(shown[1]))
                 yield E1_ARMS[arm].text, steps, *cells
+
+
+def lossless_rows(comparison: Comparison) -> Rows:
+    """Answers of lossless decoding that differ from those of n = 1, by their checksums; ties in rounding may differ."""
+    for seed in comparison.with_rule("d4_causal", "lossless"):
+        lossless, plain = (comparison.matrix("d4_causal", rule, [seed], "checksums") for rule in ("lossless", "n1"))
+        yield seed, plain.size, int((lossless != plain).sum())
+
+
+def check_rates(results: ResultFiles, steps: int) -> None:
+    """DataError if a model answered test prompts with another rate than dev chooses."""
+    for key, part in results:
+        if part == "test" and key.lr != best_rate(results, "d4_nt" if key.arm == "d16_nt" else key.arm, steps):
+            fix = "commit the dev results of a campaign before it answers test prompts"
+            raise DataError("dev chooses another learning rate than this model has", key.file(part), fix)
 
 
 def tables(folder: Path, steps: int) -> dict[str, str]:
     """Name to Markdown of every table; "" before all models of the comparison are measured: no interim test."""
     results = read_folder(folder)
+    check_rates(results, steps)
     comparison = Comparison(results, steps)
-    if not list(verdicts(comparison)):
-        return dict.fromkeys(("rates", "verdicts", "main", "differences", "unseen", "budget"), "")
-    new = folder / NEW
-    unseen = None
-    if new.exists():
-        unseen = Comparison(results, steps, np.array([c == "1" for c in new.read_text(encoding="utf-8").strip()]))
-    verdict_head = ("", "arm and decoding", "estimate", "degrees of freedom", "p (Holm)", "verdict")
-    head = ("arm", "decoding", "seeds", "exact", "tokens per pass")
+    names = ("rates", "verdicts", "main", "differences", "lossless", "budget")
+    if not comparison.complete:
+        return dict.fromkeys((*names, *(f"unseen_{name}" for name in names[1:4])), "")
+    new = np.array([c == "1" for c in (folder / NEW).read_text(encoding="utf-8").strip()])
     budget = ("arm", "steps", "learning rate", "sum of rates", "seeds", "exact", "tokens per pass")
     return {
         "rates": markdown(("arm", "learning rate", "decoding", "exact on dev", ""), rate_rows(results)),
+        "lossless": markdown(("seed", "answers", "differ from n = 1"), lossless_rows(comparison)),
+        "budget": markdown(budget, budget_rows(results)),
+        **_comparison_tables(comparison),
+        **{f"unseen_{name}": text for name, text in _comparison_tables(Comparison(results, steps, new)).items()},
+    }
+
+
+def _comparison_tables(comparison: Comparison) -> dict[str, str]:
+    verdict_head = ("", "arm and decoding", "estimate", "degrees of freedom", "p (Holm)", "verdict")
+    head = ("arm", "decoding", "seeds", "exact", "tokens per pass")
+    return {
         "verdicts": markdown(verdict_head, verdict_rows(comparison)),
         "main": markdown(head, main_rows(comparison)),
         "differences": markdown(("", "against", "points"), difference_rows(comparison)),
-        "unseen": "" if unseen is None else markdown(verdict_head, verdict_rows(unseen)),
-        "budget": markdown(budget, budget_rows(results)),
     }
 
 

@@ -90,17 +90,14 @@ def simulated_gaps(
     Args:
         difference: true difference of the shares.
         seed_sd: standard deviation of a seed's true difference.
-        discordant: share of the prompts that one arm alone answers, before the difference is added.
+        discordant: share of the prompts that one arm alone answers.
         common: share of the prompts at which all seeds have the same outcome.
     """
 
-    def outcomes(*shape: int) -> np.ndarray:
-        return np.where(rng.random(shape) < 0.5, 1, -1) * (rng.random(shape) < discordant)
-
-    same = rng.random(PROMPTS) < common
-    values = np.where(same, outcomes(PROMPTS), outcomes(SEEDS, PROMPTS))
     shifts = rng.normal(difference, seed_sd, (SEEDS, 1))
-    return np.clip(values + np.sign(shifts) * (rng.random((SEEDS, PROMPTS)) < np.abs(shifts)), -1, 1)
+    # One draw for all seeds of a prompt, or one for each: below the first edge -1, above the second 1.
+    draws = np.where(rng.random(PROMPTS) < common, rng.random(PROMPTS), rng.random((SEEDS, PROMPTS)))
+    return (draws > 1 - (discordant + shifts) / 2).astype(int) - (draws < (discordant - shifts) / 2)
 
 
 def power_rows(draws: int = 2000) -> Iterator[Sequence[object]]:

@@ -58,7 +58,7 @@ def measure(folder: Path, prompts: Path, out: Path, names: Sequence[str], about:
             "answers": [sample["resps"][0][0] for sample in strict],
         }
 
-    about = {**about, "prompts": len(questions), "expected": as_text(expected)}
+    about = {**about, "prompts": len(questions), "expected": as_text(expected), **e1_measure.identity(folder)}
     e1_measure.measure_rules(out, names, about, measured)
 
 

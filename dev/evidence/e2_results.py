@@ -15,7 +15,7 @@ from dev.evidence.experiment import Arm
 from sdlm_megatron.evaluation import intervals, signatures
 from sdlm_megatron.evaluation.page import change, number, percent
 
-KEPT = (*e1_measure.KEPT, "repeated", "ended", "flexible")
+KEPT = (*e1_measure.COUNTS, "repeated", "ended", "flexible")
 """Fields of a decoding rule besides `exact`."""
 LEARNING_RATE = 1e-4
 _D4 = Arm("d4", "SDLM, D = 4", row_length=1344)

@@ -10,7 +10,7 @@ from helpers import assert_bitwise, run_python, tensors
 
 from dev.evidence import e1, e1_results, mask_row, train_arms
 from dev.evidence.e1_measure import read_vectors
-from dev.evidence.e1_results import Key
+from dev.evidence.e1_results import E1_ARMS, Key
 from sdlm_megatron.data.tokenizer_identity import vocabulary_size
 from sdlm_megatron.weights.hf_config import read_hf_config
 from sdlm_megatron.weights.shape import find_mask_token
@@ -18,13 +18,14 @@ from tests.parity import decode_oracle as o
 from tests.parity import exported
 
 REPO = Path(__file__).parents[2]
-# Nothing lies beyond the only rate: the wider ones are the same.
-SMALL = e1.Design(arms=("d4_causal",), grid=(1e-3,), wider=(1e-3, 1e-3), seeds=(0,), steps=2, budgets=())
+SMALL = e1.Design(arms=("d4_causal",), seeds=(0,), steps=2, budgets=())
 
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_lines_become_vectors(tmp_path, capsys) -> None:
+def test_lines_become_vectors(tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(e1, "FIRST_RATES", (1e-3,))  # and nothing lies beyond it
+    monkeypatch.setattr(e1, "RATES", (1e-3,))
     out = tmp_path / "e1"
     (out / "data").mkdir(parents=True)
     lines = [{"prompt": f"add {i} to total.", "expected": f"total += {i}", "line": i} for i in range(40)]
@@ -32,22 +33,26 @@ def test_lines_become_vectors(tmp_path, capsys) -> None:
         (out / "data" / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in taken))
     campaign = e1.LineCampaign(out, exported.export("trained_d4", tmp_path / "base"), SMALL)
     campaign.run(jobs=1)
-    assert "learning rates: 1 models to train, 1 to measure" in capsys.readouterr().out
+    assert "learning rates of d4_causal: 1 models to train, 1 to measure" in capsys.readouterr().out
     path = out / "results" / f"{Key('d4_causal', 1e-3, 2, 0).name}-test.json"
     rules = read_vectors(path)["rules"]
     assert list(rules) == ["n1", "p98", "p90", "self", "lossless"]
-    assert rules["lossless"]["exact"] == rules["n1"]["exact"] and rules["n1"]["tokens"] == rules["n1"]["passes"]
-    assert sum(rules["lossless"]["tokens"]) == sum(rules["n1"]["tokens"])
+    assert rules["n1"]["tokens"] == rules["n1"]["passes"]
+    assert all(rules["lossless"][name] == rules["n1"][name] for name in ("exact", "tokens", "checksums"))
     kept = json.loads(path.read_text())
     del kept["rules"]["p90"]
     path.write_text(json.dumps(kept))
     campaign.run(jobs=1)
     printed = capsys.readouterr().out
-    assert "comparison: 0 models to train, 1 to measure" in printed and "learning rates: 0 models to train" in printed
+    assert "seed 0 of d4_causal: 0 models to train, 1 to measure" in printed
+    assert "learning rates of d4_causal: 0 models to train, 0 to measure" in printed
     assert read_vectors(path)["rules"] == rules
     e1.main(["collect", "--out", str(out), "--results", str(tmp_path / "vectors")])
     assert (tmp_path / "vectors" / e1_results.NEW).read_text() == "00111111\n"
-    assert "SDLM" in e1_results.tables(tmp_path / "vectors", 2)["main"]
+    results = e1_results.read_folder(tmp_path / "vectors")
+    assert [row[0] for row in e1_results.main_rows(e1_results.Comparison(results, 2))][:1] == [
+        E1_ARMS["d4_causal"].text
+    ]
 
 
 @pytest.mark.distributed

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from dev.evidence import django_lines, e1, e1_results
+from dev.evidence import django_lines, e1, e1_measure, e1_results
 from dev.evidence.e1_results import COUNTS, E1_ARMS, STEPS, Key, rules_of
 from dev.evidence.e1_statistics import Crossed, crossed, gap, holm, tokens_per_pass
 from sdlm_megatron.errors import DataError
@@ -72,12 +72,13 @@ def test_one_seed_has_no_interval_and_no_verdict() -> None:
 def write_vectors(folder: Path, shares: dict[str, float], seeds: int = 4) -> None:
     """Vectors of all arms with these shares of exact answers at 1e-4, which is better than 3e-4."""
     rng, count = np.random.default_rng(3), 600
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     for arm, share in shares.items():
         for lr, part, seed in [(1e-4, "dev", 0), (3e-4, "dev", 0), *((1e-4, "test", s) for s in range(seeds))]:
             exact = (rng.random(count) < share * (0.5 if lr > 1e-4 else 1)).astype(int)
             row = {"exact": "".join(map(str, exact)), "tokens": " ".join(["12"] * count)}
-            rules = {rule: {**row, "passes": " ".join(["6"] * count)} for rule in rules_of(arm, part)}
+            shared = {**row, "passes": " ".join(["6"] * count), "checksums": " ".join(["1"] * count)}
+            rules = dict.fromkeys(rules_of(arm, part), shared)
             key = Key(arm, lr, STEPS, seed)
             value = {**vars(key), "part": part, "prompts": count, "rules": rules}
             (folder / f"{key.name}-{part}.json").write_text(json.dumps(value))
@@ -150,8 +151,66 @@ def test_no_table_before_all_models_are_measured(tmp_path) -> None:
     shares = {"ar": 0.9, "d4": 0.6, "d4_nt": 0.93, "d4_causal": 0.885}
     write_vectors(tmp_path, shares, seeds=3)
     assert set(e1_results.tables(tmp_path, STEPS).values()) == {""}
-    write_vectors(tmp_path, shares, seeds=4)
-    assert e1_results.tables(tmp_path, STEPS)["verdicts"]
+    write_vectors(tmp_path, shares)
+    made = e1_results.tables(tmp_path, STEPS)
+    assert all(made.values())
+    # A fifth of the checksums of one rule of one model is changed, then the rule removed.
+    path = tmp_path / Key("d4_causal", 1e-4, STEPS, 2).file("test")
+    value = json.loads(path.read_text())
+    value["rules"]["lossless"]["checksums"] = " ".join(["1", "1", "2", "1", "1"] * 120)
+    path.write_text(json.dumps(value))
+    changed = e1_results.tables(tmp_path, STEPS)
+    assert "| 2 | 600 | 120 |" in changed["lossless"] and "| 3 | 600 | 0 |" in changed["lossless"]
+    assert {name for name in made if made[name] != changed[name]} == {"lossless"}
+    del value["rules"]["p90"]
+    path.write_text(json.dumps(value))
+    assert set(e1_results.tables(tmp_path, STEPS).values()) == {""}
+
+
+def test_test_prompts_are_answered_with_the_rate_of_dev(tmp_path) -> None:
+    write_vectors(tmp_path, {"ar": 0.9, "d4": 0.6})
+    path = tmp_path / Key("d4", 1e-4, STEPS, 0).file("test")
+    other = Key("d4", 3e-4, STEPS, 0)
+    (tmp_path / other.file("test")).write_text(path.read_text().replace('"lr": 0.0001', '"lr": 0.0003'))
+    with pytest.raises(DataError, match=r"another learning rate.*\n.*d4-3e-04-150-0-test.json"):
+        e1_results.tables(tmp_path, STEPS)
+
+
+def test_results_are_committed_once_and_whole(tmp_path, capsys) -> None:
+    out, folder = tmp_path / "out", tmp_path / "committed"
+    write_vectors(out / "results", {"ar": 0.9, "d4": 0.6}, seeds=1)
+    (out / "data").mkdir()
+    for part in ("train", "test"):
+        (out / "data" / f"{part}.jsonl").write_text('{"prompt": "a", "expected": "b", "line": 1}\n')
+    path = out / "results" / Key("d4", 1e-4, STEPS, 0).file("test")
+    value = json.loads(path.read_text())
+    whole = dict(value["rules"])
+    del value["rules"]["p90"]
+    path.write_text(json.dumps(value))
+    words = ["collect", "--out", str(out), "--results", str(folder)]
+    e1.main(words)
+    assert "5 complete results" in capsys.readouterr().out and not (folder / path.name).exists()
+    path.write_text(json.dumps({**value, "rules": whole}))
+    e1.main(words)
+    kept = (folder / path.name).read_text()
+    path.write_text(json.dumps({**value, "rules": whole, "train_seconds": 1}))
+    with pytest.raises(DataError, match="measured this model again"):
+        e1.main(words)
+    assert (folder / path.name).read_text() == kept
+
+
+def test_rules_of_another_model_are_measured_again(tmp_path) -> None:
+    measured: list[str] = []
+
+    def measure(name: str) -> dict[str, str]:
+        measured.append(name)
+        return {"exact": "1", "tokens": "2", "passes": "1", "checksums": "3"}
+
+    about = {"weights": "a", "prompts": 1}
+    for names, facts in ((["n1"], about), (["n1", "p98"], about), (["n1", "p98"], {**about, "weights": "b"})):
+        e1_measure.measure_rules(tmp_path / "v.json", names, facts, measure)
+    assert measured == ["n1", "p98", "n1", "p98"]
+    assert e1_measure.read_vectors(tmp_path / "v.json")["weights"] == "b"
 
 
 def test_data_set_is_split_in_order_and_checked(tmp_path) -> None:
@@ -184,9 +243,10 @@ def test_plan_is_older_than_the_first_result_and_was_only_added_to(experiment: s
     first = added[-1]
     assert git("show", "--name-only", "--format=", first).split() == [plan]
     assert (REPO / plan).read_text().startswith(git("show", f"{first}:{plan}"))
+    last = git("log", "-1", "--format=%H", "--", plan).strip()
     results = git("log", "--diff-filter=A", "--format=%H", "--", RESULTS.format(experiment)).split()
     for result in results[-1:]:
-        assert first != result and first in git("rev-list", result).split()
+        assert last != result and last in git("rev-list", result).split()
 
 
 def test_tables_of_the_document_are_those_of_the_vectors() -> None:
