@@ -25,7 +25,7 @@ from typing import Any
 
 from dev.evidence import e1_results
 from dev.evidence.django_lines import new_prompts, read_part, write_parts
-from dev.evidence.e1_measure import read_vectors
+from dev.evidence.e1_measure import KEPT, read_vectors
 from dev.evidence.e1_results import E1_ARMS, FIRST_RATES, RATES, STEPS, Key, best_rate, rules_of
 from dev.evidence.e1_statistics import power_rows
 from dev.evidence.evidence_tables import markdown
@@ -113,6 +113,7 @@ class LineCampaign:
 
     training: type[LineTraining] = LineTraining
     measured_by = "dev.evidence.e1_measure"
+    kept: Sequence[str] = KEPT
 
     def __init__(self, out: Path, base: Path, design: Design) -> None:
         self.out, self.base, self.design = out, base, design
@@ -152,11 +153,11 @@ class LineCampaign:
 
     def results(self) -> dict[tuple[Key, str], dict]:
         """Vectors measured so far."""
-        return e1_results.read_folder(self.out / "results")
+        return e1_results.read_folder(self.out / "results", self.kept)
 
     def missing(self, job: LineJob) -> bool:
         path = self.out / "results" / job.key.file(job.part)
-        return not path.exists() or not set(job.rules) <= read_vectors(path)["rules"].keys()
+        return not path.exists() or not set(job.rules) <= read_vectors(path, self.kept)["rules"].keys()
 
     def run(self, jobs: int) -> None:
         """All phases, `jobs` models at a time.

@@ -16,10 +16,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from dev.evidence import e2_results
+from dev.evidence import e1_results, e2_results
 from dev.evidence.django_lines import check_file, read_part
-from dev.evidence.e1 import Design, LineCampaign, LineJob, LineTraining, campaign_parser, take_measured
-from dev.evidence.e1_measure import read_vectors
+from dev.evidence.e1 import Design, LineCampaign, LineJob, LineTraining, add_results, campaign_parser, take_measured
 from dev.evidence.e1_results import Key
 from dev.evidence.e2_results import E2_ARMS, KEPT, LEARNING_RATE, number_behind_mark
 from sdlm_megatron.config.command_line import CommandParser
@@ -34,17 +33,17 @@ SHA256 = {
 }
 """Files of the data set's folder grade_school_math/data."""
 CALCULATOR = re.compile(r"<<[^<>]*>>")
-FEW = 256
-"""Test questions for the untouched model: the first ones."""
-STEPS = 256
-STEP_SECONDS = {"ar": 14.0, "d4": 23.0, "d4_nt": 24.5}
-"""Seconds of a step on two cores that do 85 GFLOP/s each in fp32, computed from the plan's rows, not measured."""
-ANSWER_SECONDS = {"n1": 1.4, "p98": 2.6, "p90": 2.3}
+QUESTIONS = 256
+"""Test questions that are answered: the first ones."""
+STEPS = 128
+STEP_SECONDS = {"ar": 16.0, "d4": 30.0, "d4_nt": 31.0}
+"""Seconds of a step on two cores that do 70 GFLOP/s each in fp32, computed from the plan's rows, not measured."""
+ANSWER_SECONDS = {"n1": 1.6, "p98": 4.9, "p90": 4.2}
 """Seconds of an answer by rule, computed as above."""
 
 
 def write_problems(folder: Path, out: Path, *, checked: bool = True) -> None:
-    """Writes OUT/train.jsonl, test.jsonl and few.jsonl, rows {prompt, expected}, without calculator annotations.
+    """Writes OUT/train.jsonl and test.jsonl, rows {prompt, expected}, without calculator annotations.
 
     Args:
         folder: the clone of the data set.
@@ -59,9 +58,9 @@ def write_problems(folder: Path, out: Path, *, checked: bool = True) -> None:
             {"prompt": row["question"].strip(), "expected": CALCULATOR.sub("", row["answer"]).strip()}
             for row in read_part(path)
         ]
-        for name, taken in ((part, rows), *([("few", rows[:FEW])] if part == "test" else [])):
-            write_text(out / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in taken))
-            print(f"{out / name}.jsonl: {len(taken):,} questions")
+        taken = rows[:QUESTIONS] if part == "test" else rows
+        write_text(out / f"{part}.jsonl", "".join(json.dumps(row) + "\n" for row in taken))
+        print(f"{out / part}.jsonl: {len(taken):,} questions")
 
 
 class ProblemTraining(LineTraining):
@@ -90,7 +89,7 @@ class ProblemJob(LineJob):
 
     @property
     def rules(self) -> tuple[str, ...]:
-        return ("n1", "p98", "p90") if E2_ARMS[self.key.arm].block_size > 1 else ("n1",)
+        return e2_results.rules_of(self.key.arm)
 
 
 class ProblemCampaign(LineCampaign):
@@ -98,13 +97,14 @@ class ProblemCampaign(LineCampaign):
 
     training = ProblemTraining
     measured_by = "dev.evidence.e2_measure"
+    kept = KEPT
 
     def phases(self) -> Iterator[tuple[str, list[LineJob]]]:
         """Name and jobs of the two phases."""
         arms = [arm for arm in self.design.arms if arm != "base"]
         yield "fine-tuned", [ProblemJob(Key(arm, LEARNING_RATE, self.design.steps, 0), "test") for arm in arms]
         if "base" in self.design.arms:
-            yield "untouched", [ProblemJob(Key("base", 0.0, 0, 0), "few")]
+            yield "untouched", [ProblemJob(Key("base", 0.0, 0, 0), "test")]
 
     def step_seconds(self, job: LineJob) -> float:
         return STEP_SECONDS.get(job.key.arm, 0.0)
@@ -118,7 +118,7 @@ DESIGN = replace(Design(), arms=tuple(E2_ARMS), steps=STEPS)
 
 def run(args: argparse.Namespace) -> None:
     """Prepares the data and runs the campaign, one model at a time on two cores."""
-    if not (args.out / "data" / "few.jsonl").exists():
+    if not (args.out / "data" / "test.jsonl").exists():
         if args.dataset is None:
             fix = "--dataset DIR, a clone of https://github.com/openai/grade-school-math"
             raise DataError("the data set is not there yet", str(args.out / "data"), fix)
@@ -129,11 +129,11 @@ def run(args: argparse.Namespace) -> None:
 
 def collect(args: argparse.Namespace) -> None:
     """Copies complete vectors to the results folder, without the answers, after an own count of the exact ones."""
-    args.results.mkdir(parents=True, exist_ok=True)
-    files = sorted((args.out / "results").glob("*.json"))
-    for path in files:
-        value, raw = read_vectors(path, KEPT), json.loads(path.read_text(encoding="utf-8"))
-        rows = read_part(args.out / "data" / f"{value['part']}.jsonl")
+    complete, faults = {}, []
+    for (key, part), value in e1_results.read_folder(args.out / "results", KEPT).items():
+        path = args.out / "results" / key.file(part)
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        rows = read_part(args.out / "data" / f"{part}.jsonl")
         for rule, row in raw["rules"].items():
             if "answers" not in row:
                 continue  # from docs/evidence/e2: checked when it was collected
@@ -144,10 +144,15 @@ def collect(args: argparse.Namespace) -> None:
                 if (number_behind_mark(answer) == number_behind_mark(question["expected"])) != exact
             ]
             if differ:
-                what = f"{rule}: lm_eval and the own count differ at questions {differ[:9]}"
-                raise DataError(what, str(path), "compare the answers there")
-        write_text(args.results / path.name, json.dumps(raw, indent=1) + "\n")
-    print(f"{len(files)} files in {args.results}")
+                faults.append(f"{path.name}, {rule}, questions {differ[:9]}")
+        if raw["rules"].keys() >= set(e2_results.rules_of(key.arm)):
+            complete[path.name] = json.dumps(raw, indent=1) + "\n"
+    add_results(
+        {name: text for name, text in complete.items() if not any(name in fault for fault in faults)}, args.results
+    )
+    if faults:
+        what = f"lm_eval and the own count differ: {'; '.join(faults)}"
+        raise DataError(what, str(args.out / "results"), "compare the answers there; the other results were copied")
 
 
 def build_parser() -> CommandParser:

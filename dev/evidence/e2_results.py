@@ -17,7 +17,7 @@ from sdlm_megatron.evaluation.page import change, number, percent
 
 KEPT = (*e1_measure.COUNTS, "repeated", "ended", "flexible")
 """Fields of a decoding rule besides `exact`."""
-LEARNING_RATE = 1e-4
+LEARNING_RATE = 3e-4
 _D4 = Arm("d4", "SDLM, D = 4", row_length=1344)
 E2_ARMS = {
     arm.name: arm
@@ -25,7 +25,7 @@ E2_ARMS = {
         Arm("ar", "autoregressive (D = 1)", block_size=1, row_length=800),
         _D4,
         replace(_D4, name="d4_nt", text="SDLM, D = 4, with the next-token loss", next_token_weight=1.0),
-        Arm("base", "untouched model, first questions only", block_size=1),
+        Arm("base", "untouched model", block_size=1),
     )
 }
 LENGTHS = ("short", "middle", "long")
@@ -34,11 +34,19 @@ Answers = Mapping[tuple[str, str], dict[str, Any]]
 """(arm, rule) to its vectors and those of the reference answers, `expected`."""
 
 
+def rules_of(arm: str) -> tuple[str, ...]:
+    """Decoding rules that are measured of an arm."""
+    return ("n1", "p98", "p90") if E2_ARMS[arm].block_size > 1 else ("n1",)
+
+
 def number_behind_mark(answer: str) -> str:
-    """The number behind the first "#### ", "" without one: a count of exact answers that does not use lm_eval."""
-    rest = answer.partition("#### ")[2]
-    end = next((i for i, letter in enumerate(rest) if letter not in "-0123456789.,"), len(rest))
-    return rest[:end].replace(",", "").removesuffix(".")
+    """The number behind the first "#### " that a number follows, "" without one: a count that does not use lm_eval."""
+    for rest in answer.split("#### ")[1:]:
+        sign, digits = ("-", rest[1:]) if rest.startswith("-") else ("", rest)
+        end = next((i for i, letter in enumerate(digits) if letter not in "0123456789.,"), len(digits))
+        if end:
+            return sign + digits[:end].replace(",", "").removesuffix(".")
+    return ""
 
 
 def read_answers(folder: Path) -> dict[tuple[str, str], dict[str, Any]]:
@@ -99,8 +107,10 @@ def length_rows(answers: Answers) -> Rows:
 
 
 def tables(folder: Path) -> dict[str, str]:
-    """Name to Markdown of every table; "" without results."""
+    """Name to Markdown of every table; "" before all models are measured."""
     answers = read_answers(folder)
+    if not {(arm, rule) for arm in E2_ARMS for rule in rules_of(arm)} <= answers.keys():
+        return dict.fromkeys(("main", "differences", "lengths"), "")
     main = ("arm", "decoding", "questions", "exact", "last number", "tokens per pass", "tokens (reference)")
     signs = ("ended early", "no end", "repetition", "reference", "stalled")
     length = ("arm", "decoding", "answers", "questions", "exact", "tokens per pass", *signs)

@@ -20,9 +20,9 @@ from tests.parity import exported
 
 REPO = Path(__file__).parents[2]
 SYSTEM = "You are a helpful assistant."
-# The second "####" does not count, the comma and the final period do not matter; "$" has no number behind it.
-ANSWERS = ("It is 1,0.\n#### 1,000.", "#### 5 #### 6", "The answer is 5", "#### $5", "#### -7", "")
-WANTED = ("1000", "6", "5", "5", "-7", "3")
+# The first "#### " with a number counts, up to the next other character; commas and a final period do not matter.
+ANSWERS = ("It is 1,0.\n#### 1,000.", "#### 5 #### 6", "The answer is 5", "#### $5", "#### -7", "", "#### $5 #### 5-3")
+WANTED = ("1000", "6", "5", "5", "-7", "3", "5")
 
 
 def question(i: int) -> str:
@@ -83,8 +83,10 @@ def test_problems_become_vectors(tmp_path, capsys) -> None:
     assert "fine-tuned: 0 models to train, 1 to measure" in capsys.readouterr().out
     assert read_vectors(path, KEPT)["rules"] == rules
     e2.main(["collect", "--out", str(out), "--results", str(tmp_path / "vectors")])
-    made = e2_results.tables(tmp_path / "vectors")
-    assert "untouched" in made["main"] and "next-token loss, τ = .98 | SDLM" in made["differences"]
+    assert set(e2_results.tables(tmp_path / "vectors").values()) == {""}  # ar and d4 are missing
+    answers = e2_results.read_answers(tmp_path / "vectors")
+    assert [row[0] for row in e2_results.main_rows(answers)][-1] == "untouched model"
+    assert len(list(e2_results.difference_rows(answers))) == 2
     assert "answers" not in (tmp_path / "vectors" / path.name).read_text()
 
 
@@ -103,30 +105,37 @@ def test_score_of_lm_eval_equals_an_own_count_of_the_stored_answers(tmp_path, mo
     folder = exported.export("trained_d4", tmp_path / "hf")
     e2_measure.measure(folder, prompts, out, ["n1"], about, 4)
     row = read_vectors(out, KEPT)["rules"]["n1"]
-    assert row["exact"] == [1, 0, 0, 0, 1, 0] and row["flexible"] == [1, 1, 1, 1, 1, 0]
+    assert row["exact"] == [1, 0, 0, 0, 1, 0, 1] and row["flexible"] == [1, 1, 1, 1, 1, 0, 0]
     assert row["exact"] == [int(number_behind_mark(a) == w) for a, w in zip(ANSWERS, WANTED, strict=True)]
     words = ["collect", "--out", str(tmp_path), "--results", str(tmp_path / "vectors")]
     e2.main(words)
-    out.write_text(out.read_text().replace('"exact": "100010"', '"exact": "100011"'))
-    with pytest.raises(DataError, match=r"differ at questions \[6\]"):
+    (tmp_path / "vectors" / out.name).unlink()
+    other = json.loads(out.read_text()) | {"arm": "base", "lr": 0.0}
+    out.with_name(Key("base", 0.0, 2, 0).file("test")).write_text(json.dumps(other))
+    out.write_text(out.read_text().replace('"exact": "1000101"', '"exact": "1000111"'))
+    with pytest.raises(DataError, match=r"ar-.*, n1, questions \[6\]"):
         e2.main(words)
+    # The file with the fault is not copied, the others are.
+    assert [path.name for path in (tmp_path / "vectors").iterdir()] == [Key("base", 0.0, 2, 0).file("test")]
 
 
 def test_tables_follow_from_vectors(tmp_path) -> None:
     """Nine questions: the last three have the longest reference answers and end early at τ = .98."""
     expected = {"tokens": "10 11 12 20 21 22 40 41 42", "repeated": "0 0 0 0 0 0 0 0 0"}
-    tokens = {"n1": "10 11 12 20 21 22 40 41 42", "p98": "10 11 12 20 21 22 10 11 40"}
-    passes = {"n1": tokens["n1"], "p98": "5 5 5 10 10 10 10 10 40"}
+    tokens = {"n1": "10 11 12 20 21 22 40 41 42", "p98": "10 11 12 20 21 22 10 11 40", "p90": "9 9 9 9 9 9 9 9 9"}
+    passes = {"n1": tokens["n1"], "p98": "5 5 5 10 10 10 10 10 40", "p90": tokens["p90"]}
     shared = {"repeated": "0 0 0 0 0 0 0 0 0", "ended": "1 1 1 1 1 1 1 1 0", "flexible": "1 1 1 1 1 1 1 1 1"}
     exact = {("ar", "n1"): "111111000", ("d4", "n1"): "111111111", ("d4", "p98"): "111111000"}
-    for arm, rules in (("ar", ["n1"]), ("d4", ["n1", "p98"])):
+    for arm in e2_results.E2_ARMS:
         key = Key(arm, 1e-4, 2, 0)
-        rows = {r: {"exact": exact[arm, r], "tokens": tokens[r], "passes": passes[r], **shared} for r in rules}
+        rows = {
+            r: {"exact": exact.get((arm, r), "1" * 9), "tokens": tokens[r], "passes": passes[r], **shared}
+            for r in e2_results.rules_of(arm)
+        }
         value = {**vars(key), "part": "test", "prompts": 9, "expected": expected, "rules": rows}
         (tmp_path / f"{key.name}-test.json").write_text(json.dumps(value))
-    made = {
-        name: [line.split(" | ") for line in text.splitlines()] for name, text in e2_results.tables(tmp_path).items()
-    }
+    complete = e2_results.tables(tmp_path)
+    made = {name: [line.split(" | ") for line in text.splitlines()] for name, text in complete.items()}
     assert made["main"][4][2] == "9" and made["main"][4][5].startswith("1.50 (")  # 157 tokens in 105 passes
     against = {(row[0], row[1]): row[2:] for row in made["differences"][2:]}
     gap = against["| SDLM, D = 4, n = 1", "autoregressive (D = 1), n = 1"]
