@@ -245,19 +245,19 @@ def budget_rows(results: ResultFiles) -> Rows:
         comparison = Comparison(results, steps)
         rates = {key.arm: key.lr for key, part in results if part == "test" and key.steps == steps}
         for arm in (name for name in E1_ARMS if name in comparison.seeds):
-            exact, speed = comparison.exact(arm, COUNTS[arm]), comparison.speed(arm, COUNTS[arm])
-            if exact is not None and speed is not None:
-                # Warm-up (an eighth of the steps) and decay (two fifths) have half of the rate on average.
-                total = rates[arm] * steps * (1 - 1 / 16 - 1 / 5)
-                seeds = len(comparison.with_rule(arm, COUNTS[arm]))
-                shown = (exact.interval, speed.interval)
-                if seeds == 1:  # over the prompts alone
-                    exacts, tokens, passes = (
-                        comparison.matrix(arm, COUNTS[arm], [0], field) for field in ("exact", "tokens", "passes")
-                    )
-                    shown = (intervals.share(exacts), intervals.ratio(tokens, passes))
-                cells = (f"{rates[arm]:g}", f"{total:.3f}", seeds, percent(shown[0]), number(shown[1]))
-                yield E1_ARMS[arm].text, steps, *cells
+            rule, seeds = COUNTS[arm], comparison.with_rule(arm, COUNTS[arm])
+            exact, speed = comparison.exact(arm, rule), comparison.speed(arm, rule)
+            if exact is None or speed is None:
+                continue
+            shown = (exact.interval, speed.interval)
+            if len(seeds) == 1:  # over the prompts alone
+                values = (list(comparison.matrix(arm, rule, seeds, field)) for field in ("exact", "tokens", "passes"))
+                exacts, tokens, passes = values
+                shown = (intervals.share(exacts), intervals.ratio(tokens, passes))
+            # Warm-up (an eighth of the steps) and decay (two fifths) have half of the rate on average.
+            total = rates[arm] * steps * (1 - 1 / 16 - 1 / 5)
+            cells = (f"{rates[arm]:g}", f"{total:.3f}", len(seeds), percent(shown[0]), number(shown[1]))
+            yield E1_ARMS[arm].text, steps, *cells
 
 
 def lossless_rows(comparison: Comparison) -> Rows:
