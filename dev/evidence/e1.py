@@ -105,7 +105,7 @@ class LineJob:
 
     @property
     def rules(self) -> tuple[str, ...]:
-        return rules_of(self.key.arm, self.part)
+        return rules_of(self.key, self.part)
 
 
 class LineCampaign:
@@ -257,9 +257,7 @@ def collect(args: argparse.Namespace) -> None:
     """Copies complete vectors to the results folder, and which test prompts are new."""
     results = LineCampaign(args.out, args.out, Design()).results()
     complete = [
-        key.file(part)
-        for (key, part), value in results.items()
-        if value["rules"].keys() >= set(rules_of(key.arm, part))
+        key.file(part) for (key, part), value in results.items() if value["rules"].keys() >= set(rules_of(key, part))
     ]
     add_results({name: (args.out / "results" / name).read_text(encoding="utf-8") for name in complete}, args.results)
     write_text(args.results / e1_results.NEW, new_prompts(args.out / "data") + "\n")

@@ -73,15 +73,16 @@ ResultFiles = Mapping[tuple[Key, str], dict[str, Any]]
 """(model, dev or test) to the content of its file."""
 
 
-def rules_of(arm: str, part: str) -> tuple[str, ...]:
-    """Decoding rules that are measured of an arm."""
+def rules_of(key: Key, part: str) -> tuple[str, ...]:
+    """Decoding rules that are measured of a model."""
+    arm = key.arm
     if part == "dev":
         # Lossless answers are those of n = 1, at twice the cost.
         return ("n1",) if COUNTS[arm] == "lossless" else (COUNTS[arm],)
     if E1_ARMS[arm].block_size == 1:
         return ("n1",)
-    most = E1_ARMS[arm].block_size <= 4
-    return ("n1", "p98", "p90", *(("self",) if most else ()), *(("lossless",) if COUNTS[arm] == "lossless" else ()))
+    more = {"self": key.seed == 0 and E1_ARMS[arm].block_size <= 4, "lossless": COUNTS[arm] == "lossless"}
+    return ("n1", "p98", "p90", *(rule for rule, measured in more.items() if measured))
 
 
 def read_folder(folder: Path, kept: Sequence[str] = KEPT) -> dict[tuple[Key, str], dict[str, Any]]:
@@ -109,7 +110,7 @@ def best_rate(results: ResultFiles, arm: str, steps: int) -> float:
     Raises:
         DataError: no rate was measured.
     """
-    rule = rules_of(arm, "dev")[0]
+    rule = rules_of(Key(arm, 0.0, steps, 0), "dev")[0]
     scores = {
         key.lr: sum(value["rules"][rule]["exact"])
         for (key, part), value in results.items()
@@ -135,7 +136,9 @@ class Comparison:
         """Whether all seeds of all compared arms have all their rules."""
         return all(
             sorted(self.seeds.get(arm, {})) == list(range(SEEDS))
-            and all(set(rules_of(arm, "test")) <= rules.keys() for rules in self.seeds[arm].values())
+            and all(
+                set(rules_of(Key(arm, 0.0, 0, seed), "test")) <= rules.keys() for seed, rules in self.seeds[arm].items()
+            )
             for arm in ("ar", *HYPOTHESES.values())
         )
 
@@ -198,7 +201,7 @@ def rate_rows(results: ResultFiles) -> Rows:
         results.items(), key=lambda item: (list(E1_ARMS).index(item[0][0].arm), item[0][0].lr)
     ):
         if part == "dev":
-            rule = rules_of(key.arm, "dev")[0]
+            rule = rules_of(key, "dev")[0]
             exact = value["rules"][rule]["exact"]
             chosen = "chosen" if key.lr == best_rate(results, key.arm, key.steps) else ""
             yield E1_ARMS[key.arm].text, f"{key.lr:g}", RULE_TEXTS[rule], percent(intervals.share([exact])), chosen

@@ -78,8 +78,8 @@ def write_vectors(folder: Path, shares: dict[str, float], seeds: int = 4) -> Non
             exact = (rng.random(count) < share * (0.5 if lr > 1e-4 else 1)).astype(int)
             row = {"exact": "".join(map(str, exact)), "tokens": " ".join(["12"] * count)}
             shared = {**row, "passes": " ".join(["6"] * count), "checksums": " ".join(["1"] * count)}
-            rules = dict.fromkeys(rules_of(arm, part), shared)
             key = Key(arm, lr, STEPS, seed)
+            rules = dict.fromkeys(rules_of(key, part), shared)
             value = {**vars(key), "part": part, "prompts": count, "rules": rules}
             (folder / f"{key.name}-{part}.json").write_text(json.dumps(value))
     (folder / e1_results.NEW).write_text("10" * (count // 2) + "\n")
