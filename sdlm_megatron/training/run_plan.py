@@ -319,8 +319,9 @@ def _resume(config: RunConfig, dataset: PackedDataset, folder: Path, notice: Not
     total, steps = _resumed_length(config, before["train"], dataset, state, notice)
     if run.get("base") and not (folder / "hf" / "config.json").exists():  # lost by earlier versions after a resume
         notice(
-            f"{folder / 'hf'} lacks the config and tokenizer of {run['base']}, and so will exports: stop, copy the "
-            "base's config.json, generation_config.json and tokenizer files there, and start again"
+            f"{folder / 'hf'} lacks the config and tokenizer of {run['base']}, and so will exports: stop the run; then "
+            "copy the base's config.json, generation_config.json and tokenizer files into the hf folder of the newest "
+            f"checkpoint in {folder.parent}, and start again"
         )
     if "base" in run and run["base"] != Path(config.checkpoint.base).name:
         if config.checkpoint.base:

@@ -269,6 +269,7 @@ def test_the_run_keeps_its_base_and_takes_the_rest(tmp_path: Path, data: PackedD
     new = ["--checkpoint.save_every=2", "--train.recompute=full", "--data.skip_rows=[3]", "--observe.log_every=5"]
     plan = make_run_plan(configured(tmp_path, *own, *new, f"--checkpoint.base={tmp_path}/other"), data, log.append)
     assert "hf lacks the config and tokenizer of first" in log[-2], "this checkpoint was saved without them"
+    assert f"into the hf folder of the newest checkpoint in {tmp_path}/run/ckpt, and start again" in log[-2]
     assert "other is not read: the run started from first and resumes" in log[-1]
     assert plan.config.checkpoint.base == "first" and plan.config.checkpoint.save_every == 2
     assert (plan.config.train.recompute, plan.config.data.skip_rows, plan.config.observe.log_every) == ("full", [3], 5)
