@@ -323,11 +323,13 @@ def _resume(config: RunConfig, dataset: PackedDataset, folder: Path, notice: Not
             "copy the base's config.json, generation_config.json and tokenizer files into the hf folder of the newest "
             f"checkpoint in {folder.parent}, and start again"
         )
-    if "base" in run and run["base"] != Path(config.checkpoint.base).name:
-        if config.checkpoint.base:
-            started = run["base"] or "random weights"
-            notice(f"checkpoint.base {config.checkpoint.base} is not read: the run started from {started} and resumes")
-        config = replace(config, checkpoint=replace(config.checkpoint, base=run["base"]))
+    for key, without in (("base", "random weights"), ("adapter", "no saved adapters")):
+        stated = getattr(config.checkpoint, key)
+        if key in run and run[key] != Path(stated).name:
+            if stated:
+                started = run[key] or without
+                notice(f"checkpoint.{key} {stated} is not read: the run started from {started} and resumes")
+            config = replace(config, checkpoint=replace(config.checkpoint, **{key: run[key]}))
     return RunPlan(config, replace(state, shape=shape), folder, "resume", folder / "hf", None, total, steps)
 
 
