@@ -37,7 +37,8 @@ def model_card(config: HFConfig, dtype: str, run: Mapping[str, Any], name: str, 
 
 
 def _head(config: HFConfig, sdlm: SDLMSettings, dtype: str, run: Mapping[str, Any], name: str) -> str:
-    base = f" Trained from {markdown(str(run['base']))}." if run.get("base") else ""
+    start = f" Trained from {markdown(str(run.get('base')))}{_adapter(run, ' with the adapters')}."
+    base = start if run.get("base") else ""
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -92,7 +93,7 @@ library_name: peft
 # {markdown(name)}
 
 Adapters (LoRA) and the mask token's row of the embedding, trained for SDLM (arXiv 2509.24007) beside the frozen weights
-of {markdown(base or "a base")}.
+of {markdown(base or "a base")}{_adapter(run, ", from the adapters")}.
 
 ```python
 from peft import PeftModel
@@ -109,6 +110,10 @@ sdlm import --hf BASE_MODEL --mask-token '<text_mask>' --out BASE_CHECKPOINT
 sdlm export --ckpt BASE_CHECKPOINT --out BASE
 ```
 {recipe}"""
+
+
+def _adapter(run: Mapping[str, Any], words: str) -> str:
+    return f"{words} {markdown(str(run['adapter']))}" if run.get("adapter") else ""
 
 
 def _recipe(run: Mapping[str, Any]) -> str:

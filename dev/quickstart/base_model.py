@@ -18,8 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from gguf import GGUFReader, dequantize
+from gguf.gguf_reader import ReaderTensor
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
@@ -45,6 +47,9 @@ LAYER_NAMES = {
 }
 """GGUF name of a layer's tensor to its Hugging Face name."""
 OUTER_NAMES = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight"}
+TIED = 0.25
+"""Norm of the difference of two copies of one matrix, as a share of its norm, above which they are two matrices. 4 bits
+make a difference of 0.09, unrelated matrices of 1.4."""
 PRE_TOKENIZERS = {
     "smollm": [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)],
     "qwen2": [
@@ -161,13 +166,14 @@ def write_gguf_model(path: Path, folder: Path, template: str | None = None) -> N
         template: chat template; None: the file's own.
 
     Raises:
-        CheckpointError: another tokenizer than those of PRE_TOKENIZERS.
+        CheckpointError: another architecture than those of CLASSES, another tokenizer than those of PRE_TOKENIZERS, or
+            a head of its own.
     """
     reader = GGUFReader(path)
     fields = {name: field.contents() for name, field in reader.fields.items()}
-    config = _config(fields)
+    config = _config(fields, str(path))
     weights = folder / "model.safetensors"
-    save_file(_weights(reader, config), weights, metadata={"format": "pt"})
+    save_file(_weights(reader, config, str(path)), weights, metadata={"format": "pt"})
     weights.chmod(folder.stat().st_mode & 0o666)  # safetensors creates files that only their owner can read
     write_json(folder / "config.json", config)
     ids = {k: v for k, v in config.items() if k.endswith("_token_id")}
@@ -175,8 +181,11 @@ def write_gguf_model(path: Path, folder: Path, template: str | None = None) -> N
     _write_tokenizer(fields, folder, template or fields["tokenizer.chat_template"], str(path))
 
 
-def _config(fields: Mapping[str, Any]) -> dict[str, Any]:
+def _config(fields: Mapping[str, Any], where: str) -> dict[str, Any]:
     kind = fields["general.architecture"]
+    if kind not in CLASSES:
+        what = f"the architecture is {kind!r:.60}, not one of {', '.join(CLASSES)}"
+        raise CheckpointError(what, where, "use a file of one of these")
     shape = {name.removeprefix(f"{kind}."): value for name, value in fields.items()}
     hidden, heads = shape["embedding_length"], shape["attention.head_count"]
     llama = {"head_dim": hidden // heads, "attention_bias": False, "mlp_bias": False}
@@ -203,12 +212,29 @@ def _config(fields: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _weights(reader: GGUFReader, config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+def _check_tied(head: ReaderTensor, embedding: ReaderTensor, where: str) -> None:
+    """CheckpointError unless two matrices are one, stored with different precision."""
+    apart = size = 0.0
+    same = head.shape.tolist() == embedding.shape.tolist()
+    for start in range(0, len(head.data) if same else 0, 4096):
+        rows = slice(start, start + 4096)
+        ours, theirs = (dequantize(item.data[rows], item.tensor_type) for item in (head, embedding))
+        apart += float(np.square(ours - theirs).sum())
+        size += float(np.square(ours).sum())
+    if not same or apart > TIED**2 * size:
+        what = "output.weight and token_embd.weight differ: the head is a matrix of its own"
+        raise CheckpointError(what, where, "use a model with tied embeddings")
+
+
+def _weights(reader: GGUFReader, config: Mapping[str, Any], where: str) -> dict[str, torch.Tensor]:
     permuted = {}
     if config["model_type"] == "llama":
         permuted = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
     # Some files hold the tied matrix twice, as output.weight with more bits.
-    twice = any(item.name == "output.weight" for item in reader.tensors)
+    stored = {item.name: item for item in reader.tensors}
+    twice = "output.weight" in stored
+    if twice and "token_embd.weight" in stored:
+        _check_tied(stored["output.weight"], stored["token_embd.weight"], where)
     outer = OUTER_NAMES | ({"output.weight": OUTER_NAMES["token_embd.weight"]} if twice else {})
     weights = {}
     for item in reader.tensors:

@@ -46,12 +46,13 @@ def read_prompts(path: Path, most: int = 0, *, answered: bool = True) -> list[He
     """The first `most` prompts of a JSONL file of {"prompt": …, "expected": …}; 0: all.
 
     Args:
-        answered: every prompt has an expected answer; False: a line may leave it out.
+        answered: every prompt has an expected answer; False: a line may leave it out, or have null or "" there.
 
     Raises:
         DataError: the file cannot be read or has no prompts, or a line lacks a field.
     """
     fix = 'each line is an object {"prompt": text, "expected": text}'
+    fix += "" if answered else "; expected may be left out"
     try:
         lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")  # a text may hold U+2028
     except (OSError, UnicodeDecodeError) as error:
@@ -66,11 +67,12 @@ def read_prompts(path: Path, most: int = 0, *, answered: bool = True) -> list[He
             row = json.loads(line)
         except ValueError as error:
             raise DataError(f"not JSON: {error}", where, fix) from None
+        fields = row if isinstance(row, dict) else {}
         for field in ("prompt", "expected"):
-            absent = field == "expected" and not answered and isinstance(row, dict) and field not in row
-            if not absent and (not isinstance(row, dict) or not isinstance(row.get(field), str) or not row[field]):
+            value, optional = fields.get(field), field == "expected" and not answered
+            if not (isinstance(value, str) and value) and not (optional and value in (None, "")):
                 raise DataError(f"no text under {field!r}", where, fix)
-        prompts.append(HeldOutPrompt(row["prompt"], row.get("expected", "")))
+        prompts.append(HeldOutPrompt(fields["prompt"], fields.get("expected") or ""))
     return prompts
 
 

@@ -133,17 +133,11 @@ def _add_sweep(page: Page, sweeps: Results) -> None:
 
 def _add_signatures(page: Page, sweeps: Results) -> None:
     if any(result_files.signatures_of(seeds) for seeds in sweeps.values()):
-        section = page.section("signatures", "Failure signatures")
-        section.text(
-            f"Repetition: runs of {GRAM} tokens that occurred earlier in the same answer. Early end: answers that end "
-            "before half of the expected length. No end: answers cut at the length of the longest expected one. "
-            f"Stall: answers of at least {STALL_TOKENS} tokens with fewer than {STALL_RATE} tokens per pass."
-        )
-        _signatures_table(section, sweeps, "rows")
+        _signatures_table(page.section("signatures", "Failure signatures"), sweeps, "rows")
 
 
 def _signatures_table(section: PageSection, results: Results, rows_name: str, **fields: str) -> None:
-    """A table of the signatures of all rows, unless there are none, and a note for each beyond its limit.
+    """Definitions and a table of the signatures of all rows, unless there are none; a note for each beyond its limit.
 
     Args:
         rows_name: of the rows in a result file.
@@ -159,6 +153,11 @@ def _signatures_table(section: PageSection, results: Results, rows_name: str, **
                 shares = (s.repetition, s.expected_repetition, s.early, s.cut, s.stalled)
                 rows.append((label, *key, length, s.answers, *("–" if x is None else f"{x:.1%}" for x in shares)))
     if rows:
+        section.text(
+            f"Repetition: runs of {GRAM} tokens that occurred earlier in the same answer. Early end: answers that end "
+            "before half of the expected length. No end: answers cut at the length of the longest expected one. "
+            f"Stall: answers of at least {STALL_TOKENS} tokens with fewer than {STALL_RATE} tokens per pass."
+        )
         names = ["repetition", "of the expected", "early end", "no end", "stall"]
         section.table(["", "decoding", *fields.values(), "expected tokens", "answers", *names], rows)
         for text in beyond:

@@ -52,8 +52,11 @@ def built_in_prompts() -> list[HeldOutPrompt]:
 def rules_of(settings: SDLMSettings, thresholds: Sequence[float]) -> list[DecodingRule]:
     """Rules that the server with the plugin is measured with; without `thresholds` that of the folder.
 
-    Lossless is among them where the model can be decoded so; the plugin may still refuse it.
+    Lossless is among them where the model can be decoded so; the plugin may still refuse it. A window of one token is
+    decoded alike by every rule.
     """
+    if settings.window == 1:
+        return [DecodingRule()]
     alg, n = settings.alg if settings.alg.endswith("_conf") else "prob_conf", settings.window
     rules = [DecodingRule(alg, n, tau, settings.product) for tau in thresholds or [settings.threshold]]
     lossless = [DecodingRule("lossless", n)] if settings.lossless else []

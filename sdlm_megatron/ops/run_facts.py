@@ -32,6 +32,7 @@ def run_facts(
     settings = asdict(config)
     return {
         "base": Path(config.checkpoint.base).name,
+        "adapter": Path(config.checkpoint.adapter).name,
         "settings": {section: settings[section] for section in _SECTIONS},
         "data_parallel": dp_size,
         "data": _data(Path(config.data.path).name, manifest),

@@ -319,14 +319,17 @@ def _resume(config: RunConfig, dataset: PackedDataset, folder: Path, notice: Not
     total, steps = _resumed_length(config, before["train"], dataset, state, notice)
     if run.get("base") and not (folder / "hf" / "config.json").exists():  # lost by earlier versions after a resume
         notice(
-            f"{folder / 'hf'} lacks the config and tokenizer of {run['base']}, and so will exports: stop, copy the "
-            "base's config.json, generation_config.json and tokenizer files there, and start again"
+            f"{folder / 'hf'} lacks the config and tokenizer of {run['base']}, and so will exports: stop the run; then "
+            "copy the base's config.json, generation_config.json and tokenizer files into the hf folder of the newest "
+            f"checkpoint in {folder.parent}, and start again"
         )
-    if "base" in run and run["base"] != Path(config.checkpoint.base).name:
-        if config.checkpoint.base:
-            started = run["base"] or "random weights"
-            notice(f"checkpoint.base {config.checkpoint.base} is not read: the run started from {started} and resumes")
-        config = replace(config, checkpoint=replace(config.checkpoint, base=run["base"]))
+    for key, without in (("base", "random weights"), ("adapter", "no saved adapters")):
+        stated = getattr(config.checkpoint, key)
+        if key in run and run[key] != Path(stated).name:
+            if stated:
+                started = run[key] or without
+                notice(f"checkpoint.{key} {stated} is not read: the run started from {started} and resumes")
+            config = replace(config, checkpoint=replace(config.checkpoint, **{key: run[key]}))
     return RunPlan(config, replace(state, shape=shape), folder, "resume", folder / "hf", None, total, steps)
 
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from sdlm_megatron.config.schema import LoraConfig, ModelConfig, RunConfig
+from sdlm_megatron.config.schema import PROJECTIONS, LoraConfig, ModelConfig, RunConfig
 from sdlm_megatron.errors import CheckpointError
-from sdlm_megatron.files import read_json_object, regular_file
+from sdlm_megatron.files import checked, read_json_object, regular_file
 from sdlm_megatron.weights.checkpoint_folder import TrainState, read_state
 from sdlm_megatron.weights.hf_weights import HFWeights
 from sdlm_megatron.weights.names import (
@@ -31,8 +31,13 @@ from sdlm_megatron.weights.torch_dist import TorchDist
 
 PREFIX = "base_model.model."
 """Before the names of a Hugging Face model in peft's files."""
-_OTHER_FORMS = ("use_rslora", "use_dora", "alpha_pattern", "rank_pattern", "layers_to_transform", "modules_to_save")
-"""Fields of adapter_config.json that make adapters of another form, where they are set."""
+_FORM: dict[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",),
+    "init_lora_weights": (None, True, False, "gaussian"),  # others change the base's weights
+    **dict.fromkeys(("use_rslora", "use_dora", "alpha_pattern", "rank_pattern"), (None, False, {})),
+    **dict.fromkeys(("layers_to_transform", "layer_replication", "modules_to_save"), (None, [])),
+}
+"""Fields of adapter_config.json, and the values that adapters of this project's form can have there."""
 
 
 def adapter_shapes(shape: ModelConfig, lora: LoraConfig) -> dict[str, Index]:
@@ -145,18 +150,20 @@ def _check_peft_config(folder: Path, lora: LoraConfig, mask_token_id: int, base:
     """CheckpointError unless adapter_config.json has the form that `peft_config` writes, with the run's values."""
     path = regular_file(folder, "adapter_config.json", CheckpointError)
     values = read_json_object(path, CheckpointError, "export the adapters again")
-    for field in _OTHER_FORMS:
-        if values.get(field):
-            what = f"{field} is {values[field]!r:.60}: adapters of another form than this project trains"
-            raise CheckpointError(what, str(path), "merge them into the base with peft, and start from that folder")
-    other, name = values.get("target_modules"), Path(str(values.get("base_model_name_or_path") or base)).name
-    targets = sorted(other) if isinstance(other, list) else other
-    listed = ",".join(map(str, targets)) if isinstance(targets, list) else targets
+    merge = "merge them into the base with peft, and start from that folder"
+    for field, usual in _FORM.items():
+        if values.get(field) not in usual:
+            what = f"{field} is {values.get(field)!r:.60}: adapters of another form than this project trains"
+            raise CheckpointError(what, str(path), merge)
+    rank = checked(values, "r", int, path, CheckpointError)
+    alpha = checked(values, "lora_alpha", float, path, CheckpointError)
+    targets, name = _targets(values), Path(str(values.get("base_model_name_or_path") or base)).name
+    known = isinstance(targets, list) and targets and {*targets} <= {*PROJECTIONS}
     same = "start from that base; of a copy with another name, write its name to base_model_name_or_path"
     for key, ours, theirs, fix in (
-        ("lora.rank", lora.rank, values.get("r"), f"--lora.rank={values.get('r')}"),
-        ("lora.alpha", lora.alpha, values.get("lora_alpha"), f"--lora.alpha={values.get('lora_alpha')}"),
-        ("lora.targets", sorted(lora.targets), targets, f"--lora.targets=[{listed}]"),
+        ("lora.rank", lora.rank, rank, f"--lora.rank={rank}"),
+        ("lora.alpha", lora.alpha, alpha, f"--lora.alpha={alpha}"),
+        ("lora.targets", sorted(lora.targets), targets, f"--lora.targets=[{','.join(targets)}]" if known else merge),
         ("checkpoint.base", base, name, same),
         (
             "the trained row of the embedding",
@@ -167,6 +174,14 @@ def _check_peft_config(folder: Path, lora: LoraConfig, mask_token_id: int, base:
     ):
         if ours != theirs:
             raise CheckpointError(f"{key} is {ours}, the adapters were trained with {theirs!s:.200}", str(path), fix)
+
+
+def _targets(values: Mapping[str, Any]) -> Any:
+    """target_modules in the form of sorted(lora.targets), or the value itself where it names no list of layers."""
+    targets = values.get("target_modules")
+    if targets == "all-linear":
+        targets = [*PROJECTIONS]
+    return sorted({*map(str, targets)}) if isinstance(targets, list) else targets
 
 
 def saved_adapters(config: RunConfig, shape: ModelConfig, mask_token_id: int) -> SavedAdapters | None:

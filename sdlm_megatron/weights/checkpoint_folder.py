@@ -117,7 +117,8 @@ def read_run(folder: Path) -> dict[str, Any]:
         return {}
     path = regular_file(folder, "run.json", CheckpointError)
     content = read_json_object(path, CheckpointError, "copy the checkpoint again")
-    kinds = {"base": str, "settings": dict, "data_parallel": int, "data": dict, "losses": dict, "versions": dict}
+    kinds = {"base": str, "adapter": str, "settings": dict, "data_parallel": int, "data": dict, "losses": dict}
+    kinds["versions"] = dict
     for key in content.keys() & kinds.keys():
         checked(content, key, kinds[key], path, CheckpointError)
     data = content.get("data", {})

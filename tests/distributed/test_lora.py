@@ -19,7 +19,7 @@ from sdlm_megatron.diffusion.row import MicroBatch
 from sdlm_megatron.errors import CheckpointError
 from sdlm_megatron.training.run_plan import make_run_plan
 from sdlm_megatron.weights.adapter_tensors import InitialAdapters, SavedAdapters, adapter_shapes
-from sdlm_megatron.weights.checkpoint_folder import read_state
+from sdlm_megatron.weights.checkpoint_folder import read_run, read_state
 from sdlm_megatron.weights.hf_config import read_hf_config
 from sdlm_megatron.weights.hf_weights import HFWeights
 from sdlm_megatron.weights.names import adapter_names, checkpoint_key, to_hf
@@ -227,6 +227,8 @@ def test_training_starts_from_exported_adapters(
     merged = losses(tmp_path / "of-merged", data, tmp_path / "merged", **first)
     started = losses(tmp_path / "started", data, base, 2, **SP, checkpoint__adapter=adapter, **first)
     assert started[0] == pytest.approx(merged[0], rel=1e-6) and started[0] < values[0] - 0.05
+    facts = read_run(tmp_path / "started" / "ckpt" / "step-0000001")
+    assert (facts["base"], facts["adapter"]) == ("hf", "adapter")
     trained, original = checkpoint(tmp_path / "started", 1), HFAsCheckpoint(HFWeights(base), shape, where=base)
     for name in original.names():
         now, then = whole(trained, name).clone(), whole(original, name)

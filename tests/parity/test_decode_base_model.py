@@ -106,8 +106,10 @@ def qwen_tokenizer() -> tuple[Any, list[str], list[int], list[str]]:
     return tokenizer, [*tokens, "[PAD]"], [*(types.get(text, 1) for text in tokens), 5], [" ".join(m) for m in merges]
 
 
-def write_qwen_gguf(path: Path, model: Any, tokens: list[str], types: list[int], merges: list[str]) -> None:
-    """The tied matrix is there twice; only output.weight has its values."""
+def write_qwen_gguf(
+    path: Path, model: Any, tokens: list[str], types: list[int], merges: list[str], noise: float = 0.05
+) -> None:
+    """The tied matrix is there twice; only output.weight has its values, token_embd.weight a share of noise beside."""
     writer = shape_writer(path, model, "qwen2")
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("qwen2")
@@ -119,7 +121,9 @@ def write_qwen_gguf(path: Path, model: Any, tokens: list[str], types: list[int],
     writer.add_chat_template(base_model.CHATML)
     inner = {hf: name for name, hf in base_model.LAYER_NAMES.items()}
     outer = {hf: name for name, hf in base_model.OUTER_NAMES.items()} | {"model.embed_tokens.weight": "output.weight"}
-    writer.add_tensor("token_embd.weight", np.zeros((len(tokens), model.config.hidden_size), np.float32))
+    tied = model.get_input_embeddings().weight.detach().numpy()
+    unlike = np.random.default_rng(0).normal(size=tied.shape).astype(np.float32)
+    writer.add_tensor("token_embd.weight", tied + noise * unlike * tied.std())
     for name, weight in model.named_parameters():
         target = outer.get(name)
         if target is None:
@@ -159,6 +163,18 @@ def test_qwen_in_six_wheels_becomes_the_same_model(tmp_path: Path, monkeypatch: 
     text = "I'LL do\n\n  e\u0301 1234 <tool_call><|im_end|>x  \t(do don't)\r\n"
     assert tokenizer(text).input_ids == reference.encode(text).ids
     assert tokenizer.chat_template == base_model.CHATML and sorted(p.name for p in tmp_path.glob("base*")) == ["base"]
+
+
+def test_what_a_gguf_file_cannot_become_is_refused(tmp_path: Path) -> None:
+    _, tokens, types, merges = qwen_tokenizer()
+    source = make_tiny_qwen(tmp_path / "source", None, 1, vocab=len(tokens))
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    write_qwen_gguf(tmp_path / "untied.gguf", model, tokens, types, merges, noise=0.5)
+    close(shape_writer(tmp_path / "gemma.gguf", model, "gemma"))
+    for name, message in (("untied", "the head is a matrix of its own"), ("gemma", "'gemma', not one of llama, qwen2")):
+        with pytest.raises(CheckpointError, match=message) as raised:
+            base_model.write_gguf_model(tmp_path / f"{name}.gguf", tmp_path)
+        assert raised.value.where == str(tmp_path / f"{name}.gguf")
 
 
 @pytest.fixture

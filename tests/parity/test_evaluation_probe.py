@@ -179,12 +179,19 @@ def test_options_out_of_range_are_refused(
 
 def test_lines_of_prompts_end_at_line_feeds_only(tmp_path: Path) -> None:
     rows = [{"prompt": "a\u2028b", "expected": "c\x85"}, {"prompt": "d"}]
+    rows += [{"prompt": "d", "expected": empty} for empty in (None, "")]
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
     (tmp_path / "p.jsonl").write_text("".join(lines), encoding="utf-8")
     read = read_prompts(tmp_path / "p.jsonl", answered=False)
-    assert read == [HeldOutPrompt("a\u2028b", "c\x85"), HeldOutPrompt("d", "")]
-    with pytest.raises(DataError, match="no text under 'expected'"):
+    assert read == [HeldOutPrompt("a\u2028b", "c\x85"), *[HeldOutPrompt("d", "")] * 3]
+    with pytest.raises(DataError, match="no text under 'expected'") as raised:
         read_prompts(tmp_path / "p.jsonl")
+    assert "left out" not in raised.value.fix
+    for wrong in ('{"prompt": "d", "expected": 3}', '{"expected": "c"}', "[]"):
+        (tmp_path / "p.jsonl").write_text(wrong)
+        with pytest.raises(DataError, match="no text under") as raised:
+            read_prompts(tmp_path / "p.jsonl", answered=False)
+        assert raised.value.fix.endswith("expected may be left out")
 
 
 @pytest.mark.parametrize(

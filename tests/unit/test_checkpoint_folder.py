@@ -212,6 +212,7 @@ RUNS: list[tuple[dict[str, Any], str]] = [
     ({"settings": []}, "settings is a list, not an object"),
     ({"settings": {"train": 3}}, "train is a whole number ('3'), not an object"),
     ({"base": 5}, "base is a whole number"),
+    ({"adapter": ["a"]}, "adapter is a list"),
     ({"data_parallel": "2"}, "data_parallel is text"),
     ({"losses": None}, "losses is null"),
     ({"losses": {"loss": "low"}}, "loss is text ('low'), not a number"),

@@ -1,6 +1,7 @@
 """On a CPU, the only rank of a group does not send gradients and weights to itself."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,10 @@ def test_only_a_copy_onto_itself_is_skipped(tmp_path: Path) -> None:
     cpu.install()
     import megatron.core.distributed.param_and_grad_buffer as buffers
 
+    collectives = buffers.dist_all_gather_func, buffers.dist_reduce_scatter_func
+    cuda: Any = torch.cuda
+    assert cuda.Event() is not cuda.Stream(), "stand-ins"
+    assert collectives == (buffers.dist_all_gather_func, buffers.dist_reduce_scatter_func), "wrapped once"
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         group, own, other = dist.group.WORLD, torch.arange(4.0), torch.zeros(4)

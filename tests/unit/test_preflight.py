@@ -302,6 +302,11 @@ def test_hashes_follow_the_resolved_configuration(tmp_path: Path) -> None:
     assert plain["code"] == hash_code()
     (tmp_path / "manifest.json").write_text("{}")
     assert hash_environment("sdlm_3b_d4", [f"--data.path={tmp_path}"])["data"] != plain["data"]
+    adapter = []
+    for rank in (3, 4):
+        (tmp_path / "adapter_config.json").write_text(f'{{"r": {rank}}}')
+        adapter.append(hash_environment("sdlm_3b_d4", [f"--checkpoint.adapter={tmp_path}"])["data"])
+    assert len({plain["data"], *adapter}) == 3
 
 
 def test_limits_come_from_the_cluster_file(tmp_path: Path) -> None:

@@ -264,14 +264,18 @@ def test_a_step_or_row_beyond_the_run_is_refused(tmp_path: Path, data: PackedDat
 def test_the_run_keeps_its_base_and_takes_the_rest(tmp_path: Path, data: PackedDataset) -> None:
     base = make_hf(tmp_path / "first")
     own = ["--model.num_layers=0", f"--checkpoint.base={base}"]
-    save(configured(tmp_path, *own), data, 3)
+    save(configured(tmp_path, *own), data, 3, adapter="tuned")
     log: list[str] = []
     new = ["--checkpoint.save_every=2", "--train.recompute=full", "--data.skip_rows=[3]", "--observe.log_every=5"]
-    plan = make_run_plan(configured(tmp_path, *own, *new, f"--checkpoint.base={tmp_path}/other"), data, log.append)
-    assert "hf lacks the config and tokenizer of first" in log[-2], "this checkpoint was saved without them"
-    assert "other is not read: the run started from first and resumes" in log[-1]
+    new += [f"--checkpoint.base={tmp_path}/other", "--checkpoint.adapter=OLD"]
+    plan = make_run_plan(configured(tmp_path, *own, *new), data, log.append)
+    assert "hf lacks the config and tokenizer of first" in log[-3], "this checkpoint was saved without them"
+    assert f"into the hf folder of the newest checkpoint in {tmp_path}/run/ckpt, and start again" in log[-3]
+    assert "other is not read: the run started from first and resumes" in log[-2]
+    assert "checkpoint.adapter OLD is not read: the run started from tuned and resumes" in log[-1]
     assert plan.config.checkpoint.base == "first" and plan.config.checkpoint.save_every == 2
     assert (plan.config.train.recompute, plan.config.data.skip_rows, plan.config.observe.log_every) == ("full", [3], 5)
     same = make_run_plan(configured(tmp_path, *own), data, log.append)
     assert same.config.checkpoint.base == str(base), "a base of the same name keeps its path"
-    assert run_facts(plan.config, data.manifest, {}, dp_size=1)["base"] == "first"
+    facts = run_facts(plan.config, data.manifest, {}, dp_size=1)
+    assert (facts["base"], facts["adapter"]) == ("first", "tuned")

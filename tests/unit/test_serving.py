@@ -250,6 +250,7 @@ def test_the_folders_rule_is_measured() -> None:
     assert serving.rules_of(SDLMSettings(**own), []) == [entropy, plain]
     causal = serving.rules_of(SDLMSettings(**own, causal_attn=True), [0.5])
     assert causal == [DecodingRule("entropy_conf", 2, 0.5, True), DecodingRule("lossless", 2), plain]
+    assert serving.rules_of(SDLMSettings(**{**own, "n": 1}, causal_attn=True), [0.5, 0.9]) == [plain]
 
 
 def test_rates_are_those_of_the_rows() -> None:

@@ -146,3 +146,4 @@ def test_page_pools_the_signatures_of_seeds(tmp_path, monkeypatch):
         section = section_of(text, kind)
         assert ["prob 0.98, n = 4", *cells, "0.0%", "0.0%", "50.0%", "0.0%", "100.0%"] in rows_of(section)
         assert f"D=4, prob 0.98, n = 4, {note}: 50% of the answers end before half" in section
+        assert "Repetition: runs of 4 tokens" in section, "a page may have this section alone"

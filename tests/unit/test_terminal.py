@@ -14,7 +14,7 @@ from helpers import ENV
 from rich.console import Console
 from rich.table import Table
 
-from checkpoints_tools.model_card import model_card
+from checkpoints_tools.model_card import adapter_card, model_card
 from sdlm_megatron.config.schema import ModelConfig, ParallelConfig, RunConfig
 from sdlm_megatron.diffusion.settings import SDLMSettings
 from sdlm_megatron.errors import ConfigError, make_console, markdown, neutral
@@ -174,11 +174,13 @@ def test_model_card_shows_the_names() -> None:
     name = HOSTILE + "\n---\n# x"
     source = {"name": name, "licence": name, "rows": 3}
     data = {"name": name, "sources": [source], "system_prompt": name}
-    run = {"base": name, "settings": asdict(RunConfig()), "data_parallel": 1, "data": data, "versions": {"torch": name}}
+    run = {"base": name, "adapter": name, "settings": asdict(RunConfig()), "data_parallel": 1, "data": data}
+    run["versions"] = {"torch": name}
     card = model_card(config, "bf16", run, name)
     assert "`forward(labels=...)` computes the plain next-token loss, not the loss over blocks" in card
     plain = model_card(config, "bf16", json.loads(json.dumps(run).replace(json.dumps(name), '"x"')), "x")
-    assert card.replace(markdown(name), "x") == plain
+    assert card.replace(markdown(name), "x") == plain and "Trained from x with the adapters x." in plain
+    assert f"{markdown(name)}, from the adapters {markdown(name)}." in adapter_card(name, run, name)
     assert not UNSAFE & set(card)
 
 

@@ -80,8 +80,10 @@ def hash_environment(config: str, overrides: Sequence[str]) -> dict[str, str]:
     if config:
         resolved = load_config(RunConfig, config, overrides, PRESETS)
         hashes["config"] = _hash(to_yaml(resolved).encode())
-        data, base = Path(resolved.data.path) / "manifest.json", Path(resolved.checkpoint.base) / "config.json"
-        hashes["data"] = _hash(_read_or_error(data) + b"\0" + _read_or_error(base))
+        start = resolved.checkpoint
+        files = [Path(resolved.data.path) / "manifest.json", Path(start.base) / "config.json"]
+        files += [Path(start.adapter) / "adapter_config.json"] if start.adapter else []
+        hashes["data"] = _hash(b"\0".join(map(_read_or_error, files)))
     return hashes
 
 
