@@ -15,9 +15,10 @@ SHELL := /bin/sh
 
 VENV := .venv
 PY := $(VENV)/bin/python
-STAMP := $(VENV)/.installed
 EXTRAS ?= test
 COMMA := ,
+# Of these extras: others than those installed so far are installed too.
+STAMP := $(VENV)/.installed-$(subst $(COMMA),-,$(EXTRAS))
 # TransformerEngine is compiled against the torch that is installed, so torch comes first.
 GPU := $(filter gpu,$(subst $(COMMA), ,$(EXTRAS)))
 CPU_EXTRAS := $(subst $() ,$(COMMA),$(strip $(filter-out gpu,$(subst $(COMMA), ,$(EXTRAS)))))

@@ -23,7 +23,8 @@ for ((i = 1; i <= $#; i++)); do
   next=$((i + 1))
   case ${!i} in
     --) break ;;
-    --cluster) cluster=(--cluster "${!next}") ;;
+    --cluster) cluster=(--cluster "${!next:-}") ;;
+    --cluster=*) cluster=("${!i}") ;;
     --dry-run) dry=true ;;
   esac
 done

@@ -29,6 +29,7 @@ from sdlm_megatron.training.run_plan import (
     resume_class,
 )
 from sdlm_megatron.weights.checkpoint_folder import checksums, step_folder
+from sdlm_megatron.weights.hf_config import read_hf_config
 
 MANIFEST = {"block_size": 8, "target_shift": False, "mask_token": "<file_sep>"}
 
@@ -137,6 +138,23 @@ def save(config: RunConfig, data: PackedDataset, step: int, **changes: Any) -> R
     (folder / "run.json").write_text(json.dumps({**run_facts(plan.config, data.manifest, {}, dp_size=1), **changes}))
     (folder / "complete.json").write_text(json.dumps(checksums(folder)))
     return plan
+
+
+def test_a_preset_accepts_the_row_that_the_mask_token_added(tmp_path: Path, data: PackedDataset) -> None:
+    """As with llama3.1-8b: the base's vocabulary is full, so the mask token adds a row that the preset lacks."""
+    base = make_hf(tmp_path / "base", vocab=data.manifest["mask_token_id"])
+    config = json.loads((base / "config.json").read_text())
+    for key in ("block_size", "causal_attn", "text_mask_token", "text_mask_token_id"):
+        del config[key]
+    (base / "config.json").write_text(json.dumps(config))
+    shape = [f"--model.{key}={value}" for key, value in vars(read_hf_config(base).shape).items()]
+    started = save(configured(tmp_path, *shape, f"--checkpoint.base={base}"), data, step=2)
+    assert started.new_mask and started.state.shape.vocab_size == data.manifest["mask_token_id"] + 1
+    resumed = make_run_plan(configured(tmp_path, *shape, f"--checkpoint.base={base}"), data, print)
+    assert resumed.kind == "resume" and resumed.state.shape == started.state.shape
+    wrong = configured(tmp_path, *shape, f"--model.vocab_size={started.state.shape.vocab_size + 1}")
+    with pytest.raises(ConfigError, match="vocab_size"):
+        make_run_plan(wrong, data, print)
 
 
 def trained(plan: RunPlan) -> list[int]:
