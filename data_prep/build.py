@@ -26,7 +26,7 @@ from rich.console import Console
 
 from data_prep.accounting import Accounting
 from data_prep.build_config import PRESETS, BuildConfig, SourceConfig, check, lasting
-from data_prep.build_report import dry_run, expected_rows, report, unread_lines
+from data_prep.build_report import dry_run, expected_rows, report, template_lines, unread_lines
 from data_prep.chat import frame_of
 from data_prep.decontaminate import evaluation_files
 from data_prep.documents import UnitResult, load_result, tokenize_unit
@@ -477,7 +477,7 @@ def _run(config: BuildConfig, args: argparse.Namespace) -> None:
         raise ConfigError(f"--workers is {args.workers}", "--workers", "use 1 or more")
     for source, paths in zip(config.sources, args.input or (), strict=False):
         print(f"{' '.join(paths)}: source format {source.format} ({FORMATS[source.format].description})")
-    for line in unread_lines(config.sources):
+    for line in (*unread_lines(config.sources), *template_lines(config)):
         print(line)
     try:
         if args.dry_run:

@@ -24,7 +24,9 @@ from data_prep.preview import SAMPLE, SourceSample, show_samples, take_samples
 from data_prep.readers import LINES, InputUnit, plan_units
 from data_prep.repetitions import repetition_lines
 from data_prep.sources import expand, unread_files
-from sdlm_megatron.data.tokenizer_identity import special_token_id
+from sdlm_megatron.chat.training_template import template_difference
+from sdlm_megatron.data.tokenizer_identity import has_tokenizer, special_token_id
+from sdlm_megatron.errors import neutral
 from sdlm_megatron.files import make_folder
 
 
@@ -191,3 +193,15 @@ def unread_lines(sources: Sequence[SourceConfig]) -> Iterator[str]:
         if names := unread_files(source):
             more = f" and {len(names) - 5} more" if len(names) > 5 else ""
             yield f"source {source.name}: not read: {', '.join(map(str, names[:5]))}{more}"
+
+
+def template_lines(config: BuildConfig) -> Iterator[str]:
+    """A warning where the base's chat template, which chat, servers and evaluation use, renders conversations unlike
+    this dataset."""
+    if not (config.tokenizer and has_tokenizer(config.tokenizer)):
+        return  # an error of the build
+    if difference := template_difference(Path(config.tokenizer), config.system_prompt):
+        other = "remove it in a copy of the base: exports then have the template of the training data"
+        fix = f"set {difference.setting}" if difference.setting else other
+        what = f"the chat template of {config.tokenizer} {difference.what}"
+        yield neutral(f"WARNING: {what}, and chat, servers and evaluation use it after training: {fix}")
