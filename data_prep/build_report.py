@@ -131,9 +131,10 @@ def dry_run(config: BuildConfig, console: Console, *, examples: bool = False) ->
     )
     console.print(f"tokenizer: {describe(encoder)}; mask token {config.mask_token} = {mask}")
     free = shutil.disk_usage(_existing_parent(config.out)).free
+    cached = "; downloads of hub sources, in HF_HOME, come on top" * any(source.hub for source in sources)
     console.print(
         f"disk: {work / 1e9:.2f} GB during the build and {final / 1e9:.2f} GB for the dataset "
-        f"({config.epochs} epoch{'s' * (config.epochs != 1)}); {free / 1e9:.0f} GB are free"
+        f"({config.epochs} epoch{'s' * (config.epochs != 1)}); {free / 1e9:.0f} GB are free{cached}"
     )
     state = "would be created"
     if Path(config.out).exists():

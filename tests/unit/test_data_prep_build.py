@@ -365,6 +365,10 @@ def test_single_source_builds_without_config_file(
     assert "source format query_response (`query`, `response`)" in capsys.readouterr().out
     main(["--input", f"hub:{folder}", "--out", str(tmp_path / "hub-out"), *common])
     assert f"hub:{folder}: source format query_response" in capsys.readouterr().out
+    for where in ("hub:", ""):
+        main(["--input", f"{where}{folder}", "--out", str(tmp_path / "dry"), *common, "--dry-run"])
+        shown = " ".join(capsys.readouterr().out.split())
+        assert ("GB are free; downloads of hub sources, in HF_HOME, come on top" in shown) == bool(where)
     folder_files, hub_files = (PackedDataset(tmp_path / f"{n}-out").manifest["files"] for n in ("folder", "hub"))
     assert folder_files == hub_files
 
