@@ -5,9 +5,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from sdlm_megatron.chat.training_template import chat_template, own_template, template_difference
+from sdlm_megatron.chat.training_template import chat_template, template_difference
 from sdlm_megatron.data.chatml import format_of
-from sdlm_megatron.data.tokenizer_identity import added_beside, added_tokens, has_tokenizer
+from sdlm_megatron.data.tokenizer_identity import added_beside, added_tokens, has_tokenizer, own_template
 from sdlm_megatron.errors import CheckpointError
 from sdlm_megatron.files import optional_file, read_json_object, write_json
 from sdlm_megatron.weights.checkpoint_folder import TOKENIZER_FILES

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from data_prep.turns import ChatTurn
 from sdlm_megatron.chat.template import render, template_file
-from sdlm_megatron.chat.training_template import own_template
 from sdlm_megatron.data.chatml import INST, ChatFormat
+from sdlm_megatron.data.tokenizer_identity import own_template
 from sdlm_megatron.errors import ConfigError, DataError
 
 _PROBE = [("user", " Q "), ("assistant", " A "), ("user", "Q"), ("assistant", "B")]

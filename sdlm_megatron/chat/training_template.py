@@ -7,9 +7,8 @@ from typing import NamedTuple
 
 from sdlm_megatron.chat.template import render, template_file
 from sdlm_megatron.data.chatml import CHATML, ChatFormat, format_of
-from sdlm_megatron.data.tokenizer_identity import special_token_id, vocabulary_size
+from sdlm_megatron.data.tokenizer_identity import own_template, special_token_id, vocabulary_size
 from sdlm_megatron.errors import CheckpointError
-from sdlm_megatron.files import read_json_object
 
 _SAMPLES: list[list[dict[str, str]]] = [
     [{"role": "user", "content": " Hi\n"}],
@@ -29,19 +28,6 @@ class TemplateDifference(NamedTuple):
     """The difference: a sentence without its subject, the template."""
     setting: str
     """The `--system_prompt=…` of data preparation that makes them equal; "" if none does."""
-
-
-def own_template(folder: Path) -> tuple[str, dict[str, str]]:
-    """The chat template of a model folder, "" if it has none, and its special tokens by name."""
-    file, path = template_file(folder), folder / "tokenizer_config.json"
-    settings = read_json_object(path, CheckpointError, "download it again") if path.is_file() else {}
-    own = file.read_text(encoding="utf-8") if file.suffix == ".jinja" else settings.get("chat_template")
-    if isinstance(own, list):  # of several templates by name
-        own = next((e.get("template") for e in own if isinstance(e, dict) and e.get("name") == "default"), None)
-    tokens = {key: value for key, value in settings.items() if key.endswith("_token")}
-    texts = {key: value.get("content") if isinstance(value, dict) else value for key, value in tokens.items()}
-    special = {key: text for key, text in texts.items() if text and isinstance(text, str)}
-    return own if isinstance(own, str) else "", special
 
 
 def template_difference(folder: Path, system: str | None) -> TemplateDifference | None:
