@@ -1,14 +1,13 @@
 """Tokenizer files of an export: the base's, with the mask token and a chat template added."""
 
-import json
 import logging
 import shutil
 from pathlib import Path
 from typing import Any
 
-from sdlm_megatron.chat.template import render, template_file
-from sdlm_megatron.data.chatml import CHATML, ChatFormat, format_of
-from sdlm_megatron.data.tokenizer_identity import added_beside, added_tokens, has_tokenizer
+from sdlm_megatron.chat.training_template import chat_template, template_difference
+from sdlm_megatron.data.chatml import format_of
+from sdlm_megatron.data.tokenizer_identity import added_beside, added_tokens, has_tokenizer, own_template
 from sdlm_megatron.errors import CheckpointError
 from sdlm_megatron.files import optional_file, read_json_object, write_json
 from sdlm_megatron.weights.checkpoint_folder import TOKENIZER_FILES
@@ -17,15 +16,6 @@ from sdlm_megatron.weights.hf_config import HFConfig
 log = logging.getLogger(__name__)
 
 HF_CODE = Path(__file__).parent / "hf_code"
-_SAMPLES: list[list[dict[str, str]]] = [
-    [{"role": "user", "content": " Hi\n"}],
-    [
-        {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": "Hi"},
-        {"role": "assistant", "content": "Yo"},
-        {"role": "user", "content": "?"},
-    ],
-]
 
 
 def copy_tokenizer(folder: Path, assets: Path | None) -> bool:
@@ -118,8 +108,8 @@ def add_token(folder: Path, token: str, token_id: int) -> None:
 def add_chat_template(folder: Path, system: str | None) -> str:
     """Ensures that the tokenizer in `folder` has a chat template; returns a remark for the user, or "".
 
-    A base without one gets the template of the training data. A base's own template is kept; the remark says so where
-    it renders conversations differently.
+    A base without one gets the template of the training data. A base's own template is kept; where it renders
+    conversations differently, the remark says so, and what to do.
 
     Args:
         system: system turn put before a conversation without one in the training data; None: no such turn.
@@ -128,45 +118,15 @@ def add_chat_template(folder: Path, system: str | None) -> str:
     chat = format_of(known.__contains__)
     if missing := [token for token in chat.specials if token not in known]:
         return f"the tokenizer has no {missing[0]}: no chat template was written"
-    path, own = folder / "tokenizer_config.json", folder / "chat_template.jinja"
-    settings = _read(path) if path.is_file() else {}
-    template = own.read_text(encoding="utf-8") if own.is_file() else settings.get("chat_template")
-    if not template:
+    if not own_template(folder)[0]:
+        path = folder / "tokenizer_config.json"
+        settings = _read(path) if path.is_file() else {}
         write_json(path, settings | {"chat_template": chat_template(system, chat)})
         return ""
-    if chat.exchanges:  # data preparation has compared the template
+    if not (difference := template_difference(folder, system)):
         return ""
-    where, kept = template_file(folder), "the base's chat template is kept"
-    expected = _render(chat_template(system, chat), settings, where)
-    try:
-        if isinstance(template, str) and _render(template, settings, where) == expected:
-            return ""
-    except CheckpointError as error:
-        return f"{kept}, but {error.what.removeprefix('the chat template ')}"
-    return f"{kept}; it renders some conversations differently from the training data"
-
-
-def chat_template(system: str | None, chat: ChatFormat = CHATML) -> str:
-    """Jinja template that renders a conversation as the training data was, up to the start of the answer."""
-    if chat.exchanges:
-        question, answer = (f"{chat.start!r} + m['content'] + {chat.role_end!r}", f"m['content'] + {chat.end!r}")
-        turn = f"{{% if m['role'] == 'user' %}}{{{{ {question} }}}}{{% else %}}{{{{ {answer} }}}}{{% endif %}}"
-        return f"{{{{ {chat.document!r} }}}}{{% for m in messages %}}{turn}{{% endfor %}}"
-    start, before, after = (repr(x) for x in (chat.start, chat.role_end + chat.gap, chat.end + chat.tail))
-    content = "message['content']" + " | trim" * chat.strips
-    turn = f"{{{{ {start} + message['role'] + {before} + ({content}) + {after} }}}}"
-    default = "" if system is None else f"{chat.opening('system')}{chat.content(system)}{chat.end}{chat.tail}"
-    return (
-        "{% if tools %}{{ raise_exception('this model was not trained to call tools: leave out tools=') }}{% endif %}"
-        + (f"{{{{ {chat.document!r} }}}}" if chat.document else "")
-        + ("{% if messages[0]['role'] != 'system' %}{{ " + json.dumps(default) + " }}{% endif %}" if default else "")
-        + "{% for message in messages %}"
-        + turn
-        + f"{{% endfor %}}{{% if add_generation_prompt %}}{{{{ {chat.opening('assistant')!r} }}}}{{% endif %}}"
-    )
-
-
-def _render(template: str, settings: dict[str, Any], where: Path) -> list[str]:
-    """Renderings of the sample conversations."""
-    special = {k: v for k, v in settings.items() if k.endswith("_token") and isinstance(v, str)}
-    return [render(template, messages, special, where) for messages in _SAMPLES]
+    remark = f"the base's chat template is kept, but it {difference.what}"
+    if not difference.setting:
+        return remark
+    now = f"begin each conversation with the system turn {system!r}, or " if system else ""
+    return f"{remark}: {now}train on data prepared with {difference.setting}"

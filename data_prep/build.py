@@ -26,7 +26,7 @@ from rich.console import Console
 
 from data_prep.accounting import Accounting
 from data_prep.build_config import PRESETS, BuildConfig, SourceConfig, check, lasting
-from data_prep.build_report import dry_run, expected_rows, report, unread_lines
+from data_prep.build_report import dry_run, expected_rows, report, template_lines, unread_lines
 from data_prep.chat import frame_of
 from data_prep.decontaminate import evaluation_files
 from data_prep.documents import UnitResult, load_result, tokenize_unit
@@ -425,14 +425,14 @@ def build_parser() -> argparse.ArgumentParser:
     parser.list_settings = True
     inputs = parser.add_mutually_exclusive_group(required=True)
     add_preset(inputs, "--config", PRESETS)
-    text = "a source: files, folders and globs, or hub:NAME for a hub dataset; one --input for each source"
+    text = "a source: files, folders and globs, or hub:NAME to download a hub dataset; one --input per source"
     inputs.add_argument("--input", metavar="PATH", action="append", nargs="+", help=text)
     formats = "source format of --input; default: the one its fields match"
     parser.add_argument("--format", choices=FORMATS, metavar="FORMAT", help=formats)
     parser.add_argument("--tokenizer", metavar="FOLDER", help="tokenizer of the base model; overrides --config")
     parser.add_argument("--out", metavar="FOLDER", help="dataset folder to create; overrides --config")
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and exit")
-    parser.add_argument("--dry-run", action="store_true", help="only report input, output size and disk space")
+    parser.add_argument("--dry-run", action="store_true", help="report only, without a build; downloads hub sources")
     parser.add_argument("--workers", type=int, default=cpus(), metavar="N", help="number of processes")
     parser.add_argument(
         "--shard",
@@ -477,7 +477,7 @@ def _run(config: BuildConfig, args: argparse.Namespace) -> None:
         raise ConfigError(f"--workers is {args.workers}", "--workers", "use 1 or more")
     for source, paths in zip(config.sources, args.input or (), strict=False):
         print(f"{' '.join(paths)}: source format {source.format} ({FORMATS[source.format].description})")
-    for line in unread_lines(config.sources):
+    for line in (*unread_lines(config.sources), *template_lines(config)):
         print(line)
     try:
         if args.dry_run:

@@ -43,7 +43,7 @@ class SourceConfig:
     encoding: str = ""
     """Encoding of text files, such as utf-16 or cp1252. Empty: UTF-8, or what their byte order mark says."""
     hub: str = ""
-    """Dataset name for `datasets.load_dataset`."""
+    """Dataset name for `datasets.load_dataset`, which downloads it into HF_HOME."""
     subset: str = ""
     """Configuration of a hub dataset or of a local copy of one."""
     split: str = "train"

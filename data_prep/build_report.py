@@ -24,7 +24,9 @@ from data_prep.preview import SAMPLE, SourceSample, show_samples, take_samples
 from data_prep.readers import LINES, InputUnit, plan_units
 from data_prep.repetitions import repetition_lines
 from data_prep.sources import expand, unread_files
-from sdlm_megatron.data.tokenizer_identity import special_token_id
+from sdlm_megatron.chat.training_template import template_difference
+from sdlm_megatron.data.tokenizer_identity import has_tokenizer, special_token_id
+from sdlm_megatron.errors import neutral
 from sdlm_megatron.files import make_folder
 
 
@@ -129,9 +131,10 @@ def dry_run(config: BuildConfig, console: Console, *, examples: bool = False) ->
     )
     console.print(f"tokenizer: {describe(encoder)}; mask token {config.mask_token} = {mask}")
     free = shutil.disk_usage(_existing_parent(config.out)).free
+    cached = "; downloads of hub sources, in HF_HOME, come on top" * any(source.hub for source in sources)
     console.print(
         f"disk: {work / 1e9:.2f} GB during the build and {final / 1e9:.2f} GB for the dataset "
-        f"({config.epochs} epoch{'s' * (config.epochs != 1)}); {free / 1e9:.0f} GB are free"
+        f"({config.epochs} epoch{'s' * (config.epochs != 1)}); {free / 1e9:.0f} GB are free{cached}"
     )
     state = "would be created"
     if Path(config.out).exists():
@@ -191,3 +194,15 @@ def unread_lines(sources: Sequence[SourceConfig]) -> Iterator[str]:
         if names := unread_files(source):
             more = f" and {len(names) - 5} more" if len(names) > 5 else ""
             yield f"source {source.name}: not read: {', '.join(map(str, names[:5]))}{more}"
+
+
+def template_lines(config: BuildConfig) -> Iterator[str]:
+    """A warning where the base's chat template, which chat, servers and evaluation use, renders conversations unlike
+    this dataset."""
+    if not (config.tokenizer and has_tokenizer(config.tokenizer)):
+        return  # an error of the build
+    if difference := template_difference(Path(config.tokenizer), config.system_prompt):
+        other = "remove it in a copy of the base: exports then have the template of the training data"
+        fix = f"set {difference.setting}" if difference.setting else other
+        what = f"the chat template of {config.tokenizer} {difference.what}"
+        yield neutral(f"WARNING: {what}, and chat, servers and evaluation use it after training: {fix}")

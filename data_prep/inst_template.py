@@ -9,13 +9,12 @@ by the base's own template and compared.
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from data_prep.turns import ChatTurn
 from sdlm_megatron.chat.template import render, template_file
 from sdlm_megatron.data.chatml import INST, ChatFormat
+from sdlm_megatron.data.tokenizer_identity import own_template
 from sdlm_megatron.errors import ConfigError, DataError
-from sdlm_megatron.files import read_json_object
 
 _PROBE = [("user", " Q "), ("assistant", " A "), ("user", "Q"), ("assistant", "B")]
 
@@ -27,16 +26,11 @@ def inst_format(folder: str | Path) -> ChatFormat:
         DataError: the template renders conversations in another way.
         CheckpointError: it fails.
     """
-    file = template_file(Path(folder))
-    settings = _settings(Path(folder))
-    own = file.read_text(encoding="utf-8") if file.suffix == ".jinja" else settings.get("chat_template")
-    named = {entry["name"]: entry["template"] for entry in own} if isinstance(own, list) else {"default": own}
-    if not (template := named.get("default")):
+    file, (template, special) = template_file(Path(folder)), own_template(Path(folder))
+    if not template:
         return INST
-    tokens = {key: value for key, value in settings.items() if key.endswith("_token")}
-    special = {key: value["content"] if isinstance(value, dict) else value for key, value in tokens.items()}
     messages = [{"role": role, "content": text} for role, text in _PROBE]
-    text = render(template, messages, {key: value for key, value in special.items() if value}, file)
+    text = render(template, messages, special, file)
     for strips in (False, True):
         for gap in ("", " "):
             chat = replace(INST, gap=gap, strips=strips)
@@ -48,11 +42,6 @@ def inst_format(folder: str | Path) -> ChatFormat:
         str(file),
         "use a base whose template has [INST] or ChatML or Llama 3's headers, or remove its chat template",
     )
-
-
-def _settings(folder: Path) -> dict[str, Any]:
-    path = folder / "tokenizer_config.json"
-    return read_json_object(path, DataError, "download it again") if path.is_file() else {}
 
 
 def rendered(turns: Sequence[tuple[str, str]], chat: ChatFormat) -> str:

@@ -59,7 +59,7 @@ def _overview() -> str:
     rows = "\n".join(f"  {name:10} {command.summary}" for name, command in COMMANDS.items())
     return (
         f"usage: sdlm COMMAND [OPTIONS]\n\n{rows}\n\n"
-        "example:\n  sdlm train --config tiny --data.path=DATA\n\n"
+        "example:\n  sdlm train --config sdlm_3b_d4 --data.path=DATA --checkpoint.base=DIR --dry-run\n\n"
         "sdlm COMMAND --help explains the options of a command, sdlm --version prints the version.\n"
         f"Completion of commands, options and settings in bash and zsh: {COMPLETION}"
     )

@@ -37,7 +37,16 @@ TRIAL_SECONDS = 600
 """Time limit of a trial. The first one compiles, and imports torch from a file system that may be slow."""
 OLDEST_DRIVERS = {"11": 450, "12": 525, "13": 580}
 """Oldest release of NVIDIA's driver for torch's major version of CUDA."""
-TE_FIX = f"on a GPU machine: pip install --no-build-isolation '{DISTRIBUTION}[gpu]', after torch"
+_CHECKOUT = (Path(__file__).parents[1] / "Makefile").exists()
+PACKAGES_FIX = (
+    f"pip install {'-c constraints.txt -e . in the checkout' if _CHECKOUT else f'the wheel of {DISTRIBUTION} again'}"
+)
+TE_FIX = "on a GPU machine: " + (
+    "make venv EXTRAS=gpu"
+    if _CHECKOUT
+    else f"pip install --no-build-isolation '{DISTRIBUTION}[gpu]' after torch, with the packages and variables that "
+    "docs/operations.md of the repository lists (Install)"
+)
 MARKS = {"ok": "ok", "limited": "--", "broken": "FAIL"}
 """limited: something optional is missing; broken: something needed does not work."""
 
@@ -187,8 +196,8 @@ def _slurm() -> str:
 CHECKS: tuple[tuple[str, Callable[[], str], bool, str], ...] = (
     ("python", _python, True, f"install Python {'.'.join(map(str, OLDEST_PYTHON))} or newer"),
     ("sdlm_megatron", lambda: f"{__version__}, {Path(__file__).parent}", True, ""),
-    (MEGATRON, partial(_requirements, megatron=True), True, f"pip install --upgrade {DISTRIBUTION}"),
-    ("packages", partial(_requirements, megatron=False), True, f"pip install --upgrade {DISTRIBUTION}"),
+    (MEGATRON, partial(_requirements, megatron=True), True, PACKAGES_FIX),
+    ("packages", partial(_requirements, megatron=False), True, PACKAGES_FIX),
     ("torch", _torch, True, "pip install --force-reinstall torch"),
     ("NVIDIA driver", check_driver, False, "install a driver for torch's CUDA; search `dmesg` for GPU errors"),
     ("GPUs", _gpus, False, "use a machine with an NVIDIA GPU, and a torch build for a CUDA version of its driver"),

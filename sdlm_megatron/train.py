@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from sdlm_megatron.data.format import PackedDataset
     from sdlm_megatron.training.run_plan import RunPlan
 
-EXAMPLE = """sdlm train --config tiny --data.path=DATA --dry-run
-torchrun --nproc-per-node 2 -m sdlm_megatron.train --config sdlm_3b_d4 --data.path=DATA --checkpoint.base=BASE"""
+EXAMPLE = """sdlm train --config sdlm_3b_d4 --data.path=DATA --checkpoint.base=DIR --dry-run
+torchrun --nproc-per-node 8 -m sdlm_megatron.train --config sdlm_3b_d4 --data.path=DATA --checkpoint.base=DIR"""
 
 
 def build_parser() -> argparse.ArgumentParser:

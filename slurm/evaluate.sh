@@ -2,16 +2,17 @@
 #SBATCH --job-name=sdlm_evaluate
 #SBATCH --nodes=1
 #SBATCH --gpus-per-node=1
+#SBATCH --exclusive
 #SBATCH --time=02:00:00
 #SBATCH --requeue
 #SBATCH --open-mode=append
 # Decodes held-out prompts with an exported model, one token per pass (n = 1) and in blocks at three thresholds:
-#   MODEL=DIR HELDOUT=FILE.jsonl OUT=evaluation.json slurm/evaluate.sh --cluster NAME [--after JOB] [-- --base DIR ...]
+#   MODEL=DIR HELDOUT=FILE.jsonl OUT=RUN/evaluation.json slurm/evaluate.sh --cluster NAME [--after JOB] [-- --base DIR ...]
 # HELDOUT: lines of {"prompt": ..., "expected": ...}.
 # In a job, $0 is Slurm's copy of this script. Slurm knows the path of the original, which is next to common.sh.
 self=$0; [[ $0 != */slurm_script ]] || self=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=\([^ ]*\).*/\1/p' | head -1)
 source "$(dirname "$self")/common.sh"
 need MODEL "folder written by export.sh"
 need HELDOUT "JSONL of {prompt, expected}"
-need OUT "evaluation.json to write"
+need OUT "file to write; sdlm report shows RUN/evaluation.json"
 task evaluate table --model "$MODEL" --prompts "$HELDOUT" --out "$OUT" --- "$@"

@@ -5,6 +5,7 @@ learn the format and to copy the facts.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -52,7 +53,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     report = Pipeline(replace(QUICKSTART, config={**QUICKSTART.config, "train": train})).run()
     folder = QUICKSTART.run_dir
     print(f"\nopen {report}   losses, mask, packing, quality against speed")
-    print(f"chat with the model: sdlm generate --model {folder}/hf --compare")
+    command = os.path.relpath(Path(sys.executable).parent / "sdlm")  # .venv is on PATH only once it is activated
+    print(f"chat with the model: {command} generate --model {folder}/hf --compare")
     print(f"numbers: {folder}/metrics.jsonl and {folder}/evaluation.json; also tensorboard/ and wandb/ in {folder}")
 
 

@@ -82,6 +82,19 @@ def added_tokens(folder: str | Path) -> dict[str, int]:
     return dict(_required(Path(folder))[2])
 
 
+def own_template(folder: Path) -> tuple[str, dict[str, str]]:
+    """The chat template of a model folder, "" if it has none, and its special tokens by name."""
+    file, path = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+    settings = read_json_object(path, DataError, _FIX) if path.is_file() else {}
+    own = file.read_text(encoding="utf-8") if file.exists() else settings.get("chat_template")
+    if isinstance(own, list):  # of several templates by name
+        own = next((e.get("template") for e in own if isinstance(e, dict) and e.get("name") == "default"), None)
+    tokens = {key: value for key, value in settings.items() if key.endswith("_token")}
+    texts = {key: value.get("content") if isinstance(value, dict) else value for key, value in tokens.items()}
+    special = {key: text for key, text in texts.items() if text and isinstance(text, str)}
+    return own if isinstance(own, str) else "", special
+
+
 def sentencepiece_file(folder: str | Path) -> Path | None:
     """The SentencePiece model of a tokenizer; None if it is of another kind."""
     folder = Path(folder)

@@ -29,7 +29,7 @@ from transformers import (
 )
 
 from checkpoints_tools.export_folder import HF_CODE, write_hf_folder
-from checkpoints_tools.tokenizer_files import chat_template
+from sdlm_megatron.chat.training_template import chat_template
 from sdlm_megatron.diffusion.decode import Decoded, decode
 from sdlm_megatron.weights.hf_config import FAMILIES, read_hf_config
 from sdlm_megatron.weights.hf_weights import HFWeights

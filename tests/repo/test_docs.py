@@ -36,6 +36,23 @@ def test_functions_named_in_the_method_exist() -> None:
 
 
 @pytest.mark.parametrize("document", DOCS, ids=lambda p: p.name)
+def test_modules_and_names_in_documents_exist(document: Path) -> None:
+    """`package.module.name`: the module defines the name, at its top level."""
+    names = r"`((?:sdlm_megatron|data_prep|checkpoints_tools|dev)(?:\.\w+)+)"
+    for dotted in set(re.findall(names, document.read_text())):
+        parts = dotted.split(".")
+        depth = max(n for n in range(1, len(parts) + 1) if REPO.joinpath(*parts[:n]).is_dir() or _module(parts[:n]))
+        if name := parts[depth : depth + 1]:
+            module = sources()[_module(parts[:depth])][1]
+            assert name[0] in {getattr(node, "name", "") for node in module.body}, dotted
+
+
+def _module(parts: list[str]) -> str:
+    """The file of a module; "" if there is none."""
+    return file if (file := "/".join(parts) + ".py") in sources() else ""
+
+
+@pytest.mark.parametrize("document", DOCS, ids=lambda p: p.name)
 def test_commands_in_documents_exist(document: Path) -> None:
     text = document.read_text()
     for module in set(re.findall(r"-m ((?:data_prep|sdlm_megatron|checkpoints_tools|dev)\.[\w.]*\w)", text)):

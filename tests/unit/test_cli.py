@@ -113,6 +113,7 @@ def test_doctor_of_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
     checks = {check["name"]: check for check in report["checks"]}
     assert report["ok"] and {"python", "torch", "megatron-core", "Apex", "compiler", "current folder"} <= set(checks)
     assert all(check["fix"] for check in checks.values() if check["state"] != "ok")
+    assert doctor.TE_FIX == "on a GPU machine: make venv EXTRAS=gpu"  # of a checkout, as here
     doctor.main([])
     shown = capsys.readouterr().out
     assert shown.endswith("training is possible\n") and "FAIL" not in shown
@@ -133,7 +134,7 @@ def test_doctor_reports_broken_parts(
         "FAIL  python             3.",
         f"FAIL  megatron-core      megatron-core is {importlib.metadata.version('megatron-core')}, supported: >=99\n",
         f"FAIL  packages           numpy is {importlib.metadata.version('numpy')}, supported: >=99; no-such is",
-        "fix: pip install --upgrade sdlm-megatron",
+        "fix: pip install -c constraints.txt -e . in the checkout",
         "FAIL  temporary files    /proc cannot be written",
         "--    compiler           missing: gcc, g++",
         "--    Slurm ",

@@ -238,14 +238,23 @@ def test_default_template_renders_like_training(tmp_path: Path, name: str, syste
 
 
 def test_template_of_the_base_is_kept_and_checked(tmp_path: Path) -> None:
-    from checkpoints_tools.tokenizer_files import add_chat_template, chat_template
+    from checkpoints_tools.tokenizer_files import add_chat_template
+    from sdlm_megatron.chat.training_template import chat_template
 
     folder = write_folder(tmp_path / "t")
     path = folder / "tokenizer_config.json"
     settings = json.loads(path.read_text())
-    for own, remark in ((chat_template("S"), False), (chat_template("T"), True), ("{{ 1 }}", True), ("{% if", True)):
+    remarks = {
+        chat_template("S"): "",
+        chat_template("T"): "turn 'S', or train on data prepared with --system_prompt=T",
+        chat_template(None): "turn 'S', or train on data prepared with --system_prompt=null",
+        "{{ 1 }}": "renders some conversations differently",
+        "{% if": "it cannot render",
+    }
+    for own, remark in remarks.items():
         path.write_text(json.dumps(settings | {"chat_template": own}))
-        assert bool(add_chat_template(folder, "S")) is remark
+        text = add_chat_template(folder, "S")
+        assert remark in text and bool(text) is bool(remark)
         assert json.loads(path.read_text())["chat_template"] == own
     (folder / "chat_template.jinja").write_text(chat_template("S"))
     assert add_chat_template(folder, "S") == ""

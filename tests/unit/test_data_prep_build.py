@@ -3,6 +3,7 @@
 import errno
 import json
 import re
+import shlex
 from collections import Counter
 from dataclasses import replace
 from io import StringIO
@@ -275,6 +276,39 @@ def test_unknown_pad_token_is_an_error(config: BuildConfig) -> None:
     assert not Path(config.out).exists()
 
 
+QWEN3 = (  # without its branches about tools and reasoning
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+SMOLLM2 = "{% if messages[0].role != 'system' %}{{ '<|im_start|>system\\nI\\'m S.<|im_end|>\\n' }}{% endif %}" + QWEN3
+
+
+def test_a_template_unlike_the_dataset_is_announced(
+    config: BuildConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Once, by dry runs and builds, with the setting that makes them equal; with that setting nothing is printed."""
+    base, argv = Path(config.tokenizer), ["--input", config.sources[0].path, "--tokenizer", config.tokenizer]
+    argv += ["--workers=1", "--row_length=512", "--max_document_length=300", "--out", str(tmp_path / "out")]
+
+    def warnings(*options: str) -> list[str]:
+        main([*argv, *options])
+        return [line for line in capsys.readouterr().out.splitlines() if "WARNING" in line]
+
+    assert warnings("--dry-run") == []  # the base has no template
+    (base / "chat_template.jinja").write_text(QWEN3)
+    (line,) = warnings("--dry-run")
+    assert str(base) in line and "without a system turn" in line and line.endswith(": set --system_prompt=null")
+    assert warnings("--dry-run", "--system_prompt=null") == []
+    (base / "chat_template.jinja").write_text(SMOLLM2)
+    (line,) = warnings()
+    setting = shlex.split(line.rsplit(": set ", 1)[1])
+    assert setting == ["--system_prompt=I'm S."] and warnings("--dry-run", *setting) == []
+    for dated in (f"{SMOLLM2}{{# strftime_now #}}", f"{QWEN3}."):  # no setting makes these equal
+        (base / "chat_template.jinja").write_text(dated)
+        (line,) = warnings("--dry-run")
+        assert line.endswith("remove it in a copy of the base: exports then have the template of the training data")
+
+
 def test_command_line(config: BuildConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "build.yaml"
     settings = {
@@ -331,6 +365,10 @@ def test_single_source_builds_without_config_file(
     assert "source format query_response (`query`, `response`)" in capsys.readouterr().out
     main(["--input", f"hub:{folder}", "--out", str(tmp_path / "hub-out"), *common])
     assert f"hub:{folder}: source format query_response" in capsys.readouterr().out
+    for where in ("hub:", ""):
+        main(["--input", f"{where}{folder}", "--out", str(tmp_path / "dry"), *common, "--dry-run"])
+        shown = " ".join(capsys.readouterr().out.split())
+        assert ("GB are free; downloads of hub sources, in HF_HOME, come on top" in shown) == bool(where)
     folder_files, hub_files = (PackedDataset(tmp_path / f"{n}-out").manifest["files"] for n in ("folder", "hub"))
     assert folder_files == hub_files
 

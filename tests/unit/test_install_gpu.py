@@ -1,8 +1,12 @@
 """Installation of TransformerEngine: the variables of its compilation, and what is refused before it."""
 
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from helpers import REPO
 
 from dev import install_gpu
 from sdlm_megatron.errors import ConfigError
@@ -26,3 +30,20 @@ def test_impossible_compilations_are_refused_before_they_start(monkeypatch: pyte
     monkeypatch.setattr("shutil.which", lambda name: None)
     with pytest.raises(ConfigError, match=r"missing: gcc, g\+\+"):
         install_gpu.main([])
+
+
+def test_make_installs_extras_that_the_environment_lacks(tmp_path: Path) -> None:
+    """Over an environment with the extra `test`: that one again is nothing to do, `gpu` is installed."""
+    shutil.copy(REPO / "Makefile", tmp_path)
+    (tmp_path / ".venv").mkdir()
+    for name in ("setup.py", "constraints.txt", "pyproject.toml", ".venv/.installed-test"):  # the stamp is the newest
+        (tmp_path / name).touch()
+
+    def commands(extras: str) -> str:
+        line = ["make", "-n", "venv", f"EXTRAS={extras}", f"PYTHON={sys.executable}"]
+        return subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+
+    assert "pip install" not in commands("test")
+    assert "dev.install_gpu" in commands("gpu") and "-e '.'" in commands("gpu")
+    both = commands("test,gpu")
+    assert both.index("-e '.[test]'") < both.index("dev.install_gpu")

@@ -92,6 +92,44 @@ def test_installed_package_needs_no_checkout(user: dict[str, str], tmp_path: Pat
     assert sorted(site.rglob("*")) == before
 
 
+@pytest.mark.parametrize("cluster", [["--cluster", "mine"], ["--cluster=mine"]])
+def test_every_stage_of_the_pipeline_uses_the_cluster(cluster: list[str], user: dict[str, str], tmp_path: Path) -> None:
+    env = {**user, "PYTHON": "echo", "CONFIG": "x", "HELDOUT": "y"}
+    done = run(REPO / "slurm" / "pipeline.sh", "train_3b_d8", *cluster, "--dry-run", cwd=tmp_path, env=env)
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stdout.splitlines() if not line.startswith("=====")]
+    scripts = ["prepare_data", "merge_data", "train_3b_d8", "export", "evaluate"]
+    assert [Path(line.split()[3]).stem for line in lines] == scripts
+    assert all(line.endswith(f".sh {' '.join(cluster)} --dry-run") for line in lines), lines
+
+
+def test_a_script_of_ones_own_trains_a_file_of_ones_own(
+    user: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As docs/operations.md describes it: a copy beside common.sh, whose last line names the file."""
+    for name, value in user.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("RUN_DIR")
+    monkeypatch.chdir(tmp_path)
+    for folder, script in (("slurm", "common"), ("slurm", "train_32b_d4")):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        shutil.copy(REPO / folder / f"{script}.sh", tmp_path / folder)
+    script = (tmp_path / "slurm" / "train_32b_d4.sh").rename(tmp_path / "slurm" / "train_mine.sh")
+    run("sed", "-i", '$s/.*/train mine.yaml "$@"/', script, cwd=tmp_path, env=user)
+    (tmp_path / "mine.yaml").write_text("extends: sdlm_3b_d4\nrun_dir: runs/mine\nmodel: {num_layers: 0}\n")
+    submission = Submission([str(script), "--cluster", "mine", "--nodes", "2", "--", "--train.steps=7"])
+    config = submission.run
+    assert (config.run_dir, config.model.num_layers, config.train.steps) == ("runs/mine", 0, 7)
+    assert config.checkpoint.base == user["BASE"] and config.optimizer.decay_norms_and_biases
+    done = run("bash", script, "--cluster", "mine", cwd=tmp_path, env={**user, "PYTHON": "echo"})
+    assert done.stdout == f"-m sdlm_megatron.cli submit {script} --cluster mine\n"
+    job = shutil.copy(script, tmp_path / "slurm" / "slurm_script")  # Slurm runs it as a copy with this name
+    (tmp_path / "tools" / "scontrol").write_text(f"#!/bin/sh\necho '   Command={script}'\n")
+    (tmp_path / "tools" / "scontrol").chmod(0o755)
+    done = run("bash", job, "--spares", "1", cwd=tmp_path, env={**user, "PYTHON": "echo", "SLURM_JOB_ID": "1"})
+    assert done.stdout == "-m sdlm_megatron.ops.driver.driver --config mine.yaml --spares 1\n", done.stderr
+
+
 def test_script_describes_itself() -> None:
     assert BatchScript("train_32b_d4").preset == BatchScript("slurm/train_32b_d4.sh").preset == "sdlm_32b_d4"
     export = BatchScript("export")
@@ -138,6 +176,7 @@ def test_cluster_file_replaces_the_memory(
         monkeypatch.setenv(name, "x")
     (tmp_path / "own.yaml").write_text(f"sbatch: [{option}, --ntasks-per-gpu=1]\n")
     for script in ("train_3b_d4", "export", "evaluate"):
+        assert ("--mem=0" in Submission([script]).command()) and "exclusive" in BatchScript(script).options
         expected = "--mem=0" if script == "export" and "gpu" in option else option  # export asks for no GPU
         line = Submission([script, "--cluster", str(tmp_path / "own.yaml")]).command()
         assert [part for part in line if part.startswith("--mem")] == [expected]

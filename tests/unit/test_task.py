@@ -3,9 +3,12 @@
 import hashlib
 import itertools
 import json
+import re
+from pathlib import Path
 
 import pytest
 
+from dev.quickstart import run
 from dev.quickstart.task import HELD_OUT_SHARE, NAMES, THINGS, VERBS, examples, write_task
 from sdlm_megatron.errors import DataError
 
@@ -23,6 +26,15 @@ def pairs(files):
         *((row["query"], row["response"]) for row in queries),
         *((row["instruction"], row["output"]) for row in instructions),
     ]
+
+
+def test_the_printed_chat_command_can_be_typed(monkeypatch, capsys):
+    """Also where the environment is not on PATH."""
+    monkeypatch.setattr(run, "Pipeline", lambda demo: demo)
+    monkeypatch.setattr(type(run.QUICKSTART), "run", lambda demo: "report.html", raising=False)
+    run.main([])
+    command = re.search(r"chat with the model: (\S+) generate", capsys.readouterr().out)
+    assert Path(command[1]).is_file() and not Path(command[1]).is_absolute()
 
 
 def test_three_formats_and_held_out_have_the_requested_sizes(tmp_path):
