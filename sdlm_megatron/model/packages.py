@@ -15,8 +15,6 @@ import torch
 
 from sdlm_megatron.config.hardware import gpu_available, gpu_number
 
-LIBRARY_ERRORS = (RuntimeError, ValueError, TypeError, KeyError, AttributeError, AssertionError, ImportError, OSError)
-"""Errors that packages raise when they were built for another torch, CUDA or driver."""
 NO_GPU, NOT_INSTALLED = "there is no GPU", "it is not installed"
 
 
@@ -67,7 +65,7 @@ def _find(name: str, parts: tuple[str, ...], gpu: tuple[int, int] | None) -> Pac
     try:
         for part in parts:
             import_module(part)
-    except LIBRARY_ERRORS as error:
+    except Exception as error:  # noqa: BLE001 - a package built for another torch, CUDA or driver may raise anything
         return Package(problem=f"it cannot be loaded ({first_line(error)})")
     return Package(version=str(getattr(sys.modules[name], "__version__", "of unknown version")))
 

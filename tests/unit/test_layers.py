@@ -179,7 +179,7 @@ def test_overlap_calls_match_transformer_engine_signatures(version: str, fp8: st
     def initialize_ub(**arguments):
         calls.append(inspect.Signature(parameters).bind(**arguments).arguments)
         if len(calls) > 1:
-            raise RuntimeError("no multicast\nlong text")
+            raise AssertionError("no multicast\nlong text")
 
     base = types.SimpleNamespace(
         initialize_ub=initialize_ub, UserBufferQuantizationMode=types.SimpleNamespace(FP8="8", NONE="16")
