@@ -15,6 +15,8 @@ import torch
 
 from sdlm_megatron.config.hardware import gpu_available, gpu_number
 
+FUSED_GRADIENTS = "fused_weight_gradient_mlp_cuda"
+"""Apex's extension that adds weight gradients to the fp32 gradient buffer. It is built by an option of its own."""
 NO_GPU, NOT_INSTALLED = "there is no GPU", "it is not installed"
 
 
@@ -49,10 +51,13 @@ def find_packages() -> Packages:
         _find("transformer_engine", ("transformer_engine.pytorch", "transformer_engine.pytorch.optimizers"), gpu),
         _find("apex", ("apex.optimizers", "apex.multi_tensor_apply", "amp_C"), gpu),
     )
-    for name, compiled in (("transformer_engine", "transformer_engine_torch"), ("apex", "amp_C")):
+    # Megatron-Core also imports the compiled parts directly
+    for name, *compiled in (("transformer_engine", "transformer_engine_torch"), ("apex", "amp_C", FUSED_GRADIENTS)):
         if not getattr(packages, name).version:
-            _hide(name)
-            _hide(compiled)  # Megatron-Core also imports the compiled part directly
+            for module in (name, *compiled):
+                _hide(module)
+    if _find(FUSED_GRADIENTS, (FUSED_GRADIENTS,), gpu).problem:
+        _hide(FUSED_GRADIENTS)
     return packages
 
 
