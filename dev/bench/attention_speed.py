@@ -22,7 +22,7 @@ from sdlm_megatron.diffusion.layout import RowLayout, block_count, draw_starts, 
 from sdlm_megatron.diffusion.mask import visible_pairs
 from sdlm_megatron.errors import run_cli
 from sdlm_megatron.files import write_json
-from sdlm_megatron.model.attention.choice import LIBRARY_ERRORS, Heads, check_backend, gpu_kernels
+from sdlm_megatron.model.attention.choice import Heads, check_backend, gpu_kernels
 from sdlm_megatron.model.attention.contract import RowAttention
 from sdlm_megatron.model.attention.decomposed import Decomposed
 from sdlm_megatron.model.attention.flex import Flex
@@ -125,8 +125,7 @@ def measure_backends(
             error = check_backend(
                 build, causal_attn=False, device=device, heads=Heads(heads, kv_heads, args.dim, dtype)
             )
-        except LIBRARY_ERRORS as raised:
-            # One kernel that fails on this GPU must not hide the results of the others.
+        except Exception as raised:  # noqa: BLE001 - one kernel that fails must not hide the results of the others
             yield result | {"problem": (str(raised).splitlines() or [type(raised).__name__])[0]}
             continue
         speeds = {"tflops": 1e3 * tflop * 3.5 / both, "backward_tflops": 1e3 * tflop * 2.5 / (both - forward)}

@@ -176,7 +176,7 @@ def check_run(config: RunConfig, world_size: int) -> None:
     _check_samples(config)
     _check_layers(config.train, config.parallel)
     _check_micro_batches(config.train, config.parallel)
-    _check_precision(config.train)
+    _check_precision(config.train, config.parallel)
     check_lora(config.lora, "lora.targets")
     _require(
         config.diffusion.next_token_weight or not config.train.next_token_balance,
@@ -322,12 +322,15 @@ def _check_layers(train: TrainConfig, parallel: ParallelConfig) -> None:
     _require(train.layers != "megatron" or not needed, what, "train.layers", "set train.layers=auto")
 
 
-def _check_precision(train: TrainConfig) -> None:
-    bf16 = train.precision == "bf16"
-    fix = "set train.precision=bf16 or train.{}"
-    _require(bf16 or train.fp8 == "none", "FP8 needs bf16 weights", "train.fp8", fix.format("fp8=none"))
-    what = "bf16 gradients need bf16 weights"
-    _require(bf16 or train.gradient_dtype == "fp32", what, "train.gradient_dtype", fix.format("gradient_dtype=fp32"))
+def _check_precision(train: TrainConfig, parallel: ParallelConfig) -> None:
+    # TransformerEngine's user buffers sum numbers of 2 bytes, whatever dtype they are allocated for
+    for what, key, used, off in (
+        ("FP8 needs", "train.fp8", train.fp8 != "none", "none"),
+        ("bf16 gradients need", "train.gradient_dtype", train.gradient_dtype != "fp32", "fp32"),
+        ("overlap_tensor needs", "parallel.overlap_tensor", parallel.overlap_tensor, "false"),
+    ):
+        fix = f"set train.precision=bf16 or {key}={off}"
+        _require(train.precision == "bf16" or not used, f"{what} bf16 weights", key, fix)
 
 
 def check_lora(lora: LoraConfig, where: str) -> None:

@@ -1,8 +1,8 @@
 """Construction of this process's model chunks in Megatron-Core from our configuration."""
 
-import importlib.util
 import math
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from sdlm_megatron.model.attention.contract import BuildAttention
 from sdlm_megatron.model.gpt import SDLMCoreAttention, SDLMModel
 from sdlm_megatron.model.layers import TRANSFORMER_ENGINE, Layers
 from sdlm_megatron.model.lora_layers import add_adapters
+from sdlm_megatron.model.packages import FUSED_GRADIENTS
 from sdlm_megatron.weights.names import padded_vocab, partition_dim
 
 
@@ -80,7 +81,8 @@ def transformer_config(
         use_cpu_initialization=not cuda,
         perform_initialization=initialize,
         init_method_std=0.02,
-        gradient_accumulation_fusion=fuses_gradient_accumulation(),
+        # without Apex's extension Megatron-Core's layers refuse it; TransformerEngine's need none, see `build_model`
+        gradient_accumulation_fusion=find_spec(FUSED_GRADIENTS) is not None,
         batch_p2p_sync=False,  # a workaround for old versions of torch that makes the host wait at each transfer
         **layers.arguments,
     )
@@ -130,15 +132,6 @@ def _recompute(train: TrainConfig) -> dict[str, Any]:
     if train.recompute == "full":
         return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     return {}
-
-
-def fuses_gradient_accumulation() -> bool:
-    """Whether Megatron-Core's linear layers can add weight gradients directly to the fp32 gradient buffer.
-
-    That needs a GPU and Apex with its CUDA extensions; without them the layers refuse the setting. TransformerEngine's
-    layers need no Apex, see `build_model`.
-    """
-    return torch.cuda.is_available() and importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
 
 
 def block_spec(config: TransformerConfig, kind: str, *, separate_norms: bool = False) -> TransformerBlockSubmodules:

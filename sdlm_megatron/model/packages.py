@@ -15,8 +15,8 @@ import torch
 
 from sdlm_megatron.config.hardware import gpu_available, gpu_number
 
-LIBRARY_ERRORS = (RuntimeError, ValueError, TypeError, KeyError, AttributeError, AssertionError, ImportError, OSError)
-"""Errors that packages raise when they were built for another torch, CUDA or driver."""
+FUSED_GRADIENTS = "fused_weight_gradient_mlp_cuda"
+"""Apex's extension that adds weight gradients to the fp32 gradient buffer. It is built by an option of its own."""
 NO_GPU, NOT_INSTALLED = "there is no GPU", "it is not installed"
 
 
@@ -51,10 +51,13 @@ def find_packages() -> Packages:
         _find("transformer_engine", ("transformer_engine.pytorch", "transformer_engine.pytorch.optimizers"), gpu),
         _find("apex", ("apex.optimizers", "apex.multi_tensor_apply", "amp_C"), gpu),
     )
-    for name, compiled in (("transformer_engine", "transformer_engine_torch"), ("apex", "amp_C")):
+    # Megatron-Core also imports the compiled parts directly
+    for name, *compiled in (("transformer_engine", "transformer_engine_torch"), ("apex", "amp_C", FUSED_GRADIENTS)):
         if not getattr(packages, name).version:
-            _hide(name)
-            _hide(compiled)  # Megatron-Core also imports the compiled part directly
+            for module in (name, *compiled):
+                _hide(module)
+    if _find(FUSED_GRADIENTS, (FUSED_GRADIENTS,), gpu).problem:
+        _hide(FUSED_GRADIENTS)
     return packages
 
 
@@ -67,7 +70,7 @@ def _find(name: str, parts: tuple[str, ...], gpu: tuple[int, int] | None) -> Pac
     try:
         for part in parts:
             import_module(part)
-    except LIBRARY_ERRORS as error:
+    except Exception as error:  # noqa: BLE001 - a package built for another torch, CUDA or driver may raise anything
         return Package(problem=f"it cannot be loaded ({first_line(error)})")
     return Package(version=str(getattr(sys.modules[name], "__version__", "of unknown version")))
 

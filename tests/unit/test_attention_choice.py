@@ -156,20 +156,27 @@ def check_kernel(kernel: TorchKernel | TransformerEngineFused, *, causal_attn: b
 
 
 class Broken(TorchKernel):
-    """Fails like a kernel built for another version."""
+    """Fails like a kernel built for another version, or one of Triton that the GPU has no room for."""
+
+    def __init__(self, name: str, error: Exception) -> None:
+        self.name, self.error = name, error
 
     def forward(self, *args):
-        raise RuntimeError("undefined symbol\nand a long trace")
+        raise self.error
 
 
 def test_failing_kernels_are_reported_and_skipped() -> None:
-    broken, log2, good = Broken(), Log2(), TorchKernel()
-    broken.name, log2.name = "A", "B"
-    backends = [(k.name, lambda layout, _, k=k: Decomposed(layout, k, causal_attn=False)) for k in (broken, log2, good)]
+    out_of_resources = pytest.importorskip("triton.runtime.errors").OutOfResources(178, 99, "shared memory")
+    errors = RuntimeError("undefined symbol\nand a long trace"), out_of_resources
+    broken, large, log2, good = *map(Broken, "AC", errors), Log2(), TorchKernel()
+    log2.name = "B"
+    kernels = (broken, large, log2, good)
+    backends = [(k.name, lambda layout, _, k=k: Decomposed(layout, k, causal_attn=False)) for k in kernels]
     chosen, failures = first_good(["X cannot be loaded (why)", *backends], False, CPU, HEADS)
-    assert chosen is backends[2]
-    assert failures[:2] == ["X cannot be loaded (why)", "A does not run (undefined symbol)"]
-    assert failures[2].startswith("B has a relative error of 0.")
+    assert chosen is backends[3]
+    assert failures[:2] == ["X cannot be loaded (why)", "A does not run (RuntimeError: undefined symbol)"]
+    assert failures[2].startswith("C does not run (OutOfResources: out of resource: shared memory, Required: 178")
+    assert failures[3].startswith("B has a relative error of 0.")
     assert first_good(backends[:1], False, CPU, HEADS)[0] is None
 
 

@@ -9,13 +9,14 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
 
 from sdlm_megatron import __version__, doctor
 from sdlm_megatron.cli import COMMANDS, main
-from sdlm_megatron.errors import UserError
+from sdlm_megatron.errors import ConfigError, UserError
 
 REPO = Path(__file__).parents[2]
 
@@ -206,6 +207,14 @@ def test_trials_compare_with_the_definition(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(fused, "bias_swiglu_impl", lambda x, bias: x.chunk(2, -1)[0] * float("nan"))
     with pytest.raises(UserError, match="runs, but its results are wrong: relative error inf"):
         gpu_trial("SwiGLU")
+    for error, text, fix in (
+        (subprocess.CalledProcessError(1, "gcc"), "does not run: CalledProcessError: Command 'gcc'", gpu_trials.FIX),
+        (ConfigError("no kernel works", "train.attention", "the fix"), "no kernel works", "the fix"),
+    ):
+        monkeypatch.setattr(fused, "bias_swiglu_impl", Mock(side_effect=error))
+        with pytest.raises(ConfigError, match=text) as caught:
+            gpu_trial("SwiGLU")
+        assert caught.value.fix == fix
 
     class LayerNormLinear(torch.nn.Linear):
         """TransformerEngine's, with the arguments that the trial uses."""

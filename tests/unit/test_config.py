@@ -172,6 +172,7 @@ OVERLAP = ("--parallel.sequence=true", "--parallel.overlap_tensor=true")
         (["--train.layers=megatron", "--parallel.tensor=2", *OVERLAP], 2, "need TransformerEngine's"),
         (["--train.fp8=current"], 1, "FP8 needs bf16 weights"),  # tiny is fp32
         (["--train.gradient_dtype=bf16"], 1, "bf16 gradients need bf16 weights"),
+        (["--parallel.tensor=2", *OVERLAP], 2, "overlap_tensor needs bf16 weights"),
         (["--train.recompute_layers=1"], 1, "recompute is 'none'"),
         (["--train.recompute_layers=1", "--train.recompute=selective"], 1, "recompute is 'selective'"),
         (["--train.fp8=delayed", "--train.recompute=selective"], 1, "cannot be recomputed"),

@@ -152,7 +152,24 @@ def test_rows_are_logged(monitored: Callable, tmp_path: Path) -> None:
     assert documents_of_run(tmp_path) == {1: [(0, 7), (1, 7), (2, 7)]}  # step repeated with another row skipped
 
 
-@pytest.mark.parametrize("where", ["forward", "backward", "weights", "nowhere"])
+class FusedLinear(torch.autograd.Function):
+    """Mimics fused gradient accumulation: the weight's gradient is added to its buffer, that of autograd is garbage."""
+
+    @staticmethod
+    def forward(ctx, inputs, weight, factor):
+        ctx.save_for_backward(inputs, weight)
+        ctx.factor = factor
+        return inputs @ weight.t()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        inputs, weight = ctx.saved_tensors
+        weight.main_grad.add_(ctx.factor * gradient.flatten(0, 1).t() @ inputs.flatten(0, 1))
+        weight.grad_added_to_main_grad = True
+        return gradient @ weight, torch.full_like(weight, float("nan")), None
+
+
+@pytest.mark.parametrize("where", ["forward", "backward", "fused backward", "weights", "nowhere"])
 def test_first_non_finite_location_is_reported(
     monitored: Callable, tmp_path: Path, capsys: pytest.CaptureFixture, where: str
 ) -> None:
@@ -169,7 +186,14 @@ def test_first_non_finite_location_is_reported(
         output[0].register_hook(lambda gradient: gradient * float("inf"))
         return output
 
+    def fused(inputs: torch.Tensor) -> tuple:
+        calls.append(None)
+        factor = float("inf") if (where, len(calls)) == ("fused backward", 3) else 1.0
+        return FusedLinear.apply(inputs, part.weight, factor), None
+
     handle = part.register_forward_hook(poisoned) if where in ("forward", "backward") else None
+    if where in ("fused backward", "nowhere"):
+        part.forward = fused
     if where == "weights":
         with torch.no_grad():
             part.weight[3, 3] = float("nan")
@@ -197,6 +221,7 @@ def test_first_non_finite_location_is_reported(
     expected = {
         "forward": ("layer 2, mlp.linear_fc1", [2]),
         "backward": ("layer 2, mlp.linear_fc1.weight", [2]),
+        "fused backward": ("layer 2, mlp.linear_fc1.weight", [2]),
         "weights": ("layer 2, mlp.linear_fc1.weight", []),
     }[where]
     assert (finding["place"], finding["rows"]) == expected

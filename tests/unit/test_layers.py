@@ -179,7 +179,7 @@ def test_overlap_calls_match_transformer_engine_signatures(version: str, fp8: st
     def initialize_ub(**arguments):
         calls.append(inspect.Signature(parameters).bind(**arguments).arguments)
         if len(calls) > 1:
-            raise RuntimeError("no multicast\nlong text")
+            raise AssertionError("no multicast\nlong text")
 
     base = types.SimpleNamespace(
         initialize_ub=initialize_ub, UserBufferQuantizationMode=types.SimpleNamespace(FP8="8", NONE="16")
@@ -193,20 +193,25 @@ def test_overlap_calls_match_transformer_engine_signatures(version: str, fp8: st
 
 
 def test_broken_packages_are_hidden(tmp_path: Path) -> None:
-    """PyPI's `apex` and a TransformerEngine without a GPU: Megatron-Core must not see them."""
-    names = ("apex", "amp_C", "transformer_engine", "transformer_engine_torch")
-    for name in names:
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "__init__.py").write_text("")
+    """Broken compiled parts of Apex, TransformerEngine, no GPU: Megatron-Core sees only what works."""
+    files = ("amp_C.py", "transformer_engine.py", "transformer_engine_torch.py", "fused_weight_gradient_mlp_cuda.py")
+    for name in (*files, "apex/__init__.py", "apex/optimizers.py", "apex/multi_tensor_apply.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("import os\nif __name__ in os.environ['BROKEN']: raise ImportError('undefined')")
     code = """
+import os, sys
 import torch
-from sdlm_megatron.model.packages import find_packages
-print(find_packages().apex.problem, find_packages().transformer_engine.problem, sep="|")
-for name in ("apex", "amp_C", "transformer_engine", "transformer_engine_torch"):
-    try:
-        __import__(name)
-    except ImportError:
-        print("hidden", name)
+from sdlm_megatron.model import packages
+names = ("transformer_engine", "transformer_engine_torch", "apex", "amp_C", "fused_weight_gradient_mlp_cuda")
+packages.gpu_number, torch.cuda.get_device_capability = int, lambda number: (9, 0)
+packages.gpu_available = lambda: bool(os.environ["BROKEN"])
+for part in ("fused_weight_gradient_mlp_cuda", "amp_C", ""):
+    os.environ["BROKEN"] = part and f"transformer_engine {part}"
+    for module in [m for m in sys.modules if m.startswith(names)]:
+        del sys.modules[module]
+    result = packages.find_packages.__wrapped__()
+    print(result.transformer_engine.problem, result.apex.problem, sep="|")
+    print(*(name for name in names if sys.modules.get(name, 0) is None))
 """
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -215,7 +220,12 @@ for name in ("apex", "amp_C", "transformer_engine", "transformer_engine_torch"):
         text=True,
         check=True,
     )
-    assert done.stdout.splitlines() == ["there is no GPU|there is no GPU", *(f"hidden {name}" for name in names)]
+    te, apex, fused = "transformer_engine transformer_engine_torch", "apex amp_C", "fused_weight_gradient_mlp_cuda"
+    assert done.stdout.splitlines() == [
+        *("it cannot be loaded (undefined)|", f"{te} {fused}"),
+        *("it cannot be loaded (undefined)|it cannot be loaded (undefined)", f"{te} {apex} {fused}"),
+        *("there is no GPU|there is no GPU", f"{te} {apex} {fused}"),
+    ]
 
 
 def test_pypi_apex_is_not_nvidia_apex(tmp_path: Path, monkeypatch) -> None:

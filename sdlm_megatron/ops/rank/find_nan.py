@@ -101,7 +101,8 @@ class _Search:
                 if not parameter.requires_grad:  # frozen, with adapters
                     continue
                 counter = [0]  # backward passes come in the order of the forward passes
-                self._handles.append(parameter.register_hook(partial(self._gradient, chunk, name, counter)))
+                hook = partial(self._gradient, chunk, name, parameter, counter)
+                self._handles.append(parameter.register_hook(hook))
 
     def _begin(self, chunk: int, module: torch.nn.Module, arguments: Any) -> None:
         self._forward[chunk] += 1
@@ -110,8 +111,11 @@ class _Search:
         number = self._forward[chunk] - 1
         self._check(1, number, self._place(chunk, name), output)
 
-    def _gradient(self, chunk: int, name: str, counter: list[int], gradient: torch.Tensor) -> None:
-        self._check(2, counter[0], self._place(chunk, name), gradient)
+    def _gradient(self, chunk: int, name: str, parameter: Any, counter: list[int], gradient: torch.Tensor) -> None:
+        # With fused gradient accumulation the layer has added the weight's gradient to the buffer, whose reduction
+        # begins later, and returns uninitialized memory instead.
+        fused = getattr(parameter, "grad_added_to_main_grad", False)
+        self._check(2, counter[0], self._place(chunk, name), parameter.main_grad if fused else gradient)
         counter[0] += 1
 
     def _check(self, kind: int, number: int, place: str, value: Any) -> None:
