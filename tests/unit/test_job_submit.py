@@ -98,8 +98,8 @@ def test_each_stage_of_the_pipeline_waits_for_the_one_before(user: dict[str, str
     (tmp_path / "tools" / "sbatch").write_text(f'#!/bin/sh\necho "$@" >>{record}\nexpr 100 + $(wc -l <{record})\n')
     env = {**user, "PYTHON": sys.executable, "CONFIG": "mixture_3p5m"}
     line = ("bash", REPO / "slurm" / "pipeline.sh", "train_3b_d8", "--cluster", "mine", "--nodes", "2", "--after")
-    asked = run(*line, "4711", "--help", cwd=tmp_path, env=env)
-    assert asked.returncode == 0 and asked.stdout.startswith("From conversations") and not record.exists()
+    shown = run(*line, "4711", "--help", cwd=tmp_path, env=env)
+    assert shown.returncode == 0 and shown.stdout.startswith("From conversations") and not record.exists()
     done = run(*line, "4711", "--", "--train.steps=7", cwd=tmp_path, env=env)
     assert done.returncode == 0, done.stderr
     names = [text.split(":")[0] for text in done.stdout.splitlines()]
