@@ -13,6 +13,13 @@
 #   DATA=DIR BASE=DIR slurm/train_3b_d4.sh --cluster NAME [OPTIONS] [-- --a.b=c ...]  with those of a cluster file
 # DATA: packed dataset (prepare_data.sh). BASE: Hugging Face folder. RUN_DIR: folder of the run. OPTIONS: --help, --dry-run
 # In a job, $0 is Slurm's copy of this script. Slurm knows the path of the original, which is next to common.sh.
-self=$0; [[ $0 != */slurm_script ]] || self=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=\([^ ]*\).*/\1/p' | head -1)
+# A busy controller does not answer at once.
+self=$0
+for pause in 0 10 30 60; do
+  [[ $self == */slurm_script ]] || break
+  sleep $pause
+  path=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=\([^ ]*\).*/\1/p' | head -1)
+  self=${path:-$self}
+done
 source "$(dirname "$self")/common.sh"
 train sdlm_3b_d4 "$@"

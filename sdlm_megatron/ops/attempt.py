@@ -14,12 +14,15 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from sdlm_megatron.errors import ConfigError
+from sdlm_megatron.errors import CheckpointError, ConfigError
 
 EVENTS_FILE = "events.jsonl"
+T = TypeVar("T")
 _NUMBERS, _MOST = ("time", "process_start", "step", "checkpoint", "seconds", "blocked_s", "total_s"), 1e11
 """Fields of events that hold numbers, and the largest one: seconds of a year that a calendar has."""
 
@@ -65,6 +68,18 @@ def rank_file(run_dir: str | Path, kind: str, rank: int, name: str | None = None
     if kind == "log":
         return folder / f"rank-{rank:05d}.log"
     return folder / kind / f"rank-{rank:05d}.{'txt' if kind == 'stacks' else 'json'}"
+
+
+def patiently(read: Callable[..., T], *arguments: Any) -> T:
+    """`read(*arguments)`, called again for a minute while it fails.
+
+    The servers of a shared file system answer with errors while one of them takes over from another.
+    """
+    for _ in range(12):
+        with suppress(OSError, CheckpointError):  # the latter: RUN/ckpt cannot be listed
+            return read(*arguments)
+        time.sleep(5)
+    return read(*arguments)
 
 
 def record_event(run_dir: str | Path, kind: str, **fields: Any) -> None:

@@ -80,7 +80,7 @@ class Goodput:
 
 
 def goodput_of(run_dir: str | Path) -> Goodput | None:
-    """Goodput of a run folder; None if no attempt has started."""
+    """Goodput of a run folder; None if no attempt has started, or no time has passed since."""
     run = Path(run_dir)
     files = (run / METRICS_FILE, (run / METRICS_FILE).with_suffix(REDONE + ".jsonl"))
     records = [record for file in files if file.exists() for record in read_metrics(file)]
@@ -94,6 +94,8 @@ def goodput(events: Sequence[Mapping[str, Any]], records: Sequence[Mapping[str, 
     if not any(e["kind"] == "start" for e in events):
         return None
     times = [x["time"] for x in (*events, *records)]
+    if min(times) == max(times):
+        return None
     claims = [*_states(events, max(times)), *_steps(events, records), *_particulars(events, records)]
     spans = list(_settled(claims, min(times), max(times)))
     seconds = {cause: sum(s.end - s.start for s in spans if s.cause == cause) for cause in CAUSES}

@@ -3,6 +3,7 @@
 import os
 import subprocess
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
@@ -67,12 +68,15 @@ def _tally(tally: Mapping[str, Any]) -> dict[str, int]:
 @lru_cache(maxsize=1)
 def versions() -> tuple[tuple[str, str], ...]:
     """(name, version) of this package, with its git commit in a checkout, and of PACKAGES."""
-    installed = [("sdlm_megatron", sdlm_megatron.__version__ + _commit())]
+    return (("sdlm_megatron", sdlm_megatron.__version__ + _commit()), *package_versions())
+
+
+def package_versions() -> tuple[tuple[str, str], ...]:
+    """(name, version) of those of PACKAGES that are installed."""
+    installed = []
     for package in PACKAGES:
-        try:
+        with suppress(PackageNotFoundError):
             installed.append((package, version(package)))
-        except PackageNotFoundError:
-            continue
     return tuple(installed)
 
 

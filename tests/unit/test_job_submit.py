@@ -130,6 +130,49 @@ def test_a_script_of_ones_own_trains_a_file_of_ones_own(
     assert done.stdout == "-m sdlm_megatron.ops.driver.driver --config mine.yaml --spares 1\n", done.stderr
 
 
+def test_each_stage_of_the_pipeline_waits_for_the_one_before(user: dict[str, str], tmp_path: Path) -> None:
+    """A job that the user names comes before the first stage; --help submits nothing."""
+    record = tmp_path / "submitted"
+    (tmp_path / "tools" / "sbatch").write_text(f'#!/bin/sh\necho "$@" >>{record}\nexpr 100 + $(wc -l <{record})\n')
+    env = {**user, "PYTHON": sys.executable, "CONFIG": "mixture_3p5m"}
+    line = ("bash", REPO / "slurm" / "pipeline.sh", "train_3b_d8", "--cluster", "mine", "--nodes", "2", "--after")
+    shown = run(*line, "4711", "--help", cwd=tmp_path, env=env)
+    assert shown.returncode == 0 and shown.stdout.startswith("From conversations") and not record.exists()
+    done = run(*line, "4711", "--", "--train.steps=7", cwd=tmp_path, env=env)
+    assert done.returncode == 0, done.stderr
+    names = [text.split(":")[0] for text in done.stdout.splitlines()]
+    assert names == ["prepare_data", "merge_data", "train_3b_d8", "export"]
+    lines = [text.split() for text in record.read_text().splitlines()]
+    waits = [word for words in lines for word in words if word.startswith("--dependency=")]
+    assert waits == [f"--dependency=afterok:{job}" for job in (4711, 101, 102, 103)]
+    assert all("--partition=own" in words for words in lines)
+    assert ["--nodes=3" in words and "--train.steps=7" in words for words in lines] == [False, False, True, False]
+
+
+def test_a_job_waits_for_a_busy_controller(user: dict[str, str], tmp_path: Path) -> None:
+    """A script asks it for its own path: the first two questions get no answer."""
+    for name, body in (
+        ("scontrol", f'echo x >>{tmp_path}/asked; [ $(wc -l <{tmp_path}/asked) -gt 2 ] && echo "  Command=$COMMAND"'),
+        ("sleep", f"echo $1 >>{tmp_path}/slept"),
+        ("python", 'echo "$@"'),
+    ):
+        (tmp_path / "tools" / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / "tools" / name).chmod(0o755)
+    copy = tmp_path / "slurm_script"
+    for script in sorted((REPO / "slurm").glob("*.sh")):
+        if "scontrol" not in script.read_text():
+            assert script.stem in ("common", "pipeline")
+            continue
+        shutil.copy(script, copy)
+        for file in ("asked", "slept"):
+            (tmp_path / file).unlink(missing_ok=True)
+        env = {**user, "PYTHON": str(tmp_path / "tools" / "python"), "SLURM_JOB_ID": "7", "COMMAND": str(script)}
+        env |= dict.fromkeys(("OUT", "CONFIG", "MODEL", "HELDOUT"), "x")
+        done = run("bash", copy, cwd=tmp_path, env=env)
+        assert done.returncode == 0 and done.stdout.startswith("-m sdlm_megatron.ops.driver."), done.stderr
+        assert (tmp_path / "slept").read_text().split() == ["0", "10", "30"]
+
+
 def test_script_describes_itself() -> None:
     assert BatchScript("train_32b_d4").preset == BatchScript("slurm/train_32b_d4.sh").preset == "sdlm_32b_d4"
     export = BatchScript("export")

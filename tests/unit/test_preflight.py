@@ -14,8 +14,10 @@ from helpers import ENV
 
 from sdlm_megatron.errors import ConfigError, UserError
 from sdlm_megatron.ops.driver.cluster_file import load_cluster
-from sdlm_megatron.ops.driver.preflight import NodeRun, NodeStages, clock_check, main
+from sdlm_megatron.ops.driver.preflight import NodeRun, NodeStages, _report, clock_checks, main
 from sdlm_megatron.ops.driver.verdict import (
+    ELSEWHERE,
+    FAILED,
     NodeReport,
     add_bad_nodes,
     best_speeds,
@@ -32,6 +34,7 @@ from sdlm_megatron.ops.node.gpu_checks import gpu_checks, parse_xids
 from sdlm_megatron.ops.node.limits import Limits
 from sdlm_megatron.ops.node.local_environment import choose_interface, set_local_environment
 from sdlm_megatron.ops.node.node_checks import check_disk, compiler_check, hash_code, hash_environment
+from sdlm_megatron.ops.run_facts import versions
 
 HEALTHY = {"temperature": 31, "memory": 4 << 20, "throttle": 0x1, "ecc": 0, "rows": (0, 0, 0, 0)}
 
@@ -202,14 +205,62 @@ def test_check_that_fails_on_all_nodes_blames_none(tmp_path: Path) -> None:
     assert read_bad_nodes(tmp_path / "none") == {}
 
 
+def clocks(*differences: float) -> list[bool | None]:
+    """Results for nodes whose clocks differ so from the batch node's; the first one is the batch node."""
+    runs = {f"n{i}": SimpleNamespace(clock=(100.0 + x, 100.1), started=99.9) for i, x in enumerate(differences)}
+    return [check.ok for check in clock_checks(runs, 2.0).values()]  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("node_time", "ok"), [(105.0, True), (99.0, True), (97.5, False), (111.0, True), (112.5, False)]
 )
 def test_clock_skew_is_reported_only_beyond_message_latency(node_time: float, ok: bool) -> None:
     """The program started at 100 and its line arrived at 110: times between, and up to 2 s outside, are accepted."""
-    run = SimpleNamespace(clock=(node_time, 110.0), started=100.0)
-    check = clock_check(run, 2.0)  # type: ignore[arg-type]
-    assert check.ok is ok and bool(check.why) is not ok
+    runs = {
+        "batch": SimpleNamespace(clock=(100.0, 100.0), started=100.0),
+        "n1": SimpleNamespace(clock=(node_time, 110.0), started=100.0),
+    }
+    batch, check = clock_checks(runs, 2.0).values()  # type: ignore[arg-type]
+    assert batch.ok and check.ok is ok and bool(check.why) is not ok
+
+
+def test_the_clock_that_differs_from_the_others_is_wrong() -> None:
+    """The batch node's too."""
+    assert clocks(0, 40, 40.5, 39.8) == [False, True, True, True]
+    assert clocks(0, 0, 40, 0) == [True, True, False, True]
+    assert clocks(0, 40) == [True, False]  # either may be wrong
+    runs = {"n1": SimpleNamespace(clock=None, started=0.0)}
+    assert clock_checks(runs, 2.0)["n1"].ok is None  # type: ignore[arg-type]
+
+
+def test_a_batch_node_that_alone_sees_its_run_folder_is_blamed_alone() -> None:
+    nodes = [NodeReport(name) for name in ("batch", "n1", "n2")]
+    nodes[0].add("run disk", True, "9 GB")
+    for node in nodes[1:]:
+        node.add("run disk", False, ELSEWHERE, "the run folder on this node is not the batch node's")
+    assert list(nodes_to_replace(nodes)) == ["batch"]
+    assert list(nodes_to_replace(nodes[:2])) == ["n1"]  # either may be wrong
+    result = _report(nodes, 1, 0)
+    assert not result["healthy"] and list(result["blamed"]) == ["batch"] and len(result["bad"]) == 3
+    nodes[1].checks = nodes[0].checks
+    assert list(nodes_to_replace(nodes)) == ["n2"]
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_a_program_that_fails_on_every_node_is_a_common_mistake(count: int) -> None:
+    """Such as an image that does not exist. Nodes that do not answer may be replaced."""
+    nodes = [NodeReport(f"n{i}") for i in range(count)]
+    for node in nodes:
+        node.add("answers", False, FAILED, "the program on the node ended with code 1: no such image")
+    assert nodes_to_replace(nodes) == {}
+    assert common_failures(nodes) == "answers: the program on the node ended with code 1: no such image"
+    assert list(nodes_to_replace(nodes[:1])) == ["n0"] and common_failures(nodes[:1]) == ""
+    nodes[1].checks.clear()
+    nodes[1].add("answers", False, "no", "no result in time")
+    assert (nodes_to_replace(nodes), common_failures(nodes)) == ({}, "")
+    nodes[1].checks.clear()
+    nodes[1].add("answers", True, "yes")
+    assert nodes_to_replace(nodes).keys() == {node.name for node in nodes} - {"n1"}
 
 
 def test_disks_are_checked_by_writing(tmp_path: Path) -> None:
@@ -294,12 +345,16 @@ def test_torch_that_cannot_use_the_gpus_fails_the_node(monkeypatch: pytest.Monke
     assert "install a torch build" in result["error"]
 
 
-def test_hashes_follow_the_resolved_configuration(tmp_path: Path) -> None:
+def test_hashes_follow_the_resolved_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = hash_environment("sdlm_3b_d4", [])
     (tmp_path / "own.yaml").write_text("extends: sdlm_3b_d4\n")
     assert hash_environment(str(tmp_path / "own.yaml"), [])["config"] == plain["config"]
     assert hash_environment("sdlm_3b_d4", ["--optimizer.lr=1"])["config"] != plain["config"]
     assert plain["code"] == hash_code()
+    monkeypatch.setattr("sdlm_megatron.ops.run_facts._commit", lambda: " (commit 1-dirty)")
+    versions.cache_clear()  # the commit is no package: the code has its own hash
+    assert hash_environment("sdlm_3b_d4", [])["packages"] == plain["packages"]
+    versions.cache_clear()
     (tmp_path / "manifest.json").write_text("{}")
     assert hash_environment("sdlm_3b_d4", [f"--data.path={tmp_path}"])["data"] != plain["data"]
     adapter = []
@@ -349,12 +404,15 @@ def test_unresponsive_nodes_are_reported_with_their_log_tail(tmp_path: Path) -> 
         "dead": ["sh", "-c", "echo no such image >&2; exit 1"],
         "hung": ["sh", "-c", "echo checking GPUs; sleep 60"],
         "elsewhere": ["sh", "-c", "exit 4"],
+        "busy": ["sh", "-c", "echo srun: error: Socket timed out on send/recv operation; exit 1"],
     }
     checked, _ = stages(tmp_path, lambda node, program: commands[node], answer_seconds=1)
     start = time.monotonic()
     nodes = {node.name: node for node in checked.run(list(commands), quick=True)}
     assert time.monotonic() - start < 8
     assert nodes["dead"].why == "answers: the program on the node ended with code 1: no such image"
+    values = {name: node.checks[0].value for name, node in nodes.items()}
+    assert values == {"dead": FAILED, "hung": "no", "elsewhere": ELSEWHERE, "busy": "no"}
     assert nodes["hung"].why == "answers: no result in time: checking GPUs"
     assert nodes["elsewhere"].why == "run disk: the run folder on this node is not the batch node's"
 

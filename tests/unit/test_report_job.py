@@ -64,12 +64,16 @@ def test_page_has_every_section(job: Path) -> None:
     assert text.count("<img") == 8 and "http" not in re.sub(r'src="data:[^"]*"', "", text)
 
 
-@pytest.mark.parametrize("state", ["configured", "started", "logged"])
+@pytest.mark.parametrize("state", ["configured", "starting", "started", "logged"])
 def test_page_of_a_run_in_any_state(job: Path, state: str) -> None:
-    """States: only a configuration; a crash before the first step; files truncated by a crash."""
+    """States: only a configuration; a single event; a crash before the first step; files truncated by a crash."""
     if state == "configured":
         for file in job.glob("*.jsonl"):
             file.unlink()
+    elif state == "starting":
+        for file in job.glob("*.jsonl"):
+            file.unlink()
+        (job / "events.jsonl").write_text('{"kind": "start", "time": 1796048636.0, "attempt": "local", "step": 0}\n')
     elif state == "started":
         events = (job / "events.jsonl").read_text().splitlines(keepends=True)
         for file in job.glob("*.jsonl"):

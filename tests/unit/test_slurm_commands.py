@@ -3,12 +3,13 @@
 import os
 import re
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
 from sdlm_megatron.errors import UserError
 from sdlm_megatron.ops.driver import slurm_commands as slurm
-from sdlm_megatron.ops.driver.slurm_commands import SlurmJob
+from sdlm_megatron.ops.driver.slurm_commands import SlurmAnswer, SlurmJob
 
 NOTE = "echo 'scontrol: note: maintenance on Monday EndTime=1999-01-01T00:00:00' >&2\n"
 JOB = "JobId=7 JobName=sdlm RunTime=0 EndTime={end} ExcNodeList=(null) Comment=a EndTime=2001-01-01T00:00:00"
@@ -88,6 +89,61 @@ def test_deadline_of_a_job(program, monkeypatch: pytest.MonkeyPatch) -> None:
     assert job.end_time() == 1796048636.0
     program("scontrol", "echo JobId=8 EndTime=2026-11-30T14:23:56")  # of another job
     assert job.show() == {}
+
+
+@pytest.mark.parametrize(
+    ("start", "preempt", "preempted"),
+    [
+        ("2026-11-30T10:00:00", "2026-11-30T14:00:00", True),
+        ("2026-11-30T10:00:00", "None", False),
+        ("2026-11-30T15:00:00", "2026-11-30T14:00:00", False),  # of the job's start before this one
+    ],
+)
+def test_preemption_of_a_job(program, start: str, preempt: str, preempted: bool) -> None:
+    times = f"StartTime={start} EndTime=2026-11-30T14:02:00 Deadline=N/A PreemptEligibleTime={start}"
+    program("scontrol", f"echo 'JobId=7 JobState=RUNNING {times} PreemptTime={preempt} SuspendTime=None'")
+    assert SlurmJob("7", 0, ["n1"]).preempted() is preempted
+
+
+SILENT = SlurmAnswer(124, "", "scontrol did not answer in 60 s")
+BUSY = SlurmAnswer(1, "", "slurm_requeue error: Unable to contact slurm controller (connect failure)")
+DONE = SlurmAnswer(0, "", "")
+GONE = SlurmAnswer(1, "", "Job is pending execution for requeue")
+
+
+@pytest.mark.parametrize(
+    ("answers", "state", "end", "result", "questions"),
+    [
+        ([SILENT, SILENT, DONE], "JobState=RUNNING Restarts=0", "2099", "", 3),
+        ([BUSY, BUSY, DONE], "JobState=RUNNING Restarts=0", "2099", "", 3),
+        ([SILENT], "JobState=COMPLETING Restarts=0", "2099", "", 1),  # it worked, or an operator ends the job
+        ([GONE], "JobState=RUNNING Restarts=1", "2099", "", 1),  # it worked, and the job runs again
+        ([BUSY], "JobState=RUNNING Restarts=0", "2001", BUSY.streams, 1),  # no time left
+        ([GONE], "JobState=RUNNING Restarts=0", "2099", GONE.streams, 1),
+    ],
+)
+def test_requeue_waits_for_a_busy_controller(
+    answers: list, state: str, end: str, result: str, questions: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left, requests = list(answers), []
+
+    def command(*words: str) -> SlurmAnswer:
+        if "show" in words:
+            return SlurmAnswer(0, f"JobId=7 {state} EndTime={end}-01-01T00:00:00", "")
+        requests.append(words)
+        return left.pop(0)
+
+    monkeypatch.setattr(slurm, "command", command)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    assert SlurmJob("7", 0, ["n1"]).requeue() == result
+    assert requests == [("scontrol", "requeue", "7")] * questions
+
+
+def test_a_command_that_cannot_start_may_work_later(program, monkeypatch: pytest.MonkeyPatch) -> None:
+    program("sinfo", "exit 0")
+    monkeypatch.setattr("subprocess.run", Mock(side_effect=OSError(12, "Cannot allocate memory")))
+    answer = slurm.command("sinfo")
+    assert answer.busy and "sinfo cannot be started: [Errno 12] Cannot allocate memory" in answer.streams
 
 
 def test_lost_nodes_are_nodes_of_the_question(program) -> None:

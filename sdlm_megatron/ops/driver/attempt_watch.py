@@ -29,6 +29,7 @@ def watch_attempt(
     folder: Path,
     heartbeat_seconds: float,
     stop_reason: Callable[[], str],
+    keep_guardian: Callable[[], None],
     log: Callable[[str], None],
 ) -> None:
     """Waits until srun has ended, and ends it when the attempt cannot go on.
@@ -40,9 +41,11 @@ def watch_attempt(
         folder: log folder of the attempt; a stop request is written there once, as stop.json.
         heartbeat_seconds: the run's setting fault.heartbeat_seconds.
         stop_reason: returns why training has to stop, or "".
+        keep_guardian: makes sure that a guardian runs; called every NODES_SECONDS.
         log: receives messages.
     """
     deadline, first_exit, last_check, requested, why = 0.0, 0.0, time.monotonic(), False, ""
+    beats = Heartbeats(folder, max(SILENT_HEARTBEATS * heartbeat_seconds, SILENT_SECONDS))
     while process.poll() is None:
         time.sleep(POLL_SECONDS)
         if not deadline and (why := stop_reason()):
@@ -52,9 +55,10 @@ def watch_attempt(
             with suppress(OSError):  # a full disk: there may be room at the next look
                 write_json(folder / "stop.json", {"reason": why})
                 requested = True
-        if not first_exit and any((folder / "exit").glob("rank-*.json")):
+        grace = _grace_seconds(folder)
+        if grace is not None and not first_exit:
             first_exit = time.monotonic()
-        if first_exit and time.monotonic() - first_exit > _grace_seconds(folder):
+        if first_exit and grace is not None and time.monotonic() - first_exit > grace:
             log("some processes have ended and others have not; ending them")
             _end(process, job)
         elif deadline and time.time() > deadline:
@@ -62,7 +66,8 @@ def watch_attempt(
             _end(process, job)
         elif time.monotonic() - last_check > NODES_SECONDS:
             last_check = time.monotonic()
-            if silent := silent_ranks(folder, max(SILENT_HEARTBEATS * heartbeat_seconds, SILENT_SECONDS)):
+            keep_guardian()
+            if silent := beats.silent():
                 log(f"no heartbeat from rank {', '.join(silent)}; ending all processes, which write their stacks")
                 _end(process, job)
                 continue
@@ -72,27 +77,48 @@ def watch_attempt(
                 _end(process, job)
 
 
-def silent_ranks(folder: Path, seconds: float) -> list[str]:
-    """Ranks whose heartbeat is more than `seconds` behind the newest one; all ranks if that one is twice as old.
+class Heartbeats:
+    """Heartbeats of an attempt, and when this process saw each of them change.
 
-    Compares the times of the files, which the shared file system sets, so clocks need not agree. Ranks with an exit
-    record do not count.
+    The times of the files are only compared with themselves: some shared file systems set them by the clock of the
+    node that writes, others by that of a server.
     """
-    beats = {}
-    for file in (folder / "heartbeat").glob("rank-*.json"):
-        if not (folder / "exit" / file.name).exists():
-            beats[file.stem.removeprefix("rank-")] = file.stat().st_mtime
-    if not beats:
-        return []
-    newest = max(beats.values())
-    if time.time() - newest > 2 * seconds:
-        return sorted(beats)
-    return sorted(rank for rank, beat in beats.items() if newest - beat > seconds)
+
+    def __init__(self, folder: Path, seconds: float) -> None:
+        """
+        Args:
+            folder: log folder of the attempt.
+            seconds: a rank is silent when its heartbeat is this much behind the newest one.
+        """
+        self.folder, self.seconds = folder, seconds
+        self._changed: dict[str, tuple[float, float]] = {}  # rank -> time of its file, and when that was new here
+
+    def silent(self) -> list[str]:
+        """Silent ranks; all ranks if the newest heartbeat is twice as old. Ranks with an exit record do not count."""
+        now, times = time.monotonic(), {}
+        try:
+            for file in (self.folder / "heartbeat").glob("rank-*.json"):
+                if not (self.folder / "exit" / file.name).exists():
+                    times[file.stem.removeprefix("rank-")] = file.stat().st_mtime
+        except OSError:  # the ranks may not have been able to write either: count from the next look on
+            self._changed = {}
+            return []
+        old = self._changed
+        self._changed = {r: old[r] if r in old and old[r][0] == beat else (beat, now) for r, beat in times.items()}
+        seen = {rank: when for rank, (_, when) in self._changed.items()}
+        newest = max(seen.values(), default=now)
+        if now - newest > 2 * self.seconds:
+            return sorted(seen)
+        return sorted(rank for rank, when in seen.items() if newest - when > self.seconds)
 
 
-def _grace_seconds(folder: Path) -> float:
-    failed = any('"code": 0' not in file.read_text(encoding="utf-8") for file in (folder / "exit").glob("rank-*.json"))
-    return AFTER_FAILURE if failed else AFTER_SUCCESS
+def _grace_seconds(folder: Path) -> float | None:
+    """Seconds that the other ranks have after the first exit record; None without one, or if they cannot be read."""
+    try:
+        codes = ['"code": 0' in file.read_text(encoding="utf-8") for file in (folder / "exit").glob("rank-*.json")]
+    except OSError:  # a shared file system whose server fails over: there is a next look
+        return None
+    return (AFTER_SUCCESS if all(codes) else AFTER_FAILURE) if codes else None
 
 
 def _end(process: subprocess.Popen, job: SlurmJob) -> None:

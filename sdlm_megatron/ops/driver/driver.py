@@ -7,6 +7,7 @@ Exit code: 0 training finished, 2 user error, 3 stopped by RUN/STOP, 1 otherwise
 """
 
 import argparse
+import errno
 import os
 import re
 import secrets
@@ -23,11 +24,11 @@ from types import FrameType
 from sdlm_megatron.config.command_line import make_parser
 from sdlm_megatron.config.load import PRESETS, load_config
 from sdlm_megatron.config.schema import RunConfig
-from sdlm_megatron.config.secret_text import mask_text
+from sdlm_megatron.config.secret_text import is_secret_name, mask_text
 from sdlm_megatron.config.validate import check_run
-from sdlm_megatron.errors import ConfigError, UserError, run_cli
+from sdlm_megatron.errors import CheckpointError, ConfigError, UserError, run_cli
 from sdlm_megatron.files import make_folder, write_text
-from sdlm_megatron.ops.attempt import attempt_dir, read_events, record_event
+from sdlm_megatron.ops.attempt import attempt_dir, patiently, read_events, record_event
 from sdlm_megatron.ops.driver.attempt_summary import summarize
 from sdlm_megatron.ops.driver.attempt_watch import attempt_end, watch_attempt
 from sdlm_megatron.ops.driver.cluster_file import CLUSTER_HELP, load_cluster
@@ -41,13 +42,19 @@ from sdlm_megatron.ops.driver.launch import (
     with_setup,
 )
 from sdlm_megatron.ops.driver.preflight import run_preflight
-from sdlm_megatron.ops.driver.slurm_commands import SlurmJob, slurm_environment
+from sdlm_megatron.ops.driver.slurm_commands import (
+    REQUEUE_SECONDS,
+    RETRY_SECONDS,
+    SlurmJob,
+    lost_nodes,
+    slurm_environment,
+)
 from sdlm_megatron.ops.driver.verdict import add_bad_nodes, read_bad_nodes
 from sdlm_megatron.weights.checkpoint_folder import newest_step
 
 EXAMPLE = "DATA=DIR BASE=DIR sbatch --mem=0 slurm/train_32b_d4.sh -- --train.steps=1000"
 SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)
-CONTROLLER_TRIES = 20  # questions to a controller that does not answer, at least 10 s apart
+FILE_PAUSE = 60  # seconds from an attempt that ended for an I/O error of the driver to the next
 EXIT_CODES = {"done": 0, "stop": 3}
 
 
@@ -55,7 +62,7 @@ class StopSignal:
     """The last signal to this process that asks the job to stop; 0 if there was none."""
 
     def __init__(self) -> None:
-        self.number = 0
+        self.number, self.preempted = 0, False
         for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM):
             signal.signal(number, self._note)
 
@@ -71,6 +78,11 @@ class StopSignal:
         """
         if not self.number:
             return ""
+        # Slurm moves the end time of a preempted job, and may send it the signal of the time limit. Once it ends the
+        # job, it does not tell any more.
+        self.preempted = self.preempted or job.preempted()
+        if self.preempted:
+            return "preemption"
         if job.end_time() - time.time() < margin + 120:  # Slurm may send its signal up to a minute early
             return "time limit"
         return "preemption" if self.number == signal.SIGTERM else "operator"
@@ -104,8 +116,11 @@ class Driver:
         self.crashed = False
         """Whether the last attempt crashed. Its nodes need no new measurement of their speed."""
         self.excluded: dict[str, str] = {}  # nodes that are not used any more, with the reason
+        self.unblamed: set[str] = set()  # those that failed only what every node failed: a requeue may use them
+        self.file_errors = 0  # attempts in a row that ended for an I/O error of the driver
         self.guardian: subprocess.Popen | None = None
-        self.first_step = newest_step(self.run_dir)
+        self.guardian_node = ""
+        self.first_step = self.newest = patiently(newest_step, self.run_dir)
 
     def log(self, text: str) -> None:
         """Prints to the job's output, and appends to driver.log."""
@@ -121,7 +136,7 @@ class Driver:
 
     def run(self) -> int:
         """Makes attempts until none is left to make; returns the exit code."""
-        self._name_attempt()
+        patiently(self._name_attempt)
         self.event("job_start", nodes=self.job.nodes, restart=self.job.restart)
         self._write_environment()
         self.log(
@@ -130,30 +145,49 @@ class Driver:
         )
         find_nan: list[str] = []
         while True:
-            self._name_attempt()
-            end = self._attempt(find_nan)
-            action = self._decide(end)
+            patiently(self._name_attempt)
+            end = self._attempt_or_error(find_nan)
+            action = patiently(self._decide, end)
             find_nan = ["--find-nan", str(end.step)] if action.find_nan and end.step is not None else []
             suspects = {host: "its processes failed twice" for host in action.exclude if host not in end.bad}
-            add_bad_nodes(self.run_dir, suspects)
+            with suppress(OSError):  # they are excluded in this job all the same
+                add_bad_nodes(self.run_dir, suspects)
             self.excluded.update({**suspects, **end.bad})
             self.log(f"{action.kind}: {action.reason}")
             if action.kind == "retry":
                 self.tries += 1
-                self.crashed = end.outcome == "crash"
+                self.crashed = end.outcome == "crash" and not self.file_errors
                 continue
             return self._leave(end, action)
 
     def _name_attempt(self) -> None:
+        # Slurm may number its jobs anew: an older job's stop request and exit records must not count.
+        while attempt_dir(self.run_dir, f"{self.job.name}-{self.tries}").exists():
+            self.tries += 1
         # Events and file names of this process and of the training processes use the name.
         os.environ["SDLM_ATTEMPT"] = f"{self.job.name}-{self.tries}"
+
+    def _attempt_or_error(self, arguments: Sequence[str]) -> AttemptEnd:
+        """`_attempt`; an error of the operating system, as of a shared disk, ends the attempt and not the job."""
+        try:
+            end = self._attempt(arguments)
+            self.file_errors = 0
+            return end
+        except (OSError, CheckpointError) as error:
+            why = f"the driver cannot continue the attempt: {error}"
+            self.log(why)
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                return AttemptEnd("user_error", f"{why}; free some space and submit again")
+            self.file_errors += 1
+            time.sleep(FILE_PAUSE)
+            return AttemptEnd("crash", why)
 
     def _attempt(self, arguments: Sequence[str]) -> AttemptEnd:
         """Checks the nodes, and trains once on those that are good."""
         if self.stop.number or (self.run_dir / "STOP").exists():
             return AttemptEnd("stopped", "asked to stop before training began")
         nodes = [node for node in self.job.nodes if node not in self.excluded]
-        self._start_guardian(nodes)
+        self._keep_guardian()
         start = time.monotonic()
         try:
             report = run_preflight(
@@ -175,40 +209,55 @@ class Driver:
         # Plain sbatch does not exclude the nodes of bad-nodes.txt: they come last, and train only as a last resort.
         known = read_bad_nodes(self.run_dir)
         good = sorted((node for node in nodes if node not in bad), key=lambda node: node in known)
+        chosen = good[: self.needed]
         self.event("preflight", seconds=time.monotonic() - start, ok=len(good) >= self.needed, bad=bad)
         for node, why in bad.items():
             self.log(f"excluded: {node}: {why}")
         if self.stop.number:
             return AttemptEnd("stopped", "asked to stop before training began")
         self.excluded.update(bad)
+        self.unblamed |= set(bad) - set(report["blamed"])
         if report["everywhere"]:
             return AttemptEnd("user_error", f"the pre-flight failed on every node: {report['everywhere']}")
         if len(good) < self.needed:
             return AttemptEnd("too_few_nodes", f"{len(good)} good nodes, {self.needed} needed", bad=bad)
-        return self._train(good[: self.needed], arguments)
+        # Rank 0 is on the first node in the allocation's order, which srun keeps whatever order it is asked for.
+        return self._train([node for node in nodes if node in chosen], arguments)
 
     def _exit_if_replaced(self) -> None:
-        """Ends this driver if Slurm has restarted the job elsewhere, or does not answer for minutes.
+        """Ends this driver if Slurm has restarted the job elsewhere. Waits until the controller answers.
 
-        This node is cut off then, and anything that it still wrote into the run would mislead the new driver.
+        A node that was cut off cannot know, and anything that it still wrote into the run would mislead the new driver.
         """
-        for _ in range(CONTROLLER_TRIES):
-            if fields := self.job.show():
-                if fields.get("Restarts") == str(self.job.restart):
-                    return
+        last = None
+        while not (fields := self.job.show()):
+            if last is None:
+                self.log("Slurm does not answer; waiting for it")
+                last = self.job.end_time() - REQUEUE_SECONDS
+            if time.time() > last:
                 break
-            time.sleep(10)
-        self.log("the job was restarted elsewhere, or Slurm does not answer: this driver exits")
-        raise SystemExit(1)
+            time.sleep(RETRY_SECONDS)
+        if fields.get("Restarts") != str(self.job.restart):
+            self.log("the job was restarted elsewhere, or Slurm does not answer: this driver exits")
+            raise SystemExit(1)
 
-    def _start_guardian(self, nodes: Sequence[str]) -> None:
-        """Makes sure that a guardian runs on another node than this one."""
-        others = [node for node in nodes if node != self.job.batch_node]
-        if others and (self.guardian is None or self.guardian.poll() is not None):
-            line = guardian_command(self.run_dir, self.job, others[-1])
-            self.guardian = subprocess.Popen(
-                line, env=slurm_environment(), stdin=subprocess.DEVNULL, start_new_session=True
-            )
+    def _keep_guardian(self) -> None:
+        """Makes sure that a guardian runs on another node than this one, and that this node is up."""
+        running = self.guardian is not None and self.guardian.poll() is None
+        if running and not lost_nodes([self.guardian_node]).get(self.guardian_node, "").startswith("down"):
+            return
+        if self.guardian is not None:
+            self.guardian.kill()  # srun waits for its lost node
+            self.guardian.poll()
+        others = [node for node in self.job.nodes if node not in self.excluded and node != self.job.batch_node]
+        down = lost_nodes(others) if others else {}
+        if others := [node for node in others if not down.get(node, "").startswith("down")]:
+            self.guardian_node = others[-1]
+            with suppress(OSError):  # this is called again
+                line = guardian_command(self.run_dir, self.job, self.guardian_node)
+                self.guardian = subprocess.Popen(
+                    line, env=slurm_environment(), stdin=subprocess.DEVNULL, start_new_session=True
+                )
 
     def _train(self, nodes: list[str], arguments: Sequence[str]) -> AttemptEnd:
         attempt = os.environ["SDLM_ATTEMPT"]
@@ -217,7 +266,8 @@ class Driver:
         arguments = ["--config", self.preset, *self.settings, *arguments]
         line, variables = training_command(self.cluster, self.launcher, nodes, self.run_dir, attempt, arguments)
         environment = {**attempt_environment(self.cluster, self.job, nodes, self.run_dir, attempt), **variables}
-        write_text(folder / "command.txt", shlex.join(map(mask_text, line)) + "\n")
+        with suppress(OSError):  # for the reader only
+            write_text(folder / "command.txt", shlex.join(map(mask_text, line)) + "\n")
         ranks = len(nodes) * self.cluster.gpus_per_node
         self.event("train_start", nodes=nodes, **{"try": self.tries})
         self.log(f"try {self.tries}: {ranks} processes on {','.join(nodes)}, logs in {folder}")
@@ -226,15 +276,21 @@ class Driver:
             process = subprocess.Popen(
                 with_setup(self.cluster, line), env=environment, stdin=subprocess.DEVNULL, stderr=file
             )
-            watch_attempt(process, self.job, nodes, folder, self.heartbeat, self._stop_reason, self.log)
-        if text := launcher_log.read_text(errors="replace", encoding="utf-8").strip():
-            self.log(f"output of {self.launcher}:\n{text}")
+            watch_attempt(
+                process, self.job, nodes, folder, self.heartbeat, self._stop_reason, self._keep_guardian, self.log
+            )
         self._exit_if_replaced()
+        if text := patiently(launcher_log.read_text, "utf-8", "replace").strip():
+            self.log(f"output of {self.launcher}:\n{text}")
         summary = summarize(self.run_dir, attempt, ranks, heartbeat_seconds=self.heartbeat)
         end = attempt_end(summary, nodes)
         self.log(f"try {self.tries} ended, srun with {process.returncode}: {end.outcome}\n{summary.text}")
         self.event(
-            "train_end", outcome=end.outcome, summary=end.text, hosts=end.hosts, checkpoint=newest_step(self.run_dir)
+            "train_end",
+            outcome=end.outcome,
+            summary=end.text,
+            hosts=end.hosts,
+            checkpoint=patiently(newest_step, self.run_dir),
         )
         return end
 
@@ -242,15 +298,17 @@ class Driver:
         return self.stop.reason(self.job, self.cluster.signal_seconds)
 
     def _decide(self, end: AttemptEnd) -> Action:
-        step = newest_step(self.run_dir)
+        self.newest = newest_step(self.run_dir)
+        counts = since_checkpoint(read_events(self.run_dir), self.job.id, self.newest)
+        counts["failures"] = max(counts["failures"], self.file_errors)  # these may not have been recorded
         situation = Situation(
             nodes=[node for node in self.job.nodes if node not in self.excluded],
             needed=self.needed,
             retries=self.retries,
-            progressed=step > self.first_step,
+            progressed=self.newest > self.first_step,
             stop=self._stop_reason(),
             stop_file=(self.run_dir / "STOP").exists(),
-            **since_checkpoint(read_events(self.run_dir), self.job.id, step),
+            **counts,
         )
         return decide(end, situation)
 
@@ -262,18 +320,22 @@ class Driver:
         if self.job.show().get("JobState") not in ("RUNNING", None):
             self.log("Slurm is already ending the job, and requeues it itself if it was preempted")
             return 1
-        self.event("requeue", reason=action.reason, checkpoint=newest_step(self.run_dir))
-        refusal = self.job.requeue(sorted({*self.excluded, *action.exclude}))
-        if refusal:
+        if refusal := self.job.requeue():
             self.log(f"no requeue: {refusal}")
             self.event("job_end", reason=f"end: Slurm refused to requeue: {refusal}")
             return 1
+        self.event("requeue", reason=action.reason, checkpoint=self.newest)
+        self.job.exclude(sorted({*self.excluded, *action.exclude} - self.unblamed))
         time.sleep(300)  # Slurm ends this process; exiting first would let Slurm record the job as failed
         return 1
 
     def _write_environment(self) -> None:
-        shown = {k: "(hidden)" if SECRET.search(k) else v for k, v in sorted(os.environ.items())}
-        write_text(self.logs / "env.txt", "".join(f"{k}={v}\n" for k, v in shown.items()))
+        shown = {
+            name: "(hidden)" if SECRET.search(name) or is_secret_name(name) else mask_text(value)
+            for name, value in sorted(os.environ.items())
+        }
+        with suppress(OSError):  # for the reader only
+            write_text(self.logs / "env.txt", "".join(f"{name}={value}\n" for name, value in shown.items()))
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sdlm_megatron.config.command_line import make_parser
-from sdlm_megatron.errors import run_cli
-from sdlm_megatron.ops.attempt import read_events, record_event
+from sdlm_megatron.errors import CheckpointError, run_cli
+from sdlm_megatron.ops.attempt import patiently, read_events, record_event
 from sdlm_megatron.ops.driver.decision import REQUEUES, since_checkpoint
-from sdlm_megatron.ops.driver.slurm_commands import GUARDIAN, SlurmJob, command, lost_nodes
+from sdlm_megatron.ops.driver.slurm_commands import GUARDIAN, SlurmJob, lost_nodes
 from sdlm_megatron.weights.checkpoint_folder import newest_step
 
 POLL_SECONDS = 5
@@ -49,18 +49,33 @@ def main(argv: Sequence[str] | None = None) -> None:
         time.sleep(POLL_SECONDS)
         state = lost_nodes([args.driver_node]).get(args.driver_node, "")
         times_down = times_down + 1 if state.startswith("down") else 0
-    step = newest_step(args.run_dir)
-    why = f"the driver's node {args.driver_node} was lost"
-    if since_checkpoint(read_events(args.run_dir), job.id, step)["requeues"] >= REQUEUES:
-        record_event(args.run_dir, "job_end", reason=f"end: {why}, after {REQUEUES} requeues without progress")
-        if (answer := command("scancel", job.id)).code:
-            print(f"scancel {job.id} failed: {answer.streams}", flush=True)
-        return
-    record_event(args.run_dir, "job_end", reason=f"requeue: {why}")
-    record_event(args.run_dir, "requeue", reason=why, checkpoint=step)
-    print(f"requeueing: {why}", flush=True)
-    if refusal := job.requeue([args.driver_node]):
+    _restart_job(job, args.run_dir, args.driver_node)
+
+
+def _restart_job(job: SlurmJob, run_dir: Path, lost: str) -> None:
+    """Requeues the job without the node `lost`; cancels it where that is not possible, as its nodes would idle."""
+    why = f"the driver's node {lost} was lost"
+    try:
+        step = patiently(newest_step, run_dir)
+        requeues = since_checkpoint(patiently(read_events, run_dir), job.id, step)["requeues"]
+    except (OSError, CheckpointError) as problem:  # of the run folder, which may be back at the next start
+        print(f"cannot count the requeues: {problem}", flush=True)
+        step, requeues = -1, 0
+    if requeues < REQUEUES:
+        print(f"requeueing: {why}", flush=True)
+        refusal = job.requeue()
+        if not refusal:
+            record_event(run_dir, "requeue", reason=why, checkpoint=step)
+            record_event(run_dir, "job_end", reason=f"requeue: {why}")
+            job.exclude([lost])
+            return
         print(refusal, flush=True)
+        why += f", and Slurm refused to requeue: {refusal}"
+    else:
+        why += f", after {REQUEUES} requeues without progress"
+    record_event(run_dir, "job_end", reason=f"end: {why}")
+    if refusal := job.end_with("scancel", job.id):
+        print(f"scancel {job.id} failed: {refusal}", flush=True)
 
 
 if __name__ == "__main__":

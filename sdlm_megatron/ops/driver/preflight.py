@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import cycle
 from pathlib import Path
+from statistics import median_high, median_low
 from typing import Any
 
 from sdlm_megatron.config.command_line import make_parser, parse_with_settings
@@ -26,8 +27,10 @@ from sdlm_megatron.errors import ConfigError, run_cli
 from sdlm_megatron.files import write_json, write_text
 from sdlm_megatron.ops.driver.cluster_file import CLUSTER_HELP, ClusterFile, load_cluster
 from sdlm_megatron.ops.driver.launch import on_nodes, training_environment, with_setup
-from sdlm_megatron.ops.driver.slurm_commands import SlurmJob, expand_nodes
+from sdlm_megatron.ops.driver.slurm_commands import BUSY, SlurmJob, expand_nodes
 from sdlm_megatron.ops.driver.verdict import (
+    ELSEWHERE,
+    FAILED,
     NodeReport,
     add_bad_nodes,
     best_speeds,
@@ -130,8 +133,9 @@ def run_preflight(
 
 
 def _report(nodes: Sequence[NodeReport], needed: int, seconds: float) -> dict[str, Any]:
-    healthy = [node.name for node in nodes if not node.failed]
     blamed, everywhere = nodes_to_replace(nodes), common_failures(nodes)
+    bad = {node.name: node.why for node in nodes if node.failed} | blamed
+    healthy = [node.name for node in nodes if node.name not in bad]
     count = f"{len(healthy)} of {len(nodes)} nodes are healthy, {needed} are needed; {seconds:.0f} s"
     lines = [format_table(nodes), count]
     if blamed:
@@ -143,7 +147,7 @@ def _report(nodes: Sequence[NodeReport], needed: int, seconds: float) -> dict[st
         "needed": needed,
         "seconds": round(seconds, 1),
         "healthy": healthy,
-        "bad": {node.name: node.why for node in nodes if node.failed},
+        "bad": bad,
         "blamed": blamed,
         "everywhere": everywhere,
         "nodes": {node.name: [vars(check) for check in node.checks] for node in nodes},
@@ -181,10 +185,11 @@ class NodeRun:
         code = self.process.poll()
         # srun writes the log on this node, so a line shows here without the delay of a shared file system.
         if self.clock is None:
-            for line in self.log.read_text(errors="replace", encoding="utf-8").splitlines(keepends=True):
-                if line.startswith(CLOCK) and line.endswith("\n"):
-                    self.clock = float(line[len(CLOCK) :]), time.time()
-                    break
+            with suppress(OSError):  # there is a next look
+                for line in self.log.read_text(errors="replace", encoding="utf-8").splitlines(keepends=True):
+                    if line.startswith(CLOCK) and line.endswith("\n"):
+                        self.clock = float(line[len(CLOCK) :]), time.time()
+                        break
         return code is not None
 
     def stop(self) -> None:
@@ -195,11 +200,20 @@ class NodeRun:
                 with suppress(subprocess.TimeoutExpired):
                     self.process.wait(timeout=2)
 
+    @property
+    def answer(self) -> str:
+        """Value of the check "answers" of a node without a result."""
+        busy = any(BUSY.search(line) for line in self._lines() if line.startswith("srun:"))
+        code = self.process.poll() or 0  # above 127 a signal ended it; with 0 its result does not show here
+        return FAILED if 0 < code < 128 and not busy else "no"
+
+    def _lines(self) -> list[str]:
+        text = self.log.read_text(errors="replace", encoding="utf-8")
+        return [line.strip() for line in text.splitlines() if line.strip()]
+
     def result(self) -> dict[str, Any] | str:
         """The result, or the reason why there is none."""
-        lines = [
-            line.strip() for line in self.log.read_text(errors="replace", encoding="utf-8").splitlines() if line.strip()
-        ]
+        lines = self._lines()
         last = f": {lines[-1][:300]}" if lines else ""
         code = self.process.poll()
         if code is None:
@@ -272,9 +286,9 @@ class NodeStages:
                     results[name] = result_or_reason
                 elif run.process.returncode == NOT_SHARED:
                     why = "the run folder on this node is not the batch node's"
-                    self.reports[name].add("run disk", False, "not shared", why)
+                    self.reports[name].add("run disk", False, ELSEWHERE, why)
                 else:
-                    self.reports[name].add("answers", False, "no", result_or_reason)
+                    self.reports[name].add("answers", False, run.answer, result_or_reason)
         finally:
             for run in runs.values():
                 run.stop()
@@ -286,11 +300,11 @@ class NodeStages:
         task = {**self.task, "limits": asdict(self.limits), "measure_speed": measure_speed}
         results, runs = self._run_programs("checks", dict.fromkeys(self.reports, task), seconds)
         compared: dict[str, dict[str, str]] = {}
+        clocks = clock_checks({name: runs[name] for name in results}, self.limits.clock_seconds)
         for name, result in results.items():
             self.ports[name] = result["port"]
             checks = [Check(**check) for check in result["checks"]]
-            clock = clock_check(runs[name], self.limits.clock_seconds)
-            self.reports[name].checks += [Check("answers", True, "yes"), clock, *checks]
+            self.reports[name].checks += [Check("answers", True, "yes"), clocks[name], *checks]
             for key, value in result["shared_values"].items():
                 compared.setdefault(key, {})[name] = value
         batch_values = hash_environment(self.task["config"], self.task["overrides"])
@@ -370,18 +384,30 @@ class NodeStages:
                     errors[pair] = side["error"]
 
 
-def clock_check(run: NodeRun, maximum: float) -> Check:
-    """A node's clock against this one's.
+def clock_checks(runs: Mapping[str, NodeRun], maximum: float) -> dict[str, Check]:
+    """The nodes' clocks against their median; where two clocks disagree, against this node's.
 
-    The node took its time after `started` and before the line arrived, so only a difference beyond these counts.
+    A node took its time after `started` and before the line arrived, so only a difference beyond these counts.
     """
-    if run.clock is None:
-        return Check("clock", None, "skipped", "the node sent no time")
-    node_time, arrived = run.clock
-    certain = max(node_time - arrived, run.started - node_time)
-    difference = node_time - arrived
-    why = f"{difference:+.1f} s against the batch node" if certain > maximum else ""
-    return Check("clock", certain <= maximum, f"{difference:+.2f} s", why)
+    spans = {  # least and greatest difference of the node's clock from this one
+        name: (run.clock[0] - run.clock[1], run.clock[0] - run.started) for name, run in runs.items() if run.clock
+    }
+    nearest = [_clamp(0.0, *span) for span in spans.values()]
+    reference = _clamp(0.0, median_low(nearest), median_high(nearest)) if nearest else 0.0
+    checks = {}
+    for name in runs:
+        if name not in spans:
+            checks[name] = Check("clock", None, "skipped", "the node sent no time")
+            continue
+        least, greatest = (difference - reference for difference in spans[name])
+        certain = max(least, -greatest)
+        why = f"{least:+.1f} s against the median of the nodes" if certain > maximum else ""
+        checks[name] = Check("clock", certain <= maximum, f"{least:+.2f} s", why)
+    return checks
+
+
+def _clamp(value: float, least: float, greatest: float) -> float:
+    return min(max(value, least), greatest)
 
 
 def gpu_speed_check(tflops: Sequence[float], floor: float) -> Check:

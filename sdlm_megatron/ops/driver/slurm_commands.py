@@ -17,6 +17,10 @@ from sdlm_megatron.errors import UserError
 GUARDIAN = "guardian"  # name of the job step that outlives the driver (guardian.py)
 COMMAND_SECONDS = 60
 """Time limit of a command. A controller that is busy or down may not answer; that counts as a failure."""
+RETRY_SECONDS = 10  # between two questions to a controller that is busy or down
+REQUEUE_SECONDS = 15  # before the time limit: the last moment to requeue the job
+BUSY = re.compile(r"contact slurm|connection|timed? ?out|zero bytes|message \w+ failure|standby", re.IGNORECASE)
+"""Errors of commands whose controller is busy, down, or hands over to another one."""
 _CHANGES_COMMANDS = re.compile(
     "(SQUEUE|SINFO|SCONTROL|SCANCEL|SRUN)_|SLURM_(TIME_FORMAT|MEM_|NTASKS|NPROCS|TASKS_PER_|TRES_|GPUS|GPU_BIND|"
     "CPUS_PER_|CPU_BIND|HOSTFILE|OVERCOMMIT|EXACT|EXCLUSIVE|WHOLE|THREADS$|TIMELIMIT|WAIT$|EXPORT_ENV|LABELIO|"
@@ -35,9 +39,14 @@ def slurm_environment() -> dict[str, str]:
 class SlurmAnswer(NamedTuple):
     """Result of a Slurm command. Only `text`, its standard output, is an answer: sites print notes on stderr."""
 
-    code: int  # exit code; 124 on a timeout
+    code: int  # exit code; 124 on a timeout, 126 if the program could not be started
     text: str
     stderr: str
+
+    @property
+    def busy(self) -> bool:
+        """Whether the same command may work later."""
+        return self.code in (124, 126) or (self.code != 0 and bool(BUSY.search(self.stderr)))
 
     @property
     def streams(self) -> str:
@@ -57,6 +66,8 @@ def command(*arguments: str) -> SlurmAnswer:
         raise UserError(
             f"Slurm's command {arguments[0]} is not installed here", "PATH", "run this on a login or compute node"
         ) from None
+    except OSError as error:  # no memory or processes left, or the file system of the program does not answer
+        return SlurmAnswer(126, "", f"{arguments[0]} cannot be started: {error}")
     return SlurmAnswer(done.returncode, done.stdout.strip(), done.stderr.strip())
 
 
@@ -150,23 +161,50 @@ class SlurmJob:
                     command("scancel", f"--signal={signal}", step)
             time.sleep(seconds if signal == "TERM" else 0)
 
-    def requeue(self, exclude: Sequence[str]) -> str:
-        """Puts the job back into the queue, without the nodes of `exclude`; returns "" or why Slurm refused.
+    def preempted(self) -> bool:
+        """Whether Slurm has announced that another job takes the nodes. The end time is then that of the grace time."""
+        fields = self.show()
+        when = fields.get("PreemptTime", "")
+        # of this start: times of one format can be compared as text
+        return when[:1].isdigit() and when >= fields.get("StartTime", "")
+
+    def end_with(self, *arguments: str) -> str:
+        """Runs a command that ends this start of the job, again while the controller is busy.
+
+        Returns:
+            "" once the job is ending, or why Slurm refused.
+        """
+        last = self.end_time() - REQUEUE_SECONDS
+        while (answer := command(*arguments)).code:
+            # A command without an answer may have worked all the same, and so may that of another process.
+            fields = self.show()
+            if fields.get("JobState", "RUNNING") != "RUNNING" or int(fields.get("Restarts", 0)) > self.restart:
+                return ""
+            if not answer.busy or time.time() > last:
+                return answer.streams
+            time.sleep(RETRY_SECONDS)
+        return ""
+
+    def requeue(self) -> str:
+        """Puts the job back into the queue; returns "" or why Slurm refused.
 
         Slurm then ends the batch script with SIGTERM and, KillWait (30 s) later, SIGKILL.
         """
-        answer = command("scontrol", "requeue", self.id)
+        return self.end_with("scontrol", "requeue", self.id)
+
+    def exclude(self, nodes: Sequence[str]) -> None:
+        """Has the next start of the job leave out `nodes`.
+
+        Slurm refuses to change the excluded nodes of a running job, so this comes after the requeue, in the seconds
+        before Slurm kills this process.
+        """
+        if not nodes:
+            return
+        known = self.show().get("ExcNodeList", "")
+        names = [*([] if known in ("", "(null)") else [known]), *nodes]
+        answer = command("scontrol", "update", f"JobId={self.id}", f"ExcNodeList={','.join(names)}")
         if answer.code:
-            return answer.streams
-        if exclude:
-            # Slurm refuses to change the excluded nodes of a running job, so this comes after the requeue, in the
-            # seconds before Slurm kills this process.
-            known = self.show().get("ExcNodeList", "")
-            names = [*([] if known in ("", "(null)") else [known]), *exclude]
-            answer = command("scontrol", "update", f"JobId={self.id}", f"ExcNodeList={','.join(names)}")
-            if answer.code:
-                print(f"could not exclude {','.join(exclude)}: {answer.streams}", flush=True)
-        return ""
+            print(f"could not exclude {','.join(nodes)}: {answer.streams}", flush=True)
 
 
 def lost_nodes(nodes: Sequence[str]) -> dict[str, str]:

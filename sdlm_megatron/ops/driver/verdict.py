@@ -17,6 +17,9 @@ BAD_NODES_HEADER = (
 EXTERNAL_CHECKS = ("run disk", "config", "code", "packages", "data", "clock", "network", "checks")
 """Checks that can fail for a reason outside the node. They count against a node only if another node passed them."""
 
+FAILED = "failed"  # value of the check "answers" where the node's program ended with an error
+ELSEWHERE = "not shared"  # value of the check "run disk" of a node whose run folder is not the batch node's
+
 
 @dataclass
 class NodeReport:
@@ -83,8 +86,13 @@ def speed_floor(speeds: Sequence[float], minimum: float, factor: float) -> float
 def nodes_to_replace(nodes: Sequence[NodeReport]) -> dict[str, str]:
     """Bad nodes with the reasons, except those that failed only what every node failed.
 
-    A full shared disk or a limit that is too high fails everywhere, and another node would do no better.
+    A full shared disk or a limit that is too high fails everywhere, and another node would do no better. Where only the
+    batch node sees its run folder, it is the one to replace.
     """
+    answered = [node for node in nodes if not any(check.name == "answers" for check in node.failed)]
+    seeing = [node for node in answered if not any(check.value == ELSEWHERE for check in node.failed)]
+    if len(answered) > 2 and len(seeing) == 1:
+        return {seeing[0].name: "run disk: no other node sees its run folder"}
     bad, passed = {}, {check.name for node in nodes for check in node.checks if check.ok}
     for node in nodes:
         own = [c for c in node.failed if not _may_be_external(c.name, nodes) or c.name in passed]
@@ -96,17 +104,21 @@ def nodes_to_replace(nodes: Sequence[NodeReport]) -> dict[str, str]:
 def common_failures(nodes: Sequence[NodeReport]) -> str:
     """Failures of every node that no other node would avoid, such as a run folder on a full disk; "" if there are none.
 
-    A slow network and nodes that do not answer are not among them: other nodes may do better.
+    A slow network and nodes that do not answer are not among them: other nodes may do better. A program that ends with
+    an error on every one of several nodes is.
     """
     failed = [{check.name: check.why for check in node.failed} for node in nodes]
     names = [name for name in failed[0] if all(name in checks for checks in failed)]
-    external = [name for name in names if _may_be_external(name, nodes) and name not in ("network", "answers")]
+    failed_answers = [check.value for node in nodes for check in node.failed if check.name == "answers"]
+    avoidable = {"network"} if set(failed_answers) == {FAILED} else {"network", "answers"}
+    external = [name for name in names if _may_be_external(name, nodes) and name not in avoidable]
     return "; ".join(f"{name}: {failed[0][name]}" for name in external)
 
 
 def _may_be_external(name: str, nodes: Sequence[NodeReport]) -> bool:
     # Three or more nodes hardly break at the same time: more likely the cluster file promises too much.
-    return name in EXTERNAL_CHECKS or len(nodes) > 2
+    # Where two nodes do not answer, the image or Python is more likely missing on both than each broken by itself.
+    return name in EXTERNAL_CHECKS or len(nodes) > (1 if name == "answers" else 2)
 
 
 def format_table(nodes: Sequence[NodeReport]) -> str:

@@ -33,7 +33,7 @@ class Limits:
     write_mb: int = 32
     """Size of the file that is written, flushed and read back in each folder, in MB."""
     clock_seconds: float = 2.0
-    """Maximum difference between a node's clock and the batch node's, in seconds."""
+    """Maximum difference between a node's clock and the median of the nodes, in seconds."""
     node_gbs: float | None = None
     """Minimum bus bandwidth of an all-reduce inside a node, in GB/s. null: 100 with NCCL, 0.02 with gloo."""
     network_gbs: float | None = None

@@ -20,7 +20,7 @@ from sdlm_megatron.errors import ConfigError
 from sdlm_megatron.files import fsync
 from sdlm_megatron.ops.node.gpu_checks import gpu_checks
 from sdlm_megatron.ops.node.limits import Check, Limits
-from sdlm_megatron.ops.run_facts import versions
+from sdlm_megatron.ops.run_facts import package_versions
 
 
 def check_node(
@@ -136,8 +136,8 @@ def hash_code() -> str:
 
 
 def hash_versions() -> str:
-    """Hash over the versions of Python, of this package (with its git commit) and of the libraries it computes with."""
-    return _hash(repr((platform.python_version(), platform.machine(), versions())).encode())
+    """Hash over the versions of Python and of the libraries that this package computes with."""
+    return _hash(repr((platform.python_version(), platform.machine(), package_versions())).encode())
 
 
 def _read_or_error(file: Path) -> bytes:
