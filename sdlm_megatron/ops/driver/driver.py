@@ -10,7 +10,6 @@ import argparse
 import os
 import re
 import secrets
-import shlex
 import signal
 import subprocess
 import sys
@@ -23,7 +22,7 @@ from types import FrameType
 from sdlm_megatron.config.command_line import make_parser
 from sdlm_megatron.config.load import PRESETS, load_config
 from sdlm_megatron.config.schema import RunConfig
-from sdlm_megatron.config.secret_text import mask_text
+from sdlm_megatron.config.secret_text import masked_command
 from sdlm_megatron.config.validate import check_run
 from sdlm_megatron.errors import ConfigError, UserError, run_cli
 from sdlm_megatron.files import make_folder, write_text
@@ -217,7 +216,7 @@ class Driver:
         arguments = ["--config", self.preset, *self.settings, *arguments]
         line, variables = training_command(self.cluster, self.launcher, nodes, self.run_dir, attempt, arguments)
         environment = {**attempt_environment(self.cluster, self.job, nodes, self.run_dir, attempt), **variables}
-        write_text(folder / "command.txt", shlex.join(map(mask_text, line)) + "\n")
+        write_text(folder / "command.txt", masked_command(line) + "\n")
         ranks = len(nodes) * self.cluster.gpus_per_node
         self.event("train_start", nodes=nodes, **{"try": self.tries})
         self.log(f"try {self.tries}: {ranks} processes on {','.join(nodes)}, logs in {folder}")
