@@ -13,6 +13,7 @@ import torch
 from sdlm_megatron.chat.chat_model import load
 from sdlm_megatron.errors import ConfigError, DataError
 from sdlm_megatron.evaluation import intervals, paper, paper_tasks
+from sdlm_megatron.evaluation.identity import model_sha256
 from sdlm_megatron.evaluation.lm_eval_model import SDLMForLMEval, TaskCounts
 from tests.fixtures.paper_sets import CHOICES, SUBJECTS, write_paper_sets
 from tests.parity import exported
@@ -196,12 +197,38 @@ def test_decoded_answers_are_kept_and_not_mixed(data, model, tmp_path, monkeypat
     capsys.readouterr()
     with monkeypatch.context() as patched:
         patched.setattr(paper.PaperRun, "__init__", lambda *_: pytest.fail("the model is loaded again"))
+        # of a command with another threshold, and with consent; and one that is left out, of another dtype
+        args = paper.build_parser().parse_args(words)
+        args.model_sha256 = model_sha256(model)
+        settings = paper.settings_of(args, TASKS["humaneval"])
+        for name, changed in (
+            ("gsm8k-prob_conf-0.9", {"rule": {**result["rule"], "threshold": 0.9}}),
+            ("humaneval-prob_conf-0.5", {"task": "humaneval", "settings": settings}),
+            ("mbpp-prob_conf-0.5", {"task": "mbpp", "settings": settings | {"dtype": "bf16"}}),
+        ):
+            (out / f"{name}.json").write_text(json.dumps(result | changed))
         paper.main(words)
     assert "GSM8K, prob 0.5, n = 4: exists, kept" in capsys.readouterr().out
-    with pytest.raises(DataError, match="measured with limit None, not 1"):
-        paper.main([*words, "--limit", "1"])
-    (out / "gsm8k-prob_conf-0.5.json").write_text("{")
-    with pytest.raises(DataError, match="cannot read JSON"):
+    text = (out / "index.html").read_text()
+    assert "Decoded with prob 0.9, n = 4" in text
+    missing = re.findall(
+        r"<t[hd][^>]*>(\w+\+?)</t[hd]>", text[text.index('id="missing"') : text.index('id="differences"')]
+    )
+    assert "HumanEval" not in missing and {"HumanEval+", "MBPP"} <= set(missing)
+    for options, difference in (
+        (("--limit", "1"), "limit None, not 1"),
+        (("--dtype", "bf16"), "dtype 'fp32', not 'bf16'"),
+    ):
+        with pytest.raises(DataError, match=f"measured with {difference}"):
+            paper.main([*words, *options])
+    path = out / "gsm8k-prob_conf-0.5.json"
+    for name in ("model_sha256", "recipe_sha256"):
+        path.write_text(json.dumps(result | {"settings": result["settings"] | {name: "x"}}))
+        with pytest.raises(DataError, match=f"measured with {name} 'x', not ") as caught:
+            paper.main(words)
+        assert caught.value.where == str(path)
+    path.write_text("{")
+    with pytest.raises(DataError, match="not valid JSON"):
         paper.main(words)
 
 
