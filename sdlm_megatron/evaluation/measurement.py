@@ -57,7 +57,7 @@ def load_folder(args: argparse.Namespace, folder: Path) -> ChatModel:
 
 
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:
-    """What decides a result besides the options of its kind: the model's content, --dtype and the measured prompts.
+    """Settings that decide a result of any kind: the model's content, --dtype and the measured prompts.
 
     --shots and --contexts, which `sdlm evaluate` has too, are among them.
     """
