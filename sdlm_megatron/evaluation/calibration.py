@@ -14,15 +14,11 @@ from typing import Any
 import torch
 
 from sdlm_megatron.chat.chat_model import ChatModel
-from sdlm_megatron.errors import DataError, make_console, run_cli
+from sdlm_megatron.errors import make_console, run_cli
 from sdlm_megatron.evaluation import held_out, measurement
 from sdlm_megatron.evaluation.held_out import HeldOutPrompt
 from sdlm_megatron.evaluation.probe import probe
 from sdlm_megatron.progress import track
-
-
-class ShortAnswersError(DataError):
-    """No expected answer is as long as a window."""
 
 
 def slots_of(
@@ -35,7 +31,7 @@ def slots_of(
     answers = held_out.encode_answers(chat, prompts)
     if (longest := max(map(len, answers))) < window:
         what = f"no expected answer has {window} tokens, as many as a window; the longest has {longest}"
-        raise ShortAnswersError(what, str(where), "use prompts with longer answers")
+        raise held_out.ShortAnswersError(what, str(where), "use prompts with longer answers")
     encoded = [held_out.encode(chat, prompt) for prompt in prompts]
     with track("probe", len(prompts), "prompts", make_console()) as advance:
         probes = probe(chat, encoded, answers, window=window, batch=batch, progress=advance)

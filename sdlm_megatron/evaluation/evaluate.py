@@ -96,7 +96,7 @@ def kept_kinds(args: argparse.Namespace, kinds: Mapping[str, Sequence[str]]) -> 
 
 def report(argv: Sequence[str]) -> None:
     """All measurements of one model, and their page."""
-    from sdlm_megatron.evaluation import calibration, context
+    from sdlm_megatron.evaluation import context
 
     args = build_parser().parse_args(argv)
     kinds = options_of(args)
@@ -109,7 +109,7 @@ def report(argv: Sequence[str]) -> None:
         if kind not in kept:
             try:
                 run_kind(kind, options)
-            except calibration.ShortAnswersError as problem:
+            except held_out.ShortAnswersError as problem:
                 print(f"left out: {problem.what}", flush=True)
     print(f"\n[{steps}/{steps}] page", flush=True)
     run_kind("page", [str(args.out), "--out", str(Path(args.out) / "index.html")])

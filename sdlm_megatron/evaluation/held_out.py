@@ -17,6 +17,10 @@ from sdlm_megatron.errors import DataError
 BATCH = 64  # prompts per batch, unless --batch says otherwise
 
 
+class ShortAnswersError(DataError):
+    """No expected answer is as long as a window."""
+
+
 @dataclass(frozen=True)
 class HeldOutPrompt:
     """One user turn and its expected answer; "": unknown."""
