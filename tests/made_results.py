@@ -120,11 +120,25 @@ def context(rng: np.random.Generator, n: int) -> dict[str, Any]:
 def perplexity(rng: np.random.Generator) -> dict[str, Any]:
     names = ("Python 3.11.2, docstrings of argparse, copy, heapq", "a README")
     values = [(name, float(v)) for name, v in zip(names, rng.uniform(15, 25, 2), strict=True)]
-    return {"texts": [{"name": name, "tokens": 700, "nll": float(np.log(v)), "perplexity": v} for name, v in values]}
+    return {
+        "texts": [
+            {"name": name, "tokens": 700, "nll": float(np.log(v)), "perplexity": v, "sha256": f"sha of {name}"}
+            for name, v in values
+        ]
+    }
+
+
+def serving(rng: np.random.Generator, n: int) -> dict[str, Any]:
+    rows = []
+    for alg, width, tau in (("plain serving", 1, None), ("prob_conf", n, 0.98), ("ar", 1, None)):
+        answers = {"tokens": [40] * 8, "first": rng.random(8).tolist(), "seconds": (1 + rng.random(8)).tolist()}
+        row = {"alg": alg, "n": width, "threshold": tau, "at": 4, "wall": float(2 + rng.random()), "client_cpu": 0.1}
+        rows.append({**row, "passes": 320.0 / width, **answers})  # without expected answers
+    return {"rows": rows, "refused": {}}
 
 
 def write_results(folder: Path, *, n: int = 4, seed: int = 0, quality: float = 0.95) -> Path:
-    """Writes all five files of a model with windows of n (1: autoregressive only)."""
+    """Writes all six files of a model with windows of n (1: autoregressive only)."""
     rng = np.random.default_rng(seed)
     made = {
         "sweep": sweep(rng, n, quality),
@@ -132,9 +146,11 @@ def write_results(folder: Path, *, n: int = 4, seed: int = 0, quality: float = 0
         "speed": speed(rng, n),
         "context": context(rng, n),
         "perplexity": perplexity(rng),
+        "serving": serving(rng, n),
     }
     folder.mkdir(parents=True, exist_ok=True)
     for kind, value in made.items():
-        facts = {**FACTS, "block_size": n}
-        (folder / f"{kind}.json").write_text(json.dumps({"kind": kind, "model": "hf", "facts": facts, **value}))
+        header = {"kind": kind, "model": "hf", "facts": {**FACTS, "block_size": n}}
+        header["settings"] = {"prompts_sha256": "sha of held_out.jsonl"}
+        (folder / f"{kind}.json").write_text(json.dumps(header | value))
     return folder

@@ -2,12 +2,14 @@
 
 import os
 import re
+import shlex
+from collections.abc import Sequence
 from typing import Any
 
 MASK = "***"
 _NAME = r"[\w-]*(?:SECRET|PASSW(?:OR)?D|CREDENTIAL)[\w-]*|[\w-]*(?:KEY|TOKEN)"
 _SECRET_NAME, _NAMED = re.compile(_NAME, re.I), re.compile(rf"({_NAME})([=:][ \t]*)(\S+)", re.I)
-_HARMLESS = re.compile(r"(mask|pad|eos|bos)_token$", re.I)
+_HARMLESS = re.compile(r"(mask|pad|eos|bos)[_-]token$", re.I)
 _VALUE = re.compile(
     r"\bhf_[A-Za-z0-9]{16,}|\bgh[pousr]_[A-Za-z0-9]{20,}|\bgithub_pat_\w{20,}|\bsk-[\w-]{20,}|\bAKIA[A-Z0-9]{16}\b"
     r"|\bwandb_v1_\w{16,}|\beyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]{10,}|(?<=://)[^/\s@]+:[^/\s@]+(?=@)"
@@ -28,6 +30,21 @@ def mask_text(text: str) -> str:
             text = text.replace(value, MASK)
     text = _NAMED.sub(lambda m: f"{m[1]}{m[2]}{MASK}" if is_secret_name(m[1]) else m[0], text)
     return _VALUE.sub(MASK, text)
+
+
+def mask_words(words: Sequence[str]) -> list[str]:
+    """Words of a command, masked as `mask_text` does, and those that follow an option such as --api-key as a whole."""
+    masked, secret = [], False
+    for word in words:
+        option = word.startswith("-")
+        masked.append(MASK if secret and not option else mask_text(word))
+        secret = is_secret_name(word.lstrip("-")) if option else secret
+    return masked
+
+
+def masked_command(words: Sequence[str]) -> str:
+    """A command as it would be typed, with `mask_words`."""
+    return shlex.join(mask_words(words))
 
 
 def mask_values(value: Any, name: str = "") -> Any:

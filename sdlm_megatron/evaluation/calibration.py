@@ -8,6 +8,7 @@ precision and recall, and acceptance by slot.
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,9 +21,17 @@ from sdlm_megatron.evaluation.probe import probe
 from sdlm_megatron.progress import track
 
 
-def slots_of(chat: ChatModel, prompts: Sequence[HeldOutPrompt], window: int, batch: int) -> list[dict[str, Any]]:
-    """Confidence and correctness of each slot at the positions where every slot has a target, as calibration.json."""
+def slots_of(
+    chat: ChatModel, prompts: Sequence[HeldOutPrompt], window: int, batch: int, where: Path
+) -> list[dict[str, Any]]:
+    """Confidence and correctness of each slot at the positions where every slot has a target, as calibration.json.
+
+    ShortAnswersError names the file `where` if there is no such position.
+    """
     answers = held_out.encode_answers(chat, prompts)
+    if (longest := max(map(len, answers))) < window:
+        what = f"no expected answer has {window} tokens, as many as a window; the longest has {longest}"
+        raise held_out.ShortAnswersError(what, str(where), "use prompts with longer answers")
     encoded = [held_out.encode(chat, prompt) for prompt in prompts]
     with track("probe", len(prompts), "prompts", make_console()) as advance:
         probes = probe(chat, encoded, answers, window=window, batch=batch, progress=advance)
@@ -53,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     prompts = held_out.read_prompts(args.prompts, args.most or 0)
     chat = measurement.load_model(args)
     window = measurement.trained_block_size(chat, "name a folder that a training run was exported to")
-    slots = slots_of(chat, prompts, window, args.batch)
+    slots = slots_of(chat, prompts, window, args.batch, args.prompts)
     for slot in slots:
         count = len(slot["right"])
         accuracy, confidence = sum(slot["right"]) / count, sum(slot["prob"]) / count

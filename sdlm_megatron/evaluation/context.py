@@ -76,15 +76,18 @@ def measure(
 
 
 def split(
-    prompts: Sequence[HeldOutPrompt], most: int, shots: int, where: Path
+    prompts: Sequence[HeldOutPrompt], most: int, shots: int, where: Path, option: str = "--most"
 ) -> tuple[Sequence[HeldOutPrompt], Sequence[HeldOutPrompt]]:
-    """The measured prompts and the pool of examples; DataError when the file is too short for both."""
+    """The measured prompts and the pool of examples; DataError when the file is too short for both.
+
+    `option`: the one that sets `most`, for the message.
+    """
     measured, pool = prompts[:most], prompts[most:]
     if shots > len(pool):
         raise DataError(
             f"{shots} shots need as many examples after the {len(measured)} measured prompts, there are {len(pool)}",
             str(where),
-            "lower --most or --shots, or use a longer file",
+            f"lower {option} or --shots, or use a longer file",
         )
     return measured, pool
 

@@ -1,20 +1,22 @@
 """Evaluate an exported folder: quality, speed and calibration, as result files and one HTML page.
 
 Runs the kinds sweep, calibration, speed, context and perplexity one after the other, then page, which writes
-OUT/index.html. Result files that OUT already holds are kept: remove one to measure it again, or run its kind alone for
-its other options.
+OUT/index.html. Result files that OUT already holds are kept if they are of the same model, prompts and dtype: remove
+one to measure it again, or run its kind alone for its other options.
 """
 
 import argparse
 import difflib
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from sdlm_megatron.config.command_line import at_least
 from sdlm_megatron.errors import ConfigError, run_cli
 from sdlm_megatron.evaluation import held_out, measurement
 
+TIMED, CONTEXTS, SHOTS = 32, (64, 512, 2048), (0, 4, 16)
 # Kinds of evaluation and a line about each; a kind is the module of that name, "report" is this module.
 KINDS = {
     "report": "all of the measurements below and one page (the default)",
@@ -39,10 +41,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser = measurement.make_parser("", __doc__, notes=NOTES)
     measurement.add_prompts(parser, batch=held_out.BATCH)
     add = parser.add_argument
-    timed = "prompts of speed and context, which take longer"
-    add("--timed", type=int, default=32, metavar="N", help=timed)
-    add("--contexts", type=int, nargs="+", default=[64, 512, 2048], metavar="P", help="tokens before a pass, for speed")
-    add("--shots", type=int, nargs="+", default=[0, 4, 16], metavar="K", help="numbers of examples, for context")
+    timed = "prompts of speed and context, which take longer; the examples of --shots come from the rest of the file"
+    add("--timed", type=at_least(1), default=TIMED, metavar="N", help=timed)
+    contexts, shots = (f"default: {' '.join(map(str, values))}" for values in (CONTEXTS, SHOTS))
+    add("--contexts", type=at_least(2), nargs="+", metavar="P", help=f"tokens before a pass, for speed; {contexts}")
+    add("--shots", type=at_least(0), nargs="+", metavar="K", help=f"numbers of examples, for context; {shots}")
     return parser
 
 
@@ -51,11 +54,10 @@ def run_kind(kind: str, argv: Sequence[str]) -> None:
     importlib.import_module(f"sdlm_megatron.evaluation.{kind}").main(argv)
 
 
-def report(argv: Sequence[str]) -> None:
-    """All measurements of one model, and their page."""
+def options_of(args: argparse.Namespace) -> dict[str, list[str]]:
+    """The options of each kind that `sdlm evaluate` runs."""
     from sdlm_megatron.weights.hf_config import read_hf_config
 
-    args = build_parser().parse_args(argv)
     model = ["--model", str(args.model), "--out", str(args.out)]
     for option in ("dtype", "device", "threads"):
         if getattr(args, option) is not None:
@@ -66,18 +68,49 @@ def report(argv: Sequence[str]) -> None:
     kinds = {
         "sweep": all_prompts,
         "calibration": all_prompts,
-        "speed": [*timed, "--contexts", *map(str, args.contexts)],
-        "context": [*timed, "--shots", *map(str, args.shots)],
+        "speed": [*timed, "--contexts", *map(str, args.contexts or CONTEXTS)],
+        "context": [*timed, "--shots", *map(str, args.shots or SHOTS)],
         "perplexity": model,
     }
     if read_hf_config(args.model).decoding.block_size == 1:
         del kinds["calibration"]  # a window of one slot proposes what n = 1 does
-    steps = len(kinds) + 1
+    return kinds
+
+
+def kept_kinds(args: argparse.Namespace, kinds: Mapping[str, Sequence[str]]) -> list[str]:
+    """The kinds that OUT has a result of. DataError: one was measured with something else than what is asked for."""
+    from sdlm_megatron.evaluation import result_files
+
+    kept = []
+    for kind, options in kinds.items():
+        if (path := args.out / f"{kind}.json").exists():
+            module = importlib.import_module(f"sdlm_megatron.evaluation.{kind}")
+            settings = measurement.settings_of(module.build_parser().parse_args(options))
+            for name in ("contexts", "shots"):  # of a kind that was run alone, any values are kept by default
+                if getattr(args, name) is None:
+                    settings.pop(name, None)
+            result_files.read_kept(path, kind, settings)
+            kept.append(kind)
+    return kept
+
+
+def report(argv: Sequence[str]) -> None:
+    """All measurements of one model, and their page."""
+    from sdlm_megatron.evaluation import context
+
+    args = build_parser().parse_args(argv)
+    kinds = options_of(args)
+    kept, steps = kept_kinds(args, kinds), len(kinds) + 1
+    if "context" not in kept:
+        prompts, shots = held_out.read_prompts(args.prompts), max(args.shots or SHOTS)
+        context.split(prompts, args.timed, shots, args.prompts, "--timed")  # now: its stage comes after long ones
     for number, (kind, options) in enumerate(kinds.items(), 1):
-        exists = (args.out / f"{kind}.json").exists()
-        print(f"\n[{number}/{steps}] {kind}{': exists, kept' if exists else ''}", flush=True)
-        if not exists:
-            run_kind(kind, options)
+        print(f"\n[{number}/{steps}] {kind}{': exists, kept' if kind in kept else ''}", flush=True)
+        if kind not in kept:
+            try:
+                run_kind(kind, options)
+            except held_out.ShortAnswersError as problem:
+                print(f"left out: {problem.what}", flush=True)
     print(f"\n[{steps}/{steps}] page", flush=True)
     run_kind("page", [str(args.out), "--out", str(Path(args.out) / "index.html")])
 

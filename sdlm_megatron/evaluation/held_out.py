@@ -1,5 +1,6 @@
 """Held-out prompts with their expected answers: reading, encoding, decoding in batches, exact match."""
 
+import hashlib
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -14,6 +15,10 @@ from sdlm_megatron.chat.chat_model import ChatModel, DecodingRule
 from sdlm_megatron.errors import DataError
 
 BATCH = 64  # prompts per batch, unless --batch says otherwise
+
+
+class ShortAnswersError(DataError):
+    """No expected answer is as long as a window."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +79,12 @@ def read_prompts(path: Path, most: int = 0, *, answered: bool = True) -> list[He
                 raise DataError(f"no text under {field!r}", where, fix)
         prompts.append(HeldOutPrompt(fields["prompt"], fields.get("expected") or ""))
     return prompts
+
+
+def prompts_sha256(prompts: Sequence[HeldOutPrompt]) -> str:
+    """SHA-256 of prompts and expected answers in their order."""
+    texts = [[prompt.text, prompt.expected] for prompt in prompts]
+    return hashlib.sha256(json.dumps(texts).encode()).hexdigest()
 
 
 def encode(chat: ChatModel, prompt: HeldOutPrompt, shots: Sequence[HeldOutPrompt] = ()) -> list[int]:

@@ -2,7 +2,6 @@
 
 import argparse
 import datetime
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,8 +12,10 @@ import transformers
 
 from sdlm_megatron.chat.chat_model import ChatModel, load, quiet_transformers
 from sdlm_megatron.config import command_line
-from sdlm_megatron.config.secret_text import mask_text
+from sdlm_megatron.config.secret_text import masked_command
 from sdlm_megatron.errors import CheckpointError, ConfigError
+from sdlm_megatron.evaluation.held_out import prompts_sha256, read_prompts
+from sdlm_megatron.evaluation.identity import model_sha256
 from sdlm_megatron.files import make_folder, write_json
 from sdlm_megatron.weights.dtypes import PRECISIONS
 
@@ -55,9 +56,24 @@ def load_folder(args: argparse.Namespace, folder: Path) -> ChatModel:
     return load(folder, dtype=args.dtype, device=args.device)
 
 
+def settings_of(args: argparse.Namespace) -> dict[str, Any]:
+    """Settings that decide a result of any kind: the model's content, --dtype and the measured prompts.
+
+    --shots and --contexts, which `sdlm evaluate` has too, are among them.
+    """
+    settings = {"model_sha256": model_sha256(args.model), "dtype": args.dtype}
+    if "prompts" in args:
+        if "shots" in args:  # examples come from the rest of the file
+            settings["most"] = args.most
+        read = read_prompts(args.prompts, 0 if "shots" in args else args.most or 0)
+        settings["prompts_sha256"] = prompts_sha256(read)
+    return settings | {name: value for name, value in vars(args).items() if name in ("shots", "contexts")}
+
+
 def load_model(args: argparse.Namespace) -> ChatModel:
     """Loads --model, creates the --out folder and prints a line about the model. UserError if that fails."""
     chat = load_folder(args, args.model)
+    args.settings = settings_of(args)  # now: the folder may be replaced while the model is measured
     make_folder(args.out)
     print(chat.describe(), flush=True)
     return chat
@@ -87,7 +103,7 @@ def facts_of(chat: ChatModel, prog: str, argv: Sequence[str] | None, **more: Any
     """
     device = chat.model.device
     return {
-        "command": f"{prog} {shlex.join(map(mask_text, sys.argv[1:] if argv is None else argv))}".rstrip(),
+        "command": f"{prog} {masked_command(sys.argv[1:] if argv is None else argv)}".rstrip(),
         **more,
         "block_size": chat.config.decoding.block_size,
         "causal_attn": chat.config.decoding.causal_attn,
@@ -104,10 +120,11 @@ def facts_of(chat: ChatModel, prog: str, argv: Sequence[str] | None, **more: Any
 def write_result(
     chat: ChatModel, args: argparse.Namespace, argv: Sequence[str] | None, kind: str, content: Any, **facts: Any
 ) -> None:
-    """Writes OUT/KIND.json: kind, model, facts and `content`."""
+    """Writes OUT/KIND.json: kind, model, settings (as `load_model` found them), facts and `content`."""
     if "prompts" in args:
         facts = {"prompts": str(args.prompts), **facts}
-    header = {"kind": kind, "model": str(args.model), "facts": facts_of(chat, f"sdlm evaluate {kind}", argv, **facts)}
+    header = {"kind": kind, "model": str(args.model), "settings": args.settings}
+    header |= {"facts": facts_of(chat, f"sdlm evaluate {kind}", argv, **facts)}
     path = args.out / f"{kind}.json"
     write_json(path, header | content)
     print(f"wrote {path}")

@@ -59,7 +59,7 @@ def group(folders: Sequence[Path], labels: Sequence[str]) -> dict[str, dict[str,
     for folder, label in zip(folders, labels, strict=True):
         for kind, result in result_files.read_results(folder).items():
             seeds = results.setdefault(kind, {}).setdefault(label, [])
-            if seeds and _prompts(seeds[0]) != _prompts(result):
+            if seeds and kind in ("sweep", "context") and _prompts(seeds[0]) != _prompts(result):
                 raise DataError(
                     f"{label!r} has {_prompts(result)} prompts here and {_prompts(seeds[0])} in another folder",
                     str(folder / f"{kind}.json"),
@@ -70,9 +70,8 @@ def group(folders: Sequence[Path], labels: Sequence[str]) -> dict[str, dict[str,
 
 
 def _prompts(result: Result) -> int | None:
-    """Number of prompts behind each row of a sweep or context file; None for other kinds."""
-    rows = result.get("rows")
-    return len(rows[0]["exact"]) if rows else None
+    """Number of prompts behind each row of a sweep or context file; None without rows."""
+    return len(result["rows"][0]["exact"]) if result["rows"] else None
 
 
 def labels_of(folders: Sequence[Path]) -> list[str]:
@@ -167,20 +166,28 @@ def _signatures_table(section: PageSection, results: Results, rows_name: str, **
 def _add_differences(page: Page, sweeps: Results) -> None:
     """A row per decoding rule of every other label: its exact answers minus those of the first label at n = 1."""
     (first, base), *others = sweeps.items()
-    rows = []
+    rows, other_prompts = [], []
     reference = result_files.exact_of(base, "ar", None)
     for label, seeds in others:
+        prompts = [[result_files.prompts_of(sweep) for sweep in pair] for pair in zip(base, seeds, strict=False)]
+        if any(None in pair or len(set(pair)) > 1 for pair in prompts):
+            other_prompts.append(label)
+            continue
         for alg, threshold in dict.fromkeys((p.alg, p.threshold) for p in points(seeds)):
             exact = result_files.exact_of(seeds, alg, threshold)
-            if reference is None or exact is None or len(reference[0]) != len(exact[0]):
+            if reference is None or exact is None:
                 continue
             both = min(len(reference), len(exact))
             gap = intervals.difference(exact[:both], reference[:both])
             only, only_first, p = intervals.mcnemar(exact[0], reference[0])
             name = name_of((alg, 1, threshold)).split(", n")[0]
             rows.append((label, name, change(gap), only, only_first, f"{p:.2g}"))
+    if not rows and not other_prompts:
+        return
+    section = page.section("differences", f"Differences from {first}")
+    for label in other_prompts:
+        section.note(f"{label}: no difference is shown, because the prompts differ or its files do not identify them.")
     if rows:
-        section = page.section("differences", f"Differences from {first}")
         section.text(
             f"Share of exact answers minus that of {first} with n = 1, on the same prompts, seed by seed. The last "
             "columns are for the first seed: prompts that only one of the two answers correctly, and McNemar's exact p."
@@ -302,6 +309,9 @@ def _add_perplexity(page: Page, results: Results) -> None:
     section = page.section("perplexity", "Unrelated text")
     section.text("Next-token perplexity of text that has nothing to do with the training data; lower is better.")
     texts = result_files.perplexities(results)
+    if not texts:
+        section.note("No text was measured with all of the models: name the same files with --text.")
+        return
     section.figure(figures.models_figure(texts, logarithmic=True), "perplexity of unrelated texts")
     rows = [(name, *(number(row[label]) for label in results)) for name, row in texts.items()]
     section.table(["", *results], rows)

@@ -2,17 +2,20 @@
 
 Runs the tasks of arXiv 2509.24007 with lm-evaluation-harness on local copies of the datasets, with every threshold, and
 writes OUT/TASK-RULE.json and OUT/index.html. Results that exist are kept, so an interrupted command continues where it
-stopped. Tasks that cannot run are listed with the reason and the command that gets what is missing. The evaluation page
-of the documentation has the datasets, the packages, and the differences from the paper.
+stopped, and the page shows all results in OUT. Tasks that cannot run are listed with the reason and the command that
+gets what is missing. The evaluation page of the documentation has the datasets, the packages, and the differences from
+the paper.
 """
 
 import argparse
 import contextlib
+import dataclasses
+import hashlib
 import json
 import os
 import random
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +23,9 @@ from sdlm_megatron.chat.chat_model import DecodingRule
 from sdlm_megatron.config.command_line import at_least, threshold
 from sdlm_megatron.errors import ConfigError, DataError, run_cli
 from sdlm_megatron.evaluation import lm_eval, measurement, paper_page, signatures
+from sdlm_megatron.evaluation.identity import model_sha256
 from sdlm_megatron.evaluation.paper_tasks import CODE_METRIC, PaperTask, choose_tasks, paper_tasks, write_definitions
+from sdlm_megatron.evaluation.result_files import read_kept
 from sdlm_megatron.files import make_folder, write_json
 from sdlm_megatron.weights.hf_config import read_hf_config
 
@@ -36,22 +41,15 @@ def result_path(out: Path, task: PaperTask, rule: DecodingRule) -> Path:
     return out / f"{task.key}-{rule.alg}{f'-{rule.threshold:g}' if rule.alg != 'ar' else ''}.json"
 
 
-def read_result(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
-    """A result measured with these settings; None without a file, DataError where the file holds another one."""
-    fix = "remove it, or use another --out"
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise DataError(f"cannot read JSON: {error}", str(path), fix) from None
-    if not isinstance(value, dict) or value.get("kind") != "paper":
-        raise DataError('not a result file: it lacks "kind": "paper"', str(path), fix)
-    for name, wanted in settings.items():
-        if value.get("settings", {}).get(name) != wanted:
-            had = value.get("settings", {}).get(name)
-            raise DataError(f"it was measured with {name} {had!r}, not {wanted!r}", str(path), fix)
-    return value
+def other_results(out: Path, known: Collection[Path], args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Results of other tasks and rules in a folder, measured with the same settings."""
+    tasks, others = paper_tasks(), list[dict[str, Any]]()
+    for path in sorted(set(out.glob("*.json")) - set(known)):
+        with contextlib.suppress(OSError, ValueError):
+            value = json.loads(path.read_text(encoding="utf-8"))
+            if isinstance(value, dict) and value.get("kind") == "paper" and (task := tasks.get(value.get("task"))):
+                others += [value] if value.get("settings") == settings_of(args, task) else []
+    return others
 
 
 class PaperRun:
@@ -98,7 +96,8 @@ class PaperRun:
             "kind": "paper",
             "task": task.key,
             "rule": rule.row,
-            "settings": settings_of(args),
+            "model": str(args.model),
+            "settings": settings_of(args, task),
             "facts": measurement.facts_of(self.lm.chat, "sdlm evaluate paper", argv, lm_eval=harness.__version__),
             "correct": correct,
             "tokens": tokens,
@@ -145,9 +144,16 @@ def _local_resources(task: PaperTask, data: Path) -> Iterator[None]:
         yield
 
 
-def settings_of(args: argparse.Namespace) -> dict[str, Any]:
-    """Settings that decide a result besides the task and the rule."""
-    return {"model": str(args.model), "limit": args.limit, "max_new_tokens": args.max_new_tokens}
+def settings_of(args: argparse.Namespace, task: PaperTask) -> dict[str, Any]:
+    """Settings that decide a result besides the rule; the recipe's entry of the task is identified by its SHA-256."""
+    entry = json.dumps(dataclasses.asdict(task), sort_keys=True)
+    return {
+        "model_sha256": args.model_sha256,
+        "dtype": args.dtype,
+        "limit": args.limit,
+        "max_new_tokens": args.max_new_tokens,
+        "recipe_sha256": hashlib.sha256(entry.encode()).hexdigest(),
+    }
 
 
 def rules_of(args: argparse.Namespace) -> list[DecodingRule]:
@@ -158,12 +164,14 @@ def rules_of(args: argparse.Namespace) -> list[DecodingRule]:
 
 def run(args: argparse.Namespace, argv: Sequence[str] | None) -> None:
     """Measures what is missing in OUT, and writes the page after every result."""
-    rules, settings = rules_of(args), settings_of(args)
+    rules, args.model_sha256 = rules_of(args), model_sha256(args.model)
     tasks, reasons = choose_tasks(args.tasks, args.data, run_code=args.confirm_run_unsafe_code)
     for key, reason in reasons.items():
         print(f"{paper_tasks()[key].name:12} left out: {reason}", flush=True)
     pairs = [(task, rule, result_path(args.out, task, rule)) for task in tasks for rule in rules]
-    results = {path: result for _, _, path in pairs if (result := read_result(path, settings))}
+    results = {path: result for task, _, path in pairs if (result := read_kept(path, "paper", settings_of(args, task)))}
+    others = other_results(args.out, [path for _, _, path in pairs], args)
+    reasons = {key: why for key, why in reasons.items() if key not in {result["task"] for result in others}}
     page, harness = args.out / "index.html", None
     for number, (task, rule, path) in enumerate(pairs, 1):
         kept = ": exists, kept" if path in results else ""
@@ -173,7 +181,7 @@ def run(args: argparse.Namespace, argv: Sequence[str] | None) -> None:
             results[path] = harness.measure(task, rule, argv)
             write_json(path, results[path])
             print(paper_page.summary_line(results[path]), flush=True)
-        paper_page.write_paper_page(list(results.values()), reasons, page)
+        paper_page.write_paper_page([*results.values(), *others], reasons, page)
     print(f"\nwrote {page}")
 
 

@@ -19,7 +19,7 @@ LARGE = 10e9
 SOURCE = "arXiv 2509.24007 (v1)"
 DIFFERENCES = (
     "The prompts and the numbers of examples follow the evaluation guide of the reference implementation, which uses "
-    "OpenCompass; answers are extracted and scored by lm-evaluation-harness, so the same model may get another score. "
+    "OpenCompass; answers are scored by lm-evaluation-harness, so the same model may get another score. "
     "MMLU is the mean over questions, IFEval the prompt-level strict accuracy. The interval of a score covers the "
     "choice of prompts (Wilson, 95 %). Tokens per pass count the end token of an answer, which the reference's count "
     "leaves out. The paper does not say at which threshold the choice tasks were decoded."
@@ -74,12 +74,12 @@ def write_paper_page(results: Sequence[Result], reasons: Mapping[str, str], out:
         results: result files of one model.
         reasons: why tasks were left out, by their key.
     """
-    facts, settings = results[0]["facts"], results[0]["settings"]
-    page = Page(f"{Path(settings['model']).name or settings['model']} on the tasks of {SOURCE}")
+    facts, settings, model = (results[0][name] for name in ("facts", "settings", "model"))
+    page = Page(f"{Path(model).name or model} on the tasks of {SOURCE}")
     section = page.section("facts", "Model and settings")
     limit = "all prompts" if settings["limit"] is None else f"the first {settings['limit']} prompts of each task"
     names = ("block_size", "parameters", "dtype", "device", "threads", "date", "torch", "transformers", "lm_eval")
-    chosen = {"model": settings["model"], **{name: facts.get(name, "–") for name in names}}
+    chosen = {"model": model, **{name: facts.get(name, "–") for name in names}}
     section.facts({**chosen, "prompts": limit, "tokens of an answer, at most": settings["max_new_tokens"]})
     section.details("Commands", "\n".join(dict.fromkeys(r["facts"]["command"] for r in results)))
     plain, rows = comparable(facts)

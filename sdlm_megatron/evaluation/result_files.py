@@ -17,6 +17,7 @@ from sdlm_megatron.chat.chat_model import DecodingRule
 from sdlm_megatron.errors import DataError
 from sdlm_megatron.evaluation import signatures
 from sdlm_megatron.evaluation.intervals import Estimate, over_seeds, ratio, share
+from sdlm_megatron.files import read_json_object
 
 KINDS = ("sweep", "calibration", "speed", "context", "perplexity", "serving")
 STOCK = "plain serving"
@@ -117,6 +118,34 @@ def read_results(folder: Path) -> dict[str, dict[str, Any]]:
     return results
 
 
+def read_kept(path: Path, kind: str, settings: Mapping[str, Any]) -> dict[str, Any] | None:
+    """A result that was measured with these settings; None without a file.
+
+    Raises:
+        DataError: the file is no result of this kind, or was measured otherwise.
+    """
+    fix = "remove it, or use another --out"
+    if not path.exists():
+        return None
+    value = read_json_object(path, DataError, fix)
+    if value.get("kind") != kind:
+        raise DataError(f'not a result file: it lacks "kind": "{kind}"', str(path), fix)
+    former = value.get("settings", {})
+    for name, wanted in settings.items():
+        if name not in former:
+            raise DataError(f"it does not say with which {name} it was measured", str(path), fix)
+        if former[name] != wanted:
+            what = f"it was measured with {name} {former[name]!r:.80}, not {wanted!r:.80}"
+            raise DataError(what, str(path), fix)
+    return value
+
+
+def prompts_of(result: Result) -> str | None:
+    """SHA-256 of the prompts behind a result; None in files of earlier versions."""
+    value: str | None = result.get("settings", {}).get("prompts_sha256")
+    return value
+
+
 def _shared(seeds: Sequence[Sequence[Result]], *fields: str) -> list[tuple[tuple[Any, ...], list[Result]]]:
     """Rows that every seed has: their key (rule and `fields`) and the row of each seed, in the first seed's order."""
     names = ("alg", "n", "threshold", *fields)
@@ -130,7 +159,8 @@ def _speed(rows: Sequence[Result]) -> Estimate:
 
 def points(sweeps: Sequence[Result]) -> list[SweepPoint]:
     """The rules that all sweeps of a label have, with intervals over prompts and seeds."""
-    distinct = len({sweep.get("facts", {}).get("prompts") for sweep in sweeps}) == len(sweeps)
+    prompts = {prompts_of(sweep) or sweep.get("facts", {}).get("prompts") for sweep in sweeps}
+    distinct = len(prompts) == len(sweeps)
     return [
         SweepPoint(alg, n, threshold, share([row["exact"] for row in rows], distinct=distinct), _speed(rows))
         for (alg, n, threshold), rows in _shared([sweep["rows"] for sweep in sweeps])
@@ -249,15 +279,18 @@ def context_rows(contexts: Sequence[Result]) -> list[dict[str, Any]]:
 
 def perplexities(results: Results) -> dict[str, dict[str, Estimate]]:
     """Perplexity by text and label, for the texts that all labels have; seeds are averaged in nats."""
-    estimates: dict[str, dict[str, Estimate]] = {}
+    estimates: dict[tuple[str, str, int], dict[str, Estimate]] = {}
     for label, seeds in results.items():
-        tables = [{text["name"]: text["perplexity"] for text in result["texts"]} for result in seeds]
-        for name in tables[0]:
-            if all(name in table for table in tables):
-                nats = over_seeds([math.log(table[name]) for table in tables])
+        # texts of one name differ between machines, and their tokens with --most and --length
+        tables = [{(t["name"], t["sha256"], t["tokens"]): t["perplexity"] for t in result["texts"]} for result in seeds]
+        for key in tables[0]:
+            if all(key in table for table in tables):
+                nats = over_seeds([math.log(table[key]) for table in tables])
                 mean = Estimate(math.exp(nats.value), math.exp(nats.low), math.exp(nats.high))
-                estimates.setdefault(name, {})[label] = mean
-    return {name: row for name, row in estimates.items() if len(row) == len(results)}
+                estimates.setdefault(key, {})[label] = mean
+    shared = {key: row for key, row in estimates.items() if len(row) == len(results)}
+    names = [name for name, *_ in shared]
+    return {n if names.count(n) == 1 else f"{n} ({sha:.8})": row for (n, sha, _), row in shared.items()}
 
 
 def pooled(calibrations: Sequence[Result]) -> list[dict[str, np.ndarray]]:

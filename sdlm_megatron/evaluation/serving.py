@@ -9,7 +9,6 @@ import argparse
 import datetime
 import hashlib
 import json
-import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -19,15 +18,16 @@ from typing import Any
 
 from sdlm_megatron.chat.chat_model import DecodingRule
 from sdlm_megatron.config.command_line import at_least, make_parser, threshold
-from sdlm_megatron.config.secret_text import mask_text
+from sdlm_megatron.config.secret_text import mask_text, mask_words, masked_command
 from sdlm_megatron.diffusion.settings import SDLMSettings
-from sdlm_megatron.errors import CheckpointError, ConfigError, DataError, UserError, run_cli
+from sdlm_megatron.errors import CheckpointError, ConfigError, UserError, run_cli
 from sdlm_megatron.evaluation import vllm_server
 from sdlm_megatron.evaluation.held_out import HeldOutPrompt, read_prompts
+from sdlm_megatron.evaluation.identity import model_sha256
 from sdlm_megatron.evaluation.page import write_page
-from sdlm_megatron.evaluation.result_files import STOCK, ServedRate, served_comparison, served_rates
+from sdlm_megatron.evaluation.result_files import STOCK, ServedRate, read_kept, served_comparison, served_rates
 from sdlm_megatron.evaluation.vllm_server import RefusedRequest, StreamedAnswer, VLLMServer
-from sdlm_megatron.files import make_folder, read_json_object, write_json
+from sdlm_megatron.files import make_folder, write_json
 from sdlm_megatron.report.page_kit import markdown_table
 from sdlm_megatron.weights.hf_config import read_hf_config
 
@@ -135,35 +135,28 @@ class ServingRun:
         texts = [question.text for question in self.questions]
         self.settings = {
             "model": str(args.model),
+            # a server of --url may read its weights elsewhere
+            "model_sha256": None if args.url else model_sha256(args.model),
             "prompts": hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16],
             "tokens": args.tokens,
             "rounds": args.rounds,
-            "serve": args.serve,
-            "url": args.url,
+            "serve": mask_words(args.serve),
+            "url": mask_words(args.url),
         }
         self.result: dict[str, Any] = {"kind": "serving", "model": str(args.model), "settings": self.settings}
         self.result |= {"facts": self._facts(settings, argv), "rows": [], "refused": {}}
-        if self.path.exists():
-            self._continue()
+        if former := read_kept(self.path, "serving", self.settings):
+            self.result |= {name: former[name] for name in ("rows", "refused")}
+            self.result["facts"] = former["facts"] | self.result["facts"]
 
     def _facts(self, settings: SDLMSettings, argv: Sequence[str] | None) -> dict[str, Any]:
-        command = shlex.join(map(mask_text, sys.argv[1:] if argv is None else argv))
         return {
-            "command": f"sdlm evaluate serving {command}",
+            "command": f"sdlm evaluate serving {masked_command(sys.argv[1:] if argv is None else argv)}",
             "prompts": str(self.args.prompts or "built-in questions"),
             "block_size": settings.block_size,
             "causal_attn": settings.causal_attn,
             "date": datetime.date.today().isoformat(),
         }
-
-    def _continue(self) -> None:
-        fix = "remove it, or use another --out"
-        former = read_json_object(self.path, DataError, fix)
-        for name, value in self.settings.items():
-            if (had := former.get("settings", {}).get(name)) != value:
-                raise DataError(f"it was measured with {name} {had!r:.80}, not {value!r:.80}", str(self.path), fix)
-        self.result |= {name: former[name] for name in ("rows", "refused")}
-        self.result["facts"] = former["facts"] | self.result["facts"]
 
     def missing(self, rules: Sequence[DecodingRule | None]) -> list[tuple[DecodingRule | None, int]]:
         """Measurements that serving.json does not hold yet; the rules take turns."""
@@ -222,7 +215,7 @@ def open_server(args: argparse.Namespace, plugin: bool) -> Iterator[VLLMServer]:
 
 def _shown(command: Sequence[str], plugin: bool) -> str:
     """The command of a server as it would be typed."""
-    return ("" if plugin else 'VLLM_PLUGINS="" ') + shlex.join(command)
+    return ("" if plugin else 'VLLM_PLUGINS="" ') + masked_command(command)
 
 
 def _check_plugin(server: VLLMServer, plugin: bool) -> None:
@@ -240,7 +233,7 @@ def plan_lines(run: ServingRun, args: argparse.Namespace) -> Iterator[str]:
         if not cells or (not plugin and len(args.url) == 1):
             continue
         if args.url:
-            yield args.url[0 if plugin else 1]
+            yield mask_text(args.url[0 if plugin else 1])
         else:
             yield _shown(vllm_server.serve_command(args.vllm, args.model, args.serve), plugin)
         for rule, at_once in cells:

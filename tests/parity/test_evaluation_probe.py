@@ -1,17 +1,19 @@
 """Probe of a text against real decoding, and the commands that use it against manual loops."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from sdlm_megatron.chat.chat_model import ChatModel, DecodingRule, load
 from sdlm_megatron.diffusion.decode import decode
 from sdlm_megatron.errors import DataError
-from sdlm_megatron.evaluation import calibration, evaluate, sweep, table
+from sdlm_megatron.evaluation import calibration, context, evaluate, sweep, table
 from sdlm_megatron.evaluation.held_out import HeldOutPrompt, decode_prompts, encode, encode_answer, read_prompts
 from sdlm_megatron.evaluation.probe import follow, probe
 from tests.parity import exported
@@ -162,6 +164,79 @@ def test_report_measures_everything_once(folder: Path, prompts: Path, tmp_path: 
     assert kinds == {"sweep", "calibration", "speed", "context", "perplexity"}
     html = (tmp_path / "index.html").read_text()
     assert html.count("<img") >= 8 and "http://" not in html.replace("http://www.w3.org", "")
+    evaluate.main([*arguments, *small])
+    assert capsys.readouterr().out.count("exists, kept") == 5
+
+
+def test_report_keeps_no_result_of_something_else(
+    folder: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The weights change in one value of one tensor, the prompts in one letter."""
+    model, out = tmp_path / "hf", tmp_path / "out"
+    shutil.copytree(folder, model)
+    other = tmp_path / "other.jsonl"
+    other.write_text(prompts.read_text().replace("no such", "No such"))
+    words = ["--model", str(model), "--out", str(out), "--timed", "2"]
+    context.main([*words[:4], "--prompts", str(prompts), "--most", "2", "--shots", "0", "--thresholds"])
+    monkeypatch.setattr(evaluate, "run_kind", lambda *_: None)
+    evaluate.main([*words, "--prompts", str(prompts)])  # kept, with examples of its own
+    evaluate.main([*words, "--prompts", str(prompts), "--shots", "0"])
+
+    def refused(difference: str, *options: str) -> None:
+        with pytest.raises(DataError, match=f"it was measured with {difference}") as raised:
+            evaluate.main([*words, *options])
+        assert raised.value.where == str(out / "context.json")
+
+    refused(r"shots \[0\], not \[0, 1\]", "--prompts", str(prompts), "--shots", "0", "1")
+    refused("dtype None, not 'fp32'", "--prompts", str(prompts), "--dtype", "fp32")
+    refused("prompts_sha256 '", "--prompts", str(other))
+    refused("most 2, not 3", "--prompts", str(prompts), "--timed", "3")
+    for file, change in (("tokenizer_config.json", None), ("model.safetensors", "model.norm.weight")):
+        content = (model / file).read_bytes()
+        if change is None:
+            (model / file).write_bytes(content + b" ")
+        else:
+            tensors = load_file(model / file)
+            tensors[change][0] += 0.5
+            save_file(tensors, model / file, metadata={"format": "pt"})
+        refused("model_sha256 '", "--prompts", str(prompts))
+        (model / file).write_bytes(content)
+    record = json.loads((out / "context.json").read_text())
+    del record["settings"]
+    (out / "context.json").write_text(json.dumps(record))
+    with pytest.raises(DataError, match="does not say with which model_sha256"):
+        evaluate.main([*words, "--prompts", str(prompts)])
+
+
+def test_answers_shorter_than_a_window_are_left_out(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(json.dumps({"prompt": "spell a", "expected": "a"}) + "\n")
+    words = ["--model", str(folder), "--prompts", str(path), "--out", str(tmp_path)]
+    with pytest.raises(DataError, match="no expected answer has 4 tokens.*the longest has 2") as raised:
+        calibration.main(words)
+    assert raised.value.where == str(path)
+    ran: list[str] = []
+    monkeypatch.setattr(
+        evaluate,
+        "run_kind",
+        lambda kind, options: calibration.main(options) if kind == "calibration" else ran.append(kind),
+    )
+    evaluate.main([*words, "--timed", "1", "--shots", "0"])
+    assert "[2/6] calibration\n" in (text := capsys.readouterr().out) and "left out: no expected answer has 4" in text
+    assert ran == ["sweep", "speed", "context", "perplexity", "page"]
+
+
+def test_report_counts_the_examples_first(folder: Path, prompts: Path, tmp_path: Path, capsys: Any) -> None:
+    words = ["--model", str(folder), "--prompts", str(prompts), "--out", str(tmp_path)]
+    with pytest.raises(
+        DataError, match="16 shots need as many examples after the 4 measured prompts, there are 0"
+    ) as raised:
+        evaluate.main(words)
+    assert (
+        raised.value.fix == "lower --timed or --shots, or use a longer file" and "[1/6]" not in capsys.readouterr().out
+    )
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import torch
 from sdlm_megatron.chat.chat_model import load
 from sdlm_megatron.errors import ConfigError, DataError
 from sdlm_megatron.evaluation import intervals, paper, paper_tasks
+from sdlm_megatron.evaluation.identity import model_sha256
 from sdlm_megatron.evaluation.lm_eval_model import SDLMForLMEval, TaskCounts
 from tests.fixtures.paper_sets import CHOICES, SUBJECTS, write_paper_sets
 from tests.parity import exported
@@ -21,7 +22,7 @@ TASKS = paper_tasks.paper_tasks()
 CODE = ["humaneval", "humaneval_plus", "mbpp", "mbpp_plus"]
 BOXED = "Please reason step by step, and put your final answer within \\boxed{}."
 RIGHT = {  # what a model that knows the first row of each task may write
-    "gsm8k": "11 + 1 is \\boxed{12}",
+    "gsm8k": "11 + 1 is $\\boxed{12}$.",
     "math": "It is $\\boxed{2}$.",
     "humaneval": "    return 1\n```",
     "humaneval_plus": "    return 1\n```",
@@ -76,7 +77,7 @@ def test_every_task_counts_a_right_answer_and_no_wrong_one(data, model, tmp_path
             key = next(k for k in sorted(TASKS, key=len, reverse=True) if request.task_name.startswith(f"paper_{k}"))
             prompts.setdefault(key, request.args[0])
             gpqa = re.search(r"\((.)\) right", request.args[0])
-            right = RIGHT.get(key) or f"The correct answer is ({gpqa[1] if gpqa else ''})"
+            right = RIGHT.get(key) or f"The correct answer is ({gpqa[1] if gpqa else ''}), not (R)-x or (S)-x"
             texts.append(right if request.doc_id == 0 else WRONG.get(key, "I do not know"))
         for name in {request.task_name for request in requests}:
             self.counts[name], self.answers[name] = TaskCounts(seconds=1.0), [([1] * 20, [1] * 20), ([1], [1])]
@@ -101,6 +102,69 @@ def test_every_task_counts_a_right_answer_and_no_wrong_one(data, model, tmp_path
     letters = "".join(f"{letter}. {text}\n" for letter, text in zip("ABCD", CHOICES, strict=True))
     assert f"Question: Q\n{letters}Answer:" in prompts["arc_easy"] and letters in prompts["hellaswag"]
     check_page((out / "index.html").read_text(), results, absent)
+
+
+def scored(key: str, answer: str, gold: str, doc: dict[str, Any]) -> bool:
+    """Whether the filter and the metric of a task, without the harness around them, count an answer as right."""
+    from lm_eval.api.metrics import exact_match_hf_evaluate
+    from lm_eval.filters import get_filter
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    source = next((Path(load_yaml.__code__.co_filename).parent).glob(TASKS[key].base))
+    definition = {**load_yaml(source, resolve_func=False), **TASKS[key].changes}
+    values: list[Any] = [[answer]]
+    for part in next(entry["filter"] for entry in definition["filter_list"] if entry["name"] == TASKS[key].filter):
+        options = {name: value for name, value in part.items() if name != "function"}
+        values = list(get_filter(part["function"])(**options).apply(values, [doc]))
+    names = ("regexes_to_ignore", "ignore_case", "ignore_punctuation")
+    options = {name: value for name, value in definition["metric_list"][0].items() if name in names}
+    return bool(exact_match_hf_evaluate(predictions=values, references=[gold], **options)["exact_match"])
+
+
+NUMBERS = r"""
+18: $\boxed{18}$. | $$ \boxed{18} $$ | $\boxed{18}$, as asked | \boxed{18} ... | \boxed{18.00}
+18: \boxed{\$18} | \boxed{$18} | \boxed{18\%} | \boxed{18 \text{ dollars}} | \boxed{\text{18 dollars}}
+18: \boxed{18 dollars} | \boxed{x = 18} | \boxed{18.} | \boxed{3 \times 6 = 18} | \boxed{7}, no, \boxed{18}: 3 at 6
+18: cut within \boxed{18 | It is **18**. | $18.00, he said ... | \boxed{18\text{ cm}^2} | #### 18 | 5 and 18
+1,234: \boxed{1,234} | \boxed{1{,}234} | \boxed{1,\!234} | \boxed{\$1234.00} | so 1,234, not 5,5 but $1,234.
+-5: \boxed{-5} | \boxed{-\$5} | \boxed{$-5.0} | it is -5.
+1800: \boxed{1800} | 1,800.0
+"""
+WRONG_NUMBERS = r"""
+18: \boxed{\frac{18}{5}} | \boxed{18/5} | \boxed{18-20} | \boxed{18.5} | \boxed{118} | \boxed{-18} | \boxed{0.18}
+18: \boxed{18:30} | \boxed{} | 18, hence \boxed{17} | ... | $$ | 18, or 5
+"""
+
+
+def test_answers_of_gsm8k_are_compared_as_numbers() -> None:
+    for lines, right in ((NUMBERS, True), (WRONG_NUMBERS, False)):
+        for line in lines.strip().split("\n"):
+            gold, _, answers = line.partition(": ")
+            for answer in answers.split(" | "):
+                assert scored("gsm8k", f"2 + 3 is 5.\n{answer}", f"It is 7.\n#### {gold}", {}) == right, answer
+
+
+@pytest.mark.parametrize(
+    ("key", "gold", "right", "wrong"),
+    [
+        (
+            "gpqa",
+            "(B)",
+            (
+                "The correct answer is (B) (R)-x and (S)-y, not (A)",
+                "(A)? No: the correct answer is: **B**.",
+                "It is (B)",
+            ),
+            ("The correct answer is (A), not (B)", "The correct answer is Bromine", "(B) is wrong, hence (C)"),
+        ),
+        ("mmlu", "B", ("B", "(B)", "A man asks. The answer is **B**, not C"), ("A", "The answer is C, not B")),
+        ("arc_easy", "B", ("B. q", "A plant grows: the answer is option B"), ("BC", "The correct answer is (E). B")),
+    ],
+)
+def test_letters_are_those_of_the_answer(key: str, gold: str, right: tuple[str], wrong: tuple[str]) -> None:
+    doc = {"choices": ["p1", "q1", "r1", "s1"]}
+    assert [answer for answer in right if not scored(key, answer, gold, doc)] == []
+    assert [answer for answer in wrong if scored(key, answer, gold, doc)] == []
 
 
 def check_page(text: str, results: dict[str, Any], absent: set[str]) -> None:
@@ -133,12 +197,38 @@ def test_decoded_answers_are_kept_and_not_mixed(data, model, tmp_path, monkeypat
     capsys.readouterr()
     with monkeypatch.context() as patched:
         patched.setattr(paper.PaperRun, "__init__", lambda *_: pytest.fail("the model is loaded again"))
+        # of a command with another threshold, and with consent; and one that is left out, of another dtype
+        args = paper.build_parser().parse_args(words)
+        args.model_sha256 = model_sha256(model)
+        settings = paper.settings_of(args, TASKS["humaneval"])
+        for name, changed in (
+            ("gsm8k-prob_conf-0.9", {"rule": {**result["rule"], "threshold": 0.9}}),
+            ("humaneval-prob_conf-0.5", {"task": "humaneval", "settings": settings}),
+            ("mbpp-prob_conf-0.5", {"task": "mbpp", "settings": settings | {"dtype": "bf16"}}),
+        ):
+            (out / f"{name}.json").write_text(json.dumps(result | changed))
         paper.main(words)
     assert "GSM8K, prob 0.5, n = 4: exists, kept" in capsys.readouterr().out
-    with pytest.raises(DataError, match="measured with limit None, not 1"):
-        paper.main([*words, "--limit", "1"])
-    (out / "gsm8k-prob_conf-0.5.json").write_text("{")
-    with pytest.raises(DataError, match="cannot read JSON"):
+    text = (out / "index.html").read_text()
+    assert "Decoded with prob 0.9, n = 4" in text
+    missing = re.findall(
+        r"<t[hd][^>]*>(\w+\+?)</t[hd]>", text[text.index('id="missing"') : text.index('id="differences"')]
+    )
+    assert "HumanEval" not in missing and {"HumanEval+", "MBPP"} <= set(missing)
+    for options, difference in (
+        (("--limit", "1"), "limit None, not 1"),
+        (("--dtype", "bf16"), "dtype 'fp32', not 'bf16'"),
+    ):
+        with pytest.raises(DataError, match=f"measured with {difference}"):
+            paper.main([*words, *options])
+    path = out / "gsm8k-prob_conf-0.5.json"
+    for name in ("model_sha256", "recipe_sha256"):
+        path.write_text(json.dumps(result | {"settings": result["settings"] | {name: "x"}}))
+        with pytest.raises(DataError, match=f"measured with {name} 'x', not ") as caught:
+            paper.main(words)
+        assert caught.value.where == str(path)
+    path.write_text("{")
+    with pytest.raises(DataError, match="not valid JSON"):
         paper.main(words)
 
 

@@ -13,7 +13,7 @@ from sdlm_megatron.config import validate
 from sdlm_megatron.config.explain import settings_of
 from sdlm_megatron.config.load import PRESETS, expand_variables, load_config, to_yaml
 from sdlm_megatron.config.schema import RunConfig
-from sdlm_megatron.config.secret_text import mask_text, mask_values
+from sdlm_megatron.config.secret_text import mask_text, mask_values, mask_words
 from sdlm_megatron.config.validate import check_run, check_schedule
 from sdlm_megatron.errors import ConfigError
 from sdlm_megatron.ops.driver import cluster_file
@@ -331,4 +331,21 @@ def test_only_secrets_are_masked() -> None:
         "env": {"HF_TOKEN": "***", "NCCL_IB_HCA": "mlx5"}
     }
     assert mask_text("--export=ALL,HF_TOKEN=abc") == "--export=ALL,HF_TOKEN=***"
+    words = [
+        "--api-key",
+        "s3",
+        "s4",
+        "--hf-token",
+        "--eos-token",
+        "</s>",
+        "--tokens",
+        "8",
+        "--a.password=p",
+        "--secret",
+        "x",
+    ]
+    assert mask_words(words) == [
+        *("--api-key", "***", "***", "--hf-token", "--eos-token", "</s>", "--tokens", "8", "--a.password=***"),
+        *("--secret", "***"),
+    ]
     assert mask_text("--diffusion.mask_token=<m> --train.steps=3") == "--diffusion.mask_token=<m> --train.steps=3"

@@ -226,9 +226,10 @@ def test_examples_are_distinct_and_nearest_are_kept() -> None:
 
 
 def test_too_few_examples_are_reported(folder: Path, file: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="4 shots need as many examples after the 3 measured prompts"):
+    with pytest.raises(DataError, match="4 shots need as many examples after the 3 measured prompts") as raised:
         arguments = ["--model", str(folder), "--prompts", str(file), "--out", str(tmp_path)]
         context.main([*arguments, "--most", "3", "--shots", "4"])
+    assert "lower --most or --shots" in raised.value.fix
 
 
 # --- perplexity

@@ -13,11 +13,11 @@ from dev.evidence.evidence_tables import TABLES, Campaign, read_campaign
 from sdlm_megatron.errors import ConfigError, DataError
 from sdlm_megatron.evaluation.measurement import facts_of
 from sdlm_megatron.evaluation.page import main as page
-from sdlm_megatron.evaluation.result_files import exact_of, pick, points
+from sdlm_megatron.evaluation.result_files import exact_of, perplexities, pick, points
 from sdlm_megatron.weights.hf_config import HFConfig
 
 SECTIONS = ["facts", "quality", "threshold", "differences", "reliability", "precision", "acceptance", "wall"]
-SECTIONS += ["overhead", "context", "perplexity"]
+SECTIONS += ["overhead", "context", "perplexity", "serving"]
 
 
 def test_page_shows_all_results_of_two_models_and_their_seeds(tmp_path):
@@ -26,7 +26,7 @@ def test_page_shows_all_results_of_two_models_and_their_seeds(tmp_path):
     page([*map(str, folders), "--out", str(out), "--label", "AR", "D=2", "D=2"])
     text = out.read_text()
     assert re.findall(r'<section id="(\w+)"', text) == SECTIONS
-    assert text.count("data:image/png;base64,") == 10
+    assert text.count("data:image/png;base64,") == 11
     assert not re.search(r'(src|href)="(?!data:)', text) and "nan" not in re.sub(r"base64,[^\"]*", "", text)
     speed = points([json.loads((f / "sweep.json").read_text()) for f in folders[1:]])
     swift = pick(speed, "prob_conf", 0.98)
@@ -35,7 +35,7 @@ def test_page_shows_all_results_of_two_models_and_their_seeds(tmp_path):
 
 def test_page_of_a_single_result_has_only_its_sections(tmp_path):
     folder = write_results(tmp_path / "d2", n=2)
-    for name in ("calibration", "speed", "context", "sweep"):
+    for name in ("calibration", "speed", "context", "sweep", "serving"):
         (folder / f"{name}.json").unlink()
     page([str(folder), "--out", str(tmp_path / "a.html")])
     assert re.findall(r'<section id="(\w+)"', (tmp_path / "a.html").read_text()) == ["facts", "perplexity"]
@@ -55,6 +55,33 @@ def test_wrong_folders_and_labels_are_reported(tmp_path):
     (second_folder / "sweep.json").write_text("{")
     with pytest.raises(DataError, match="cannot read JSON"):
         page([str(second_folder), "--out", str(tmp_path / "a.html")])
+
+
+def test_differences_are_of_equal_prompts(tmp_path, monkeypatch):
+    """As many prompts, but others, or unknown ones."""
+    monkeypatch.setattr("sdlm_megatron.evaluation.page.KINDS", ("sweep",))
+    first, second = (write_results(tmp_path / name, n=1) for name in "ab")
+    record = json.loads((second / "sweep.json").read_text())
+    for settings, equal in ((record["settings"], True), ({"prompts_sha256": "of others"}, False), ({}, False)):
+        (second / "sweep.json").write_text(json.dumps(record | {"settings": settings}))
+        page([str(first), str(second), "--out", str(tmp_path / "a.html")])
+        text = (tmp_path / "a.html").read_text()
+        assert ("McNemar" in text) == equal and ("b: no difference is shown, because the prompts" in text) != equal
+
+
+def test_perplexities_are_of_equal_texts():
+    first = {"name": "README", "sha256": "12", "tokens": 9, "perplexity": 2.0}
+
+    def shared(*texts):
+        return {
+            name: row["b"].value
+            for name, row in perplexities({"a": [{"texts": [first]}], "b": [{"texts": texts}]}).items()
+        }
+
+    assert shared(first | {"perplexity": 4.0}) == {"README": pytest.approx(4)}
+    assert shared(first | {"sha256": "34"}) == shared(first | {"tokens": 8}) == {}
+    both = [{"texts": [first, first | {"sha256": "34", "perplexity": 8.0}]}]
+    assert list(perplexities({"a": both, "b": both})) == ["README (12)", "README (34)"]
 
 
 def test_points_missing_in_a_seed_are_omitted():

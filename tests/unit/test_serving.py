@@ -3,6 +3,7 @@
 import contextlib
 import json
 import re
+import sys
 import threading
 import time
 from collections import Counter
@@ -128,8 +129,9 @@ def read(tmp_path: Path) -> dict[str, Any]:
 def test_measures_both_servers_with_the_same_requests(
     command: list[str], servers: list[VLLMLike], tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    serving.main(command)
+    serving.main([*command, "--", "--api-key", "s3cret", "--hf-token=s3cret"])
     result = read(tmp_path)
+    assert result["settings"]["serve"] == ["--api-key", "***", "--hf-token=***"]
     assert result["facts"]["vllm"] == "0.32.0" and result["facts"]["block_size"] == 4
     rows = {(row["alg"], row["threshold"], row["at"]): row for row in result["rows"]}
     assert set(rows) == {
@@ -159,6 +161,7 @@ def test_measures_both_servers_with_the_same_requests(
     salts = [body["cache_salt"] for server in servers for body in server.bodies]
     assert len(set(salts)) == len(salts), "no prompt is taken from the cache"
     output = capsys.readouterr().out
+    assert not [path for path in (tmp_path / "out").iterdir() if "s3cret" in output + path.read_text()]
     assert re.search(r"^n = 1 (LOSES to|is faster than) plain serving at ", output, re.MULTILINE)
     assert '<section id="serving"' in (tmp_path / "out" / "index.html").read_text()
 
@@ -185,6 +188,9 @@ def test_dry_run_sends_and_writes_nothing(
     assert text.count("10 requests, 5 at a time, at most 9 tokens each") == 4
     # 4 rules: 18 requests of 9 tokens, and a warm-up of 6 requests of 8
     assert f"at most {4 * (18 * 9 + 6 * 8)} tokens" in text
+    start = [*command[: command.index("--url")], "--vllm", sys.executable, "--dry-run"]
+    serving.main([*start, "--", "--api-key", "s3cret", "--seed", "1"])
+    assert "--api-key '***' --seed 1\n" in (text := capsys.readouterr().out) and "s3cret" not in text
     assert not servers[0].bodies and not (tmp_path / "out").exists()
 
 

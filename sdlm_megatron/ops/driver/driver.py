@@ -11,7 +11,6 @@ import errno
 import os
 import re
 import secrets
-import shlex
 import signal
 import subprocess
 import sys
@@ -24,7 +23,7 @@ from types import FrameType
 from sdlm_megatron.config.command_line import make_parser
 from sdlm_megatron.config.load import PRESETS, load_config
 from sdlm_megatron.config.schema import RunConfig
-from sdlm_megatron.config.secret_text import is_secret_name, mask_text
+from sdlm_megatron.config.secret_text import is_secret_name, mask_text, masked_command
 from sdlm_megatron.config.validate import check_run
 from sdlm_megatron.errors import CheckpointError, ConfigError, UserError, run_cli
 from sdlm_megatron.files import make_folder, write_text
@@ -267,7 +266,7 @@ class Driver:
         line, variables = training_command(self.cluster, self.launcher, nodes, self.run_dir, attempt, arguments)
         environment = {**attempt_environment(self.cluster, self.job, nodes, self.run_dir, attempt), **variables}
         with suppress(OSError):  # for the reader only
-            write_text(folder / "command.txt", shlex.join(map(mask_text, line)) + "\n")
+            write_text(folder / "command.txt", masked_command(line) + "\n")
         ranks = len(nodes) * self.cluster.gpus_per_node
         self.event("train_start", nodes=nodes, **{"try": self.tries})
         self.log(f"try {self.tries}: {ranks} processes on {','.join(nodes)}, logs in {folder}")

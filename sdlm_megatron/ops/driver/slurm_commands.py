@@ -2,7 +2,6 @@
 
 import os
 import re
-import shlex
 import subprocess
 import sys
 import time
@@ -11,7 +10,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, NamedTuple
 
-from sdlm_megatron.config.secret_text import mask_text
+from sdlm_megatron.config.secret_text import masked_command
 from sdlm_megatron.errors import UserError
 
 GUARDIAN = "guardian"  # name of the job step that outlives the driver (guardian.py)
@@ -77,14 +76,12 @@ def submit_job(line: Sequence[str]) -> tuple[str, str]:
     if answer.code:
         raise UserError(
             f"sbatch refused: {answer.streams}",
-            shlex.join(map(mask_text, line)),
+            masked_command(line),
             "change the cluster file or the options",
         )
     if not (job := re.fullmatch(r"(\d+)(?:;(\S+))?", answer.text)):
         fix = "look with squeue --me whether the job exists before you submit again"
-        raise UserError(
-            f"sbatch did not answer with a job number ({answer.streams})", shlex.join(map(mask_text, line)), fix
-        )
+        raise UserError(f"sbatch did not answer with a job number ({answer.streams})", masked_command(line), fix)
     if answer.stderr:
         print(answer.stderr, file=sys.stderr, flush=True)
     return job[1], job[2] or ""

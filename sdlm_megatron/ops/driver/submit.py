@@ -19,7 +19,7 @@ from pathlib import Path
 from sdlm_megatron.config.command_line import at_least, complete_with, make_parser
 from sdlm_megatron.config.load import PRESETS, load_config, preset_names
 from sdlm_megatron.config.schema import RunConfig
-from sdlm_megatron.config.secret_text import MASK, mask_text
+from sdlm_megatron.config.secret_text import MASK, mask_text, mask_words
 from sdlm_megatron.config.validate import check_model, check_run
 from sdlm_megatron.errors import ConfigError, UserError, run_cli
 from sdlm_megatron.files import make_folder, write_text
@@ -219,7 +219,7 @@ class Submission:
         kept = [v for v in KEPT_VARIABLES if os.environ.get(v)]
         lines = ["#!/bin/sh", f"cd {shlex.quote(str(Path.cwd()))}"]
         lines += [f"export {v}={shlex.quote(mask_text(os.environ[v]))}" for v in kept]
-        text = "\n".join([*lines, " \\\n  ".join(shlex.quote(mask_text(part)) for part in self.command())]) + "\n"
+        text = "\n".join([*lines, " \\\n  ".join(map(shlex.quote, mask_words(self.command())))]) + "\n"
         return text if MASK not in text else text + f"# {MASK} stands for a secret: write it there to run this again\n"
 
     def dry_run(self) -> bool:
