@@ -1,9 +1,11 @@
 """Experiment E1: statistics against other forms, verdicts, committed vectors; the age of the plans of E1 and E2."""
 
+import fcntl
 import json
 import re
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +14,9 @@ from scipy import stats
 from dev.evidence import django_lines, e1, e1_measure, e1_results
 from dev.evidence.e1_results import COUNTS, E1_ARMS, STEPS, Key, rules_of
 from dev.evidence.e1_statistics import Crossed, crossed, gap, holm, tokens_per_pass
-from sdlm_megatron.errors import DataError
+from dev.quickstart import pipeline
+from sdlm_megatron.errors import DataError, UserError
+from tests import byte_tokenizer
 
 REPO = Path(__file__).parents[2]
 SHARES = {"ar": 0.9, "d4": 0.6, "d4_nt": 0.93, "d4_causal": 0.885}
@@ -216,6 +220,56 @@ def test_unseen_prompts_decide_nothing_and_every_table_has_its_place(tmp_path) -
     assert sorted(re.findall(r"<!-- e1 (\w+) -->", document)) == sorted(made)
     assert "| SDLM, D = 4: τ = .98 | autoregressive" not in made["differences"]  # that is H1
     assert "| SDLM, D = 4: τ = .98 | SDLM, D = 4: τ = .9 |" in made["differences"]
+
+
+@pytest.fixture
+def campaign(tmp_path) -> e1.LineCampaign:
+    """A campaign with 600 prompts and the base's tokenizer, without weights."""
+    (tmp_path / "data").mkdir()
+    for part, count in (("train", 9), ("dev", 600), ("test", 600)):
+        (tmp_path / "data" / f"{part}.jsonl").write_text('{"prompt": "a", "expected": "b"}\n' * count)
+    byte_tokenizer.write_folder(tmp_path / "base")
+    return e1.LineCampaign(tmp_path, tmp_path / "base", e1.Design())
+
+
+def test_training_that_is_not_finite_counts_as_no_exact_answer(campaign, monkeypatch, capsys) -> None:
+    codes = {"sdlm_megatron.train": 3}
+
+    def done(words: list[str], **_: object) -> SimpleNamespace:
+        return SimpleNamespace(returncode=next((codes[word] for word in words if word in codes), 0))
+
+    monkeypatch.setattr(pipeline, "subprocess", SimpleNamespace(run=done))
+    results = campaign.out / "results"
+    write_vectors(results, SHARES)
+    lost = [("ar", 1e-3, "dev", 0), ("d4", 1e-4, "test", 2), *(("d4_causal", 1e-4, "test", seed) for seed in range(4))]
+    for arm, lr, part, seed in lost:
+        job = e1.LineJob(Key(arm, lr, STEPS, seed), part)
+        campaign.do(job)
+        assert not campaign.missing(job) and f"{job.key.name} did not train" in capsys.readouterr().out
+        vectors = e1_measure.read_vectors(results / job.key.file(part))
+        assert vectors["diverged"] and not any(vectors["rules"][job.rules[-1]]["exact"])
+    assert campaign.rate("ar") == 1e-4
+    made = e1_results.tables(results, STEPS)
+    assert "| SDLM, D = 4 | τ = .98 | 4 (1 did not train) | 4" in made["main"]
+    assert made["main"].count("| 4 | did not train | – |") == 4 and "| 1 | did not train | – |" in made["main"]
+    assert "| autoregressive (D = 1) | 1e-3 | n = 1 | did not train |  |" in made["rates"]
+    assert "| 2 | 600 | did not train |" in made["lossless"]
+    assert re.search(r"H3 .* \| 1\.0000 \| worse by more than 3 points", made["verdicts"])
+    assert "nan" not in "".join(made.values())
+    codes["sdlm_megatron.train"] = 1
+    job = e1.LineJob(Key("ar", 1e-3, STEPS, 1), "test")
+    with pytest.raises(UserError, match="exit code 1"):
+        campaign.do(job)
+    assert campaign.missing(job)
+
+
+def test_second_campaign_in_a_folder_is_refused(campaign, monkeypatch) -> None:
+    monkeypatch.setattr(campaign, "phases", lambda: iter(()))
+    with open(campaign.out / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="another process runs this campaign"):
+            campaign.run(jobs=1)
+    campaign.run(jobs=1)
 
 
 def test_test_prompts_are_answered_with_the_rate_of_dev(tmp_path) -> None:
