@@ -12,6 +12,7 @@ trained again.
 """
 
 import argparse
+import fcntl
 import json
 import random
 import shutil
@@ -25,8 +26,8 @@ from typing import Any
 
 from dev.evidence import e1_results
 from dev.evidence.django_lines import new_prompts, read_part, write_parts
-from dev.evidence.e1_measure import KEPT, read_vectors
-from dev.evidence.e1_results import E1_ARMS, FIRST_RATES, RATES, STEPS, Key, best_rate, rules_of
+from dev.evidence.e1_measure import KEPT, identity, measure_rules, read_vectors
+from dev.evidence.e1_results import DIVERGED, E1_ARMS, FIRST_RATES, LOST, RATES, STEPS, Key, best_rate, rules_of
 from dev.evidence.e1_statistics import power_rows
 from dev.evidence.evidence_tables import markdown
 from dev.evidence.experiment import Arm
@@ -35,7 +36,7 @@ from dev.quickstart.base_model import make_smollm2
 from dev.quickstart.pipeline import run_command
 from dev.quickstart.task import Example
 from sdlm_megatron.config.command_line import CommandParser, make_parser
-from sdlm_megatron.errors import DataError, UserError, run_cli
+from sdlm_megatron.errors import DataError, TrainingError, UserError, run_cli
 from sdlm_megatron.files import write_text
 
 RESULTS = Path("docs/evidence/e1")
@@ -43,6 +44,8 @@ CONVERSATIONS_PER_STEP = 8.6
 """Conversations drawn per step: more than the 8.1 that a row holds, so that no conversation is used twice."""
 STEP_SECONDS, ANSWER_SECONDS = {1: 4.3, 4: 6.0, 16: 6.5}, 0.25
 """Seconds of a step by block size, and of an answer by one rule, on one core without bf16 instructions (measured)."""
+NOT_FINITE = f"sdlm_megatron.train failed with exit code {TrainingError.exit_code}"
+"""End of the error of a training whose loss or gradient was not finite."""
 
 
 @dataclass(frozen=True)
@@ -163,28 +166,38 @@ class LineCampaign:
         """All phases, `jobs` models at a time.
 
         Raises:
-            UserError: a model failed; the others of its phase were still run.
+            UserError: a model failed; the others of its phase were still run. Or another process works in the folder.
         """
         (self.out / "results").mkdir(parents=True, exist_ok=True)
-        for name, work in self.phases():
-            if name == "comparison":
-                self.drop_losers()
-            pending = [job for job in work if self.missing(job)]
-            print(self.announcement(name, work, pending, jobs), flush=True)
-            failed = []
-            with ThreadPoolExecutor(jobs) as pool:
-                running = {pool.submit(self.do, job): job for job in pending}
-                for done, future in enumerate(as_completed(running), 1):
-                    label = f"{running[future].key.name} {running[future].part}"
-                    try:
-                        text = f"{future.result() / 60:.0f} min"
-                    # The others of a phase take hours and should not be lost.
-                    except UserError as error:
-                        failed.append(error)
-                        text = f"failed: {error}"
-                    print(f"{time.strftime('%H:%M')} {label:32} {text}   {done}/{len(pending)}", flush=True)
-            if failed:
-                raise failed[0]
+        with open(self.out / "lock", "w", encoding="utf-8") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                what, fix = "another process runs this campaign", "wait for its end, or name another folder with --out"
+                raise UserError(what, str(self.out), fix) from None
+            for name, work in self.phases():
+                if name == "comparison":
+                    self.drop_losers()
+                pending = [job for job in work if self.missing(job)]
+                print(self.announcement(name, work, pending, jobs), flush=True)
+                self.do_all(pending, jobs)
+
+    def do_all(self, pending: Sequence[LineJob], jobs: int) -> None:
+        """The jobs of a phase; raises the first error after the last job."""
+        failed = []
+        with ThreadPoolExecutor(jobs) as pool:
+            running = {pool.submit(self.do, job): job for job in pending}
+            for done, future in enumerate(as_completed(running), 1):
+                label = f"{running[future].key.name} {running[future].part}"
+                try:
+                    text = f"{future.result() / 60:.0f} min"
+                # The others of a phase take hours and should not be lost.
+                except UserError as error:
+                    failed.append(error)
+                    text = f"failed: {error}"
+                print(f"{time.strftime('%H:%M')} {label:32} {text}   {done}/{len(pending)}", flush=True)
+        if failed:
+            raise failed[0]
 
     def drop_losers(self) -> None:
         """Removes the weights of models whose learning rate was not chosen: 0.5 GB each."""
@@ -218,7 +231,11 @@ class LineCampaign:
         started = time.perf_counter()
         training = self.training(self.out, job.key, self.base)
         if not training.done:
-            training.run()
+            try:
+                training.run()
+            except UserError as error:
+                self.not_trained(job, training, error, time.perf_counter() - started)
+                return time.perf_counter() - started
         facts = json.loads((training.dir / "facts.json").read_text(encoding="utf-8"))
         about = {**vars(job.key), "part": job.part, "train_seconds": round(facts["seconds"])}
         run_command(
@@ -230,6 +247,21 @@ class LineCampaign:
             threads=training.threads,
         )
         return time.perf_counter() - started
+
+    def not_trained(self, job: LineJob, training: LineTraining, error: UserError, seconds: float) -> None:
+        """Writes vectors without an exact answer if the loss or gradient was not finite; raises any other error.
+
+        One token in one pass stands for each answer: decoding gained nothing.
+        """
+        if not error.what.endswith(NOT_FINITE):
+            raise error
+        print(f"{job.key.name} {LOST}, its loss or gradient was not finite: see {training.log}", flush=True)
+        count = len(read_part(self.out / "data" / f"{job.part}.jsonl"))
+        row = {"exact": "0" * count, **{name: " ".join("1" * count) for name in KEPT}, "seconds": 0}
+        about = {**vars(job.key), "part": job.part, "train_seconds": round(seconds), DIVERGED: True, "prompts": count}
+        about |= identity(training.dir / "hf")  # no folder, no weights
+        measure_rules(self.out / "results" / job.key.file(job.part), job.rules, about, lambda _: row)
+        shutil.rmtree(training.dir / "ckpt", ignore_errors=True)
 
 
 def run(args: argparse.Namespace) -> None:

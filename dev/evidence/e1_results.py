@@ -16,7 +16,7 @@ import numpy as np
 from dev.evidence.e1_measure import KEPT, read_vectors
 from dev.evidence.e1_statistics import MARGIN, SEEDS, Crossed, crossed, gap, holm, tokens_per_pass
 from dev.evidence.evidence_tables import markdown
-from dev.evidence.experiment import Arm
+from dev.evidence.experiment import Arm, ramps
 from sdlm_megatron.errors import DataError
 from sdlm_megatron.evaluation import intervals
 from sdlm_megatron.evaluation.intervals import Estimate
@@ -48,6 +48,8 @@ RULE_TEXTS = {"n1": "n = 1", "p98": "τ = .98", "p90": "τ = .9", "self": "self-
 HYPOTHESES = {"H1": "d4", "H2": "d4_nt", "H3": "d4_causal"}
 """Arm that is compared with `ar`."""
 SPEED_ARM = "d4_nt"
+DIVERGED, LOST = "diverged", "did not train"
+"""Field of the files of models whose loss or gradient was not finite, and what tables say of these models."""
 Rows = Iterator[Sequence[object]]
 
 
@@ -126,9 +128,13 @@ class Comparison:
 
     def __init__(self, results: ResultFiles, steps: int, new: np.ndarray | None = None) -> None:
         self.seeds: dict[str, dict[int, dict[str, Any]]] = {}
+        self.lost: set[tuple[str, int]] = set()
+        """Arm and seed of the models that did not train."""
         for key, part in sorted(results, key=lambda item: item[0].seed):
             if part == "test" and key.steps == steps:
                 self.seeds.setdefault(key.arm, {})[key.seed] = results[key, part]["rules"]
+                if results[key, part].get(DIVERGED):
+                    self.lost.add((key.arm, key.seed))
         self.new = new
 
     @property
@@ -151,38 +157,48 @@ class Comparison:
         values = np.array([self.seeds[arm][seed][rule][field] for seed in seeds])
         return values if self.new is None else values[:, self.new]
 
-    def exact(self, arm: str, rule: str) -> Crossed | None:
-        """Share of exact answers; None without results."""
-        seeds = self.with_rule(arm, rule)
-        return crossed(self.matrix(arm, rule, seeds)) if seeds else None
+    def quality(self, arm: str, rule: str, other: str, other_rule: str) -> Crossed:
+        """Difference of the shares of exact answers; all seeds must have both rules."""
+        return gap(self.matrix(arm, rule, range(SEEDS)), self.matrix(other, other_rule, range(SEEDS)))
 
-    def quality(self, arm: str, rule: str, other: str, other_rule: str) -> Crossed | None:
-        """Difference of the shares of exact answers on the seeds that both have; None without any."""
-        seeds = [seed for seed in self.with_rule(arm, rule) if seed in self.with_rule(other, other_rule)]
-        return gap(self.matrix(arm, rule, seeds), self.matrix(other, other_rule, seeds)) if seeds else None
+    def cells(self, arm: str, rule: str) -> tuple[str, str, str] | None:
+        """Seeds, share of exact answers and tokens per pass as texts; None without results.
 
-    def speed(self, arm: str, rule: str) -> Crossed | None:
-        """Tokens per pass; None without results."""
+        The intervals of a single seed are over the prompts alone.
+        """
         seeds = self.with_rule(arm, rule)
         if not seeds:
             return None
-        return tokens_per_pass(*(self.matrix(arm, rule, seeds, field) for field in ("tokens", "passes")))
+        lost = sum((arm, seed) in self.lost for seed in seeds)
+        if lost == len(seeds):
+            return str(lost), LOST, "–"
+        exact, tokens, passes = (self.matrix(arm, rule, seeds, field) for field in ("exact", "tokens", "passes"))
+        if len(seeds) == 1:
+            share, speed = intervals.share(list(exact)), intervals.ratio(list(tokens), list(passes))
+        else:
+            share, speed = crossed(exact).interval, tokens_per_pass(tokens, passes).interval
+            # Student's interval of few seeds can leave [0, 1].
+            share = Estimate(share.value, max(share.low, 0.0), min(share.high, 1.0))
+        return f"{len(seeds)} ({lost} {LOST})" if lost else str(len(seeds)), percent(share), number(speed)
 
 
-def verdicts(comparison: Comparison) -> Iterator[tuple[str, Crossed, float, str]]:
-    """Hypothesis, estimate, Holm's adjusted p-value and verdict; nothing before all models are measured."""
+def estimates(comparison: Comparison) -> dict[str, Crossed]:
+    """Hypothesis to its estimate; nothing before all models are measured."""
     if not comparison.complete:
-        return
-    quality = {name: comparison.quality(arm, COUNTS[arm], "ar", "n1") for name, arm in HYPOTHESES.items()}
-    estimates = {name: value for name, value in quality.items() if value is not None}
-    speed = comparison.speed(SPEED_ARM, COUNTS[SPEED_ARM])
-    if speed is not None:
-        estimates["H4"] = speed
-    bounds = {name: LEAST_SPEED if name == "H4" else -MARGIN for name in estimates}
-    tested = holm({name: value.above(bounds[name]) for name, value in estimates.items()})
-    for name, value in estimates.items():
-        adjusted, rejected = tested[name]
-        yield name, value, adjusted, _verdict(name, value.interval, rejected)
+        return {}
+    values = {name: comparison.quality(arm, COUNTS[arm], "ar", "n1") for name, arm in HYPOTHESES.items()}
+    counts = (comparison.matrix(SPEED_ARM, COUNTS[SPEED_ARM], range(SEEDS), field) for field in ("tokens", "passes"))
+    return values | {"H4": tokens_per_pass(*counts)}
+
+
+def verdicts(comparison: Comparison) -> dict[str, tuple[float, str]]:
+    """Hypothesis to Holm's adjusted p-value and the verdict; nothing before all models are measured."""
+    values = estimates(comparison)
+    tested = holm({name: value.above(LEAST_SPEED if name == "H4" else -MARGIN) for name, value in values.items()})
+    return {
+        name: (adjusted, _verdict(name, values[name].interval, rejected))
+        for name, (adjusted, rejected) in tested.items()
+    }
 
 
 def _verdict(name: str, interval: Estimate, rejected: bool) -> str:
@@ -195,6 +211,16 @@ def _verdict(name: str, interval: Estimate, rejected: bool) -> str:
     return "worse" if interval.high < 0 else "not decided"
 
 
+def rate_text(rate: float) -> str:
+    """A learning rate as the text of evidence.md writes it: "3e-4"."""
+    return f"{rate:.0e}".replace("e-0", "e-")
+
+
+def text_of(arm: str, rule: str) -> str:
+    """An arm and its decoding rule in one cell."""
+    return f"{E1_ARMS[arm].text}: {RULE_TEXTS[rule]}"
+
+
 def rate_rows(results: ResultFiles) -> Rows:
     """The learning rates on dev."""
     for (key, part), value in sorted(
@@ -202,72 +228,67 @@ def rate_rows(results: ResultFiles) -> Rows:
     ):
         if part == "dev":
             rule = rules_of(key, "dev")[0]
-            exact = value["rules"][rule]["exact"]
+            exact = LOST if value.get(DIVERGED) else percent(intervals.share([value["rules"][rule]["exact"]]))
             chosen = "chosen" if key.lr == best_rate(results, key.arm, key.steps) else ""
-            yield E1_ARMS[key.arm].text, f"{key.lr:g}", RULE_TEXTS[rule], percent(intervals.share([exact])), chosen
+            yield E1_ARMS[key.arm].text, rate_text(key.lr), RULE_TEXTS[rule], exact, chosen
 
 
 def main_rows(comparison: Comparison) -> Rows:
     """Every arm and decoding rule: exact answers and tokens per pass."""
-    for arm in (name for name in E1_ARMS if name in comparison.seeds):
+    for arm in E1_ARMS:
         for rule, text in RULE_TEXTS.items():
-            exact, speed = comparison.exact(arm, rule), comparison.speed(arm, rule)
-            if exact is not None and speed is not None:
-                seeds = len(comparison.with_rule(arm, rule))
-                yield E1_ARMS[arm].text, text, seeds, percent(exact.interval), number(speed.interval)
+            if cells := comparison.cells(arm, rule):
+                yield E1_ARMS[arm].text, text, *cells
+
+
+def hypothesis_rows(comparison: Comparison) -> Rows:
+    """The estimates of the four hypotheses."""
+    for name, value in estimates(comparison).items():
+        arm = HYPOTHESES.get(name, SPEED_ARM)
+        shown = number(value.interval) + " tokens per pass" if name == "H4" else change(value.interval) + " points"
+        yield name, text_of(arm, COUNTS[arm]), shown, f"{value.freedom:.0f}"
 
 
 def verdict_rows(comparison: Comparison) -> Rows:
-    """The four hypotheses."""
-    for name, value, adjusted, verdict in verdicts(comparison):
-        arm = HYPOTHESES.get(name, SPEED_ARM)
-        text = f"{E1_ARMS[arm].text}, {RULE_TEXTS[COUNTS[arm]]}"
-        shown = number(value.interval) + " tokens per pass" if name == "H4" else change(value.interval) + " points"
-        yield name, text, shown, f"{value.freedom:.0f}", f"{adjusted:.4f}", verdict
+    """The four hypotheses with their verdicts."""
+    decided = verdicts(comparison)
+    for name, *cells in hypothesis_rows(comparison):
+        adjusted, verdict = decided[str(name)]
+        yield name, *cells, f"{adjusted:.4f}" if adjusted >= 0.0001 else "below 0.0001", verdict
 
 
 def difference_rows(comparison: Comparison) -> Rows:
-    """Differences without a verdict."""
+    """Differences without a verdict: the hypotheses are left out."""
+    arms = HYPOTHESES.values()
     pairs = [
-        *((arm, rule, "ar", "n1") for arm in HYPOTHESES.values() for rule in ("n1", "p98", "p90")),
+        *((arm, rule, "ar", "n1") for arm in arms for rule in ("n1", "p98", "p90") if rule != COUNTS[arm]),
         *(("d4_nt", rule, "d4", rule) for rule in ("n1", "p98", "p90")),
         ("d4_causal", "p98", "d4_nt", "p98"),
-        *((arm, "p90", arm, "p98") for arm in HYPOTHESES.values()),
+        *((arm, "p98", arm, "p90") for arm in arms),
         ("d4_causal", "lossless", "d4_causal", "n1"),
     ]
     for arm, rule, other, other_rule in pairs:
         value = comparison.quality(arm, rule, other, other_rule)
-        if value is not None:
-            names = [f"{E1_ARMS[a].text}, {RULE_TEXTS[r]}" for a, r in ((arm, rule), (other, other_rule))]
-            yield *names, change(value.interval)
+        yield text_of(arm, rule), text_of(other, other_rule), change(value.interval)
 
 
-def budget_rows(results: ResultFiles) -> Rows:
-    """Speed and quality by the sum of learning rate x steps."""
-    for steps in sorted({key.steps for key, part in results if part == "test"}):
-        comparison = Comparison(results, steps)
-        rates = {key.arm: key.lr for key, part in results if part == "test" and key.steps == steps}
-        for arm in (name for name in E1_ARMS if name in comparison.seeds):
-            rule, seeds = COUNTS[arm], comparison.with_rule(arm, COUNTS[arm])
-            exact, speed = comparison.exact(arm, rule), comparison.speed(arm, rule)
-            if exact is None or speed is None:
-                continue
-            shown = (exact.interval, speed.interval)
-            if len(seeds) == 1:  # over the prompts alone
-                values = (list(comparison.matrix(arm, rule, seeds, field)) for field in ("exact", "tokens", "passes"))
-                exacts, tokens, passes = values
-                shown = (intervals.share(exacts), intervals.ratio(tokens, passes))
-            # Warm-up (an eighth of the steps) and decay (two fifths) have half of the rate on average.
-            total = rates[arm] * steps * (1 - 1 / 16 - 1 / 5)
-            cells = (f"{rates[arm]:g}", f"{total:.3f}", len(seeds), percent(shown[0]), number(shown[1]))
-            yield E1_ARMS[arm].text, steps, *cells
+def budget_rows(results: ResultFiles, new: np.ndarray | None = None) -> Rows:
+    """Speed and quality of each arm by the sum of the learning rates of all steps."""
+    rates = {(key.arm, key.steps): key.lr for key, part in results if part == "test"}
+    for arm, steps in sorted(rates, key=lambda model: (list(E1_ARMS).index(model[0]), model[1])):
+        if cells := Comparison(results, steps, new).cells(arm, COUNTS[arm]):
+            rate, (warmup, decay) = rates[arm, steps], ramps(steps)
+            # The warm-up rises to the rate in its last step, the decay falls from the rate in its first step.
+            total = rate * (steps - (warmup - 1) / 2 - (decay - 1) / 2)
+            yield E1_ARMS[arm].text, RULE_TEXTS[COUNTS[arm]], f"{steps:,}", rate_text(rate), f"{total:.3g}", *cells
 
 
 def lossless_rows(comparison: Comparison) -> Rows:
     """Answers of lossless decoding that differ from those of n = 1, by their checksums; ties in rounding may differ."""
     for seed in comparison.with_rule("d4_causal", "lossless"):
         lossless, plain = (comparison.matrix("d4_causal", rule, [seed], "checksums") for rule in ("lossless", "n1"))
-        yield seed, plain.size, int((lossless != plain).sum())
+        lost = ("d4_causal", seed) in comparison.lost
+        yield seed, f"{plain.size:,}", LOST if lost else int((lossless != plain).sum())
 
 
 def check_rates(results: ResultFiles, steps: int) -> None:
@@ -279,31 +300,37 @@ def check_rates(results: ResultFiles, steps: int) -> None:
 
 
 def tables(folder: Path, steps: int) -> dict[str, str]:
-    """Name to Markdown of every table; "" before all models of the comparison are measured: no interim test."""
+    """Name to Markdown of every table; "" before all models of the comparison are measured: no interim test.
+
+    Tables `unseen_*` leave out the test prompts that also occur in the training part, and have no verdicts.
+    """
     results = read_folder(folder)
     check_rates(results, steps)
     comparison = Comparison(results, steps)
-    names = ("rates", "verdicts", "main", "differences", "lossless", "budget")
+    names = ("hypotheses", "main", "differences", "lossless", "budget")
     if not comparison.complete:
-        return dict.fromkeys((*names, *(f"unseen_{name}" for name in names[1:4])), "")
+        return dict.fromkeys(("rates", "verdicts", *names[1:], *(f"unseen_{name}" for name in names)), "")
     new = np.array([c == "1" for c in (folder / NEW).read_text(encoding="utf-8").strip()])
-    budget = ("arm", "steps", "learning rate", "sum of rates", "seeds", "exact", "tokens per pass")
+    unseen = Comparison(results, steps, new)
+    hypothesis = ("hypothesis", "arm and decoding", "estimate", "degrees of freedom")
     return {
         "rates": markdown(("arm", "learning rate", "decoding", "exact on dev", ""), rate_rows(results)),
-        "lossless": markdown(("seed", "answers", "differ from n = 1"), lossless_rows(comparison)),
-        "budget": markdown(budget, budget_rows(results)),
-        **_comparison_tables(comparison),
-        **{f"unseen_{name}": text for name, text in _comparison_tables(Comparison(results, steps, new)).items()},
+        "verdicts": markdown((*hypothesis, "p (Holm)", "verdict"), verdict_rows(comparison)),
+        **_tables_of(comparison, budget_rows(results)),
+        "unseen_hypotheses": markdown(hypothesis, hypothesis_rows(unseen)),
+        **{f"unseen_{name}": text for name, text in _tables_of(unseen, budget_rows(results, new)).items()},
     }
 
 
-def _comparison_tables(comparison: Comparison) -> dict[str, str]:
-    verdict_head = ("", "arm and decoding", "estimate", "degrees of freedom", "p (Holm)", "verdict")
-    head = ("arm", "decoding", "seeds", "exact", "tokens per pass")
+def _tables_of(comparison: Comparison, budgets: Rows) -> dict[str, str]:
+    """The tables without hypotheses of one set of test prompts."""
+    measured = ("seeds", "exact", "tokens per pass")
+    budget = ("arm", "decoding", "steps", "learning rate", "sum of rates", *measured)
     return {
-        "verdicts": markdown(verdict_head, verdict_rows(comparison)),
-        "main": markdown(head, main_rows(comparison)),
-        "differences": markdown(("", "against", "points"), difference_rows(comparison)),
+        "main": markdown(("arm", "decoding", *measured), main_rows(comparison)),
+        "differences": markdown(("arm and decoding", "against", "points"), difference_rows(comparison)),
+        "lossless": markdown(("seed", "answers", "differ from n = 1"), lossless_rows(comparison)),
+        "budget": markdown(budget, budgets),
     }
 
 

@@ -28,14 +28,12 @@ class Crossed:
 
     value: float
     error: float
-    """Standard error; nan with one seed."""
+    """Standard error."""
     freedom: float
 
     @property
     def interval(self) -> Estimate:
-        """Two-sided, at LEVEL; without width if there is one seed."""
-        if np.isnan(self.error):
-            return Estimate(self.value, self.value, self.value)
+        """Two-sided, at LEVEL."""
         half = float(stats.t.ppf((1 + LEVEL) / 2, self.freedom)) * self.error
         return Estimate(self.value, self.value - half, self.value + half)
 
@@ -47,12 +45,12 @@ class Crossed:
 
 
 def crossed(values: ArrayLike) -> Crossed:
-    """Estimate from values (seeds, prompts); with one seed it has no standard error."""
+    """Estimate from values (seeds, prompts); ValueError with one seed, which has no standard error."""
     d = np.asarray(values, dtype=float)
     seeds, prompts = d.shape
     mean = float(d.mean())
     if seeds < 2:
-        return Crossed(mean, float("nan"), float("nan"))
+        raise ValueError(f"{seeds} seed: an interval over seeds and prompts needs two")
     by_seed, by_prompt = d.mean(1).var(ddof=1) / seeds, d.mean(0).var(ddof=1) / prompts
     variance = by_seed + by_prompt
     if variance == 0:

@@ -23,7 +23,7 @@ from dev.evidence.e1_results import Key
 from dev.evidence.e2_results import E2_ARMS, KEPT, LEARNING_RATE, number_behind_mark
 from sdlm_megatron.config.command_line import CommandParser
 from sdlm_megatron.data.chatml import DEFAULT_SYSTEM
-from sdlm_megatron.errors import DataError, run_cli
+from sdlm_megatron.errors import DataError, UserError, run_cli
 from sdlm_megatron.files import write_json, write_text
 
 RESULTS = Path("docs/evidence/e2")
@@ -105,6 +105,9 @@ class ProblemCampaign(LineCampaign):
         yield "fine-tuned", [ProblemJob(Key(arm, LEARNING_RATE, self.design.steps, 0), "test") for arm in arms]
         if "base" in self.design.arms:
             yield "untouched", [ProblemJob(Key("base", 0.0, 0, 0), "test")]
+
+    def not_trained(self, job: LineJob, training: LineTraining, error: UserError, seconds: float) -> None:
+        raise error  # E2 has no rule for a loss that is not finite
 
     def step_seconds(self, job: LineJob) -> float:
         return STEP_SECONDS.get(job.key.arm, 0.0)

@@ -67,6 +67,11 @@ def task_examples(task: str, seed: int, *, held_out: bool) -> Iterator[Example]:
     return (example for example in source if example.held_out == held_out)
 
 
+def ramps(steps: int) -> tuple[int, int]:
+    """Steps of the warm-up and of the decay of a training: an eighth and two fifths."""
+    return max(1, steps // 8), max(1, 2 * steps // 5)
+
+
 @dataclass(frozen=True)
 class Arm:
     """One training recipe."""

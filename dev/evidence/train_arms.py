@@ -18,7 +18,7 @@ from pathlib import Path
 
 import yaml
 
-from dev.evidence.experiment import ARMS, DOCUMENTS_PER_STEP, MAIN, RATES, VARIANTS, Arm, task_examples
+from dev.evidence.experiment import ARMS, DOCUMENTS_PER_STEP, MAIN, RATES, VARIANTS, Arm, ramps, task_examples
 from dev.quickstart.base_model import make_smollm2
 from dev.quickstart.pipeline import run_command
 from dev.quickstart.task import Example, messages_row
@@ -130,14 +130,14 @@ class ArmTraining:
         }
 
     def _train_config(self) -> dict[str, object]:
-        arm, steps = self.arm, self.steps
+        arm, (warmup, decay) = self.arm, ramps(self.steps)
         return {
             "run_dir": str(self.dir),
             "data": {"path": str(self.dir / "data")},
             "diffusion": {"causal_attn": arm.causal_attn, "next_token_weight": arm.next_token_weight},
             "checkpoint": {"base": str(self.base), "save_every": self.save_every, "keep_last": 1},
             "optimizer": {"lr": arm.lr, "beta2": 0.95},
-            "schedule": {"style": "wsd", "warmup_steps": max(1, steps // 8), "decay_steps": max(1, 2 * steps // 5)},
+            "schedule": {"style": "wsd", "warmup_steps": warmup, "decay_steps": decay},
             "train": {
                 **self._length(),
                 "seed": self.seed,

@@ -1,8 +1,11 @@
 """Experiment E1: statistics against other forms, verdicts, committed vectors; the age of the plans of E1 and E2."""
 
+import fcntl
 import json
+import re
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,9 +14,12 @@ from scipy import stats
 from dev.evidence import django_lines, e1, e1_measure, e1_results
 from dev.evidence.e1_results import COUNTS, E1_ARMS, STEPS, Key, rules_of
 from dev.evidence.e1_statistics import Crossed, crossed, gap, holm, tokens_per_pass
-from sdlm_megatron.errors import DataError
+from dev.quickstart import pipeline
+from sdlm_megatron.errors import DataError, UserError
+from tests import byte_tokenizer
 
 REPO = Path(__file__).parents[2]
+SHARES = {"ar": 0.9, "d4": 0.6, "d4_nt": 0.93, "d4_causal": 0.885}
 PLAN, RESULTS = "docs/evidence/preregistration_{}.md", "docs/evidence/{}"
 
 
@@ -63,9 +69,9 @@ def test_holm_against_its_definition() -> None:
     assert not any(rejected for _, rejected in holm({"a": 0.03, "b": 0.04}).values())
 
 
-def test_one_seed_has_no_interval_and_no_verdict() -> None:
-    single = gap([[1, 0, 1]], [[0, 0, 1]])
-    assert single.value == pytest.approx(1 / 3) and single.interval.low == single.interval.high
+def test_one_seed_has_no_standard_error() -> None:
+    with pytest.raises(ValueError, match="1 seed: .* needs two"):
+        gap([[1, 0, 1]], [[0, 0, 1]])
     assert crossed(np.ones((4, 9))) == Crossed(1.0, 0.0, float("inf"))
 
 
@@ -77,7 +83,7 @@ def write_vectors(folder: Path, shares: dict[str, float], seeds: int = 4) -> Non
         for lr, part, seed in [(1e-4, "dev", 0), (3e-4, "dev", 0), *((1e-4, "test", s) for s in range(seeds))]:
             exact = (rng.random(count) < share * (0.5 if lr > 1e-4 else 1)).astype(int)
             row = {"exact": "".join(map(str, exact)), "tokens": " ".join(["12"] * count)}
-            shared = {**row, "passes": " ".join(["6"] * count), "checksums": " ".join(["1"] * count)}
+            shared = {**row, "passes": " ".join(["5", "7"] * (count // 2)), "checksums": " ".join(["1"] * count)}
             key = Key(arm, lr, STEPS, seed)
             rules = dict.fromkeys(rules_of(key, part), shared)
             value = {**vars(key), "part": part, "prompts": count, "rules": rules}
@@ -86,12 +92,14 @@ def write_vectors(folder: Path, shares: dict[str, float], seeds: int = 4) -> Non
 
 
 def test_verdicts_and_tables_follow_from_vectors(tmp_path) -> None:
-    write_vectors(tmp_path / "v", {"ar": 0.9, "d4": 0.6, "d4_nt": 0.93, "d4_causal": 0.885})
+    write_vectors(tmp_path / "v", SHARES)
     results = e1_results.read_folder(tmp_path / "v")
     assert e1_results.best_rate(results, "d4", STEPS) == 1e-4
-    verdicts = {name: verdict for name, _, _, verdict in e1_results.verdicts(e1_results.Comparison(results, STEPS))}
+    verdicts = {
+        name: verdict for name, (_, verdict) in e1_results.verdicts(e1_results.Comparison(results, STEPS)).items()
+    }
     without = {key: value for key, value in results.items() if (key[0].arm, key[0].seed) != ("d4", 3)}
-    assert not list(e1_results.verdicts(e1_results.Comparison(without, STEPS)))  # no interim test
+    assert not e1_results.verdicts(e1_results.Comparison(without, STEPS))  # no interim test
     assert verdicts == {
         "H1": "worse by more than 3 points",
         "H2": "within 3 points",
@@ -148,10 +156,9 @@ def test_committed_vectors_are_not_measured_again(tmp_path, capsys) -> None:
 
 
 def test_no_table_before_all_models_are_measured(tmp_path) -> None:
-    shares = {"ar": 0.9, "d4": 0.6, "d4_nt": 0.93, "d4_causal": 0.885}
-    write_vectors(tmp_path, shares, seeds=3)
+    write_vectors(tmp_path, SHARES, seeds=3)
     assert set(e1_results.tables(tmp_path, STEPS).values()) == {""}
-    write_vectors(tmp_path, shares)
+    write_vectors(tmp_path, SHARES)
     made = e1_results.tables(tmp_path, STEPS)
     assert all(made.values())
     # A fifth of the checksums of one rule of one model is changed, then the rule removed.
@@ -161,10 +168,108 @@ def test_no_table_before_all_models_are_measured(tmp_path) -> None:
     path.write_text(json.dumps(value))
     changed = e1_results.tables(tmp_path, STEPS)
     assert "| 2 | 600 | 120 |" in changed["lossless"] and "| 3 | 600 | 0 |" in changed["lossless"]
-    assert {name for name in made if made[name] != changed[name]} == {"lossless"}
+    assert "| 2 | 300 | 60 |" in changed["unseen_lossless"]
+    assert {name for name in made if made[name] != changed[name]} == {"lossless", "unseen_lossless"}
     del value["rules"]["p90"]
     path.write_text(json.dumps(value))
     assert set(e1_results.tables(tmp_path, STEPS).values()) == {""}
+
+
+def copy_vectors(folder: Path, old: Key, new: Key) -> list[int]:
+    """The test vectors of one model as those of another; returns which answers at τ = .98 are exact."""
+    value = json.loads((folder / old.file("test")).read_text())
+    rules = {rule: value["rules"][rule] for rule in rules_of(new, "test")}
+    (folder / new.file("test")).write_text(json.dumps({**value, **vars(new), "rules": rules}))
+    return [int(digit) for digit in value["rules"]["p98"]["exact"]]
+
+
+def wilson(exact: list[int]) -> str:
+    n, p, z = len(exact), sum(exact) / len(exact), stats.norm.ppf(0.975)
+    middle, half = p + z**2 / (2 * n), z * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+    low, high = ((middle + sign * half) / (1 + z**2 / n) for sign in (-1, 1))
+    return f"{p:.1%} ({100 * low:.1f} to {100 * high:.1f})"
+
+
+def test_results_of_one_seed_have_intervals_over_the_prompts(tmp_path) -> None:
+    """Self-speculative decoding, D = 16 and the budgets; the sum of rates of a budget, step by step."""
+    write_vectors(tmp_path, SHARES)
+    exact = copy_vectors(tmp_path, Key("d4", 1e-4, STEPS, 0), Key("d4", 1e-4, 8 * STEPS, 0))
+    copy_vectors(tmp_path, Key("d4_nt", 1e-4, STEPS, 0), Key("d16_nt", 1e-4, STEPS, 0))
+    made = e1_results.tables(tmp_path, STEPS)
+    speed = r"2\.00 \(1\.9\d to 2\.0\d\)"
+    assert re.search(rf"D = 4 \| self-speculative \| 1 \| {re.escape(wilson(exact))} \| {speed} \|", made["main"])
+    assert len(re.findall(rf"self-speculative \| 1 \| [\d.]+% \(.*?\) \| {speed}", made["main"])) == 3
+    assert re.search(rf"D = 16, .*? \| τ = \.98 \| 1 \| [\d.]+% \(.*?\) \| {speed}", made["main"])
+    for steps, seeds in ((150, 4), (1200, 1)):
+        warmup, decay = steps // 8, 2 * steps // 5
+        factors = [min(1, step / warmup, (steps + 1 - step) / decay) for step in range(1, steps + 1)]
+        assert f"| SDLM, D = 4 | τ = .98 | {steps:,} | 1e-4 | {1e-4 * sum(factors):.3g} | {seeds} |" in made["budget"]
+    assert f"| 1 | {wilson(exact)} |" in made["budget"] and "| 0.0112 | 4 |" in made["budget"]
+    assert f"| 1 | {wilson(exact[::2])} |" in made["unseen_budget"]
+
+
+def test_unseen_prompts_decide_nothing_and_every_table_has_its_place(tmp_path) -> None:
+    write_vectors(tmp_path, SHARES)
+    made = e1_results.tables(tmp_path, STEPS)
+    assert "p (Holm) | verdict |" in made["verdicts"] and "within 3 points" in made["verdicts"]
+    unseen = {name: text for name, text in made.items() if name.startswith("unseen_")}
+    assert not re.search("Holm|verdict|within|worse|decided|more than", "".join(unseen.values()))
+    assert "| degrees of freedom |" in unseen["unseen_hypotheses"]
+    assert {f"unseen_{name}" for name in ("main", "differences", "lossless", "budget")} < set(unseen)
+    document = (REPO / "docs" / "evidence.md").read_text()
+    assert sorted(re.findall(r"<!-- e1 (\w+) -->", document)) == sorted(made)
+    assert "| SDLM, D = 4: τ = .98 | autoregressive" not in made["differences"]  # that is H1
+    assert "| SDLM, D = 4: τ = .98 | SDLM, D = 4: τ = .9 |" in made["differences"]
+
+
+@pytest.fixture
+def campaign(tmp_path) -> e1.LineCampaign:
+    """A campaign with 600 prompts and the base's tokenizer, without weights."""
+    (tmp_path / "data").mkdir()
+    for part, count in (("train", 9), ("dev", 600), ("test", 600)):
+        (tmp_path / "data" / f"{part}.jsonl").write_text('{"prompt": "a", "expected": "b"}\n' * count)
+    byte_tokenizer.write_folder(tmp_path / "base")
+    return e1.LineCampaign(tmp_path, tmp_path / "base", e1.Design())
+
+
+def test_training_that_is_not_finite_counts_as_no_exact_answer(campaign, monkeypatch, capsys) -> None:
+    codes = {"sdlm_megatron.train": 3}
+
+    def done(words: list[str], **_: object) -> SimpleNamespace:
+        return SimpleNamespace(returncode=next((codes[word] for word in words if word in codes), 0))
+
+    monkeypatch.setattr(pipeline, "subprocess", SimpleNamespace(run=done))
+    results = campaign.out / "results"
+    write_vectors(results, SHARES)
+    lost = [("ar", 1e-3, "dev", 0), ("d4", 1e-4, "test", 2), *(("d4_causal", 1e-4, "test", seed) for seed in range(4))]
+    for arm, lr, part, seed in lost:
+        job = e1.LineJob(Key(arm, lr, STEPS, seed), part)
+        campaign.do(job)
+        assert not campaign.missing(job) and f"{job.key.name} did not train" in capsys.readouterr().out
+        vectors = e1_measure.read_vectors(results / job.key.file(part))
+        assert vectors["diverged"] and not any(vectors["rules"][job.rules[-1]]["exact"])
+    assert campaign.rate("ar") == 1e-4
+    made = e1_results.tables(results, STEPS)
+    assert "| SDLM, D = 4 | τ = .98 | 4 (1 did not train) | 4" in made["main"]
+    assert made["main"].count("| 4 | did not train | – |") == 4 and "| 1 | did not train | – |" in made["main"]
+    assert "| autoregressive (D = 1) | 1e-3 | n = 1 | did not train |  |" in made["rates"]
+    assert "| 2 | 600 | did not train |" in made["lossless"]
+    assert re.search(r"H3 .* \| 1\.0000 \| worse by more than 3 points", made["verdicts"])
+    assert "nan" not in "".join(made.values())
+    codes["sdlm_megatron.train"] = 1
+    job = e1.LineJob(Key("ar", 1e-3, STEPS, 1), "test")
+    with pytest.raises(UserError, match="exit code 1"):
+        campaign.do(job)
+    assert campaign.missing(job)
+
+
+def test_second_campaign_in_a_folder_is_refused(campaign, monkeypatch) -> None:
+    monkeypatch.setattr(campaign, "phases", lambda: iter(()))
+    with open(campaign.out / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="another process runs this campaign"):
+            campaign.run(jobs=1)
+    campaign.run(jobs=1)
 
 
 def test_test_prompts_are_answered_with_the_rate_of_dev(tmp_path) -> None:
