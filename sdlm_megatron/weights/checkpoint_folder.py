@@ -3,7 +3,7 @@
     FOLDER/
       weights/        model (and optimizer) shards in Megatron-Core's torch_dist format (weights/torch_dist.py)
       state.json      TrainState: step, rows consumed, rows per step, model shape, diffusion settings, dataset
-      run.json        content of the model card: recipe, data, losses, versions (not in an imported base)
+      run.json        for the model card: recipe, data, losses, versions (an imported base: at most system_prompt)
       hf/             config.json, tokenizer and generation files of the base, for the export
       complete.json   size and sha256 of all files; written last, in a folder that is then renamed into place
 
@@ -112,7 +112,7 @@ def read_state(folder: Path) -> TrainState:
 
 
 def read_run(folder: Path) -> dict[str, Any]:
-    """run.json of a complete checkpoint (see ops/run_facts.py); {} where there is none, as in an imported base."""
+    """run.json of a complete checkpoint (see ops/run_facts.py); {} where there is none."""
     if not os.path.lexists(folder / "run.json"):
         return {}
     path = regular_file(folder, "run.json", CheckpointError)
