@@ -9,7 +9,7 @@ from typing import Any
 from sdlm_megatron.chat.template import render, template_file
 from sdlm_megatron.data.chatml import CHATML, ChatFormat, format_of
 from sdlm_megatron.data.tokenizer_identity import added_beside, added_tokens, has_tokenizer
-from sdlm_megatron.errors import CheckpointError
+from sdlm_megatron.errors import CheckpointError, DataError
 from sdlm_megatron.files import optional_file, read_json_object, write_json
 from sdlm_megatron.weights.checkpoint_folder import TOKENIZER_FILES
 from sdlm_megatron.weights.hf_config import HFConfig
@@ -26,6 +26,15 @@ _SAMPLES: list[list[dict[str, str]]] = [
         {"role": "user", "content": "?"},
     ],
 ]
+
+
+NO_TOOLS = (
+    "{% if tools %}{{ raise_exception('this model was not trained to call tools: leave out tools=') }}{% endif %}"
+)
+IN_TURN = (
+    "{% if m['role'] != ('user' if loop.index0 % 2 == 0 else 'assistant') %}{{ raise_exception('this model was trained "
+    "on questions and answers in turn: roles user and assistant, no system turn') }}{% endif %}"
+)
 
 
 def copy_tokenizer(folder: Path, assets: Path | None) -> bool:
@@ -61,7 +70,10 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def check_tokenizer(folder: Path) -> None:
-    """DataError where a tokenizer's file in `folder` is damaged, so that an export fails before it writes weights."""
+    """DataError where a tokenizer's file in `folder` is damaged or missing, so that an export fails before it writes
+    weights."""
+    if (folder / "vocab.json").is_file() and not has_tokenizer(folder):
+        raise DataError("vocab.json has no merges.txt beside it", str(folder), "copy the base's merges.txt into it")
     if has_tokenizer(folder):
         added_tokens(folder)
         added_beside(folder)
@@ -151,15 +163,16 @@ def chat_template(system: str | None, chat: ChatFormat = CHATML) -> str:
     if chat.exchanges:
         question, answer = (f"{chat.start!r} + m['content'] + {chat.role_end!r}", f"m['content'] + {chat.end!r}")
         turn = f"{{% if m['role'] == 'user' %}}{{{{ {question} }}}}{{% else %}}{{{{ {answer} }}}}{{% endif %}}"
-        return f"{{{{ {chat.document!r} }}}}{{% for m in messages %}}{turn}{{% endfor %}}"
+        return f"{NO_TOOLS}{{{{ {chat.document!r} }}}}{{% for m in messages %}}{IN_TURN}{turn}{{% endfor %}}"
     start, before, after = (repr(x) for x in (chat.start, chat.role_end + chat.gap, chat.end + chat.tail))
     content = "message['content']" + " | trim" * chat.strips
     turn = f"{{{{ {start} + message['role'] + {before} + ({content}) + {after} }}}}"
     default = "" if system is None else f"{chat.opening('system')}{chat.content(system)}{chat.end}{chat.tail}"
+    text = json.dumps(default, ensure_ascii=False)  # Jinja reads an escaped surrogate pair as two characters
     return (
-        "{% if tools %}{{ raise_exception('this model was not trained to call tools: leave out tools=') }}{% endif %}"
+        NO_TOOLS
         + (f"{{{{ {chat.document!r} }}}}" if chat.document else "")
-        + ("{% if messages[0]['role'] != 'system' %}{{ " + json.dumps(default) + " }}{% endif %}" if default else "")
+        + (f"{{% if messages[0]['role'] != 'system' %}}{{{{ {text} }}}}{{% endif %}}" if default else "")
         + "{% for message in messages %}"
         + turn
         + f"{{% endfor %}}{{% if add_generation_prompt %}}{{{{ {chat.opening('assistant')!r} }}}}{{% endif %}}"

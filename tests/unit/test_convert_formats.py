@@ -19,7 +19,7 @@ from torch.distributed import distributed_c10d
 from checkpoints_tools import compare, hf_to_mcore, mcore_to_hf
 from data_prep.chat import render
 from sdlm_megatron.config.schema import CheckpointConfig, DiffusionConfig, RunConfig
-from sdlm_megatron.errors import CheckpointError
+from sdlm_megatron.errors import CheckpointError, DataError
 from sdlm_megatron.weights.checkpoint_folder import TrainState, checksums, read_state
 from sdlm_megatron.weights.shape import NewMaskToken, mean_row
 from sdlm_megatron.weights.tensors import MEAN_COLUMNS
@@ -210,7 +210,7 @@ def seal(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["bytes", "Llama 3", "Qwen2.5"])
-@pytest.mark.parametrize("system", ["You are a helpful assistant.", "Be \"brief\".\nReally, {{ '中' }}", None])
+@pytest.mark.parametrize("system", ["You are a helpful assistant.", "Be \"brief\".\nReally, {{ '中' }} 🌙", None])
 def test_default_template_renders_like_training(tmp_path: Path, name: str, system: str | None) -> None:
     """The ids up to the answer are equal, with and without a system turn, over several turns."""
     from transformers import AutoTokenizer
@@ -254,6 +254,24 @@ def test_template_of_the_base_is_kept_and_checked(tmp_path: Path) -> None:
     tokenizer["added_tokens"] = tokenizer["added_tokens"][:1]
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     assert "no <|im_start|>" in add_chat_template(folder, "S")
+
+
+def test_training_takes_precedence_over_the_base_in_an_export(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The end token without tokenizer files; the algorithm of the base where the trained model cannot have it."""
+    hf = make_hf(tmp_path / "hf", **SMALL, eos_token_id=256, causal_attn=True)
+    (hf / "generation_config.json").write_text('{"eos_token_id": [256, 257], "sdlm_alg": "lossless"}')
+    hf_to_mcore.convert(hf, mcore := tmp_path / "mcore")
+    state = replace(read_state(mcore), eos_token_id=258)
+    for causal, alg in ((True, "lossless"), (False, "prob_conf")):
+        write_state(mcore, replace(state, diffusion=replace(state.diffusion, causal_attn=causal)))
+        mcore_to_hf.convert(mcore, out := tmp_path / alg)
+        values = json.loads((out / "generation_config.json").read_text())
+        assert (values["eos_token_id"], values["sdlm_alg"]) == ([258, 256, 257], alg)
+        assert ("lossless, needs a model trained with causal_attn" in caplog.text) is not causal
+    (mcore / "hf" / "vocab.json").write_text("{}")
+    with pytest.raises(DataError, match=r"no merges\.txt"):
+        mcore_to_hf.convert(mcore, tmp_path / "out")
+    assert not (tmp_path / "out.partial").exists()
 
 
 def run(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
