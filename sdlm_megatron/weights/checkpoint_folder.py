@@ -15,8 +15,10 @@ without an optimizer. Nothing here imports Megatron, so that errors are reported
 import os
 import re
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
@@ -275,7 +277,7 @@ def find_checkpoint(path: Path) -> Path:
     """`path` itself, or the newest complete checkpoint if `path` is a run folder; CheckpointError if it has none."""
     if (path / "complete.json").exists() or not (path / "ckpt").is_dir():
         return path
-    folder = newest(path / "ckpt", print)
+    folder = newest(path / "ckpt", partial(print, file=sys.stderr))  # stdout may be a command's JSON
     if folder is None:
         ignored = [*_entries(path / "ckpt")]
         fix = "the lines above say why each is ignored; copy them again, or train on" if ignored else ""

@@ -301,10 +301,11 @@ def test_compare_reports_differences(
     save_file(modified, other / "model.safetensors", metadata={"format": "pt"})
     monkeypatch.setattr(compare, "BLOCK", 1)  # row by row
     code, text = run([str(hf), str(other), "--json"], capsys)
-    differences = {d["name"].split(".", 1)[1]: d for d in json.loads(text)["differences"]}
+    differences = {d["name"].split(".", 1)[1]: d for d in json.loads(text, parse_constant=pytest.fail)["differences"]}
     assert code == 1 and len(differences) == 4
     norm, gate = differences["norm.weight"], differences["layers.0.mlp.gate_proj.weight"]
-    assert (norm["kind"], norm["count"], norm["of"], norm["max_abs"]) == ("values", 2, 16, float("inf"))
+    assert (norm["kind"], norm["count"], norm["of"], norm["max_abs"]) == ("values", 2, 16, None)
+    assert norm["max_relative"] is None and norm["reason"] == "null: values are NaN or infinite"
     assert (gate["kind"], gate["a"], gate["b"]) == ("shape", "(24, 16)", "(20, 16)")
     assert differences["layers.0.mlp.up_proj.weight"]["kind"] == "only in A"
     first = differences["layers.0.input_layernorm.weight"]
@@ -312,5 +313,22 @@ def test_compare_reports_differences(
     code, text = run([str(hf), str(hf), "--json", "--logits", "Hi there"], capsys)
     logits = json.loads(text)["logits"]
     assert (code, logits) == (0, {"tokens": 8, "max_abs": 0.0, "same_top_1": 1.0})
+    shutil.copytree(tmp_path / "mcore", tmp_path / "run" / "ckpt" / "step-0000001")
+    (tmp_path / "run" / "ckpt" / "step-0000002.partial").mkdir()
+    code, text = run([str(hf), str(tmp_path / "run"), "--json"], capsys)
+    assert (code, json.loads(text)["equal"]) == (0, True)
     with pytest.raises(CheckpointError, match="export the checkpoint first"):
         compare.main([str(hf), str(tmp_path / "mcore"), "--logits", "x"])
+
+
+def test_zero_biases_equal_missing_ones(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Older exports of a Llama have biases of q, k and v."""
+    hf = make_hf(tmp_path / "hf", bias=False, **SMALL)
+    shutil.copytree(hf, old := tmp_path / "old")
+    biases = {f"model.layers.0.self_attn.{x}_proj.bias": torch.zeros(n) for x, n in (("q", 16), ("k", 8), ("v", 8))}
+    save_file(load_file(hf / "model.safetensors") | biases, old / "model.safetensors")
+    assert run([str(hf), str(old)], capsys)[0] == 0
+    biases["model.layers.0.self_attn.k_proj.bias"][3] = 1
+    save_file(load_file(hf / "model.safetensors") | biases, old / "model.safetensors")
+    code, text = run([str(hf), str(old)], capsys)
+    assert code == 1 and "k_proj.bias: only in B\n1 of" in text
