@@ -7,6 +7,7 @@ transformers, as plain causal models in fp32. Exit code 0: equal, 1: different.
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -41,6 +42,7 @@ class Difference:
     of: int = 0
     """Elements of the tensor."""
     max_abs: float = 0.0
+    """Infinite where a value of one side is NaN or infinite."""
     max_relative: float = 0.0
     """Of |a - b| / |a|, over elements of A that are not 0."""
 
@@ -70,7 +72,8 @@ def differences(a: TensorReader, b: TensorReader) -> list[Difference]:
     result, progress = [], ByteProgress(sum(tensor_bytes(a, name) for name in in_a & in_b), 0)
     for name in sorted(in_a | in_b):
         if name not in in_b or name not in in_a:
-            result.append(Difference(name, "only in A" if name in in_a else "only in B"))
+            if not _is_zero_bias(a if name in in_a else b, name):
+                result.append(Difference(name, "only in A" if name in in_a else "only in B"))
             continue
         if a.shape(name) != b.shape(name):
             result.append(Difference(name, "shape", str(a.shape(name)), str(b.shape(name))))
@@ -78,6 +81,13 @@ def differences(a: TensorReader, b: TensorReader) -> list[Difference]:
             result.append(difference)
         progress.add(tensor_bytes(a, name))
     return result
+
+
+def _is_zero_bias(tensors: TensorReader, name: str) -> bool:
+    """A bias of q, k or v that is zero everywhere: older exports of a Llama, which has none, have these."""
+    if not name.endswith(tuple(f"self_attn.{x}_proj.bias" for x in "qkv")):
+        return False
+    return not read_rows(tensors, name, 0, tensors.shape(name)[0]).any()
 
 
 def _compare(a: TensorReader, b: TensorReader, name: str) -> Difference | None:
@@ -96,13 +106,24 @@ def _compare(a: TensorReader, b: TensorReader, name: str) -> Difference | None:
         differs = (left != right) & ~(left.isnan() & right.isnan())
         if not (n := int(differs.sum())):
             continue
-        left, gap = left[differs].abs(), (left - right)[differs].abs().nan_to_num(nan=float("inf"))
-        count, largest = count + n, max(largest, gap.max().item())
-        relative = max(relative, (gap / left)[left != 0].max().item() if left.any() else 0.0)
+        left, gap = left[differs].abs(), (left - right)[differs].abs()
+        count, largest = count + n, max(largest, _largest(gap))
+        relative = max(relative, _largest((gap / left)[left != 0]))
     if count:
         numbers: dict[str, Any] = {"count": count, "of": shape.numel(), "max_abs": largest, "max_relative": relative}
         return Difference(name, "values", **dtypes, **numbers)
     return Difference(name, "dtype", **dtypes) if dtypes else None
+
+
+def _largest(values: torch.Tensor) -> float:
+    """0 of no values; NaN counts as infinite."""
+    return values.where(~values.isnan(), torch.inf).max().item() if len(values) else 0.0
+
+
+def _as_json(numbers: dict[str, Any]) -> dict[str, Any]:
+    """`numbers` with null for infinity and NaN, which JSON lacks, and the reason."""
+    known = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in numbers.items()}
+    return known if known == numbers else known | {"reason": "null: values are NaN or infinite"}
 
 
 def compare_logits(a: Path, b: Path, prompt: str) -> dict[str, Any]:
@@ -148,7 +169,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     result = differences(a, b)
     logits = compare_logits(args.a, args.b, args.logits) if args.logits is not None else None
     if args.json:
-        print(json.dumps({"equal": not result, "differences": [asdict(d) for d in result], "logits": logits}))
+        listed = [_as_json(asdict(d)) for d in result]
+        answer = {"equal": not result, "differences": listed, "logits": logits and _as_json(logits)}
+        print(json.dumps(answer, allow_nan=False))
     else:
         print("\n".join([*map(str, result), f"{len(result)} of {len({*a.names(), *b.names()})} tensors differ"]))
         if logits is not None:

@@ -19,7 +19,7 @@ from checkpoints_tools.tokenizer_files import HF_CODE, add_chat_template, add_to
 from sdlm_megatron.data.chatml import DEFAULT_SYSTEM
 from sdlm_megatron.errors import CheckpointError
 from sdlm_megatron.files import sha256, write_json, write_text
-from sdlm_megatron.weights.adapter_tensors import AdapterFile, AdaptersAsHF, peft_config
+from sdlm_megatron.weights.adapter_tensors import TRAINED_FILE, AdapterFile, AdaptersAsHF, Trained, peft_config
 from sdlm_megatron.weights.checkpoint_folder import TrainState
 from sdlm_megatron.weights.dtypes import HF_DTYPES, hf_name
 from sdlm_megatron.weights.hf_config import FAMILIES, HFConfig, config_json, generation_json
@@ -129,22 +129,28 @@ def write_adapter_folder(
     dtype: str | None = None,
     run: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes adapters and the mask token's row in peft's format; the folder appears complete or not at all.
+    """Writes adapters and the mask token's row in peft's format, and what `sdlm import --adapter` reads; the folder
+    appears complete or not at all.
 
     Args:
         out: the new folder; must not exist.
         state: of the checkpoint.
         dtype, run: as of `write_hf_folder`.
     """
+    if (sdlm := state.sdlm_settings()) is None:
+        what = "mask_token_id is below 0, but adapters are trained together with the mask token's row"
+        raise CheckpointError(what, "state.json of the checkpoint", "use another checkpoint")
     tensors, run = AdapterFile(adapters), run or {}
     (contents,) = plan_safetensors(tensors, HF_DTYPES.get(dtype or ""), sys.maxsize).values()
+    data = {key: value for key, value in run.get("data", {}).items() if key == "system_prompt"}
     base, settings = str(run.get("base", "")), {"weights": tensors.identity(), "dtype": dtype}
     with open_partial(out, settings, workers=1) as partial:
         if partial is None:
             return
         partial.write(safetensors_files(tensors, {"adapter_model.safetensors": contents}), workers=1)
         write_json(partial.files / "adapter_config.json", peft_config(state.lora, state.mask_token_id, base))
-        write_text(partial.files / "README.md", adapter_card(base, run, out.name))
+        write_json(partial.files / TRAINED_FILE, Trained(sdlm, state.eos_token_id, data).to_json())
+        write_text(partial.files / "README.md", adapter_card(sdlm, base, run, out.name))
         write_checksums(partial.files, {})
         partial.finish()
 

@@ -1,8 +1,8 @@
 """Convert a Hugging Face folder to a Megatron-Core checkpoint that any TP / PP / DP layout can start from.
 
 Weights keep every bit. With --mask-token the folder also becomes an SDLM base: the token's row is set to the mean of
-the other tokens' rows. (Training can also start from the Hugging Face folder itself.) An interrupted conversion is
-continued by the same command.
+the other tokens' rows. With --adapter it becomes the SDLM base that these adapters were trained beside. (Training can
+also start from the Hugging Face folder itself.) An interrupted conversion is continued by the same command.
 """
 
 import argparse
@@ -20,9 +20,10 @@ from sdlm_megatron.data.tokenizer_identity import TEXT_MASK
 from sdlm_megatron.diffusion.settings import SDLMSettings
 from sdlm_megatron.errors import CheckpointError, run_cli
 from sdlm_megatron.files import write_json
+from sdlm_megatron.weights.adapter_tensors import Trained, read_trained
 from sdlm_megatron.weights.checkpoint_folder import TrainState, checksums, read_assets, write_assets
 from sdlm_megatron.weights.dtypes import PRECISIONS, hf_name, precision_name
-from sdlm_megatron.weights.hf_config import HFConfig, read_hf_config
+from sdlm_megatron.weights.hf_config import read_hf_config
 from sdlm_megatron.weights.hf_weights import HFWeights
 from sdlm_megatron.weights.resumable_folder import check_out, default_workers, open_partial
 from sdlm_megatron.weights.shape import find_mask_token
@@ -41,6 +42,7 @@ def convert(
     *,
     mask_token: str = "",
     block_size: int = 4,
+    adapter: Path | None = None,
     workers: int | None = None,
     file_bytes: int = FILE,
     dry_run: bool = False,
@@ -50,6 +52,7 @@ def convert(
     Args:
         mask_token: token whose row to initialize; "": the folder is an SDLM model, or stays without one.
         block_size: recorded with `mask_token` where the folder has none.
+        adapter: folder of `sdlm export --adapter`, whose settings and mask token are recorded; None: none.
         workers: files written at a time; None: `default_workers`.
         file_bytes: most bytes of a weight file.
         dry_run: print what would be written instead.
@@ -58,7 +61,8 @@ def convert(
     """
     workers = default_workers() if workers is None else workers
     check_out(out, workers)
-    source, state = _open(hf, mask_token, block_size)
+    trained = read_trained(adapter) if adapter else None
+    source, state = _open(hf, mask_token, block_size, trained)
     check_tokenizer(hf)
     dtype = PRECISIONS[state.precision]
     plan = plan_torch_dist(source, dtype.itemsize, file_bytes, CHUNK)
@@ -77,17 +81,24 @@ def convert(
         write_index(work.files / "weights", entries, tensors)
         write_assets(read_assets(hf), work.files / "hf")
         write_json(work.files / "state.json", asdict(state))
+        if trained:
+            write_json(work.files / "run.json", {"data": trained.data})  # the export's chat template depends on it
         write_json(work.files / "complete.json", checksums(work.files, records))
         work.finish()
 
 
-def _open(hf: Path, mask_token: str, block_size: int) -> tuple[HFAsCheckpoint, TrainState]:
+def _open(hf: Path, mask_token: str, block_size: int, trained: Trained | None) -> tuple[HFAsCheckpoint, TrainState]:
     """The folder's weights in the form of a checkpoint, and the content of state.json."""
     config, weights = read_hf_config(hf), HFWeights(hf)
-    diffusion, shape = _diffusion(config, block_size), config.shape
-    mask_token_id, new_mask = config.sdlm.mask_token_id if config.sdlm else -1, None
-    if mask_token:
-        mask_token_id, new_mask = find_mask_token(config, hf, mask_token)
+    adapters = trained.sdlm if trained else None
+    sdlm = adapters or config.sdlm or SDLMSettings(block_size=block_size, mask_token_id=-1)
+    diffusion, shape, mask_token_id, new_mask = _diffusion(sdlm), config.shape, sdlm.mask_token_id, None
+    if mask_token := (adapters and adapters.mask_token) or mask_token:
+        trained_id = adapters.mask_token_id if adapters else None
+        mask_token_id, new_mask = find_mask_token(config, hf, mask_token, trained_id)
+        if trained_id not in (None, mask_token_id):
+            what = f"the mask token '{mask_token}' has id {mask_token_id}, the adapters have {trained_id}"
+            raise CheckpointError(what, str(hf), "name the base that the adapters were trained beside")
         diffusion = replace(diffusion, mask_token=mask_token)
         shape = replace(shape, vocab_size=max(shape.vocab_size, mask_token_id + 1))
     source = HFAsCheckpoint(weights, config.shape, new_mask, where=hf)
@@ -107,13 +118,12 @@ def _open(hf: Path, mask_token: str, block_size: int) -> tuple[HFAsCheckpoint, T
         precision=precision_name(dtype),
         with_optimizer=False,
         dataset={},
+        eos_token_id=trained.eos_token_id if trained else -1,
     )
     return source, state
 
 
-def _diffusion(config: HFConfig, block_size: int) -> DiffusionConfig:
-    """All settings of an SDLM folder; the defaults for a plain model."""
-    sdlm = config.sdlm or SDLMSettings(block_size=block_size, mask_token_id=-1)
+def _diffusion(sdlm: SDLMSettings) -> DiffusionConfig:
     values = {field.name: getattr(sdlm, field.name) for field in fields(DiffusionConfig)}
     return DiffusionConfig(**values | {"mask_token": sdlm.mask_token or TEXT_MASK})
 
@@ -129,9 +139,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--mask-token", default="", metavar="TOKEN", help="make a plain base an SDLM base with this mask token, "
         "such as '<text_mask>': its row becomes the mean of the other tokens' rows",
     )  # fmt: skip
+    parser.add_argument("--block-size", type=int, metavar="D", help="block size recorded with --mask-token; default: 4")
     parser.add_argument(
-        "--block-size", type=int, default=4, metavar="D", help="block size to record together with --mask-token"
-    )
+        "--adapter", type=Path, metavar="DIR", help="make the base of these adapters, a folder of `sdlm export "
+        "--adapter`: takes the place of --mask-token and --block-size",
+    )  # fmt: skip
     parser.add_argument("--workers", type=int, metavar="N", help="files written at a time; default: cores, up to 8")
     parser.add_argument("--dry-run", action="store_true", help="check the folder, print what would be written, exit")
     return parser
@@ -139,8 +151,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
-    args = build_parser().parse_args(argv)
-    options = {"mask_token": args.mask_token, "block_size": args.block_size}
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if args.adapter and (args.mask_token or args.block_size is not None):
+        parser.error("--adapter takes the place of --mask-token and --block-size")
+    block_size = 4 if args.block_size is None else args.block_size
+    options = {"mask_token": args.mask_token, "block_size": block_size, "adapter": args.adapter}
     convert(args.hf, args.out, **options, workers=args.workers, dry_run=args.dry_run)
     if not args.dry_run:
         print(f"wrote {args.out}")

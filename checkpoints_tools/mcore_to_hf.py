@@ -6,6 +6,7 @@ An interrupted export is continued by the same command.
 """
 
 import argparse
+import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,12 +17,15 @@ from checkpoints_tools.export_folder import plan_export, write_adapter_folder, w
 from checkpoints_tools.repair import repair
 from checkpoints_tools.tokenizer_files import check_tokenizer
 from sdlm_megatron.config.command_line import make_parser
+from sdlm_megatron.diffusion.settings import lossless_fault
 from sdlm_megatron.errors import run_cli
 from sdlm_megatron.weights.adapter_tensors import adapters_of, checkpoint_weights
 from sdlm_megatron.weights.checkpoint_folder import TrainState, find_checkpoint, read_run, read_state
 from sdlm_megatron.weights.dtypes import HF_DTYPES, PRECISIONS, hf_name, precision_name
 from sdlm_megatron.weights.hf_config import HFConfig, family_of, read_hf_config
 from sdlm_megatron.weights.resumable_folder import check_out, default_workers
+
+log = logging.getLogger(__name__)
 
 
 def convert(
@@ -65,14 +69,19 @@ def convert(
 
 def _config(ckpt: Path, state: TrainState) -> HFConfig:
     """The base's configuration with the settings of the training; without a base, one made from the shape."""
+    eos = (state.eos_token_id,) if state.eos_token_id >= 0 else ()
     if (ckpt / "hf" / "config.json").exists():
         base = read_hf_config(ckpt / "hf")
-        # Training can enlarge the vocabulary by the mask token.
-        config = replace(base, shape=replace(base.shape, vocab_size=state.shape.vocab_size))
+        # Training can enlarge the vocabulary by the mask token, and teaches the dataset's end of a turn.
+        shape = replace(base.shape, vocab_size=state.shape.vocab_size)
+        config = replace(base, shape=shape, eos_token_ids=tuple(dict.fromkeys((*eos, *base.eos_token_ids))))
     else:
-        eos = (state.eos_token_id,) if state.eos_token_id >= 0 else ()
         config = HFConfig(family_of(state.shape), state.shape, None, eos_token_ids=eos)
-    return replace(config, sdlm=state.sdlm_settings(config.sdlm) or config.sdlm)
+    sdlm = state.sdlm_settings(config.sdlm) or config.sdlm
+    if sdlm and sdlm.alg == "lossless" and (fault := lossless_fault(sdlm.causal_attn, sdlm.target_shift)):
+        log.warning("the base's sdlm_alg, lossless, %s: the export has prob_conf", fault)
+        sdlm = replace(sdlm, alg="prob_conf")
+    return replace(config, sdlm=sdlm)
 
 
 def _dtype(text: str) -> str:

@@ -14,6 +14,9 @@ PLAIN_PASS = """\
   perplexities computed that way do not measure this model.
 """
 
+ATTENTION = {True: "causal", False: "bidirectional"}
+TARGET = {True: "the next token", False: "the token at its position"}
+
 LOSSLESS = """, `lossless` (draft and verify: the text of `ar`, or samples of its distribution, in fewer passes)"""
 
 
@@ -30,7 +33,7 @@ def model_card(config: HFConfig, dtype: str, run: Mapping[str, Any], name: str, 
         return f"# {markdown(name)}\n\nA {config.model_type} model in {dtype}, exported from Megatron-Core.\n"
     stock = FAMILIES[config.model_type].stock_class
     parts = [_head(config, config.sdlm, dtype, run, name), _usage(config.sdlm, stock)]
-    if run:
+    if "settings" in run:
         parts += [_recipe(run), _data(run.get("data", {})), _losses(run.get("losses", {}))]
         parts.append("## Versions\n\n" + _table(("package", "version"), run.get("versions", {}).items()))
     return "\n".join(filter(None, [*parts, _limits(remark, config.sdlm)]))
@@ -79,10 +82,11 @@ transformers 4.57 or newer; the folder also loads as plain `{stock}`. `sha256sum
 """
 
 
-def adapter_card(base: str, run: Mapping[str, Any], name: str) -> str:
+def adapter_card(sdlm: SDLMSettings, base: str, run: Mapping[str, Any], name: str) -> str:
     """README.md of a folder with adapters alone.
 
     Args:
+        sdlm: settings of the training.
         base: name of the base.
         run, name: as of `model_card`.
     """
@@ -103,10 +107,12 @@ base = AutoModelForCausalLM.from_pretrained(BASE, trust_remote_code=True, dtype=
 model = PeftModel.from_pretrained(base, FOLDER)
 ```
 
-BASE is the base as an SDLM folder, which has the decoding code and a row for the mask token:
+BASE is the base as an SDLM folder, which has the decoding code, a row for the mask token and the settings of
+`sdlm.json`: block size {sdlm.block_size}, {ATTENTION[sdlm.causal_attn]} attention inside a block, slots that predict
+{TARGET[sdlm.target_shift]}, mask token {markdown(str(sdlm.mask_token))} with id {sdlm.mask_token_id}.
 
 ```
-sdlm import --hf BASE_MODEL --mask-token '<text_mask>' --out BASE_CHECKPOINT
+sdlm import --hf BASE_MODEL --adapter FOLDER --out BASE_CHECKPOINT
 sdlm export --ckpt BASE_CHECKPOINT --out BASE
 ```
 {recipe}"""
@@ -119,15 +125,15 @@ def _adapter(run: Mapping[str, Any], words: str) -> str:
 def _recipe(run: Mapping[str, Any]) -> str:
     settings = run.get("settings", {})
     diffusion, fp8 = settings.get("diffusion", {}), settings.get("train", {}).get("fp8", "none")
-    attention, lora = {True: "causal", False: "bidirectional"}, settings.get("lora", {})
+    lora = settings.get("lora", {})
     context = " x CP {parallel[context]}" if settings.get("parallel", {}).get("context", 1) > 1 else ""
     rows = {
         "steps": "{step}",
         "rows per step": "{rows_per_step}",
         "rows trained on": "{consumed_rows}",
         "block size D": "{diffusion[block_size]}",
-        "attention inside a block": attention.get(diffusion.get("causal_attn"), "{diffusion[causal_attn]}"),
-        "target of a slot": "the next token" if diffusion.get("target_shift", True) else "the token at its position",
+        "attention inside a block": ATTENTION.get(diffusion.get("causal_attn"), "{diffusion[causal_attn]}"),
+        "target of a slot": TARGET[bool(diffusion.get("target_shift", True))],
         "loss": "mean over {train[loss_normalization]} of the global batch",
         "weight of the next-token loss on clean tokens": f"{diffusion.get('next_token_weight', 0.0)}",
         "optimizer": "AdamW, betas {optimizer[beta1]:g} and {optimizer[beta2]:g}, eps {optimizer[eps]:g}, "

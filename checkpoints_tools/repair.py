@@ -15,7 +15,7 @@ def repair(folder: Path) -> list[str]:
     """Restores code, classes and decoding settings of a re-saved SDLM folder; returns the names of changed files.
 
     `save_pretrained` drops custom_generate/ and the tokenizer's code, names our class under `architectures`, and moves
-    rope_theta to where older code does not look; the stock class also drops the model's code.
+    rope_theta and rope_scaling to where older code does not look; the stock class also drops the model's code.
 
     Raises:
         CheckpointError: no config.json, one without the SDLM settings, which only the original folder has, another
@@ -45,8 +45,12 @@ def repair(folder: Path) -> list[str]:
         keep_own_splitting(folder)
     copy_code(folder, model_type)
     config |= {"architectures": [FAMILIES[model_type].stock_class], "auto_map": {"AutoModelForCausalLM": SDLM_CLASS}}
-    if isinstance(rope := config.get("rope_parameters"), dict) and "rope_theta" in rope:
-        config.setdefault("rope_theta", rope["rope_theta"])
+    if isinstance(rope := config.get("rope_parameters"), dict):
+        scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+        if "rope_theta" in rope:
+            config.setdefault("rope_theta", rope["rope_theta"])
+        if rope.get("rope_type", "default") != "default":
+            config.setdefault("rope_scaling", scaling)
     if "dtype" in config:
         config.setdefault("torch_dtype", config["dtype"])
     write_json(folder / "config.json", config)

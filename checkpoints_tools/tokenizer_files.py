@@ -8,7 +8,7 @@ from typing import Any
 from sdlm_megatron.chat.training_template import chat_template, template_difference
 from sdlm_megatron.data.chatml import format_of
 from sdlm_megatron.data.tokenizer_identity import added_beside, added_tokens, has_tokenizer, own_template
-from sdlm_megatron.errors import CheckpointError
+from sdlm_megatron.errors import CheckpointError, DataError
 from sdlm_megatron.files import optional_file, read_json_object, write_json
 from sdlm_megatron.weights.checkpoint_folder import TOKENIZER_FILES
 from sdlm_megatron.weights.hf_config import HFConfig
@@ -51,7 +51,10 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def check_tokenizer(folder: Path) -> None:
-    """DataError where a tokenizer's file in `folder` is damaged, so that an export fails before it writes weights."""
+    """DataError where a tokenizer's file in `folder` is damaged or missing, so that an export fails before it writes
+    weights."""
+    if (folder / "vocab.json").is_file() and not has_tokenizer(folder):
+        raise DataError("vocab.json has no merges.txt beside it", str(folder), "copy the base's merges.txt into it")
     if has_tokenizer(folder):
         added_tokens(folder)
         added_beside(folder)

@@ -20,6 +20,14 @@ _SAMPLES: list[list[dict[str, str]]] = [
     ],
 ]
 
+_NO_TOOLS = (
+    "{% if tools %}{{ raise_exception('this model was not trained to call tools: leave out tools=') }}{% endif %}"
+)
+_IN_TURN = (
+    "{% if m['role'] != ('user' if loop.index0 % 2 == 0 else 'assistant') %}{{ raise_exception('this model was trained "
+    "on questions and answers in turn: roles user and assistant, no system turn') }}{% endif %}"
+)
+
 
 class TemplateDifference(NamedTuple):
     """A chat template that renders conversations unlike the training data."""
@@ -70,15 +78,16 @@ def chat_template(system: str | None, chat: ChatFormat = CHATML) -> str:
     if chat.exchanges:
         question, answer = (f"{chat.start!r} + m['content'] + {chat.role_end!r}", f"m['content'] + {chat.end!r}")
         turn = f"{{% if m['role'] == 'user' %}}{{{{ {question} }}}}{{% else %}}{{{{ {answer} }}}}{{% endif %}}"
-        return f"{{{{ {chat.document!r} }}}}{{% for m in messages %}}{turn}{{% endfor %}}"
+        return f"{_NO_TOOLS}{{{{ {chat.document!r} }}}}{{% for m in messages %}}{_IN_TURN}{turn}{{% endfor %}}"
     start, before, after = (repr(x) for x in (chat.start, chat.role_end + chat.gap, chat.end + chat.tail))
     content = "message['content']" + " | trim" * chat.strips
     turn = f"{{{{ {start} + message['role'] + {before} + ({content}) + {after} }}}}"
     default = "" if system is None else f"{chat.opening('system')}{chat.content(system)}{chat.end}{chat.tail}"
+    text = json.dumps(default, ensure_ascii=False)  # Jinja reads an escaped surrogate pair as two characters
     return (
-        "{% if tools %}{{ raise_exception('this model was not trained to call tools: leave out tools=') }}{% endif %}"
+        _NO_TOOLS
         + (f"{{{{ {chat.document!r} }}}}" if chat.document else "")
-        + ("{% if messages[0]['role'] != 'system' %}{{ " + json.dumps(default) + " }}{% endif %}" if default else "")
+        + (f"{{% if messages[0]['role'] != 'system' %}}{{{{ {text} }}}}{{% endif %}}" if default else "")
         + "{% for message in messages %}"
         + turn
         + f"{{% endfor %}}{{% if add_generation_prompt %}}{{{{ {chat.opening('assistant')!r} }}}}{{% endif %}}"

@@ -5,13 +5,15 @@ A checkpoint of a run with adapters holds the base's weights as they were and, u
 """
 
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from sdlm_megatron.config.schema import PROJECTIONS, LoraConfig, ModelConfig, RunConfig
+from sdlm_megatron.diffusion.settings import SDLMSettings, SettingError
 from sdlm_megatron.errors import CheckpointError
 from sdlm_megatron.files import checked, read_json_object, regular_file
 from sdlm_megatron.weights.checkpoint_folder import TrainState, read_state
@@ -31,6 +33,8 @@ from sdlm_megatron.weights.torch_dist import TorchDist
 
 PREFIX = "base_model.model."
 """Before the names of a Hugging Face model in peft's files."""
+TRAINED_FILE = "sdlm.json"
+"""File of an adapter folder that peft does not read: `Trained.to_json`."""
 _FORM: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "init_lora_weights": (None, True, False, "gaussian"),  # others change the base's weights
@@ -313,3 +317,37 @@ def peft_config(lora: LoraConfig, mask_token_id: int, base: str) -> Mapping[str,
         "task_type": "CAUSAL_LM",
         "trainable_token_indices": {"embed_tokens": [mask_token_id]},
     }
+
+
+class Trained(NamedTuple):
+    """Training of the adapters in a folder, as far as decoding depends on it."""
+
+    sdlm: SDLMSettings
+    eos_token_id: int
+    """As in TrainState."""
+    data: dict[str, Any]
+    """Of run.json: system_prompt of the dataset, where it is known."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Content of TRAINED_FILE."""
+        return {**self.sdlm.to_config_json(), "eos_token_id": self.eos_token_id, **self.data}
+
+
+def read_trained(folder: Path) -> Trained:
+    """TRAINED_FILE of a folder with adapters; CheckpointError where it is missing or wrong."""
+    path, fix = folder / TRAINED_FILE, "export the adapters again: sdlm export --adapter --ckpt RUN --out FOLDER"
+    if not os.path.lexists(path):
+        what = f"the folder has no {TRAINED_FILE}, which holds the settings that the adapters were trained with"
+        raise CheckpointError(what, str(folder), fix)
+    values = read_json_object(regular_file(folder, TRAINED_FILE, CheckpointError), CheckpointError, fix)
+    try:
+        sdlm = SDLMSettings.from_config_json(values)
+    except SettingError as error:
+        raise CheckpointError(error.what, f"{path}, field {error.field}", fix) from None
+    if sdlm is None or not sdlm.mask_token:
+        raise CheckpointError("block_size or text_mask_token is missing", str(path), fix)
+    eos = checked(values, "eos_token_id", int, path, CheckpointError, -1)
+    if values.get("system_prompt") is not None:
+        checked(values, "system_prompt", str, path, CheckpointError)
+    data = {key: values[key] for key in ("system_prompt",) if key in values}
+    return Trained(sdlm, eos, data)

@@ -3,7 +3,7 @@
     FOLDER/
       weights/        model (and optimizer) shards in Megatron-Core's torch_dist format (weights/torch_dist.py)
       state.json      TrainState: step, rows consumed, rows per step, model shape, diffusion settings, dataset
-      run.json        content of the model card: recipe, data, losses, versions (not in an imported base)
+      run.json        for the model card: recipe, data, losses, versions (an imported base: at most system_prompt)
       hf/             config.json, tokenizer and generation files of the base, for the export
       complete.json   size and sha256 of all files; written last, in a folder that is then renamed into place
 
@@ -15,8 +15,10 @@ without an optimizer. Nothing here imports Megatron, so that errors are reported
 import os
 import re
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
@@ -112,7 +114,7 @@ def read_state(folder: Path) -> TrainState:
 
 
 def read_run(folder: Path) -> dict[str, Any]:
-    """run.json of a complete checkpoint (see ops/run_facts.py); {} where there is none, as in an imported base."""
+    """run.json of a complete checkpoint (see ops/run_facts.py); {} where there is none."""
     if not os.path.lexists(folder / "run.json"):
         return {}
     path = regular_file(folder, "run.json", CheckpointError)
@@ -275,7 +277,7 @@ def find_checkpoint(path: Path) -> Path:
     """`path` itself, or the newest complete checkpoint if `path` is a run folder; CheckpointError if it has none."""
     if (path / "complete.json").exists() or not (path / "ckpt").is_dir():
         return path
-    folder = newest(path / "ckpt", print)
+    folder = newest(path / "ckpt", partial(print, file=sys.stderr))  # stdout may be a command's JSON
     if folder is None:
         ignored = [*_entries(path / "ckpt")]
         fix = "the lines above say why each is ignored; copy them again, or train on" if ignored else ""

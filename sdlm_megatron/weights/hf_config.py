@@ -209,9 +209,10 @@ _ROPE_OFF = {"mscale": 0, "mscale_all_dim": 0, "truncate": True, "partial_rotary
 def _rope(fields: _Fields, default_theta: float) -> dict[str, Any]:
     """Fields of ModelConfig about rotary embedding: at the top level and in rope_scaling, as transformers 4 writes
     them, or in rope_parameters, as transformers 5 does."""
-    nested, scalings = default_theta, []
+    scalings, places = [], [fields]
     for name in ("rope_scaling", "rope_parameters"):
         rope = _Fields(fields.typed(name, dict, {}), fields.path)
+        places.append(rope)
         kind = rope.values.get("rope_type", rope.values.get("type", "default"))
         if kind not in ("default", *_ROPE):
             fix = f"use a base with plain RoPE or one of {', '.join(_ROPE)}"
@@ -222,8 +223,6 @@ def _rope(fields: _Fields, default_theta: float) -> dict[str, Any]:
                 raise fields.error(f"{key} {rope.values[key]!r:.60} is not supported", name, fix)
         if kind in _ROPE:
             scalings.append({"rope_type": kind, **_scaling(rope, kind)})
-        if name == "rope_parameters" and rope.values.get("rope_theta") is not None:
-            nested = rope.number("rope_theta", float, MOST["rope_theta"])
     scaling = scalings[0] if scalings else {}
     if scalings[1:] and scaling != scalings[1]:
         raise fields.error("rope_scaling and rope_parameters differ", "rope_scaling", "keep one of them")
@@ -232,7 +231,12 @@ def _rope(fields: _Fields, default_theta: float) -> dict[str, Any]:
         raise fields.error(
             f"expected factor >= 1 and {keys['rope_high_freq']} > {keys['rope_low_freq']}", "rope_scaling"
         )
-    return {"rope_theta": float(fields.number("rope_theta", float, MOST["rope_theta"], nested)), **scaling}
+    stated = [place for place in places if place.values.get("rope_theta") is not None]
+    thetas = {place.number("rope_theta", float, MOST["rope_theta"]) for place in stated}
+    if len(thetas) > 1:
+        what = f"rope_theta is {' and '.join(f'{theta:.10g}' for theta in sorted(thetas))}"
+        raise fields.error(what, "rope_theta", "keep the value that the model was trained with")
+    return {"rope_theta": next(iter(thetas), default_theta), **scaling}
 
 
 def _scaling(rope: _Fields, kind: str) -> dict[str, Any]:

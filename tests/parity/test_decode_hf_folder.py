@@ -225,6 +225,8 @@ def test_wrong_tensors_are_refused(tmp_path: Path) -> None:
         ({"rope_parameters": {**LLAMA3, "high_freq_factor": 1}}, "high_freq_factor > low_freq_factor"),
         ({"rope_parameters": LLAMA3, "rope_scaling": {**LLAMA3, "factor": 4}}, "rope_parameters differ"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor 0.5"),
+        ({"rope_theta": 5e3}, "rope_theta is 5000 and 1000000"),
+        ({"rope_scaling": {"type": "default", "rope_theta": 5e3}}, "rope_theta is 5000 and 1000000"),
         ({"use_sliding_window": True}, "sliding-window"),
         ({"hidden_act": "gelu"}, "field 'hidden_act'"),
     ],

@@ -6,12 +6,16 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import FAMILY_FIELDS, make_hf
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2ForCausalLM
 
 from checkpoints_tools.compare import open_any
+from checkpoints_tools.export_folder import write_hf_folder
 from checkpoints_tools.mcore_to_hf import main
 from sdlm_megatron.chat.chat_model import load
 from sdlm_megatron.errors import CheckpointError
+from sdlm_megatron.weights.hf_config import read_hf_config
+from sdlm_megatron.weights.hf_weights import HFWeights
 from tests.parity import decode_oracle as o
 from tests.parity import exported
 
@@ -56,6 +60,19 @@ def test_saved_again_and_repaired_folder_decodes_as_before(
     assert "nothing: the folder is complete" in capsys.readouterr().out
     open_any(folder)
     assert not caplog.text
+
+
+@pytest.mark.parametrize("family", FAMILY_FIELDS)
+def test_rope_of_every_family_is_where_older_code_looks(tmp_path: Path, family: str) -> None:
+    hf, source, folder = make_hf(tmp_path / "hf", family=family), tmp_path / "m.v1", tmp_path / "again"
+    write_hf_folder(source, HFWeights(hf), read_hf_config(hf))
+    AutoModelForCausalLM.from_pretrained(source, trust_remote_code=True).save_pretrained(folder)
+    main(["--repair", str(folder)])
+    before, after = (json.loads((f / "config.json").read_text()) for f in (source, folder))
+    assert after["rope_theta"] == before["rope_theta"] and ("rope_scaling" in before) == ("rope_scaling" in after)
+    scaling = after.get("rope_scaling") or {}
+    assert scaling | before.get("rope_scaling", {}) == scaling
+    assert read_hf_config(folder) == read_hf_config(source)
 
 
 def test_folder_without_the_settings_is_refused(tmp_path: Path) -> None:

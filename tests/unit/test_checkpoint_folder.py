@@ -238,4 +238,4 @@ def test_a_run_without_a_usable_checkpoint_says_where_the_reasons_are(
     (save(tmp_path, 2) / "state.json").write_text("{")
     with pytest.raises(CheckpointError, match="the lines above say why"):
         find_checkpoint(tmp_path)
-    assert "ignored" in capsys.readouterr().out
+    assert "ignored" in capsys.readouterr().err

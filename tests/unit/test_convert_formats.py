@@ -19,7 +19,7 @@ from torch.distributed import distributed_c10d
 from checkpoints_tools import compare, hf_to_mcore, mcore_to_hf
 from data_prep.chat import render
 from sdlm_megatron.config.schema import CheckpointConfig, DiffusionConfig, RunConfig
-from sdlm_megatron.errors import CheckpointError
+from sdlm_megatron.errors import CheckpointError, DataError
 from sdlm_megatron.weights.checkpoint_folder import TrainState, checksums, read_state
 from sdlm_megatron.weights.shape import NewMaskToken, mean_row
 from sdlm_megatron.weights.tensors import MEAN_COLUMNS
@@ -210,7 +210,7 @@ def seal(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["bytes", "Llama 3", "Qwen2.5"])
-@pytest.mark.parametrize("system", ["You are a helpful assistant.", "Be \"brief\".\nReally, {{ '中' }}", None])
+@pytest.mark.parametrize("system", ["You are a helpful assistant.", "Be \"brief\".\nReally, {{ '中' }} 🌙", None])
 def test_default_template_renders_like_training(tmp_path: Path, name: str, system: str | None) -> None:
     """The ids up to the answer are equal, with and without a system turn, over several turns."""
     from transformers import AutoTokenizer
@@ -265,6 +265,24 @@ def test_template_of_the_base_is_kept_and_checked(tmp_path: Path) -> None:
     assert "no <|im_start|>" in add_chat_template(folder, "S")
 
 
+def test_training_takes_precedence_over_the_base_in_an_export(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The end token without tokenizer files; the algorithm of the base where the trained model cannot have it."""
+    hf = make_hf(tmp_path / "hf", **SMALL, eos_token_id=256, causal_attn=True)
+    (hf / "generation_config.json").write_text('{"eos_token_id": [256, 257], "sdlm_alg": "lossless"}')
+    hf_to_mcore.convert(hf, mcore := tmp_path / "mcore")
+    state = replace(read_state(mcore), eos_token_id=258)
+    for causal, alg in ((True, "lossless"), (False, "prob_conf")):
+        write_state(mcore, replace(state, diffusion=replace(state.diffusion, causal_attn=causal)))
+        mcore_to_hf.convert(mcore, out := tmp_path / alg)
+        values = json.loads((out / "generation_config.json").read_text())
+        assert (values["eos_token_id"], values["sdlm_alg"]) == ([258, 256, 257], alg)
+        assert ("lossless, needs a model trained with causal_attn" in caplog.text) is not causal
+    (mcore / "hf" / "vocab.json").write_text("{}")
+    with pytest.raises(DataError, match=r"no merges\.txt"):
+        mcore_to_hf.convert(mcore, tmp_path / "out")
+    assert not (tmp_path / "out.partial").exists()
+
+
 def run(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
     try:
         compare.main(arguments)
@@ -292,10 +310,11 @@ def test_compare_reports_differences(
     save_file(modified, other / "model.safetensors", metadata={"format": "pt"})
     monkeypatch.setattr(compare, "BLOCK", 1)  # row by row
     code, text = run([str(hf), str(other), "--json"], capsys)
-    differences = {d["name"].split(".", 1)[1]: d for d in json.loads(text)["differences"]}
+    differences = {d["name"].split(".", 1)[1]: d for d in json.loads(text, parse_constant=pytest.fail)["differences"]}
     assert code == 1 and len(differences) == 4
     norm, gate = differences["norm.weight"], differences["layers.0.mlp.gate_proj.weight"]
-    assert (norm["kind"], norm["count"], norm["of"], norm["max_abs"]) == ("values", 2, 16, float("inf"))
+    assert (norm["kind"], norm["count"], norm["of"], norm["max_abs"]) == ("values", 2, 16, None)
+    assert norm["max_relative"] is None and norm["reason"] == "null: values are NaN or infinite"
     assert (gate["kind"], gate["a"], gate["b"]) == ("shape", "(24, 16)", "(20, 16)")
     assert differences["layers.0.mlp.up_proj.weight"]["kind"] == "only in A"
     first = differences["layers.0.input_layernorm.weight"]
@@ -303,5 +322,22 @@ def test_compare_reports_differences(
     code, text = run([str(hf), str(hf), "--json", "--logits", "Hi there"], capsys)
     logits = json.loads(text)["logits"]
     assert (code, logits) == (0, {"tokens": 8, "max_abs": 0.0, "same_top_1": 1.0})
+    shutil.copytree(tmp_path / "mcore", tmp_path / "run" / "ckpt" / "step-0000001")
+    (tmp_path / "run" / "ckpt" / "step-0000002.partial").mkdir()
+    code, text = run([str(hf), str(tmp_path / "run"), "--json"], capsys)
+    assert (code, json.loads(text)["equal"]) == (0, True)
     with pytest.raises(CheckpointError, match="export the checkpoint first"):
         compare.main([str(hf), str(tmp_path / "mcore"), "--logits", "x"])
+
+
+def test_zero_biases_equal_missing_ones(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Older exports of a Llama have biases of q, k and v."""
+    hf = make_hf(tmp_path / "hf", bias=False, **SMALL)
+    shutil.copytree(hf, old := tmp_path / "old")
+    biases = {f"model.layers.0.self_attn.{x}_proj.bias": torch.zeros(n) for x, n in (("q", 16), ("k", 8), ("v", 8))}
+    save_file(load_file(hf / "model.safetensors") | biases, old / "model.safetensors")
+    assert run([str(hf), str(old)], capsys)[0] == 0
+    biases["model.layers.0.self_attn.k_proj.bias"][3] = 1
+    save_file(load_file(hf / "model.safetensors") | biases, old / "model.safetensors")
+    code, text = run([str(hf), str(old)], capsys)
+    assert code == 1 and "k_proj.bias: only in B\n1 of" in text

@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from jinja2.exceptions import TemplateError
 from rich.console import Console
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 
+from checkpoints_tools.tokenizer_files import add_chat_template
 from data_prep import chat, documents, inspect
 from data_prep.build import build
 from data_prep.build_config import BuildConfig, SourceConfig
@@ -116,6 +118,22 @@ def test_other_templates_are_refused(tmp_path: Path) -> None:
     other = NEMO.replace('"[/INST]" }}{%- endif', '" [/INST]" }}{%- endif')
     with pytest.raises(DataError, match="the chat template renders"):
         open_encoder(bytes_folder(tmp_path / "mistral", other))
+
+
+def test_template_of_an_export(tmp_path: Path) -> None:
+    """A base without a template gets one that renders as training did, and refuses what training never had."""
+    folder = with_template(bytes_folder(tmp_path / "mistral", NEMO), "")
+    conversation = plain(CONVERSATION)
+    expected = render(conversation, open_encoder(folder), default_system=None).input_ids.tolist()
+    assert add_chat_template(folder, None) == ""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.apply_chat_template(conversation, return_dict=True)["input_ids"] == expected
+    question, tool = conversation[:1], {"type": "function", "function": {"name": "f", "parameters": {}}}
+    for turns in ([{"role": "system", "content": "S"}, *question], question * 2, [{"role": "tool", "content": "1"}]):
+        with pytest.raises(TemplateError, match="no system turn"):
+            tokenizer.apply_chat_template(turns)
+    with pytest.raises(TemplateError, match="not trained to call tools"):
+        tokenizer.apply_chat_template(question, tools=[tool])
 
 
 def test_datasets(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

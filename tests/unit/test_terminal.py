@@ -180,7 +180,7 @@ def test_model_card_shows_the_names() -> None:
     assert "`forward(labels=...)` computes the plain next-token loss, not the loss over blocks" in card
     plain = model_card(config, "bf16", json.loads(json.dumps(run).replace(json.dumps(name), '"x"')), "x")
     assert card.replace(markdown(name), "x") == plain and "Trained from x with the adapters x." in plain
-    assert f"{markdown(name)}, from the adapters {markdown(name)}." in adapter_card(name, run, name)
+    assert f"{markdown(name)}, from the adapters {markdown(name)}." in adapter_card(config.sdlm, name, run, name)
     assert not UNSAFE & set(card)
 
 
