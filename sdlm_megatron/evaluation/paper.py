@@ -47,7 +47,7 @@ def other_results(out: Path, known: Collection[Path], args: argparse.Namespace) 
     for path in sorted(set(out.glob("*.json")) - set(known)):
         with contextlib.suppress(OSError, ValueError):
             value = json.loads(path.read_text(encoding="utf-8"))
-            if isinstance(value, dict) and value.get("kind") == "paper" and (task := tasks.get(value.get("task"))):
+            if isinstance(value, dict) and value.get("kind") == "paper" and (task := tasks.get(str(value.get("task")))):
                 others += [value] if value.get("settings") == settings_of(args, task) else []
     return others
 
