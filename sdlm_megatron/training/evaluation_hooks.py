@@ -101,7 +101,8 @@ class SampleHook(Hook):
         super().__init__(run)
         self.prompts = choose_prompts(run.dataset)
         self._propose = EngineProposer(
-            run.engine, mask_token_id=run.state.mask_token_id, row_length=run.dataset.row_length
+            # the length of training's rows, for which TransformerEngine's user buffers are allocated
+            run.engine, mask_token_id=run.state.mask_token_id, row_length=run.grid.row_length
         )
         self._tokenizer = _tokenizer(run.plan.assets) if run.main else _TokenIds()
 
