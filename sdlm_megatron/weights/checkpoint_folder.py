@@ -28,6 +28,7 @@ from sdlm_megatron.files import checked, optional_file, read_json_object, regula
 
 TOKENIZER_FILES = (
     "tokenizer.json",
+    "tokenizer.model",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
