@@ -102,7 +102,9 @@ class SampleHook(Hook):
         self.prompts = choose_prompts(run.dataset)
         self._propose = EngineProposer(
             # the length of training's rows, for which TransformerEngine's user buffers are allocated
-            run.engine, mask_token_id=run.state.mask_token_id, row_length=run.grid.row_length
+            run.engine,
+            mask_token_id=run.state.mask_token_id,
+            row_length=run.grid.row_length,
         )
         self._tokenizer = _tokenizer(run.plan.assets) if run.main else _TokenIds()
 
