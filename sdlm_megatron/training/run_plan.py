@@ -351,7 +351,7 @@ def resume_class(name: str) -> str:
 
 
 def _new_run(folder: Path, state: TrainState) -> str:
-    """How a new run starts from a checkpoint: one with adapters is no base, but its export is."""
+    """Settings of a new run from a checkpoint: one with adapters is no base, but its export is."""
     if not state.lora.rank:
         return f"--run_dir=… --checkpoint.base={folder}"
     return (
