@@ -21,8 +21,9 @@ HF_CODE = Path(__file__).parent / "hf_code"
 def copy_tokenizer(folder: Path, assets: Path | None) -> bool:
     """Copies the tokenizer's files; False, with a warning, if there are none."""
     files = [] if assets is None else [optional_file(assets, name, CheckpointError) for name in TOKENIZER_FILES]
-    present = [file.name for file in files if file is not None and shutil.copyfile(file, folder / file.name)]
-    if "tokenizer.json" not in present and "vocab.json" not in present:
+    for file in filter(None, files):
+        shutil.copyfile(file, folder / file.name)
+    if not has_tokenizer(folder):
         log.warning("no tokenizer files in %s: the export has no tokenizer", assets or "(no folder given)")
         return False
     keep_own_splitting(folder)
@@ -94,7 +95,7 @@ def add_token(folder: Path, token: str, token_id: int) -> None:
         tokenizer.setdefault("added_tokens", []).append({"id": token_id, **entry})
         write_json(path, tokenizer)
     path = folder / "added_tokens.json"
-    if path.is_file():
+    if listed_there := path.is_file():
         write_json(path, _read(path) | {token: token_id})
     path = folder / "tokenizer_config.json"
     if path.is_file():
@@ -103,7 +104,8 @@ def add_token(folder: Path, token: str, token_id: int) -> None:
         listed = {str(t["id"]): {k: v for k, v in t.items() if k != "id"} for t in added}
         # The whole list: transformers gives new ids to added tokens that a partial list leaves out.
         listed |= settings.get("added_tokens_decoder", {})
-        settings["added_tokens_decoder"] = listed | {str(token_id): entry}
+        if listed or not listed_there:  # with a list here it does not read added_tokens.json
+            settings["added_tokens_decoder"] = listed | {str(token_id): entry}
         settings["padding_side"] = "left"  # batched decoding needs the ends of the prompts aligned
         write_json(path, settings)
 

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from sdlm_megatron.checkpoint.local_disk import copy_file, keep_only, local_root
+from sdlm_megatron.checkpoint.local_disk import copy_file, empty, keep_only, local_root
 from sdlm_megatron.checkpoint.sharding import local_shards
 from sdlm_megatron.config.schema import CheckpointConfig
 from sdlm_megatron.errors import CheckpointError, UserError
@@ -244,6 +244,9 @@ class CheckpointWriter:
         partial = save.folder.with_name(save.folder.name + ".partial")
         place = partial if self._local is None else self._local / save.folder.name
         name, written = _file(self.engine.groups.rank), []
+        if self._local is not None:
+            # one of this step, of an earlier attempt or run: with the .partial folder it would count as this one
+            shutil.rmtree(place, ignore_errors=True)
         # Every phase ends with a broadcast of its failure, so that no process enters a collective the others skip.
         save.size = sum(gather_on_first(sum(p.nbytes for p in save.parts), self._group))
         save.failure = self._on_main(lambda: self._prepare(save, partial), partial)
@@ -303,7 +306,6 @@ class CheckpointWriter:
         write_json(place / "state.json", asdict(save.state))
         if save.facts:
             write_json(place / "run.json", save.facts)
-        (place / "complete.json").unlink(missing_ok=True)  # a local disk may hold one of an earlier attempt
         known = {name: file["checksum"] for name, file in files.items()}
         # With a local disk per node the main process does not see the other nodes' weight files.
         others = {n: entry for n, entry in checksums(place, known).items() if not n.endswith(".distcp")}
@@ -342,10 +344,15 @@ class CheckpointWriter:
         record_event(self.run_dir, "save_failed", step=save.state.step, reason=save.failure)
 
     def _on_main(self, action: Callable[[], None], partial: Path) -> str:
-        """Runs `action` on the main process; returns its failure ("" for none) on all. A failure removes `partial`."""
+        """Runs `action` on the main process; returns its failure ("" for none) on all.
+
+        A failure removes `partial`, or with a local disk its content: the next start may copy what is complete there.
+        """
         failure = self._attempt(action) if self._main else ""
-        if failure:
+        if failure and self._local is None:
             shutil.rmtree(partial, ignore_errors=True)
+        elif failure:
+            empty(partial)
         return gather(failure, torch.device("cpu"), self._group)[0]
 
     def _attempt(self, action: Callable[[], None]) -> str:

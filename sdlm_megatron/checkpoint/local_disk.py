@@ -3,7 +3,9 @@
     LOCAL_DIR/RUN-1a2b3c4d/step-0000500/     the files this node's processes wrote, of the newest checkpoint only
 
 A job that ends between the two steps leaves a checkpoint that is complete only as the union of the nodes' disks; the
-next start on the same nodes copies it to the run folder.
+next start on the same nodes copies it to the run folder. RUN/ckpt/step-….partial says so: it is made before the first
+file of the local checkpoint, and one rename makes it the checkpoint. Without it the local checkpoint was complete in
+the run folder and has been removed since, or is of an earlier run in a folder of this path: it is not copied.
 """
 
 import errno
@@ -21,7 +23,7 @@ from sdlm_megatron.errors import CheckpointError
 from sdlm_megatron.files import HashedFile, read_json_object, rename_whole
 from sdlm_megatron.ops.attempt import record_event
 from sdlm_megatron.parallel.groups import Groups
-from sdlm_megatron.weights.checkpoint_folder import newest_step, step_folders
+from sdlm_megatron.weights.checkpoint_folder import PARTIAL, newest_step, step_folders
 
 _BLOCK = 8 * 1024**2
 _MARKER = "complete.json"
@@ -48,6 +50,13 @@ def copy_file(source: Path, target: Path, expected: Mapping[str, Any]) -> None:
         raise OSError(errno.EIO, "the local disk returned other bytes than were written", str(source))
 
 
+def empty(partial: Path) -> None:
+    """Removes the content of a .partial folder, but not the folder: its local checkpoint is still to be copied."""
+    with suppress(OSError):
+        for path in partial.iterdir():
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
+
+
 def keep_only(root: Path, folder: Path) -> None:
     """Removes all checkpoints of this node but `folder`."""
     for _, old, _ in step_folders(root):
@@ -58,15 +67,24 @@ def keep_only(root: Path, folder: Path) -> None:
 def carry_over(config: CheckpointConfig, run_dir: Path, groups: Groups, log: Callable[[str], None]) -> bool:
     """Copies the newest checkpoint that is complete on the nodes to the run folder, if it is newer than those there.
 
-    All processes call it. Returns whether a checkpoint was copied.
+    Only one whose save was interrupted is copied, see the module. All processes call it. Returns whether one was.
     """
     root = local_root(config, run_dir)
     if root is None:
         return False
-    everyone = groups.gather((max(0, newest_step(run_dir)), _listing(root)))
-    newer = {step for _, listing in everyone for step in map(int, listing) if step > everyone[0][0]}
+    ckpt = run_dir / "ckpt"
+    interrupted = [step for step, _, suffix in step_folders(ckpt) if suffix == PARTIAL]
+    everyone = groups.gather((max(0, newest_step(run_dir)), interrupted, _listing(root)))
+    done, interrupted, _ = everyone[0]
+    newer = {step for _, _, listing in everyone for step in map(int, listing) if step > done}
     for step in sorted(newer, reverse=True):
-        holders = [listing.get(str(step), ({}, None)) for _, listing in everyone]
+        if step not in interrupted:
+            log(
+                f"local checkpoint of step {step}: ignored, {ckpt} has no step-{step:07d}{PARTIAL}: it was saved there "
+                "and removed since, or is of an earlier run in this folder"
+            )
+            continue
+        holders = [listing.get(str(step), ({}, None)) for _, _, listing in everyone]
         marker = next((text for _, text in holders if text), None)
         files = json.loads(marker) if marker else {}
         rank_of = {name: _holder(holders, name, entry["size"]) for name, entry in files.items()}
@@ -74,7 +92,7 @@ def carry_over(config: CheckpointConfig, run_dir: Path, groups: Groups, log: Cal
             log(f"local checkpoint of step {step}: incomplete on these nodes, ignored")
             continue
         local = {name: files[name] for name, rank in rank_of.items() if rank == groups.rank}
-        if _copy(root, run_dir / "ckpt", step, local, marker or "", groups, log):
+        if _copy(root, ckpt, step, local, marker or "", groups, log):
             if groups.main:
                 record_event(run_dir, "carried_over", step=step)
             return True
@@ -112,9 +130,9 @@ def _copy(
 ) -> bool:
     """Copies this process's `files` of a checkpoint; the main process completes the folder and renames it."""
     folder = ckpt / f"step-{step:07d}"
-    partial, problem = folder.with_name(folder.name + ".partial"), ""
+    partial, problem = folder.with_name(folder.name + PARTIAL), ""
     if groups.main:
-        shutil.rmtree(partial, ignore_errors=True)
+        empty(partial)
     groups.gather(None)  # a barrier: no process copies into the folder before it is cleared
     try:
         for name, expected in files.items():
@@ -129,7 +147,7 @@ def _copy(
         except OSError as error:
             problem = str(error)
     if groups.main and problem:
-        shutil.rmtree(partial, ignore_errors=True)
+        empty(partial)
     problem = groups.gather(problem)[0]
     what = f"could not be copied: {problem}" if problem else f"copied to {folder}"
     log(f"local checkpoint of step {step}: {what}")

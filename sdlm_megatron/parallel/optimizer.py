@@ -75,7 +75,6 @@ def build_optimizer(
     mcore = McoreOptimizerConfig(
         optimizer="adam",
         lr=config.lr,
-        min_lr=0.0,
         weight_decay=config.weight_decay,
         adam_beta1=config.beta1,
         adam_beta2=config.beta2,
@@ -103,6 +102,8 @@ def build_schedule(
 ) -> OptimizerParamScheduler:
     """Learning rate as a function of the step; `set_rate` applies it."""
     style = {"wsd": "WSD"}.get(config.style, config.style)
+    for group in optimizer.param_groups:
+        group["min_lr"] = config.min_lr  # each group has its own, of the optimizer's settings, and it comes first
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,

@@ -100,9 +100,9 @@ class SampleHook(Hook):
     def __init__(self, run: TrainingRun) -> None:
         super().__init__(run)
         self.prompts = choose_prompts(run.dataset)
-        self._propose = EngineProposer(
-            run.engine, mask_token_id=run.state.mask_token_id, row_length=run.dataset.row_length
-        )
+        # the length of training's rows, for which TransformerEngine's user buffers are allocated
+        length = run.grid.row_length
+        self._propose = EngineProposer(run.engine, mask_token_id=run.state.mask_token_id, row_length=length)
         self._tokenizer = _tokenizer(run.plan.assets) if run.main else _TokenIds()
 
     def due(self, step: int) -> bool:

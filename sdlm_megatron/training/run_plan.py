@@ -68,6 +68,12 @@ class RunPlan:
         """The step at which the run ends."""
         return min(self.steps, config.train.stop_after or self.steps)
 
+    def to_continue(self, config: RunConfig) -> str:
+        """The change of settings with which a run that has ended trains on."""
+        if self.last_step(config) < self.steps:
+            return "raise train.stop_after, or set it to 0,"
+        return f"raise train.{'steps' if config.train.steps else 'epochs'}"
+
 
 def make_run_plan(config: RunConfig, dataset: PackedDataset, notice: Notice) -> RunPlan:
     """Plans a run from its folder, the base and the dataset: a checkpoint of the run comes before the base.
@@ -234,8 +240,7 @@ def _from_base(config: RunConfig, dataset: PackedDataset, base: Path, notice: No
     if (base / "complete.json").exists():
         state = read_state(base)
         if state.lora.rank:
-            what, fix = "the base holds adapters beside its weights", f"sdlm export --ckpt {base}, and start from that"
-            raise CheckpointError(what, str(base), fix)
+            raise CheckpointError("the base holds adapters beside its weights", str(base), _new_run(base, state))
         mask_id = state.mask_token_id
         if mask_id < 0:
             raise CheckpointError(
@@ -303,18 +308,18 @@ def _resume(config: RunConfig, dataset: PackedDataset, folder: Path, notice: Not
         raise DataError(
             "the run was started with another dataset: rows would be skipped or repeated",
             str(dataset.path),
-            f"use the run's first dataset, or start a new run with --run_dir=… and --checkpoint.base={folder}",
+            f"use the run's first dataset, or start a new run from this checkpoint: {_new_run(folder, state)}",
         )
     if not state.with_optimizer:
         raise CheckpointError(
             "the checkpoint holds no optimizer state: a run cannot resume from it",
             str(folder),
-            f"start a new run with --run_dir=… and --checkpoint.base={folder}",
+            f"start a new run from it: {_new_run(folder, state)}",
         )
     before: dict[str, dict[str, Any]] = run.get("settings", {})
     before = before | {"diffusion": asdict(state.diffusion), "lora": asdict(state.lora)}
     before["train"] = before.get("train", {}) | {"precision": state.precision}
-    _refuse_changes(config, before, folder)
+    _refuse_changes(config, before, folder, _new_run(folder, state))
     if (rows := _rows_per_step(config, dataset)) != state.rows_per_step:  # of a run that did not record its settings
         raise CheckpointError(
             f"a step would have {rows} rows, the run has trained with {state.rows_per_step}",
@@ -345,11 +350,22 @@ def resume_class(name: str) -> str:
     return RESUME[name] if name in RESUME else RESUME[name.partition(".")[0]]
 
 
-def _refuse_changes(config: RunConfig, before: Mapping[str, Mapping[str, Any]], folder: Path) -> None:
+def _new_run(folder: Path, state: TrainState) -> str:
+    """Settings of a new run from a checkpoint: one with adapters is no base, but its export is."""
+    if not state.lora.rank:
+        return f"--run_dir=… --checkpoint.base={folder}"
+    return (
+        f"sdlm export --ckpt {folder} --out DIR, then --run_dir=… --checkpoint.base=DIR; to train its adapters on, "
+        "export with --adapter, then --checkpoint.adapter=DIR and the base of the run"
+    )
+
+
+def _refuse_changes(config: RunConfig, before: Mapping[str, Mapping[str, Any]], folder: Path, new_run: str) -> None:
     """Raises CheckpointError for settings that would change the result of the run in the middle.
 
     Args:
         before: settings of the run so far, by section. What an older version did not record is not compared.
+        new_run: from `_new_run`.
     """
     changed = {}
     for section, values in before.items():
@@ -363,7 +379,7 @@ def _refuse_changes(config: RunConfig, before: Mapping[str, Mapping[str, Any]], 
         raise CheckpointError(
             "; ".join(differences),
             str(folder),
-            f"{options}, or start a new run from this checkpoint: --run_dir=… --checkpoint.base={folder}",
+            f"{options}, or start a new run from this checkpoint: {new_run}",
         )
 
 

@@ -33,11 +33,11 @@ def choose_prompts(dataset: PackedDataset) -> list[SamplePrompt]:
     for number in range(min(dataset.rows(0), SEARCHED_ROWS)):
         tokens, layout = dataset.read(0, number)
         cleans = np.split(tokens[: layout.n_clean], np.cumsum(layout.clean_lens)[:-1])
-        starts = np.split(layout.starts, np.cumsum(layout.n_blocks)[:-1])
-        for clean, block_starts in zip(cleans, starts, strict=True):
-            if not len(block_starts) or len(prompts) == PROMPTS:
+        anchors = np.split(layout.anchors, np.cumsum(layout.n_blocks)[:-1])
+        for clean, own_anchors in zip(cleans, anchors, strict=True):
+            if not len(own_anchors) or len(prompts) == PROMPTS:
                 continue
-            cut = int(block_starts[0]) + 1  # the anchor is the last token of the prompt
+            cut = int(own_anchors[0]) + 1  # the anchor is the last token of the prompt
             # all prompts are decoded in one row: tokens so far, and a window of block_size
             needed = cut + NEW_TOKENS + dataset.block_size
             if needed <= room:

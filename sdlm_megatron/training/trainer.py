@@ -42,7 +42,8 @@ class Trainer:
         run, last = self.run, self.run.last_step
         first = run.state.step + 1
         if first > last and run.main:
-            print(f"nothing to do: step {first - 1} of {last} is done; raise train.steps to continue", flush=True)
+            change = run.plan.to_continue(run.config)
+            print(f"nothing to do: step {first - 1} of {last} is done; {change} to continue", flush=True)
         with Prefetch(self._loads(last), run.engine.groups.device) as rows, ExitStack() as stack:
             for hook in self.hooks:
                 stack.enter_context(hook)

@@ -30,6 +30,7 @@ from sdlm_megatron.files import checked, optional_file, read_json_object, regula
 
 TOKENIZER_FILES = (
     "tokenizer.json",
+    "tokenizer.model",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -37,7 +38,7 @@ TOKENIZER_FILES = (
     "merges.txt",
     "chat_template.jinja",
 )
-DAMAGED, _PARTIAL = ".damaged", ".partial"
+DAMAGED, PARTIAL = ".damaged", ".partial"
 _NAME = re.compile(r"step-(\d{7}|[1-9]\d{7,15})(\.partial|\.replaced\.partial|\.damaged|)", re.ASCII)
 ASSETS = ("config.json", "generation_config.json", *TOKENIZER_FILES)
 """Files of the base that travel with a checkpoint."""
@@ -311,13 +312,13 @@ def prune(folder: Path, keep_last: int, keep_every: int = 0) -> None:
     folders = step_folders(folder)
     complete = [(step, path) for step, path, suffix in folders if not suffix]
     for step, unfinished, suffix in folders:
-        if suffix.endswith(_PARTIAL) and complete and step < complete[-1][0]:
+        if suffix.endswith(PARTIAL) and complete and step < complete[-1][0]:
             shutil.rmtree(unfinished)
     for step, old in complete[:-keep_last] if keep_last else []:
         if keep_every and step % keep_every == 0:
             continue
         # Renamed first: a removal killed half-way must not leave a folder that looks like a checkpoint.
-        renamed = old.with_name(old.name + _PARTIAL)
+        renamed = old.with_name(old.name + PARTIAL)
         os.rename(old, renamed)
         shutil.rmtree(renamed)
 

@@ -15,7 +15,7 @@ from checkpoint_chain import Layout, Run, forked
 
 from sdlm_megatron.checkpoint import async_writer as checkpoint_writer
 from sdlm_megatron.checkpoint.async_writer import MAX_FAILED_SAVES, CheckpointWriter
-from sdlm_megatron.checkpoint.local_disk import carry_over
+from sdlm_megatron.checkpoint.local_disk import carry_over, local_root
 from sdlm_megatron.config.schema import CheckpointConfig
 from sdlm_megatron.errors import CheckpointError
 from sdlm_megatron.files import sha256
@@ -121,21 +121,27 @@ def local(run: Run, out: Path) -> None:
     """Each process has its own local disk; a checkpoint lost from the run folder is copied back from intact ones."""
     engine, state = run.engine(DP2)
     groups, config = engine.groups, CheckpointConfig(local_dir=str(out / "node-$LOCAL_RANK"))
+    root = local_root(config, out)
+    assert root is not None
+    (root / "step-0000001").mkdir(parents=True)
+    (root / "step-0000001" / "stale").write_text("of an earlier run in this folder")
     with CheckpointWriter(engine, out, config) as writer:
         for step in (1, 2):
             writer.save(replace(state, step=step))
     groups.gather(None)
     steps = [sorted(int(p.name[5:]) for p in folder.glob("step-*")) for folder in (out / "ckpt", *_disks(out))]
     assert steps == [[1, 2], [2], [2]], steps
+    assert not (out / "ckpt" / "step-0000001" / "stale").exists()
     groups.gather(None)
     assert not carry_over(config, out, groups, print), "copied although the run folder has it"
     home = out / "ckpt" / "step-0000002"
     before = {p.name: sha256(p) for p in home.rglob("*") if p.is_file()}
     groups.gather(None)
-    for change in (None, "flip", "lose"):
+    for change in ("undo", None, "flip", "lose"):
         if groups.main:
             home.rename(home.with_name(f"was-{change}"))
-            (home.with_name("step-0000002.partial") / "weights").mkdir(parents=True)  # as if killed during the copy
+            if change != "undo":  # as if killed during the copy
+                (home.with_name("step-0000002.partial") / "weights").mkdir(parents=True)
             damaged = next(_disks(out)[1].rglob("*.distcp"))
             if change == "flip":
                 damaged.write_bytes(b"\1" + damaged.read_bytes()[1:])

@@ -29,6 +29,7 @@ def test_checkpoints_survive_kills_failed_writes_and_local_disks(tmp_path: Path)
     assert output.count("local checkpoint of step 2: copied to") == 2, "expected a report from each process"
     assert "could not be copied: [Errno 5] the local disk returned other bytes than were written" in output
     assert "local checkpoint of step 2: incomplete on these nodes, ignored" in output
+    assert "local checkpoint of step 2: ignored, " in output, "it was removed from the run folder"
 
 
 def test_full_disks_are_reported(tmp_path: Path) -> None:

@@ -1,10 +1,13 @@
 """Learning rate of every step, compared with transformers' schedules, which train the reference implementation."""
 
+from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from helpers import make_hf
 from transformers import get_scheduler
 
 from sdlm_megatron.config.schema import ScheduleConfig
@@ -14,7 +17,8 @@ PEAK = 5e-6
 
 
 def rates(config: ScheduleConfig, steps: int, peak: float = PEAK) -> list[float]:
-    optimizer: Any = SimpleNamespace(param_groups=[{}], config=SimpleNamespace(weight_decay=0.01))
+    group = {"wd_mult": 1.0, "max_lr": peak, "min_lr": None}  # as Megatron-Core makes them
+    optimizer: Any = SimpleNamespace(param_groups=[group], config=SimpleNamespace(weight_decay=0.01))
     schedule = build_schedule(optimizer, config, peak, steps)
     result = []
     for step in range(1, steps + 1):
@@ -60,3 +64,14 @@ def test_last_steps_have_the_expected_rates() -> None:
     assert rates(ScheduleConfig(style="wsd", decay_steps=2), 4, 1.0) == [1.0, 1.0, 1.0, 0.5]
     assert rates(ScheduleConfig(style="wsd", warmup_steps=2, decay_steps=1), 3, 1.0) == [0.5, 1.0, 1.0]
     assert rates(ScheduleConfig(), 3) == [PEAK] * 3  # the published recipe
+
+
+@pytest.mark.parametrize("rank", [0, 2], ids=["all weights", "LoRA"])
+def test_every_group_of_the_engines_optimizer_has_the_rate(make_engine: Callable, tmp_path: Path, rank: int) -> None:
+    engine = make_engine(make_hf(tmp_path / "hf", layers=1), rank=rank)
+    config, groups = ScheduleConfig(style="linear", min_lr=2e-6), engine.optimizer.param_groups
+    schedule = build_schedule(engine.optimizer, config, engine.config.optimizer.lr, 4)
+    set_rate(schedule, 4)
+    expected = 2e-6 + (engine.config.optimizer.lr - 2e-6) / 4
+    assert len(groups) == (1 if rank else 2), "norms and biases have a group of their own"
+    assert [group["lr"] for group in groups] == pytest.approx([expected] * len(groups), rel=1e-12)

@@ -4,13 +4,15 @@ import json
 import shutil
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from sdlm_megatron.checkpoint.local_disk import _listing, keep_only
-from sdlm_megatron.config.schema import DiffusionConfig, ModelConfig
+from sdlm_megatron.checkpoint.local_disk import _listing, carry_over, keep_only, local_root
+from sdlm_megatron.config.schema import CheckpointConfig, DiffusionConfig, ModelConfig
 from sdlm_megatron.errors import CheckpointError
+from sdlm_megatron.files import HashedFile
 from sdlm_megatron.weights import checkpoint_folder
 from sdlm_megatron.weights.checkpoint_folder import (
     TrainState,
@@ -95,6 +97,36 @@ def test_damaged_list_of_files_on_a_local_disk_is_none(run: Path) -> None:
     assert _listing(run / "ckpt")["3"][1] == marker.read_text()
     marker.write_text('{"a": {"si')
     assert _listing(run / "ckpt")["3"][1] is None
+
+
+def test_only_an_interrupted_save_is_copied_from_a_local_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    groups: Any = SimpleNamespace(rank=0, main=True, gather=lambda value: [value])  # one process
+    log: list[str] = []
+    config, run = CheckpointConfig(local_dir=str(tmp_path / "disk")), tmp_path / "run"
+    root = local_root(config, run)
+    assert root
+    save(run, 500)
+    root.mkdir(parents=True)
+    save(tmp_path / "made", 1000).rename(root / "step-0001000")
+
+    def copied() -> bool:
+        return carry_over(config, run, groups, log.append)
+
+    # step 1000 was complete in the run folder and removed, to repeat its steps
+    assert not copied() and "step 1000: ignored, " in log[-1] and newest_step(run) == 500
+    shutil.rmtree(run)  # and a new run in the same folder has saved nothing
+    assert not copied() and newest_step(run) == -1
+    partial = step_folder(run, 1000).with_name("step-0001000.partial")
+    (partial / "weights").mkdir(parents=True)  # the job was killed during the copy
+    with monkeypatch.context() as full:
+        full.setattr(HashedFile, "check", lambda file: _raise_full())
+        assert not copied() and "could not be copied" in log[-1]
+    assert not list(partial.iterdir()), "an empty folder: the next start tries again"
+    assert copied() and newest_step(run) == 1000 and not partial.exists()
+
+
+def _raise_full() -> None:
+    raise OSError(28, "No space left on device")
 
 
 def test_steps_are_compared_as_numbers(tmp_path: Path) -> None:

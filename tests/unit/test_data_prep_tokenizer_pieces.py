@@ -12,6 +12,7 @@ import pytest
 import sentencepiece
 from transformers import AutoTokenizer
 
+from checkpoints_tools.tokenizer_files import add_token, copy_tokenizer
 from data_prep.encoders import TextTokenizer, open_encoder
 from data_prep.encoding import probe_texts
 from data_prep.piece_tokenizer import CONTROL, USER_DEFINED, VocabularyPiece, serialize, vocabulary
@@ -19,11 +20,13 @@ from sdlm_megatron.data.tokenizer_identity import (
     fingerprint,
     has_tokenizer,
     parse_sentencepiece,
+    same_tokenizer,
     special_token_id,
     vocabulary_size,
 )
 from sdlm_megatron.errors import DataError
-from tests.byte_tokenizer import write_folder
+from sdlm_megatron.weights.checkpoint_folder import read_assets, write_assets
+from tests.byte_tokenizer import definition, write_folder
 from tests.qwen_vocab import ROOT
 
 IM_START, IM_END = "<|im_start|>", "<|im_end|>"
@@ -263,6 +266,34 @@ def test_tokenizer_json_takes_precedence(tmp_path: Path) -> None:
         TextTokenizer.from_folder(tmp_path), type(open_encoder(folder(tmp_path / "x", trained("bpe"))))
     )
     assert open_encoder(tmp_path).encode_batch(["ab"]) == [[*b"ab"]]
+
+
+@pytest.mark.parametrize("kind", ["tokenizer.json", "tokenizer.model", "vocab.json"])
+def test_each_kind_travels_with_a_checkpoint_to_the_export(tmp_path: Path, kind: str) -> None:
+    base, saved, out = (tmp_path / name for name in ("base", "saved", "out"))
+    if kind == "tokenizer.model":
+        folder(base, trained("bpe", ("<table>",)), {IM_START: N, IM_END: N + 1})
+    else:
+        write_folder(base)
+    if kind == "vocab.json":
+        (base / "tokenizer.json").unlink()
+        (base / "vocab.json").write_text(json.dumps(definition()["model"]["vocab"]))
+        (base / "merges.txt").write_text("#version: 0.2\n")
+        added = {token["content"]: token["id"] for token in definition()["added_tokens"]}
+        (base / "added_tokens.json").write_text(json.dumps(added))
+        (base / "tokenizer_config.json").write_text("{}")
+    assert has_tokenizer(base)
+    manifest, mask_id = {"tokenizer": {"fingerprint": fingerprint(base)}}, vocabulary_size(base)
+    write_assets(read_assets(base), saved)
+    assert same_tokenizer(saved, manifest) is True
+    out.mkdir()
+    assert copy_tokenizer(out, saved)
+    add_token(out, "<text_mask>", mask_id)
+    assert same_tokenizer(out, manifest) is True and special_token_id(out, "<text_mask>") == mask_id
+    if kind == "tokenizer.model":
+        (out / "config.json").write_text('{"model_type": "llama"}')
+        expected = [N, N + 1, mask_id]
+        assert AutoTokenizer.from_pretrained(out).convert_tokens_to_ids([IM_START, IM_END, "<text_mask>"]) == expected
 
 
 def test_fingerprint_of_pieces(tmp_path: Path) -> None:

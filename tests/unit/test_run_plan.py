@@ -1,6 +1,7 @@
 """Settings that a run takes from the manifest of its dataset, and from itself when it resumes."""
 
 import json
+import re
 import shlex
 import shutil
 from collections.abc import Iterator
@@ -10,8 +11,9 @@ from types import SimpleNamespace
 from typing import Any, get_type_hints
 
 import pytest
-from helpers import make_dataset, make_hf
+from helpers import REPO, make_dataset, make_hf
 
+from checkpoints_tools.mcore_to_hf import build_parser
 from sdlm_megatron.config.load import PRESETS, load_config, preset_names
 from sdlm_megatron.config.schema import RunConfig
 from sdlm_megatron.data.format import PackedDataset
@@ -152,6 +154,9 @@ def test_a_preset_accepts_the_row_that_the_mask_token_added(tmp_path: Path, data
     assert started.new_mask and started.state.shape.vocab_size == data.manifest["mask_token_id"] + 1
     resumed = make_run_plan(configured(tmp_path, *shape, f"--checkpoint.base={base}"), data, print)
     assert resumed.kind == "resume" and resumed.state.shape == started.state.shape
+    exported = make_hf(tmp_path / "exported", vocab=data.manifest["mask_token_id"] + 1)
+    again = configured(tmp_path, *shape, f"--checkpoint.base={exported}", f"--run_dir={tmp_path / 'again'}")
+    assert make_run_plan(again, data, print).state.shape == started.state.shape
     wrong = configured(tmp_path, *shape, f"--model.vocab_size={started.state.shape.vocab_size + 1}")
     with pytest.raises(ConfigError, match="vocab_size"):
         make_run_plan(wrong, data, print)
@@ -184,6 +189,19 @@ def test_every_setting_has_a_class_for_a_resume() -> None:
         resume_class("mine.lr")
 
 
+def test_the_documents_name_the_class_of_every_setting() -> None:
+    text = (REPO / "docs" / "operations.md").read_text().partition("| settings | another value |\n|---|---|\n")[2]
+    documented = {}
+    for row in text.partition("\n\n")[0].splitlines():
+        names, effect = row[2:-2].split(" | ")
+        plain, _, of_train = names.partition("of `train`: ")
+        names_of_row = re.findall("`(.+?)`", plain) + [f"train.{name}" for name in re.findall("`(.+?)`", of_train)]
+        documented |= dict.fromkeys(names_of_row, re.split("[,:]", effect)[0])
+    assert {name: documented.get(name) or documented.get(name.partition(".")[0]) for name in leaves()} == {
+        name: resume_class(name) for name in leaves()
+    }
+
+
 CHANGES = [
     ("train.seed", 7, "--train.seed=42"),
     ("train.global_batch_unit", "documents", "--train.global_batch_unit=rows"),
@@ -205,6 +223,20 @@ def test_a_setting_that_changes_the_result_is_refused(
         make_run_plan(configured(tmp_path, *settings), data, print)
     folder = tmp_path / "run" / "ckpt" / "step-0000003"
     assert option in raised.value.fix and f"--checkpoint.base={folder}" in raised.value.fix
+
+
+def test_the_advice_for_a_run_with_adapters_works(tmp_path: Path, data: PackedDataset) -> None:
+    settings = [f"--checkpoint.base={make_hf(tmp_path / 'base')}", "--model.num_layers=0", "--lora.rank=2"]
+    save(configured(tmp_path, *settings), data, 3)
+    folder = step_folder(tmp_path / "run", 3)
+    changed, based = ([*settings, "--train.seed=7"], [f"--checkpoint.base={folder}", f"--run_dir={tmp_path / 'new'}"])
+    for wrong in (changed, [*settings, *based]):
+        with pytest.raises(CheckpointError) as raised:
+            make_run_plan(configured(tmp_path, *wrong), data, print)
+        command = re.search(r"sdlm export (.+?), then (.+?);", raised.value.fix)
+        assert command and f"--checkpoint.base={folder}" not in raised.value.fix
+        options = build_parser().parse_args(command[1].split())
+        assert (options.ckpt, str(options.out)) == (folder, "DIR") and "--checkpoint.base=DIR" in command[2]
 
 
 def test_all_changes_are_named_at_once(tmp_path: Path, data: PackedDataset) -> None:
@@ -268,7 +300,11 @@ def test_a_shorter_run_than_trained_is_refused(tmp_path: Path, data: PackedDatas
 
 def test_a_step_or_row_beyond_the_run_is_refused(tmp_path: Path, data: PackedDataset) -> None:
     last = configured(tmp_path, "--train.steps=5", "--train.stop_after=5", "--data.skip_rows=[3,19]")
-    assert make_run_plan(last, data, print).last_step(last) == 5
+    plan = make_run_plan(last, data, print)
+    assert plan.last_step(last) == 5 and plan.to_continue(last) == "raise train.steps"
+    stopped = configured(tmp_path, "--train.steps=5", "--train.stop_after=3")
+    assert plan.to_continue(stopped) == "raise train.stop_after, or set it to 0,"
+    assert plan.to_continue(configured(tmp_path, "--train.epochs=1")) == "raise train.epochs"
     train(last, None, find_nan=5)
     for settings, find_nan, message in (
         (["--train.stop_after=6"], 0, "stop_after is 6, but the run ends with step 5"),

@@ -34,19 +34,22 @@ META = {
 }  # fmt: skip
 
 
-def dataset(path: Path, documents: list[tuple[int, list[int]]]) -> PackedDataset:
-    """Dataset of single-document rows from (length, block starts); the turn ends two tokens before the end."""
+def dataset(path: Path, documents: list[tuple[int, list[int]]], *, target_shift: bool = True) -> PackedDataset:
+    """Dataset of single-document rows from (length, anchors); the turn ends two tokens before the end."""
     rows = []
-    for i, (length, starts) in enumerate(documents):
+    for i, (length, anchors) in enumerate(documents):
         ids = np.arange(length, dtype=np.int32)
         ids[-2] = EOS
-        rows.append(pack_row([(i, ids, np.array(starts, np.int32))], block_size=4, mask_token_id=MASK))
-    write_dataset(path, META, [rows])
+        document = (i, ids, np.array(anchors, np.int32))
+        rows.append(pack_row([document], block_size=4, mask_token_id=MASK, target_shift=target_shift))
+    write_dataset(path, {**META, "target_shift": target_shift}, [rows])
     return PackedDataset(path)
 
 
-def test_prompts_end_with_the_first_block_and_fit_a_row(tmp_path: Path) -> None:
-    prompts = choose_prompts(dataset(tmp_path / "a", [(20, []), (95, [92]), (30, [9, 12]), (60, [5]), (10, [4])]))
+@pytest.mark.parametrize("target_shift", [True, False])
+def test_prompts_end_with_the_first_anchor_and_fit_a_row(tmp_path: Path, target_shift: bool) -> None:
+    documents: list[tuple[int, list[int]]] = [(20, []), (95, [92]), (30, [9, 12]), (60, [5]), (10, [4])]
+    prompts = choose_prompts(dataset(tmp_path / "a", documents, target_shift=target_shift))
     assert [p.ids for p in prompts] == [list(range(10)), list(range(6))]  # 46 + 42 of 128 tokens; no room for another
     assert [p.answer for p in prompts] == [[*range(10, 28), EOS], list(range(6, 38))]
     with pytest.raises(ConfigError, match="no document in the first 64 rows") as caught:
@@ -88,7 +91,7 @@ def training_run(engine: "Engine", data: PackedDataset, state: "TrainState", ass
     from sdlm_megatron.training.run_plan import RunPlan
 
     plan = RunPlan(engine.config, state, None, "random", assets, None, total_rows=2, steps=2)
-    grid = StepGrid(1, 1, 1, data.row_length)
+    grid = StepGrid(1, 1, 1, data.row_length + 8)
     return TrainingRun(engine.config, plan, engine, data, grid, None, None, state)
 
 
@@ -100,7 +103,9 @@ def test_sampler_has_text_if_there_is_a_tokenizer(make_engine: Callable, tmp_pat
     engine = make_engine(folder)
     state = TrainState(0, 0, 1, engine.shape, engine.config.diffusion, MASK, "fp32", "none", {}, EOS)
     data = PackedDataset(make_dataset(tmp_path / "data", rows=2))
-    hook = SampleHook(training_run(engine, data, state, None))
+    run = training_run(engine, data, state, None)
+    hook = SampleHook(run)
+    assert hook._propose.row_length == run.grid.row_length > data.row_length
     as_ids = hook.record(hook.decode())
     (folder / "tokenizer.json").write_text(json.dumps(definition()))
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
