@@ -224,7 +224,8 @@ class FormReader:
         turns = self._said("assistant", answer, self.fields["chosen"])
         if not holds(prompt):
             if holds(self._value(row, "input")):
-                raise DataError("the row continues a prompt that it does not have", self.fields["input"])
+                fix = f"{self._source.option('ignore', [self.fields['input']])} leaves it out"
+                raise DataError("the row continues a prompt that it does not have", self.fields["input"], fix)
             return turns
         before = self._prompt(row, prompt)
         if turns[0].role == "assistant":
