@@ -10,13 +10,10 @@ same command resumes. The result depends only on the settings and the input, not
 
 import argparse
 import errno
-import fcntl
 import json
-import os
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -25,11 +22,12 @@ from typing import Any
 from rich.console import Console
 
 from data_prep.accounting import Accounting
-from data_prep.build_config import PRESETS, BuildConfig, SourceConfig, check, lasting
+from data_prep.build_config import PRESETS, BuildConfig, check, lasting
 from data_prep.build_report import dry_run, expected_rows, report, template_lines, unread_lines
+from data_prep.build_state import BuildState, discard, input_digest, locked, open_work
 from data_prep.chat import frame_of
 from data_prep.decontaminate import evaluation_files
-from data_prep.documents import UnitResult, load_result, tokenize_unit
+from data_prep.documents import UnitResult, tokenize_unit
 from data_prep.encoders import TextTokenizer, TokenizerMismatch, open_encoder
 from data_prep.encoding import TextEncoder
 from data_prep.first_rows import check_fields, check_results, with_formats
@@ -38,7 +36,7 @@ from data_prep.outcomes import refusal
 from data_prep.planning import PackingPlan, dropped_files, make_plan, number_sources
 from data_prep.pool import cpus, ending_on_interrupt, work_on
 from data_prep.preview import show_samples, take_samples
-from data_prep.readers import InputUnit, plan_units
+from data_prep.readers import plan_units
 from data_prep.repetitions import repetition_entries
 from data_prep.row_rules import UNTRAINED_FILE
 from data_prep.rows import EpochPart, RowWriter, cut_parts, load_part
@@ -49,8 +47,8 @@ from sdlm_megatron.config.load import load_config, to_yaml
 from sdlm_megatron.config.secret_text import mask_values
 from sdlm_megatron.data.chatml import format_of
 from sdlm_megatron.data.format import PartInfo, seal
-from sdlm_megatron.data.tokenizer_identity import fingerprint, special_token_id, vocabulary_size
-from sdlm_megatron.errors import ConfigError, DataError, make_console, run_cli
+from sdlm_megatron.data.tokenizer_identity import fingerprint, same_tokenizer, special_token_id, vocabulary_size
+from sdlm_megatron.errors import ConfigError, DataError, UserError, make_console, run_cli
 from sdlm_megatron.files import make_folder, sha256, write_json, write_text
 from sdlm_megatron.progress import track
 
@@ -114,46 +112,10 @@ def merge(config: BuildConfig, console: Console | None = None, *, workers: int =
     return _complete(state, console, workers)
 
 
-@dataclass(frozen=True)
-class _BuildState:
-    """A build in progress; equal in all processes that work on it."""
-
-    config: BuildConfig
-    sources: list[SourceConfig]
-    units: list[InputUnit]
-    meta: dict[str, Any]
-    partial: Path
-
-    @property
-    def work(self) -> Path:
-        return self.partial / "work"
-
-    @property
-    def mismatch(self) -> Path:
-        """File that exists once the fast encoder has returned wrong ids; contains the message."""
-        return self.work / "mismatch.txt"
-
-    @property
-    def refused(self) -> Path:
-        """File that exists once the build was stopped because of its rows."""
-        return self.work / "refused"
-
-    @property
-    def rejects(self) -> Path:
-        """File beside the output with the rows that stopped the build."""
-        return Path(f"{Path(self.config.out)}.rejects.jsonl")
-
-    def result(self, number: int) -> UnitResult | None:
-        """Result of a unit; None while it is incomplete or may contain wrong ids."""
-        result = load_result(self.work, number)
-        doubtful = result is not None and result.encoder.startswith("fastokens") and self.mismatch.exists()
-        return None if doubtful else result
-
-
-def _complete(state: _BuildState, console: Console, workers: int) -> dict[str, Any]:
+def _complete(state: BuildState, console: Console, workers: int) -> dict[str, Any]:
     """Performs all remaining stages."""
     # Shards need no lock, because they write distinct units; packing and sealing happen in one process only.
-    with _locked(state.work):
+    with locked(state.work):
         _tokenize(state, range(len(state.units)), console, workers)
         manifest = _finish(state, console, workers)
     report(manifest, state.config, console)
@@ -161,7 +123,8 @@ def _complete(state: _BuildState, console: Console, workers: int) -> dict[str, A
 
 
 def _existing_manifest(config: BuildConfig, console: Console) -> dict[str, Any] | None:
-    """Manifest of `config.out` if it was built with these settings; None if the folder does not exist."""
+    """Manifest of `config.out` if it was built with these settings from this input; None if the folder does not
+    exist."""
     out = Path(config.out)
     if not out.exists():
         return None
@@ -173,8 +136,25 @@ def _existing_manifest(config: BuildConfig, console: Console) -> dict[str, Any] 
     if not same:
         raise DataError("the output folder already exists", config.out, "set another --out, or remove the folder")
     shutil.rmtree(out / "work", ignore_errors=True)  # remains if a build was killed right after the rename
-    console.print(f"{config.out} already exists, built with these settings")
+    console.print(f"{config.out} already exists, built with these settings{_input_compared(config, manifest)}")
     return manifest
+
+
+def _input_compared(config: BuildConfig, manifest: dict[str, Any]) -> str:
+    """End of a sentence about the input of a finished dataset. Raises DataError if it is another one by now."""
+    if "input" not in manifest:  # a dataset of an older version
+        return ""
+    other = "the tokenizer" * (same_tokenizer(config.tokenizer, manifest) is False)
+    try:
+        digest = input_digest(plan_units(expand(config.sources)), evaluation_files(config.decontaminate))
+    except UserError as error:  # often removed once the dataset is there
+        digest, compared = manifest["input"], f"; its input is not compared: {error.where}: {error.what}"
+    else:
+        compared = " from this input"
+    if other := other or "the content of the files" * (manifest["input"] != digest):
+        fix = "set another --out, or remove the folder to build it again"
+        raise DataError(f"the output folder was built from other input: {other} differs", config.out, fix)
+    return compared
 
 
 def _settings(config: BuildConfig) -> dict[str, Any]:
@@ -182,68 +162,19 @@ def _settings(config: BuildConfig) -> dict[str, Any]:
     return mask_values({key: value for key, value in asdict(config).items() if key != "out"})
 
 
-def _begin(config: BuildConfig, *, restart: bool = False) -> _BuildState:
-    """Checks tokenizer and sources and opens the work folder. If that belongs to other settings: starts over with
-    `restart` and if the build was refused, else raises ConfigError."""
+def _begin(config: BuildConfig, *, restart: bool = False) -> BuildState:
+    """Checks tokenizer and sources and opens the work folder as `open_work` does."""
     make_folder(Path(config.out).absolute().parent, dry=True)
     meta = _meta(config)
     sources = with_formats(expand(config.sources))
     units = plan_units(sources)
     check_fields(sources, units, config.system_prompt)
     meta["sources"] = [mask_values(asdict(source)) for source in sources]
-    state = _BuildState(config, sources, units, meta, Path(f"{Path(config.out)}.partial"))
     settings: dict[str, Any] = {"config": lasting(_settings(config)), "tokenizer": meta["tokenizer"]}
     settings |= {"units": [asdict(unit) for unit in units], "evaluation": evaluation_files(config.decontaminate)}
-    settings = json.loads(json.dumps(settings))  # comparable with the stored file: tuples become lists
-    file = state.work / "build.json"
-    if state.refused.exists():
-        unread = json.loads(state.refused.read_text(encoding="utf-8"))
-        before = json.loads(file.read_text(encoding="utf-8"))
-        if lasting(before["config"], unread) == lasting(settings["config"], unread):
-            settings["config"] = before["config"]
-        if restart and before != settings:
-            shutil.rmtree(state.partial)
-            return _begin(config)
-    if not file.exists():
-        state.work.mkdir(parents=True, exist_ok=True)
-        # Several shards may start at once: each writes its own file, and the rename is atomic.
-        own = state.work / f"build-{os.uname().nodename}-{os.getpid()}.json"
-        write_json(own, settings)
-        os.replace(own, file)
-    begun = json.loads(file.read_text(encoding="utf-8"))
-    for key, value in settings.items():
-        if begun[key] == value:
-            continue
-        if key == "units" and settings["config"] == begun["config"]:
-            raise _changed_files(state, begun[key], value)
-        names = [k for k in value if begun[key].get(k) != value[k]] if isinstance(value, dict) else ["the input files"]
-        raise ConfigError(
-            f"this build was begun with other settings: {', '.join(names)}",
-            str(state.partial),
-            "use the same settings to resume it, or remove the folder to start over",
-        )
-    return state
-
-
-def _changed_files(state: _BuildState, before: list[dict[str, Any]], now: list[dict[str, Any]]) -> DataError:
-    """Error that names the input files that are not as they were."""
-    old, new = ({unit["file"]: unit["stamp"] for unit in units} for units in (before, now))
-    names = [file for file in sorted(old.keys() | new.keys()) if old.get(file) != new.get(file)]
-    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-    what = f"the input changed after this build began: {names[0] if names else 'the order of the files'}{more}"
-    fix = "restore the files to resume it, or remove the folder to start over"
-    return DataError(what, str(state.partial), fix)
-
-
-@contextmanager
-def _locked(work: Path) -> Iterator[None]:
-    """Prevents a second process from completing the same build."""
-    with open(work / "lock", "w", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise DataError("another process works on this build", str(work.parent), "wait for it") from None
-        yield
+    meta["input"] = input_digest(units, settings["evaluation"])
+    state = BuildState(config, sources, units, meta, Path(f"{Path(config.out)}.partial"))
+    return open_work(state, settings, restart=restart)
 
 
 def _meta(config: BuildConfig) -> dict[str, Any]:
@@ -284,23 +215,24 @@ def _encoder(folder: str, mask_token: str, fast: bool = True) -> TextEncoder:
 class _TokenizeWorker:
     """Worker of stage one: unit number -> its result, or None if the fast encoder returned wrong ids."""
 
-    def __init__(self, state: _BuildState) -> None:
+    def __init__(self, state: BuildState) -> None:
         self._state = state
         self._encoder = _encoder(state.config.tokenizer, state.config.mask_token)
 
     def __call__(self, number: int) -> UnitResult | None:
         state = self._state
         unit = state.units[number]
+        source = state.sources[unit.source]
         if state.mismatch.exists():  # another process may have detected the mismatch
             self._encoder = _encoder(state.config.tokenizer, state.config.mask_token, fast=False)
         try:
-            return tokenize_unit(state.config, state.sources[unit.source], unit, number, self._encoder, state.work)
+            return tokenize_unit(state.config, source, unit, number, self._encoder, state.work, state.begun)
         except TokenizerMismatch as error:
             write_text(state.mismatch, str(error))
             return None
 
 
-def _tokenize(state: _BuildState, numbers: Sequence[int], console: Console, workers: int) -> None:
+def _tokenize(state: BuildState, numbers: Sequence[int], console: Console, workers: int) -> None:
     """Stage one for some units; skips completed ones.
 
     After a single wrong id of the fast encoder all its results are discarded and produced again without it, because
@@ -328,7 +260,7 @@ def _tokenize(state: _BuildState, numbers: Sequence[int], console: Console, work
         _tokenize(state, numbers, console, workers)
 
 
-def _finish(state: _BuildState, console: Console, workers: int) -> dict[str, Any]:
+def _finish(state: BuildState, console: Console, workers: int) -> dict[str, Any]:
     """Stages two and three, and the manifest."""
     results = [result for i in range(len(state.units)) if (result := state.result(i)) is not None]
     _check_rows(state, results)
@@ -350,7 +282,7 @@ def _finish(state: _BuildState, console: Console, workers: int) -> dict[str, Any
     return _seal(state, plan, accounting, {part: done[part] for part in parts})
 
 
-def _check_rows(state: _BuildState, results: list[UnitResult], *, packed: bool = True) -> None:
+def _check_rows(state: BuildState, results: list[UnitResult], *, packed: bool = True) -> None:
     """Raises DataError, and leaves the rejected rows beside the output, if no row remains (not `packed`: after
     packing) or too many were rejected."""
     numbering = number_sources(state.sources, state.units, results)
@@ -364,12 +296,12 @@ def _check_rows(state: _BuildState, results: list[UnitResult], *, packed: bool =
     if any(row.usable for row in rows):  # tokenized units are kept for another max_rejected or ignore
         write_json(state.refused, unread)
     else:
-        shutil.rmtree(state.partial)
+        discard(state.partial)
     raise error
 
 
 def _seal(
-    state: _BuildState, plan: PackingPlan, accounting: Accounting, parts: dict[EpochPart, PartInfo]
+    state: BuildState, plan: PackingPlan, accounting: Accounting, parts: dict[EpochPart, PartInfo]
 ) -> dict[str, Any]:
     """Writes accounting, rejects and manifest, renames the dataset, and removes the work folder."""
     config, rejects = state.config, state.partial / "rejects.jsonl"

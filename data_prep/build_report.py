@@ -138,7 +138,7 @@ def dry_run(config: BuildConfig, console: Console, *, examples: bool = False) ->
     )
     state = "would be created"
     if Path(config.out).exists():
-        state = "already exists: the build would fail unless it has the same settings"
+        state = "already exists: the build would fail unless it has the same settings and input"
     elif Path(config.out).with_name(Path(config.out).name + ".partial").exists():
         state = "is incomplete: the build would resume"
     console.print(f"{config.out} {state}")

@@ -36,7 +36,7 @@ from data_prep.row_rules import turn_keys
 from data_prep.truncate import FittedBatch, fit_batch
 from data_prep.turns import Conversation
 from sdlm_megatron.errors import DataError
-from sdlm_megatron.files import most_open, write_json
+from sdlm_megatron.files import most_open, own_partial, write_json
 from sdlm_megatron.weights.hf_config import HFConfig
 from sdlm_megatron.weights.positions import base_config, check_positions
 
@@ -73,7 +73,8 @@ class UnitResult:
     spelled: int = 0  # texts that spell a special token
     unread: dict[str, int] = field(default_factory=dict)  # number of rows, by field that is neither read nor ignored
     overlaps: dict[str, Any] = field(default_factory=dict)  # of its rows with evaluation files: OverlapCounts
-    encoder: str = ""  # library that tokenized the unit, and the reason if it is not the fast one
+    begun: str = ""  # digest of the settings of its build
+    encoder: str = ""  # library that tokenized the unit, and the reason if it is not the fast one; two if it changed
     sizes: dict[str, int] = field(default_factory=dict)  # size of the other files in bytes
 
 
@@ -93,18 +94,26 @@ def load_result(work: Path, number: int) -> UnitResult | None:
 
 
 def tokenize_unit(
-    config: BuildConfig, source: SourceConfig, unit: InputUnit, number: int, encoder: TextEncoder, work: Path
+    config: BuildConfig,
+    source: SourceConfig,
+    unit: InputUnit,
+    number: int,
+    encoder: TextEncoder,
+    work: Path,
+    begun: str,
 ) -> UnitResult:
     """Reads, renders, tokenizes and fits one unit, and writes its files. Raises DataError if its file cannot be read,
     TokenizerMismatch if the fast encoder returned wrong ids."""
     with _UnitWriter(config, work, number) as writer:
         reader = FormReader(source, config.system_prompt, columnar=of_table(unit, source))
+        writer.result.begun, writer.result.encoder = begun, describe(encoder)
         rows = read_unit(unit, source)
         while chunk := list(islice(rows, CHUNK)):
             _tokenize_chunk(config, reader, chunk, encoder, writer)
         writer.result.unread = dict(reader.unread)
         writer.result.lines = count_lines(unit) if unit.kind == LINES else 0
-        writer.result.encoder = describe(encoder)
+        if (now := describe(encoder)) != writer.result.encoder:  # the rows before are verified by sample only
+            writer.result.encoder += f", then {now}"
         return writer.finish()
 
 
@@ -202,9 +211,8 @@ class _UnitWriter:
 
     def __enter__(self) -> "_UnitWriter":
         for kind in self._kinds:
-            name = unit_file(self._work, self._number, kind)
-            # Host and process in the name: two shards may tokenize the same unit after a requeue.
-            self._files[kind] = open(f"{name}.{os.uname().nodename}-{os.getpid()}.partial", "wb")
+            # Two shards may tokenize the same unit after a requeue.
+            self._files[kind] = open(own_partial(unit_file(self._work, self._number, kind)), "wb")
         return self
 
     def __exit__(self, *_: object) -> None:

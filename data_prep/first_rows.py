@@ -8,7 +8,7 @@ from typing import Any
 
 from data_prep.build_config import SourceConfig
 from data_prep.documents import UnitResult
-from data_prep.forms import FormReader, InputRow, detect_format
+from data_prep.forms import FormReader, InputRow, detect_format, further_names
 from data_prep.readers import InputUnit, plan_units, read_unit, where
 from data_prep.source_formats import FORMATS
 from sdlm_megatron.errors import DataError
@@ -85,10 +85,10 @@ def unread_error(source: SourceConfig, unread: Mapping[str, int], rows: int, pla
     """
     counts = ", ".join(f"`{name}` in {n:,}" for name, n in sorted(unread.items(), key=lambda item: -item[1]))
     what = f"source {source.name!r} has fields that the format {source.format} does not read: {counts} of {rows:,} rows"
-    fix = f"{source.option('ignore', sorted(unread))} leaves them out"
+    fix = f"{source.option('ignore', sorted({*unread, *source.ignore}))} leaves them out"
     if columns := [name for name in unread if "." not in name]:
         named = source.option("columns", {"NAME": columns[0]})
-        fix += f"; {named} reads one (NAME: input, system, history, tools, weight)"
+        fix += f"; {named} reads one (NAME: {', '.join(further_names(source))})"
     if any(name.endswith("reasoning_content") for name in unread):
         fix += "; to train the reasoning, write it into the text of its turn"
     if any(word in name.lower() for word in ("image", "audio", "video") for name in unread):

@@ -31,6 +31,9 @@ from sdlm_megatron.data.chatml import DEFAULT_SYSTEM, IM_START
 from sdlm_megatron.errors import ConfigError, DataError
 
 _USUAL_ROLES = {spelling: role for spelling, role in ROLES.items() if role in CHATML_ROLES}
+_KINDS = {"turns": ("turns",), "pair": ("prompt", "answer"), "text": ("text",), "preference": ("chosen", "rejected")}
+_FURTHER = {"pair": ("input", "history"), "preference": ("prompt", "input")}
+"""Ways of reading a row, each with the columns that it must have and with those that only it may have."""
 _new: Callable[[type[ChatTurn], tuple[str, str, bool]], ChatTurn] = tuple.__new__
 """Makes a turn without a Python call, which would take longer than all checks of a turn."""
 
@@ -78,8 +81,8 @@ class FormReader:
         self.fields = {name: column for name, column in named.items() if column not in source.ignore}
         """Columns that are read, by our names."""
         self.preference, self._system_prompt, self._source = source.preference, system_prompt, source
-        self._kind = _kind(self.fields, source)
-        self._turns = self.fields.get("turns", "")
+        self.kind = _kind(self.fields, source)
+        _check_names(self.kind, self.fields, source)
         own = (self.fields.pop("role", ""), self.fields.pop("content", ""))
         self._parser = TurnParser(*own, source.ignore, columnar=columnar)
         self._flags = [flag for flag in FLAGS if flag not in source.ignore and flag not in self.fields.values()]
@@ -89,8 +92,8 @@ class FormReader:
         self._ignored = COMMON_IGNORED | set(source.ignore)
         self._unread: Counter[str] = Counter()
         # A row in which other columns hold something takes the slow path.
-        direct = ("turns",) if self._kind == "turns" else ("prompt", "answer")
-        self._columns = [self.fields[name] for name in direct] if self._kind in ("turns", "pair") else []
+        direct = ("turns",) if self.kind == "turns" else ("prompt", "answer")
+        self._columns = [self.fields[name] for name in direct] if self.kind in ("turns", "pair") else []
         self._plain = self._ignored | set(self._columns)
         usual = ROLE_KEYS.index("from") if source.format == "sharegpt" else ROLE_KEYS.index("role")
         self._keys = (own[0] or ROLE_KEYS[usual], own[1] or TEXT_KEYS[usual])
@@ -107,9 +110,9 @@ class FormReader:
         try:
             if not self._plain.issuperset(content) and any(holds(content[k]) for k in content if k not in self._plain):
                 raise ValueError
-            if self._kind == "turns":
+            if self.kind == "turns":
                 return _fast_turns(content[self._columns[0]], *self._keys)
-            if self._kind == "pair":
+            if self.kind == "pair":
                 return _fast_pair(content[self._columns[0]], content[self._columns[1]])
         except (LookupError, TypeError, ValueError):
             pass
@@ -119,14 +122,14 @@ class FormReader:
         if isinstance(row, Unreadable):
             what, _, detail = row.reason.partition(": ")
             raise DataError(what, detail, _encoding_fix(self._source) if NOT_UTF8 in what else "")
-        if self._kind == "rows" and isinstance(row, list):
+        if self.kind == "rows" and isinstance(row, list):
             return self._parser.parse(row, "row")
         if not isinstance(row, Mapping):
             raise DataError(f"a row must be an object, not {type(row).__name__}")
-        if self._kind == "rows":
+        if self.kind == "rows":
             raise DataError("a row must be a list of turns, not dict")
         chosen = self._is_chosen(row)
-        turns = getattr(self, f"_read_{self._kind}")(row)
+        turns = getattr(self, f"_read_{self.kind}")(row)
         tools = tools_text(self._value(row, "tools"), self.fields.get("tools", ""), columnar=self._columnar)
         where = self.fields.get("system", "system")
         turns = with_system(turns, self._value(row, "system"), tools, self._system_prompt, where)
@@ -219,17 +222,25 @@ class FormReader:
         self._column(row, "rejected")
         answer, prompt = self._column(row, "chosen"), self._value(row, "prompt")
         turns = self._said("assistant", answer, self.fields["chosen"])
-        # A list of turns usually repeats the prompt.
-        if not holds(prompt) or (isinstance(answer, list) and turns[0].role != "assistant"):
+        if not holds(prompt):
+            if holds(self._value(row, "input")):
+                fix = f"{self._source.option('ignore', [self.fields['input']])} leaves it out"
+                raise DataError("the row continues a prompt that it does not have", self.fields["input"], fix)
             return turns
-        return self._prompt(row, prompt) + turns
+        before = self._prompt(row, prompt)
+        if turns[0].role == "assistant":
+            return before + turns
+        # A list of turns usually repeats the prompt.
+        if not {turn[:2] for turn in before} <= {turn[:2] for turn in turns}:
+            fix = f"{self._source.option('ignore', [self.fields['prompt']])} trains the turns"
+            raise DataError("two prompts: the column and the turns of the answer", self.fields["prompt"], fix)
+        return turns
 
 
 def _kind(fields: Mapping[str, str], source: SourceConfig) -> str:
     """The way of reading: turns, pair, text, preference, or rows that are lists."""
     where = f"source {source.name!r}"
-    kinds = {"turns": ("turns",), "pair": ("prompt", "answer"), "text": ("text",), "preference": ("chosen", "rejected")}
-    present = [kind for kind, names in kinds.items() if all(name in fields for name in names)]
+    present = [kind for kind, names in _KINDS.items() if all(name in fields for name in names)]
     if source.format == "turns" and not present:
         return "rows"
     if len(present) != 1:
@@ -240,6 +251,22 @@ def _kind(fields: Mapping[str, str], source: SourceConfig) -> str:
         fix = f"{source.option('preference', 'chosen')} trains the chosen answers"
         raise ConfigError("a preference file has two answers in each row; SDLM trains one", where, fix)
     return present[0]
+
+
+def further_names(source: SourceConfig) -> tuple[str, ...]:
+    """Names in `columns` of texts that the rows of a source may have beside those they must have, and its weights."""
+    return (*_FURTHER.get(FormReader(source).kind, ()), "system", "tools", "weight")
+
+
+def _check_names(kind: str, fields: Mapping[str, str], source: SourceConfig) -> None:
+    """Raises ConfigError if `columns` has a name that rows of this kind do not have: its column would be lost."""
+    more = () if kind == "rows" else (*_KINDS[kind], *_FURTHER.get(kind, ()), "system", "tools", "weight", "label")
+    names = ("role", "content", *more)
+    for name in source.columns:
+        if name in fields and name not in names:
+            what = f"`columns` has {name}, which rows of the form {kind} do not have"
+            fix = f"use {', '.join(names)}, or put `{fields[name]}` into `ignore`"
+            raise ConfigError(what, f"source {source.name!r}", fix)
 
 
 def _fast_turns(turns: Any, role_key: str, text_key: str) -> Conversation:

@@ -19,6 +19,7 @@ Worker = Callable[[Any], Any]
 """Function that executes a task; created once per process."""
 
 _worker: Worker | None = None
+_failure: Exception | None = None  # of making the worker
 
 
 def cpus() -> int:
@@ -118,10 +119,13 @@ def _done(running: dict[Future[Any], Task]) -> Iterator[tuple[Task, Any]]:
 
 
 def _begin(make: Callable[..., Worker], arguments: tuple[Any, ...]) -> None:
-    global _worker
+    global _worker, _failure
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent also gets it and ends this process
     Thread(target=_end_with_parent, daemon=True).start()
-    _worker = make(*arguments)
+    try:
+        _worker = make(*arguments)
+    except Exception as error:  # noqa: BLE001  raised here, it would look as if the process had died
+        _failure = error
 
 
 def _end_with_parent() -> None:
@@ -133,6 +137,8 @@ def _end_with_parent() -> None:
 
 
 def _do(task: Any) -> Any:
+    if _failure:
+        raise _failure
     assert _worker is not None
     return _run(_worker, task)
 

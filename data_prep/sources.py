@@ -3,6 +3,7 @@
 import glob
 import os
 import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import takewhile
@@ -16,7 +17,7 @@ from data_prep.csv_files import count_csv
 from data_prep.input_bytes import COMPRESSIONS, file_type, is_columnar, limited_lines, open_utf8, reading, stamp
 from data_prep.json_files import is_entry, json_elements, read_meta
 from data_prep.source_formats import FILE_TYPES
-from sdlm_megatron.errors import DataError
+from sdlm_megatron.errors import ConfigError, DataError
 from sdlm_megatron.files import checked, read_json_object, regular_file
 
 
@@ -56,9 +57,12 @@ def _from_meta(source: SourceConfig, name: str, entry: Any) -> SourceConfig:
 
 def input_sources(inputs: Sequence[Sequence[str]]) -> list[dict[str, Any]]:
     """Settings of one source for each list of paths of the command line: its location, and a name of its own, from the
-    end of the path, or of what the paths have in common."""
+    end of the path, or of what the paths have in common. ConfigError: a hub dataset beside another path."""
     places, ends = list[dict[str, Any]](), []
     for paths in inputs:
+        if len(paths) > 1 and any(path.startswith("hub:") for path in paths):
+            fix = " ".join(f"--input {shlex.quote(path)}" for path in paths)
+            raise ConfigError("a hub dataset needs an --input of its own", f"--input {shlex.join(paths)}", fix)
         hub = paths[0].removeprefix("hub:") if paths[0].startswith("hub:") else ""
         places.append({"hub": hub} if hub else {"path": paths[0]} if len(paths) == 1 else {"paths": list(paths)})
         common = hub or os.path.commonpath([os.path.abspath(path) for path in paths])

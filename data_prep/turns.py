@@ -73,6 +73,7 @@ For each function call, return a json object with function name and arguments wi
 _CHATML_TURN = re.compile(
     rf"{re.escape(IM_START)}([^\n]*)\n(.*?){re.escape(IM_END)}\s*(?=$|{re.escape(IM_START)})", re.DOTALL
 )
+_ARGUMENTS = ("arguments", "parameters")
 _NOT_TEXT = ("image", "audio", "video", "file")
 
 
@@ -161,7 +162,7 @@ def parse_chatml(text: str, where: str) -> list[dict[str, str]]:
             break
         turns.append({"role": match[1], "content": match[2]})
         at = match.end()
-    if at != len(text) or not turns or any(IM_START in turn["content"] for turn in turns):
+    if at != len(text) or not turns or any(mark in turn["content"] for mark in (IM_START, IM_END) for turn in turns):
         raise DataError(f"the text begins with {IM_START} but is not a sequence of ChatML turns", where)
     return turns
 
@@ -251,7 +252,7 @@ class TurnParser:
         return "".join(_part_text(part, f"{where}.{key}[{i}]") for i, part in enumerate(content))
 
     def _calls(self, turn: Mapping[str, Any], role: str, where: str) -> list[str]:
-        calls: list[str] = []
+        calls: dict[str, list[str]] = {}
         for key in ("tool_calls", "function_call"):
             value = turn.get(key)
             if isinstance(value, str) and value.strip():
@@ -266,8 +267,13 @@ class TurnParser:
                 value = [value]
             if not isinstance(value, list):
                 raise DataError(f"`{key}` must be a list of calls, not {type(value).__name__}", where)
-            calls += [_render_call(call, f"{where}.{key}[{i}]") for i, call in enumerate(value)]
-        return calls
+            calls[key] = [_render_call(call, f"{where}.{key}[{i}]") for i, call in enumerate(value)]
+        first, *others = calls.values() or [[]]
+        if any(other != first for other in others):
+            names = " and ".join(f"`{key}`" for key in calls)
+            fix = f"put `{where.partition('[')[0]}.function_call` into the source's `ignore`"
+            raise DataError(f"the turn has two readings of its calls: {names}", where, fix)
+        return first
 
 
 def _part_text(part: Any, where: str) -> str:
@@ -303,7 +309,7 @@ def _check_arguments(calls: Any, where: str) -> None:
         inner = call.get("function") if isinstance(call, Mapping) else None
         for holder in (call, inner):
             if isinstance(holder, Mapping):
-                without_nulls(holder.get("arguments"), where)
+                without_nulls([holder[key] for key in _ARGUMENTS if holder.get(key) is not None], where)
 
 
 def _render_call(call: Any, where: str) -> str:
@@ -312,9 +318,12 @@ def _render_call(call: Any, where: str) -> str:
         call = call["function"]
     if not isinstance(call, Mapping) or not isinstance(call.get("name"), str):
         raise DataError("a call needs a `name` and `arguments`", where)
-    arguments = call.get("arguments", call.get("parameters"))
-    if isinstance(arguments, str):
-        arguments = parse_json(arguments, "the arguments of a call", where)
+    readings = [call[key] for key in _ARGUMENTS if call.get(key) is not None]
+    readings = [parse_json(v, "the arguments of a call", where) if isinstance(v, str) else v for v in readings]
+    if len(readings) > 1 and readings[0] != readings[1]:
+        what = f"the call has two readings of its arguments: {' and '.join(f'`{key}`' for key in _ARGUMENTS)}"
+        raise DataError(what, where, "keep one of them")
+    arguments = readings[0] if readings else None
     if not isinstance(arguments, Mapping):
         raise DataError(f"the arguments of a call must be an object, not {type(arguments).__name__}", where)
     name, values = check_text(call["name"], where), check_text(_dumps(arguments), where)

@@ -7,6 +7,7 @@ import os
 import resource
 import stat
 import tempfile
+import threading
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -20,7 +21,7 @@ T = TypeVar("T")
 
 def write_text(path: Path, text: str) -> None:
     """Replaces the content of `path` atomically; a reader sees the old file or the new one."""
-    partial = path.with_name(path.name + ".partial")
+    partial = own_partial(path)
     # a file name may hold bytes that are no text: \udcXX, which JSON reads back as it was
     with open(partial, "w", encoding="utf-8", errors="backslashreplace", opener=_open_no_link) as file:
         file.write(text)
@@ -29,8 +30,13 @@ def write_text(path: Path, text: str) -> None:
     os.replace(partial, path)  # after the fsync: a crash must not leave the name on an empty file
 
 
+def own_partial(path: Path) -> Path:
+    """Temporary name of a file that several machines, processes and threads may write at once."""
+    return path.with_name(f"{path.name}.{os.uname().nodename}-{threading.get_native_id()}.partial")
+
+
 def _open_no_link(path: str, flags: int) -> int:
-    """`os.open` that fails on a link: in a stranger's folder NAME.partial could lead to any file of the user."""
+    """`os.open` that fails on a link: in a stranger's folder this name could lead to any file of the user."""
     return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 

@@ -49,11 +49,14 @@ def render(template: str, messages: Sequence[Mapping[str, str]], special: Mappin
         try:
             pipe.send_bytes(json.dumps(request).encode())
             reply = json.loads(pipe.recv_bytes(2 * MOST_BYTES))
-        except (EOFError, OSError, ValueError):
+        except BaseException as problem:
             del _children[os.getpid()]
             pipe.close()
             child.kill()
             code = child.wait()
+            # Ctrl-C: the reply that is due would be taken for that to the next request.
+            if not isinstance(problem, EOFError | OSError | ValueError):
+                raise
             slow = f"it takes more than {CPU_SECONDS} s of CPU time"
             reply = {"error": slow if code == -signal.SIGXCPU else f"the process that renders it ended with {code}"}
     if "error" in reply:

@@ -2,6 +2,7 @@
 
 import difflib
 import os
+import re
 import typing
 from collections.abc import Sequence
 from dataclasses import asdict, fields, is_dataclass
@@ -165,15 +166,18 @@ def _set(config: Any, override: str) -> None:
     """Sets `--section.key=value`, or `--list.NAME.key=value` of the entry of that name or number."""
     if not override.startswith("--") or "=" not in override:
         raise ConfigError(f"cannot read the argument {shown(override)}", COMMAND_LINE, "write --section.key=value")
-    key, text = override[2:].split("=", 1)
-    value = Override(text, override)
-    head, _, rest = key.partition(".")
+    head, _, rest = override[2:].partition(".")
     listed = getattr(config, head, None) if head in {f.name for f in fields(config)} else None
-    if not rest or not isinstance(listed, list) or not any(map(is_dataclass, listed)):
-        _fill(config, _nested(key, value))
+    if not isinstance(listed, list) or not any(map(is_dataclass, listed)):
+        key, text = override[2:].split("=", 1)
+        _fill(config, _nested(key, Override(text, override)))
         return
-    name, _, rest = rest.partition(".")
     names = [str(getattr(item, "name", i)) for i, item in enumerate(listed)]
+    # A name may have dots and equals signs, as those of folders do: the longest that fits.
+    fitting = [name for name in names if rest.startswith((f"{name}.", f"{name}=")) and "=" in rest[len(name) :]]
+    name = max(fitting, key=len, default=re.split("[.=]", rest)[0])
+    rest, text = rest[len(name) :].removeprefix(".").split("=", 1)
+    value = Override(text, override)
     if name not in names and not (name.isdecimal() and int(name) < len(names)):
         near = difflib.get_close_matches(name, names, 1)
         fix = f"did you mean {head}.{near[0]}?" if near else f"known entries: {', '.join(names) or 'none'}"

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from rich.console import Console
 from transformers import AutoTokenizer
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -24,6 +25,7 @@ from data_prep.first_rows import check_fields, unread_error, with_formats
 from data_prep.forms import FormReader, NotChosen
 from data_prep.readers import plan_units, read_unit
 from data_prep.row_rules import UNTRAINED_FILE
+from data_prep.source_formats import FIELD_NAMES
 from data_prep.truncate import NO_ANSWER, UNTRAINED
 from data_prep.turns import TOOLS_HEAD, TOOLS_TAIL, ChatTurn
 from data_prep.verify import verify
@@ -318,10 +320,17 @@ REFUSED: list[tuple[str, Any, str, str]] = [
     ("messages", [turn(tool_calls=[{"name": "f", "arguments": "not json"}])], "tool_calls[0]", "not JSON"),
     ("messages", [turn(tool_calls=[{"name": "f", "arguments": "[1]"}])], "tool_calls[0]", "an object, not list"),
     ("messages", [turn(tool_calls=[{"arguments": {}}])], "tool_calls[0]", "needs a `name`"),
+    (
+        "messages",
+        [turn(tool_calls=[{"name": "f", "arguments": {}, "parameters": {"a": 1}}])],
+        "calls[0]",
+        "two readings",
+    ),
     ("messages", [turn("function_call", "call f please")], "messages[0]", "a function call is not JSON"),
     ("messages", [{**turn(), "value": "y"}], "messages[0]", "two readings of its text"),
     ("messages", "<|im_start|>user\nno end", "messages", "not a sequence of ChatML turns"),
     ("messages", "<|im_start|>user\na<|im_end|>\nb", "messages", "not a sequence of ChatML turns"),
+    ("messages", "<|im_start|>user\na<|im_end|>b<|im_end|>", "messages", "not a sequence of ChatML turns"),
     ("messages", "no json", "messages", "not JSON"),
 ]
 
@@ -356,12 +365,58 @@ def test_two_readings_of_a_row_are_refused() -> None:
     with pytest.raises(DataError, match="two system texts"):
         reader("messages").read(row)
     assert reader("messages", ignore=["system"]).read(row)[0].text == "a"
+    f, g = ({"name": name, "arguments": {}} for name in "fg")
+    row = {"messages": [turn(tool_calls=[{"function": f}], function_call=g)]}
+    with pytest.raises(DataError, match="two readings of its calls: `tool_calls` and `function_call`") as caught:
+        reader("messages").read(row)
+    assert "`messages.function_call`" in caught.value.fix
+    text = reader("messages", ignore=["messages.function_call"]).read(row)[0].text
+    assert reader("messages").read({"messages": [turn(tool_calls=[f], function_call=f)]})[0].text == text
+    turns = [("user", "q", True), ("assistant", "a", True)]
+    row = {"prompt": "q", "chosen": [turn("user", "q"), turn(content="a")], "rejected": ""}
+    assert reader("preference", preference="chosen").read(row) == turns
+    with pytest.raises(DataError, match="two prompts"):
+        reader("preference", preference="chosen").read({**row, "prompt": "p"})
+    assert reader("preference", preference="chosen", ignore=["prompt"]).read({**row, "prompt": "p"}) == turns
+    with pytest.raises(DataError, match="continues a prompt"):
+        reader("preference", preference="chosen", columns={"input": "i"}).read({**row, "prompt": "", "i": "x"})
     with pytest.raises(ConfigError, match="two readings: turns and pair"):
         reader("query_response", columns={"turns": "x"})
     with pytest.raises(ConfigError, match=r"preference file"):
         reader("preference")
     with pytest.raises(DataError, match="a preference file"):
         reader("prompt_completion").read({"prompt": "q", "completion": "a", "label": True})
+
+
+@pytest.mark.parametrize(
+    ("form", "row"),
+    [
+        ("messages", {"messages": [turn("user"), turn()]}),
+        ("text", {"text": "x"}),
+        ("prompt_response", {"prompt": "x", "response": "x"}),
+        ("preference", {"prompt": "x", "chosen": "x", "rejected": "x"}),
+        ("turns", [turn("user"), turn()]),
+    ],
+)
+def test_a_column_that_is_named_as_advised_is_read(form: str, row: Any) -> None:
+    """Under every name a column is read, refused, or reported as lost; under the advised ones it is read."""
+    source = SourceConfig(name="s", format=form, preference="chosen" * (form == "preference"))
+    fix = unread_error(source, {"more": 1}, 1, "").fix
+    (option,) = [part for part in shlex.split(fix) if part.startswith("--sources.s.columns=")]
+    advised = fix.partition("(NAME: ")[2].partition(")")[0].split(", ")
+    values: dict[str, Any] = {"history": [["added", "x"]], "tools": [{"name": "added"}], "weight": 0}
+    for name in FIELD_NAMES:
+        columns = yaml.safe_load(option.partition("=")[2].replace("NAME", name))
+        try:
+            form_reader = FormReader(replace(source, columns=columns))
+            turns = form_reader.read(row if form == "turns" else {**row, "more": values.get(name, "added")})
+        except (ConfigError, DataError):
+            assert form == "turns" or name not in advised
+        else:
+            lost = "added" not in str(turns) and (name != "weight" or turns[-1].trained)
+            assert not lost or (form_reader.unread and name not in advised)
+    assert {"system", "tools", "weight"} <= {*advised}
+    assert ("input" in advised) == (form in ("prompt_response", "preference"))
 
 
 def test_parquet_row_with_null_keys_beside_its_own() -> None:
@@ -378,7 +433,11 @@ def test_null_arguments_of_a_columnar_file_are_refused() -> None:
         table.read(row)
     assert error.value.where == "messages[1].tool_calls" and "JSON text" in error.value.fix
     assert '"unit": null}' in reader("messages").read(row)[1].text
-    calls[0]["function"]["arguments"] = '{"city": null}'
+    calls[0]["function"]["parameters"] = calls[0]["function"].pop("arguments")
+    with pytest.raises(DataError, match="does not tell from a missing key"):
+        table.read(row)
+    assert '"unit": null}' in reader("messages").read(row)[1].text
+    calls[0]["function"] |= {"arguments": '{"city": null}', "parameters": None}
     assert '"city": null}' in table.read(row)[1].text
     with pytest.raises(DataError, match="does not tell from a missing key"):
         table.read({**row, "tools": [{"name": "f", "parameters": {"properties": {"a": None}}}]})
@@ -457,6 +516,7 @@ PAIR = {"prompt": "Why?", "response": "Because."}
         ({"talk": [{"role": "user", "content": "Hi"}]}, "chats", "no source format matches the fields talk", 1),
         ({"messages": [{"role": "user", "content": "é"}]}, "latin", "the line is not UTF-8", 1),
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, "pairs", "two answers in each row", 1),
+        ({**PAIR, "hint": "x"}, "set-3.5.day=1", "does not read: `hint` in 1", 1),
     ],
 )
 def test_advice_can_be_pasted_into_a_shell(
@@ -466,7 +526,9 @@ def test_advice_can_be_pasted_into_a_shell(
     file.write_bytes(json.dumps(row, ensure_ascii=False).encode("latin-1"))
 
     def read(*options: str) -> list[SourceConfig]:
-        config, _ = read_command_line(["--input", str(file), *options])
+        # the name of a file ends at its first dot; without spaces, which argparse takes for another path
+        named = f"--sources={json.dumps([{'name': name, 'path': str(file)}], separators=(',', ':'))}"
+        config, _ = read_command_line(["--input", str(file), *[named] * ("." in name), *options])
         check_fields(config.sources, plan_units(config.sources), None)
         return config.sources
 

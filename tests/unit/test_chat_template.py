@@ -64,6 +64,21 @@ def test_endless_templates_end(monkeypatch: pytest.MonkeyPatch) -> None:
         assert render("{{ messages[0].content }}", MESSAGES, {}, FILE) == "S"
 
 
+def test_an_interrupted_rendering_leaves_no_reply_for_the_next_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat_template, "_children", {})
+    assert render("{{ 0 }}", MESSAGES, {}, FILE) == "0"
+    child, pipe = chat_template._children[os.getpid()]
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(type(pipe), "recv_bytes", interrupt)
+        render("{{ 1 }}", MESSAGES, {}, FILE)
+    assert render("{{ 2 }}", MESSAGES, {}, FILE) == "2"
+    assert child.poll() is not None and pipe.closed
+
+
 SHORT = "import _serve; import sdlm_megatron.chat.template as t; t.CPU_SECONDS = 1;"
 
 

@@ -1,9 +1,11 @@
 """Complete build: documents, accounting, manifest, reproducibility, errors and command line."""
 
 import errno
+import fcntl
 import json
 import re
 import shlex
+import shutil
 from collections import Counter
 from dataclasses import replace
 from io import StringIO
@@ -227,6 +229,24 @@ def test_existing_folder_is_kept_and_failure_leaves_no_files(config: BuildConfig
     with pytest.raises(DataError, match="exists"):
         build(replace(config, seed=6), QUIET)
     assert (Path(config.out) / "manifest.json").stat().st_mtime_ns == before
+    file = Path(config.sources[0].path)
+    text = file.read_text()
+    file.write_text(text + json.dumps(question(40)))
+    with pytest.raises(DataError, match="built from other input: the content of the files differs"):
+        build(config, QUIET)
+    file.unlink()
+    said = StringIO()
+    build(config, Console(file=said, width=500))
+    assert f"built with these settings; its input is not compared: {file}" in said.getvalue()
+    file.write_text(text)
+    build(config, QUIET)
+    write_folder(Path(config.tokenizer), "<more>")
+    with pytest.raises(DataError, match="built from other input: the tokenizer differs"):
+        build(config, QUIET)
+    manifest = json.loads((Path(config.out) / "manifest.json").read_text())
+    del manifest["input"]  # as of an older version
+    (Path(config.out) / "manifest.json").write_text(json.dumps(manifest))
+    assert build(config, QUIET) == manifest
     (Path(config.sources[0].path).parent / "bad.jsonl").write_text("nothing\n")
     bad = SourceConfig(name="bad", format="messages", path=str(Path(config.sources[0].path).parent / "bad.jsonl"))
     with pytest.raises(DataError, match="no rows to write: all 1 rows .*\n    1 rejected: the line is not JSON"):
@@ -388,6 +408,9 @@ def test_several_inputs_are_sources_with_names_of_their_own(config: BuildConfig,
     ]
     read, _ = read_command_line(["--input", first, f"{tmp_path}/b/rows.v1.jsonl", "--format=query_response"])
     assert len(read.sources) == 1 and read.sources[0].paths == [first, f"{tmp_path}/b/rows.v1.jsonl"]
+    with pytest.raises(ConfigError, match="a hub dataset needs an --input of its own") as caught:
+        input_sources([["hub:A", "b c"]])
+    assert caught.value.fix == "--input hub:A --input 'b c'"
     for inputs, names in (
         ([["a/x.jsonl.gz"], ["b/x.jsonl"], ["y z"]], ["a-x", "b-x", f"{Path.cwd().name}-y z"]),
         ([["data/[ab]*.json", "data/c/d.csv"], ["hub:org/Set-3.5M"], ["/"]], ["data", "Set-3.5M", "input"]),
@@ -508,6 +531,9 @@ def test_command_line_overrides_a_source() -> None:
         ("", "dyyyyyyyy/ScaleQuest-Math", 0.5),
         ("copies/smoltalk", "", 1.0),
     ]
+    names = "--sources=[{name: a}, {name: a.b}, {name: a.b=1}]"
+    paths = ["--sources.a.b=1.path=x=y", "--sources.a.b.path=z", "--sources.a.path=w"]
+    assert [s.path for s in load_config(BuildConfig, "", [names, *paths]).sources] == ["w", "z", "x=y"]
     for wrong, message in (
         ("--sources.smoltak.path=x", "did you mean sources.smoltalk?"),
         ("--sources.12.path=x", "known entries: scalequest-math"),
@@ -550,6 +576,41 @@ def test_too_many_rejected_rows_stop_the_build_until_they_are_allowed(config: Bu
     with pytest.raises(DataError, match="were rejected"):
         build(again, QUIET)
     assert build(replace(again, sources=config.sources[:2]), QUIET)["accounting"]["rejected"] == 0
+
+
+def test_a_refused_build_is_removed_as_a_whole_and_by_one_process(
+    config: BuildConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config.max_rejected = 0.15
+    changed = replace(config, max_rejected=1.0, system_prompt="Be short.")
+    expected = build(replace(changed, out=config.out + "2"), QUIET)
+    partial, real = Path(config.out + ".partial"), shutil.rmtree
+
+    def killed(folder: Path, **_: Any) -> None:
+        if folder.exists():
+            (folder / "work" / "build.json").unlink()
+            raise KeyboardInterrupt
+
+    for rest in ("locked", "killed", "no build.json", "units"):
+        with pytest.raises(DataError, match="were rejected"):
+            build(config, QUIET)
+        if rest == "locked":
+            with open(partial / "work" / "lock", "w") as file:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                with pytest.raises(DataError, match="another process"):
+                    build(changed, QUIET)
+            assert len(list(partial.glob("work/u*.json"))) == 3
+        if rest == "killed":
+            with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+                patch.setattr("shutil.rmtree", killed)
+                build(changed, QUIET)
+        if rest in ("no build.json", "units"):  # as left by versions that removed file by file
+            (partial / "work" / "build.json").unlink()
+        if rest == "units":
+            (partial / "work" / "refused").unlink()
+        assert build(changed, QUIET) == expected
+        assert not list(partial.parent.glob("out.partial*"))
+        real(config.out)
 
 
 def test_fields_of_later_rows_stop_the_build_until_they_are_ignored(config: BuildConfig, tmp_path: Path) -> None:

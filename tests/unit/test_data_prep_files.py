@@ -21,9 +21,9 @@ import pytest
 
 from data_prep import build, csv_files, input_bytes, json_files, readers
 from data_prep.build_config import SourceConfig
-from data_prep.forms import Unreadable
+from data_prep.forms import FormReader, Unreadable
 from data_prep.input_bytes import stamp
-from data_prep.readers import plan_units, read_unit, where
+from data_prep.readers import of_table, plan_units, read_unit, where
 from data_prep.sources import count, expand, files, unread_files
 from sdlm_megatron.errors import DataError
 from tests.byte_tokenizer import write_folder
@@ -379,7 +379,8 @@ def test_stamp_is_of_the_content(tmp_path: Path) -> None:
 
 
 def test_hub_rows_with_unequal_fields_are_read(tmp_path: Path, datasets_cache: None) -> None:
-    rows = [{"query": "q", "response": "a"}, {"query": "q", "response": "a", "meta": {"x": 1}}]
+    tools = [{"name": "f", "default": None}]
+    rows = [{"query": "q", "response": "a"}, {"query": "q", "response": "a", "meta": {"x": 1}, "tools": tools}]
     folder = tmp_path / "set"
     folder.mkdir()
     for i, name in enumerate(("train-0", "train-1", "test")):
@@ -390,7 +391,10 @@ def test_hub_rows_with_unequal_fields_are_read(tmp_path: Path, datasets_cache: N
     except datasets.exceptions.DatasetGenerationError:
         assert contents(source) == rows
         assert count(source) == 2
-        assert [Path(unit.file).name for unit in plan_units([source])] == ["train-0.jsonl", "train-1.jsonl"]
+        units = plan_units([source])
+        assert [Path(unit.file).name for unit in units] == ["train-0.jsonl", "train-1.jsonl"]
+        form = FormReader(source, columnar=of_table(units[1], source))  # a null in a line is no missing key
+        assert '"default": null' in form.read(rows[1])[0].text
     else:
         pytest.fail("`datasets` reads these rows: the test needs others")
 

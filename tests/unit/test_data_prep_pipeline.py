@@ -23,7 +23,7 @@ from data_prep import build as build_module
 from data_prep.accounting import DUPLICATE
 from data_prep.build import TokenizeShard, build, build_shard, merge
 from data_prep.build_config import BuildConfig, SourceConfig
-from data_prep.encoders import FastTokenizer
+from data_prep.encoders import FastokensError, FastTokenizer
 from data_prep.readers import plan_units
 from sdlm_megatron.data.format import PackedDataset
 from sdlm_megatron.errors import INTERRUPTED, ConfigError, DataError
@@ -218,8 +218,9 @@ def test_second_process_on_the_same_build_is_refused(config: BuildConfig) -> Non
 def test_dead_worker_is_reported(config: BuildConfig) -> None:
     from data_prep.pool import work_on
 
-    with pytest.raises(DataError, match="worker process died"):
-        list(work_on([1, 2, 3], _dies, (), workers=2))
+    for make, message in ((_dies, "worker process died"), (_cannot_begin, "the tokenizer cannot be read")):
+        with pytest.raises(DataError, match=message):
+            list(work_on([1, 2, 3], make, (), workers=2))
 
 
 @pytest.mark.parametrize(("times", "stuck"), [(1, ""), (2, ""), (2, "stuck")])
@@ -269,6 +270,10 @@ if __name__ == "__main__":
 
 def _dies() -> Any:
     return lambda task: os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _cannot_begin() -> Any:
+    raise DataError("the tokenizer cannot be read", "tokenizer.json", "download it again")
 
 
 def test_fractional_weights_rotate_through_the_rows(config: BuildConfig) -> None:
@@ -399,3 +404,21 @@ def test_wrong_id_discards_all_results_of_the_fast_encoder(
     assert "fastokens returned other ids" in out.getvalue()
     assert "tokenizer: tokenizers" in out.getvalue()
     assert "tokenized again without it" in out.getvalue()
+
+
+def test_units_that_the_fast_encoder_began_are_doubtful(config: BuildConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    original_encode = FastTokenizer._encode
+
+    def fails(self: FastTokenizer, texts: Any) -> Any:
+        if any("Question 8?" in text for text in texts):
+            raise FastokensError("fastokens failed")
+        return original_encode(self, texts)
+
+    monkeypatch.setattr(FastTokenizer, "_encode", fails)
+    monkeypatch.setattr("data_prep.documents.CHUNK", 4)
+    build_module._encoder.cache_clear()
+    build_shard(config, TokenizeShard(0, 1), QUIET)
+    build_module._encoder.cache_clear()
+    files = sorted(Path(config.out + ".partial").glob("work/u*.json"))
+    first, second, *_ = [json.loads(file.read_text())["encoder"] for file in files]
+    assert first.startswith("fastokens ") and ", then tokenizers " in first and second.startswith("tokenizers ")

@@ -3,6 +3,7 @@
 import os
 import resource
 from pathlib import Path
+from threading import Thread
 
 import pytest
 from helpers import make_dataset
@@ -10,7 +11,7 @@ from helpers import make_dataset
 from sdlm_megatron import files, train
 from sdlm_megatron.data.format import PackedDataset
 from sdlm_megatron.errors import CheckpointError, DataError, UserError
-from sdlm_megatron.files import checked, make_folder, read_json, read_json_object, regular_file, write_text
+from sdlm_megatron.files import checked, make_folder, own_partial, read_json, read_json_object, regular_file, write_text
 from sdlm_megatron.report.page_kit import Page
 from sdlm_megatron.weights.resumable_folder import check_out
 
@@ -97,10 +98,25 @@ def test_links_of_a_hub_cache_into_its_blobs_are_followed(tmp_path: Path) -> Non
 
 def test_a_file_is_not_written_through_a_planted_link(tmp_path: Path) -> None:
     (tmp_path / "victim").write_text("before")
-    os.symlink("victim", tmp_path / "report.html.partial")
+    os.symlink("victim", own_partial(tmp_path / "report.html"))
     with pytest.raises(OSError, match="symbolic links"):
         write_text(tmp_path / "report.html", "after")
     assert (tmp_path / "victim").read_text() == "before"
+
+
+def test_two_writers_of_a_file_do_not_disturb_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, real = tmp_path / "mismatch.txt", os.fsync
+
+    def after_another(handle: int) -> None:
+        monkeypatch.setattr(os, "fsync", real)
+        other = Thread(target=write_text, args=(file, "other"))
+        other.start()
+        other.join()
+        assert file.read_text() == "other"
+
+    monkeypatch.setattr(os, "fsync", after_another)
+    write_text(file, "own")
+    assert file.read_text() == "own" and os.listdir(tmp_path) == ["mismatch.txt"]
 
 
 def test_the_current_folder_has_no_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,133 @@
+"""State of a build: its work folder, the units that are complete, and the settings with which it was begun."""
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from data_prep.build_config import BuildConfig, SourceConfig, lasting
+from data_prep.documents import UnitResult, load_result
+from data_prep.readers import InputUnit
+from sdlm_megatron.errors import ConfigError, DataError
+from sdlm_megatron.files import write_json
+
+
+@dataclass(frozen=True)
+class BuildState:
+    """A build in progress; equal in all processes that work on it."""
+
+    config: BuildConfig
+    sources: list[SourceConfig]
+    units: list[InputUnit]
+    meta: dict[str, Any]
+    partial: Path
+    begun: str = ""  # digest of the settings with which the build was begun
+
+    @property
+    def work(self) -> Path:
+        return self.partial / "work"
+
+    @property
+    def mismatch(self) -> Path:
+        """File that exists once the fast encoder has returned wrong ids; contains the message."""
+        return self.work / "mismatch.txt"
+
+    @property
+    def refused(self) -> Path:
+        """File that exists once the build was stopped because of its rows."""
+        return self.work / "refused"
+
+    @property
+    def rejects(self) -> Path:
+        """File beside the output with the rows that stopped the build."""
+        return Path(f"{Path(self.config.out)}.rejects.jsonl")
+
+    def result(self, number: int) -> UnitResult | None:
+        """Result of a unit; None while it is incomplete, of other settings, or may contain wrong ids."""
+        result = load_result(self.work, number)
+        if result is None or result.begun != self.begun:  # another build may have left it here
+            return None
+        return None if result.encoder.startswith("fastokens") and self.mismatch.exists() else result
+
+
+def open_work(state: BuildState, settings: dict[str, Any], *, restart: bool) -> BuildState:
+    """Opens the work folder, new or begun with the same settings. If they are others: starts over with `restart` and if
+    the build was refused, else raises ConfigError, or DataError if only the input files changed."""
+    settings = json.loads(json.dumps(settings))  # comparable with the stored file: tuples become lists
+    file = state.work / "build.json"
+    if state.refused.exists():
+        unread = json.loads(state.refused.read_text(encoding="utf-8"))
+        before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        same = before and lasting(before["config"], unread) == lasting(settings["config"], unread)
+        resumed = {**settings, "config": before["config"]} if same else settings
+        if not restart or before == resumed:
+            settings = resumed
+        else:
+            with locked(state.work):
+                discard(state.partial)
+    if not file.exists():
+        shutil.rmtree(_discarded(state.partial), ignore_errors=True)
+        state.work.mkdir(parents=True, exist_ok=True)
+        write_json(file, settings)  # of several shards that start at once, each
+    begun = json.loads(file.read_text(encoding="utf-8"))
+    for key, value in settings.items():
+        if begun[key] == value:
+            continue
+        if key == "units" and settings["config"] == begun["config"]:
+            raise _changed_files(state, begun[key], value)
+        names = [k for k in value if begun[key].get(k) != value[k]] if isinstance(value, dict) else ["the input files"]
+        raise ConfigError(
+            f"this build was begun with other settings: {', '.join(names)}",
+            str(state.partial),
+            "use the same settings to resume it, or remove the folder to start over",
+        )
+    return replace(state, begun=_digest(begun))
+
+
+def _digest(value: Any) -> str:
+    return sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def input_digest(units: Sequence[InputUnit], evaluation: Mapping[str, str]) -> str:
+    """Digest of the content of all input files in their order, however they are divided into units. `evaluation`: as
+    from `evaluation_files`."""
+    stamps = dict.fromkeys((unit.source, unit.file, unit.stamp) for unit in units)
+    return _digest([[(source, stamp) for source, _, stamp in stamps], list(evaluation.values())])
+
+
+def discard(partial: Path) -> None:
+    """Removes a work folder. It is renamed first: of one that is half removed, the rest would look like a build."""
+    shutil.rmtree(_discarded(partial), ignore_errors=True)
+    os.replace(partial, _discarded(partial))
+    shutil.rmtree(_discarded(partial))
+
+
+def _discarded(partial: Path) -> Path:
+    return partial.with_name(f"{partial.name}.old")
+
+
+def _changed_files(state: BuildState, before: list[dict[str, Any]], now: list[dict[str, Any]]) -> DataError:
+    """Error that names the input files that are not as they were."""
+    old, new = ({unit["file"]: unit["stamp"] for unit in units} for units in (before, now))
+    names = [file for file in sorted(old.keys() | new.keys()) if old.get(file) != new.get(file)]
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    what = f"the input changed after this build began: {names[0] if names else 'the order of the files'}{more}"
+    fix = "restore the files to resume it, or remove the folder to start over"
+    return DataError(what, str(state.partial), fix)
+
+
+@contextmanager
+def locked(work: Path) -> Iterator[None]:
+    """Prevents a second process from completing the same build."""
+    with open(work / "lock", "w", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise DataError("another process works on this build", str(work.parent), "wait for it") from None
+        yield
