@@ -228,7 +228,7 @@ class _TokenizeWorker:
         try:
             return tokenize_unit(state.config, source, unit, number, self._encoder, state.work, state.begun)
         except TokenizerMismatch as error:
-            write_text(state.mismatch, str(error))
+            write_text(state.mismatch, str(error), shared=True)
             return None
 
 

@@ -74,7 +74,7 @@ def open_work(state: BuildState, settings: dict[str, Any], *, restart: bool) -> 
     if not file.exists():
         shutil.rmtree(_discarded(state.partial), ignore_errors=True)
         state.work.mkdir(parents=True, exist_ok=True)
-        write_json(file, settings)  # of several shards that start at once, each
+        write_json(file, settings, shared=True)  # of several shards that start at once, each
     begun = json.loads(file.read_text(encoding="utf-8"))
     for key, value in settings.items():
         if begun[key] == value:

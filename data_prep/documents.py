@@ -269,7 +269,7 @@ class _UnitWriter:
             self.result.sizes[kind] = file.tell()
             os.replace(file.name, unit_file(self._work, self._number, kind))
         self.result.overlaps = self.overlaps.to_dict()
-        write_json(unit_file(self._work, self._number, "json"), asdict(self.result))
+        write_json(unit_file(self._work, self._number, "json"), asdict(self.result), shared=True)
         return self.result
 
 

@@ -95,7 +95,7 @@ class RowWriter:
         for name in info.files:
             os.replace(scratch / name, self._folder / name)
         scratch.rmdir()
-        write_json(_marker(self._work, part), {"counts": asdict(info.counts), "files": info.files})
+        write_json(_marker(self._work, part), {"counts": asdict(info.counts), "files": info.files}, shared=True)
         return info
 
     def _write(self, part: EpochPart, writer: PartWriter) -> None:

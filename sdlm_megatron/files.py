@@ -19,9 +19,14 @@ _LFS = b"version https://git-lfs.github.com/spec/"
 T = TypeVar("T")
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replaces the content of `path` atomically; a reader sees the old file or the new one."""
-    partial = own_partial(path)
+def write_text(path: Path, text: str, *, shared: bool = False) -> None:
+    """Replaces the content of `path` atomically; a reader sees the old file or the new one.
+
+    Args:
+        shared: several processes may write it at once, each by a temporary name of its own. Of a killed one that name
+            stays, while PATH.partial is written again.
+    """
+    partial = own_partial(path) if shared else path.with_name(path.name + ".partial")
     # a file name may hold bytes that are no text: \udcXX, which JSON reads back as it was
     with open(partial, "w", encoding="utf-8", errors="backslashreplace", opener=_open_no_link) as file:
         file.write(text)
@@ -52,9 +57,9 @@ def make_folder(path: Path, *, dry: bool = False) -> None:
         raise UserError(what, str(path), "name another folder") from None
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any, *, shared: bool = False) -> None:
     """`write_text` of `value` as indented JSON."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n", shared=shared)
 
 
 def fsync(path: Path | str) -> None:

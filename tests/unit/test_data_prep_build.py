@@ -235,9 +235,9 @@ def test_existing_folder_is_kept_and_failure_leaves_no_files(config: BuildConfig
     with pytest.raises(DataError, match="built from other input: the content of the files differs"):
         build(config, QUIET)
     file.unlink()
-    said = StringIO()
-    build(config, Console(file=said, width=500))
-    assert f"built with these settings; its input is not compared: {file}" in said.getvalue()
+    printed = StringIO()
+    build(config, Console(file=printed, width=500))
+    assert f"built with these settings; its input is not compared: {file}" in printed.getvalue()
     file.write_text(text)
     build(config, QUIET)
     write_folder(Path(config.tokenizer), "<more>")

@@ -98,9 +98,10 @@ def test_links_of_a_hub_cache_into_its_blobs_are_followed(tmp_path: Path) -> Non
 
 def test_a_file_is_not_written_through_a_planted_link(tmp_path: Path) -> None:
     (tmp_path / "victim").write_text("before")
-    os.symlink("victim", own_partial(tmp_path / "report.html"))
-    with pytest.raises(OSError, match="symbolic links"):
-        write_text(tmp_path / "report.html", "after")
+    for shared, name in ((False, tmp_path / "report.html.partial"), (True, own_partial(tmp_path / "report.html"))):
+        os.symlink("victim", name)
+        with pytest.raises(OSError, match="symbolic links"):
+            write_text(tmp_path / "report.html", "after", shared=shared)
     assert (tmp_path / "victim").read_text() == "before"
 
 
@@ -109,13 +110,13 @@ def test_two_writers_of_a_file_do_not_disturb_each_other(tmp_path: Path, monkeyp
 
     def after_another(handle: int) -> None:
         monkeypatch.setattr(os, "fsync", real)
-        other = Thread(target=write_text, args=(file, "other"))
+        other = Thread(target=write_text, args=(file, "other"), kwargs={"shared": True})
         other.start()
         other.join()
         assert file.read_text() == "other"
 
     monkeypatch.setattr(os, "fsync", after_another)
-    write_text(file, "own")
+    write_text(file, "own", shared=True)
     assert file.read_text() == "own" and os.listdir(tmp_path) == ["mismatch.txt"]
 
 
