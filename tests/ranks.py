@@ -146,7 +146,8 @@ def _import() -> bytes:
 
             compat.silence_known_notices()
             cpu.install()
-            import torch._dynamo  # imported by an optimizer, 1 s
+            import torch._dynamo  # noqa: F401  an optimizer does this, in 1 s
+
             import sdlm_megatron.training.start  # noqa: F401
         finally:
             os.dup2(console, 2)
