@@ -12,7 +12,7 @@ from torch.distributed.checkpoint import FileSystemReader, TensorStorageMetadata
 pytestmark = pytest.mark.distributed
 
 STEPS = 6
-# name -> (processes, settings). 7 rows per step is no multiple of DP 2, so one empty row is added.
+# name -> (processes, settings). 5 rows per step is no multiple of DP 2, so one empty row is added.
 TP2 = {"parallel.tensor": 2, "parallel.sequence": True}
 OVERLAPPED = {"parallel.overlap_grad_reduce": True, "parallel.overlap_param_gather": True}
 LAYOUTS: dict[str, tuple[int, dict[str, object]]] = {
@@ -41,7 +41,7 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("layouts")
     make_dataset(folder / "validation", rows=9, seed=3)
     # untied here; the tied head is tested below and in test_resume.py
-    return make_dataset(folder / "data", rows=30), make_hf(folder / "hf", tied=False, layers=4)
+    return make_dataset(folder / "data", rows=22), make_hf(folder / "hf", tied=False, layers=4)
 
 
 def run(material: tuple[Path, Path], run_dir: Path, processes: int, settings: dict[str, object]) -> list[dict]:
@@ -52,11 +52,11 @@ def run(material: tuple[Path, Path], run_dir: Path, processes: int, settings: di
         "checkpoint.base": base,
         "model.num_layers": 0,  # read the shape from the base
         "train.steps": STEPS,
-        "train.global_batch": 7,
+        "train.global_batch": 5,
         "checkpoint.save_every": 0,
         "observe.tensorboard": False,
         "observe.validate_every": 0,
-        "observe.validation_rows": 8,  # of 9, and more than one step's 7
+        "observe.validation_rows": 8,  # of 9, and more than one step's 5
         "data.validation": data.with_name("validation") if "observe.validate_every" in settings else "",
     }
     train({**common, **settings}, processes=processes, entry=(str(Path(__file__).with_name("small_buckets.py")),))
@@ -105,7 +105,7 @@ def assert_equal(actual: list[dict], expected: list[dict], rel: float = 1e-5) ->
 def test_single_process_run_learns(single: list[dict]) -> None:
     assert len(single) == STEPS
     assert single[-1]["loss"] < single[0]["loss"]
-    assert single[-1]["epoch"] == 1  # 42 rows at 30 per epoch, and a step of both
+    assert single[-1]["epoch"] == 1  # 30 rows at 22 per epoch, and a step of both
     assert len({r["accuracy_pos_1"] for r in single}) > 2 and {"accepted_0.9", "accepted_0.98"} <= set(single[0])
 
 
@@ -146,7 +146,7 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
 def test_interleaved_and_overlapped_run_resumes_on_one_process(
     material: tuple[Path, Path], single_run: Path, single: list[dict], tmp_path: Path
 ) -> None:
-    """PP2 with two virtual stages and DP2 with every overlap (7 rows, so one of 8 is empty), then one process.
+    """PP2 with two virtual stages and DP2 with every overlap (5 rows, so three of 8 are empty), then one process.
 
     Samples are drawn at step 2, which is followed by another step, and at step 3.
     """
