@@ -1,4 +1,4 @@
-"""What of test_generate.py calls transformers' own code, on the oldest supported one (make test-transformers: all)."""
+"""Most of test_generate.py, on the oldest supported transformers (`make test-transformers` runs all of it and more)."""
 
 import os
 import subprocess
