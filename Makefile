@@ -62,8 +62,7 @@ smoke: $(STAMP)  ## the same stages with a tiny random model, under a minute
 smoke-qwen3: $(STAMP)  ## the smoke run with a tiny Qwen3 and YaRN
 	$(PY) -m tests.smoke --family qwen3
 
-# The smoke run comes first: it is short, and pytest's summary is then the last output.
-test: smoke  ## the smoke run, then all tests
+test: $(STAMP)  ## all tests, the smoke run among them
 	$(PY) -m pytest $(PYTEST_ARGS)
 
 test-newest: $(STAMP)  ## tests that use Megatron, with the newest supported Megatron-Core
@@ -104,7 +103,7 @@ docs: $(STAMP)  ## the documentation site, in build/site: docs/ and an API refer
 wheel: $(STAMP)  ## build the wheel into dist/
 	$(PY) -m pip wheel --disable-pip-version-check --no-deps --wheel-dir dist .
 
-check: lint test  ## lint, format, types, import contract, smoke run, tests (what CI runs)
+check: lint test  ## lint, format, types, import contract, tests (what CI runs)
 
 lint: $(STAMP)  ## ruff, format check, mypy, import contract
 	$(PY) -m ruff check .

@@ -1,16 +1,23 @@
-"""Byte-level ChatML tokenizer without merges: one token per byte, so that token counts can be computed by
-hand."""
+"""Byte-level ChatML tokenizer without merges: one token per byte, so that token counts can be computed by hand.
+
+Workers of a build import this file: nothing here imports torch.
+"""
 
 import json
 from pathlib import Path
 from typing import Any
 
-from tests.qwen_vocab import byte_alphabet
-
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 PAD, IM_START, IM_END = 256, 257, 258
 """Ids of SPECIAL; the first free id is 260 because of the plain added token."""
 TOOL = 259
+
+
+def byte_alphabet() -> dict[int, str]:
+    """Printable character that represents each byte in a byte-level vocabulary (GPT-2's table)."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
 
 
 def definition(*extra_special: str) -> dict[str, Any]:

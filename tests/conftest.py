@@ -5,6 +5,7 @@ import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -37,6 +38,15 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
+@pytest.fixture
+def forked_commands(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes `run_command` of the quickstart and the campaigns fork its commands (ranks.py): each imports torch."""
+    from dev.quickstart import pipeline
+    from tests.helpers import run_forked
+
+    monkeypatch.setattr(pipeline, "subprocess", SimpleNamespace(run=run_forked))
 
 
 @pytest.fixture

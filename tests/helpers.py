@@ -8,6 +8,7 @@ import sys
 import tempfile
 from functools import cache
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
@@ -231,7 +232,7 @@ def run_python(
     Modules and scripts run in forks of a process that has imported Megatron-Core (ranks.py), except on a GPU.
     """
     environment = {**os.environ, **ENV, **(env or {})}
-    if arguments[0] != "-c" and "PYTHONPATH" not in (env or {}) and not torch.cuda.is_available():
+    if arguments[0] != "-c" and not torch.cuda.is_available():
         with tempfile.TemporaryDirectory() as folder:
             streams = [Path(folder) / name for name in ("out", "err")]
             code = ranks.run(list(arguments), environment, [*map(str, streams)], processes, 600)
@@ -244,6 +245,17 @@ def run_python(
         done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=REPO, timeout=600)
     if check and done.returncode:
         raise AssertionError(f"{arguments} failed with {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}")
+    return done
+
+
+def run_forked(command: list[str], *, stdout: IO[str] | None, **_: object) -> subprocess.CompletedProcess:
+    """Takes the place of `subprocess.run` for commands of this interpreter and its torchrun: `run_python` runs them."""
+    words, processes = command[1:], 1
+    if words[:2] == ["-m", "torch.distributed.run"]:
+        _, _, _, number, *words = words
+        processes = int(number.removeprefix("--nproc-per-node="))
+    done = run_python(*words, processes=processes, check=False)
+    print(done.stdout + done.stderr, file=stdout, flush=True)
     return done
 
 

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config, Qwen3Config
 from dev.quickstart.base_model import PinnedWheel, holds_model, new_folder
 from sdlm_megatron.errors import DataError, UserError
 from sdlm_megatron.files import write_json
+from tests.byte_tokenizer import byte_alphabet
 
 ROOT = Path(__file__).resolve().parent.parent
 QWEN_IDS = {"bos_token_id": 151643, "eos_token_id": 151645, "pad_token_id": 151643}
@@ -80,13 +81,6 @@ def recover_merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
             parts[at : at + 2] = [parts[at] + parts[at + 1]]
         merges.append((parts[0], parts[1]))
     return merges
-
-
-def byte_alphabet() -> dict[int, str]:
-    """Printable character that represents each byte in a byte-level vocabulary (GPT-2's table)."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
 
 
 def build_tokenizer(ranks: dict[bytes, int]) -> Tokenizer:

@@ -1,4 +1,4 @@
-"""Command `make smoke`: the quickstart with a tiny random Qwen2.5-shaped model, in under a minute, for CI.
+"""Command `make smoke`: the quickstart with a tiny random Qwen2.5-shaped model, in under a minute.
 
 It uses the real Qwen2.5 vocabulary, q/k/v biases, and TP 2 with sequence parallelism, resumed as PP 2. A model of this
 size learns nothing in two steps; the run shows that every stage reads what the stage before it wrote. The target

@@ -64,7 +64,6 @@ CHAINS = {
         Layout(2, ALL),
         Layout(4, {"context": 2, "distributed_optimizer": False}),
         Layout(2, {"tensor": 2, "distributed_optimizer": False}),
-        Layout(1, {}),
         Layout(4, {"context": 4}),
     ],
 }

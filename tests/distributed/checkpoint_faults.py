@@ -24,7 +24,7 @@ from sdlm_megatron.weights.checkpoint_folder import check_files, newest, step_of
 from sdlm_megatron.weights.torch_dist import TorchDist
 
 DP2 = Layout(2, {})
-KILLS = 20
+KILLS = 8
 LIMIT = 40_000
 """File size limit in bytes that makes a write fail; each process writes more."""
 

@@ -1,4 +1,6 @@
-"""`torchrun own_gradients.py DATA BASE OUT SETTINGS`: steps that scale own or all gradients, compared bitwise."""
+"""`torchrun own_gradients.py DATA BASE OUT SETTINGS`: steps that scale own or all gradients, compared bitwise.
+
+SETTINGS is a list; OUT has a list with the results of each rank for each of them."""
 
 import json
 import sys
@@ -15,11 +17,12 @@ from sdlm_megatron.config.schema import ParallelConfig, RunConfig  # noqa: E402
 from sdlm_megatron.data.format import PackedDataset  # noqa: E402
 from sdlm_megatron.parallel import optimizer  # noqa: E402
 from sdlm_megatron.parallel.engine import Engine  # noqa: E402
-from sdlm_megatron.parallel.groups import close_groups, init_groups  # noqa: E402
+from sdlm_megatron.parallel.groups import Groups, close_groups, init_groups  # noqa: E402
 from sdlm_megatron.weights.hf_config import read_hf_config  # noqa: E402
 from tests.helpers import load_micro_batch  # noqa: E402
 
 own_scale, written = optimizer.scale_gradients, [0, 0]
+optimizer.BUCKET_PARAMETERS = 5000
 
 
 def counted(chunk, scale, group) -> None:
@@ -31,12 +34,11 @@ def counted(chunk, scale, group) -> None:
         written[1] += int((old != 0).sum())
 
 
-def main(data: Path, base: Path, out: Path, parallel: dict) -> None:
-    config = RunConfig(parallel=ParallelConfig(**parallel))
+def compare(dataset: PackedDataset, base: Path, groups: Groups, parallel: dict) -> list:
+    """Of each rank: whether norms and weights are bitwise equal, the share of gradients written, the norms."""
+    config, results, written[:] = RunConfig(parallel=ParallelConfig(**parallel)), [], [0, 0]
     config.train.precision, config.diffusion.block_size, config.optimizer.lr = "fp32", 4, 1e-3
-    config.diffusion.causal_attn, optimizer.BUCKET_PARAMETERS = False, 5000
-    groups = init_groups(config.parallel, seed=1)
-    dataset, results = PackedDataset(data), []
+    config.diffusion.causal_attn = False
     for scaling in (counted, lambda chunk, scale, group: chunk.scale_gradients(scale)):
         optimizer.scale_gradients = scaling
         engine = Engine(config, read_hf_config(base).shape, groups, max_positions=4096, steps=9, initialize=False)
@@ -51,9 +53,14 @@ def main(data: Path, base: Path, out: Path, parallel: dict) -> None:
         results.append((norms, [p.detach().clone() for m in engine.modules for p in m.parameters()]))
     (norms, weights), (whole_norms, whole) = results
     same = norms == whole_norms and all(torch.equal(a, b) for a, b in zip(weights, whole, strict=True))
-    everyone = groups.gather([same, written[0] / written[1], norms])
+    return groups.gather([same, written[0] / written[1], norms])
+
+
+def main(data: Path, base: Path, out: Path, settings: list[dict]) -> None:
+    groups = init_groups(ParallelConfig(), seed=1)
+    results = [compare(PackedDataset(data), base, groups, parallel) for parallel in settings]
     if groups.main:
-        out.write_text(json.dumps(everyone))
+        out.write_text(json.dumps(results))
     close_groups()
 
 

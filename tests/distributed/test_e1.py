@@ -6,11 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import assert_bitwise, run_python, tensors
+from helpers import assert_bitwise, tensors
 
-from dev.evidence import e1, e1_results, mask_row, train_arms
+from dev.evidence import e1, e1_results, mask_row
 from dev.evidence.e1_measure import read_vectors
 from dev.evidence.e1_results import E1_ARMS, Key
+from dev.quickstart.pipeline import run_command
 from sdlm_megatron.data.tokenizer_identity import vocabulary_size
 from sdlm_megatron.weights.hf_config import read_hf_config
 from sdlm_megatron.weights.shape import find_mask_token
@@ -19,10 +20,10 @@ from tests.parity import exported
 
 REPO = Path(__file__).parents[2]
 SMALL = e1.Design(arms=("d4_causal",), seeds=(0,), steps=2, budgets=())
+pytestmark = [pytest.mark.distributed, pytest.mark.usefixtures("forked_commands")]
 
 
 @pytest.mark.slow
-@pytest.mark.distributed
 def test_lines_become_vectors(tmp_path, capsys, monkeypatch) -> None:
     monkeypatch.setattr(e1, "FIRST_RATES", (1e-3,))  # and nothing lies beyond it
     monkeypatch.setattr(e1, "RATES", (1e-3,))
@@ -55,15 +56,8 @@ def test_lines_become_vectors(tmp_path, capsys, monkeypatch) -> None:
     ]
 
 
-@pytest.mark.distributed
 def test_starts_of_the_mask_row(tmp_path, monkeypatch, capsys) -> None:
     """The rows by other means; the variant "mean" trains as the plain base does, and all others differently."""
-
-    def forked(command: str, *arguments: object, **_: object) -> None:
-        module = (command,) if "." in command else ("sdlm_megatron.cli", command)
-        run_python("-m", *module, *map(str, arguments))
-
-    monkeypatch.setattr(train_arms, "run_command", forked)
     out, base = tmp_path / "out", exported.export("trained_d4", tmp_path / "plain")
     values = json.loads((base / "config.json").read_text())
     sdlm = ("block_size", "causal_attn", "text_mask_token", "text_mask_token_id", "auto_map", "architectures")
@@ -97,7 +91,7 @@ def test_starts_of_the_mask_row(tmp_path, monkeypatch, capsys) -> None:
     (config,) = (out / "mean" / "models").glob("*/train.yaml")
     for other, same in ((base, True), (out / "zero" / "base", False)):
         folder = tmp_path / f"from-{other.name}"
-        forked("sdlm_megatron.train", "--config", config, f"--run_dir={folder}", f"--checkpoint.base={other}")
+        run_command("sdlm_megatron.train", "--config", config, f"--run_dir={folder}", f"--checkpoint.base={other}")
         assert (mask_row.last_losses(folder) == losses) == same
     mask_row.main(options)
     assert "0 of 1 models to train" in capsys.readouterr().out

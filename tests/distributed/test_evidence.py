@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ SMALL = Budget({"json": 12, "categories": 12}, prompts=4)
 
 @pytest.mark.slow
 @pytest.mark.distributed
+@pytest.mark.usefixtures("forked_commands")
 def test_conversations_become_tables(tmp_path, monkeypatch, capsys) -> None:
     """Two arms: the plain one, and one without the target shift, which no other test takes from data to decoding."""
     monkeypatch.setattr("dev.evidence.document.DPI", 30)  # low resolution renders fast
@@ -36,6 +38,8 @@ def test_conversations_become_tables(tmp_path, monkeypatch, capsys) -> None:
     swept = json.loads((out / "unshifted-0" / "json" / "sweep.json").read_text())
     assert [row["alg"] for row in swept["rows"]] == ["prob_conf", "prob_conf", "self_speculative"]
     assert all(len(row["exact"]) == 2 for row in swept["rows"])
+    # in this process, which has imported torch and transformers
+    monkeypatch.setattr(run_measurements, "ProcessPoolExecutor", lambda *_: ThreadPoolExecutor(1))
     run_measurements.main(["--out", str(out), "--prompts", "4", "--few", "2", "--jobs", "1", "--clock"])
     assert "0 models to measure" in capsys.readouterr().out
     contexts = json.loads((out / "ar-0" / "json" / "context.json").read_text())
@@ -50,6 +54,7 @@ def test_conversations_become_tables(tmp_path, monkeypatch, capsys) -> None:
 
 
 def test_failed_training_is_reported_with_its_log(tmp_path, capsys) -> None:
+    """By an interpreter of its own, as all commands outside the tests."""
     out, base = tmp_path / "campaign", exported.export("trained_d4", tmp_path / "base")
     (out / "ar-0").mkdir(parents=True)
     (out / "ar-0" / "data").write_text("in the way")

@@ -11,15 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import ENV
+from helpers import ENV, run_python
 
 from sdlm_megatron.errors import ConfigError
 from sdlm_megatron.parallel import exchange
 
 pytestmark = pytest.mark.distributed
 
-VICTIM = """
-import torch
+PROGRAM = """
+import contextlib, os, time, torch.distributed as dist
 from sdlm_megatron.config.schema import ParallelConfig
 from sdlm_megatron.parallel import cpu
 cpu.install()
@@ -27,25 +27,22 @@ from sdlm_megatron.errors import run_cli
 from sdlm_megatron.parallel.groups import init_groups
 def main(argv):
     groups = init_groups(ParallelConfig(), seed=1, timeout_minutes=1)
+    if groups.rank == 1 and "PROOF" in os.environ:
+        be_a_stranger()
     GATHER
     print("gathered", *values)
-run_cli(main)
-"""
-OURS = "values = groups.gather((groups.rank, None, '\\udcff', 0.1, float('nan'), -float('inf')))"
-MEGATRONS = "import torch.distributed as dist; values = [None] * 2; dist.all_gather_object(values, [(None, False)])"
-# The stranger follows the protocol of rank 1: the exchange of pickles and that of JSON both begin with the sizes.
-STRANGER = """
-import os, torch.distributed as dist
+# It follows the protocol of rank 1: the exchange of pickles and that of JSON both begin with the sizes.
+def be_a_stranger():
+    with contextlib.suppress(Exception):  # only the other one's error is shown
+        dist.all_gather_object([None] * 2, Evil())
+    time.sleep(100)  # its own end would end the other one
 class Evil:
     def __reduce__(self):
         return os.system, ("touch " + os.environ["PROOF"],)
-from sdlm_megatron.config.schema import ParallelConfig
-from sdlm_megatron.parallel import cpu
-cpu.install()
-from sdlm_megatron.parallel.groups import init_groups
-init_groups(ParallelConfig(), seed=1, timeout_minutes=1)
-dist.all_gather_object([None] * 2, Evil())
+run_cli(main)
 """
+OURS = "values = groups.gather((groups.rank, None, '\\udcff', 0.1, float('nan'), -float('inf')))"
+MEGATRONS = "values = [None] * 2; dist.all_gather_object(values, [(None, False)])"
 CHILD = {**os.environ, **ENV, "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
 
 
@@ -53,6 +50,12 @@ def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
+
+
+def both(folder: Path, exchange: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Ranks 0 and 1 in forks; when one fails, the other is ended."""
+    (folder / "program.py").write_text(PROGRAM.replace("GATHER", exchange))
+    return run_python(str(folder / "program.py"), processes=2, check=False, env=variables)
 
 
 def start(program: str, rank: int, port: int, **variables: str) -> subprocess.Popen[str]:
@@ -64,30 +67,22 @@ def start(program: str, rank: int, port: int, **variables: str) -> subprocess.Po
 
 @pytest.mark.parametrize("exchange", [OURS, MEGATRONS], ids=["ours", "Megatron-Core's"])
 def test_a_pickle_of_another_rank_runs_nothing(tmp_path: Path, exchange: str) -> None:
-    proof, port = tmp_path / "executed", free_port()
-    stranger = start(STRANGER, 1, port, PROOF=str(proof))
-    victim = start(VICTIM.replace("GATHER", exchange), 0, port)
-    _, errors = victim.communicate(timeout=120)
-    stranger.kill()
-    stranger.communicate()
+    proof = tmp_path / "executed"
+    done = both(tmp_path, exchange, PROOF=str(proof))
     assert not proof.exists()
-    assert victim.returncode
-    assert ("cannot be read" if exchange is OURS else "posix.system: only plain values are read") in errors
+    assert done.returncode
+    assert ("cannot be read" if exchange is OURS else "posix.system: only plain values are read") in done.stderr
 
 
-def test_processes_of_one_token_exchange_values() -> None:
-    port = free_port()
-    program = VICTIM.replace("GATHER", OURS)
-    first, second = (start(program, rank, port, SDLM_JOB_TOKEN="a") for rank in (0, 1))
-    for child in (first, second):
-        out, errors = child.communicate(timeout=120)
-        rest = "None, '\\udcff', 0.1, nan, -inf]"
-        assert out.endswith(f"gathered [0, {rest} [1, {rest}\n"), errors
+def test_processes_of_one_token_exchange_values(tmp_path: Path) -> None:
+    done = both(tmp_path, OURS, SDLM_JOB_TOKEN="a")
+    rest = "None, '\\udcff', 0.1, nan, -inf]"
+    assert done.stdout.count(f"gathered [0, {rest} [1, {rest}\n") == 2, done.stderr
 
 
 def test_another_token_is_refused_on_both_sides() -> None:
     """Also where a rank has none, as in a container that starts with an empty environment."""
-    port, program = free_port(), VICTIM.replace("GATHER", OURS)
+    port, program = free_port(), PROGRAM.replace("GATHER", OURS)
     first, second = start(program, 0, port, SDLM_JOB_TOKEN="secret-a"), start(program, 1, port)
     for child, other in ((first, "rank 1"), (second, "rank 0")):
         _, errors = child.communicate(timeout=120)

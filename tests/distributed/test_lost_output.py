@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from helpers import ENV, REPO, make_dataset, make_hf, read_metrics, train
 
+from tests import ranks
+
 pytestmark = pytest.mark.distributed
 
 
@@ -35,6 +37,18 @@ def usual(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def without_reader(line: list[str], errors: Path) -> int:
+    """Exit code of a command in an interpreter of its own, whose output is an ASCII pipe that nothing reads."""
+    reading, output = os.pipe()
+    os.close(reading)
+    environment = {**os.environ, **ENV, "PYTHONIOENCODING": "ascii"}
+    try:
+        with errors.open("wb") as file:
+            return subprocess.run(line, stdout=output, stderr=file, env=environment, cwd=REPO, timeout=600).returncode
+    finally:
+        os.close(output)
+
+
 @pytest.mark.parametrize("kind", ["full disk", "broken pipe"])
 def test_losses_are_the_same_without_any_output(usual: Path, tmp_path: Path, kind: str) -> None:
     run = tmp_path / "run"
@@ -45,18 +59,11 @@ def test_losses_are_the_same_without_any_output(usual: Path, tmp_path: Path, kin
     for name in ("samples.jsonl", "validation.jsonl", "spikes.jsonl"):
         (run / name).mkdir()
     options = [f"--{key}={value}" for key, value in settings(usual, run).items()]
-    line = [sys.executable, "-m", "sdlm_megatron.train", "--config", "tiny", *options, "--profile", "2"]
-    environment = {**os.environ, **ENV, "PYTHONIOENCODING": "ascii"}
+    line = ["-m", "sdlm_megatron.train", "--config", "tiny", *options, "--profile", "2"]
     if kind == "full disk":
-        output = os.open("/dev/full", os.O_WRONLY)
+        code = ranks.run(line, {**os.environ, **ENV}, ["/dev/full", str(tmp_path / "errors")], 1, 600)
     else:
-        reading, output = os.pipe()
-        os.close(reading)
-    try:
-        with open(tmp_path / "errors", "wb") as errors:
-            code = subprocess.run(line, stdout=output, stderr=errors, env=environment, cwd=REPO, timeout=600).returncode
-    finally:
-        os.close(output)
+        code = without_reader([sys.executable, *line], tmp_path / "errors")
     text = (tmp_path / "errors").read_text()
     assert code == 0, text
     assert [r["loss"] for r in read_metrics(run)] == [r["loss"] for r in read_metrics(usual / "run")]

@@ -110,4 +110,6 @@ ours = decode(model, ids, mask_token_id={ID}, window=4, max_new_tokens=12, alg="
 assert answer == ours.tokens[0], (answer, ours.tokens)
 print(answer)
 """
-    return run_python("-c", code, env={"HF_MODULES_CACHE": str(folder.parent / "modules")}).stdout
+    program = folder.with_name("decode.py")
+    program.write_text(code)
+    return run_python(str(program), env={"HF_MODULES_CACHE": str(folder.parent / "modules")}).stdout

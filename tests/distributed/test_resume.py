@@ -117,24 +117,6 @@ def test_rows_are_neither_skipped_nor_repeated(stopped: dict[str, Path], dp_size
     assert seen[0] != seen[1]
 
 
-def test_interrupted_save_is_ignored(stopped: dict[str, Path], tmp_path: Path) -> None:
-    """Incomplete checkpoints beside a good one: the good one is loaded and the others are reported."""
-    run = tmp_path / "run"
-    shutil.copytree(stopped["half"], run)
-    good = run / "ckpt" / f"step-{FIRST:07d}"
-    shutil.copytree(good, run / "ckpt" / "step-0000007.partial")
-    cut = run / "ckpt" / "step-0000006"
-    shutil.copytree(good, cut)
-    shard = next((cut / "weights").glob("*.distcp"))
-    shard.write_bytes(shard.read_bytes()[:-100])
-    shutil.copytree(good, run / "ckpt" / "step-0000005")
-    (run / "ckpt" / "step-0000005" / "complete.json").unlink()
-    done = train(settings(stopped, run, **{"train.stop_after": FIRST + 1}))
-    for name in ("step-0000005", "step-0000006", "step-0000007.partial"):
-        assert f"ignored {run}/ckpt/{name}" in done.stdout
-    assert f"resumes from {good}" in done.stdout
-
-
 def test_resuming_with_another_dataset_or_seed_is_refused(stopped: dict[str, Path], tmp_path: Path) -> None:
     """Rows would be drawn in another order: some twice, others never."""
     run, other = tmp_path / "run", make_dataset(tmp_path / "other", rows=ROWS, seed=5)

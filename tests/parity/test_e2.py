@@ -7,9 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import run_python
 
-from dev.evidence import e1, e2, e2_measure, e2_results, train_arms
+from dev.evidence import e1, e2, e2_measure, e2_results
 from dev.evidence.e1_measure import read_vectors
 from dev.evidence.e1_results import Key
 from dev.evidence.e2_results import KEPT, number_behind_mark
@@ -43,14 +42,8 @@ def clone_of(folder: Path, train: int, test: int) -> Path:
 
 
 @pytest.fixture
-def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+def in_this_process(forked_commands: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Measures here and trains in forks: processes of their own would import torch and lm_eval once more."""
-
-    def forked(command: str, *words: object, **_: object) -> None:
-        module = (command,) if "." in command else ("sdlm_megatron.cli", command)
-        run_python("-m", *module, *map(str, words))
-
-    monkeypatch.setattr(train_arms, "run_command", forked)
     monkeypatch.setattr(e1, "run_command", lambda _, *words, **__: e2_measure.main([str(word) for word in words]))
 
 

@@ -302,13 +302,24 @@ def bad_nodes(drill: Drill) -> list[Outcome]:
 
 
 # --------------------------------------------------------------------------------------------------- the whole
-def all_faults(cluster: Cluster, work: Path, nodes: Sequence[str], names: Sequence[str] = ()) -> list[Outcome]:
+def undisturbed(drill: Drill) -> Run:
+    """The run that no fault disturbs; it keeps all checkpoints."""
+    job = drill.submit("undisturbed", keep=0)
+    job.end()
+    return job.run
+
+
+def all_faults(
+    cluster: Cluster,
+    work: Path,
+    nodes: Sequence[str],
+    names: Sequence[str] = (),
+    undisturbed: Callable[[Drill], Run] = undisturbed,
+) -> list[Outcome]:
     """The undisturbed run, then the same run with the faults `names` (empty: all of FAULTS) one after the other."""
     faults = [(name, fault) for name, fault in FAULTS if not names or name in names]
     drill = Drill(cluster, work, Settings(steps=15 * len(faults) + 10), nodes)
-    job = drill.submit("undisturbed", keep=0)
-    job.end()
-    reference = job.run
+    reference = undisturbed(drill)
     log(f"undisturbed run of {drill.settings.steps} steps is done; the same again, with faults")
     job = drill.submit("disturbed")
     outcomes = [disturb(job, reference, name, fault) for name, fault in faults]

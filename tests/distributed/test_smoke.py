@@ -1,0 +1,19 @@
+"""The smoke run (`make smoke`): conversations to a report, with a real vocabulary and a resume in another layout."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from dev.quickstart.pipeline import Pipeline
+from tests.smoke import demonstration
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.usefixtures("forked_commands")
+def test_every_stage_reads_what_the_one_before_wrote(tmp_path: Path) -> None:
+    report = Pipeline(replace(demonstration("qwen2"), run_dir=tmp_path / "smoke")).run()
+    assert report == tmp_path / "smoke" / "report.html" and report.stat().st_size
+    assert [row["alg"] for row in json.loads(report.with_name("evaluation.json").read_text())["rows"]]
