@@ -166,6 +166,10 @@ class CheckpointWriter:
         self.wait()
         folder = step_folder(self.run_dir, state.step)
         save = _Save(folder, self._copy(), state, facts, final, 0.0, began)
+        if self._local is not None:
+            # One of this step, of an earlier run: with the .partial folder it would count as this one. Not again before
+            # a repetition, whose failure would leave nothing of what the first attempt has written in full.
+            shutil.rmtree(self._local / folder.name, ignore_errors=True)
         save.blocked = time.perf_counter() - began
         self._begin(save)
         if final or not self.config.async_save:
@@ -244,9 +248,6 @@ class CheckpointWriter:
         partial = save.folder.with_name(save.folder.name + ".partial")
         place = partial if self._local is None else self._local / save.folder.name
         name, written = _file(self.engine.groups.rank), []
-        if self._local is not None:
-            # one of this step, of an earlier attempt or run: with the .partial folder it would count as this one
-            shutil.rmtree(place, ignore_errors=True)
         # Every phase ends with a broadcast of its failure, so that no process enters a collective the others skip.
         save.size = sum(gather_on_first(sum(p.nbytes for p in save.parts), self._group))
         save.failure = self._on_main(lambda: self._prepare(save, partial), partial)
@@ -270,8 +271,10 @@ class CheckpointWriter:
             self._report(save)
 
     def _prepare(self, save: _Save, partial: Path) -> None:
-        shutil.rmtree(partial, ignore_errors=True)
-        (partial / "weights").mkdir(parents=True)
+        # The folder itself stays: as long as it exists, the next start copies what is complete on the local disks.
+        partial.mkdir(parents=True, exist_ok=True)
+        empty(partial)
+        (partial / "weights").mkdir()
         # All processes' bytes at once: a disk that fills up half-way would waste the whole write.
         needed, free = save.size + _SMALL_FILES, shutil.disk_usage(partial).free
         if needed > free:
@@ -371,7 +374,7 @@ def _not_written(save: _Save, what: str) -> CheckpointError:
         f"{what}: {save.failure}",
         str(save.folder),
         "free some space (checkpoint.keep_last is the number of checkpoints kept) and start again: training "
-        "resumes from the previous checkpoint",
+        "resumes from the newest checkpoint that is complete",
     )
 
 

@@ -70,14 +70,16 @@ def rank_file(run_dir: str | Path, kind: str, rank: int, name: str | None = None
     return folder / kind / f"rank-{rank:05d}.{'txt' if kind == 'stacks' else 'json'}"
 
 
-def patiently(read: Callable[..., T], *arguments: Any) -> T:
-    """`read(*arguments)`, called again for a minute while it fails.
+def patiently(read: Callable[..., T], *arguments: Any, hurried: Callable[[], bool] = lambda: False) -> T:
+    """`read(*arguments)`, called again for a minute while it fails, or until `hurried()`.
 
     The servers of a shared file system answer with errors while one of them takes over from another.
     """
     for _ in range(12):
         with suppress(OSError, CheckpointError):  # the latter: RUN/ckpt cannot be listed
             return read(*arguments)
+        if hurried():
+            break
         time.sleep(5)
     return read(*arguments)
 

@@ -9,6 +9,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from checkpoint_chain import Layout, Run, forked
@@ -20,7 +21,7 @@ from sdlm_megatron.config.schema import CheckpointConfig
 from sdlm_megatron.errors import CheckpointError
 from sdlm_megatron.files import sha256
 from sdlm_megatron.ops.attempt import read_events
-from sdlm_megatron.weights.checkpoint_folder import check_files, newest, step_of
+from sdlm_megatron.weights.checkpoint_folder import TrainState, check_files, newest, step_of
 from sdlm_megatron.weights.torch_dist import TorchDist
 
 DP2 = Layout(2, {})
@@ -157,6 +158,36 @@ def local(run: Run, out: Path) -> None:
         elif groups.main:
             home.mkdir()
         groups.gather(None)
+    _lost_home(out, config, CheckpointWriter(engine, out, config), replace(state, step=4))
+
+
+def _lost_home(out: Path, config: CheckpointConfig, writer: CheckpointWriter, state: TrainState) -> None:
+    """The run folder fails after the local disks have the last checkpoint, and at each repetition of the save."""
+    groups, mkdir, copy = writer.engine.groups, Path.mkdir, checkpoint_writer.copy_file
+    partial, made, left = out / "ckpt" / "step-0000004.partial", [], []
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.EIO, "the run folder is lost")
+
+    def mkdir_once(path: Path, *arguments: Any, **options: Any) -> None:
+        if path == partial and made:
+            left.extend(partial.iterdir())  # of the copy that failed
+        if path.parent == partial:
+            fail() if made else made.append(path)
+        mkdir(path, *arguments, **options)
+
+    Path.mkdir, checkpoint_writer.copy_file = mkdir_once, fail  # type: ignore[method-assign,assignment]
+    try:
+        writer.save(state, final=True)
+    except CheckpointError as error:
+        assert "the run folder is lost" in error.what, error.what
+    else:
+        raise AssertionError("the final save failed without an error")
+    Path.mkdir, checkpoint_writer.copy_file = mkdir, copy  # type: ignore[method-assign]
+    assert not [*left, *partial.iterdir()] and list(out.glob("node-*/*/step-0000004/complete.json"))
+    groups.gather(None)
+    assert carry_over(config, out, groups, print)
+    check_files(out / "ckpt" / "step-0000004")
 
 
 def _disks(out: Path) -> list[Path]:

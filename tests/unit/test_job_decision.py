@@ -76,12 +76,14 @@ def test_newer_checkpoint_resets_the_failure_count() -> None:
         event("train_end", "7-0-0", 10, outcome="crash", hosts=["a"]),  # before the newest checkpoint
         event("train_end", "7-0-1", 20, outcome="stopped", hosts=[]),
         event("requeue", "7-0-1", 20),
+        event("requeue", "7-0-1", 20),  # a guardian has recorded it too
         event("train_end", "7-1-0", 20, outcome="hang", hosts=["b"]),
         event("train_end", "7-1-1", 20, outcome="not_finite", hosts=["b"]),
         event("train_end", "7-1-2", 20, outcome="crash", hosts=["a", "b"]),
     ]
-    assert since_checkpoint(events, "7", 20) == {"failures": 3, "requeues": 1, "blamed": {"b": 2}, "not_finite": 1}
-    assert since_checkpoint(events, "7", 30)["failures"] == 0
+    assert since_checkpoint(events, "7", 9, 20) == {"failures": 3, "requeues": 1, "blamed": {"b": 2}, "not_finite": 1}
+    assert since_checkpoint(events, "7", 9, 30)["failures"] == 0
+    assert since_checkpoint([], "7", 3, -1)["requeues"] == 3, "without a checkpoint each requeue was one"
 
 
 def test_a_wrong_setting_ends_the_job_and_is_not_retried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,8 +2,10 @@
 
 import errno
 import os
+import time
 from argparse import Namespace
 from collections.abc import Callable, Sequence
+from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,6 +19,7 @@ from sdlm_megatron.ops.driver.decision import REQUEUES, AttemptEnd
 from sdlm_megatron.ops.driver.slurm_commands import SlurmAnswer, SlurmJob
 
 NODES = ["n1", "n2", "n3"]
+EXCLUDE = "scontrol update JobId=7 ExcNodeList=n1"
 RUNNING = {"JobId": "7", "JobState": "RUNNING", "Restarts": "0", "EndTime": "2099-01-01T00:00:00"}
 
 
@@ -65,6 +68,15 @@ def make_driver(tmp_path: Path, spares: int = 0) -> driver.Driver:
 
 def report(**more: object) -> dict:
     return {"table": "", "bad": {}, "blamed": {}, "everywhere": "", **more}
+
+
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Time of all clocks, which passes in pauses only."""
+    now = [1e9]
+    monkeypatch.setattr("time.time", lambda: now[0])
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    monkeypatch.setattr("time.sleep", lambda seconds: now.append(now.pop() + seconds))
+    return now
 
 
 def preflights(monkeypatch: pytest.MonkeyPatch, *results: dict | OSError) -> list[bool]:
@@ -169,6 +181,73 @@ def test_an_error_of_the_shared_disk_ends_an_attempt_and_not_the_job(
     assert "No space left on device; free some space" in read_events(tmp_path / "RUN_DIR")[-1]["reason"]
 
 
+@pytest.mark.parametrize(("restart", "changes"), [(0, ["scontrol requeue 7", EXCLUDE]), (REQUEUES, [])])
+def test_a_run_folder_that_is_away_for_long_requeues_the_job(
+    restart: int, changes: list[str], fake: FakeSlurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_RESTART_COUNT", str(restart))
+    fake.job["Restarts"] = str(restart)
+    preflights(monkeypatch, OSError(errno.EIO, "Input/output error"))
+    job, reads = make_driver(tmp_path), []
+    now = clock(monkeypatch)
+
+    def read(run_dir: Path) -> int:
+        reads.append(now[0])
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(driver, "newest_step", read)
+    assert job.run() == 1 and fake.changes == changes
+    assert reads[-1] - reads[0] == 60
+    assert ("requeue: " if changes else "end: ") + "the driver on n1 cannot use" in (
+        job.logs / "driver.log"
+    ).read_text()
+
+    fake.job["EndTime"] = datetime.fromtimestamp(now[0] + driver.HURRY_SECONDS - 1).isoformat()
+    job.stop.number, reads[:] = driver.signal.SIGUSR1, []
+    assert job.run() == 1 and reads == [reads[0]] * 2, "no patience shortly before the time limit"
+
+    fake.job["Restarts"] = str(restart + 1)
+    fake.changes.clear()
+    with pytest.raises(SystemExit):  # this node was cut off: the job runs again elsewhere
+        job.run()
+    assert not fake.changes
+
+
+def test_a_node_program_that_ends_everywhere_is_tried_again(
+    fake: FakeSlurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended = report(bad=dict.fromkeys(NODES, "answers"), everywhere="answers: code 1: Input/output error")
+    quick = preflights(monkeypatch, ended, report(), ended, ended)
+    searches: list[Sequence[str]] = []
+
+    def train(self: driver.Driver, nodes: list[str], arguments: Sequence[str]) -> AttemptEnd:
+        searches.append(arguments)
+        return AttemptEnd("not_finite", step=5)
+
+    monkeypatch.setattr(driver.Driver, "_train", train)
+    assert make_driver(tmp_path).run() == 2 and quick == [False] * 4
+    assert searches == [[]] and not fake.changes
+    assert "failed on every node: answers: code 1" in read_events(tmp_path / "RUN_DIR")[-1]["reason"]
+    preflights(monkeypatch, report(), OSError(errno.EIO, "I/O"), ended, report(), report(everywhere="run disk: full"))
+    assert make_driver(tmp_path).run() == 2
+    assert searches[1:] == [[], ["--find-nan", "5"]], "the search is not lost with the disk"
+
+
+def test_a_run_folder_of_one_node_does_not_requeue_for_ever(
+    fake: FakeSlurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is new on each batch node, so its events count no requeue."""
+    for restart, changes in ((REQUEUES - 1, ["scontrol requeue 7", EXCLUDE]), (REQUEUES, [])):
+        monkeypatch.setenv("SLURM_RESTART_COUNT", str(restart))
+        fake.job["Restarts"] = str(restart)
+        monkeypatch.setenv("RUN_DIR", str(tmp_path / str(restart)))
+        preflights(monkeypatch, report(bad=dict.fromkeys(NODES, "run disk"), blamed={"n1": "run disk"}))
+        fake.changes.clear()
+        assert make_driver(tmp_path).run() == 1 and fake.changes == changes
+    assert "3 requeues without progress" in read_events(tmp_path / str(REQUEUES))[-1]["reason"]
+    assert "or RUN is a node's own disk" in read_events(tmp_path / str(REQUEUES))[-1]["reason"]
+
+
 def test_ranks_keep_the_order_of_the_allocation(
     fake: FakeSlurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -236,6 +315,12 @@ def test_a_controller_that_is_down_is_waited_for(
     monkeypatch.setenv("SLURM_JOB_END_TIME", "1")
     with pytest.raises(SystemExit):
         job._exit_if_replaced()
+    monkeypatch.delenv("SLURM_JOB_END_TIME")
+    start = clock(monkeypatch)[0]
+    with pytest.raises(SystemExit):
+        job._exit_if_replaced()
+    assert time.time() - start == 3610, "an hour, where the job has no time limit"
+    assert "the last answer of Slurm: nothing, exit code 1" in (job.logs / "driver.log").read_text()
 
 
 def test_environment_file_holds_no_secrets(fake: FakeSlurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -267,26 +352,39 @@ def test_reason_of_a_signal(fake: FakeSlurm) -> None:
 
 def test_a_guardian_is_always_there(fake: FakeSlurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[tuple[str, FakeProcess]] = []
+    looks = [10**9]
 
     def start(line: list[str], **_: object) -> FakeProcess:
-        started.append((next(word for word in line if word.startswith("--nodelist=")), FakeProcess()))
+        assert "--open-mode=append" in line
+        started.append((next(word for word in line if word.startswith("--nodelist=")), FakeProcess(looks[0])))
         return started[-1][1]
 
     monkeypatch.setattr("subprocess.Popen", start)
-    job = make_driver(tmp_path)
-    job._keep_guardian()
-    job._keep_guardian()
-    assert [node for node, _ in started] == ["--nodelist=n3"]
+    job, now = make_driver(tmp_path), clock(monkeypatch)
+
+    def keep(seconds: int) -> list[str]:
+        for _ in range(0, seconds, 10):
+            job._keep_guardian()
+            now[0] += 10
+        return [node.removeprefix("--nodelist=") for node, _ in started]
+
+    assert keep(60) == ["n3"]
     started[0][1].looks = 0  # it has ended
-    job._keep_guardian()
+    assert keep(10) == ["n3"] * 2
     fake.nodes = {"n3": "down*"}
-    job._keep_guardian()
-    job._keep_guardian()
-    assert [node for node, _ in started] == ["--nodelist=n3", "--nodelist=n3", "--nodelist=n2"]
+    assert keep(20) == ["n3", "n3", "n2"]
     assert started[1][1].killed and not started[2][1].killed
     fake.nodes = {"n2": "down", "n3": "down*"}
-    job._keep_guardian()
+    keep(10)
     assert len(started) == 3 and started[2][1].killed
+    fake.nodes = {}
+    started.clear()
+    looks[0] = 0  # none can run
+    assert keep(160) == ["n3", "n2", "n3", "n2"], "after 20, 40 and 80 s"
+    keep(48 * 3600)
+    assert 50 <= len(started) < 60, "once an hour"
+    text = "the guardian on n3 ended with code 0 after 10 s; another node is next: see "
+    assert text in (job.logs / "driver.log").read_text()
 
 
 def guard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
@@ -318,6 +416,7 @@ def test_the_guardian_cancels_a_job_that_cannot_be_requeued(
     assert "refused to requeue: stderr: disabled" in read_events(tmp_path)[-1]["reason"]
     fake.changes.clear()
     monkeypatch.setenv("SDLM_ATTEMPT", "7-0-0")
-    for _ in range(REQUEUES):
+    for restart in range(REQUEUES):
+        monkeypatch.setenv("SDLM_ATTEMPT", f"7-{restart}-0")
         record_event(tmp_path, "requeue", checkpoint=-1)
     assert guard(tmp_path, monkeypatch) == ["job_end"] and fake.changes == ["scancel 7"]

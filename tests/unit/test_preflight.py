@@ -263,6 +263,26 @@ def test_a_program_that_fails_on_every_node_is_a_common_mistake(count: int) -> N
     assert nodes_to_replace(nodes).keys() == {node.name for node in nodes} - {"n1"}
 
 
+@pytest.mark.parametrize("ended", [["n0", "n1", "n2"], ["n1", "n2"], ["n2"]])
+def test_a_program_that_fails_in_the_second_stage(ended: list[str], tmp_path: Path) -> None:
+    """The nodes answered in the first stage, also n0, which may be out by its GPUs: that clears and blames none."""
+    ok = 'import json, sys; json.dump({"speeds": [{"gbs": 9.0}]}, open(sys.argv[4] + "/" + sys.argv[5], "w"))'
+    checked, _ = stages(
+        tmp_path, lambda node, program: [sys.executable, "-c", "exit(1)" if node in ended else ok, *program]
+    )
+    checked.reports = {name: NodeReport(name) for name in ("n0", "n1", "n2")}
+    for node in checked.reports.values():
+        node.add("answers", True, "yes")
+    tasks: dict = {"n1": {}, "n2": {}} if ended == ["n1", "n2"] else {name: {} for name in checked.reports}
+    checked._run_programs("network", tasks, 60)
+    if len(tasks) == 2:
+        checked.reports["n0"].add("gpus", False, "7/8", "7 of 8 GPUs")
+    nodes = list(checked.reports.values())
+    why = "the program on the node ended with code 1"
+    assert common_failures(nodes) == (f"network answers: {why}" if len(ended) == 3 else "")
+    assert list(nodes_to_replace(nodes)) == {3: [], 2: [], 1: ["n2"]}[len(ended)]
+
+
 def test_disks_are_checked_by_writing(tmp_path: Path) -> None:
     assert check_disk("run disk", str(tmp_path / "new"), 0.001, 1).ok
     assert not list((tmp_path / "new").iterdir())

@@ -146,6 +146,26 @@ def test_a_command_that_cannot_start_may_work_later(program, monkeypatch: pytest
     assert answer.busy and "sinfo cannot be started: [Errno 12] Cannot allocate memory" in answer.streams
 
 
+def test_a_missing_command_is_an_error_only_at_a_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Later its file system may be away for a moment."""
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert slurm.command("sinfo").busy and slurm.lost_nodes(["n1"]) == {}
+    with pytest.raises(UserError, match="Slurm's command sbatch is not installed here"):
+        slurm.submit_job(["sbatch", "x.sh"])
+    with pytest.raises(UserError, match="Slurm's command scontrol is not installed here"):
+        slurm.expand_nodes("n[1-2]")
+
+
+def test_a_controller_that_is_down_is_waited_for_an_hour(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also by a job without a time limit."""
+    now = [0.0]
+    monkeypatch.setattr("time.time", lambda: now[0])
+    monkeypatch.setattr("time.sleep", lambda seconds: now.append(now.pop() + seconds))
+    monkeypatch.setattr(slurm, "command", lambda *words: BUSY)
+    monkeypatch.delenv("SLURM_JOB_END_TIME", raising=False)
+    assert SlurmJob("7", 0, ["n1"]).requeue() == BUSY.streams and now == [3610.0]
+
+
 def test_lost_nodes_are_nodes_of_the_question(program) -> None:
     program("sinfo", NOTE + "echo 'sinfo: error: n1 down' >&2\nprintf 'site down*\\nn1 idle\\nn2 down*\\nn3 mixed*\\n'")
     assert slurm.lost_nodes(["n1", "n2", "n3"]) == {"n2": "down*", "n3": "mixed*"}

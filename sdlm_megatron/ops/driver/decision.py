@@ -79,14 +79,19 @@ def _after_failure(end: AttemptEnd, now: Situation) -> Action:
         return Action("retry", f"{end.outcome}: {end.text}", tuple(end.bad))
     why = ", ".join(f"{host} ({reason})" for host, reason in excluded.items())
     if now.requeues >= REQUEUES:
-        return Action("end", f"{now.requeues} requeues without progress and still too few good nodes: without {why}")
+        what = f"{now.requeues} requeues without progress and still too few good nodes, or RUN is a node's own disk"
+        return Action("end", f"{what}: without {why}")
     return Action("requeue", f"too few good nodes: without {why}", tuple(excluded))
 
 
-def since_checkpoint(events: Sequence[dict[str, Any]], job: str, step: int) -> dict[str, Any]:
-    """Counts over the job's events since its newest checkpoint, that of `step`: fields of Situation.
+def since_checkpoint(events: Sequence[dict[str, Any]], job: str, restart: int, step: int) -> dict[str, Any]:
+    """Counts over the job's events since its newest checkpoint, that of `step` (-1: none): fields of Situation.
 
     The events `train_end` and `requeue` carry the step of the newest checkpoint at their time.
+
+    Args:
+        restart: number of times that Slurm has requeued the job. Without a checkpoint none of them made progress, also
+            where the events do not say so: a run folder on a node's own disk is new at each batch node.
     """
     recent = [e for e in events if str(e.get("attempt", "")).split("-")[0] == job and e.get("checkpoint") == step]
     ends = [e for e in recent if e["kind"] == "train_end" and e.get("outcome") not in ("finished", "stopped")]
@@ -95,9 +100,11 @@ def since_checkpoint(events: Sequence[dict[str, Any]], job: str, step: int) -> d
         hosts = event.get("hosts", [])
         if len(hosts) == 1:  # when several hosts fail together, the cause is not one of them
             blamed[hosts[0]] = blamed.get(hosts[0], 0) + 1
+    # The driver and a guardian may both have recorded the requeue of a start JOB-RESTART.
+    requeued = {e["attempt"].rpartition("-")[0] for e in recent if e["kind"] == "requeue"}
     return {
         "failures": len(ends),
-        "requeues": sum(e["kind"] == "requeue" for e in recent),
+        "requeues": max(len(requeued), restart if step < 0 else 0),
         "blamed": blamed,
         "not_finite": sum(e.get("outcome") == "not_finite" for e in ends),
     }

@@ -15,10 +15,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
+from typing import Any, TypeVar
 
 from sdlm_megatron.config.command_line import make_parser
 from sdlm_megatron.config.load import PRESETS, load_config
@@ -31,7 +32,7 @@ from sdlm_megatron.ops.attempt import attempt_dir, patiently, read_events, recor
 from sdlm_megatron.ops.driver.attempt_summary import summarize
 from sdlm_megatron.ops.driver.attempt_watch import attempt_end, watch_attempt
 from sdlm_megatron.ops.driver.cluster_file import CLUSTER_HELP, load_cluster
-from sdlm_megatron.ops.driver.decision import Action, AttemptEnd, Situation, decide, since_checkpoint
+from sdlm_megatron.ops.driver.decision import REQUEUES, Action, AttemptEnd, Situation, decide, since_checkpoint
 from sdlm_megatron.ops.driver.guardian import guardian_command
 from sdlm_megatron.ops.driver.launch import (
     LAUNCHERS,
@@ -41,20 +42,18 @@ from sdlm_megatron.ops.driver.launch import (
     with_setup,
 )
 from sdlm_megatron.ops.driver.preflight import run_preflight
-from sdlm_megatron.ops.driver.slurm_commands import (
-    REQUEUE_SECONDS,
-    RETRY_SECONDS,
-    SlurmJob,
-    lost_nodes,
-    slurm_environment,
-)
-from sdlm_megatron.ops.driver.verdict import add_bad_nodes, read_bad_nodes
+from sdlm_megatron.ops.driver.slurm_commands import RETRY_SECONDS, SlurmJob, lost_nodes, slurm_environment
+from sdlm_megatron.ops.driver.verdict import ANSWERS, add_bad_nodes, read_bad_nodes
 from sdlm_megatron.weights.checkpoint_folder import newest_step
 
 EXAMPLE = "DATA=DIR BASE=DIR sbatch --mem=0 slurm/train_32b_d4.sh -- --train.steps=1000"
 SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)
 FILE_PAUSE = 60  # seconds from an attempt that ended for an I/O error of the driver to the next
+HURRY_SECONDS = 120  # before the time limit: no more patience with the run folder
+GUARDIAN_SECONDS = 60  # a guardian that lives less than this cannot run
+GUARDIAN_PAUSE = 3600  # longest time in seconds from the start of such a guardian to that of the next
 EXIT_CODES = {"done": 0, "stop": 3}
+T = TypeVar("T")
 
 
 class StopSignal:
@@ -117,8 +116,9 @@ class Driver:
         self.excluded: dict[str, str] = {}  # nodes that are not used any more, with the reason
         self.unblamed: set[str] = set()  # those that failed only what every node failed: a requeue may use them
         self.file_errors = 0  # attempts in a row that ended for an I/O error of the driver
+        self.unanswered = False  # whether the node program ended with an error on every node in the last pre-flight
         self.guardian: subprocess.Popen | None = None
-        self.guardian_node = ""
+        self.guardian_node, self.guardian_start, self.guardian_failures = "", float("-inf"), 0
         self.first_step = self.newest = patiently(newest_step, self.run_dir)
 
     def log(self, text: str) -> None:
@@ -135,7 +135,20 @@ class Driver:
 
     def run(self) -> int:
         """Makes attempts until none is left to make; returns the exit code."""
-        patiently(self._name_attempt)
+        try:
+            return self._make_attempts()
+        except (OSError, CheckpointError) as error:  # the run folder fails for longer than `patiently` waits
+            why = f"the driver on {self.job.batch_node} cannot use the run folder: {error}"
+        self._exit_if_replaced()
+        self.log(why)
+        # Events cannot be counted. Requeues after progress do not loop.
+        again = self.newest > self.first_step or self.job.restart < REQUEUES
+        action = Action("requeue" if again else "end", why, (self.job.batch_node,))  # the mount may be lost here only
+        self.log(f"{action.kind}: {action.reason}")
+        return self._leave(AttemptEnd("crash", why), action)
+
+    def _make_attempts(self) -> int:
+        self._patiently(self._name_attempt)
         self.event("job_start", nodes=self.job.nodes, restart=self.job.restart)
         self._write_environment()
         self.log(
@@ -144,10 +157,11 @@ class Driver:
         )
         find_nan: list[str] = []
         while True:
-            patiently(self._name_attempt)
+            self._patiently(self._name_attempt)
             end = self._attempt_or_error(find_nan)
-            action = patiently(self._decide, end)
-            find_nan = ["--find-nan", str(end.step)] if action.find_nan and end.step is not None else []
+            action = self._patiently(self._decide, end)
+            if not self.file_errors:  # the search for NaN is not made yet
+                find_nan = ["--find-nan", str(end.step)] if action.find_nan and end.step is not None else []
             suspects = {host: "its processes failed twice" for host in action.exclude if host not in end.bad}
             with suppress(OSError):  # they are excluded in this job all the same
                 add_bad_nodes(self.run_dir, suspects)
@@ -158,6 +172,12 @@ class Driver:
                 self.crashed = end.outcome == "crash" and not self.file_errors
                 continue
             return self._leave(end, action)
+
+    def _patiently(self, read: Callable[..., T], *arguments: Any) -> T:
+        return patiently(read, *arguments, hurried=self._hurried)
+
+    def _hurried(self) -> bool:
+        return bool(self.stop.number) and self.job.end_time() - time.time() < HURRY_SECONDS
 
     def _name_attempt(self) -> None:
         # Slurm may number its jobs anew: an older job's stop request and exit records must not count.
@@ -178,7 +198,8 @@ class Driver:
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
                 return AttemptEnd("user_error", f"{why}; free some space and submit again")
             self.file_errors += 1
-            time.sleep(FILE_PAUSE)
+            if not self.stop.number:
+                time.sleep(FILE_PAUSE)
             return AttemptEnd("crash", why)
 
     def _attempt(self, arguments: Sequence[str]) -> AttemptEnd:
@@ -189,17 +210,8 @@ class Driver:
         self._keep_guardian()
         start = time.monotonic()
         try:
-            report = run_preflight(
-                self.run_dir,
-                self.logs,
-                nodes,
-                self.needed,
-                self.cluster,
-                self.preset,
-                self.settings,
-                self.log,
-                quick=self.crashed,
-            )
+            what = (self.run_dir, self.logs, nodes, self.needed, self.cluster, self.preset, self.settings)
+            report = run_preflight(*what, self.log, quick=self.crashed)
         except UserError as error:
             return AttemptEnd("user_error", f"the pre-flight cannot run: {error}")
         self.log(f"pre-flight:\n{report['table']}")
@@ -214,10 +226,14 @@ class Driver:
             self.log(f"excluded: {node}: {why}")
         if self.stop.number:
             return AttemptEnd("stopped", "asked to stop before training began")
+        before, self.unanswered = self.unanswered, report["everywhere"].partition(":")[0].endswith(ANSWERS)
+        if report["everywhere"]:
+            why = f"the pre-flight failed on every node: {report['everywhere']}"
+            if self.unanswered and not before:  # a wrong image, or a shared disk that failed for a moment
+                raise OSError(why)
+            return AttemptEnd("user_error", why)
         self.excluded.update(bad)
         self.unblamed |= set(bad) - set(report["blamed"])
-        if report["everywhere"]:
-            return AttemptEnd("user_error", f"the pre-flight failed on every node: {report['everywhere']}")
         if len(good) < self.needed:
             return AttemptEnd("too_few_nodes", f"{len(good)} good nodes, {self.needed} needed", bad=bad)
         # Rank 0 is on the first node in the allocation's order, which srun keeps whatever order it is asked for.
@@ -232,8 +248,9 @@ class Driver:
         while not (fields := self.job.show()):
             if last is None:
                 self.log("Slurm does not answer; waiting for it")
-                last = self.job.end_time() - REQUEUE_SECONDS
+                last = self.job.last_question()
             if time.time() > last:
+                self.log(f"the last answer of Slurm: {self.job.ask().streams}")
                 break
             time.sleep(RETRY_SECONDS)
         if fields.get("Restarts") != str(self.job.restart):
@@ -242,16 +259,25 @@ class Driver:
 
     def _keep_guardian(self) -> None:
         """Makes sure that a guardian runs on another node than this one, and that this node is up."""
-        running = self.guardian is not None and self.guardian.poll() is None
-        if running and not lost_nodes([self.guardian_node]).get(self.guardian_node, "").startswith("down"):
-            return
+        now = time.monotonic()
         if self.guardian is not None:
+            code, lived = self.guardian.poll(), now - self.guardian_start
+            if code is None and not lost_nodes([self.guardian_node]).get(self.guardian_node, "").startswith("down"):
+                return
             self.guardian.kill()  # srun waits for its lost node
             self.guardian.poll()
+            self.guardian = None
+            failed = code is not None and lived < GUARDIAN_SECONDS
+            self.guardian_failures = self.guardian_failures + 1 if failed else 0
+            if failed:
+                what = f"the guardian on {self.guardian_node} ended with code {code} after {lived:.0f} s"
+                self.log(f"{what}; another node is next: see {self.logs}/guardian.log")
+        if now - self.guardian_start < min(10 << self.guardian_failures, GUARDIAN_PAUSE):
+            return
         others = [node for node in self.job.nodes if node not in self.excluded and node != self.job.batch_node]
         down = lost_nodes(others) if others else {}
         if others := [node for node in others if not down.get(node, "").startswith("down")]:
-            self.guardian_node = others[-1]
+            self.guardian_node, self.guardian_start = others[-1 - self.guardian_failures % len(others)], now
             with suppress(OSError):  # this is called again
                 line = guardian_command(self.run_dir, self.job, self.guardian_node)
                 self.guardian = subprocess.Popen(
@@ -279,7 +305,7 @@ class Driver:
                 process, self.job, nodes, folder, self.heartbeat, self._stop_reason, self._keep_guardian, self.log
             )
         self._exit_if_replaced()
-        if text := patiently(launcher_log.read_text, "utf-8", "replace").strip():
+        if text := self._patiently(launcher_log.read_text, "utf-8", "replace").strip():
             self.log(f"output of {self.launcher}:\n{text}")
         summary = summarize(self.run_dir, attempt, ranks, heartbeat_seconds=self.heartbeat)
         end = attempt_end(summary, nodes)
@@ -289,7 +315,7 @@ class Driver:
             outcome=end.outcome,
             summary=end.text,
             hosts=end.hosts,
-            checkpoint=patiently(newest_step, self.run_dir),
+            checkpoint=self._patiently(newest_step, self.run_dir),
         )
         return end
 
@@ -298,7 +324,7 @@ class Driver:
 
     def _decide(self, end: AttemptEnd) -> Action:
         self.newest = newest_step(self.run_dir)
-        counts = since_checkpoint(read_events(self.run_dir), self.job.id, self.newest)
+        counts = since_checkpoint(read_events(self.run_dir), self.job.id, self.job.restart, self.newest)
         counts["failures"] = max(counts["failures"], self.file_errors)  # these may not have been recorded
         situation = Situation(
             nodes=[node for node in self.job.nodes if node not in self.excluded],

@@ -27,7 +27,7 @@ def guardian_command(run_dir: Path, job: SlurmJob, node: str) -> list[str]:
     step = ["srun", f"--job-name={GUARDIAN}", "--nodes=1", "--ntasks=1", f"--nodelist={node}", "--mem=0", "--overlap"]
     log = run_dir.resolve() / "logs" / job.name / "guardian.log"
     program = [sys.executable, "-m", "sdlm_megatron.ops.driver.guardian", f"--run-dir={run_dir}"]
-    return [*step, f"--output={log}", *program, f"--driver-node={job.batch_node}"]
+    return [*step, f"--output={log}", "--open-mode=append", *program, f"--driver-node={job.batch_node}"]
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -57,7 +57,7 @@ def _restart_job(job: SlurmJob, run_dir: Path, lost: str) -> None:
     why = f"the driver's node {lost} was lost"
     try:
         step = patiently(newest_step, run_dir)
-        requeues = since_checkpoint(patiently(read_events, run_dir), job.id, step)["requeues"]
+        requeues = since_checkpoint(patiently(read_events, run_dir), job.id, job.restart, step)["requeues"]
     except (OSError, CheckpointError) as problem:  # of the run folder, which may be back at the next start
         print(f"cannot count the requeues: {problem}", flush=True)
         step, requeues = -1, 0

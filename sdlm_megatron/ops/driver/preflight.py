@@ -29,6 +29,7 @@ from sdlm_megatron.ops.driver.cluster_file import CLUSTER_HELP, ClusterFile, loa
 from sdlm_megatron.ops.driver.launch import on_nodes, training_environment, with_setup
 from sdlm_megatron.ops.driver.slurm_commands import BUSY, SlurmJob, expand_nodes
 from sdlm_megatron.ops.driver.verdict import (
+    ANSWERS,
     ELSEWHERE,
     FAILED,
     NodeReport,
@@ -280,6 +281,8 @@ class NodeStages:
                 time.sleep(POLL_SECONDS)
                 waiting = [run for run in waiting if not run.ended()]
             results = {}
+            # nodes that take no part in a later stage have passed the first one: that is no better answer
+            check = ANSWERS if stage == "checks" else f"{stage} {ANSWERS}"
             for name, run in runs.items():
                 result_or_reason = run.result()
                 if isinstance(result_or_reason, dict):
@@ -288,7 +291,10 @@ class NodeStages:
                     why = "the run folder on this node is not the batch node's"
                     self.reports[name].add("run disk", False, ELSEWHERE, why)
                 else:
-                    self.reports[name].add("answers", False, run.answer, result_or_reason)
+                    self.reports[name].add(check, False, run.answer, result_or_reason)
+            if stage == "checks" or len(results) < len(tasks):
+                for name in results:
+                    self.reports[name].add(check, True, "yes")
         finally:
             for run in runs.values():
                 run.stop()
@@ -304,7 +310,7 @@ class NodeStages:
         for name, result in results.items():
             self.ports[name] = result["port"]
             checks = [Check(**check) for check in result["checks"]]
-            self.reports[name].checks += [Check("answers", True, "yes"), clocks[name], *checks]
+            self.reports[name].checks += [clocks[name], *checks]
             for key, value in result["shared_values"].items():
                 compared.setdefault(key, {})[name] = value
         batch_values = hash_environment(self.task["config"], self.task["overrides"])

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ GUARDIAN = "guardian"  # name of the job step that outlives the driver (guardian
 COMMAND_SECONDS = 60
 """Time limit of a command. A controller that is busy or down may not answer; that counts as a failure."""
 RETRY_SECONDS = 10  # between two questions to a controller that is busy or down
+WAIT_SECONDS = 3600  # for such a controller, at most
 REQUEUE_SECONDS = 15  # before the time limit: the last moment to requeue the job
 BUSY = re.compile(r"contact slurm|connection|timed? ?out|zero bytes|message \w+ failure|standby", re.IGNORECASE)
 """Errors of commands whose controller is busy, down, or hands over to another one."""
@@ -61,18 +63,23 @@ def command(*arguments: str) -> SlurmAnswer:
         done = subprocess.run(arguments, env=slurm_environment(), timeout=COMMAND_SECONDS, **streams)
     except subprocess.TimeoutExpired:
         return SlurmAnswer(124, "", f"{arguments[0]} did not answer in {COMMAND_SECONDS} s")
-    except FileNotFoundError:
-        raise UserError(
-            f"Slurm's command {arguments[0]} is not installed here", "PATH", "run this on a login or compute node"
-        ) from None
-    except OSError as error:  # no memory or processes left, or the file system of the program does not answer
+    except OSError as error:  # no memory or processes left, or the file system of the program is away for a moment
         return SlurmAnswer(126, "", f"{arguments[0]} cannot be started: {error}")
     return SlurmAnswer(done.returncode, done.stdout.strip(), done.stderr.strip())
 
 
+def _installed_command(*arguments: str) -> SlurmAnswer:
+    """`command` at the start of a program, where a missing command is an error of the user's."""
+    answer = command(*arguments)
+    if answer.code == 126 and shutil.which(arguments[0]) is None:
+        fix = "run this on a login or compute node"
+        raise UserError(f"Slurm's command {arguments[0]} is not installed here", "PATH", fix)
+    return answer
+
+
 def submit_job(line: Sequence[str]) -> tuple[str, str]:
     """Runs `sbatch --parsable ...`; returns the job's number, and the name of its cluster ("": this one)."""
-    answer = command(*line)
+    answer = _installed_command(*line)
     if answer.code:
         raise UserError(
             f"sbatch refused: {answer.streams}",
@@ -89,7 +96,7 @@ def submit_job(line: Sequence[str]) -> tuple[str, str]:
 
 def expand_nodes(names: str, count: int | None = None) -> list[str]:
     """Nodes of a list such as node[01-32]; `count`: the number that it must have."""
-    answer = command("scontrol", "show", "hostnames", names)
+    answer = _installed_command("scontrol", "show", "hostnames", names)
     nodes = answer.text.splitlines()
     if answer.code or not nodes or not all(map(NODE_NAME.fullmatch, nodes)) or count not in (None, len(nodes)):
         expected = "" if count is None else f" of {count} nodes"
@@ -131,9 +138,13 @@ class SlurmJob:
         """JOB-RESTART, the name of the log folder of this start."""
         return f"{self.id}-{self.restart}"
 
+    def ask(self) -> SlurmAnswer:
+        """Answer of `scontrol show job`."""
+        return command("scontrol", "--oneliner", "show", "job", self.id)
+
     def show(self) -> dict[str, str]:
         """Fields of `scontrol show job`; {} when the controller does not answer."""
-        answer = command("scontrol", "--oneliner", "show", "job", self.id)
+        answer = self.ask()
         fields = re.findall(r"(\S+?)=(\S*)", answer.text)
         # the first one counts: comments, at the end, may contain anything
         return dict(reversed(fields)) if answer.code == 0 and ("JobId", self.id) in fields else {}
@@ -144,6 +155,10 @@ class SlurmJob:
             return datetime.fromisoformat(self.show().get("EndTime", "")).timestamp()
         except ValueError:  # Slurm 23.02 and later also tell the job at its start
             return float(os.environ.get("SLURM_JOB_END_TIME", "inf"))
+
+    def last_question(self) -> float:
+        """Time until which a controller without an answer is asked again, in seconds since 1970."""
+        return min(self.end_time() - REQUEUE_SECONDS, time.time() + WAIT_SECONDS)
 
     def end_steps(self, seconds: float) -> None:
         """Ends all steps of this job except the guardian: SIGTERM, and after `seconds` SIGKILL.
@@ -171,7 +186,7 @@ class SlurmJob:
         Returns:
             "" once the job is ending, or why Slurm refused.
         """
-        last = self.end_time() - REQUEUE_SECONDS
+        last = self.last_question()
         while (answer := command(*arguments)).code:
             # A command without an answer may have worked all the same, and so may that of another process.
             fields = self.show()

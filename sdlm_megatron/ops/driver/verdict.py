@@ -17,7 +17,8 @@ BAD_NODES_HEADER = (
 EXTERNAL_CHECKS = ("run disk", "config", "code", "packages", "data", "clock", "network", "checks")
 """Checks that can fail for a reason outside the node. They count against a node only if another node passed them."""
 
-FAILED = "failed"  # value of the check "answers" where the node's program ended with an error
+ANSWERS = "answers"  # last word of the checks for a result of the node's program; the later stages have their own
+FAILED = "failed"  # value of such a check where the program ended with an error
 ELSEWHERE = "not shared"  # value of the check "run disk" of a node whose run folder is not the batch node's
 
 
@@ -89,7 +90,7 @@ def nodes_to_replace(nodes: Sequence[NodeReport]) -> dict[str, str]:
     A full shared disk or a limit that is too high fails everywhere, and another node would do no better. Where only the
     batch node sees its run folder, it is the one to replace.
     """
-    answered = [node for node in nodes if not any(check.name == "answers" for check in node.failed)]
+    answered = [node for node in nodes if not any(check.name == ANSWERS for check in node.failed)]
     seeing = [node for node in answered if not any(check.value == ELSEWHERE for check in node.failed)]
     if len(answered) > 2 and len(seeing) == 1:
         return {seeing[0].name: "run disk: no other node sees its run folder"}
@@ -109,8 +110,8 @@ def common_failures(nodes: Sequence[NodeReport]) -> str:
     """
     failed = [{check.name: check.why for check in node.failed} for node in nodes]
     names = [name for name in failed[0] if all(name in checks for checks in failed)]
-    failed_answers = [check.value for node in nodes for check in node.failed if check.name == "answers"]
-    avoidable = {"network"} if set(failed_answers) == {FAILED} else {"network", "answers"}
+    silent = {c.name for node in nodes for c in node.failed if c.name.endswith(ANSWERS) and c.value != FAILED}
+    avoidable = {"network", *silent}
     external = [name for name in names if _may_be_external(name, nodes) and name not in avoidable]
     return "; ".join(f"{name}: {failed[0][name]}" for name in external)
 
@@ -118,7 +119,7 @@ def common_failures(nodes: Sequence[NodeReport]) -> str:
 def _may_be_external(name: str, nodes: Sequence[NodeReport]) -> bool:
     # Three or more nodes hardly break at the same time: more likely the cluster file promises too much.
     # Where two nodes do not answer, the image or Python is more likely missing on both than each broken by itself.
-    return name in EXTERNAL_CHECKS or len(nodes) > (1 if name == "answers" else 2)
+    return name in EXTERNAL_CHECKS or len(nodes) > (1 if name.endswith(ANSWERS) else 2)
 
 
 def format_table(nodes: Sequence[NodeReport]) -> str:
