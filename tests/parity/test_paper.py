@@ -160,7 +160,12 @@ def test_answers_of_gsm8k_are_compared_as_numbers() -> None:
             ),
             ("The correct answer is (A), not (B)", "The correct answer is Bromine", "(B) is wrong, hence (C)"),
         ),
-        ("mmlu", "B", ("B", "(B)", "A man asks. The answer is **B**, not C", "Is B what the answer is? A: yes. The answer is B"), ("A", "The answer is C, not B")),
+        (
+            "mmlu",
+            "B",
+            ("B", "(B)", "A man asks. The answer is **B**, not C", "What the answer is? A man asks. The answer is B"),
+            ("A", "The answer is C, not B"),
+        ),
         ("arc_easy", "B", ("B. q", "A plant grows: the answer is option B"), ("BC", "The correct answer is (E). B")),
     ],
 )
