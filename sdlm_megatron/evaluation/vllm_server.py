@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
+from sdlm_megatron.config.secret_text import mask_output
 from sdlm_megatron.errors import ConfigError, UserError
 
 START_SECONDS = 1800
@@ -95,7 +96,8 @@ def _wait_until_ready(process: subprocess.Popen[bytes], server: "VLLMServer", lo
     deadline = time.monotonic() + START_SECONDS
     while not server.is_ready():
         if process.poll() is not None or time.monotonic() > deadline:
-            what = f"the server did not start:\n{log.read_text(encoding='utf-8', errors='replace')[-1500:].strip()}"
+            text = mask_output(log.read_text(encoding="utf-8", errors="replace"), process.args)
+            what = f"the server did not start:\n{text[-1500:].strip()}"
             raise UserError(what, str(log), "solve what its log names; options of `vllm serve` may follow behind --")
         time.sleep(0.5)
 
