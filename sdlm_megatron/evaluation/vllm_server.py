@@ -86,17 +86,19 @@ def running(command: Sequence[str], log: Path, *, plugin: bool) -> Iterator[str]
             start_new_session=True,
         )
         try:
-            _wait_until_ready(process, VLLMServer(address), log)
+            _wait_until_ready(process, VLLMServer(address), log, command)
             yield address
         finally:
             _end(process)
 
 
-def _wait_until_ready(process: subprocess.Popen[bytes], server: "VLLMServer", log: Path) -> None:
+def _wait_until_ready(
+    process: subprocess.Popen[bytes], server: "VLLMServer", log: Path, command: Sequence[str]
+) -> None:
     deadline = time.monotonic() + START_SECONDS
     while not server.is_ready():
         if process.poll() is not None or time.monotonic() > deadline:
-            text = mask_output(log.read_text(encoding="utf-8", errors="replace"), process.args)
+            text = mask_output(log.read_text(encoding="utf-8", errors="replace"), command)
             what = f"the server did not start:\n{text[-1500:].strip()}"
             raise UserError(what, str(log), "solve what its log names; options of `vllm serve` may follow behind --")
         time.sleep(0.5)
