@@ -235,9 +235,9 @@ def test_existing_folder_is_kept_and_failure_leaves_no_files(config: BuildConfig
     with pytest.raises(DataError, match="built from other input; different now: source query\n"):
         build(config, QUIET)
     file.unlink()
-    said = StringIO()
-    build(config, Console(file=said, width=500))
-    assert f"built with these settings; not all of its input is compared: {file}" in said.getvalue()
+    printed = StringIO()
+    build(config, Console(file=printed, width=500))
+    assert f"built with these settings; not all of its input is compared: {file}" in printed.getvalue()
     other = Path(config.sources[1].path)
     kept = other.read_text()
     other.write_text(kept * 2)
