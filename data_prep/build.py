@@ -13,7 +13,7 @@ import errno
 import json
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -22,9 +22,9 @@ from typing import Any
 from rich.console import Console
 
 from data_prep.accounting import Accounting
-from data_prep.build_config import PRESETS, BuildConfig, check, lasting
+from data_prep.build_config import PRESETS, BuildConfig, SourceConfig, check, lasting
 from data_prep.build_report import dry_run, expected_rows, report, template_lines, unread_lines
-from data_prep.build_state import BuildState, discard, input_digest, locked, open_work
+from data_prep.build_state import BuildState, discard, evaluation_digest, input_digests, locked, open_work
 from data_prep.chat import frame_of
 from data_prep.decontaminate import evaluation_files
 from data_prep.documents import UnitResult, tokenize_unit
@@ -128,10 +128,10 @@ def _existing_manifest(config: BuildConfig, console: Console) -> dict[str, Any] 
     out = Path(config.out)
     if not out.exists():
         return None
+    manifest = _read_manifest(config.out)
     try:
-        manifest: dict[str, Any] = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
         same = lasting(manifest["build"]) == lasting(_settings(config))
-    except (OSError, ValueError, KeyError, TypeError):
+    except (KeyError, TypeError):
         same = False
     if not same:
         raise DataError("the output folder already exists", config.out, "set another --out, or remove the folder")
@@ -140,21 +140,36 @@ def _existing_manifest(config: BuildConfig, console: Console) -> dict[str, Any] 
     return manifest
 
 
+def _read_manifest(out: str) -> dict[str, Any]:
+    """Manifest of a finished dataset; {} where there is none."""
+    try:
+        manifest = json.loads(Path(out, "manifest.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return manifest if isinstance(manifest, dict) else {}
+
+
 def _input_compared(config: BuildConfig, manifest: dict[str, Any]) -> str:
     """End of a sentence about the input of a finished dataset. Raises DataError if it is another one by now."""
-    if "input" not in manifest:  # a dataset of an older version
+    if not isinstance(former := manifest.get("input"), dict):  # a dataset of an older version
         return ""
-    other = "the tokenizer" * (same_tokenizer(config.tokenizer, manifest) is False)
-    try:
-        digest = input_digest(plan_units(expand(config.sources)), evaluation_files(config.decontaminate))
-    except UserError as error:  # often removed once the dataset is there
-        digest, compared = manifest["input"], f"; its input is not compared: {error.where}: {error.what}"
-    else:
-        compared = " from this input"
-    if other := other or "the content of the files" * (manifest["input"] != digest):
+    changed = ["the tokenizer"] * (same_tokenizer(config.tokenizer, manifest) is False)
+    missing = []
+
+    def compare(digests: Callable[[], dict[str, str]]) -> None:
+        try:
+            changed.extend(name for name, digest in digests().items() if former.get(name) != digest)
+        except UserError as error:  # often removed once the dataset is there
+            missing.append(f"{error.where}: {error.what}")
+
+    for source in config.sources:
+        compare(lambda s=source: input_digests([s.name] * len(own := expand([s])), plan_units(own)))  # type: ignore[misc]
+    compare(lambda: evaluation_digest(evaluation_files(config.decontaminate)))
+    if changed:
         fix = "set another --out, or remove the folder to build it again"
-        raise DataError(f"the output folder was built from other input: {other} differs", config.out, fix)
-    return compared
+        what = f"the output folder was built from other input; different now: {', '.join(changed)}"
+        raise DataError(what, config.out, fix)
+    return f"; not all of its input is compared: {'; '.join(missing)}" if missing else " from this input"
 
 
 def _settings(config: BuildConfig) -> dict[str, Any]:
@@ -166,13 +181,15 @@ def _begin(config: BuildConfig, *, restart: bool = False) -> BuildState:
     """Checks tokenizer and sources and opens the work folder as `open_work` does."""
     make_folder(Path(config.out).absolute().parent, dry=True)
     meta = _meta(config)
-    sources = with_formats(expand(config.sources))
+    expanded = {source.name: expand([source]) for source in config.sources}
+    sources = with_formats([part for parts in expanded.values() for part in parts])
     units = plan_units(sources)
     check_fields(sources, units, config.system_prompt)
     meta["sources"] = [mask_values(asdict(source)) for source in sources]
     settings: dict[str, Any] = {"config": lasting(_settings(config)), "tokenizer": meta["tokenizer"]}
     settings |= {"units": [asdict(unit) for unit in units], "evaluation": evaluation_files(config.decontaminate)}
-    meta["input"] = input_digest(units, settings["evaluation"])
+    names = [name for name, parts in expanded.items() for _ in parts]
+    meta["input"] = input_digests(names, units) | evaluation_digest(settings["evaluation"])
     state = BuildState(config, sources, units, meta, Path(f"{Path(config.out)}.partial"))
     return open_work(state, settings, restart=restart)
 
@@ -391,8 +408,15 @@ def read_command_line(argv: Sequence[str] | None) -> tuple[BuildConfig, argparse
     # Later overrides win: --sources comes first, so that --sources.NAME.key can change it.
     config = load_config(BuildConfig, args.config or "", [*overrides, *options], PRESETS)
     for source in config.sources if args.input else ():
-        source.format = args.format or source.format or with_formats(expand([source]))[0].format
+        source.format = args.format or source.format or ("" if args.dry_run else _built_format(config, source))
+        source.format = source.format or with_formats(expand([source]))[0].format
     return config, args
+
+
+def _built_format(config: BuildConfig, source: SourceConfig) -> str:
+    """Format with which the finished dataset has this source, whose files may be gone by now; "": there is none."""
+    sources = _read_manifest(config.out).get("build", {}).get("sources", [])
+    return next((entry["format"] for entry in sources if {**entry, "format": ""} == mask_values(asdict(source))), "")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -409,7 +433,8 @@ def _run(config: BuildConfig, args: argparse.Namespace) -> None:
         raise ConfigError(f"--workers is {args.workers}", "--workers", "use 1 or more")
     for source, paths in zip(config.sources, args.input or (), strict=False):
         print(f"{' '.join(paths)}: source format {source.format} ({FORMATS[source.format].description})")
-    for line in (*unread_lines(config.sources), *template_lines(config)):
+    finished = Path(config.out, "manifest.json").exists() and not args.dry_run  # its input may be gone
+    for line in (*(() if finished else unread_lines(config.sources)), *template_lines(config)):
         print(line)
     try:
         if args.dry_run:

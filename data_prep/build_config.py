@@ -61,10 +61,9 @@ class SourceConfig:
     """License of the data, recorded in the manifest."""
 
     def option(self, key: str, value: str | list[str] | dict[str, str]) -> str:
-        """The argument that sets `key` of this source, as it is typed in a shell; of an entry of a meta JSON,
-        NAME/ENTRY, it is one of NAME."""
+        """The argument that sets `key` of this source, as it is typed in a shell."""
         text = value if isinstance(value, str) else yaml.safe_dump(value, default_flow_style=True, **_ONE_LINE).strip()
-        return shlex.quote(f"--sources.{self.name.partition('/')[0]}.{key}={text}")
+        return shlex.quote(f"--sources.{self.name}.{key}={text}")
 
 
 @dataclass

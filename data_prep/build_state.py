@@ -94,11 +94,17 @@ def _digest(value: Any) -> str:
     return sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def input_digest(units: Sequence[InputUnit], evaluation: Mapping[str, str]) -> str:
-    """Digest of the content of all input files in their order, however they are divided into units. `evaluation`: as
-    from `evaluation_files`."""
+def input_digests(names: Sequence[str], units: Sequence[InputUnit]) -> dict[str, str]:
+    """Digest by name of the content of the files of each source in their order, however they are divided into units.
+    `names`: for each number of a source in the units, that in the configuration: a meta JSON has several numbers."""
     stamps = dict.fromkeys((unit.source, unit.file, unit.stamp) for unit in units)
-    return _digest([[(source, stamp) for source, _, stamp in stamps], list(evaluation.values())])
+    own = {name: [(i - names.index(name), s) for i, _, s in stamps if names[i] == name] for name in names}
+    return {f"source {name}": _digest(entries) for name, entries in own.items()}
+
+
+def evaluation_digest(evaluation: Mapping[str, str]) -> dict[str, str]:
+    """The same of the evaluation files, as from `evaluation_files`; {} without any."""
+    return {"decontaminate": _digest([*evaluation.values()])} if evaluation else {}
 
 
 def discard(partial: Path) -> None:

@@ -224,7 +224,7 @@ class FormReader:
         turns = self._said("assistant", answer, self.fields["chosen"])
         if not holds(prompt):
             if holds(self._value(row, "input")):
-                fix = f"{self._source.option('ignore', [self.fields['input']])} leaves it out"
+                fix = f"{self._ignoring('input')} leaves it out"
                 raise DataError("the row continues a prompt that it does not have", self.fields["input"], fix)
             return turns
         before = self._prompt(row, prompt)
@@ -232,9 +232,13 @@ class FormReader:
             return before + turns
         # A list of turns usually repeats the prompt.
         if not {turn[:2] for turn in before} <= {turn[:2] for turn in turns}:
-            fix = f"{self._source.option('ignore', [self.fields['prompt']])} trains the turns"
+            fix = f"{self._ignoring('prompt')} trains the turns"
             raise DataError("two prompts: the column and the turns of the answer", self.fields["prompt"], fix)
         return turns
+
+    def _ignoring(self, name: str) -> str:
+        """The argument that ignores a column too, beside those that the source ignores already."""
+        return self._source.option("ignore", sorted({self.fields[name], *self._source.ignore}))
 
 
 def _kind(fields: Mapping[str, str], source: SourceConfig) -> str:

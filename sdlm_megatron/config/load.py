@@ -175,6 +175,10 @@ def _set(config: Any, override: str) -> None:
     names = [str(getattr(item, "name", i)) for i, item in enumerate(listed)]
     # A name may have dots and equals signs, as those of folders do: the longest that fits.
     fitting = [name for name in names if rest.startswith((f"{name}.", f"{name}=")) and "=" in rest[len(name) :]]
+    if not fitting:  # NAME/PART, as an entry of a meta JSON is called: the setting is that of NAME
+        keys = "|".join(f.name for f in fields(listed[0]))
+        fitting = [name for name in names if re.match(rf"{re.escape(name)}/.*?\.({keys})[.=]", rest)]
+        rest = re.sub(rf"/.*?(?=\.({keys})[.=])", "", rest, count=1) if fitting else rest
     name = max(fitting, key=len, default=re.split("[.=]", rest)[0])
     rest, text = rest[len(name) :].removeprefix(".").split("=", 1)
     value = Override(text, override)

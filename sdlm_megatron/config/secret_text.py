@@ -42,6 +42,14 @@ def mask_words(words: Sequence[str]) -> list[str]:
     return masked
 
 
+def mask_output(text: str, words: Sequence[str]) -> str:
+    """Output of a command with *** in place of what `mask_words` hides in its words, and of other known secrets."""
+    for word, shown in zip(words, mask_words(words), strict=True):
+        if word != shown and (value := word.removeprefix(shown.partition(MASK)[0])):
+            text = text.replace(value, MASK)
+    return mask_text(text)
+
+
 def masked_command(words: Sequence[str]) -> str:
     """A command as it would be typed, with `mask_words`."""
     return shlex.join(mask_words(words))

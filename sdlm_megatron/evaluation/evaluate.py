@@ -41,8 +41,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = measurement.make_parser("", __doc__, notes=NOTES)
     measurement.add_prompts(parser, batch=held_out.BATCH)
     add = parser.add_argument
-    timed = "prompts of speed and context, which take longer; the examples of --shots come from the rest of the file"
-    add("--timed", type=at_least(1), default=TIMED, metavar="N", help=timed)
+    timed = f"prompts of speed and context, which take longer; default: {TIMED}; the examples of --shots follow them"
+    add("--timed", type=at_least(1), metavar="N", help=timed)
     contexts, shots = (f"default: {' '.join(map(str, values))}" for values in (CONTEXTS, SHOTS))
     add("--contexts", type=at_least(2), nargs="+", metavar="P", help=f"tokens before a pass, for speed; {contexts}")
     add("--shots", type=at_least(0), nargs="+", metavar="K", help=f"numbers of examples, for context; {shots}")
@@ -64,7 +64,7 @@ def options_of(args: argparse.Namespace) -> dict[str, list[str]]:
             model += [f"--{option}", str(getattr(args, option))]
     prompts = [*model, "--prompts", str(args.prompts)]
     all_prompts = [*prompts, "--batch", str(args.batch), *(["--most", str(args.most)] if args.most else [])]
-    timed = [*prompts, "--most", str(args.timed)]
+    timed = [*prompts, "--most", str(args.timed or TIMED)]
     kinds = {
         "sweep": all_prompts,
         "calibration": all_prompts,
@@ -86,9 +86,12 @@ def kept_kinds(args: argparse.Namespace, kinds: Mapping[str, Sequence[str]]) -> 
         if (path := args.out / f"{kind}.json").exists():
             module = importlib.import_module(f"sdlm_megatron.evaluation.{kind}")
             settings = measurement.settings_of(module.build_parser().parse_args(options))
-            for name in ("contexts", "shots"):  # of a kind that was run alone, any values are kept by default
-                if getattr(args, name) is None:
-                    settings.pop(name, None)
+            # of a kind that was run alone, any values are kept by default
+            skipped = [name for name in ("contexts", "shots") if getattr(args, name) is None]
+            if kind in ("speed", "context") and args.timed is None:
+                skipped += ["most", "prompts_sha256"]
+            for name in skipped:
+                settings.pop(name, None)
             result_files.read_kept(path, kind, settings)
             kept.append(kind)
     return kept
@@ -103,7 +106,8 @@ def report(argv: Sequence[str]) -> None:
     kept, steps = kept_kinds(args, kinds), len(kinds) + 1
     if "context" not in kept:
         prompts, shots = held_out.read_prompts(args.prompts), max(args.shots or SHOTS)
-        context.split(prompts, args.timed, shots, args.prompts, "--timed")  # now: its stage comes after long ones
+        # now: its stage comes after long ones
+        context.split(prompts, args.timed or TIMED, shots, args.prompts, "--timed")
     for number, (kind, options) in enumerate(kinds.items(), 1):
         print(f"\n[{number}/{steps}] {kind}{': exists, kept' if kind in kept else ''}", flush=True)
         if kind not in kept:

@@ -16,7 +16,7 @@ from sdlm_megatron.config.secret_text import masked_command
 from sdlm_megatron.errors import CheckpointError, ConfigError
 from sdlm_megatron.evaluation.held_out import prompts_sha256, read_prompts
 from sdlm_megatron.evaluation.identity import model_sha256
-from sdlm_megatron.files import make_folder, write_json
+from sdlm_megatron.files import make_folder, sha256, write_json
 from sdlm_megatron.weights.dtypes import PRECISIONS
 
 EXAMPLE = "--model runs/quickstart/hf --prompts runs/quickstart/task/heldout.jsonl --out results"
@@ -57,7 +57,7 @@ def load_folder(args: argparse.Namespace, folder: Path) -> ChatModel:
 
 
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:
-    """Settings that decide a result of any kind: the model's content, --dtype and the measured prompts.
+    """Settings that decide a result of any kind: the model's content, --dtype, the measured prompts and their file.
 
     --shots and --contexts, which `sdlm evaluate` has too, are among them.
     """
@@ -66,7 +66,7 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
         if "shots" in args:  # examples come from the rest of the file
             settings["most"] = args.most
         read = read_prompts(args.prompts, 0 if "shots" in args else args.most or 0)
-        settings["prompts_sha256"] = prompts_sha256(read)
+        settings |= {"prompts_sha256": prompts_sha256(read), "prompt_file_sha256": sha256(args.prompts)}
     return settings | {name: value for name, value in vars(args).items() if name in ("shots", "contexts")}
 
 

@@ -35,6 +35,7 @@ LEAST_REQUESTS = 8  # of a measurement: fewer would show chance
 WARM_TOKENS = 8  # of the answers before a measurement, which compile kernels and fill the batch
 PASSES, TOKENS = "sdlm:passes_total", "sdlm:tokens_total"
 RATES = {"a large GPU": 2000, "2 CPU cores and a model of 135M": 40}  # tokens per second, for the estimate
+VARIABLES = {"--api-key": "VLLM_API_KEY", "--hf-token": "HF_TOKEN"}  # that vLLM reads instead of these options
 EXAMPLE = """sdlm evaluate serving --model SDLM-3B-D4 --out results --vllm vllm-env/bin/vllm
 sdlm evaluate serving --model SDLM-3B-D4 --out results --prompts held_out.jsonl -- --tensor-parallel-size 2
 sdlm evaluate serving --model SDLM-3B-D4 --out results --url http://node1:8000 http://node2:8000"""
@@ -134,9 +135,8 @@ class ServingRun:
         self.rules = rules_of(settings, args.thresholds)
         texts = [question.text for question in self.questions]
         self.settings = {
-            "model": str(args.model),
             # a server of --url may read its weights elsewhere
-            "model_sha256": None if args.url else model_sha256(args.model),
+            **({"model": str(args.model)} if args.url else {"model_sha256": model_sha256(args.model)}),
             "prompts": hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16],
             "tokens": args.tokens,
             "rounds": args.rounds,
@@ -279,6 +279,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     if len(args.url) > 2:
         raise ConfigError(f"{len(args.url)} addresses", "--url", "name one server with the plugin and one without it")
+    for option in (word.partition("=")[0].replace("_", "-") for word in args.serve):
+        if option in VARIABLES:
+            fix = f"set {VARIABLES[option]}=… in the environment instead, which vLLM reads"
+            raise ConfigError("vLLM writes its options into its log, secrets included", f"-- {option}", fix)
     make_folder(args.out, dry=args.dry_run)
     run = ServingRun(args, argv)
     if args.dry_run:

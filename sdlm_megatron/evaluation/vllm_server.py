@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
+from sdlm_megatron.config.secret_text import mask_output
 from sdlm_megatron.errors import ConfigError, UserError
 
 START_SECONDS = 1800
@@ -85,17 +86,20 @@ def running(command: Sequence[str], log: Path, *, plugin: bool) -> Iterator[str]
             start_new_session=True,
         )
         try:
-            _wait_until_ready(process, VLLMServer(address), log)
+            _wait_until_ready(process, VLLMServer(address), log, command)
             yield address
         finally:
             _end(process)
 
 
-def _wait_until_ready(process: subprocess.Popen[bytes], server: "VLLMServer", log: Path) -> None:
+def _wait_until_ready(
+    process: subprocess.Popen[bytes], server: "VLLMServer", log: Path, command: Sequence[str]
+) -> None:
     deadline = time.monotonic() + START_SECONDS
     while not server.is_ready():
         if process.poll() is not None or time.monotonic() > deadline:
-            what = f"the server did not start:\n{log.read_text(encoding='utf-8', errors='replace')[-1500:].strip()}"
+            text = mask_output(log.read_text(encoding="utf-8", errors="replace"), command)
+            what = f"the server did not start:\n{text[-1500:].strip()}"
             raise UserError(what, str(log), "solve what its log names; options of `vllm serve` may follow behind --")
         time.sleep(0.5)
 

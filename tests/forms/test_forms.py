@@ -375,11 +375,14 @@ def test_two_readings_of_a_row_are_refused() -> None:
     turns = [("user", "q", True), ("assistant", "a", True)]
     row = {"prompt": "q", "chosen": [turn("user", "q"), turn(content="a")], "rejected": ""}
     assert reader("preference", preference="chosen").read(row) == turns
-    with pytest.raises(DataError, match="two prompts"):
-        reader("preference", preference="chosen").read({**row, "prompt": "p"})
+    with pytest.raises(DataError, match="two prompts") as caught:
+        reader("preference", preference="chosen", ignore=["z"]).read({**row, "prompt": "p"})
+    assert "ignore=[prompt, z]" in caught.value.fix
     assert reader("preference", preference="chosen", ignore=["prompt"]).read({**row, "prompt": "p"}) == turns
-    with pytest.raises(DataError, match="continues a prompt"):
-        reader("preference", preference="chosen", columns={"input": "i"}).read({**row, "prompt": "", "i": "x"})
+    with pytest.raises(DataError, match="continues a prompt") as caught:
+        columns = {"input": "i"}
+        reader("preference", preference="chosen", columns=columns, ignore=["z"]).read({**row, "prompt": "", "i": "x"})
+    assert "ignore=[i, z]" in caught.value.fix
     with pytest.raises(ConfigError, match="two readings: turns and pair"):
         reader("query_response", columns={"turns": "x"})
     with pytest.raises(ConfigError, match=r"preference file"):
@@ -517,12 +520,14 @@ PAIR = {"prompt": "Why?", "response": "Because."}
         ({"messages": [{"role": "user", "content": "é"}]}, "latin", "the line is not UTF-8", 1),
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, "pairs", "two answers in each row", 1),
         ({**PAIR, "hint": "x"}, "set-3.5.day=1", "does not read: `hint` in 1", 1),
+        ({**PAIR, "hint": "x"}, "a/b.c", "does not read: `hint` in 1", 1),
     ],
 )
 def test_advice_can_be_pasted_into_a_shell(
     row: dict[str, Any], name: str, message: str, used: int, tmp_path: Path
 ) -> None:
     file = tmp_path / f"{name}.jsonl"
+    file.parent.mkdir(exist_ok=True)
     file.write_bytes(json.dumps(row, ensure_ascii=False).encode("latin-1"))
 
     def read(*options: str) -> list[SourceConfig]:

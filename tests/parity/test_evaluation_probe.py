@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from sdlm_megatron.chat.chat_model import ChatModel, DecodingRule, load
 from sdlm_megatron.diffusion.decode import decode
 from sdlm_megatron.errors import DataError
-from sdlm_megatron.evaluation import calibration, context, evaluate, sweep, table
+from sdlm_megatron.evaluation import calibration, context, evaluate, measurement, speed, sweep, table
 from sdlm_megatron.evaluation.held_out import HeldOutPrompt, decode_prompts, encode, encode_answer, read_prompts
 from sdlm_megatron.evaluation.probe import follow, probe
 from tests.parity import exported
@@ -171,7 +171,7 @@ def test_report_measures_everything_once(folder: Path, prompts: Path, tmp_path: 
 def test_report_keeps_no_result_of_something_else(
     folder: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The weights change in one value of one tensor, the prompts in one letter."""
+    """The weights change in one value of one tensor or of the mask token alone, the prompts in one letter."""
     model, out = tmp_path / "hf", tmp_path / "out"
     shutil.copytree(folder, model)
     other = tmp_path / "other.jsonl"
@@ -191,13 +191,16 @@ def test_report_keeps_no_result_of_something_else(
     refused("dtype None, not 'fp32'", "--prompts", str(prompts), "--dtype", "fp32")
     refused("prompts_sha256 '", "--prompts", str(other))
     refused("most 2, not 3", "--prompts", str(prompts), "--timed", "3")
-    for file, change in (("tokenizer_config.json", None), ("model.safetensors", "model.norm.weight")):
+    mask = json.loads((model / "config.json").read_text())["text_mask_token_id"]
+    assert mask > 0
+    for change, row in ((None, 0), ("model.norm.weight", 0), ("model.embed_tokens.weight", mask)):
+        file = "model.safetensors" if change else "tokenizer_config.json"
         content = (model / file).read_bytes()
         if change is None:
             (model / file).write_bytes(content + b" ")
         else:
             tensors = load_file(model / file)
-            tensors[change][0] += 0.5
+            tensors[change][row] += 0.5
             save_file(tensors, model / file, metadata={"format": "pt"})
         refused("model_sha256 '", "--prompts", str(prompts))
         (model / file).write_bytes(content)
@@ -206,6 +209,30 @@ def test_report_keeps_no_result_of_something_else(
     (out / "context.json").write_text(json.dumps(record))
     with pytest.raises(DataError, match="does not say with which model_sha256"):
         evaluate.main([*words, "--prompts", str(prompts)])
+
+
+def test_report_keeps_what_was_measured_alone(folder: Path, prompts: Path, tmp_path: Path) -> None:
+    """speed and context have other defaults of --most than --timed, and so other prompts of the same file."""
+    many = tmp_path / "many.jsonl"
+    many.write_text(prompts.read_text() * 20)
+    words = ["--model", str(folder), "--out", str(tmp_path), "--prompts"]
+    for kind in (speed, context):
+        settings = measurement.settings_of(kind.build_parser().parse_args([*words, str(many)]))
+        name = kind.__name__.rpartition(".")[2]
+        (tmp_path / f"{name}.json").write_text(json.dumps({"kind": name, "settings": settings}))
+
+    def kept(path: Path, *options: str) -> list[str]:
+        args = evaluate.build_parser().parse_args([*words, str(path), *options])
+        return evaluate.kept_kinds(args, evaluate.options_of(args))
+
+    assert kept(many) == ["speed", "context"]
+    with pytest.raises(DataError, match="it was measured with prompt_file_sha256 "):
+        kept(prompts)
+    with pytest.raises(DataError, match="it was measured with prompts_sha256 "):
+        kept(many, "--timed", "32")
+    (tmp_path / "speed.json").unlink()
+    with pytest.raises(DataError, match="it was measured with most 64, not 32"):
+        kept(many, "--timed", "32")
 
 
 def test_answers_shorter_than_a_window_are_left_out(

@@ -126,6 +126,7 @@ NUMBERS = r"""
 18: \boxed{\$18} | \boxed{$18} | \boxed{18\%} | \boxed{18 \text{ dollars}} | \boxed{\text{18 dollars}}
 18: \boxed{18 dollars} | \boxed{x = 18} | \boxed{18.} | \boxed{3 \times 6 = 18} | \boxed{7}, no, \boxed{18}: 3 at 6
 18: cut within \boxed{18 | It is **18**. | $18.00, he said ... | \boxed{18\text{ cm}^2} | #### 18 | 5 and 18
+18: \boxed{18 \text{ km/h}} | \boxed{\$18/\text{hour}} | Final answer: - 18 | Answer - 18
 1,234: \boxed{1,234} | \boxed{1{,}234} | \boxed{1,\!234} | \boxed{\$1234.00} | so 1,234, not 5,5 but $1,234.
 -5: \boxed{-5} | \boxed{-\$5} | \boxed{$-5.0} | it is -5.
 1800: \boxed{1800} | 1,800.0
@@ -154,10 +155,17 @@ def test_answers_of_gsm8k_are_compared_as_numbers() -> None:
                 "The correct answer is (B) (R)-x and (S)-y, not (A)",
                 "(A)? No: the correct answer is: **B**.",
                 "It is (B)",
+                "Let me work out what the correct answer is. A photon has spin 1. The correct answer is (B)",
+                "I first think the answer is (A), but no. The correct answer is (B)",
             ),
             ("The correct answer is (A), not (B)", "The correct answer is Bromine", "(B) is wrong, hence (C)"),
         ),
-        ("mmlu", "B", ("B", "(B)", "A man asks. The answer is **B**, not C"), ("A", "The answer is C, not B")),
+        (
+            "mmlu",
+            "B",
+            ("B", "(B)", "A man asks. The answer is **B**, not C", "What the answer is? A man asks. The answer is B"),
+            ("A", "The answer is C, not B"),
+        ),
         ("arc_easy", "B", ("B. q", "A plant grows: the answer is option B"), ("BC", "The correct answer is (E). B")),
     ],
 )

@@ -88,6 +88,13 @@ def test_an_override_gives_the_written_value(schema: type, override: str, key: s
 
 
 def test_an_entry_of_a_list_takes_the_written_text() -> None:
+    named = [
+        "--sources=[{name: a}, {name: a/b}]",
+        "--sources.a/b.limit=2",
+        "--sources.a/c.d=e.columns={prompt: x.path=y}",
+    ]
+    a, b = load_config(BuildConfig, "", named).sources  # a/c.d=e is an entry of the meta JSON that `a` names
+    assert (b.limit, a.limit, a.columns, b.columns) == (2, 0, {"prompt": "x.path=y"}, {})
     config = load_config(BuildConfig, "", ["--sources=[{name: 010, path: a}]", "--sources.010.path=/b #2"])
     assert (config.sources[0].name, config.sources[0].path) == ("010", "/b #2")
 

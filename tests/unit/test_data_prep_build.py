@@ -232,16 +232,22 @@ def test_existing_folder_is_kept_and_failure_leaves_no_files(config: BuildConfig
     file = Path(config.sources[0].path)
     text = file.read_text()
     file.write_text(text + json.dumps(question(40)))
-    with pytest.raises(DataError, match="built from other input: the content of the files differs"):
+    with pytest.raises(DataError, match="built from other input; different now: source query\n"):
         build(config, QUIET)
     file.unlink()
     printed = StringIO()
     build(config, Console(file=printed, width=500))
-    assert f"built with these settings; its input is not compared: {file}" in printed.getvalue()
+    assert f"built with these settings; not all of its input is compared: {file}" in printed.getvalue()
+    other = Path(config.sources[1].path)
+    kept = other.read_text()
+    other.write_text(kept * 2)
+    with pytest.raises(DataError, match="different now: source messages\n"):  # although another source is gone
+        build(config, QUIET)
+    other.write_text(kept)
     file.write_text(text)
     build(config, QUIET)
     write_folder(Path(config.tokenizer), "<more>")
-    with pytest.raises(DataError, match="built from other input: the tokenizer differs"):
+    with pytest.raises(DataError, match="built from other input; different now: the tokenizer\n"):
         build(config, QUIET)
     manifest = json.loads((Path(config.out) / "manifest.json").read_text())
     del manifest["input"]  # as of an older version
@@ -393,19 +399,29 @@ def test_single_source_builds_without_config_file(
     assert folder_files == hub_files
 
 
-def test_several_inputs_are_sources_with_names_of_their_own(config: BuildConfig, tmp_path: Path) -> None:
+def test_several_inputs_are_sources_with_names_of_their_own(
+    config: BuildConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "rows.v1.jsonl").write_text(json.dumps(question(1)) + "\n")
     first, two, chats = f"{tmp_path}/a/rows.v1.jsonl", f"{tmp_path}/b/*.jsonl", config.sources[1].path
     argv = ["--input", first, "--input", chats, "--input", two, "--row_length=512", "--max_document_length=300"]
-    main([*argv, "--tokenizer", config.tokenizer, "--out", config.out, "--workers=1", "--sources.b.weight=2"])
+    argv += ["--tokenizer", config.tokenizer, "--out", config.out, "--workers=1", "--sources.b.weight=2"]
+    main(argv)
     sources = PackedDataset(config.out).manifest["sources"]
     assert [(s["name"], s["format"], s["path"], s["weight"]) for s in sources] == [
         ("rows", "query_response", first, 1),
         ("messages", "messages", chats, 1),
         ("b", "query_response", two, 2),
     ]
+    for gone in (Path(first), tmp_path / "b/rows.v1.jsonl"):  # kept without them, and without their format
+        gone.rename(f"{gone}.gone")
+    main(argv)
+    notice = f"compared: {first}: source 'rows': no such file or folder; {two}: source 'b': no file matches\n"
+    assert "".join(notice.split()) in "".join(capsys.readouterr().out.split())
+    with pytest.raises(DataError, match="no such file or folder"):
+        main([*argv, "--dry-run"])
     read, _ = read_command_line(["--input", first, f"{tmp_path}/b/rows.v1.jsonl", "--format=query_response"])
     assert len(read.sources) == 1 and read.sources[0].paths == [first, f"{tmp_path}/b/rows.v1.jsonl"]
     with pytest.raises(ConfigError, match="a hub dataset needs an --input of its own") as caught:

@@ -300,7 +300,7 @@ def test_sharegpt_meta_names_files_and_repeats(tmp_path: Path) -> None:
             ("m/once", 1.5, 0, 4),
         ]
     assert contents(expanded[1]) == [SHAREGPT] * 2
-    assert expanded[1].option("ignore", ["x"]) == "'--sources.m.ignore=[x]'"  # the command line knows no entries
+    assert expanded[1].option("ignore", ["x"]) == "'--sources.m/half.ignore=[x]'"
 
 
 def test_annotations_may_be_named_from_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from sdlm_megatron.errors import CheckpointError, ConfigError, DataError, UserEr
 from sdlm_megatron.evaluation import serving
 from sdlm_megatron.evaluation.page import main as page
 from sdlm_megatron.evaluation.result_files import served_comparison, served_rates
-from sdlm_megatron.evaluation.vllm_server import VLLMServer, serve_command
+from sdlm_megatron.evaluation.vllm_server import VLLMServer, running, serve_command
 from tests.parity import decode_oracle as o
 
 WORDS = ["", "ab", "c"]
@@ -129,9 +129,9 @@ def read(tmp_path: Path) -> dict[str, Any]:
 def test_measures_both_servers_with_the_same_requests(
     command: list[str], servers: list[VLLMLike], tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    serving.main([*command, "--", "--api-key", "s3cret", "--hf-token=s3cret"])
+    serving.main([*command, "--", "--secret", "s3cret", "--a-token=s3cret"])
     result = read(tmp_path)
-    assert result["settings"]["serve"] == ["--api-key", "***", "--hf-token=***"]
+    assert result["settings"]["serve"] == ["--secret", "***", "--a-token=***"]
     assert result["facts"]["vllm"] == "0.32.0" and result["facts"]["block_size"] == 4
     rows = {(row["alg"], row["threshold"], row["at"]): row for row in result["rows"]}
     assert set(rows) == {
@@ -189,8 +189,8 @@ def test_dry_run_sends_and_writes_nothing(
     # 4 rules: 18 requests of 9 tokens, and a warm-up of 6 requests of 8
     assert f"at most {4 * (18 * 9 + 6 * 8)} tokens" in text
     start = [*command[: command.index("--url")], "--vllm", sys.executable, "--dry-run"]
-    serving.main([*start, "--", "--api-key", "s3cret", "--seed", "1"])
-    assert "--api-key '***' --seed 1\n" in (text := capsys.readouterr().out) and "s3cret" not in text
+    serving.main([*start, "--", "--secret", "s3cret", "--seed", "1"])
+    assert "--secret '***' --seed 1\n" in (text := capsys.readouterr().out) and "s3cret" not in text
     assert not servers[0].bodies and not (tmp_path / "out").exists()
 
 
@@ -245,9 +245,26 @@ def test_wrong_input_is_named(folder: Path, command: list[str], tmp_path: Path) 
     (plain / "config.json").write_text(json.dumps(config))
     with contextlib.suppress(DataError), pytest.raises(CheckpointError, match="not an SDLM"):
         serving.main([*command, "--model", str(plain)])
+    api, hub = "VLLM_API_KEY", "HF_TOKEN"
+    for option, variable in (("--api-key", api), ("--api_key=K", api), ("--hf-token=K", hub)):
+        with pytest.raises(ConfigError, match=f"into its log[\\s\\S]*set {variable}=…"):
+            serving.main([*command, "--", option])
+    start = [*command[: command.index("--url")], "--vllm", sys.executable, "--dry-run"]
+    results = serving.ServingRun(serving.build_parser().parse_args(start), [])
+    results.path.write_text(json.dumps(results.result))
+    serving.main([*start, "--model", f"{folder}/../{folder.name}"])  # the same folder, however it is spelled
     with pytest.raises(ConfigError, match="no such program"):
         serve_command("no-vllm-here", folder, [])
     assert len(set(serving.built_in_prompts())) > 100
+
+
+def test_the_end_of_a_log_shows_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_API_KEY", "of-the-environment")
+    words = ["sh", "-c", "echo $1 $2 $VLLM_API_KEY fails; exit 1", "--secret", "s3cret", "--url=http://me:pass@a"]
+    server = running(words, tmp_path / "log", plugin=True)
+    with pytest.raises(UserError, match="did not start") as raised, server:
+        pass
+    assert raised.value.what.splitlines()[1:] == ["*** --url=http://*** *** fails"]
 
 
 def test_the_folders_rule_is_measured() -> None:
