@@ -13,6 +13,7 @@ from pathlib import Path
 from dev.quickstart.base_model import default_cache
 from dev.quickstart.pipeline import Demonstration, Pipeline, Split
 from sdlm_megatron.config.command_line import make_parser
+from sdlm_megatron.data.chatml import DEFAULT_SYSTEM
 from sdlm_megatron.errors import run_cli
 from tests.qwen_vocab import make_tiny_qwen, qwen25_tokenizer_folder
 
@@ -31,6 +32,7 @@ def demonstration(family: str) -> Demonstration:
         prompts=4,
         row_length=320,
         mask_token="<text_mask>",
+        system_prompt=DEFAULT_SYSTEM,  # as the template of Qwen2.5's instruction-tuned models
         config={
             "train": {"steps": 2, "precision": "fp32", "global_batch": 2, "global_batch_unit": "rows"},
             "optimizer": {"lr": 1e-3},

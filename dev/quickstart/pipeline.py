@@ -92,6 +92,8 @@ class Demonstration:
     minutes: tuple[str, str, str, str, str, str]
     """Expected time of each stage, for the headings."""
     compare_base: bool = True
+    system_prompt: str | None = None
+    """What the base's chat template puts before a conversation without a system turn."""
 
 
 class Pipeline:
@@ -130,7 +132,7 @@ class Pipeline:
         config = {
             "tokenizer": str(base),
             "mask_token": demo.mask_token,
-            "system_prompt": None,
+            "system_prompt": demo.system_prompt,
             "block_size": 4,
             "repeat": 3,
             "row_length": demo.row_length,

@@ -13,7 +13,9 @@ from tests.smoke import demonstration
 @pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.usefixtures("forked_commands")
-def test_every_stage_reads_what_the_one_before_wrote(tmp_path: Path) -> None:
+def test_every_stage_reads_what_the_one_before_wrote(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     report = Pipeline(replace(demonstration("qwen2"), run_dir=tmp_path / "smoke")).run()
     assert report == tmp_path / "smoke" / "report.html" and report.stat().st_size
+    printed = "".join(capfd.readouterr())
+    assert "resume" in printed and "WARNING" not in printed and "differently from the training data" not in printed
     assert [row["alg"] for row in json.loads(report.with_name("evaluation.json").read_text())["rows"]]
