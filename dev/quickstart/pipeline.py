@@ -93,7 +93,7 @@ class Demonstration:
     """Expected time of each stage, for the headings."""
     compare_base: bool = True
     system_prompt: str | None = None
-    """What the base's chat template puts before a conversation without a system turn."""
+    """The system turn that the base's chat template puts before a conversation without one."""
 
 
 class Pipeline:
