@@ -30,7 +30,7 @@ def demonstration(family: str) -> Demonstration:
         base_text=f"2 layers of random weights in {FAMILIES[family]}, real vocabulary",
         conversations=60,
         prompts=4,
-        row_length=320,
+        row_length=336,
         mask_token="<text_mask>",
         system_prompt=DEFAULT_SYSTEM,  # as the template of Qwen2.5's instruction-tuned models
         config={
