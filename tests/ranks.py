@@ -105,8 +105,9 @@ def _become(arguments: list[str], environment: dict[str, str], streams: list[str
         os.dup2(opened, fd)
         os.close(opened)
     os.write(2, notices)
+    # Also with PYTHONUNBUFFERED a line is one write, so that those of several processes stay apart.
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(line_buffering=True)
+        stream.reconfigure(line_buffering=True, write_through=False)
     if arguments[0] == "-m":
         sys.argv = arguments[1:]
         sys.path[0] = str(REPO)

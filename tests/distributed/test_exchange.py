@@ -65,6 +65,12 @@ def start(program: str, rank: int, port: int, **variables: str) -> subprocess.Po
     )
 
 
+def test_lines_of_several_processes_stay_apart(tmp_path: Path) -> None:
+    late = "import time\nclass Late:\n    def __str__(self): time.sleep(0.3); return 'end'\nprint('start', Late())"
+    (tmp_path / "program.py").write_text(late)
+    assert run_python(str(tmp_path / "program.py"), processes=2).stdout == 2 * "start end\n"
+
+
 @pytest.mark.parametrize("exchange", [OURS, MEGATRONS], ids=["ours", "Megatron-Core's"])
 def test_a_pickle_of_another_rank_runs_nothing(tmp_path: Path, exchange: str) -> None:
     proof = tmp_path / "executed"
