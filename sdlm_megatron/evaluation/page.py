@@ -5,6 +5,7 @@ Folders with the same --label are seeds of one model: their values are averaged,
 """
 
 import argparse
+import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -39,6 +40,11 @@ def number(value: Estimate, digits: int = 2) -> str:
     if value.low == value.high:
         return f"{value.value:.{digits}f}"
     return f"{value.value:.{digits}f} ({value.low:.{digits}f} to {value.high:.{digits}f})"
+
+
+def defined(value: float, form: str = ".1%") -> str:
+    """A number, or "–" where it is nan."""
+    return "–" if math.isnan(value) else format(value, form)
 
 
 def change(gap: Estimate) -> str:
@@ -127,10 +133,6 @@ def _add_sweep(page: Page, sweeps: Results) -> None:
         section.text("A lower threshold keeps more tokens per pass and costs quality.")
         section.figure(figures.threshold_figure(sweeps), "tokens per pass and exact answers by threshold")
     _add_differences(page, sweeps)
-    _add_signatures(page, sweeps)
-
-
-def _add_signatures(page: Page, sweeps: Results) -> None:
     if any(result_files.signatures_of(seeds) for seeds in sweeps.values()):
         _signatures_table(page.section("signatures", "Failure signatures"), sweeps, "rows")
 
@@ -227,7 +229,7 @@ def _add_calibration(page: Page, calibrations: Results) -> None:
         slots = pooled(seeds)
         columns = [intervals.acceptance([slot["prob"] for slot in slots], tau) for tau in figures_slots.KEPT_AT]
         rows += [
-            (label, j + 1, *(f"{kept[j]:.1%} ({after[j]:.1%})" for kept, after in columns)) for j in range(len(slots))
+            (label, j + 1, *(f"{kept[j]:.1%} ({defined(own[j])})" for kept, own in columns)) for j in range(len(slots))
         ]
     section.table(["", "slot", *(f"kept at {tau:g} (if all before are)" for tau in figures_slots.KEPT_AT)], rows)
 
@@ -239,7 +241,7 @@ def _slots_table(calibrations: Results) -> tuple[list[str], list[tuple[Any, ...]
             correct = slot["right"]
             precision, recall = intervals.kept_at(slot["prob"], correct, TAU)
             scores = [
-                f"{value:.3f}"
+                defined(value, ".3f")
                 for confidence in (slot["prob"], slot["entropy"])
                 for value in (
                     intervals.bins_of(confidence, correct).ece,
@@ -247,7 +249,7 @@ def _slots_table(calibrations: Results) -> tuple[list[str], list[tuple[Any, ...]
                     intervals.average_precision(confidence, correct),
                 )
             ]
-            shares = (f"{correct.mean():.1%}", *scores, f"{precision:.1%}", f"{recall:.1%}")
+            shares = (f"{correct.mean():.1%}", *scores, defined(precision), defined(recall))
             rows.append((label, j + 1, len(correct), *shares))
     scores = [f"{name}, {score}" for score in ("prob", "entropy") for name in ("ECE", "Brier", "AP")]
     return ["", "slot", "positions", "accuracy", *scores, f"precision at {TAU:g}", f"recall at {TAU:g}"], rows

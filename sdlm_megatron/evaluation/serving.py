@@ -7,8 +7,6 @@ each measurement, so that an interrupted command continues where it stopped, and
 
 import argparse
 import datetime
-import hashlib
-import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -22,10 +20,10 @@ from sdlm_megatron.config.secret_text import mask_text, mask_words, masked_comma
 from sdlm_megatron.diffusion.settings import SDLMSettings
 from sdlm_megatron.errors import CheckpointError, ConfigError, UserError, run_cli
 from sdlm_megatron.evaluation import vllm_server
-from sdlm_megatron.evaluation.held_out import HeldOutPrompt, read_prompts
+from sdlm_megatron.evaluation.held_out import HeldOutPrompt, prompts_sha256, read_prompts
 from sdlm_megatron.evaluation.identity import model_sha256
 from sdlm_megatron.evaluation.page import write_page
-from sdlm_megatron.evaluation.result_files import STOCK, ServedRate, read_kept, served_comparison, served_rates
+from sdlm_megatron.evaluation.result_files import STOCK, read_kept, served_comparison, served_rates
 from sdlm_megatron.evaluation.vllm_server import RefusedRequest, StreamedAnswer, VLLMServer
 from sdlm_megatron.files import make_folder, write_json
 from sdlm_megatron.report.page_kit import markdown_table
@@ -133,11 +131,10 @@ class ServingRun:
         self.args, self.path = args, args.out / "serving.json"
         self.questions = read_prompts(args.prompts, answered=False) if args.prompts else built_in_prompts()
         self.rules = rules_of(settings, args.thresholds)
-        texts = [question.text for question in self.questions]
         self.settings = {
             # a server of --url may read its weights elsewhere
             **({"model": str(args.model)} if args.url else {"model_sha256": model_sha256(args.model)}),
-            "prompts": hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16],
+            "prompts": prompts_sha256(self.questions),
             "tokens": args.tokens,
             "rounds": args.rounds,
             "serve": mask_words(args.serve),
@@ -244,13 +241,6 @@ def plan_lines(run: ServingRun, args: argparse.Namespace) -> Iterator[str]:
     yield f"at most {most:,} tokens: about {times}" + ("" if args.url else "; and the start of two servers")
 
 
-def table_of(rates: Sequence[ServedRate]) -> tuple[list[str], list[Sequence[str]]]:
-    """Head and rows of the table for the terminal."""
-    head = ["requests at a time", "decoding", "tokens/s", "of plain", "tokens per pass", "first text, s (90 %)"]
-    head += ["answer, s (90 %)", "tokens per answer", "exact"]
-    return head, [(str(rate.at), *rate.cells) for rate in rates]
-
-
 def build_parser() -> argparse.ArgumentParser:
     """Options of the command."""
     parser = make_parser("sdlm evaluate serving", __doc__, example=EXAMPLE)
@@ -295,7 +285,10 @@ def main(argv: Sequence[str] | None = None) -> None:
                 run.run(server, cells)
     write_json(run.path, run.result)
     rates = served_rates(run.result)
-    print("", *markdown_table(*table_of(rates)), "", *served_comparison(rates), sep="\n")
+    head = ["requests at a time", "decoding", "tokens/s", "of plain", "tokens per pass", "first text, s (90 %)"]
+    head += ["answer, s (90 %)", "tokens per answer", "exact"]
+    table = markdown_table(head, [(str(rate.at), *rate.cells) for rate in rates])
+    print("", *table, "", *served_comparison(rates), sep="\n")
     write_page([args.out], [args.model.name], args.out / "index.html", "Evaluation")
     print(f"wrote {run.path} and {args.out / 'index.html'}")
 

@@ -33,12 +33,20 @@ def test_page_shows_all_results_of_two_models_and_their_seeds(tmp_path):
     assert f"{swift.speed.value:.2f} ({swift.speed.low:.2f} to {swift.speed.high:.2f})" in text
 
 
-def test_page_of_a_single_result_has_only_its_sections(tmp_path):
-    folder = write_results(tmp_path / "d2", n=2)
-    for name in ("calibration", "speed", "context", "sweep", "serving"):
+def test_page_of_a_single_weak_result_has_only_its_sections(tmp_path):
+    """Nothing is kept behind the first slot, and one slot is never right."""
+    folder = write_results(tmp_path / "d4", n=4)
+    for name in ("speed", "context", "sweep", "serving", "perplexity"):
         (folder / f"{name}.json").unlink()
+    result = json.loads((folder / "calibration.json").read_text())
+    for slot in result["slots"][1:]:
+        slot["prob"] = [0.1] * len(slot["prob"])
+    result["slots"][2]["right"] = [0] * len(slot["right"])
+    (folder / "calibration.json").write_text(json.dumps(result))
     page([str(folder), "--out", str(tmp_path / "a.html")])
-    assert re.findall(r'<section id="(\w+)"', (tmp_path / "a.html").read_text()) == ["facts", "perplexity"]
+    text = (tmp_path / "a.html").read_text()
+    assert re.findall(r'<section id="(\w+)"', text) == ["facts", "reliability", "precision", "acceptance"]
+    assert "nan" not in re.sub(r"base64,[^\"]*", "", text) and "0.0% (–)" in text
 
 
 def test_wrong_folders_and_labels_are_reported(tmp_path):

@@ -178,6 +178,10 @@ def test_continues_where_it_stopped(command: list[str], servers: list[VLLMLike],
     assert len(servers[0].bodies) == sent
     with pytest.raises(DataError, match=r"measured with tokens 9, not 8[\s\S]*another --out"):
         serving.main([*command, "--tokens", "8"])
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(prompts.read_text().replace("other", "another"))  # an expected answer
+    with pytest.raises(DataError, match="measured with prompts "):
+        serving.main(command)
 
 
 def test_dry_run_sends_and_writes_nothing(
