@@ -20,7 +20,7 @@ from torch import Tensor
 from sdlm_megatron.chat.chat_model import AnswerSettings, load
 from sdlm_megatron.diffusion.decode_model import TransformersProposer
 from sdlm_megatron.diffusion.decode_step import Step
-from sdlm_megatron.errors import ConfigError
+from sdlm_megatron.errors import ConfigError, DataError
 from sdlm_megatron.weights.dtypes import HF_DTYPES, PRECISIONS, precision_name
 
 # Model arguments with the meaning they have for the harness' `hf`.
@@ -100,6 +100,7 @@ class SDLMForLMEval(HFLM):
         self.counts: dict[str, TaskCounts] = {}  # by task, of the latest `generate_until`
         # by task, of the latest `generate_until`: tokens and those that each pass kept, in the order of the requests
         self.answers: dict[str, list[tuple[list[int], list[int]]]] = {}
+        self.whole_prompts = False  # True: a prompt that is too long is an error; the harness drops its beginning
         self._task = TaskCounts()
         self._contexts: list[str] = []  # of the batch that is decoded next
         # by context; requests of one context keep their order when the harness sorts by length
@@ -112,6 +113,12 @@ class SDLMForLMEval(HFLM):
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """The answers in the order of the requests; updates `counts` and `answers`."""
+        for request in requests if self.whole_prompts else ():
+            size, most = len(self.tok_encode(request.args[0])), self.max_length - request.args[1]["max_gen_toks"]
+            if size > most:
+                what = f"the prompt has {size} tokens, and the model has positions for {most} beside the longest answer"
+                fix = "use a smaller --max-new-tokens, or name other tasks with --tasks"
+                raise DataError(what, f"{request.task_name}, row {request.doc_id}", fix)
         texts = [""] * len(requests)
         for task in dict.fromkeys(request.task_name for request in requests):
             rows = [i for i, request in enumerate(requests) if request.task_name == task]

@@ -33,12 +33,7 @@ THRESHOLDS = (0.98, 0.82)
 NEW_TOKENS = 2048
 SEED = 0  # of shuffled choices and of drawn examples; greedy decoding needs none
 EXAMPLE = """--model SDLM-3B-D4 --data datasets --out runs/paper
-sdlm evaluate paper --model SDLM-3B-D4 --data datasets --out runs/paper --tasks gsm8k math --limit 50"""
-
-
-def result_path(out: Path, task: PaperTask, rule: DecodingRule) -> Path:
-    """The result file of a task and a rule."""
-    return out / f"{task.key}-{rule.alg}{f'-{rule.threshold:g}' if rule.alg != 'ar' else ''}.json"
+sdlm evaluate paper --model SDLM-3B-D4 --data datasets --out runs/paper_trial --tasks gsm8k math --limit 20"""
 
 
 def other_results(out: Path, known: Collection[Path], args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -52,6 +47,10 @@ def other_results(out: Path, known: Collection[Path], args: argparse.Namespace) 
     return others
 
 
+class UnreadableDatasetError(DataError):
+    """A dataset that is not what the definition of its task expects, or a package that does not fit."""
+
+
 class PaperRun:
     """The harness with one model, and the tasks that were asked for."""
 
@@ -63,10 +62,11 @@ class PaperRun:
             import torch
 
             torch.set_num_threads(args.threads)
-        dtype = args.dtype or "auto"
         self.args = args
-        self.lm = SDLMForLMEval(str(args.model), dtype=dtype, device=args.device, batch_size=args.batch)
+        self.lm = SDLMForLMEval(str(args.model), dtype=args.dtype or "auto", device=args.device, batch_size=args.batch)
+        self.lm.whole_prompts = True
         print(self.lm.chat.describe(), flush=True)
+        measurement.check_positions(self.lm.chat, args.max_new_tokens + 1, "--max-new-tokens")
 
     def measure(self, task: PaperTask, rule: DecodingRule, argv: Sequence[str] | None) -> dict[str, Any]:
         """The content of a result file."""
@@ -89,9 +89,8 @@ class PaperRun:
                 fewshot_as_multiturn=True,
                 confirm_run_unsafe_code=args.confirm_run_unsafe_code,
             )
-        correct = [int(row[task.metric]) for name in names for row in _samples(results["samples"][name], task)]
+        rows = [row for name in names for row in sorted(results["samples"][name], key=lambda row: int(row["doc_id"]))]
         answers = [answer for name in names for answer in self.lm.answers[name]]
-        tokens = [len(answer) for answer, _ in answers]
         return {
             "kind": "paper",
             "task": task.key,
@@ -99,15 +98,15 @@ class PaperRun:
             "model": str(args.model),
             "settings": settings_of(args, task),
             "facts": measurement.facts_of(self.lm.chat, "sdlm evaluate paper", argv, lm_eval=harness.__version__),
-            "correct": correct,
-            "tokens": tokens,
+            "correct": [int(row[task.metric]) for row in rows if row["filter"] == task.filter],
+            "tokens": [len(answer) for answer, _ in answers],
             "passes": [len(kept) for _, kept in answers],
             **signatures.vectors([answer for answer, _ in answers], self.lm.end_tokens),
             "seconds": round(sum(self.lm.counts[name].seconds for name in names), 1),
         }
 
     def _load(self, task: PaperTask, folder: Path, names: Sequence[str]) -> Any:
-        """The harness' tasks; DataError where a dataset is not what its definition expects."""
+        """The harness' tasks; UnreadableDatasetError where that fails."""
         from lm_eval.tasks import TaskManager
 
         random.seed(SEED)  # GPQA's definition shuffles the choices when it reads them
@@ -115,16 +114,13 @@ class PaperRun:
             loaded = TaskManager(include_path=str(folder), include_defaults=False).load(list(names))
         except Exception as problem:  # `datasets` and the definitions raise anything
             what = f"lm_eval cannot read the dataset of {task.name}: {type(problem).__name__}: {problem}"
-            fix = f"download it again: hf download {task.data} --repo-type dataset --local-dir DIR"
-            raise DataError(what, str(self.args.data / task.data), fix) from problem
+            path = self.args.data / task.data
+            fix = f"download it again: hf download {task.data} --repo-type dataset --local-dir {path}"
+            fix += ", or install the packages that the error names"
+            raise UnreadableDatasetError(what, str(path), fix) from problem
         for part in loaded["tasks"].values():
             part.set_fewshot_seed(seed=SEED)
         return loaded
-
-
-def _samples(rows: Sequence[dict[str, Any]], task: PaperTask) -> list[dict[str, Any]]:
-    """The rows of one filter in the order of the dataset."""
-    return sorted((row for row in rows if row["filter"] == task.filter), key=lambda row: int(row["doc_id"]))
 
 
 @contextlib.contextmanager
@@ -156,19 +152,15 @@ def settings_of(args: argparse.Namespace, task: PaperTask) -> dict[str, Any]:
     }
 
 
-def rules_of(args: argparse.Namespace) -> list[DecodingRule]:
-    """The thresholds with the block size of the folder; n = 1 for a plain model."""
-    size = read_hf_config(args.model).decoding.block_size
-    return [DecodingRule("prob_conf", size, t) for t in args.thresholds] if size > 1 else [DecodingRule()]
-
-
 def run(args: argparse.Namespace, argv: Sequence[str] | None) -> None:
     """Measures what is missing in OUT, and writes the page after every result."""
-    rules, args.model_sha256 = rules_of(args), model_sha256(args.model)
+    size, args.model_sha256 = read_hf_config(args.model).decoding.block_size, model_sha256(args.model)
+    rules = {f"prob_conf-{t:g}": DecodingRule("prob_conf", size, t) for t in args.thresholds if size > 1}
+    rules = rules or {"ar": DecodingRule()}  # of a plain model
     tasks, reasons = choose_tasks(args.tasks, args.data, run_code=args.confirm_run_unsafe_code)
     for key, reason in reasons.items():
         print(f"{paper_tasks()[key].name:12} left out: {reason}", flush=True)
-    pairs = [(task, rule, result_path(args.out, task, rule)) for task in tasks for rule in rules]
+    pairs = [(task, rule, args.out / f"{task.key}-{name}.json") for task in tasks for name, rule in rules.items()]
     results = {path: result for task, _, path in pairs if (result := read_kept(path, "paper", settings_of(args, task)))}
     others = other_results(args.out, [path for _, _, path in pairs], args)
     reasons = {key: why for key, why in reasons.items() if key not in {result["task"] for result in others}}
@@ -178,10 +170,18 @@ def run(args: argparse.Namespace, argv: Sequence[str] | None) -> None:
         print(f"\n[{number}/{len(pairs)}] {task.name}, {rule.name}{kept}", flush=True)
         if not kept:
             harness = harness or PaperRun(args)
-            results[path] = harness.measure(task, rule, argv)
-            write_json(path, results[path])
-            print(paper_page.summary_line(results[path]), flush=True)
-        paper_page.write_paper_page([*results.values(), *others], reasons, page)
+            try:
+                results[path] = harness.measure(task, rule, argv)
+            except UnreadableDatasetError as problem:
+                if task.key in args.tasks or (number == len(pairs) and not results):
+                    raise
+                reasons[task.key] = f"{problem.what}; {problem.fix}"
+                print(f"left out: {problem}", flush=True)
+            else:
+                write_json(path, results[path])
+                print(paper_page.summary_line(results[path]), flush=True)
+        if shown := [*results.values(), *others]:
+            paper_page.write_paper_page(shown, reasons, page)
     print(f"\nwrote {page}")
 
 

@@ -168,7 +168,7 @@ def _add_signatures(page: Page, by_rule: Mapping[str, Mapping[str, Result]]) -> 
     section = page.section("signatures", "Failure signatures")
     section.text(
         f"Repetition: runs of {signatures.GRAM} tokens that occurred earlier in the same answer. No end: answers "
-        f"stopped by the token limit or a stop string. Stall: answers of at least {signatures.STALL_TOKENS} tokens "
+        f"stopped by the token limit. Stall: answers of at least {signatures.STALL_TOKENS} tokens "
         f"with fewer than {signatures.STALL_RATE} tokens per pass. These tasks have no expected answers token by "
         "token: compare thresholds with each other. Answers that get shorter as the threshold falls may end early."
     )

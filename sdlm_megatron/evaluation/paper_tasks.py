@@ -36,6 +36,7 @@ class PaperTask:
     packages: Sequence[str] = ()
     files: Sequence[str] = ()
     executes: bool = False
+    stops: Sequence[str] = ()  # none: those of lm_eval belong to its few-shot texts, and cut the answers of a chat
     changes: Mapping[str, Any] = field(default_factory=dict)
 
     def missing(self, data: Path, *, run_code: bool) -> str:
@@ -127,8 +128,6 @@ def write_definitions(task: PaperTask, data: Path, folder: Path, *, tokens: int,
         tokens: most new tokens of an answer.
         installed: lm_eval's own folder of tasks.
     """
-    from lm_eval.tasks._yaml_loader import load_yaml
-
     make_folder(folder)
     sources = sorted(installed.glob(task.base))
     if not sources:
@@ -136,8 +135,6 @@ def write_definitions(task: PaperTask, data: Path, folder: Path, *, tokens: int,
         raise ConfigError(f"lm_eval has no definition of {task.name}", str(installed / task.base), fix)
     names = []
     for source in sources:
-        # functions stay names: they belong to modules that download or run something when they are imported
-        base = load_yaml(source, resolve_func=False)
         names.append(f"paper_{task.key}" if len(sources) == 1 else f"paper_{source.stem}")
         definition = {
             "include": str(source),
@@ -147,8 +144,7 @@ def write_definitions(task: PaperTask, data: Path, folder: Path, *, tokens: int,
             "dataset_kwargs": {"cache_dir": str((folder / "cache").resolve())},
             "num_fewshot": task.shots,
             **task.changes,
-            "generation_kwargs": {"until": [], **base.get("generation_kwargs", {})}
-            | {"max_gen_toks": tokens, "do_sample": False},
+            "generation_kwargs": {"until": list(task.stops), "max_gen_toks": tokens, "do_sample": False},
         }
         write_text(folder / f"{names[-1]}.yaml", yaml.safe_dump(definition, sort_keys=False, allow_unicode=True))
     return names

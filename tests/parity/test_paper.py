@@ -4,11 +4,13 @@ import dataclasses
 import importlib.util
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from sdlm_megatron.chat.chat_model import load
 from sdlm_megatron.errors import ConfigError, DataError
@@ -16,6 +18,7 @@ from sdlm_megatron.evaluation import intervals, paper, paper_tasks
 from sdlm_megatron.evaluation.identity import model_sha256
 from sdlm_megatron.evaluation.lm_eval_model import SDLMForLMEval, TaskCounts
 from tests.fixtures.paper_sets import CHOICES, SUBJECTS, write_paper_sets
+from tests.helpers import REPO
 from tests.parity import exported
 
 TASKS = paper_tasks.paper_tasks()
@@ -125,6 +128,7 @@ NUMBERS = r"""
 18: $\boxed{18}$. | $$ \boxed{18} $$ | $\boxed{18}$, as asked | \boxed{18} ... | \boxed{18.00}
 18: \boxed{\$18} | \boxed{$18} | \boxed{18\%} | \boxed{18 \text{ dollars}} | \boxed{\text{18 dollars}}
 18: \boxed{18 dollars} | \boxed{x = 18} | \boxed{18.} | \boxed{3 \times 6 = 18} | \boxed{7}, no, \boxed{18}: 3 at 6
+18: \boxed{18}, again \boxed{1 | \boxed{18}. Let me check \boxed{\frac{1}{2
 18: cut within \boxed{18 | It is **18**. | $18.00, he said ... | \boxed{18\text{ cm}^2} | #### 18 | 5 and 18
 18: \boxed{18 \text{ km/h}} | \boxed{\$18/\text{hour}} | Final answer: - 18 | Answer - 18
 1,234: \boxed{1,234} | \boxed{1{,}234} | \boxed{1,\!234} | \boxed{\$1234.00} | so 1,234, not 5,5 but $1,234.
@@ -155,10 +159,16 @@ def test_answers_of_gsm8k_are_compared_as_numbers() -> None:
                 "The correct answer is (B) (R)-x and (S)-y, not (A)",
                 "(A)? No: the correct answer is: **B**.",
                 "It is (B)",
+                "I take r1. **Answer:** B",
                 "Let me work out what the correct answer is. A photon has spin 1. The correct answer is (B)",
                 "I first think the answer is (A), but no. The correct answer is (B)",
             ),
-            ("The correct answer is (A), not (B)", "The correct answer is Bromine", "(B) is wrong, hence (C)"),
+            (
+                "The correct answer is (A), not (B)",
+                "The correct answer is Bromine",
+                "(B) is wrong, hence (C)",
+                "It may be p1 or q1",
+            ),
         ),
         (
             "mmlu",
@@ -240,6 +250,15 @@ def test_decoded_answers_are_kept_and_not_mixed(data, model, tmp_path, monkeypat
         paper.main(words)
 
 
+def test_answers_end_by_themselves(data, tmp_path) -> None:
+    """No stop string of lm_eval's few-shot texts, such as "Question:" or a line break, cuts an answer."""
+    installed = Path(str(importlib.util.find_spec("lm_eval").origin)).parent / "tasks"
+    for key, task in TASKS.items():
+        for name in paper_tasks.write_definitions(task, data, tmp_path / key, tokens=7, installed=installed):
+            written = yaml.safe_load((tmp_path / key / f"{name}.yaml").read_text())
+            assert written["generation_kwargs"] == {"until": [], "do_sample": False, "max_gen_toks": 7}, name
+
+
 def test_what_cannot_run_is_named(data, model, tmp_path) -> None:
     ready, reasons = paper_tasks.choose_tasks([], data, run_code=False)
     assert [key for key in CODE if "--confirm-run-unsafe-code" in reasons[key]] == CODE
@@ -257,6 +276,36 @@ def test_what_cannot_run_is_named(data, model, tmp_path) -> None:
     with pytest.raises(DataError, match="cannot read the dataset of GSM8K") as caught:
         paper.main(arguments(tmp_path, model, tmp_path / "out", "--tasks", "gsm8k"))
     assert caught.value.where == str(tmp_path / "openai/gsm8k")
+    words = arguments(tmp_path, model, tmp_path / "out", "--limit", "1")
+    with pytest.raises(DataError, match="cannot read the dataset of GSM8K"):  # nothing else can run
+        paper.main(words)
+    shutil.copytree(data / "allenai/winogrande", tmp_path / "allenai/winogrande")
+    paper.main(words)
+    assert set(results_of(tmp_path / "out")) == {"winogrande"}
+    text = (tmp_path / "out/index.html").read_text()
+    assert "lm_eval cannot read the dataset of GSM8K" in text[text.index('id="missing"') :]
+
+
+def test_prompt_and_answer_fit_into_the_positions(data, model, tmp_path) -> None:
+    shutil.copytree(model, small := tmp_path / "small")
+    config = json.loads((small / "config.json").read_text())
+    (small / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 64}))
+    words = arguments(data, small, tmp_path / "out", "--tasks", "gsm8k")
+    with pytest.raises(ConfigError, match="65 tokens are needed, the model has 64 positions"):
+        paper.main([*words, "--max-new-tokens", "64"])
+    with pytest.raises(DataError, match=r"the prompt has \d+ tokens, and the model has positions for 52") as caught:
+        paper.main(words)
+    assert caught.value.where == "paper_gsm8k, row 0"
+
+
+def test_documented_commands_can_follow_each_other() -> None:
+    """A folder of results has one --limit."""
+    text = "\n".join([f"sdlm evaluate paper {paper.EXAMPLE}", *(path.read_text() for path in REPO.glob("docs/*.md"))])
+    limits: dict[str, set[str]] = {}
+    for line in re.findall(r"sdlm evaluate paper .*--out .*", text):
+        out, limit = (re.search(rf"{option} (\S+)", line) for option in ("--out", "--limit"))
+        limits.setdefault(out[1] if out else "", set()).add(limit[1] if limit else "")
+    assert len(limits) > 1 and {len(values) for values in limits.values()} == {1}
 
 
 def test_published_figures_have_the_published_means() -> None:
