@@ -11,6 +11,7 @@ import pytest
 from helpers import REPO
 
 from sdlm_megatron.errors import ConfigError
+from sdlm_megatron.ops.driver import submit
 from sdlm_megatron.ops.driver.submit import BatchScript, Submission, main
 
 SBATCH = "#!/bin/sh\necho sbatch: your quota is nearly used >&2\necho 4711\n"
@@ -279,7 +280,7 @@ def test_a_wrong_setting_is_refused_before_the_queue(user: dict[str, str], tmp_p
 
 
 def test_dry_run_of_a_run_that_training_refuses_ends_as_a_user_error(
-    user: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    user: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     for name, value in {**user, "PATH": ""}.items():
         monkeypatch.setenv(name, value)
@@ -297,6 +298,12 @@ def test_dry_run_of_a_run_that_training_refuses_ends_as_a_user_error(
         with expected:
             main(["train_3b_d4", "--dry-run", *options])
     assert ["--simulate" in line for line in lines] == [False, True, False, False, False, True]
+    monkeypatch.setattr(submit, "find_spec", {"torch": object()}.get)  # as on the host of a container
+    main(["train_3b_d4", "--dry-run"])
+    shown = capsys.readouterr().out.split("not checked: ")[1:]
+    assert [f"{sys.executable} has no numpy" in text for text in shown] == [True, True] and len(lines) == 6
+    assert "  WORLD_SIZE=32 RANK=0" in shown[0] and "-m sdlm_megatron.train --dry-run" in shown[0]
+    assert "-m sdlm_megatron.cli plan sdlm_3b_d4 --gpus 32" in shown[1]
 
 
 def test_saved_submission_masks_secrets(user: dict[str, str], tmp_path: Path) -> None:
