@@ -150,7 +150,8 @@ def resolve_diffusion(config: RunConfig, dataset: PackedDataset) -> RunConfig:
             raise DataError(
                 f"diffusion.{key} is {stated}, the dataset was built with {value}",
                 str(dataset.path / "manifest.json"),
-                f"leave diffusion.{key} unset, or rebuild the dataset: sdlm prepare … --{key}={stated}",
+                f"--diffusion.{key}={typed(getattr(unset, key))} takes the dataset's; or build one with "
+                f"sdlm prepare … --{key}={typed(stated)}",
             )
     return replace(config, diffusion=replace(config.diffusion, **values))
 

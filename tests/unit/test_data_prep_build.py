@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 import yaml
+from helpers import REPO
 from rich.console import Console
 
 from data_prep.accounting import Tally
@@ -741,3 +742,4 @@ def test_presets_load(preset: str, block_size: int) -> None:
     config = load_config(BuildConfig, preset, ["--out=o", "--tokenizer=t"], PRESETS)
     check(config)
     assert (config.block_size, len(config.sources), config.max_document_length) == (block_size, 9, 5632)
+    assert all(f"`{preset}`" in (REPO / "docs" / page).read_text() for page in ("data.md", "operations.md"))

@@ -258,12 +258,15 @@ def test_an_unknown_option_and_no_nodes_are_usage_errors(capsys: pytest.CaptureF
 
 
 def test_dry_run_says_what_was_not_checked(user: dict[str, str], tmp_path: Path) -> None:
-    """A folder that exists and is no dataset."""
+    """A folder that exists and is no dataset; the data that the pipeline would build has other blocks."""
     (tmp_path / "data").mkdir()
     line = (sys.executable, "-m", "sdlm_megatron.cli", "submit", "train_3b_d4", "--cluster", "mine", "--dry-run")
     done = run(*line, "--no-simulate", cwd=tmp_path, env={**user, "PYTHONPATH": str(REPO)})
     assert done.returncode == 0, done.stderr
     assert f"{tmp_path / 'data'} is not a packed dataset on this machine" in done.stdout
+    env = {**user, "PYTHONPATH": str(REPO), "CONFIG": "mixture_3p5m_d8"}
+    done = run(*line, "--no-simulate", cwd=tmp_path, env=env)
+    assert done.returncode == 2 and "error: mixture_3p5m_d8 builds blocks of 8, sdlm_3b_d4 trains 4" in done.stderr
 
 
 @pytest.mark.parametrize("options", [["--dry-run"], []])

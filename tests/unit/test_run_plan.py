@@ -66,7 +66,10 @@ def test_contradiction_with_the_manifest_is_refused(stated: str, message: str) -
     config = load_config(RunConfig, "tiny", [f"--diffusion.{stated}"], PRESETS)
     with pytest.raises(DataError, match=message) as raised:
         resolve_diffusion(config, _dataset())
-    assert stated.partition("=")[0] in raised.value.fix and "manifest.json" in raised.value.where
+    assert f"sdlm prepare … --{stated}" in raised.value.fix and "manifest.json" in raised.value.where
+    advice = shlex.split(raised.value.fix.split()[0])
+    as_advised = load_config(RunConfig, "tiny", [f"--diffusion.{stated}", *advice], PRESETS)
+    assert asdict(resolve_diffusion(as_advised, _dataset()).diffusion).items() >= MANIFEST.items()
 
 
 def test_block_size_of_a_preset_is_checked() -> None:

@@ -246,11 +246,21 @@ class Submission:
         else:
             state = "is not a packed dataset" if Path(self.run.data.path).exists() else "does not exist"
             print(f"{self.run.data.path} {state} on this machine: data, base model and tokenizer were not checked")
+            self._check_block_size(os.environ.get("CONFIG", ""))
             settings = [setting for setting in settings if not setting.startswith("--data.path=")]
         simulate = [] if self.args.no_simulate else ["--simulate"]
         print(f"\n# memory and time, by the planner{', and a simulated step' if simulate else ''}", flush=True)
         plan = ["sdlm_megatron.cli", "plan", self.script.preset, "--gpus", str(self.processes)]
         return self._passes([*plan, "--gpu", self.cluster.gpu, "--top", "0", *simulate, *settings], {}) and passed
+
+    def _check_block_size(self, config: str) -> None:
+        """ConfigError if the pipeline would build the data from `config` with other blocks than the recipe's."""
+        line = [sys.executable, "-m", "sdlm_megatron.cli", "prepare", "--config", config, "--print-config"]
+        shown = subprocess.run(line, capture_output=True, text=True).stdout if config else ""
+        built = re.search(r"^block_size: (\d+)$", shown, re.MULTILINE)
+        if built and self.run.diffusion.block_size not in (0, int(built[1])):
+            what = f"{config} builds blocks of {built[1]}, {self.script.preset} trains {self.run.diffusion.block_size}"
+            raise ConfigError(what, "CONFIG", "for blocks of 8: CONFIG=mixture_3p5m_d8, or block_size: 8 in your file")
 
     def _passes(self, program: list[str], environment: dict[str, str]) -> bool:
         """Runs a module of the project; shows the command where Python has only what the job's driver needs."""
