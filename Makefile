@@ -78,7 +78,7 @@ test-vllm: $(STAMP)  ## tests of serving/vllm with vLLM for CPUs, in an environm
 	python=$$($(PY) serving/vllm/tests/cpu_environment.py .cache) && cd serving/vllm && \
 		PYTHONPATH=tests/cpu_shim SDLM_VLLM_CPU=1 $$python -m pytest
 
-drill: $(STAMP)  ## fault drill on a real Slurm on this machine (needs root and Debian's packages), about 10 minutes
+drill: $(STAMP)  ## fault drill on a real Slurm on this machine (needs root and Debian's packages), about 11 minutes
 	$(PY) tests/slurm/drill.py
 
 nullgpu: $(STAMP)  ## ranks of 16 to 232 GPUs under CUDA's host code without a GPU (CONTRIBUTING.md)

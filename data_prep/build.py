@@ -372,10 +372,9 @@ def build_parser() -> argparse.ArgumentParser:
         settings=BuildConfig,
     )
     parser.list_settings = True
-    inputs = parser.add_mutually_exclusive_group(required=True)
-    add_preset(inputs, "--config", PRESETS)
+    add_preset(parser, "--config", PRESETS)
     text = "a source: files, folders and globs, or hub:NAME to download a hub dataset; one --input per source"
-    inputs.add_argument("--input", metavar="PATH", action="append", nargs="+", help=text)
+    parser.add_argument("--input", metavar="PATH", action="append", nargs="+", help=text)
     formats = "source format of --input; default: the one its fields match"
     parser.add_argument("--format", choices=FORMATS, metavar="FORMAT", help=formats)
     parser.add_argument("--tokenizer", metavar="FOLDER", help="tokenizer of the base model; overrides --config")
@@ -396,6 +395,10 @@ def build_parser() -> argparse.ArgumentParser:
 def read_command_line(argv: Sequence[str] | None) -> tuple[BuildConfig, argparse.Namespace]:
     """Settings and options of the command; each `--input` becomes a source of an otherwise default configuration."""
     args, overrides = parse_with_settings(build_parser(), argv)
+    if bool(args.config) == bool(args.input):
+        fix = "to add a source to a configuration: sdlm prepare --config NAME --print-config > mine.yaml, append "
+        fix += "- {name: mine, format: messages, path: FILE} to its list of sources, then --config mine.yaml"
+        raise ConfigError("use either --config or --input", "the command line", fix)
     options = [f"--{key}={getattr(args, key)}" for key in ("tokenizer", "out") if getattr(args, key) is not None]
     for paths in args.input or ():
         # argparse takes a setting with a space, such as --sources.a.columns={prompt: Q}, for one more path

@@ -1,6 +1,5 @@
 """State of a build: its work folder, the units that are complete, and the settings with which it was begun."""
 
-import fcntl
 import json
 import os
 import shutil
@@ -15,7 +14,7 @@ from data_prep.build_config import BuildConfig, SourceConfig, lasting
 from data_prep.documents import UnitResult, load_result
 from data_prep.readers import InputUnit
 from sdlm_megatron.errors import ConfigError, DataError
-from sdlm_megatron.files import write_json
+from sdlm_megatron.files import lock_file, write_json
 
 
 @dataclass(frozen=True)
@@ -132,8 +131,5 @@ def _changed_files(state: BuildState, before: list[dict[str, Any]], now: list[di
 def locked(work: Path) -> Iterator[None]:
     """Prevents a second process from completing the same build."""
     with open(work / "lock", "w", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise DataError("another process works on this build", str(work.parent), "wait for it") from None
+        lock_file(file, DataError("another process works on this build", str(work.parent), "wait for it"))
         yield

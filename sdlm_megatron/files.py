@@ -1,5 +1,6 @@
 """Files: atomic writes (write beside, fsync, rename), checksums, and checked reads of files that others wrote."""
 
+import fcntl
 import hashlib
 import json
 import math
@@ -9,7 +10,7 @@ import stat
 import tempfile
 import threading
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import IO, Any, NoReturn, TypeVar
 
 from sdlm_megatron.errors import UserError
 
@@ -84,6 +85,17 @@ def rename_whole(partial: Path, final: Path) -> None:
     fsync_tree(partial)
     os.rename(partial, final)
     fsync(final.parent)  # the rename itself is an entry of the parent folder
+
+
+def lock_file(file: IO[str], busy: UserError) -> None:
+    """Locks an open file until it is closed or the process ends; raises `busy` where another process has the lock."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise busy from None
+    except OSError as error:
+        fix = "mount it with locks (Lustre: -o flock), or write to another file system"
+        raise type(busy)(f"the file system has no locks: {error.strerror}", file.name, fix) from None
 
 
 def most_open(most: int, share: int) -> int:

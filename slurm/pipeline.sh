@@ -3,9 +3,9 @@
 # previous one has succeeded.
 #   CONFIG=mixture_3p5m BASE=DIR DATA=DIR RUN_DIR=DIR HELDOUT=FILE.jsonl \
 #     slurm/pipeline.sh train_32b_d4 --cluster NAME [--dry-run] [OPTIONS] [-- --a.b=c ...]
-# With CONFIG (of sdlm prepare), DATA is built first, by SHARDS (default 8) tasks. With HELDOUT, the model decodes that file
-# at the end. OPTIONS, and settings after --, apply to training; --dry-run prints and checks every job; the first job
-# waits for those of --after.
+# With CONFIG (of sdlm prepare; for train_3b_d8: mixture_3p5m_d8), DATA is built first, by SHARDS (default 8) tasks.
+# With HELDOUT, the model decodes that file at the end. OPTIONS, and settings after --, apply to training; --dry-run
+# prints and checks every job; the first job waits for those of --after.
 set -euo pipefail
 here=$(dirname "$(realpath "$0")")
 usage() { sed -n '2,8s/^# \{0,1\}//p' "$0"; }

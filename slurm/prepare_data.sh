@@ -9,7 +9,8 @@
 # Conversations to a packed dataset. Each task of the array tokenizes one shard; merge_data.sh then builds the dataset:
 #   CONFIG=mixture_3p5m BASE=DIR OUT=DIR slurm/prepare_data.sh --cluster NAME [--array 0-7] [-- --a.b=c ...]
 #   CONFIG=mixture_3p5m BASE=DIR OUT=DIR slurm/merge_data.sh --cluster NAME --after JOB [-- --a.b=c ...]
-# CONFIG: preset or file of sdlm prepare. BASE: Hugging Face folder with the tokenizer. OUT: the dataset.
+# CONFIG: preset (for block size 8: mixture_3p5m_d8) or file of sdlm prepare. BASE: Hugging Face folder with the
+# tokenizer. OUT: the dataset.
 # In a job, $0 is Slurm's copy of this script. Slurm knows the path of the original, which is next to common.sh.
 # A busy controller does not answer at once.
 self=$0

@@ -11,7 +11,8 @@
 # SDLM-3B, block size 8, from Qwen2.5-3B: the published recipe on 4 nodes of 8 H100.
 #   DATA=DIR BASE=DIR sbatch --mem=0 slurm/train_3b_d8.sh [OPTIONS] [-- --a.b=c ...]  with the #SBATCH options above
 #   DATA=DIR BASE=DIR slurm/train_3b_d8.sh --cluster NAME [OPTIONS] [-- --a.b=c ...]  with those of a cluster file
-# DATA: packed dataset (prepare_data.sh). BASE: Hugging Face folder. RUN_DIR: folder of the run. OPTIONS: --help, --dry-run
+# DATA: packed dataset (prepare_data.sh with CONFIG=mixture_3p5m_d8). BASE: Hugging Face folder. RUN_DIR: folder of the
+# run. OPTIONS: --help, --dry-run
 # In a job, $0 is Slurm's copy of this script. Slurm knows the path of the original, which is next to common.sh.
 # A busy controller does not answer at once.
 self=$0

@@ -140,7 +140,7 @@ class ChatModel:
     config: HFConfig
     model: Any
     tokenizer: Any
-    end_tokens: tuple[int, ...]
+    end_tokens: tuple[int, ...]  # the one that ends a turn comes first
 
     def describe(self) -> str:
         """Folder, size, dtype and device in one line, with a hint where another dtype would be much faster."""
@@ -384,7 +384,7 @@ def load(folder: Path, *, dtype: str | None, device: str | None) -> ChatModel:
     network.generation_config = GenerationConfig()
     vocabulary = tokenizer.get_vocab()
     turn_end = vocabulary.get(format_of(vocabulary.__contains__).end)
-    ends = dict.fromkeys([*config.eos_token_ids, *([] if turn_end is None else [turn_end])])
+    ends = dict.fromkeys([*([] if turn_end is None else [turn_end]), *config.eos_token_ids])
     return ChatModel(folder, config, network.eval().to(where), tokenizer, tuple(ends))
 
 

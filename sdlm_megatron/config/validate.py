@@ -150,7 +150,9 @@ def check_ranges(config: Any, ranges: Mapping[str, str], head: str = "", where: 
             if isinstance(value, list) and is_dataclass(item):
                 check_ranges(item, ranges, f"{place}.", where)
             elif isinstance(item, int | float) and not isinstance(item, bool):
-                check_range(item, ranges[re.sub(r"\[\d+\]", "", key)], place, where)
+                plain = re.sub(r"\[\d+\]", "", key)
+                assert plain in ranges, f"{plain} has no interval: add it to RANGES beside the checks of its schema"
+                check_range(item, ranges[plain], place, where)
 
 
 def check_values(config: RunConfig) -> None:

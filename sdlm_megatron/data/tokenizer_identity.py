@@ -143,7 +143,8 @@ def _required(folder: Path) -> tuple[Any, list[Any], dict[str, int]]:
         raise DataError(
             "the folder contains no tokenizer",
             where=str(folder),
-            fix="name a folder with tokenizer.json (or tokenizer.model, or vocab.json and merges.txt)",
+            fix="name a folder with tokenizer.json (or tokenizer.model, or vocab.json and merges.txt); to get one: "
+            "hf download OWNER/NAME --local-dir FOLDER",
         )
     return tokenizer
 

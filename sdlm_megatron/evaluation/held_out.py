@@ -97,7 +97,7 @@ def encode(chat: ChatModel, prompt: HeldOutPrompt, shots: Sequence[HeldOutPrompt
 
 def encode_answer(chat: ChatModel, text: str) -> list[int]:
     """Token ids of an answer with its end token, as in the training data."""
-    return [*chat.encode_text(text), chat.end_tokens[-1]]
+    return [*chat.encode_text(text), chat.end_tokens[0]]
 
 
 def encode_answers(chat: ChatModel, prompts: Sequence[HeldOutPrompt]) -> list[list[int]]:

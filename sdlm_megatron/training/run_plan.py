@@ -150,7 +150,8 @@ def resolve_diffusion(config: RunConfig, dataset: PackedDataset) -> RunConfig:
             raise DataError(
                 f"diffusion.{key} is {stated}, the dataset was built with {value}",
                 str(dataset.path / "manifest.json"),
-                f"leave diffusion.{key} unset, or rebuild the dataset: sdlm prepare … --{key}={stated}",
+                f"--diffusion.{key}={typed(getattr(unset, key))} takes the dataset's; or build one with "
+                f"sdlm prepare … --{key}={typed(stated)}",
             )
     return replace(config, diffusion=replace(config.diffusion, **values))
 
@@ -261,7 +262,14 @@ def _from_base(config: RunConfig, dataset: PackedDataset, base: Path, notice: No
     _check_tokenizer(dataset, assets, mask_id, notice)
     if saved_adapters(config, shape, mask_id):
         notice(f"adapters start from {config.checkpoint.adapter}")
-    return _plan(config, dataset, shape, mask_id, base, kind, assets=assets, new_mask=new_mask)
+    plan = _plan(config, dataset, shape, mask_id, base, kind, assets=assets, new_mask=new_mask)
+    few = plan.steps < 100 and config.optimizer.lr < 1e-4  # the quickstart has 54 steps at 5e-4
+    if few and kind == "huggingface" and not hf.is_sdlm:
+        notice(
+            f"{plan.steps} steps at a learning rate of {config.optimizer.lr:g} hardly turn a base into an SDLM: see "
+            "'Few conversations, or a CPU' in docs/training.md"
+        )
+    return plan
 
 
 def _shape(stated: ModelConfig, actual: ModelConfig, mask_token_id: int, where: Path) -> ModelConfig:

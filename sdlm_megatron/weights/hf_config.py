@@ -58,7 +58,8 @@ FAMILIES = {
 }
 """Supported families by `model_type`; the first that fits a shape is the one of a model without a base."""
 NAME_A_MODEL = (
-    "name a Hugging Face folder on this machine; a training run becomes one with sdlm export --ckpt RUN --out FOLDER"
+    "name a Hugging Face folder on this machine: hf download OWNER/NAME --local-dir FOLDER gets one from the hub, and "
+    "sdlm export --ckpt RUN --out FOLDER makes one of a training run"
 )
 """The fix for an argument that is not a model folder."""
 _READ = {".json", ".jinja", ".txt", ".model"}

@@ -7,7 +7,6 @@ OUT.partial/
   files/        becomes OUT in one rename when everything is there
 """
 
-import fcntl
 import json
 import os
 import shutil
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from sdlm_megatron.errors import CheckpointError
-from sdlm_megatron.files import HashedFile, fsync, make_folder, read_json_object, rename_whole, write_json
+from sdlm_megatron.files import HashedFile, fsync, lock_file, make_folder, read_json_object, rename_whole, write_json
 
 BLOCK = 8 * 1024**2
 """Bytes a worker reads and writes at a time."""
@@ -222,11 +221,8 @@ def open_partial(out: Path, plan: dict[str, Any], *, workers: int) -> Iterator[P
     partial, plan = PartialFolder(out, _root(out)), json.loads(json.dumps(plan))
     partial.root.mkdir(parents=True, exist_ok=True)
     with open(partial.root / "lock", "w", encoding="utf-8") as lock:
-        try:
-            # Released by the kernel however the process ends, unlike a file that has to be removed.
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise CheckpointError("another process is writing it", str(partial.root), "wait for it or end it") from None
+        # Released by the kernel however the process ends, unlike a file that has to be removed.
+        lock_file(lock, CheckpointError("another process is writing it", str(partial.root), "wait for it or end it"))
         file = partial.root / "plan.json"
         fix = f"remove {partial.root}: the work then starts over"
         earlier = read_json_object(file, CheckpointError, fix) if file.is_file() else None

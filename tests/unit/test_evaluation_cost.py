@@ -35,6 +35,7 @@ ASKED = ("count 12 to 15", "repeat spark 2", "spell cloud", "repeat river 2", "s
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = o.export("trained_d4", tmp_path_factory.mktemp("exported") / "sdlm")
     write_folder(path)
+    (path / "generation_config.json").write_text(json.dumps({"eos_token_id": [o.EOS, o.PAD]}))  # as exports of Qwen2.5
     (path / "tokenizer.json").write_text(json.dumps(definition()).replace("<tool_call>", "<text_mask>"))
     settings = json.loads((path / "tokenizer_config.json").read_text())
     (path / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": SYSTEM + CHAT}))

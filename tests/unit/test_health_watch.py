@@ -13,9 +13,11 @@ from pathlib import Path
 import pytest
 from helpers import ENV
 
+from sdlm_megatron.config.schema import FaultConfig
 from sdlm_megatron.errors import ConfigError
 from sdlm_megatron.ops.attempt import rank_file, record_event
 from sdlm_megatron.ops.rank.stop import StopRequests, refuse_to_start
+from sdlm_megatron.ops.rank.watchdog import Watch
 
 HEAD = """
 import os, signal, sys, time
@@ -180,6 +182,21 @@ def test_hang_writes_the_last_collectives(backend: str, tmp_path: Path) -> None:
         assert {entry["profiling_name"] for entry in entries} == {f"{backend}:all_reduce"}
         sizes.append([entry["input_sizes"] for entry in entries])
     assert sizes == [[[[3]], [[5]]], [[[3]]]][:world]
+
+
+def test_slow_steps_before_the_first_log_record_are_no_hang(tmp_path: Path) -> None:
+    """They are read together: each gets the time of the first step on top."""
+    watch = Watch(tmp_path, FaultConfig(start_seconds=100), object.__new__(StopRequests))
+    watch.begin_step(1)
+    watch._clock = (watch._clock[0] - 90, watch._clock[1])  # the first step took 90 s
+    watch.begin_read()
+    watch.end_read()
+    for step in range(2, 11):
+        watch.begin_step(step)
+    assert 910 <= watch._clock[1] <= 920
+    watch.begin_read()
+    watch.end_read()
+    assert watch._clock[1] == FaultConfig().hang_min_seconds
 
 
 def test_stop_request_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

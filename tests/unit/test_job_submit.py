@@ -11,6 +11,7 @@ import pytest
 from helpers import REPO
 
 from sdlm_megatron.errors import ConfigError
+from sdlm_megatron.ops.driver import submit
 from sdlm_megatron.ops.driver.submit import BatchScript, Submission, main
 
 SBATCH = "#!/bin/sh\necho sbatch: your quota is nearly used >&2\necho 4711\n"
@@ -257,12 +258,15 @@ def test_an_unknown_option_and_no_nodes_are_usage_errors(capsys: pytest.CaptureF
 
 
 def test_dry_run_says_what_was_not_checked(user: dict[str, str], tmp_path: Path) -> None:
-    """A folder that exists and is no dataset."""
+    """A folder that exists and is no dataset; the data that the pipeline would build has other blocks."""
     (tmp_path / "data").mkdir()
     line = (sys.executable, "-m", "sdlm_megatron.cli", "submit", "train_3b_d4", "--cluster", "mine", "--dry-run")
     done = run(*line, "--no-simulate", cwd=tmp_path, env={**user, "PYTHONPATH": str(REPO)})
     assert done.returncode == 0, done.stderr
     assert f"{tmp_path / 'data'} is not a packed dataset on this machine" in done.stdout
+    env = {**user, "PYTHONPATH": str(REPO), "CONFIG": "mixture_3p5m_d8"}
+    done = run(*line, "--no-simulate", cwd=tmp_path, env=env)
+    assert done.returncode == 2 and "error: mixture_3p5m_d8 builds blocks of 8, sdlm_3b_d4 trains 4" in done.stderr
 
 
 @pytest.mark.parametrize("options", [["--dry-run"], []])
@@ -279,7 +283,7 @@ def test_a_wrong_setting_is_refused_before_the_queue(user: dict[str, str], tmp_p
 
 
 def test_dry_run_of_a_run_that_training_refuses_ends_as_a_user_error(
-    user: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    user: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     for name, value in {**user, "PATH": ""}.items():
         monkeypatch.setenv(name, value)
@@ -297,6 +301,12 @@ def test_dry_run_of_a_run_that_training_refuses_ends_as_a_user_error(
         with expected:
             main(["train_3b_d4", "--dry-run", *options])
     assert ["--simulate" in line for line in lines] == [False, True, False, False, False, True]
+    monkeypatch.setattr(submit, "find_spec", {"torch": object()}.get)  # as on the host of a container
+    main(["train_3b_d4", "--dry-run"])
+    shown = capsys.readouterr().out.split("not checked: ")[1:]
+    assert [f"{sys.executable} has no numpy" in text for text in shown] == [True, True] and len(lines) == 6
+    assert "  WORLD_SIZE=32 RANK=0" in shown[0] and "-m sdlm_megatron.train --dry-run" in shown[0]
+    assert "-m sdlm_megatron.cli plan sdlm_3b_d4 --gpus 32" in shown[1]
 
 
 def test_saved_submission_masks_secrets(user: dict[str, str], tmp_path: Path) -> None:

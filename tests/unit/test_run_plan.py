@@ -66,7 +66,10 @@ def test_contradiction_with_the_manifest_is_refused(stated: str, message: str) -
     config = load_config(RunConfig, "tiny", [f"--diffusion.{stated}"], PRESETS)
     with pytest.raises(DataError, match=message) as raised:
         resolve_diffusion(config, _dataset())
-    assert stated.partition("=")[0] in raised.value.fix and "manifest.json" in raised.value.where
+    assert f"sdlm prepare … --{stated}" in raised.value.fix and "manifest.json" in raised.value.where
+    advice = shlex.split(raised.value.fix.split()[0])
+    as_advised = load_config(RunConfig, "tiny", [f"--diffusion.{stated}", *advice], PRESETS)
+    assert asdict(resolve_diffusion(as_advised, _dataset()).diffusion).items() >= MANIFEST.items()
 
 
 def test_block_size_of_a_preset_is_checked() -> None:
@@ -155,8 +158,12 @@ def test_a_preset_accepts_the_row_that_the_mask_token_added(tmp_path: Path, data
     resumed = make_run_plan(configured(tmp_path, *shape, f"--checkpoint.base={base}"), data, print)
     assert resumed.kind == "resume" and resumed.state.shape == started.state.shape
     exported = make_hf(tmp_path / "exported", vocab=data.manifest["mask_token_id"] + 1)
-    again = configured(tmp_path, *shape, f"--checkpoint.base={exported}", f"--run_dir={tmp_path / 'again'}")
-    assert make_run_plan(again, data, print).state.shape == started.state.shape
+    again, few = [*shape, f"--run_dir={tmp_path / 'again'}"], "6 steps at a learning rate of 5e-06 hardly turn"
+    for start, lr, noticed in ((exported, 5e-6, False), (base, 5e-6, True), (base, 5e-4, False)):
+        notices: list[str] = []
+        config = configured(tmp_path, *again, f"--checkpoint.base={start}", f"--optimizer.lr={lr}")
+        assert make_run_plan(config, data, notices.append).state.shape == started.state.shape
+        assert any(text.startswith(few) for text in notices) == noticed
     wrong = configured(tmp_path, *shape, f"--model.vocab_size={started.state.shape.vocab_size + 1}")
     with pytest.raises(ConfigError, match="vocab_size"):
         make_run_plan(wrong, data, print)

@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 from sdlm_megatron.config.command_line import at_least, complete_with, make_parser
@@ -32,7 +33,7 @@ from sdlm_megatron.ops.driver.cluster_file import (
     load_cluster,
     seconds_of,
 )
-from sdlm_megatron.ops.driver.launch import LAUNCHERS, VARIABLES, variable_overrides
+from sdlm_megatron.ops.driver.launch import LAUNCHERS, VARIABLES, python_of, variable_overrides
 from sdlm_megatron.ops.driver.verdict import read_bad_nodes
 
 MINIMUM_SECONDS = 600  # time for the pre-flight, the start and some training steps
@@ -238,20 +239,38 @@ class Submission:
     def _check_training(self) -> bool:
         """Checks the layout, and data and base model if they exist; shows the plan, and simulates a step."""
         print(f"# layout: {self.nodes} nodes x {self.cluster.gpus_per_node} = {self.processes} processes", flush=True)
-        passed, settings = True, list(self.settings)
+        settings, passed = list(self.settings), True
         if (Path(self.run.data.path) / "manifest.json").exists():
-            environment = {**os.environ, "WORLD_SIZE": str(self.processes), "RANK": "0"}
-            line = [sys.executable, "-m", "sdlm_megatron.train", "--dry-run", "--config", self.script.preset, *settings]
-            passed = subprocess.run(line, env=environment).returncode == 0
+            size = {"WORLD_SIZE": str(self.processes), "RANK": "0"}
+            passed = self._passes(["sdlm_megatron.train", "--dry-run", "--config", self.script.preset, *settings], size)
         else:
             state = "is not a packed dataset" if Path(self.run.data.path).exists() else "does not exist"
             print(f"{self.run.data.path} {state} on this machine: data, base model and tokenizer were not checked")
+            self._check_block_size(os.environ.get("CONFIG", ""))
             settings = [setting for setting in settings if not setting.startswith("--data.path=")]
         simulate = [] if self.args.no_simulate else ["--simulate"]
         print(f"\n# memory and time, by the planner{', and a simulated step' if simulate else ''}", flush=True)
-        plan = [sys.executable, "-m", "sdlm_megatron.cli", "plan", self.script.preset, "--gpus", str(self.processes)]
-        done = subprocess.run([*plan, "--gpu", self.cluster.gpu, "--top", "0", *simulate, *settings])
-        return passed and done.returncode == 0
+        plan = ["sdlm_megatron.cli", "plan", self.script.preset, "--gpus", str(self.processes)]
+        return self._passes([*plan, "--gpu", self.cluster.gpu, "--top", "0", *simulate, *settings], {}) and passed
+
+    def _check_block_size(self, config: str) -> None:
+        """ConfigError if the pipeline would build the data from `config` with other blocks than the recipe's."""
+        line = [sys.executable, "-m", "sdlm_megatron.cli", "prepare", "--config", config, "--print-config"]
+        shown = subprocess.run(line, capture_output=True, text=True).stdout if config else ""
+        built = re.search(r"^block_size: (\d+)$", shown, re.MULTILINE)
+        if built and self.run.diffusion.block_size not in (0, int(built[1])):
+            what = f"{config} builds blocks of {built[1]}, {self.script.preset} trains {self.run.diffusion.block_size}"
+            raise ConfigError(what, "CONFIG", "for blocks of 8: CONFIG=mixture_3p5m_d8, or block_size: 8 in your file")
+
+    def _passes(self, program: list[str], environment: dict[str, str]) -> bool:
+        """Runs a module of the project; shows the command where Python has only what the job's driver needs."""
+        if lacking := next((name for name in ("numpy", "torch") if find_spec(name) is None), ""):
+            words = [f"{name}={value}" for name, value in environment.items()]
+            words += mask_words([python_of(self.cluster), "-m", *program])
+            print(f"not checked: {sys.executable} has no {lacking}. In the job's container or environment:")
+            print(f"  {shlex.join(words)}", flush=True)
+            return True
+        return subprocess.run([sys.executable, "-m", *program], env={**os.environ, **environment}).returncode == 0
 
 
 def main(argv: Sequence[str] | None = None) -> None:

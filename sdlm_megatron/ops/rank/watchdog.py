@@ -75,7 +75,7 @@ class Watch:
         self._clock = (time.monotonic(), settings.start_seconds)
         self._begun = 0
         self._times: deque[float] = deque(maxlen=STEP_TIMES)
-        self._first = True
+        self._first_seconds = 0.0  # of the first step; 0: it is not done
         self._stood_still = 0.0
         """Longest pause of the watchdog thread since the last progress, in seconds; 0: none above STILL."""
         self._ended = threading.Event()
@@ -106,11 +106,12 @@ class Watch:
     def end_read(self) -> None:
         """All steps begun are done."""
         now = time.monotonic()
-        if self._first:  # includes compilation and connections, so it says nothing about the usual time
-            self.event("first_step", step=self.step, seconds=now - self._clock[0])
+        if not self._first_seconds:  # includes compilation and connections, so it is not the usual time
+            self._first_seconds = now - self._clock[0]
+            self.event("first_step", step=self.step, seconds=self._first_seconds)
         else:
             self._times.append((now - self._clock[0]) / max(1, self._begun))
-        self._first, self._begun, self.done, self._stood_still = False, 0, self.step, 0.0
+        self._begun, self.done, self._stood_still = 0, self.step, 0.0
         self._set_phase("step")
         self._clock = (now, self._allowed())
 
@@ -129,8 +130,8 @@ class Watch:
         self._phase, self._phase_since = phase, time.time()
 
     def _allowed(self) -> float:
-        if not self._times:
-            return self.settings.start_seconds
+        if not self._times:  # the second read comes with the first log record, several steps after the first
+            return self.settings.start_seconds + self._first_seconds * self._begun
         usual = statistics.median(self._times)
         return max(self.settings.hang_factor * usual * max(1, self._begun), self.settings.hang_min_seconds)
 
