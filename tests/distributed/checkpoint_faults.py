@@ -17,7 +17,8 @@ from checkpoint_chain import Layout, Run, forked
 from sdlm_megatron.checkpoint import async_writer as checkpoint_writer
 from sdlm_megatron.checkpoint.async_writer import MAX_FAILED_SAVES, CheckpointWriter
 from sdlm_megatron.checkpoint.local_disk import carry_over, local_root
-from sdlm_megatron.config.schema import CheckpointConfig
+from sdlm_megatron.checkpoint.sharding import local_shards
+from sdlm_megatron.config.schema import CheckpointConfig, LoraConfig
 from sdlm_megatron.errors import CheckpointError
 from sdlm_megatron.files import sha256
 from sdlm_megatron.ops.attempt import read_events
@@ -101,6 +102,15 @@ def refused(run: Run, out: Path) -> None:
     if engine.groups.main:
         events = [(e["kind"], e["step"]) for e in read_events(out)]
         assert events == [("save_failed", 1), ("saved", 2), *[("save_failed", 3)] * 3], events
+
+
+def few_adapters(run: Run, out: Path) -> None:
+    """The last of three optimizer shards is padding only: its rank owns no element of an adapter."""
+    engine, state = replace(run, lora=LoraConfig(rank=1, targets=["down_proj"])).engine(Layout(3, {}))
+    CheckpointWriter(engine, out, CheckpointConfig()).save(replace(state, step=1), final=True)
+    owned = [sum(not shard.replicated for shard in local_shards(engine, with_optimizer=True))]
+    assert engine.groups.gather(owned)[2] == [0], "the case needs a rank without any"
+    TorchDist(out / "ckpt" / "step-0000001" / "weights")
 
 
 def no_room(run: Run, out: Path) -> None:
@@ -204,5 +214,5 @@ if __name__ == "__main__":
         if case == "kill":
             kill(run, out / case)
         else:
-            action = {"refused": refused, "local": local}.get(case, no_room)
-            forked(2, action, run, out / case)
+            action = {"refused": refused, "local": local, "adapters": few_adapters}.get(case, no_room)
+            forked(3 if case == "adapters" else 2, action, run, out / case)

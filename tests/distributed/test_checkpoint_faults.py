@@ -21,7 +21,7 @@ def faults(folder: Path, *cases: str) -> str:
 
 
 def test_checkpoints_survive_kills_failed_writes_and_local_disks(tmp_path: Path) -> None:
-    output = faults(tmp_path, "kill", "refused", "local")
+    output = faults(tmp_path, "kill", "refused", "local", "adapters")
     assert "killed 8 times" in output
     assert output.count("NO CHECKPOINT of step 3") == 3
     assert "NO CHECKPOINT of step 1: process 1 on " in output and "File too large" in output
