@@ -8,6 +8,8 @@ import resource
 import stat
 import tempfile
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -99,9 +101,19 @@ def need_open_files(least: int = 256) -> None:
         raise UserError(what, "ulimit -n, the limit of open files", "ulimit -n 4096, in the shell before the start")
 
 
+@contextmanager
+def named(path: Path | str) -> Iterator[None]:
+    """Adds the name of a file to the errors of its disk, which reading and writing leave without."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
 def sha256(path: Path) -> str:
     """SHA-256 of a file, in hex."""
-    with open(path, "rb") as file:
+    with named(path), open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -248,6 +260,7 @@ class HashedFile:
                 done += self._file.write(view[done:]) or 0
         except OSError as error:
             self._error = error
+            error.filename = self._file.name
         self._size += len(view)
         return len(view)
 
@@ -266,6 +279,7 @@ class HashedFile:
     def close(self) -> dict[str, Any]:
         """Flushes to disk and closes; returns {"size": bytes, "sha256": hex}."""
         self.check()
-        os.fsync(self._file.fileno())
-        self._file.close()
+        with named(self._file.name):
+            os.fsync(self._file.fileno())
+            self._file.close()
         return {"size": self._size, "sha256": self._hash.hexdigest()}

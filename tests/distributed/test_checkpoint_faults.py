@@ -1,6 +1,7 @@
 """Checkpoints under kill -9, full disks and corrupted bytes: each is complete, or ignored with a reason."""
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -27,7 +28,8 @@ def test_checkpoints_survive_kills_failed_writes_and_local_disks(tmp_path: Path)
     assert "NO CHECKPOINT of step 1: process 1 on " in output and "File too large" in output
     assert "training continues; the next save tries again" in output
     assert output.count("local checkpoint of step 2: copied to") == 2, "expected a report from each process"
-    assert output.count("local checkpoint of step 4: copied to") == 2, "the last save's repetitions lost it"
+    assert output.count("local checkpoint of step 7: copied to") == 2, "the last save's repetitions lost it"
+    assert re.search(r"NO CHECKPOINT of step 6: process 0 on .*'.*/node-0/.*/__0_0.distcp'", output), "no file is named"
     assert "could not be copied: [Errno 5] the local disk returned other bytes than were written" in output
     assert "local checkpoint of step 2: incomplete on these nodes, ignored" in output
     assert "local checkpoint of step 2: ignored, " in output, "it was removed from the run folder"
