@@ -107,7 +107,7 @@ def _listing(root: Path) -> dict[str, tuple[dict[str, int], str | None]]:
             continue
         files = {str(p.relative_to(folder)): p.stat().st_size for p in folder.rglob("*") if p.is_file()}
         text = None
-        with suppress(CheckpointError):  # a damaged file makes the checkpoint incomplete, and does not stop the start
+        with suppress(CheckpointError, OSError):  # such a file makes the checkpoint incomplete, and stops no start
             read_json_object(folder / _MARKER, CheckpointError)
             text = (folder / _MARKER).read_text(encoding="utf-8")
         listing[str(step)] = (files, text)
