@@ -103,3 +103,16 @@ def test_damaged_checkpoints_fall_back_to_the_previous_one(tmp_path: Path) -> No
         )
     last = "ckpt/step-0000005/weights/__0_0.distcp"
     assert (run / last).read_bytes() == (whole / last).read_bytes()
+
+    # without any that can be used, only interrupted saves let the run start from the base
+    for name in names:
+        shutil.rmtree(run / "ckpt" / name) if name != "step-0000002" else None
+    weights, before = run / "ckpt" / "step-0000002" / "weights" / "__0_0.distcp", (run / "metrics.jsonl").read_bytes()
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\xff")
+    for _ in range(2):  # also where it was set aside before
+        refused = train({**common, "run_dir": run}, check=False)
+        assert refused.returncode == 2 and (run / "metrics.jsonl").read_bytes() == before
+        assert "none of the run's checkpoints can be used: step-0000002.damaged" in refused.stderr
+    (run / "ckpt" / "step-0000002.damaged").rename(run / "ckpt" / "step-0000002.partial")
+    assert "starts from" in train({**common, "run_dir": run, "train.stop_after": 1}).stdout
+    assert [record["step"] for record in read_metrics(run)] == [1]
