@@ -172,8 +172,9 @@ def sync_resume_plan(
         what = f"none of the run's checkpoints can be used: {', '.join(own)}"
         fix = "the lines above say why: copy or repair one (an intact .damaged one: rename it back), or remove them to "
         raise CheckpointError(what, str(folder), fix + "start from the base")
-    if groups.main:
-        _set_aside_incomplete(folder, plan)
+    for step, path, suffix in step_folders(folder) if groups.main else ():
+        if not suffix and step > plan.state.step:
+            set_aside(path)  # incomplete: it must not count as the newest later on
     return plan
 
 
@@ -192,10 +193,3 @@ def _wait_for_same_source(
         time.sleep(1)
         plan = make_run_plan(config, dataset, lambda text: None)
     return plan
-
-
-def _set_aside_incomplete(folder: Path, plan: RunPlan) -> None:
-    """Renames incomplete checkpoints after the one in use: they must not count as the newest later on."""
-    for step, path, suffix in step_folders(folder):
-        if not suffix and step > plan.state.step:
-            set_aside(path)
