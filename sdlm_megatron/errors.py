@@ -29,6 +29,7 @@ _SYSTEM_ERRORS = {
     errno.EISDIR: "use the path of a file",
     errno.ENAMETOOLONG: "use a shorter name",
     errno.EIO: "check the disk",
+    errno.ESTALE: "try again: the file server was restarted, or the file was replaced",
 }
 """Errors of the operating system that a user can solve, and how."""
 _CONTROLS = {code: 0x2400 + code for code in range(32) if code not in (9, 10)} | {127: 0x2421}

@@ -1,5 +1,6 @@
 """Files: atomic writes (write beside, fsync, rename), checksums, and checked reads of files that others wrote."""
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -9,6 +10,8 @@ import resource
 import stat
 import tempfile
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, NoReturn, TypeVar
 
@@ -111,9 +114,29 @@ def need_open_files(least: int = 256) -> None:
         raise UserError(what, "ulimit -n, the limit of open files", "ulimit -n 4096, in the shell before the start")
 
 
+_LASTING = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG}
+
+
+def raise_passing(problem: Exception, path: Path | str) -> None:
+    """Raises an OSError that may pass: it says nothing about the file, and the driver of a job tries again."""
+    if isinstance(problem, OSError) and problem.errno not in _LASTING:
+        problem.filename = problem.filename or str(path)
+        raise problem
+
+
+@contextmanager
+def named(path: Path | str) -> Iterator[None]:
+    """Adds the name of a file to the errors of its disk, which reading and writing leave without."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
 def sha256(path: Path) -> str:
     """SHA-256 of a file, in hex."""
-    with open(path, "rb") as file:
+    with named(path), open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -143,6 +166,7 @@ def read_json(path: Path, error: type[UserError], fix: str = "", most_bytes: int
     except RecursionError:
         raise error(f"{path.name} is nested too deeply", str(path), fix) from None
     except OSError as problem:
+        raise_passing(problem, path)
         raise error(f"{path.name} cannot be read: {problem.strerror}", str(path), fix) from None
     except ValueError as problem:  # JSONDecodeError, UnicodeDecodeError, a number of too many digits
         raise error(f"{path.name} is not valid JSON: {problem}", str(path), fix) from None
@@ -227,6 +251,7 @@ def regular_file(folder: Path, name: str, error: type[UserError]) -> Path:
     except (FileNotFoundError, NotADirectoryError):
         raise error(f"{name} is missing", str(path), "copy the folder again, with all its files") from None
     except (OSError, ValueError) as problem:  # ValueError: a name with a null byte
+        raise_passing(problem, path)
         fix = "give yourself permission to read it, or copy the folder again"
         raise error(f"{name:.100} cannot be read: {problem.args[-1]}", str(folder), fix) from None
     if pointer:
@@ -260,6 +285,7 @@ class HashedFile:
                 done += self._file.write(view[done:]) or 0
         except OSError as error:
             self._error = error
+            error.filename = self._file.name
         self._size += len(view)
         return len(view)
 
@@ -278,6 +304,7 @@ class HashedFile:
     def close(self) -> dict[str, Any]:
         """Flushes to disk and closes; returns {"size": bytes, "sha256": hex}."""
         self.check()
-        os.fsync(self._file.fileno())
-        self._file.close()
+        with named(self._file.name):
+            os.fsync(self._file.fileno())
+            self._file.close()
         return {"size": self._size, "sha256": self._hash.hexdigest()}

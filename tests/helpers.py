@@ -1,14 +1,16 @@
 """Small models and datasets for the tests, and a way to run several processes."""
 
 import ast
+import itertools
 import json
 import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -26,6 +28,18 @@ REPO = Path(__file__).resolve().parent.parent
 MASK, EOS, PAD = 259, 258, 256
 PYTHONPATH = os.pathsep.join([str(REPO), *filter(None, [os.environ.get("PYTHONPATH")])])
 ENV = {"OMP_NUM_THREADS": "1", "PYTHONPATH": PYTHONPATH, "WANDB_SILENT": "true"}
+
+
+def failing_open(ending: str, number: int, opened: int = 0) -> Callable[..., IO]:
+    """`open`, which fails with errno `number` for files whose name has the ending, after it has opened some."""
+    count, true_open = itertools.count(), open
+
+    def opens(path: Any, *arguments: Any, **options: Any) -> IO:
+        if str(path).endswith(ending) and next(count) >= opened:
+            raise OSError(number, os.strerror(number), str(path))
+        return true_open(path, *arguments, **options)
+
+    return opens
 
 
 def oracle() -> Path:

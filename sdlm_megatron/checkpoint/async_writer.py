@@ -256,14 +256,16 @@ class CheckpointWriter:
             tensors = {p.key: (p.shape, hf_name(p.dtype)) for p in save.parts}
             everyone = gather_on_first((failure, [asdict(file) for file in written], tensors), self._group)
             save.failure = self._on_main(lambda: self._describe(save, place, everyone), partial)
+            if self._local is not None and not save.failure:
+                keep_only(self._local, place)  # also if the copy fails: the newest complete one is what a start takes
+            elif self._local is not None and not save.final:  # a repetition may have spoiled less than all of its files
+                shutil.rmtree(place, ignore_errors=True)
         if not save.failure and self._local is not None:
             failure = self._attempt(lambda: self._copy_home(place, partial, {name: written[0].checksum}))
             everyone = gather_on_first(failure, self._group)
             save.failure = self._on_main(lambda: _raise(everyone), partial)
         if not save.failure:
             save.failure = self._on_main(lambda: self._appear(save.folder, partial), partial)
-        if not save.failure and self._local is not None:
-            keep_only(self._local, place)
         self._failed_saves = self._failed_saves + 1 if save.failure else 0
         if self._failed_saves >= MAX_FAILED_SAVES and not save.final:
             self._error = _not_written(save, f"{self._failed_saves} checkpoints in a row could not be written")
@@ -373,8 +375,8 @@ def _not_written(save: _Save, what: str) -> CheckpointError:
     return CheckpointError(
         f"{what}: {save.failure}",
         str(save.folder),
-        "free some space (checkpoint.keep_last is the number of checkpoints kept) and start again: training "
-        "resumes from the newest checkpoint that is complete",
+        "free some space on that disk (RUN/ckpt: checkpoint.keep_last is the number of checkpoints kept) and start "
+        "again: training resumes from the newest checkpoint that is complete",
     )
 
 

@@ -20,7 +20,7 @@ from typing import Any
 from sdlm_megatron.config.load import expand_variables
 from sdlm_megatron.config.schema import CheckpointConfig
 from sdlm_megatron.errors import CheckpointError
-from sdlm_megatron.files import HashedFile, read_json_object, rename_whole
+from sdlm_megatron.files import HashedFile, named, read_json_object, rename_whole
 from sdlm_megatron.ops.attempt import record_event
 from sdlm_megatron.parallel.groups import Groups
 from sdlm_megatron.weights.checkpoint_folder import PARTIAL, newest_step, step_folders
@@ -42,7 +42,7 @@ def copy_file(source: Path, target: Path, expected: Mapping[str, Any]) -> None:
     """Copies a file to the disk; OSError also where size or sha256 of the copy are not those of `expected`."""
     target.parent.mkdir(parents=True, exist_ok=True)
     out = HashedFile(target)
-    with open(source, "rb") as file:
+    with named(source), open(source, "rb") as file:
         while block := file.read(_BLOCK):
             out.write(block)
             out.check()
@@ -107,7 +107,7 @@ def _listing(root: Path) -> dict[str, tuple[dict[str, int], str | None]]:
             continue
         files = {str(p.relative_to(folder)): p.stat().st_size for p in folder.rglob("*") if p.is_file()}
         text = None
-        with suppress(CheckpointError):  # a damaged file makes the checkpoint incomplete, and does not stop the start
+        with suppress(CheckpointError, OSError):  # such a file makes the checkpoint incomplete, and stops no start
             read_json_object(folder / _MARKER, CheckpointError)
             text = (folder / _MARKER).read_text(encoding="utf-8")
         listing[str(step)] = (files, text)

@@ -1,5 +1,7 @@
 """Fills an engine's weights and optimizer, under any TP / PP / DP, from a checkpoint or a Hugging Face folder."""
 
+import errno
+import socket
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -113,13 +115,27 @@ def _read(shard: LocalShard, source: TensorReader) -> None:
 
 
 def damage(folder: Path, groups: Groups) -> str:
-    """Description of the first damaged file of a checkpoint, "" if there is none.
+    """Description of a damaged file of a checkpoint, "" if there is none. All processes call it and share the reading.
 
-    All processes call it and share the reading.
+    Raises:
+        OSError: a process reads a damaged file, and the main process reads it intact.
     """
-    problem = ""
+    problem = _problem(folder, groups.rank, groups)
+    reported = groups.gather(problem and f"process {groups.rank} on {socket.gethostname()}: {problem}")
+    ranks = [rank for rank, text in enumerate(reported) if text]
+    if not ranks:
+        return ""
+    # One host that reads wrong bytes must not condemn an intact checkpoint.
+    again = next((text for rank in ranks if groups.main and (text := _problem(folder, rank, groups))), "")
+    if not (confirmed := groups.gather(again)[0]):
+        raise OSError(errno.EIO, f"{reported[ranks[0]]}; the main process reads it intact", str(folder))
+    return confirmed
+
+
+def _problem(folder: Path, rank: int, groups: Groups) -> str:
+    """Description of the first damaged file in the share of a process."""
     try:
-        check_files(folder, share=(groups.rank, groups.world_size))
+        check_files(folder, share=(rank, groups.world_size))
     except CheckpointError as error:
-        problem = error.what
-    return next((text for text in groups.gather(problem) if text), "")
+        return error.what
+    return ""

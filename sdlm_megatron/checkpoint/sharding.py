@@ -116,7 +116,8 @@ def local_shards(engine: Engine, *, with_optimizer: bool) -> list[LocalShard]:
     # Equal numbers of elements, so that all data-parallel ranks write equally much.
     rank, size = groups.dp_cp_rank, groups.dp_cp_size
     share = (total * rank // size, total * (rank + 1) // size)
-    sharded = any(state.sharded for state in states.values())
+    # not asked of the states: with few adapters a rank may own no element, and have none
+    sharded = with_optimizer and any(isinstance(p, DistributedOptimizer) for p in chained(engine.optimizer))
     shards = []
     for parameter, placed, first_replica in parameters:
         state, count = states.get(parameter), parameter.numel()

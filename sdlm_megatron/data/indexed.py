@@ -18,6 +18,8 @@ from typing import BinaryIO
 
 import numpy as np
 
+from sdlm_megatron.files import named
+
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
 _INT32 = 4  # Megatron-Core's dtype code of int32
@@ -82,7 +84,7 @@ class IndexedReader:
     def __init__(self, prefix: str, longest: int = 2**31 - 1) -> None:
         self._longest = longest
         index = Path(prefix + ".idx")
-        with open(index, "rb") as file:
+        with named(index), open(index, "rb") as file:
             head = file.read(_HEADER.size)
         if len(head) < _HEADER.size:
             raise ValueError(f"the index is truncated after {len(head)} bytes")

@@ -33,7 +33,7 @@ from sdlm_megatron.training.log_hook import LogHook
 from sdlm_megatron.training.profile import ProfileHook
 from sdlm_megatron.training.run_plan import RunPlan, make_run_plan
 from sdlm_megatron.training.trainer import Trainer
-from sdlm_megatron.weights.checkpoint_folder import set_aside, step_folders
+from sdlm_megatron.weights.checkpoint_folder import DAMAGED, set_aside, step_folders
 
 _PATIENCE = 60
 """Seconds within which all nodes must see the same checkpoints: shared folders are not consistent at once."""
@@ -143,7 +143,7 @@ def sync_resume_plan(
     taken instead.
 
     Raises:
-        CheckpointError: the base is damaged, or the processes see different files.
+        CheckpointError: the base or every checkpoint of the run is damaged, or the processes see different files.
     """
     # a node that died may have left a newer checkpoint on its own disk only
     if carry_over(config.checkpoint, Path(config.run_dir), groups, log):
@@ -165,8 +165,16 @@ def sync_resume_plan(
             record_event(config.run_dir, "checkpoint_damaged", step=plan.state.step, reason=problem)
         groups.gather(None)  # no process plans again before the folder is renamed
         plan = make_run_plan(config, dataset, log)
-    if groups.main:
-        _set_aside_incomplete(Path(config.run_dir) / "ckpt", plan)
+    folder = Path(config.run_dir) / "ckpt"
+    # the main process's names, as a shared folder may show others to others
+    own = groups.gather([path.name for _, path, suffix in step_folders(folder) if suffix in ("", DAMAGED)])[0]
+    if own and plan.kind != "resume":
+        what = f"none of the run's checkpoints can be used: {', '.join(own)}"
+        fix = "the lines above say why: copy or repair one (an intact .damaged one: rename it back), or remove them to "
+        raise CheckpointError(what, str(folder), fix + "start from the base")
+    for step, path, suffix in step_folders(folder) if groups.main else ():
+        if not suffix and step > plan.state.step:
+            set_aside(path)  # incomplete: it must not count as the newest later on
     return plan
 
 
@@ -185,10 +193,3 @@ def _wait_for_same_source(
         time.sleep(1)
         plan = make_run_plan(config, dataset, lambda text: None)
     return plan
-
-
-def _set_aside_incomplete(folder: Path, plan: RunPlan) -> None:
-    """Renames incomplete checkpoints after the one in use: they must not count as the newest later on."""
-    for step, path, suffix in step_folders(folder):
-        if not suffix and (plan.kind != "resume" or step > plan.state.step):
-            set_aside(path)

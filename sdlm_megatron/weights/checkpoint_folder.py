@@ -26,7 +26,7 @@ from sdlm_megatron.config.schema import DiffusionConfig, LoraConfig, ModelConfig
 from sdlm_megatron.config.validate import CHOICES, RANGES, SIZES, check_lora, check_ranges
 from sdlm_megatron.diffusion.settings import SDLMSettings
 from sdlm_megatron.errors import CheckpointError, ConfigError
-from sdlm_megatron.files import checked, optional_file, read_json_object, regular_file, sha256
+from sdlm_megatron.files import checked, optional_file, raise_passing, read_json_object, regular_file, sha256
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -164,7 +164,7 @@ def check_complete(folder: Path) -> None:
         fix = "name a run, its ckpt/step-NNNNNNN, or a folder that `sdlm import` wrote"
         raise CheckpointError("no such checkpoint folder", str(folder), fix)
     for name, (size, _) in _listed(folder).items():
-        if (actual := regular_file(folder, name, CheckpointError).stat().st_size) != size:
+        if (actual := _file(folder, name).stat().st_size) != size:
             raise CheckpointError(
                 f"{name} has {actual} bytes instead of {size}",
                 str(folder / name),
@@ -184,16 +184,20 @@ def check_files(folder: Path, share: tuple[int, int] = (0, 1), only: str = "") -
     files = sorted(_listed(folder).items(), key=lambda entry: (-entry[1][0], entry[0]))
     files = [entry for entry in files if only in ("", entry[0])]
     for name, (_, expected) in files[share[0] :: share[1]]:
-        try:
-            actual = sha256(regular_file(folder, name, CheckpointError))
-        except OSError as error:
-            raise CheckpointError(f"{name} cannot be read: {error}", str(folder / name), "use another") from None
-        if actual != expected:
+        if sha256(_file(folder, name)) != expected:
             raise CheckpointError(
                 f"{name} is damaged: its checksum differs from the one recorded when it was written",
                 str(folder / name),
                 "copy it again or use another",
             )
+
+
+def _file(folder: Path, name: str) -> Path:
+    """`regular_file`; without permission its PermissionError, as the file may be intact."""
+    try:
+        return regular_file(folder, name, CheckpointError)
+    except CheckpointError as error:
+        raise error.__context__ if isinstance(error.__context__, PermissionError) else error from None
 
 
 def _listed(folder: Path) -> dict[str, tuple[int, str]]:
@@ -205,7 +209,7 @@ def _listed(folder: Path) -> dict[str, tuple[int, str]]:
             str(folder),
             "name a step-NNNNNNN folder or one that `sdlm import` wrote; an interrupted save cannot be used",
         )
-    content = read_json_object(regular_file(folder, marker.name, CheckpointError), CheckpointError, "use another")
+    content = read_json_object(_file(folder, marker.name), CheckpointError, "use another")
     if "state.json" not in content:
         raise CheckpointError("complete.json lists no state.json", str(marker), "copy the checkpoint again")
     entries = {name: checked(content, name, dict, marker, CheckpointError) for name in content}
@@ -249,6 +253,7 @@ def _entries(folder: Path) -> Iterator[StepFolder | Path]:
     except FileNotFoundError:
         return
     except OSError as error:
+        raise_passing(error, folder)
         fix = "correct its permissions, or remove what is in its place"
         raise CheckpointError(f"the folder cannot be listed: {error.strerror}", str(folder), fix) from None
 

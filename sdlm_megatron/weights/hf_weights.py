@@ -96,7 +96,7 @@ def _open(folder: Path, file: str) -> Any:
     path = regular_file(folder, file, CheckpointError)
     try:
         return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
+    except SafetensorError as error:
         what = f"a weight file cannot be read: {error!s:.200}"
         raise CheckpointError(what, str(path), "copy or download it again") from None
 

@@ -11,7 +11,7 @@ import socket
 import sys
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ cpu.install()
 
 from sdlm_megatron.checkpoint import restore as checkpointing  # noqa: E402
 from sdlm_megatron.checkpoint.async_writer import CheckpointWriter  # noqa: E402
-from sdlm_megatron.config.schema import CheckpointConfig, DiffusionConfig, ParallelConfig, RunConfig  # noqa: E402
+from sdlm_megatron.config.schema import CheckpointConfig, DiffusionConfig, LoraConfig, ParallelConfig, RunConfig  # noqa: E402
 from sdlm_megatron.data.batch import StepLoader  # noqa: E402
 from sdlm_megatron.data.cut import StepGrid  # noqa: E402
 from sdlm_megatron.data.format import PackedDataset  # noqa: E402
@@ -111,20 +111,21 @@ class Run:
     data: Path
     base: Path
     precision: str
+    lora: LoraConfig = field(default_factory=LoraConfig)
 
     def engine(self, layout: Layout, *, initialize: bool = False) -> tuple[Engine, TrainState]:
         diffusion = DiffusionConfig(block_size=4, target_shift=True, mask_token="<text_mask>")
-        config = RunConfig(parallel=ParallelConfig(**layout.parallel), diffusion=diffusion)
+        config = RunConfig(parallel=ParallelConfig(**layout.parallel), diffusion=diffusion, lora=self.lora)
         config.train.precision, optimizer.BUCKET_PARAMETERS = self.precision, layout.buckets
         config.optimizer.lr = 1e-3
         groups = init_groups(config.parallel, seed=1)
         shape, dataset = read_hf_config(self.base).shape, PackedDataset(self.data)
-        engine = Engine(config, shape, groups, max_positions=4096, row_length=128, steps=9, initialize=initialize)
+        mask = dataset.manifest["mask_token_id"]
+        options: dict[str, Any] = {"max_positions": 4096, "row_length": 128, "steps": 9, "initialize": initialize}
+        engine = Engine(config, shape, groups, mask_token_id=mask, **options)
         if initialize:
             checkpointing.load_base(self.base, engine, new_mask=None)
-        state = TrainState(
-            0, 0, ROWS, shape, config.diffusion, dataset.manifest["mask_token_id"], self.precision, True, {}
-        )
+        state = TrainState(0, 0, ROWS, shape, config.diffusion, mask, self.precision, True, {}, lora=self.lora)
         return engine, state
 
     def steps(self, engine: Engine, first: int, last: int) -> None:

@@ -17,7 +17,8 @@ from checkpoint_chain import Layout, Run, forked
 from sdlm_megatron.checkpoint import async_writer as checkpoint_writer
 from sdlm_megatron.checkpoint.async_writer import MAX_FAILED_SAVES, CheckpointWriter
 from sdlm_megatron.checkpoint.local_disk import carry_over, local_root
-from sdlm_megatron.config.schema import CheckpointConfig
+from sdlm_megatron.checkpoint.sharding import local_shards
+from sdlm_megatron.config.schema import CheckpointConfig, LoraConfig
 from sdlm_megatron.errors import CheckpointError
 from sdlm_megatron.files import sha256
 from sdlm_megatron.ops.attempt import read_events
@@ -103,6 +104,15 @@ def refused(run: Run, out: Path) -> None:
         assert events == [("save_failed", 1), ("saved", 2), *[("save_failed", 3)] * 3], events
 
 
+def few_adapters(run: Run, out: Path) -> None:
+    """The last of three optimizer shards is padding only: its rank owns no element of an adapter."""
+    engine, state = replace(run, lora=LoraConfig(rank=1, targets=["down_proj"])).engine(Layout(3, {}))
+    CheckpointWriter(engine, out, CheckpointConfig()).save(replace(state, step=1), final=True)
+    owned = [sum(not shard.replicated for shard in local_shards(engine, with_optimizer=True))]
+    assert engine.groups.gather(owned)[2] == [0], "the case needs a rank without any"
+    TorchDist(out / "ckpt" / "step-0000001" / "weights")
+
+
 def no_room(run: Run, out: Path) -> None:
     """OUT/ckpt is too small or out of inodes: training continues until MAX_FAILED_SAVES saves in a row have failed."""
     engine, state = run.engine(DP2)
@@ -158,13 +168,16 @@ def local(run: Run, out: Path) -> None:
         elif groups.main:
             home.mkdir()
         groups.gather(None)
-    _lost_home(out, config, CheckpointWriter(engine, out, config), replace(state, step=4))
+    _lost_home(out, config, CheckpointWriter(engine, out, config), state)
 
 
 def _lost_home(out: Path, config: CheckpointConfig, writer: CheckpointWriter, state: TrainState) -> None:
-    """The run folder fails after the local disks have the last checkpoint, and at each repetition of the save."""
+    """The run folder fails after the local disks have a checkpoint, and at each repetition of the last save.
+
+    A save that fails on a local disk comes between. These disks keep the newest complete checkpoint only.
+    """
     groups, mkdir, copy = writer.engine.groups, Path.mkdir, checkpoint_writer.copy_file
-    partial, made, left = out / "ckpt" / "step-0000004.partial", [], []
+    partial, made, left = out / "ckpt" / "step-0000007.partial", [], []
 
     def fail(*_: object) -> None:
         raise OSError(errno.EIO, "the run folder is lost")
@@ -176,18 +189,28 @@ def _lost_home(out: Path, config: CheckpointConfig, writer: CheckpointWriter, st
             fail() if made else made.append(path)
         mkdir(path, *arguments, **options)
 
-    Path.mkdir, checkpoint_writer.copy_file = mkdir_once, fail  # type: ignore[method-assign,assignment]
+    def saved(step: int) -> list[str]:
+        writer.save(replace(state, step=step), final=step == 7)
+        writer.wait()
+        groups.gather(None)
+        return sorted(p.name for disk in out.glob("node-*") for p in disk.glob("*/step-*"))
+
+    checkpoint_writer.copy_file = fail  # type: ignore[assignment]
+    assert [saved(step) for step in (4, 5)] == [["step-0000004"] * 2, ["step-0000005"] * 2]
+    fsync, os.fsync = os.fsync, fail if groups.main else os.fsync
+    assert saved(6) == ["step-0000005"] * 2
+    os.fsync, Path.mkdir = fsync, mkdir_once  # type: ignore[method-assign]
     try:
-        writer.save(state, final=True)
+        saved(7)
     except CheckpointError as error:
         assert "the run folder is lost" in error.what, error.what
     else:
         raise AssertionError("the final save failed without an error")
     Path.mkdir, checkpoint_writer.copy_file = mkdir, copy  # type: ignore[method-assign]
-    assert not [*left, *partial.iterdir()] and list(out.glob("node-*/*/step-0000004/complete.json"))
+    assert not [*left, *partial.iterdir()] and list(out.glob("node-*/*/step-0000007/complete.json"))
     groups.gather(None)
     assert carry_over(config, out, groups, print)
-    check_files(out / "ckpt" / "step-0000004")
+    check_files(out / "ckpt" / "step-0000007")
 
 
 def _disks(out: Path) -> list[Path]:
@@ -204,5 +227,5 @@ if __name__ == "__main__":
         if case == "kill":
             kill(run, out / case)
         else:
-            action = {"refused": refused, "local": local}.get(case, no_room)
-            forked(2, action, run, out / case)
+            action = {"refused": refused, "local": local, "adapters": few_adapters}.get(case, no_room)
+            forked(3 if case == "adapters" else 2, action, run, out / case)

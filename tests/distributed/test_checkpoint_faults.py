@@ -1,6 +1,7 @@
 """Checkpoints under kill -9, full disks and corrupted bytes: each is complete, or ignored with a reason."""
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -21,13 +22,14 @@ def faults(folder: Path, *cases: str) -> str:
 
 
 def test_checkpoints_survive_kills_failed_writes_and_local_disks(tmp_path: Path) -> None:
-    output = faults(tmp_path, "kill", "refused", "local")
+    output = faults(tmp_path, "kill", "refused", "local", "adapters")
     assert "killed 8 times" in output
     assert output.count("NO CHECKPOINT of step 3") == 3
     assert "NO CHECKPOINT of step 1: process 1 on " in output and "File too large" in output
     assert "training continues; the next save tries again" in output
     assert output.count("local checkpoint of step 2: copied to") == 2, "expected a report from each process"
-    assert output.count("local checkpoint of step 4: copied to") == 2, "the last save's repetitions lost it"
+    assert output.count("local checkpoint of step 7: copied to") == 2, "the last save's repetitions lost it"
+    assert re.search(r"NO CHECKPOINT of step 6: process 0 on .*'.*/node-0/.*/__0_0.distcp'", output), "no file is named"
     assert "could not be copied: [Errno 5] the local disk returned other bytes than were written" in output
     assert "local checkpoint of step 2: incomplete on these nodes, ignored" in output
     assert "local checkpoint of step 2: ignored, " in output, "it was removed from the run folder"
@@ -101,3 +103,16 @@ def test_damaged_checkpoints_fall_back_to_the_previous_one(tmp_path: Path) -> No
         )
     last = "ckpt/step-0000005/weights/__0_0.distcp"
     assert (run / last).read_bytes() == (whole / last).read_bytes()
+
+    # without any that can be used, only interrupted saves let the run start from the base
+    for name in names:
+        shutil.rmtree(run / "ckpt" / name) if name != "step-0000002" else None
+    weights, before = run / "ckpt" / "step-0000002" / "weights" / "__0_0.distcp", (run / "metrics.jsonl").read_bytes()
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\xff")
+    for _ in range(2):  # also where it was set aside before
+        refused = train({**common, "run_dir": run}, check=False)
+        assert refused.returncode == 2 and (run / "metrics.jsonl").read_bytes() == before
+        assert "none of the run's checkpoints can be used: step-0000002.damaged" in refused.stderr
+    (run / "ckpt" / "step-0000002.damaged").rename(run / "ckpt" / "step-0000002.partial")
+    assert "starts from" in train({**common, "run_dir": run, "train.stop_after": 1}).stdout
+    assert [record["step"] for record in read_metrics(run)] == [1]

@@ -1,6 +1,8 @@
 """Names and files of a run's checkpoints: what belongs to the run, and content that is damaged or hostile."""
 
+import errno
 import json
+import os
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -8,8 +10,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from helpers import failing_open
 
 from sdlm_megatron.checkpoint.local_disk import _listing, carry_over, keep_only, local_root
+from sdlm_megatron.checkpoint.restore import damage
 from sdlm_megatron.config.schema import CheckpointConfig, DiffusionConfig, ModelConfig
 from sdlm_megatron.errors import CheckpointError
 from sdlm_megatron.files import HashedFile
@@ -146,6 +150,33 @@ def test_unreadable_folder_is_not_an_empty_one(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(checkpoint_folder.os, "scandir", refuse)
     with pytest.raises(CheckpointError, match="cannot be listed: Permission denied"):
         newest(tmp_path / "ckpt", print)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EACCES])
+def test_errors_of_reading_condemn_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    groups: Any = SimpleNamespace(rank=0, world_size=1, main=True, gather=lambda value: [value])
+    for folder in (save(tmp_path, step) for step in (2, 3)):
+        (folder / "weights.distcp").write_bytes(b"1234")
+        seal(folder)
+    # the last numbers: files that are opened before, to check them or to hash them
+    cases = [(newest_step, tmp_path, "distcp", 0), (newest_step, tmp_path, "state.json", 2)]
+    cases += [(lambda path: damage(path, groups), folder, "distcp", opened) for opened in (0, 1)]
+    for check, path, name, opened in cases:
+        with monkeypatch.context() as failing, pytest.raises(OSError, match=os.strerror(number)):
+            failing.setattr("builtins.open", failing_open(name, number, opened))
+            check(path)
+    assert names(tmp_path) == {"step-0000002", "step-0000003"} and newest_step(tmp_path) == 3
+
+
+def test_a_damaged_file_is_read_again_by_the_main_process(tmp_path: Path) -> None:
+    folder, reported = save(tmp_path, 3), "process 1 on n7: weights.distcp is damaged"
+    groups: Any = SimpleNamespace(rank=0, world_size=2, main=True, gather=lambda value: [value, reported])
+    (folder / "weights.distcp").write_bytes(b"1234")
+    seal(folder)
+    with pytest.raises(OSError, match="on n7: weights.distcp is damaged; the main process reads it intact"):
+        damage(folder, groups)
+    (folder / "weights.distcp").write_bytes(b"1235")
+    assert "its checksum differs" in damage(folder, groups)
 
 
 STATES: list[tuple[dict[str, Any], str]] = [

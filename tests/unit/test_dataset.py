@@ -1,5 +1,6 @@
 """Files of a packed dataset, order of the rows, and errors for damaged files."""
 
+import errno
 import gc
 import itertools
 import json
@@ -13,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import MASK, make_dataset, write_dataset
+from helpers import MASK, failing_open, make_dataset, write_dataset
 
 from sdlm_megatron.data.format import PackedDataset, PartWriter, manifest_checksum
 from sdlm_megatron.data.indexed import IndexedReader, IndexedWriter
@@ -118,6 +119,21 @@ def test_more_parts_than_open_files(tmp_path: Path) -> None:
         assert [dataset.read(epoch, 0)[0].tolist() for epoch in range(40)] == rows
     with limit_of_files(2), pytest.raises(OSError, match="Too many open files"):
         PackedDataset(path).read(0, 0)  # not "the file is damaged"
+
+
+PASSING = [(errno.EIO, 0, OSError), (errno.EIO, 1, OSError), (errno.ESTALE, 0, OSError), (errno.EACCES, 0, DataError)]
+
+
+@pytest.mark.parametrize(("number", "opened", "kind"), PASSING)
+@pytest.mark.parametrize("name", ["epoch0.00000.rows.idx", "epoch0.sizes.bin"])
+def test_an_error_of_the_disk_is_no_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, number: int, opened: int, kind: type[Exception]
+) -> None:
+    """The driver of a job tries again after an OSError, and ends the job after a DataError."""
+    dataset = PackedDataset(make_dataset(tmp_path / "a", rows=1))
+    monkeypatch.setattr("builtins.open", failing_open(name, number, opened))
+    with pytest.raises(kind, match=os.strerror(number)):
+        dataset.sizes(0) if "sizes" in name else dataset.read(0, 0)
 
 
 def _forge(**change: object):
