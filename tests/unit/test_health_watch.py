@@ -15,9 +15,11 @@ from unittest.mock import Mock
 import pytest
 from helpers import ENV
 
+from sdlm_megatron.config.schema import FaultConfig
 from sdlm_megatron.errors import ConfigError
 from sdlm_megatron.ops.attempt import rank_file, record_event
 from sdlm_megatron.ops.rank.stop import StopRequests, refuse_to_start
+from sdlm_megatron.ops.rank.watchdog import Watch
 
 HEAD = """
 import os, signal, sys, time
@@ -182,6 +184,18 @@ def test_hang_writes_the_last_collectives(backend: str, tmp_path: Path) -> None:
         assert {entry["profiling_name"] for entry in entries} == {f"{backend}:all_reduce"}
         sizes.append([entry["input_sizes"] for entry in entries])
     assert sizes == [[[[3]], [[5]]], [[[3]]]][:world]
+
+
+def test_a_new_step_never_shows_a_time_limit_of_0(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread of the watchdog may look at any time."""
+    watch = Watch(tmp_path, FaultConfig(), object.__new__(StopRequests))  # pytest keeps its own signal handlers
+    seen: list[float] = []
+    monkeypatch.setattr(watch, "_allowed", lambda *_: seen.append(watch._clock[1]) or 180.0)
+    for step in (1, 2):
+        watch.at("save")
+        watch.begin_step(step)
+        watch.end_read()
+    assert min(seen) == 180.0 == watch._clock[1]
 
 
 def test_stop_request_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
