@@ -68,10 +68,12 @@ def test_installed_package_needs_no_checkout(user: dict[str, str], tmp_path: Pat
     site = tmp_path / "prefix" / "lib" / "python3" / "site-packages"
     for package in ("sdlm_megatron", "data_prep", "checkpoints_tools"):
         shutil.copytree(REPO / package, site / package, ignore=shutil.ignore_patterns("__pycache__"))
-    python = tmp_path / "prefix" / "bin" / "python3"
+    python, base = tmp_path / "prefix" / "bin" / "python3", tmp_path / "tools" / "python3"
     python.parent.mkdir()
-    python.write_text(f'#!/bin/sh\nPYTHONPATH={site} exec {sys.executable} "$@"\n')  # a minimal virtual environment
-    python.chmod(0o755)
+    # a minimal virtual environment, which the path of its link selects; otherwise this Python only prints
+    base.write_text(f'#!/bin/sh\n[ $0 = {python} ] || exec echo $0\nPYTHONPATH={site} exec {sys.executable} "$@"\n')
+    base.chmod(0o755)
+    python.symlink_to(base)
     before = sorted(site.rglob("*"))
     env = {**user, "PYTHONDONTWRITEBYTECODE": "1"}
     by_name = run(python, "-m", "sdlm_megatron.cli", "submit", "train_3b_d8", cwd=tmp_path, env=env)
@@ -90,6 +92,8 @@ def test_installed_package_needs_no_checkout(user: dict[str, str], tmp_path: Pat
     pipeline = run(python, "-m", "sdlm_megatron.cli", "submit", "pipeline", "train_3b_d8", cwd=tmp_path, env=env)
     assert pipeline.stdout.splitlines() == ["train_3b_d8: job 4711", "export: job 4711"], pipeline.stderr
     assert sorted(site.rglob("*")) == before
+    copy = shutil.copytree(installed, tmp_path / "own")
+    assert run("bash", copy / "export.sh", cwd=tmp_path, env=env).stdout == f"{base}\n"  # python3 of PATH
 
 
 @pytest.mark.parametrize("cluster", [["--cluster", "mine"], ["--cluster=mine"]])
@@ -150,7 +154,7 @@ def test_each_stage_of_the_pipeline_waits_for_the_one_before(user: dict[str, str
 
 
 def test_a_job_waits_for_a_busy_controller(user: dict[str, str], tmp_path: Path) -> None:
-    """A script asks it for its own path: the first two questions get no answer."""
+    """A script asks it for its own path, which may contain spaces: the first two questions get no answer."""
     for name, body in (
         ("scontrol", f'echo x >>{tmp_path}/asked; [ $(wc -l <{tmp_path}/asked) -gt 2 ] && echo "  Command=$COMMAND"'),
         ("sleep", f"echo $1 >>{tmp_path}/slept"),
@@ -158,15 +162,16 @@ def test_a_job_waits_for_a_busy_controller(user: dict[str, str], tmp_path: Path)
     ):
         (tmp_path / "tools" / name).write_text(f"#!/bin/sh\n{body}\n")
         (tmp_path / "tools" / name).chmod(0o755)
-    copy = tmp_path / "slurm_script"
-    for script in sorted((REPO / "slurm").glob("*.sh")):
+    copy, folder = tmp_path / "slurm_script", shutil.copytree(REPO / "slurm", tmp_path / "a check out")
+    for script in sorted(folder.glob("*.sh")):
         if "scontrol" not in script.read_text():
             assert script.stem in ("common", "pipeline")
             continue
         shutil.copy(script, copy)
         for file in ("asked", "slept"):
             (tmp_path / file).unlink(missing_ok=True)
-        env = {**user, "PYTHON": str(tmp_path / "tools" / "python"), "SLURM_JOB_ID": "7", "COMMAND": str(script)}
+        env = {**user, "PYTHON": str(tmp_path / "tools" / "python"), "SLURM_JOB_ID": "7"}
+        env["COMMAND"] = f"{script} --cluster mine -- /x.sh y.sh"  # with its arguments
         env |= dict.fromkeys(("OUT", "CONFIG", "MODEL", "HELDOUT"), "x")
         done = run("bash", copy, cwd=tmp_path, env=env)
         assert done.returncode == 0 and done.stdout.startswith("-m sdlm_megatron.ops.driver."), done.stderr
