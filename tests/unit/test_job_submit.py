@@ -13,7 +13,11 @@ from helpers import REPO
 from sdlm_megatron.errors import ConfigError
 from sdlm_megatron.ops.driver.submit import BatchScript, Submission, main
 
-SBATCH = "#!/bin/sh\necho sbatch: your quota is nearly used >&2\necho 4711\n"
+SBATCH = """#!/bin/sh
+printf '%s\\n' "$@" "DATA=$DATA" "PYTHON=$PYTHON" >"$(dirname "$0")/submitted"
+echo sbatch: your quota is nearly used >&2
+echo 4711
+"""
 
 
 @pytest.fixture
@@ -39,28 +43,37 @@ def run(*command: object, cwd: Path, env: dict[str, str]) -> subprocess.Complete
     return subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=cwd, env=env)
 
 
-def submitted_lines(run_dir: Path) -> list[str]:
-    """Arguments recorded in the saved submission."""
-    return (run_dir / "submit.sbatch").read_text().replace(" \\\n", "\n").split()
+def submitted_lines(folder: Path) -> list[str]:
+    """Arguments of the last sbatch, and its variables DATA and PYTHON."""
+    return (folder / "tools" / "submitted").read_text().splitlines()
 
 
 def test_training_script_is_submitted_by_name(user: dict[str, str], tmp_path: Path) -> None:
     line = (sys.executable, "-m", "sdlm_megatron.cli", "submit", "train_32b_d4", "--cluster", "mine", "--nodes", "2")
     done = run(*line, "--", "--train.steps=7", cwd=tmp_path, env={**user, "PYTHONPATH": str(REPO)})
     assert (done.returncode, done.stdout) == (0, "submitted job 4711\n"), done.stderr
-    submitted = submitted_lines(tmp_path / "run")
+    submitted = submitted_lines(tmp_path)
     assert {"--nodes=3", "--gpus-per-node=4", "--mem=0", "--partition=own"} <= set(submitted)
     assert f"PYTHON={sys.executable}" in submitted and done.stderr == "sbatch: your quota is nearly used\n"
     script = submitted.index(str(REPO / "sdlm_megatron" / "ops" / "slurm" / "train_32b_d4.sh"))
     cluster = str(tmp_path / "clusters" / "mine.yaml")
-    assert submitted[script + 1 :] == ["--cluster", cluster, "--spares", "1", "--", "--train.steps=7"]
+    assert submitted[script + 1 : -2] == ["--cluster", cluster, "--spares", "1", "--", "--train.steps=7"]
+    assert "--exclude=n7" not in submitted
+    (tmp_path / "run" / "bad-nodes.txt").write_text("# a comment\nn7 slow\n")
+    for options, excluded in (["--nodes", "4"], ["--exclude=n7"]), ([], []):
+        again = run("sh", tmp_path / "run" / "submit.sbatch", *options, cwd="/", env=user)
+        assert (again.returncode, again.stdout) == (0, "submitted job 4711\n"), again.stderr
+        repeated = submitted_lines(tmp_path)
+        assert [word for word in repeated if word.startswith("--exclude")] == excluded
+        assert "--nodes=5" in repeated and repeated[repeated.index("--cluster") :] == submitted[script + 1 :]
+        (tmp_path / "run" / "bad-nodes.txt").write_text("")  # the nodes are repaired; --nodes is kept
 
 
 def test_checkout_script_submits_itself(user: dict[str, str], tmp_path: Path) -> None:
     script = REPO / "slurm" / "train_3b_d4.sh"
     done = run(script, "--cluster", "mine", "--parsable", cwd=tmp_path, env={**user, "PYTHON": sys.executable})
     assert (done.returncode, done.stdout) == (0, "4711\n"), done.stderr
-    assert str(script) in submitted_lines(tmp_path / "run")
+    assert str(script) in submitted_lines(tmp_path)
 
 
 def test_installed_package_needs_no_checkout(user: dict[str, str], tmp_path: Path) -> None:
@@ -79,13 +92,11 @@ def test_installed_package_needs_no_checkout(user: dict[str, str], tmp_path: Pat
     by_name = run(python, "-m", "sdlm_megatron.cli", "submit", "train_3b_d8", cwd=tmp_path, env=env)
     assert (by_name.returncode, by_name.stdout) == (0, "submitted job 4711\n"), by_name.stderr
     installed = site / "sdlm_megatron" / "ops" / "slurm"
-    submitted = submitted_lines(tmp_path / "run")
-    assert str(installed / "train_3b_d8.sh") in submitted and submitted[-4:] == [
-        "--cluster",
-        "default",
-        "--spares",
-        "0",
-    ]
+    submitted = submitted_lines(tmp_path)
+    script = submitted.index(str(installed / "train_3b_d8.sh"))
+    assert submitted[script + 1 : -2] == ["--cluster", "default", "--spares", "0"]
+    again = run("sh", tmp_path / "run" / "submit.sbatch", cwd="/", env=env)
+    assert again.returncode == 0 and submitted_lines(tmp_path) == submitted, again.stderr
     env["OUT"] = str(tmp_path / "hf")
     by_path = run("bash", installed / "export.sh", "--parsable", cwd=tmp_path, env=env)
     assert (by_path.returncode, by_path.stdout) == (0, "4711\n"), by_path.stderr
@@ -306,11 +317,15 @@ def test_dry_run_of_a_run_that_training_refuses_ends_as_a_user_error(
 
 def test_saved_submission_masks_secrets(user: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / "clusters" / "mine.yaml").write_text('sbatch: ["--export=ALL,HF_TOKEN=hunter2-hunter2"]\n')
-    line = (sys.executable, "-m", "sdlm_megatron.cli", "submit", "train_3b_d4", "--cluster", "mine")
-    done = run(*line, cwd=tmp_path, env={**user, "PYTHONPATH": str(REPO)})
-    assert done.returncode == 0, done.stderr
+    line = (sys.executable, "-m", "sdlm_megatron.cli", "submit", "train_3b_d4", "--cluster", "mine", "--")
+    secret = "--observe.wandb_project=HF_TOKEN=hunter2-hunter2"
+    env = {**user, "OUT": "x", "PYTHONPATH": str(REPO)}
+    done = run(*line, secret, cwd=tmp_path, env=env)
+    assert done.returncode == 0 and secret in submitted_lines(tmp_path), done.stderr
     saved = (tmp_path / "run" / "submit.sbatch").read_text()
-    assert "'--export=ALL,HF_TOKEN=***'" in saved and "hunter2" not in saved and "# *** stands for a secret" in saved
+    assert "HF_TOKEN=***" in saved and "hunter2" not in saved and "# *** stands for a secret" in saved
+    dry = run(*line[:4], "export", *line[5:7], "--dry-run", cwd=tmp_path, env=env)
+    assert "'--export=ALL,HF_TOKEN=***'" in dry.stdout and "hunter2" not in dry.stdout, dry.stderr
 
 
 def test_saved_submission_survives_a_shell(user: dict[str, str], tmp_path: Path) -> None:
@@ -319,7 +334,7 @@ def test_saved_submission_survives_a_shell(user: dict[str, str], tmp_path: Path)
     line = (sys.executable, "-m", "sdlm_megatron.cli", "submit", "train_3b_d4", "--cluster", "mine")
     done = run(*line, cwd=tmp_path, env={**user, "DATA": name, "PYTHONPATH": str(REPO)})
     assert done.returncode == 0, done.stderr
-    (tmp_path / "tools" / "sbatch").write_text('#!/bin/sh\nprintf %s "$DATA"\n')
+    (tmp_path / "tools" / "submitted").unlink()
     again = run("sh", tmp_path / "run" / "submit.sbatch", cwd=tmp_path, env={**user, "DATA": "other"})
-    assert (again.returncode, again.stdout) == (0, name)
+    assert again.returncode == 0 and f"DATA={name}\n" in (tmp_path / "tools" / "submitted").read_text(), again.stderr
     assert not list(tmp_path.rglob("owned"))
