@@ -295,7 +295,7 @@ def test_a_wrong_setting_is_refused_before_the_queue(user: dict[str, str], tmp_p
 
 
 def test_dry_run_of_a_run_that_training_refuses_ends_as_a_user_error(
-    user: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    user: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name, value in {**user, "PATH": ""}.items():
         monkeypatch.setenv(name, value)
@@ -313,6 +313,11 @@ def test_dry_run_of_a_run_that_training_refuses_ends_as_a_user_error(
         with expected:
             main(["train_3b_d4", "--dry-run", *options])
     assert ["--simulate" in line for line in lines] == [False, True, False, False, False, True]
+    assert lines[-1][lines[-1].index("--assume") + 1] == "gpus_per_node=8"
+    (tmp_path / "own.yaml").write_text("gpus_per_node: 4\ngpu: a100\n")
+    codes.append(0)
+    main(["train_3b_d4", "--dry-run", "--cluster", str(tmp_path / "own.yaml")])
+    assert not codes and "the planner knows h100, h200, b200, and not a100" in capsys.readouterr().out
 
 
 def test_saved_submission_masks_secrets(user: dict[str, str], tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ class ClusterFile:
     spares: int = 0
     """Nodes in the allocation beyond those that train; they replace bad ones."""
     gpu: str = "h100"
-    """GPU model for the planner: h100, h200, ..."""
+    """GPU model for the planner: h100, h200 or b200; for another one, a dry run leaves the planner out."""
     sbatch: list[str] = field(default_factory=list)
     """More options of sbatch, such as --reservation=NAME."""
     setup: list[str] = field(default_factory=list)

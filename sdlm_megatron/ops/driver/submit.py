@@ -34,6 +34,7 @@ from sdlm_megatron.ops.driver.cluster_file import (
 )
 from sdlm_megatron.ops.driver.launch import LAUNCHERS, VARIABLES, variable_overrides
 from sdlm_megatron.ops.driver.verdict import read_bad_nodes
+from sdlm_megatron.planner.assumptions import DEVICES
 
 MINIMUM_SECONDS = 600  # time for the pre-flight, the start and some training steps
 KEPT_VARIABLES = (*VARIABLES, "PYTHON")
@@ -251,10 +252,15 @@ class Submission:
             state = "is not a packed dataset" if Path(self.run.data.path).exists() else "does not exist"
             print(f"{self.run.data.path} {state} on this machine: data, base model and tokenizer were not checked")
             settings = [setting for setting in settings if not setting.startswith("--data.path=")]
+        if self.cluster.gpu not in DEVICES:
+            known = f"the planner knows {', '.join(DEVICES)}, and not {self.cluster.gpu}, gpu of the cluster file"
+            print(f"\n# no memory and time, no simulated step: {known}", flush=True)
+            return passed
         simulate = [] if self.args.no_simulate else ["--simulate"]
         print(f"\n# memory and time, by the planner{', and a simulated step' if simulate else ''}", flush=True)
         plan = [sys.executable, "-m", "sdlm_megatron.cli", "plan", self.script.preset, "--gpus", str(self.processes)]
-        done = subprocess.run([*plan, "--gpu", self.cluster.gpu, "--top", "0", *simulate, *settings])
+        plan += ["--gpu", self.cluster.gpu, "--assume", f"gpus_per_node={self.cluster.gpus_per_node}"]
+        done = subprocess.run([*plan, "--top", "0", *simulate, *settings])
         return passed and done.returncode == 0
 
 
