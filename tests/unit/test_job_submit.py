@@ -11,7 +11,9 @@ import pytest
 from helpers import REPO
 
 from sdlm_megatron.errors import ConfigError
+from sdlm_megatron.ops.driver.cluster_file import PLANNED_GPUS
 from sdlm_megatron.ops.driver.submit import BatchScript, Submission, main
+from sdlm_megatron.planner.assumptions import DEVICES
 
 SBATCH = """#!/bin/sh
 printf '%s\\n' "$@" "DATA=$DATA" "PYTHON=$PYTHON" >"$(dirname "$0")/submitted"
@@ -317,7 +319,8 @@ def test_dry_run_of_a_run_that_training_refuses_ends_as_a_user_error(
     (tmp_path / "own.yaml").write_text("gpus_per_node: 4\ngpu: a100\n")
     codes.append(0)
     main(["train_3b_d4", "--dry-run", "--cluster", str(tmp_path / "own.yaml")])
-    assert not codes and "the planner knows h100, h200, b200, and not a100" in capsys.readouterr().out
+    assert not codes and list(PLANNED_GPUS) == list(DEVICES)
+    assert "the planner knows h100, h200, b200, and not a100" in capsys.readouterr().out
 
 
 def test_saved_submission_masks_secrets(user: dict[str, str], tmp_path: Path) -> None:

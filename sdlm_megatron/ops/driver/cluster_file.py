@@ -15,6 +15,7 @@ SCRIPTS = Path(__file__).resolve().parents[1] / "slurm"
 """The batch scripts: a link to slurm/ in a checkout, a folder of the package in an installation."""
 CLUSTERS = SCRIPTS / "clusters"
 CLUSTER_HELP = "cluster file: a path, or NAME of ./clusters/NAME.yaml or of the package's slurm/clusters/NAME.yaml"
+PLANNED_GPUS = ("h100", "h200", "b200")  # DEVICES of the planner, which needs numpy
 FIELD_ENVIRONMENT = {
     "CUDA_DEVICE_MAX_CONNECTIONS": "1",  # kernel order that overlapped tensor parallelism needs on Hopper
     "TORCH_NCCL_HIGH_PRIORITY": "1",  # communication is not delayed behind the kernels that it overlaps with

@@ -27,6 +27,7 @@ from sdlm_megatron.ops.driver import slurm_commands as slurm
 from sdlm_megatron.ops.driver.cluster_file import (
     CLUSTER_HELP,
     CLUSTERS,
+    PLANNED_GPUS,
     SCRIPTS,
     cluster_path,
     load_cluster,
@@ -34,12 +35,10 @@ from sdlm_megatron.ops.driver.cluster_file import (
 )
 from sdlm_megatron.ops.driver.launch import LAUNCHERS, VARIABLES, variable_overrides
 from sdlm_megatron.ops.driver.verdict import read_bad_nodes
-from sdlm_megatron.planner.assumptions import DEVICES
 
 MINIMUM_SECONDS = 600  # time for the pre-flight, the start and some training steps
 KEPT_VARIABLES = (*VARIABLES, "PYTHON")
-KEPT_OPTIONS = ("cluster", "nodes", "time", "spares", "launcher", "retries")
-"""What RUN/submit.sbatch repeats. The jobs of --after have ended by then."""
+KEPT_OPTIONS = ("cluster", "nodes", "time", "spares", "launcher", "retries")  # the jobs of --after will have ended
 _CHANGES_SCRIPT = re.compile(
     r"SBATCH_(ARRAY_INX|CPUS_PER_GPU|EXPORT(?!=ALL)|GPUS|GPUS_PER_TASK|GRES|MEM_PER_\w+|NO_REQUEUE|OVERCOMMIT|SIGNAL|WAIT)="
 )
@@ -252,8 +251,8 @@ class Submission:
             state = "is not a packed dataset" if Path(self.run.data.path).exists() else "does not exist"
             print(f"{self.run.data.path} {state} on this machine: data, base model and tokenizer were not checked")
             settings = [setting for setting in settings if not setting.startswith("--data.path=")]
-        if self.cluster.gpu not in DEVICES:
-            known = f"the planner knows {', '.join(DEVICES)}, and not {self.cluster.gpu}, gpu of the cluster file"
+        if self.cluster.gpu not in PLANNED_GPUS:
+            known = f"the planner knows {', '.join(PLANNED_GPUS)}, and not {self.cluster.gpu}, gpu of the cluster file"
             print(f"\n# no memory and time, no simulated step: {known}", flush=True)
             return passed
         simulate = [] if self.args.no_simulate else ["--simulate"]
