@@ -8,9 +8,10 @@ if [ -d "$scripts/../sdlm_megatron" ]; then
   export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
   python=$root/.venv/bin/python
 else
-  # Installed in PREFIX/lib/pythonX.Y/site-packages/sdlm_megatron/ops/slurm. PYTHONPATH stays as it is: a container
-  # with another version of Python must not import this environment's packages.
-  python=$(realpath -m "$scripts/../../../../../../bin/python3")
+  # Installed in PREFIX/lib/pythonX.Y/site-packages/sdlm_megatron/ops/slurm; for a copy elsewhere there is no such file.
+  # The link is not followed, as only its path selects the environment. PYTHONPATH stays as it is: a container with
+  # another version of Python must not import this environment's packages.
+  python=${scripts%/*/*/*/sdlm_megatron/ops/slurm}/bin/python3
 fi
 if [ -z "${PYTHON:-}" ]; then
   if [ -x "$python" ]; then PYTHON=$python; else PYTHON=python3; fi

@@ -13,7 +13,7 @@ self=$0
 for pause in 0 10 30 60; do
   [[ $self == */slurm_script ]] || break
   sleep $pause
-  path=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=\([^ ]*\).*/\1/p' | head -1)
+  path=$(scontrol show job "$SLURM_JOB_ID" | sed -n '/^ *Command=/{s///;s/\.sh .*/.sh/;p;}' | head -1)
   self=${path:-$self}
 done
 source "$(dirname "$self")/common.sh"

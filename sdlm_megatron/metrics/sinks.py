@@ -281,16 +281,21 @@ def _record(line: str) -> dict[str, Any] | None:
     if type(step) is not int or not 0 <= step < 2**53:
         return None
     for key, value in record.items():
-        if isinstance(value, float) and not math.isfinite(value):
+        if key in ("samples", "warnings"):
+            if not (_samples(value) if key == "samples" else _texts(value)):
+                return None
+        elif isinstance(value, float) and not math.isfinite(value):
             record[key] = None
         elif isinstance(value, (int, float)):
             if abs(value) > _MOST:
                 return None
-        elif not (
-            value is None or (isinstance(value, str) and key in _TEXTS) or (key == "samples" and _samples(value))
-        ):
+        elif not (value is None or (isinstance(value, str) and key in _TEXTS)):
             return None
     return record
+
+
+def _texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(text, str) for text in value)
 
 
 def _samples(value: Any) -> bool:

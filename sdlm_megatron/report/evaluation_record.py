@@ -7,8 +7,8 @@
      "sample":   {"prompt": "...", "answer_tokens": [{"text": "{", "pass": 1}, ...], "expected": "..."}}
 
 `exact` is a share (0..1) of n_prompts, `pass` counts from 1, `threshold` is null for n = 1. `baseline` and `sample` are
-optional; a row may hold more fields, such as `warnings`, sentences that are shown. The samples of samples.jsonl have
-the form of `sample`.
+optional (`sample` is {} for a model without blocks); a row may hold more fields, such as `warnings`, sentences that are
+shown. The samples of samples.jsonl have the form of `sample`.
 """
 
 import json
@@ -65,7 +65,7 @@ def load_evaluation(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
             raise DataError(f"{part} is not a list", f"{where}, {part}", _FIX)
         for n, row in enumerate(record[part]):
             _check_row(row, f"{where}, {part}[{n}]")
-    if value.get("sample") is not None:
+    if value.get("sample"):
         _check_sample(value["sample"], f"{where}, sample")
         record["sample"] = value["sample"]
     return record

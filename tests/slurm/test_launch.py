@@ -71,7 +71,7 @@ def test_pipeline_runs_from_conversations_to_decoding(cluster, job, tmp_path: Pa
     number = jobs["train_32b_d4"]
     assert "finished" in (run / "logs" / f"{number}-0" / "driver.log").read_text()
     assert (run / "logs" / f"{number}-0-0" / "rank-00001.log").exists()
-    assert "--nodes=3" in (run / "submit.sbatch").read_text()
+    assert "--nodes=2" in (run / "submit.sbatch").read_text()
     rows = json.loads((run / "evaluation.json").read_text())["rows"]
     assert len(rows) >= 3
     assert all(row["tokens_per_pass"] >= 1 for row in rows)

@@ -1,5 +1,6 @@
 """Watchdog: end of a process and its files. Each case is a real process; none imports torch."""
 
+import errno
 import json
 import os
 import pickle
@@ -9,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from helpers import ENV
@@ -199,6 +201,18 @@ def test_slow_steps_before_the_first_log_record_are_no_hang(tmp_path: Path) -> N
     assert watch._clock[1] == FaultConfig().hang_min_seconds
 
 
+def test_a_new_step_never_shows_a_time_limit_of_0(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread of the watchdog may look at any time."""
+    watch = Watch(tmp_path, FaultConfig(), object.__new__(StopRequests))  # pytest keeps its own signal handlers
+    seen: list[float] = []
+    monkeypatch.setattr(watch, "_allowed", lambda *_: seen.append(watch._clock[1]) or 180.0)
+    for step in (1, 2):
+        watch.at("save")
+        watch.begin_step(step)
+        watch.end_read()
+    assert min(seen) == 180.0 == watch._clock[1]
+
+
 def test_stop_request_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The user's file also prevents a start; the driver's applies to one attempt."""
 
@@ -224,6 +238,17 @@ def test_stop_request_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     refuse_to_start(tmp_path)
     request.write_text("{")
     assert look() == "stop.json without a reason"
+    request.unlink()
+    (tmp_path / "STOP").mkdir()
+    assert "Is a directory" in str(look())
+    (tmp_path / "STOP").rmdir()
+    fails, waits = Mock(side_effect=OSError(errno.EIO, "Input/output error")), Mock()
+    monkeypatch.setattr("time.sleep", waits)
+    monkeypatch.setattr(Path, "read_text", fails)
+    assert look() is None  # a shared disk that fails is no request
+    with pytest.raises(OSError, match="Input/output error"):
+        refuse_to_start(tmp_path)
+    assert waits.call_count == 12
 
 
 def test_unwritable_event_does_not_stop_the_run(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

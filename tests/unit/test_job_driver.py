@@ -36,7 +36,8 @@ class FakeSlurm:
         if words[:3] == ("scontrol", "show", "hostnames"):
             return SlurmAnswer(0, "\n".join(NODES), "")
         if words[0] == "sinfo":
-            return SlurmAnswer(0, "\n".join(f"{n} {self.nodes.get(n, 'idle')}" for n in words[4].split(",")), "")
+            names = words[words.index("--nodes") + 1].split(",")
+            return SlurmAnswer(0, "\n".join(f"{n} {self.nodes.get(n, 'idle')}" for n in names), "")
         if "show" in words:
             return SlurmAnswer(0 if self.job else 1, " ".join(f"{k}={v}" for k, v in self.job.items()), "")
         self.changes.append(" ".join(words))

@@ -12,9 +12,15 @@ from helpers import REPO
 
 from sdlm_megatron.errors import ConfigError
 from sdlm_megatron.ops.driver import submit
+from sdlm_megatron.ops.driver.cluster_file import PLANNED_GPUS
 from sdlm_megatron.ops.driver.submit import BatchScript, Submission, main
+from sdlm_megatron.planner.assumptions import DEVICES
 
-SBATCH = "#!/bin/sh\necho sbatch: your quota is nearly used >&2\necho 4711\n"
+SBATCH = """#!/bin/sh
+printf '%s\\n' "$@" "DATA=$DATA" "PYTHON=$PYTHON" >"$(dirname "$0")/submitted"
+echo sbatch: your quota is nearly used >&2
+echo 4711
+"""
 
 
 @pytest.fixture
@@ -40,28 +46,37 @@ def run(*command: object, cwd: Path, env: dict[str, str]) -> subprocess.Complete
     return subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=cwd, env=env)
 
 
-def submitted_lines(run_dir: Path) -> list[str]:
-    """Arguments recorded in the saved submission."""
-    return (run_dir / "submit.sbatch").read_text().replace(" \\\n", "\n").split()
+def submitted_lines(folder: Path) -> list[str]:
+    """Arguments of the last sbatch, and its variables DATA and PYTHON."""
+    return (folder / "tools" / "submitted").read_text().splitlines()
 
 
 def test_training_script_is_submitted_by_name(user: dict[str, str], tmp_path: Path) -> None:
     line = (sys.executable, "-m", "sdlm_megatron.cli", "submit", "train_32b_d4", "--cluster", "mine", "--nodes", "2")
     done = run(*line, "--", "--train.steps=7", cwd=tmp_path, env={**user, "PYTHONPATH": str(REPO)})
     assert (done.returncode, done.stdout) == (0, "submitted job 4711\n"), done.stderr
-    submitted = submitted_lines(tmp_path / "run")
+    submitted = submitted_lines(tmp_path)
     assert {"--nodes=3", "--gpus-per-node=4", "--mem=0", "--partition=own"} <= set(submitted)
     assert f"PYTHON={sys.executable}" in submitted and done.stderr == "sbatch: your quota is nearly used\n"
     script = submitted.index(str(REPO / "sdlm_megatron" / "ops" / "slurm" / "train_32b_d4.sh"))
     cluster = str(tmp_path / "clusters" / "mine.yaml")
-    assert submitted[script + 1 :] == ["--cluster", cluster, "--spares", "1", "--", "--train.steps=7"]
+    assert submitted[script + 1 : -2] == ["--cluster", cluster, "--spares", "1", "--", "--train.steps=7"]
+    assert "--exclude=n7" not in submitted
+    (tmp_path / "run" / "bad-nodes.txt").write_text("# a comment\nn7 slow\n")
+    for options, excluded in (["--nodes", "4"], ["--exclude=n7"]), ([], []):
+        again = run("sh", tmp_path / "run" / "submit.sbatch", *options, cwd="/", env=user)
+        assert (again.returncode, again.stdout) == (0, "submitted job 4711\n"), again.stderr
+        repeated = submitted_lines(tmp_path)
+        assert [word for word in repeated if word.startswith("--exclude")] == excluded
+        assert "--nodes=5" in repeated and repeated[repeated.index("--cluster") :] == submitted[script + 1 :]
+        (tmp_path / "run" / "bad-nodes.txt").write_text("")  # the nodes are repaired; --nodes is kept
 
 
 def test_checkout_script_submits_itself(user: dict[str, str], tmp_path: Path) -> None:
     script = REPO / "slurm" / "train_3b_d4.sh"
     done = run(script, "--cluster", "mine", "--parsable", cwd=tmp_path, env={**user, "PYTHON": sys.executable})
     assert (done.returncode, done.stdout) == (0, "4711\n"), done.stderr
-    assert str(script) in submitted_lines(tmp_path / "run")
+    assert str(script) in submitted_lines(tmp_path)
 
 
 def test_installed_package_needs_no_checkout(user: dict[str, str], tmp_path: Path) -> None:
@@ -69,28 +84,30 @@ def test_installed_package_needs_no_checkout(user: dict[str, str], tmp_path: Pat
     site = tmp_path / "prefix" / "lib" / "python3" / "site-packages"
     for package in ("sdlm_megatron", "data_prep", "checkpoints_tools"):
         shutil.copytree(REPO / package, site / package, ignore=shutil.ignore_patterns("__pycache__"))
-    python = tmp_path / "prefix" / "bin" / "python3"
+    python, base = tmp_path / "prefix" / "bin" / "python3", tmp_path / "tools" / "python3"
     python.parent.mkdir()
-    python.write_text(f'#!/bin/sh\nPYTHONPATH={site} exec {sys.executable} "$@"\n')  # a minimal virtual environment
-    python.chmod(0o755)
+    # a minimal virtual environment, which the path of its link selects; otherwise this Python only prints
+    base.write_text(f'#!/bin/sh\n[ $0 = {python} ] || exec echo $0\nPYTHONPATH={site} exec {sys.executable} "$@"\n')
+    base.chmod(0o755)
+    python.symlink_to(base)
     before = sorted(site.rglob("*"))
     env = {**user, "PYTHONDONTWRITEBYTECODE": "1"}
     by_name = run(python, "-m", "sdlm_megatron.cli", "submit", "train_3b_d8", cwd=tmp_path, env=env)
     assert (by_name.returncode, by_name.stdout) == (0, "submitted job 4711\n"), by_name.stderr
     installed = site / "sdlm_megatron" / "ops" / "slurm"
-    submitted = submitted_lines(tmp_path / "run")
-    assert str(installed / "train_3b_d8.sh") in submitted and submitted[-4:] == [
-        "--cluster",
-        "default",
-        "--spares",
-        "0",
-    ]
+    submitted = submitted_lines(tmp_path)
+    script = submitted.index(str(installed / "train_3b_d8.sh"))
+    assert submitted[script + 1 : -2] == ["--cluster", "default", "--spares", "0"]
+    again = run("sh", tmp_path / "run" / "submit.sbatch", cwd="/", env=env)
+    assert again.returncode == 0 and submitted_lines(tmp_path) == submitted, again.stderr
     env["OUT"] = str(tmp_path / "hf")
     by_path = run("bash", installed / "export.sh", "--parsable", cwd=tmp_path, env=env)
     assert (by_path.returncode, by_path.stdout) == (0, "4711\n"), by_path.stderr
     pipeline = run(python, "-m", "sdlm_megatron.cli", "submit", "pipeline", "train_3b_d8", cwd=tmp_path, env=env)
     assert pipeline.stdout.splitlines() == ["train_3b_d8: job 4711", "export: job 4711"], pipeline.stderr
     assert sorted(site.rglob("*")) == before
+    copy = shutil.copytree(installed, tmp_path / "own")
+    assert run("bash", copy / "export.sh", cwd=tmp_path, env=env).stdout == f"{base}\n"  # python3 of PATH
 
 
 @pytest.mark.parametrize("cluster", [["--cluster", "mine"], ["--cluster=mine"]])
@@ -151,7 +168,7 @@ def test_each_stage_of_the_pipeline_waits_for_the_one_before(user: dict[str, str
 
 
 def test_a_job_waits_for_a_busy_controller(user: dict[str, str], tmp_path: Path) -> None:
-    """A script asks it for its own path: the first two questions get no answer."""
+    """A script asks it for its own path, which may contain spaces: the first two questions get no answer."""
     for name, body in (
         ("scontrol", f'echo x >>{tmp_path}/asked; [ $(wc -l <{tmp_path}/asked) -gt 2 ] && echo "  Command=$COMMAND"'),
         ("sleep", f"echo $1 >>{tmp_path}/slept"),
@@ -159,15 +176,16 @@ def test_a_job_waits_for_a_busy_controller(user: dict[str, str], tmp_path: Path)
     ):
         (tmp_path / "tools" / name).write_text(f"#!/bin/sh\n{body}\n")
         (tmp_path / "tools" / name).chmod(0o755)
-    copy = tmp_path / "slurm_script"
-    for script in sorted((REPO / "slurm").glob("*.sh")):
+    copy, folder = tmp_path / "slurm_script", shutil.copytree(REPO / "slurm", tmp_path / "a check out")
+    for script in sorted(folder.glob("*.sh")):
         if "scontrol" not in script.read_text():
             assert script.stem in ("common", "pipeline")
             continue
         shutil.copy(script, copy)
         for file in ("asked", "slept"):
             (tmp_path / file).unlink(missing_ok=True)
-        env = {**user, "PYTHON": str(tmp_path / "tools" / "python"), "SLURM_JOB_ID": "7", "COMMAND": str(script)}
+        env = {**user, "PYTHON": str(tmp_path / "tools" / "python"), "SLURM_JOB_ID": "7"}
+        env["COMMAND"] = f"{script} --cluster mine -- /x.sh y.sh"  # with its arguments
         env |= dict.fromkeys(("OUT", "CONFIG", "MODEL", "HELDOUT"), "x")
         done = run("bash", copy, cwd=tmp_path, env=env)
         assert done.returncode == 0 and done.stdout.startswith("-m sdlm_megatron.ops.driver."), done.stderr
@@ -283,7 +301,7 @@ def test_a_wrong_setting_is_refused_before_the_queue(user: dict[str, str], tmp_p
 
 
 def test_dry_run_of_a_run_that_training_refuses_ends_as_a_user_error(
-    user: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    user: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name, value in {**user, "PATH": ""}.items():
         monkeypatch.setenv(name, value)
@@ -301,21 +319,31 @@ def test_dry_run_of_a_run_that_training_refuses_ends_as_a_user_error(
         with expected:
             main(["train_3b_d4", "--dry-run", *options])
     assert ["--simulate" in line for line in lines] == [False, True, False, False, False, True]
+    assert lines[-1][lines[-1].index("--assume") + 1] == "gpus_per_node=8"
+    (tmp_path / "own.yaml").write_text("gpus_per_node: 4\ngpu: a100\n")
+    codes.append(0)
+    main(["train_3b_d4", "--dry-run", "--cluster", str(tmp_path / "own.yaml")])
+    assert not codes and list(PLANNED_GPUS) == list(DEVICES)
+    assert "the planner knows h100, h200, b200, and not a100" in capsys.readouterr().out
     monkeypatch.setattr(submit, "find_spec", {"torch": object()}.get)  # as on the host of a container
     main(["train_3b_d4", "--dry-run"])
     shown = capsys.readouterr().out.split("not checked: ")[1:]
-    assert [f"{sys.executable} has no numpy" in text for text in shown] == [True, True] and len(lines) == 6
+    assert [f"{sys.executable} has no numpy" in text for text in shown] == [True, True] and len(lines) == 7
     assert "  WORLD_SIZE=32 RANK=0" in shown[0] and "-m sdlm_megatron.train --dry-run" in shown[0]
     assert "-m sdlm_megatron.cli plan sdlm_3b_d4 --gpus 32" in shown[1]
 
 
 def test_saved_submission_masks_secrets(user: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / "clusters" / "mine.yaml").write_text('sbatch: ["--export=ALL,HF_TOKEN=hunter2-hunter2"]\n')
-    line = (sys.executable, "-m", "sdlm_megatron.cli", "submit", "train_3b_d4", "--cluster", "mine")
-    done = run(*line, cwd=tmp_path, env={**user, "PYTHONPATH": str(REPO)})
-    assert done.returncode == 0, done.stderr
+    line = (sys.executable, "-m", "sdlm_megatron.cli", "submit", "train_3b_d4", "--cluster", "mine", "--")
+    secret = "--observe.wandb_project=HF_TOKEN=hunter2-hunter2"
+    env = {**user, "OUT": "x", "PYTHONPATH": str(REPO)}
+    done = run(*line, secret, cwd=tmp_path, env=env)
+    assert done.returncode == 0 and secret in submitted_lines(tmp_path), done.stderr
     saved = (tmp_path / "run" / "submit.sbatch").read_text()
-    assert "'--export=ALL,HF_TOKEN=***'" in saved and "hunter2" not in saved and "# *** stands for a secret" in saved
+    assert "HF_TOKEN=***" in saved and "hunter2" not in saved and "# *** stands for a secret" in saved
+    dry = run(*line[:4], "export", *line[5:7], "--dry-run", cwd=tmp_path, env=env)
+    assert "'--export=ALL,HF_TOKEN=***'" in dry.stdout and "hunter2" not in dry.stdout, dry.stderr
 
 
 def test_saved_submission_survives_a_shell(user: dict[str, str], tmp_path: Path) -> None:
@@ -324,7 +352,7 @@ def test_saved_submission_survives_a_shell(user: dict[str, str], tmp_path: Path)
     line = (sys.executable, "-m", "sdlm_megatron.cli", "submit", "train_3b_d4", "--cluster", "mine")
     done = run(*line, cwd=tmp_path, env={**user, "DATA": name, "PYTHONPATH": str(REPO)})
     assert done.returncode == 0, done.stderr
-    (tmp_path / "tools" / "sbatch").write_text('#!/bin/sh\nprintf %s "$DATA"\n')
+    (tmp_path / "tools" / "submitted").unlink()
     again = run("sh", tmp_path / "run" / "submit.sbatch", cwd=tmp_path, env={**user, "DATA": "other"})
-    assert (again.returncode, again.stdout) == (0, name)
+    assert again.returncode == 0 and f"DATA={name}\n" in (tmp_path / "tools" / "submitted").read_text(), again.stderr
     assert not list(tmp_path.rglob("owned"))

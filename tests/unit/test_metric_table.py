@@ -1,6 +1,7 @@
 """Metric table: one entry with one function adds a device metric to every output."""
 
 import html
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,9 @@ import torch
 from helpers import load_micro_batch, make_dataset, read_metrics, train
 
 from sdlm_megatron.data.format import PackedDataset
+from sdlm_megatron.metrics import sinks
 from sdlm_megatron.metrics.metric_table import METRICS, Metric, metric_of, register, tab_of
+from sdlm_megatron.ops.attempt import read_events
 from sdlm_megatron.report.run_page import write_report
 
 ONE_ENTRY = """
@@ -73,18 +76,25 @@ def test_one_entry_reaches_the_record_the_console_and_the_report(tmp_path: Path,
     assert "data/padding" in events.Tags()["scalars"]
 
 
-def test_every_record_field_has_an_entry_and_explanation(tmp_path: Path) -> None:
+def test_every_record_is_read_and_its_fields_have_entries_and_explanations(tmp_path: Path) -> None:
     settings = {
         "run_dir": tmp_path / "run",
         "data.path": make_dataset(tmp_path / "data", rows=4),
         "data.validation": make_dataset(tmp_path / "held-out", rows=2, seed=1),
         "observe.validate_every": 1,
+        "observe.sample_every": 1,
         "diffusion.next_token_weight": 0.1,
         "train.steps": 2,
         "train.global_batch": 2,
         "observe.tensorboard": False,
     }
     train(settings)
+    for file in ("metrics", "validation", "samples"):
+        path = tmp_path / "run" / f"{file}.jsonl"
+        assert sinks.read_metrics(path) == [json.loads(line) for line in path.read_text().splitlines()] != []
+    written = (tmp_path / "run" / "events.jsonl").read_text().splitlines()
+    assert read_events(tmp_path / "run") == [json.loads(line) for line in written] != []
+    assert "Answers during training" in write_report(tmp_path / "run").read_text()
     fields = {field for record in read_metrics(tmp_path / "run") for field in record}
     assert {"loss_next_token", "accuracy_pos_4", "accepted_0.98", "time_validate"} <= fields
     assert {field for field in fields if metric_of(field) is None} == {"step", "time", "steps"}

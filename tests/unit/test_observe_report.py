@@ -150,6 +150,9 @@ def test_only_metrics_are_required_and_evaluation_json_is_optional(run_dir):
         "Run", "Loss per slot", "All metrics", "Configuration"]  # fmt: skip
     (run_dir / "evaluation.json").write_text(json.dumps(make_evaluation()))
     assert "Speed and exactness" in Page(write_report(run_dir).read_text()).headings
+    plain = make_evaluation() | {"rows": [], "sample": {}}  # of a model without blocks
+    (run_dir / "evaluation.json").write_text(json.dumps(plain))
+    assert "Speed and exactness" in Page(write_report(run_dir).read_text()).headings
 
 
 def test_record_covers_the_steps_since_the_previous_one(run_dir):

@@ -93,6 +93,8 @@ WRONG = {
     "digits": '{"step": 2, "loss": 1' + "0" * 5000 + "}",
     "kind": '{"step": 2, "loss": "low"}',
     "samples": '{"step": 2, "samples": [{"prompt": 3}]}',
+    "no samples": '{"step": 2, "samples": null}',
+    "warnings": '{"step": 2, "warnings": [3]}',
 }
 
 

@@ -167,8 +167,17 @@ def test_a_controller_that_is_down_is_waited_for_an_hour(monkeypatch: pytest.Mon
 
 
 def test_lost_nodes_are_nodes_of_the_question(program) -> None:
-    program("sinfo", NOTE + "echo 'sinfo: error: n1 down' >&2\nprintf 'site down*\\nn1 idle\\nn2 down*\\nn3 mixed*\\n'")
+    """Also those of hidden partitions, which sinfo shows with --all only."""
+    answer = "printf 'site down*\\nn1 idle\\nn2 down*\\nn3 mixed*\\n'"
+    program("sinfo", f"{NOTE}echo 'sinfo: error: n1 down' >&2\n[ $1 = --all ] && {answer}")
     assert slurm.lost_nodes(["n1", "n2", "n3"]) == {"n2": "down*", "n3": "mixed*"}
+
+
+def test_steps_are_ended_also_in_a_hidden_partition(program, tmp_path: Path) -> None:
+    program("squeue", "[ $1 = --all ] && printf '7.batch batch\\n7.0 python\\n7.1 guardian\\n'")
+    program("scancel", f'echo "$@" >>{tmp_path}/ended')
+    SlurmJob("7", 0, ["n1"]).end_steps(0)
+    assert (tmp_path / "ended").read_text() == "--signal=TERM 7.0\n--signal=KILL 7.0\n"
 
 
 def test_variables_that_change_commands_are_not_passed_on(program, monkeypatch: pytest.MonkeyPatch) -> None:

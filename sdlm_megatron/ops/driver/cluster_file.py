@@ -15,6 +15,7 @@ SCRIPTS = Path(__file__).resolve().parents[1] / "slurm"
 """The batch scripts: a link to slurm/ in a checkout, a folder of the package in an installation."""
 CLUSTERS = SCRIPTS / "clusters"
 CLUSTER_HELP = "cluster file: a path, or NAME of ./clusters/NAME.yaml or of the package's slurm/clusters/NAME.yaml"
+PLANNED_GPUS = ("h100", "h200", "b200")  # DEVICES of the planner, which needs numpy
 FIELD_ENVIRONMENT = {
     "CUDA_DEVICE_MAX_CONNECTIONS": "1",  # kernel order that overlapped tensor parallelism needs on Hopper
     "TORCH_NCCL_HIGH_PRIORITY": "1",  # communication is not delayed behind the kernels that it overlaps with
@@ -66,7 +67,7 @@ class ClusterFile:
     spares: int = 0
     """Nodes in the allocation beyond those that train; they replace bad ones."""
     gpu: str = "h100"
-    """GPU model for the planner: h100, h200, ..."""
+    """GPU model for the planner: h100, h200 or b200; for another one, a dry run leaves the planner out."""
     sbatch: list[str] = field(default_factory=list)
     """More options of sbatch, such as --reservation=NAME."""
     setup: list[str] = field(default_factory=list)

@@ -165,7 +165,7 @@ class SlurmJob:
 
         On SIGTERM the ranks write their Python stacks.
         """
-        listing = ("squeue", "--noheader", "--steps", "--jobs", self.id, "--format", "%i %j")
+        listing = ("squeue", "--all", "--noheader", "--steps", "--jobs", self.id, "--format", "%i %j")
         for signal in ("TERM", "KILL"):
             for line in command(*listing).text.splitlines():
                 step, _, name = line.strip().partition(" ")
@@ -221,6 +221,6 @@ class SlurmJob:
 
 def lost_nodes(nodes: Sequence[str]) -> dict[str, str]:
     """Nodes that Slurm marks as down or as not responding (a state that ends in *), with their states."""
-    answer = command("sinfo", "--noheader", "--Node", "--nodes", ",".join(nodes), "--format", "%N %T")
+    answer = command("sinfo", "--all", "--noheader", "--Node", "--nodes", ",".join(nodes), "--format", "%N %T")
     states = dict(words for line in answer.text.splitlines() if len(words := line.split()) == 2)
     return {n: s for n, s in states.items() if n in nodes and (s.startswith("down") or s.endswith("*"))}

@@ -1,8 +1,8 @@
 """Submit a batch script to Slurm with the settings of a cluster.
 
-SCRIPT is a name such as train_32b_d4 or a path; `slurm/X.sh --cluster NAME` in a checkout is the same command. A
-training job's command is kept as RUN/submit.sbatch and can be run again. `sdlm submit pipeline` submits all stages from
-conversations to an evaluated model.
+SCRIPT is a name such as train_32b_d4 or a path; `slurm/X.sh --cluster NAME` in a checkout is the same command. For a
+training job, `sh RUN/submit.sbatch [OPTIONS]` repeats it. `sdlm submit pipeline` submits all stages from conversations
+to an evaluated model.
 """
 
 import argparse
@@ -28,6 +28,7 @@ from sdlm_megatron.ops.driver import slurm_commands as slurm
 from sdlm_megatron.ops.driver.cluster_file import (
     CLUSTER_HELP,
     CLUSTERS,
+    PLANNED_GPUS,
     SCRIPTS,
     cluster_path,
     load_cluster,
@@ -37,7 +38,8 @@ from sdlm_megatron.ops.driver.launch import LAUNCHERS, VARIABLES, python_of, var
 from sdlm_megatron.ops.driver.verdict import read_bad_nodes
 
 MINIMUM_SECONDS = 600  # time for the pre-flight, the start and some training steps
-KEPT_VARIABLES = (*VARIABLES, "PYTHON", "CONFIG", "OUT", "MODEL", "HELDOUT")
+KEPT_VARIABLES = (*VARIABLES, "PYTHON")
+KEPT_OPTIONS = ("cluster", "nodes", "time", "spares", "launcher", "retries")  # the jobs of --after will have ended
 _CHANGES_SCRIPT = re.compile(
     r"SBATCH_(ARRAY_INX|CPUS_PER_GPU|EXPORT(?!=ALL)|GPUS|GPUS_PER_TASK|GRES|MEM_PER_\w+|NO_REQUEUE|OVERCOMMIT|SIGNAL|WAIT)="
 )
@@ -216,18 +218,20 @@ class Submission:
         return slurm.submit_job(line)
 
     def shell_text(self) -> str:
-        """A shell script that submits the same job again."""
-        kept = [v for v in KEPT_VARIABLES if os.environ.get(v)]
+        """A shell script that submits this run again: with the cluster file and the bad nodes of that time."""
         lines = ["#!/bin/sh", f"cd {shlex.quote(str(Path.cwd()))}"]
-        lines += [f"export {v}={shlex.quote(mask_text(os.environ[v]))}" for v in kept]
-        text = "\n".join([*lines, " \\\n  ".join(map(shlex.quote, mask_words(self.command())))]) + "\n"
+        lines += [f"export {v}={shlex.quote(mask_text(os.environ[v]))}" for v in KEPT_VARIABLES if os.environ.get(v)]
+        options = [f"--{name}={value}" for name in KEPT_OPTIONS if (value := getattr(self.args, name)) is not None]
+        settings = ["--", *mask_words(self.overrides)] if self.overrides else []
+        line = [shlex.join(["bash", str(self.script.path), *options]), '"$@"', shlex.join(settings)]
+        text = "\n".join([*lines, " ".join(line).strip()]) + "\n"
         return text if MASK not in text else text + f"# {MASK} stands for a secret: write it there to run this again\n"
 
     def dry_run(self) -> bool:
         """Shows and checks the job; returns whether all checks passed."""
-        print(f"# the job\n{self.shell_text()}", flush=True)
-        passed = self._check_training() if self.script.preset else True
         line = self.command()
+        print("# the job", " \\\n  ".join(map(shlex.quote, mask_words(line))), "", sep="\n", flush=True)
+        passed = self._check_training() if self.script.preset else True
         if shutil.which(line[0]) is None:  # planning happens on laptops too
             print("# sbatch is not installed on this machine: Slurm did not check the job")
             return passed
@@ -248,10 +252,15 @@ class Submission:
             print(f"{self.run.data.path} {state} on this machine: data, base model and tokenizer were not checked")
             self._check_block_size(os.environ.get("CONFIG", ""))
             settings = [setting for setting in settings if not setting.startswith("--data.path=")]
+        if self.cluster.gpu not in PLANNED_GPUS:
+            known = f"the planner knows {', '.join(PLANNED_GPUS)}, and not {self.cluster.gpu}, gpu of the cluster file"
+            print(f"\n# no memory and time, no simulated step: {known}", flush=True)
+            return passed
         simulate = [] if self.args.no_simulate else ["--simulate"]
         print(f"\n# memory and time, by the planner{', and a simulated step' if simulate else ''}", flush=True)
         plan = ["sdlm_megatron.cli", "plan", self.script.preset, "--gpus", str(self.processes)]
-        return self._passes([*plan, "--gpu", self.cluster.gpu, "--top", "0", *simulate, *settings], {}) and passed
+        plan += ["--gpu", self.cluster.gpu, "--assume", f"gpus_per_node={self.cluster.gpus_per_node}"]
+        return self._passes([*plan, "--top", "0", *simulate, *settings], {}) and passed
 
     def _check_block_size(self, config: str) -> None:
         """ConfigError if the pipeline would build the data from `config` with other blocks than the recipe's."""

@@ -106,7 +106,7 @@ def common_failures(nodes: Sequence[NodeReport]) -> str:
     """Failures of every node that no other node would avoid, such as a run folder on a full disk; "" if there are none.
 
     A slow network and nodes that do not answer are not among them: other nodes may do better. A program that ends with
-    an error on every one of several nodes is.
+    an error on every node is.
     """
     failed = [{check.name: check.why for check in node.failed} for node in nodes]
     names = [name for name in failed[0] if all(name in checks for checks in failed)]
@@ -118,8 +118,11 @@ def common_failures(nodes: Sequence[NodeReport]) -> str:
 
 def _may_be_external(name: str, nodes: Sequence[NodeReport]) -> bool:
     # Three or more nodes hardly break at the same time: more likely the cluster file promises too much.
-    # Where two nodes do not answer, the image or Python is more likely missing on both than each broken by itself.
-    return name in EXTERNAL_CHECKS or len(nodes) > (1 if name.endswith(ANSWERS) else 2)
+    # Where two nodes do not answer, the image or Python is more likely missing on both than each broken by itself, and
+    # so it is where the program of a single node ends with an error.
+    if name.endswith(ANSWERS):
+        return len(nodes) > 1 or any(check.name == name and check.value == FAILED for check in nodes[0].checks)
+    return name in EXTERNAL_CHECKS or len(nodes) > 2
 
 
 def format_table(nodes: Sequence[NodeReport]) -> str:

@@ -9,11 +9,12 @@ A request to one process is enough: all agree on it at the next step whose resul
 
 import json
 import signal
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
 from sdlm_megatron.errors import ConfigError
-from sdlm_megatron.ops.attempt import attempt_dir
+from sdlm_megatron.ops.attempt import attempt_dir, patiently
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -35,12 +36,13 @@ class StopRequests:
     def look(self, run_dir: Path) -> None:
         """Looks for the files. Called by one process and not at every step, since the folder may be slow."""
         if self.why is None:
-            self.why = _driver_request(attempt_dir(run_dir) / "stop.json") or _user_request(run_dir / "STOP")
+            with suppress(OSError):  # of a shared disk that fails is no request, and there is a next look
+                self.why = _driver_request(attempt_dir(run_dir) / "stop.json") or _user_request(run_dir / "STOP")
 
 
 def refuse_to_start(run_dir: Path) -> None:
     """Raises ConfigError if RUN/STOP exists."""
-    why = _user_request(run_dir / "STOP")
+    why = patiently(_user_request, run_dir / "STOP")
     if why is not None:
         raise ConfigError(
             f"the run was stopped by a user ({why})", str(run_dir / "STOP"), "remove the file to continue"
@@ -52,7 +54,7 @@ def _driver_request(file: Path) -> str | None:
         return str(json.loads(file.read_text(encoding="utf-8"))["reason"])
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         return f"{file.name} without a reason"
 
 
@@ -61,6 +63,6 @@ def _user_request(file: Path) -> str | None:
         text = file.read_text(encoding="utf-8", errors="replace").strip()
     except FileNotFoundError:
         return None
-    except OSError as error:  # a folder of that name, for instance, is a request all the same
+    except (IsADirectoryError, PermissionError) as error:  # a request all the same
         text = str(error)
     return f"STOP: {text}" if text else "STOP"

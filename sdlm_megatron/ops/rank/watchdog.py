@@ -92,12 +92,13 @@ class Watch:
 
     def begin_step(self, step: int) -> None:
         """Begins `step`, or its submission to the device."""
+        since = self._clock[0]
         if self._phase not in ("step", "read"):
-            self._begun, self._clock = 0, (time.monotonic(), 0.0)
+            self._begun, since = 0, time.monotonic()
         self._begun += 1
         self.step, self.rows = step, []
         self._set_phase("step")
-        self._clock = (self._clock[0], self._allowed())
+        self._clock = (since, self._allowed())
 
     def begin_read(self) -> None:
         """Begins to wait for the results of all steps begun."""
