@@ -56,7 +56,8 @@ class ProfileHook(Hook):
         self._profile.start()
 
     def due(self, step: int) -> bool:
-        return step == self.last  # the device must be done with the step before the trace ends
+        # the device must be done with the earlier step before the trace begins, and with the last one before it ends
+        return step in (self.first - 1, self.last)
 
     def after_step(self, step: int) -> None:
         with self.run.pause():
