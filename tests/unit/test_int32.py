@@ -87,8 +87,9 @@ def test_steps_and_rows_at_the_limit(tmp_path: Path) -> None:
     check_reach(2**24 - 1, 128, 65535)
     with pytest.raises(ConfigError, match=r"16,777,216 tokens has 2,147,483,648 numbers"):
         check_reach(2**24, 128, 65535)
-    one = np.array([1_200_000], dtype=np.int32)
-    row = Fused(RowLayout(one, one, one * 0, one[:0], 4), one[0], causal_attn=False, group=7)  # 18 tokens in a tile
-    q, k = (torch.empty(one[0], heads, 1, device="meta") for heads in (7, 1))
+    length = np.array([1_200_000], dtype=np.int32)
+    layout = RowLayout(length, length, length * 0, length[:0], 4)
+    row = Fused(layout, int(length[0]), causal_attn=False, group=7)  # 18 tokens in a tile
+    q, k = (torch.empty(int(length[0]), heads, 1, device="meta") for heads in (7, 1))
     with pytest.raises(ConfigError, match="1,200,000 tokens has 66,667 tiles, the Triton kernels take 65,535"):
         row(q, k, k, 1.0)

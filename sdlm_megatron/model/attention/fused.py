@@ -133,18 +133,11 @@ class Fused(RowAttention):
         return _FusedAttention.apply(q, k, v, self, scale)
 
 
-MOST_TILES = 65535
-"""Largest second size of a grid of programs, a limit of CUDA."""
+MOST_TILES = 65535  # CUDA's limit of the second size of a grid
 
 
 def check_reach(tokens: int, stride: int, tiles: int) -> None:
-    """ConfigError for a row with more `tiles` than a launch takes, or whose tensors int32 offsets do not reach.
-
-    Args:
-        tokens: of the row.
-        stride: numbers from one token to the next.
-        tiles: the larger number of tiles, of queries or of keys.
-    """
+    """ConfigError for a row, `stride` numbers per token, beyond the kernels' int32 offsets or tiles of a launch."""
     if tiles > MOST_TILES:
         what = f"a row of {tokens:,} tokens has {tiles:,} tiles, the Triton kernels take {MOST_TILES:,}"
         raise ConfigError(what, "train.attention", "parallel.context above 1")

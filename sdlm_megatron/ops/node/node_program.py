@@ -24,8 +24,7 @@ from sdlm_megatron.ops.node.limits import CLOCK, CPU_RANKS, MEASURE_SECONDS, NOT
 from sdlm_megatron.ops.node.local_environment import set_local_environment
 from sdlm_megatron.ops.node.node_checks import check_node
 
-DRIVER = Path("/proc/driver/nvidia/version")
-"""Written by NVIDIA's driver while it is loaded; nvidia-ml-py is not needed to see it."""
+DRIVER = Path("/proc/driver/nvidia/version")  # there while NVIDIA's driver is loaded
 
 
 def build_parser() -> argparse.ArgumentParser:
