@@ -22,10 +22,9 @@ class StepClock:
 
     On a GPU, a stretch is the time the device takes from one mark to the next, including any wait for the host.
 
-    The forward and backward passes up to the gradient reduction show which process is slow, because most waiting for
-    each other comes after them. Before, the processes of one copy of the model wait under tensor or pipeline
-    parallelism, so a slow one makes its whole copy look slow; and with overlap_param_gather data-parallel ones wait in
-    the first micro-batch's forward pass, so a slow one is seen in the rest only.
+    The passes up to the gradient reduction show which process is slow: most waiting for each other comes after them.
+    But tensor and pipeline ranks wait inside them, so a slow one makes its whole model copy look slow, and with
+    overlap_param_gather data-parallel ranks wait in the first micro-batch's forward pass: only the rest shows a slow one.
     """
 
     def __init__(self, device: torch.device) -> None:

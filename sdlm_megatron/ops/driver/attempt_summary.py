@@ -29,9 +29,7 @@ CONNECTION = re.compile(
     re.I,
 )
 """Errors of a process that lost its connection to another one: a consequence, not a cause."""
-OWN = re.compile(
-    r"ncclUnhandledCudaError|ncclInvalid(Usage|Argument)|Cuda failure|creating shared memory|No space left", re.I
-)
+OWN = re.compile(r"ncclUnhandledCudaError|ncclInvalid|Cuda failure|creating shared memory|No space left", re.I)
 """Errors of NCCL that are a process's own all the same. ncclInternalError is not: it also follows another's end."""
 SRUN_LOG = "srun.log"  # output of srun itself, written by the job's driver
 SRUN_TASKS = re.compile(r"^srun: error: \S+: tasks? ([\d,-]+): (.+)$", re.M)
@@ -90,10 +88,7 @@ class _AttemptFiles:
         return contents
 
     def text_of(self, kind: str, rank: int) -> str:
-        try:
-            return rank_file(self.run_dir, kind, rank, self.name).read_text(encoding="utf-8", errors="replace")
-        except OSError:
-            return ""
+        return _text_in(rank_file(self.run_dir, kind, rank, self.name))
 
     def ranks_with(self, reason: str) -> list[int]:
         """Ranks whose exit record has this reason, the earliest first."""
@@ -132,11 +127,7 @@ class _AttemptFiles:
 
     def srun_report(self, rank: int) -> str:
         """End of a task as srun reports it, such as "Killed" or "Exited with exit code 42"; "" if it does not."""
-        try:
-            text = (attempt_dir(self.run_dir, self.name) / SRUN_LOG).read_text(encoding="utf-8", errors="replace")
-        except OSError:
-            return ""
-        for tasks, report in SRUN_TASKS.findall(text):
+        for tasks, report in SRUN_TASKS.findall(_text_in(attempt_dir(self.run_dir, self.name) / SRUN_LOG)):
             spans = [[int(n) for n in span.split("-")] for span in tasks.split(",")]
             if any(span[0] <= rank <= span[-1] for span in spans):
                 return str(report)
@@ -271,6 +262,13 @@ def _text(summary: AttemptSummary, files: _AttemptFiles) -> str:
         lines.append(f"first error on record, of rank {first.rank} on {first.host}:")
         lines += [f"  {line}" for line in first.why.splitlines()]
     return "\n".join(lines) + "\n"
+
+
+def _text_in(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
 
 
 def _short(ranks: Sequence[int]) -> str:
