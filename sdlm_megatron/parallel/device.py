@@ -24,7 +24,7 @@ class StepClock:
 
     The passes up to the gradient reduction show which process is slow: most waiting for each other comes after them.
     But tensor and pipeline ranks wait inside them, so a slow one makes its whole model copy look slow, and with
-    overlap_param_gather data-parallel ranks wait in the first micro-batch's forward pass: only the rest shows a slow one.
+    overlap_param_gather data-parallel ranks wait in the first micro-batch's forward pass: the rest shows a slow one.
     """
 
     def __init__(self, device: torch.device) -> None:
