@@ -22,9 +22,9 @@ class StepClock:
 
     On a GPU, a stretch is the time the device takes from one mark to the next, including any wait for the host.
 
-    The forward and backward passes up to the gradient reduction show which process is slow, because the processes wait
-    for each other only after them. (With tensor or pipeline parallelism, the processes of one copy of the model do
-    wait for each other before, so a slow one makes its whole copy look slow.)
+    The passes up to the gradient reduction show which process is slow: most waiting for each other comes after them.
+    But tensor and pipeline ranks wait inside them, so a slow one makes its whole model copy look slow, and with
+    overlap_param_gather data-parallel ranks wait in the first micro-batch's forward pass: the rest shows a slow one.
     """
 
     def __init__(self, device: torch.device) -> None:

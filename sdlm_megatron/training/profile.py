@@ -6,7 +6,6 @@ RUN/profile/summary.md            parts of a step, communication, waits of the h
 
 import gzip
 import json
-import resource
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
+from sdlm_megatron.parallel.device import device_peak_memory_gb
 from sdlm_megatron.training.hooks import Hook, TrainingRun
 from sdlm_megatron.training.trace import PARTS, TraceSummary, summarize
 
@@ -56,7 +56,7 @@ class ProfileHook(Hook):
         self._profile.start()
 
     def due(self, step: int) -> bool:
-        return step == self.last  # the device must be done with the step before the trace ends
+        return step in (self.first - 1, self.last)  # the device must be idle when the trace begins and ends
 
     def after_step(self, step: int) -> None:
         with self.run.pause():
@@ -77,7 +77,7 @@ class ProfileHook(Hook):
                     measured = summarize(json.load(file)["traceEvents"])
                 # JSON has no keys that are tuples
                 fields = asdict(replace(measured, communication={}))
-                summary = fields, list(measured.communication.items()), _peak_memory()
+                summary = fields, list(measured.communication.items()), _peak_memory(self.run.engine.groups.device)
             self._profile = None
         gathered = self.run.engine.groups.gather(summary)
         columns = [
@@ -101,11 +101,9 @@ class ProfileHook(Hook):
         done.export_chrome_trace(str(self._trace()))
 
 
-def _peak_memory() -> str:
-    if not torch.cuda.is_available():
-        return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9:.1f} GB"
-    used, reserved = torch.cuda.max_memory_allocated() / 1e9, torch.cuda.max_memory_reserved() / 1e9
-    return f"{used:.1f} GB ({reserved:.1f} reserved)"
+def _peak_memory(device: torch.device) -> str:
+    reserved = f" ({torch.cuda.max_memory_reserved() / 1e9:.1f} reserved)" if device.type == "cuda" else ""
+    return f"{device_peak_memory_gb(device):.1f} GB{reserved}"
 
 
 def summary_page(title: str, columns: Sequence[tuple[int, TraceSummary, str]]) -> "Page":

@@ -84,6 +84,7 @@ def test_killed_rank_is_the_culprit_of_lost_connections(attempt: Attempt) -> Non
     assert (culprit.rank, culprit.step, culprit.rows) == (3, 5, [])  # its heartbeat is from an earlier step
     assert culprit.log == [f"line {i}" for i in range(10, 30)]
     assert "killed by a signal" in summary.text and "line 29" in summary.text
+    assert f"first error on record, of rank 0 on node0:\n  {LOST}\n" in summary.text
     folder = attempt.run / "logs" / "7-0-1"
     assert (folder / "summary.txt").read_text() == summary.text
     assert json.loads((folder / "summary.json").read_text())["outcome"] == "crash"
@@ -110,6 +111,23 @@ def test_real_error_takes_precedence_over_lost_connections_and_kills(attempt: At
     summary = attempt.summary()  # ranks 1 and 3 were killed by the launcher
     assert [(c.rank, c.why, c.rows) for c in summary.culprits] == [(2, "ValueError: a defect", [12])]
     assert summary.why == "ValueError: a defect"
+
+
+@pytest.mark.parametrize(
+    ("error", "blamed"),
+    [
+        ("ncclUnhandledCudaError: Call to CUDA function failed.\nLast error:\nCuda failure 2 'out of memory'", [3]),
+        ("ncclSystemError: …\nLast error:\nError while creating shared memory segment /dev/shm/nccl-X (size 9)", [3]),
+        ("ncclRemoteError: A call failed possibly due to a network error or a remote process exiting", [0, 1, 2]),
+        ("ncclInternalError: Internal check failed.\nLast error:\nSocket recv failed while polling", [0, 1, 2]),
+    ],
+)
+def test_failure_of_nccl_by_itself_is_no_lost_connection(attempt: Attempt, error: str, blamed: list[int]) -> None:
+    """The launcher killed the other ranks before they wrote a record."""
+    attempt.end(3, "error", f"DistBackendError: NCCL error in: NCCLUtils.hpp:268, NCCL version 2.21.5\n{error}")
+    summary = attempt.summary()
+    assert [culprit.rank for culprit in summary.culprits] == blamed
+    assert summary.hosts == (["node1"] if blamed == [3] else []) and error.splitlines()[-1] in summary.text
 
 
 def test_same_error_on_all_ranks_blames_no_host(attempt: Attempt) -> None:

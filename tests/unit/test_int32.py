@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from helpers import make_dataset
 
 from data_prep.chat import RenderedBatch
@@ -20,7 +21,7 @@ from sdlm_megatron.data.sizes import EpochSizes, scan_layouts
 from sdlm_megatron.diffusion.layout import RowLayout, block_count
 from sdlm_megatron.diffusion.mask import visible_pairs
 from sdlm_megatron.errors import ConfigError
-from sdlm_megatron.model.attention.fused import check_offsets
+from sdlm_megatron.model.attention.fused import Fused, check_reach
 from sdlm_megatron.training.run_plan import make_run_plan
 
 LONG = 10_000_000
@@ -83,6 +84,12 @@ def test_steps_and_rows_at_the_limit(tmp_path: Path) -> None:
             with pytest.raises(ConfigError, match=r"2,147,483,648 tokens, the limit is 2\^31") as caught:
                 make_run_plan(config, data, lambda text: None)
             assert caught.value.fix == "at most 16,777,215 rows"
-    check_offsets(2**24 - 1, 128)
+    check_reach(2**24 - 1, 128, 65535)
     with pytest.raises(ConfigError, match=r"16,777,216 tokens has 2,147,483,648 numbers"):
-        check_offsets(2**24, 128)
+        check_reach(2**24, 128, 65535)
+    length = np.array([1_200_000], dtype=np.int32)
+    layout = RowLayout(length, length, length * 0, length[:0], 4)
+    row = Fused(layout, int(length[0]), causal_attn=False, group=7)  # 18 tokens in a tile
+    q, k = (torch.empty(int(length[0]), heads, 1, device="meta") for heads in (7, 1))
+    with pytest.raises(ConfigError, match="1,200,000 tokens has 66,667 tiles, the Triton kernels take 65,535"):
+        row(q, k, k, 1.0)

@@ -6,6 +6,7 @@ The fake pynvml has the names and return types of the real one (nvidia-ml-py 12)
 import os
 import sys
 import time
+from multiprocessing import Pipe
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -29,9 +30,10 @@ from sdlm_megatron.ops.driver.verdict import (
     read_bad_nodes,
     speed_floor,
 )
+from sdlm_megatron.ops.node import bandwidth, node_program
 from sdlm_megatron.ops.node.bandwidth import RankGroup, free_port, measure, measure_matmul
 from sdlm_megatron.ops.node.gpu_checks import gpu_checks, parse_xids
-from sdlm_megatron.ops.node.limits import Limits
+from sdlm_megatron.ops.node.limits import CPU_RANKS, Limits
 from sdlm_megatron.ops.node.local_environment import choose_interface, set_local_environment
 from sdlm_megatron.ops.node.node_checks import check_disk, compiler_check, hash_code, hash_environment
 from sdlm_megatron.ops.run_facts import versions
@@ -139,6 +141,13 @@ def test_without_nvml_the_device_files_are_counted(monkeypatch: pytest.MonkeyPat
     assert checks["gpus"].why == "0 of 2 GPUs (NVML: DriverNotLoaded)"
     checks, _ = check_gpus(monkeypatch, None, 0)
     assert [check.ok for check in checks.values()] == [None]
+    monkeypatch.setattr(node_program, "check_node", lambda limits, *_: (gpu_checks(limits)[0], {}))
+    monkeypatch.setattr(node_program, "set_local_environment", lambda: None)
+    monkeypatch.setattr(node_program, "measure", lambda group, seconds: {"ranks": group.ranks})
+    monkeypatch.setattr("glob.glob", lambda pattern: list("01234567"))
+    for file, ranks in ((Path(__file__), 8), (Path("none"), CPU_RANKS)):  # the driver shows that GPUs are usable
+        monkeypatch.setattr(node_program, "DRIVER", file)
+        assert node_program.run_checks({"gpus": 8}, "", "", [], True)["speed"] == {"ranks": ranks}
 
 
 def test_hardware_xids_are_distinguished_from_application_xids() -> None:
@@ -468,7 +477,13 @@ def test_two_hostnames_of_this_machine_are_measured(tmp_path: Path, enough: bool
     assert messages[-1] == "pre-flight: all-reduce between nodes"
 
 
-def test_device_speed_is_measured() -> None:
+def test_device_speed_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the order of the ranks, whichever answers first."""
     import torch
 
     assert measure_matmul(torch.device("cpu"), 64, 3) > 0
+    pipes, senders = zip(*(Pipe(duplex=False) for _ in range(3)), strict=True)
+    for rank, sender in enumerate(senders):
+        sender.send({"gbs": 9.0, "tflops": [100.0 + rank]})
+    monkeypatch.setattr(bandwidth, "wait", lambda waiting, seconds: waiting[-1:])
+    assert bandwidth._collect(list(pipes), 0.0) == {"gbs": 9.0, "tflops": [100.0, 101.0, 102.0]}

@@ -3,6 +3,7 @@
 import gzip
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from helpers import make_dataset, read_metrics, run_python
@@ -71,6 +72,13 @@ def test_the_page_has_a_column_for_each_process(groups: object) -> None:
     assert "| attention                | 4.0 (44%) | 4.0 (44%) |" in text
     assert "1 x, 2.0, 1.0 exposed" in text
     assert "61.2 GB" in text and "rank 8" in text
+
+
+def test_the_device_is_idle_when_the_trace_begins_and_ends(groups: object) -> None:
+    from sdlm_megatron.training.profile import ProfileHook
+
+    hook = ProfileHook(SimpleNamespace(config=SimpleNamespace(run_dir="")), 4, 5)  # type: ignore[arg-type]
+    assert [step for step in range(1, 8) if hook.due(step)] == [3, 5]
 
 
 def test_steps_are_read() -> None:

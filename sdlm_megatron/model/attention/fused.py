@@ -133,8 +133,14 @@ class Fused(RowAttention):
         return _FusedAttention.apply(q, k, v, self, scale)
 
 
-def check_offsets(tokens: int, stride: int) -> None:
-    """ConfigError for tensors of a row, `stride` numbers per token, that the kernels' int32 offsets do not reach."""
+MOST_TILES = 65535  # CUDA's limit of the second size of a grid
+
+
+def check_reach(tokens: int, stride: int, tiles: int) -> None:
+    """ConfigError for a row, `stride` numbers per token, beyond the kernels' int32 offsets or tiles of a launch."""
+    if tiles > MOST_TILES:
+        what = f"a row of {tokens:,} tokens has {tiles:,} tiles, the Triton kernels take {MOST_TILES:,}"
+        raise ConfigError(what, "train.attention", "parallel.context above 1")
     if tokens * stride >= 2**31:
         what = f"a row of {tokens:,} tokens has {tokens * stride:,} numbers per GPU, the Triton kernels reach 2^31"
         raise ConfigError(what, "train.attention", "a larger parallel.tensor, or parallel.context above 1")
@@ -166,7 +172,7 @@ class _FusedAttention(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, row: Fused, scale: float) -> Tensor:
         q, k, v = q.contiguous(), k.contiguous(), v if v.stride(-1) == 1 else v.contiguous()
         length, heads = q.shape[:2]
-        check_offsets(length, max(q.stride(0), v.stride(0)))
+        check_reach(length, max(q.stride(0), v.stride(0)), max(len(row.queries), len(row.keys)))
         kv_heads = k.shape[1]
         out, lse = torch.empty_like(q), q.new_empty((kv_heads, length * row.group), dtype=torch.float32)
         kept = v if v.is_contiguous() else torch.empty_like(k)

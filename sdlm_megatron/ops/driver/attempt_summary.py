@@ -29,6 +29,8 @@ CONNECTION = re.compile(
     re.I,
 )
 """Errors of a process that lost its connection to another one: a consequence, not a cause."""
+OWN = re.compile(r"ncclUnhandledCudaError|ncclInvalid|Cuda failure|creating shared memory|No space left", re.I)
+"""Errors of NCCL that are a process's own all the same. ncclInternalError is not: it also follows another's end."""
 SRUN_LOG = "srun.log"  # output of srun itself, written by the job's driver
 SRUN_TASKS = re.compile(r"^srun: error: \S+: tasks? ([\d,-]+): (.+)$", re.M)
 WAITING = re.compile(r"/torch/distributed/|/p2p_communication\.py|/megatron/core/distributed/")
@@ -86,10 +88,7 @@ class _AttemptFiles:
         return contents
 
     def text_of(self, kind: str, rank: int) -> str:
-        try:
-            return rank_file(self.run_dir, kind, rank, self.name).read_text(encoding="utf-8", errors="replace")
-        except OSError:
-            return ""
+        return _text_in(rank_file(self.run_dir, kind, rank, self.name))
 
     def ranks_with(self, reason: str) -> list[int]:
         """Ranks whose exit record has this reason, the earliest first."""
@@ -128,11 +127,7 @@ class _AttemptFiles:
 
     def srun_report(self, rank: int) -> str:
         """End of a task as srun reports it, such as "Killed" or "Exited with exit code 42"; "" if it does not."""
-        try:
-            text = (attempt_dir(self.run_dir, self.name) / SRUN_LOG).read_text(encoding="utf-8", errors="replace")
-        except OSError:
-            return ""
-        for tasks, report in SRUN_TASKS.findall(text):
+        for tasks, report in SRUN_TASKS.findall(_text_in(attempt_dir(self.run_dir, self.name) / SRUN_LOG)):
             spans = [[int(n) for n in span.split("-")] for span in tasks.split(",")]
             if any(span[0] <= rank <= span[-1] for span in spans):
                 return str(report)
@@ -199,13 +194,14 @@ def _early_error(files: _AttemptFiles) -> Culprit | None:
 
 def _crash_culprits(files: _AttemptFiles) -> list[Culprit]:
     """Ranks with an error of their own; without any, those that died silently, gone before the others ended."""
-    errors = [r for r in files.ranks_with("error") if not CONNECTION.search(files.records[r]["error"] or "")]
+    texts = {r: files.records[r]["error"] or "" for r in files.ranks_with("error")}
+    errors = [r for r, text in texts.items() if OWN.search(text) or not CONNECTION.search(text)]
     if blamed := next((ranks for r in errors if (ranks := files.records[r].get("ranks"))), None):
         return [files.culprit(r) for r in blamed]
     if errors:
         return [files.culprit(r) for r in errors]
     if not files.silent:  # every rank lost a connection and none died: the network between them
-        return [files.culprit(r) for r in files.ranks_with("error")[:1]]
+        return [files.culprit(r) for r in list(texts)[:1]]
     return [files.dead_culprit(r) for r in files.vanished() or files.silent]
 
 
@@ -260,7 +256,19 @@ def _text(summary: AttemptSummary, files: _AttemptFiles) -> str:
             lines += ["  the last lines of its output:", *(f"    | {line}" for line in culprit.log)]
     if more := summary.culprits[8:]:
         lines.append(f"and {_short([c.rank for c in more])}")
+    errors = files.ranks_with("error")
+    if errors and not any(culprit.rank in files.records for culprit in summary.culprits):
+        first = files.culprit(errors[0])  # a consequence, or a cause that its text does not show
+        lines.append(f"first error on record, of rank {first.rank} on {first.host}:")
+        lines += [f"  {line}" for line in first.why.splitlines()]
     return "\n".join(lines) + "\n"
+
+
+def _text_in(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
 
 
 def _short(ranks: Sequence[int]) -> str:

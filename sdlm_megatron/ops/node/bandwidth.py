@@ -78,7 +78,7 @@ def measure(group: RankGroup, seconds: float) -> dict[str, Any]:
 
 
 def _collect(pipes: list[Connection], deadline: float) -> dict[str, Any]:
-    results: list[dict[str, Any]] = []
+    results: dict[Connection, dict[str, Any]] = {}
     waiting = list(pipes)
     while waiting:
         ready = wait(waiting, max(0.0, deadline - time.monotonic()))
@@ -93,8 +93,9 @@ def _collect(pipes: list[Connection], deadline: float) -> dict[str, Any]:
                 result = {"error": "a process died"}
             if "error" in result:
                 return result
-            results.append(result)
-    return {**results[0], "tflops": [speed for result in results for speed in result["tflops"]]}
+            results[pipe] = result
+    # in the order of ranks, not of arrival: a slow GPU is named by its place
+    return {**results[pipes[0]], "tflops": [speed for pipe in pipes for speed in results[pipe]["tflops"]]}
 
 
 def _run_rank(group: RankGroup, local: int, seconds: float, pipe: Connection) -> None:

@@ -24,6 +24,8 @@ from sdlm_megatron.ops.node.limits import CLOCK, CPU_RANKS, MEASURE_SECONDS, NOT
 from sdlm_megatron.ops.node.local_environment import set_local_environment
 from sdlm_megatron.ops.node.node_checks import check_node
 
+DRIVER = Path("/proc/driver/nvidia/version")  # there while NVIDIA's driver is loaded
+
 
 def build_parser() -> argparse.ArgumentParser:
     """Options of the command."""
@@ -80,9 +82,9 @@ def run_checks(
         checks.append(Check("environment", False, "wrong", f"{error.what}; {error.fix}"))
     speed = None
     if measure_speed and not any(check.ok is False for check in checks):
-        # The check "ecc" exists only where NVML answered: elsewhere /dev/nvidia* may be there without usable GPUs.
-        gpus = node_limits.gpus if any(check.name == "ecc" for check in checks) else None
-        ranks = gpus or CPU_RANKS
+        # The check "ecc" exists only where NVML answered. /dev/nvidia* may be there without usable GPUs.
+        real = any(check.name == "ecc" for check in checks) or DRIVER.exists()
+        ranks = (node_limits.gpus if real else None) or CPU_RANKS
         print(f"measuring an all-reduce over {ranks} ranks of this node", flush=True)
         speed = measure(RankGroup("127.0.0.1", free_port(), 0, ranks, ranks, matmul=True), MEASURE_SECONDS)
     return {
