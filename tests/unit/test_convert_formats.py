@@ -330,14 +330,17 @@ def test_compare_reports_differences(
         compare.main([str(hf), str(tmp_path / "mcore"), "--logits", "x"])
 
 
-def test_zero_biases_equal_missing_ones(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Older exports of a Llama have biases of q, k and v."""
+def test_tensors_that_others_leave_out_are_no_difference(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Older exports of a Llama have biases of q, k and v; some trainers store the tied matrix twice, and buffers."""
     hf = make_hf(tmp_path / "hf", bias=False, **SMALL)
     shutil.copytree(hf, old := tmp_path / "old")
-    biases = {f"model.layers.0.self_attn.{x}_proj.bias": torch.zeros(n) for x, n in (("q", 16), ("k", 8), ("v", 8))}
-    save_file(load_file(hf / "model.safetensors") | biases, old / "model.safetensors")
+    stored = load_file(hf / "model.safetensors")
+    more = {f"model.layers.0.self_attn.{x}_proj.bias": torch.zeros(n) for x, n in (("q", 16), ("k", 8), ("v", 8))}
+    more |= {"lm_head.weight": stored["model.embed_tokens.weight"].clone()}
+    more |= {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    save_file(stored | more, old / "model.safetensors")
     assert run([str(hf), str(old)], capsys)[0] == 0
-    biases["model.layers.0.self_attn.k_proj.bias"][3] = 1
-    save_file(load_file(hf / "model.safetensors") | biases, old / "model.safetensors")
+    more["model.layers.0.self_attn.k_proj.bias"][3] = more["lm_head.weight"][2, 1] = 1
+    save_file(stored | more, old / "model.safetensors")
     code, text = run([str(hf), str(old)], capsys)
-    assert code == 1 and "k_proj.bias: only in B\n1 of" in text
+    assert code == 1 and "k_proj.bias: only in B\n2 of" in text and "lm_head.weight: only in B" in text
