@@ -31,8 +31,8 @@ SMALL = {"layers": 1, "hidden": 16, "heads": 2, "kv": 1, "ffn": 24}
 TURNS = [{"role": "user", "content": "Hello,  world"}]
 
 
-def change(folder: Path, **fields: Any) -> Path:
-    path = folder / "config.json"
+def change(folder: Path, file: str = "config.json", **fields: Any) -> Path:
+    path = folder / file
     values = json.loads(path.read_text()) | fields
     path.write_text(json.dumps({k: v for k, v in values.items() if v is not None}))
     return folder
@@ -281,6 +281,20 @@ def test_training_takes_precedence_over_the_base_in_an_export(tmp_path: Path, ca
     with pytest.raises(DataError, match=r"no merges\.txt"):
         mcore_to_hf.convert(mcore, tmp_path / "out")
     assert not (tmp_path / "out.partial").exists()
+
+
+def test_batches_of_an_export_are_padded_where_the_base_names_no_token_for_it(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    plain = dict.fromkeys(("block_size", "text_mask_token_id", "text_mask_token", "causal_attn"))
+    hf = write_llama3_folder(make_hf(tmp_path / "hf", bias=False, eos_token_id=258, **SMALL, **plain))
+    change(hf, "tokenizer_config.json", pad_token=None)
+    assert AutoTokenizer.from_pretrained(hf).pad_token is None
+    hf_to_mcore.convert(hf, tmp_path / "mcore", mask_token="<text_mask>", block_size=4)
+    mcore_to_hf.convert(tmp_path / "mcore", out := tmp_path / "out")
+    batch = AutoTokenizer.from_pretrained(out)(["a", "a b"], padding=True)
+    pad = json.loads((out / "generation_config.json").read_text())["pad_token_id"]
+    assert batch["input_ids"][0][:2] == [pad, pad] and batch["attention_mask"][0] == [0, 0, 1]
 
 
 def run(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
