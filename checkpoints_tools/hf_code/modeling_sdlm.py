@@ -174,9 +174,7 @@ class SDLMForCausalLM(Qwen2ForCausalLM, GenerationMixin):
         stock: Any = GenerationMixin.generate  # not super(): a stock model comes here too, see custom_generate.py
         if settings.alg == "ar":
             return stock(self, inputs, generation_config, streamer=streamer, tokenizer=tokenizer, **kwargs)
-        _refuse_arguments(self, kwargs, settings.cache_implementation)
-        if _first(kwargs.get("token_healing"), stored, "token_healing", None):
-            _refuse(["token_healing"])
+        _refuse_arguments(self, kwargs, stored, settings.cache_implementation)
         if settings.cache_implementation is not None:  # transformers would prepare a cache of its own
             kwargs["cache_implementation"] = None
         stop_strings = _first(kwargs.get("stop_strings"), stored, "stop_strings", None)
@@ -223,9 +221,11 @@ def _refuse(what: list[str]) -> None:
         raise ValueError(f"SDLM's decoding does not support {', '.join(what)}. Leave out, or pass sdlm_alg='ar'.")
 
 
-def _refuse_arguments(model: Any, kwargs: dict[str, Any], cache_implementation: str | None) -> None:
+def _refuse_arguments(model: Any, kwargs: dict[str, Any], stored: tuple[Any, ...], cache_implementation: Any) -> None:
     names = ("assistant_model", "custom_generate", "inputs_embeds", "position_ids", "synced_gpus")
     bad = [name for name in names if kwargs.get(name) is not None and kwargs[name] is not False]
+    if _first(kwargs.get("token_healing"), stored, "token_healing", False):
+        bad.append("token_healing")
     cache = kwargs.get("past_key_values")
     if cache is not None and cache.get_seq_length():
         bad.append("past_key_values that hold tokens")
