@@ -1,8 +1,9 @@
 """Compare the tensors of two models. A and B are Hugging Face folders, checkpoints or runs.
 
 Tensors are compared under their Hugging Face names, in blocks, so that neither model is loaded whole. Biases of q, k
-and v that are zero equal missing ones. --logits also runs both (Hugging Face folders only) on a prompt with
-transformers, as plain causal models in fp32. Exit code 0: equal, 1: different.
+and v that are zero equal missing ones, as does an output layer that is a copy of the embedding. --logits also runs both
+(Hugging Face folders only) on a prompt with transformers, as plain causal models in fp32. Exit code 0: equal, 1:
+different.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from sdlm_megatron.weights.checkpoint_folder import find_checkpoint
 from sdlm_megatron.weights.hf_config import warn_of_lost_code
 from sdlm_megatron.weights.hf_weights import HFWeights
 from sdlm_megatron.weights.resumable_folder import BLOCK, ByteProgress
-from sdlm_megatron.weights.tensors import TensorReader, read_rows, tensor_bytes
+from sdlm_megatron.weights.tensors import EMBEDDING, HEAD, IGNORED, TensorReader, read_rows, same_tensor, tensor_bytes
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def differences(a: TensorReader, b: TensorReader) -> list[Difference]:
     result, progress = [], ByteProgress(sum(tensor_bytes(a, name) for name in in_a & in_b), 0)
     for name in sorted(in_a | in_b):
         if name not in in_b or name not in in_a:
-            if not _is_zero_bias(a if name in in_a else b, name):
+            if not _is_redundant(a if name in in_a else b, name):
                 result.append(Difference(name, "only in A" if name in in_a else "only in B"))
             continue
         if a.shape(name) != b.shape(name):
@@ -83,10 +84,13 @@ def differences(a: TensorReader, b: TensorReader) -> list[Difference]:
     return result
 
 
-def _is_zero_bias(tensors: TensorReader, name: str) -> bool:
-    """A bias of q, k or v that is zero everywhere: older exports of a Llama, which has none, have these."""
+def _is_redundant(tensors: TensorReader, name: str) -> bool:
+    """A tensor that others leave out: a buffer, a tied model's output layer, or a bias of q, k or v that is zero
+    everywhere, as older exports of a Llama have."""
+    if name == HEAD:
+        return EMBEDDING in tensors.names() and same_tensor(tensors, HEAD, EMBEDDING)
     if not name.endswith(tuple(f"self_attn.{x}_proj.bias" for x in "qkv")):
-        return False
+        return name.endswith(IGNORED)
     return not read_rows(tensors, name, 0, tensors.shape(name)[0]).any()
 
 

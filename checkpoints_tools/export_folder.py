@@ -15,7 +15,14 @@ from typing import Any
 
 import sdlm_megatron.diffusion
 from checkpoints_tools.model_card import adapter_card, model_card
-from checkpoints_tools.tokenizer_files import HF_CODE, add_chat_template, add_token, copy_tokenizer, end_tokens
+from checkpoints_tools.tokenizer_files import (
+    HF_CODE,
+    add_chat_template,
+    add_pad_token,
+    add_token,
+    copy_tokenizer,
+    end_tokens,
+)
 from sdlm_megatron.data.chatml import DEFAULT_SYSTEM
 from sdlm_megatron.errors import CheckpointError
 from sdlm_megatron.files import sha256, write_json, write_text
@@ -164,12 +171,13 @@ def _write_rest(
     if has_tokenizer:
         config = replace(config, eos_token_ids=end_tokens(folder, config))
     write_json(folder / "config.json", config_json(config, dtype))
-    write_json(folder / "generation_config.json", generation_json(config))
+    write_json(folder / "generation_config.json", generation := generation_json(config))
     remark = ""
     if sdlm is not None:
         if has_tokenizer and sdlm.mask_token:
             add_token(folder, sdlm.mask_token, sdlm.mask_token_id)
         if has_tokenizer:
+            add_pad_token(folder, generation.get("pad_token_id"))
             remark = add_chat_template(folder, run.get("data", {}).get("system_prompt", DEFAULT_SYSTEM))
         copy_code(folder, config.model_type)
     if remark:

@@ -13,6 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from checkpoints_tools.export_folder import plan_export, write_adapter_folder, write_hf_folder
 from checkpoints_tools.repair import repair
 from checkpoints_tools.tokenizer_files import check_tokenizer
@@ -56,7 +58,9 @@ def convert(
     if adapter:
         write_adapter_folder(out, adapters_of(ckpt, state), state, dtype=dtype, run=run)
         return ckpt
-    tensors, config = checkpoint_weights(ckpt, state), _config(ckpt, state)
+    # in fp32 where the dtype changes: it would otherwise be rounded to that of the run first
+    tensors = checkpoint_weights(ckpt, state, dtype=torch.float32 if dtype else None)
+    config = _config(ckpt, state)
     check_tokenizer(ckpt / "hf")
     if dry_run:
         plan = plan_export(tensors, config, dtype=dtype, max_shard_bytes=max_shard_bytes)

@@ -1,14 +1,16 @@
 """Restores what other programs lose when they save an exported folder again; the weights are not touched."""
 
+import logging
 from pathlib import Path
-from typing import Any
 
 from checkpoints_tools.export_folder import CHECKSUMS, copy_code, write_checksums
 from checkpoints_tools.tokenizer_files import add_token, keep_own_splitting
 from sdlm_megatron.diffusion.settings import SDLMSettings, SettingError
 from sdlm_megatron.errors import CheckpointError
-from sdlm_megatron.files import read_json_object, regular_file, write_json
+from sdlm_megatron.files import read_json_object, regular_file, sha256, write_json
 from sdlm_megatron.weights.hf_config import FAMILIES, SDLM_CLASS
+
+log = logging.getLogger(__name__)
 
 
 def repair(folder: Path) -> list[str]:
@@ -24,7 +26,11 @@ def repair(folder: Path) -> list[str]:
     _refuse_links(folder)
     config = read_json_object(regular_file(folder, "config.json", CheckpointError), CheckpointError)
     old_generation = folder / "generation_config.json"
-    generation: dict[str, Any] = read_json_object(old_generation, CheckpointError) if old_generation.exists() else {}
+    if old_generation.exists():
+        generation = read_json_object(old_generation, CheckpointError)
+    else:
+        ids = {f"{name}_token_id": config.get(f"{name}_token_id") for name in ("eos", "pad", "bos")}
+        generation = {"do_sample": False} | {name: value for name, value in ids.items() if value is not None}
     try:
         sdlm = SDLMSettings.from_config_json(config, generation)
     except SettingError as error:
@@ -57,9 +63,21 @@ def repair(folder: Path) -> list[str]:
     write_json(old_generation, generation | (sdlm.to_generation_json() | generation))  # in the order of the file
     after = _contents(folder)
     changed = sorted(name for name, content in after.items() if before.get(name) != content)
-    if changed or (folder / CHECKSUMS).exists():
-        write_checksums(folder, {})
+    if changed:
+        _update_checksums(folder, changed)
     return changed
+
+
+def _update_checksums(folder: Path, changed: list[str]) -> None:
+    """SHA256SUMS with the recorded sums of files that the repair did not write: new ones would hide damaged weights."""
+    path = folder / CHECKSUMS
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    recorded = {name: value for value, _, name in (line.partition("  ") for line in lines) if name not in changed}
+    write_checksums(folder, recorded)
+    for file in sorted(folder.rglob("*")):
+        name = str(file.relative_to(folder))
+        if name in recorded and file.is_file() and sha256(file) != recorded[name]:
+            log.warning("%s is not the file that SHA256SUMS records: damaged, or changed after the export", name)
 
 
 def _refuse_links(folder: Path) -> None:

@@ -110,6 +110,16 @@ def add_token(folder: Path, token: str, token_id: int) -> None:
         write_json(path, settings)
 
 
+def add_pad_token(folder: Path, token_id: int | None) -> None:
+    """Names the special token `token_id` as the one that pads batches, where the tokenizer's files name none: Llama's
+    and Mistral's do not."""
+    paths = [folder / "tokenizer_config.json", folder / "special_tokens_map.json"]
+    files = [_read(path) if path.is_file() else {} for path in paths]
+    text = next((text for text, i in added_tokens(folder).items() if i == token_id), None)
+    if text is not None and not any(file.get("pad_token") for file in files):
+        write_json(paths[0], files[0] | {"pad_token": text})
+
+
 def add_chat_template(folder: Path, system: str | None) -> str:
     """Ensures that the tokenizer in `folder` has a chat template; returns a remark for the user, or "".
 

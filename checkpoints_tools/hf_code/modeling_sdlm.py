@@ -36,6 +36,7 @@ from transformers.generation.stopping_criteria import (
     MaxLengthCriteria,
     StopStringCriteria,
 )
+from transformers.generation.utils import is_deepspeed_zero3_enabled, is_fsdp_managed_module
 from transformers.utils import ModelOutput, logging
 
 # Put beside this file by the exporter. All of them are named here because transformers 4 copies only what
@@ -173,7 +174,7 @@ class SDLMForCausalLM(Qwen2ForCausalLM, GenerationMixin):
         stock: Any = GenerationMixin.generate  # not super(): a stock model comes here too, see custom_generate.py
         if settings.alg == "ar":
             return stock(self, inputs, generation_config, streamer=streamer, tokenizer=tokenizer, **kwargs)
-        _refuse_arguments(kwargs, settings.cache_implementation)
+        _refuse_arguments(self, kwargs, stored, settings.cache_implementation)
         if settings.cache_implementation is not None:  # transformers would prepare a cache of its own
             kwargs["cache_implementation"] = None
         stop_strings = _first(kwargs.get("stop_strings"), stored, "stop_strings", None)
@@ -220,14 +221,20 @@ def _refuse(what: list[str]) -> None:
         raise ValueError(f"SDLM's decoding does not support {', '.join(what)}. Leave out, or pass sdlm_alg='ar'.")
 
 
-def _refuse_arguments(kwargs: dict[str, Any], cache_implementation: str | None) -> None:
+def _refuse_arguments(model: Any, kwargs: dict[str, Any], stored: tuple[Any, ...], cache_implementation: Any) -> None:
     names = ("assistant_model", "custom_generate", "inputs_embeds", "position_ids", "synced_gpus")
     bad = [name for name in names if kwargs.get(name) is not None and kwargs[name] is not False]
+    if _first(kwargs.get("token_healing"), stored, "token_healing", False):
+        bad.append("token_healing")
     cache = kwargs.get("past_key_values")
     if cache is not None and cache.get_seq_length():
         bad.append("past_key_values that hold tokens")
     if cache_implementation not in (None, "dynamic", "dynamic_full", "static"):
         bad.append(f"cache_implementation={cache_implementation!r}")
+    sharded = is_deepspeed_zero3_enabled() or is_fsdp_managed_module(model)
+    several = sharded and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+    if several and kwargs.get("synced_gpus") is None:
+        bad.append("synced_gpus, which ZeRO-3 and FSDP imply (pass False if parameters are gathered)")
     _refuse(bad)
 
 
@@ -290,7 +297,9 @@ def _sdlm(  # called by transformers' generate; a parameter named attention_mask
 ) -> Any:
     settings, processors, criteria = sdlm_settings, list(logits_processor or ()), list(stopping_criteria or ())
     _refuse_configured(generation_config, processors, criteria)
-    streamer, input_ids = settings.streamer, input_ids.to(model.device)
+    if model.device.type != "meta":  # of an offloaded embedding
+        input_ids = input_ids.to(model.device)
+    streamer = settings.streamer
     if streamer is not None:
         if len(input_ids) > 1:
             raise ValueError(f"a streamer shows one answer, these are {len(input_ids)}: pass one prompt, one sequence")
@@ -319,7 +328,7 @@ def _sdlm(  # called by transformers' generate; a parameter named attention_mask
         stop=_stop([c for c in criteria if not isinstance(c, EosTokenCriteria | MaxLengthCriteria)]),
         pad_token_id=pad if ends else None,
         use_cache=generation_config.use_cache is not False,
-        fixed_shape=_fixed_shape(settings, generation_config, model.device),
+        fixed_shape=_fixed_shape(settings, generation_config, model),
         on_tokens=None if streamer is None else lambda _, ids: streamer.put(torch.tensor(ids)),
     )
     if streamer is not None:
@@ -327,9 +336,12 @@ def _sdlm(  # called by transformers' generate; a parameter named attention_mask
     return _output(input_ids, result, pad, generation_config)
 
 
-def _fixed_shape(settings: DecodeOptions, config: Any, device: torch.device) -> bool | Callable[[Any], Any]:
+def _fixed_shape(settings: DecodeOptions, config: Any, model: Any) -> bool | Callable[[Any], Any]:
     """Whether all passes have one shape; on a GPU the compiler that turns them into CUDA graphs, as in transformers."""
-    if settings.cache_implementation != "static" or device.type != "cuda" or config.disable_compile:
+    places = {*map(str, getattr(model, "hf_device_map", {}).values())}
+    offloaded = len(places) > 1 and places & {"cpu", "disk"}
+    plain = not offloaded and getattr(getattr(model, "hf_quantizer", None), "is_compileable", True)
+    if settings.cache_implementation != "static" or model.device.type != "cuda" or config.disable_compile or not plain:
         return settings.cache_implementation == "static"
     return partial(torch.compile, mode="reduce-overhead", dynamic=False)
 

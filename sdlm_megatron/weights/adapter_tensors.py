@@ -218,17 +218,27 @@ class AdaptersAsHF(CheckpointAsHF):
 class MergedAdapters:
     """The weights of a checkpoint with the adapters added, under Hugging Face names (a `tensors.TensorReader`).
 
-    Sums are computed in fp32 and rounded once, to the dtype of the weights.
+    Sums are computed in fp32 and rounded once.
 
     Args:
         weights: of the base.
         adapters: of the same checkpoint.
         factor: alpha / rank.
         mask_token_id: row of the embedding that was trained.
+        dtype: of the sums; None: that of the weights.
     """
 
-    def __init__(self, weights: TensorReader, adapters: AdaptersAsHF, *, factor: float, mask_token_id: int) -> None:
+    def __init__(
+        self,
+        weights: TensorReader,
+        adapters: AdaptersAsHF,
+        *,
+        factor: float,
+        mask_token_id: int,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         self._weights, self._adapters, self._factor, self._mask = weights, adapters, factor, mask_token_id
+        self._dtype = dtype
         self._adapted = {
             name.removesuffix("lora_B.weight") + "weight" for name in adapters.names() if name.endswith("lora_B.weight")
         }
@@ -240,7 +250,7 @@ class MergedAdapters:
         return self._weights.shape(name)
 
     def dtype(self, name: str) -> torch.dtype:
-        return self._weights.dtype(name)
+        return (self._dtype if name in self._adapted else None) or self._weights.dtype(name)
 
     def read(self, name: str, start: Index, size: Index) -> torch.Tensor:
         region = self._weights.read(name, start, size)
@@ -248,7 +258,7 @@ class MergedAdapters:
             head = name.removesuffix("weight")
             a = self._adapters.whole(f"{head}lora_A.weight")[:, start[1] : start[1] + size[1]].float()
             b = self._adapters.read(f"{head}lora_B.weight", (start[0], 0), (size[0], len(a))).float()
-            return (region.float() + self._factor * (b @ a)).to(region.dtype)
+            return (region.float() + self._factor * (b @ a)).to(self.dtype(name))
         if name == EMBEDDING and start[0] <= self._mask < start[0] + size[0]:
             region = region.clone()
             (row,) = (n for n in self._adapters.names() if n.startswith(EMBEDDING.removesuffix("weight")))
@@ -288,14 +298,20 @@ def adapters_of(ckpt: Path, state: TrainState) -> AdaptersAsHF:
     return AdaptersAsHF(TorchDist(ckpt / "weights"), state.shape, state.lora, ckpt)
 
 
-def checkpoint_weights(ckpt: Path, state: TrainState | None = None) -> TensorReader:
-    """The model of a checkpoint folder under Hugging Face names, with adapters added to the weights."""
+def checkpoint_weights(
+    ckpt: Path, state: TrainState | None = None, *, dtype: torch.dtype | None = None
+) -> TensorReader:
+    """The model of a checkpoint folder under Hugging Face names, with adapters added to the weights.
+
+    Args:
+        dtype: of weights with adapters; None: as stored.
+    """
     state = state or read_state(ckpt)
     weights = CheckpointAsHF(TorchDist(ckpt / "weights"), state.shape, ckpt)
     if not state.lora.rank:
         return weights
-    factor = state.lora.alpha / state.lora.rank
-    return MergedAdapters(weights, adapters_of(ckpt, state), factor=factor, mask_token_id=state.mask_token_id)
+    options: dict[str, Any] = {"factor": state.lora.alpha / state.lora.rank, "mask_token_id": state.mask_token_id}
+    return MergedAdapters(weights, adapters_of(ckpt, state), **options, dtype=dtype)
 
 
 def peft_config(lora: LoraConfig, mask_token_id: int, base: str) -> Mapping[str, Any]:

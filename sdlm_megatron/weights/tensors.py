@@ -168,7 +168,7 @@ def _check_tensors(folder: TensorReader, shape: ModelConfig, where: Path) -> Non
     surplus = sorted(present - expected)
     if shape.tied_embeddings and surplus == [HEAD]:
         # Some trainers store the tied matrix under both names.
-        if not _same_tensor(folder, HEAD, EMBEDDING):
+        if not same_tensor(folder, HEAD, EMBEDDING):
             what = f"tie_word_embeddings is true, but {HEAD} differs from {EMBEDDING}"
             raise CheckpointError(what, str(where), "set tie_word_embeddings to false, or remove the wrong tensor")
     elif surplus:
@@ -178,7 +178,7 @@ def _check_tensors(folder: TensorReader, shape: ModelConfig, where: Path) -> Non
         raise CheckpointError(what, str(where), fix)
 
 
-def _same_tensor(reader: TensorReader, a: str, b: str) -> bool:
+def same_tensor(reader: TensorReader, a: str, b: str) -> bool:
     """Whether two tensors are equal bit for bit."""
     blocks = (row_blocks(reader, name, _BLOCK) for name in (a, b))
     return (reader.shape(a), reader.dtype(a)) == (reader.shape(b), reader.dtype(b)) and all(

@@ -8,6 +8,7 @@ import pickle
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -254,6 +255,7 @@ def test_lossless_text_is_that_of_ar(models: dict[str, Any], monkeypatch: pytest
         ({"past_key_values": "full"}, "past_key_values that hold tokens"),
         ({"inputs_embeds": torch.zeros(1, 3, 64)}, "inputs_embeds"),
         ({"position_ids": torch.arange(52)[None]}, "position_ids"),
+        ({"token_healing": True}, "does not support token_healing"),
     ],
 )
 def test_unsupported_options_are_refused(model: Any, options: dict[str, Any], message: str) -> None:
@@ -264,6 +266,18 @@ def test_unsupported_options_are_refused(model: Any, options: dict[str, Any], me
             options = {"past_key_values": model(prompt(), use_cache=True).past_key_values}
     with pytest.raises(ValueError, match=message):
         model.generate(prompt(), max_new_tokens=4, **options)
+
+
+def test_sharded_models_on_several_ranks_are_refused(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers makes empty passes until the last rank has ended; without them the ranks hang."""
+    code, expected = sys.modules[type(model).__module__], answer(model, prompt())
+    monkeypatch.setattr(code, "is_fsdp_managed_module", lambda _: True)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    for ranks in (1, 2):
+        monkeypatch.setattr(torch.distributed, "get_world_size", lambda ranks=ranks: ranks)
+        assert answer(model, prompt(), synced_gpus=False if ranks > 1 else None) == expected
+    with pytest.raises(ValueError, match="does not support synced_gpus, which ZeRO-3 and FSDP imply"):
+        model.generate(prompt())
 
 
 def test_continuous_batching_is_refused(model: Any) -> None:
@@ -575,6 +589,22 @@ def test_generate_during_training_with_gradient_checkpointing(models: dict[str, 
     layers = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
     assert model.training and len(layers) >= len(model.model.layers)
     assert all(p.grad is not None for p in model.parameters())
+
+
+def test_an_offloaded_model_decodes_without_the_compiler(model: Any) -> None:
+    """Its embedding is on the device "meta" between passes."""
+    accelerate = pytest.importorskip("accelerate")
+    offloaded = accelerate.cpu_offload(copy.deepcopy(model), execution_device=torch.device("cpu"))
+    assert offloaded.device.type == "meta" and answer(offloaded, prompt()) == answer(model, prompt())
+    static, config = SimpleNamespace(cache_implementation="static"), SimpleNamespace(disable_compile=False)
+    for more, compiled in (
+        ({}, True),
+        ({"hf_device_map": {"model": 0, "lm_head": 1}}, True),
+        ({"hf_device_map": {"model": 0, "lm_head": "cpu"}}, False),
+        ({"hf_quantizer": SimpleNamespace(is_compileable=False)}, False),
+    ):
+        on_gpu = SimpleNamespace(device=torch.device("cuda"), **more)
+        assert (sys.modules[type(model).__module__]._fixed_shape(static, config, on_gpu) is not True) is compiled
 
 
 def test_tools_are_refused(tokenizer: Any) -> None:

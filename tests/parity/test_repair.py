@@ -88,14 +88,31 @@ def test_folder_without_the_settings_is_refused(tmp_path: Path) -> None:
 
 
 def test_folder_without_its_code_is_no_stock_model(tmp_path: Path) -> None:
-    """transformers names the missing file of auto_map; repair brings it back."""
+    """transformers names the missing file of auto_map; repair brings it back, and the settings of decoding too."""
     folder = exported.export("trained_d4", tmp_path / "m.v1")
-    expected = passes(folder)
+    expected, generation = passes(folder), json.loads((folder / "generation_config.json").read_text())
     (folder / "modeling_sdlm.py").rename(folder / "elsewhere")
+    (folder / "generation_config.json").unlink()
     with pytest.raises(OSError, match=r"modeling_sdlm\.py"):
         AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
     main(["--repair", str(folder)])
     assert passes(folder) == expected
+    generation |= {"eos_token_id": generation["eos_token_id"][0]}  # config.json has the first one, and no pad token
+    restored = json.loads((folder / "generation_config.json").read_text())
+    assert restored == {key: value for key, value in generation.items() if key != "pad_token_id"}
+
+
+def test_sums_of_files_that_are_not_restored_stay(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = exported.export("trained_d4", tmp_path / "m.v1")
+    sums, weights = folder / "SHA256SUMS", folder / "model.safetensors"
+    before, content = sums.read_text(), weights.read_bytes()
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    main(["--repair", str(folder)])
+    assert sums.read_text() == before
+    (folder / "decode.py").write_text("")
+    main(["--repair", str(folder)])
+    assert sums.read_text() == before and caplog.text.count("is not the file") == 1
+    assert "model.safetensors is not the file that SHA256SUMS records" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["decode.py", "config.json.partial", "custom_generate"])

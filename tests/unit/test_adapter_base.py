@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import EOS, make_hf
+from helpers import EOS, make_hf, tensors
 
 from checkpoints_tools import hf_to_mcore, mcore_to_hf
 from sdlm_megatron.config.schema import LoraConfig
@@ -31,8 +31,8 @@ class TrainedAdapters(InitialAdapters):
 
 
 @pytest.fixture
-def base(tmp_path: Path) -> Path:
-    return write_folder(make_hf(tmp_path / "hf", **PLAIN))
+def base(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
+    return write_folder(make_hf(tmp_path / "hf", **PLAIN, **getattr(request, "param", {})))
 
 
 @pytest.fixture
@@ -77,6 +77,17 @@ def test_commands_of_the_card_make_the_base_of_the_adapters(base: Path, adapters
     # at threshold 0 the whole windows are the answer: their width, attention and mask token count
     first, second = (m.eval().generate(input_ids=prompt, max_new_tokens=40, sdlm_threshold=0.0)[0] for m in models)
     assert first.tolist() == second.tolist() and len(first) > 30
+
+
+@pytest.mark.parametrize("base", [{"dtype": torch.bfloat16}], indirect=True)
+def test_merged_weights_are_rounded_once(base: Path, adapters: Path, tmp_path: Path) -> None:
+    mcore_to_hf.convert(tmp_path / "run", tmp_path / "merged", dtype="float32")
+    mcore_to_hf.convert(tmp_path / "run", tmp_path / "same")
+    name = "model.layers.0.self_attn.q_proj"
+    a, b = (tensors(adapters)[f"base_model.model.{name}.lora_{x}.weight"].float() for x in "AB")
+    expected = tensors(base)[f"{name}.weight"].float() + LORA.alpha / LORA.rank * (b @ a)
+    merged, same = (tensors(tmp_path / folder)[f"{name}.weight"] for folder in ("merged", "same"))
+    assert (merged - expected).abs().max() < 1e-6 and same.equal(expected.bfloat16())
 
 
 def test_another_base_and_damaged_settings_are_refused(base: Path, adapters: Path, tmp_path: Path) -> None:

@@ -31,8 +31,8 @@ SMALL = {"layers": 1, "hidden": 16, "heads": 2, "kv": 1, "ffn": 24}
 TURNS = [{"role": "user", "content": "Hello,  world"}]
 
 
-def change(folder: Path, **fields: Any) -> Path:
-    path = folder / "config.json"
+def change(folder: Path, file: str = "config.json", **fields: Any) -> Path:
+    path = folder / file
     values = json.loads(path.read_text()) | fields
     path.write_text(json.dumps({k: v for k, v in values.items() if v is not None}))
     return folder
@@ -283,6 +283,20 @@ def test_training_takes_precedence_over_the_base_in_an_export(tmp_path: Path, ca
     assert not (tmp_path / "out.partial").exists()
 
 
+def test_batches_of_an_export_are_padded_where_the_base_names_no_token_for_it(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    plain = dict.fromkeys(("block_size", "text_mask_token_id", "text_mask_token", "causal_attn"))
+    hf = write_llama3_folder(make_hf(tmp_path / "hf", bias=False, eos_token_id=258, **SMALL, **plain))
+    change(hf, "tokenizer_config.json", pad_token=None)
+    assert AutoTokenizer.from_pretrained(hf).pad_token is None
+    hf_to_mcore.convert(hf, tmp_path / "mcore", mask_token="<text_mask>", block_size=4)
+    mcore_to_hf.convert(tmp_path / "mcore", out := tmp_path / "out")
+    batch = AutoTokenizer.from_pretrained(out)(["a", "a b"], padding=True)
+    pad = json.loads((out / "generation_config.json").read_text())["pad_token_id"]
+    assert batch["input_ids"][0][:2] == [pad, pad] and batch["attention_mask"][0] == [0, 0, 1]
+
+
 def run(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
     try:
         compare.main(arguments)
@@ -330,14 +344,17 @@ def test_compare_reports_differences(
         compare.main([str(hf), str(tmp_path / "mcore"), "--logits", "x"])
 
 
-def test_zero_biases_equal_missing_ones(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Older exports of a Llama have biases of q, k and v."""
+def test_tensors_that_others_leave_out_are_no_difference(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Older exports of a Llama have biases of q, k and v; some trainers store the tied matrix twice, and buffers."""
     hf = make_hf(tmp_path / "hf", bias=False, **SMALL)
     shutil.copytree(hf, old := tmp_path / "old")
-    biases = {f"model.layers.0.self_attn.{x}_proj.bias": torch.zeros(n) for x, n in (("q", 16), ("k", 8), ("v", 8))}
-    save_file(load_file(hf / "model.safetensors") | biases, old / "model.safetensors")
+    stored = load_file(hf / "model.safetensors")
+    more = {f"model.layers.0.self_attn.{x}_proj.bias": torch.zeros(n) for x, n in (("q", 16), ("k", 8), ("v", 8))}
+    more |= {"lm_head.weight": stored["model.embed_tokens.weight"].clone()}
+    more |= {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    save_file(stored | more, old / "model.safetensors")
     assert run([str(hf), str(old)], capsys)[0] == 0
-    biases["model.layers.0.self_attn.k_proj.bias"][3] = 1
-    save_file(load_file(hf / "model.safetensors") | biases, old / "model.safetensors")
+    more["model.layers.0.self_attn.k_proj.bias"][3] = more["lm_head.weight"][2, 1] = 1
+    save_file(stored | more, old / "model.safetensors")
     code, text = run([str(hf), str(old)], capsys)
-    assert code == 1 and "k_proj.bias: only in B\n1 of" in text
+    assert code == 1 and "k_proj.bias: only in B\n2 of" in text and "lm_head.weight: only in B" in text

@@ -86,7 +86,8 @@ class RequestRules(LogitsProcessor):
     """Checks the parameters of requests in the frontend; no processor of logits, but vLLM has no other such hook."""
 
     served: tuple[SDLMSettings, int] | None = None
-    """Defaults of the folder and largest window; set by served_config.SDLMEngineRules in the same process."""
+    """Defaults of the folder and largest window of the newest engine in this process; set by
+    served_config.SDLMEngineRules. vLLM does not say which engine a request is for."""
 
     @classmethod
     def validate_params(cls, sampling_params: Any) -> None:

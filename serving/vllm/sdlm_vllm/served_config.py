@@ -1,6 +1,7 @@
 """Recognizes a folder of `sdlm export`, and prepares the engine for it."""
 
 import json
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ ARCHITECTURES = {
 }
 """Classes of sdlm_model.py by `model_type`, known to vLLM only: config.json names the stock class, so that other
 engines and transformers load the folder."""
+CHECKS = "sdlm_vllm.request_options:RequestRules"
+"""The only entry of `logits_processors`, which vLLM would otherwise ignore with this plugin's sampler."""
 
 
 class SDLMFolderParser(HFConfigParser):
@@ -103,7 +106,7 @@ class SDLMEngineRules(VerifyAndUpdateConfig):
         if not generation.get("do_sample") and "temperature" not in generation:
             model.override_generation_config.setdefault("temperature", 0.0)
         RequestRules.served = settings, canvas.most
-        model.logits_processors = [*(model.logits_processors or ()), "sdlm_vllm.request_options:RequestRules"]
+        model.logits_processors = [CHECKS]
         if not settings.causal_attn:
             _choose_attention(vllm_config)
         mode = vllm_config.compilation_config.cudagraph_mode
@@ -144,6 +147,9 @@ def _refuse_engine_options(vllm_config: Any) -> None:
         "--prefill-context-parallel-size": parallel.prefill_context_parallel_size > 1,
         "--enable-batch-sharded-sampling": parallel.enable_batch_sharded_sampling,
         "--kv-transfer-config (its keys may not be clean yet)": vllm_config.kv_transfer_config is not None,
+        # vLLM turns it into a --kv-transfer-config after these checks
+        "--kv-offloading-size": vllm_config.cache_config.kv_offloading_size is not None,
+        "--logits-processors": {*(vllm_config.model_config.logits_processors or ())} - {CHECKS},
     }
     if names := [name for name, is_set in refused.items() if is_set]:
         raise ValueError(f"SDLM cannot be served with {', '.join(names)}. Leave out.")
@@ -152,17 +158,25 @@ def _refuse_engine_options(vllm_config: Any) -> None:
 
 
 def _refuse_beam_search() -> None:
-    """From now on in this process: vLLM sends a beam search as requests of one token, which look like any other."""
+    """Of engines of an SDLM: vLLM sends a beam search as requests of one token, which look like any other."""
     from vllm.entrypoints.generate.beam_search.offline import BeamSearchOfflineMixin
     from vllm.entrypoints.generate.beam_search.online import BeamSearchOnlineMixin
 
-    def refuse(*_: Any, **__: Any) -> Any:
-        raise ValueError(
-            "SDLM does not support beam search: it extends every beam by one token. Leave out, or serve the "
-            'folder as plain Qwen2: VLLM_PLUGINS="" vllm serve …'
-        )
+    def guarded(search: Any) -> Any:
+        @wraps(search)
+        def beam_search(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if {*self.model_config.architectures} & {*ARCHITECTURES.values()}:
+                raise ValueError(
+                    "SDLM does not support beam search: it extends every beam by one token. Leave out, or serve the "
+                    'folder as plain Qwen2: VLLM_PLUGINS="" vllm serve …'
+                )
+            return search(self, *args, **kwargs)
 
-    BeamSearchOfflineMixin.beam_search = BeamSearchOnlineMixin.beam_search = refuse  # type: ignore[method-assign]
+        return beam_search
+
+    for mixin in (BeamSearchOfflineMixin, BeamSearchOnlineMixin):
+        if not hasattr(mixin.beam_search, "__wrapped__"):  # by an engine before, in this process
+            mixin.beam_search = guarded(mixin.beam_search)  # type: ignore[method-assign]
 
 
 def _limit_requests(scheduler: Any, canvas: Canvas) -> None:

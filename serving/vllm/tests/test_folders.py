@@ -76,6 +76,8 @@ def test_without_the_plugin_the_folder_is_plain_qwen2(folder: Path) -> None:
     [
         ({"enable_lora": True}, "--enable-lora"),
         ({"async_scheduling": True}, "--async-scheduling"),
+        ({"kv_offloading_size": 1.0}, "--kv-offloading-size"),
+        ({"logits_processors": ["a_module:Processor"]}, "--logits-processors"),
         ({"max_num_batched_tokens": 6, "max_num_seqs": 2}, "--max-num-batched-tokens is 6"),
         ({"override_generation_config": {"sdlm_alg": "self_speculative"}}, "self_speculative"),
         (
