@@ -94,7 +94,7 @@ class FormReader:
         # A row in which other columns hold something takes the slow path.
         direct = ("turns",) if self.kind == "turns" else ("prompt", "answer")
         self._columns = [self.fields[name] for name in direct] if self.kind in ("turns", "pair") else []
-        self._plain = self._ignored | set(self._columns)
+        self._plain = (self._ignored - self._known) | set(self._columns)
         usual = ROLE_KEYS.index("from") if source.format == "sharegpt" else ROLE_KEYS.index("role")
         self._keys = (own[0] or ROLE_KEYS[usual], own[1] or TEXT_KEYS[usual])
 

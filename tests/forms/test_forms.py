@@ -422,6 +422,21 @@ def test_a_column_that_is_named_as_advised_is_read(form: str, row: Any) -> None:
     assert ("input" in advised) == (form in ("prompt_response", "preference"))
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("input", "a"), ("history", [["a", "b"]]), ("system", "a"), ("tools", [{"a": 1}]), ("weight", 0), ("label", True)],
+)
+def test_a_column_is_read_although_its_name_usually_describes_the_row(name: str, value: Any) -> None:
+    def read(column: str) -> Any:
+        try:
+            content = {"prompt": "q", "response": "x", column: value}
+            return reader("prompt_response", columns={name: column}).read(content)
+        except DataError as error:
+            return error.what.replace(column, "COLUMN")
+
+    assert read("source") == read("xyz") != reader("prompt_response").read({"prompt": "q", "response": "x"})
+
+
 def test_parquet_row_with_null_keys_beside_its_own() -> None:
     row = {"messages": [{"from": None, "value": None, "role": "user", "content": "q", "tool_calls": None}]}
     assert reader("messages").read(row) == [("user", "q", True)]
