@@ -21,6 +21,7 @@ from data_prep.turns import (
     Conversation,
     TurnParser,
     check_text,
+    flag_value,
     holds,
     is_trained,
     parse_json,
@@ -155,7 +156,7 @@ class FormReader:
         return row[column]
 
     def _is_chosen(self, row: Mapping[str, Any]) -> bool:
-        label = self._value(row, "label")
+        label = flag_value(self._value(row, "label"))
         if label is None:
             return True
         column = self.fields["label"]

@@ -328,6 +328,29 @@ def test_csv_rows(tmp_path: Path) -> None:
         assert str(path) in error.value.where
 
 
+@pytest.mark.parametrize(
+    ("values", "settings"),
+    [
+        ({"": None, "0": 0, " 1": 1, "true": True, "FALSE": False, "no": "no"}, {"columns": {"weight": "flag"}}),
+        ({"": None, "True": True, "false": False, "1": 1}, {"columns": {"label": "flag"}, "preference": "chosen"}),
+    ],
+)
+def test_flags_in_csv_are_those_of_json(values: dict[str, Any], settings: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("query,response,flag\n" + "".join(f"q,a,{text}\n" for text in values))
+    rows = [{"query": "q", "response": "a", "flag": value} for value in values.values()]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    outcomes = []
+    for name in ("rows.csv", "rows.jsonl"):
+        source = source_of(tmp_path / name, **settings)
+        outcomes.append([])
+        for row in contents(source):
+            try:
+                outcomes[-1].append(FormReader(source).read(row))
+            except DataError as error:
+                outcomes[-1].append(error.what)
+    assert outcomes[0] == outcomes[1] and len({str(outcome) for outcome in outcomes[0]}) == 3
+
+
 # ------------------------------------------------------------------------------------------ folders
 def test_folders_globs_and_several_paths(tmp_path: Path) -> None:
     names = ("b.jsonl", "sub/A.JSONL.gz", "sub/deep/c.csv", "notes.txt", "sub/old.zip", ".cache/x.jsonl", "README.md")
