@@ -115,9 +115,13 @@ def merge(config: BuildConfig, console: Console | None = None, *, workers: int =
 def _complete(state: BuildState, console: Console, workers: int) -> dict[str, Any]:
     """Performs all remaining stages."""
     # Shards need no lock, because they write distinct units; packing and sealing happen in one process only.
-    with locked(state.work):
-        _tokenize(state, range(len(state.units)), console, workers)
-        manifest = _finish(state, console, workers)
+    try:
+        with locked(state.work):
+            _tokenize(state, range(len(state.units)), console, workers)
+            manifest = _finish(state, console, workers)
+        shutil.rmtree(Path(state.config.out) / "work")  # the lock is closed: see `discard`
+    finally:
+        shutil.rmtree(state.discarded, ignore_errors=True)
     report(manifest, state.config, console)
     return manifest
 
@@ -313,14 +317,14 @@ def _check_rows(state: BuildState, results: list[UnitResult], *, packed: bool = 
     if any(row.usable for row in rows):  # tokenized units are kept for another max_rejected or ignore
         write_json(state.refused, unread)
     else:
-        discard(state.partial)
+        discard(state)
     raise error
 
 
 def _seal(
     state: BuildState, plan: PackingPlan, accounting: Accounting, parts: dict[EpochPart, PartInfo]
 ) -> dict[str, Any]:
-    """Writes accounting, rejects and manifest, renames the dataset, and removes the work folder."""
+    """Writes accounting, rejects and manifest, and renames the dataset."""
     config, rejects = state.config, state.partial / "rejects.jsonl"
     reasons = accounting.write_rejects(rejects)
     others = [rejects]
@@ -345,7 +349,6 @@ def _seal(
             "build": _settings(config),
         },
     )
-    shutil.rmtree(Path(config.out) / "work")
     state.rejects.unlink(missing_ok=True)  # of an earlier attempt
     return manifest
 

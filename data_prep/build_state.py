@@ -34,6 +34,11 @@ class BuildState:
         return self.partial / "work"
 
     @property
+    def discarded(self) -> Path:
+        """Folder to which `discard` renames the work folder."""
+        return self.partial.with_name(f"{self.partial.name}.old")
+
+    @property
     def mismatch(self) -> Path:
         """File that exists once the fast encoder has returned wrong ids; contains the message."""
         return self.work / "mismatch.txt"
@@ -70,9 +75,10 @@ def open_work(state: BuildState, settings: dict[str, Any], *, restart: bool) -> 
             settings = resumed
         else:
             with locked(state.work):
-                discard(state.partial)
+                if state.refused.exists():  # else another process has started over meanwhile
+                    discard(state)
     if not file.exists():
-        shutil.rmtree(_discarded(state.partial), ignore_errors=True)
+        shutil.rmtree(state.discarded, ignore_errors=True)
         state.work.mkdir(parents=True, exist_ok=True)
         write_json(file, settings, shared=True)  # of several shards that start at once, each
     begun = json.loads(file.read_text(encoding="utf-8"))
@@ -107,15 +113,11 @@ def evaluation_digest(evaluation: Mapping[str, str]) -> dict[str, str]:
     return {"decontaminate": _digest([*evaluation.values()])} if evaluation else {}
 
 
-def discard(partial: Path) -> None:
-    """Removes a work folder. It is renamed first: of one that is half removed, the rest would look like a build."""
-    shutil.rmtree(_discarded(partial), ignore_errors=True)
-    os.replace(partial, _discarded(partial))
-    shutil.rmtree(_discarded(partial))
-
-
-def _discarded(partial: Path) -> Path:
-    return partial.with_name(f"{partial.name}.old")
+def discard(state: BuildState) -> None:
+    """Renames a work folder, of which a part would look like a build; to be removed when its lock is closed, because on
+    NFS an open file stays, and so its folder."""
+    shutil.rmtree(state.discarded, ignore_errors=True)
+    os.replace(state.partial, state.discarded)
 
 
 def _changed_files(state: BuildState, before: list[dict[str, Any]], now: list[dict[str, Any]]) -> DataError:

@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 import yaml
+from helpers import assert_closed
 from rich.console import Console
 
 from data_prep.accounting import Tally
@@ -83,6 +84,13 @@ def config(tmp_path: Path) -> BuildConfig:
         window=16,
         max_rejected=1.0,
     )
+
+
+@pytest.fixture
+def closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every folder that is removed must be closed."""
+    real = shutil.rmtree
+    monkeypatch.setattr("shutil.rmtree", lambda folder, **options: (assert_closed(folder), real(folder, **options)))
 
 
 def all_rows(path: str, epoch: int) -> list[tuple[np.ndarray, Any]]:
@@ -220,7 +228,7 @@ def test_draws_do_not_depend_on_packing(config: BuildConfig) -> None:
     assert starts[0] == starts[1]
 
 
-def test_existing_folder_is_kept_and_failure_leaves_no_files(config: BuildConfig) -> None:
+def test_existing_folder_is_kept_and_failure_leaves_no_files(config: BuildConfig, closed: None) -> None:
     build(config, QUIET)
     before = (Path(config.out) / "manifest.json").stat().st_mtime_ns
     assert build(config, QUIET) == json.loads(
@@ -595,7 +603,7 @@ def test_too_many_rejected_rows_stop_the_build_until_they_are_allowed(config: Bu
 
 
 def test_a_refused_build_is_removed_as_a_whole_and_by_one_process(
-    config: BuildConfig, monkeypatch: pytest.MonkeyPatch
+    config: BuildConfig, closed: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config.max_rejected = 0.15
     changed = replace(config, max_rejected=1.0, system_prompt="Be short.")
