@@ -15,7 +15,7 @@ import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,15 @@ from rich.console import Console
 from data_prep.accounting import Accounting
 from data_prep.build_config import PRESETS, BuildConfig, SourceConfig, check, lasting
 from data_prep.build_report import dry_run, expected_rows, report, template_lines, unread_lines
-from data_prep.build_state import BuildState, discard, evaluation_digest, input_digests, locked, open_work
+from data_prep.build_state import (
+    BuildState,
+    discard,
+    evaluation_digest,
+    input_digests,
+    locked,
+    open_work,
+    weights_by_name,
+)
 from data_prep.chat import frame_of
 from data_prep.decontaminate import evaluation_files
 from data_prep.documents import UnitResult, tokenize_unit
@@ -158,16 +166,21 @@ def _input_compared(config: BuildConfig, manifest: dict[str, Any]) -> str:
     if not isinstance(former := manifest.get("input"), dict):  # a dataset of an older version
         return ""
     changed = ["the tokenizer"] * (same_tokenizer(config.tokenizer, manifest) is False)
-    missing = []
+    former, missing = former | weights_by_name(manifest["sources"]), []
 
-    def compare(digests: Callable[[], dict[str, str]]) -> None:
+    def of_source(source: SourceConfig) -> dict[str, Any]:
+        own = expand([source])
+        digests = input_digests([source.name] * len(own), plan_units(own))
+        return digests | weights_by_name(mask_values([asdict(part) for part in own]))
+
+    def compare(digests: Callable[[], dict[str, Any]]) -> None:
         try:
             changed.extend(name for name, digest in digests().items() if former.get(name) != digest)
         except UserError as error:  # often removed once the dataset is there
             missing.append(f"{error.where}: {error.what}")
 
     for source in config.sources:
-        compare(lambda s=source: input_digests([s.name] * len(own := expand([s])), plan_units(own)))  # type: ignore[misc]
+        compare(partial(of_source, source))
     compare(lambda: evaluation_digest(evaluation_files(config.decontaminate)))
     if changed:
         fix = "set another --out, or remove the folder to build it again"
@@ -191,6 +204,7 @@ def _begin(config: BuildConfig, *, restart: bool = False) -> BuildState:
     check_fields(sources, units, config.system_prompt)
     meta["sources"] = [mask_values(asdict(source)) for source in sources]
     settings: dict[str, Any] = {"config": lasting(_settings(config)), "tokenizer": meta["tokenizer"]}
+    settings["weights"] = weights_by_name(meta["sources"])
     settings |= {"units": [asdict(unit) for unit in units], "evaluation": evaluation_files(config.decontaminate)}
     names = [name for name, parts in expanded.items() for _ in parts]
     meta["input"] = input_digests(names, units) | evaluation_digest(settings["evaluation"])

@@ -83,10 +83,10 @@ def open_work(state: BuildState, settings: dict[str, Any], *, restart: bool) -> 
         write_json(file, settings, shared=True)  # of several shards that start at once, each
     begun = json.loads(file.read_text(encoding="utf-8"))
     for key, value in settings.items():
-        if begun[key] == value:
+        if begun.get(key, value) == value:  # an older version does not write the weights
             continue
-        if key == "units" and settings["config"] == begun["config"]:
-            raise _changed_files(state, begun[key], value)
+        if key in ("weights", "units") and settings["config"] == begun["config"]:
+            raise _changed_input(state, begun[key], value)
         names = [k for k in value if begun[key].get(k) != value[k]] if isinstance(value, dict) else ["the input files"]
         raise ConfigError(
             f"this build was begun with other settings: {', '.join(names)}",
@@ -108,6 +108,11 @@ def input_digests(names: Sequence[str], units: Sequence[InputUnit]) -> dict[str,
     return {f"source {name}": _digest(entries) for name, entries in own.items()}
 
 
+def weights_by_name(sources: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
+    """Weights and limits of sources: those of a meta JSON are neither settings nor content of the files it names."""
+    return {f"weight of source {source['name']}": [source["weight"], source["limit"]] for source in sources}
+
+
 def evaluation_digest(evaluation: Mapping[str, str]) -> dict[str, str]:
     """The same of the evaluation files, as from `evaluation_files`; {} without any."""
     return {"decontaminate": _digest([*evaluation.values()])} if evaluation else {}
@@ -120,9 +125,9 @@ def discard(state: BuildState) -> None:
     os.replace(state.partial, state.discarded)
 
 
-def _changed_files(state: BuildState, before: list[dict[str, Any]], now: list[dict[str, Any]]) -> DataError:
-    """Error that names the input files that are not as they were."""
-    old, new = ({unit["file"]: unit["stamp"] for unit in units} for units in (before, now))
+def _changed_input(state: BuildState, *values: Any) -> DataError:
+    """Error that names the weights or the files of units that are not as they were: `values` before and now."""
+    old, new = (x if isinstance(x, dict) else {unit["file"]: unit["stamp"] for unit in x} for x in values)
     names = [file for file in sorted(old.keys() | new.keys()) if old.get(file) != new.get(file)]
     more = f" and {len(names) - 1} more" if len(names) > 1 else ""
     what = f"the input changed after this build began: {names[0] if names else 'the order of the files'}{more}"

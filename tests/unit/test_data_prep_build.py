@@ -8,6 +8,7 @@ import shlex
 import shutil
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from helpers import assert_closed
 from rich.console import Console
 
 from data_prep.accounting import Tally
-from data_prep.build import build, build_parser, main, read_command_line
+from data_prep.build import TokenizeShard, build, build_parser, build_shard, main, read_command_line
 from data_prep.build_config import PRESETS, BuildConfig, SourceConfig, check
 from data_prep.build_report import dry_run, expected_rows, short
 from data_prep.chat import parse, render
@@ -267,6 +268,27 @@ def test_existing_folder_is_kept_and_failure_leaves_no_files(config: BuildConfig
         build(replace(config, out=config.out + "2", sources=[bad]), QUIET)
     assert [file.name for file in Path(config.out).parent.glob("out2*")] == ["out2.rejects.jsonl"]
     assert json.loads(Path(config.out + "2.rejects.jsonl").read_text())["content"] == "nothing"
+
+
+def test_a_changed_weight_of_a_meta_json_is_named(config: BuildConfig, tmp_path: Path) -> None:
+    meta = tmp_path / "meta.json"
+    config.sources = [SourceConfig(name="meta", format="sharegpt", path=str(meta))]
+
+    def repeat(times: float) -> None:
+        entries = {"one": {"annotation": "mixed.jsonl", "repeat_time": times}}
+        meta.write_text(json.dumps(entries | {"two": {"annotation": "mixed.jsonl"}}))
+
+    for start in (build, partial(build_shard, shard=TokenizeShard(0, 1))):
+        for times in (1, 0.5):
+            repeat(times)
+            start(config, console=QUIET)
+            for other in (3, 0.25):
+                repeat(other)
+                with pytest.raises(DataError, match="input.*: weight of source meta/one\n"):
+                    build(config, QUIET)
+            repeat(times)
+            build(config, QUIET)
+            shutil.rmtree(config.out)
 
 
 def test_system_prompt_and_mask_token_are_settings(config: BuildConfig, tmp_path: Path) -> None:
