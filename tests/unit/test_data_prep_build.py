@@ -21,7 +21,7 @@ from helpers import assert_closed
 from rich.console import Console
 
 from data_prep.accounting import Tally
-from data_prep.build import TokenizeShard, build, build_parser, build_shard, main, read_command_line
+from data_prep.build import TokenizeShard, build, build_parser, build_shard, main, merge, read_command_line
 from data_prep.build_config import PRESETS, BuildConfig, SourceConfig, check
 from data_prep.build_report import dry_run, expected_rows, short
 from data_prep.chat import parse, render
@@ -324,6 +324,27 @@ def test_config_errors_name_the_key(config: BuildConfig, change: dict[str, Any],
     with pytest.raises(ConfigError) as error:
         check(replace(config, **change))
     assert error.value.where == key
+
+
+def test_an_output_inside_the_input_is_refused(config: BuildConfig, tmp_path: Path) -> None:
+    """Otherwise the files of an interrupted build are input of the next one."""
+    inside = {
+        str(tmp_path): "out/x",
+        f"{tmp_path}/*": "out/x",
+        f"{tmp_path}/**/*.jsonl": "a/b",
+        f"{tmp_path}/./a": "a/b",
+    }
+    outside = {f"{tmp_path}/*.jsonl": "out", f"{tmp_path}/a": "ab", f"{tmp_path}/[a]": "ab", f"{tmp_path}/a/**": "b"}
+    for path, out in [*inside.items(), *outside.items()]:
+        source = SourceConfig(name="s", format="messages", paths=[config.sources[0].path, path])
+        changed = replace(config, out=str(tmp_path / out), sources=[source])
+        if outside.get(path) == out:
+            check(changed)
+            continue
+        for start in (build, merge, dry_run, partial(build_shard, shard=TokenizeShard(0, 1))):
+            with pytest.raises(ConfigError, match="`out` lies inside the source 's'"):
+                start(changed, console=QUIET)
+    assert {file.name for file in tmp_path.iterdir()} == {"base", "query.jsonl", "messages.jsonl", "mixed.jsonl"}
 
 
 def test_unknown_pad_token_is_an_error(config: BuildConfig) -> None:
