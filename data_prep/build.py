@@ -56,7 +56,7 @@ from sdlm_megatron.config.secret_text import mask_values
 from sdlm_megatron.data.chatml import format_of
 from sdlm_megatron.data.format import PartInfo, seal
 from sdlm_megatron.data.tokenizer_identity import fingerprint, same_tokenizer, special_token_id, vocabulary_size
-from sdlm_megatron.errors import ConfigError, DataError, UserError, make_console, run_cli
+from sdlm_megatron.errors import ConfigError, DataError, UnfitError, UserError, make_console, run_cli
 from sdlm_megatron.files import make_folder, sha256, write_json, write_text
 from sdlm_megatron.progress import track
 
@@ -84,10 +84,14 @@ def build(
     if manifest := _existing_manifest(config, console):
         return manifest
     state = _begin(config, restart=True)
-    if examples:
-        samples = take_samples(config, state.sources, state.units, _encoder(config.tokenizer, config.mask_token))
-        show_samples(config, samples, console)
-    return _complete(state, console, workers)
+    try:
+        if examples:
+            samples = take_samples(config, state.sources, state.units, _encoder(config.tokenizer, config.mask_token))
+            show_samples(config, samples, console)
+        return _complete(state, console, workers)
+    except UnfitError:
+        write_json(state.refused, {})
+        raise
 
 
 def build_shard(config: BuildConfig, shard: TokenizeShard, console: Console | None = None, *, workers: int = 1) -> None:

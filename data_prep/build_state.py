@@ -45,7 +45,7 @@ class BuildState:
 
     @property
     def refused(self) -> Path:
-        """File that exists once the build was stopped because of its rows."""
+        """File that exists once the build was stopped because of its rows; with other settings it then starts over."""
         return self.work / "refused"
 
     @property

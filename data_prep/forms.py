@@ -76,7 +76,7 @@ class FormReader:
     def __init__(
         self, source: SourceConfig, system_prompt: str | None = DEFAULT_SYSTEM, *, columnar: bool = False
     ) -> None:
-        self.name, self._columnar = source.name, columnar
+        self._columnar = columnar
         form = FORMATS[source.format]
         named = {**form.fields, **source.columns}
         self.fields = {name: column for name, column in named.items() if column not in source.ignore}

@@ -55,7 +55,7 @@ def take_samples(
         own = [unit for unit in units if unit.source == number]
         rows = list(first_rows(source, own, SAMPLE))
         readers = {table: FormReader(source, config.system_prompt, columnar=table) for table in (False, True)}
-        each = ((row, readers[of_table(unit, source)]) for unit, row in rows)
+        each = [(unit, row, readers[of_table(unit, source)]) for unit, row in rows]
         used = use_rows(config, each, texts, encoder, base)
         places, reasons = [where(unit, row.place, 0) for unit, row in rows], Reasons()
         for left in used.left_out:
