@@ -86,7 +86,8 @@ def build(
     state = _begin(config, restart=True)
     try:
         if examples:
-            samples = take_samples(config, state.sources, state.units, _encoder(config.tokenizer, config.mask_token))
+            encoder = _encoder(config.tokenizer, config.mask_token)
+            samples = take_samples(config, state.sources, state.units, encoder, state.mismatch)
             show_samples(config, samples, console)
         return _complete(state, console, workers)
     except UnfitError:
