@@ -23,7 +23,7 @@ from rich.console import Console
 from data_prep.accounting import Tally
 from data_prep.build import TokenizeShard, build, build_parser, build_shard, main, merge, read_command_line
 from data_prep.build_config import PRESETS, BuildConfig, SourceConfig, check
-from data_prep.build_report import dry_run, expected_rows, short
+from data_prep.build_report import dry_run, expected_rows, report, short
 from data_prep.chat import parse, render
 from data_prep.encoders import TextTokenizer
 from data_prep.first_rows import with_formats
@@ -714,6 +714,21 @@ def test_reasons_are_counted_with_an_example(config: BuildConfig) -> None:
     counts = counter.counts()
     assert (counts[0].rows, counts[0].example) == (2, "row 0 of a") and sum(c.rows for c in counts) == 300
     assert reason_lines(counts)[-1] == "290 rows for 145 more reasons"
+
+
+def test_tables_have_their_figures_in_full_beside_long_names(config: BuildConfig) -> None:
+    config.sources[2].name = "/".join(["name"] * 8)  # 39 characters
+    out = StringIO()
+    dry_run(config, Console(file=out, width=80))
+    table = out.getvalue().partition("tokens: mean")[0]
+    assert "…" not in table and re.search(r" ~\d+ +0.0 MB +[\d,]+ +[\d,]+ +27.3% *\n", table)
+    manifest = build(config, QUIET)
+    for entry in manifest["accounting"]["by_source"]:
+        entry |= {"rows": entry["rows"] + 12_345_678, "packed": entry["packed"] + 1_234_567}
+    out = StringIO()
+    report(manifest, config, Console(file=out, width=80))
+    table = out.getvalue().partition("dropped:")[0]
+    assert all(f" 12,345,{678 + n} " in table for n in (40, 12, 22)) and "…" not in table
 
 
 def test_dry_run_stops_where_the_build_would(config: BuildConfig) -> None:
