@@ -15,7 +15,7 @@ import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,15 @@ from rich.console import Console
 from data_prep.accounting import Accounting
 from data_prep.build_config import PRESETS, BuildConfig, SourceConfig, check, lasting
 from data_prep.build_report import dry_run, expected_rows, report, template_lines, unread_lines
-from data_prep.build_state import BuildState, discard, evaluation_digest, input_digests, locked, open_work
+from data_prep.build_state import (
+    BuildState,
+    discard,
+    evaluation_digest,
+    input_digests,
+    locked,
+    open_work,
+    weights_by_name,
+)
 from data_prep.chat import frame_of
 from data_prep.decontaminate import evaluation_files
 from data_prep.documents import UnitResult, tokenize_unit
@@ -48,7 +56,7 @@ from sdlm_megatron.config.secret_text import mask_values
 from sdlm_megatron.data.chatml import format_of
 from sdlm_megatron.data.format import PartInfo, seal
 from sdlm_megatron.data.tokenizer_identity import fingerprint, same_tokenizer, special_token_id, vocabulary_size
-from sdlm_megatron.errors import ConfigError, DataError, UserError, make_console, run_cli
+from sdlm_megatron.errors import ConfigError, DataError, UnfitError, UserError, make_console, run_cli
 from sdlm_megatron.files import make_folder, sha256, write_json, write_text
 from sdlm_megatron.progress import track
 
@@ -76,10 +84,15 @@ def build(
     if manifest := _existing_manifest(config, console):
         return manifest
     state = _begin(config, restart=True)
-    if examples:
-        samples = take_samples(config, state.sources, state.units, _encoder(config.tokenizer, config.mask_token))
-        show_samples(config, samples, console)
-    return _complete(state, console, workers)
+    try:
+        if examples:
+            encoder = _encoder(config.tokenizer, config.mask_token)
+            samples = take_samples(config, state.sources, state.units, encoder, state.mismatch)
+            show_samples(config, samples, console)
+        return _complete(state, console, workers)
+    except UnfitError:
+        write_json(state.refused, {})
+        raise
 
 
 def build_shard(config: BuildConfig, shard: TokenizeShard, console: Console | None = None, *, workers: int = 1) -> None:
@@ -115,9 +128,13 @@ def merge(config: BuildConfig, console: Console | None = None, *, workers: int =
 def _complete(state: BuildState, console: Console, workers: int) -> dict[str, Any]:
     """Performs all remaining stages."""
     # Shards need no lock, because they write distinct units; packing and sealing happen in one process only.
-    with locked(state.work):
-        _tokenize(state, range(len(state.units)), console, workers)
-        manifest = _finish(state, console, workers)
+    try:
+        with locked(state.work):
+            _tokenize(state, range(len(state.units)), console, workers)
+            manifest = _finish(state, console, workers)
+        shutil.rmtree(Path(state.config.out) / "work")  # the lock is closed: see `discard`
+    finally:
+        shutil.rmtree(state.discarded, ignore_errors=True)
     report(manifest, state.config, console)
     return manifest
 
@@ -154,16 +171,21 @@ def _input_compared(config: BuildConfig, manifest: dict[str, Any]) -> str:
     if not isinstance(former := manifest.get("input"), dict):  # a dataset of an older version
         return ""
     changed = ["the tokenizer"] * (same_tokenizer(config.tokenizer, manifest) is False)
-    missing = []
+    former, missing = former | weights_by_name(manifest["sources"]), []
 
-    def compare(digests: Callable[[], dict[str, str]]) -> None:
+    def of_source(source: SourceConfig) -> dict[str, Any]:
+        own = expand([source])
+        digests = input_digests([source.name] * len(own), plan_units(own))
+        return digests | weights_by_name(mask_values([asdict(part) for part in own]))
+
+    def compare(digests: Callable[[], dict[str, Any]]) -> None:
         try:
             changed.extend(name for name, digest in digests().items() if former.get(name) != digest)
         except UserError as error:  # often removed once the dataset is there
             missing.append(f"{error.where}: {error.what}")
 
     for source in config.sources:
-        compare(lambda s=source: input_digests([s.name] * len(own := expand([s])), plan_units(own)))  # type: ignore[misc]
+        compare(partial(of_source, source))
     compare(lambda: evaluation_digest(evaluation_files(config.decontaminate)))
     if changed:
         fix = "set another --out, or remove the folder to build it again"
@@ -187,6 +209,7 @@ def _begin(config: BuildConfig, *, restart: bool = False) -> BuildState:
     check_fields(sources, units, config.system_prompt)
     meta["sources"] = [mask_values(asdict(source)) for source in sources]
     settings: dict[str, Any] = {"config": lasting(_settings(config)), "tokenizer": meta["tokenizer"]}
+    settings["weights"] = weights_by_name(meta["sources"])
     settings |= {"units": [asdict(unit) for unit in units], "evaluation": evaluation_files(config.decontaminate)}
     names = [name for name, parts in expanded.items() for _ in parts]
     meta["input"] = input_digests(names, units) | evaluation_digest(settings["evaluation"])
@@ -313,14 +336,14 @@ def _check_rows(state: BuildState, results: list[UnitResult], *, packed: bool = 
     if any(row.usable for row in rows):  # tokenized units are kept for another max_rejected or ignore
         write_json(state.refused, unread)
     else:
-        discard(state.partial)
+        discard(state)
     raise error
 
 
 def _seal(
     state: BuildState, plan: PackingPlan, accounting: Accounting, parts: dict[EpochPart, PartInfo]
 ) -> dict[str, Any]:
-    """Writes accounting, rejects and manifest, renames the dataset, and removes the work folder."""
+    """Writes accounting, rejects and manifest, and renames the dataset."""
     config, rejects = state.config, state.partial / "rejects.jsonl"
     reasons = accounting.write_rejects(rejects)
     others = [rejects]
@@ -345,7 +368,6 @@ def _seal(
             "build": _settings(config),
         },
     )
-    shutil.rmtree(Path(config.out) / "work")
     state.rejects.unlink(missing_ok=True)  # of an earlier attempt
     return manifest
 

@@ -1,9 +1,12 @@
 """Settings of `sdlm prepare`."""
 
 import codecs
+import glob
+import os
 import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +170,7 @@ def check(config: BuildConfig) -> None:
         raise ConfigError("no sources", "sources", "sources: [{name: mine, format: messages, path: FILE.jsonl}]")
     for i, source in enumerate(config.sources):
         _check_source(source, f"sources[{i}]")
+        _check_outside(config.out, source)
     # Reports and --sources.NAME.key address a source by its name.
     names = [source.name for source in config.sources]
     if duplicates := sorted({name for name in names if names.count(name) > 1}):
@@ -189,6 +193,19 @@ def _check_source(source: SourceConfig, where: str) -> None:
         raise ConfigError(f"unknown name {unknown[0]!r}", f"{where}.columns", f"use one of {', '.join(FIELD_NAMES)}")
     if source.preference not in ("", "chosen"):
         raise ConfigError(f"unknown value {source.preference!r}", f"{where}.preference", "use chosen")
+
+
+def _check_outside(out: str, source: SourceConfig) -> None:
+    """Raises ConfigError if files of a build in `out` would be input of a source: it could not resume."""
+    partial = Path(f"{Path(out)}.partial").resolve()
+    for path in filter(None, source.paths or [source.path]):
+        parts = Path(path).parts
+        plain = parts if os.path.lexists(path) else [*takewhile(lambda part: not glob.has_magic(part), parts)]
+        folder, pattern = Path(*plain).resolve(), parts[len(plain) :]
+        matched = any(parent.match(str(folder.joinpath(*pattern))) for parent in (partial, *partial.parents))
+        if matched or (partial.is_relative_to(folder) and (not pattern or "**" in pattern)):
+            what = f"`out` lies inside the source {source.name!r}, {path}: what a build writes would be its input"
+            raise ConfigError(what, f"out: {out}", "name a folder outside")
 
 
 def lasting(settings: dict[str, Any], unread: Mapping[str, Iterable[str]] | None = None) -> dict[str, Any]:

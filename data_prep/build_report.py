@@ -35,7 +35,7 @@ def report(manifest: dict[str, Any], config: BuildConfig, console: Console) -> N
     accounting = manifest["accounting"]
     names = ("rows", "packed", "cut", "dropped", "rejected", "tokens", "blocks")
     columns = [Column(name, justify="right", no_wrap=True) for name in names]
-    table = Table(Column("source", no_wrap=True), *columns, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table(Column("source", overflow="fold"), *columns, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for entry in [*accounting["by_source"], {"name": "total", **accounting}]:
         rows = [entry["rows"], entry["packed"], entry["truncated"], sum(entry["dropped"].values())]
         cells = [f"{figure:,}" for figure in [*rows, entry["rejected"]]]
@@ -107,7 +107,7 @@ def dry_run(config: BuildConfig, console: Console, *, examples: bool = False) ->
         show_samples(config, samples, console)
     names = ("rows", "to read", "tokens", "with blocks", "unusable")
     columns = [Column(name, justify="right", no_wrap=True) for name in names]
-    table = Table(Column("source", no_wrap=True), *columns, box=SIMPLE_HEAD)
+    table = Table(Column("source", overflow="fold"), *columns, box=SIMPLE_HEAD)
     work = final = 0.0
     for i, source in enumerate(sources):
         own = [unit for unit in units if unit.source == i]

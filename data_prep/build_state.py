@@ -33,13 +33,18 @@ class BuildState:
         return self.partial / "work"
 
     @property
+    def discarded(self) -> Path:
+        """Folder to which `discard` renames the work folder."""
+        return self.partial.with_name(f"{self.partial.name}.old")
+
+    @property
     def mismatch(self) -> Path:
         """File that exists once the fast encoder has returned wrong ids; contains the message."""
         return self.work / "mismatch.txt"
 
     @property
     def refused(self) -> Path:
-        """File that exists once the build was stopped because of its rows."""
+        """File that exists once the build was stopped because of its rows; with other settings it then starts over."""
         return self.work / "refused"
 
     @property
@@ -69,17 +74,18 @@ def open_work(state: BuildState, settings: dict[str, Any], *, restart: bool) -> 
             settings = resumed
         else:
             with locked(state.work):
-                discard(state.partial)
+                if state.refused.exists():  # else another process has started over meanwhile
+                    discard(state)
     if not file.exists():
-        shutil.rmtree(_discarded(state.partial), ignore_errors=True)
+        shutil.rmtree(state.discarded, ignore_errors=True)
         state.work.mkdir(parents=True, exist_ok=True)
         write_json(file, settings, shared=True)  # of several shards that start at once, each
     begun = json.loads(file.read_text(encoding="utf-8"))
     for key, value in settings.items():
-        if begun[key] == value:
+        if begun.get(key, value) == value:  # an older version does not write the weights
             continue
-        if key == "units" and settings["config"] == begun["config"]:
-            raise _changed_files(state, begun[key], value)
+        if key in ("weights", "units") and settings["config"] == begun["config"]:
+            raise _changed_input(state, begun[key], value)
         names = [k for k in value if begun[key].get(k) != value[k]] if isinstance(value, dict) else ["the input files"]
         raise ConfigError(
             f"this build was begun with other settings: {', '.join(names)}",
@@ -101,25 +107,26 @@ def input_digests(names: Sequence[str], units: Sequence[InputUnit]) -> dict[str,
     return {f"source {name}": _digest(entries) for name, entries in own.items()}
 
 
+def weights_by_name(sources: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
+    """Weights and limits of sources: those of a meta JSON are neither settings nor content of the files it names."""
+    return {f"weight of source {source['name']}": [source["weight"], source["limit"]] for source in sources}
+
+
 def evaluation_digest(evaluation: Mapping[str, str]) -> dict[str, str]:
     """The same of the evaluation files, as from `evaluation_files`; {} without any."""
     return {"decontaminate": _digest([*evaluation.values()])} if evaluation else {}
 
 
-def discard(partial: Path) -> None:
-    """Removes a work folder. It is renamed first: of one that is half removed, the rest would look like a build."""
-    shutil.rmtree(_discarded(partial), ignore_errors=True)
-    os.replace(partial, _discarded(partial))
-    shutil.rmtree(_discarded(partial))
+def discard(state: BuildState) -> None:
+    """Renames a work folder, of which a part would look like a build; to be removed when its lock is closed, because on
+    NFS an open file stays, and so its folder."""
+    shutil.rmtree(state.discarded, ignore_errors=True)
+    os.replace(state.partial, state.discarded)
 
 
-def _discarded(partial: Path) -> Path:
-    return partial.with_name(f"{partial.name}.old")
-
-
-def _changed_files(state: BuildState, before: list[dict[str, Any]], now: list[dict[str, Any]]) -> DataError:
-    """Error that names the input files that are not as they were."""
-    old, new = ({unit["file"]: unit["stamp"] for unit in units} for units in (before, now))
+def _changed_input(state: BuildState, *values: Any) -> DataError:
+    """Error that names the weights or the files of units that are not as they were: `values` before and now."""
+    old, new = (x if isinstance(x, dict) else {unit["file"]: unit["stamp"] for unit in x} for x in values)
     names = [file for file in sorted(old.keys() | new.keys()) if old.get(file) != new.get(file)]
     more = f" and {len(names) - 1} more" if len(names) > 1 else ""
     what = f"the input changed after this build began: {names[0] if names else 'the order of the files'}{more}"

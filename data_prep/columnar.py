@@ -1,6 +1,7 @@
 """Columnar files (Parquet, Arrow as written by `datasets`) and hub datasets: schema, number of rows, and access to any
 range of rows without loading the whole."""
 
+import errno
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -8,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from itertools import accumulate
 from pathlib import Path
-from tempfile import NamedTemporaryFile
+from tempfile import NamedTemporaryFile, gettempdir
 from typing import Any
 
 from data_prep.input_bytes import file_type, open_decompressed, reading
@@ -43,8 +44,14 @@ def open_table(file: Path) -> ColumnarTable:
         return _open(file, file)
     temporary = NamedTemporaryFile(suffix=file_type(file).content)  # noqa: SIM115 (closed with the table)
     with reading(file), open_decompressed(file) as content:
-        shutil.copyfileobj(content, temporary, 1 << 20)
-        temporary.flush()
+        try:
+            shutil.copyfileobj(content, temporary, 1 << 20)
+            temporary.flush()
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            fix = "free some space, or set TMPDIR to a folder on another disk"
+            raise DataError(f"the disk is full: {file} is decompressed to it", gettempdir(), fix) from None
     return replace(_open(Path(temporary.name), file), temporary=temporary)
 
 

@@ -13,7 +13,7 @@ The result of a unit is six or seven files in the work folder; it is complete wh
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache, partial
 from itertools import islice, pairwise
@@ -31,14 +31,14 @@ from data_prep.encoding import TextEncoder, chat_format
 from data_prep.forms import FormReader, InputRow, NotChosen, Unreadable
 from data_prep.inst_template import check_exchanges
 from data_prep.minhash import signatures
-from data_prep.readers import LINES, InputUnit, count_lines, of_table, read_unit
+from data_prep.readers import LINES, InputUnit, count_lines, of_table, read_unit, where_in_file
 from data_prep.row_rules import turn_keys
 from data_prep.truncate import FittedBatch, fit_batch
 from data_prep.turns import Conversation
 from sdlm_megatron.errors import DataError
 from sdlm_megatron.files import most_open, own_partial, write_json
 from sdlm_megatron.weights.hf_config import HFConfig
-from sdlm_megatron.weights.positions import base_config, check_positions
+from sdlm_megatron.weights.positions import base_config, check_positions, trained_positions
 
 # Rows tokenized per call: enough to amortize the call, few enough to bound memory if rows are a megabyte each.
 CHUNK = 512
@@ -109,7 +109,7 @@ def tokenize_unit(
         writer.result.begun, writer.result.encoder = begun, describe(encoder)
         rows = read_unit(unit, source)
         while chunk := list(islice(rows, CHUNK)):
-            _tokenize_chunk(config, reader, chunk, encoder, writer)
+            _tokenize_chunk(config, reader, unit, chunk, encoder, writer)
         writer.result.unread = dict(reader.unread)
         writer.result.lines = count_lines(unit) if unit.kind == LINES else 0
         if (now := describe(encoder)) != writer.result.encoder:  # the rows before are verified by sample only
@@ -118,10 +118,15 @@ def tokenize_unit(
 
 
 def _tokenize_chunk(
-    config: BuildConfig, reader: FormReader, rows: Sequence[InputRow], encoder: TextEncoder, writer: "_UnitWriter"
+    config: BuildConfig,
+    reader: FormReader,
+    unit: InputUnit,
+    rows: Sequence[InputRow],
+    encoder: TextEncoder,
+    writer: "_UnitWriter",
 ) -> None:
     first, writer.result.rows = writer.result.rows, writer.result.rows + len(rows)
-    used = use_rows(config, [(row, reader) for row in rows], writer.texts, encoder, writer.base)
+    used = use_rows(config, [(unit, row, reader) for row in rows], writer.texts, encoder, writer.base)
     for i, overlap in used.overlaps.items():
         writer.overlaps.add(first + i, overlap)
     for left in used.left_out:
@@ -155,16 +160,16 @@ class UsedRows(NamedTuple):
 
 def use_rows(
     config: BuildConfig,
-    rows: Iterable[tuple[InputRow, FormReader]],
+    rows: Sequence[tuple[InputUnit, InputRow, FormReader]],
     data: EvaluationTexts | None,
     encoder: TextEncoder,
     base: HFConfig | None,
 ) -> UsedRows:
-    """Reads, checks, renders and fits rows, each with its reader. `data`: evaluation files; `base`: the tokenizer's."""
-    valid, conversations, left_out, places = list[int](), list[Conversation](), list[RowLeftOut](), list[str]()
+    """Reads, checks, renders and fits rows, each with its unit and its reader. `data`: evaluation files; `base`: the
+    tokenizer's."""
+    valid, conversations, left_out = list[int](), list[Conversation](), list[RowLeftOut]()
     exchanges = chat_format(encoder).exchanges
-    for i, (row, reader) in enumerate(rows):
-        places.append(f"row {row.place} of {reader.name}")
+    for i, (_, row, reader) in enumerate(rows):
         try:
             conversation = reader.read(row.content)
             if exchanges:
@@ -186,16 +191,20 @@ def use_rows(
     batch = render_batch(conversations, encoder, default_system=config.system_prompt)
     size = {"block_size": config.block_size, "repeat": config.repeat}
     fitted = fit_batch(batch, config.overlong, max_len=config.max_document_length, **size)
-    _check_lengths(config, fitted, [places[i] for i in valid], base)
+    _check_lengths(config, fitted, [rows[i][:2] for i in valid], base)
     left_out += [RowLeftOut(valid[i], "dropped", DataError(why)) for i, why in sorted(fitted.drop_reasons.items())]
     return UsedRows(valid, conversations, batch, fitted, left_out, overlaps)
 
 
-def _check_lengths(config: BuildConfig, fitted: FittedBatch, places: Sequence[str], base: HFConfig | None) -> None:
-    """DataError for a document that is longer than the tokenizer's model was trained for. `places`: of the rows."""
+def _check_lengths(
+    config: BuildConfig, fitted: FittedBatch, rows: Sequence[tuple[InputUnit, InputRow]], base: HFConfig | None
+) -> None:
+    """UnfitError for a document, each of a row, that is longer than the tokenizer's model was trained for."""
     clean = np.where(fitted.n_blocks > 0, fitted.clean_lens, 0)
-    if len(clean) and base:
-        check_positions(int(clean.max()), f"the document of {places[int(clean.argmax())]}", base, config.tokenizer)
+    if base and clean.max(initial=0) > trained_positions(base):
+        unit, row = rows[int(clean.argmax())]
+        what = f"the document of {where_in_file(unit, row.place)}"
+        check_positions(int(clean.max()), what, base, config.tokenizer)
 
 
 class _UnitWriter:

@@ -21,6 +21,7 @@ from data_prep.turns import (
     Conversation,
     TurnParser,
     check_text,
+    flag_value,
     holds,
     is_trained,
     parse_json,
@@ -75,7 +76,7 @@ class FormReader:
     def __init__(
         self, source: SourceConfig, system_prompt: str | None = DEFAULT_SYSTEM, *, columnar: bool = False
     ) -> None:
-        self.name, self._columnar = source.name, columnar
+        self._columnar = columnar
         form = FORMATS[source.format]
         named = {**form.fields, **source.columns}
         self.fields = {name: column for name, column in named.items() if column not in source.ignore}
@@ -94,7 +95,7 @@ class FormReader:
         # A row in which other columns hold something takes the slow path.
         direct = ("turns",) if self.kind == "turns" else ("prompt", "answer")
         self._columns = [self.fields[name] for name in direct] if self.kind in ("turns", "pair") else []
-        self._plain = self._ignored | set(self._columns)
+        self._plain = (self._ignored - self._known) | set(self._columns)
         usual = ROLE_KEYS.index("from") if source.format == "sharegpt" else ROLE_KEYS.index("role")
         self._keys = (own[0] or ROLE_KEYS[usual], own[1] or TEXT_KEYS[usual])
 
@@ -155,7 +156,7 @@ class FormReader:
         return row[column]
 
     def _is_chosen(self, row: Mapping[str, Any]) -> bool:
-        label = self._value(row, "label")
+        label = flag_value(self._value(row, "label"))
         if label is None:
             return True
         column = self.fields["label"]

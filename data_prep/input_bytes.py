@@ -11,7 +11,7 @@ from typing import Any, BinaryIO, NamedTuple, cast
 
 import xxhash
 
-from sdlm_megatron.errors import DataError
+from sdlm_megatron.errors import DataError, UnfitError
 
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".xz": "xz"}
 COLUMNAR = (".parquet", ".arrow")
@@ -52,7 +52,7 @@ def reading(file: Path) -> Iterator[None]:
         yield
     except UnicodeError as error:
         what = f"the file is not {getattr(error, 'encoding', 'valid text')}: {getattr(error, 'reason', error)}"
-        raise DataError(what, str(file), "set `encoding` of the source, or convert the file to UTF-8") from None
+        raise UnfitError(what, str(file), "set `encoding` of the source, or convert the file to UTF-8") from None
     except (OSError, EOFError, lzma.LZMAError) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
         if file_type(file).compression:

@@ -161,18 +161,18 @@ def _shown(document: DocumentView, whole: bool) -> np.ndarray:
     return whole | (place < EDGE) | near | (place >= len(place) - EDGE)
 
 
-def block_lines(document: DocumentView, block_size: int, *, whole: bool) -> Iterator[Text]:
+def block_lines(document: DocumentView, layout: RowLayout, *, whole: bool) -> Iterator[Text]:
     """One line per block: its start, the content of its slots, and their targets."""
     shown = len(document.starts) if whole else min(BLOCKS, len(document.starts))
     for start, has_target in zip(document.starts[:shown].tolist(), document.targets.tolist(), strict=False):
         line = Text(f"  block at {start:>5}  ")
-        line.append(_word(document.texts[start]), style="bold")
-        line.append(f" {MASK}" * (block_size - 1), style=FRAME)
+        line.append(_word(document.texts[start]) if layout.target_shift else MASK, style="bold")
+        line.append(f" {MASK}" * (layout.block_size - 1), style=FRAME)
         line.append("  →  ")
         for slot, trained in enumerate(has_target):
             if slot:
                 line.append(" | ", style=FRAME)
-            word = _word(document.texts[start + 1 + slot]) if trained else NONE
+            word = _word(document.texts[start + slot + layout.target_shift]) if trained else NONE
             line.append(word, style="green" if trained else FRAME)
         yield line
     if shown < len(document.starts):
@@ -309,7 +309,7 @@ def show(
     for view in shown[:limit]:
         _print(console, _document_head(view, layout, dataset.manifest))
         _print(console, clean_text(view, dataset.manifest["chat"]["header"], whole=whole))
-        for line in block_lines(view, layout.block_size, whole=whole):
+        for line in block_lines(view, layout, whole=whole):
             _print(console, line)
     if limit < len(shown):
         rest = f"… {len(shown) - limit} more documents (--all shows them, --document NUMBER shows one)"
@@ -350,8 +350,8 @@ def _document_head(view: DocumentView, layout: RowLayout, manifest: dict[str, An
     head = Text(f"\ndocument {view.number} ({view.index + 1} of {layout.n_docs}), ", style="bold")
     head.append(neutral(origin(view.number, manifest)))
     return head.append(
-        f"\n{clean:,} clean + {layout.block_size} x {blocks:,} block tokens; blocks start ({MARK}) at "
-        f"{blocks:,} of {view.n_anchors:,} anchors\n",
+        f"\n{clean:,} clean + {layout.block_size} x {blocks:,} block tokens; blocks start ({MARK}) "
+        f"{'at' if layout.target_shift else 'behind'} {blocks:,} of {view.n_anchors:,} anchors\n",
         style="not bold",
     )
 

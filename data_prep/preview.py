@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 from rich.console import Console
@@ -13,6 +14,7 @@ from data_prep.build_config import BuildConfig, SourceConfig
 from data_prep.chat import RenderedBatch
 from data_prep.decontaminate import open_evaluations
 from data_prep.documents import UsedRows, reason_fields, use_rows
+from data_prep.encoders import TokenizerMismatch
 from data_prep.encoding import TextEncoder
 from data_prep.first_rows import first_rows
 from data_prep.forms import FormReader
@@ -20,6 +22,7 @@ from data_prep.inspect import FRAME, TokenText, open_text
 from data_prep.outcomes import Reasons, SourceRows, reason_lines
 from data_prep.readers import InputUnit, of_table, where
 from sdlm_megatron.errors import neutral
+from sdlm_megatron.files import write_text
 from sdlm_megatron.weights.positions import base_config
 
 # Rows read per source: a few seconds for all sources of the published mixture.
@@ -46,17 +49,27 @@ class SourceSample:
 
 
 def take_samples(
-    config: BuildConfig, sources: Sequence[SourceConfig], units: Sequence[InputUnit], encoder: TextEncoder
+    config: BuildConfig,
+    sources: Sequence[SourceConfig],
+    units: Sequence[InputUnit],
+    encoder: TextEncoder,
+    mismatch: Path | None = None,
 ) -> list[SourceSample]:
     """Reads and renders rows of each source as a build does, from the starts of all its files, or of SAMPLE files.
-    `units` are those of all sources. Raises DataError if a file cannot be read."""
+    `units` are those of all sources; `mismatch` is written if fastokens returns wrong ids. Raises DataError if a file
+    cannot be read."""
     samples, texts, base = [], open_evaluations(config.decontaminate), base_config(config.tokenizer)
     for number, source in enumerate(sources):
         own = [unit for unit in units if unit.source == number]
         rows = list(first_rows(source, own, SAMPLE))
         readers = {table: FormReader(source, config.system_prompt, columnar=table) for table in (False, True)}
-        each = ((row, readers[of_table(unit, source)]) for unit, row in rows)
-        used = use_rows(config, each, texts, encoder, base)
+        each = [(unit, row, readers[of_table(unit, source)]) for unit, row in rows]
+        try:
+            used = use_rows(config, each, texts, encoder, base)
+        except TokenizerMismatch as error:  # the encoder no longer uses fastokens, whose ids so far are doubtful
+            if mismatch:
+                write_text(mismatch, str(error), shared=True)
+            return take_samples(config, sources, units, encoder)
         places, reasons = [where(unit, row.place, 0) for unit, row in rows], Reasons()
         for left in used.left_out:
             head = {"source": source.name, "row": left.row, "where": places[left.row]}

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
@@ -293,3 +293,8 @@ def where(unit: InputUnit, place: int, lines_before: int) -> str:
     `place` is `InputRow.place`; `lines_before` is the number of lines of the file in the units before this one.
     """
     return f"{unit.file}, line {lines_before + place}" if unit.kind == LINES else f"{unit.file}, row {place}"
+
+
+def where_in_file(unit: InputUnit, place: int) -> str:
+    """The same; counts the lines before the unit, which takes a pass over them."""
+    return where(unit, place, count_lines(replace(unit, start=0, stop=unit.start)) if unit.kind == LINES else 0)

@@ -272,7 +272,7 @@ def _add_settings(section: PageSection, manifest: Mapping[str, Any]) -> None:
     ids = {key: f"{manifest[key]:,}" for key in ("vocab_size", "mask_token_id", "eos_token_id", "pad_token_id")}
     section.facts({**settings, "tokenizer fingerprint": manifest["tokenizer"]["fingerprint"], **ids})
     sources = [
-        [s["name"], s["format"], s["hub"] or s["path"], f"{s['weight']:g}", s["licence"] or "–"]
+        [s["name"], s["format"], s["hub"] or s["path"] or " ".join(s["paths"]), f"{s['weight']:g}", s["licence"] or "–"]
         for s in manifest["sources"]
     ]
     section.table(["source", "format", "from", "weight", "license"], sources, align="left")

@@ -41,6 +41,7 @@ ROLE_KEYS, TEXT_KEYS = ("from", "role"), ("value", "content")
 
 FLAGS = ("weight", "train", "loss", "loss_weight", "trainable")
 """Fields of a row or turn that exclude it from training with 0 or false."""
+_FLAG_TEXTS = {"": None, "0": 0, "1": 1, "false": False, "true": True}
 _COMMON = """
 id _id uid uuid guid idx index seq_id row_id item_id sample_id example_id instance_id _instance_id conversation_id
 conversation_hash conv_id dialog_id message_id prompt_id question_id task_id source_id hash
@@ -102,11 +103,16 @@ def parse_json(text: str, what: str, where: str) -> Any:
         raise DataError(f"{what} is not JSON", where) from None
 
 
+def flag_value(value: Any) -> Any:
+    """A flag whose text is read as its value: every cell of a CSV file is text."""
+    return _FLAG_TEXTS.get(value.strip().lower(), value) if isinstance(value, str) else value
+
+
 def is_trained(fields: Mapping[str, Any], flags: Collection[str], where: str) -> bool:
     """Whether no flag of a row or turn excludes it from training; raises DataError on a weight other than 0 and 1."""
     result = True
     for flag in flags:
-        value = fields.get(flag)
+        value = flag_value(fields.get(flag))
         if value is None:
             continue
         if not isinstance(value, bool | int | float) or value not in (0, 1):

@@ -1,4 +1,4 @@
-"""Verify a packed dataset: every file, every row, every rule of packed rows.
+"""Verify a packed dataset: every file, and every row by the rules of packed rows (targets: one row of 64).
 
 All files are read again. From the tokens, and the list of answers that are not trained, follow the turns, hence the
 anchors, the number of blocks, the draw, and the content of the blocks; each is compared with what is stored.
@@ -322,7 +322,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     console = make_console()
     findings = verify(args.dataset, console, workers=max(1, args.workers))
     show(findings, console)
-    console.print("clean: every rule holds on every row" if not findings else f"{len(findings):,} findings")
+    clean = f"clean: every rule holds on every row (targets: one row of {TARGETS_EVERY})"
+    console.print(f"{len(findings):,} findings" if findings else clean)
     if findings:
         raise SystemExit(1)
 

@@ -93,6 +93,10 @@ class DataError(UserError):
     """A dataset or conversation that cannot be used."""
 
 
+class UnfitError(DataError):
+    """Data that another setting, which the fix names, would accept; a build that it stops starts over with another."""
+
+
 class CheckpointError(UserError):
     """A checkpoint or model folder that is missing, incomplete or incompatible."""
 

@@ -62,6 +62,12 @@ def sources() -> dict[str, tuple[str, ast.Module]]:
     return {name: (text, ast.parse(text)) for name, text in texts.items()}
 
 
+def assert_closed(folder: Path) -> None:
+    """Fails if this process has a file below a folder open or mapped: NFS would keep it when the folder is removed."""
+    opened = [os.path.realpath(f"/proc/self/fd/{number}") for number in os.listdir("/proc/self/fd")]
+    assert f"{folder}/" not in "\n".join([*opened, Path("/proc/self/maps").read_text()])
+
+
 def random_document(rng: np.random.Generator, length: int) -> tuple[np.ndarray, np.ndarray]:
     """Clean ids (length,) of one turn pair and its anchors."""
     ids = rng.integers(0, 256, length).astype(np.int32)

@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 
 from sdlm_megatron.data.format import PackedDataset
-from sdlm_megatron.errors import CheckpointError, DataError
+from sdlm_megatron.errors import CheckpointError, UnfitError
 from sdlm_megatron.weights.hf_config import HFConfig, read_hf_config
 
 
@@ -33,7 +33,7 @@ def check_positions(tokens: int, what: str, base: HFConfig, folder: Path | str) 
         folder: of the base.
 
     Raises:
-        DataError: names both numbers.
+        UnfitError: names both numbers.
     """
     if tokens <= (limit := trained_positions(base)):
         return
@@ -44,7 +44,7 @@ def check_positions(tokens: int, what: str, base: HFConfig, folder: Path | str) 
         scaling = f'"rope_type": "yarn", "factor": {math.ceil(tokens / original)}.0'
         scaling += f', "original_max_position_embeddings": {original}'
         fix += f', or extend the base in its config.json by "rope_scaling": {{{scaling}}} (docs/long_context.md)'
-    raise DataError(
+    raise UnfitError(
         f"{what} has {tokens:,} tokens, the base was trained for {limit:,} positions",
         f"{Path(folder) / 'config.json'}, field 'max_position_embeddings'",
         fix,

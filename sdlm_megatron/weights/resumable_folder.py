@@ -115,6 +115,18 @@ class PartialFolder:
     def __init__(self, out: Path, root: Path) -> None:
         self.out, self.root, self.files, self.done = out, root, root / "files", root / "done"
 
+    def begin(self, plan: dict[str, Any], earlier: dict[str, Any] | None) -> None:
+        """Makes the folders and the plan; starts over where there is an `earlier` one that is another."""
+        if earlier not in (None, plan):
+            print(f"{self.root} was started with other input or options: starting over", file=sys.stderr)
+            for folder in (self.files, self.done):
+                shutil.rmtree(folder, ignore_errors=True)
+        elif earlier == plan:
+            print(f"continuing with {self.root}", file=sys.stderr)
+        write_json(self.root / "plan.json", plan)
+        self.files.mkdir(exist_ok=True)
+        self.done.mkdir(exist_ok=True)
+
     def write(self, planned: Sequence[PlannedFile], *, workers: int) -> dict[str, Record]:
         """Writes the files that are missing; returns the records of all, by file.
 
@@ -192,9 +204,8 @@ class PartialFolder:
             )
 
     def finish(self) -> None:
-        """Makes OUT appear and removes the records."""
+        """Makes OUT appear; `open_partial` then removes OUT.partial."""
         rename_whole(self.files, self.out)
-        self.clear()
 
     def clear(self) -> None:
         """Removes OUT.partial once OUT exists; the plan last, because it tells this work from other work."""
@@ -229,16 +240,9 @@ def open_partial(out: Path, plan: dict[str, Any], *, workers: int) -> Iterator[P
         if out.exists():
             if earlier not in (None, plan) or partial.files.exists():
                 raise _exists(out)
-            partial.clear()
             yield None
-            return
-        if earlier not in (None, plan):
-            print(f"{partial.root} was started with other input or options: starting over", file=sys.stderr)
-            for folder in (partial.files, partial.done):
-                shutil.rmtree(folder, ignore_errors=True)
-        elif earlier == plan:
-            print(f"continuing with {partial.root}", file=sys.stderr)
-        write_json(file, plan)
-        partial.files.mkdir(exist_ok=True)
-        partial.done.mkdir(exist_ok=True)
-        yield partial
+        else:
+            partial.begin(plan, earlier)
+            yield partial
+    if out.exists():  # not before the lock is closed: on NFS an open file stays, and so its folder
+        partial.clear()

@@ -315,7 +315,7 @@ REFUSED: list[tuple[str, Any, str, str]] = [
     ("messages", [turn(content=[{"type": "video", "video": "x"}])], "content[0]", "a video"),
     ("messages", [turn(content=[{"type": "refusal", "refusal": "no"}])], "'refusal'", "a part that is no text"),
     ("messages", [turn(weight=0.5)], "messages[0].weight", "neither 0 nor 1"),
-    ("messages", [turn(loss_weight="0")], "messages[0].loss_weight", "neither 0 nor 1"),
+    ("messages", [turn(loss_weight="no")], "messages[0].loss_weight", "neither 0 nor 1"),
     ("messages", [turn("user", tool_calls=[{"name": "f", "arguments": {}}])], "messages[0]", "no answer"),
     ("messages", [turn(tool_calls=[{"name": "f", "arguments": "not json"}])], "tool_calls[0]", "not JSON"),
     ("messages", [turn(tool_calls=[{"name": "f", "arguments": "[1]"}])], "tool_calls[0]", "an object, not list"),
@@ -420,6 +420,21 @@ def test_a_column_that_is_named_as_advised_is_read(form: str, row: Any) -> None:
             assert not lost or (form_reader.unread and name not in advised)
     assert {"system", "tools", "weight"} <= {*advised}
     assert ("input" in advised) == (form in ("prompt_response", "preference"))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("input", "a"), ("history", [["a", "b"]]), ("system", "a"), ("tools", [{"a": 1}]), ("weight", 0), ("label", True)],
+)
+def test_a_column_is_read_although_its_name_usually_describes_the_row(name: str, value: Any) -> None:
+    def read(column: str) -> Any:
+        try:
+            content = {"prompt": "q", "response": "x", column: value}
+            return reader("prompt_response", columns={name: column}).read(content)
+        except DataError as error:
+            return error.what.replace(column, "COLUMN")
+
+    assert read("source") == read("xyz") != reader("prompt_response").read({"prompt": "q", "response": "x"})
 
 
 def test_parquet_row_with_null_keys_beside_its_own() -> None:

@@ -13,7 +13,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from helpers import make_hf
+from helpers import assert_closed, make_hf
 from safetensors.torch import load_file
 
 from checkpoints_tools import hf_to_mcore, mcore_to_hf
@@ -147,11 +147,20 @@ def test_complete_files_are_kept_and_other_work_is_discarded(checkpoint: Path, t
 
 
 def test_second_process_cannot_write_the_same_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until OUT.partial is removed, with all of its files closed."""
     out = tmp_path / "out"
+    monkeypatch.setattr(Path, "rmdir", lambda folder: (assert_closed(folder), os.rmdir(folder)))
     with open_partial(out, {}, workers=1) as work:
         assert work is not None
         with pytest.raises(CheckpointError, match="another process"), open_partial(out, {}, workers=1):
             pass
+        work.finish()
+    assert not work.root.exists()
+    work.root.mkdir()
+    (work.root / "plan.json").write_text("{}")  # as after a kill
+    with open_partial(out, {}, workers=1) as done:
+        assert done is None
+    assert not work.root.exists()
     monkeypatch.setattr("fcntl.flock", Mock(side_effect=OSError(errno.ENOSYS, "Function not implemented")))
     with pytest.raises(CheckpointError, match="file system has no locks"), open_partial(out, {}, workers=1):
         pass

@@ -8,6 +8,7 @@ import shlex
 import shutil
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,13 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 import yaml
-from helpers import REPO
+from helpers import REPO, assert_closed
 from rich.console import Console
 
 from data_prep.accounting import Tally
-from data_prep.build import build, build_parser, main, read_command_line
+from data_prep.build import TokenizeShard, build, build_parser, build_shard, main, merge, read_command_line
 from data_prep.build_config import PRESETS, BuildConfig, SourceConfig, check
-from data_prep.build_report import dry_run, expected_rows, short
+from data_prep.build_report import dry_run, expected_rows, report, short
 from data_prep.chat import parse, render
 from data_prep.encoders import TextTokenizer
 from data_prep.first_rows import with_formats
@@ -84,6 +85,13 @@ def config(tmp_path: Path) -> BuildConfig:
         window=16,
         max_rejected=1.0,
     )
+
+
+@pytest.fixture
+def closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every folder that is removed must be closed."""
+    real = shutil.rmtree
+    monkeypatch.setattr("shutil.rmtree", lambda folder, **options: (assert_closed(folder), real(folder, **options)))
 
 
 def all_rows(path: str, epoch: int) -> list[tuple[np.ndarray, Any]]:
@@ -221,7 +229,7 @@ def test_draws_do_not_depend_on_packing(config: BuildConfig) -> None:
     assert starts[0] == starts[1]
 
 
-def test_existing_folder_is_kept_and_failure_leaves_no_files(config: BuildConfig) -> None:
+def test_existing_folder_is_kept_and_failure_leaves_no_files(config: BuildConfig, closed: None) -> None:
     build(config, QUIET)
     before = (Path(config.out) / "manifest.json").stat().st_mtime_ns
     assert build(config, QUIET) == json.loads(
@@ -262,6 +270,27 @@ def test_existing_folder_is_kept_and_failure_leaves_no_files(config: BuildConfig
     assert json.loads(Path(config.out + "2.rejects.jsonl").read_text())["content"] == "nothing"
 
 
+def test_a_changed_weight_of_a_meta_json_is_named(config: BuildConfig, tmp_path: Path) -> None:
+    meta = tmp_path / "meta.json"
+    config.sources = [SourceConfig(name="meta", format="sharegpt", path=str(meta))]
+
+    def repeat(times: float) -> None:
+        entries = {"one": {"annotation": "mixed.jsonl", "repeat_time": times}}
+        meta.write_text(json.dumps(entries | {"two": {"annotation": "mixed.jsonl"}}))
+
+    for start in (build, partial(build_shard, shard=TokenizeShard(0, 1))):
+        for times in (1, 0.5):
+            repeat(times)
+            start(config, console=QUIET)
+            for other in (3, 0.25):
+                repeat(other)
+                with pytest.raises(DataError, match="input.*: weight of source meta/one\n"):
+                    build(config, QUIET)
+            repeat(times)
+            build(config, QUIET)
+            shutil.rmtree(config.out)
+
+
 def test_system_prompt_and_mask_token_are_settings(config: BuildConfig, tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "other", "<reserved>")
     changed = replace(
@@ -295,6 +324,27 @@ def test_config_errors_name_the_key(config: BuildConfig, change: dict[str, Any],
     with pytest.raises(ConfigError) as error:
         check(replace(config, **change))
     assert error.value.where == key
+
+
+def test_an_output_inside_the_input_is_refused(config: BuildConfig, tmp_path: Path) -> None:
+    """Otherwise the files of an interrupted build are input of the next one."""
+    inside = {
+        str(tmp_path): "out/x",
+        f"{tmp_path}/*": "out/x",
+        f"{tmp_path}/**/*.jsonl": "a/b",
+        f"{tmp_path}/./a": "a/b",
+    }
+    outside = {f"{tmp_path}/*.jsonl": "out", f"{tmp_path}/a": "ab", f"{tmp_path}/[a]": "ab", f"{tmp_path}/a/**": "b"}
+    for path, out in [*inside.items(), *outside.items()]:
+        source = SourceConfig(name="s", format="messages", paths=[config.sources[0].path, path])
+        changed = replace(config, out=str(tmp_path / out), sources=[source])
+        if outside.get(path) == out:
+            check(changed)
+            continue
+        for start in (build, merge, dry_run, partial(build_shard, shard=TokenizeShard(0, 1))):
+            with pytest.raises(ConfigError, match="`out` lies inside the source 's'"):
+                start(changed, console=QUIET)
+    assert {file.name for file in tmp_path.iterdir()} == {"base", "query.jsonl", "messages.jsonl", "mixed.jsonl"}
 
 
 def test_unknown_pad_token_is_an_error(config: BuildConfig) -> None:
@@ -608,7 +658,7 @@ def test_too_many_rejected_rows_stop_the_build_until_they_are_allowed(config: Bu
 
 
 def test_a_refused_build_is_removed_as_a_whole_and_by_one_process(
-    config: BuildConfig, monkeypatch: pytest.MonkeyPatch
+    config: BuildConfig, closed: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config.max_rejected = 0.15
     changed = replace(config, max_rejected=1.0, system_prompt="Be short.")
@@ -676,6 +726,21 @@ def test_reasons_are_counted_with_an_example(config: BuildConfig) -> None:
     counts = counter.counts()
     assert (counts[0].rows, counts[0].example) == (2, "row 0 of a") and sum(c.rows for c in counts) == 300
     assert reason_lines(counts)[-1] == "290 rows for 145 more reasons"
+
+
+def test_tables_have_their_figures_in_full_beside_long_names(config: BuildConfig) -> None:
+    config.sources[2].name = "/".join(["name"] * 8)  # 39 characters
+    out = StringIO()
+    dry_run(config, Console(file=out, width=80))
+    table = out.getvalue().partition("tokens: mean")[0]
+    assert "…" not in table and re.search(r" ~\d+ +0.0 MB +[\d,]+ +[\d,]+ +27.3% *\n", table)
+    manifest = build(config, QUIET)
+    for entry in manifest["accounting"]["by_source"]:
+        entry |= {"rows": entry["rows"] + 12_345_678, "packed": entry["packed"] + 1_234_567}
+    out = StringIO()
+    report(manifest, config, Console(file=out, width=80))
+    table = out.getvalue().partition("dropped:")[0]
+    assert all(f" 12,345,{678 + n} " in table for n in (40, 12, 22)) and "…" not in table
 
 
 def test_dry_run_stops_where_the_build_would(config: BuildConfig) -> None:

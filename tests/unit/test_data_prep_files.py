@@ -2,6 +2,7 @@
 
 import bz2
 import codecs
+import errno
 import gzip
 import json
 import lzma
@@ -12,7 +13,9 @@ from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from tempfile import gettempdir
 from typing import Any
+from unittest.mock import Mock
 
 import datasets
 import pyarrow
@@ -97,6 +100,17 @@ def test_damaged_compressed_files_are_named(compression: str, tmp_path: Path) ->
         assert error.value.where == str(path)
     path.write_bytes(whole + whole)  # two members
     assert len(contents(source_of(path))) == 700
+
+
+def test_a_full_disk_for_temporary_files_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "rows.parquet.gz"
+    path.write_bytes(gzip.compress(table(".parquet")))
+    for code in (errno.ENOSPC, errno.EDQUOT):
+        full = Mock(flush=Mock(side_effect=OSError(code, "full")))
+        monkeypatch.setattr("data_prep.columnar.NamedTemporaryFile", Mock(return_value=full))
+        with pytest.raises(DataError, match="the disk is full: .*rows.parquet.gz") as error:
+            contents(source_of(path))
+        assert error.value.where == gettempdir() and "TMPDIR" in error.value.fix
 
 
 def test_rows_of_compressed_lines_have_their_line_numbers(tmp_path: Path) -> None:
@@ -326,6 +340,29 @@ def test_csv_rows(tmp_path: Path) -> None:
         with pytest.raises(DataError, match=what) as error:
             contents(source_of(path))
         assert str(path) in error.value.where
+
+
+@pytest.mark.parametrize(
+    ("values", "settings"),
+    [
+        ({"": None, "0": 0, " 1": 1, "true": True, "FALSE": False, "no": "no"}, {"columns": {"weight": "flag"}}),
+        ({"": None, "True": True, "false": False, "1": 1}, {"columns": {"label": "flag"}, "preference": "chosen"}),
+    ],
+)
+def test_flags_in_csv_are_those_of_json(values: dict[str, Any], settings: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("query,response,flag\n" + "".join(f"q,a,{text}\n" for text in values))
+    rows = [{"query": "q", "response": "a", "flag": value} for value in values.values()]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    outcomes = []
+    for name in ("rows.csv", "rows.jsonl"):
+        source = source_of(tmp_path / name, **settings)
+        outcomes.append([])
+        for row in contents(source):
+            try:
+                outcomes[-1].append(FormReader(source).read(row))
+            except DataError as error:
+                outcomes[-1].append(error.what)
+    assert outcomes[0] == outcomes[1] and len({str(outcome) for outcome in outcomes[0]}) == 3
 
 
 # ------------------------------------------------------------------------------------------ folders

@@ -20,7 +20,7 @@ from sdlm_megatron.data.format import PackedDataset
 from sdlm_megatron.diffusion.layout import IGNORE, row_targets
 from sdlm_megatron.diffusion.mask import visible
 from sdlm_megatron.errors import DataError, run_cli
-from tests.byte_tokenizer import IM_END, write_folder
+from tests.byte_tokenizer import IM_END, write_folder, write_llama3_folder
 
 QUIET = Console(quiet=True)
 ANSWER = "Größe: 漢字 🙂, then\ttwo\x1b[2J words."
@@ -83,17 +83,25 @@ def test_row_is_shown_completely(config: BuildConfig, capsys: pytest.CaptureFixt
     assert short.count("\ndocument ") == 3 and f"… {layout.n_docs - 3} more documents" in short
 
 
-def test_blocks_show_values_that_training_derives(config: BuildConfig, capsys: pytest.CaptureFixture[str]) -> None:
-    build(config, QUIET)
+@pytest.mark.parametrize("shift", [True, False])
+@pytest.mark.parametrize("llama3", [False, True])  # whose documents end with a target
+def test_blocks_show_values_that_training_derives(
+    config: BuildConfig, shift: bool, llama3: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if llama3:
+        write_llama3_folder(Path(config.tokenizer))
+    headers = {"pad_token": "<|begin_of_text|>", "system_prompt": None} if llama3 else {}
+    build(replace(config, target_shift=shift, **headers), QUIET)
     tokens, layout = PackedDataset(config.out).read(0, 0)
     targets = row_targets(tokens, layout, IM_END)[layout.n_clean :].reshape(-1, 4)
-    anchors = tokens[layout.n_clean :: 4]
+    anchors = [f"{token}␣" if shift else "▢" for token in tokens[layout.n_clean : layout.used : 4].tolist()]
     shutil.rmtree(config.tokenizer)  # ids are shown instead
     out = printed(capsys, config.out, "--all")
     assert f"showing token ids instead of text: there is no tokenizer in {config.tokenizer}" in out
-    lines = re.findall(r"  block at +(\d+)  (\d+)␣ ▢ ▢ ▢  →  (.*)", out)
+    lines = re.findall(r"  block at +(\d+)  (\d+␣|▢) ▢ ▢ ▢  →  (.*)", out)
     assert [int(start) for start, _, _ in lines] == layout.starts.tolist()
-    assert [int(token) for _, token, _ in lines] == anchors.tolist()
+    assert [token for _, token, _ in lines] == anchors
+    assert f"blocks start ({MARK}) {'at' if shift else 'behind'} " in out
     for (_, _, shown), expected in zip(lines, targets.tolist(), strict=True):
         assert [IGNORE if word == "–" else int(word[:-1]) for word in shown.split(" | ")] == expected
 

@@ -409,6 +409,10 @@ def test_wrong_id_discards_all_results_of_the_fast_encoder(
     assert "fastokens returned other ids" in out.getvalue()
     assert "tokenizer: tokenizers" in out.getvalue()
     assert "tokenized again without it" in out.getvalue()
+    out = StringIO()  # by the rows that are shown: nothing uses it later
+    assert build(other(config, "3"), Console(file=out, width=200), examples=True) == expected
+    build_module._encoder.cache_clear()
+    assert "tokenizer: tokenizers" in out.getvalue() and "(fastokens returned other ids)" in out.getvalue()
 
 
 def test_units_that_the_fast_encoder_began_are_doubtful(config: BuildConfig, monkeypatch: pytest.MonkeyPatch) -> None:

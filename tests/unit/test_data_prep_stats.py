@@ -44,7 +44,8 @@ def config(tmp_path: Path) -> BuildConfig:
     ):
         path = tmp_path / f"rows{len(sources)}.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in content))
-        sources.append(SourceConfig(name=name, path=str(path), weight=1 + len(sources), licence="CC $x_1$"))
+        place = {"paths": [str(path)]} if sources else {"path": str(path)}
+        sources.append(SourceConfig(name=name, **place, weight=1 + len(sources), licence="CC $x_1$"))
     return BuildConfig(
         out=str(tmp_path / "out"),
         tokenizer=str(write_folder(tmp_path / "base")),
@@ -99,7 +100,7 @@ def test_the_page_matches_the_dataset(config: BuildConfig, tmp_path: Path) -> No
     )
     for key, value in (("row_length", "700"), ("seed", "42"), ("duplicates", "keep"), ("mask_token_id", "260")):
         assert f" {key} {value} " in page_sections["Settings"]
-    assert "two messages" in page_sections["Settings"] and "CC $x_1$" in page_sections["Settings"]
+    assert f"two messages {config.sources[1].paths[0]} 2 CC $x_1$" in page_sections["Settings"]
 
 
 @pytest.mark.parametrize(("kinds", "table", "note"), [(0, 0, ""), (25, 20, "5 rows for 5 more reasons")])

@@ -2,15 +2,20 @@
 
 import json
 import re
+import shutil
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 from helpers import make_dataset, make_hf
 from rich.console import Console
 
+from data_prep import build as build_module
 from data_prep import documents
 from data_prep.build import build
 from data_prep.build_config import BuildConfig, SourceConfig
+from data_prep.readers import plan_units
 from sdlm_megatron.config.load import load_config
 from sdlm_megatron.config.schema import RunConfig
 from sdlm_megatron.data.format import PackedDataset
@@ -76,21 +81,31 @@ def test_long_documents_are_refused(tmp_path: Path) -> None:
 
 
 def test_prepare_refuses_the_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In any batch of rows; the base's config.json is read once for all of them."""
+    """In any batch of rows and unit of a file; the base's config.json is read once per unit. The advice can be followed
+    by the same command."""
     read: list[Path | str] = []
     monkeypatch.setattr(documents, "CHUNK", 1)
     monkeypatch.setattr(documents, "base_config", lambda folder: read.append(folder) or base_config(folder))
-    rows = [{"query": "Q", "response": "x" * n} for n in (5, 60, 7)]
-    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(build_module, "plan_units", partial(plan_units, unit_bytes=100))
+    for name, sizes in (("a", (5, 6)), ("b", (7, 8, 9, 60))):
+        rows = [{"query": "Q", "response": "x" * n} for n in sizes]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     tokenizer = write_folder(tmp_path / "base")
-    source = SourceConfig(name="mine", format="query_response", path=str(tmp_path / "in.jsonl"))
+    source = SourceConfig(name="mine", format="query_response", path=str(tmp_path / "*.jsonl"))
     config = BuildConfig(str(tmp_path / "out"), str(tokenizer), [source], system_prompt=None)
     values = json.loads((make_hf(tmp_path / "hf") / "config.json").read_text())
-    for positions, accepted in ((50, False), (200, True)):
+
+    def build_for(positions: int, max_document_length: int = 5632) -> int:
         (tokenizer / "config.json").write_text(json.dumps({**values, "max_position_embeddings": positions}))
-        if accepted:
-            build(config, Console(quiet=True))
-        else:
-            with pytest.raises(DataError, match=r"row 2 of mine has \d+ tokens, .* 50 positions"):
-                build(config, Console(quiet=True))
-    assert read == [str(tokenizer)] * 2, "once per build of one file"
+        accounting = build(replace(config, max_document_length=max_document_length), Console(quiet=True))["accounting"]
+        shutil.rmtree(config.out)
+        return accounting["packed"]
+
+    for _ in range(2):
+        with pytest.raises(DataError, match=rf"{tmp_path}/b.jsonl, line 4 has \d+ tokens, .* 50 positions") as caught:
+            build_for(50)
+        assert "--max_document_length=50" in caught.value.fix
+    assert build_for(50, 50) == 5
+    read.clear()
+    assert build_for(200) == 6
+    assert read == [str(tokenizer)] * 4
