@@ -49,8 +49,8 @@ class BuildState:
 
     @property
     def rejects(self) -> Path:
-        """File beside the output with the rows that stopped the build."""
-        return Path(f"{Path(self.config.out)}.rejects.jsonl")
+        """File beside the output with the rows that stopped the build; no .jsonl, which an input *.jsonl would take."""
+        return Path(f"{Path(self.config.out)}.rejects")
 
     def result(self, number: int) -> UnitResult | None:
         """Result of a unit; None while it is incomplete, of other settings, or may contain wrong ids."""

@@ -266,8 +266,8 @@ def test_existing_folder_is_kept_and_failure_leaves_no_files(config: BuildConfig
     bad = SourceConfig(name="bad", format="messages", path=str(Path(config.sources[0].path).parent / "bad.jsonl"))
     with pytest.raises(DataError, match="no rows to write: all 1 rows .*\n    1 rejected: the line is not JSON"):
         build(replace(config, out=config.out + "2", sources=[bad]), QUIET)
-    assert [file.name for file in Path(config.out).parent.glob("out2*")] == ["out2.rejects.jsonl"]
-    assert json.loads(Path(config.out + "2.rejects.jsonl").read_text())["content"] == "nothing"
+    assert [file.name for file in Path(config.out).parent.glob("out2*")] == ["out2.rejects"]
+    assert json.loads(Path(config.out + "2.rejects").read_text())["content"] == "nothing"
 
 
 def test_a_changed_weight_of_a_meta_json_is_named(config: BuildConfig, tmp_path: Path) -> None:
@@ -635,7 +635,7 @@ def test_too_many_rejected_rows_stop_the_build_until_they_are_allowed(config: Bu
     """The limit holds for each source; the same command with another limit does not tokenize again, and one with
     other settings starts over."""
     config.max_rejected = 0.15
-    rejects, partial = Path(config.out + ".rejects.jsonl"), Path(config.out + ".partial")
+    rejects, partial = Path(config.out + ".rejects"), Path(config.out + ".partial")
     with pytest.raises(DataError, match=r"source 'mixed': 4 of 22 rows \(18.2%\) were rejected") as caught:
         build(config, QUIET)
     assert "--max_rejected=0.19" in caught.value.fix and str(rejects) in caught.value.fix
