@@ -239,6 +239,11 @@ def test_stop_request_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     request.write_text("{")
     assert look() == "stop.json without a reason"
     request.unlink()
+    request.parent.rmdir()
+    request.parent.write_text("a folder that cannot be read")
+    (tmp_path / "STOP").write_text("")
+    assert look() == "STOP"
+    (tmp_path / "STOP").unlink()
     (tmp_path / "STOP").mkdir()
     assert "Is a directory" in str(look())
     (tmp_path / "STOP").rmdir()

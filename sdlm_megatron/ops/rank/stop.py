@@ -37,7 +37,9 @@ class StopRequests:
         """Looks for the files. Called by one process and not at every step, since the folder may be slow."""
         if self.why is None:
             with suppress(OSError):  # of a shared disk that fails is no request, and there is a next look
-                self.why = _driver_request(attempt_dir(run_dir) / "stop.json") or _user_request(run_dir / "STOP")
+                self.why = _driver_request(attempt_dir(run_dir) / "stop.json")
+            with suppress(OSError):
+                self.why = self.why or _user_request(run_dir / "STOP")
 
 
 def refuse_to_start(run_dir: Path) -> None:
