@@ -32,6 +32,9 @@ _SYSTEM_ERRORS = {
     errno.ESTALE: "try again: the file server was restarted, or the file was replaced",
 }
 """Errors of the operating system that a user can solve, and how."""
+for _name in ("ENOTCONN", "ESHUTDOWN", "ETIMEDOUT", "EREMOTEIO", "EKEYEXPIRED", "EUCLEAN", "EBADMSG"):
+    if hasattr(errno, _name):  # some are Linux's own
+        _SYSTEM_ERRORS[getattr(errno, _name)] = "try again; if it stays so, check the disk, its server or the network"
 _CONTROLS = {code: 0x2400 + code for code in range(32) if code not in (9, 10)} | {127: 0x2421}
 _CONTROLS |= dict.fromkeys([*range(0x80, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)], 0xFFFD)
 _ASCII = dict(zip("–—▸▢◌␣·█░▓×“”’", "-->_o_.#-=x'''", strict=True)) | {"…": "...", "→": "->", "τ": "tau"}
@@ -257,14 +260,12 @@ def run_cli(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | 
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C
         print("interrupted", file=sys.stderr, flush=True)
         raise SystemExit(INTERRUPTED) from None
-    except BrokenPipeError:
-        if not _reader_left():
-            raise
-        _discard_output()
-        raise SystemExit(READER_LEFT) from None
     except OSError as error:
-        if error.errno not in _SYSTEM_ERRORS:
-            raise
+        if error.errno not in _SYSTEM_ERRORS:  # ESHUTDOWN, which is among them, is a BrokenPipeError too
+            if not (isinstance(error, BrokenPipeError) and _reader_left()):
+                raise
+            _discard_output()
+            raise SystemExit(READER_LEFT) from None
         if error.filename == STDOUT:
             _discard_output()
         where = " -> ".join(os.fsdecode(name) for name in (error.filename, error.filename2) if name is not None)

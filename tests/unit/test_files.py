@@ -1,16 +1,18 @@
 """Checked reads of files that others wrote: JSON with limits and types, and links that lead out of a folder."""
 
+import errno
 import os
 import resource
 from pathlib import Path
 from threading import Thread
+from unittest.mock import Mock
 
 import pytest
 from helpers import make_dataset
 
 from sdlm_megatron import files, train
 from sdlm_megatron.data.format import PackedDataset
-from sdlm_megatron.errors import CheckpointError, DataError, UserError
+from sdlm_megatron.errors import CheckpointError, DataError, UserError, run_cli
 from sdlm_megatron.files import checked, make_folder, own_partial, read_json, read_json_object, regular_file, write_text
 from sdlm_megatron.report.page_kit import Page
 from sdlm_megatron.weights.resumable_folder import check_out
@@ -42,6 +44,19 @@ def test_absent_file_and_other_types_are_refused(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text("[1]")
     with pytest.raises(CheckpointError, match="holds a list, not an object"):
         read_json_object(tmp_path / "run.json", CheckpointError)
+
+
+@pytest.mark.parametrize("name", ["ENOTCONN", "ESHUTDOWN", "ETIMEDOUT", "EREMOTEIO", "EUCLEAN", "EBADMSG"])
+def test_errors_of_a_file_server_name_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    problem = OSError(getattr(errno, name), os.strerror(getattr(errno, name)))
+    (tmp_path / "run.json").write_text("{}")
+    monkeypatch.setattr(Path, "read_text", Mock(side_effect=problem))
+    with pytest.raises(SystemExit) as ended:
+        run_cli(lambda argv: read_json(tmp_path / "run.json", CheckpointError))
+    error = capsys.readouterr().err
+    assert ended.value.code == 1 and f"error: {problem.strerror}\n  where: {tmp_path / 'run.json'}\n" in error
 
 
 def test_fields_are_checked_for_type_and_range(tmp_path: Path) -> None:
