@@ -104,6 +104,18 @@ class CheckpointError(UserError):
     """A checkpoint or model folder that is missing, incomplete or incompatible."""
 
 
+class UnreadableError(CheckpointError):
+    """A checkpoint that cannot be read, but may be intact: it is not renamed, and no older one takes its place.
+
+    Args:
+        exit_code: 1 where the error may pass, so that the job's driver tries again.
+    """
+
+    def __init__(self, what: str, where: str = "", fix: str = "", exit_code: int = 2) -> None:
+        super().__init__(what, where, fix)
+        self.exit_code = exit_code
+
+
 class TrainingError(UserError):
     """A loss or gradient that is not finite.
 
@@ -120,10 +132,10 @@ class TrainingError(UserError):
 
 
 class ReplicaError(UserError):
-    """Data-parallel replicas that hold different weights, caused by hardware or by a bug in this project.
+    """Processes that hold other weights or read other bytes than others, caused by hardware or by a bug in this code.
 
     Args:
-        ranks: ranks that hold the deviating weights.
+        ranks: ranks that hold or read what deviates.
     """
 
     exit_code = 1

@@ -92,6 +92,7 @@ def train(config: RunConfig, watch: Watch | None, *, profile: str | None = None,
     from sdlm_megatron.model.layers import check_layers
     from sdlm_megatron.training import run_plan
     from sdlm_megatron.training.sample_prompts import choose_prompts
+    from sdlm_megatron.weights.checkpoint_folder import refuse_restart
 
     rank, world = process_place()
     main_process = rank == 0
@@ -99,6 +100,9 @@ def train(config: RunConfig, watch: Watch | None, *, profile: str | None = None,
     profile_steps = run_plan.parse_profile_steps(profile) if profile is not None else None
     dataset = PackedDataset(config.data.path)
     plan = run_plan.make_run_plan(config, dataset, log)
+    # a start comes to it later: it waits for a shared folder, and first copies what the nodes' disks hold
+    if watch is None and plan.kind != "resume" and not config.checkpoint.local_dir:
+        refuse_restart(Path(config.run_dir) / "ckpt")
     dp_size = world // config.parallel.model_size
     grid = run_plan.make_grid(plan.config, dataset, plan.state.rows_per_step, dp_size)
     log(describe(plan.config, plan, dataset, grid))

@@ -1,15 +1,15 @@
 """Fills an engine's weights and optimizer, under any TP / PP / DP, from a checkpoint or a Hugging Face folder."""
 
-import errno
 import socket
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from sdlm_megatron.checkpoint.sharding import LocalShard, local_shards, start_state
-from sdlm_megatron.errors import CheckpointError
+from sdlm_megatron.errors import CheckpointError, ReplicaError, UnreadableError
 from sdlm_megatron.parallel.engine import Engine
 from sdlm_megatron.parallel.exchange import gather
 from sdlm_megatron.parallel.groups import Groups
@@ -118,24 +118,34 @@ def damage(folder: Path, groups: Groups) -> str:
     """Description of a damaged file of a checkpoint, "" if there is none. All processes call it and share the reading.
 
     Raises:
-        OSError: a process reads a damaged file, and the main process reads it intact.
+        UnreadableError: on all processes, where a file cannot be read; it may be intact.
+        ReplicaError: on all processes, where some find a file damaged or unreadable that another host reads intact.
     """
-    problem = _problem(folder, groups.rank, groups)
-    reported = groups.gather(problem and f"process {groups.rank} on {socket.gethostname()}: {problem}")
-    ranks = [rank for rank, text in enumerate(reported) if text]
-    if not ranks:
+    everyone = groups.gather([socket.gethostname(), *_problem(folder, groups.rank, groups)])
+    hosts = [host for host, *_ in everyone]
+    problems = {rank: problem for rank, (_, *problem) in enumerate(everyone) if problem}
+    if not problems:
         return ""
-    # One host that reads wrong bytes must not condemn an intact checkpoint.
-    again = next((text for rank in ranks if groups.main and (text := _problem(folder, rank, groups))), "")
-    if not (confirmed := groups.gather(again)[0]):
-        raise OSError(errno.EIO, f"{reported[ranks[0]]}; the main process reads it intact", str(folder))
-    return confirmed
+    # One host that reads wrong bytes must not condemn an intact checkpoint: another, where there is one, reads it too.
+    bad = {hosts[rank] for rank in problems}
+    judge = next((rank for rank, host in enumerate(hosts) if host not in bad), 0)
+    again = next((p for rank in problems if groups.rank == judge and (p := _problem(folder, rank, groups))), [])
+    if not (confirmed := groups.gather(again)[judge]):
+        rank, text = next((rank, text) for rank, (text, *_) in problems.items())
+        what = f"process {rank} on {hosts[rank]}: {text}; process {judge} on {hosts[judge]} reads it intact"
+        raise ReplicaError(what, str(folder), "run without that host", [*problems])
+    for problem in (confirmed, *problems.values()):
+        if len(problem) > 1:
+            raise UnreadableError(*problem)
+    return confirmed[0]
 
 
-def _problem(folder: Path, rank: int, groups: Groups) -> str:
-    """Description of the first damaged file in the share of a process."""
+def _problem(folder: Path, rank: int, groups: Groups) -> list[Any]:
+    """[description] of the first damaged file in the share of a process, or the fields of an UnreadableError, or []."""
     try:
         check_files(folder, share=(rank, groups.world_size))
+    except UnreadableError as error:
+        return [error.what, error.where, error.fix, error.exit_code]
     except CheckpointError as error:
-        return error.what
-    return ""
+        return [error.what]
+    return []

@@ -33,7 +33,7 @@ from sdlm_megatron.training.log_hook import LogHook
 from sdlm_megatron.training.profile import ProfileHook
 from sdlm_megatron.training.run_plan import RunPlan, make_run_plan
 from sdlm_megatron.training.trainer import Trainer
-from sdlm_megatron.weights.checkpoint_folder import DAMAGED, set_aside, step_folders
+from sdlm_megatron.weights.checkpoint_folder import refuse_restart, set_aside, step_folders
 
 _PATIENCE = 60
 """Seconds within which all nodes must see the same checkpoints: shared folders are not consistent at once."""
@@ -166,12 +166,8 @@ def sync_resume_plan(
         groups.gather(None)  # no process plans again before the folder is renamed
         plan = make_run_plan(config, dataset, log)
     folder = Path(config.run_dir) / "ckpt"
-    # the main process's names, as a shared folder may show others to others
-    own = groups.gather([path.name for _, path, suffix in step_folders(folder) if suffix in ("", DAMAGED)])[0]
-    if own and plan.kind != "resume":
-        what = f"none of the run's checkpoints can be used: {', '.join(own)}"
-        fix = "the lines above say why: copy or repair one (an intact .damaged one: rename it back), or remove them to "
-        raise CheckpointError(what, str(folder), fix + "start from the base")
+    if plan.kind != "resume":
+        refuse_restart(folder, groups.gather)
     for step, path, suffix in step_folders(folder) if groups.main else ():
         if not suffix and step > plan.state.step:
             set_aside(path)  # incomplete: it must not count as the newest later on

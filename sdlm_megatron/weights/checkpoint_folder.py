@@ -17,6 +17,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -25,7 +26,7 @@ from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 from sdlm_megatron.config.schema import DiffusionConfig, LoraConfig, ModelConfig, RunConfig
 from sdlm_megatron.config.validate import CHOICES, RANGES, SIZES, check_lora, check_ranges
 from sdlm_megatron.diffusion.settings import SDLMSettings
-from sdlm_megatron.errors import CheckpointError, ConfigError
+from sdlm_megatron.errors import CheckpointError, ConfigError, UnreadableError
 from sdlm_megatron.files import checked, optional_file, raise_passing, read_json_object, regular_file, sha256
 
 TOKENIZER_FILES = (
@@ -158,6 +159,21 @@ def _typed(kind: type, raw: dict[str, Any], path: Path, *, whole: bool = False) 
     return raw
 
 
+@contextmanager
+def _reading() -> Iterator[None]:
+    """An OSError of reading a checkpoint becomes an UnreadableError, which says nothing about its files."""
+    try:
+        yield
+    except OSError as error:
+        what = f"{Path(error.filename).name} cannot be read: {error.strerror}"
+        if isinstance(error, PermissionError):
+            fix = "give yourself permission to read it: the run takes no older checkpoint in its place"
+            raise UnreadableError(what, error.filename, fix) from None
+        fix = "try again; if it stays so, rename the folder to step-….damaged: the run then takes the one before"
+        raise UnreadableError(what, error.filename, fix, 1) from None
+
+
+@_reading()
 def check_complete(folder: Path) -> None:
     """CheckpointError unless every file of the checkpoint exists with its full size."""
     if not folder.is_dir():
@@ -172,6 +188,7 @@ def check_complete(folder: Path) -> None:
             )
 
 
+@_reading()
 def check_files(folder: Path, share: tuple[int, int] = (0, 1), only: str = "") -> None:
     """Compares checksums of a complete checkpoint; CheckpointError for the first file that differs.
 
@@ -272,11 +289,25 @@ def newest(folder: Path, log: Callable[[str], None]) -> Path | None:
             check_complete(candidate)
             # Hashing the weights of every candidate would take minutes; the checkpoint that is chosen gets it later.
             check_files(candidate, only="state.json")
+        except UnreadableError:
+            raise
         except CheckpointError as error:
             log(f"ignored {candidate}: {error.what}")
             continue
         return candidate
     return None
+
+
+def refuse_restart(folder: Path, gather: Callable[[list[str]], list[list[str]]] = lambda names: [names]) -> None:
+    """CheckpointError where RUN/ckpt has checkpoints, called when not one can be used: a run would start over.
+
+    Args:
+        gather: the names that each process sees; a shared folder may show others to others, and the main one's count.
+    """
+    if own := gather([path.name for _, path, suffix in step_folders(folder) if suffix in ("", DAMAGED)])[0]:
+        what = f"none of the run's checkpoints can be used: {', '.join(own)}"
+        fix = "the lines above say why: copy or repair one (an intact .damaged one: rename it back), or remove them to "
+        raise CheckpointError(what, str(folder), fix + "start from the base")
 
 
 def find_checkpoint(path: Path) -> Path:

@@ -113,6 +113,8 @@ def test_damaged_checkpoints_fall_back_to_the_previous_one(tmp_path: Path) -> No
         refused = train({**common, "run_dir": run}, check=False)
         assert refused.returncode == 2 and (run / "metrics.jsonl").read_bytes() == before
         assert "none of the run's checkpoints can be used: step-0000002.damaged" in refused.stderr
+    dry = train({**common, "run_dir": run}, check=False, entry=("-m", "sdlm_megatron.train", "--dry-run"))
+    assert dry.returncode == 2 and "can be used: step-0000002.damaged" in dry.stderr and "starts from" not in dry.stdout
     (run / "ckpt" / "step-0000002.damaged").rename(run / "ckpt" / "step-0000002.partial")
     assert "starts from" in train({**common, "run_dir": run, "train.stop_after": 1}).stdout
     assert [record["step"] for record in read_metrics(run)] == [1]

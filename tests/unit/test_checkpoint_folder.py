@@ -4,6 +4,8 @@ import errno
 import json
 import os
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,10 +14,11 @@ from typing import Any
 import pytest
 from helpers import failing_open
 
+from sdlm_megatron.checkpoint import restore
 from sdlm_megatron.checkpoint.local_disk import _listing, carry_over, keep_only, local_root
 from sdlm_megatron.checkpoint.restore import damage
 from sdlm_megatron.config.schema import CheckpointConfig, DiffusionConfig, ModelConfig
-from sdlm_megatron.errors import CheckpointError
+from sdlm_megatron.errors import CheckpointError, ReplicaError, UnreadableError
 from sdlm_megatron.files import HashedFile
 from sdlm_megatron.weights import checkpoint_folder
 from sdlm_megatron.weights.checkpoint_folder import (
@@ -162,21 +165,67 @@ def test_errors_of_reading_condemn_no_checkpoint(tmp_path: Path, monkeypatch: py
     cases = [(newest_step, tmp_path, "distcp", 0), (newest_step, tmp_path, "state.json", 2)]
     cases += [(lambda path: damage(path, groups), folder, "distcp", opened) for opened in (0, 1)]
     for check, path, name, opened in cases:
-        with monkeypatch.context() as failing, pytest.raises(OSError, match=os.strerror(number)):
+        with monkeypatch.context() as failing, pytest.raises(UnreadableError, match=os.strerror(number)) as caught:
             failing.setattr("builtins.open", failing_open(name, number, opened))
             check(path)
+        code, fix = (2, "permission to read") if number == errno.EACCES else (1, "rename the folder to step-….damaged")
+        assert caught.value.exit_code == code and fix in caught.value.fix and name in caught.value.where
     assert names(tmp_path) == {"step-0000002", "step-0000003"} and newest_step(tmp_path) == 3
 
 
-def test_a_damaged_file_is_read_again_by_the_main_process(tmp_path: Path) -> None:
-    folder, reported = save(tmp_path, 3), "process 1 on n7: weights.distcp is damaged"
-    groups: Any = SimpleNamespace(rank=0, world_size=2, main=True, gather=lambda value: [value, reported])
-    (folder / "weights.distcp").write_bytes(b"1234")
-    seal(folder)
-    with pytest.raises(OSError, match="on n7: weights.distcp is damaged; the main process reads it intact"):
-        damage(folder, groups)
-    (folder / "weights.distcp").write_bytes(b"1235")
-    assert "its checksum differs" in damage(folder, groups)
+WRONG, FAILS = CheckpointError("w is damaged"), UnreadableError("w cannot be read", "w", "rename it to .damaged", 1)
+
+
+@pytest.mark.parametrize(
+    ("hosts", "readings", "expected"),
+    [
+        (["n0", "n1"], {(1, 1): FAILS, (0, 1): FAILS}, FAILS),
+        (["n0", "n1"], {(1, 1): WRONG, (0, 1): FAILS}, FAILS),
+        (["n0", "n1"], {(1, 1): FAILS, (0, 1): WRONG}, FAILS),
+        (["n0", "n1"], {(1, 1): WRONG, (0, 1): WRONG}, "w is damaged"),
+        (["n0", "n1"], {(0, 0): WRONG}, [0]),
+        (["n0", "n0", "n1"], {(0, 0): WRONG, (1, 0): WRONG}, [0]),
+        (["n0", "n0", "n1", "n1"], {(2, 2): FAILS, (3, 3): WRONG}, [2, 3]),
+        (["n0", "n0"], {(1, 1): WRONG}, [1]),
+        (["n0", "n0"], {(1, 1): WRONG, (0, 1): WRONG}, "w is damaged"),
+    ],
+)
+def test_another_host_reads_again(monkeypatch: pytest.MonkeyPatch, hosts: list, readings: dict, expected: Any) -> None:
+    """All processes end alike, also where a file cannot be read, and only a host that differs from another is named.
+
+    readings: errors by process and by whose share it reads.
+    """
+    here, everyone, step = threading.local(), dict.fromkeys(range(len(hosts))), threading.Barrier(len(hosts), timeout=9)
+
+    def read(folder: Path, share: tuple[int, int]) -> None:
+        if error := readings.get((here.rank, share[0])):
+            raise error
+
+    def gather(value: Any) -> list[Any]:
+        everyone[here.rank] = json.loads(json.dumps(value))
+        step.wait()
+        values = list(everyone.values())
+        step.wait()
+        return values
+
+    def process(rank: int) -> Any:
+        here.rank = rank
+        groups: Any = SimpleNamespace(rank=rank, world_size=len(hosts), gather=gather)
+        try:
+            return damage(Path("step-3"), groups)
+        except (ReplicaError, UnreadableError) as error:
+            return error
+
+    monkeypatch.setattr(restore, "check_files", read)
+    monkeypatch.setattr(restore.socket, "gethostname", lambda: hosts[here.rank])
+    with ThreadPoolExecutor(len(hosts)) as pool:
+        ends = list(pool.map(process, range(len(hosts))))
+    assert len({(type(end), str(end)) for end in ends}) == 1
+    for end in ends:
+        if isinstance(expected, list):
+            assert isinstance(end, ReplicaError) and end.ranks == expected and "reads it intact" in end.what
+        else:
+            assert str(end) == str(expected) and getattr(end, "exit_code", 1) == 1
 
 
 STATES: list[tuple[dict[str, Any], str]] = [

@@ -16,7 +16,7 @@ from sdlm_megatron.config.hardware import gpu_number
 from sdlm_megatron.config.load import PRESETS, load_config, preset_names, to_yaml
 from sdlm_megatron.config.schema import DiffusionConfig, ModelConfig, RunConfig
 from sdlm_megatron.config.validate import CHOICES, check_model, check_run, process_place
-from sdlm_megatron.errors import ConfigError, ReplicaError, TrainingError, UserError
+from sdlm_megatron.errors import ConfigError, ReplicaError, TrainingError, UnreadableError, UserError
 from sdlm_megatron.ops.driver.cluster_file import ClusterFile
 from sdlm_megatron.weights.checkpoint_folder import checksums, read_state
 
@@ -292,6 +292,7 @@ def test_a_value_may_follow_its_key() -> None:
         UserError("a", "b", "c"),
         ConfigError("a", fix="c"),
         TrainingError("a", "b", "c", step=7),
+        UnreadableError("a", "b", "c", 1),
         ReplicaError("a", "b", ranks=[1, 3]),
     ],
     ids=lambda error: type(error).__name__,

@@ -116,6 +116,7 @@ def test_real_error_takes_precedence_over_lost_connections_and_kills(attempt: At
 @pytest.mark.parametrize(
     ("error", "blamed"),
     [
+        ("UnreadableError: a.distcp cannot be read: Connection timed out", [3]),
         ("ncclUnhandledCudaError: Call to CUDA function failed.\nLast error:\nCuda failure 2 'out of memory'", [3]),
         ("ncclSystemError: …\nLast error:\nError while creating shared memory segment /dev/shm/nccl-X (size 9)", [3]),
         ("ncclRemoteError: A call failed possibly due to a network error or a remote process exiting", [0, 1, 2]),

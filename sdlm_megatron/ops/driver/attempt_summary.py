@@ -29,8 +29,11 @@ CONNECTION = re.compile(
     re.I,
 )
 """Errors of a process that lost its connection to another one: a consequence, not a cause."""
-OWN = re.compile(r"ncclUnhandledCudaError|ncclInvalid|Cuda failure|creating shared memory|No space left", re.I)
-"""Errors of NCCL that are a process's own all the same. ncclInternalError is not: it also follows another's end."""
+OWN = re.compile(
+    r"ncclUnhandledCudaError|ncclInvalid|Cuda failure|creating shared memory|No space left|cannot be read: ", re.I
+)
+"""Errors of NCCL and of a file server that are a process's own all the same. ncclInternalError is not: it also follows
+another's end."""
 SRUN_LOG = "srun.log"  # output of srun itself, written by the job's driver
 SRUN_TASKS = re.compile(r"^srun: error: \S+: tasks? ([\d,-]+): (.+)$", re.M)
 WAITING = re.compile(r"/torch/distributed/|/p2p_communication\.py|/megatron/core/distributed/")
