@@ -162,7 +162,7 @@ def test_second_process_cannot_write_the_same_folder(tmp_path: Path, monkeypatch
         assert done is None
     assert not work.root.exists()
     monkeypatch.setattr("fcntl.flock", Mock(side_effect=OSError(errno.ENOSYS, "Function not implemented")))
-    with pytest.raises(CheckpointError, match="file system has no locks"), open_partial(out, {}, workers=1):
+    with pytest.raises(CheckpointError, match="file system has no locks"), open_partial(tmp_path / "b", {}, workers=1):
         pass
 
 
