@@ -199,5 +199,5 @@ def copy_code(folder: Path, model_type: str) -> None:
 def write_checksums(folder: Path, known: Mapping[str, str]) -> None:
     """SHA256SUMS, as `sha256sum -c` reads it; those of the weights are known from the writing."""
     files = {str(p.relative_to(folder)): p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != CHECKSUMS}
-    sums = {name: known.get(name) or sha256(p) for name, p in files.items()}
-    write_text(folder / CHECKSUMS, "".join(f"{value}  {name}\n" for name, value in sums.items()))
+    sums = {**known, **{name: known.get(name) or sha256(p) for name, p in files.items()}}
+    write_text(folder / CHECKSUMS, "".join(f"{sums[name]}  {name}\n" for name in sorted(sums, key=Path)))

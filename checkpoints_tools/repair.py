@@ -63,6 +63,7 @@ def repair(folder: Path) -> list[str]:
     write_json(old_generation, generation | (sdlm.to_generation_json() | generation))  # in the order of the file
     after = _contents(folder)
     changed = sorted(name for name, content in after.items() if before.get(name) != content)
+    changed += [] if (folder / CHECKSUMS).exists() else [CHECKSUMS]
     if changed:
         _update_checksums(folder, changed)
     return changed
@@ -72,11 +73,13 @@ def _update_checksums(folder: Path, changed: list[str]) -> None:
     """SHA256SUMS with the recorded sums of files that the repair did not write: new ones would hide damaged weights."""
     path = folder / CHECKSUMS
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
-    recorded = {name: value for value, _, name in (line.partition("  ") for line in lines) if name not in changed}
+    parts = [line.partition("  ") for line in lines]
+    recorded = {str(Path(name)): value for value, _, name in parts if name and str(Path(name)) not in changed}
     write_checksums(folder, recorded)
-    for file in sorted(folder.rglob("*")):
-        name = str(file.relative_to(folder))
-        if name in recorded and file.is_file() and sha256(file) != recorded[name]:
+    for name, value in sorted(recorded.items()):
+        if not (folder / name).is_file():
+            log.warning("%s, which SHA256SUMS records, is missing", name)
+        elif sha256(folder / name) != value:
             log.warning("%s is not the file that SHA256SUMS records: damaged, or changed after the export", name)
 
 

@@ -417,7 +417,10 @@ def build_parser() -> argparse.ArgumentParser:
 def read_command_line(argv: Sequence[str] | None) -> tuple[BuildConfig, argparse.Namespace]:
     """Settings and options of the command; each `--input` becomes a source of an otherwise default configuration."""
     args, overrides = parse_with_settings(build_parser(), argv)
-    if bool(args.config) == bool(args.input):
+    if not args.config and not args.input:
+        fix = "--input FILE.jsonl, or --config mixture_3p5m"
+        raise ConfigError("neither --config nor --input is set", "the command line", fix)
+    if args.config and args.input:
         fix = "to add a source to a configuration: sdlm prepare --config NAME --print-config > mine.yaml, append "
         fix += "- {name: mine, format: messages, path: FILE} to its list of sources, then --config mine.yaml"
         raise ConfigError("use either --config or --input", "the command line", fix)

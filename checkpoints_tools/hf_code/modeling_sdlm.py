@@ -233,8 +233,11 @@ def _refuse_arguments(model: Any, kwargs: dict[str, Any], stored: tuple[Any, ...
         bad.append(f"cache_implementation={cache_implementation!r}")
     sharded = is_deepspeed_zero3_enabled() or is_fsdp_managed_module(model)
     several = sharded and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
-    if several and kwargs.get("synced_gpus") is None:
-        bad.append("synced_gpus, which ZeRO-3 and FSDP imply (pass False if parameters are gathered)")
+    if several and kwargs.get("synced_gpus") is not False:
+        raise ValueError(
+            "SDLM's decoding does not support synced_gpus, which ZeRO-3 and FSDP imply on several ranks: gather the "
+            "parameters, or make as many passes on all ranks, and pass synced_gpus=False; or pass sdlm_alg='ar'"
+        )
     _refuse(bad)
 
 

@@ -36,7 +36,7 @@ class PaperTask:
     packages: Sequence[str] = ()
     files: Sequence[str] = ()
     executes: bool = False
-    stops: Sequence[str] = ()  # none: those of lm_eval belong to its few-shot texts, and cut the answers of a chat
+    stops: Sequence[str] = ()  # none: those of lm_eval are for continued texts, and cut the answers of a chat
     changes: Mapping[str, Any] = field(default_factory=dict)
 
     def missing(self, data: Path, *, run_code: bool) -> str:

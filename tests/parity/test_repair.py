@@ -113,6 +113,14 @@ def test_sums_of_files_that_are_not_restored_stay(tmp_path: Path, caplog: pytest
     main(["--repair", str(folder)])
     assert sums.read_text() == before and caplog.text.count("is not the file") == 1
     assert "model.safetensors is not the file that SHA256SUMS records" in caplog.text
+    weights.unlink()
+    (folder / "decode.py").write_text("")
+    main(["--repair", str(folder)])
+    assert sums.read_text() == before and "model.safetensors, which SHA256SUMS records, is missing" in caplog.text
+    weights.write_bytes(content)
+    sums.unlink()
+    main(["--repair", str(folder)])
+    assert sums.read_text() == before and caplog.text.count("SHA256SUMS") == 2
 
 
 @pytest.mark.parametrize("name", ["decode.py", "config.json.partial", "custom_generate"])

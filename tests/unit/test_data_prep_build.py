@@ -590,6 +590,8 @@ def test_full_disk_is_reported_and_same_command_resumes(
 
 
 def test_a_source_is_added_to_a_preset(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(ConfigError, match="neither --config nor --input is set"):
+        main([])
     with pytest.raises(ConfigError, match="use either --config or --input") as caught:
         main(["--config", "mixture_3p5m", "--input", "own.jsonl"])
     entry = "- {name: mine, format: messages, path: FILE}"

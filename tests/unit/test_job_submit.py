@@ -63,12 +63,14 @@ def test_training_script_is_submitted_by_name(user: dict[str, str], tmp_path: Pa
     assert submitted[script + 1 : -2] == ["--cluster", cluster, "--spares", "1", "--", "--train.steps=7"]
     assert "--exclude=n7" not in submitted
     (tmp_path / "run" / "bad-nodes.txt").write_text("# a comment\nn7 slow\n")
-    for options, excluded in (["--nodes", "4"], ["--exclude=n7"]), ([], []):
+    new = ["--", "--train.steps=8"]  # the last of two values is the one that counts
+    for options, excluded, added in (["--nodes", "4"], ["--exclude=n7"], []), ([], [], []), (new, [], new[1:]):
         again = run("sh", tmp_path / "run" / "submit.sbatch", *options, cwd="/", env=user)
         assert (again.returncode, again.stdout) == (0, "submitted job 4711\n"), again.stderr
         repeated = submitted_lines(tmp_path)
         assert [word for word in repeated if word.startswith("--exclude")] == excluded
-        assert "--nodes=5" in repeated and repeated[repeated.index("--cluster") :] == submitted[script + 1 :]
+        expected = [*submitted[script + 1 : -2], *added, *submitted[-2:]]
+        assert "--nodes=5" in repeated and repeated[repeated.index("--cluster") :] == expected
         (tmp_path / "run" / "bad-nodes.txt").write_text("")  # the nodes are repaired; --nodes is kept
 
 

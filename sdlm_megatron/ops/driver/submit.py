@@ -1,8 +1,8 @@
 """Submit a batch script to Slurm with the settings of a cluster.
 
 SCRIPT is a name such as train_32b_d4 or a path; `slurm/X.sh --cluster NAME` in a checkout is the same command. For a
-training job, `sh RUN/submit.sbatch [OPTIONS]` repeats it. `sdlm submit pipeline` submits all stages from conversations
-to an evaluated model.
+training job, `sh RUN/submit.sbatch [OPTIONS] [-- SETTINGS]` repeats it. `sdlm submit pipeline` submits all stages from
+conversations to an evaluated model.
 """
 
 import argparse
@@ -121,6 +121,9 @@ class Submission:
         """
         split = list(argv).index("--") if "--" in argv else len(argv)
         self.overrides = list(argv[split + 1 :])
+        if "--" in self.overrides:  # RUN/submit.sbatch appends its own settings: they come first, for new ones to win
+            again = self.overrides.index("--")
+            self.overrides = self.overrides[again + 1 :] + self.overrides[:again]
         self.args, unknown = (parser := build_parser()).parse_known_args(argv[:split])
         if settings := [word for word in unknown if re.match(r"--\w+\.", word)]:
             fix = f"write it after --, as in: sdlm submit {self.args.script} -- {settings[0]}"
@@ -218,7 +221,7 @@ class Submission:
         return slurm.submit_job(line)
 
     def shell_text(self) -> str:
-        """A shell script that submits this run again: with the cluster file and the bad nodes of that time."""
+        """A shell script that submits this run again: with the cluster file and the bad nodes as they are then."""
         lines = ["#!/bin/sh", f"cd {shlex.quote(str(Path.cwd()))}"]
         lines += [f"export {v}={shlex.quote(mask_text(os.environ[v]))}" for v in KEPT_VARIABLES if os.environ.get(v)]
         options = [f"--{name}={value}" for name in KEPT_OPTIONS if (value := getattr(self.args, name)) is not None]
