@@ -69,8 +69,9 @@ def show(sample: dict[str, Any]) -> None:
     tokens = sample["answer_tokens"]
     passes = len({token["pass"] for token in tokens})
     console = make_console()
-    console.print(f"\n  {sample['prompt']}", markup=False)
-    console.print("  ", colored(tokens), f" ({len(tokens)} tokens in {passes} passes)", sep="", markup=False)
+    console.print(f"\n  {sample['prompt']}", markup=False, soft_wrap=True)
+    answer = ("  ", colored(tokens), f" ({len(tokens)} tokens in {passes} passes)")
+    console.print(*answer, sep="", markup=False, soft_wrap=True)
 
 
 def build_parser() -> argparse.ArgumentParser:

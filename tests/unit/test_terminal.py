@@ -18,6 +18,7 @@ from checkpoints_tools.model_card import adapter_card, model_card
 from sdlm_megatron.config.schema import ModelConfig, ParallelConfig, RunConfig
 from sdlm_megatron.diffusion.settings import SDLMSettings
 from sdlm_megatron.errors import ConfigError, make_console, markdown, neutral
+from sdlm_megatron.evaluation.table import show
 from sdlm_megatron.files import read_json, write_json
 from sdlm_megatron.metrics.wandb_sink import open_wandb
 from sdlm_megatron.progress import track
@@ -55,6 +56,16 @@ def test_console_prints_text_as_it_is() -> None:
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     assert not UNSAFE & set(shown)
     assert shown.startswith(SEEN + "\n") and shown.count(SEEN) == 3
+
+
+def test_a_shown_answer_is_not_broken_into_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    tokens = [{"text": f"word{number} ", "pass": number // 2} for number in range(40)]
+    show({"prompt": "long " * 40, "answer_tokens": tokens})
+    assert [len(line) for line in capsys.readouterr().out.splitlines()] == [
+        0,
+        202,
+        2 + 270 + len(" (40 tokens in 20 passes)"),
+    ]
 
 
 def test_progress_bar_of_a_hostile_title() -> None:
