@@ -24,7 +24,14 @@ from sdlm_megatron.config.command_line import at_least, threshold
 from sdlm_megatron.errors import ConfigError, DataError, run_cli
 from sdlm_megatron.evaluation import lm_eval, measurement, paper_page, signatures
 from sdlm_megatron.evaluation.identity import model_sha256
-from sdlm_megatron.evaluation.paper_tasks import CODE_METRIC, PaperTask, choose_tasks, paper_tasks, write_definitions
+from sdlm_megatron.evaluation.paper_tasks import (
+    CODE_METRIC,
+    STOP_STRINGS,
+    PaperTask,
+    choose_tasks,
+    paper_tasks,
+    write_definitions,
+)
 from sdlm_megatron.evaluation.result_files import read_kept
 from sdlm_megatron.files import make_folder, write_json
 from sdlm_megatron.weights.hf_config import read_hf_config
@@ -148,6 +155,7 @@ def settings_of(args: argparse.Namespace, task: PaperTask) -> dict[str, Any]:
         "dtype": args.dtype,
         "limit": args.limit,
         "max_new_tokens": args.max_new_tokens,
+        "stop_strings": STOP_STRINGS,
         "recipe_sha256": hashlib.sha256(entry.encode()).hexdigest(),
     }
 

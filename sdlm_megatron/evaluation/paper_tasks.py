@@ -17,6 +17,7 @@ from sdlm_megatron.errors import ConfigError
 from sdlm_megatron.files import make_folder, write_text
 
 RECIPE = Path(__file__).with_name("paper_recipe.yaml")
+STOP_STRINGS: list[str] = []  # those of lm_eval are for continued texts, and cut the answers of a chat
 CODE_METRIC = "evaluate-metric/code_eval"
 """The metric of the tasks that run code: a Space of the hub, and its folder below --data."""
 
@@ -36,7 +37,6 @@ class PaperTask:
     packages: Sequence[str] = ()
     files: Sequence[str] = ()
     executes: bool = False
-    stops: Sequence[str] = ()  # none: those of lm_eval are for continued texts, and cut the answers of a chat
     changes: Mapping[str, Any] = field(default_factory=dict)
 
     def missing(self, data: Path, *, run_code: bool) -> str:
@@ -144,7 +144,7 @@ def write_definitions(task: PaperTask, data: Path, folder: Path, *, tokens: int,
             "dataset_kwargs": {"cache_dir": str((folder / "cache").resolve())},
             "num_fewshot": task.shots,
             **task.changes,
-            "generation_kwargs": {"until": list(task.stops), "max_gen_toks": tokens, "do_sample": False},
+            "generation_kwargs": {"until": STOP_STRINGS, "max_gen_toks": tokens, "do_sample": False},
         }
         write_text(folder / f"{names[-1]}.yaml", yaml.safe_dump(definition, sort_keys=False, allow_unicode=True))
     return names

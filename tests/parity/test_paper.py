@@ -257,7 +257,7 @@ def test_decoded_answers_are_kept_and_not_mixed(data, model, tmp_path, monkeypat
         with pytest.raises(DataError, match=f"measured with {difference}"):
             paper.main([*words, *options])
     path = out / "gsm8k-prob_conf-0.5.json"
-    for name in ("model_sha256", "recipe_sha256"):
+    for name in ("model_sha256", "recipe_sha256", "stop_strings"):
         path.write_text(json.dumps(result | {"settings": result["settings"] | {name: "x"}}))
         with pytest.raises(DataError, match=f"measured with {name} 'x', not ") as caught:
             paper.main(words)
