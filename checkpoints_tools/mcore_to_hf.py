@@ -119,8 +119,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = build_parser()
     args = parser.parse_args(argv)
     if args.repair is not None:
-        if args.ckpt or args.out:
-            parser.error("--repair takes neither --ckpt nor --out")
+        if args != parser.parse_args([f"--repair={args.repair}"]):
+            parser.error("--repair takes no other option")
         print(f"restored {', '.join(repair(args.repair)) or 'nothing: the folder is complete'}")
         return
     if not args.ckpt or not args.out:

@@ -75,6 +75,13 @@ def test_rope_of_every_family_is_where_older_code_looks(tmp_path: Path, family: 
     assert read_hf_config(folder) == read_hf_config(source)
 
 
+@pytest.mark.parametrize("option", [["--dry-run"], ["--dtype", "bf16"], ["--max-shard-gb", "1"], ["--out", "x"]])
+def test_repair_takes_no_other_option(tmp_path: Path, option: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--repair", str(tmp_path), *option])
+    assert "--repair takes no other option" in capsys.readouterr().err
+
+
 def test_folder_without_the_settings_is_refused(tmp_path: Path) -> None:
     folder = exported.export("trained_d4", tmp_path / "m.v1")
     config = json.loads((folder / "config.json").read_text())
