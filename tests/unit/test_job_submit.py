@@ -229,6 +229,31 @@ def test_errors_are_reported_before_submission(
         Submission(arguments)
 
 
+@pytest.mark.parametrize(
+    ("line", "nodes"),
+    [
+        ("  --nodes=16", 16),
+        (" --nodes 16", 16),
+        (" -N 16", 16),
+        ("\t-N16", 16),
+        (" --exclusive -N 4 -t 1:00 # not --nodes=9", 4),
+        (" --nodes=16-32", 0),
+        (" --no-kill", 0),
+    ],
+)
+def test_nodes_of_a_script_are_read_in_every_form(
+    line: str, nodes: int, user: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in user.items():
+        monkeypatch.setenv(name, value)
+    script = tmp_path / "own.sh"
+    text = (REPO / "slurm" / "train_3b_d4.sh").read_text().replace("#SBATCH --nodes=4", f"#SBATCH{line}")
+    script.write_text(text)
+    with nullcontext() if nodes else pytest.raises(ConfigError, match=f"(?s){script}.*or pass --nodes N"):
+        assert Submission([str(script)]).nodes == nodes
+    assert Submission([str(script), "--nodes", "2"]).nodes == 2
+
+
 @pytest.mark.parametrize("option", ["--mem-per-gpu=100G", "--mem-per-cpu=8G", "--mem=500G"])
 def test_cluster_file_replaces_the_memory(
     option: str, user: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

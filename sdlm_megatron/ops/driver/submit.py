@@ -44,6 +44,8 @@ _CHANGES_SCRIPT = re.compile(
     r"SBATCH_(ARRAY_INX|CPUS_PER_GPU|EXPORT(?!=ALL)|GPUS|GPUS_PER_TASK|GRES|MEM_PER_\w+|NO_REQUEUE|OVERCOMMIT|SIGNAL|WAIT)="
 )
 """Variables (NAME=VALUE) that sbatch puts before the #SBATCH lines, and with which the scripts cannot do their work."""
+_OPTION = re.compile(r"(?<=\s)(?:--([\w-]+)|-(\w))(?:[ \t=]*([^\s=-]\S*))?")
+"""An option of sbatch: its name, or its letter, and its value."""
 EXAMPLE = """DATA=DIR BASE=DIR sdlm submit train_32b_d4 --cluster mine --spares 1 --dry-run
 DATA=DIR BASE=DIR sdlm submit train_3b_d4 --cluster mine --nodes 2 -- --train.global_batch=128
 RUN_DIR=RUN OUT=DIR sdlm submit export --cluster mine --after 4711
@@ -103,12 +105,21 @@ class BatchScript:
             near = difflib.get_close_matches(name, script_names(), 1)
             fix = f"did you mean {near[0]}?" if near else f"name a path or one of {', '.join(script_names())}"
             raise ConfigError(f"no batch script {name}", str(SCRIPTS), fix) from None
-        self.options: dict[str, str] = dict(re.findall(r"^#SBATCH --([\w-]+)=?(\S*)", text, re.MULTILINE))
+        lines = re.findall(r"^#SBATCH([ \t][^#\n]*)", text, re.MULTILINE)
+        found = [option for line in lines for option in _OPTION.findall(line)]
+        self.options = {name or {"N": "nodes"}.get(letter, letter): value for name, letter, value in found}
         """The #SBATCH options, "" for one without a value."""
         self.needs: list[tuple[str, str]] = re.findall(r'^need (\w+) "(.*)"', text, re.MULTILINE)
         """Variables that must be set, with their meaning."""
         preset = re.search(r"^train (\S+)", text, re.MULTILINE)
         self.preset = preset[1] if preset else ""  # preset of a training script; "" of the others
+
+    def nodes(self) -> int:
+        """The number of nodes of its #SBATCH lines. ConfigError where they have none."""
+        if not re.fullmatch("[1-9][0-9]*", nodes := self.options.get("nodes", "")):
+            what = f"its #SBATCH lines ask for {nodes} nodes, which is no number" if nodes else "no #SBATCH --nodes"
+            raise ConfigError(what, str(self.path), "write #SBATCH --nodes=N into it, or pass --nodes N")
+        return int(nodes)
 
 
 class Submission:
@@ -132,12 +143,12 @@ class Submission:
             parser.error(f"unrecognized arguments: {' '.join(unknown)}")
         self.script = BatchScript(self.args.script)
         self.cluster = load_cluster(self.args.cluster)
-        self.nodes = self.args.nodes or int(self.script.options.get("nodes", 1))
-        self.spares = 0
+        self.nodes, self.spares = self.args.nodes or 0, 0
         for variable, meaning in self.script.needs:
             if not os.environ.get(variable):
                 raise ConfigError(f"{variable} is not set: {meaning}", "the environment", f"{variable}=... before sdlm")
         if self.script.preset:
+            self.nodes = self.nodes or self.script.nodes()
             self.spares = self.cluster.spares if self.args.spares is None else self.args.spares
             self.settings = [*variable_overrides(self.overrides), *self.overrides]
             self.run = load_config(RunConfig, self.script.preset, self.settings, PRESETS)
