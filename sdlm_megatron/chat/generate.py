@@ -5,6 +5,7 @@ or with text on standard input, it prints one answer. A folder that is not an SD
 """
 
 import argparse
+import contextlib
 import dataclasses
 import sys
 from collections.abc import Sequence
@@ -15,8 +16,9 @@ from sdlm_megatron.chat.terminal_view import LiveAnswer, note, show_pair, statis
 from sdlm_megatron.config.command_line import at_least, make_parser, threshold
 from sdlm_megatron.diffusion.decode import ALGORITHMS
 from sdlm_megatron.diffusion.settings import LOSSLESS_UNTRAINED
-from sdlm_megatron.errors import ConfigError, UserError, make_console, run_cli
+from sdlm_megatron.errors import ConfigError, DataError, UserError, make_console, run_cli
 from sdlm_megatron.weights.dtypes import PRECISIONS
+from sdlm_megatron.weights.positions import trained_positions
 
 EXAMPLES = """sdlm generate --model runs/quickstart/hf
 sdlm generate --model SDLM-3B-D4 --threshold 0.98 --prompt "Why is the sky blue?"
@@ -92,8 +94,15 @@ class Session:
     def ask(self, prompt: str) -> Answer:
         """Decodes and shows the answer to `prompt`, and adds both to the conversation."""
         messages = [*self._messages, {"role": "user", "content": prompt}]
-        ids = self._chat.encode(messages)
-        settings = dataclasses.replace(self._settings, seed=self._settings.seed + self._turns)
+        ids, most = self._chat.encode(messages), trained_positions(self._chat.config)
+        if len(ids) >= most:
+            what = f"the conversation has {len(ids):,} tokens, the model was trained for {most:,} positions"
+            raise DataError(what, str(self._chat.folder / "config.json"), "ask less; in the chat, /reset clears it")
+        room = min(self._settings.max_new_tokens, most - len(ids))
+        if room < self._settings.max_new_tokens:
+            note(self._console, f"the model was trained for {most:,} positions: {room:,} are left for the answer")
+        seed = self._settings.seed + self._turns
+        settings = dataclasses.replace(self._settings, seed=seed, max_new_tokens=room)
         answer = self._both(ids, settings) if self._compare else self._one(ids, settings)
         self._messages = [*messages, {"role": "assistant", "content": answer.text}]
         self._turns += 1
@@ -130,6 +139,9 @@ class Session:
             except (EOFError, KeyboardInterrupt):
                 print()
                 return
+            except UnicodeDecodeError as error:
+                note(self._console, f"error: the line is not {error.encoding} text: {error.reason}")
+                continue
             if line == "/quit":
                 return
             if line == "/reset":
@@ -148,10 +160,10 @@ class Session:
 
 def _piped_prompt() -> str | None:
     """The text on standard input; None if that is a terminal. ConfigError when there is no text."""
-    if sys.stdin is None or sys.stdin.isatty():
+    if sys.stdin is not None and sys.stdin.isatty():
         return None
     try:
-        text = sys.stdin.read().strip()
+        text = sys.stdin.read().strip() if sys.stdin is not None else ""  # None: closed, as `<&-` does
     except UnicodeDecodeError as error:
         what = f"the prompt is not UTF-8 text: {error.reason}"
         raise ConfigError(what, "standard input", "convert it, as with iconv") from None
@@ -182,7 +194,8 @@ def _run(args: argparse.Namespace) -> None:
     if not chat.config.is_sdlm:
         note(console, "not an SDLM (its config.json has no block_size): plain next-token decoding, one token per pass")
     if prompt is None:
-        import readline  # noqa: F401  # line editing and history for input()
+        with contextlib.suppress(ImportError):  # line editing and history for input(), which some Pythons lack
+            import readline  # noqa: F401
 
         note(console, f"commands: {', '.join(COMMANDS)}")
         session.converse()

@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from sdlm_megatron.chat.chat_model import ChatModel, DecodingRule
 from sdlm_megatron.errors import DataError
+from sdlm_megatron.weights.positions import trained_positions
 
 BATCH = 64  # prompts per batch, unless --batch says otherwise
 
@@ -93,6 +94,18 @@ def encode(chat: ChatModel, prompt: HeldOutPrompt, shots: Sequence[HeldOutPrompt
     for shot in shots:
         turns += [{"role": "user", "content": shot.text}, {"role": "assistant", "content": shot.expected}]
     return chat.encode([*turns, {"role": "user", "content": prompt.text}])
+
+
+def encode_prompts(chat: ChatModel, prompts: Sequence[HeldOutPrompt]) -> list[list[int]]:
+    """`encode` of each prompt. DataError where one and the longest expected answer exceed the model's positions."""
+    encoded, answer = [encode(chat, prompt) for prompt in prompts], longest_answer(chat, prompts)
+    most = trained_positions(chat.config)
+    for line, ids in enumerate(encoded, 1):
+        if len(ids) + answer > most:
+            what = f"the prompt has {len(ids):,} tokens and the longest expected answer {answer:,}"
+            what += f", the model was trained for {most:,} positions"
+            raise DataError(what, f"--prompts, line {line}", "use shorter prompts")
+    return encoded
 
 
 def encode_answer(chat: ChatModel, text: str) -> list[int]:

@@ -22,6 +22,7 @@ from sdlm_megatron.diffusion.decode_model import TransformersProposer
 from sdlm_megatron.diffusion.decode_step import Step
 from sdlm_megatron.errors import ConfigError, DataError
 from sdlm_megatron.weights.dtypes import HF_DTYPES, PRECISIONS, precision_name
+from sdlm_megatron.weights.positions import trained_positions
 
 # Model arguments with the meaning they have for the harness' `hf`.
 HARNESS_ARGS = (
@@ -105,6 +106,8 @@ class SDLMForLMEval(HFLM):
         self._contexts: list[str] = []  # of the batch that is decoded next
         # by context; requests of one context keep their order when the harness sorts by length
         self._answers: dict[str, deque[tuple[list[int], list[int]]]] = {}
+        # the harness reads config.json alone, whose number may be the one before YaRN extended the positions
+        options["max_length"] = options.get("max_length") or trained_positions(self.chat.config)
         super().__init__(self.chat.model, backend="causal", tokenizer=self.chat.tokenizer, **options)
         # the harness looks a relative name up on the hub
         self.pretrained = str(self.chat.folder.resolve())

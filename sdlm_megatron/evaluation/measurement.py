@@ -18,6 +18,7 @@ from sdlm_megatron.evaluation.held_out import prompts_sha256, read_prompts
 from sdlm_megatron.evaluation.identity import model_sha256
 from sdlm_megatron.files import make_folder, sha256, write_json
 from sdlm_megatron.weights.dtypes import PRECISIONS
+from sdlm_megatron.weights.positions import trained_positions
 
 EXAMPLE = "--model runs/quickstart/hf --prompts runs/quickstart/task/heldout.jsonl --out results"
 OUT_FOLDER = "folder of the result files"
@@ -88,7 +89,7 @@ def trained_block_size(chat: ChatModel, fix: str) -> int:
 
 def check_positions(chat: ChatModel, needed: int, option: str) -> None:
     """ConfigError when `option` asks for more tokens than the model has positions."""
-    most = chat.config.max_position_embeddings
+    most = trained_positions(chat.config)
     if needed > most:
         raise ConfigError(f"{needed} tokens are needed, the model has {most} positions", option, "use smaller values")
 

@@ -192,15 +192,18 @@ def rules_of(chat: ChatModel) -> list[DecodingRule]:
 
 
 def time_decodes(
-    chat: ChatModel, prompts: Sequence[HeldOutPrompt], batch: int, max_new_tokens: int, progress: Callable[[int], None]
+    chat: ChatModel,
+    prompts: Sequence[HeldOutPrompt],
+    encoded: Sequence[Sequence[int]],
+    batch: int,
+    progress: Callable[[int], None],
 ) -> list[dict[str, Any]]:
-    """Rows of speed.json for every rule; the rules take turns on each chunk of prompts.
+    """Rows of speed.json for every rule; the rules take turns on each chunk of prompts, with their token ids `encoded`.
 
     "parts" are the seconds of each chunk, the same chunks for all rules; "answers" are the counts of each answer from
     which its failure signatures follow.
     """
-    rules = rules_of(chat)
-    encoded = [held_out.encode(chat, prompt) for prompt in prompts]
+    rules, max_new_tokens = rules_of(chat), held_out.longest_answer(chat, prompts)
     sums = {"batch": batch, "prompts": len(prompts), "exact": 0, "tokens": 0, "passes": 0, "seconds": 0.0}
     rows: list[dict[str, Any]] = [{**rule.row, **sums, "parts": [], "answers": {}} for rule in rules]
     size = max(CHUNK, batch)
@@ -230,6 +233,7 @@ def measure(chat: ChatModel, prompts: Sequence[HeldOutPrompt], args: argparse.Na
     windows = list(dict.fromkeys([chat.config.decoding.block_size, *args.n]))
     points = [(batch, context) for context in args.contexts for batch in args.batches]
     answered = prompts[: args.most]
+    encoded = held_out.encode_prompts(chat, answered)
     passes: list[dict[str, Any]] = []
     costs: list[dict[str, Any]] = []
     with track("passes", len(points), "batches and contexts", make_console()) as advance:
@@ -245,7 +249,7 @@ def measure(chat: ChatModel, prompts: Sequence[HeldOutPrompt], args: argparse.Na
     answers = len(args.batches) * len(rules_of(chat)) * len(answered)
     with track("answers", answers, "answers", make_console()) as advance:
         for batch in args.batches:
-            decodes += time_decodes(chat, answered, batch, held_out.longest_answer(chat, answered), advance)
+            decodes += time_decodes(chat, answered, encoded, batch, advance)
     expected = signatures.of_expected(held_out.encode_answers(chat, answered))
     return {"passes": passes, "break_even": costs, "decodes": decodes, "expected": expected}
 

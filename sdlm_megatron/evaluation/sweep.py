@@ -28,7 +28,7 @@ class Sweep:
 
     def __init__(self, chat: ChatModel, prompts: Sequence[HeldOutPrompt], *, batch: int) -> None:
         self.chat, self.prompts = chat, prompts
-        self.encoded = [held_out.encode(chat, prompt) for prompt in prompts]
+        self.encoded = held_out.encode_prompts(chat, prompts)
         self.options: dict[str, Any] = {"max_new_tokens": held_out.longest_answer(chat, prompts), "batch": batch}
 
     def plain(self) -> dict[str, Any]:

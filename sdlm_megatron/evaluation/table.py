@@ -28,7 +28,7 @@ def measure(
 
     Answers are cut at the length of the longest expected one.
     """
-    encoded, length = [held_out.encode(chat, prompt) for prompt in prompts], held_out.longest_answer(chat, prompts)
+    encoded, length = held_out.encode_prompts(chat, prompts), held_out.longest_answer(chat, prompts)
     expected = held_out.encode_answers(chat, prompts)
     rows: list[dict[str, Any]] = []
     sample: dict[str, Any] = {}

@@ -256,6 +256,14 @@ def test_plain_likelihoods_of_an_untrained_pass_are_warned_of(
     assert ("no loss was put on the plain causal pass" in caplog.text) is (likelihood == "slot0")
 
 
+def test_positions_are_those_that_yarn_extends(folder: Path, tmp_path: Path) -> None:
+    copied = shutil.copytree(folder, tmp_path / "copy")
+    config = json.loads((copied / "config.json").read_text()) | {"max_position_embeddings": 64}
+    config["rope_scaling"] = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64}
+    (copied / "config.json").write_text(json.dumps(config))
+    assert model(copied).max_length == 128
+
+
 def test_stop_strings_apply_to_the_answer_only(folder: Path, chat: ChatModel) -> None:
     """The prompt ends in a line break: matched across it, "\\n1" would end the answer "10, ..." at its first token."""
     text = rendered(chat, PROMPTS[0])

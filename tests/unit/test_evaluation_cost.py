@@ -14,7 +14,7 @@ from byte_tokenizer import definition, write_folder
 from sdlm_megatron.chat.chat_model import ChatModel, load
 from sdlm_megatron.diffusion.decode import decode
 from sdlm_megatron.errors import ConfigError, DataError
-from sdlm_megatron.evaluation import context, evaluate, perplexity, speed
+from sdlm_megatron.evaluation import context, evaluate, measurement, perplexity, speed
 from sdlm_megatron.evaluation.held_out import (
     DecodedPrompts,
     HeldOutPrompt,
@@ -177,6 +177,26 @@ def test_speed_reports_out_of_range_values(
     with pytest.raises(SystemExit):
         speed.main([*arguments, "--batches", "0"])
     assert "argument --batches: 0 is below 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["table", "sweep", "calibration", "speed"])
+def test_prompts_beyond_the_trained_positions_are_refused(
+    kind: str, chat: ChatModel, folder: Path, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The positions are those that YaRN extends."""
+    size = max(len(o.prompt_ids(text)) for text in ASKED)
+    shape = dataclasses.replace(chat.config.shape, rope_type="yarn", rope_factor=2.0, rope_original_positions=size // 2)
+    config = dataclasses.replace(chat.config, max_position_embeddings=size // 2, shape=shape)
+    short = dataclasses.replace(chat, config=config)
+    measurement.check_positions(short, size // 2 * 2, "--length")
+    with pytest.raises(ConfigError, match=f"the model has {size // 2 * 2} positions"):
+        measurement.check_positions(short, size // 2 * 2 + 1, "--length")
+    monkeypatch.setattr(measurement, "load", lambda *_, **__: short)
+    command = importlib.import_module(f"sdlm_megatron.evaluation.{kind}")
+    options = ["--contexts", "--n"] if kind == "speed" else []
+    with pytest.raises(DataError, match=rf"the model was trained for {size // 2 * 2} positions") as caught:
+        command.main(["--model", str(folder), "--prompts", str(file), "--out", str(tmp_path / "out"), *options])
+    assert caught.value.where.startswith("--prompts, line ")
 
 
 # --- answers

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -22,13 +23,14 @@ from transformers import AutoTokenizer, Qwen2ForCausalLM
 
 from data_prep.chat import frame_of, render
 from data_prep.encoders import as_text_encoder
+from sdlm_megatron.chat import generate
 from sdlm_megatron.chat import terminal_view as view
 from sdlm_megatron.chat.chat_model import Answer, load
 from sdlm_megatron.chat.generate import main
 from sdlm_megatron.chat.passes import COLORS, summary
 from sdlm_megatron.data.format import read_manifest
 from sdlm_megatron.diffusion.decode import Decoded, decode
-from sdlm_megatron.errors import CheckpointError, ConfigError, UserError
+from sdlm_megatron.errors import CheckpointError, ConfigError, DataError, UserError
 from sdlm_megatron.weights.checkpoint_folder import read_state
 from sdlm_megatron.weights.hf_config import read_hf_config
 from sdlm_megatron.weights.hf_weights import HFWeights
@@ -386,10 +388,38 @@ def test_values_out_of_range_are_refused_by_the_parser(
     assert f"argument {option}: {value} is " in capsys.readouterr().err
 
 
+def test_a_conversation_ends_at_the_trained_positions(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    size = len(o.prompt_ids(PROMPT))
+    short = edit(copy(folder, tmp_path), max_position_embeddings=size + 5)
+    main(["--model", str(short), *BRIEF, "--prompt", PROMPT])
+    err = capsys.readouterr().err
+    assert f"trained for {size + 5} positions: 5 are left for the answer" in err and "\n5 tokens in" in err
+    edit(short, max_position_embeddings=size)
+    with pytest.raises(DataError, match=f"has {size} tokens, the model was trained for {size} positions(?s:.*)/reset"):
+        main(["--model", str(short), *BRIEF, "--prompt", PROMPT])
+
+
+def test_a_line_that_is_no_text_does_not_end_the_conversation(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Nor does a Python without readline."""
+    typed = Mock(side_effect=[UnicodeDecodeError("utf-8", b"\xe9", 0, 1, "invalid continuation byte"), "/quit"])
+    monkeypatch.setattr("builtins.input", typed)
+    monkeypatch.setattr(generate, "_piped_prompt", lambda: None)
+    monkeypatch.setitem(sys.modules, "readline", None)
+    main(["--model", str(folder)])
+    assert "error: the line is not utf-8 text: invalid continuation byte" in capsys.readouterr().err
+
+
 def test_missing_prompt_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for content, message in ((b" \n", "standard input is empty"), (b"\xff", "not UTF-8")):
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content), encoding="utf-8"))
         with pytest.raises(ConfigError, match=message):
             main(["--model", str(folder)])
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(ConfigError, match="standard input is empty"):
+        main(["--model", str(folder)])
     with pytest.raises(UserError, match="not valid Unicode"):
         main(["--model", str(folder), "--prompt", "\udc80"])
