@@ -425,10 +425,6 @@ def read_command_line(argv: Sequence[str] | None) -> tuple[BuildConfig, argparse
         fix += "- {name: mine, format: messages, path: FILE} to its list of sources, then --config mine.yaml"
         raise ConfigError("use either --config or --input", "the command line", fix)
     options = [f"--{key}={getattr(args, key)}" for key in ("tokenizer", "out") if getattr(args, key) is not None]
-    for paths in args.input or ():
-        # argparse takes a setting with a space, such as --sources.a.columns={prompt: Q}, for one more path
-        overrides += [path for path in paths if path.startswith("--")]
-        paths[:] = [path for path in paths if not path.startswith("--")]
     if args.input:
         overrides = [f"--sources={json.dumps(input_sources(args.input), ensure_ascii=False)}", *overrides]
     elif args.format:

@@ -3,7 +3,9 @@
 import argparse
 import difflib
 import math
+import sys
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -86,7 +88,15 @@ def add_preset(parser: argparse._ActionsContainer, name: str, presets: Path, **o
     """Adds the argument `name`: a YAML file, or the name of one in the folder `presets`."""
     names = sorted(file.stem for file in presets.glob("*.yaml"))
     options |= {"metavar": "FILE"} if name.startswith("-") else {}
-    complete_with(parser.add_argument(name, help=f"YAML file or preset: {', '.join(names)}", **options), names)
+    explained = f"YAML file or preset: {', '.join(names)}"
+    complete_with(parser.add_argument(name, type=_name, help=explained, **options), names)
+
+
+def _name(text: str) -> str:
+    """An argparse type: a name. It is empty where a shell's variable has no value."""
+    if not text:
+        raise argparse.ArgumentTypeError("the name is empty")
+    return text
 
 
 def complete_with(argument: argparse.Action, names: Sequence[str]) -> None:
@@ -118,9 +128,20 @@ def parse_with_settings(
     parser: argparse.ArgumentParser, argv: Sequence[str] | None
 ) -> tuple[argparse.Namespace, list[str]]:
     """Options of the parser, and the other arguments as `--key=value`. Raises ConfigError on a misspelled option."""
-    args, rest = parser.parse_known_args(argv)
-    overrides = join_values(rest)
     schema = parser.settings if isinstance(parser, CommandParser) else None
+    names = {f"--{field.name}" for field in fields(schema)} if schema else set()
+    left: list[str] = []
+    settings: list[str] = []
+    takes = False
+    # Before argparse, which takes a setting with a space, and the VALUE of `--key VALUE`, for an argument of its own.
+    for word in sys.argv[1:] if argv is None else argv:
+        name, equals, _ = word.partition("=")
+        options, dashed = parser._option_string_actions, word.startswith("--")
+        setting = dashed and name not in options and (equals or "." in name or name in names)
+        (settings if setting or (takes and not dashed) else left).append(word)
+        takes = bool(setting and not equals)
+    args, rest = parser.parse_known_args(left)
+    overrides = [*join_values(settings), *join_values(rest)]
     known = {f"--{setting.key}" for setting in settings_of(schema)} if schema and overrides else set()
     for override in overrides:
         name = override.partition("=")[0]

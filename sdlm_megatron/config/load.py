@@ -107,59 +107,64 @@ def _locate(name: str, folder: Path, presets: Path | None) -> Path:
     raise ConfigError(f"no config file or preset named {shown(name)}", shown(os.fspath(candidates[0])), fix)
 
 
-def _fill(config: Any, node: yaml.Node, head: str = "") -> None:
-    """Sets the settings of a section in the dataclass `config`; `head`: its dotted name with a dot at the end."""
+def _fill(config: Any, node: yaml.Node, head: str = "", root: type | None = None) -> None:
+    """Sets the settings of a section in the dataclass `config`; `head`: its dotted name with a dot at the end.
+
+    `root`: schema of all sections, for messages; None: that of `config`.
+    """
+    root = root or type(config)
     kinds = typing.get_type_hints(type(config))
     for key, value in entries(read_section(node, head), head):
         if key == "extends" and not head and not isinstance(value, Override):
             continue
         if key not in kinds:
-            raise _unknown(type(config), key, value, head)
+            raise _unknown(type(config), key, value, head, root)
         kind, name, current = kinds[key], f"{head}{key}", getattr(config, key)
         parts = typing.get_args(kind)
         if is_dataclass(kind):
-            _fill(current, value, f"{name}.")
+            _fill(current, value, f"{name}.", root)
         elif isinstance(current, dict):
             pairs = entries(read_section(value, f"{name}."), f"{name}.")
             current.update({inner: scalar(text, str, f"{name}.{inner}") for inner, text in pairs})
         elif typing.get_origin(kind) is list:
-            setattr(
-                config, key, [_entry(item, parts[0], f"{name}[{i}]") for i, item in enumerate(read_list(value, name))]
-            )
+            items = enumerate(read_list(value, name))
+            setattr(config, key, [_entry(item, parts[0], f"{name}[{i}]", root) for i, item in items])
         else:
             setattr(config, key, scalar(value, kind, name))
 
 
-def _entry(node: yaml.Node, kind: Any, name: str) -> Any:
+def _entry(node: yaml.Node, kind: Any, name: str, root: type) -> Any:
     """One entry of a list setting."""
     if not is_dataclass(kind):
         return scalar(node, kind, name)
     entry = typing.cast(type, kind)()
-    _fill(entry, node, f"{name}.")
+    _fill(entry, node, f"{name}.", root)
     return entry
 
 
-def _unknown(schema: type, key: str, node: yaml.Node, head: str) -> ConfigError:
+def _unknown(schema: type, key: str, node: yaml.Node, head: str, root: type) -> ConfigError:
     # the whole name of a command line's setting: of --trian.steps, `trian` is no more than a part
     while isinstance(node, yaml.MappingNode) and len(node.value) == 1 and place_of(node).startswith(COMMAND_LINE):
         ((part, node),) = node.value
         key = f"{key}.{part.value}"
-    what, known = f"unknown setting {head}{shown(key)}", ", ".join(f.name for f in fields(schema))
-    near = _nearest(schema, key, head) if len(key) < 100 else ""
-    fix = f"did you mean {near}?" if near else f"known settings: {known}"
-    if near == key:  # a dotted name in a file
+    what, place = f"unknown setting {head}{shown(key)}", place_of(node)
+    near = _nearest(schema, key, head, root) if len(key) < 100 else ""
+    fix = f"did you mean {near}?" if near else f"known settings: {', '.join(f.name for f in fields(schema))}"
+    if near == key and "." in key and not place.startswith(COMMAND_LINE):
         section, _, rest = key.partition(".")
         fix = f"write it in its section, {section}: {{{rest}: VALUE}}"
-    return ConfigError(what, place_of(node), fix)
+    return ConfigError(what, place, fix)
 
 
-def _nearest(schema: Any, key: str, head: str) -> str:
+def _nearest(schema: Any, key: str, head: str, root: type) -> str:
     """The setting that was probably meant: the same name in another section, or a similar spelling."""
     settings = [setting.key for setting in settings_of(schema, head)]
     sections = [f"{head}{f.name}" for f in fields(schema)]
-    # `--lr=1e-4` means optimizer.lr: a name without its section is the most frequent mistake.
-    same = [k for k in settings if k.rsplit(".", 1)[-1] == key]
-    return (same or difflib.get_close_matches(f"{head}{key}", [*settings, *sections], 1, 0.4) or [""])[0]
+    # `--lr=1e-4` and `--train.lr=1e-4` mean optimizer.lr: a name without its section is the most frequent mistake.
+    every = [*settings, *(setting.key for setting in settings_of(root))]
+    same = [k for k in every if k.rpartition(".")[2] == key.rpartition(".")[2]]
+    near = difflib.get_close_matches(f"{head}{key}", same, 1, 0)
+    return (near or difflib.get_close_matches(f"{head}{key}", [*settings, *sections], 1, 0.4) or [""])[0]
 
 
 def _set(config: Any, override: str) -> None:
@@ -189,7 +194,8 @@ def _set(config: Any, override: str) -> None:
     if not rest:
         what = f"{head}.{name} is a section, not a value"
         raise ConfigError(what, place_of(value), f"write {head}.{name}.NAME=VALUE")
-    _fill(listed[names.index(name) if name in names else int(name)], _nested(rest, value), f"{head}.{name}.")
+    entry = listed[names.index(name) if name in names else int(name)]
+    _fill(entry, _nested(rest, value), f"{head}.{name}.", type(config))
 
 
 def _nested(key: str, value: yaml.Node) -> yaml.Node:

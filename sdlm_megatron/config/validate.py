@@ -181,6 +181,12 @@ def check_run(config: RunConfig, world_size: int) -> None:
     _check_precision(config.train, config.parallel)
     check_lora(config.lora, "lora.targets")
     _require(
+        config.lora.rank or config.lora == LoraConfig(),
+        "lora.alpha or lora.targets is set, but lora.rank is 0: all weights would be trained",
+        "lora.rank",
+        "set lora.rank, e.g. to 16, or leave them out",
+    )
+    _require(
         config.diffusion.next_token_weight or not config.train.next_token_balance,
         "next_token_balance scales diffusion.next_token_weight, which is 0",
         "train.next_token_balance",
@@ -330,6 +336,7 @@ def _check_precision(train: TrainConfig, parallel: ParallelConfig) -> None:
         ("FP8 needs", "train.fp8", train.fp8 != "none", "none"),
         ("bf16 gradients need", "train.gradient_dtype", train.gradient_dtype != "fp32", "fp32"),
         ("overlap_tensor needs", "parallel.overlap_tensor", parallel.overlap_tensor, "false"),
+        ("the Triton kernels need", "train.attention", train.attention == "triton", "auto"),
     ):
         fix = f"set train.precision=bf16 or {key}={off}"
         _require(train.precision == "bf16" or not used, f"{what} bf16 weights", key, fix)
@@ -355,13 +362,20 @@ def _check_samples(config: RunConfig) -> None:
         )
 
 
-def resolve_shape(configured: ModelConfig, base: ModelConfig | None, where: str) -> ModelConfig:
-    """The shape to build: the base's if there is one; ConfigError where the config contradicts it."""
+def resolve_shape(
+    configured: ModelConfig, base: ModelConfig | None, where: str, mask_token_id: int = -1
+) -> ModelConfig:
+    """The shape to build: the base's if there is one; ConfigError where the config contradicts it.
+
+    A base may have the rows up to the mask token's more than the configuration.
+    """
     if base is None:
         heads = max(1, configured.num_attention_heads)
         return replace(configured, head_dim=configured.head_dim or configured.hidden_size // heads)
     if configured.hidden_size and not configured.num_layers:
         return base  # model.num_layers=0 takes the model section of a preset back
+    if 0 < configured.vocab_size <= mask_token_id == base.vocab_size - 1:
+        configured = replace(configured, vocab_size=base.vocab_size)
     for key, value in vars(configured).items():
         actual, stated = getattr(base, key), value != getattr(ModelConfig, key)
         if (stated or (configured.num_layers and key != "head_dim")) and value != actual:

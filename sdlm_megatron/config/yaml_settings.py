@@ -249,6 +249,8 @@ def read_section(node: yaml.Node, head: str) -> yaml.MappingNode:
     if isinstance(node, Override):
         node = node.parsed()
     if not isinstance(node, yaml.MappingNode):
-        name = head[:-1]
-        raise ConfigError(f"{name} is a section, not a value", place_of(node), f"write {head}NAME=VALUE")
+        name, place = head[:-1], place_of(node)
+        typed = place.startswith(COMMAND_LINE)
+        fix = f"write {head}NAME=VALUE" if typed else "write NAME: VALUE below it, or remove the line"
+        raise ConfigError(f"{name} is a section, not a value", place, fix)
     return node

@@ -111,10 +111,13 @@ def _read_config(args: argparse.Namespace, overrides: Sequence[str]) -> RunConfi
         what = f"attention is planned for the Triton kernels only, not {config.train.attention}"
         raise ConfigError(what, "train.attention", "--train.attention=auto")
     check_length(config.train)
-    if config.checkpoint.base and not config.model.num_layers:
-        base = Path(config.checkpoint.base)  # a Hugging Face folder or one that `sdlm import` wrote
-        shape = read_state(base).shape if (base / "complete.json").exists() else read_hf_config(base).shape
-        config = replace(config, model=resolve_shape(config.model, shape, str(base)))
+    base = Path(config.checkpoint.base)  # a Hugging Face folder or one that `sdlm import` wrote
+    imported = (base / "complete.json").exists()
+    if config.checkpoint.base and (not config.model.num_layers or imported or (base / "config.json").exists()):
+        shape = read_state(base).shape if imported else read_hf_config(base).shape
+        # its last row may be the mask token's, which a configuration need not count
+        model = resolve_shape(config.model, shape, str(base), shape.vocab_size - 1)
+        config = replace(config, model=model)
     return config
 
 

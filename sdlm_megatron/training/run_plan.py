@@ -249,12 +249,12 @@ def _from_base(config: RunConfig, dataset: PackedDataset, base: Path, notice: No
                 str(base),
                 "convert it again: sdlm import … --mask-token '<text_mask>'",
             )
-        shape = _shape(config.model, state.shape, mask_id, base)
+        shape = resolve_shape(config.model, state.shape, str(base), mask_id)
         assets, kind, new_mask = base / "hf", "checkpoint", None
     else:
         hf = read_hf_config(base)
         mask_id, new_mask = find_mask_token(hf, base, config.diffusion.mask_token, dataset.manifest["mask_token_id"])
-        shape = _shape(config.model, hf.shape, mask_id, base)
+        shape = resolve_shape(config.model, hf.shape, str(base), mask_id)
         if new_mask:
             shape = replace(shape, vocab_size=max(shape.vocab_size, new_mask.row + 1))
             notice(f"mask token {config.diffusion.mask_token} = id {mask_id}: its row starts as the mean of all others")
@@ -270,13 +270,6 @@ def _from_base(config: RunConfig, dataset: PackedDataset, base: Path, notice: No
             "'Few conversations, or a CPU' in docs/training.md"
         )
     return plan
-
-
-def _shape(stated: ModelConfig, actual: ModelConfig, mask_token_id: int, where: Path) -> ModelConfig:
-    """The shape of a base or checkpoint, which may have the rows up to the mask token's more than the configuration."""
-    if stated.vocab_size <= mask_token_id == actual.vocab_size - 1 and stated.vocab_size:
-        stated = replace(stated, vocab_size=actual.vocab_size)
-    return resolve_shape(stated, actual, str(where))
 
 
 def check_weights(plan: RunPlan) -> None:
@@ -311,7 +304,7 @@ def _resume(config: RunConfig, dataset: PackedDataset, folder: Path, notice: Not
     if state.step != step_of(folder):
         what = f"{folder.name} holds step {state.step}: a copy of another checkpoint"
         raise CheckpointError(what, str(folder), "give the copy a name of your own, or remove it")
-    shape = _shape(config.model, state.shape, state.mask_token_id, folder)
+    shape = resolve_shape(config.model, state.shape, str(folder), state.mask_token_id)
     if state.dataset != _identity(dataset):
         raise DataError(
             "the run was started with another dataset: rows would be skipped or repeated",

@@ -10,14 +10,15 @@ import pytest
 
 from data_prep.build_config import BuildConfig
 from sdlm_megatron import train
-from sdlm_megatron.config.command_line import join_values, make_config_parser, parse_config
+from sdlm_megatron.config.command_line import join_values, make_config_parser, parse_config, parse_with_settings
 from sdlm_megatron.config.explain import settings_help, settings_of
 from sdlm_megatron.config.hardware import gpu_number
 from sdlm_megatron.config.load import PRESETS, load_config, preset_names, to_yaml
 from sdlm_megatron.config.schema import DiffusionConfig, ModelConfig, RunConfig
 from sdlm_megatron.config.validate import CHOICES, check_model, check_run, process_place
 from sdlm_megatron.errors import ConfigError, ReplicaError, TrainingError, UnreadableError, UserError
-from sdlm_megatron.ops.driver.cluster_file import ClusterFile
+from sdlm_megatron.ops.driver.cluster_file import ClusterFile, load_cluster
+from sdlm_megatron.planner import plan
 from sdlm_megatron.weights.checkpoint_folder import checksums, read_state
 
 
@@ -99,6 +100,10 @@ def test_one_length_replaces_that_of_a_file(tmp_path: Path) -> None:
         (["--trian={steps: 3}"], "unknown setting trian", "mean train?"),
         (["--train={stpes: 3}"], "unknown setting train.stpes", "mean train.steps?"),
         (["--lr=5"], "unknown setting lr", "optimizer.lr"),
+        (["--train.lr=5"], "unknown setting train.lr", "mean optimizer.lr?"),
+        (["--train.warmup_steps=5"], "unknown setting train.warmup_steps", "mean schedule.warmup_steps?"),
+        (["--train.optimizer.lr=5"], "unknown setting train.optimizer.lr", "mean optimizer.lr?"),
+        (["--train.run_dir=x"], "unknown setting train.run_dir", "mean run_dir?"),
         (["--train.steps=many"], "train.steps is many, not a whole number", "whole number"),
         (["--train.steps=0.5"], "train.steps is 0.5, not a whole number", "whole number"),
         (["--checkpoint.async_save=maybe"], "is maybe, not true or false", "true or false"),
@@ -173,6 +178,9 @@ OVERLAP = ("--parallel.sequence=true", "--parallel.overlap_tensor=true")
         (["--train.fp8=current"], 1, "FP8 needs bf16 weights"),  # tiny is fp32
         (["--train.gradient_dtype=bf16"], 1, "bf16 gradients need bf16 weights"),
         (["--parallel.tensor=2", *OVERLAP], 2, "overlap_tensor needs bf16 weights"),
+        (["--train.attention=triton"], 1, "Triton kernels need bf16 weights"),
+        (["--lora.alpha=8"], 1, "lora.rank is 0"),
+        (["--lora.targets=[q_proj]"], 1, "lora.rank is 0"),
         (["--train.recompute_layers=1"], 1, "recompute is 'none'"),
         (["--train.recompute_layers=1", "--train.recompute=selective"], 1, "recompute is 'selective'"),
         (["--train.fp8=delayed", "--train.recompute=selective"], 1, "cannot be recomputed"),
@@ -284,6 +292,21 @@ def test_a_value_may_follow_its_key() -> None:
     parser = make_config_parser("sdlm x", "X.", example="sdlm x", schema=RunConfig, presets=PRESETS)
     config, _ = parse_config(parser, RunConfig, PRESETS, ["--config", "tiny", "--train.steps", "7"])
     assert config.train.steps == 7
+    for words in (["--lora.targets=[q_proj, v_proj]"], ["--parallel.tensor", "2"], ["--run_dir", "x"]):
+        args, settings = parse_with_settings(plan.build_parser(), ["--gpus", "8", *words, "tiny"])
+        assert args.preset == "tiny" and settings == ["=".join(words)]
+    words = ["--train.steps=1", "--train.steps", "2", "--train.steps=3", "--lr", "4"]  # the last value counts
+    settings = ["--train.steps=1", "--train.steps=2", "--train.steps=3", "--lr=4"]
+    assert parse_with_settings(parser, ["--config", "tiny", *words])[1] == settings
+
+
+def test_an_empty_name_is_not_the_default(capsys: pytest.CaptureFixture) -> None:
+    for command, words in ((train, ["--config", ""]), (plan, ["--gpus=1", ""])):
+        with pytest.raises(SystemExit):
+            parse_with_settings(command.build_parser(), words)
+        assert "the name is empty" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="the name of the cluster is empty"):
+        load_cluster("")
 
 
 @pytest.mark.parametrize(

@@ -158,6 +158,7 @@ def laughs(depth: int) -> str:
         ("env: [A]", ("env is a section, not a value",)),
         ("container: [docker]", ("container is a section",)),
         ("container: null", ("container is a section",)),
+        ("container:", ("container is a section", "write NAME: VALUE below it, or remove the line")),
         ("sbatch: --x", ("sbatch is --x, not a list",)),
         ("1: x", ("unknown setting 1",)),
         ("? [a]\n: x", ("a key",)),

@@ -11,8 +11,8 @@ from helpers import load_micro_batch, make_dataset, make_hf, run_python
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sdlm_megatron.config.load import PRESETS, load_config
-from sdlm_megatron.config.schema import RunConfig
+from sdlm_megatron.config.load import PRESETS, load_config, save_config
+from sdlm_megatron.config.schema import CheckpointConfig, RunConfig
 from sdlm_megatron.data.format import PackedDataset
 from sdlm_megatron.diffusion.layout import IGNORE, block_count, draw_starts, next_token_targets, pack_row
 from sdlm_megatron.diffusion.mask import visible_pairs
@@ -25,7 +25,7 @@ from sdlm_megatron.planner.parallel_layout import MEGATRON, TRANSFORMER_ENGINE, 
 from sdlm_megatron.planner.search import CLOSE, LayoutPlan, Planner, recommended
 from sdlm_megatron.planner.step_time import gpu_time, host_time, launches
 from sdlm_megatron.planner.workload import dataset, mixture, rows_per_step, steps, workload
-from sdlm_megatron.weights.hf_config import HFConfig, config_json, family_of
+from sdlm_megatron.weights.hf_config import HFConfig, config_json, family_of, read_hf_config
 
 GIVEN = Assumptions()
 
@@ -436,6 +436,13 @@ def test_the_shape_is_read_from_the_base(tmp_path: Path, capsys: pytest.CaptureF
     assert "recommended" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="num_layers is 0"):
         command.main([str(file), "--gpus", "2"])
+    with pytest.raises(ConfigError, match=r"model\.\w+ is \d+, the base has"):
+        command.main(["tiny", "--gpus", "2", f"--checkpoint.base={base}"])
+    command.main(["tiny", "--gpus", "2", f"--checkpoint.base={tmp_path / 'elsewhere'}"])
+    shape = read_hf_config(base).shape
+    shape = replace(shape, vocab_size=shape.vocab_size - 1)  # without the mask token's row
+    save_config(RunConfig(model=shape, checkpoint=CheckpointConfig(base=str(base))), file)
+    command.main([str(file), "--gpus", "2"])
 
 
 def test_invalid_value_is_an_error():

@@ -141,6 +141,8 @@ def load_cluster(name: str) -> ClusterFile:
     Raises:
         ConfigError: an unknown key, a wrong type, or a value that cannot be meant.
     """
+    if not name:
+        raise ConfigError("the name of the cluster is empty", "--cluster", "name one, or leave --cluster out")
     path, where = cluster_path(name), f"cluster {name}"
     cluster = load_config(ClusterFile, str(path.absolute()) if path.is_file() else name, presets=CLUSTERS)
     kind, image = cluster.container.kind, cluster.container.image
