@@ -106,8 +106,8 @@ class BatchScript:
             fix = f"did you mean {near[0]}?" if near else f"name a path or one of {', '.join(script_names())}"
             raise ConfigError(f"no batch script {name}", str(SCRIPTS), fix) from None
         lines = re.findall(r"^#SBATCH([ \t][^#\n]*)", text, re.MULTILINE)
-        found = [option for line in lines for option in _OPTION.findall(line)]
-        self.options = {name or {"N": "nodes"}.get(letter, letter): value for name, letter, value in found}
+        options = [option for line in lines for option in _OPTION.findall(line)]
+        self.options = {name or {"N": "nodes"}.get(letter, letter): value for name, letter, value in options}
         """The #SBATCH options, "" for one without a value."""
         self.needs: list[tuple[str, str]] = re.findall(r'^need (\w+) "(.*)"', text, re.MULTILINE)
         """Variables that must be set, with their meaning."""
