@@ -38,7 +38,9 @@ EVENTS = [
     event(207, "job_start", nodes=["a", "b"], restart=1),
     event(217, "preflight", seconds=10.0, ok=2, bad={}),
     event(218, "train_start", nodes=["a", "b"], **{"try": 0}),
-    event(225, "start", step=6, world_size=2, layout="DP 2", process_start=T + 219),
+    event(
+        225, "start", step=6, world_size=2, layout="DP 2", process_start=T + 219, software="torch 1", machine="Acorn"
+    ),
     event(230, "ready", step=6),
     event(232, "first_step", step=7, seconds=2.0),
     event(236, "sampled", step=8, seconds=1.5),

@@ -98,7 +98,9 @@ def _exponent_if_large(value: float) -> str:
 # The order is that of the console's columns and of the report.
 # fmt: off
 METRICS: list[Metric] = [
-    Metric("loss", "mean", "loss", "nats", "Mean loss over all targets of the step, in nats.",
+    Metric("loss", "mean", "loss", "nats",
+           "The trained loss: mean over block targets (loss_normalization=rows: of the rows' means), plus the weighted "
+           "next-token loss.",
            Column("loss", 7, "{:.4f}".format)),
     Metric("loss_pos_{slot}", "mean", "loss", "nats",
            "Mean loss of each slot of a block: slot1 predicts the next token, slotN the token N positions ahead.",

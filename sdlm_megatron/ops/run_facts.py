@@ -1,6 +1,7 @@
 """Facts about a run for the model card, saved in each checkpoint as run.json. No secrets, no paths of a machine."""
 
 import os
+import platform
 import subprocess
 from collections.abc import Mapping
 from contextlib import suppress
@@ -69,6 +70,11 @@ def _tally(tally: Mapping[str, Any]) -> dict[str, int]:
 def versions() -> tuple[tuple[str, str], ...]:
     """(name, version) of this package, with its git commit in a checkout, and of PACKAGES."""
     return (("sdlm_megatron", sdlm_megatron.__version__ + _commit()), *package_versions())
+
+
+def software() -> str:
+    """Python, this package and PACKAGES with their versions."""
+    return ", ".join(f"{name} {number}" for name, number in (("Python", platform.python_version()), *versions()))
 
 
 def package_versions() -> tuple[tuple[str, str], ...]:

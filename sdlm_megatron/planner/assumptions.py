@@ -25,11 +25,9 @@ def _assumption(
 class Assumptions:
     """Not measured by this project: these are values that GPU clusters of this kind are known to reach."""
 
-    gemm_efficiency: float = _assumption(
-        0.70, "large matrix products, share of the bf16 peak", (0.55, 0.75), share=True
-    )
+    gemm_efficiency: float = _assumption(0.70, "large matrix products, share of the peak", (0.55, 0.75), share=True)
     fp8_speedup: float = _assumption(1.4, "layer matrix products in FP8 with casts, speedup over bf16")
-    attention_efficiency: float = _assumption(0.25, "attention on visible pairs, share of the bf16 peak", (0.12, 0.4))
+    attention_efficiency: float = _assumption(0.25, "attention on visible pairs, share of the peak", (0.12, 0.4))
     memory_efficiency: float = _assumption(
         0.80, "element-wise kernels, share of the HBM bandwidth", (0.6, 0.85), share=True
     )
@@ -76,6 +74,8 @@ class Device:
     name: str
     peak: float
     """Dense bf16 FLOP/s."""
+    fp32_peak: float
+    """FLOP/s in fp32 without tensor cores: torch keeps fp32 products exact."""
     memory: float
     """Bytes."""
     bandwidth: float
@@ -84,22 +84,22 @@ class Device:
     """Bandwidth of collectives inside a node, bytes/s per GPU."""
 
 
-# Name for peak_flops, memory in 1e9 bytes, memory bandwidth in TB/s, NVLink in GB/s. The 80 GB of an H100's name
-# are 79.1 GiB to a program.
+# Name for peak_flops, fp32 TFLOP/s, memory in 1e9 bytes, memory bandwidth in TB/s, NVLink in GB/s. The 80 GB of an
+# H100's name are 79.1 GiB to a program.
 DEVICES = {
-    "h100": ("NVIDIA H100 80GB HBM3", 85.0, 3.35, 450),
-    "h200": ("NVIDIA H200", 150.0, 4.8, 450),
-    "b200": ("NVIDIA B200", 191.0, 8.0, 900),
+    "h100": ("NVIDIA H100 80GB HBM3", 67, 85.0, 3.35, 450),
+    "h200": ("NVIDIA H200", 67, 150.0, 4.8, 450),
+    "b200": ("NVIDIA B200", 75, 191.0, 8.0, 900),
 }
 
 
 def device_of(name: str, assumed: Assumptions) -> Device:
     """The GPU named by `--gpu`, one of DEVICES."""
-    full_name, memory, bandwidth, nvlink = DEVICES[name]
+    full_name, fp32, memory, bandwidth, nvlink = DEVICES[name]
     peak = peak_flops(full_name)
     assert peak is not None
     gb = assumed.capacity_gb or memory
-    return Device(name, peak, gb * 1e9, bandwidth * 1e12, nvlink * 1e9 * assumed.nvlink_efficiency)
+    return Device(name, peak, fp32 * 1e12, gb * 1e9, bandwidth * 1e12, nvlink * 1e9 * assumed.nvlink_efficiency)
 
 
 def assume(texts: Sequence[str]) -> Assumptions:

@@ -119,8 +119,9 @@ class ParallelLayout:
 
 
 def layout_of(config: RunConfig, gpus: int, kernels: Kernels | None = None) -> ParallelLayout:
-    """The layout of a configuration; `train.layers=auto` means TransformerEngine, as on a GPU."""
-    name = "transformer_engine" if config.train.layers == "auto" else config.train.layers
+    """The layout of a configuration; `train.layers=auto` means, as on a GPU, TransformerEngine in bf16."""
+    usual = "transformer_engine" if config.train.precision == "bf16" else "megatron"
+    name = usual if config.train.layers == "auto" else config.train.layers
     return ParallelLayout(gpus, config.parallel, config.train, kernels or ON_GPU[name], config.lora)
 
 

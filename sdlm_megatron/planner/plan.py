@@ -85,9 +85,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     own, problem = _preset_plan(planner, args.gpus)
     if own and args.simulate and data:  # of the published mixture the number of steps is an estimate
         check_schedule(config, own.steps)
-    best = planner.best(args.gpus) if args.top > 0 else []
+    best, missing = _best_plans(planner, args.gpus) if args.top > 0 else ([], "")
     if not args.json:
-        print(_text(args, planner, own, problem, best), flush=True)
+        print(_text(args, planner, own, problem, best, missing), flush=True)
     simulated = []
     if own and args.simulate:
         simulated = run_simulation(planner, own, args.rank or default_ranks(own.layout))
@@ -135,7 +135,16 @@ def _preset_plan(planner: Planner, gpus: int) -> tuple[LayoutPlan | None, str]:
     try:
         return planner.plan(_checked_layout(planner, gpus)), ""
     except ConfigError as error:
-        return None, error.what
+        return None, f"{error.what}; {error.fix}"
+
+
+def _best_plans(planner: Planner, gpus: int) -> tuple[list[LayoutPlan], str]:
+    """The layouts that fit, and the reason if there are none."""
+    try:
+        best = planner.best(gpus)
+    except ConfigError as error:
+        return [], f"training accepts no layout: {error.what}; {error.fix}"
+    return best, "" if best else "no layout fits: use more GPUs, or GPUs with more memory"
 
 
 def _checked_layout(planner: Planner, gpus: int) -> ParallelLayout:
@@ -150,7 +159,12 @@ def _checked_layout(planner: Planner, gpus: int) -> ParallelLayout:
 
 
 def _text(
-    args: argparse.Namespace, planner: Planner, own: LayoutPlan | None, problem: str, best: list[LayoutPlan]
+    args: argparse.Namespace,
+    planner: Planner,
+    own: LayoutPlan | None,
+    problem: str,
+    best: list[LayoutPlan],
+    missing: str,
 ) -> str:
     """Header, the preset's layout in detail, the fastest layouts, the recommended one, notes."""
     parts = [plan_text.header(planner, args.preset, args.gpus)]
@@ -159,10 +173,10 @@ def _text(
         parts.append(f"layout of the preset: cannot run on {args.gpus} GPUs: {problem}")
     else:
         parts.append(f"layout of the preset: {plan_text.layout_text(own)}\n{plan_text.details(own, args.price)}")
-    if args.top > 0 and choice is None:
-        parts.append("no layout fits: use more GPUs, or GPUs with more memory")
-    elif choice is not None:
+    if choice is not None:
         parts += _recommendation(args, planner, own, best, choice)
+    elif missing:
+        parts.append(missing)
     subject = choice or own
     if subject is not None:
         parts.append(plan_text.batch_note(subject))

@@ -38,10 +38,11 @@ def header(planner: Planner, name: str, gpus: int) -> str:
     clean = f" and {row.next_token_targets:,.0f} clean targets" if row.next_token_targets else ""
     rows = f" = {planner.rows} rows" if train.global_batch_unit != "rows" else ""
     flops = work.row_flops(planner.model, frozen=planner.config.lora.rank > 0) * work.rows
+    fp32 = f", {device.fp32_peak / 1e12:.0f} in fp32" if train.precision == "fp32" else ""
     return "\n".join(
         [
             f"{name} on {gpus} x {device.name.upper()} ({device.memory / 1e9:.0f} GB, "
-            f"{device.peak / 1e12:.0f} TFLOP/s bf16 peak)",
+            f"{device.peak / 1e12:.0f} TFLOP/s bf16 peak{fp32})",
             f"  data   {work.source}",
             f"  epoch  {work.rows:,.0f} rows of {row.length:,} tokens, {work.useful_tokens / 1e9:.2f} G tokens without "
             f"padding, {flops:.3g} FLOPs",
@@ -148,10 +149,17 @@ def batch_note(plan: LayoutPlan) -> str:
             f"  Fewer data-parallel ranks would have less padding: rows must hold the longest document, "
             f"{plan.planner.work.row.length:,} tokens, and micro-batches come in groups of {at.parallel.group}."
         )
-    if at.gpus > plan.rows:
+    documents = max(1, int(plan.rows * plan.planner.work.documents_per_row))
+    name, parts = ("rows", plan.rows) if grid.whole_rows else ("documents", documents)
+    if at.gpus > parts:
         lines.append(
-            f"  There are more GPUs than rows per step, so TP x PP x CP must be at least {-(-at.gpus // plan.rows)}, "
+            f"  There are more GPUs than {name} per step, so TP x PP x CP must be at least {-(-at.gpus // parts)}, "
             "or GPUs stay idle."
+        )
+    elif at.gpus > plan.rows:
+        lines.append(
+            f"  There are more GPUs than rows per step: with TP x PP x CP below {-(-at.gpus // plan.rows)}, ranks "
+            "outnumber full rows, and the rest is padding."
         )
     time = plan.time
     once = time.pipeline_bubble + time.data_communication + time.optimizer

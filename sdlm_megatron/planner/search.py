@@ -157,7 +157,7 @@ class Planner:
         return self.work.scaled(grid.row_length, grid.row_length / self.work.row.length).row
 
     def best(self, gpus: int) -> list[LayoutPlan]:
-        """The layouts that fit on `gpus` GPUs, fastest first."""
+        """The layouts that fit on `gpus` GPUs, fastest first. Raises ConfigError where training accepts none."""
         plans = (self._fitting(layout) for longest in self.layouts(gpus) for layout in self._shorter_rows(longest))
         return sorted((p for p in plans if p is not None), key=lambda p: (p.seconds, p.memory.total))
 
@@ -170,7 +170,8 @@ class Planner:
 
     def _fitting(self, layout: ParallelLayout) -> LayoutPlan | None:
         """The layout with the least recomputation that fits; None if it does not fit even with all layers."""
-        for kind in ("none", "selective"):
+        # training refuses selective recomputation with delayed scaling (config/validate.py)
+        for kind in ("none", "selective") if layout.train.fp8 != "delayed" else ("none",):
             candidate = layout.with_recompute(kind)
             if self.memory(candidate).total <= self.room:
                 return self.plan(candidate)
@@ -187,11 +188,25 @@ class Planner:
         return self.plan(layout.with_recompute("full", 0 if low == layers else low))
 
     def layouts(self, gpus: int) -> Iterator[ParallelLayout]:
-        """All layouts on `gpus` GPUs that training would accept, without recomputation."""
-        choice = self.config.train.layers
-        kernels = [k for k in ON_GPU.values() if choice in ("auto", k.name)]
-        if self.config.train.fp8 != "none":
-            kernels = [k for k in kernels if k.name == "transformer_engine"]
+        """All layouts on `gpus` GPUs that training would accept, without recomputation; if none, its first error."""
+        first: ConfigError | None = None
+        accepted = False
+        for layout in self._candidates(gpus):
+            try:
+                self.check(layout)
+            except ConfigError as error:
+                first = first or error
+                continue
+            accepted = True
+            yield layout
+        if first and not accepted:
+            raise first
+
+    def _candidates(self, gpus: int) -> Iterator[ParallelLayout]:
+        """The layouts that the search considers."""
+        train = self.config.train
+        both = train.layers == "auto" and train.precision == "bf16" and train.fp8 == "none"
+        kernels = list(ON_GPU.values()) if both else [layout_of(self.config, gpus).kernels]
         in_node = int(self.assumed.gpus_per_node)
         for tensor in range(1, min(gpus, in_node) + 1):
             if gpus % tensor or in_node % tensor:  # a TP group must not leave the node
@@ -212,7 +227,7 @@ class Planner:
         for kernel in kernels:
             for sequence in (False, True) if tensor > 1 else (False,):
                 for sharded in (True, False):
-                    layout = layout_of(self.config, gpus, kernel).change(
+                    yield layout_of(self.config, gpus, kernel).change(
                         **degrees,
                         sequence=sequence,
                         distributed_optimizer=sharded,
@@ -222,11 +237,6 @@ class Planner:
                         recompute="none",
                         recompute_layers=0,
                     )
-                    try:
-                        self.check(layout)
-                    except ConfigError:
-                        continue
-                    yield layout
 
     def check(self, layout: ParallelLayout) -> None:
         """Raises ConfigError if training would refuse the layout."""
@@ -235,6 +245,9 @@ class Planner:
         config = replace(self.config, parallel=layout.parallel, train=train, data=data)
         check_run(config, layout.gpus)
         check_model(self.model, config, self.work.row.length)
+        if layout.context > 1 and train.precision == "fp32":  # model/attention/choice.py, on a GPU
+            what, fix = "no attention kernel for parts of rows supports fp32 on a GPU", "train.precision=bf16"
+            raise ConfigError(what, "parallel.context", f"set {fix} or parallel.context=1")
 
 
 def recommended(plans: list[LayoutPlan]) -> LayoutPlan | None:

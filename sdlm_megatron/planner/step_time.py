@@ -89,9 +89,18 @@ class Costs:
     def row(self) -> RowTokens:
         return self.work.row
 
-    def products(self, flops: float, *, fp8: bool = False) -> float:
-        """Seconds of matrix products."""
-        speed = self.device.peak * self.assumed.gemm_efficiency * (self.assumed.fp8_speedup if fp8 else 1)
+    @property
+    def peak(self) -> float:
+        """FLOP/s in the run's precision."""
+        return self.device.peak if self.layout.train.precision == "bf16" else self.device.fp32_peak
+
+    def products(self, flops: float, *, layers: bool = False) -> float:
+        """Seconds of matrix products; those of `layers` may be in FP8, and in fp32 TransformerEngine's are in TF32."""
+        train, speed = self.layout.train, self.peak * self.assumed.gemm_efficiency
+        if layers and train.fp8 != "none":
+            speed *= self.assumed.fp8_speedup
+        if layers and train.precision == "fp32" and self.layout.kernels.name == "transformer_engine":
+            speed = self.device.peak / 2 * self.assumed.gemm_efficiency
         return flops / speed
 
     def moved(self, count: float) -> float:
@@ -122,8 +131,8 @@ def row_time(c: Costs) -> dict[str, float]:
     again = 0 if layout.kernels.fused_accumulation else layout.bytes
     summed = trained * (2 * layout.gradient_bytes + again)
     return {
-        "gemm": c.products(flops, fp8=layout.train.fp8 != "none") + overhead * layers,
-        "attention": attention / (c.device.peak * c.assumed.attention_efficiency),
+        "gemm": c.products(flops, layers=True) + overhead * layers,
+        "attention": attention / (c.peak * c.assumed.attention_efficiency),
         "elementwise": c.moved(moved),
         "weight_gradients": c.moved(summed),
     }
@@ -234,14 +243,14 @@ def _tensor_communication(c: Costs, recomputed: float) -> float:
     layout, tp = c.layout, c.layout.tensor
     if tp == 1:
         return 0.0
-    layers = c.model.num_layers // layout.pipeline
-    half = _collective(c, c.row.length * c.model.hidden_size * layout.bytes, tp, c.device.nvlink)
+    layers, speed = c.model.num_layers // layout.pipeline, _group_speed(c, tp)
+    half = _collective(c, c.row.length * c.model.hidden_size * layout.bytes, tp, speed)
     # Forward and backward pass have 2 all-reduces each = 4 halves. Sequence parallelism gathers two inputs again in the
     # backward pass, which overlaps with a matrix product. A recomputed layer repeats the 4 halves of its forward pass.
     halves = 4 * (2 + recomputed)
     z = sizes_of(c.model, tp)
     if c.model.num_query_groups < tp:  # the output of the QKV layer is gathered, and its gradient scattered
-        whole = _collective(c, c.row.length * z.qkv * tp * layout.bytes, tp, c.device.nvlink)
+        whole = _collective(c, c.row.length * z.qkv * tp * layout.bytes, tp, speed)
         halves += (2 + recomputed) * whole / half
     hidden = c.assumed.hidden_tp if layout.parallel.overlap_tensor else 0.0
     return halves * half * layers * (1 - hidden)
@@ -253,10 +262,17 @@ def _context_communication(c: Costs, recomputed: float) -> float:
     layout, count = c.layout, c.layout.context
     if count == 1:
         return 0.0
-    nodes = c.assumed.gpus_per_node / layout.tensor  # neighbors of a row: TP comes first in the order of ranks
-    speed = c.device.nvlink if count <= nodes else _network(c, nodes)
+    speed = _group_speed(c, count * layout.tensor, layout.tensor)  # TP comes first in the order of ranks
     transfer = _collective(c, 2 * c.row.gathered * sizes_of(c.model, layout.tensor).kv * layout.bytes, count, speed)
     return (3 + recomputed) * transfer * (c.model.num_layers // layout.pipeline)
+
+
+def _group_speed(c: Costs, block: int, apart: int = 1) -> float:
+    """Bytes/s per GPU in a ring of every `apart`-th GPU of consecutive blocks of `block` GPUs."""
+    node = max(1, int(c.assumed.gpus_per_node))
+    if c.layout.gpus <= node or node % block == 0:
+        return c.device.nvlink
+    return _network(c, math.gcd(block, node) / apart)
 
 
 def _network(c: Costs, members_of_a_node: float) -> float:

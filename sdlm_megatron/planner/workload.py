@@ -143,7 +143,7 @@ def _draw_step(sizes: np.ndarray, rows: int, filled: float, seed: int) -> StepDo
     count = int(rows * filled / sizes[:, 0].mean() * 1.5) + 100
     drawn = np.random.default_rng(seed).choice(sizes, count)
     ends = np.cumsum(drawn[:, 0])
-    drawn = drawn[ends <= rows * filled]
+    drawn = drawn[: max(1, int((ends <= rows * filled).sum()))]  # the first may be longer than what fills a row
     before = np.cumsum(drawn[:, 0]) - drawn[:, 0]
     return StepDocuments((before // filled).astype(np.int64), np.zeros(len(drawn), np.int64), *drawn.T)
 

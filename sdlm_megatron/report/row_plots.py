@@ -140,7 +140,7 @@ def _document_ticks(axis: Axes, layout: RowLayout, row_length: int) -> None:
 def _mask_legend(figure: Figure) -> None:
     entries = (
         (CLEAN, "clean sees clean, up to itself"),
-        (CONTEXT, "block sees clean, before its anchor"),
+        (CONTEXT, "block sees clean, before its start"),
         (BLOCK, "block sees its own tokens"),
     )
     handles = [Patch(facecolor=color, label=label) for color, label in entries]
@@ -177,7 +177,7 @@ def zoom_figure(layout: RowLayout, document: int, *, causal_attn: bool = False, 
     width = high - low
     for n, start in enumerate(starts):
         axis.add_patch(Rectangle((width + n * size, n * size), size, size, fill=False, edgecolor=INK, linewidth=1.3))
-        if start - low < width:  # the anchor is not visible: the block holds a copy of it
+        if layout.target_shift and start - low < width:  # the anchor is not visible: the block holds a copy of it
             axis.add_patch(
                 Rectangle((start - low, n * size), 1, size, fill=False, edgecolor=INK, linewidth=0.9, linestyle=":")
             )

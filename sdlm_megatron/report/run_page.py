@@ -6,10 +6,8 @@ can be written while the run is in progress.
 
 import argparse
 import json
-import platform
 import sys
 from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -25,6 +23,7 @@ from sdlm_megatron.metrics.formats import format_count, format_duration
 from sdlm_megatron.metrics.sinks import METRICS_FILE, SAMPLES_FILE, read_metrics
 from sdlm_megatron.ops.attempt import EVENTS_FILE, read_events
 from sdlm_megatron.ops.goodput import goodput_of
+from sdlm_megatron.ops.run_facts import software
 from sdlm_megatron.report import run_sections
 from sdlm_megatron.report.evaluation_record import evaluation_sections, load_evaluation, samples_section
 from sdlm_megatron.report.page_kit import Page
@@ -39,8 +38,6 @@ from sdlm_megatron.report.row_plots import (
     read_fill,
     zoom_figure,
 )
-
-PACKAGES = ("torch", "megatron-core", "transformers", "numpy", "transformer-engine")
 
 
 def write_report(
@@ -77,7 +74,9 @@ def write_report(
         evaluation = run / "evaluation.json"
     page = Page(title or f"Run {run.resolve().name}")
     job_facts = run_sections.job_facts(events, goodput)
-    page.section("facts", "Run").facts({**(facts or {}), **job_facts, **_run_facts(records), **_machine_facts(rows)})
+    page.section("facts", "Run").facts(
+        {**(facts or {}), **job_facts, **_run_facts(records), **_machine_facts(rows, events)}
+    )
     run_sections.loss_section(page, records)
     run_sections.chart_sections(page, records, speed=False)
     run_sections.validation_section(page, run, records)
@@ -131,11 +130,10 @@ def _run_facts(records: Records) -> dict[str, str]:
             f"{format_count(useful / seconds)} tokens per second"
         )
     resumed = [f"step {r['resumed_from']}" for r in records if "resumed_from" in r]
-    facts["resumed after"] = ", ".join(resumed) or "never stopped"
-    return facts
+    return facts | ({"resumed after": ", ".join(resumed)} if resumed else {})
 
 
-def _machine_facts(rows: PackedRows | None) -> dict[str, str]:
+def _machine_facts(rows: PackedRows | None, events: Records) -> dict[str, str]:
     facts = {}
     if rows is not None:
         manifest = rows.manifest
@@ -143,13 +141,14 @@ def _machine_facts(rows: PackedRows | None) -> dict[str, str]:
             f"{rows.rows(0)} rows of {manifest['row_length']} tokens, block size {manifest['block_size']}, "
             f"repeat {manifest['repeat']}, {float(manifest.get('mean_documents_per_row', 0)):.1f} documents per row"
         )
-    software = [f"Python {platform.python_version()}"]
-    for name in PACKAGES:
-        try:
-            software.append(f"{name} {version(name)}")
-        except PackageNotFoundError:
-            continue
-    return {**facts, "software": ", ".join(software), "machine": f"{platform.system()} {platform.machine()}"}
+    start = _last_start(events)
+    if "software" not in start:  # of an older version
+        return facts | {"this page was written with": software()}
+    return facts | {key: str(start.get(key, "")) for key in ("software", "machine")}
+
+
+def _last_start(events: Records) -> Mapping[str, Any]:
+    return next((event for event in reversed(events) if event["kind"] == "start"), {})
 
 
 def _dataset_sections(page: Page, rows: PackedRows, causal_attn: bool) -> None:
@@ -170,9 +169,13 @@ def _dataset_sections(page: Page, rows: PackedRows, causal_attn: bool) -> None:
     section.figure(mask_figure(shown, length, causal_attn=causal_attn), "visibility mask of one packed row")
     with_blocks = np.flatnonzero(shown.n_blocks)
     if len(with_blocks):
+        before, rest = "up to", "It holds mask tokens only."
+        if shown.target_shift:
+            before = "before"
+            rest = "The anchor (dotted) is not seen: the block holds a copy as its first token."
         section.text(
-            "A few neighboring blocks of a document, enlarged. A block sees the clean tokens before its anchor and "
-            "itself, never another block. The anchor (dotted) is not seen: the block holds a copy as its first token."
+            f"A few neighboring blocks of a document, enlarged. A block sees the clean tokens {before} its anchor and "
+            f"itself, never another block. {rest}"
         )
         figure = zoom_figure(shown, int(with_blocks[0]), causal_attn=causal_attn)
         section.figure(figure, "visibility of a few blocks")
@@ -200,15 +203,28 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not args.run.is_dir():
         raise DataError("the folder does not exist", str(args.run), "pass the folder of a run (run_dir)")
     config = _config(args.run)
-    data = Path(config.data.path)
-    dataset = data if (data / "manifest.json").exists() else None
-    page = write_report(args.run, dataset, out=args.out, causal_attn=config.diffusion.causal_attn)
+    dataset, facts = _dataset(args.run, config.data.path)
+    page = write_report(args.run, dataset, out=args.out, facts=facts, causal_attn=config.diffusion.causal_attn)
     goodput = goodput_of(args.run)
     if goodput is not None:
         print(f"{goodput.share:.1%} of {format_duration(goodput.wall)} was spent in useful steps:")
         for cause, seconds in sorted(goodput.seconds.items(), key=lambda x: -x[1]):
             print(f"  {seconds / goodput.wall:6.1%}  {format_duration(seconds):>7}  {cause}")
     print(f"wrote {page}")
+
+
+def _dataset(run: Path, path: str) -> tuple[PackedRows | None, dict[str, str]]:
+    """The run's dataset if it is still at `path`, and a line of the page where that is not certain."""
+    if not path:
+        return None, {}
+    if not (Path(path) / "manifest.json").exists():
+        return None, {"mask and fill": f"left out: there is no dataset at {path}"}
+    rows, known = _open_dataset(path), _last_start(read_events(run)).get("dataset")
+    if known is None:
+        return rows, {"mask and fill": f"of the dataset now at {path}: the run did not record which it read"}
+    if known != rows.manifest["checksum"]:
+        return None, {"mask and fill": f"left out: the dataset at {path} is not the one that the run read"}
+    return rows, {}
 
 
 def _config(run: Path) -> RunConfig:

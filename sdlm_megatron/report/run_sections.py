@@ -5,6 +5,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from sdlm_megatron.report.plots import GRID, INK, SERIES, Records, curves_figure
 
 MAX_EVENTS = 200
 """Events and spikes shown; of a longer run the newest."""
+_UNSHOWN = ("time", "attempt", "kind", "process_start", "dataset", "software", "machine")
+"""Fields of events that the table of events leaves out, or shows elsewhere."""
 TAB_HEADINGS = {"decoding": "Accuracy and accepted length", "speed": "Speed"}
 STEP_PARTS = {
     "time_forward_backward": "forward and backward",
@@ -79,12 +82,12 @@ def loss_section(page: Page, records: Records) -> None:
         section.text("No step has been logged yet.")
         return
     section.text(
-        "A block copies one known token and predicts the tokens after it: slot 1 the next token, slot 2 the one after "
-        "that, and so on. Later slots have less context and a higher loss."
+        "A block predicts the tokens after a known one: slot 1 the next token, slot 2 the one after that, and so on. "
+        "Later slots have less context and a higher loss."
     )
     losses = [(metric, fields) for metric, fields in _fields(records) if metric.name.startswith("loss_")]
     curves = {field: field_label(metric, field) for metric, fields in losses for field in fields}
-    figure = curves_figure(records, {**curves, "loss": "all targets"}, "loss (nats)", dashed="loss", annotate=True)
+    figure = curves_figure(records, {**curves, "loss": "trained loss"}, "loss (nats)", dashed="loss", annotate=True)
     section.figure(figure, "loss per slot by step")
 
 
@@ -141,8 +144,12 @@ def validation_section(page: Page, run: Path, records: Records) -> None:
     if not validated:
         return
     section, last = page.section("validation", "Validation"), validated[-1]
-    text = f"The same {last.get('val_rows', '?')} held-out rows each time."
-    known = [r for r in validated if r.get("val_loss") is not None]
+    count, data = last.get("val_rows", "?"), last.get("val_data")  # a resumed run may have other held-out rows
+    same = list(takewhile(lambda r: (r.get("val_rows", "?"), r.get("val_data")) == (count, data), reversed(validated)))
+    text = f"{'The same ' if data else ''}{count} held-out rows each time"
+    since = f" from step {same[-1]['step']} on; the records before are of other rows, or do not name them"
+    text += "." if len(same) == len(validated) else f"{since}."
+    known = [r for r in same if r.get("val_loss") is not None]
     if known:
         best = min(known, key=lambda r: r["val_loss"])
         text += f" Lowest loss: {best['val_loss']:.4f} after step {best['step']}."
@@ -150,7 +157,7 @@ def validation_section(page: Page, run: Path, records: Records) -> None:
     slots = sorted({int(m[1]) for r in validated for key in r if (m := re.fullmatch(r"val_loss_pos_(\d+)", key))})
     names = {n: "slot 1 (next token)" if n == 1 else f"slot {n}" for n in slots}
     losses = {f"val_loss_pos_{n}": name for n, name in names.items()}
-    losses |= {"val_loss_next_token": "clean tokens", "val_loss": "all targets"}
+    losses |= {"val_loss_next_token": "clean tokens", "val_loss": "trained loss"}
     figure = curves_figure(validated, losses, "loss (nats)", dashed="val_loss", resumes=records)
     section.figure(figure, "losses on held-out rows by step")
     section.text(f"After step {last['step']}:")
@@ -193,7 +200,11 @@ def breakdown_figure(records: Records) -> Figure:
     for n, (key, name) in enumerate(STEP_PARTS.items()):
         values = np.array([float(r.get(key) or 0.0) for r in known])
         height = np.array([values[b].mean() for b in bins])
-        axis.fill_between(steps, bottom, bottom + height, color=SERIES[n], label=name, linewidth=0, step=None)
+        style: dict[str, Any] = {"color": SERIES[n], "label": name, "linewidth": 0}
+        if len(bins) == 1:  # an area over one step has no width
+            axis.bar(steps, height, bottom=bottom, **style)
+        else:
+            axis.fill_between(steps, bottom, bottom + height, **style)
         bottom += height
     mark_resumes(axis, records)
     axis.set_xlabel("step", color=INK)
@@ -287,7 +298,7 @@ def _events(section: PageSection, events: Records) -> None:
     first = float(events[0]["time"])  # of all events, also if only the newest are shown
     rows = []
     for event in events[-MAX_EVENTS:]:
-        rest = {k: v for k, v in event.items() if k not in ("time", "attempt", "kind", "process_start")}
+        rest = {k: v for k, v in event.items() if k not in _UNSHOWN}
         when = datetime.fromtimestamp(event["time"], UTC).strftime("%m-%d %H:%M:%S")
         after = format_duration(float(event["time"]) - first)
         rows.append((when, after, event.get("attempt", ""), event["kind"], _short_fields(rest)))

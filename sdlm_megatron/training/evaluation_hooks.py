@@ -61,7 +61,8 @@ class ValidationHook(Hook):
         with self.run.engine.inference():
             result = self.run.engine.evaluate(self._steps())
         fields: dict[str, Any] = {f"{VALIDATION}{name}": value for name, value in result.fields().items()}
-        return {**fields, "val_targets": result.targets, "val_rows": self.rows}
+        named = {"val_rows": self.rows, "val_data": self.dataset.manifest["checksum"][:12]}
+        return {**fields, "val_targets": result.targets, **named}
 
     def _steps(self) -> Iterator[list[MicroBatch]]:
         """This rank's micro-batches, with the documents of as many rows at a time as a training step has.

@@ -3,6 +3,7 @@
 Importing this module imports Megatron-Core.
 """
 
+import platform
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -23,6 +24,7 @@ from sdlm_megatron.metrics.console import Console
 from sdlm_megatron.metrics.sinks import Sinks
 from sdlm_megatron.ops.attempt import record_event
 from sdlm_megatron.ops.rank.watchdog import Watch
+from sdlm_megatron.ops.run_facts import software
 from sdlm_megatron.parallel.engine import Engine
 from sdlm_megatron.parallel.groups import Groups, close_groups, init_groups
 from sdlm_megatron.parallel.optimizer import optimizer_text
@@ -78,7 +80,7 @@ def start_training(
     log(f"device {groups.device_text}")
     log(f"attention {engine.attention.text}")
     log(f"layers {engine.layers.text}; {optimizer_text()}")
-    sinks = _open_sinks(config, plan, watch, groups) if groups.main else None
+    sinks = _open_sinks(config, plan, dataset, watch, groups) if groups.main else None
     run = TrainingRun(config, plan, engine, dataset, grid, watch, sinks, plan.state)
     with sinks or nullcontext():
         Trainer(run, make_hooks(run, validation, profile_steps, find_nan)).fit()
@@ -114,7 +116,7 @@ def _console(run: TrainingRun) -> Console:
     )
 
 
-def _open_sinks(config: RunConfig, plan: RunPlan, watch: Watch, groups: Groups) -> Sinks:
+def _open_sinks(config: RunConfig, plan: RunPlan, dataset: PackedDataset, watch: Watch, groups: Groups) -> Sinks:
     """Creates the run folder with its configuration, records the event `start`, and opens the files of metrics."""
     run_dir = Path(config.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -127,6 +129,9 @@ def _open_sinks(config: RunConfig, plan: RunPlan, watch: Watch, groups: Groups) 
         world_size=groups.world_size,
         layout=layout,
         process_start=psutil.Process().create_time(),
+        dataset=dataset.manifest["checksum"],
+        software=software(),
+        machine=f"{platform.system()} {platform.machine()}",
     )
     return Sinks.open(
         run_dir, config.observe, plan.state.step, run_config=mask_values(asdict(config)), resume_note=layout

@@ -11,7 +11,7 @@ import pytest
 from sdlm_megatron.diffusion.layout import pack_row
 from sdlm_megatron.errors import DataError
 from sdlm_megatron.report.evaluation_record import load_evaluation
-from sdlm_megatron.report.row_plots import MAX_ROWS, crop_layout, read_fill
+from sdlm_megatron.report.row_plots import MAX_ROWS, crop_layout, read_fill, zoom_figure
 from sdlm_megatron.report.run_page import write_report
 
 ROW_LENGTH = 256
@@ -196,6 +196,17 @@ def test_invalid_evaluation_error_names_the_field(change, named):
     change(evaluation)
     with pytest.raises(DataError, match=named):
         load_evaluation(evaluation)
+
+
+def test_blocks_without_target_shift_hold_no_copy_of_their_anchor(run_dir):
+    documents = [(0, np.arange(30, dtype=np.int32), np.array([12, 14, 20], np.int32))]
+    for shift, dotted, text in ((True, 3, "before its anchor"), (False, 0, "up to its anchor")):
+        rows = MemoryRows(count=1)
+        rows._rows = [pack_row(documents, block_size=4, mask_token_id=99, target_shift=shift)]
+        words = Page(write_report(run_dir, rows).read_text()).words
+        assert f"clean tokens {text}" in words and ("a copy" in words) is shift
+        (axis,) = zoom_figure(rows._rows[0][1], 0).axes
+        assert [patch.get_linestyle() for patch in axis.patches].count(":") == dotted
 
 
 def test_fill_counts_every_token_once_and_samples_large_datasets():

@@ -32,7 +32,7 @@ GIVEN = Assumptions()
 
 def planner(preset: str = "sdlm_32b_d4", gpu: str = "h100", assumed: Assumptions = GIVEN, **train: object) -> Planner:
     config = load_config(RunConfig, preset, [f"--train.{k}={v}" for k, v in train.items()], PRESETS)
-    work = mixture(config.diffusion.block_size, config.diffusion.causal_attn, assumed)
+    work = mixture(config.diffusion.block_size or 4, config.diffusion.causal_attn, assumed)
     return Planner(config, work, device_of(gpu, assumed), assumed)
 
 
@@ -46,6 +46,20 @@ def preset(gpus: int, *texts: str, **train: object) -> LayoutPlan:
     config = [f"--train.{k}={v}" for k, v in train.items()]
     p = replace(planner(assumed=assume(texts)), config=load_config(RunConfig, "sdlm_32b_d4", config, PRESETS))
     return replace(p, ranges=ranges(texts)).plan(layout_of(p.config, gpus))
+
+
+def test_fp32_runs_have_the_speed_the_layers_and_the_attention_of_fp32():
+    assert layout_of(load_config(RunConfig, "tiny", [], PRESETS), 2).kernels is MEGATRON
+    bf16, fp32, tf32 = (
+        preset(160, "kernel_overhead_us=0", precision=precision, layers=layers, micro_batches=8).time
+        for precision, layers in (("bf16", "auto"), ("fp32", "auto"), ("fp32", "transformer_engine"))
+    )
+    assert fp32.gemm / bf16.gemm == pytest.approx(989.4 / 67) == fp32.attention / bf16.attention
+    assert (tf32.gemm / bf16.gemm, tf32.attention) == (pytest.approx(2), fp32.attention)
+    plans = planner("tiny").best(4)
+    assert {(p.layout.context, p.layout.kernels.name) for p in plans} == {(1, "megatron")}
+    with pytest.raises(ConfigError, match="no attention kernel for parts of rows supports fp32"):
+        planner("tiny").check(plans[0].layout.change(context=2))
 
 
 @pytest.mark.parametrize(("layers", "counted"), [("transformer_engine", 7_291), ("megatron", 15_163)])
@@ -68,6 +82,12 @@ def test_a_slow_host_decides_the_time_of_a_pass():
     again = preset(160, "host_ms=50", recompute="full", recompute_layers=4)  # 4 of the 8 layers of a chunk
     assert host_time(again.costs) == pytest.approx((32 + 16 / 3) * 50e-3)
     assert preset(160, "host_ms=5").time.host == 0
+
+
+def test_a_group_that_leaves_its_node_has_the_speed_of_the_network():
+    """TP 4; nodes of 6 GPUs hold some groups only in part."""
+    near, *split = (preset(64, f"gpus_per_node={n}").time.tensor_communication for n in (8, 2, 6))
+    assert min(split) > 2 * near
 
 
 def test_traffic_of_fp32_gradients():
@@ -132,6 +152,17 @@ def test_rows_of_a_step_fill_the_grid():
     assert more.memory.activations < preset(232).memory.activations
     assert any(p.layout.train.micro_batches for p in BIG.best(232))  # the search knows shorter rows, too
     assert "4 micro-batches for each of 29" in plan_text.batch_note(preset(232))
+    alone = planner("qwen2.5-0.5b", assumed=assume(["row_length=1024"]), global_batch=1)  # one row, less than filled
+    assert alone.plan(layout_of(alone.config, 1)).seconds > 0
+
+
+def test_more_gpus_than_rows_or_documents_are_named():
+    """464 documents are packed into 160 rows; only a mean over rows keeps the rows."""
+    idle = "{} per step, so TP x PP x CP must be at least {}, or GPUs stay idle"
+    assert "below 2, ranks outnumber full rows" in plan_text.batch_note(preset(232))
+    assert idle.format("documents", 3) in plan_text.batch_note(preset(1024))
+    assert idle.format("rows", 2) in plan_text.batch_note(preset(232, loss_normalization="rows"))
+    assert "outnumber" not in plan_text.batch_note(preset(64))
 
 
 def test_the_rank_with_most_visible_pairs_decides():
@@ -240,14 +271,17 @@ def test_more_memory_never_makes_a_layout_infeasible():
     assert large[0].seconds <= small[0].seconds
 
 
-@pytest.mark.parametrize("gpus", [16, 232, 4096])
-def test_ranked_layouts_fit_and_are_valid_for_training(gpus):
-    plans = BIG.best(gpus)
+DELAYED = planner("qwen2.5-3b", assumed=assume(["capacity_gb=42"]), fp8="delayed")
+
+
+@pytest.mark.parametrize(("planned", "gpus"), [(BIG, 16), (BIG, 232), (BIG, 4096), (DELAYED, 4)])
+def test_ranked_layouts_fit_and_are_valid_for_training(planned, gpus):
+    plans = planned.best(gpus)
     assert plans
     assert [p.seconds for p in plans] == sorted(p.seconds for p in plans)
     for plan in plans:
         assert plan.fits
-        BIG.check(plan.layout)
+        planned.check(plan.layout)
     choice = recommended(plans)
     assert choice in plans
     assert choice.seconds <= plans[0].seconds * (1 + CLOSE)
@@ -424,6 +458,10 @@ def test_impossible_layout_is_reported(capsys: pytest.CaptureFixture):
     assert "cannot run on 20 GPUs: 20 processes are not a multiple" in capsys.readouterr().out
     command.main(["qwen2.5-72b", "--gpus", "2"])
     assert "no layout fits" in capsys.readouterr().out
+    command.main(["sdlm_32b_d4", "--gpus", "64", "--train.fp8=delayed"])
+    printed = capsys.readouterr().out
+    assert "training accepts no layout: delayed FP8" in printed and "no layout fits" not in printed
+    assert printed.count("set observe.sample_every=0") == 2
     with pytest.raises(ConfigError, match="num_layers"):
         command.main([str(PRESETS / ".." / "presets" / "tiny.yaml"), "--gpus", "2", "--model.num_layers=0"])
 
