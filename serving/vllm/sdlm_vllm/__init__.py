@@ -2,7 +2,8 @@
 
 A folder of `sdlm export` is served as it is. vLLM calls `register` in each of its processes; what follows from it:
 
-- served_config.py recognizes such a folder, and prepares the engine for it or refuses what cannot work;
+- folder_parser.py recognizes such a folder;
+- served_config.py prepares the engine for it, or refuses what cannot work;
 - request_options.py reads and checks the options of a request;
 - canvas_scheduler.py reserves a canvas, the tokens of a pass, for each request in each step;
 - sdlm_model.py gives every request the attention of canvas.py; window_sampler.py keeps the confident tokens.
@@ -29,7 +30,7 @@ def register() -> None:
     """Called by vLLM, possibly several times in one process."""
     from vllm.transformers_utils import config as hf
 
-    from sdlm_vllm.served_config import ARCHITECTURES, SDLMFolderParser
+    from sdlm_vllm.folder_parser import ARCHITECTURES, SDLMFolderParser
 
     # Not `register_config_parser`: it warns about replacing a parser, in every process.
     hf._CONFIG_FORMAT_TO_CONFIG_PARSER["hf"] = SDLMFolderParser

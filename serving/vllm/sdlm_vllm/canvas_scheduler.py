@@ -33,6 +33,7 @@ class CanvasScheduler(Scheduler):
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
         """Also notes which lossless requests have drafts for their next pass."""
+        self._hold_prompt_scores(model_runner_output)
         canvases = scheduler_output.scheduled_spec_decode_tokens
         for name, index in model_runner_output.req_id_to_index.items():
             request: Any = self.requests.get(name)
@@ -51,6 +52,17 @@ class CanvasScheduler(Scheduler):
         stats = spec_decoding_stats or SpecDecodingStats.new(self.num_spec_tokens)
         stats.observe_draft(num_draft_tokens=num_draft_tokens - 1, num_accepted_tokens=num_accepted_tokens - 1)
         return stats
+
+    def _hold_prompt_scores(self, output: Any) -> None:
+        """Those of a prompt come from the step that ends it, and vLLM sends them with a token: that of a later step."""
+        for name, index in output.req_id_to_index.items():
+            request: Any = self.requests.get(name)
+            for field in ("prompt_logprobs_dict", "prompt_token_id_logprobs_dict"):
+                scores = getattr(output, field)
+                if request is not None and name in scores:
+                    setattr(request, f"sdlm_{field}", scores.pop(name))
+                if output.sampled_token_ids[index] and hasattr(request, f"sdlm_{field}"):
+                    scores[name] = request.__dict__.pop(f"sdlm_{field}")
 
     def _options(self, request: Request) -> WindowOptions:
         params = request.sampling_params

@@ -17,13 +17,13 @@ from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
 from sdlm_vllm.request_options import read_options
 from sdlm_vllm.served_config import folder_settings, served_canvas
-from sdlm_vllm.window_sampler import StepWindows, WindowSampler
+from sdlm_vllm.window_sampler import StepWindows, WindowSampler, grouped
 
 
 class WindowLogits:
     """Before a stock class of vLLM: a step's logits are those of its windows."""
 
-    windows: StepWindows | None = None
+    windows: list[StepWindows] | None = None
     """Windows of the step that runs; `compute_logits` takes them once, because prompt logprobs call it too."""
 
     @staticmethod
@@ -35,7 +35,9 @@ class WindowLogits:
         """Logits (tokens, V); of a step only those of its windows, since half of a canvas predicts known tokens."""
         windows, self.windows = self.windows, None
         stock: Any = super()
-        return stock.compute_logits(hidden_states if windows is None else hidden_states[windows.rows])
+        if windows is not None:
+            hidden_states = hidden_states[torch.cat([group.rows for group in windows])]
+        return stock.compute_logits(hidden_states)
 
 
 class SDLMQwen2ForCausalLM(WindowLogits, Qwen2ForCausalLM):
@@ -62,13 +64,18 @@ class SDLMModelState(DefaultModelState):
     def __init__(self, vllm_config: Any, model: Any, encoder_cache: Any, device: torch.device) -> None:
         super().__init__(vllm_config, model, encoder_cache, device)
         self.defaults, self.canvas = folder_settings(vllm_config.model_config), served_canvas(vllm_config)
-        self.step_windows: StepWindows | None = None
+        self.step_windows: list[StepWindows] | None = None
         self.window = np.full(self.max_num_reqs, 1, dtype=np.int64)  # n of each request slot
         self.lossless = np.zeros(self.max_num_reqs, dtype=bool)
 
     def get_supported_generation_tasks(self) -> tuple[str, ...]:
         """Text generation only."""
         return ("generate",)
+
+    def initialize_kv_cache(self, kv_cache_config: Any, block_tables: Any) -> None:
+        """vLLM's hook: by now `--max-model-len auto` has been shortened to what fits into memory."""
+        super().initialize_kv_cache(kv_cache_config, block_tables)
+        self.canvas = served_canvas(self.vllm_config)
 
     def add_request(self, req_index: int, new_req_data: Any) -> None:
         """Called by vLLM for a request that enters, also when it comes back after a preemption."""
@@ -79,13 +86,12 @@ class SDLMModelState(DefaultModelState):
 
     def prepare_inputs(self, input_batch: Any, req_states: Any) -> dict[str, Any]:
         """vLLM's hook: arguments of the model. Writes the canvases that vLLM takes for the end of a prompt."""
-        if self.step_windows is not None:
+        for windows in self.step_windows or ():
             # It writes draft tokens only where some lie behind the prompt, which a single repeated token does not.
-            single = self.step_windows.single
-            slots = input_batch.idx_mapping[single]
+            slots = input_batch.idx_mapping[windows.single]
             tokens = req_states.draft_tokens[slots, 0].to(input_batch.input_ids.dtype)
-            input_batch.input_ids[input_batch.query_start_loc[single].long()] = tokens
-            input_batch.input_ids[self.step_windows.masked] = self.defaults.mask_token_id
+            input_batch.input_ids[input_batch.query_start_loc[windows.single].long()] = tokens
+            input_batch.input_ids[windows.masked] = self.defaults.mask_token_id
         return super().prepare_inputs(input_batch, req_states)
 
     def custom_sampler(self, sampler: Any) -> tuple[Any, Any]:
@@ -116,7 +122,9 @@ class SDLMModelState(DefaultModelState):
         clean, rows = self.canvas.clean(known, n, lossless), self.canvas.rows(known, n, lossless, drafts)
         whole = is_canvas & (lengths == rows)
         if not for_capture:
-            self.step_windows = self._windows(input_batch, np.flatnonzero(whole), clean, rows, n, lossless, drafts)
+            groups = grouped(np.flatnonzero(whole), (rows - clean)[whole], self.model_config.get_vocab_size())
+            layout = clean, rows, n, lossless, drafts
+            self.step_windows = [self._windows(input_batch, group, *layout) for group in groups]
             self.model.windows = self.step_windows
         # A prompt's tokens end at known + length; a canvas begins `clean` tokens before its window.
         end = np.where(is_canvas, known - self.canvas.lead(n) - clean + lengths, known + lengths)
@@ -146,7 +154,7 @@ class SDLMModelState(DefaultModelState):
         lossless: np.ndarray,
         drafts: np.ndarray,
     ) -> StepWindows:
-        """Windows of the requests `whole`; a canvas that the scheduler cut has none."""
+        """Windows of the requests `whole`, a group; a canvas that the scheduler cut has none."""
         sizes = rows[whole] - clean[whole]
         owner = np.repeat(np.arange(len(whole)), sizes)
         slot = np.arange(len(owner)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
@@ -165,7 +173,6 @@ class SDLMModelState(DefaultModelState):
         return StepWindows(
             request=whole,
             sizes=sizes,
-            starts=starts.tolist(),
             rows=put(first[owner] + slot),
             owner=put(owner),
             slot=put(slot),

@@ -1,65 +1,25 @@
-"""Recognizes a folder of `sdlm export`, and prepares the engine for it."""
+"""Prepares the engine for an SDLM folder, or refuses what cannot work."""
 
-import json
 from functools import wraps
-from pathlib import Path
 from typing import Any
 
+import torch
+from vllm import envs
 from vllm.config.compilation import CUDAGraphMode
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
-from vllm.transformers_utils.config import HFConfigParser
+from vllm.utils.torch_utils import is_quantized_kv_cache
 
-from sdlm_vllm import wrong_version
 from sdlm_vllm.canvas import Canvas
+from sdlm_vllm.folder_parser import ARCHITECTURES
 from sdlm_vllm.request_options import ALGORITHMS, RequestRules
 from sdlm_vllm.settings import LOSSLESS_UNTRAINED, SDLMSettings, SettingError, lossless_fault
 
 logger = init_logger(__name__)
 
-ARCHITECTURES = {
-    "qwen2": "SDLMQwen2ForCausalLM",
-    "qwen3": "SDLMQwen3ForCausalLM",
-    "llama": "SDLMLlamaForCausalLM",
-    "mistral": "SDLMMistralForCausalLM",
-}
-"""Classes of sdlm_model.py by `model_type`, known to vLLM only: config.json names the stock class, so that other
-engines and transformers load the folder."""
 CHECKS = "sdlm_vllm.request_options:RequestRules"
 """The only entry of `logits_processors`, which vLLM would otherwise ignore with this plugin's sampler."""
-
-
-class SDLMFolderParser(HFConfigParser):
-    """vLLM's reader of config.json, which sends SDLM folders to this plugin's class and leaves others alone."""
-
-    def parse(self, model: str | Path, *args: Any, **kwargs: Any) -> tuple[dict, Any]:
-        """The content of config.json and the configuration made of it.
-
-        Raises:
-            ValueError: an SDLM whose settings are lost or wrong, or an SDLM with another version of vLLM.
-        """
-        values, config = super().parse(model, *args, **kwargs)
-        by_class = "SDLMForCausalLM" in json.dumps([values.get("auto_map"), values.get("architectures")])
-        if values.get("block_size") is None:
-            if by_class:
-                raise ValueError(
-                    f"{model}/config.json: the class is an SDLM, but the field 'block_size' is missing: the settings "
-                    "of the training are lost. Copy block_size, causal_attn, text_mask_token and text_mask_token_id "
-                    "from the original export's config.json."
-                )
-            return values, config
-        if not by_class and values.get("text_mask_token_id") is None:
-            return values, config  # another model with a field of that name
-        if why := wrong_version():
-            raise ValueError(why)
-        SDLMSettings.from_config_json(values)  # SettingError is a ValueError that names file and field
-        if (model_type := values.get("model_type")) not in ARCHITECTURES:
-            raise ValueError(
-                f"{model}/config.json: sdlm-vllm serves model_type {', '.join(ARCHITECTURES)}, not {model_type!r}; "
-                'VLLM_PLUGINS="" vllm serve … serves the folder one token per pass'
-            )
-        config.update({"architectures": [ARCHITECTURES[model_type]]})
-        return values, config
+SCHEDULER = "sdlm_vllm.canvas_scheduler.CanvasScheduler"
 
 
 def folder_settings(model_config: Any) -> SDLMSettings:
@@ -95,11 +55,17 @@ class SDLMEngineRules(VerifyAndUpdateConfig):
         _check_algorithm(settings)
         if vllm_config.diffusion_config is None:
             vllm_config.diffusion_config = DiffusionConfig(canvas_length=2 * max(settings.block_size, settings.window))
+        canvas_length, least = vllm_config.diffusion_config.canvas_length, 2 * settings.window
+        if canvas_length % 2 or canvas_length < least:
+            raise ValueError(
+                f"--diffusion-config: canvas_length is {canvas_length}, expected an even number, at least {least}: "
+                "twice the folder's window sdlm_n"
+            )
         _refuse_engine_options(vllm_config)
-        _refuse_beam_search()
+        _refuse_calls()
         scheduler, canvas = vllm_config.scheduler_config, served_canvas(vllm_config)
         scheduler.async_scheduling = False
-        scheduler.scheduler_cls = "sdlm_vllm.canvas_scheduler.CanvasScheduler"
+        scheduler.scheduler_cls = SCHEDULER
         _limit_requests(scheduler, canvas)
         # The answer of the folder's own `generate` is greedy; vLLM would sample at temperature 1.
         generation = model.try_get_generation_config()
@@ -149,6 +115,11 @@ def _refuse_engine_options(vllm_config: Any) -> None:
         "--kv-transfer-config (its keys may not be clean yet)": vllm_config.kv_transfer_config is not None,
         # vLLM turns it into a --kv-transfer-config after these checks
         "--kv-offloading-size": vllm_config.cache_config.kv_offloading_size is not None,
+        "--scheduler-cls": vllm_config.scheduler_config.scheduler_cls not in (None, SCHEDULER),
+        "--enable-dbo": parallel.use_ubatching,
+        "--enable-prompt-embeds": vllm_config.model_config.enable_prompt_embeds,
+        "--return-sampling-mask": vllm_config.model_config.return_sampling_mask,
+        "VLLM_USE_RUST_FRONTEND (it does not check requests)": envs.VLLM_USE_RUST_FRONTEND,
         "--logits-processors": {*(vllm_config.model_config.logits_processors or ())} - {CHECKS},
     }
     if names := [name for name, is_set in refused.items() if is_set]:
@@ -157,37 +128,50 @@ def _refuse_engine_options(vllm_config: Any) -> None:
         raise ValueError("SDLM needs vLLM's second model runner, and that needs Triton; VLLM_USE_V2_MODEL_RUNNER=1")
 
 
-def _refuse_beam_search() -> None:
-    """Of engines of an SDLM: vLLM sends a beam search as requests of one token, which look like any other."""
+def _refuse_calls() -> None:
+    """Of engines of an SDLM, in the frontend: what sends the engine requests that look like any other."""
     from vllm.entrypoints.generate.beam_search.offline import BeamSearchOfflineMixin
     from vllm.entrypoints.generate.beam_search.online import BeamSearchOnlineMixin
+    from vllm.v1.engine.async_llm import AsyncLLM
 
-    def guarded(search: Any) -> Any:
-        @wraps(search)
-        def beam_search(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def guarded(call: Any, why: str) -> Any:
+        @wraps(call)
+        def refusing(self: Any, *args: Any, **kwargs: Any) -> Any:
             if {*self.model_config.architectures} & {*ARCHITECTURES.values()}:
                 raise ValueError(
-                    "SDLM does not support beam search: it extends every beam by one token. Leave out, or serve the "
-                    'folder as plain Qwen2: VLLM_PLUGINS="" vllm serve …'
+                    f"SDLM does not support {why}. Leave out, or serve the folder as plain Qwen2: "
+                    'VLLM_PLUGINS="" vllm serve …'
                 )
-            return search(self, *args, **kwargs)
+            return call(self, *args, **kwargs)
 
-        return beam_search
+        return refusing
 
-    for mixin in (BeamSearchOfflineMixin, BeamSearchOnlineMixin):
-        if not hasattr(mixin.beam_search, "__wrapped__"):  # by an engine before, in this process
-            mixin.beam_search = guarded(mixin.beam_search)  # type: ignore[method-assign]
+    beams = "beam search: it extends every beam by one token"
+    parts = "a prompt in parts: the last tokens of an answer have no keys yet where the next part begins"
+    for owner, name, why in (
+        (BeamSearchOfflineMixin, "beam_search", beams),
+        (BeamSearchOnlineMixin, "beam_search", beams),
+        (AsyncLLM, "_add_streaming_input_request", parts),
+    ):
+        if not hasattr(getattr(owner, name), "__wrapped__"):  # by an engine before, in this process
+            setattr(owner, name, guarded(getattr(owner, name), why))
 
 
 def _limit_requests(scheduler: Any, canvas: Canvas) -> None:
     """As many requests at a time as have a whole canvas in every step."""
-    most = scheduler.max_num_batched_tokens // canvas.width
-    threshold = scheduler.long_prefill_token_threshold
-    if most < 1 or 0 < threshold < canvas.width:
-        raise ValueError(
-            f"--max-num-batched-tokens is {scheduler.max_num_batched_tokens} and --long-prefill-token-threshold "
-            f"{threshold}: a pass of one request has up to {canvas.width} tokens; use at least as many (0: none)"
-        )
+    budgets = {
+        "--max-num-batched-tokens": scheduler.max_num_batched_tokens,
+        "--max-num-scheduled-tokens": scheduler.max_num_scheduled_tokens,
+        "--long-prefill-token-threshold": scheduler.long_prefill_token_threshold or None,
+    }
+    for name, tokens in budgets.items():
+        if tokens is not None and tokens < canvas.width:
+            raise ValueError(
+                f"{name} is {tokens}: a pass of one request has up to {canvas.width} tokens; use at least as many, or "
+                "leave out"
+            )
+    tokens = min(filter(None, (scheduler.max_num_batched_tokens, scheduler.max_num_scheduled_tokens)))
+    most = tokens // canvas.width
     if scheduler.max_num_seqs > most:
         logger.info(
             "SDLM: at most %d requests at a time, not %d, %d tokens each; for more, raise --max-num-batched-tokens",
@@ -207,13 +191,26 @@ def _choose_attention(vllm_config: Any) -> None:
     from vllm.v1.attention.backends.fa_utils import is_fa_version_supported
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-    attention = vllm_config.attention_config
-    fits = (None, AttentionBackendEnum.FLASH_ATTN, AttentionBackendEnum.TRITON_ATTN)
-    if attention.backend not in fits:
-        raise ValueError(f"--attention-backend {attention.backend.name}: a window needs FLASH_ATTN or TRITON_ATTN")
-    if attention.backend != AttentionBackendEnum.TRITON_ATTN and is_fa_version_supported(4):
+    attention, model = vllm_config.attention_config, vllm_config.model_config
+    flash, triton = AttentionBackendEnum.FLASH_ATTN, AttentionBackendEnum.TRITON_ATTN
+    chosen = {attention.backend, *attention.backend_per_kind.values()} - {None}
+    if wrong := sorted(backend.name for backend in chosen - {flash, triton}):
+        raise ValueError(f"--attention-backend {wrong[0]}: a window needs FLASH_ATTN or TRITON_ATTN")
+    version_4 = (
+        is_fa_version_supported(4)
+        and attention.flash_attn_version in (None, 4)
+        # else vLLM falls back to version 2, or has no FlashAttention
+        and model.get_head_size() <= 128
+        and model.dtype != torch.float32
+        and not envs.VLLM_BATCH_INVARIANT
+    )
+    if flash in chosen and not version_4:
+        raise ValueError(
+            "--attention-backend FLASH_ATTN: a window needs its version 4, which takes heads up to 128 in 16 bits, on "
+            "newer GPUs; use TRITON_ATTN"
+        )
+    if attention.backend is None:  # vLLM's own choice may be FlashInfer
+        quantized = is_quantized_kv_cache(vllm_config.cache_config.cache_dtype)
+        attention.backend = flash if version_4 and not quantized else triton
+    if version_4:
         attention.flash_attn_version = 4
-    elif attention.backend is None:
-        attention.backend = AttentionBackendEnum.TRITON_ATTN
-    else:
-        raise ValueError("--attention-backend FLASH_ATTN: a window needs its version 4; use TRITON_ATTN")

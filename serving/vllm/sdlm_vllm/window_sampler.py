@@ -1,8 +1,9 @@
 """The sampler of a step: chooses the tokens of each window, keeps the confident ones, lays out the next canvases.
 
 The rules are those of the folder's own `generate` (decode_rules.py, the same file). Everything stays on the device;
-what the host knows before the step comes in StepWindows. R requests of the step, N rows of logits: those of all
-windows, S slots of the largest window, V vocabulary.
+what the host knows before the step comes in StepWindows, one for each group of windows: choosing makes several copies
+of the logits, so it takes a limited number of them at once. R requests of the step, N rows of logits: those of all
+windows of a group, S slots of the largest window, V vocabulary.
 """
 
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from vllm.v1.outputs import LogprobsTensors
 from vllm.v1.worker.gpu.buffer_utils import UvaBackedTensor
 from vllm.v1.worker.gpu.sample.logit_bias import LogitBiasState
 from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsContext
@@ -23,17 +25,20 @@ from sdlm_vllm.logit_warp import warp_rows
 from sdlm_vllm.lossless_drafts import LosslessDrafts
 from sdlm_vllm.request_options import read_options
 
+GROUP_BYTES = 2**27
+"""Of a group's float32 logits; its last window may go beyond."""
+COPIES = 20
+"""What choosing needs at most, in copies of a group's logits: 7 were counted, the rest is for the sorting on a GPU."""
+
 
 @dataclass(frozen=True)
 class StepWindows:
-    """The windows of a step. NumPy arrays and lists are on the host, tensors on the device."""
+    """A group of a step's windows. NumPy arrays are on the host, tensors on the device."""
 
     request: np.ndarray
     """(W,) index in the step of each request with a window."""
     sizes: np.ndarray
     """(W,) slots of its window."""
-    starts: list[int]
-    """(R,) first row of logits of each request; 0 where there is none."""
     rows: Tensor
     """int64 (N,): which of the step's sampled hidden states are slots."""
     owner: Tensor
@@ -55,7 +60,7 @@ class StepWindows:
     verified_row: Tensor
     """int64 (L,): `verified` on the device."""
     first: Tensor
-    """int64 (L,): first row of logits of each of their windows."""
+    """int64 (L,): first row of the group's logits of each of their windows."""
     drafts: Tensor
     """int64 (L,): drafts in each of them: slots 1, 2, …"""
     most_drafts: int
@@ -99,32 +104,62 @@ class WindowSampler:
 
     def __call__(self, logits: Tensor, batch: Any) -> SamplerOutput:
         """Tokens kept by the step, as vLLM's sampler returns them: rejected ones count back to where keys are clean."""
-        windows, self.state.step_windows = self.state.step_windows, None
-        if windows is None:  # the run that measures memory
+        groups, self.state.step_windows = self.state.step_windows, None
+        if groups is None:
+            self._take_most_memory(logits.device)
             return _nothing(batch, logits.device)
         slots = batch.idx_mapping[: batch.num_reqs]
         known = self.req_states.total_len.gpu[slots].long()
-        width = int(windows.sizes.max(initial=1))
+        sizes = np.concatenate([windows.sizes for windows in groups])
+        width = int(sizes.max(initial=1))
         tokens = torch.zeros(batch.num_reqs, width, dtype=torch.int64, device=logits.device)  # no copy, no wait
         kept = torch.zeros_like(known)
-        logprobs = None
-        if len(windows.request):
-            flat, warped, raw = self._choose(logits, windows, batch, slots, known)
-            tokens[windows.batch_row[windows.owner], windows.slot] = flat
-            kept[windows.batch_row] = self._kept(flat, raw, windows, slots, batch, tokens.shape[1])
-            if len(windows.verified):
-                on_host = batch.idx_mapping_np[: batch.num_reqs]
-                kept[windows.verified_row] = self.drafts.verify(tokens, warped, windows, slots, known, on_host)
-                flat = tokens[windows.batch_row[windows.owner], windows.slot]
-            logprobs = self._logprobs(raw, warped, flat, windows, slots, batch)
-        rejected = self._lay_out(slots, known, tokens, kept, windows, batch)
+        parts = logits.split([len(windows.owner) for windows in groups])
+        scores = [self._decide(*each, batch, slots, known, tokens, kept) for each in zip(parts, groups, strict=True)]
+        starts = np.zeros(batch.num_reqs, dtype=np.int64)  # first row of logits of each request that has some
+        starts[np.concatenate([windows.request for windows in groups])] = np.cumsum(sizes) - sizes
+        rejected = self._lay_out(slots, known, tokens, kept, groups[0], batch)
         return SamplerOutput(
             sampled_token_ids=tokens.int(),
-            logprobs_tensors=logprobs,
+            logprobs_tensors=LogprobsTensors.cat(scores, starts.tolist()) if scores[0] is not None else None,
             num_nans=None,
             num_sampled=kept.int(),
             num_rejected=rejected.int(),
         )
+
+    def _take_most_memory(self, device: torch.device) -> None:
+        """Takes what the largest step needs, and drops it. In the run in which vLLM measures memory: it gives the rest
+        of the device to the keys."""
+        state, (verified, drafts, vocab) = self.state, self.drafts.probs.shape
+        window = state.canvas.most + drafts * bool(verified)
+        rows = state.max_num_reqs * window
+        hidden = torch.zeros(rows, state.inputs_embeds_size, dtype=state.dtype, device=device)
+        logits = state.model.compute_logits(hidden)
+        shape = COPIES, min(rows, rows_at_once(vocab) + window), vocab
+        copies = torch.empty(shape, dtype=torch.float32, device=device)
+        del logits, copies  # only now
+
+    def _decide(
+        self,
+        logits: Tensor,
+        windows: StepWindows,
+        batch: Any,
+        slots: Tensor,
+        known: Tensor,
+        tokens: Tensor,
+        kept: Tensor,
+    ) -> LogprobsTensors | None:
+        """Writes the group's part of `tokens` and `kept`; returns the logprobs of its slots, if any are asked for."""
+        if not len(windows.request):
+            return None
+        flat, warped, raw = self._choose(logits, windows, batch, slots, known)
+        tokens[windows.batch_row[windows.owner], windows.slot] = flat
+        kept[windows.batch_row] = self._kept(flat, raw, windows, slots, batch, tokens.shape[1])
+        if len(windows.verified):
+            on_host = batch.idx_mapping_np[: batch.num_reqs]
+            kept[windows.verified_row] = self.drafts.verify(tokens, warped, windows, slots, known, on_host)
+            flat = tokens[windows.batch_row[windows.owner], windows.slot]
+        return self._logprobs(raw, warped, flat, windows, slots, batch)
 
     def _choose(
         self, logits: Tensor, windows: StepWindows, batch: Any, slots: Tensor, known: Tensor
@@ -174,7 +209,7 @@ class WindowSampler:
 
     def _logprobs(
         self, raw: Tensor, warped: Tensor, tokens: Tensor, windows: StepWindows, slots: Tensor, batch: Any
-    ) -> Any:
+    ) -> LogprobsTensors | None:
         """Logprobs of all slots; vLLM takes as many of each request as were kept."""
         dims = self.get_logprobs_dims(batch.idx_mapping_np)
         if dims is None:
@@ -183,7 +218,6 @@ class WindowSampler:
             warped if self.base.logprobs_mode.startswith("processed") else raw,
             dims[0],
             tokens,
-            windows.starts,
             logprob_token_ids_state=self.logprob_token_ids_state,
             expanded_idx_mapping=slots[windows.batch_row[windows.owner]].int(),
             max_per_req_token_ids=dims[1],
@@ -210,6 +244,17 @@ class WindowSampler:
         ends = batch.query_start_loc[: batch.num_reqs + 1].long()
         computed = states.num_computed_tokens.gpu[slots].long() + ends[1:] - ends[:-1]
         return torch.where(windows.in_prompt, 0, computed - start)
+
+
+def rows_at_once(vocab: int) -> int:
+    """Rows of logits that a group has."""
+    return max(1, GROUP_BYTES // (4 * vocab))
+
+
+def grouped(requests: np.ndarray, sizes: np.ndarray, vocab: int) -> list[np.ndarray]:
+    """Groups of `requests`, at least one, of which each has a window of so many rows of logits."""
+    ends = np.cumsum(sizes)
+    return np.split(requests, np.flatnonzero(np.diff((ends - 1) // rows_at_once(vocab))) + 1)
 
 
 def _nothing(batch: Any, device: torch.device) -> SamplerOutput:

@@ -2,16 +2,49 @@
 
 import random
 import re
+import weakref
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import engine_runs
+import numpy as np
 import pytest
 import torch
+from sdlm_vllm import window_sampler
 from served_models import EOS, Asked, generated, make_folder, random_request
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import Qwen2ForCausalLM
 from vllm.exceptions import VLLMValidationError
 
 COUNT = 300
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the memory of the tensors that live at once, of those that are made here."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.most = 0
+        self.seen: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        before = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        for tensor in tree_leaves(out):
+            storage = tensor.untyped_storage() if isinstance(tensor, torch.Tensor) else None
+            if storage is not None and storage._cdata not in self.seen | before:
+                self.seen.add(storage._cdata)
+                self.live += storage.nbytes()
+                self.most = max(self.most, self.live)
+                weakref.finalize(storage, self._gone, storage._cdata, storage.nbytes())
+        return out
+
+    def _gone(self, name: int, size: int) -> None:
+        self.seen.discard(name)
+        self.live -= size
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +112,16 @@ def test_an_answer_ends_where_a_window_no_longer_fits(folder: Path, llm: Any) ->
     assert len(tokens[1]) == len(tokens[2]) == 1
 
 
+def test_an_automatic_length_is_that_of_the_scheduler(folder: Path) -> None:
+    llm = engine_runs.start(folder, max_model_len=-1, num_gpu_blocks_override=4)
+    most = llm.model_config.max_model_len
+    assert most < 2048
+    (canvas,) = llm.collective_rpc(lambda worker: worker.model_runner.model_state.canvas)
+    assert canvas == llm.llm_engine.engine_core.engine_core.scheduler.canvas
+    answers = engine_runs.run(llm, [Asked([5, 6, 7], 500, {"sdlm_n": n}) for n in (4, 1)], ignore_eos=True)
+    assert [3 + len(tokens) for tokens in answers.tokens] == [most - 2 * 4 + 1, most]
+
+
 def test_logprobs_are_those_of_the_kept_tokens(folder: Path, llm: Any) -> None:
     asked = Asked([7, 8, 9, 10, 11], 40, {"sdlm_threshold": 0.05})
     answers = engine_runs.run(llm, [asked], logprobs=2)
@@ -90,6 +133,51 @@ def test_logprobs_are_those_of_the_kept_tokens(folder: Path, llm: Any) -> None:
     for kept in accepted:  # all but the first token of a pass exceeded the threshold
         assert all(value > torch.tensor(0.05).log() for value in sure[start + 1 : start + kept])
         start += kept
+
+
+def test_prompt_logprobs_are_those_of_a_causal_pass(folder: Path, llm: Any) -> None:
+    """Also of prompts that are read in several steps, and of preempted ones."""
+    rng = random.Random(3)
+    prompts = [[rng.randrange(256) for _ in range(length)] for length in (1, 4, 9, 40, 100, 150, 150, 150)]
+    stock = Qwen2ForCausalLM.from_pretrained(folder)
+    chosen = [[[i % 7, 5] for i in range(len(prompt) - 1)] or None for prompt in prompts]
+    asked = [
+        engine_runs.params(Asked(prompts[0], 40), prompt_logprobs=1, prompt_logprob_token_ids=ids) for ids in chosen
+    ]
+    answers = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], asked, use_tqdm=False)
+    for prompt, answer, ids in zip(prompts, answers, chosen, strict=True):
+        right = stock(torch.tensor([prompt])).logits[0].log_softmax(-1)
+        assert answer.prompt_logprobs[0] is None and len(answer.prompt_logprobs) == len(prompt)
+        for i, token in enumerate(prompt[1:]):
+            assert answer.prompt_logprobs[i + 1][token].logprob == pytest.approx(right[i, token].item(), abs=1e-3)
+            assert answer.prompt_token_id_logprobs[i] == pytest.approx(right[i, ids[i]].detach().numpy(), abs=1e-3)
+        assert list(answer.outputs[0].token_ids) == generated(folder, Asked(prompt, 40))[0]
+
+
+def test_windows_are_chosen_in_groups(folder: Path, llm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of limited memory, which the sampler takes when vLLM measures."""
+    groups = window_sampler.grouped(np.arange(910), np.full(910, 4), vocab=151_936)
+    assert np.concatenate(groups).tolist() == [*range(910)]
+    assert max(map(len, groups)) * 4 * 151_936 * 4 <= window_sampler.GROUP_BYTES + 4 * 151_936 * 4
+    monkeypatch.setattr(window_sampler, "GROUP_BYTES", 4 * 288 * 8)
+    (runner,) = llm.collective_rpc(lambda worker: worker.model_runner)
+    batch = SimpleNamespace(num_reqs=6)
+    with LiveBytes() as measured, torch.inference_mode():
+        runner.sampler(torch.zeros(6, 288), batch)
+    most, decide = [], window_sampler.WindowSampler._decide
+
+    def counted(sampler: Any, logits: torch.Tensor, *args: Any) -> Any:
+        with LiveBytes() as step:
+            scores = decide(sampler, logits, *args)
+        most.append(step.most + 24 * 288 * 4)  # and the logits of all windows
+        return scores
+
+    monkeypatch.setattr(window_sampler.WindowSampler, "_decide", counted)
+    rng = random.Random(4)
+    requests = [replace(random_request(rng, [[]]), arrival=i // 6) for i in range(40)]
+    wrong, ties = engine_runs.differences(folder, requests, engine_runs.run(llm, requests, logprobs=2))
+    assert not wrong and ties <= 1, wrong
+    assert len(most) > 100 and max(most) < measured.most
 
 
 def test_min_tokens_and_several_answers(folder: Path, llm: Any) -> None:

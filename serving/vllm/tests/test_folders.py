@@ -4,10 +4,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import engine_runs
 import pytest
+import sdlm_vllm
+import torch
 from served_models import edit_json, make_folder
 from vllm.engine.arg_utils import EngineArgs
 
@@ -19,14 +22,14 @@ def folder(tmp_path: Path) -> Path:
 
 def configured(folder: Path, **options: Any) -> Any:
     """The engine's configuration, as at the start of a server."""
-    return EngineArgs(model=str(folder), dtype="float32", **options).create_engine_config()
+    return EngineArgs(model=str(folder), **{"dtype": "float32"} | options).create_engine_config()
 
 
 def test_a_folder_is_recognized_without_any_option(folder: Path) -> None:
-    config = configured(folder, max_num_batched_tokens=2048)
+    config = configured(folder, max_num_batched_tokens=2048, max_num_scheduled_tokens=1600)
     assert config.model_config.architectures == ["SDLMQwen2ForCausalLM"]
     assert config.diffusion_config.canvas_length == 8 and not config.scheduler_config.async_scheduling
-    assert config.scheduler_config.max_num_seqs <= 2048 // 8
+    assert config.scheduler_config.max_num_seqs <= 1600 // 8
 
 
 def test_lost_or_wrong_settings_are_named(folder: Path) -> None:
@@ -51,7 +54,13 @@ def test_a_folder_that_is_no_sdlm_is_served_as_ever(folder: Path) -> None:
 
 
 def test_another_version_of_vllm_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That lacks modules of 0.32, too."""
     monkeypatch.setattr("vllm.__version__", "0.41.0")
+    with monkeypatch.context() as older:
+        older.setitem(sys.modules, "vllm.v1.worker.gpu.sample.logits_processor", None)
+        for name in ("served_config", "request_options"):
+            older.delitem(sys.modules, f"sdlm_vllm.{name}", raising=False)
+        sdlm_vllm.register()
     with pytest.raises(ValueError, match=r"vLLM 0\.32\.\*, and this is 0\.41\.0.*VLLM_PLUGINS"):
         configured(folder)
     edit_json(folder / "config.json", "block_size", "auto_map")
@@ -78,7 +87,14 @@ def test_without_the_plugin_the_folder_is_plain_qwen2(folder: Path) -> None:
         ({"async_scheduling": True}, "--async-scheduling"),
         ({"kv_offloading_size": 1.0}, "--kv-offloading-size"),
         ({"logits_processors": ["a_module:Processor"]}, "--logits-processors"),
+        ({"scheduler_cls": "a_module.Scheduler"}, "--scheduler-cls"),
+        ({"ubatch_size": 2}, "--enable-dbo"),
+        ({"enable_prompt_embeds": True}, "--enable-prompt-embeds"),
+        ({"return_sampling_mask": True}, "--return-sampling-mask"),
+        ({"diffusion_config": {"canvas_length": 9}}, "canvas_length is 9, expected an even number, at least 8"),
+        ({"diffusion_config": {"canvas_length": 6}}, "canvas_length is 6, expected an even number, at least 8"),
         ({"max_num_batched_tokens": 6, "max_num_seqs": 2}, "--max-num-batched-tokens is 6"),
+        ({"max_num_scheduled_tokens": 7}, "--max-num-scheduled-tokens is 7"),
         ({"override_generation_config": {"sdlm_alg": "self_speculative"}}, "self_speculative"),
         (
             {"override_generation_config": {"sdlm_alg": "lossless"}},
@@ -90,6 +106,53 @@ def test_without_the_plugin_the_folder_is_plain_qwen2(folder: Path) -> None:
 def test_engine_options_that_do_not_fit_are_named(folder: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         configured(folder, max_model_len=64, **options)
+
+
+def test_calls_that_do_not_check_requests_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    engine: Any = SimpleNamespace(model_config=configured(folder).model_config)
+    with pytest.raises(ValueError, match="SDLM does not support a prompt in parts"):
+        AsyncLLM._add_streaming_input_request(engine, "name", None, None)  # type: ignore[arg-type]
+    monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
+    with pytest.raises(ValueError, match="VLLM_USE_RUST_FRONTEND"):
+        configured(folder)
+
+
+@pytest.mark.parametrize(
+    ("has_version_4", "cache", "asked", "chosen"),
+    [
+        (True, "auto", {}, ("FLASH_ATTN", 4)),
+        (True, "fp8", {}, ("TRITON_ATTN", 4)),
+        (False, "auto", {}, ("TRITON_ATTN", None)),
+        (True, "auto", {"backend": "TRITON_ATTN"}, ("TRITON_ATTN", 4)),
+        (True, "auto", {"flash_attn_version": 3}, ("TRITON_ATTN", 3)),
+        (True, "auto", {"backend": "FLASH_ATTN", "flash_attn_version": 3}, "needs its version 4"),
+        (False, "auto", {"backend": "FLASH_ATTN"}, "needs its version 4"),
+        (True, "auto", {"backend": "FLASHINFER"}, "FLASHINFER: a window needs"),
+        (True, "auto", {"backend_per_kind": {"full_attention": "FLASHINFER"}}, "FLASHINFER: a window needs"),
+    ],
+)
+def test_attention_on_a_gpu_takes_both_kinds_of_rows(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, has_version_4: bool, cache: str, asked: dict[str, Any], chosen: Any
+) -> None:
+    from sdlm_vllm.served_config import _choose_attention
+    from vllm.config.attention import AttentionConfig
+    from vllm.platforms import current_platform
+
+    config = configured(folder, dtype="bfloat16")
+    config.attention_config, config.cache_config.cache_dtype = AttentionConfig(**asked), cache
+    monkeypatch.setattr(type(current_platform), "is_cuda_alike", lambda self: True)
+    monkeypatch.setattr("vllm.v1.attention.backends.fa_utils.is_fa_version_supported", lambda _: has_version_4)
+    if isinstance(chosen, str):
+        with pytest.raises(ValueError, match=chosen):
+            _choose_attention(config)
+        return
+    _choose_attention(config)
+    assert (config.attention_config.backend.name, config.attention_config.flash_attn_version) == chosen
+    config.model_config.dtype, config.attention_config = torch.float32, AttentionConfig()
+    _choose_attention(config)
+    assert config.attention_config.backend.name == "TRITON_ATTN"
 
 
 def test_a_larger_window_is_served_with_a_larger_canvas(folder: Path) -> None:

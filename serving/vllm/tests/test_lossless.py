@@ -105,8 +105,13 @@ def wrong_answers(
 
 
 def test_greedy_requests_among_others(
-    folder: Path, stock: dict[torch.dtype, Any], llm: Any, capsys: pytest.CaptureFixture
+    folder: Path,
+    stock: dict[torch.dtype, Any],
+    llm: Any,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("sdlm_vllm.window_sampler.GROUP_BYTES", 4 * 288 * 12)  # 12 rows of logits, so several groups
     requests = random_requests(random.Random(0), COUNT, LOSSLESS)
     answers = engine_runs.run(llm, requests)
     wrong, ties = wrong_answers(folder, stock, requests[:LOSSLESS], answers)

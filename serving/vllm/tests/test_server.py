@@ -105,6 +105,22 @@ def test_settings_of_a_request_and_counters(folder: Path, server: Server) -> Non
     assert server.counted("sdlm:tokens_total") - before[1] == sum(accepted) == answer.usage.completion_tokens
 
 
+def test_counters_of_several_processes_are_there_before_the_first_request(tmp_path: Path) -> None:
+    code = """
+from types import SimpleNamespace as Made
+from prometheus_client import CollectorRegistry, generate_latest, multiprocess
+from sdlm_vllm.pass_metrics import PassCounter
+for engine in range(2):
+    model = Made(architectures=["SDLMQwen2ForCausalLM"], served_model_name="sdlm")
+    PassCounter(Made(model_config=model), engine)
+multiprocess.MultiProcessCollector(registry := CollectorRegistry())
+print(generate_latest(registry).decode())"""
+    environment = os.environ | {"PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
+    page = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    for name in ("passes", "tokens"):
+        assert page.stdout.count(f"\nsdlm:{name}_total{{") == 2
+
+
 def test_streaming_and_sampling(folder: Path, server: Server) -> None:
     text, _ = expected(folder, most=40, sampling={"temperature": 0.8, "seed": 3, "top_p": 0.9})
     stream = server.client().chat.completions.create(
