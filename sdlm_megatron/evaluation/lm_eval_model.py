@@ -22,6 +22,7 @@ from sdlm_megatron.diffusion.decode_model import TransformersProposer
 from sdlm_megatron.diffusion.decode_step import Step
 from sdlm_megatron.errors import ConfigError, DataError
 from sdlm_megatron.weights.dtypes import HF_DTYPES, PRECISIONS, precision_name
+from sdlm_megatron.weights.positions import trained_positions
 
 # Model arguments with the meaning they have for the harness' `hf`.
 HARNESS_ARGS = (
@@ -105,6 +106,7 @@ class SDLMForLMEval(HFLM):
         self._contexts: list[str] = []  # of the batch that is decoded next
         # by context; requests of one context keep their order when the harness sorts by length
         self._answers: dict[str, deque[tuple[list[int], list[int]]]] = {}
+        options.setdefault("max_length", trained_positions(self.chat.config))  # the harness does not count YaRN's
         super().__init__(self.chat.model, backend="causal", tokenizer=self.chat.tokenizer, **options)
         # the harness looks a relative name up on the hub
         self.pretrained = str(self.chat.folder.resolve())
@@ -148,7 +150,8 @@ class SDLMForLMEval(HFLM):
     @torch.no_grad()
     def _model_call(self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
         """Logits (B, T, V) of the token after each of the tokens, int64 (B, T), padded on the right."""
-        if self.likelihood == "plain":
+        # decoding has no window of one slot either
+        if self.likelihood == "plain" or self.chat.config.decoding.block_size == 1:
             logits: Tensor = super()._model_call(inps, attn_mask, labels)
             return logits
         settings, size = self.chat.config.decoding, inps.shape[1]
