@@ -295,8 +295,7 @@ def decode(
         on_tokens: called with (row, kept tokens) after each pass.
 
     Raises:
-        ValueError: a setting out of range or unfit for the model, wrong shapes, an empty prompt, no dense masks; when
-            sampling, logits that are not finite.
+        ValueError: a setting out of range or unfit for the model, wrong shapes, an empty prompt, no dense masks, NaN.
     """
     eos = torch.tensor(list(eos_token_ids), dtype=torch.long, device=input_ids.device)
     n, sample = 1 if alg == "ar" else window, warp is not None if sample is None else sample
