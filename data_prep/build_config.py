@@ -85,7 +85,7 @@ class BuildConfig:
     """Average number of times that each answer token is a target."""
     target_shift: bool = True
     """Train slot j of a block on the token j + 1 positions ahead, as in SDLM. false (ablation): on the token at its
-    own position."""
+    own position, in blocks of at least 2."""
     max_document_length: int = 5632
     """Maximum length of a document including its blocks, in tokens."""
     row_length: int = 5632
@@ -161,6 +161,9 @@ def check(config: BuildConfig) -> None:
             "max_document_length",
             "set row_length to at least max_document_length",
         )
+    if config.block_size == 1 and not config.target_shift:
+        what = "block_size 1 trains a single mask token without the target shift, and decoding has no such window"
+        raise ConfigError(what, "target_shift", "set block_size to 2 or more, or leave out target_shift: false")
     if config.overlong not in FITS:
         raise ConfigError(f"unknown value {config.overlong!r}", "overlong", f"use one of {', '.join(FITS)}")
     for key, values in POLICIES.items():

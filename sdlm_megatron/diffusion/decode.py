@@ -147,7 +147,9 @@ def _one_pass(
     )
     logits = propose(step).float()
     # of the tokens at the positions length, length + 1, …: slots 0 of all windows, or all slots of the only window
-    tokens, kept = _kept_tokens(settings, now, logits[:, :, 0] if now.drafts else logits[:, 0])
+    own = logits[:, :, 0] if now.drafts else logits[:, 0]
+    scores = warped(own, settings.warp)
+    tokens, kept = _kept_tokens(settings, now, own, scores)
     ids = now.ids.scatter(1, now.length[:, None] + ahead, tokens)
     ends = torch.isin(tokens, settings.eos)
     kept, budget = cut(kept, ends, now.budget)
@@ -161,18 +163,23 @@ def _one_pass(
         cached, drafts = length - 1, settings.window - 1
     if not settings.use_cache:
         cached = torch.zeros_like(cached)
-    table = torch.cat([tokens, kept[:, None], budget[:, None]], 1)
+    # -1: nothing can be drawn from NaN; the most likely token is that of argmax all the same, as in transformers
+    shown = torch.where(scores.amax(-1).isfinite(), tokens, -1) if settings.sample else tokens
+    table = torch.cat([shown, kept[:, None], budget[:, None]], 1)
     return _Rows(ids, length, budget, cached, now.seeds, drafts, draft_probs), table
 
 
-def _kept_tokens(settings: _Settings, now: _Rows, logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Tokens int64 (B, n) from the logits (B, n, V) of their positions, and the number int64 (B,) that are kept."""
+def _kept_tokens(settings: _Settings, now: _Rows, logits: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens int64 (B, n) from the logits (B, n, V) of their positions, and the number int64 (B,) that are kept.
+
+    `scores`: the logits after the warp.
+    """
     positions = now.length[:, None] + torch.arange(settings.window, device=logits.device)
     if now.draft_probs is not None:
         accept, redraw = (uniforms(now.seeds, positions, stream) for stream in (ACCEPT, REDRAW))
         drafts = now.ids.gather(1, positions[:, :-1])
-        return accept_drafts(warped(logits, settings.warp).softmax(-1), now.draft_probs, drafts, accept, redraw)
-    tokens = choose(logits, settings.warp, uniforms(now.seeds, positions) if settings.sample else None)
+        return accept_drafts(scores.softmax(-1), now.draft_probs, drafts, accept, redraw)
+    tokens = choose(scores, None, uniforms(now.seeds, positions) if settings.sample else None)
     if now.drafts:
         return tokens, verified_prefix(tokens, now.ids.gather(1, positions - 1))
     if settings.alg not in SPECULATIVE and settings.window > 1:  # a single token is kept whatever its confidence
@@ -288,7 +295,7 @@ def decode(
         on_tokens: called with (row, kept tokens) after each pass.
 
     Raises:
-        ValueError: a setting out of range or unfit for the model, wrong shapes, an empty prompt, no dense masks.
+        ValueError: a setting out of range or unfit for the model, wrong shapes, an empty prompt, no dense masks, NaN.
     """
     eos = torch.tensor(list(eos_token_ids), dtype=torch.long, device=input_ids.device)
     n, sample = 1 if alg == "ar" else window, warp is not None if sample is None else sample
@@ -392,6 +399,8 @@ class _Loop:
         for i, (*proposed, count, _) in enumerate(table):
             row = self.rows[i]
             self.lengths[i] += count
+            if -1 in proposed[:count]:
+                raise ValueError("no token can be drawn from logits that are NaN or infinite: use bf16 or fp32")
             if count:
                 self.tokens[row] += proposed[:count]
                 self.accepted[row].append(count)

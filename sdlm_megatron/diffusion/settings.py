@@ -85,8 +85,9 @@ class SDLMSettings:
 
     @property
     def trains_plain_pass(self) -> bool:
-        """Whether a loss was put on what a causal pass without windows predicts; causal blocks begin with just that."""
-        return bool(self.next_token_weight) or (self.causal_attn and self.target_shift)
+        """Whether a loss was put on what a causal pass without windows predicts; causal blocks begin with just that,
+        and a block of one token is nothing else."""
+        return bool(self.next_token_weight) or (self.target_shift and (self.causal_attn or self.block_size == 1))
 
     @classmethod
     def from_config_json(

@@ -23,8 +23,8 @@ MOST_ROWS = 32
 
 def rules_of(chat: ChatModel, thresholds: Sequence[float]) -> list[DecodingRule]:
     """n = 1 and, for an SDLM, the probability rule at each threshold."""
-    n = chat.config.decoding.block_size
-    return [DecodingRule(), *(DecodingRule("prob_conf", n, tau) for tau in thresholds if n > 1)]
+    n, plain = chat.config.decoding.block_size, held_out.plain_rules(chat.config.decoding)
+    return [*plain, *(DecodingRule("prob_conf", n, tau) for tau in thresholds if n > 1)]
 
 
 def examples_of(pool: Sequence[HeldOutPrompt], prompt: int, shots: int) -> list[HeldOutPrompt]:

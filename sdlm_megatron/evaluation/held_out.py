@@ -12,6 +12,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from sdlm_megatron.chat.chat_model import ChatModel, DecodingRule
+from sdlm_megatron.diffusion.settings import SDLMSettings
 from sdlm_megatron.errors import DataError
 from sdlm_megatron.weights.positions import trained_positions
 
@@ -121,6 +122,13 @@ def encode_answers(chat: ChatModel, prompts: Sequence[HeldOutPrompt]) -> list[li
 def longest_answer(chat: ChatModel, prompts: Sequence[HeldOutPrompt]) -> int:
     """Tokens of the longest expected answer, end token included: any longer answer is wrong already."""
     return max(map(len, encode_answers(chat, prompts)))
+
+
+def plain_rules(settings: SDLMSettings) -> list[DecodingRule]:
+    """n = 1, unless the model was never trained to predict the next token from a clean one."""
+    # a block of one token has no other rule
+    measured = settings.target_shift or settings.next_token_weight or settings.block_size == 1
+    return [DecodingRule()] if measured else []
 
 
 def decode_prompts(

@@ -151,7 +151,8 @@ class SDLMForLMEval(HFLM):
     @torch.no_grad()
     def _model_call(self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
         """Logits (B, T, V) of the token after each of the tokens, int64 (B, T), padded on the right."""
-        if self.likelihood == "plain":
+        # decoding has no window of one slot either
+        if self.likelihood == "plain" or self.chat.config.decoding.block_size == 1:
             logits: Tensor = super()._model_call(inps, attn_mask, labels)
             return logits
         settings, size = self.chat.config.decoding, inps.shape[1]

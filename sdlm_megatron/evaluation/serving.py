@@ -20,7 +20,7 @@ from sdlm_megatron.config.secret_text import mask_text, mask_words, masked_comma
 from sdlm_megatron.diffusion.settings import SDLMSettings
 from sdlm_megatron.errors import CheckpointError, ConfigError, UserError, run_cli
 from sdlm_megatron.evaluation import vllm_server
-from sdlm_megatron.evaluation.held_out import HeldOutPrompt, prompts_sha256, read_prompts
+from sdlm_megatron.evaluation.held_out import HeldOutPrompt, plain_rules, prompts_sha256, read_prompts
 from sdlm_megatron.evaluation.identity import model_sha256
 from sdlm_megatron.evaluation.page import write_page
 from sdlm_megatron.evaluation.result_files import STOCK, read_kept, served_comparison, served_rates
@@ -59,7 +59,7 @@ def rules_of(settings: SDLMSettings, thresholds: Sequence[float]) -> list[Decodi
     alg, n = settings.alg if settings.alg.endswith("_conf") else "prob_conf", settings.window
     rules = [DecodingRule(alg, n, tau, settings.product) for tau in thresholds or [settings.threshold]]
     lossless = [DecodingRule("lossless", n)] if settings.lossless else []
-    return [*rules, *lossless, DecodingRule()]
+    return [*rules, *lossless, *plain_rules(settings)]
 
 
 def request_fields(rule: DecodingRule | None) -> dict[str, Any]:

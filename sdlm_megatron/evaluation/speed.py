@@ -179,11 +179,11 @@ def break_even(timed: Sequence[PassTiming]) -> list[dict[str, Any]]:
 
 def rules_of(chat: ChatModel) -> list[DecodingRule]:
     """n = 1 and, for an SDLM, two thresholds of the probability, one of the entropy, and what verifies drafts."""
-    n = chat.config.decoding.block_size
+    n, plain = chat.config.decoding.block_size, held_out.plain_rules(chat.config.decoding)
     if n == 1:
-        return [DecodingRule()]
+        return plain
     return [
-        DecodingRule(),
+        *plain,
         DecodingRule("prob_conf", n, 0.98),
         DecodingRule("prob_conf", n, 0.9),
         DecodingRule("entropy_conf", n, 0.98),

@@ -94,8 +94,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.windows:
         measurement.trained_block_size(chat, "leave out --windows")
     sweep = Sweep(chat, prompts, batch=args.batch)
-    # without the target shift a model was not trained to predict the next token, so n = 1 says nothing about it
-    rows = [sweep.plain()] if chat.config.decoding.target_shift else []
+    rows = [sweep.plain()] if held_out.plain_rules(chat.config.decoding) else []
     for window in args.windows or [chat.config.decoding.block_size]:
         if window > 1:
             rows += sweep.window(window, args.prob, args.entropy)

@@ -97,8 +97,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     chat = measurement.load_folder(args, args.model)
     window = chat.config.decoding.block_size
     blocks = [(f"tau {t:.2f}", DecodingRule("prob_conf", window, t)) for t in args.thresholds if window > 1]
-    rows, sample = measure(chat, prompts, [*blocks, ("n = 1 (one token per pass)", DecodingRule())])
-    baseline.append(rows.pop())
+    plain = [("n = 1 (one token per pass)", rule) for rule in held_out.plain_rules(chat.config.decoding)]
+    rows, sample = measure(chat, prompts, [*blocks, *plain])
+    baseline += rows[len(blocks) :]
+    del rows[len(blocks) :]
     if sample:
         show(sample)
     write_json(args.out, {"prompts": len(prompts), "rows": rows, "baseline": baseline, "sample": sample})

@@ -41,6 +41,8 @@ def check_positions(tokens: int, what: str, base: HFConfig, folder: Path | str) 
     if base.shape.rope_factor == 1 or base.shape.rope_type == "yarn":
         plain = base.shape.rope_factor == 1
         original = base.max_position_embeddings if plain else base.shape.rope_original_positions
+        if plain and (base.model_type, original) == ("qwen3", 40960):
+            original = 32768  # those of its training, which its recipe extends: 40,960 count an answer of 8,192 too
         scaling = f'"rope_type": "yarn", "factor": {math.ceil(tokens / original)}.0'
         scaling += f', "original_max_position_embeddings": {original}'
         fix += f', or extend the base in its config.json by "rope_scaling": {{{scaling}}} (docs/long_context.md)'

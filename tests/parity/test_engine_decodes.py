@@ -33,16 +33,17 @@ def reference(folder: Path) -> torch.nn.Module:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa").eval()
 
 
-CASES = [("prob_conf", 4), ("prob_conf", 3), ("self_speculative", 4), ("ar", 1)]
+CASES = [("prob_conf", 4, True), ("prob_conf", 3, True), ("self_speculative", 4, True), ("ar", 1, True)]
+CASES += [("prob_conf", 4, False), ("self_speculative", 4, False)]
 
 
 @pytest.mark.parametrize("causal_attn", [False, True])
 @pytest.mark.parametrize(
-    ("family", "alg", "window"),
-    [*(("qwen2", *case) for case in CASES), *((x, "prob_conf", 4) for x in FAMILY_FIELDS if x != "qwen2")],
+    ("family", "alg", "window", "shift"),
+    [*(("qwen2", *case) for case in CASES), *((x, "prob_conf", 4, True) for x in FAMILY_FIELDS if x != "qwen2")],
 )
 def test_tokens_equal_transformers(
-    make_engine: Callable, tmp_path: Path, family: str, alg: str, window: int, causal_attn: bool
+    make_engine: Callable, tmp_path: Path, family: str, alg: str, window: int, shift: bool, causal_attn: bool
 ) -> None:
     from sdlm_megatron.parallel.engine import EngineProposer
 
@@ -57,9 +58,11 @@ def test_tokens_equal_transformers(
         "eos_token_ids": [EOS],
         "attention_mask": real,
         "causal_attn": causal_attn,
+        "target_shift": shift,
     }
     expected = decode(reference(folder), ids, use_cache=False, **settings)
     engine = make_engine(folder, causal_attn=causal_attn)
+    engine.config.diffusion.target_shift = shift
     with engine.inference():
         actual = decode(EngineProposer(engine, mask_token_id=MASK, row_length=128), ids, **settings)
     assert (actual.tokens, actual.accepted) == (expected.tokens, expected.accepted)

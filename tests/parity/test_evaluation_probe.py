@@ -150,6 +150,12 @@ def test_report_reads_the_table(folder: Path, prompts: Path, tmp_path: Path) -> 
     assert any(exact) and record["baseline"][0]["exact"] == sum(exact) / len(exact)
     assert record["sample"]["prompt"] == PROMPTS[0].text
     assert "stalled" in record["rows"][0] and "stalled" not in record["baseline"][0]  # one token per pass cannot stall
+    unshifted = shutil.copytree(folder, tmp_path / "unshifted")
+    config = json.loads((folder / "config.json").read_text()) | {"target_shift": False}
+    (unshifted / "config.json").write_text(json.dumps(config))
+    table.main(["--model", str(unshifted), "--prompts", str(prompts), "--thresholds", "0.5", "--out", str(out)])
+    record = load_evaluation(out)
+    assert ([row["name"] for row in record["rows"]], record["baseline"]) == (["tau 0.50"], [])
 
 
 def test_report_measures_everything_once(folder: Path, prompts: Path, tmp_path: Path, capsys: Any) -> None:

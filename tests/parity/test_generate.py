@@ -324,6 +324,10 @@ def test_rules_on_logits_hold_in_greedy_decoding(model: Any, alg: str) -> None:
     try:
         assert answer(model, prompt(), sdlm_alg=alg, max_new_tokens=2) == [65, 65]
         assert 65 not in answer(model, prompt(), sdlm_alg=alg, max_new_tokens=2, remove_invalid_values=True)
+        sampled = {"sdlm_alg": alg, "max_new_tokens": 2, "do_sample": True}
+        with pytest.raises((ValueError, RuntimeError), match="(?i)nan"):
+            answer(model, prompt(), **sampled)
+        assert answer(model, prompt(), **sampled, remove_invalid_values=True)
     finally:
         del model.lm_head.forward
 

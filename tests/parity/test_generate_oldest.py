@@ -9,6 +9,7 @@ from tests.helpers import REPO, run_python
 from tests.oldest_transformers import OLDEST, fetch
 
 TESTS = "equal or each_family or criteria_see or asks_criteria or streamer or pickle or strings_end or stock_class"
+TESTS += " or lossless or sampling or refused or rules_on or settings_come or lengths"
 PROGRAM = """
 import sys, pytest, transformers
 assert transformers.__version__ == sys.argv[1], transformers.__version__

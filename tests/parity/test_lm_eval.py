@@ -196,6 +196,14 @@ def model(folder: Path, **args: Any) -> Any:
     return SDLMForLMEval(str(folder), device="cpu", batch_size=4, **args)
 
 
+def changed(folder: Path, tmp_path: Path, **changes: Any) -> Path:
+    """A copy of the folder with another config.json."""
+    copied = shutil.copytree(folder, tmp_path / "copy")
+    config = json.loads((copied / "config.json").read_text())
+    (copied / "config.json").write_text(json.dumps(config | changes))
+    return copied
+
+
 def rendered(chat: ChatModel, prompt: str) -> str:
     return str(chat.tokenizer.decode(chat.encode(exported.messages(prompt))))
 
@@ -209,9 +217,15 @@ def test_rolling_likelihood_equals_the_harness(folder: Path) -> None:
     assert ours == theirs.loglikelihood_rolling(texts) and all(value < 0 for value in ours)
 
 
-@pytest.mark.parametrize("changes", [{}, {"causal_attn": True, "target_shift": False}])
+def test_prompts_may_fill_the_positions_of_yarn(folder: Path, tmp_path: Path) -> None:
+    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+    copied = changed(folder, tmp_path, max_position_embeddings=64, rope_scaling=scaling)
+    assert (model(copied).max_length, model(copied, max_length=32).max_length) == (256, 32)
+
+
+@pytest.mark.parametrize("changes", [{}, {"causal_attn": True, "target_shift": False}, {"block_size": 1}])
 def test_likelihoods_are_those_that_slot_0_writes_text_with(
-    folder: Path, chat: ChatModel, monkeypatch: pytest.MonkeyPatch, changes: dict[str, bool]
+    folder: Path, chat: ChatModel, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
 ) -> None:
     """One token of an answer at a time, with a window of its own; self-speculation's answer is the greedy one."""
     monkeypatch.setattr("sdlm_megatron.evaluation.lm_eval_model.ANCHORS", 7)
@@ -231,7 +245,8 @@ def test_likelihoods_are_those_that_slot_0_writes_text_with(
             decode(chat.model, so_far, warp=lambda x, seen=seen: seen.append(x) or x, sample=False, **options)
             total += seen[0][0].log_softmax(-1)[token].item()
         assert value == pytest.approx(total, abs=1e-3)
-    assert measured[0][0] != pytest.approx(log_likelihoods(chat, PROMPTS[0])[0], abs=1e-3)
+    plain = pytest.approx(log_likelihoods(chat, PROMPTS[0])[0], abs=1e-3)
+    assert (measured[0][0] == plain) is (sdlm.block_size == 1)
     if not changes:
         answer = chat.tokenizer.decode(
             lm.chat.decode(ids, alg="self_speculative", window=4, max_new_tokens=9).tokens[0]
@@ -242,26 +257,22 @@ def test_likelihoods_are_those_that_slot_0_writes_text_with(
 
 @pytest.mark.parametrize(
     ("changes", "likelihood"),
-    [({}, "slot0"), ({"next_token_weight": 0.1}, "plain"), ({"causal_attn": True}, "plain")],
+    [
+        ({}, "slot0"),
+        ({"next_token_weight": 0.1}, "plain"),
+        ({"causal_attn": True}, "plain"),
+        ({"block_size": 1}, "plain"),
+        ({"block_size": 1, "target_shift": False}, "slot0"),
+    ],
 )
 def test_plain_likelihoods_of_an_untrained_pass_are_warned_of(
     folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, changes: dict[str, Any], likelihood: str
 ) -> None:
-    copied = shutil.copytree(folder, tmp_path / "copy")
-    config = json.loads((copied / "config.json").read_text())
-    (copied / "config.json").write_text(json.dumps(config | changes))
+    copied = changed(folder, tmp_path, **changes)
     assert model(copied).likelihood == likelihood
     with caplog.at_level("WARNING", "lm_eval.sdlm"):
         model(copied, likelihood="plain")
     assert ("no loss was put on the plain causal pass" in caplog.text) is (likelihood == "slot0")
-
-
-def test_positions_are_those_that_yarn_extends(folder: Path, tmp_path: Path) -> None:
-    copied = shutil.copytree(folder, tmp_path / "copy")
-    config = json.loads((copied / "config.json").read_text()) | {"max_position_embeddings": 64}
-    config["rope_scaling"] = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64}
-    (copied / "config.json").write_text(json.dumps(config))
-    assert model(copied).max_length == 128
 
 
 def test_stop_strings_apply_to_the_answer_only(folder: Path, chat: ChatModel) -> None:

@@ -16,7 +16,7 @@ from sdlm_megatron.diffusion.row import MicroBatch, make_micro_batch
 LENGTH, D, WEIGHT = 128, 4, 0.3
 
 
-def packed(seed: int) -> tuple[np.ndarray, RowLayout]:
+def packed(seed: int, shift: bool = True) -> tuple[np.ndarray, RowLayout]:
     """Row of documents with two answers each; the last document has no blocks."""
     rng = np.random.default_rng(seed)
     documents = []
@@ -25,7 +25,7 @@ def packed(seed: int) -> tuple[np.ndarray, RowLayout]:
         ids[[length // 2, length - 2]] = EOS
         anchors = np.concatenate([np.arange(2, length // 2), np.arange(length // 2 + 2, length - 2)])
         documents.append((i, ids, draw_starts(anchors, blocks, seed=seed, epoch=0, document=i)))
-    return pack_row(documents, block_size=D, mask_token_id=MASK)
+    return pack_row(documents, block_size=D, mask_token_id=MASK, target_shift=shift)
 
 
 def defined_targets(tokens: np.ndarray, layout: RowLayout) -> tuple[dict[int, int], dict[int, int]]:
@@ -33,7 +33,7 @@ def defined_targets(tokens: np.ndarray, layout: RowLayout) -> tuple[dict[int, in
     blocks, clean, start, row = {}, {}, 0, layout.n_clean
     first = 0
     for length, n in zip(layout.clean_lens.tolist(), layout.n_blocks.tolist(), strict=True):
-        for p in layout.starts[first : first + n].tolist():
+        for p in layout.anchors[first : first + n].tolist():
             ended = False
             for j in range(D):
                 q = p + 1 + j
@@ -62,15 +62,18 @@ def test_clean_token_targets_equal_the_definition(seed: int) -> None:
     assert off.label_weights is None and off.label_index.tolist() == list(blocks)
 
 
-def micro_batch(seed: int, weight: float = WEIGHT) -> MicroBatch:
+def micro_batch(seed: int, weight: float = WEIGHT, shift: bool = True) -> MicroBatch:
     return make_micro_batch(
-        *packed(seed), row_length=LENGTH, pad_token_id=PAD, eos_token_id=EOS, next_token_weight=weight
+        *packed(seed, shift), row_length=LENGTH, pad_token_id=PAD, eos_token_id=EOS, next_token_weight=weight
     )
 
 
-@pytest.mark.parametrize(("rows", "causal_attn"), [(False, False), (True, False), (False, True)])
+@pytest.mark.parametrize(
+    ("rows", "causal_attn", "shift"),
+    [(False, False, True), (True, False, True), (False, True, True), (False, False, False), (False, True, False)],
+)
 def test_loss_and_every_gradient_equal_transformers(
-    make_engine: Callable, tmp_path: Path, rows: bool, causal_attn: bool
+    make_engine: Callable, tmp_path: Path, rows: bool, causal_attn: bool, shift: bool
 ) -> None:
     from transformers import AutoModelForCausalLM
 
@@ -80,7 +83,7 @@ def test_loss_and_every_gradient_equal_transformers(
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
     numerators, denominators, clean_losses = [], [], []
     for seed in (0, 1):
-        tokens, layout = packed(seed)
+        tokens, layout = packed(seed, shift)
         blocks, clean = defined_targets(tokens, layout)
         mask = torch.from_numpy(visible_row(layout, layout.used, causal_attn=causal_attn))[None, None]
         positions = torch.from_numpy(row_positions(layout)).long()[None]
@@ -103,7 +106,7 @@ def test_loss_and_every_gradient_equal_transformers(
         *pack_row([], block_size=D, mask_token_id=MASK),
         row_length=LENGTH, pad_token_id=PAD, eos_token_id=EOS, next_token_weight=WEIGHT,
     )  # fmt: skip
-    batches = [micro_batch(0), empty, micro_batch(1)]
+    batches = [micro_batch(0, shift=shift), empty, micro_batch(1, shift=shift)]
     engine.forward_backward(batches)
     for key, part in hf_tensors(engine, lambda p: p.main_grad):
         error = (part - expected.pop(key)).abs().max() / part.abs().max()

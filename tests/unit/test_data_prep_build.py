@@ -305,6 +305,7 @@ CONFIG_ERRORS = [
     ({"out": ""}, "out"),
     ({"tokenizer": ""}, "tokenizer"),
     ({"block_size": 0}, "block_size"),
+    ({"block_size": 1, "target_shift": False}, "target_shift"),
     ({"seed": -1}, "seed"),
     ({"max_document_length": 513}, "max_document_length"),
     ({"overlong": "cut"}, "overlong"),

@@ -11,7 +11,7 @@ import pytest
 import torch
 from byte_tokenizer import definition, write_folder
 
-from sdlm_megatron.chat.chat_model import ChatModel, load
+from sdlm_megatron.chat.chat_model import ChatModel, DecodingRule, load
 from sdlm_megatron.diffusion.decode import decode
 from sdlm_megatron.errors import ConfigError, DataError
 from sdlm_megatron.evaluation import context, evaluate, measurement, perplexity, speed
@@ -166,6 +166,11 @@ def test_plain_folder_decodes_one_token_per_pass(chat: ChatModel) -> None:
     plain = dataclasses.replace(chat, config=dataclasses.replace(chat.config, sdlm=None))
     assert [s.name for s in speed.rules_of(plain)] == [s.name for s in context.rules_of(plain, [0.9])] == ["n = 1"]
     assert len(speed.rules_of(chat)) == 5
+    for changes in ({"target_shift": False}, {"target_shift": False, "next_token_weight": 0.1}):
+        sdlm = dataclasses.replace(chat.config.decoding, **changes)
+        unshifted = dataclasses.replace(chat, config=dataclasses.replace(chat.config, sdlm=sdlm))
+        for rules in (speed.rules_of(unshifted), context.rules_of(unshifted, [0.9])):
+            assert (DecodingRule() in rules) is (len(changes) > 1) and len(rules) > 0
 
 
 def test_speed_reports_out_of_range_values(

@@ -41,19 +41,25 @@ def test_positions_of_published_models(tmp_path: Path) -> None:
     assert positions("llama3.2", family="llama", **llama3_2) == 131072
 
 
-def test_the_error_names_both_numbers_and_a_config_that_is_accepted(tmp_path: Path) -> None:
-    folder = make_hf(tmp_path / "hf", max_position_embeddings=32768)
+@pytest.mark.parametrize(
+    ("family", "positions", "tokens", "factor"), [("qwen2", 32768, 70_000, 3), ("qwen3", 40960, 100_000, 4)]
+)
+def test_the_error_names_both_numbers_and_a_config_that_is_accepted(
+    tmp_path: Path, family: str, positions: int, tokens: int, factor: int
+) -> None:
+    folder = make_hf(tmp_path / "hf", family=family, max_position_embeddings=positions, rope_scaling=None)
     base = read_hf_config(folder)
-    check_positions(32768, "it", base, folder)
-    with pytest.raises(DataError, match="70,000 tokens, the base was trained for 32,768 positions") as caught:
-        check_positions(70_000, "it", base, folder)
-    assert "--max_document_length=32768" in caught.value.fix
+    check_positions(positions, "it", base, folder)
+    with pytest.raises(DataError, match=f"{tokens:,} tokens, .* trained for {positions:,} positions") as caught:
+        check_positions(tokens, "it", base, folder)
+    assert f"--max_document_length={positions}" in caught.value.fix
     text = re.search(r"\{\{?(.*?)\}", caught.value.fix)
     assert text is not None
     values = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**values, "rope_scaling": json.loads("{" + text[1] + "}")}))
-    check_positions(70_000, "it", read_hf_config(folder), folder)
-    assert read_hf_config(folder).shape.rope_factor == 3
+    check_positions(tokens, "it", read_hf_config(folder), folder)
+    shape = read_hf_config(folder).shape
+    assert (shape.rope_factor, shape.rope_original_positions) == (factor, 32768)
 
 
 def test_long_documents_are_refused(tmp_path: Path) -> None:

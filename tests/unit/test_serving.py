@@ -275,6 +275,7 @@ def test_the_folders_rule_is_measured() -> None:
     own = {"block_size": 4, "mask_token_id": 5, "alg": "entropy_conf", "n": 2, "threshold": 0.7, "product": True}
     entropy, plain = DecodingRule("entropy_conf", 2, 0.7, True), DecodingRule()
     assert serving.rules_of(SDLMSettings(**own), []) == [entropy, plain]
+    assert serving.rules_of(SDLMSettings(**own, target_shift=False), []) == [entropy]
     causal = serving.rules_of(SDLMSettings(**own, causal_attn=True), [0.5])
     assert causal == [DecodingRule("entropy_conf", 2, 0.5, True), DecodingRule("lossless", 2), plain]
     assert serving.rules_of(SDLMSettings(**{**own, "n": 1}, causal_attn=True), [0.5, 0.9]) == [plain]
