@@ -268,7 +268,7 @@ def _lines(path: Path) -> list[tuple[dict[str, Any] | None, str]]:
 
 
 _REPORTED: set[Path] = set()
-_TEXTS, _MOST = ("slowest_host", "resume_note", "val_data"), 1e300
+_TEXTS, _MOST = ("slowest_host", "resume_note", "held_out_data"), 1e300
 """Fields that hold text; the largest absolute value of a number."""
 
 

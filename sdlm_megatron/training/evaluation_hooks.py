@@ -61,7 +61,7 @@ class ValidationHook(Hook):
         with self.run.engine.inference():
             result = self.run.engine.evaluate(self._steps())
         fields: dict[str, Any] = {f"{VALIDATION}{name}": value for name, value in result.fields().items()}
-        named = {"val_rows": self.rows, "val_data": self.dataset.manifest["checksum"][:12]}
+        named = {"val_rows": self.rows, "held_out_data": self.dataset.manifest["checksum"][:12]}
         return {**fields, "val_targets": result.targets, **named}
 
     def _steps(self) -> Iterator[list[MicroBatch]]:

@@ -27,8 +27,8 @@ def headings(page: Path) -> list[str]:
 @pytest.fixture
 def job(tmp_path: Path) -> Path:
     write_job(tmp_path, **LEARNED, **PARTS, **SPEED, slowest_host="node-7", gpu_temperature_c=71.0, memory_gb=60.0)
-    validated = {"step": 6, "val_rows": 64, "val_data": "b", **{f"val_{k}": v for k, v in LEARNED.items()}}
-    easier = {"step": 3, "val_rows": 64, "val_data": "a", "val_loss": 0.5}  # of another data.validation
+    validated = {"step": 6, "val_rows": 64, "held_out_data": "b", **{f"val_{k}": v for k, v in LEARNED.items()}}
+    easier = {"step": 3, "val_rows": 64, "held_out_data": "a", "val_loss": 0.5}  # of another data.validation
     (tmp_path / "validation.jsonl").write_text("".join(json.dumps(r) + "\n" for r in (easier, validated)))
     spike = {"step": 5, "rows": [{"row": 31, "loss": 14.2}], "skip": "--data.skip_rows=[31]"}
     (tmp_path / "spikes.jsonl").write_text(json.dumps(spike) + '\n{"step": 6, "ro')
