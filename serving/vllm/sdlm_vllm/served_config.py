@@ -53,7 +53,10 @@ class SDLMEngineRules(VerifyAndUpdateConfig):
         model = vllm_config.model_config
         settings = folder_settings(model)
         _check_algorithm(settings)
-        if vllm_config.diffusion_config is None:
+        asked = vllm_config.diffusion_config
+        if asked and asked.max_denoising_steps is not None:
+            raise ValueError("--diffusion-config: SDLM does not support max_denoising_steps; leave it out")
+        if asked is None or asked.canvas_length is None:
             vllm_config.diffusion_config = DiffusionConfig(canvas_length=2 * max(settings.block_size, settings.window))
         canvas_length, least = vllm_config.diffusion_config.canvas_length, 2 * settings.window
         if canvas_length % 2 or canvas_length < least:
@@ -180,6 +183,8 @@ def _limit_requests(scheduler: Any, canvas: Canvas) -> None:
             canvas.width,
         )
         scheduler.max_num_seqs = most
+        if scheduler.max_num_active_seqs is not None:  # vLLM has compared the two before
+            scheduler.max_num_active_seqs = min(scheduler.max_num_active_seqs, most)
 
 
 def _choose_attention(vllm_config: Any) -> None:
@@ -191,6 +196,9 @@ def _choose_attention(vllm_config: Any) -> None:
     from vllm.v1.attention.backends.fa_utils import is_fa_version_supported
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
+    cache = vllm_config.cache_config.cache_dtype
+    if cache == "int4_per_token_head":
+        raise ValueError(f"--kv-cache-dtype {cache}: its attention is causal, and a window is not; use fp8")
     attention, model = vllm_config.attention_config, vllm_config.model_config
     flash, triton = AttentionBackendEnum.FLASH_ATTN, AttentionBackendEnum.TRITON_ATTN
     chosen = {attention.backend, *attention.backend_per_kind.values()} - {None}
@@ -210,7 +218,6 @@ def _choose_attention(vllm_config: Any) -> None:
             "newer GPUs; use TRITON_ATTN"
         )
     if attention.backend is None:  # vLLM's own choice may be FlashInfer
-        quantized = is_quantized_kv_cache(vllm_config.cache_config.cache_dtype)
-        attention.backend = flash if version_4 and not quantized else triton
+        attention.backend = flash if version_4 and not is_quantized_kv_cache(cache) else triton
     if version_4:
         attention.flash_attn_version = 4

@@ -72,13 +72,11 @@ class StepWindows:
 class WindowSampler:
     """Takes the place of vLLM's `Sampler`, and has the attributes of it that the engine reads."""
 
-    compute_nans = False
-
     def __init__(self, state: Any, sampler: Any) -> None:
         self.state, self.base = state, sampler
         self.req_states, self.sampling_states = sampler.req_states, sampler.sampling_states
         self.logprob_token_ids_state = sampler.logprob_token_ids_state
-        self.get_logprobs_dims = sampler.get_logprobs_dims
+        self.get_logprobs_dims, self.compute_nans = sampler.get_logprobs_dims, sampler.compute_nans
         self.drafts = LosslessDrafts(state, sampler)
         self.penalties_state = SimpleNamespace(output_bin_counts=None)  # no counts of tokens: penalties are refused
         self.bias: Any = next(item for item in sampler.logits_processors if isinstance(item, LogitBiasState))
@@ -114,7 +112,11 @@ class WindowSampler:
         width = int(sizes.max(initial=1))
         tokens = torch.zeros(batch.num_reqs, width, dtype=torch.int64, device=logits.device)  # no copy, no wait
         kept = torch.zeros_like(known)
+        nans = torch.zeros_like(known, dtype=torch.int32) if self.compute_nans else None
         parts = logits.split([len(windows.owner) for windows in groups])
+        if nans is not None:
+            rows = torch.cat([windows.batch_row[windows.owner] for windows in groups])
+            nans.index_add_(0, rows, logits.isnan().sum(-1, dtype=torch.int32))
         scores = [self._decide(*each, batch, slots, known, tokens, kept) for each in zip(parts, groups, strict=True)]
         starts = np.zeros(batch.num_reqs, dtype=np.int64)  # first row of logits of each request that has some
         starts[np.concatenate([windows.request for windows in groups])] = np.cumsum(sizes) - sizes
@@ -122,7 +124,7 @@ class WindowSampler:
         return SamplerOutput(
             sampled_token_ids=tokens.int(),
             logprobs_tensors=LogprobsTensors.cat(scores, starts.tolist()) if scores[0] is not None else None,
-            num_nans=None,
+            num_nans=nans,
             num_sampled=kept.int(),
             num_rejected=rejected.int(),
         )

@@ -167,6 +167,7 @@ def test_windows_are_chosen_in_groups(folder: Path, llm: Any, monkeypatch: pytes
     most, decide = [], window_sampler.WindowSampler._decide
 
     def counted(sampler: Any, logits: torch.Tensor, *args: Any) -> Any:
+        assert len(logits) <= 8 + 3  # 8 rows, and the rest of a window
         with LiveBytes() as step:
             scores = decide(sampler, logits, *args)
         most.append(step.most + 24 * 288 * 4)  # and the logits of all windows
@@ -178,6 +179,21 @@ def test_windows_are_chosen_in_groups(folder: Path, llm: Any, monkeypatch: pytes
     wrong, ties = engine_runs.differences(folder, requests, engine_runs.run(llm, requests, logprobs=2))
     assert not wrong and ties <= 1, wrong
     assert len(most) > 100 and max(most) < measured.most
+
+
+def test_nan_logits_are_counted_as_vllm_counts_them(llm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    call, counted = window_sampler.WindowSampler.__call__, []
+
+    def broken(sampler: Any, logits: torch.Tensor, batch: Any) -> Any:
+        output = call(sampler, torch.full_like(logits, torch.nan), batch)
+        counted.append(int(output.num_nans.sum()))
+        return output
+
+    monkeypatch.setattr(window_sampler.WindowSampler, "__call__", broken)
+    (runner,) = llm.collective_rpc(lambda worker: worker.model_runner)
+    monkeypatch.setattr(runner.sampler, "compute_nans", True)  # VLLM_COMPUTE_NANS_IN_LOGITS is read at the start
+    engine_runs.run(llm, [Asked([1, 2, 3], 3, sampling={"temperature": 1.0, "seed": 1})])
+    assert max(counted) == 4 * 288  # a window of 4 slots
 
 
 def test_min_tokens_and_several_answers(folder: Path, llm: Any) -> None:

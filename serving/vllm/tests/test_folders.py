@@ -26,10 +26,11 @@ def configured(folder: Path, **options: Any) -> Any:
 
 
 def test_a_folder_is_recognized_without_any_option(folder: Path) -> None:
-    config = configured(folder, max_num_batched_tokens=2048, max_num_scheduled_tokens=1600)
+    fewer = {"max_num_batched_tokens": 2048, "max_num_scheduled_tokens": 1600, "max_num_active_seqs": 250}
+    config = configured(folder, max_num_seqs=256, diffusion_config={}, **fewer)
     assert config.model_config.architectures == ["SDLMQwen2ForCausalLM"]
     assert config.diffusion_config.canvas_length == 8 and not config.scheduler_config.async_scheduling
-    assert config.scheduler_config.max_num_seqs <= 1600 // 8
+    assert (config.scheduler_config.max_num_seqs, config.scheduler_config.max_num_active_seqs) == (200, 200)
 
 
 def test_lost_or_wrong_settings_are_named(folder: Path) -> None:
@@ -91,6 +92,7 @@ def test_without_the_plugin_the_folder_is_plain_qwen2(folder: Path) -> None:
         ({"ubatch_size": 2}, "--enable-dbo"),
         ({"enable_prompt_embeds": True}, "--enable-prompt-embeds"),
         ({"return_sampling_mask": True}, "--return-sampling-mask"),
+        ({"diffusion_config": {"max_denoising_steps": 4}}, "max_denoising_steps"),
         ({"diffusion_config": {"canvas_length": 9}}, "canvas_length is 9, expected an even number, at least 8"),
         ({"diffusion_config": {"canvas_length": 6}}, "canvas_length is 6, expected an even number, at least 8"),
         ({"max_num_batched_tokens": 6, "max_num_seqs": 2}, "--max-num-batched-tokens is 6"),
@@ -127,6 +129,7 @@ def test_calls_that_do_not_check_requests_are_refused(folder: Path, monkeypatch:
         (False, "auto", {}, ("TRITON_ATTN", None)),
         (True, "auto", {"backend": "TRITON_ATTN"}, ("TRITON_ATTN", 4)),
         (True, "auto", {"flash_attn_version": 3}, ("TRITON_ATTN", 3)),
+        (True, "int4_per_token_head", {}, "int4_per_token_head"),
         (True, "auto", {"backend": "FLASH_ATTN", "flash_attn_version": 3}, "needs its version 4"),
         (False, "auto", {"backend": "FLASH_ATTN"}, "needs its version 4"),
         (True, "auto", {"backend": "FLASHINFER"}, "FLASHINFER: a window needs"),
