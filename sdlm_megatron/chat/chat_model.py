@@ -20,7 +20,7 @@ from sdlm_megatron.chat.template import render, template_file
 from sdlm_megatron.config.hardware import default_device, slow_bf16
 from sdlm_megatron.data.chatml import DEFAULT_SYSTEM, format_of
 from sdlm_megatron.data.tokenizer_identity import has_tokenizer, vocabulary_size
-from sdlm_megatron.diffusion.decode import ALGORITHMS, SPECULATIVE, Decoded, Stop, decode
+from sdlm_megatron.diffusion.decode import ALGORITHMS, SPECULATIVE, Decoded, LogitsError, Stop, decode
 from sdlm_megatron.diffusion.decode_rules import Warp
 from sdlm_megatron.diffusion.settings import MOST_BLOCK, MOST_DRAFTS, lossless_fault
 from sdlm_megatron.errors import CheckpointError, ConfigError, DataError
@@ -252,8 +252,11 @@ class ChatModel:
     def decode(self, input_ids: torch.Tensor, **options: Any) -> Decoded:
         """`diffusion.decode` with the folder's mask token, end tokens and attention of windows; `options` override."""
         folder = {"eos_token_ids": self.end_tokens, **self.config.decoding.decode_options}
-        with torch.inference_mode():
-            return decode(self.model, input_ids, **folder | options)
+        try:
+            with torch.inference_mode():
+                return decode(self.model, input_ids, **folder | options)
+        except LogitsError as error:
+            raise CheckpointError(str(error), str(self.folder), "--dtype bf16, or fp32") from None
 
     def answer(self, ids: Sequence[int], settings: AnswerSettings, on_pass: OnPass) -> Answer:
         """Continues `ids` by SDLM decoding. An interrupt (Ctrl-C) ends the answer early."""

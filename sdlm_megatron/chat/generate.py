@@ -98,8 +98,10 @@ class Session:
         if len(ids) >= most:
             what = f"the conversation has {len(ids):,} tokens, the model was trained for {most:,} positions"
             raise DataError(what, str(self._chat.folder / "config.json"), "ask less; in the chat, /reset clears it")
-        room = min(self._settings.max_new_tokens, most - len(ids))
-        if room < self._settings.max_new_tokens:
+        room, self._limit = most - len(ids), "the last of the trained positions"
+        if room >= self._settings.max_new_tokens:
+            room, self._limit = self._settings.max_new_tokens, f"--max-new-tokens {self._settings.max_new_tokens}"
+        else:
             note(self._console, f"the model was trained for {most:,} positions: {room:,} are left for the answer")
         seed = self._settings.seed + self._turns
         settings = dataclasses.replace(self._settings, seed=seed, max_new_tokens=room)
@@ -111,7 +113,7 @@ class Session:
     def _one(self, ids: list[int], settings: AnswerSettings) -> Answer:
         with LiveAnswer(self._console, self._chat.tokenizer) as view:
             answer = self._chat.answer(ids, settings, view.add)
-        note(self._console, statistics(answer, settings.max_new_tokens))
+        note(self._console, statistics(answer, self._limit))
         return answer
 
     def _both(self, ids: list[int], settings: AnswerSettings) -> Answer:
@@ -128,7 +130,7 @@ class Session:
                 raise KeyboardInterrupt
             answers += [] if warm else [answer]
         ours, theirs = answers
-        show_pair(self._console, self._chat.tokenizer, (ours, theirs), names, settings.max_new_tokens)
+        show_pair(self._console, self._chat.tokenizer, (ours, theirs), names, self._limit)
         return ours
 
     def converse(self) -> None:

@@ -102,12 +102,12 @@ def printable(text: str) -> str:
     return neutral(text.replace("\t", "    ").replace("\r\n", "\n"))
 
 
-def statistics(answer: Answer, limit: int) -> str:
-    """The line below an answer."""
+def statistics(answer: Answer, limit: str) -> str:
+    """The line below an answer; `limit`: what cuts one that is not complete."""
     text = summary(len(answer.tokens), len(answer.accepted), answer.seconds)
     if answer.interrupted:
         return f"{text} (interrupted)"
-    return text if answer.complete else f"{text} (cut at --max-new-tokens {limit})"
+    return text if answer.complete else f"{text} (cut at {limit})"
 
 
 def note(console: Console, text: str) -> None:
@@ -137,7 +137,7 @@ def _excerpt(text: str, at: int, around: int = 12) -> str:
 
 
 def show_pair(
-    console: Console, tokenizer: Any, answers: tuple[Answer, Answer], names: tuple[str, str], limit: int
+    console: Console, tokenizer: Any, answers: tuple[Answer, Answer], names: tuple[str, str], limit: str
 ) -> None:
     """Shows two answers side by side if the terminal is wide enough, else one below the other."""
     ours, greedy = answers

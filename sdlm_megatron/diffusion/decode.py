@@ -63,6 +63,10 @@ Stop = Callable[[Tensor], Tensor]
 """int64 (B, P + k) prompts as the caller gave them and k kept tokens of each row -> bool (B,): the row ends here."""
 
 
+class LogitsError(ValueError):
+    """Logits that are NaN or infinite, from which no token can be drawn."""
+
+
 @dataclass(frozen=True)
 class Decoded:
     """Generated tokens and the number of passes that produced them."""
@@ -400,7 +404,7 @@ class _Loop:
             row = self.rows[i]
             self.lengths[i] += count
             if -1 in proposed[:count]:
-                raise ValueError("no token can be drawn from logits that are NaN or infinite: use bf16 or fp32")
+                raise LogitsError("no token can be drawn from logits that are NaN or infinite: use bf16 or fp32")
             if count:
                 self.tokens[row] += proposed[:count]
                 self.accepted[row].append(count)

@@ -32,7 +32,7 @@ def slots_of(
     if (longest := max(map(len, answers))) < window:
         what = f"no expected answer has {window} tokens, as many as a window; the longest has {longest}"
         raise held_out.ShortAnswersError(what, str(where), "use prompts with longer answers")
-    encoded = held_out.encode_prompts(chat, prompts)
+    encoded = held_out.encode_prompts(chat, prompts, own=True)
     with track("probe", len(prompts), "prompts", make_console()) as advance:
         probes = probe(chat, encoded, answers, window=window, batch=batch, progress=advance)
     slots: list[dict[str, Any]] = [{"slot": j, "prob": [], "entropy": [], "right": []} for j in range(window)]

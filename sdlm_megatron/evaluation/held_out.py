@@ -97,14 +97,17 @@ def encode(chat: ChatModel, prompt: HeldOutPrompt, shots: Sequence[HeldOutPrompt
     return chat.encode([*turns, {"role": "user", "content": prompt.text}])
 
 
-def encode_prompts(chat: ChatModel, prompts: Sequence[HeldOutPrompt]) -> list[list[int]]:
-    """`encode` of each prompt. DataError where one and the longest expected answer exceed the model's positions."""
-    encoded, answer = [encode(chat, prompt) for prompt in prompts], longest_answer(chat, prompts)
-    most = trained_positions(chat.config)
-    for line, ids in enumerate(encoded, 1):
-        if len(ids) + answer > most:
-            what = f"the prompt has {len(ids):,} tokens and the longest expected answer {answer:,}"
-            what += f", the model was trained for {most:,} positions"
+def encode_prompts(chat: ChatModel, prompts: Sequence[HeldOutPrompt], *, own: bool = False) -> list[list[int]]:
+    """`encode` of each prompt. DataError where one and the longest expected answer exceed the model's positions.
+
+    own: each prompt takes its own expected answer, for what decodes none.
+    """
+    encoded, sizes = [encode(chat, prompt) for prompt in prompts], list(map(len, encode_answers(chat, prompts)))
+    most, longest = trained_positions(chat.config), max(sizes)
+    for line, (ids, size) in enumerate(zip(encoded, sizes, strict=True), 1):
+        if len(ids) + (size if own else longest) > most:
+            what = f"the prompt has {len(ids):,} tokens and {'its' if own else 'the longest'} expected answer "
+            what += f"{size if own else longest:,}, the model was trained for {most:,} positions"
             raise DataError(what, f"--prompts, line {line}", "use shorter prompts")
     return encoded
 

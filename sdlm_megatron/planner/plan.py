@@ -115,9 +115,9 @@ def _read_config(args: argparse.Namespace, overrides: Sequence[str]) -> RunConfi
     imported = (base / "complete.json").exists()
     if config.checkpoint.base and (not config.model.num_layers or imported or (base / "config.json").exists()):
         shape = read_state(base).shape if imported else read_hf_config(base).shape
-        # its last row may be the mask token's, which a configuration need not count
-        model = resolve_shape(config.model, shape, str(base), shape.vocab_size - 1)
-        config = replace(config, model=model)
+        last = shape.vocab_size - 1  # may be the mask token's row, which a configuration need not count
+        mask_token_id = last if config.model.vocab_size == last else -1
+        config = replace(config, model=resolve_shape(config.model, shape, str(base), mask_token_id))
     return config
 
 

@@ -158,7 +158,7 @@ def validation_section(page: Page, run: Path, records: Records) -> None:
     slots = sorted({int(m[1]) for r in validated for key in r if (m := re.fullmatch(r"val_loss_pos_(\d+)", key))})
     names = {n: "slot 1 (next token)" if n == 1 else f"slot {n}" for n in slots}
     losses = {f"val_loss_pos_{n}": name for n, name in names.items()}
-    losses |= {"val_loss_next_token": "clean tokens", "val_loss": "trained loss"}
+    losses |= {"val_loss_next_token": "clean tokens", "val_loss": "whole loss"}
     figure = curves_figure(validated, losses, "loss (nats)", dashed="val_loss", resumes=records)
     section.figure(figure, "losses on held-out rows by step")
     section.text(f"After step {last['step']}:")

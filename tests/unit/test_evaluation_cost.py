@@ -20,6 +20,7 @@ from sdlm_megatron.evaluation.held_out import (
     HeldOutPrompt,
     encode,
     encode_answer,
+    encode_prompts,
     exact_matches,
     longest_answer,
 )
@@ -202,6 +203,18 @@ def test_prompts_beyond_the_trained_positions_are_refused(
     with pytest.raises(DataError, match=rf"the model was trained for {size // 2 * 2} positions") as caught:
         command.main(["--model", str(folder), "--prompts", str(file), "--out", str(tmp_path / "out"), *options])
     assert caught.value.where.startswith("--prompts, line ")
+
+
+def test_prompts_with_their_own_answers_may_fill_the_positions(chat: ChatModel) -> None:
+    prompts = [HeldOutPrompt("spell river", "r"), HeldOutPrompt("b", "r, i, v")]
+    sizes = [len(o.prompt_ids(p.text)) + len(encode_answer(chat, p.expected)) for p in prompts]
+    short = dataclasses.replace(chat, config=dataclasses.replace(chat.config, max_position_embeddings=max(sizes)))
+    assert len(encode_prompts(short, prompts, own=True)) == 2
+    with pytest.raises(DataError, match="the longest expected answer"):
+        encode_prompts(short, prompts)
+    with pytest.raises(DataError, match="its expected answer"):
+        config = dataclasses.replace(chat.config, max_position_embeddings=max(sizes) - 1)
+        encode_prompts(dataclasses.replace(chat, config=config), prompts, own=True)
 
 
 # --- answers

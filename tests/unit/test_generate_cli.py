@@ -396,9 +396,21 @@ def test_a_conversation_ends_at_the_trained_positions(
     main(["--model", str(short), *BRIEF, "--prompt", PROMPT])
     err = capsys.readouterr().err
     assert f"trained for {size + 5} positions: 5 are left for the answer" in err and "\n5 tokens in" in err
+    assert "(cut at the last of the trained positions)" in err
     edit(short, max_position_embeddings=size)
     with pytest.raises(DataError, match=f"has {size} tokens, the model was trained for {size} positions(?s:.*)/reset"):
         main(["--model", str(short), *BRIEF, "--prompt", PROMPT])
+
+
+def test_nan_logits_are_an_error_with_a_way_out(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: Any, **options: Any) -> Any:
+        chat = load(*args, **options)
+        chat.model.lm_head.register_forward_hook(lambda _, __, logits: logits * torch.nan)
+        return chat
+
+    monkeypatch.setattr(generate, "load", broken)
+    with pytest.raises(CheckpointError, match="logits that are NaN or infinite(?s:.*)--dtype bf16"):
+        main(["--model", str(folder), *BRIEF, "--prompt", PROMPT, "--temperature", "1"])
 
 
 def test_a_line_that_is_no_text_does_not_end_the_conversation(

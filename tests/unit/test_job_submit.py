@@ -237,6 +237,7 @@ def test_errors_are_reported_before_submission(
         (" -N 16", 16),
         ("\t-N16", 16),
         (" --exclusive -N 4 -t 1:00 # not --nodes=9", 4),
+        (' --nodes=16 --comment "was -N 3" --output=a#b', 16),
         (" --nodes=16-32", 0),
         (" --no-kill", 0),
     ],

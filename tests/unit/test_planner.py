@@ -481,6 +481,8 @@ def test_the_shape_is_read_from_the_base(tmp_path: Path, capsys: pytest.CaptureF
     shape = replace(shape, vocab_size=shape.vocab_size - 1)  # without the mask token's row
     save_config(RunConfig(model=shape, checkpoint=CheckpointConfig(base=str(base))), file)
     command.main([str(file), "--gpus", "2"])
+    with pytest.raises(ConfigError, match="model.vocab_size is"):
+        command.main([str(file), "--gpus", "2", f"--model.vocab_size={shape.vocab_size - 1}"])
 
 
 def test_invalid_value_is_an_error():

@@ -105,8 +105,10 @@ class BatchScript:
             near = difflib.get_close_matches(name, script_names(), 1)
             fix = f"did you mean {near[0]}?" if near else f"name a path or one of {', '.join(script_names())}"
             raise ConfigError(f"no batch script {name}", str(SCRIPTS), fix) from None
-        lines = re.findall(r"^#SBATCH([ \t][^#\n]*)", text, re.MULTILINE)
-        options = [option for line in lines for option in _OPTION.findall(line)]
+        lines = re.findall(r"^#SBATCH([ \t].*)", text, re.MULTILINE)
+        # without texts in quotes and comments, which may look like options
+        plain = [re.sub(r"\"[^\"]*\"|'[^']*'|\s#.*", "_", line) for line in lines]
+        options = [option for line in plain for option in _OPTION.findall(line)]
         self.options = {name or {"N": "nodes"}.get(letter, letter): value for name, letter, value in options}
         """The #SBATCH options, "" for one without a value."""
         self.needs: list[tuple[str, str]] = re.findall(r'^need (\w+) "(.*)"', text, re.MULTILINE)
