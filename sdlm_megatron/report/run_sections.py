@@ -144,8 +144,8 @@ def validation_section(page: Page, run: Path, records: Records) -> None:
     if not validated:
         return
     section, last = page.section("validation", "Validation"), validated[-1]
-    rows = "val_rows", "held_out_data"  # a resumed run may have others
-    same = list(takewhile(lambda r: all(r.get(key) == last.get(key) for key in rows), reversed(validated)))
+    same_rows = "val_rows", "held_out_data"  # a resumed run may have others
+    same = list(takewhile(lambda r: all(r.get(key) == last.get(key) for key in same_rows), reversed(validated)))
     count, data = last.get("val_rows", "?"), last.get("held_out_data")
     text = f"{'The same ' if data else ''}{count} held-out rows each time"
     since = f" from step {same[-1]['step']} on; the records before are of other rows, or do not name them"
