@@ -99,8 +99,7 @@ def _exponent_if_large(value: float) -> str:
 # fmt: off
 METRICS: list[Metric] = [
     Metric("loss", "mean", "loss", "nats",
-           "The trained loss: mean over block targets (loss_normalization=rows: of the rows' means), plus "
-           "next_token_weight times the sum over clean targets, divided by the number of block targets.",
+           "The trained loss: mean over block targets, plus the weighted losses of clean tokens per block target.",
            Column("loss", 7, "{:.4f}".format)),
     Metric("loss_pos_{slot}", "mean", "loss", "nats",
            "Mean loss of each slot of a block: slot1 predicts the next token, slotN the token N positions ahead.",

@@ -92,7 +92,7 @@ def test_full_size_passes_test_only(cluster, name: str, tmp_path: Path) -> None:
 
 def test_dry_run_checks_and_prints_the_job(cluster, job, tmp_path: Path) -> None:
     paper = cluster_file(tmp_path / "paper.yaml", partition="paper", account="lab", spares=2)
-    env = environment(cluster, **job)
+    env = environment(cluster, **{**job, "BASE": "/elsewhere"})  # the base at hand is no 32B
     done = script("train_32b_d4", "--cluster", paper, "--dry-run", "--no-simulate", env=env)
     assert done.returncode == 0, done.stdout + done.stderr
     for part in ("--account=lab", "--nodes=31", "29 nodes x 8 = 232", "TP 4 x PP 2", "using 1984 processors", "fits"):
