@@ -1,5 +1,6 @@
 """vLLM's engine in this process, and what it answers to requests that arrive while others run."""
 
+import gc
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ CROWDED = {"num_gpu_blocks_override": 14}
 
 def start(folder: Path, **options: Any) -> LLM:
     """An engine without any option that concerns SDLM."""
+    gc.collect()  # an engine takes vLLM's process groups with it when it is collected: not while the next one runs
     return LLM(model=str(folder), dtype="float32", seed=0, enforce_eager=True, **(SMALL | options))
 
 

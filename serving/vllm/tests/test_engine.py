@@ -112,16 +112,6 @@ def test_an_answer_ends_where_a_window_no_longer_fits(folder: Path, llm: Any) ->
     assert len(tokens[1]) == len(tokens[2]) == 1
 
 
-def test_an_automatic_length_is_that_of_the_scheduler(folder: Path) -> None:
-    llm = engine_runs.start(folder, max_model_len=-1, num_gpu_blocks_override=4)
-    most = llm.model_config.max_model_len
-    assert most < 2048
-    (canvas,) = llm.collective_rpc(lambda worker: worker.model_runner.model_state.canvas)
-    assert canvas == llm.llm_engine.engine_core.engine_core.scheduler.canvas
-    answers = engine_runs.run(llm, [Asked([5, 6, 7], 500, {"sdlm_n": n}) for n in (4, 1)], ignore_eos=True)
-    assert [3 + len(tokens) for tokens in answers.tokens] == [most - 2 * 4 + 1, most]
-
-
 def test_logprobs_are_those_of_the_kept_tokens(folder: Path, llm: Any) -> None:
     asked = Asked([7, 8, 9, 10, 11], 40, {"sdlm_threshold": 0.05})
     answers = engine_runs.run(llm, [asked], logprobs=2)

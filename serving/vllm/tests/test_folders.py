@@ -1,4 +1,4 @@
-"""Folders and engine options that cannot be served say so before the engine starts."""
+"""Folders and engine options that cannot be served say so before the engine starts; others change what it serves."""
 
 import os
 import subprocess
@@ -11,7 +11,7 @@ import engine_runs
 import pytest
 import sdlm_vllm
 import torch
-from served_models import edit_json, make_folder
+from served_models import Asked, edit_json, generated, make_folder
 from vllm.engine.arg_utils import EngineArgs
 
 
@@ -159,9 +159,17 @@ def test_attention_on_a_gpu_takes_both_kinds_of_rows(
 
 
 def test_a_larger_window_is_served_with_a_larger_canvas(folder: Path) -> None:
-    from served_models import Asked, generated
-
     llm = engine_runs.start(folder, diffusion_config={"canvas_length": 16})
     asked = Asked([1, 2, 3], 20, {"sdlm_n": 8, "sdlm_threshold": 0.02})
     answers = engine_runs.run(llm, [asked])
     assert (answers.tokens[0], answers.accepted[0]) == generated(folder, asked)
+
+
+def test_an_automatic_length_is_that_of_the_scheduler(folder: Path) -> None:
+    llm = engine_runs.start(folder, max_model_len=-1, num_gpu_blocks_override=4)
+    most = llm.model_config.max_model_len
+    assert most < 2048
+    (canvas,) = llm.collective_rpc(lambda worker: worker.model_runner.model_state.canvas)
+    assert canvas == llm.llm_engine.engine_core.engine_core.scheduler.canvas
+    answers = engine_runs.run(llm, [Asked([5, 6, 7], 500, {"sdlm_n": n}) for n in (4, 1)], ignore_eos=True)
+    assert [3 + len(tokens) for tokens in answers.tokens] == [most - 2 * 4 + 1, most]
