@@ -87,9 +87,7 @@ class ArmTraining:
         if last.get("kind") == "stop":  # by a signal or RUN/STOP, with exit code 0
             fix = "start the campaign again: it continues from there"
             raise UserError(f"the training was stopped after step {last.get('step')}", str(self.log), fix)
-        if not (
-            self.dir / "hf"
-        ).exists():  # it appears whole: one that is there is of a start that ended before its facts
+        if not (self.dir / "hf").exists():  # else of a start that was killed after its export, which appears whole
             run_command("export", "--ckpt", self.dir, "--out", self.dir / "hf", log=self.log)
         seconds = time.perf_counter() - started
         facts = {"arm": vars(self.arm), "seed": self.seed, "precision": self.precision, "seconds": seconds}
