@@ -249,7 +249,7 @@ class LineCampaign:
         return time.perf_counter() - started
 
     def about_base(self) -> dict[str, str]:
-        """What the vectors keep of the base; none in E1: its first committed ones have none."""
+        """Fields of the vectors that identify the base; in E1 none, as in its first committed ones."""
         return {}
 
     def not_trained(self, job: LineJob, training: LineTraining, error: UserError, seconds: float) -> None:

@@ -112,7 +112,7 @@ class ProblemCampaign(LineCampaign):
         return {"base": e1_measure.identity(self.base)["weights"]}
 
     def not_trained(self, job: LineJob, training: LineTraining, error: UserError, seconds: float) -> None:
-        raise error  # E2 has no rule for a loss that is not finite
+        raise error  # also if the loss is not finite: E2 then ends without tables (the plan)
 
     def step_seconds(self, job: LineJob) -> float:
         return STEP_SECONDS.get(job.key.arm, 0.0)
