@@ -83,10 +83,10 @@ class ArmTraining:
         data, train = self._write("data", self._data_config()), self._write("train", self._train_config())
         run_command("prepare", "--config", data, f"--out={self.dir / 'data'}", log=self.log)
         run_command("sdlm_megatron.train", "--config", train, log=self.log, threads=self.threads)
-        last = next((event for event in reversed(read_events(self.dir)) if event["kind"] in ("stop", "finished")), {})
-        if last.get("kind") == "stop":  # by a signal or RUN/STOP, with exit code 0
+        ends = [event for event in read_events(self.dir) if event["kind"] in ("stop", "finished")]
+        if ends and ends[-1]["kind"] == "stop":  # by a signal or RUN/STOP, with exit code 0
             fix = "start the campaign again: it continues from there"
-            raise UserError(f"the training was stopped after step {last.get('step')}", str(self.log), fix)
+            raise UserError(f"the training was stopped after step {ends[-1]['step']}", str(self.log), fix)
         if not (self.dir / "hf").exists():  # else of a start that was killed after its export, which appears whole
             run_command("export", "--ckpt", self.dir, "--out", self.dir / "hf", log=self.log)
         seconds = time.perf_counter() - started
