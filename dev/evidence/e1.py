@@ -237,7 +237,7 @@ class LineCampaign:
                 self.not_trained(job, training, error, time.perf_counter() - started)
                 return time.perf_counter() - started
         facts = json.loads((training.dir / "facts.json").read_text(encoding="utf-8"))
-        about = {**vars(job.key), "part": job.part, "train_seconds": round(facts["seconds"])}
+        about = {**vars(job.key), "part": job.part, "train_seconds": round(facts["seconds"]), **self.about_base()}
         run_command(
             *(self.measured_by, "--model", training.dir / "hf"),
             *("--prompts", self.out / "data" / f"{job.part}.jsonl"),
@@ -247,6 +247,10 @@ class LineCampaign:
             threads=training.threads,
         )
         return time.perf_counter() - started
+
+    def about_base(self) -> dict[str, str]:
+        """Fields of the vectors that identify the base; in E1 none, as in its first committed ones."""
+        return {}
 
     def not_trained(self, job: LineJob, training: LineTraining, error: UserError, seconds: float) -> None:
         """Writes vectors without an exact answer if the loss or gradient was not finite; raises any other error.

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from dev.evidence import e1_results, e2_results
+from dev.evidence import e1_measure, e1_results, e2_results
 from dev.evidence.django_lines import check_file, read_part
 from dev.evidence.e1 import Design, LineCampaign, LineJob, LineTraining, add_results, campaign_parser, take_measured
 from dev.evidence.e1_results import Key
@@ -38,8 +38,8 @@ QUESTIONS = 256
 STEPS = 128
 STEP_SECONDS = {"ar": 16.0, "d4": 30.0, "d4_nt": 31.0}
 """Seconds of a step on two cores that do 70 GFLOP/s each in fp32, computed from the plan's rows, not measured."""
-ANSWER_SECONDS = {"n1": 1.6, "p98": 4.9, "p90": 4.2}
-"""Seconds of an answer by rule, computed as above."""
+ANSWER_SECONDS = {"n1": 1.6, "p98": 4.9, "p90": 4.2, "self": 9.0}
+"""Seconds of an answer by rule, computed as above; `self`: 20 positions per pass and two tokens."""
 
 
 def write_problems(folder: Path, out: Path, *, checked: bool = True) -> None:
@@ -101,13 +101,18 @@ class ProblemCampaign(LineCampaign):
 
     def phases(self) -> Iterator[tuple[str, list[LineJob]]]:
         """Name and jobs of the two phases."""
-        arms = [arm for arm in self.design.arms if arm != "base"]
+        # d4_nt first: its time per step decides the number of steps of all arms (the plan), before any answer.
+        arms = sorted((arm for arm in self.design.arms if arm != "base"), key=lambda arm: arm != "d4_nt")
         yield "fine-tuned", [ProblemJob(Key(arm, LEARNING_RATE, self.design.steps, 0), "test") for arm in arms]
         if "base" in self.design.arms:
             yield "untouched", [ProblemJob(Key("base", 0.0, 0, 0), "test")]
 
+    def about_base(self) -> dict[str, str]:
+        """SHA-256 of the weights from which all arms start."""
+        return {"base": e1_measure.identity(self.base)["weights"]}
+
     def not_trained(self, job: LineJob, training: LineTraining, error: UserError, seconds: float) -> None:
-        raise error  # E2 has no rule for a loss that is not finite
+        raise error  # also if the loss is not finite: E2 then ends without tables (the plan)
 
     def step_seconds(self, job: LineJob) -> float:
         return STEP_SECONDS.get(job.key.arm, 0.0)

@@ -12,6 +12,7 @@ from dev.evidence import e1_measure, e1_results
 from dev.evidence.e1_results import RULE_TEXTS, Rows
 from dev.evidence.evidence_tables import markdown
 from dev.evidence.experiment import Arm
+from sdlm_megatron.errors import DataError
 from sdlm_megatron.evaluation import intervals, signatures
 from sdlm_megatron.evaluation.page import change, number, percent
 
@@ -28,6 +29,8 @@ E2_ARMS = {
         Arm("base", "untouched model", block_size=1),
     )
 }
+WINDOWS = ("p98", "p90", "self")
+"""Decoding rules with a window; what `self` writes is slot 1 alone, so a threshold is to be compared with it."""
 LENGTHS = ("short", "middle", "long")
 """Thirds of the questions by the tokens of the reference answer."""
 Answers = Mapping[tuple[str, str], dict[str, Any]]
@@ -36,7 +39,7 @@ Answers = Mapping[tuple[str, str], dict[str, Any]]
 
 def rules_of(arm: str) -> tuple[str, ...]:
     """Decoding rules that are measured of an arm."""
-    return ("n1", "p98", "p90") if E2_ARMS[arm].block_size > 1 else ("n1",)
+    return ("n1", *WINDOWS) if E2_ARMS[arm].block_size > 1 else ("n1",)
 
 
 def number_behind_mark(answer: str) -> str:
@@ -50,9 +53,25 @@ def number_behind_mark(answer: str) -> str:
 
 
 def read_answers(folder: Path) -> dict[tuple[str, str], dict[str, Any]]:
-    """The vectors of a folder of results."""
-    answers = {}
-    for (key, _), value in e1_results.read_folder(folder, KEPT).items():
+    """The vectors of a folder of results.
+
+    Raises:
+        DataError: they are not of one campaign: one base, one model of each arm, the same budget and questions.
+    """
+    answers: dict[tuple[str, str], dict[str, Any]] = {}
+    files = e1_results.read_folder(folder, KEPT)
+    trained = [key for key, _ in files if key.arm != "base"]
+    fix = "keep the files of one campaign there"
+    for what, values in {
+        "lr, steps, seed": {(key.lr, key.steps, key.seed) for key in trained},
+        "prompts": {value["prompts"] for value in files.values()},
+        "base": {value.get("base", "not recorded") for value in files.values()},
+    }.items():
+        if len(values) > 1:
+            raise DataError(f"results with different {what}: {sorted(values)}", str(folder), fix)
+    for (key, part), value in files.items():
+        if any(arm == key.arm for arm, _ in answers):
+            raise DataError(f"a second model of {key.arm}", str(folder / key.file(part)), fix)
         expected = {name: [int(n) for n in text.split()] for name, text in value["expected"].items()}
         for rule, row in value["rules"].items():
             answers[key.arm, rule] = {**row, "expected": expected}
@@ -77,9 +96,10 @@ def difference_rows(answers: Answers) -> Rows:
     """Paired differences of exact answers."""
     several = ("d4", "d4_nt")
     for first, second in (
-        *(((arm, rule), ("ar", "n1")) for arm in several for rule in ("n1", "p98", "p90")),
-        *((("d4_nt", rule), ("d4", rule)) for rule in ("n1", "p98", "p90")),
-        *(((arm, rule), (arm, "n1")) for arm in several for rule in ("p98", "p90")),
+        *(((arm, rule), ("ar", "n1")) for arm in several for rule in rules_of(arm)),
+        *((("d4_nt", rule), ("d4", rule)) for rule in rules_of("d4")),
+        *(((arm, rule), (arm, "self")) for arm in several for rule in ("p98", "p90")),
+        *(((arm, rule), (arm, "n1")) for arm in several for rule in WINDOWS),
     ):
         if first in answers and second in answers:
             a, b = answers[first]["exact"], answers[second]["exact"]

@@ -27,6 +27,7 @@ from sdlm_megatron.config.hardware import best_precision
 from sdlm_megatron.data.tokenizer_identity import special_token_id, vocabulary_size
 from sdlm_megatron.errors import UserError, run_cli
 from sdlm_megatron.files import write_json, write_text
+from sdlm_megatron.ops.attempt import read_events
 
 CONVERSATIONS = {"json": 300, "categories": 300}
 HELD_OUT_SEED = 0
@@ -76,13 +77,18 @@ class ArmTraining:
         return (self.dir / "hf" / "config.json").exists() and (self.dir / "facts.json").exists()
 
     def run(self) -> float:
-        """Prepares the data, trains and exports; returns the seconds it took."""
+        """Prepares the data, trains and exports; returns the seconds it took, without those of interrupted starts."""
         started = time.perf_counter()
         self.dir.mkdir(parents=True, exist_ok=True)
         data, train = self._write("data", self._data_config()), self._write("train", self._train_config())
         run_command("prepare", "--config", data, f"--out={self.dir / 'data'}", log=self.log)
         run_command("sdlm_megatron.train", "--config", train, log=self.log, threads=self.threads)
-        run_command("export", "--ckpt", self.dir, "--out", self.dir / "hf", log=self.log)
+        ends = [event for event in read_events(self.dir) if event["kind"] in ("stop", "finished")]
+        if ends and ends[-1]["kind"] == "stop":  # by a signal or RUN/STOP, with exit code 0
+            fix = "start the campaign again: it continues from there"
+            raise UserError(f"the training was stopped after step {ends[-1]['step']}", str(self.log), fix)
+        if not (self.dir / "hf").exists():  # else of a start that was killed after its export, which appears whole
+            run_command("export", "--ckpt", self.dir, "--out", self.dir / "hf", log=self.log)
         seconds = time.perf_counter() - started
         facts = {"arm": vars(self.arm), "seed": self.seed, "precision": self.precision, "seconds": seconds}
         write_json(self.dir / "facts.json", facts)

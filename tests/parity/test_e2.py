@@ -15,6 +15,7 @@ from dev.evidence.e2_results import KEPT, number_behind_mark
 from sdlm_megatron.chat.chat_model import load
 from sdlm_megatron.errors import DataError
 from sdlm_megatron.evaluation.lm_eval_model import SDLMForLMEval, TaskCounts
+from sdlm_megatron.files import sha256
 from tests.parity import exported
 
 REPO = Path(__file__).parents[2]
@@ -59,9 +60,12 @@ def test_problems_become_vectors(tmp_path, capsys) -> None:
     campaign = e2.ProblemCampaign(out, base, replace(e2.DESIGN, arms=("d4_nt", "base"), steps=2))
     campaign.run(jobs=1)
     assert "fine-tuned: 1 models to train, 1 to measure, 1 at a time: about " in capsys.readouterr().out
+    assert [job.key.arm for _, jobs in e2.ProblemCampaign(out, base, e2.DESIGN).phases() for job in jobs] == [
+        *("d4_nt", "ar", "d4", "base")
+    ]
     path = out / "results" / f"{Key('d4_nt', e2_results.LEARNING_RATE, 2, 0).name}-test.json"
     rules, kept = read_vectors(path, KEPT)["rules"], json.loads(path.read_text())
-    assert list(rules) == ["n1", "p98", "p90"] and rules["n1"]["tokens"] == rules["n1"]["passes"]
+    assert list(rules) == ["n1", "p98", "p90", "self"] and rules["n1"]["tokens"] == rules["n1"]["passes"]
     chat = load(out / "models" / path.name.removesuffix("-test.json") / "hf", dtype="fp32", device="cpu")
     for i in range(8):
         ids = chat.encode([{"role": "system", "content": SYSTEM}, {"role": "user", "content": question(24 + i)}])
@@ -70,6 +74,7 @@ def test_problems_become_vectors(tmp_path, capsys) -> None:
         ended = decoded.tokens[0][-1] in chat.end_tokens
         assert (len(kept["rules"]["p90"]["answers"]), rules["p90"]["ended"][i]) == (8, ended)
     assert f"system_prompt: {SYSTEM}\n" in (chat.folder.parent / "data.yaml").read_text()
+    assert kept["base"] == sha256(base / "model.safetensors")
     del kept["rules"]["p98"]
     path.write_text(json.dumps(kept))
     campaign.run(jobs=1)
@@ -79,7 +84,7 @@ def test_problems_become_vectors(tmp_path, capsys) -> None:
     assert set(e2_results.tables(tmp_path / "vectors").values()) == {""}  # ar and d4 are missing
     answers = e2_results.read_answers(tmp_path / "vectors")
     assert [row[0] for row in e2_results.main_rows(answers)][-1] == "untouched model"
-    assert len(list(e2_results.difference_rows(answers))) == 2
+    assert len(list(e2_results.difference_rows(answers))) == 5
     assert "answers" not in (tmp_path / "vectors" / path.name).read_text()
 
 
@@ -116,7 +121,8 @@ def test_tables_follow_from_vectors(tmp_path) -> None:
     """Nine questions: the last three have the longest reference answers and end early at τ = .98."""
     expected = {"tokens": "10 11 12 20 21 22 40 41 42", "repeated": "0 0 0 0 0 0 0 0 0"}
     tokens = {"n1": "10 11 12 20 21 22 40 41 42", "p98": "10 11 12 20 21 22 10 11 40", "p90": "9 9 9 9 9 9 9 9 9"}
-    passes = {"n1": tokens["n1"], "p98": "5 5 5 10 10 10 10 10 40", "p90": tokens["p90"]}
+    tokens["self"] = tokens["n1"]
+    passes = {"n1": tokens["n1"], "p98": "5 5 5 10 10 10 10 10 40", "p90": tokens["p90"], "self": tokens["n1"]}
     shared = {"repeated": "0 0 0 0 0 0 0 0 0", "ended": "1 1 1 1 1 1 1 1 0", "flexible": "1 1 1 1 1 1 1 1 1"}
     exact = {("ar", "n1"): "111111000", ("d4", "n1"): "111111111", ("d4", "p98"): "111111000"}
     for arm in e2_results.E2_ARMS:
@@ -125,19 +131,33 @@ def test_tables_follow_from_vectors(tmp_path) -> None:
             r: {"exact": exact.get((arm, r), "1" * 9), "tokens": tokens[r], "passes": passes[r], **shared}
             for r in e2_results.rules_of(arm)
         }
-        value = {**vars(key), "part": "test", "prompts": 9, "expected": expected, "rules": rows}
-        (tmp_path / f"{key.name}-test.json").write_text(json.dumps(value))
+        value = {**vars(key), "part": "test", "prompts": 9, "base": "a", "expected": expected, "rules": rows}
+        (tmp_path / key.file("test")).write_text(json.dumps(value))
     complete = e2_results.tables(tmp_path)
     made = {name: [line.split(" | ") for line in text.splitlines()] for name, text in complete.items()}
     assert made["main"][4][2] == "9" and made["main"][4][5].startswith("1.50 (")  # 157 tokens in 105 passes
     against = {(row[0], row[1]): row[2:] for row in made["differences"][2:]}
     gap = against["| SDLM, D = 4, n = 1", "autoregressive (D = 1), n = 1"]
     assert gap[0].startswith("+33.3 (") and gap[1:] == ["3", "0 |"]
-    assert against["| SDLM, D = 4, τ = .98", "SDLM, D = 4, n = 1"][1:] == ["0", "3 |"]
+    for plain in ("n = 1", "self-speculative"):
+        assert against["| SDLM, D = 4, τ = .98", f"SDLM, D = 4, {plain}"][1:] == ["0", "3 |"]
     rows = {(row[1], row[2]): row for row in made["lengths"][2:] if row[0] == "| SDLM, D = 4"}
     assert rows["τ = .98", "long"][3] == "3" and rows["τ = .98", "long"][6].startswith("66.7% (")
     assert rows["τ = .98", "long"][-1] == "100.0% |" and rows["τ = .98", "middle"][6].startswith("0.0%")
     assert rows["n = 1", "long"][-1].strip() == "|"
+    # The file of the last arm, the untouched one, beside or instead of one that is of another campaign.
+    for change, error in (
+        ({"steps": 3}, f"a second model of {key.arm}"),
+        ({"arm": "d4", "steps": 3}, r"different lr, steps, seed: .*\(0.0001, 3, 0\)"),
+        ({"prompts": 8, "rules": {}}, r"different prompts: \[8, 9\]"),
+        ({"base": "b"}, r"different base: \['a', 'b'\]"),
+    ):
+        other = value | change
+        path = tmp_path / Key(*(other[name] for name in vars(key))).file("test")
+        path.write_text(json.dumps(other))
+        with pytest.raises(DataError, match=error):
+            e2_results.tables(tmp_path)
+        path.unlink()
 
 
 def test_tables_of_the_document_are_those_of_the_vectors() -> None:

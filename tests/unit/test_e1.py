@@ -263,6 +263,28 @@ def test_training_that_is_not_finite_counts_as_no_exact_answer(campaign, monkeyp
     assert campaign.missing(job)
 
 
+def test_stopped_training_is_no_model_and_a_whole_export_is_kept(campaign, monkeypatch) -> None:
+    job, words = e1.LineJob(Key("ar", 1e-3, STEPS, 0), "test"), []
+    folder = campaign.out / "models" / job.key.name
+    (folder / "ckpt").mkdir(parents=True)
+    events = [{"time": 1.0, "kind": "stop", "step": 50}, {"time": 2.0, "kind": "saved", "step": 50}]
+    (folder / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+
+    def run(command: list[str], **_: object) -> SimpleNamespace:
+        words.extend(command)
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(pipeline, "subprocess", SimpleNamespace(run=run))
+    with pytest.raises(UserError, match=r"stopped after step 50\n.*log.txt\n.*continues"):
+        campaign.do(job)
+    assert (folder / "ckpt").exists() and "export" not in words and not (folder / "facts.json").exists()
+    with open(folder / "events.jsonl", "a") as file:
+        file.write('{"time": 3.0, "kind": "finished", "step": 150}\n')
+    (folder / "hf").mkdir()  # exported by a start that was killed before it wrote facts.json
+    campaign.do(job)
+    assert "export" not in words and "dev.evidence.e1_measure" in words and not (folder / "ckpt").exists()
+
+
 def test_second_campaign_in_a_folder_is_refused(campaign, monkeypatch) -> None:
     monkeypatch.setattr(campaign, "phases", lambda: iter(()))
     with open(campaign.out / "lock", "w") as lock:
