@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers import REPO
@@ -24,12 +25,30 @@ def test_headers_come_from_torchs_packages(tmp_path: Path) -> None:
 def test_impossible_compilations_are_refused_before_they_start(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(install_gpu.subprocess, "run", None)
     monkeypatch.setattr("torch.version.cuda", None)
-    with pytest.raises(ConfigError, match="needs torch with CUDA"):
+    with pytest.raises(ConfigError, match="(?s)needs torch with CUDA.*rm -r .venv"):
         install_gpu.main([])
     monkeypatch.setattr("torch.version.cuda", "13.0")
     monkeypatch.setattr("shutil.which", lambda name: None)
     with pytest.raises(ConfigError, match=r"missing: gcc, g\+\+"):
         install_gpu.main([])
+
+
+def test_another_torch_has_transformer_engine_compiled_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[list[str]] = []
+
+    def run(line: list[str], **_: Any) -> "subprocess.CompletedProcess[str]":
+        lines.append(line)
+        return subprocess.CompletedProcess(line, 0)
+
+    monkeypatch.setattr(install_gpu.subprocess, "run", run)
+    monkeypatch.setattr(install_gpu, "check_compiler", str)
+    monkeypatch.setattr(install_gpu, "COMPILED", tmp_path / "compiled")
+    monkeypatch.setattr("torch.version.cuda", "13.0")
+    for version, removed in (("2.13.0", True), ("2.13.0", False), ("2.14.0", True)):
+        monkeypatch.setattr("torch.__version__", version)
+        lines.clear()
+        install_gpu.main([])
+        assert any("uninstall" in line for line in lines) == removed and "--no-cache-dir" in lines[-1]
 
 
 def test_make_installs_extras_that_the_environment_lacks(tmp_path: Path) -> None:

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 
 from dev.nullgpu import __main__ as lab
+from dev.nullgpu import environment
 from dev.nullgpu.cases import all_cases, failures
 from dev.nullgpu.collective_order import Operation, deadlock, different_collectives, problems, read_dump
-from dev.nullgpu.environment import compile_object, functions, generated_source, run_tool
+from dev.nullgpu.environment import build_library, compile_object, functions, generated_source, run_tool
 from sdlm_megatron.errors import ConfigError
 
 TENSOR, DATA, PIPELINE = "TENSOR [0, 1]", "DATA [0, 1]", "PIPELINE [0, 1]"
@@ -73,7 +74,7 @@ def test_calls_are_read_from_a_dump_of_the_flight_recorder(tmp_path: Path) -> No
 
 
 @pytest.mark.skipif(not (shutil.which("gcc") and shutil.which("nm")), reason="there is no C compiler")
-def test_functions_that_are_not_written_are_generated(tmp_path: Path) -> None:
+def test_functions_that_are_not_written_are_generated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program, written = tmp_path / "program.c", tmp_path / "written.c"
     program.write_text("int cudaOne(void), cudaTwo(void); int both(void) { return cudaOne() + cudaTwo(); }\n")
     written.write_text("int cudaOne(void) { return 7; }\n")
@@ -84,6 +85,30 @@ def test_functions_that_are_not_written_are_generated(tmp_path: Path) -> None:
     library = tmp_path / "all.so"
     run_tool(["gcc", "-shared", *map(str, objects), "-o", str(library)])
     assert ctypes.CDLL(str(library)).both() == 7
+    monkeypatch.setattr(environment, "SOURCES", ())
+    (include := tmp_path / "nvidia" / "cu13" / "include").mkdir(parents=True)
+    (include / "cuda.h").write_text("CUresult CUDAAPI cuInit(unsigned int);\n")
+    assert functions([build_library(tmp_path / "lib", tmp_path, [objects[1]])], "--defined-only") >= {"cuInit"}
+    os.utime(objects[0], (0, 0))  # another package, older than the library
+    assert "cudaTwo" in functions([build_library(tmp_path / "lib", tmp_path, [objects[0]])], "--defined-only")
+
+
+def test_the_environment_is_made_again_for_other_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[list[str]] = []
+    monkeypatch.setenv("NULLGPU_HOME", str(tmp_path))
+    monkeypatch.setenv("TE_SITE", "none")
+    monkeypatch.setattr(environment, "build_library", lambda *_: tmp_path / "library")
+
+    def run(line: list[str]) -> None:
+        made.append(line)
+        if "venv" in line:  # fails where an earlier one is left
+            (tmp_path / "venv" / "lib" / "python3" / "site-packages").mkdir(parents=True)
+
+    monkeypatch.setattr(environment, "_run", run)
+    for torch in ("", "", "2.11.0"):
+        monkeypatch.setenv("NULLGPU_TORCH", torch)
+        environment.make_environment()
+    assert len(made) == 5 and "torch===2.11.0" in made[-2] and "cache" in made[-1]
 
 
 def test_a_rank_that_dies_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
