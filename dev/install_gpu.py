@@ -16,15 +16,11 @@ from pathlib import Path
 from sdlm_megatron.config.command_line import make_parser
 from sdlm_megatron.doctor import Problem, check_compiler, check_driver
 from sdlm_megatron.errors import ConfigError, run_cli
-from sdlm_megatron.files import write_text
 
 ROOT = Path(__file__).parents[1]
 PIP = (sys.executable, "-m", "pip", "install", "--disable-pip-version-check")
 BUILD = ("setuptools", "wheel", "ninja", "pybind11")
 """Packages that compile TransformerEngine's sources, as pip may not make an environment of their own for that."""
-
-COMPILED = Path(sys.prefix, ".transformer-engine-torch")
-"""Has the version of torch that TransformerEngine was compiled against in this environment."""
 
 
 def headers(cuda: str) -> list[str]:
@@ -70,14 +66,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     spec = find_spec("nvidia")
     settings = build_environment([Path(x) for x in (spec.submodule_search_locations if spec else None) or []])
     subprocess.run([*PIP, *BUILD, *headers(torch.version.cuda)], check=True)
-    if not COMPILED.exists() or COMPILED.read_text(encoding="utf-8") != torch.__version__:
-        subprocess.run([*PIP[:3], "uninstall", "-y", "-q", "transformer_engine_torch"], check=True)
-    # pip's cache does not distinguish wheels by the torch that they were compiled against
-    command = [*PIP, "-c", "constraints.txt", "--no-cache-dir", "--no-build-isolation", "-e", ".[gpu]"]
+    command = [*PIP, "-c", "constraints.txt", "--no-build-isolation", "-e", ".[gpu]"]
     if subprocess.run(command, cwd=ROOT, env={**os.environ, **settings}, check=False).returncode:
         fix = "the first `error:` above says what is missing; without TransformerEngine, `make venv` is enough to train"
         raise ConfigError("TransformerEngine could not be compiled", shutil.which("g++") or "", fix)
-    write_text(COMPILED, str(torch.__version__))
 
 
 if __name__ == "__main__":

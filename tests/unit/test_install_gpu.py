@@ -4,7 +4,6 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 from helpers import REPO
@@ -31,24 +30,6 @@ def test_impossible_compilations_are_refused_before_they_start(monkeypatch: pyte
     monkeypatch.setattr("shutil.which", lambda name: None)
     with pytest.raises(ConfigError, match=r"missing: gcc, g\+\+"):
         install_gpu.main([])
-
-
-def test_another_torch_has_transformer_engine_compiled_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    lines: list[list[str]] = []
-
-    def run(line: list[str], **_: Any) -> "subprocess.CompletedProcess[str]":
-        lines.append(line)
-        return subprocess.CompletedProcess(line, 0)
-
-    monkeypatch.setattr(install_gpu.subprocess, "run", run)
-    monkeypatch.setattr(install_gpu, "check_compiler", str)
-    monkeypatch.setattr(install_gpu, "COMPILED", tmp_path / "compiled")
-    monkeypatch.setattr("torch.version.cuda", "13.0")
-    for version, removed in (("2.13.0", True), ("2.13.0", False), ("2.14.0", True)):
-        monkeypatch.setattr("torch.__version__", version)
-        lines.clear()
-        install_gpu.main([])
-        assert any("uninstall" in line for line in lines) == removed and "--no-cache-dir" in lines[-1]
 
 
 def test_make_installs_extras_that_the_environment_lacks(tmp_path: Path) -> None:
