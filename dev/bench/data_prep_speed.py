@@ -163,18 +163,18 @@ def watched(clock: CpuClock) -> Iterator[None]:
 def measure_build(tokenizer: Path, rows: list[dict[str, Any]], folder: Path) -> tuple[CpuClock, int, int]:
     """A build in one process: its times, clean tokens and samples."""
 
-    def build_rows(name: str, some: list[dict[str, Any]]) -> dict[str, Any]:
+    def config_of(name: str, some: list[dict[str, Any]]) -> BuildConfig:
         file = folder / f"{name}.jsonl"
         file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in some))
         source = SourceConfig(name="real", format="sharegpt", path=str(file))
-        config = BuildConfig(out=str(folder / name), tokenizer=str(tokenizer), sources=[source])
-        return build(config, Console(quiet=True))
+        return BuildConfig(out=str(folder / name), tokenizer=str(tokenizer), sources=[source])
 
     clock, watch = CpuClock(), CpuClock()
-    build_rows("warm-up", rows[:1])  # opens the tokenizer, which later builds reuse
+    console = Console(quiet=True)
+    build(config_of("warm-up", rows[:1]), console)  # opens the tokenizer, which later builds reuse
     with watched(watch):
-        build_rows("watched", rows)
-    accounting = clock.timed("all", build_rows)("data", rows)["accounting"]
+        build(config_of("watched", rows), console)
+    accounting = clock.timed("all", build)(config_of("data", rows), console)["accounting"]
     clock.seconds = {**watch.seconds, "all": clock.seconds["all"]}
     return clock, accounting["clean_tokens"], accounting["packed"] + accounting["truncated"]
 

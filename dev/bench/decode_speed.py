@@ -74,9 +74,9 @@ def make_settings(thresholds: Sequence[float]) -> list[DecodeSetting]:
 def read_prompt_ids(path: Path, tokenizer: Any, count: int) -> list[torch.Tensor]:
     """Prompts (1, P) of a JSONL file of {"prompt": …}."""
     texts = [prompt.text for prompt in read_prompts(path, count, answered=False)]
-    # The quickstart trains without a system turn, so the template is written out here.
-    turns = [f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n" for text in texts]
-    return [torch.tensor([tokenizer(turn, add_special_tokens=False)["input_ids"]]) for turn in turns]
+    chats = [[{"role": "user", "content": text}] for text in texts]
+    options = {"add_generation_prompt": True, "return_dict": True, "return_tensors": "pt"}
+    return [tokenizer.apply_chat_template(chat, **options)["input_ids"] for chat in chats]
 
 
 EXAMPLE = """

@@ -1,6 +1,7 @@
 """The environment of the lab: PyPI's CUDA build of torch, Megatron-Core and TransformerEngine, and the null GPU.
 
-It is made once in NULLGPU_HOME (default: .cache/nullgpu of this repository). Settings, all from the environment:
+It is made in NULLGPU_HOME (default: .cache/nullgpu of this repository), again when the interpreter or versions of the
+packages change. Settings, all from the environment:
 
 NULLGPU_HOME    its folder
 NULLGPU_PYTHON  interpreter to make it with; default: this one
@@ -56,9 +57,13 @@ def make_environment() -> NullEnvironment:
     home = Path(os.environ.get("NULLGPU_HOME") or REPO / ".cache" / "nullgpu").resolve()
     python, site = home / "venv" / "bin" / "python", os.environ.get("TE_SITE", "")
     stamp = home / "venv" / "installed"
-    if not stamp.exists():
+    chosen = [os.environ.get("NULLGPU_PYTHON") or sys.version.split()[0], TRANSFORMER_ENGINE, *_packages()[0]]
+    old = stamp.read_text(encoding="utf-8").splitlines() if stamp.exists() else []
+    if old != chosen:
         _install(home)
-        stamp.touch()
+        if old and old[2] != chosen[2]:  # pip's cache has a wheel that was compiled against the old torch
+            _run([str(python), "-m", "pip", "cache", "remove", "transformer_engine_torch"])
+        write_text(stamp, "\n".join(chosen))
     if not site:
         missing = _build_transformer_engine(home)
     else:
@@ -93,19 +98,29 @@ def _objects(places: list[Path]) -> list[Path]:
     return [file for place in places for pattern in patterns for file in place.glob(pattern)]
 
 
-def _install(home: Path) -> None:
-    """A virtual environment with torch for CUDA and Megatron-Core."""
-    python = home / "venv" / "bin" / "python"
-    _run([os.environ.get("NULLGPU_PYTHON") or sys.executable, "-m", "venv", str(home / "venv")])
+def _packages() -> tuple[list[str], list[str]]:
+    """The packages to install, and the constraints of the others."""
     torch, text = os.environ.get("NULLGPU_TORCH", ""), (REPO / "constraints.txt").read_text(encoding="utf-8")
     # packages that torch chooses itself differ between its versions
     own = ("torch==", "triton==", "setuptools==", "nvidia")
     kept = [line for line in text.splitlines() if not (torch and line.startswith(own))]
+    version = torch or next(line.removeprefix("torch==") for line in text.splitlines() if line.startswith("torch=="))
+    pins = [line for line in kept if line.startswith(tuple(f"{name}==" for name in PACKAGES))]
+    pinned = {line.partition("==")[0] for line in pins}
+    # three equal signs: PyPI's build, which has no suffix, also where an index with "+cpu" is configured
+    return [f"torch==={version}", *pins, *(name for name in PACKAGES if name not in pinned), *BUILD], kept
+
+
+def _install(home: Path) -> None:
+    """A virtual environment with torch for CUDA and Megatron-Core, in place of one with other versions."""
+    python = home / "venv" / "bin" / "python"
+    if (home / "venv").exists():
+        shutil.rmtree(home / "venv")
+        (home / "transformer_engine.failed").unlink(missing_ok=True)
+    _run([os.environ.get("NULLGPU_PYTHON") or sys.executable, "-m", "venv", str(home / "venv")])
+    wanted, kept = _packages()
     constraints = home / "constraints.txt"
     constraints.write_text("\n".join(kept) + "\n", encoding="utf-8")
-    version = torch or next(line.removeprefix("torch==") for line in text.splitlines() if line.startswith("torch=="))
-    # three equal signs: PyPI's build, which has no suffix, also where an index with "+cpu" is configured
-    wanted = [f"torch==={version}", *PACKAGES, *BUILD]
     _run([str(python), "-m", "pip", "install", "--disable-pip-version-check", "-q", "-c", str(constraints), *wanted])
 
 
@@ -138,7 +153,7 @@ def _run(line: list[str]) -> None:
 
 
 def build_library(out: Path, packages: Path, objects: Iterable[Path]) -> Path:
-    """The library, in the folder `out`; made again where a source or a package is newer.
+    """The library, in the folder `out`; made again where a source or a package is newer or another one.
 
     Args:
         packages: site-packages with CUDA's headers.
@@ -147,9 +162,11 @@ def build_library(out: Path, packages: Path, objects: Iterable[Path]) -> Path:
     Raises:
         ConfigError: there is no C compiler, or it fails.
     """
-    library, objects = out / NAME, list(objects)
+    library, objects, known = out / NAME, sorted(objects), out / "objects.txt"
+    listed = "\n".join(map(str, objects))
     inputs = [*(HERE / name for name in SOURCES), Path(__file__), *objects]
-    if library.exists() and library.stat().st_mtime > max(path.stat().st_mtime for path in inputs):
+    same = library.exists() and known.exists() and known.read_text(encoding="utf-8") == listed
+    if same and library.stat().st_mtime > max(path.stat().st_mtime for path in inputs):
         return library
     out.mkdir(parents=True, exist_ok=True)
     include = packages / "nvidia" / "cu13" / "include"
@@ -163,6 +180,7 @@ def build_library(out: Path, packages: Path, objects: Iterable[Path]) -> Path:
     partial = library.with_name(f"{NAME}.partial")
     run_tool(["gcc", "-shared", f"-Wl,-soname,{NAME}", *map(str, compiled), "-lpthread", "-ldl", "-o", str(partial)])
     partial.rename(library)
+    write_text(known, listed)
     return library
 
 

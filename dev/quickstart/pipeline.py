@@ -108,7 +108,11 @@ class Pipeline:
         """Runs all stages; returns the path of the report."""
         # A leftover run would be resumed instead of trained from the start.
         shutil.rmtree(self.dir, ignore_errors=True)
-        self.dir.mkdir(parents=True)
+        try:
+            self.dir.mkdir(parents=True)
+        except OSError as error:  # another user's files, or a link, which rmtree leaves
+            what = f"the folder of the run cannot be made anew: {error.strerror}"
+            raise UserError(what, str(self.dir), "remove it, as its owner") from None
         self._heading(f"base model: {self.demo.base_text}")
         base = self.demo.make_base(self.dir / "base")
         self._prepare(base)

@@ -275,7 +275,7 @@ _OFF_TEXTS = {"bias": "a bias outside Qwen2's q, k and v", "window": "sliding-wi
 def _check_supported(fields: _Fields, family: Family) -> None:
     for name, off in family.off.items():
         if fields.values.get(name) not in (off, None):
-            what = _OFF_TEXTS[name.rpartition("_")[2]]
+            what = _OFF_TEXTS.get(name.rpartition("_")[2], f"{name} = {fields.values[name]!r:.60}")
             raise fields.error(f"{what} is not supported", name, f"use a base where {name} is {json.dumps(off)}")
     if other := [kind for kind in fields.typed("layer_types", list, []) if kind != "full_attention"]:
         fix = "use a base with full attention in every layer"

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from dev.quickstart.pipeline import Pipeline
+from sdlm_megatron.errors import UserError
 from tests.smoke import demonstration
 
 
@@ -19,3 +20,9 @@ def test_every_stage_reads_what_the_one_before_wrote(tmp_path: Path, capfd: pyte
     printed = "".join(capfd.readouterr())
     assert "resume" in printed and "WARNING" not in printed and "differently from the training data" not in printed
     assert [row["alg"] for row in json.loads(report.with_name("evaluation.json").read_text())["rows"]]
+
+
+def test_a_run_folder_that_cannot_be_removed_is_named(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path)
+    with pytest.raises(UserError, match="(?s)cannot be made anew.*link.*remove it"):
+        Pipeline(replace(demonstration("qwen2"), run_dir=tmp_path / "link")).run()

@@ -15,7 +15,7 @@ from checkpoints_tools.export_folder import write_hf_folder
 from checkpoints_tools.tokenizer_files import add_token
 from sdlm_megatron.diffusion.settings import SDLMSettings
 from sdlm_megatron.errors import CheckpointError
-from sdlm_megatron.weights.hf_config import HFConfig, read_hf_config
+from sdlm_megatron.weights.hf_config import FAMILIES, HFConfig, read_hf_config
 from sdlm_megatron.weights.hf_weights import INDEX_NAME, HFWeights
 from tests.helpers import LLAMA3, YARN, whole
 from tests.parity import decode_oracle as o
@@ -234,6 +234,12 @@ def test_wrong_tensors_are_refused(tmp_path: Path) -> None:
 def test_unsupported_configs_are_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(CheckpointError, match=f"(?s){message}"):
         read_hf_config(rewrite(tiny(tmp_path / "base"), **changes))
+
+
+def test_a_new_familys_off_field_is_refused_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(FAMILIES, "qwen2", replace(FAMILIES["qwen2"], off={"clip_qkv": None}))
+    with pytest.raises(CheckpointError, match=r"clip_qkv = 8\.0 is not supported"):
+        read_hf_config(rewrite(tiny(tmp_path / "base"), clip_qkv=8.0))
 
 
 def test_slices_equal_parts_of_the_tensor(tmp_path: Path) -> None:

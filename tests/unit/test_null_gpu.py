@@ -1,15 +1,22 @@
 """The null-GPU lab without its environment: comparison of the ranks' calls, and the functions that are generated."""
 
+import argparse
 import ctypes
+import os
 import pickle
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from dev.nullgpu import __main__ as lab
+from dev.nullgpu import environment
+from dev.nullgpu.cases import all_cases, failures
 from dev.nullgpu.collective_order import Operation, deadlock, different_collectives, problems, read_dump
-from dev.nullgpu.environment import compile_object, functions, generated_source, run_tool
+from dev.nullgpu.environment import build_library, compile_object, functions, generated_source, run_tool
+from sdlm_megatron.errors import ConfigError
 
 TENSOR, DATA, PIPELINE = "TENSOR [0, 1]", "DATA [0, 1]", "PIPELINE [0, 1]"
 
@@ -67,7 +74,7 @@ def test_calls_are_read_from_a_dump_of_the_flight_recorder(tmp_path: Path) -> No
 
 
 @pytest.mark.skipif(not (shutil.which("gcc") and shutil.which("nm")), reason="there is no C compiler")
-def test_functions_that_are_not_written_are_generated(tmp_path: Path) -> None:
+def test_functions_that_are_not_written_are_generated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program, written = tmp_path / "program.c", tmp_path / "written.c"
     program.write_text("int cudaOne(void), cudaTwo(void); int both(void) { return cudaOne() + cudaTwo(); }\n")
     written.write_text("int cudaOne(void) { return 7; }\n")
@@ -78,3 +85,47 @@ def test_functions_that_are_not_written_are_generated(tmp_path: Path) -> None:
     library = tmp_path / "all.so"
     run_tool(["gcc", "-shared", *map(str, objects), "-o", str(library)])
     assert ctypes.CDLL(str(library)).both() == 7
+    monkeypatch.setattr(environment, "SOURCES", ())
+    (include := tmp_path / "nvidia" / "cu13" / "include").mkdir(parents=True)
+    (include / "cuda.h").write_text("CUresult CUDAAPI cuInit(unsigned int);\n")
+    assert functions([build_library(tmp_path / "lib", tmp_path, [objects[1]])], "--defined-only") >= {"cuInit"}
+    os.utime(objects[0], (0, 0))  # another package, older than the library
+    assert "cudaTwo" in functions([build_library(tmp_path / "lib", tmp_path, [objects[0]])], "--defined-only")
+
+
+def test_the_environment_is_made_again_for_other_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[list[str]] = []
+    monkeypatch.setenv("NULLGPU_HOME", str(tmp_path))
+    monkeypatch.setenv("TE_SITE", "none")
+    monkeypatch.setattr(environment, "build_library", lambda *_: tmp_path / "library")
+
+    def run(line: list[str]) -> None:
+        made.append(line)
+        if "venv" in line:  # fails where an earlier one is left
+            (tmp_path / "venv" / "lib" / "python3" / "site-packages").mkdir(parents=True)
+
+    monkeypatch.setattr(environment, "_run", run)
+    for torch in ("", "", "2.11.0"):
+        monkeypatch.setenv("NULLGPU_TORCH", torch)
+        environment.make_environment()
+    assert len(made) == 5 and "torch===2.11.0" in made[-2] and "cache" in made[-1]
+
+
+def test_a_rank_that_dies_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run_rank(arguments: list[str]) -> dict[str, Any]:
+        return {"rank": arguments[0]} if arguments[0] != "1" else os._exit(7)
+
+    monkeypatch.setattr(lab, "run_rank", run_rank)
+    died = {"error": "the process ended with 7", "trace": ""}
+    assert list(lab.run_all([["0"], ["1"], ["2"]], 2)) == [{"rank": "0"}, died, {"rank": "2"}]
+
+
+def test_a_lab_that_measures_nothing_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    args = argparse.Namespace(only=["typo"], quick=False, without_te="", processes=1)
+    with pytest.raises(ConfigError, match="no case is chosen\n.*--only typo"):
+        lab.check_cases(args)
+    monkeypatch.setattr(lab, "run_all", lambda lines, _: [{"error": "out of memory", "trace": ""} for _ in lines])
+    assert lab.check_planted(args) == 3
+    facts = {"waits": {}, "peak": 1, "planned": 1, "launches": 1, "cpu": 1, "loop": 1}
+    assert failures(all_cases()[0], facts, {}) == ["no recorded limits: --record"]
+    assert not failures(all_cases()[0], facts, None)
