@@ -45,7 +45,8 @@ python -m dev.nullgpu --only 3b_d4 --only 'rank 0'
 def run_all(arguments: Sequence[Sequence[str]], processes: int) -> Iterator[dict[str, Any]]:
     """dict[str, Any] of ranks in order, or their "error"; each in a process of its own."""
     context = multiprocessing.get_context("fork")
-    waiting, running, results = iter(enumerate(arguments)), {}, {}
+    waiting, results = iter(enumerate(arguments)), dict[int, dict[str, Any]]()
+    running: dict[Any, tuple[int, Any]] = {}
     for rank in range(len(arguments)):
         while rank not in results:
             for index, line in islice(waiting, processes - len(running)):
@@ -54,10 +55,11 @@ def run_all(arguments: Sequence[Sequence[str]], processes: int) -> Iterator[dict
                 process.start()
                 sender.close()  # the pipe ends with the process; a Pool would wait for its result forever
                 running[receiver] = index, process
-            for receiver in wait(list(running)):
-                index, process = running.pop(receiver)
+            ready: Any
+            for ready in wait(list(running)):
+                index, process = running.pop(ready)
                 try:
-                    results[index] = receiver.recv()
+                    results[index] = ready.recv()
                     process.join()
                 except (EOFError, OSError):
                     process.join()
