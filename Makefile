@@ -111,7 +111,7 @@ wheel: $(STAMP)  ## build the wheel into dist/
 	rm -rf build/lib build/bdist.*  # files of earlier builds would be packed
 	$(PY) -m pip wheel --disable-pip-version-check --no-deps --wheel-dir dist .
 
-check: lint test  ## lint, format, types, import contract, tests; CI also builds the documentation (make docs)
+check: lint docs test  ## lint, format, types, import contract, documentation, tests (what CI runs)
 
 lint: $(STAMP)  ## ruff, format check, mypy, import contract
 	$(PY) -m ruff check .

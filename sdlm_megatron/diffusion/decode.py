@@ -281,7 +281,8 @@ def decode(
         input_ids: int64 (B, P) prompts, padded on either side when their lengths differ.
         mask_token_id: token of the slots 1..n-1.
         window: n, tokens proposed per pass; may differ from the block size D of training.
-        max_new_tokens, alg: limit per row; one of ALGORITHMS, "ar" is window = 1.
+        alg: one of ALGORITHMS; "ar" is window = 1.
+        max_new_tokens: limit per row.
         threshold: tau; slots with a confidence above it are kept, slot 0 always. Unused by SPECULATIVE algorithms.
         product: compare the product of a prefix's confidences with the threshold instead of each confidence.
         eos_token_ids: tokens that end a row.
@@ -294,8 +295,7 @@ def decode(
         stop: ends a row early, e.g. at a string; called for k = 1, 2, … once every row has k tokens or has ended.
         pad_token_id: continues ended rows in what `stop` sees; None: rows go on until `stop` has ended all of them.
         use_cache: False feeds the whole row in every pass: the same tokens, slower.
-        fixed_shape: True keeps all shapes constant from the second pass on, and finished rows in the batch. A callable
-            such as torch.compile also replaces the function of one pass by its result.
+        fixed_shape: True: all shapes stay from the second pass on; a callable (torch.compile) compiles a pass, too.
         on_tokens: called with (row, kept tokens) after each pass.
 
     Raises:
